@@ -588,7 +588,7 @@ def test_our_attributor_starts_at_functions_of_the_output_and_by_default_at_the_
 def test_our_attributor_raises_where_no_measure_exists(net, x):
     with untouched(net, x), pytest.raises(TargetError, match="sums to 0"):
         NRMAttributor(net)(x, torch.tensor([[1.0, -1, 0, 0, 0]]).double().expand(2, 5))
-    with pytest.raises(TypeError, match="brings its own settings"):
+    with pytest.raises(TypeError, match="has its own settings"):
         NRMAttributor(net, Normalized(EpsilonPlus()), residual="sink")
 
 

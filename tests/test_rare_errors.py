@@ -59,8 +59,8 @@ def test_an_invalid_call_raises(mu: RelevanceMeasure, call: Any, error: type[Exc
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (at("2")[1], EventError, "is not a tap that a measure can start at"),
-        (at("2", side="sink"), EventError, "is not a tap that a measure can start at"),
+        (at("2")[1], EventError, "is not a tap at which a measure can start"),
+        (at("2", side="sink"), EventError, "is not a tap at which a measure can start"),
         (at("7"), UnknownLayerError, "'7'"),
     ],
 )
@@ -97,7 +97,7 @@ def test_coverage_reports_shared_weights_and_absorbing_constants():
     text = str(coverage(Tied().eval(), torch.randn(2, 3), NRMDefault()))
     (line,) = [line for line in text.splitlines() if line.startswith("second")]
     assert "shares weights with first" in line
-    assert re.search(r"(?m)^constants that can absorb: \S+", text)
+    assert re.search(r"(?m)^constants that can absorb relevance: \S+", text)
 
 
 def test_input_roles_must_match_the_batches_of_a_loader(net: nn.Module):

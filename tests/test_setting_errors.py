@@ -69,7 +69,7 @@ def test_settings_in_addition_to_a_normalized_composite_raise(measured, setting)
         lambda: RelevanceMeasure(measured.net, measured.x, 1, composite=rules, **setting),
         lambda: NRM(measured.net, composite=rules, **setting),
     ):
-        with measured.raises(TypeError, "brings its own settings", name, f"Normalized(composite, {name}="):
+        with measured.raises(TypeError, "has its own settings", name, f"Normalized(composite, {name}="):
             make()
 
 
@@ -133,7 +133,7 @@ def test_a_rule_that_cannot_be_read_as_a_kernel_raises(measured):
     rules = NRMAbsolute(layer_map=[(nn.Conv2d, Early())])
     with measured.raises(UnsupportedRuleError, "Early", "'conv'", "forward hooks", "`forward` and `backward` only"):
         RelevanceMeasure(measured.net, measured.x, 1, composite=rules)
-    with measured.raises(UnsupportedRuleError, "'conv'", "Pass", "(2, 1, 4, 4)", "(2, 3, 4, 4)", "Give it a rule"):
+    with measured.raises(UnsupportedRuleError, "'conv'", "Pass", "(2, 1, 4, 4)", "(2, 3, 4, 4)", "Assign it a rule"):
         RelevanceMeasure(measured.net, measured.x, 1, composite=NRMAbsolute(layer_map=[(nn.Conv2d, Pass())])).sinks()
 
 

@@ -15,8 +15,8 @@ class FuseBatchNorm(Canonizer):
     """Fuses batch normalization into the adjacent layers, without modifying the model.
 
     The canonizer requires a ``Normalized`` composite (``RelevanceMeasure`` normalizes its composite):
-    ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Adjacent layers are found while the model runs, so neither the
-    order of attributes nor the form of the forward pass matters.
+    ``EpsilonPlusFlat(canonizers=[FuseBatchNorm()])``. Adjacent layers are detected while the model runs, so the order
+    of attributes and the implementation of the forward pass do not matter.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -25,7 +25,7 @@ class FuseBatchNorm(Canonizer):
         >>> RelevanceMeasure(net, torch.rand(1, 1, 4, 4), 3, composite=rules).marginal("input").shape
         torch.Size([1, 1, 4, 4])
 
-    Source: arXiv 2002.11018; see :mod:`nrm_plugin.kernels.batch_norm_fusion` for the forms.
+    Source: arXiv 2002.11018; see :mod:`nrm_plugin.kernels.batch_norm_fusion` for the equations.
     """
 
     def apply(self, root_module: nn.Module) -> list[Any]:
@@ -35,7 +35,7 @@ class FuseBatchNorm(Canonizer):
             NRMError: Always.
         """
         raise NRMError(
-            "FuseBatchNorm changes kernels, not the model, so it works in a Normalized composite only: "
+            "FuseBatchNorm changes kernels, not the model, so it works only in a Normalized composite: "
             "Normalized(composite) or RelevanceMeasure(…, composite=composite). In a plain composite use Zennit's "
             "SequentialMergeBatchNorm."
         )

@@ -43,7 +43,7 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Modules that run as loops; the rule of the module applies to the linear maps inside."""
+"""Modules that are run as loops; the rule of the module is applied to the linear maps inside."""
 
 
 class Normalized(Composite):
@@ -53,18 +53,18 @@ class Normalized(Composite):
     of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
     can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
     ``UnsupportedOperationError``, as does relevance at an operation without a kernel. In a measure, only the inputs
-    receive relevance, and all other tensors are constants. In a context, leaves that require a gradient and existed
-    before the call receive relevance as well, except for parameters; leaves that the model creates are constants if an
-    input requires a gradient. A context has no samples: if the samples of a batch depend on each other, relevance is
-    that of the whole batch, as with ``batched=False`` in a measure.
+    receive relevance, and all other tensors are constants. In a context, other leaves that require a gradient and
+    existed before the call receive relevance as well, except for parameters; leaves created by the model are constants
+    if an input requires a gradient. A context does not distinguish samples: if the samples of a batch depend on each
+    other, relevance is that of the whole batch, as in a measure with ``batched=False``.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
         residual: ``"redistribute"`` or ``"sink"``.
         gain_limit: Largest gain ``G`` of a column.
         sums: Distribution of relevance in ``a + b``: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
-        uncovered: Treatment of layers without a rule: ``"error"`` when a measure is constructed, or the plain
-            ``"gradient"``, as in Zennit.
+        uncovered: Treatment of layers without a rule: ``"error"`` raises an error when a measure is constructed;
+            ``"gradient"`` uses the plain gradient, as in Zennit.
         attention: ``"value"`` propagates all relevance to the values, with the attention weights as constants;
             ``"halves"`` propagates half of it to the weights, and through softmax to queries and keys, by the rules of
             AttnLRP.
@@ -94,7 +94,7 @@ class Normalized(Composite):
         check_composite(composite)
         if isinstance(composite, Normalized):
             raise TypeError(
-                "the composite is already Normalized; normalized twice, it would have two settings of everything. Pass "
+                "the composite is already Normalized; normalizing it twice would give it two sets of settings. Pass "
                 "the composite inside it, with the settings you want: Normalized(composite.composite, …)."
             )
         if uncovered not in ("error", "gradient"):
@@ -111,7 +111,7 @@ class Normalized(Composite):
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """Returns the hook of a module; None if the module is not a step.
+        """Returns the hook of a module, or None if the module is not a step.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -129,15 +129,15 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """Returns the modules with functions as steps, although Zennit treats these modules as activations."""
+        """Returns the module types whose inner functions are steps, although Zennit treats them as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
         """Registers hooks on a module, as in Zennit.
 
         Raises:
-            ModelStateError: If the module has hooks of a different composite, so that one of the two would silently
-                have no effect.
+            ModelStateError: If the module already has hooks of another composite; one of the two would silently have no
+                effect.
             UnsupportedRuleError: If another package has patched Zennit.
         """
         self.remove()
@@ -157,7 +157,7 @@ class Normalized(Composite):
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
-            if isinstance(handle, AttributeCanonizer):  # deletes attributes, which is possible only once
+            if isinstance(handle, AttributeCanonizer):  # this deletes attributes, which is possible only once
                 keys = [key for key in handle.attribute_keys if (handle.module, key) not in set_once]
                 set_once.update((handle.module, key) for key in keys)
                 handle.attribute_keys = keys
@@ -165,9 +165,9 @@ class Normalized(Composite):
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:
-        """Context in which forward passes and their gradients are those of the plain model.
+        """Context in which forward passes and gradients are those of the plain model.
 
-        Outputs computed before the context still propagate relevance, unlike in Zennit, since a step never runs the
+        Unlike in Zennit, outputs computed before the context still propagate relevance, since a step never runs the
         backward pass of its module.
 
         Examples:
@@ -210,13 +210,13 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _is_compound_norm(module: nn.Module) -> bool:
-    """Returns whether a batch normalization has other operations, such as an activation; its parts are then steps."""
+    """Returns whether a batch normalization includes an activation or other operations, which are then steps."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and type(module).forward is not norm.forward
 
 
 def register(name: str) -> Any:
-    """Registers a composite class under a name in Zennit. Raises if the name is taken, unlike Zennit."""
+    """Registers a composite class under a name in Zennit. Unlike Zennit, raises an error if the name is taken."""
 
     def decorate(composite: type[Composite]) -> type[Composite]:
         known = COMPOSITES.get(name)
@@ -237,21 +237,22 @@ class _Depthwise(type):
 
 
 class Depthwise(metaclass=_Depthwise):
-    """Convolutions that do not mix channels, as a type for layer maps."""
+    """Convolutions that do not mix channels (depthwise convolutions), as a type for layer maps."""
 
 
 @register("nrm_default")
 class NRMDefault(SpecialFirstLayerMapComposite):
-    """The default: Flat in the first convolution, :class:`~nrm_plugin.rules.ConservingEpsilon` in other linear layers.
+    """Default composite: Flat in the first convolution, ConservingEpsilon in other convolutions and linear layers.
 
-    The rule of depthwise convolutions, sums and average pooling is :class:`~nrm_plugin.rules.Absolute`. Every column
-    sums to one, so that only constants absorb relevance.
+    Depthwise convolutions, sums and average pooling use :class:`~nrm_plugin.rules.Absolute`; the rule of the other
+    layers is :class:`~nrm_plugin.rules.ConservingEpsilon`. Every column sums to one, so that only constants absorb
+    relevance.
 
     Args:
         epsilon: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
         layer_map, first_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
-        canonizers: As in Zennit; None for batch-norm fusion.
+        canonizers: As in Zennit, or None for batch-norm fusion.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -259,7 +260,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
         >>> bool(mu(ABSORBED).abs().max() < 1e-5)
         True
 
-    Source: ours; docs/default-composite.md compares it with other composites.
+    Source: new in this package; docs/default-composite.md compares it with other composites.
     """
 
     def __init__(
@@ -283,12 +284,12 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """Composite with the rule Absolute in all layers: no walk is negative, so the variation is 1 at every tap.
+    """Composite with the rule Absolute in all layers. No walk is negative, so the variation is 1 at every tap.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
-        canonizers: As in Zennit; None for batch-norm fusion.
+        canonizers: As in Zennit, or None for batch-norm fusion.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -380,13 +381,14 @@ class NRMExcitationBackprop(Named):
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """Composite with Relative in layers with weights and in average pooling, and Absolute in sums of skip connections.
+    """Composite with Relative in layers with weights and average pooling, and Absolute in sums of skip connections.
 
-    The composite conserves relevance up to a factor, so condition the measure on survival, ``given=~ABSORBED``.
+    The composite conserves relevance only up to a factor, so the measure should be conditioned on survival,
+    ``given=~ABSORBED``.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
-        canonizers: As in Zennit; None for batch-norm fusion.
+        canonizers: As in Zennit, or None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 
     Examples:
@@ -397,7 +399,7 @@ class NRMRelative(Normalized):
         >>> mu.walk_variation(surviving=True).shape
         torch.Size([5])
 
-    Source: ours, after the abstract of arXiv 2501.14322; see docs/relative.md.
+    Source: our interpretation of the abstract of arXiv 2501.14322; see docs/relative.md.
     """
 
     def __init__(
@@ -431,8 +433,8 @@ def normalize(
     if isinstance(composite, Normalized):
         if given:
             raise TypeError(
-                f"the composite is Normalized and brings its own settings, but {', '.join(given)} "
-                f"{'is' if len(given) == 1 else 'are'} given too. Say it in one place: "
+                f"the composite is Normalized and has its own settings, but {', '.join(given)} "
+                f"{'is' if len(given) == 1 else 'are'} given as well. Specify them in one place: "
                 f"Normalized(composite, {', '.join(f'{key}={brief(value)}' for key, value in given.items())})."
             )
         return composite

@@ -18,7 +18,7 @@ class InputError(NRMError, ValueError):
 
 
 class DifferenceError(InputError):
-    """Raised if a reference does not match the inputs, or the model takes another path for it."""
+    """Raised if a reference does not match the inputs, or the model runs other operations for it."""
 
 
 class TargetError(NRMError, ValueError):
@@ -30,14 +30,14 @@ class GradModeError(NRMError, RuntimeError):
 
 
 class ModelStateError(NRMError, RuntimeError):
-    """Raised if the state of the model prevents recording it (training mode, hooks of a different composite)."""
+    """Raised if the state of the model prevents recording (training mode, hooks of another composite)."""
 
 
 class UnknownLayerError(NRMError, KeyError):
     """Raised if no tap of the measure has the given name."""
 
     def __str__(self) -> str:
-        # KeyError prints the repr of its argument, which would escape the line breaks of the message.
+        # KeyError prints the repr of its argument, which would escape line breaks in the message.
         return str(self.args[0]) if self.args else ""
 
 
@@ -74,11 +74,11 @@ class UnsupportedOperationError(NRMError, TypeError):
 
 
 class UncoveredLayerError(UnsupportedOperationError):
-    """Raised if the composite assigns no rule to a layer that does more than route its input."""
+    """Raised if the composite assigns no rule to a layer that is not a 0/1 route."""
 
 
 class StorageError(NRMError, TypeError):
-    """Raised if a measure is copied or stored; the results of its queries can be."""
+    """Raised if a measure is copied or stored; the results of its queries can be stored instead."""
 
 
 class FoldingError(NRMError, ValueError):
@@ -105,7 +105,7 @@ def unknown_layer(name: str, known: Iterable[str]) -> str:
     return (
         f"no tap named {brief(name)} in this measure. "
         f"{'Similar names' if near else 'Some of its taps'}: {listing}. "
-        "`measure.layers` lists all of them; a module that the forward pass never called has no tap."
+        "`measure.layers` lists all of them; modules that the forward pass never called have no tap."
     )
 
 
@@ -121,7 +121,7 @@ SHOWN = 8
 
 
 def brief(value: object, length: int = 120) -> str:
-    """Returns a value as text for a message: its repr if short, else its class, shape or first entries.
+    """Returns a value as text for a message: its repr if that is short, or else its class, shape or first entries.
 
     Args:
         value: Any value from the user.
@@ -158,9 +158,9 @@ def _brief_entries(values: Collection[object], length: int) -> str:
 def autocast_outside(name: str, kind: str) -> str:
     """Returns the message for a layer under torch.autocast when Zennit's hooks propagate the relevance of the model."""
     return (
-        f"layer {name!r} ({kind}) runs under torch.autocast, which would propagate relevance in half precision, "
-        "too coarse for its sums. Call the model outside of torch.autocast, or construct a RelevanceMeasure inside it: "
-        "that runs the layers in half precision and propagates relevance in float32."
+        f"layer {name!r} ({kind}) runs under torch.autocast, which would propagate relevance in half precision, too "
+        "imprecise for its sums. Call the model outside of torch.autocast, or construct a RelevanceMeasure inside "
+        "it, which runs the layers in half precision but propagates relevance in float32."
     )
 
 

@@ -41,7 +41,7 @@ STORED = {
     "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
-"""The module path in the settings of stored sweeps, for each module with a different current path."""
+"""The module path that the settings of stored sweeps use, for each module whose current path differs."""
 REGISTRY = "zennit.composites"
 
 
@@ -50,7 +50,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
     Args:
         what: The deprecated name, as the user writes it.
-        instead: The replacement.
+        instead: What to use instead.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."

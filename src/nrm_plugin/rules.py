@@ -25,7 +25,7 @@ class Absolute(BasicHook):
     Args:
         stabilizer: A number added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
-        floor: A number added to every absolute input, in units of the mean absolute input of the sample.
+        floor: A number added to every absolute input, as a multiple of the mean absolute input of the sample.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -35,7 +35,7 @@ class Absolute(BasicHook):
         >>> bool((mu.marginal("input") >= 0).all())
         True
 
-    Source: ours; docs/default-composite.md compares it with other rules.
+    Source: new in this package; docs/default-composite.md compares it with other rules.
     """
 
     def __init__(self, stabilizer: Any = 1e-30, zero_params: Any = None, floor: float = 1e-6) -> None:
@@ -55,7 +55,7 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""LRP-ε without absorption: what ε absorbs is distributed to the inputs in proportion to their absolute values.
+    r"""LRP-ε without absorption: the relevance that ε absorbs is redistributed in proportion to the absolute inputs.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
@@ -70,7 +70,7 @@ class ConservingEpsilon(BasicHook):
         epsilon: The parameter ε; 0 gives LRP-0 without bias.
         stabilizer: A number added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of further parameters to set to zero, as in Zennit's rules.
-        floor: Lower bound of :math:`|a_i|`, in units of its mean over the sample.
+        floor: Lower bound of :math:`|a_i|`, as a multiple of its mean over the sample.
 
     Raises:
         ValueError: If ``epsilon`` is negative.
@@ -83,7 +83,7 @@ class ConservingEpsilon(BasicHook):
         >>> torch.allclose(mu.marginal("input").sum(1), torch.ones(5), atol=1e-5)
         True
 
-    Source: ours; LRP-0 and LRP-ε are from Bach et al. 2015.
+    Source: new in this package; LRP-0 and LRP-ε are from Bach et al. 2015.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Rule with relative contributions: one factor per layer replaces the denominators of its neurons.
+    r"""Rule with relative contributions: a single factor per layer replaces the denominators of its neurons.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
@@ -121,10 +121,10 @@ class Relative(BasicHook):
     The sums run over the neurons of the layer, for each sample. Relevance :math:`R_j = c z_j` propagates to a total of
     :math:`c \sum_j |z_j|`, so that it is conserved if no :math:`z_j` is negative; other relevance is conserved up to a
     factor. Use the measure conditional on survival: ``residual="sink"``, as in
-    :class:`~nrm_plugin.NRMRelative`, and ``given=~ABSORBED``. In this measure, :math:`\lambda` cancels along a chain,
-    and makes branches comparable where they join. The rule has no parameters and divides by no small number, since
-    inputs and sums are in units of the largest value in their layer. A layer with only zero outputs propagates no
-    relevance.
+    :class:`~nrm_plugin.NRMRelative`, and ``given=~ABSORBED``. In this measure, :math:`\lambda` cancels along a chain of
+    layers, and makes branches comparable where they join. The rule has no parameters. It does not divide by small
+    numbers, since inputs and sums are scaled by the largest value in their layer. A layer whose outputs are all zero
+    propagates no relevance.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -136,7 +136,7 @@ class Relative(BasicHook):
         >>> relevance.shape
         torch.Size([5, 3])
 
-    Source: ours, after the abstract of arXiv 2501.14322; not a reproduction. See docs/relative.md.
+    Source: our interpretation of the abstract of arXiv 2501.14322, not a reproduction; see docs/relative.md.
     """
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ class Relative(BasicHook):
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Returns the largest absolute entry of each sample, ``(N, 1, …)``, clamped to be positive."""
+    """Returns the largest absolute entry of each sample, ``(N, 1, …)``, clamped to a positive minimum."""
     dims = tuple(range(1, values.ndim)) or (0,)
     return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -176,7 +176,7 @@ def _kept(parameter: Tensor, name: str) -> Tensor:
 
 
 class EvenMod(ParamMod):
-    """A parameter modifier that replaces the weights of each output channel by their mean absolute value, stored once.
+    """A parameter modifier that replaces the weights of each output channel with their mean absolute value.
 
     Args:
         zero_params: Names of parameters to set to zero.
@@ -200,7 +200,7 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
         if not others:
             return parameter.abs()
         # The mean is computed in pieces that fit into the cache, since the classifier of many networks is large. All
-        # pieces share one buffer, since the allocator would otherwise fragment memory with the sums in between.
+        # pieces share one buffer, since separate allocations would fragment the memory.
         width = max(1, (1 << 17) * parameter.shape[outputs] // parameter.numel())
         total = parameter.new_empty([1 if dim in others else size for dim, size in enumerate(parameter.shape)])
         memory = torch.empty_like(parameter.narrow(outputs, 0, min(width, parameter.shape[outputs])))
@@ -221,7 +221,7 @@ def mean_sizes(weight: Tensor) -> Tensor:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns the floor of each sample, ``(N, 1, …)``, which is always positive."""
+    """Returns the positive floor of each sample, ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # well above the stabilizers, so that a sample of zeros has shares as well

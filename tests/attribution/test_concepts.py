@@ -78,7 +78,7 @@ def test_channels_of_a_difference_sum_to_the_difference(net: nn.Module, settings
 
 @pytest.mark.parametrize("condition", [{"1": [2]}, {"1": [2], "y": [0, 1]}], ids=str)
 def test_a_contrast_needs_one_output(net: nn.Module, condition):
-    with pytest.raises(EventError, match="every condition names it"):
+    with pytest.raises(EventError, match="every condition must contain it"):
         ConceptNRM(net).attribute(X, [condition], against="rest")
 
 

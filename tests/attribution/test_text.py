@@ -197,7 +197,7 @@ class Chosen(nn.Module):
 
 def test_unknown_classes_tokens_and_layers_are_named():
     model, tokenizer = text_net("class"), StubTokenizer()
-    with pytest.raises(TargetError, match=r"target='nice' is not a class of the model. Its classes: 'negative'"):
+    with pytest.raises(TargetError, match=r"target='nice' is not a class of the model. Its classes are 'negative'"):
         explain_text(model, tokenizer, TEXT, "nice")
     with pytest.raises(TargetError, match=r"against=2 is out of range: the model has 2 outputs"):
         explain_text(model, tokenizer, TEXT, against=2)
@@ -218,11 +218,11 @@ def test_texts_and_models_that_do_not_fit_raise():
         explain_text(model, tokenizer, 3)
     with pytest.raises(InputError, match="has no tokens"):
         explain_text(text_net("next"), StubTokenizer(has_class_token=False), "  ")
-    with pytest.raises(InputError, match="has 22 tokens, and the model takes 16"):
+    with pytest.raises(InputError, match="has 22 tokens, but the model accepts at most 16"):
         explain_text(model, tokenizer, "a " * 20)
-    with pytest.raises(InputError, match="position=1 is for models that predict tokens"):
+    with pytest.raises(InputError, match="position=1 applies to models that predict tokens"):
         explain_text(model, tokenizer, TEXT, position=1)
-    with pytest.raises(InputError, match=r"the text has 2 masks; say which by position=, one of \[1, 3\]"):
+    with pytest.raises(InputError, match=r"the text has 2 masks; choose one by position=, from \[1, 3\]"):
         explain_text(text_net("mask"), tokenizer, "[MASK] film [MASK]")
     with pytest.raises(InputError, match=r"the tokens behind masks. Put \[MASK\] into the text, or give position="):
         explain_text(text_net("mask"), tokenizer, "a film")

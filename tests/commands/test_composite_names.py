@@ -26,4 +26,6 @@ def test_a_composite_with_other_arguments_is_rejected(here: Path, monkeypatch: p
             super().__init__()
 
     monkeypatch.setitem(COMPOSITES, "needy", Needy)
-    assert "needs wishes, which no option gives" in fails(capsys, "explain", "china.png", *OWN, "--composite", "needy")
+    assert "requires wishes, for which there is no option" in fails(
+        capsys, "explain", "china.png", *OWN, "--composite", "needy"
+    )

@@ -287,7 +287,7 @@ def test_a_full_disk_stops_the_command_and_leaves_no_file(here: Path, monkeypatc
     explain("china.png", "second.png", *OWN, code=1)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot write nrm-explained/china-relevance.png: No space left on device. Make room" in error
+    assert "cannot write nrm-explained/china-relevance.png: No space left on device. Free some space" in error
     assert list(Path("nrm-explained").iterdir()) == []
 
 
@@ -333,11 +333,11 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         (["--model", "no_such_module:make"], "no module named 'no_such_module'"),
         (["--model", "own_nets:mak"], "Similar names: make"),
         (["--model", "own_nets:"], "has no ''"),
-        (["--model", ":make"], "lacks the module"),
+        (["--model", ":make"], "has no module"),
         (["--model", "gone.py:make"], "the file gone.py does not exist"),
         (["--model", "own_nets:broken"], "RuntimeError: no data here (own_nets.py, line"),
         (["--model", "own_nets:needs"], "cannot be called without arguments: missing a required argument: 'size'. W"),
-        (["--model", "own_nets:needs(3)"], "name a function that passes them"),
+        (["--model", "own_nets:needs(3)"], "give a function that passes them"),
         (["--model", "own_nets.py"], "own_nets.py:NAME"),
         (["--model", "own_nets:number"], "returned int"),
         (["--model", "own_nets:word"], "is str, neither"),
@@ -366,7 +366,7 @@ RANDOM = ("--model", "squeezenet1_1", "--weights", "none", "--size", "48")
         ([*RANDOM, "--residual", "drop"], "--residual"),
         ([*RANDOM, "--gain-limit", "0.5"], "--gain-limit"),
         ([*RANDOM, "--gain-limit", "nan"], "--gain-limit"),
-        ([*RANDOM, "--gain-limit", "2", "--residual", "sink"], "no meaning"),
+        ([*RANDOM, "--gain-limit", "2", "--residual", "sink"], "no effect"),
         ([*RANDOM, "--device", "gpu"], "--device gpu cannot be used"),
         ([*RANDOM, "--classes", "gone.txt"], "cannot read --classes gone.txt"),
         ([*RANDOM, "--classes", "china.png"], "not text in UTF-8"),

@@ -123,7 +123,7 @@ def test_masks_are_the_reference_unless_options_say_otherwise(folder, monkeypatc
 def test_rules_cannot_be_changed_where_there_are_none(folder, monkeypatch, capsys):
     using(monkeypatch, StubLibrary())
     assert main(["explain-text", TEXT, "--model", "net", "--reference", "[MASK]", "--gain-limit", "3"]) == 2
-    assert "--gain-limit belongs to the rules of a composite" in capsys.readouterr().err
+    assert "--gain-limit applies to the rules of a composite" in capsys.readouterr().err
 
 
 def test_sites_are_listed_with_shapes(folder, monkeypatch, capsys):
@@ -142,7 +142,7 @@ def test_lines_of_stdin_are_texts_and_one_that_fails_does_not_stop_the_others(fo
     out, err = capsys.readouterr()
     assert out.count("predicted class") == 2
     assert "1 failed" in err
-    assert "has 32 tokens, and the model takes 16" in err
+    assert "has 32 tokens, but the model accepts at most 16" in err
 
 
 @pytest.mark.parametrize(

@@ -142,10 +142,10 @@ def test_the_class_alone_has_a_node_for_each_class(here):
         ),
         (
             ["--layers", "input", "output", "--reference", "blur", "--residual", "sink"],
-            "the slopes to a reference absorb",
+            "slopes to a reference absorb",
         ),
         (["--layers", "input", "output", "--target", "1", "--minus", "1"], "--minus 1: this is the explained class"),
-        (["--layers", "input", "output", "--patches", "17"], "--patches 17 is more than the 16×16 pixels"),
+        (["--layers", "input", "output", "--patches", "17"], "--patches 17 exceeds the 16×16 pixels"),
         ([], "--layers"),
     ],
 )

@@ -150,7 +150,10 @@ def test_the_mean_flow_is_plotted(capsys, tmp_path):
         (["flow", "--from", "swept", "--layers", "output", "features.12", "--classes", "names.txt"], "has 10 outputs"),
         (["flow", "--layers", "output"], "required: IMAGE, --model"),
         (["flow", "--from", "swept", "a.png", "--layers", "output"], "takes no IMAGE"),
-        (["flow", "--from", "swept", "--layers", "output", "features.12", "--minus", "3"], "the other one by --target"),
+        (
+            ["flow", "--from", "swept", "--layers", "output", "features.12", "--minus", "3"],
+            "the other one with --target",
+        ),
         (["flow", "--from", "swept", "--layers", "output", "features.7"], "no Joint('output', 'features.7')"),
         (["flow", "--from", "swept", "--layers", "output", "input"], "nrm-plugin sweep --joint --layers output input"),
     ],

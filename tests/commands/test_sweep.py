@@ -134,7 +134,7 @@ def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, caps
     with monkeypatch.context() as patch:
         stop_at(patch, 9)
         assert run() == 130
-    assert "The same command continues" in capsys.readouterr().err
+    assert "Run the same command to continue" in capsys.readouterr().err
     assert Sweep.open("swept").manifest.state == "interrupted"
     assert Path("swept/samples.csv").exists()
     assert run() == 0
@@ -187,7 +187,7 @@ def test_a_stopped_sweep_continues_with_another_batch_size(sizes, photos, monkey
         ({"data": ""}, "the name of the folder or data set is empty"),
         ({"data": "nets.py:missing"}, "has no 'missing'"),
         ({"data": "nets.py:broken"}, "no such disk"),
-        ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no meaning"),
+        ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no effect"),
     ],
 )
 def test_options_that_do_not_fit_exit_with_2(given, says, photos, capsys):

@@ -31,7 +31,7 @@ FILES: dict[str, tuple[Callable[[str], object], str]] = {
     "gone.pth": (lambda path: None, "the file gone.pth does not exist"),
     "folder": (os.mkdir, "folder is a folder"),
     "model.pth": (_pickled, "torch.save(model.state_dict(), FILE)"),
-    "text.pth": (lambda path: Path(path).write_text("text"), "neither torch.save nor safetensors wrote it"),
+    "text.pth": (lambda path: Path(path).write_text("text"), "written by neither torch.save nor safetensors"),
     "export.pt2": (lambda path: zipfile.ZipFile(path, "w").writestr("net/archive_format", "pt2"), "torch.export"),
     "cut.pth": (lambda path: Path(path).write_bytes(b"PK\x03\x04" + bytes(99)), "cut off or damaged"),
     "int.pth": (lambda path: torch.save({k: v.to(torch.int8) for k, v in squeezenet1_1().state_dict().items()}, path),

@@ -137,7 +137,7 @@ def test_invalid_arguments_raise(tmp_path):
 
     net, x = net_and_images(2)
     metric = MeanConditionals((2, 3), "conv", "stem")
-    with pytest.raises(InputError, match=r"created for groups \(2, 3\), and the layers have \(3, 3\)"):
+    with pytest.raises(InputError, match=r"created for groups \(2, 3\), but the layers have \(3, 3\)"):
         metric.update(RelevanceMeasure(net, x, 1))
     assert int(metric.samples) == 0
     with pytest.raises(InputError, match="needs off and weight"):

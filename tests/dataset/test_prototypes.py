@@ -136,7 +136,7 @@ def test_the_figure_has_a_row_for_each_prototype(blobs):
         assert len(prototypes_figure(prototypes, pictures=images, k=2).axes) == 9
     with pytest.raises(InputError, match="lacks sample"):
         prototypes_figure(prototypes, images, 3)
-    with pytest.raises(InputError, match="has room for"):
+    with pytest.raises(InputError, match="a figure can show"):
         prototypes_figure(prototypes, images, 17)
 
 

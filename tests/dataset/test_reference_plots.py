@@ -24,7 +24,7 @@ def test_the_figure_has_a_row_for_each_channel(net, data):
     titles = [axes.get_title() for axes in reference_figure(rows, unit="").axes]
     assert titles[0] == f"{float(references.values[0, 0]):.3g}"
     for wrong in ({}, {number: rows[0] for number in range(17)}):
-        with pytest.raises(InputError, match="has room for"):
+        with pytest.raises(InputError, match="a figure can show"):
             reference_figure(wrong)
     with pytest.raises(InputError, match="style="):
         reference_figure(rows, "blur")

@@ -71,8 +71,8 @@ KINDS = "neurons are indexed by ints, slices, lists and tuples of them, integer 
     ("backwards", lambda: at("conv")[::-1], EventError, "at('conv')[::-1]", "positive step"),
     ("slice of words", lambda: at("conv")["a":"b"], EventError, "at('conv')[a:b]", "integers"),
     ("slice of floats", lambda: at("conv")[0.0:2.0], EventError, "at('conv')[0.0:2.0]", "integers"),
-    ("two ellipses", lambda: at("conv")[..., ..., 0], EventError, "at('conv')", "at most one `...`"),
-    ("indexed twice", lambda: at("conv")[1][2], EventError, "at('conv')[1] is indexed already", "with & or |"),
+    ("two ellipses", lambda: at("conv")[..., ..., 0], EventError, "at('conv')", "only one `...`"),
+    ("indexed twice", lambda: at("conv")[1][2], EventError, "at('conv')[1] is already indexed", "with & or |"),
 )
 def test_an_invalid_index_raises(measured, case, error, words):
     with measured.raises(error, *words):

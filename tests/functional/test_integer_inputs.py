@@ -297,7 +297,7 @@ def test_ids_of_another_dtype_in_a_table_of_numbers() -> None:
     assert not mu.marginal("input")[:, 0].any()
     only = Model(lambda t, w: w[t.long()])
     compared(only, IDS.double(), TABLE[IDS], only.rest)
-    with pytest.raises(InputError, match="looked up"):
+    with pytest.raises(InputError, match="looks up"):
         NRM(only).attribute(IDS.double(), target=1)
 
 
@@ -400,5 +400,7 @@ IN_PYTHON: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", IN_PYTHON)
 def test_ids_that_are_read_as_numbers_of_python_raise_and_name_the_line(name: str) -> None:
-    with pytest.raises(InputError, match=r"Python or numpy numbers, by '\w+' .*test_ids.py.*Look up the tensor itself"):
+    with pytest.raises(
+        InputError, match=r"Python or NumPy numbers, by '\w+' .*test_integer_inputs.py.*Look up the tensor itself"
+    ):
         RelevanceMeasure(Model(IN_PYTHON[name]).eval(), IDS, 1)

@@ -579,7 +579,7 @@ def test_the_data_loader_class_passes_inputs_by_their_roles():
     loader = DataLoader(TensorDataset(left, right, third, factor), 2)
     relevance = DataLoaderNRM(NRM(net)).attribute(loader, (0, 0, 0, 1), target=1)
     same(relevance, NRM(net).attribute((left, right, third), 1, factor))
-    invalid = {(0, 1): "does not fit a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
+    invalid = {(0, 1): "does not match a batch of 4", (1, 1, 1, 1): "0 at least once", (0, 0, 0, 7): "0, 0, 7"}
     for roles, words in invalid.items():
         with pytest.raises(ValueError, match=words):
             DataLoaderNRM(NRM(net)).attribute(loader, roles, target=1)

@@ -88,7 +88,7 @@ def test_a_folder_without_a_head_or_a_tokenizer_says_so(folders, tmp_path):
     with pytest.raises(TextModelError, match="holds BertModel, which has no head"):
         text_model(str(tmp_path / "trunk"))
     model.save_pretrained(tmp_path / "silent")
-    with pytest.raises(TextModelError, match="silent holds no tokenizer"):
+    with pytest.raises(TextModelError, match="silent contains no tokenizer"):
         text_model(str(tmp_path / "silent"))
 
 

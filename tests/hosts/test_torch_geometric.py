@@ -51,7 +51,9 @@ def test_relevance_is_conserved_in_a_pooling_layer(name):
 def test_a_pooling_layer_with_sparse_products_raises_and_names_the_operation():
     x, edges = random_graph(12, 30)
     net = Pooled(pyg.ASAPooling(8, 0.5)).eval()
-    with pytest.raises(UnsupportedOperationError, match=r"sparse_coo_tensor.*makes a sparse tensor of computed values"):
+    with pytest.raises(
+        UnsupportedOperationError, match=r"sparse_coo_tensor.*creates a sparse tensor of computed values"
+    ):
         RelevanceMeasure(net, x.float(), 1, additional_forward_args=(edges,), batched=False)
 
 

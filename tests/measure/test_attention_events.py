@@ -298,8 +298,8 @@ def test_unknown_heads_tokens_and_layers_raise():
     model = nn.Sequential(Two(), nn.Flatten(), nn.Linear(TOKENS * FEATURES, 2)).double().eval()
     mu = RelevanceMeasure(model, draw(), 1)
     for event, message in (
-        (at("0").head(1), r"'0' holds 2 calls of attention; say which: at\('0.a'\), at\('0.b'\)"),
-        (at("2").head(0), r"'2' computes no attention that the output depends on. These layers do: at\('0.a'\)"),
+        (at("0").head(1), r"'0' has 2 attention calls; choose one of: at\('0.a'\), at\('0.b'\)"),
+        (at("2").head(0), r"'2' computes no attention on which the output depends. These layers do: at\('0.a'\)"),
         (at("0.a").head(HEADS), "no head 3; the attention has 3 heads, 0 to 2"),
         (at("0.a").head(-HEADS - 1), "no head -4"),
         (at("0.a").head([0, 7]), r"no head \[0, 7\]"),
@@ -318,11 +318,11 @@ def test_unknown_heads_tokens_and_layers_raise():
 
 def test_heads_need_a_layer_and_are_given_once():
     for make, message in (
-        (lambda: at("a", side="input").head(0), "names neurons of one tap"),
-        (lambda: at("a")[2].head(0), "names neurons of one tap"),
-        (lambda: at("a", item=1).token(0), "names neurons of one tap"),
-        (lambda: at("a").head(0).head(1), "is restricted already"),
-        (lambda: at("a").token(0).pair(1, 2), "is restricted already"),
+        (lambda: at("a", side="input").head(0), "refers to neurons of one tap"),
+        (lambda: at("a")[2].head(0), "refers to neurons of one tap"),
+        (lambda: at("a", item=1).token(0), "refers to neurons of one tap"),
+        (lambda: at("a").head(0).head(1), "is already restricted"),
+        (lambda: at("a").token(0).pair(1, 2), "is already restricted"),
         (lambda: at("a").head((0, 1)), "give an int, a slice, a list or one mask"),
         (lambda: at("a").head(torch.ones(2, 2, dtype=torch.bool)), r"mask of 4 in \(2, 2\)\): give an int"),
         (lambda: at("a").head(...), "give an int, a slice, a list or one mask"),
@@ -335,7 +335,7 @@ def test_heads_need_a_layer_and_are_given_once():
     assert event == at("a", call=1).pair(3, slice(0, 2)).head(2)
     assert len({event, at("a", call=1).head(2).pair(3, slice(0, 2))}) == 1
     mu = RelevanceMeasure(net(), draw(), 1)
-    with pytest.raises(EventError, match=r"at\('attn'\).head\(1\) is an event; a layer is needed here"):
+    with pytest.raises(EventError, match=r"at\('attn'\).head\(1\) is an event, but a layer is needed here"):
         mu.marginal(at("attn").head(1))
     assert "pass through the attention of 'attn' in head 1 from query token 2 to key token 0" in mu.explain(
         at("attn").head(1).pair(2, 0)

@@ -179,7 +179,7 @@ def test_names_may_be_in_any_order_and_samples_are_separate(mu):
 
 
 def test_arguments_that_do_not_fit_raise(mu):
-    with pytest.raises(FlowError, match="the measure has 2: say which by sample="):
+    with pytest.raises(FlowError, match="the measure has 2: pass sample="):
         mu.flow(["2", "0"])
     with pytest.raises(FlowError, match="samples 0 to 1"):
         mu.flow(["2", "0"], sample=2)

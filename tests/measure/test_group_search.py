@@ -113,7 +113,7 @@ def test_groups_of_some_inputs_apply_to_others_and_to_a_file(groups, tmp_path):
     assert again.named({"3": {1: "legs"}}) != groups
     assert other.flow(LAYERS, groups=again.named({"3": {1: "legs"}})).layers[2].labels.count("legs") == 1
     (tmp_path / "groups.safetensors").write_bytes(b"no groups")
-    with pytest.raises(InputError, match=r"is no file of Groups.save\(\)"):
+    with pytest.raises(InputError, match=r"was not written by Groups.save\(\)"):
         Groups.load(tmp_path / "groups.safetensors")
 
 
@@ -152,20 +152,20 @@ def test_bad_arguments_are_named(mu, groups):
         find_groups(mu, ["5", "3"], 0)
     with pytest.raises(InputError, match="restarts=-1 must be"):
         find_groups(mu, ["5", "3"], restarts=-1)
-    with pytest.raises(InputError, match="need at least one measure"):
+    with pytest.raises(InputError, match="needs at least one measure"):
         find_groups([], ["5", "3"])
     with pytest.raises(EventError, match="is not below"):
         find_groups(mu, ["3", "5"])
-    with pytest.raises(InputError, match="there are no groups of '7'; there are of output, 5"):
+    with pytest.raises(InputError, match="there are no groups for '7', only for output, 5"):
         groups.over(mu, "7")
     with pytest.raises(InputError, match="name groups"):
         groups.named({"5": {9: "legs"}})
     with pytest.raises(InputError, match="has groups 0 to 2"):
         groups.event(mu, "5", 3)
     small = RelevanceMeasure(conv_net(), images(1)[..., :12, :12], 2)
-    with pytest.raises(InputError, match="are of 256 members, which a tap of shape"):
+    with pytest.raises(InputError, match="have 256 members, but a tap of shape"):
         small.flow(LAYERS, groups=groups)
-    with pytest.raises(FlowError, match="say which by sample="):
+    with pytest.raises(FlowError, match="pass sample="):
         mu.flow(LAYERS, over="groups")
 
 

@@ -72,7 +72,7 @@ def test_interpolation_is_bilinear_between_the_centres_of_cells():
 
 
 def test_layers_without_positions_are_errors():
-    with pytest.raises(InputError, match="has no positions"):
+    with pytest.raises(InputError, match="has no spatial positions"):
         layer_average(measure(), ["8"])
-    with pytest.raises(InputError, match="has no positions"):
+    with pytest.raises(InputError, match="has no spatial positions"):
         layers_by_resolution(RelevanceMeasure(nn.Linear(3, 2), torch.rand(2, 3), target=0))

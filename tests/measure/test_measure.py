@@ -400,7 +400,7 @@ def test_the_function_sees_the_outputs_of_a_graph_as_the_model_returns_them() ->
         ("cat", r"returned str: 'cat'. It must return a target"),
         (0.5, "returned float: 0.5"),
         (max, "returned builtin_function_or_method"),
-        (None, "must say which of its 5 entries"),
+        (None, "must select which of its 5 entries"),
         (torch.ones(6), "dtype torch.float32, but is an index"),
         (9, "target 9 of sample 0 is out of range"),
     ],

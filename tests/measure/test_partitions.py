@@ -45,10 +45,10 @@ def test_regions_patches_labels_and_classes_have_names(mu):
 def test_regions_that_do_not_fit_raise(mu):
     mask = torch.ones(6, 6, dtype=torch.bool)
     for regions, words in [
-        ({"a": mask, "b": mask}, "'b' of 'input' shares 108 neurons with one before it"),
+        ({"a": mask, "b": mask}, "'b' of 'input' shares 108 neurons with an earlier region"),
         ({"a": mask[:5]}, r"'a' of shape \(5, 6\) does not broadcast"),
         ({"a": mask.long()}, "'a' of 'input' must be a boolean tensor"),
-        ({}, "names no region"),
+        ({}, "contains no region"),
     ]:
         with pytest.raises(EventError, match=words):
             mu.flow(["input"], over={"input": regions}, sample=0)
@@ -84,7 +84,7 @@ def test_superpixels_follow_the_colours_of_an_image():
     assert segments(image[:1], 4).shape == (20, 24)
     mu = measure()
     assert mu.marginal("input", over=segments(torch.rand(1, 6, 6), 4)).ndim == 2
-    with pytest.raises(InputError, match="superpixels are of one image"):
+    with pytest.raises(InputError, match="superpixels are computed for one image"):
         segments(image[None])
 
 

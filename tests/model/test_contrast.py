@@ -81,9 +81,9 @@ CASES = {
     "float": (1, 1.5, "target is float"),
     "nothing returned": (1, lambda outputs: None, "returned None", "an int"),
     "a word returned": (1, lambda outputs: "others", "'others'"),
-    "weights and target": (1, lambda outputs: torch.ones(5), "weights of all outputs", "Leave target= out"),
+    "weights and target": (1, lambda outputs: torch.ones(5), "weights of all outputs", "Omit target="),
     "weights of another shape": (None, lambda outputs: torch.ones(4), "shape (4,)", "the output (2, 5)"),
-    "no target": (None, "rest", "target= must say"),
+    "no target": (None, "rest", "target= must select"),
     "zero weights": (None, lambda outputs: torch.zeros(5), "0 up to rounding (samples 0, 1)"),
 }
 
@@ -104,7 +104,7 @@ def test_equal_outputs_raise():
     layer = nn.Linear(3, 2)
     with torch.no_grad():
         layer.weight[1], layer.bias[1] = layer.weight[0], layer.bias[0]
-    with pytest.raises(TargetError, match=r"0 up to rounding \(samples 0, 1\).*leave it out"):
+    with pytest.raises(TargetError, match=r"0 up to rounding \(samples 0, 1\).*omit it"):
         RelevanceMeasure(layer, torch.randn(2, 3), 0, against=1)
 
 

@@ -71,7 +71,7 @@ def test_every_layer_of_the_measure_can_be_queried():
 
 def test_a_query_for_several_inputs_without_item_raises():
     mu = RelevanceMeasure(build(), (LEFT, RIGHT), 3)
-    with pytest.raises(UnknownLayerError, match=r"2 tensors: say which by item="):
+    with pytest.raises(UnknownLayerError, match=r"2 tensors: choose one by item="):
         mu.marginal("input")
 
 
@@ -137,7 +137,7 @@ def test_an_output_that_is_not_a_single_tensor_raises(pack, output, words):
 @pytest.mark.parametrize(
     ("inputs", "kwargs", "words"),
     [
-        ({"mask": MASK}, {}, r"none of the inputs is a floating point tensor.*'mask' \(int64 \(6,\)\)"),
+        ({"mask": MASK}, {}, r"none of the inputs is a floating-point tensor.*'mask' \(int64 \(6,\)\)"),
         ({}, {}, r"none of the inputs.*an empty mapping"),
         ((), {}, r"no input was given"),
         ({"left": LEFT, "right": RIGHT}, {"right": RIGHT}, r"\['right'\] are given both"),
@@ -196,17 +196,17 @@ def with_entry(x, value):
 
 @error_cases(
     ("nan", lambda x: with_entry(x, math.nan), InputError, "nan or inf", "(sample 1)", "nan_to_num"),
-    ("inf", lambda x: with_entry(x, -math.inf), InputError, "nan or inf", "(sample 1)", "Leave these samples out"),
+    ("inf", lambda x: with_entry(x, -math.inf), InputError, "nan or inf", "(sample 1)", "Remove these samples"),
     ("empty batch", lambda x: x[:0], InputError, "(0, 1, 4, 4)", "no sample to explain"),
     ("empty images", lambda x: x[:, :, :0], InputError, "(2, 1, 0, 4)", "no sample to explain"),
     ("scalar", lambda x: x.sum(), InputError, "shape ()", "no sample to explain"),
-    ("complex", lambda x: x * 1j, InputError, "complex64", "real floating point", ".float()"),
-    ("integer", lambda x: x.long(), InputError, "int64", "real floating point", ".float()", "embedding"),
-    ("bool", lambda x: x > 0, InputError, "torch.bool", "real floating point", ".float()"),
+    ("complex", lambda x: x * 1j, InputError, "complex64", "real floating-point", ".float()"),
+    ("integer", lambda x: x.long(), InputError, "int64", "real floating-point", ".float()", "embedding"),
+    ("bool", lambda x: x > 0, InputError, "torch.bool", "real floating-point", ".float()"),
     ("half", lambda x: x.half(), InputError, "float16", "the model torch.float32", "`.float()` for both"),
     ("bfloat16", lambda x: x.bfloat16(), InputError, "bfloat16", "the model torch.float32", "`.float()` for both"),
     ("double", lambda x: x.double(), InputError, "float64", "the model torch.float32", "model.double()"),
-    ("meta", lambda x: x.to("meta"), InputError, "on device meta", "holds values"),
+    ("meta", lambda x: x.to("meta"), InputError, "on device meta", "tensor with values"),
     ("sparse", lambda x: x.to_sparse(), InputError, "sparse", "dense tensor"),
     ("numpy", lambda x: x.numpy(), InputError, "ndarray", "expected a tensor of shape (N, …)"),
     ("none", lambda x: None, InputError, "NoneType", "expected a tensor of shape (N, …)"),
@@ -319,7 +319,7 @@ def test_a_scalar_output_needs_no_target_and_no_second_dimension(measured):
     torch.testing.assert_close(mu.joint("output", "lin").shape, torch.Size([2, 1, 4]))
     torch.testing.assert_close(mu.marginal("input"), expected.marginal("input"))
     assert NRM(model).attribute(measured.x, return_convergence_delta=True)[1].abs().max() < 1e-5
-    with measured.raises(TargetError, "target 0 has 1 index", "(2,)", "leave target= out", model=model):
+    with measured.raises(TargetError, "target 0 has 1 index", "(2,)", "omit target=", model=model):
         RelevanceMeasure(model, measured.x, 0)
     with measured.raises(EventError, "no channels", model=model):
         mu(at("output").channel(0))

@@ -60,8 +60,8 @@ def test_an_invalid_target_raises(measured, case, error, words):
 
 @error_cases(
     ("sum 0", [1.0, -1, 0, 0, 0], TargetError, "sums to 0 (samples 0, 1)", "against=other"),
-    ("sum 0 in one", torch.eye(5)[:2] * torch.tensor([[1.0], [0]]), TargetError, "sums to 0 (sample 1)", "by against="),
-    ("cancelled", [1.0, -1 + 1e-8, 0, 0, 0], TargetError, "sums to 0", "For a difference of outputs"),
+    ("sum 0 in one", torch.eye(5)[:2] * torch.tensor([[1.0], [0]]), TargetError, "sums to 0 (sample 1)", "as against="),
+    ("cancelled", [1.0, -1 + 1e-8, 0, 0, 0], TargetError, "sums to 0", "To explain a difference of outputs"),
     ("zero", torch.zeros(5), TargetError, "sums to 0 (samples 0, 1)"),
     ("nan", [1.0, math.nan, 0, 0, 0], TargetError, "nan or inf", "finite numbers"),
     ("inf", [1.0, math.inf, 0, 0, 0], TargetError, "nan or inf", "finite numbers"),

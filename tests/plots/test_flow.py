@@ -207,6 +207,6 @@ def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
     graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
-    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
+    with pytest.raises(FlowError, match=r"0 shows 4096 groups, but a figure can show 40\. Show fewer"):
         flow_figure(graph)
     assert len([node for node in flow_scene(graph.smaller(top=5)).nodes if node.node.kind == "group"]) == 5 + 5

@@ -61,4 +61,4 @@ def test_a_graph_without_relevance_has_no_caption():
 def test_the_key_explains_what_is_drawn():
     assert "hatched" in key_text(False, True)
     assert "hatched" not in key_text(True, False)
-    assert "Pictures" in key_text(True, False)
+    assert "Thumbnails" in key_text(True, False)

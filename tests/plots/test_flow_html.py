@@ -271,12 +271,12 @@ def test_pages_of_too_wide_layers_raise():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
     graph = RelevanceMeasure(wide, torch.randn(1, 8), 0).flow(["0", "input"], top=None)
-    with pytest.raises(FlowError, match=r"0 shows 4096 groups, and a figure has room for 40\. Show fewer"):
+    with pytest.raises(FlowError, match=r"0 shows 4096 groups, but a figure can show 40\. Show fewer"):
         sankey(graph)
     assert len(sankey(graph.smaller(top=5))) < 100_000
 
 
-def test_a_page_of_many_pictures_stays_below_three_megabytes():
+def test_a_page_of_many_thumbnails_stays_below_three_megabytes():
     rng = torch.Generator().manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 12, 5, 2), nn.ReLU(), nn.Conv2d(12, 12, 5, 2), nn.ReLU(), nn.Flatten(),
                         nn.Linear(12 * 13 * 13, 3)).eval()  # fmt: skip

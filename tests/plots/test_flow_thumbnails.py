@@ -1,4 +1,4 @@
-"""Pictures of the nodes of a flow."""
+"""Thumbnails of the nodes of a flow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots.flow_thumbnails import (
     Photo,
     crop,
-    node_pictures,
+    node_thumbnails,
     painted,
     photo_pixels,
     region_places,
@@ -49,18 +49,18 @@ def test_dots_and_grids_of_single_pixels_become_smooth():
     assert inner.std() < 0.02 * inner.mean()
 
 
-def test_all_pictures_of_a_layer_share_one_scale_and_weak_maps_are_paler():
+def test_all_thumbnails_of_a_layer_share_one_scale_and_weak_maps_are_paler():
     sharp, broad = np.zeros((100, 100)), np.full((100, 100), 1.0)
     sharp[40:60, 40:60] = 5
-    pictures = node_pictures(graph(0.5, 0.4), {"a/0": sharp, "a/1": broad})
-    assert pictures is not None
-    largest = [float(np.abs(pictures.values[key]).max()) for key in ("a/0", "a/1")]
+    thumbnails = node_thumbnails(graph(0.5, 0.4), {"a/0": sharp, "a/1": broad})
+    assert thumbnails is not None
+    largest = [float(np.abs(thumbnails.values[key]).max()) for key in ("a/0", "a/1")]
     shares = [smoothed(values / values.sum()).max() for values in (sharp, broad)]
     middle = np.median(shares)
     assert largest == pytest.approx([1.0, shares[1] / middle], rel=0.02)
 
 
-def test_pictures_are_cropped_to_the_relevance_in_the_aspect_ratio_of_the_image():
+def test_thumbnails_are_cropped_to_the_relevance_in_the_aspect_ratio_of_the_image():
     weights = np.zeros((100, 200))
     weights[20:40, 50:60] = 1
     top, left, bottom, right = crop(weights)
@@ -76,9 +76,9 @@ def test_positive_is_red_and_negative_is_blue_over_the_photograph(palette):
     values = np.zeros((80, 80))
     values[:, :20], values[:, 60:] = 1, -1
     photo = Photo(torch.full((3, 80, 80), 0.5))
-    pictures = node_pictures(graph(0.5), {"a/0": values}, photo)
-    assert pictures is not None
-    pixels = painted(pictures, "a/0", palette) / 255
+    thumbnails = node_thumbnails(graph(0.5), {"a/0": values}, photo)
+    assert thumbnails is not None
+    pixels = painted(thumbnails, "a/0", palette) / 255
     height, width = pixels.shape[:2]
     for place, color in ((2, palette.positive), (width - 3, palette.negative)):
         np.testing.assert_allclose(pixels[height // 2, place], to_rgb(color), atol=0.2)
@@ -87,10 +87,10 @@ def test_positive_is_red_and_negative_is_blue_over_the_photograph(palette):
     assert abs(grey - to_rgb(palette.paper)).max() < 0.5
 
 
-def test_dark_pictures_do_not_glare():
-    pictures = node_pictures(graph(0.5), {"a/0": np.eye(80)}, Photo(torch.ones(3, 80, 80)))
-    assert pictures is not None
-    assert painted(pictures, "a/0", DARK).mean() < 130
+def test_dark_thumbnails_do_not_glare():
+    thumbnails = node_thumbnails(graph(0.5), {"a/0": np.eye(80)}, Photo(torch.ones(3, 80, 80)))
+    assert thumbnails is not None
+    assert painted(thumbnails, "a/0", DARK).mean() < 130
 
 
 def test_what_the_model_did_not_see_is_dimmed_outside_of_a_frame():
@@ -111,11 +111,11 @@ def test_regions_are_outlined_and_placed_in_the_file():
     x, y = region_places(photo)["a/0"]
     assert 0.25 + 0.5 * 0.8 < x < 0.75
     assert 0 < y < 0.2
-    pictures = node_pictures(graph(0.5), {"a/0": mask.astype(float)}, photo)
-    assert pictures is not None
-    assert 0 < pictures.edges["a/0"].sum() < 0.2 * pictures.edges["a/0"].size
+    thumbnails = node_thumbnails(graph(0.5), {"a/0": mask.astype(float)}, photo)
+    assert thumbnails is not None
+    assert 0 < thumbnails.edges["a/0"].sum() < 0.2 * thumbnails.edges["a/0"].size
 
 
-def test_maps_without_two_dimensions_have_no_pictures():
-    assert node_pictures(graph(0.5), {}) is None
-    assert node_pictures(graph(0.5), {"a/0": np.ones((1, 24))}) is None
+def test_maps_without_two_dimensions_have_no_thumbnails():
+    assert node_thumbnails(graph(0.5), {}) is None
+    assert node_thumbnails(graph(0.5), {"a/0": np.ones((1, 24))}) is None

@@ -178,7 +178,7 @@ def test_invalid_arguments_raise():
     for tokens, values, options, message in (
         ("text", [0.1], {}, "tokens must be a list of strings"),
         ([1, 2], [0.1, 0.2], {}, "tokens must be a list of strings"),
-        (["a", "b"], [0.1], {}, r"shape \(1,\), and there are 2 tokens"),
+        (["a", "b"], [0.1], {}, r"shape \(1,\), but there are 2 tokens"),
         (["a"], torch.zeros(1, 1, 1), {}, "of one sample"),
         ([], [], {}, "there are 0 tokens"),
         (["a"], [float("nan")], {}, "nan or inf"),

@@ -285,7 +285,7 @@ def test_a_decoder_to_an_earlier_layer_raises(traced):
     net, _, ids = traced
     sites = ("blocks.1.mlp", "blocks.0.mlp")
     crosscoder = Crosscoder(transcoders(net), {sites: torch.zeros(16, 8)})
-    with pytest.raises(InputError, match="which the model calls first"):
+    with pytest.raises(InputError, match="which the model calls earlier"):
         with_features(net, crosscoder)(ids)
 
 
@@ -388,14 +388,14 @@ def test_invalid_arguments_raise(traced):
     one = random_dictionary(8, 16, 0)
     with pytest.raises(UnknownLayerError, match=r"no layer named 'blocks\.7'"):
         with_features(net, {"blocks.7": one})
-    with pytest.raises(InputError, match="holds another layer with features"):
+    with pytest.raises(InputError, match="contains another layer with features"):
         with_features(net, {"blocks.0": one, "blocks.0.mlp": one})
     with pytest.raises(InputError, match="errors='drop' is unknown"):
         with_features(net, {"blocks.0": one}, errors="drop")
-    with pytest.raises(InputError, match=r"'head' returns \(2, 6, 11\), and its dictionary is of 8"):
+    with pytest.raises(InputError, match=r"'head' returns \(2, 6, 11\), but its dictionary is for 8"):
         with_features(net, {"head": one})(ids)
     narrow = with_features(net, {"blocks.0.mlp": Dictionary(torch.zeros(5, 3), torch.zeros(3, 8), reads="input")})
-    with pytest.raises(InputError, match=r"reads \(2, 6, 8\), and its dictionary is of 5 neurons"):
+    with pytest.raises(InputError, match=r"reads \(2, 6, 8\), but its dictionary is for 5 neurons"):
         narrow(ids)
     with pytest.raises(InputError, match="no features at 'head'"):
         feature_groups(model, "head")

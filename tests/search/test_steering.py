@@ -112,12 +112,12 @@ def test_invalid_arguments_raise(net):
     for arguments, error, message in [
         ((net, "9", one), UnknownLayerError, "no layer named '9' to steer"),
         ((net, "1", one, 1.0, "drop"), InputError, "mode='drop' is unknown"),
-        ((net, "1", one / 0), InputError, "finite tensor"),
+        ((net, "1", one / 0), InputError, "finite floating-point tensor"),
         ((net, "1", one * 0, 1.0, "remove"), InputError, "no direction to remove"),
     ]:
         with pytest.raises(error, match=message), steered(*arguments):
             pass
-    with pytest.raises(InputError, match="the vector is of 3 channels"), steered(net, "1", one[:3]):
+    with pytest.raises(InputError, match="the vector has 3 channels"), steered(net, "1", one[:3]):
         net(X)
     with pytest.raises(InputError, match="does not broadcast"), steered(net, "1", torch.ones(2, 4).double()):
         net(X)

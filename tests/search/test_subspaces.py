@@ -271,17 +271,17 @@ def test_invalid_arguments_raise():
         Subspaces(torch.ones(4, 2), (2,))
     with pytest.raises(InputError, match="add up"):
         Subspaces(torch.eye(4), (1, 2))
-    with pytest.raises(InputError, match="together at most 4"):
+    with pytest.raises(InputError, match="at most 4 in total"):
         prca(values, values, 5)
-    with pytest.raises(InputError, match="same neurons"):
+    with pytest.raises(InputError, match="must have the same shape"):
         drsa(values, values[:, :3], [1])
-    with pytest.raises(InputError, match="of 4 channels, and the layer has 2 in dimension 2"):
+    with pytest.raises(InputError, match="4 channels, but the layer has 2 in dimension 2"):
         Subspaces(torch.eye(4), (4,), dim=2).parts(values)
     net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU()))
     eye = Subspaces(torch.eye(4), (4,))
     with pytest.raises(UnknownLayerError, match="no layer named '2'"):
         with_subspaces(net, {"2": eye})
-    with pytest.raises(InputError, match="holds another layer"):
+    with pytest.raises(InputError, match="contains another layer"):
         with_subspaces(net, {"1": eye, "1.0": eye})
 
 

@@ -23,13 +23,14 @@ class NRMAttributor(Attributor):
 
     Args:
         model: The network, in evaluation mode.
-        composite: A Zennit composite; None for the default of this package.
+        composite: A Zennit composite, or None for the default of this package.
         attr_output: The start of the measure, as in Zennit: a tensor in the shape of the output, or a function of the
-            output; by default the output itself.
+            output. The default is the output itself.
         residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        baseline_fn: Function from the input to a baseline, as in Zennit's ``IntegratedGradients``; the measure is then
-            that of the difference of the outputs, see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`. Without a
-            composite, every operation has the slope between baseline and input, and nothing is absorbed.
+        baseline_fn: Function from the input to a baseline, as in Zennit's ``IntegratedGradients``. The measure then
+            explains the difference between the outputs at the input and at the baseline; see ``reference`` of
+            :class:`~nrm_plugin.RelevanceMeasure`. Without a composite, every operation propagates by its slope between
+            baseline and input, and nothing is absorbed.
 
     Examples:
         >>> import torch
@@ -61,14 +62,14 @@ class NRMAttributor(Attributor):
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Does not register hooks, since the measure registers hooks while it runs the model."""
+        """Registers no hooks, since the measure registers its own while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Does nothing, since no hooks were registered."""
+        """Removes no hooks, since none were registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
-        """Returns the output ``(N, …)`` and the measure that starts at a function of the output.
+        """Returns the output ``(N, …)``, and the measure that starts at a function of the output.
 
         Args:
             input: Inputs ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.

@@ -1,4 +1,4 @@
-"""Common functions of the Captum classes: Captum's forms of inputs, units, and convergence deltas.
+"""Shared functions of the Captum classes: input formats, units and convergence deltas.
 
 Only this module imports Captum's private helpers, since their location depends on the version of Captum.
 """
@@ -26,7 +26,7 @@ from ..model.targets import sample_sums
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Wrappers that are removed from a model, which then runs on one device."""
+"""Wrappers that are removed from a model; the model then runs on one device."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Returns inputs as a tuple, and whether they were a tuple."""
+    """Returns the inputs as a tuple, and whether they were given as a tuple."""
     given = tuple(inputs) if isinstance(inputs, list) else inputs
     if not isinstance(given, (Tensor, tuple)):
         raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
@@ -44,13 +44,13 @@ def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], b
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
-    """Returns the values as a tuple if the inputs were a tuple, else the single value."""
+    """Returns the values as a tuple if the inputs were a tuple, and the single value otherwise."""
     return _format_output(was_tuple, values)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of ``attribute`` that select the returned values; the fields have the same meaning."""
+    """The arguments of ``attribute`` that select what is returned; the fields have the same names and meaning."""
 
     given: Event | None
     joint: Event | None
@@ -69,21 +69,21 @@ def check_device_ids(device_ids: Any) -> None:
 
 
 def check_floating(inputs: tuple[Tensor, ...]) -> None:
-    """Raises :class:`InputError` for integer inputs, such as tokens: only the selected embeddings have relevance."""
+    """Raises :class:`InputError` for integer inputs, such as token ids; only the selected embeddings have relevance."""
     if any(is_index(value) for value in inputs):
         raise InputError(
-            "an input has an integer dtype, and integers have no relevance. Attribute to its embedding, "
-            "LayerNRM(model, model.embedding).attribute(tokens, …), or pass it by additional_forward_args."
+            "an input has an integer dtype, and integers receive no relevance. Attribute to its embedding, "
+            "LayerNRM(model, model.embedding).attribute(tokens, …), or pass it in additional_forward_args."
         )
 
 
 def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """Returns Captum's baselines, which may be numbers, as the reference of a measure; None for none."""
+    """Returns Captum's baselines, which may be numbers, as the reference of a measure, or None without baselines."""
     if baselines is None:
         return None
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
     if len(given) != len(inputs):
-        raise InputError(f"baselines= has {len(given)} entries for {len(inputs)} inputs; give one for each.")
+        raise InputError(f"baselines= has {len(given)} entries for {len(inputs)} inputs; give one per input.")
     pairs = zip(given, inputs, strict=True)
     return tuple(
         torch.full_like(tensor, value) if isinstance(value, (int, float)) else value for value, tensor in pairs
@@ -91,12 +91,12 @@ def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
 
 
 def rules_for(baselines: Any, composite: Normalized, has_rules: bool) -> Normalized | None:
-    """Returns the composite; None for the secant slopes to baselines, if no composite was given."""
+    """Returns the composite, or None for secant slopes if there are baselines but no composite was given."""
     return composite if baselines is None or has_rules else None
 
 
 def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
-    """Converts relevance ``(N, …)`` to units of the explained output ``(N,)``, or of the measure.
+    """Converts relevance ``(N, …)`` to units of the explained output ``(N,)``, or leaves it in units of the measure.
 
     Raises:
         ValueError: If the unit is unknown.
@@ -107,7 +107,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
 
 
 def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
-    """Returns relevance ``(N, …)``, without the batch dimension if the inputs have none."""
+    """Returns relevance ``(N, …)`` without the batch dimension if the inputs have none."""
     return values if measure._is_batched else values.squeeze(0)
 
 
@@ -125,15 +125,15 @@ def input_relevance(
     """Returns the marginals of all inputs, in their shapes; zero for inputs on which the output does not depend.
 
     Raises:
-        InputError: If the output depends on the inputs only through rows that the model looks up.
+        InputError: If the output depends on the inputs only through lookups of embedding rows.
     """
     taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
     recorded = set(input_taps(measure))
     known = [tap for tap in taps if tap in recorded]
     if not known:
         raise InputError(
-            "the inputs have no relevance: the model converts them to integers, and looks up rows by these. Attribute "
-            f"to the rows that are looked up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
+            "the inputs have no relevance: the model converts them to integers and uses these for lookups. Attribute "
+            "to the rows that it looks up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
         )
     marginals = measure.marginal(known, given=given, joint=joint)
     pairs = zip(taps, inputs, strict=True)
@@ -141,17 +141,17 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Returns one minus mass, sink and bypass of the tensors of one layer, ``(N,)``."""
+    """Returns one minus the sum of mass, sink and bypass of the tensors of one layer, ``(N,)``."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
-    # No walk crosses two tensors of one tuple, so the walks that cross none are the complement of the union.
+    # No walk crosses two tensors of a tuple, so the walks that cross none of them are the complement of the union.
     union = functools.reduce(operator.or_, taps)
     return 1 - sum(measure(tap) for tap in taps) - measure(~union)
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Returns the attributions, in a tuple with the delta and the sink if these are not None."""
+    """Returns the attributions, in a tuple together with the delta and the sink if these are given."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

@@ -25,13 +25,14 @@ OUTPUT = "y"
 
 
 def condition_event(condition: Condition) -> Event | None:
-    """Returns the event of a condition: the walks that cross one of the given channels in every named layer.
+    """Returns the event of a condition: the walks that cross one of the given channels in each of its layers.
 
     Args:
-        condition: Layer names and their channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is ignored.
+        condition: A mapping from layer names to channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is
+            ignored.
 
     Returns:
-        The event; None if no layer is named, so that all walks satisfy the condition.
+        The event, or None if the condition contains no layer and is therefore satisfied by all walks.
 
     Raises:
         EventError: If the condition is not a mapping, or its channels are not a list of numbers.
@@ -52,7 +53,7 @@ class ConceptNRM:
     """Relevance under conditions in the format of zennit-crp's ``CondAttribution``.
 
     Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions may
-    name different layers, in any order. All conditions on the same outputs share one run of each sample.
+    refer to different layers, in any order. Conditions on the same outputs share one forward pass per sample.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
@@ -97,24 +98,25 @@ class ConceptNRM:
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every
-                condition is applied to every sample. Several outputs are weighted by their values, as in zennit-crp.
+                condition is applied to every sample. If a condition has several outputs, they are weighted by their
+                values, as in zennit-crp.
             layer: The layer of the returned relevance: a name, module or ``at(…)``.
-            additional_forward_args: Further arguments of the model.
+            additional_forward_args: Additional arguments of the model.
             conditional: Whether to divide by the mass of the condition: ``μ(j | condition)`` instead of
                 ``μ(j & condition)``.
-            unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before their sum over
-                channels; ``"measure"`` for relevance relative to the total of these outputs.
-            against: Explain the difference from another output, or from ``"rest"``, the other classes. Every condition
-                then names one output; see :class:`~nrm_plugin.RelevanceMeasure`.
-            baselines: Explain the difference of the outputs to those of these baselines, in Captum's forms; see
-                ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
+            unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before the sum over
+                channels; ``"measure"`` for relevance as a share of the explained outputs.
+            against: Another output, or ``"rest"`` for all other classes, from which the difference is explained. Every
+                condition must then contain one output; see :class:`~nrm_plugin.RelevanceMeasure`.
+            baselines: Baselines in Captum's format; if given, the difference from the outputs at these is explained;
+                see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
             Relevance ``(conditions, N, *shape)``.
 
         Raises:
             EventError: If no condition is given, a condition is invalid, or ``against`` is given and a condition does
-                not name one output.
+                not contain exactly one output.
             UnknownLayerError: If no layer has this name.
 
         Examples:
@@ -128,7 +130,7 @@ class ConceptNRM:
         events = [condition_event(condition) for condition in conditions]
         if not events:
             raise EventError(
-                "no condition was given; give a list of mappings such as [{'features.28': [3], 'y': [1]}]."
+                "no condition was given; pass a list of mappings such as [{'features.28': [3], 'y': [1]}]."
             )
         outputs = [_explained(condition) for condition in conditions]
         for number, chosen in enumerate(outputs):
@@ -162,7 +164,9 @@ def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]
     if against is None:
         return {"start": functools.partial(_start, chosen)}
     if chosen is None or len(chosen) != 1:
-        raise EventError("against= compares one output with others; every condition names it, as in {'y': [281]}.")
+        raise EventError(
+            "against= compares one output with others; every condition must contain it, as in {'y': [281]}."
+        )
     return {"target": chosen[0], "against": against}
 
 

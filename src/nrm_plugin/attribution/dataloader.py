@@ -1,4 +1,4 @@
-"""Relevance over a data loader; Captum's ``DataLoaderAttribution`` accepts ``FeatureAblation`` only."""
+"""Relevance over a data loader, since Captum's ``DataLoaderAttribution`` accepts only ``FeatureAblation``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Reduce = Literal["mean", "sum"]
 class DataLoaderNRM:
     """A wrapper that applies an attribution method of this package to the batches of a data loader.
 
-    Captum's ``DataLoaderAttribution`` requires the exact type ``FeatureAblation``, since it ablates features of the
-    whole data set. Relevance requires one pass per batch, so this is a separate class. It uses Captum's input roles.
+    Captum's ``DataLoaderAttribution`` accepts only ``FeatureAblation``, because it ablates features of the whole data
+    set. Relevance requires one pass per batch, hence this separate class. It uses Captum's input roles.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
@@ -48,8 +48,8 @@ class DataLoaderNRM:
             )
         if not attr_method.batched:
             raise InputError(
-                "the batches of a data loader consist of samples, but the method has batched=False, which takes all "
-                "inputs together as one sample. Call its attribute for each graph or sequence."
+                "the batches of a data loader consist of samples, but the method has batched=False, which treats all "
+                "inputs together as one sample. Call its attribute() for each graph or sequence."
             )
         self.attr_method = attr_method
 
@@ -65,14 +65,15 @@ class DataLoaderNRM:
         """Computes attributions of all samples, or their sum or mean over samples.
 
         Args:
-            dataloader: An iterable of batches: tensors, or tuples or lists of parts with roles.
-            input_roles: As in Captum's ``InputRole``: 0 for explained inputs, 1 for further arguments of the model, 2
-                for parts that are not passed to the model. None if all parts are explained.
-            target: As in ``attr_method.attribute``, or a function from the batch to the target; not for ``NeuronNRM``,
-                which takes a ``neuron_selector=``.
-            reduce: None concatenates the samples; ``"sum"`` and ``"mean"`` accumulate them batch by batch.
+            dataloader: An iterable of batches, which are tensors, or tuples or lists of parts with roles.
+            input_roles: As in Captum's ``InputRole``: 0 for explained inputs, 1 for additional arguments of the model,
+                2 for parts that are not passed to the model. None if all parts are explained.
+            target: As in ``attr_method.attribute``, or a function from a batch to its target. Not supported by
+                ``NeuronNRM``, which takes a ``neuron_selector=`` instead.
+            reduce: None concatenates the attributions of all samples; ``"sum"`` and ``"mean"`` accumulate them batch by
+                batch.
             show_progress: Whether to show a progress bar.
-            kwargs: Further arguments of ``attr_method.attribute``.
+            kwargs: Additional arguments of ``attr_method.attribute``.
 
         Returns:
             The result of ``attr_method.attribute`` for all samples, without the batch dimension if reduced.
@@ -114,7 +115,7 @@ class DataLoaderNRM:
 
 
 def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any, ...] | None]:
-    """Returns the explained inputs in the form of the batch, and the further arguments of the model."""
+    """Returns the explained inputs in the form of the batch, and the additional arguments of the model."""
     if isinstance(batch, Tensor):
         if roles not in (None, (0,)):
             raise ValueError(f"input_roles={roles} has {len(roles)} roles, but a batch is a single tensor.")
@@ -123,8 +124,8 @@ def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any,
     roles = (0,) * len(parts) if roles is None else tuple(int(getattr(role, "value", role)) for role in roles)
     if len(roles) != len(parts) or not set(roles) <= {0, 1, 2} or 0 not in roles:
         raise ValueError(
-            f"input_roles={roles} does not fit a batch of {len(parts)} parts: give each 0 (explained), 1 (passed to "
-            "the model) or 2 (not passed), and 0 at least once."
+            f"input_roles={roles} does not match a batch of {len(parts)} parts: give 0 (explained), 1 (passed to the "
+            "model) or 2 (not passed) for each, and 0 at least once."
         )
     explained = tuple(part for part, role in zip(parts, roles, strict=True) if role == 0)
     others = tuple(part for part, role in zip(parts, roles, strict=True) if role == 1)

@@ -61,12 +61,12 @@ class JointNRM:
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
-            target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
-            additional_forward_args: Further arguments of the model.
+            target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
+            additional_forward_args: Additional arguments of the model.
             over: ``"channel"`` or ``"neuron"``.
             unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
-            against: The output or the outputs to compare with; see :meth:`NRM.attribute`.
-            baselines: Explain the difference of the output to that of these baselines; see :meth:`NRM.attribute`.
+            against: The output or outputs to compare with; see :meth:`NRM.attribute`.
+            baselines: Baselines, from whose output the difference is explained; see :meth:`NRM.attribute`.
 
         Returns:
             Joint relevance ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.

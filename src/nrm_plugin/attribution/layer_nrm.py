@@ -1,4 +1,4 @@
-"""Relevance of the neurons of layers: the counterpart of Captum's ``LayerLRP``."""
+"""Relevance of the neurons of layers, the counterpart of Captum's ``LayerLRP``."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class LayerNRM(NRM, LayerAttribution):
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
-        layer: A module, its name or ``at(…)``, a list of layers (in one pass), or None for every layer of the
-            measure.
+        layer: A module, its name or ``at(…)``; a list of layers, which are computed in one pass; or None for every
+            layer of the measure.
         device_ids: Accepted as in Captum's layer methods, but ignored, since the model runs on one device.
         composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
 
@@ -82,27 +82,28 @@ class LayerNRM(NRM, LayerAttribution):
     ) -> Any:
         """Computes the relevance of each neuron of the layers.
 
-        The samples are the first dimension, even if they are another dimension of the layer, as in time-first or
-        windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
+        Samples are always the first dimension of the result, even for layers in which they are another dimension, such
+        as time-first or windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
-            inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integers receive no relevance, but the selected
-                embeddings do.
-            target: Output to explain, in Captum's forms; see :meth:`NRM.attribute`.
-            additional_forward_args: Further arguments of the model.
+            inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integer inputs receive no relevance, but the
+                embeddings that they select do.
+            target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
+            additional_forward_args: Additional arguments of the model.
             return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
-            attribute_to_layer_input: Whether to return the relevance of the inputs of the layers instead of outputs.
+            attribute_to_layer_input: Whether to return the relevance of the inputs of the layers instead of their
+                outputs.
             verbose: Whether to print the rule of every step.
-            against: The output or the outputs to compare with; see :meth:`NRM.attribute`.
-            given: Event on which relevance is conditioned.
-            joint: Event for joint relevance.
+            against: The output or outputs to compare with; see :meth:`NRM.attribute`.
+            given: The event on which relevance is conditioned.
+            joint: The event with which joint relevance is computed.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
-            baselines: Explain the difference of the output to that of these baselines; see :meth:`NRM.attribute`.
+            baselines: Baselines, from whose output the difference is explained; see :meth:`NRM.attribute`.
 
         Returns:
-            A tensor for a single layer (a tuple if the layer returns several), or a list for several layers; if
-            requested, in a tuple with the deltas and the sinks.
+            A tensor for a single layer (a tuple if the layer returns several tensors), or a list for several layers. If
+            deltas or sinks are requested, the result is a tuple that also contains these.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Relevance of the inputs for neurons inside the network: the counterpart of Captum's ``NeuronGradient``."""
+"""Relevance of the inputs for neurons inside the network, the counterpart of Captum's ``NeuronGradient``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .nrm import NRM
 class NeuronNRM(NRM, NeuronAttribution):
     """Normalized relevance of the inputs for neurons inside the network, as a Captum attribution method.
 
-    The measure starts at the selected neurons and takes no target.
+    The measure starts at the selected neurons, so there is no target.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
@@ -88,23 +88,24 @@ class NeuronNRM(NRM, NeuronAttribution):
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
                 ``(N, …)`` that returns one number per sample. Several neurons are weighted by their activations.
-            additional_forward_args: Further arguments of the model.
+            additional_forward_args: Additional arguments of the model.
             attribute_to_neuron_input: Whether to select among the inputs of the layer instead of its outputs.
             verbose: Whether to print the rule of every step.
-            against: A second selector, to explain the difference of the selected activations.
-            given: Event on which relevance is conditioned.
-            joint: Event for joint relevance.
-            unit: ``"output"`` if relevance, sink and bypass sum to the activation of the neurons, ``"measure"`` if
-                they sum to 1.
+            against: A second selector, to explain the difference between the activations that both select.
+            given: The event on which relevance is conditioned.
+            joint: The event with which joint relevance is computed.
+            unit: ``"output"`` for relevance that sums, with sink and bypass, to the activation of the neurons;
+                ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
-            baselines: Explain the difference of the activations to those at these baselines; see :meth:`NRM.attribute`.
+            baselines: Baselines, from whose activations the difference is explained; see :meth:`NRM.attribute`.
 
         Returns:
-            Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
+            Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
+            also contains these.
 
         Raises:
-            TargetError: If the selector does not fit the layer, or the selected activations cancel.
+            TargetError: If the selector does not match the layer, or the selected activations cancel.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

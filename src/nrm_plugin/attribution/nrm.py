@@ -1,4 +1,4 @@
-"""Relevance of the inputs: the counterpart of Captum's ``LRP``."""
+"""Relevance of the inputs, the counterpart of Captum's ``LRP``."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class NRM(GradientAttribution):
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped and runs on one device.
-        composite: A Zennit composite; None for the default of this package.
+        composite: A Zennit composite, or None for the default of this package.
         residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False`` attributions have the shape
-            of the tensors, and deltas and sinks contain one entry.
+        output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False``, attributions have the
+            shape of the inputs, and deltas and sinks have one entry.
 
     Raises:
-        InputError: If ``model`` is a function, not a module, so its layers cannot be recorded.
+        InputError: If ``model`` is a function instead of a module, so that its layers cannot be recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -129,27 +129,29 @@ class NRM(GradientAttribution):
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
-            target: Output to explain, in Captum's forms: an int or a tensor with one int for all samples, or a list or
-                tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples; None if
-                a sample has a single output.
-            additional_forward_args: Further arguments of the model: a single argument or a tuple, without relevance.
+            target: The output to explain, in Captum's format: an int or a tensor with one int for all samples, or a
+                list or tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples,
+                or None if each sample has a single output.
+            additional_forward_args: Additional arguments of the model, as a single argument or a tuple. They receive no
+                relevance.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
-                attributions, sink and bypass, which is 0 up to rounding.
+                the sum of attributions, sink and bypass, which is zero up to rounding errors.
             verbose: Whether to print the rule of every step.
-            against: Explain the difference of the target from another output, or from ``"rest"``, the other classes;
-                see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance sums to the difference,
-                which may be negative.
-            given: Event on which relevance is conditioned.
-            joint: Event for joint relevance.
-            unit: ``"output"`` if relevance, sink and bypass of a sample sum to the explained output, ``"measure"`` if
-                they sum to 1.
+            against: Another output, or ``"rest"`` for all other classes. If given, the difference between the target
+                and these is explained; see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance
+                sums to this difference, which may be negative.
+            given: The event on which relevance is conditioned.
+            joint: The event with which joint relevance is computed.
+            unit: ``"output"`` for relevance that sums, with sink and bypass, to the explained output of each sample;
+                ``"measure"`` for relevance that sums to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
-            baselines: Explain the difference of the output to that of these baselines, in Captum's forms: a tensor or
-                number for each input; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`. Without a composite,
-                nothing is absorbed.
+            baselines: Baselines in Captum's format, a tensor or number for each input. If given, the difference from
+                the output at the baselines is explained; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
+                Without a composite, nothing is absorbed.
 
         Returns:
-            Attributions in the form of the inputs; if requested, in a tuple with the delta and the sink.
+            Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
+            also contains these.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -174,7 +176,7 @@ class NRM(GradientAttribution):
         against: Any = None,
         baselines: Any = None,
     ) -> RelevanceMeasure:
-        """Returns the measure behind the attributions, for queries of sinks, joint relevance and conditional relevance.
+        """Returns the measure behind the attributions, for queries such as sinks, joint or conditional relevance.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -202,7 +204,7 @@ class NRM(GradientAttribution):
             )
 
     def attribute_future(self) -> None:
-        """Raises an error: the method is not available, as in Captum's LRP.
+        """Raises an error, since this method is not available, as in Captum's LRP.
 
         Raises:
             NotImplementedError: Always.
@@ -216,7 +218,7 @@ class NRM(GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Returns True, because relevance is a contribution and not a sensitivity.
+        """True, because relevance is a contribution and not a sensitivity.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs
@@ -225,7 +227,7 @@ class NRM(GradientAttribution):
         return True
 
     def has_convergence_delta(self) -> bool:
-        """Returns True, since sink and bypass are accounted for.
+        """Returns True, since sink and bypass account for all relevance.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).has_convergence_delta()
@@ -239,7 +241,7 @@ class NRM(GradientAttribution):
         Args:
             attributions: A tensor or tuple of tensors, ``(N, …)``.
             output: The explained output, ``(N,)``.
-            accounted: Mass of sink and bypass, in the same unit.
+            accounted: The relevance of sink and bypass, in the same unit.
 
         Examples:
             >>> method = NRM(nn.Linear(2, 2))
@@ -253,7 +255,7 @@ class NRM(GradientAttribution):
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _layer(self, layer: Any) -> Any:
-        """Translates a layer of the given model to a layer of the model without its ``DataParallel`` wrapper."""
+        """Converts a layer of the given model to the corresponding layer without the ``DataParallel`` wrapper."""
         if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:
@@ -272,7 +274,7 @@ class NRM(GradientAttribution):
     def _in_form(
         self, measure: RelevanceMeasure, output: Tensor, inputs: tuple[Tensor, ...], was_tuple: bool, request: Request
     ) -> Any:
-        """Returns the relevance of the inputs in Captum's form, with the delta and the sink if requested."""
+        """Returns the relevance of the inputs in Captum's format, with the delta and the sink if requested."""
         relevance = input_relevance(measure, inputs, request.given, request.joint)
         attributions = as_given(tuple(in_unit(part, output, request.unit) for part in relevance), was_tuple)
         taps = input_taps(measure)

@@ -1,4 +1,4 @@
-"""Explanations of a text model of transformers: which words are evidence for a class, a masked or the next token."""
+"""Explanations of text models of the transformers library: which words are evidence for a class or a token."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from .text_tasks import Task, task_of, tokenized
 from .words import Tokens, Word
 
 BEST = 5
-"""Number of predictions and of units of a layer that are kept."""
+"""Number of predictions, and of units per layer, that are kept."""
 AUTO = "auto"
-"""Mask tokens in place of the words are the reference, where the tokenizer has one and no rules are given."""
+"""The reference consists of mask tokens in place of the words, if the tokenizer has one and no rules are given."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Relevance of the words under one condition, or together with one unit of a layer.
+    """Relevance of the words given one condition, or joint with one unit of a layer.
 
     Attributes:
-        title: What the walks cross.
+        title: Description of what the walks cross.
         mass: Mass of these walks.
-        relevance: Relevance of each word, ``(words,)``, on the CPU: of all of it for a unit, of the walks for a
-            condition, where it sums to 1; None if the condition has no mass to divide by.
-        problem: The reason why it is None.
+        relevance: Relevance of each word, ``(words,)``, on the CPU: joint relevance for a unit, and conditional
+            relevance, which sums to 1, for a condition, or None if the mass of the condition is zero or nearly cancels.
+        problem: The reason why ``relevance`` is None.
     """
 
     title: str
@@ -57,24 +57,26 @@ class Row:
 
 @dataclass(frozen=True)
 class TextExplanation:
-    """The explanation of one text. ``print`` shows it in a terminal; ``plots.text_page`` returns it as HTML.
+    """The explanation of one text. ``print`` displays it in a terminal; ``plots.text_page`` converts it to HTML.
 
     Attributes:
         text: The text, with its tokens and words.
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.
         target: Name of the explained class or token.
-        against: What it is compared with; empty if nothing.
-        reference: The text or the token in place of every word from which the difference is explained; empty if none.
-        output: The explained number: an output, a difference of outputs, or its change from the reference.
+        against: The class or token that the target is compared with; empty if there is none.
+        reference: The reference text, or the token that replaces every word in the reference; empty without a
+            reference.
+        output: The explained number: an output, a difference of outputs, or the change of either from the reference.
         predictions: The most likely classes or tokens, with their probabilities.
         tokens: Relevance of each token, ``(T,)``, on the CPU.
-        words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target, and all relevance,
-            with the absorbed one, sums to 1, or to -1 if the output is negative: if the target is behind what it is
-            compared with, or further behind than with the reference.
-        decoder: Relevance of the token with which a decoder starts.
-        absorbed: Relevance that ends at constants or in rules.
-        variation: Sum of all absolute relevance at the tokens; rounding errors and cancellation grow with it.
-        layers: For each layer, its most relevant units.
+        words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target. Together with the
+            absorbed relevance, it sums to 1, or to -1 if ``output`` is negative, that is, if the target scores lower
+            than what it is compared with, or its lead is smaller than for the reference.
+        decoder: Relevance of the start token of a decoder.
+        absorbed: Relevance that is absorbed by constants or rules.
+        variation: Sum of the absolute relevance of all tokens; the larger it is, the more relevance cancels, and the
+            larger are rounding errors.
+        layers: The most relevant units of each layer.
         given: One row for each condition.
         measure: The measure, for further queries.
 
@@ -128,35 +130,36 @@ def explain_text(
     residual: Residual | None = None,
     gain_limit: float | None = None,
 ) -> TextExplanation:
-    """Explains what a text model of transformers predicts, by the words of the text.
+    """Explains the prediction of a text model of the transformers library by the words of the text.
 
-    What is explained follows from the model: the class of a text, the token behind the mask, the next token, or the
-    first token that a decoder writes.
+    The explained prediction depends on the model: the class of a text, the token behind the mask, the next token, or
+        the first token that a decoder generates.
 
     Args:
         model: A model with a head, in evaluation mode.
         tokenizer: Its tokenizer.
-        text: The text; with a mask token for a masked language model.
-        target: Name or index of the class, or the token; by default the most likely one.
-        against: What the target is compared with: ``"rest"`` for all others, weighted by their softmax, one of them, or
-            None to explain the output alone.
-        reference: Another text with the same number of tokens, or a token that replaces every word, but no special
-            token: explain the change of the prediction from there; nothing is absorbed. By default, ``"auto"``,
-            the tokenizer's mask token, if it has one, no rules are given, and both predictions can be compared, which
-            needs that they differ and that a mixture of experts takes the same path. None to explain the prediction
-            itself, by the rules of the composite.
-        position: The token whose prediction is explained, where a model predicts several.
-        layers: Layers or sites, such as ``blocks.1.attn``, of which the most relevant heads or channels are listed.
-        given: Events or names, such as ``blocks.1.attn.head.3``: the words are shown for these walks alone.
-        composite: As in :class:`~nrm_plugin.RelevanceMeasure`; like the next two, it makes None the default of
-            ``reference``.
+        text: The text. For a masked language model, it contains a mask token.
+        target: Name or index of the class, or the token; by default, the most likely one.
+        against: What the target is compared with: ``"rest"`` for all other classes or tokens, weighted by their
+            softmax; a single one of them; or None to explain the output alone.
+        reference: The reference from which the change of the prediction is explained; nothing is absorbed. It is
+            another text with the same number of tokens, or a token that replaces every token except special tokens. The
+            default, ``"auto"``, is the tokenizer's mask token, if it has one, no rules are given, and both predictions
+            can be compared: they must differ, and a mixture of experts must use the same experts for both. With None,
+            the prediction itself is explained by the rules of the composite.
+        position: Index of the token whose prediction is explained, if the model predicts several.
+        layers: Layers or sites, such as ``blocks.1.attn``, whose most relevant heads or channels are listed.
+        given: Events or names, such as ``blocks.1.attn.head.3``, for which the conditional relevance of the words is
+            computed.
+        composite: As in :class:`~nrm_plugin.RelevanceMeasure`; if this or one of the next two arguments is given, the
+            default of ``reference`` is None.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
-        InputError: If the model, the text or the position do not fit.
+        InputError: If the model, the text or the position is invalid.
         TargetError: If a class or token is unknown.
-        DifferenceError: If the reference does not fit the text.
+        DifferenceError: If the reference does not match the text.
         UnknownLayerError: If a layer is unknown.
 
     Examples:
@@ -194,7 +197,7 @@ def explain_text(
     ends = [name for name in mu.ends if mu.shape(name)[1:2] == task.text.ids.shape[1:]]
     if not ends:
         raise InputError(
-            f"{type(model).__name__} looks up no row per token, so that relevance of tokens is not defined."
+            f"{type(model).__name__} does not look up a row per token, so relevance of tokens is not defined."
         )
     words = Words(mu, ends, task)
     tokens = words.relevance()
@@ -219,7 +222,7 @@ def explain_text(
 
 
 def _name(task: Task, chosen: int, compared: int | str | None) -> str:
-    """Returns the name of what the target is compared with: of the only other class, if there are two."""
+    """Returns the name of what the target is compared with; with two classes, the name of the other one."""
     if compared is None:
         return ""
     if isinstance(compared, str) and len(task.logits) != 2:
@@ -241,10 +244,10 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
 def _of_masks(
     measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
 ) -> tuple[str | None, RelevanceMeasure]:
-    """Returns the mask and the measure of the change from a text of masks.
+    """Returns the mask token, and the measure of the change from a text of masks.
 
-    Without a mask token, if the prediction is the same there, or if the model takes another path, as by other experts,
-    the measure is of the prediction itself.
+    If there is no mask token, if the prediction is the same for the masks, or if the model runs other operations for
+    them, such as other experts, the measure explains the prediction itself.
     """
     if mask:
         with contextlib.suppress(DifferenceError, TargetError, UnsupportedOperationError):
@@ -253,7 +256,7 @@ def _of_masks(
 
 
 def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
-    """Returns the ids of the reference: another text, or one token in place of every token that is not special."""
+    """Returns the ids of the reference, which is another text, or one token in place of all but special tokens."""
     ids = task.text.ids
     alone = tokenizer.encode(reference, add_special_tokens=False)
     other, _ = tokenized(tokenizer, reference, ids.device)
@@ -266,8 +269,8 @@ def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
     else:
         raise DifferenceError(
             f"reference={brief(reference)} has {other.ids.shape[1]} tokens and the text has {ids.shape[1]}: "
-            f"{' '.join(other.tokens)} and {' '.join(task.text.tokens)}. Give a text with as many tokens, or one "
-            "token, such as the mask or unknown token, that replaces all."
+            f"{' '.join(other.tokens)} and {' '.join(task.text.tokens)}. Give a text with as many tokens, or a single "
+            "token, such as the mask or unknown token, to replace all of them."
         )
     return {"input_ids": replaced} | {key: value for key, value in task.inputs.items() if key != "input_ids"}
 
@@ -278,7 +281,7 @@ class Words:
 
     Attributes:
         mu: The measure.
-        ends: Names of the taps where walks end at the tokens.
+        ends: Names of the taps at which walks end at the tokens.
         task: The task.
     """
 
@@ -287,13 +290,13 @@ class Words:
     task: Task
 
     def relevance(self, **of: Any) -> Tensor:
-        """Returns the relevance of the tokens, ``(…, T)`` on the CPU, with the sign of evidence for the target."""
+        """Returns the relevance of the tokens, ``(…, T)`` on the CPU; positive values are evidence for the target."""
         maps = self.mu.marginal(self.ends, over="position", **of)
         summed = torch.stack(list(maps.values())).sum(0)
         return float(self.mu.sign) * summed[..., 0, :].cpu()
 
     def units(self, layer: str) -> Iterable[Row]:
-        """Yields the most relevant heads of an attention call, or channels of another layer."""
+        """Yields the most relevant heads of an attention call, or the most relevant channels of any other layer."""
         heads = head_count(self.mu._recording, layer)
         count = self.mu.shape(layer)[self.mu.channel_dim(layer)] if heads is None else heads
         kind = "channel" if heads is None else "head"

@@ -1,4 +1,4 @@
-"""What a text model of transformers predicts: one class of a text, a masked token, or the next token."""
+"""The prediction task of a text model of the transformers library: a class, a masked token, or the next token."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A text, and what the model predicts for it.
+    """A text, and the prediction of the model for it.
 
     Attributes:
-        kind: ``"class"``: the class of the text; ``"mask"``: the token at a mask; ``"next"``: the next token; or
-            ``"token"``: the class of one token.
+        kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
+            or ``"token"`` for the class of one token.
         text: The text.
-        inputs: Token ids at which the measure ends, by the argument name of the model.
-        others: Further arguments of the model.
-        position: Index of the token whose prediction is explained; None if the class of the text is explained.
-        logits: The logits of this prediction, ``(K,)``.
+        inputs: Token ids at which walks end, by argument name of the model.
+        others: Additional arguments of the model.
+        position: Index of the token whose prediction is explained, or None if the class of the text is explained.
+        logits: The logits of the prediction, ``(K,)``.
         labels: Names of the classes; empty if the classes are the tokens of the tokenizer.
         tokenizer: The tokenizer.
     """
@@ -43,12 +43,12 @@ class Task:
     tokenizer: Any
 
     def output(self, returned: Any) -> Tensor:
-        """Returns the logits of the prediction, ``(1, K)``, from what the model returned."""
+        """Returns the logits of the prediction, ``(1, K)``, from the return value of the model."""
         logits: Tensor = returned["logits"] if isinstance(returned, dict) else returned
         return logits if self.position is None else logits[:, self.position]
 
     def name(self, index: int) -> str:
-        """Returns the name of a class, or of a token as it reads."""
+        """Returns the name of a class, or the text of a token."""
         if self.labels:
             return self.labels[index]
         token = str(self.tokenizer.convert_ids_to_tokens(index))
@@ -56,14 +56,14 @@ class Task:
         return decoded if decoded.strip() and "\ufffd" not in decoded else token
 
     def index(self, wanted: Any, argument: str) -> int:
-        """Returns the class or token that the user names.
+        """Returns the index of a class or token given by the user.
 
         Args:
             wanted: A name, or an index.
             argument: The name of the argument, for messages.
 
         Raises:
-            TargetError: If there is no such class, or the word is not one token.
+            TargetError: If there is no such class, or the word is not a single token.
         """
         count = len(self.logits)
         if isinstance(wanted, str) and self.labels and wanted.strip().isdecimal() and wanted not in self.labels:
@@ -85,11 +85,11 @@ class Task:
         near = difflib.get_close_matches(wanted.casefold(), folded, n=3, cutoff=0.4) or folded[:8]
         listed = ", ".join(repr(self.labels[folded.index(name)]) for name in near)
         raise TargetError(
-            f"{argument}={wanted!r} is not a class of the model. Its classes: {listed}; or give an index."
+            f"{argument}={wanted!r} is not a class of the model. Its classes are {listed}. An index is also accepted."
         )
 
     def _token(self, wanted: str, argument: str) -> int:
-        """Returns the id of a word as the model would continue the text: after a space, if the tokenizer has one."""
+        """Returns the id of a word that continues the text: after a space, if the tokenizer encodes spaces."""
         known = self.tokenizer.get_vocab()
         for spelling in (f"Ġ{wanted}", f"▁{wanted}", wanted):
             if spelling in known and not wanted.startswith((" ", "Ġ", "▁")):
@@ -103,13 +103,13 @@ class Task:
             )
         parts = self.tokenizer.convert_ids_to_tokens(ids)
         raise TargetError(
-            f"{argument}={wanted!r} is {len(ids)} tokens, {', '.join(map(repr, parts))}, but the model predicts one "
-            f"token at a time. Give one of them, such as {argument}={parts[0]!r}, or a word of one token."
+            f"{argument}={wanted!r} consists of {len(ids)} tokens, {', '.join(map(repr, parts))}, but the model "
+            f"predicts one token at a time. Give one of them, such as {argument}={parts[0]!r}, or a word of one token."
         )
 
 
 def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -> Task:
-    """Reads a text, and finds out what the model predicts for it by running the model once.
+    """Tokenizes a text, and determines the prediction task by running the model once.
 
     Raises:
         InputError: If the model does not return logits of a class or of tokens, or the position is missing.
@@ -129,7 +129,8 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
     if logits.ndim == 2:
         if position is not None:
             raise InputError(
-                f"position={position} is for models that predict tokens; this one predicts one class per text."
+                f"position={position} applies to models that predict tokens, but this model predicts one class per "
+                "text."
             )
         return Task("class", tokens, inputs, others, None, logits[0], labels, tokenizer)
     if "decoder_input_ids" in inputs:
@@ -141,7 +142,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
         kind, place = "token", _place(position, tokens, "the class of each token")
     elif len(masks) and position is None:
         if len(masks) > 1:
-            raise InputError(f"the text has {len(masks)} masks; say which by position=, one of {masks.tolist()}.")
+            raise InputError(f"the text has {len(masks)} masks; choose one by position=, from {masks.tolist()}.")
         kind, place = "mask", int(masks[0])
     elif _looks_ahead(model, inputs, others, logits):
         mask = tokenizer.mask_token or "a mask"
@@ -153,7 +154,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
 
 
 def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, dict[str, Tensor]]:
-    """Returns a text as tokens, and the other inputs that the tokenizer makes, such as masks.
+    """Returns a text as tokens, and the other outputs of the tokenizer, such as masks.
 
     Raises:
         InputError: If the text has no tokens.
@@ -166,7 +167,9 @@ def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, 
         raise InputError(f"the text {text!r} has no tokens. Give at least one word.")
     longest = int(getattr(tokenizer, "model_max_length", MOST_TOKENS))
     if ids.shape[1] > longest:
-        raise InputError(f"the text has {ids.shape[1]} tokens, and the model takes {longest}. Shorten the text.")
+        raise InputError(
+            f"the text has {ids.shape[1]} tokens, but the model accepts at most {longest}. Shorten the text."
+        )
     listed: list[int] = ids[0].tolist()
     fast = encoded.encodings[0] if getattr(encoded, "encodings", None) else None
     names = tuple(str(token) for token in tokenizer.convert_ids_to_tokens(listed))
@@ -198,7 +201,7 @@ def _labels(config: Any, count: int) -> tuple[str, ...]:
 
 
 def _looks_ahead(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any], logits: Tensor) -> bool:
-    """Returns whether the prediction at the first token depends on the last one, as in masked language models."""
+    """Returns whether the prediction at the first token depends on the last token, as in masked language models."""
     ids = inputs["input_ids"]
     if ids.shape[1] < 2:
         return False

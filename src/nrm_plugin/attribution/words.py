@@ -1,4 +1,4 @@
-"""Tokens of a tokenizer merged to the words of the text."""
+"""Words of a text, merged from the tokens of a tokenizer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Word:
     """A word of a text, or a special token.
 
     Attributes:
-        text: The letters as in the text; the token itself if it is special.
+        text: The word as in the text; the token itself if it is special.
         tokens: Positions of its tokens.
         is_spaced: Whether a space precedes the word.
-        is_special: Whether the tokenizer added the token, or it is a mask.
+        is_special: Whether it is a token added by the tokenizer, or a mask.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text as tokens and as words.
+    """A text, as tokens and as words.
 
     Attributes:
         text: The text.
@@ -46,9 +46,10 @@ class Tokens:
     words: tuple[Word, ...]
 
     def largest(self, values: Tensor) -> float:
-        """Returns the largest absolute value ``(…, words)`` of a word, which sets the scale of colours; 1 for zeros.
+        """Returns the largest absolute value of any word, which sets the colour scale; 1 if all values are zero.
 
-        Special tokens count only if all words are zero: a class token often has most of the relevance.
+        Special tokens are considered only if the values of all words are zero, since a class token often has most of
+        the relevance.
         """
         texts = [number for number, word in enumerate(self.words) if not word.is_special]
         own = float(values[..., texts].abs().max()) if texts else 0.0
@@ -70,8 +71,8 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
         ids: The ids of the tokens.
         tokens: The tokens.
         special: Ids of special tokens.
-        encoding: The encoding of a fast tokenizer, with ``word_ids`` and ``offsets``; None for other tokenizers, whose
-            tokens say by ``##``, ``Ġ`` or ``▁`` which of them belong together.
+        encoding: The encoding of a fast tokenizer, with ``word_ids`` and ``offsets``, or None for other tokenizers,
+            which mark by ``##``, ``Ġ`` or ``▁`` which tokens form a word.
     """
     are_special = [number in special for number in ids]
     if encoding is None:

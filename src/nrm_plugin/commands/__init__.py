@@ -1,4 +1,4 @@
-"""The command ``nrm-plugin``: arguments, messages, and the files that its commands write.
+"""The command ``nrm-plugin``: its arguments, messages and output files.
 
 ``cli`` imports the module of a command only when the command is run.
 Imports: errors, events, model, kernels, composites, recording, measure, attribution, plan, plots, dataset, demo.

@@ -1,4 +1,4 @@
-"""Models built by name, before their preprocessing is chosen."""
+"""Models that were built by name, before their preprocessing is chosen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BuiltModel:
 
     Attributes:
         model: The model.
-        weights: Origin of the weights.
+        weights: Description of the origin of the weights.
         transforms: torchvision's preset of the preprocessing.
         categories: Class names; empty if unknown.
         notes: Messages to the user.
@@ -40,7 +40,7 @@ class BuiltModel:
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Context in which random weights are the same in every call; the caller's random state is unchanged."""
+    """Context in which random weights are the same in every call, without changing the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         yield

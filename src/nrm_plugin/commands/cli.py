@@ -1,4 +1,4 @@
-"""The command ``nrm-plugin``, with a table of its commands. The module of a command is imported when it is run.
+"""The command ``nrm-plugin``, with a table of its subcommands, whose modules are imported only when they run.
 
 Neither this module nor the arguments of a command import torch, so that ``--help`` and ``--version`` are fast.
 """
@@ -29,15 +29,15 @@ COMMANDS = {
     "sweep": "query every image of a folder or a data set and store the results",
     "references": "list the images of a sweep in which a channel has the most relevance",
 }
-"""One line of help for each command. The module of the same name in this package, with ``_`` for ``-``, has its
-``DESCRIPTION``, its ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
+"""One line of help for each command. The module of the same name in this package, with ``_`` for ``-``, defines
+``DESCRIPTION``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 
 EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with examples. Start with: nrm-plugin demo"
 UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line, without the usage, and adds a command's arguments when it is chosen."""
+    """A parser that reports errors in one line, without usage, and adds the arguments of the selected command."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
@@ -81,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; by default the arguments of the process.
 
     Returns:
-        The exit status: 0; 1 if some images could not be explained, or an error stopped the command; 2 if
-        the options do not allow the command to run,
-        with the reason in one line on stderr; 130 after an interrupt.
+        The exit status: 0 on success; 1 if some images could not be explained, or if an error stopped the command; 2 if
+            the options are invalid, with the reason in one line on stderr; 130 after an interrupt.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -105,12 +104,12 @@ def _status(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
         return status
-    except SystemExit as error:  # raised by the user's model or data, since the parser has finished
+    except SystemExit as error:  # raised by the user's model or data, since parsing has finished
         raise RuntimeError(f"sys.exit({error.code!r}) was called") from error
 
 
 def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bool) -> int:
-    """Prints why a command has ended; returns the exit status."""
+    """Prints the reason why a command ended, and returns the exit status."""
     if options.debug:
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):

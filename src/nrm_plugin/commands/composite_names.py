@@ -1,4 +1,4 @@
-"""Zennit's composites, by their names in Zennit's registry."""
+"""Lookup of composites by their names in Zennit's registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """Raised if no composite has the given name, or the composite requires arguments that no option sets."""
+    """Raised if no composite has the given name, or if it requires arguments for which there is no option."""
 
 
 def composite_names() -> list[str]:
@@ -50,7 +50,7 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
     missing = [item for item in needed if item not in given]
     if missing:
         raise CompositeError(
-            f"the composite {name} needs {', '.join(missing)}, which no option gives. Use it from Python: "
+            f"the composite {name} requires {', '.join(missing)}, for which there is no option. Use it from Python: "
             f"RelevanceMeasure(model, inputs, target, composite={kind.__name__}({', '.join(missing)}=…))."
         )
     composite: Composite = kind(**{item: given[item] for item in needed})
@@ -58,5 +58,5 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
 
 def _plain(kind: type[Composite]) -> type[Composite]:
-    """Returns the original of a normalized composite in the registry, since the commands normalize every composite."""
+    """Returns the composite behind a normalized one in the registry, since commands normalize every composite."""
     return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind

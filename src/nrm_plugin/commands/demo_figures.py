@@ -34,8 +34,8 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
     Args:
         model: The network.
         sample: The digit.
-        image: ``(1, 16, 16)``.
-        out: Folder.
+        image: The image of the digit, ``(1, 16, 16)``.
+        out: Folder of the figures.
         against: ``"rest"`` to compare the digit with the other digits, or ``"none"``.
     """
     mu = _measure(model, image[None], sample, against)
@@ -56,7 +56,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
 
 
 def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
-    """The predicted class has the largest output, so that the difference from the others is positive."""
+    """Returns the measure of a digit, whose difference from the others is positive, since it is predicted."""
     return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
 
 
@@ -65,7 +65,7 @@ def _explained(sample: Sample, against: str) -> str:
 
 
 def _two_lines(title: str) -> str:
-    """On one line the title of a heat map would run into the colour bar."""
+    """Breaks a title into two lines, since in one line it would overlap the colour bar."""
     return title.replace(" rather than ", "\nrather than ")
 
 
@@ -86,9 +86,9 @@ def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor,
     Args:
         rows: Relevance of each layer, ``(N,)`` per layer.
         samples: ``N`` digits.
-        images: ``(N, 1, 16, 16)``.
+        images: The images of the digits, ``(N, 1, 16, 16)``.
         composite: Name of the composite.
-        out: Folder.
+        out: Folder of the figures.
     """
 
     def values(column: str, number: int) -> list[float]:
@@ -122,8 +122,8 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, agains
     Args:
         model: The network.
         sample: The digit.
-        image: ``(1, 1, 16, 16)``.
-        out: Folder.
+        image: The image of the digit, ``(1, 1, 16, 16)``.
+        out: Folder of the figures.
         against: As in :func:`save_sample`.
     """
     mu = _measure(model, image, sample, against)

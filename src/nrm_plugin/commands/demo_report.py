@@ -42,7 +42,7 @@ def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Repor
     """Explains held-out digits and writes figures.
 
     Args:
-        kinds: ``"0"`` to ``"9"``, or ``"misread"``; a repeated kind selects further digits.
+        kinds: ``"0"`` to ``"9"``, or ``"misread"``; a repeated kind selects additional digits.
         out: An existing folder.
         against: ``"rest"`` or ``"none"``.
 
@@ -66,7 +66,7 @@ def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Repor
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Context with a single thread, since the tensors of this network are too small for several threads."""
+    """Context with a single thread, since the tensors of this network are too small to benefit from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

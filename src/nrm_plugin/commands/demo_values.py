@@ -22,7 +22,7 @@ LAYERS = (
 """Layers of the table, from the output down; layers between them pass relevance through unchanged."""
 TABLE_COMPOSITE = EpsilonPlus
 """Composite of the table and the budgets: one of Zennit's, since the default of this package absorbs no relevance.
-Other figures use the default."""
+All other figures use the default."""
 
 
 class DemoError(NRMError, ValueError):
@@ -55,7 +55,7 @@ class Row:
 
     Attributes:
         layer: Name of the tap.
-        plain: Sum of the relevance of plain Zennit, starting from 1 at the output.
+        plain: Sum of the relevance of plain Zennit, with an initial relevance of 1 at the output.
         mass: Mass that crosses the layer; ``mass + sink + bypass == 1``.
         sink: Mass that is absorbed above the layer.
         bypass: Mass that bypasses the layer.
@@ -102,7 +102,7 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 
     Args:
         model: The network.
-        images: ``(N, 1, 16, 16)``.
+        images: The images of the digits, ``(N, 1, 16, 16)``.
         target: Class to explain, one for each image.
     """
     mu = RelevanceMeasure(model, images, list(target), composite=TABLE_COMPOSITE())
@@ -117,11 +117,11 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 def plain_sums(
     model: nn.Module, images: Tensor, target: Sequence[int], composite: Composite, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Sums Zennit's relevance at each layer, ``(N,)``, starting from 1 at the target, without this package.
+    """Sums Zennit's relevance at each layer, ``(N,)``, from a relevance of 1 at the target, without this package.
 
     Args:
         model: The network.
-        images: ``(N, …)``.
+        images: Inputs, ``(N, …)``.
         target: Class to explain, one for each image.
         composite: The composite.
         layers: Names of modules, and ``"input"``.

@@ -1,4 +1,4 @@
-"""A parser of events written as text, such as ``features.28[3,7] & ~features.14[5]``. No code is evaluated.
+"""Parser for events written as text, such as ``features.28[3,7] & ~features.14[5]``. Text is never evaluated as code.
 
 - ``union``: one or more ``intersection``, separated by ``|``
 - ``intersection``: one or more ``part``, separated by ``&``
@@ -32,7 +32,7 @@ class Condition:
     """An event together with the text it was parsed from.
 
     Attributes:
-        text: The text as given.
+        text: The given text.
         event: The event.
         layers: Names of the layers of the event.
     """
@@ -46,7 +46,7 @@ def parse(text: str) -> Condition:
     """Parses an event.
 
     Args:
-        text: Names of layers with channels in brackets, joined by ``&``, ``|``, ``~`` and parentheses. Brackets list
+        text: Names of layers with channels in brackets, combined by ``&``, ``|``, ``~`` and parentheses. Brackets list
             channels, as in ``at(layer).channel([…])``.
 
     Raises:

@@ -137,7 +137,7 @@ def _columns() -> int:
 
 
 def is_colored(choice: str) -> bool:
-    """Returns whether to print colours: as asked for, else in a terminal that takes them."""
+    """Returns whether to print colours: as requested, or by default if the terminal supports them."""
     if choice != "auto":
         return choice == "always"
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

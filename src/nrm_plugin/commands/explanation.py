@@ -1,4 +1,4 @@
-"""The explanation of one image, as values of the measure. This module neither prints nor writes."""
+"""Computation of the explanation of one image. This module neither prints nor writes files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ConditionalExplanation:
         condition: The condition.
         mass: Mass of the event.
         relevance: Relevance of the inputs given the event, ``(C, H, W)``, with the sign of the mass if the class is
-            compared with others; None if the mass is zero or nearly cancels.
+            compared with others, or None if the mass is zero or nearly cancels.
         problem: The reason why the relevance is undefined.
     """
 
@@ -97,14 +97,14 @@ class Explanation:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
         against: What the class is compared with.
-        difference: The explained difference of outputs; None if the class is compared with nothing.
-        relevance: Relevance of the inputs, ``(C, S, S)``. As that of the layers and the totals, it is multiplied by the
-            sign of the difference, so that positive relevance is evidence for the class.
+        difference: The explained difference of outputs, or None if the class is not compared with others.
+        relevance: Relevance of the inputs, ``(C, S, S)``. Like the relevance of layers and the totals, it is multiplied
+            by the sign of the difference, so that positive relevance is evidence for the class.
         totals: Totals at the inputs.
         layers: The requested layers.
         given: The requested conditions.
         photo: The image for figures, with the part that the model did not see.
-        reference: Name or file of the reference image; None without one.
+        reference: Name or file of the reference image, or None without one.
         average: The mean over late layers; None if it is not requested.
     """
 
@@ -132,7 +132,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         request: The request.
 
     Raises:
-        RequestError: If the target, the layers or the conditions do not fit the model, or the model fails.
+        RequestError: If the target, the layers or the conditions do not match the model, or if the model fails.
         NRMError: If the model cannot be measured with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
@@ -187,14 +187,15 @@ def _conditional(mu: RelevanceMeasure, condition: Condition, against: Against) -
     try:
         mass = float(mu.sign * mu(condition.event))
         relevance = mu.marginal("input", given=condition.event)[0].cpu()
-        # Evidence for the class is positive, also if the difference, or the condition, is negative.
+        # Evidence for the class is positive, even if the difference or the condition is negative.
         is_against = against is not None and mass < 0
         return ConditionalExplanation(condition, mass, -relevance if is_against else relevance)
     except NullEventError:
         return ConditionalExplanation(condition, mass, None, "no relevance passes through these walks")
     except CancellationError:
         problem = (
-            f"positive and negative relevance of these walks cancel to {100 * mass:.2g} %, too little to divide by"
+            f"positive and negative relevance of these walks cancel to {100 * mass:.2g} %, which is too small to "
+            "divide by"
         )
         return ConditionalExplanation(condition, mass, None, f"{problem}. Select fewer channels")
     except NRMError as error:

@@ -1,4 +1,4 @@
-"""Files of one explanation: heat maps as PNG, numbers as safetensors with all settings, channels as CSV."""
+"""Output files of one explanation: heat maps as PNG, numbers and all settings as safetensors, channels as CSV."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""One in this number of pixels may exceed the colour scale."""
+"""At most one in this many pixels may exceed the colour scale."""
 LEAST_LOST = 0.005
-"""Relevance that does not reach the pixels, from which a title says so."""
+"""Relevance not reaching the pixels above which the title mentions it."""
 LONGEST_HEADER = 10**8
 """Largest header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")
@@ -54,7 +54,7 @@ def write(
         loaded: The model.
         request: The request.
         result: The explanation.
-        out: Folder.
+        out: Folder of the output files.
         taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
         cells: Resolution of the heat maps; see :func:`cells_of`.
 
@@ -92,7 +92,7 @@ def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
 
 
 def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
-    """Returns all settings that affect the numbers, as metadata for the file; lists and dictionaries become JSON."""
+    """Returns all settings that affect the results, as metadata for the file; lists and dictionaries become JSON."""
     about = image_settings(loaded, request, result.source.path, result.source.digest, result.target, result.against)
     about["given"] = [condition.text for condition in request.given]
     return {key: json.dumps(value) if isinstance(value, list | dict) else str(value) for key, value in about.items()}
@@ -137,7 +137,7 @@ def _is_same(path: Path, about: Mapping[str, str]) -> bool:
 
 
 def _save_tensors(numbers: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
-    # save_file creates files that only their owner can read.
+    # save_file creates files that are readable only by their owner.
     with writing(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(numbers, about))
 
@@ -181,7 +181,7 @@ def _overview(loaded: LoadedModel, result: Explanation, cells: int | str) -> Fig
 
 
 def totals_text(totals: Totals) -> str:
-    """Says in words how much relevance reaches the pixels."""
+    """Describes in words how much relevance reaches the pixels."""
     lost = ((totals.sink, "is absorbed on the way"), (totals.bypass, "bypasses them"))
     parts = [f"{percent(value)} {words}" for value, words in lost if abs(value) >= LEAST_LOST]
     reached = percent(totals.mass) if parts else "all of it" if totals.mass > 0 else "all of it, against the class,"
@@ -194,7 +194,7 @@ def cells_of(cells: int | str, size: Sequence[int], layer: Sequence[int] | None 
     Args:
         cells: The option: a number, or one of :data:`~nrm_plugin.commands.options.AUTO` and others.
         size: Size of the map in pixels.
-        layer: Size of the layer of the map; None for the input.
+        layer: Size of the layer of the map, or None for the input.
     """
     if isinstance(cells, int):
         return [cells] * len(size)

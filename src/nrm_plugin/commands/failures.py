@@ -1,4 +1,4 @@
-"""Errors of commands: one line on stderr, also with ``--quiet`` and after Ctrl-C. The module does not import torch."""
+"""Error messages of commands: one line on stderr, even with ``--quiet`` and after Ctrl-C. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from typing import TextIO
 
 FAILED, INTERRUPTED = 1, 130
-"""Exit statuses: stopped by an error other than invalid options, and interrupted."""
+"""Exit statuses after an error other than invalid options, and after an interrupt."""
 MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
 """Parts of torch's messages; torch raises a plain RuntimeError if CPU memory is exhausted."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
-"""Options with which lower values need less memory, by attribute."""
+"""Options whose lower values reduce memory usage, by attribute."""
 
 _quieted: list[TextIO] = []
 
 
 @contextlib.contextmanager
 def quiet(is_quiet: bool) -> Iterator[None]:
-    """Context without output from the command or from libraries, except on the stream of :func:`errors`."""
+    """Context that suppresses the output of the command and of libraries, except on the stream of :func:`errors`."""
     if not is_quiet:
         yield
         return
@@ -44,7 +44,7 @@ def errors() -> TextIO:
 
 
 def line(error: BaseException, options: argparse.Namespace) -> str:
-    """Returns an error in one line."""
+    """Returns the message of an error in one line."""
     from ..dataset.images import shown
     from ..errors import NRMError
 
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """Context that records interrupts, since a module interrupted during its import may raise a different error."""
+    """Context that records interrupts, since a module that is interrupted during its import may raise another error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

@@ -1,4 +1,4 @@
-"""The difference of two flows: of two classes of an image, or of one class in two images."""
+"""The difference between two flows: for two classes of an image, or for one class in two images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .photos import photo
 from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 CHANNELS = 16
-"""Number of channels of a layer, those that differ most, for which both flows are computed."""
+"""Number of channels per layer, those that differ most, for which both flows are computed."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def explain_difference(
 ) -> Printed:
     """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
 
-    Outputs alone are explained, unless requested otherwise, so that both flows are shares of the same whole; the
-    difference of a class from the others is negative where the class is behind.
+    By default, single outputs are explained without comparison, so that both flows are shares of positive totals; the
+    difference between a class and the others is negative if the class is not predicted.
     """
     if request.against is None:
         request = replace(request, against=NONE)
@@ -146,10 +146,10 @@ def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tupl
 
 
 def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: FlowOptions) -> tuple[FlowGraph, NodeMaps]:
-    """Returns the difference of two flows over the same groups, and that of their joint heat maps.
+    """Returns the difference between two flows over the same groups, and between their joint heat maps.
 
     Raises:
-        RequestError: If the layers or the patches do not fit the model.
+        RequestError: If the layers or the patches do not match the model.
     """
     layers = first.request.layers
     inputs = loaded.preprocessing(first.image.image)
@@ -186,7 +186,7 @@ def _group_names(groups: Groups) -> dict[str, Names]:
 
 
 def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:
-    """Returns a graph in which the channels of no group count as others."""
+    """Returns a graph in which channels outside of all groups are counted as others."""
     layers = []
     for layer in graph.layers:
         kind = over.get(layer.name)

@@ -1,4 +1,4 @@
-"""The options of a flow, and what the neurons of each layer are summed over."""
+"""Options of a flow, and the grouping of the neurons of its layers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .request import Request, RequestError, compared_with, explained_class
 
 INPUT = "input"
 NARROW = 5.0
-"""Width of a figure in inches below which it is drawn with more dots per inch."""
+"""Width in inches below which a figure is drawn with a higher resolution."""
 MOST_PATCHES = 16
-"""Patches of the image along each side that are grouped if scikit-image is not installed."""
+"""Number of image patches along each side that are grouped if scikit-image is not installed."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
-"""A name of a group that lists its largest channel, and the number of the others."""
+"""Pattern for names of groups that consist of the largest channel and the number of other channels."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class FlowOptions:
 
     Attributes:
         top: Maximum number of channels of a layer.
-        coverage: Fraction of the absolute mass of each layer that the shown channels must cover; None for no limit.
+        coverage: Fraction of the absolute mass of each layer that the shown channels must cover, or None for no limit.
         patches: Patches of the image along each side.
         dark: Whether figures are for a dark background.
-        width: Width of the figure in inches; None for the default.
+        width: Width of the figure in inches, or None for the default.
         kind: File type of the figure.
-        groups: Number of groups of channels of a layer, or a file of groups; None for single channels.
-        minus: Class or image file of a second flow, to subtract; None for one flow.
+        groups: Number of groups of channels of a layer, or a file of groups, or None for single channels.
+        minus: Class or image file of a second flow, to subtract, or None for one flow.
     """
 
     top: int = 8
@@ -57,7 +57,7 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Dots per inch: more for the small letters of a narrow figure."""
+        """Dots per inch, which is higher for the small letters of narrow figures."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property
@@ -68,10 +68,10 @@ class FlowOptions:
 
 @dataclass(frozen=True)
 class Division:
-    """What the neurons of the layers of a flow are summed over.
+    """The grouping of the neurons of the layers of a flow.
 
     Attributes:
-        over: By layer, groups of neurons; layers without an entry have channels.
+        over: Groups of neurons by layer; the default is channels.
         names: Names of the groups, by layer.
         groups: The groups, if they were requested.
     """
@@ -84,7 +84,7 @@ class Division:
 def division(
     loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions, image: Tensor
 ) -> Division:
-    """Returns what the neurons of the layers of a flow are summed over.
+    """Returns the grouping of the neurons of the layers of a flow.
 
     Args:
         loaded: The model.
@@ -95,13 +95,11 @@ def division(
 
     Raises:
         RequestError: If there are more patches than pixels, or the file of groups cannot be read.
-        InputError: If the file holds no groups, or groups do not fit the model.
+        InputError: If the file contains no groups, or if they do not match the model.
     """
     height, width = mu.shape(INPUT)[-2:]
     if options.patches > min(height, width):
-        raise RequestError(
-            f"--patches {options.patches} is more than the {height}×{width} pixels of the model's input."
-        )
+        raise RequestError(f"--patches {options.patches} exceeds the {height}×{width} pixels of the model's input.")
     over: dict[str, Any] = {INPUT: patches((height, width), options.patches)}
     names = _class_names(loaded, mu, request)
     if options.groups is None:
@@ -124,7 +122,7 @@ def groups_of(
 
     Raises:
         RequestError: If the file cannot be read.
-        InputError: If the file holds no groups, or they do not fit.
+        InputError: If the file contains no groups, or if they do not match.
     """
     if isinstance(wanted, Path):
         return _with_short_names(_stored(wanted))
@@ -153,7 +151,7 @@ def _members_of_the_input(image: Tensor) -> Tensor:
 
 
 def _with_short_names(groups: Groups) -> Groups:
-    """Returns groups with numbers in place of names that list channels, which would not fit below a picture."""
+    """Returns groups with numbers instead of names that list channels, which would not fit below a thumbnail."""
     short = {
         layer: {number: f"group {number + 1}" for number, name in enumerate(names) if LISTED.fullmatch(name)}
         for layer, names in zip(groups.layers, groups.names, strict=True)
@@ -162,13 +160,13 @@ def _with_short_names(groups: Groups) -> Groups:
 
 
 def patch_names(count: int) -> dict[int, str]:
-    """Returns names of ``count`` × ``count`` patches as on a map: letters count columns, numbers count rows, from 1."""
+    """Returns names of ``count`` × ``count`` patches as on a map: letters for columns, and numbers from 1 for rows."""
     letters = [chr(65 + column % 26) * (1 + column // 26) for column in range(count)]
     return {number: f"{letters[number % count]}{number // count + 1}" for number in range(count**2)}
 
 
 def _class_names(loaded: LoadedModel, mu: RelevanceMeasure, request: Request) -> dict[str, Names]:
-    """Returns the names of the classes; a fused difference of classes is one number, named by the explained class."""
+    """Returns the names of the classes; a fused difference is one number, named after the explained class."""
     count = mu.shape("output")[1:].numel()
     if count == 1 and compared_with(loaded, request, mu.outputs) is not None:
         target = explained_class(loaded, request.target, mu.outputs)

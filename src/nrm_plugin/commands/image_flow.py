@@ -1,4 +1,4 @@
-"""The flow of relevance for one image: figure, page, numbers and layer profile."""
+"""The flow of relevance for one image: a figure, a page, its numbers and the layer profile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 LEAST_PROFILE = 0.01
-"""Relevance that a layer must lose for a figure of all layers."""
+"""A figure of all layers is drawn if at least this much relevance is lost at a layer."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class ImageFlow:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
         against: What the class is compared with.
-        difference: The explained difference of outputs; None if the class is compared with nothing.
+        difference: The explained difference of outputs, or None if the class is not compared with others.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
-        pairs: Joint relevance of nodes in layers that are not neighbours.
+        pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
         groups: The groups, if they were requested.
         profile: Profile of the layers, compared with plain LRP.
@@ -87,7 +87,7 @@ def explain_flow(
         taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Raises:
-        RequestError: If the target, the layers or the patches do not fit the model, or the model fails.
+        RequestError: If the target, the layers or the patches do not match the model, or if the model fails.
         NRMError: If the model cannot be measured with these rules.
         OSError: If a file cannot be written.
     """
@@ -129,7 +129,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
 def _graph(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
 ) -> tuple[FlowGraph, Division]:
-    """Returns the flow, and what the neurons of each layer are summed over."""
+    """Returns the flow, and the grouping of the neurons of each layer."""
     try:
         divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
         graph = mu.flow(
@@ -182,11 +182,11 @@ def _write(
 
 
 def caption(flow: ImageFlow) -> str:
-    """Describes a flow, and what the model did not see of the image."""
+    """Describes a flow, and the part of the image that the model did not see."""
     return f"{flow_caption(flow.graph)} {unseen(flow.photo)}".strip()
 
 
 def _is_whole(row: ProfileRow) -> bool:
-    """Returns whether nothing is absorbed above a layer or bypasses it, in plain LRP neither."""
+    """Returns whether no relevance is absorbed above a layer or bypasses it, in the measure and in plain LRP."""
     parts = (row.sink, row.bypass, abs(row.mass) - 1, abs(row.plain or row.mass) - 1)
     return max(map(abs, parts)) < LEAST_PROFILE

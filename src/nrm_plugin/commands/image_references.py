@@ -1,4 +1,4 @@
-"""The reference image of a request: what the explained image is compared with."""
+"""The reference image with which the explained image is compared."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NAMES = {
     "black": "a black image",
     "white": "a white image",
 }
-"""The words for each reference that is no file."""
+"""Descriptions of the references that are not files."""
 BLUR = 0.05
-"""Deviation of the blur as a fraction of the side of the image."""
+"""Standard deviation of the blur, as a fraction of the side of the image."""
 
 
 class ReferenceImageError(NRMError, ValueError):
@@ -27,7 +27,7 @@ class ReferenceImageError(NRMError, ValueError):
 
 
 def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
-    """Returns the reference of a preprocessed image, in the form of the inputs.
+    """Returns the reference of a preprocessed image, in the format of the inputs.
 
     Args:
         loaded: The model.
@@ -35,7 +35,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
         name: One of :data:`NAMES`, or an image file.
 
     Raises:
-        ReferenceImageError: If the name is neither.
+        ReferenceImageError: If it is neither a known name nor an image file.
     """
     if name == "blur":
         deviation = BLUR * inputs.shape[-1]
@@ -55,5 +55,5 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
 
 
 def reference_words(name: str | None) -> str:
-    """Returns the words for a reference in a title; empty without one."""
+    """Returns the description of a reference for a title; empty without a reference."""
     return "" if name is None else f", compared with {NAMES.get(name) or shown(Path(name).name)}"

@@ -17,7 +17,7 @@ from ..plots.heatmaps import joint as draw_joint
 from ..plots.ribbons import Column, Ribbon, percent
 
 CHUNK = 12
-"""Number of events in one pass; on VGG16, each event takes as much memory as one backward pass."""
+"""Number of events per pass; for VGG16, each event needs as much memory as a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ChannelJoint:
         return [tuple(map(int, torch.unravel_index(place, self.values.shape))) for place in order]
 
     def event(self, place: Sequence[int]) -> Event:
-        """Returns the event with joint relevance ``values[place]``; a shorter place omits lower layers."""
+        """Returns the event with joint relevance ``values[place]``; a shorter index omits lower layers."""
         first, *rest = (
             at(layer).channel(channels[index])
             for layer, channels, index in zip(self.layers, self.channels, place, strict=False)
@@ -85,7 +85,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
         tuple(len(masses[layer]) for layer in order),
         torch.empty([len(top) for top in tops]),
     )
-    # One query for each combination of the upper layers returns all channels of the lowest layer.
+    # One query for each combination of channels in the upper layers returns all channels of the lowest layer.
     above = [joint.event(place) for place in itertools.product(*(range(len(top)) for top in tops[:-1]))]
     rows = [mu.marginal(order[-1], over="channel", joint=part)[:, 0, tops[-1]] for part in _chunks(above)]
     joint.values.copy_(torch.cat(rows).view_as(joint.values))

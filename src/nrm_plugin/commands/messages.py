@@ -1,4 +1,4 @@
-"""Output of the commands, in ASCII apart from names, so that every terminal can show it."""
+"""Terminal output of the commands. Apart from names, it is ASCII, so that every terminal can display it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEST = 5
 
 
 def heading(loaded: LoadedModel, request: Request) -> str:
-    """Returns a line about model, rules and device, which are the same for all images of a call."""
+    """Returns a line about the model, the rules and the device, which are the same for all images of a call."""
     model = f"{shown(loaded.name)} (weights: {loaded.weights})"
     words = reference_words(request.reference)
     if request.composite == SECANTS:
@@ -40,7 +40,7 @@ def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int
 
 
 def unseen(shown_image: Photo) -> Iterator[str]:
-    """Yields a line about what the model did not see of an image, if it did not see all of it."""
+    """Yields a line about the part of an image that the model did not see, if there is one."""
     text = photos.unseen(shown_image)
     if text:
         yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}"
@@ -106,7 +106,7 @@ def _name(loaded: LoadedModel, index: int) -> str:
 
 
 def classes(loaded: LoadedModel, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
-    """Yields the lines about the classes with the largest outputs, the explained and the compared class."""
+    """Yields lines about the classes with the largest outputs, the explained class, and the one to compare with."""
     softmax = torch.softmax(outputs.double(), 0)
     best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
     listed = list(dict.fromkeys([*best, target, *([against] if isinstance(against, int) else [])]))

@@ -1,4 +1,4 @@
-"""Models by name, ready to be explained: torchvision's models with weights, or the user's own models."""
+"""Loading of models by name: torchvision's models with weights, or the user's own models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LoadedModel:
         preprocessing: The conversion of images to inputs.
         categories: Class names; empty if unknown.
         notes: Messages to the user.
-        rules: The rules of all requests so far, by the settings of a request.
+        rules: The composites of all requests so far, by the settings of a request.
     """
 
     name: str
@@ -39,7 +39,7 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """A parameter that has the device and dtype of the model; an empty tensor if there are no parameters."""
+        """A parameter with the device and dtype of the model; an empty tensor if there are no parameters."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property
@@ -61,18 +61,18 @@ def load(
 
     Args:
         name: Name of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
-        weights: Name of torchvision weights, a file, or ``"none"``; None for torchvision's default, or for the weights
-            that the user's own factory returns.
+        weights: Name of torchvision weights, a file, or ``"none"``, or None for torchvision's default, or for the
+            weights that the user's own factory returns.
         size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
-        categories: Class names, in place of the class names of the weights.
+        categories: Class names, which replace those of the weights.
         fit: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
 
     Raises:
         ModelError: If the model does not exist, is not a classifier, or cannot be built.
         WeightsError: If the weights do not exist, cannot be downloaded, or belong to a different model.
-        PreprocessingError: If the size, mean and standard deviation do not fit any image.
+        PreprocessingError: If the size, mean and standard deviation are not valid for any image.
     """
     if ":" in name:
         built = own_model(name, weights)

@@ -1,4 +1,4 @@
-"""Common options of several commands, and types of their values. This module does not import torch."""
+"""Options shared by several commands, and the types of their values. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 CHANNELS = 7
 """Default number of channels of a layer that ``explain`` plots."""
 AUTO, PIXELS, LAYER_CELLS = "auto", "pixels", "layer"
-"""Resolutions of heat maps: :data:`MOST_CELLS` or the cells of a layer, single pixels, always the cells of a layer."""
+"""Resolutions of heat maps: :data:`MOST_CELLS` or the cells of a layer, pixels, or always the cells of a layer."""
 MOST_CELLS = 56
-"""Cells of a heat map along each side, unless requested otherwise: about what the eye resolves in a figure."""
+"""Default number of cells of a heat map along each side, about what the eye can resolve in a figure."""
 DEFAULT_RULES = "nrm_default"
 MISCLASSIFIED = "misread"
 """Name of the misclassified digits in the demo."""
@@ -165,7 +165,7 @@ def gain_limit(text: str) -> float:
 
 
 def joined(words: Sequence[str]) -> list[str]:
-    """Returns the arguments, with numbers after ``--mean`` or ``--std`` that are separated by spaces in one word."""
+    """Returns the arguments, with space-separated numbers after ``--mean`` or ``--std`` joined into one word."""
     result: list[str] = []
     for word in words:
         name, _, values = (result[-1] if result else "").partition("=")

@@ -1,4 +1,4 @@
-"""Output files of commands: file names that overwrite nothing, settings, headings that fit, figures."""
+"""Output files of commands: file names that never overwrite other results, settings, headings and figures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LETTERS = 21
 """Number of letters of a heading per heat map in a row."""
 
 _noted: set[str] = set()
-"""Letters without a font that a note has already listed."""
+"""Letters without a font that have already been reported."""
 
 
 class OutputError(NRMError, OSError):
@@ -45,7 +45,7 @@ class OutputError(NRMError, OSError):
 
 
 def check_folder(folder: Path) -> None:
-    """Creates a folder and tests writing to it, so that errors are reported before the computation.
+    """Creates a folder and tests whether it is writable, so that errors are reported before the computation.
 
     Raises:
         OSError: If the folder cannot be created or written to.
@@ -56,21 +56,21 @@ def check_folder(folder: Path) -> None:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write to {shown(folder)}: {reason}. Give another folder by --out DIR.") from error
+        raise OSError(f"cannot write to {shown(folder)}: {reason}. Give another folder with --out DIR.") from error
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
 
 
 def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[Path], bool]) -> str:
-    """Returns the first part of file names that overwrite only results of the same query.
+    """Returns a prefix for file names such that only results of the same query are overwritten.
 
     Args:
-        out: Folder.
-        stem: Preferred first part, such as the name of the image.
-        ends: The other parts of the file names, starting with the file with the settings.
+        out: Folder of the output files.
+        stem: Preferred prefix, such as the name of the image.
+        ends: The remaining parts of the file names; the first one belongs to the file with the settings.
         taken: Stems used in this call; the new stem is added.
-        is_same: Returns whether a file with settings belongs to the same query and may be replaced.
+        is_same: Function that returns whether a file with settings belongs to the same query and may be replaced.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"
@@ -104,7 +104,7 @@ def name_part(layer: str) -> str:
 def image_settings(
     loaded: LoadedModel, request: Request, path: Path, digest: str, target: int, against: Against
 ) -> dict[str, Any]:
-    """Returns all settings of image, model and rules that affect the numbers."""
+    """Returns all settings of the image, the model and the rules that affect the results."""
     return {
         "image": shown(path.name),
         "image_sha256": digest,
@@ -124,7 +124,7 @@ def image_settings(
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that affect the numbers."""
+    """Returns the versions of Python and of all packages that affect the results."""
     return {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
 
 
@@ -137,13 +137,13 @@ def class_name(loaded: LoadedModel, index: int) -> str:
 
 
 def target_title(loaded: LoadedModel, index: int) -> str:
-    """Returns the text of a class for the heading of a figure."""
+    """Returns the name of a class for the heading of a figure."""
     name = class_name(loaded, index)
     return f"“{short(name)}”" if name else f"class {index}"
 
 
 def explained_title(loaded: LoadedModel, index: int, against: Against, reference: str | None = None) -> str:
-    """Returns the text of a class, and of what it is compared with, for the heading of a figure."""
+    """Returns the heading of a figure: a class and what it is compared with."""
     target, end = target_title(loaded, index), short(reference_words(reference), 60)
     if against is None:
         return f"{target}{end}"
@@ -157,7 +157,7 @@ def weights_title(loaded: LoadedModel) -> str:
 
 
 def short(text: str, length: int = TITLE) -> str:
-    """Shortens a text for matplotlib in the middle if it is too long, and escapes dollar signs."""
+    """Shortens a text in the middle if it is too long, and escapes dollar signs for matplotlib."""
     clean = shown(text)
     half = (length - 1) // 2
     clean = clean if len(clean) <= length else f"{clean[:half]}…{clean[-half:]}"
@@ -186,7 +186,7 @@ def heading_lines(lines: Sequence[str], heat_maps: int) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Context with a temporary file that becomes the final file in one step, once it is complete.
+    """Context with a temporary file that replaces the final file atomically once it is complete.
 
     Raises:
         OutputError: If the file cannot be written; the file is left unchanged.
@@ -196,8 +196,8 @@ def writing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise OutputError(
-            f"cannot write {shown(path)}: {error.strerror or error}. Make room or allow writing there, or give another "
-            "folder by --out DIR."
+            f"cannot write {shown(path)}: {error.strerror or error}. Free some space, change the permissions, or give "
+            "another folder with --out DIR."
         ) from error
 
 
@@ -205,12 +205,12 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dark: bool = False, dpi: int = DPI) -> None:
-    """Writes a figure, and prints a note if letters become boxes because no installed font has them."""
+    """Writes a figure, and prints a note if letters are replaced by boxes because no installed font has them."""
     missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
     if missing:
         _noted.update(missing)
         print(
-            f"nrm-plugin: note: no installed font has {' '.join(sorted(missing))}: boxes replace them in figures. "
+            f"nrm-plugin: note: no installed font has {' '.join(sorted(missing))}, so figures show boxes instead. "
             "Install one, such as Noto Sans CJK; text, JSON and HTML are complete.",
             file=sys.stderr,
         )

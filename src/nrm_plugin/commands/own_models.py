@@ -1,4 +1,4 @@
-"""The user's own models and data sets: ``package.module:name`` or ``file.py:name``."""
+"""Loading of the user's own models and data sets: ``package.module:name`` or ``file.py:name``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def imported(name: str, option: str = "--model") -> Any:
 
     Args:
         name: Module or file, and the name of the object in it.
-        option: The option that gave the name, for messages.
+        option: The option with the name, for messages.
 
     Raises:
         ModelError: If the module, file or name does not exist.
@@ -45,7 +45,7 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
 
     Raises:
         ModelError: If the model does not exist, or building it failed.
-        WeightsError: If the file does not hold the weights of the model.
+        WeightsError: If the file does not contain the weights of the model.
     """
     with seeded(), _importable():
         factory = imported(name)
@@ -72,7 +72,7 @@ def _importable() -> Iterator[None]:
 
 def _module(module: str, name: str, option: str) -> Any:
     if not module.strip("."):
-        raise ModelError(f"{option} {name!r} lacks the module: write package.module:factory or file.py:factory.")
+        raise ModelError(f"{option} {name!r} has no module: write package.module:factory or file.py:factory.")
     try:
         return _module_of_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except ModelError:
@@ -89,7 +89,7 @@ def _module(module: str, name: str, option: str) -> Any:
             f"importing {module} ended by sys.exit({error.code!r}). Let a script call its main function only under "
             "if __name__ == '__main__'."
         ) from error
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # any error that the user's code raises
         raise ModelError(f"importing {module} failed: {_one_line(error)}") from error
 
 
@@ -116,7 +116,7 @@ def _attribute(module: Any, attribute: str, name: str, option: str) -> Any:
     near = difflib.get_close_matches(attribute, names, n=3, cutoff=0.5)
     hint = f" Similar names: {', '.join(near)}." if near else ""
     if "(" in attribute:
-        hint = " It is called without arguments; if it needs some, name a function that passes them."
+        hint = " It is called without arguments; if it requires any, give a function that passes them."
     raise ModelError(f"{option} {name}: {module.__name__} has no {attribute!r}.{hint}")
 
 
@@ -130,13 +130,13 @@ def _called(factory: Any, name: str) -> nn.Module:
     except TypeError as error:
         raise ModelError(
             f"{name} cannot be called without arguments: {error}. Write a function without arguments that returns the "
-            "model, and name that one."
+            "model, and pass its name."
         ) from error
     except ValueError:  # the signature cannot be read
         pass
     try:
         model = factory()
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # any error that the user's code raises
         raise ModelError(f"calling {name} without arguments failed: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module.")

@@ -1,4 +1,4 @@
-"""Commands over several images, where a failing file does not stop the others."""
+"""Commands over several images, in which a failing file does not stop the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Printed:
 
     Attributes:
         lines: Lines for stdout.
-        problems: Failures, which are listed at the end on stderr.
+        problems: Failures, which are listed on stderr at the end.
     """
 
     lines: list[str]
@@ -39,7 +39,7 @@ class Printed:
 
 
 Explain = Callable[[LoadedModel, LoadedImage, Request, Path, set[str]], Printed]
-"""A function that explains an image and writes files to a folder, under an unused name that it adds to the set."""
+"""A function that explains an image and writes files to a folder, using a new name that it adds to the set."""
 
 
 def explain_each(options: argparse.Namespace, explain: Explain) -> int:

@@ -1,4 +1,4 @@
-"""The photograph in figures, with the part that the model did not see."""
+"""Photographs for figures, including the part that the model did not see."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..plots.ribbons import percent
 from .model_loading import LoadedModel
 
 LARGEST = 640
-"""Largest side of the photograph in figures, in pixels."""
+"""Largest side of photographs in figures, in pixels."""
 LEAST = 0.01
-"""Share of an image that the model did not see, from which a note is worth while."""
+"""Share of an image that the model did not see above which a note is shown."""
 
 
 def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
@@ -36,7 +36,7 @@ def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
 
 
 def unseen(shown: Photo) -> str:
-    """Says how much of an image the model did not see; empty if it saw all of it."""
+    """Describes how much of an image the model did not see; empty if it saw all of it."""
     left, top, right, bottom = shown.seen
     share = 1 - (right - left) * (bottom - top)
     if share < LEAST:

@@ -30,7 +30,7 @@ from .resolved_options import model_of, request_of
 from .sweep_data import SAMPLES, data_of
 
 Rows = dict[int | str, list[Crop]]
-"""Cropped images of each channel."""
+"""The crops of each channel."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Listing:
     files: list[str]
 
     def file(self, sample: int) -> str | None:
-        """Returns the file name of a sample; None if unknown."""
+        """Returns the file name of a sample, or None if unknown."""
         return self.files[sample] if 0 <= sample < len(self.files) else None
 
     def entry(self, group: int | str) -> dict[str, Any]:
@@ -116,12 +116,12 @@ def _target(text: str | None, loaded: LoadedModel | None) -> int | None:
 
 
 def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> list[int | str]:
-    """Returns the requested channels, or the channels with the largest mean over their references."""
+    """Returns the requested channels, or those with the largest mean over their references."""
     if requested is None:
         order = ranked.values.nanmean(1).argsort(descending=True, stable=True)[:count].tolist()
         return [ranked.groups[row] for row in order]
     if len(requested) > MOST:
-        raise RequestError(f"--groups names {len(requested)} channels, but a figure has room for {MOST}.")
+        raise RequestError(f"--groups has {len(requested)} channels, but a figure can show at most {MOST}.")
     for group in requested:
         ranked.row(group)  # raises for an unknown channel
     return list(dict.fromkeys(requested))
@@ -148,7 +148,8 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
     query = listing.sweep.query(listing.references.name)
     if not is_of_channels(query):
         raise RequestError(
-            f"{query.name!r} is not a query of the channels of a layer, which images are cropped for; omit --model."
+            f"{query.name!r} is not a query of the channels of a layer, for which images could be cropped; omit "
+            "--model."
         )
     data = data_of(options.data, loaded)
     loaded.model.to(device)

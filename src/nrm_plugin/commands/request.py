@@ -1,4 +1,4 @@
-"""The request of a command: target, layers, conditions, rules and device; and checks against the model."""
+"""The request of a command (target, layers, conditions, rules and device), and its validation for a model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .model_loading import LoadedModel
 from .options import CHANNELS
 
 MOST_CLASSES = 2**31
-"""Indices of classes are stored in 32 bits."""
+"""Largest index of a class, since indices are stored in 32 bits."""
 SECANTS = "secants"
-"""In place of a composite: the slopes between an image and its reference."""
+"""Name used in place of a composite for secant slopes between an image and its reference."""
 NONE = "none"
-"""The output of the class alone is explained."""
+"""The output of the class alone is explained, without a comparison."""
 Against = int | str | None
 """What a class is compared with: another class, :data:`~nrm_plugin.model.contrast.REST`, or nothing."""
 INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
-"""The index of a class, as opposed to a name."""
+"""Pattern of a class index, as opposed to a class name."""
 
 
 class RequestError(NRMError, ValueError):
@@ -42,19 +42,19 @@ class RequestError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """The computation for every image.
+    """What to compute for every image.
 
     Attributes:
-        target: Index or name of the class to explain; None for the predicted class.
-        against: ``"rest"``, ``"none"``, or index or name of the class to compare with; None for ``"rest"`` if there are
-            several classes.
-        layers: Layers for which channels are listed.
+        target: Index or name of the class to explain, or None for the predicted class.
+        against: ``"rest"``, ``"none"``, or index or name of the class to compare with, or None for ``"rest"`` if there
+            are several classes.
+        layers: Layers whose channels are listed.
         given: Conditions, with one heat map each.
         composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
         residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        device: The device of the computation.
+        device: The device on which to compute.
         channels: Number of channels per layer for which heat maps are drawn.
-        reference: Name or file of the reference image; None without one.
+        reference: Name or file of the reference image, or None without one.
         averaged: Whether the heat map is the mean over late layers of two resolutions.
     """
 
@@ -96,7 +96,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
     Args:
         loaded: The model.
-        requested: Index or name of the class; None for the predicted class.
+        requested: Index or name of the class, or None for the predicted class.
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
@@ -112,7 +112,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
 
 def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Against:
-    """Returns what the explained class is compared with for one image.
+    """Returns what the explained class of one image is compared with.
 
     Args:
         loaded: The model.
@@ -147,7 +147,7 @@ def check_class_names(loaded: LoadedModel, count: int) -> None:
 
 
 def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
-    """Returns the number of outputs for one sample; None if the model rejects the sample, or is not a classifier.
+    """Returns the number of outputs for one sample, or None if the model rejects the sample, or is not a classifier.
 
     Args:
         loaded: The model.
@@ -160,7 +160,7 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
         with torch.no_grad():
             outputs = loaded.model(black if inputs is None else inputs.to(parameter))
         return int(outputs.shape[1]) if outputs.ndim == 2 else None
-    except Exception:  # whatever the model raises for such inputs; the sweep itself reports it
+    except Exception:  # any error that the model raises for such inputs is reported by the sweep itself
         return None
 
 
@@ -168,10 +168,10 @@ def target_of(requested: str, categories: Sequence[str], count: int | None, opti
     """Returns the index of a class.
 
     Args:
-        requested: An index, or a name in upper or lower case.
+        requested: An index, or a name, regardless of case.
         categories: Class names; empty if unknown.
-        count: Number of classes; None if unknown.
-        option: The option of the class, for messages.
+        count: Number of classes, or None if unknown.
+        option: The option with the class, for messages.
 
     Raises:
         RequestError: If the class is unknown; the message lists similar names.
@@ -215,7 +215,7 @@ def _similar_classes(key: str, folded: list[str], categories: Sequence[str]) -> 
 
 
 class failures_of_the_model:  # noqa: N801  (a context manager)
-    """Context that converts exceptions of the model to a :class:`RequestError` of one line."""
+    """Context that converts exceptions of the model to a one-line :class:`RequestError`."""
 
     def __init__(self, loaded: LoadedModel, inputs: Tensor) -> None:
         self._name, self._shape = loaded.name, tuple(inputs.shape)
@@ -237,8 +237,8 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
     """Returns the measure of one preprocessed image.
 
     Raises:
-        RequestError: If the target does not fit the model, the model fails, or the composite has no rule for one of its
-            layers.
+        RequestError: If the target does not match the model, if the model fails, or if the composite has no rule for
+            one of its layers.
     """
 
     def target(outputs: Tensor) -> int | None:
@@ -273,15 +273,15 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
-    """Whether there are several classes; the model is run only if their names are not known."""
+    """Returns whether there are several classes; the model is run only if their names are not known."""
     count = len(loaded.categories) or output_count(loaded, inputs) or 1
     return count > 1
 
 
 def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized | None:
-    """Returns the rules of a request: the same object for all images, so that measures can be planned.
+    """Returns the composite of a request, which is the same object for all images, so that measures can be planned.
 
-    The slopes to a reference are no rules: None.
+    For secant slopes to a reference, the result is None.
     """
     if request.composite == SECANTS:
         return None
@@ -293,7 +293,7 @@ def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized 
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:
-    """Raises :class:`RequestError` for a layer that the model does not have, with similar names."""
+    """Raises :class:`RequestError`, with similar names, if the model has no layer of a given name."""
     for name in names:
         calls = [layer for layer in mu.layers if layer.startswith(f"{name}:")]
         if name in mu.layers:

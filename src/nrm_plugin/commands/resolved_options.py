@@ -1,4 +1,4 @@
-"""Conversion of shell options to objects: the request, the loaded model, class names."""
+"""Conversion of command-line options to objects: the request, the loaded model, and class names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def request_of(options: argparse.Namespace) -> Request:
     """Returns the request of a command.
 
     Raises:
-        RequestError: If two options contradict each other.
+        RequestError: If two options are contradictory.
         CompositeError: If no composite has this name.
         ConditionError: If an event does not follow the grammar.
     """
@@ -34,7 +34,7 @@ def request_of(options: argparse.Namespace) -> Request:
     else:
         check_composite_name(composite)
     if options.gain_limit is not None and options.residual == "sink":
-        raise RequestError("--gain-limit has no meaning with --residual sink, which redistributes nothing.")
+        raise RequestError("--gain-limit has no effect with --residual sink, which redistributes nothing.")
     return Request(
         target=options.target,
         against=getattr(options, "against", None),
@@ -51,17 +51,17 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def _check_no_rules(options: argparse.Namespace) -> None:
-    """Raises :class:`RequestError` if options of rules are given without rules."""
+    """Raises :class:`RequestError` if options for rules are given without rules."""
     given = {"--gain-limit": options.gain_limit is not None, "--residual sink": options.residual == "sink"}
     for name in (name for name, is_given in given.items() if is_given):
         raise RequestError(
-            f"{name} belongs to the rules of a composite; the slopes to a reference absorb nothing. Leave it out, or "
-            "give --composite for rules on differences."
+            f"{name} applies to the rules of a composite, but slopes to a reference absorb nothing. Omit it, or pass "
+            "--composite to apply rules to differences."
         )
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """Loads the model with its weights, and prints notes about the model if ``notes``."""
+    """Loads the model with its weights, and prints notes about it if ``notes`` is set."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(
         options.model, weights, options.size, options.mean, options.std, categories, getattr(options, "fit", "crop")

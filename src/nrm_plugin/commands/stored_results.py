@@ -1,4 +1,4 @@
-"""Common functions of the commands that read a stored sweep."""
+"""Shared functions of the commands that read a stored sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .resolved_options import one_line_warnings
 
 
 def read_stored(options: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
-    """Runs a command that reads a sweep; damaged files have a different exit status than invalid options."""
+    """Runs a command that reads a sweep; the exit status distinguishes damaged files from invalid options."""
     with one_line_warnings():
         check_folder(options.out)
         try:

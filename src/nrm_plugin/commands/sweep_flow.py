@@ -1,4 +1,4 @@
-"""The mean flow of relevance over a stored sweep, or the difference between two classes: figure, page and numbers."""
+"""The mean flow of relevance over a stored sweep, or the difference between two classes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .resolved_options import class_names
 
 @dataclass(frozen=True)
 class Classes:
-    """The selection of the averaged samples of a sweep.
+    """The samples of a sweep that are averaged.
 
     Attributes:
-        target: The explained class of the samples; None for all samples.
-        minus: The class with the mean flow to subtract; None for no difference.
+        target: The explained class of the samples, or None for all samples.
+        minus: The class whose mean flow is subtracted, or None for no difference.
         categories: Class names; empty if unknown.
     """
 
@@ -58,7 +58,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     """Prints the mean flow of a sweep, writes its files, and returns the exit status.
 
     Raises:
-        RequestError: If the options contradict each other, or the class is unknown.
+        RequestError: If options are contradictory, or the class is unknown.
         FlowError: If the sweep does not contain the queries that this flow needs.
     """
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]
@@ -67,7 +67,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     if options.against is not None:
         raise RequestError("--from reads a sweep, whose classes were compared by the --against of nrm-plugin sweep.")
     if options.minus is not None and options.target is None:
-        raise RequestError("--minus compares two classes: give the other one by --target.")
+        raise RequestError("--minus compares two classes: give the other one with --target.")
     sweep = Sweep.open(options.sweep)
     classes = Classes.of(options)
     _check_names(sweep, classes.categories)

@@ -1,4 +1,4 @@
-"""A sweep from the shell: queries, progress, skipped samples, exit status."""
+"""Execution of a sweep from the command line: queries, progress, skipped samples and exit status."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sweep_data(options: argparse.Namespace) -> int:
     """Sweeps the data; returns the exit status.
 
     Raises:
-        NRMError: If the options contradict each other, the model or the stored results.
+        NRMError: If options contradict each other, the model, or the stored results.
     """
     arrow()  # raises before a model is loaded
     with one_line_warnings():
@@ -59,7 +59,7 @@ def sweep_data(options: argparse.Namespace) -> int:
             print(line(error, options), file=errors())
             return FAILED
         except KeyboardInterrupt:
-            print(f"interrupted; {shown(options.out)} is consistent. The same command continues.", file=errors())
+            print(f"interrupted; {shown(options.out)} is consistent. Run the same command to continue.", file=errors())
             return INTERRUPTED
     print(summary(stored))
     return print_skipped(stored)
@@ -79,7 +79,7 @@ def queries_of(options: argparse.Namespace) -> list[Query]:
 
 
 def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
-    """Returns the explained target; checks the names of the classes and, if they are explained, the labels of a folder.
+    """Returns the explained target; checks the class names and, if labels are explained, the labels of a folder.
 
     Raises:
         RequestError: If the number of names differs from the number of outputs, or the class does not exist.
@@ -99,7 +99,7 @@ def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Aga
     """Returns what each class is compared with.
 
     Raises:
-        RequestError: If the class does not exist, or is explained itself.
+        RequestError: If the class does not exist, or is itself the explained class.
     """
     if options.against in (None, NONE):
         return None
@@ -113,10 +113,10 @@ def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Aga
 
 
 def _first_inputs(data: Any) -> Any:
-    """Returns the inputs of the first sample of the user's data set; None for a folder of images."""
+    """Returns the inputs of the first sample of the user's data set, or None for a folder of images."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
         return None
-    with contextlib.suppress(Exception):  # whatever the user's data set raises; the sweep itself reports it
+    with contextlib.suppress(Exception):  # any error that the user's data set raises is reported by the sweep itself
         sample = data[0]
         first = sample[0] if isinstance(sample, (list, tuple)) else sample
         return torch.as_tensor(first)[None]
@@ -132,7 +132,7 @@ def _swept(
     target: Target,
     against: Against,
 ) -> Sweep:
-    """Runs the sweep; the list of sample files is written even if the sweep fails."""
+    """Runs the sweep, and writes the list of sample files even if it fails."""
     on_ray = {"concurrency": options.concurrency, "num_gpus": options.gpus} if options.engine == "ray" else None
     try:
         return sweep(

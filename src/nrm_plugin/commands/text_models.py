@@ -1,4 +1,4 @@
-"""Models of transformers with their tokenizers, from a local folder or by name."""
+"""Loading of transformers models with their tokenizers, from a local folder or by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..dataset.images import shown
 from ..errors import NRMError, extra
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
-"""Ends of the names of ``AutoModel`` classes, in the order in which they are tried if the folder names no class."""
+"""Suffixes of ``AutoModel`` classes, in the order in which they are tried if the folder does not specify a class."""
 
 
 class TextModelError(NRMError, OSError):
@@ -46,7 +46,7 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
     """Loads a model and its tokenizer.
 
     Args:
-        name: A folder with ``config.json``, weights and tokenizer, or a name of the hub.
+        name: A folder with ``config.json``, weights and tokenizer, or a model name on the Hugging Face Hub.
         device: The device.
 
     Raises:
@@ -58,7 +58,7 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
     is_local = folder.exists()
     if is_local and not (folder / "config.json").is_file():
         raise TextModelError(
-            f"{shown(name)} has no config.json, so that it is not a model that transformers has saved. Save one by "
+            f"{shown(name)} has no config.json, so it is not a model saved by transformers. Save it with "
             "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
         )
     if not is_local and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
@@ -73,22 +73,22 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
         tokenizer = _loaded(
             name, "tokenizer", lambda: library.AutoTokenizer.from_pretrained(name, local_files_only=is_local)
         )
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made of the configuration alone
-        raise TextModelError(f"{shown(name)} holds no tokenizer. Save it there: tokenizer.save_pretrained(folder).")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # built from the configuration alone
+        raise TextModelError(f"{shown(name)} contains no tokenizer. Save it there: tokenizer.save_pretrained(folder).")
     missing = sorted(info.get("missing_keys", ()))
     notes = [f"these weights are not in {shown(name)} and are random: {', '.join(missing[:5])}"] if missing else []
     return TextModel(name, model.float().to(device).eval(), tokenizer, tuple(notes))
 
 
 def _class_of(library: Any, config: Any, name: str) -> Any:
-    """Returns the class that saved the model, or the first ``AutoModel`` class that takes its configuration."""
+    """Returns the class that saved the model, or the first ``AutoModel`` class that accepts its configuration."""
     for architecture in getattr(config, "architectures", None) or ():
         kind = getattr(library, architecture, None)
         if kind is not None:
             if not any(part in architecture for part in ("For", "LMHead", "DoubleHeads")):
                 raise TextModelError(
-                    f"{shown(name)} holds {architecture}, which has no head and predicts nothing. Give a model that "
-                    "was saved with its head, such as AutoModelForSequenceClassification, fine-tuned."
+                    f"{shown(name)} holds {architecture}, which has no head and predicts nothing. Give a fine-tuned "
+                    "model that was saved with its head, such as AutoModelForSequenceClassification."
                 )
             return kind
     for end in HEADS:
@@ -114,7 +114,7 @@ def _loaded(name: str, what: str, load: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Context without progress bars and advice of transformers; missing weights are reported as notes."""
+    """Context without progress bars and advice from transformers; missing weights are reported as notes."""
     logger = logging.getLogger("transformers")
     level = logger.level
     library.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Explanations of texts for the command ``explain-text``, and the files that it writes."""
+"""Explanations of texts for the command ``explain-text``, and its output files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .text_models import TextModel
 
 @dataclass(frozen=True)
 class Texts:
-    """Explains texts by one model and request.
+    """Explains texts with one model and one request.
 
     Attributes:
         loaded: The model.
@@ -83,7 +83,7 @@ class Texts:
 
 
 def reference_of(options: argparse.Namespace) -> str | None:
-    """Returns the reference: as given, else masks, unless rules are given."""
+    """Returns the reference: as given, or masks by default, unless rules are given."""
     if options.reference is None:
         has_rules = options.composite or options.residual == "sink" or options.gain_limit is not None
         return None if has_rules else AUTO

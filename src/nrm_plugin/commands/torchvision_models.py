@@ -1,4 +1,4 @@
-"""torchvision's classifiers by name, with weights that are downloaded, read from a file, or random."""
+"""Loading of torchvision's classifiers by name, with downloaded or random weights, or weights from a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT = "DEFAULT"
 TIMEOUT = 30
 """Seconds without data after which a download fails."""
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-"""torch's environment variables that restrict files to tensors, and that lift this restriction."""
+"""Environment variables of torch that restrict files to tensors, and that lift this restriction."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 """Old parameter names in torchvision's files for DenseNet, with dots in the names of submodules."""
@@ -66,7 +66,7 @@ def check_torchvision_name(name: str) -> None:
     classifiers = list_models(module=torchvision.models)
     if name in classifiers:
         return
-    own = "A model of your own is given as package.module:factory or file.py:factory."
+    own = "Pass your own model as package.module:factory or file.py:factory."
     if name in list_models():
         raise ModelError(_not_a_classifier(name, own))
     if name.endswith(".py"):
@@ -81,7 +81,7 @@ def check_torchvision_name(name: str) -> None:
 def _not_a_classifier(name: str, own: str) -> str:
     family = get_model_builder(name).__module__.split(".")[2]
     if family == "quantization":
-        return f"{name} is quantized and has no gradients. Use the model that it was made from."
+        return f"{name} is quantized and has no gradients. Use the original model instead."
     return (
         f"{name} is a model for {TASKS.get(family, family)}, but a classifier is needed, with one output for each "
         f"class. Wrap it in a module that reduces its output to these. {own}"
@@ -112,7 +112,7 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
         with contextlib.redirect_stdout(sys.stderr), _timeout(), _without_warnings(), _weights_only():
             model: nn.Module = get_model_builder(name)(weights=weights)
             return model
-    except Exception as error:  # a file of another kind may raise anything
+    except Exception as error:  # a file of another type may raise any error
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         if (folder / file).exists():
             raise WeightsError(
@@ -126,7 +126,7 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
-    """Returns a model with the weights of a file, and with classes and preprocessing if it is a torchvision file."""
+    """Returns a model with the weights of a file, including classes and preprocessing for a torchvision file."""
     state = read_state(path)
     official = next((item for item in available if Path(urlsplit(item.url).path).name == path.name), None)
     if name.startswith("densenet"):
@@ -176,7 +176,7 @@ def _timeout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """Context in which torch.hub reads only tensors; by default it unpickles any object, even from an existing file."""
+    """Context in which torch.hub reads only tensors; by default, it unpickles any object, even from existing files."""
     before = {name: os.environ.pop(name, None) for name in FORCED}
     os.environ[FORCED[0]] = "1"
     try:

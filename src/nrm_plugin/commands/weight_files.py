@@ -1,4 +1,4 @@
-"""Weight files, which are read without running code in them, and matched to a model."""
+"""Reading of weight files, without running code from them, and matching them to a model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 """Key prefixes added by wrappers: data parallel, compilation, training frameworks."""
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
-"""The value that stands for no weights, in place of a file."""
+"""The value that stands for random weights instead of a file."""
 HEAD = 512
-"""Number of leading bytes by which the kind of a file is recognized."""
+"""Number of leading bytes by which the type of a file is recognized."""
 PAGE = "a page of HTML, such as an error of the server; download the file again"
 KINDS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run: git lfs pull"),
@@ -37,7 +37,7 @@ KINDS = (
     (b"\x1f\x8b", "compressed by gzip; unpack it"),
     (b"\x93numpy", "an array of NumPy; save a state dict: torch.save(model.state_dict(), FILE)"),
 )
-"""How other kinds of files start, in lower case."""
+"""The beginnings of other types of files, in lower case."""
 
 State = dict[str, Tensor]
 
@@ -66,18 +66,21 @@ def read_state(path: Path) -> State:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{name} was not written by torch.save, or holds more than tensors, which could run code when it is read. "
+            f"{name} was not written by torch.save, or contains objects other than tensors, which could run code when "
+            "it is read. "
             "Save the state dict alone: torch.save(model.state_dict(), FILE)."
         ) from error
-    except Exception as error:  # a file of another kind may raise anything
+    except Exception as error:  # a file of another type may raise any error
         is_of_torch = head.startswith((b"PK", b"\x80")) or head[8:9] == b"{"
-        reason = _first_line(error).rstrip(".") if is_of_torch else "neither torch.save nor safetensors wrote it"
+        reason = (
+            _first_line(error).rstrip(".") if is_of_torch else "it was written by neither torch.save nor safetensors"
+        )
         raise WeightsError(f"{name} cannot be read as weights: {reason}.") from error
     return _state(content, name)
 
 
 def _check_file(path: Path, name: str) -> bytes:
-    """Returns the first bytes of a file; raises if the file cannot hold weights."""
+    """Returns the first bytes of a file; raises an error if the file cannot contain weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
@@ -109,7 +112,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
-    """Describes a file without a state dict, and what to do with it; empty if the file may hold one."""
+    """Describes a file without a state dict, and what to do with it; empty if the file may contain one."""
     if any(entry.endswith("/archive_format") for entry in entries):
         return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
     if head.startswith(b"PK\x03\x04") and not entries:
@@ -135,13 +138,13 @@ def _state(content: Any, name: str) -> State:
         if tensors and len(tensors) == len(content):
             return tensors
         keys = ", ".join(str(key) for key in list(content)[:5])
-        raise WeightsError(f"{name} holds no state dict: its keys are {keys or 'none'}.")
+        raise WeightsError(f"{name} contains no state dict: its keys are {keys or 'none'}.")
     kind = type(content).__name__
-    raise WeightsError(f"{name} holds a {kind}, not a state dict. Save one: torch.save(model.state_dict(), FILE).")
+    raise WeightsError(f"{name} contains a {kind}, not a state dict. Save one: torch.save(model.state_dict(), FILE).")
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Renames the state to the names of the model, without the prefixes of wrappers."""
+    """Renames the entries of a state dict to the names of the model, without the prefixes of wrappers."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -155,7 +158,7 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Returns the number of classes of the weights if that is the only difference from the model; None otherwise.
+    """Returns the number of classes of the weights if that is the only difference from the model, or None otherwise.
 
     Args:
         state: The weights.
@@ -169,7 +172,7 @@ def classes_of(state: State, model: nn.Module) -> int | None:
     if len(counts) != 1:
         return None
     ((_, count, rest_agrees),) = counts
-    # A file can claim more rows than it stores by repeating a row, and a model of that size would be built.
+    # By repeating a row, a file can claim more rows than it stores, and a model of that size would be built.
     is_stored = all(state[key].numel() <= _stored(state[key]) for key in differing)
     return int(count[0]) if rest_agrees and count and is_stored else None
 
@@ -205,12 +208,12 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
             _summary("are not real numbers", [f"{key} {state[key].dtype}" for key in kinds]),
         ]
         raise WeightsError(
-            f"{where} does not hold the weights of {name}: {'; '.join(filter(None, differences))}. "
+            f"{where} does not contain the weights of {name}: {'; '.join(filter(None, differences))}. "
             "Is it the file of another model?"
         )
     counters = {key: torch.tensor(0) for key in own if key not in state}
     complete = OrderedDict({**state, **counters})
-    complete._metadata = own._metadata  # type: ignore[attr-defined]  # versions of layers, which some require
+    complete._metadata = own._metadata  # type: ignore[attr-defined]  # versions of layers, which some layers require
     model.load_state_dict(complete, assign=True)
 
 

@@ -1,4 +1,4 @@
-"""Activations for the ranking of reference samples: outputs of modules while a measure runs the model."""
+"""Activations for ranking reference samples: outputs of modules, recorded while a measure runs the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def single_activations(outputs: Mapping[str, list[Any]]) -> dict[str, Tensor]:
     for layer, calls in outputs.items():
         if len(calls) != 1:
             why = "is called more than once" if calls else "was not called"
-            raise InputError(f"{layer!r} {why}, so it has no single activation to rank by.")
+            raise InputError(f"{layer!r} {why}, so it has no single activation by which to rank.")
         activations[layer] = calls.pop()
         if not isinstance(activations[layer], Tensor):
-            raise InputError(f"{layer!r} returns no tensor, so it has no activation to rank by.")
+            raise InputError(f"{layer!r} returns no tensor, so it has no activation by which to rank.")
     return activations

@@ -1,4 +1,4 @@
-"""Files that are replaced in one step, so that readers see either the old or the new content, never a part of it."""
+"""Files that are replaced atomically, so that readers see either the old or the new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import platform
 from pathlib import Path
 
 LONGEST = 100
-"""Bytes of a name that leave room for the rest of the temporary name, as file systems limit names to 255 bytes."""
+"""Length of a name that leaves room for the rest of a temporary name, since file systems limit names to 255 bytes."""
 
 
 class AtomicFile:
     """A context that provides a temporary file and renames it when its content is complete and synced to disk.
 
     Args:
-        path: The final path. It is untouched if the context exits with an error.
+        path: The final path, which is not changed if the context exits with an error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +26,7 @@ class AtomicFile:
         self.temporary = path.with_name(f".{name}.{platform.node()}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
-        self.temporary.unlink(missing_ok=True)  # opening the file would follow a link
+        self.temporary.unlink(missing_ok=True)  # opening the file directly would follow a link
         return self.temporary
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -34,14 +34,14 @@ class AtomicFile:
             if kind is None:
                 sync(self.temporary)
                 self.temporary.replace(self.path)
-                if os.name == "posix":  # on other systems a folder cannot be opened
+                if os.name == "posix":  # on other systems, a folder cannot be opened
                     sync(self.path.parent)
         finally:
             self.temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file in one step."""
+    """Writes a file atomically."""
     with AtomicFile(path) as temporary, temporary.open("wb") as file:
         file.write(content)
 

@@ -1,4 +1,4 @@
-"""Evaluation of several queries to one measure with as few passes as possible."""
+"""Evaluation of several queries of one measure in as few passes as possible."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .queries import (
 
 
 class Requirements:
-    """The distinct quantities that queries need from a measure.
+    """The distinct quantities that queries require from a measure.
 
     Args:
         queries: The queries.
@@ -80,7 +80,7 @@ class Requirements:
 
 
 class QueryResults:
-    """The results of queries for one measure, multiplied by its sign, so that the results of samples can be added.
+    """The results of queries for one measure, multiplied by its sign, so that results of samples can be added.
 
     Args:
         mu: The measure.
@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of one query, ``(N, *groups)``; NaN where a quotient is undefined."""
+        """Returns the result of one query, ``(N, *groups)``, which is NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class QueryResults:
         return moved.reshape(*moved.shape[:2], -1)
 
     def _reduced(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """Sums values over channels or over positions; the other dimensions remain."""
+        """Sums values over channels or over positions, and keeps all other dimensions."""
         if values.ndim == 1:
             return values
         channels = self.mu.channel_dim(layer)

@@ -44,7 +44,7 @@ def check_samples(
         source: A data set with a length.
         contents: The stored hashes, by sample.
         seed: Seed of the random states with which samples are read.
-        on_error: ``"skip"`` does not compare samples that can no longer be read.
+        on_error: ``"skip"`` to ignore samples that can no longer be read.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -62,7 +62,8 @@ def check_samples(
                 failure = batch.failed[0]
                 raise SampleError(
                     f"sample {failure.sample}, of which {folder} contains results, can no longer be read: "
-                    f"{failure.why.rstrip('.')}. The results stay readable; restore the data, or set on_error='skip'."
+                    f"{failure.why.rstrip('.')}. The results remain readable; restore the data, or set "
+                    "on_error='skip'."
                 )
             changed += [sample for sample in batch.samples if batch.content[sample] != contents[sample]]
             bar.update(len(batch.samples) + len(batch.failed))
@@ -71,7 +72,7 @@ def check_samples(
 
 
 def _nothing(samples: Sequence[Any]) -> None:
-    """Returns None in place of a batch, which the comparison does not need."""
+    """Returns None instead of a batch, which the comparison does not need."""
 
 
 __all__ = ["check_samples", "contents_to_compare"]

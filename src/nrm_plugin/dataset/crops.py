@@ -48,7 +48,7 @@ class Crop:
         box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``; bottom and right
             are exclusive.
         image: The image within the box, ``(C, h, w)``.
-        heat: Joint relevance of pixel and group, ``(h, w)``, summed over colour channels.
+        heat: Joint relevance of each pixel and the group, ``(h, w)``, summed over colour channels.
         mask: The pixels with relevance, ``(h, w)``.
     """
 
@@ -88,15 +88,15 @@ def crops(
 
     Args:
         model: The network.
-        data: The samples by index, as images ``(C, H, W)`` or ``(image, label)``.
+        data: The samples by index, which are images ``(C, H, W)`` or pairs ``(image, label)``.
         references: The references.
         groups: The selected groups of the references; by default all groups.
         k: Number of crops per group; by default all.
         events: The events, for references of events.
-        layer: The layer of the channels, if the references use a different name.
+        layer: The layer of the channels, if it differs from the name of the references.
         against: As in the search for the references.
-        whole: Whether to return whole images. This skips receptive fields, which take most of the time for large
-            networks: about thirty runs of the network in double precision for each distinct position.
+        whole: Whether to return whole images. This skips the computation of receptive fields, which dominates the run
+            time for large networks: about thirty runs of the network in double precision for each distinct position.
         to_image: A function from an input of the model to an image in [0, 1], such as the inverse normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -119,7 +119,8 @@ def crops(
         >>> crops(net, data, references.of("0"), [2])[2][0].image.shape
         torch.Size([1, 3, 3])
 
-    Source: after the reference samples of Achtibat et al. (2023); the receptive field and the mask are ours.
+    Source: after the reference samples of Achtibat et al. (2023); the receptive field and the mask are new in this
+        package.
     """
     rules = normalize(composite, residual, gain_limit, uncovered)
     layer = layer or references.layer or references.name
@@ -177,7 +178,7 @@ def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat:
 
 
 def relevance_mask(heat: Tensor, share: float) -> Tensor:
-    """Returns the pixels where a smoothed heat map ``(H, W)`` exceeds a fraction of its maximum, or all pixels."""
+    """Returns the pixels at which a smoothed heat map ``(H, W)`` exceeds a fraction of its maximum, or all pixels."""
     sigma = max(heat.shape) * SMOOTHING
     size = 2 * math.ceil(2 * sigma) + 1
     size = min(size, 2 * min(heat.shape) - 1)
@@ -189,7 +190,7 @@ def relevance_mask(heat: Tensor, share: float) -> Tensor:
 
 
 class _ReceptiveFields:
-    """The receptive fields of positions of a layer, each computed once."""
+    """The receptive fields of positions in a layer, each of which is computed only once."""
 
     def __init__(self, model: nn.Module, layer: str, whole: bool) -> None:
         self.model, self.layer, self.whole = model, layer, whole

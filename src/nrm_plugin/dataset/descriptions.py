@@ -1,4 +1,4 @@
-"""Descriptions of objects, including user code, as JSON that is equal for objects with the same behaviour.
+"""Descriptions of objects, including user code, as JSON, which are equal for objects with the same behaviour.
 
 Code of installed packages is identified by the version of the package, and all other code by its bytecode and the
 objects to which it refers.
@@ -26,11 +26,11 @@ from torch import Tensor
 from ..imports import PACKAGE, stored_path
 
 MAX_DEPTH = 12
-"""Depth at which the description of nested objects stops."""
+"""Depth at which descriptions of nested objects stop."""
 TRANSIENT = ("handles", "hook_refs", "stored_tensors", "__weakref__")
 """Attributes of a registered hook that are not settings."""
 PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice, Path, np.generic)
-"""Types with objects that are described by their text."""
+"""Types whose objects are described by their text."""
 NOT_BEHAVIOUR = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__slots__",
                  "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}  # fmt: skip
 """Entries of a class that do not change its behaviour."""
@@ -39,7 +39,7 @@ Function = types.FunctionType
 
 
 def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """Returns the state of an object as JSON, which is equal for the same behaviour, also across processes.
+    """Returns the state of an object as JSON, which is equal for the same behaviour, even across processes.
 
     A function is described by its name, code, defaults and closure, and a tensor by its hash. Classes and functions of
     this package keep the module path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).
@@ -90,7 +90,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 
 def content_hash(sample: Any) -> str:
-    """Returns the hash of a sample of a data set: of its tensors, arrays, images, numbers and texts."""
+    """Returns the hash of a sample of a data set, based on its tensors, arrays, images, numbers and texts."""
     return digest(_content(sample))
 
 
@@ -162,7 +162,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_installed(value: type | Function) -> bool:
-    """Returns whether a class or function is from Python or an installed package, with code identified by version."""
+    """Returns whether a class or function belongs to Python or an installed package, identified by its version."""
     return _is_installed(value.__module__ or "builtins")
 
 
@@ -193,7 +193,7 @@ def package_version(module: str) -> str:
     top = module.partition(".")[0]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(top)
-    with contextlib.suppress(KeyError):  # slower
+    with contextlib.suppress(KeyError):  # this is slower
         return importlib.metadata.version(_distributions()[top][0])
     return str(getattr(sys.modules.get(top), "__version__", "?"))
 
@@ -260,7 +260,7 @@ def _visit_or_note(name: str, item: Any, constants: dict[str, Any], hashes: dict
 
 
 def _constant(item: Any) -> Any:
-    """Describes a value in code; objects of installed packages, such as loggers, are described only by data."""
+    """Describes a value in code; only data are described, but not objects of installed packages, such as loggers."""
     data = (bool, int, float, str, type(None), Tensor, np.ndarray, list, tuple, dict, set, frozenset, functools.partial)
     is_data = isinstance(item, (*data, *PLAIN, enum.Enum)) or not is_installed(type(item))
     return described(item, MAX_DEPTH // 2) if is_data else _name(type(item))

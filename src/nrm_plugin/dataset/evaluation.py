@@ -55,7 +55,7 @@ class Evaluation:
         composite: The rules.
         target: ``"prediction"``, ``"label"``, a class, a function that returns the targets of a batch, or None for a
             model with a single output.
-        unpack: Returns inputs and labels of a batch; by default :func:`unpacked`.
+        unpack: Function that returns the inputs and labels of a batch; by default :func:`unpacked`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.
     """
@@ -91,7 +91,8 @@ class Evaluation:
         target = batch_target(self.target, labels, batch)
         modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
         with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
-            # Not by a plan, whose results differ by rounding: a sweep that is resumed has the same bits.
+            # Plans are not used, since their results differ by rounding errors: a resumed sweep must be identical bit
+            # by bit.
             mu = RelevanceMeasure(
                 self.model, inputs, target, composite=self.composite, output=self.output, against=self.against
             )
@@ -123,8 +124,8 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
     """Splits a batch into inputs and labels.
 
     Args:
-        batch: A tensor; ``(inputs, labels)``; or a mapping with the labels under ``label`` or ``labels``, and keyword
-            arguments of the model in all other entries.
+        batch: A tensor; a pair ``(inputs, labels)``; or a mapping that contains the labels under ``label`` or
+            ``labels``, and keyword arguments of the model otherwise.
 
     Raises:
         SweepError: If the batch has none of these forms.
@@ -144,7 +145,7 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """Moves inputs to a device, also inside tuples and mappings."""
+    """Moves inputs to a device, including those inside tuples and mappings."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -209,7 +210,7 @@ def _has_classes(outputs: Tensor) -> bool:
 
 
 def _classes(targets: Any, count: int) -> NDArray[np.int32]:
-    """Returns targets as one class index per sample; a target with several coordinates is not a class."""
+    """Returns the targets as one class index per sample; a target with several coordinates is not a class."""
     try:
         numbers = torch.as_tensor(NO_CLASS if targets is None else targets).detach().cpu().to(torch.int32)
     except (TypeError, ValueError, RuntimeError):
@@ -241,7 +242,7 @@ SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryErr
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns whether an error may be due to single samples, so that the other samples can be evaluated."""
+    """Returns whether an error may be caused by single samples, so that the others can still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

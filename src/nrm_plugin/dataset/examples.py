@@ -3,7 +3,8 @@ r"""Reference examples: the samples with the largest relevance or activation of 
 .. math:: \text{references}(g) = \operatorname{top}_k \mu_n(g)
 
 For the channels of a layer, this is relevance maximization (Achtibat et al., 2023). References are found in one pass
-over the data (:func:`~nrm_plugin.dataset.reference_search.find_references`), or read from a sweep (:func:`references`).
+over the data (:func:`~nrm_plugin.dataset.reference_search.find_references`), or read from a stored sweep
+(:func:`references`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class References:
         values: Relevance or activation, ``(K, k)``; NaN in empty entries.
         targets: Explained classes, ``(K, k)``; -1 if unknown.
         positions: Positions of the largest value in the group, as flat (row-major) indices, ``(K, k)``; -1 if unknown.
-        target: The class to which the references are restricted; None for all.
+        target: The class to which the references are restricted, or None for all.
         layer: The layer with these channels, if ``name`` is the name of a query.
     """
 
@@ -150,7 +151,7 @@ class FoundReferences:
         Args:
             name: The layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Restriction to explanations of this class.
+            target: Restricts the samples to explanations of this class.
 
         Raises:
             ReferencesError: If the references were not ranked, or no sample has this target.
@@ -233,18 +234,18 @@ def references(
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query, or of a layer with a query.
-        group: One group, or for joint relevance a pair of an upper and a lower group; None for all groups.
+        group: One group, or for joint relevance a pair of an upper and a lower group, or None for all groups.
         k: Number of samples per group.
         by: ``"activation"`` for a query of activations.
-        target: Restriction to explanations of this class.
+        target: Restricts the samples to explanations of this class.
 
     Returns:
-        The references. Ties are broken by sample index. Positions are known if the sweep has a ``Peak`` query of the
+        The references, with ties broken by sample index. Positions are known if the sweep has a ``Peak`` query for the
         layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or a ``Maps`` query, which has no rows.
-        SweepError: If the folder holds no sweep, or a file is damaged.
+        ReferencesError: If the query, group or target is unknown, or if it is a ``Maps`` query, which has no rows.
+        SweepError: If the folder contains no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -316,7 +317,7 @@ def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k:
 
 
 def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
-    """Returns each column as a ``(groups, samples)`` matrix, and ``key``, the number of each pair of groups."""
+    """Returns each column as a matrix ``(groups, samples)``, and ``key``, the number of each pair of groups."""
     columns = {name: rows[name].to_numpy() for name in COLUMNS}
     key = columns["group"].astype(np.int64).clip(0) * width + columns["lower"].clip(0)
     order, count = np.argsort(key, kind="stable"), len(np.unique(key))

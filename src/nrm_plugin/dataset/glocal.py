@@ -4,7 +4,8 @@ The mean flow of samples is the flow of the mean of their measures, which is its
 
 .. math:: \bar\mu(A \cap B) = \sum_n w_n \mu_n(A \cap B), \qquad \sum_n w_n = 1, \qquad \bar\mu(\Omega) = 1
 
-Hence every cut still sums to 1. The difference of two mean flows is signed, and its cuts sum to 0. Source: ours.
+Hence every cut still sums to 1. The difference between two mean flows is signed, and its cuts sum to 0. Mean flows are
+new in this package.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ def mean_flow(
     """Computes the mean flow of all samples of measures.
 
     Args:
-        measures: A measure, or an iterable of measures of batches.
+        measures: A measure, or an iterable of measures, one per batch.
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        groups: Groups of :func:`~nrm_plugin.find_groups`, for all of their layers; or selected numbers of groups by
-            layer name, of which all others form the rest. The joint matrix of two wide layers that
-            are far apart takes one pass per group.
-        top: Largest number of groups of a layer, by absolute mean mass; None for all. All groups are computed, because
-            the selection depends on the mean.
+        groups: Groups from :func:`~nrm_plugin.find_groups`, for all of their layers; or the numbers of the groups to
+            show, by layer name, while all others form the rest. The joint matrix of two wide, non-adjacent layers
+            requires one pass per group.
+        top: Largest number of groups per layer, selected by absolute mean mass, or None for all. All groups have to be
+            computed, because the selection depends on the mean.
         min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
         coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
         names: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
@@ -189,7 +190,7 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
 def difference(first: FlowGraph, second: FlowGraph) -> FlowGraph:
     """Subtracts the second graph from the first; the result is signed, and every cut sums to 0.
 
-    For mean flows of two groups of samples, the result shows the channels and edges in which they differ. Compute both
+    For mean flows of two sets of samples, the result shows the channels and edges in which they differ. Compute both
     flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,
     b).smaller(top=8)``.
 

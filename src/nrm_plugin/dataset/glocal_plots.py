@@ -1,4 +1,4 @@
-"""Figures of many explanations: differences of mean flows, and prototypes."""
+"""Figures that summarize many explanations: differences of mean flows, and prototypes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST = 16
 
 
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
-    """Draws the difference of two mean flows as ribbons between bars, with the input on the left.
+    """Draws the difference between two mean flows as ribbons between bars, with the input on the left.
 
     Args:
         graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups: ``graph.smaller(top=8)``.
@@ -64,7 +64,7 @@ def prototypes_figure(
     """
     count = len(prototypes.centres)
     if count > MOST or not 1 <= k <= MOST:
-        raise InputError(f"a figure has room for {MOST} prototypes with 1 to {MOST} members, got {count} and {k}.")
+        raise InputError(f"a figure can show at most {MOST} prototypes with 1 to {MOST} members, got {count} and {k}.")
     palette = DARK if dark else LIGHT
     figure = Figure(figsize=(1.2 + 1.0 * k + 2.4, 0.3 + 1.25 * count + 0.35 * bool(heading)), layout="constrained")
     figure.set_facecolor(palette.paper)

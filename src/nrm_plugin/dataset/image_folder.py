@@ -20,18 +20,18 @@ from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Files with these extensions are images, even if damaged; other files are judged by their content."""
+"""Files with these extensions are treated as images, even if damaged; other files are identified by content."""
 MAX_LISTED = 8
-"""Number of subfolders or files that a message lists."""
+"""Number of subfolders or files listed in a message."""
 
 
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     """The images in a folder and its subfolders, sorted by name, as inputs of a model with labels.
 
-    Each top-level subfolder stands for the model's class of the same name. If no subfolder has the name of a class, and
-    class names are unknown or equal in number to the subfolders, the subfolders are the classes in sorted order. Images
-    in any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires a
-    subfolder for each class, and ignores the classes of the model.
+    Each top-level subfolder corresponds to the class of the same name. If no subfolder has the name of a class, and
+    either class names are unknown or there are as many as subfolders, the subfolders are the classes in sorted order.
+    Images in any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires
+    a subfolder for each class, and ignores the classes of the model.
 
     Args:
         folder: The folder with the files.
@@ -40,7 +40,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         paths: The files in order.
-        left_out: The other files, and links to a folder that contains them.
+        left_out: Files that were not used, and links to a folder that contains them.
         labels: The classes of the files.
         unknown: Subfolders that are not classes of the model.
         fingerprint: Hash of names and labels.

@@ -18,13 +18,13 @@ from ..errors import NRMError
 LIMIT = 178_956_970
 """Largest number of decoded pixels, as in Pillow."""
 LARGE = LIMIT // 2
-"""Number of pixels above which JPEG files are decoded at reduced size, which saves memory."""
+"""Number of pixels above which JPEG files are decoded at reduced size to save memory."""
 REDUCED = 2048
-"""Smallest side length after reduction; far more than the input size of models."""
+"""Smallest side length after reduction, which is far larger than the input size of models."""
 MAX_ASPECT = 200
-"""Largest aspect ratio, since the longer side of a resized image would exhaust the memory."""
+"""Largest aspect ratio; beyond it, the longer side of a resized image could exhaust the memory."""
 DARK = 4096
-"""A 16-bit image with all pixels below this value is taken to have 12 bits or fewer."""
+"""A 16-bit image whose pixels are all below this value is assumed to have at most 12 bits."""
 
 URL = re.compile(r"[a-zA-Z]{2,}:/")
 
@@ -44,7 +44,7 @@ class LoadedImage:
         path: The given path.
         image: The pixels, in mode RGB and upright.
         digest: SHA-256 of the file.
-        notes: Conversions to report to the user.
+        notes: Conversions that are reported to the user.
     """
 
     path: Path
@@ -60,7 +60,7 @@ def shown(text: object) -> str:
 
 
 def load_image(path: Path) -> LoadedImage:
-    """Reads an image file as 8-bit RGB, upright and on a white background; reads the first of several images.
+    """Reads an image file as 8-bit RGB, upright and on a white background; of several images, the first is read.
 
     Args:
         path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.
@@ -131,7 +131,7 @@ def _no_limit() -> Iterator[None]:
     Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as damaged EXIF data; the notes report what matters
+            warnings.simplefilter("ignore")  # such as damaged EXIF data; relevant problems are reported in the notes
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -184,7 +184,7 @@ def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise ImageError(
-                f"{name} has floating point values from {values.min():.4g} to {values.max():.4g} without a defined "
+                f"{name} has floating-point values from {values.min():.4g} to {values.max():.4g} without a defined "
                 "range. Save it with 8 or 16 bits, or with values between 0 and 1."
             )
         return Image.fromarray((values * 255).round().astype(np.uint8))

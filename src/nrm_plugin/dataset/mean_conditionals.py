@@ -21,8 +21,8 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
 
     .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}
 
-    Sums are in double precision and independent of batches and processes up to rounding. The device must support
-    double precision.
+    Sums are computed in double precision, and do not depend on batches and processes up to rounding errors. The device
+    must support double precision.
 
     Args:
         groups: Numbers of groups ``(K_upper, K_lower)``.
@@ -42,7 +42,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         >>> matrix.matrix.shape, (matrix.matrix.sum(0) + matrix.off).allclose(torch.ones(4).double(), atol=1e-4)
         (torch.Size([3, 4]), True)
 
-    Source: ours.
+    Source: new in this package.
     """
 
     is_differentiable = False
@@ -77,7 +77,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         joint = mu.joint(self.upper, self.lower, over=self.over).double()
         if tuple(joint.shape[1:]) != self.groups:
             raise InputError(
-                f"MeanConditionals was created for groups {self.groups}, and the layers have {tuple(joint.shape[1:])}."
+                f"MeanConditionals was created for groups {self.groups}, but the layers have {tuple(joint.shape[1:])}."
             )
         off = mu.marginal(self.upper, over=self.over[0], joint=~lower).flatten(1).double()
         mass = mu.marginal(self.upper, over=self.over[0]).flatten(1).double()
@@ -89,7 +89,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         self.samples += len(mass)
 
     def compute(self) -> RelevanceMatrix:
-        """Returns the matrix of all samples so far, over all processes."""
+        """Returns the matrix for all samples so far, over all processes."""
         shares = (self.joint / self.mass.unsqueeze(1)).masked_fill((self.mass == 0).unsqueeze(1), torch.nan)
         names = [layer if isinstance(layer, str) else str(layer.layer) for layer in (self.upper, self.lower)]
         count = int(self.samples)

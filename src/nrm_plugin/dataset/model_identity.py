@@ -1,4 +1,4 @@
-"""The identity of a model: structure, tensors, and the code and attributes of its modules."""
+"""The identity of a model: its structure, tensors, and the code and attributes of its modules."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 r"""Count, mean and sum of squared deviations of batches of numbers, by class, in double precision.
 
-torchmetrics has means, but no variances by class that are merged across processes. Two sets of numbers are merged
-without cancellation between large sums:
+torchmetrics provides means, but no class-wise variances that are merged across processes. Two sets of numbers are
+merged without cancellation between large sums:
 
 .. math:: n = n_a + n_b, \quad \delta = m_b - m_a, \quad
           m = m_a + \delta \frac{n_b}{n}, \quad
@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 
     Attributes:
         samples: Numbers of samples, ``(classes,)``; a scalar without classes.
-        mean: ``(classes, *groups)``, dimensionless; NaN for a class without samples.
+        mean: Mean relevance, ``(classes, *groups)``, dimensionless; NaN for a class without samples.
         variance: Variance, of the same shape; NaN for a class with too few samples.
     """
 

@@ -27,8 +27,8 @@ class Preprocessing:
 
     Attributes:
         transform: torchvision's preset: resize, center crop, scale to [0, 1], normalize by mean and standard deviation.
-        fit: ``"crop"`` for the centre square as in the preset, ``"pad"`` for all of the image with a margin of the mean
-            colour, or ``"squeeze"`` for all of the image in another aspect ratio.
+        fit: ``"crop"`` for the centre square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
+            colour; or ``"squeeze"`` for the whole image with a changed aspect ratio.
     """
 
     transform: Any
@@ -80,7 +80,7 @@ class Preprocessing:
         return tensor
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """Returns a square image with the whole image in the part that the crop keeps."""
+        """Returns a square image that contains the whole image in the part that the crop keeps."""
         inner = self.size if self.fit == "squeeze" else max(image.size)
         whole = image.resize((inner, inner), Image.Resampling.BICUBIC) if self.fit == "squeeze" else image
         side = math.ceil(inner * int(self.transform.resize_size[0]) / self.size)
@@ -108,13 +108,13 @@ def preprocessing(
     std: Sequence[float] | None = None,
     fit: str = "crop",
 ) -> Preprocessing:
-    """Returns the preprocessing of torchvision weights, with changes.
+    """Returns the preprocessing of torchvision weights, with the given changes.
 
     Args:
         make: The ``transforms`` of the weights.
-        size: The length to which the shorter side is resized, and side length of the center crop; None for the value
-            of the weights.
-        mean: Mean of each channel: three for RGB, one for greyscale; None for the value of the weights.
+        size: The length to which the shorter side is resized, and the side length of the centre crop, or None for the
+            value of the weights.
+        mean: Mean of each channel: three for RGB, one for greyscale, or None for the value of the weights.
         std: Standard deviation of each channel, in the same form.
         fit: As in :class:`Preprocessing`.
 

@@ -52,8 +52,8 @@ def _is_initialized() -> bool:
 class FolderLocks:
     """Locks on the folder of a sweep: one per rank, held until the process ends, and one for the manifest.
 
-    The operating system always releases the locks when a process ends. Lock files are not removed, since a
-    process could then lock a file that another process has just replaced.
+    The operating system releases the locks whenever a process ends. Lock files are not removed, since a process could
+    otherwise lock a file that another process has just replaced.
 
     Attributes:
         folder: The folder with the files.
@@ -72,7 +72,7 @@ class FolderLocks:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Context that holds the lock of the manifest, and acquires the lock of this rank, which outlasts the context.
+        """Context that holds the lock of the manifest, and acquires the lock of this rank, which is kept afterwards.
 
         Raises:
             SweepError: If another process writes to the folder with the same rank, or locks are not supported.
@@ -84,8 +84,8 @@ class FolderLocks:
                 yield
         except Timeout as error:
             raise SweepError(
-                f"another process writes to {self.folder}. Wait for it to end, or choose another folder. Processes "
-                "that share a sweep are started by torchrun."
+                f"another process writes to {self.folder}. Wait for it to end, or choose another folder. Use torchrun "
+                "to start several processes for one sweep."
             ) from error
 
     def are_others_running(self) -> bool:

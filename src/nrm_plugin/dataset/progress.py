@@ -1,4 +1,4 @@
-"""Progress bar of a sweep, which also shows the memory in use."""
+"""Progress bar of a sweep, which also shows memory usage."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
     """A progress bar of samples that also shows the memory of the process and of the accelerator.
 
     Args:
-        total: Number of samples; None if unknown.
+        total: Number of samples, or None if unknown.
         done: Number of stored samples.
         is_shown: Whether the bar is shown.
-        what: Description of the activity, if it is not the evaluation.
+        what: Description of the activity, if it is not the evaluation of samples.
     """
 
     def __init__(self, total: int | None, done: int, is_shown: bool, what: str | None = None) -> None:

@@ -1,8 +1,9 @@
-"""Prototypes: clusters of explanations, such as the typical explanations of a class.
+"""Prototypes: clusters of similar explanations, such as the typical explanations of a class.
 
-Each explanation is a vector, the relevance of the channels of a layer. A mixture of Gaussians, or k-means, finds
-clusters of similar explanations: a prototype is the centre of a cluster, its members are the samples in the cluster,
-and its coverage is their share. A new sample is described by its nearest prototype and the difference from it.
+Each explanation is a vector: the relevance of the channels of a layer. Clusters of similar explanations are found by a
+    mixture of Gaussians or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster,
+    and its coverage is the share of all samples that are members. A new sample is described by its nearest prototype
+    and its difference from this prototype.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Nearest:
         prototype: The nearest prototype.
         distance: Euclidean distance to the centre.
         difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
-        outlying: Share of the fitted samples that fit less well, by likelihood for a mixture and by distance for
-            k-means: 0 for a sample that fits worse than all of them.
+        outlying: Share of the fitted samples that are further outlying, by likelihood for a mixture and by distance for
+            k-means; 0 for a sample that fits worse than all of them.
     """
 
     prototype: int
@@ -128,10 +129,10 @@ def find_prototypes(
     covariance: Covariance = "diag",
     seed: int = 0,
 ) -> Prototypes:
-    """Clusters explanations, such as the explanations of one class.
+    """Finds clusters of explanations, such as the explanations of one class.
 
     Vectors are divided by the square root of their mean variance, so that the constant that scikit-learn adds to
-    variances is small in comparison.
+    variances is negligible.
 
     Args:
         vectors: Relevance of groups for each sample, ``(N, K)``, such as ``mu.marginal(layer, over="channel")``, or
@@ -156,7 +157,7 @@ def find_prototypes(
         1
 
     Source: Dreyer et al. (Prototypical Concept-based Explanations, CVPR workshops 2024) for mixtures of concept
-    relevance; the scaling and ``outlying`` are ours.
+    relevance; the scaling and ``outlying`` are new in this package.
     """
     values = _vectors(vectors)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(values):
@@ -200,19 +201,19 @@ def _vectors(values: Tensor | Array) -> Array:
 def vectors_of_sweep(
     sweep: Sweep | str | os.PathLike[str], query: str, target: int | None = None
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Reads the relevance of the groups of a query for each sample of a sweep, without the model.
+    """Reads the relevance of the groups of a query for each sample of a sweep; the model is not needed.
 
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query with a value per group, or of a layer with a ``Marginal`` query.
-        target: Restriction to explanations of this class.
+        target: Restricts the samples to explanations of this class.
 
     Returns:
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.
 
     Raises:
         ReferencesError: If the query is unknown, no sample has this target, or values of a conditional are undefined.
-        SweepError: If the folder holds no sweep, or a file is damaged.
+        SweepError: If the folder contains no sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     queries = sweep.queries.values()

@@ -1,4 +1,4 @@
-"""The queries of a sweep: small frozen objects with a name, which can be stored as JSON."""
+"""The queries of a sweep: small immutable objects with a name, which can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LayerSpec = str | Atom
 Reduce = Literal["max", "mean", "sum"]
 MIN_RATIO = 1e-3
 MAX_LABEL_BYTES = 1 << 28
-"""Size limit of labels that are read from a file; the widest layers of VGG16 need 13 million bytes."""
+"""Size limit for labels that are read from a file; the widest layers of VGG16 need 13 million bytes."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Marginal(Query):
     Args:
         layer: Name of a tap, or ``at(…)``.
         over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels of all neurons.
-        joint: An event that the walks also satisfy.
-        given: An event that is conditioned on. The value is null if ``|μ(given)| ≤ min_ratio``.
+        joint: An event to which the walks must also belong.
+        given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
         min_ratio: Threshold, as a share of the total relevance, which is 1.
     """
 
@@ -139,11 +139,11 @@ class Joint(Query):
 
 @dataclass(frozen=True)
 class EventMass(Query):
-    """``μ(event)`` or ``μ(event | given)``, one number.
+    """``μ(event)`` or ``μ(event | given)``, a single number per sample.
 
     Args:
         event: The event.
-        given: An event that is conditioned on. The value is null if ``|μ(given)| ≤ min_ratio``.
+        given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
         min_ratio: Threshold, as a share of the total relevance, which is 1.
     """
 
@@ -154,7 +154,7 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer: the share of the group's relevance on walks in the event.
+    """``μ(event | group)`` for each group of a layer: the share of the group's relevance that is in the event.
 
     Args:
         event: The event.
@@ -172,14 +172,14 @@ class Conditional(Query):
 
 @dataclass(frozen=True)
 class Sink(Query):
-    """The mass absorbed above a layer, one number."""
+    """The mass absorbed above a layer, a single number per sample."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Bypass(Query):
-    """The mass of the walks that bypass a layer, one number."""
+    """The mass of the walks that bypass a layer, a single number per sample."""
 
     layer: LayerSpec
 

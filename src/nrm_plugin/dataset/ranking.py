@@ -1,4 +1,4 @@
-"""Rankings of the k samples with the largest values of each group, updated batch by batch in constant memory."""
+"""Rankings of the k samples with the largest values of each group, updated batch by batch with constant memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NO_SAMPLE = torch.iinfo(torch.int64).max
-"""Index of an empty entry, which is sorted after all samples."""
+"""Index of an empty entry, which sorts after all samples."""
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Ranking:
     def _add_by_target(self, batch: TopSamples, targets: Tensor) -> None:
         groups, present = len(batch.values), torch.unique(targets)
         stored = self._with_rows_for(present, groups, batch.values.dtype)
-        # Samples are arranged in rows by target; the most frequent target determines the number of columns.
+        # Samples are arranged in rows by target, so the most frequent target determines the number of columns.
         row = torch.searchsorted(present, targets)
         order = row.argsort(stable=True)
         counts = row.bincount(minlength=len(present))

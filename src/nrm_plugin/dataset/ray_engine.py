@@ -30,12 +30,13 @@ INPUTS, LABEL, SAMPLE = "inputs", "label", "sample"
 class SweepBatches:
     """A function of batches of columns that evaluates queries, and returns the rows of a sweep.
 
-    It is used in ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and
+    Use it in ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.
 
     Args:
-        model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
-        queries: The queries, none of them ``Maps``.
+        model: The network in evaluation mode, or a function without arguments that returns it and is called once per
+            worker.
+        queries: The queries; ``Maps`` queries are not supported.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
         composite: As in :func:`~nrm_plugin.dataset.sweep`.
         residual: As in :func:`~nrm_plugin.dataset.sweep`.
@@ -134,7 +135,7 @@ class _Worker:
         message = ""
         try:
             self.job.run([int(number) for number in batch["shard"]], 0, samples.append)
-        except NRMError as error:  # Ray would wrap an exception in its own
+        except NRMError as error:  # Ray would wrap exceptions in its own type
             message = str(error)
         except Exception as error:
             message = "".join(traceback.format_exception(error))
@@ -149,7 +150,7 @@ def run(
     num_gpus: float | None = None,
     num_cpus: float = 1,
 ) -> None:
-    """Evaluates and writes shards on Ray workers with one model each; shards of workers that die are evaluated again.
+    """Evaluates and writes shards on Ray workers with one model each; shards of failed workers are evaluated again.
 
     Args:
         job: The sweep, in a folder that all machines can access.

@@ -16,7 +16,7 @@ from .crops import Crop
 
 Style = Literal["mask", "plain", "heat", "both"]
 FADED = 0.78
-"""Opacity of the veil over pixels without relevance."""
+"""Opacity with which pixels without relevance are covered."""
 CELL = 1.15
 """Side length of an image, in inches."""
 MOST = 16
@@ -35,8 +35,8 @@ def reference_figure(
 
     Args:
         rows: Crops of each channel, from :func:`~nrm_plugin.dataset.crops.crops`.
-        style: ``"mask"`` fades pixels without relevance of the channel, ``"plain"`` shows the crops, ``"heat"``
-            overlays the conditional heat maps, and ``"both"`` shows crops with heat maps below.
+        style: ``"mask"`` fades pixels that are not relevant for the channel, ``"plain"`` shows the crops, ``"heat"``
+            overlays the conditional heat maps, and ``"both"`` shows crops with heat maps below them.
         heading: Title of the figure.
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         labels: Labels of the rows; by default the channel index.
@@ -49,7 +49,7 @@ def reference_figure(
         raise InputError(f"style={style!r} is unknown; choose 'mask', 'plain', 'heat' or 'both'.")
     across = max((len(row) for row in rows.values()), default=0)
     if not across or across > MOST or len(rows) > MOST:
-        raise InputError(f"a figure has room for 1 to {MOST} rows of 1 to {MOST} crops, got {len(rows)} of {across}.")
+        raise InputError(f"a figure can show 1 to {MOST} rows of 1 to {MOST} crops, got {len(rows)} of {across}.")
     palette, lines = DARK if dark else LIGHT, 2 if style == "both" else 1
     figure = Figure(
         figsize=(1.1 + CELL * across, 0.2 + (CELL * lines + 0.22) * len(rows) + 0.35 * bool(heading)),

@@ -50,7 +50,7 @@ def find_references(
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> FoundReferences:
-    r"""Finds the samples with the largest relevance of each channel of layers, in one pass over the data.
+    r"""Finds the samples in which each channel of some layers has the largest relevance, in one pass over the data.
 
     Memory is proportional to ``k`` per channel and target, regardless of the number of samples. Ties are broken by
     sample index.
@@ -66,9 +66,9 @@ def find_references(
         target: The explained target: the label, the predicted class, or one class for all samples.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
             sign of the difference, so that large values are evidence for the target.
-        unit: ``"measure"`` for shares of the total relevance, ``μ``; ``"output"`` for the usual LRP score, ``μ`` times
+        unit: ``"measure"`` for shares ``μ`` of the total relevance; ``"output"`` for the usual LRP score, ``μ`` times
             the explained output; ``"layer"`` for the LRP score divided by the sum of the absolute scores of all
-            channels of the layer, and activations divided in the same way, as is the default of zennit-crp.
+            channels of the layer, and activations normalized in the same way, which is the default of zennit-crp.
         reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
         per_target: Whether to rank the samples of each target as well.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -83,7 +83,7 @@ def find_references(
         ReferencesError: If the loader shuffles, the batches have a different form, or neither layers nor events are
             given.
         InputError: If an argument is invalid.
-        TargetError: If targets do not fit the outputs.
+        TargetError: If targets do not match the outputs.
         UnknownLayerError: If no layer has this name.
 
     Examples:
@@ -93,7 +93,8 @@ def find_references(
         >>> references.of("0").samples.shape, references.of("0", by="activation", target=1).target
         (torch.Size([4, 3]), 1)
 
-    Source: Achtibat et al. (Nature Machine Intelligence 2023), for relevance maximization; events are ours.
+    Source: Achtibat et al. (Nature Machine Intelligence 2023), for relevance maximization; the extension to events is
+        new in this package.
     """
     if target not in ("label", "prediction") and (isinstance(target, bool) or not isinstance(target, int)):
         raise InputError(f"target={target!r} is unknown; choose 'label', 'prediction', or the index of a class.")
@@ -225,7 +226,7 @@ def _batches(data: TorchDataset[Any] | Iterable[Any], batch_size: int) -> Iterat
                 "loader with shuffle=False, or the data set itself."
             )
     elif isinstance(data, TorchDataset):
-        # With its own generator, the loader does not draw from the global random state.
+        # With its own generator, the loader does not use the global random state.
         data = DataLoader(data, batch_size, generator=torch.Generator())
     for batch in data:
         parts = [batch] if isinstance(batch, Tensor) else list(batch)

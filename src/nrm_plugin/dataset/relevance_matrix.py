@@ -1,10 +1,11 @@
-r"""Relevance matrices: mean conditionals between the groups of two layers, stored, and applied to new relevance.
+r"""Relevance matrices: mean conditionals between the groups of two layers, which can be stored and applied.
 
 .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}, \qquad
           \sum_i T_{ij} + \mathrm{off}_j = 1
 
-The mean weighs samples by the mass of ``j``, so that samples in which it hardly occurs, where the conditional is
-unstable, count little. The walks through ``j`` that do not cross the lower layer are ``off``. The weights are ours.
+The mean weights samples by the mass of ``j``, so that samples in which ``j`` hardly occurs, and the conditional is
+unstable, contribute little. The walks through ``j`` that do not cross the lower layer are counted in ``off``. The
+choice of weights is new in this package.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class RelevanceMatrix:
         tensor([[0.5000, 1.3000]])
     """
 
-    # Not a dataclass, whose fields torchmetrics would map over.
+    # This is not a dataclass, since torchmetrics would map over its fields.
     def __init__(
         self, matrix: Tensor, off: Tensor, weight: Tensor, samples: int, upper: str = "", lower: str = ""
     ) -> None:
@@ -60,9 +61,9 @@ class RelevanceMatrix:
         return f"RelevanceMatrix({up} groups of {self.upper!r} to {down} of {self.lower!r}, {self.samples} samples)"
 
     def apply(self, relevance: Tensor) -> Tensor:
-        """Returns the relevance of the lower groups that the mean conditionals predict, ``(N, K_lower)``.
+        """Returns the relevance of the lower groups as predicted by the mean conditionals, ``(N, K_lower)``.
 
-        Groups that never had relevance pass on nothing.
+        Groups that never had relevance do not contribute.
 
         Args:
             relevance: Relevance of the upper groups, ``(N, K_upper)``.
@@ -77,7 +78,7 @@ class RelevanceMatrix:
         return relevance @ self.matrix.nan_to_num(0.0).to(relevance).T
 
     def then(self, below: RelevanceMatrix) -> RelevanceMatrix:
-        """Returns the product with a matrix further down, as if the lower layer alone determined what follows.
+        """Returns the product with a matrix of lower layers, as if the lower layer alone determined what follows.
 
         Args:
             below: A matrix whose upper groups are the lower groups of this one.
@@ -107,7 +108,7 @@ class RelevanceMatrix:
         """Reads a matrix from a file.
 
         Raises:
-            InputError: If the file holds no relevance matrix.
+            InputError: If the file does not contain a relevance matrix.
         """
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("nrm", "{}"))

@@ -32,8 +32,9 @@ CODED = ["query", "group", "lower", "target", "prediction"]
 def write_index(sweep: Sweep) -> Path:
     """Writes one file per query, with the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
-    Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted, since they have so
-    many rows that sorting may take longer than the measure, and the rows of one group are contiguous in each shard.
+    Rows are sorted by group and by decreasing value, with null values last. Joint matrices are omitted: they have so
+    many rows that sorting may take longer than computing the measure, and the rows of one group are contiguous in each
+    shard anyway.
 
     Args:
         sweep: A complete sweep.
@@ -68,7 +69,7 @@ def write_index(sweep: Sweep) -> Path:
         try:
             unfinished.rename(target)
         except OSError:
-            if not target.exists():  # else another process has written the same index
+            if not target.exists():  # otherwise, another process has written the same index
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -109,7 +110,7 @@ def _samples(shard: Shard) -> int:
 
 
 def _columns(shards: Sequence[Shard], info: QueryInfo, first: int, last: int) -> dict[str, Any] | None:
-    """Reads ``value`` as ``(groups, samples)``, and the columns ``(samples,)``; None without rows."""
+    """Reads ``value`` as ``(groups, samples)``, and the columns ``(samples,)``; returns None without rows."""
     groups = last - first + 1
     parts: dict[str, list[Any]] = {"sample": [], "target": [], "prediction": [], "value": []}
     for shard in shards:

@@ -1,4 +1,4 @@
-"""Batches of a data set without failing samples, which are the same in every run and in every process."""
+"""Batches of a data set without failing samples; they are the same in every run and in every process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LoadedBatch:
 
     Attributes:
         samples: Indices of the samples.
-        batch: The collated samples; None if no sample could be read.
+        batch: The collated samples, or None if no sample could be read.
         failed: Samples that could not be read.
         content: Hash of each sample in the batch.
     """
@@ -78,12 +78,12 @@ class DataSource:
 
     @property
     def count(self) -> int | None:
-        """Returns the number of samples; None for an iterable data set."""
+        """Returns the number of samples, or None for an iterable data set."""
         return None if self.loader is not None else len(self.data)
 
     @property
     def preparation(self) -> Any:
-        """Returns the data set's description of its preprocessing; None if there is none."""
+        """Returns the data set's description of its preprocessing, or None if there is none."""
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))
@@ -97,7 +97,7 @@ class DataSource:
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by content, which holds if they have stamps or there is no fingerprint."""
+        """Whether samples are identified by their content, which is the case with stamps or without a fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -133,7 +133,7 @@ def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> D
     if type(data.batch_sampler) is not BatchSampler or not isinstance(data.sampler, FULL_SAMPLERS):
         raise SweepError(
             f"the loader selects samples by {type(data.batch_sampler or data.sampler).__name__}. A sweep reads all "
-            "samples in the order of their indices; pass torch.utils.data.Subset(data, indices) for a subset."
+            "samples in index order; pass torch.utils.data.Subset(data, indices) for a subset."
         )
     options = {key: value for key, value in options.items() if workers or key not in WORKER_OPTIONS}
     return _dataset_source(data.dataset, batch_size or data.batch_size or BATCH, workers, options)
@@ -204,7 +204,7 @@ class ShardPlan:
 class IndexedDataset(Dataset[tuple[int, Any, str]]):
     """A data set that returns each sample with its index and hash, or a :class:`FailedSample` if reading it fails.
 
-    Each sample is read with its own random state, so that random transforms are the same in every run.
+    Each sample is read with its own random state, so that random transforms are reproducible.
 
     Args:
         data: The data set.
@@ -220,7 +220,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
             try:
                 sample = self.data[index]
                 return index, sample, content_hash(sample) if self.is_hashed else ""
-            except Exception as error:  # whatever the user's data set raises
+            except Exception as error:  # any error that the user's data set raises
                 return index, FailedSample(index, one_line(error)), ""
 
 
@@ -242,7 +242,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """A collate function that omits failed samples, and samples that differ in structure from most others.
+    """A collate function that omits failed samples, and samples whose structure differs from that of most others.
 
     Attributes:
         collate: The collate function of the loader.
@@ -263,7 +263,7 @@ class FaultTolerantCollate:
             why = one_line(error)
         structures = [str(structure(sample)) for _, sample in read]
         usual = Counter(structures).most_common(1)[0][0]
-        odd = [FailedSample(index, f"its structure is {own}, that of most samples is {usual}")
+        odd = [FailedSample(index, f"its structure is {own}, but that of most samples is {usual}")
                for (index, _), own in zip(read, structures, strict=True) if own != usual]  # fmt: skip
         if not odd:
             return LoadedBatch([], None, [*failed, *(FailedSample(index, why) for index, _ in read)])
@@ -288,21 +288,21 @@ def one_line(error: BaseException) -> str:
 
 
 def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) -> Iterator[LoadedBatch]:
-    """Reads batches of a data set in the given order, ahead of time if there are workers."""
+    """Reads batches of a data set in the given order; workers read ahead of time."""
     options = {key: value for key, value in source.options.items() if key != "collate_fn"}
     loader: Iterable[LoadedBatch] = DataLoader(
         IndexedDataset(source.data, seed, source.is_hashed),
         batch_sampler=batches,
         num_workers=source.num_workers,
         collate_fn=FaultTolerantCollate(source.collate),
-        generator=torch.Generator().manual_seed(seed),  # otherwise the global random state changes
+        generator=torch.Generator().manual_seed(seed),  # otherwise, the global random state would change
         **options,
     )
     return iter(loader)
 
 
 def reload(source: DataSource, samples: Sequence[int], seed: int) -> LoadedBatch:
-    """Reads samples again, as one batch."""
+    """Reads samples again as one batch."""
     indexed = IndexedDataset(source.data, seed, source.is_hashed)
     return FaultTolerantCollate(source.collate)([indexed[index] for index in samples])
 

@@ -1,4 +1,4 @@
-"""Reading of a shard: a file of rows with a description in its footer."""
+"""Reading of shards: files of rows with a description in the footer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Shard:
         value: ``"float"`` or ``"double"``.
         content, stamps: Hash and stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
             for a sweep from an earlier version.
-        sums: Checksums of the rows; None for a sweep from an earlier version.
+        sums: Checksums of the rows, or None for a sweep from an earlier version.
         map_sums: Checksums of the maps.
     """
 
@@ -185,7 +185,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the files of rows by shard number; of the lower rank if two ranks wrote the same shard."""
+    """Returns the files of rows by shard number; if two ranks wrote the same shard, that of the lower rank."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

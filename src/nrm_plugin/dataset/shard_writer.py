@@ -79,7 +79,7 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes the maps and then the rows of a shard, so that a file of rows implies a file of maps.
+    """Writes the maps and then the rows of a shard, so that a file of rows implies that its file of maps exists.
 
     Args:
         folder: The folder of the sweep.
@@ -152,8 +152,8 @@ def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> B
         shapes = {column.shape[1:] for column in columns}
         if len(shapes) > 1:
             raise SweepError(
-                f"{query.name} has groups of shape {' and '.join(map(str, sorted(shapes)))}: samples differ in size. "
-                "Resize them in the data set, or query channels."
+                f"{query.name} has groups of shape {' and '.join(map(str, sorted(shapes)))}: the samples differ in "
+                "size. Resize them in the data set, or query channels."
             )
         values[query.name] = np.concatenate(columns)
     sample, target, prediction = (
@@ -163,7 +163,7 @@ def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> B
 
 
 def tables(results: BatchResults, name: str, names: Sequence[str], value: str) -> Iterator[tuple[int, pa.Table]]:
-    """Yields the rows of a query by group, lower group and sample, in tables of whole groups with their first group."""
+    """Yields the rows of a query by group, lower group and sample, as tables of whole groups with their first group."""
     values = results.values[name]
     groups = values.shape[1] if values.ndim > 1 else 1
     by_group = np.moveaxis(values.reshape(len(values), groups, -1), 0, 2)

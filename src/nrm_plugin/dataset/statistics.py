@@ -34,7 +34,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InputError(f"{number!r} is not a number of groups or classes: pass an integer of at least 1.")
         self.groups, self.classes, self.correction = groups, classes, correction
-        # One state instead of three, because states are reduced separately and means need their counts.
+        # One state instead of three, because states are reduced separately but means need their counts.
         self.add_state("moments", default=empty(classes or 1, groups), dist_reduce_fx=merged)
 
     def _add(self, values: Tensor, target: Any) -> None:
@@ -69,7 +69,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
         return values, labels.long()
 
     def compute(self) -> Moments:
-        """Returns number of samples, mean and variance so far, over all processes."""
+        """Returns the number of samples, mean and variance so far, over all processes."""
         result = moments(self.moments, self.correction)
         return result if self.classes is not None else Moments(*(part[0] for part in result))
 
@@ -80,12 +80,12 @@ class ClasswiseRelevance(_Relevance):
     .. math:: m_{ck} = \frac{1}{n_c} \sum_{n:\, t_n = c} \mu_n(k), \qquad
               v_{ck} = \frac{1}{n_c - 1} \sum_{n:\, t_n = c} (\mu_n(k) - m_{ck})^2
 
-    Sums are in double precision, merged without cancellation, and independent of batches and processes up to rounding.
-    The device must support double precision.
+    Sums are computed in double precision, merged without cancellation, and do not depend on batches and processes up to
+    rounding errors. The device must support double precision.
 
     Args:
         groups: Number of groups ``K``, such as the channels of a layer.
-        classes: Number of classes; None for all samples together.
+        classes: Number of classes, or None for all samples together.
         layer: Name of the layer, or ``at(layer)``; only needed to update with measures.
         over: Groups of the layer, as in :meth:`~nrm_plugin.RelevanceMeasure.marginal`.
         correction: Number subtracted from the count in the denominator of the variance: 1 for the unbiased estimate, 0
@@ -103,7 +103,7 @@ class ClasswiseRelevance(_Relevance):
         >>> metric.compute().samples, metric.compute().mean.shape
         (tensor([2, 3]), torch.Size([2, 4]))
 
-    Source: ours; the sums after Chan, Golub and LeVeque (1979).
+    Source: new in this package; sums are merged as in Chan, Golub and LeVeque (1979).
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ClasswiseRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: If the batch does not fit, and is not counted.
+            InputError: If the batch does not match; it is then not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.layer is None:
@@ -145,7 +145,7 @@ class JointRelevance(_Relevance):
 
     Args:
         groups: Numbers of groups ``(K_upper, K_lower)``.
-        classes: Number of classes, with a matrix for each; None for all samples together.
+        classes: Number of classes, with a matrix for each, or None for all samples together.
         upper: Name of the layer nearer to the output, or ``at(layer)``; only needed to update with measures.
         lower: The layer nearer to the input.
         over: The groups, as in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
@@ -163,7 +163,7 @@ class JointRelevance(_Relevance):
         >>> metric.compute().mean.shape
         torch.Size([2, 4])
 
-    Source: ours; the sums after Chan, Golub and LeVeque (1979).
+    Source: new in this package; sums are merged as in Chan, Golub and LeVeque (1979).
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class JointRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: If the batch does not fit, and is not counted.
+            InputError: If the batch does not match; it is then not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.upper is None or self.lower is None:

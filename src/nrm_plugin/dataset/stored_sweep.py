@@ -1,4 +1,4 @@
-"""Reading of a sweep, complete or not, without the model."""
+"""Reading of stored sweeps, complete or not, without the model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Sweep:
         """Opens the sweep in a folder.
 
         Args:
-            path: The folder.
+            path: The folder of the sweep.
             on_error: ``"raise"``, or ``"skip"`` to skip damaged files and list them in ``bad_shards``.
 
         Raises:
@@ -74,12 +74,12 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards are evaluated; some samples may have failed."""
+        """Whether all shards have been evaluated; some samples may have failed."""
         return self.manifest.state == "complete"
 
     @cached_property
     def queries(self) -> dict[str, QueryInfo]:
-        """The queries by name, with their groups if a shard is written."""
+        """The queries by name, with their groups if a shard has been written."""
         queries = {query.name: query for query in self.manifest.queries}
         if all(query.groups is not None for query in queries.values()):
             return queries
@@ -145,7 +145,7 @@ class Sweep:
         Args:
             layers: The layers, from the output to the input, with the queries of
                 :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-            target: Restriction to explanations of this class.
+            target: Restricts the samples to explanations of this class.
 
         Raises:
             FlowError: If a query is missing, or there is no sample.
@@ -155,12 +155,12 @@ class Sweep:
     def rows(
         self, query: str | None = None, group: int | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Reads rows in the order of the shards, and within a shard by query, group, lower group and sample.
+        """Reads rows in the order of the shards, sorted within each shard by query, group, lower group and sample.
 
         Args:
-            query: Name of a query; None for all.
-            group: A group of the query; None for all.
-            columns: Names of columns; None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
+            query: Name of a query, or None for all.
+            group: A group of the query, or None for all.
+            columns: Names of columns, or None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
             SweepError: If the query or column is unknown, or a shard is damaged.
@@ -211,10 +211,10 @@ class Sweep:
 
         Args:
             query: Name of a query.
-            group: The group; None for a query with one number per sample.
+            group: The group, or None for a query with one number per sample.
             k: Number of samples.
-            lower: For a joint matrix, restriction to this group of the lower layer.
-            target: Restriction to samples with this target.
+            lower: For a joint matrix, restricts the rows to this group of the lower layer.
+            target: Restricts the rows to samples with this target.
             largest: Whether to return the largest values; if False, the smallest values, in increasing order.
 
         Returns:
@@ -281,7 +281,7 @@ class Sweep:
                 maps |= {sample: values for sample, values in pairs if sample in in_shard}
         missing = [sample for sample in samples if sample not in maps]
         if missing:
-            raise SweepError(f"no map of sample {missing[0]}: it failed, is not evaluated yet, or is unknown.")
+            raise SweepError(f"no map of sample {missing[0]}: it failed, has not been evaluated yet, or is unknown.")
         shape = info.groups or ()
         return torch.stack([maps[sample] for sample in samples]) if maps else torch.empty(0, *shape)
 

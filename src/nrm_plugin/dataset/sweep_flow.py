@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 
 
 def flow_queries(layers: Sequence[str], over: Mapping[str, Any] | None = None) -> list[Query]:
-    """Returns the queries that a sweep needs for :func:`flow_of_sweep`.
+    """Returns the queries that a sweep must contain for :func:`flow_of_sweep`.
 
     Args:
         layers: The layers, from the output to the input.
@@ -58,7 +58,7 @@ def flow_of_sweep(
     names: Mapping[str, Names] | None = None,
     groups: Groups | None = None,
 ) -> FlowGraph:
-    """Computes the mean flow of samples of a sweep, without the model.
+    """Computes the mean flow of samples of a sweep; the model is not needed.
 
     The sweep needs the marginals, sink and bypass of each layer and the joint relevance of consecutive layers
     (:func:`flow_queries`). The mass of walks through a group of one layer and no group of the next layer is the
@@ -67,18 +67,18 @@ def flow_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         layers: The layers, from the output to the input.
-        target: Restriction to explanations of this class.
-        samples: Restriction to these samples.
+        target: Restricts the samples to explanations of this class.
+        samples: Restricts the flow to these samples.
         top: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         coverage: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         names: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
-        groups: Groups of :func:`~nrm_plugin.find_groups` of the stored channels, for all of their layers.
+        groups: Groups of the stored channels from :func:`~nrm_plugin.find_groups`, for all of their layers.
 
     Raises:
-        InputError: If groups have other members than the sweep.
+        InputError: If the members of the groups differ from those of the sweep.
         FlowError: If a query or sample is missing, or a cut does not sum to 1.
-        SweepError: If the folder holds no sweep, or a file is damaged.
+        SweepError: If the folder contains no sweep, or a file is damaged.
     """
     check_thresholds(top, min_mass, coverage)
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
@@ -101,10 +101,10 @@ def flow_of_sweep(
 
 
 def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
-    """Returns a flow of all members of its layers as a flow of groups of them.
+    """Converts a flow over all members of its layers to a flow over groups of members.
 
     Raises:
-        InputError: If groups have other members than the layer has nodes.
+        InputError: If the members of the groups differ from the nodes of a layer.
     """
     layers, sums = [], []
     for layer in graph.layers:
@@ -116,9 +116,7 @@ def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
         place = groups.layers.index(layer.name)
         labels, names = groups.labels[place].numpy(), groups.names[place]
         if len(labels) != count:
-            raise InputError(
-                f"the groups of {layer.name!r} are of {len(labels)} members, and the sweep stores {count} for it."
-            )
+            raise InputError(f"the groups of {layer.name!r} have {len(labels)} members, but the sweep stores {count}.")
         ends = np.array([len(names), len(names) + 1])
         members = group_sums(np.eye(count + 2), np.concatenate([labels, ends]))
         masses = tuple((members[:-2, :-2] @ np.array(layer.masses)).tolist())

@@ -1,4 +1,4 @@
-"""Evaluation of shards, one by one, in any order, by any process."""
+"""Evaluation of the shards of a sweep, one by one, in any order and by any process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SweepJob:
     Attributes:
         evaluation: The evaluation of a batch.
         source: The data.
-        plan: The samples of each shard; None for an iterable data set.
+        plan: The samples of each shard, or None for an iterable data set.
         shard_batches: Batches per shard.
         folder: The folder of the sweep.
         fingerprint: Hash of the settings.
@@ -66,11 +66,11 @@ class SweepJob:
     # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
-        """Returns the shards that need not be evaluated, by number, and sets damaged files aside.
+        """Returns the shards that need not be evaluated, by number, and moves damaged files aside.
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
-            of: Shards in which every byte is verified by its checksum, not only the description.
+            of: Shards of which every byte is verified by checksums, not only the description.
 
         Raises:
             ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
@@ -84,7 +84,7 @@ class SweepJob:
             except ShardError as error:
                 if self.on_error == "raise":
                     raise ShardError(
-                        f"{error} With on_error='skip' it is set aside and its samples are evaluated again."
+                        f"{error} With on_error='skip', it is moved aside and its samples are evaluated again."
                     ) from error
                 self.damaged[number] = {"file": str(path.relative_to(self.folder)), "why": str(error)}
                 path.replace(path.with_name(f"bad-{path.name}"))
@@ -243,16 +243,16 @@ def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
     """Returns the error for samples that differ from the stored samples of a sweep."""
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
-        f"the data changed: sample {samples[0]}{more} differs from the one that {folder} contains results of. Choose "
-        "another folder, delete this one, or restore the data. A data set that returns other values at every reading "
-        "needs a string attribute fingerprint, which is compared instead."
+        f"the data changed: sample {samples[0]}{more} differs from the one whose results are in {folder}. Choose "
+        "another folder, delete this one, or restore the data. A data set whose values change with every read needs "
+        "a string attribute fingerprint, which is compared instead."
     )
 
 
 def _sample_error(what: str, why: str) -> SampleError:
     return SampleError(
-        f"{what}: {why.rstrip('.')}. All shards before are stored. Fix this and run the same sweep again, or skip such "
-        "samples by on_error='skip', which lists them at the end."
+        f"{what}: {why.rstrip('.')}. All earlier shards are stored. Fix this and run the same sweep again, or skip "
+        "such samples with on_error='skip', which lists them at the end."
     )
 
 

@@ -9,7 +9,7 @@
   that start with an underscore
 - ``locks/``: empty files that running processes lock
 
-A shard is identified by its number, regardless of the rank that wrote it. Files with names that start with a dot are
+A shard is identified by its number, regardless of the rank that wrote it. Files whose names start with a dot are
 incomplete.
 """
 
@@ -36,7 +36,7 @@ SUMS = "_sums.json"
 """File of the checksums of the index."""
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
-"""Key of the metadata of a Parquet file under which the description of the shard is stored as JSON."""
+"""Metadata key of a Parquet file under which the description of the shard is stored as JSON."""
 SCALAR = -1
 """``group`` of a query with one number per sample, and ``lower`` of a query without a lower layer."""
 
@@ -105,7 +105,7 @@ class QueryInfo:
         kind: Name of the query's class, such as ``"Marginal"``.
         layers: Names of the layers, from the upper to the lower; empty for events.
         groups: Numbers of groups: ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for one number, or the
-            shape of a map; None until a shard is written.
+            shape of a map, or None until a shard is written.
         spec: The query as JSON, which ``dataset.queries.from_json`` reads.
     """
 
@@ -136,7 +136,7 @@ class Manifest:
         fingerprint: Hash of the settings, stored in each shard.
         queries: The queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
-        samples: Number of samples; None for an iterable data set until it ends.
+        samples: Number of samples, or None for an iterable data set until it ends.
         value: ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, as ``{"sample": 3, "why": "…"}``.
@@ -171,7 +171,7 @@ class Manifest:
         path = path_inside(folder, MANIFEST)
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
-            checksum = entries.pop("checksum", None)  # earlier versions stored none
+            checksum = entries.pop("checksum", None)  # earlier versions did not store a checksum
             if entries["format"] != FORMAT:
                 raise SweepError(f"{path} has a different format; this version of the package reads {FORMAT!r}.")
             if checksum is not None and checksum != json_checksum(entries):
@@ -212,7 +212,8 @@ def path_inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ShardError(
-            f"{path} is a link out of {folder}. Files outside the folder are neither read nor written; copy it there."
+            f"{path} is a link to a file outside of {folder}. Such files are neither read nor written; copy the file "
+            "into the folder."
         )
     return path
 

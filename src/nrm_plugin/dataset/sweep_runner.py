@@ -94,14 +94,15 @@ def sweep(
         batch_size: Number of samples per batch; by default the batch size of the loader, or 16. A sweep can be resumed
             with a different batch size, which changes results only by rounding.
         num_workers: Number of processes that read samples; by default as in the loader, or none.
-        shard: Number of samples per shard, rounded up to whole batches; at most one shard is lost if a process is
-            killed. A resumed sweep keeps its shards.
+        shard: Number of samples per shard, rounded up to whole batches; if a process is killed, at most one shard is
+            lost. A resumed sweep keeps its shard size.
         seed: Seed from which the random state of each sample is derived.
         resume: Whether to resume a sweep in the folder; if False, an existing sweep is an error.
         retry_failed: Whether to evaluate shards with failed samples again.
-        on_error: ``"raise"`` at the first sample that cannot be read or evaluated and at a damaged file; ``"skip"``
-            skips and lists such samples, and evaluates damaged files again.
-        index: Whether to also store the rows sorted by group and value at the end, for :meth:`Sweep.top`.
+        on_error: ``"raise"`` to stop at the first sample that cannot be read or evaluated, or at a damaged file;
+            ``"skip"`` to skip and list such samples, and to evaluate damaged files again.
+        index: Whether to also store the rows sorted by group and value when the sweep is complete, for
+            :meth:`Sweep.top`.
         engine: ``"local"``, or ``"ray"`` for the machines of a Ray cluster.
         engine_options: For Ray: ``concurrency``, and ``num_gpus`` and ``num_cpus`` of each worker.
         progress: Whether to show a progress bar with rate, remaining time and memory.
@@ -128,7 +129,8 @@ def sweep(
     process = ProcessRank.current() if engine == "local" else ProcessRank(0, 1)
     if plan is None and (process.world_size > 1 or engine == "ray"):
         raise SweepError(
-            "an iterable data set cannot be split among processes, as each would read all of it. Run one process."
+            "an iterable data set cannot be split among processes, since each of them would read all of it. Run a "
+            "single process."
         )
     device = "cuda" if options.get("num_gpus") else None
     settings = settings_of(evaluation, source, shard_batches, seed, unpack, device)
@@ -218,7 +220,7 @@ def _recording_interruption(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # An error here must not replace the first error; the shards store the failures as well.
+        # An error here must not replace the original one; the shards store the failures as well.
         with suppress(Exception):
             _write(folder, replace(summarized(folder), state="interrupted"))
         raise
@@ -251,7 +253,7 @@ def complete(folder: Path, count: int, index: bool) -> None:
         return
     used = {shard.path for shard in Sweep(folder, manifest).shards}
     for path in (folder / ROWS).glob("part-*.parquet"):
-        if path not in used:  # a shard that two processes wrote
+        if path not in used:  # a shard written by two processes
             path.unlink()
     if index and not is_indexed:
         try:

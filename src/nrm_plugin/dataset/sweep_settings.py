@@ -1,4 +1,4 @@
-"""The settings of a sweep that affect its numbers, as comparable JSON."""
+"""The settings of a sweep that affect its results, as comparable JSON."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""First version of the settings that identifies model and data."""
+"""First version of the settings that identifies the model and the data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
-"""Settings of the batching of samples, which affects numbers only by rounding."""
+"""Settings of how samples are batched, which affect results only by rounding errors."""
 MAX_LISTED = 8
-"""Largest number of differences that a message lists."""
+"""Largest number of differences listed in a message."""
 
 
 class SettingsWarning(UserWarning):
@@ -42,7 +42,7 @@ def settings_of(
     unpack: Unpack | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Returns all settings that affect numbers.
+    """Returns all settings that affect the results.
 
     Args:
         evaluation: The evaluation of a batch.
@@ -64,7 +64,7 @@ def settings_of(
         "gain_limit": "inf" if math.isinf(rules.gain_limit) else rules.gain_limit,
         "normalization": {key: getattr(composite, key) for key in ("uncovered", "sums", "attention")},
         "target": target if isinstance(target, (str, int, type(None))) else described(target),
-        # The key is absent without a comparison, as in sweeps of former versions.
+        # Without a comparison, the key is absent, as in sweeps of earlier versions.
         **({} if against is None else {"against": against if isinstance(against, (str, int)) else described(against)}),
         "unpack": described(unpack),
         "output": described(evaluation.output),
@@ -102,7 +102,7 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
         now = _as_recorded_before(stored, now)
         warnings.warn(
             f"the sweep in {folder} was begun by an earlier version, which did not record the code of the model, the "
-            "preprocessing and the content of the data. They are not compared.",
+            "preprocessing, or the content of the data. These are not compared.",
             SettingsWarning,
             stacklevel=4,
         )

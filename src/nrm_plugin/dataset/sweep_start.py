@@ -1,4 +1,4 @@
-"""The start of a sweep: creation of its folder, or resumption of the sweep in the folder."""
+"""The start of a sweep: its folder is created, or the sweep in the folder is resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def begin(job: SweepJob, settings: dict[str, Any], resume: bool, locks: FolderLo
         job: The sweep.
         settings: The settings of the sweep.
         resume: Whether the folder may contain a sweep.
-        locks: The locks of the folder; the lock of this rank is held afterwards.
+        locks: The locks of the folder; the lock of this rank is kept afterwards.
 
     Returns:
         The sweep with the stored shards.

@@ -1,4 +1,4 @@
-"""Sums over the samples of a stored sweep, of the queries of flows and of the search for groups."""
+"""Sums over the samples of a stored sweep for the queries that flows and the search for groups need."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def sums_of(
     Args:
         sweep: The sweep.
         infos: The queries.
-        target: Restriction to explanations of this class.
-        selected: Restriction to these samples.
+        target: Restricts the samples to explanations of this class.
+        selected: Restricts the sums to these samples.
     """
     sums = Sums({info.name: info.groups or () for info in infos})
     for shard in sweep.shards:
@@ -56,7 +56,7 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
     Args:
         sweep: The sweep, with the queries of :func:`~nrm_plugin.dataset.glocal.flow_queries`.
         layers: The layers, from the output to the input.
-        target: Restriction to explanations of this class.
+        target: Restricts the samples to explanations of this class.
 
     Raises:
         FlowError: If a query is missing, or there is no sample.
@@ -73,7 +73,7 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
 
 
 def flow_queries_of(sweep: StoredQueries, layers: Sequence[str]) -> dict[Any, list[QueryInfo]]:
-    """Returns the queries of each layer, and of each pair of consecutive layers."""
+    """Returns the queries for each layer and for each pair of consecutive layers."""
     queries: dict[Any, list[QueryInfo]] = {}
     missing: list[str] = []
 
@@ -103,7 +103,7 @@ def _over(info: QueryInfo) -> tuple[Any, ...]:
 
 
 class Sums:
-    """Sums over samples of the values of queries, shard by shard.
+    """Sums of the values of queries over samples, accumulated shard by shard.
 
     Args:
         groups: Shape of each query, by name.

@@ -26,7 +26,7 @@ class DigitsVGG(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        """Returns the logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 
@@ -45,7 +45,7 @@ class DigitsCNN(nn.Module):
         self.classifier = nn.Linear(40 * 2 * 2, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        """Returns the logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 

@@ -1,6 +1,6 @@
-"""Events: sets of walks, written as formulas over the neurons that a walk crosses.
+"""Events: sets of walks, defined by formulas over the neurons that a walk crosses.
 
-The package also holds decision diagrams of events, and events as JSON.
+The package also contains decision diagrams of events, and their conversion to JSON.
 Imports: errors.
 """
 

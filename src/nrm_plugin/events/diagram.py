@@ -1,8 +1,9 @@
-"""Events as ordered decision diagrams over taps.
+"""Ordered decision diagrams of events over taps.
 
-A walk crosses the taps from the output down, and each crossing decides the atoms of that tap. A node of the diagram is
-the formula that remains to be decided, so a pass propagates one relevance vector per live node of a tap: the width of
-the diagram. A formula whose disjunctive form has exponential size can have width 2.
+A walk crosses the taps from the output down, and each crossing decides the atoms of that tap. Each node of the diagram
+is a formula that remains to be decided. A pass therefore propagates one relevance vector per live node at each tap,
+whose number is the width of the diagram. The width can be 2 even if the disjunctive normal form of the formula has
+exponential size.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ FALSE, TRUE = 0, 1
 
 @dataclass
 class Diagram:
-    """Reduced ordered decision diagrams with shared nodes, with one root per event.
+    """A reduced ordered decision diagram with shared nodes and one root per event.
 
     Variables are numbered in the order in which a walk crosses them; ``levels[v]`` is the tap of variable ``v``. Nodes
-    are numbers as well: 0 is false, 1 is true.
+    are numbered as well: 0 is false, and 1 is true.
     """
 
     levels: Sequence[int]
@@ -45,7 +46,7 @@ class Diagram:
         return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
-        """Returns the next tap that decides atoms of the node; true and false have a level after all taps."""
+        """Returns the first tap that decides atoms of the node; the level of true and false is after all taps."""
         variable = self._nodes[node][0]
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
@@ -82,7 +83,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """Returns the largest number of undecided nodes that are live at one tap, for all roots together."""
+        """Returns the largest number of undecided nodes that are live at one tap, over all roots."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

@@ -1,6 +1,7 @@
-"""Events: sets of walks, written as a formula over the neurons that a walk crosses.
+"""Events: sets of walks, defined by a formula over the neurons that a walk crosses.
 
-An event does not depend on a model. Its atoms name taps, which a measure looks up when it evaluates the event.
+An event does not depend on a model. Its atoms refer to taps by name, which a measure looks up when it evaluates the
+event.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SIDES: tuple[Side, ...] = ("input", "output", "sink")
 class Event:
     """A set of walks; ``&``, ``|``, ``~`` and ``-`` combine events.
 
-    Laws (checked by the tests): ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``,
+    The tests verify these laws: ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``,
     ``a - b == a & ~b``.
 
     Examples:
@@ -42,7 +43,7 @@ class Event:
     def __sub__(self, other: object) -> Event:
         return self & ~_checked_operand(self, other, "-")
 
-    # Called only for left operands that are not events, to raise the same error.
+    # Called only if the left operand is not an event, to raise the same error.
     def __rand__(self, other: object) -> NoReturn:
         _reject_operand(self, other, "&")
 
@@ -61,8 +62,8 @@ class Event:
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            "an event has no truth value: `a and b`, `a or b`, `not a` and `if a` would silently drop a part of it. "
-            "Write `a & b`, `a | b`, `~a`."
+            "an event has no truth value: `a and b`, `a or b`, `not a` and `if a` would silently ignore a part of "
+            "it. Write `a & b`, `a | b`, `~a`."
         )
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
@@ -103,7 +104,7 @@ def _checked_operand(event: Event, other: object, sign: str) -> Event:
 
 def _reject_operand(event: Event, other: object, sign: str) -> NoReturn:
     raise TypeError(
-        f"`{sign}` joins two events, got {event} and {type(other).__name__}. Name the layer of the other operand: "
+        f"`{sign}` combines two events, got {event} and {type(other).__name__}. Name the layer of the other operand: "
         "`at(layer)` for a layer, `at(layer)[mask]` for a mask or index."
     )
 
@@ -201,7 +202,7 @@ class Atom(Event):
 
     def __getitem__(self, index: Any) -> Atom:
         if self.index is not None:
-            raise EventError(f"{self} is indexed already. Combine two atoms of one tap with & or | instead.")
+            raise EventError(f"{self} is already indexed. Combine two atoms of the same tap with & or | instead.")
         value = checked_index(self, index)
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
@@ -211,15 +212,15 @@ class Atom(Event):
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
     def head(self, index: Any) -> Attended:
-        """Returns the walks through one or several heads of the attention in this layer."""
+        """Returns the walks through one or several attention heads of this layer."""
         return Attended(self).head(index)
 
     def token(self, index: Any) -> Attended:
-        """Returns the walks through the output of the attention in this layer at the given tokens."""
+        """Returns the walks through the attention output of this layer at the given tokens."""
         return Attended(self).token(index)
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """Returns the walks through the attention from a query token to a key token."""
+        """Returns the walks that pass through the attention from a query token to a key token."""
         return Attended(self).pair(query, key)
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
@@ -238,10 +239,10 @@ class Atom(Event):
 
 @dataclass(frozen=True, repr=False)
 class Attended(Event):
-    """The walks through the attention of a layer, in some heads, from some query tokens to some key tokens.
+    """The walks through the attention of a layer, for selected heads, query tokens and key tokens.
 
     Created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer is a module that
-    computes attention once, whether fused or written with products and a softmax, or the tap of that operation itself.
+    computes attention exactly once, by a fused function or by products and a softmax, or the tap of this operation.
     None stands for all heads, queries or keys.
     """
 
@@ -253,7 +254,8 @@ class Attended(Event):
     def __post_init__(self) -> None:
         if self.atom.side != "output" or self.atom.item is not None or self.atom.index is not None:
             raise EventError(
-                f"{self.atom} names neurons of one tap. Heads, tokens and pairs are those of the attention in a layer: "
+                f"{self.atom} refers to neurons of one tap. Heads, tokens and pairs belong to the attention of a "
+                "layer: "
                 f"at({_name(self.atom.layer)}).head(…)."
             )
 
@@ -271,7 +273,7 @@ class Attended(Event):
 
     def _chosen(self, what: str, known: Index | None, value: Any) -> Index:
         if known is not None:
-            raise EventError(f"{self} is restricted already. Combine two events of one layer with & or | instead.")
+            raise EventError(f"{self} is already restricted. Combine two events of the same layer with & or | instead.")
         checked = checked_index(self.atom, value)
         if isinstance(checked, tuple) or checked is Ellipsis or (isinstance(checked, Tensor) and checked.ndim > 1):
             raise EventError(f"{self}.{what}({show(checked)}): give an int, a slice, a list or one mask.")
@@ -295,18 +297,19 @@ def at(
     call: int | Literal["any"] | None = None,
     item: int | str | None = None,
 ) -> Atom:
-    """Returns the neurons of a tap, to be indexed: ``at("features.28")[3]`` is the event that a walk crosses channel 3.
+    """Returns the neurons of a tap: ``at("features.28")[3]`` is the event that a walk crosses channel 3 of this layer.
 
     Args:
-        layer: Name as in ``model.named_modules()``, or ``"input"`` or ``"output"`` of the whole model, or the module
-            itself. Children of these two names are ``".input"`` and ``".output"``.
+        layer: A name as in ``model.named_modules()``, ``"input"`` or ``"output"`` of the whole model, or a module. Use
+            ``".input"`` and ``".output"`` for child modules with these two names.
         side: ``"output"``, ``"input"`` or ``"sink"``.
-        call: Number of the call of a module that is called several times; ``"any"`` for at least one of the calls.
-        item: Position, key or field of the tensor in a tuple, mapping or dataclass; ``"features.0"`` in nested ones.
+        call: Index of the call if the module is called several times; ``"any"`` for at least one of the calls.
+        item: Index, key or field of the tensor if the layer returns a tuple, mapping or dataclass; ``"features.0"`` if
+            these are nested.
 
     Returns:
-        The event that a walk crosses the tap in any neuron. It is indexed with ints, slices, lists, tuples or a boolean
-        mask over the dimensions after the batch (or over all dimensions, with one mask per sample).
+        The event that a walk crosses the tap in any neuron. Index it with ints, slices, lists, tuples or a boolean mask
+        over the dimensions after the batch dimension (or over all dimensions, with one mask per sample).
 
     Raises:
         EventError: If an argument is invalid.
@@ -322,14 +325,12 @@ def at(
     if side not in SIDES:
         raise EventError(f"side={brief(side)} is unknown; choose one of {', '.join(map(repr, SIDES))}.")
     if not isinstance(layer, (str, nn.Module)):
-        hint = (
-            f" In quotes it is the name of a part of nn.Sequential: {str(layer)!r}." if isinstance(layer, int) else ""
-        )
+        hint = f" Quote the name of a part of an nn.Sequential: {str(layer)!r}." if isinstance(layer, int) else ""
         raise EventError(
             f"a layer is a name such as 'features.28' or a module, got {type(layer).__name__}: {brief(layer)}.{hint}"
         )
     if not (call is None or call == "any" or (isinstance(call, int) and not isinstance(call, bool))):
-        raise EventError(f"call={brief(call)} is unknown; give the number of the call, from 0, or 'any'.")
+        raise EventError(f"call={brief(call)} is unknown; give the index of the call, from 0, or 'any'.")
     if not (item is None or (isinstance(item, (int, str)) and not isinstance(item, bool))):
-        raise EventError(f"item={brief(item)} is unknown; give the number or key of one of the tensors of a layer.")
+        raise EventError(f"item={brief(item)} is unknown; give the index or key of one of the tensors of a layer.")
     return Atom(layer, side, call, item)

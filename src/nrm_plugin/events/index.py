@@ -1,4 +1,4 @@
-"""Indices of neurons, as in the brackets of ``at(layer)[…]``: checks, equality, and text."""
+"""The indices in the brackets of ``at(layer)[…]``: validation, equality and text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import EventError, brief
 
 SHOWN = 12
-"""Largest number of neurons that the text of an event lists."""
+"""Largest number of neurons that are listed in the text of an event."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The index of ``at(layer)[…]``; two indices are equal if they hold the same numbers."""
+    """The index of ``at(layer)[…]``; two indices are equal if they contain the same numbers."""
 
     key: Hashable
     value: Any
@@ -46,7 +46,7 @@ def checked_index(atom: object, value: Any) -> Any:
     """Returns an index that consists of ints, slices, ellipses, integer or boolean tensors, and tuples of these."""
     if isinstance(value, tuple):
         if sum(item is Ellipsis for item in value) > 1:
-            raise EventError(f"{atom}[…]: an index holds at most one `...`.")
+            raise EventError(f"{atom}[…]: an index can contain only one `...`.")
         return tuple(checked_index(atom, item) for item in value)
     if value is Ellipsis:
         return value
@@ -66,7 +66,7 @@ _INDEX = "neurons are indexed by ints, slices, lists and tuples of them, integer
 def _checked_slice(atom: object, value: slice) -> slice:
     bounds = (value.start, value.stop, value.step)
     if any(not (bound is None or hasattr(bound, "__index__")) for bound in bounds):
-        raise EventError(f"{atom}[{show(value)}]: the bounds of a slice are integers.")
+        raise EventError(f"{atom}[{show(value)}]: the bounds of a slice must be integers.")
     start, stop, step = (None if bound is None else operator.index(bound) for bound in bounds)
     if step is not None and step <= 0:
         raise EventError(f"{atom}[{show(value)}]: a slice of neurons needs a positive step.")
@@ -78,7 +78,9 @@ def _checked_tensor(atom: object, value: Any) -> Tensor:
     if isinstance(value, list):
         kinds = {isinstance(item, bool) for item in value}
         if len(kinds) > 1:
-            raise EventError(f"{atom}[{brief(value)}]: a list holds either indices of neurons or booleans, not both.")
+            raise EventError(
+                f"{atom}[{brief(value)}]: a list must contain either indices of neurons or booleans, not both."
+            )
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
         tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
@@ -89,7 +91,8 @@ def _checked_tensor(atom: object, value: Any) -> Tensor:
         tensor = tensor.long()
     if tensor.dtype == torch.uint8:
         raise EventError(
-            f"{atom}: an index of dtype uint8 may be a mask or indices of neurons. Convert it: `mask.bool()` or "
+            f"{atom}: an index of dtype uint8 is ambiguous: it may be a mask or indices of neurons. Convert it: "
+            "`mask.bool()` or "
             "`index.long()`."
         )
     if tensor.dtype != torch.bool and (tensor.is_floating_point() or tensor.is_complex()):

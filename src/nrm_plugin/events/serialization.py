@@ -1,4 +1,4 @@
-"""Events as JSON and back, for files that record queries. No text is evaluated.
+"""Conversion of events to and from JSON, for files that store queries. No text is evaluated as code.
 
 - ``{"at": "features.28", "index": [3, 7], "channel": true}``, with ``side``, ``call`` and ``item`` if given
 - ``{"attention": "blocks.3.attn", "heads": 2, "queries": 5, "keys": 0}``, where all but the first are optional
@@ -46,7 +46,9 @@ def event_to_json(event: Event) -> dict[str, Any]:
     if not isinstance(event, Atom):
         raise EventError(f"expected an event such as at('layer')[3], got {type(event).__name__}: {brief(event)}.")
     if not isinstance(event.layer, str):
-        raise EventError(f"{event} names its layer by a module, which has no form in JSON. Use its name: at('…').")
+        raise EventError(
+            f"{event} refers to its layer by a module, which cannot be written as JSON. Use its name: at('…')."
+        )
     data = {"at": event.layer}
     data |= {} if event.side == "output" else {"side": event.side}
     data |= {} if event.call is None else {"call": event.call}
@@ -84,7 +86,7 @@ def event_from_json(data: Any) -> Event:
             f"this is not an event: {brief(data)}. Events are {{'at': layer, …}}, 'all', 'any', 'not', 'absorbed'."
         )
     if data.get("side", "output") not in SIDES:
-        raise EventError(f"this is not an event: {brief(data)}, no side named {brief(data['side'])}.")
+        raise EventError(f"this is not an event: {brief(data)} has the unknown side {brief(data['side'])}.")
     atom = at(data["at"], data.get("side", "output"), data.get("call"), data.get("item"))
     if "index" not in data:
         return atom

@@ -1,8 +1,8 @@
-r"""Attention: kernels of the fused function and of softmax, and the dimensions of heads and tokens in a product.
+r"""Attention: kernels of the fused function and of softmax, and the dimensions of heads and tokens in products.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
-By default the weights ``A`` are constants and all relevance is propagated to the values. ``attention="halves"``
+By default, the weights ``A`` are constants, and all relevance is propagated to the values. ``attention="halves"``
 propagates one half to the weights, and from there to queries and keys, as in AttnLRP (arXiv 2402.05602).
 
 Source: docs/attention.md.
@@ -31,7 +31,7 @@ FUSED = "scaled_dot_product_attention"
 
 @kernel_of(FUSED)
 def fused_attention(call: FunctionCall) -> Kernel:
-    r"""Returns a kernel that propagates all relevance to the values, by absolute share.
+    r"""Returns a kernel that propagates all relevance to the values, in proportion to absolute contributions.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
@@ -57,7 +57,7 @@ def fused_attention(call: FunctionCall) -> Kernel:
 
 
 _DROPOUT = (
-    "relevance arrived at 'scaled_dot_product_attention' in {where} with dropout_p > 0, which draws at random. Pass "
+    "relevance arrived at 'scaled_dot_product_attention' in {where} with dropout_p > 0, which is random. Pass "
     "`dropout_p=self.p if self.training else 0.0`, and call `model.eval()`."
 )
 
@@ -141,9 +141,9 @@ class Layout:
 
     Attributes:
         shared: Dimensions of the output that weights and values share, from the left, as negative numbers: samples
-            first, heads last; a single dimension may be either.
+            first, heads last. A single dimension may be either of them.
         queries: Dimension of the query tokens in the output.
-        keys: Number of each input that receives relevance, and the dimension of its key tokens.
+        keys: Index of each input that receives relevance, and the dimension of its key tokens.
     """
 
     shared: tuple[int, ...]
@@ -152,7 +152,7 @@ class Layout:
 
 
 def layout(call: FunctionCall, output: Tensor) -> Layout | None:
-    """Returns the layout of the fused function or of a product with a gate; None for any other call."""
+    """Returns the layout of the fused function or of a product with a gate, or None for any other call."""
     if call.name == FUSED:
         value = call.argument(2, "value")
         if not isinstance(value, Slot) or output.ndim < 2:
@@ -190,7 +190,7 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 
 
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
-    """Returns the subscripts of both operands and the output of an ``einsum``, without dots; None if implicit."""
+    """Returns the subscripts of both operands and the output of an ``einsum``, without dots, or None if implicit."""
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:
         return None

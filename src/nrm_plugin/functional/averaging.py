@@ -24,14 +24,14 @@ POOLS = (
 
 _BICUBIC_GRID = (
     "relevance arrived at 'grid_sample' with mode='bicubic', whose weights may be negative; it has no kernel. Use "
-    "mode='bilinear', or define how it propagates relevance: decorate a function with "
+    "mode='bilinear', or register a kernel: decorate a function with "
     "nrm_plugin.register_kernel(torch.nn.functional.grid_sample)."
 )
 
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns a kernel under the rule for average pooling; inputs after the first (points, boxes) get no relevance."""
+    """Returns a kernel by the rule for average pooling; inputs after the first (points, boxes) receive no relevance."""
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
         return call.by_rule(PlainGradient())  # copies values without averaging

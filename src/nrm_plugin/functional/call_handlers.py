@@ -1,4 +1,4 @@
-"""The handlers of an intercepted call, tried in order; the first handler that applies is used.
+"""Handlers of intercepted calls. They are tried in order, and the first one that applies is used.
 
 A handler returns the return value of the call, or ``NOT_HANDLED``.
 """
@@ -196,7 +196,7 @@ HANDLERS: tuple[Handler, ...] = (
     ),
     Handler("indexed write", "positions given by tensors are looked up entry by entry", _indexed_write),
     Handler(
-        "complex numbers", "complex tensors are not taps: one linear step joins the real tensors", _complex_numbers
+        "complex numbers", "complex tensors are not taps: one linear step connects the real tensors", _complex_numbers
     ),
     Handler("constants", "no relevance passes through them; autograd records what writers copy", _constants),
     Handler(
@@ -217,7 +217,9 @@ HANDLERS: tuple[Handler, ...] = (
         "in place", "the function is unknown: the audit of the recording rejects it unless it is a route", _in_place
     ),
     Handler(
-        "route or unknown", "autograd records routes; anything else raises when relevance arrives", _route_or_unknown
+        "route or unknown",
+        "autograd records routes; anything else raises an error when relevance arrives",
+        _route_or_unknown,
     ),
 )
 """The handlers in order of precedence."""

@@ -32,13 +32,14 @@ class Interception(Canonizer):
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:
-        composite: The composite with the rules of functions that have an equivalent module; None for default kernels.
-        normalization: Treatment of the residual of a function's kernel.
+        composite: The composite with the rules of functions that have an equivalent module, or None for default
+            kernels.
+        normalization: How the residual of a function's kernel is treated.
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` for the plain gradient of layers without a rule.
         fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
-        audited: Whether every layer is also a step, so that any other operation raises when relevance arrives.
+        audited: Whether every layer is also a step, so that any other operation raises an error when relevance arrives.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -85,7 +86,7 @@ class Interception(Canonizer):
         return [instance]
 
     def register(self, root_module: nn.Module) -> None:
-        """Installs hooks on the root to start and stop the mode, and on every module to track the running module."""
+        """Installs hooks that start and stop the mode on the root, and that track the running module on all."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
         start = self._start_hook(root_module)
@@ -146,7 +147,7 @@ class Interception(Canonizer):
 
     def _stop_hook(self) -> Callable[..., None]:
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            if self._modes and output is not None:  # without an output the module raised
+            if self._modes and output is not None:  # without an output, the module raised an error
                 attach_steps(output, self._modes[-1].forward_pass.custom_calls)
                 if self.audited and listener() is None and len(self._modes) == 1:
                     raise_on_arrival(tensors_of(output), self._first_node)

@@ -1,9 +1,9 @@
-r"""The kernel of complex functions between real tensors, as a linear layer with a constant matrix.
+r"""The kernel of complex-valued functions between real tensors, as a linear layer with a constant matrix.
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
-The matrix is computed by applying the functions to unit vectors. Dimensions along which the functions are the same for
-each position, such as samples and channels, are found first and excluded from the matrix.
+The matrix is computed by applying the functions to unit vectors. Dimensions along which the functions act identically
+at each position, such as samples and channels, are identified first and excluded from the matrix.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -57,7 +57,7 @@ class Layout:
         return moved.reshape(len(tensor), samples, positions, self.features)
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        """Converts back, as the inverse of :meth:`fold`."""
+        """Inverts :meth:`fold`."""
         sizes = [self.shape[dim] for dim in self.order]
         inverse = [self.order.index(dim) + 1 for dim in range(len(self.order))]
         return tensor.reshape(len(tensor), *sizes).permute(0, *inverse)
@@ -126,7 +126,7 @@ def _layout(shape: torch.Size, first: list[int], pairs: list[tuple[int, int]]) -
 
 
 def _smallest(bias: Tensor) -> Tensor | None:
-    """Returns a bias without the leading dimensions along which it is constant; None if it is zero."""
+    """Returns a bias without the leading dimensions along which it is constant, or None if it is zero."""
     while bias.ndim > 1 and bool((bias == bias[:1]).all()):
         bias = bias[0]
     return bias if bool(bias.any()) else None
@@ -209,7 +209,7 @@ class _Probe:
                 columns.append(images[: len(units)])
         weight = torch.cat(columns).T.contiguous()
         rounding = 4 * torch.finfo(weight.dtype).eps * weight.abs().max()
-        return torch.where(weight.abs() <= rounding, 0.0, weight)  # zeros with rounding errors would have shares
+        return torch.where(weight.abs() <= rounding, 0.0, weight)  # zeros with rounding errors would receive shares
 
 
 def _along(matrix: Tensor, tensor: Tensor, dim: int) -> Tensor:
@@ -218,16 +218,16 @@ def _along(matrix: Tensor, tensor: Tensor, dim: int) -> Tensor:
 
 
 def _where(call: FunctionCall) -> str:
-    return f"relevance arrived at {call.name!r} in {call.path or 'the model'!r}, which makes complex numbers"
+    return f"relevance arrived at {call.name!r} in {call.path or 'the model'!r}, which returns complex numbers"
 
 
 _ADVICE = (
-    "Do so in a module of its own that turns one real tensor into another, and give that module a rule in the "
-    "composite's layer_map: zennit.rules.Epsilon() where it is linear, Pass() where it maps each element on its own."
+    "Do this in a separate module that maps one real tensor to another, and assign a rule to this module in the "
+    "composite's layer_map: zennit.rules.Epsilon() if it is linear, Pass() if it is elementwise."
 )
 _NOT_AFFINE = (
-    "{where} and turns them into real ones by a function that is not linear, which has no kernel. Magnitudes have one "
-    "as `z.abs()`, power spectra as `z.abs() ** 2`. " + _ADVICE
+    "{where} and converts them to real numbers by a nonlinear function, which has no kernel. "
+    "Magnitudes are supported as `z.abs()`, power spectra as `z.abs() ** 2`. " + _ADVICE
 )
 _TOO_LARGE = "{where}. The matrix of this function is too large to be stored. " + _ADVICE
 

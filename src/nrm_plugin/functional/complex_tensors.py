@@ -1,4 +1,4 @@
-"""Complex tensors of a forward pass, which are not taps, but expressions in the real tensors on which they depend.
+"""Complex tensors of a forward pass, which are not taps but expressions of the real tensors on which they depend.
 
 All functions from real tensors through complex tensors to real tensors form one step. The kernel of the step is read
 by evaluating the expression on other real tensors.
@@ -47,7 +47,7 @@ class Expression:
         args: Arguments, with sources and expressions in place of tensors that depend on the inputs of the model.
         kwargs: Keyword arguments, in the same form.
         sources: The real sources of all arguments, without repetition.
-        item: Number of the tensor among several outputs; None for a single output.
+        item: Index of the tensor among several outputs, or None for a single output.
         writes: Whether the function writes to its first argument, which is then the result.
     """
 

@@ -49,7 +49,7 @@ class CompositeRules:
         self._by_memory: dict[int, tuple[nn.Module, Hook | None]] = {}
         self._by_kind: dict[type[nn.Module], Hook | None] = {}
         for name, module in model.named_modules():
-            # Rules are looked up for every module in order, so that the first layer has the rule of first layers.
+            # Rules are looked up for all modules in order, so that the first layer gets the rule of first layers.
             rule = composite.module_map(self._ctx, name, module)
             if isinstance(module, nn.MultiheadAttention):  # an activation in Zennit, but its weights are linear layers
                 rule = None
@@ -59,7 +59,7 @@ class CompositeRules:
                     self._by_memory.setdefault(parameter.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of a module of the given kind, as if it came after all modules of the model."""
+        """Returns the rule of a module of the given kind, as if it were the last module of the model."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)

@@ -1,4 +1,4 @@
-"""The ``autograd.Function`` classes of a model, found in autograd's graph after the pass, since no mode observes them.
+"""The ``autograd.Function`` classes of a model. They are found in the autograd graph, since no mode observes them.
 
 An elementwise function propagates relevance like an activation, through a step that is attached to its node. Two tests
 have to agree: no entry of the function's Jacobian, computed by its backward at the values of the pass, connects two
@@ -29,10 +29,10 @@ from .registry import name_of
 from .unsupported import UnknownKernel, is_elementwise
 
 PROBES = 8
-"""Number of vectors to which the backward of a function is applied."""
+"""Number of probe vectors to which the backward of a function is applied."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Packages with functions that are steps already, or have backwards that must not be probed, such as checkpoints."""
+"""Packages whose functions are already steps, or have a backward that must not be probed, such as checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class CustomCall:
 
 
 def _own(value: Any) -> Any:
-    """Copies a tensor, since the function may overwrite it."""
+    """Returns a copy of a tensor, since the function may overwrite it."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -84,8 +84,8 @@ class CustomCalls:
         if _writes_to_part(function, args):
             name = frame.f_locals["cls"].__qualname__
             raise UnsupportedOperationError(
-                f"the autograd.Function {name!r} writes in place to a part of a computed tensor, of which autograd "
-                f"keeps no node of its own. Pass a copy: {name}.apply(part.clone())."
+                f"the autograd.Function {name!r} writes in place to a part of a computed tensor, for which autograd "
+                f"has no separate node. Pass a copy: {name}.apply(part.clone())."
             )
 
     def of(self, node: Any) -> list[CustomCall]:
@@ -176,8 +176,8 @@ def _attach(node: Any, kernel: Kernel) -> None:
 
 
 def _reject(node: Any) -> None:
-    """Raises if autograd propagates relevance through a function with several outputs; an audit also detects it."""
-    error = _error(node, "returns several tensors that are used, or another one than the first")
+    """Raises an error if autograd propagates relevance through a function with several outputs, as an audit does."""
+    error = _error(node, "returns several tensors that are used, or one other than the first")
 
     def check(below: tuple[Any, ...], above: tuple[Any, ...]) -> None:
         if any(part is not None and bool(part.any()) for part in above):
@@ -238,7 +238,7 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
     """Returns the reason why a function of one tensor cannot be treated as elementwise; empty if it can."""
     try:
         slope = _slope(node, live)
-    except (NotImplementedError, AssertionError) as error:  # written for inference only
+    except (NotImplementedError, AssertionError) as error:  # the function is written for inference only
         fault = "" if calls else f"has a backward that raises {type(error).__name__}"
     except Exception as error:
         fault = f"has a backward that raises {type(error).__name__}: {error}"
@@ -250,9 +250,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian from a function's backward; None if the Jacobian is not diagonal.
+    """Computes the diagonal of the Jacobian from a function's backward; returns None if the Jacobian is not diagonal.
 
-    The probes are powers of two of either sign, so that products with a diagonal have no rounding error.
+    The probes are positive and negative powers of two, so that products with a diagonal have no rounding error.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)
@@ -294,19 +294,19 @@ def _forward_fault(node: Any, call: CustomCall) -> str:
     point = call.args[number].detach().clone()
     try:
         is_diagonal = is_elementwise(run, point, run(point.clone()))
-    except Exception as error:  # such as for a number of elements that the function does not take
+    except Exception as error:  # such as for a number of elements that the function does not accept
         return f"has a forward that raises {type(error).__name__} for values of its input alone"
-    return "" if is_diagonal else "mixes elements: what it returns at one of them changes with another"
+    return "" if is_diagonal else "mixes elements: its output at one element changes with another element"
 
 
 _OF_DIFFERENCES = (
-    "relevance of a difference arrived at the autograd.Function {name!r}, whose values at the reference are not known. "
-    "Call it in a module of its own, whose forward is `return {name}.apply(x)`, or explain the output without "
+    "relevance of a difference arrived at the autograd.Function {name!r}, whose values at the reference are not "
+    "known. Call it in a separate module whose forward is `return {name}.apply(x)`, or explain the output without "
     "reference=."
 )
 _ERROR = (
-    "relevance arrived at the autograd.Function {name!r}, which has no kernel: it {fault}. Call it in a module of its "
-    "own, whose forward is `return {name}.apply(x)`, and give that module a rule in the composite's layer_map: "
+    "relevance arrived at the autograd.Function {name!r}, which has no kernel: it {fault}. Call it in a separate "
+    "module whose forward is `return {name}.apply(x)`, and give that module a rule in the composite's layer_map: "
     "zennit.rules.Pass() to pass relevance element by element, as through a softmax, zennit.rules.Epsilon() if the "
     "function is linear. A rule passes relevance to the first input."
 )

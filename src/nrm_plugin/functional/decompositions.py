@@ -1,4 +1,4 @@
-"""Functions written out in Python as compositions of functions with kernels."""
+"""Functions that are written in Python as compositions of functions with kernels."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 
 @decomposition_of("addmm")
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     is_layer = mat1.requires_grad and not (mat2.requires_grad or input.requires_grad) and beta == alpha == 1
-    if is_layer and input.shape == mat2.shape[1:]:  # then a rule applies to the bias as in a layer
+    if is_layer and input.shape == mat2.shape[1:]:  # a rule then treats the bias as in a layer
         return nn.functional.linear(mat1, mat2.T, input)
     return _weighted_sum(input, torch.matmul(mat1, mat2), beta, alpha)
 
@@ -164,7 +164,7 @@ def _mean_of_variance(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Returns whether a functional layer call has a bias, and the model computes its weight or bias."""
+    """Returns whether a functional layer has a bias, and the model computes its weight or bias."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 
@@ -179,7 +179,7 @@ def product_and_bias(
 
 
 def python_body(function: Any) -> Callable[..., Any] | None:
-    """Returns the Python body of a torch function, without its dispatch to modes; None for any other function."""
+    """Returns the Python body of a torch function, without its dispatch to modes, or None for any other function."""
     code = getattr(function, "__code__", None)
     checks = [word for word in code.co_names if word.startswith("has_torch_function")] if code is not None else []
     if code is None or not checks:

@@ -1,4 +1,4 @@
-"""Steps of differences: each call of a function together with the same call in the forward pass of the reference.
+"""Steps of differences: each call of a function, paired with the same call in the forward pass of the reference.
 
 Source: docs/differences.md.
 """
@@ -31,7 +31,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 def reference_pass() -> ReferencePass | None:
-    """Returns the pass of the reference, if relevance is of a difference; else None."""
+    """Returns the pass of the reference if a difference is explained, or None otherwise."""
     reference: ReferencePass | None = RUNNING.reference
     return reference
 
@@ -41,7 +41,7 @@ def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
     constants: Any = [observed.slots, observed.keyword_slots]
     if observed.name.base == "where" and len(observed.slots) == 3:
         constants = _used_by_where(*observed.slots)
-    if observed.name.base in _OVERWRITERS:  # what was in a constant target, maybe nothing, is no argument
+    if observed.name.base in _OVERWRITERS:  # the previous content of a constant target is not an argument
         constants = [observed.slots[1:], observed.keyword_slots]
     reference.meet(observed.name.base, observed.path, (), constants)
 
@@ -50,7 +50,7 @@ _OVERWRITERS = frozenset(["copy", "setitem", "index_put"])
 
 
 def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
-    """Returns the arguments of ``torch.where`` with zeros where constants are not selected."""
+    """Returns the arguments of ``torch.where``, with zeros where constants are not selected."""
     if not (isinstance(condition, Tensor) and condition.dtype == torch.bool):  # called as a method
         condition, first = first, condition
     kept = [condition]
@@ -64,7 +64,8 @@ def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
 def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -> None:
     """Raises :class:`DifferenceError` unless a route copies the same entries as at the reference.
 
-    Constant indices are compared before the function runs; here, those that the function computes, such as an order.
+    Constant indices are compared before the function runs; this check compares those that it computes, such as an
+    order.
     """
     items = output if isinstance(output, (list, tuple)) else (output,)
     nodes: set[Any] = {item.grad_fn for item in items if isinstance(item, Tensor)}

@@ -2,9 +2,9 @@ r"""Calls of functions at an input and at a reference, and the registry of their
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
-Relevance is multiplier times difference. Where a difference is zero, so is the relevance, but the walks through the
-neuron have masses that only cancel. Every kernel therefore replaces a zero difference by the same
-tiny number: the relevance is then smaller than any rounding error, and the next kernel divides it by this number.
+Relevance is multiplier times difference. Where a difference is zero, the relevance is zero as well, but only because
+the masses of the walks through the neuron cancel. Every kernel therefore replaces a zero difference by the same tiny
+number: the relevance is then smaller than any rounding error, and the next kernel divides it by this number.
 
 Source: docs/differences.md.
 """
@@ -114,7 +114,7 @@ def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
     """Registers the kernel of differences of functions by name."""
 
     def decorate(factory: SecantFactory) -> SecantFactory:
-        assert not SECANTS.keys() & set(names), "the later of two modules that are imported would win"
+        assert not SECANTS.keys() & set(names), "the module that is imported later would win"
         SECANTS.update(dict.fromkeys(names, factory))
         return factory
 

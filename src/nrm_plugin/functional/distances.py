@@ -1,4 +1,4 @@
-"""Distances, similarities and norms, written out as differences, products and vector norms.
+"""Distances, similarities and norms, decomposed into differences, products and vector norms.
 
 Source: docs/measure.md (operations without a module).
 """

@@ -1,4 +1,4 @@
-"""The arguments of ``torch.einsum`` in one form: a subscript per operand, with one letter per dimension."""
+"""The arguments of ``torch.einsum`` in a single form: a subscript per operand, with one letter per dimension."""
 
 from __future__ import annotations
 

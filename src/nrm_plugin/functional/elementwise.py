@@ -100,7 +100,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns |summand|; for a summand that is itself a sum read only here, its total magnitude.
+    """Returns |summand|; for a summand that is itself a sum and read only here, its total magnitude.
 
     Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
     """
@@ -114,7 +114,7 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: all to the signal; without a known gate, to the larger tensor, or half each."""
+    """Returns the kernel of a product: all to the signal; without a known gate, all to the larger tensor, or halves."""
     if len(call.inputs) == 1:
         return call.identity()
     if call.gates[0] != call.gates[1]:

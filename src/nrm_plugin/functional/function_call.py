@@ -27,10 +27,10 @@ class Settings:
 
     Attributes:
         rules: The lookup of the composite's rule of a module or weight.
-        normalization: Treatment of the residual of a kernel.
+        normalization: How the residual of a kernel is treated.
         sums: Distribution of relevance in sums: ``"absolute"`` or ``"signed"``.
         fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
-        attention: Relevance of attention weights in a product of two tensors: none with ``"value"``, or ``"halves"``.
+        attention: Relevance of attention weights in a product of two tensors: ``"value"`` for none, or ``"halves"``.
     """
 
     rules: RuleLookup = field(default_factory=NoRules)
@@ -62,7 +62,7 @@ class CallInput:
 
     Attributes:
         saved: The tensor.
-        is_gate: Whether the tensor weighs a signal, and receives no relevance in a product.
+        is_gate: Whether the tensor is a gate, which weights a signal and receives no relevance in a product.
         producer: The autograd node that computed it.
     """
 
@@ -76,7 +76,7 @@ class FunctionCall:
     """A function call; its *inputs* are the tensors among the arguments that carry relevance.
 
     Attributes:
-        name: Name of the function in a form common to its variants, such as ``"add"``.
+        name: Name common to all variants of the function, such as ``"add"``.
         function: The function.
         path: Path of the module that called the function.
         args: Positional arguments, with a slot in place of each input.
@@ -123,7 +123,7 @@ class FunctionCall:
         """Returns a kernel that passes relevance unchanged to one input, elementwise; the other inputs receive none.
 
         Args:
-            to: Number of the input. Dimensions in which it was broadcast are summed over.
+            to: Index of the input. Dimensions in which it was broadcast are summed over.
         """
         return BroadcastKernel(self.shapes, to)
 
@@ -149,7 +149,7 @@ class FunctionCall:
         return SplitKernel(tensors, self.shapes, None, is_stochastic)
 
     def route(self) -> Kernel:
-        """Returns a kernel that passes relevance to the copied entries by the gradient; for gathers and permutations.
+        """Returns a kernel that passes relevance to the copied entries by the gradient, for gathers and permutations.
 
         Outputs that are not copied from an input have a residual.
         """
@@ -169,8 +169,8 @@ class FunctionCall:
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
-            to: Number of the input that receives relevance; the other inputs are constants.
-            run: A function of this input to which the rule is applied instead of the called function.
+            to: Index of the input that receives relevance; the other inputs are constants.
+            run: A function of this input to which the rule is applied in place of the called function.
         """
         values = self.values
 

@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, where only some inputs receive relevance."""
+"""Kernels of functions with several inputs, of which only some may receive relevance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels.base import Kernel
 from ..kernels.vjp_kernel import VjpKernel
 
 _SMALLEST = 1e-30
-"""Added to magnitudes, so that the shares of zeros are equal."""
+"""A number that is added to magnitudes, so that the shares of zeros are equal."""
 
 
 class BroadcastKernel(Kernel):
@@ -96,7 +96,7 @@ class SingleInputKernel(Kernel):
 
     Args:
         inner: The kernel of that input.
-        number: Number of that input.
+        number: Index of that input.
         shapes: Shape of each input.
     """
 
@@ -121,7 +121,7 @@ class EqualPartsKernel(Kernel):
     """A kernel that splits relevance equally among some factors of a product; the other factors receive none.
 
     Args:
-        kernels: Kernels by number of the factor.
+        kernels: Kernels by index of the factor.
         shapes: Shape of each factor.
     """
 

@@ -23,8 +23,8 @@ PRESERVING = frozenset(
 class Gates:
     """The gates of one forward pass.
 
-    Outputs of softmax, sigmoid, hardsigmoid and exp are gates. Reshapes, dropout, products of gates, ``1 - gate``
-    and ``gate / anything`` are gates as well.
+    The outputs of softmax, sigmoid, hardsigmoid and exp are gates. Reshaped gates, gates after dropout, products of
+    gates, ``1 - gate`` and ``gate / anything`` are gates as well.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Gates:
             name: Name of the function.
             inputs: The arguments that carry relevance.
             output: The return value of the function.
-            with_constants: Whether there are further tensors or numbers among the arguments.
+            with_constants: Whether there are other tensors or numbers among the arguments.
         """
         flags = [self.holds(tensor) for tensor in inputs]
         is_shifted = name in ("add", "sub") and with_constants

@@ -1,7 +1,7 @@
-"""Ids: integer inputs, tracked by identity to the lookups of the model.
+"""Integer inputs (ids), which are tracked by identity until the model uses them for lookups.
 
-Integers receive no relevance, but the selected rows do: walks end at these rows, as at any other input. Equal
-numbers that do not originate from inputs, such as positions, select constants.
+Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input.
+    Integers that do not originate from the inputs, such as positions, select constants, even if they are equal.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Kind(enum.IntEnum):
     STRUCTURE = 1
     """Comparisons, positions and counts of ids, such as masks and degrees, which are constants."""
     IDS = 2
-    """Ids, or numbers computed from each id: shifted, hashed, or joined with other numbers."""
+    """Ids, or numbers computed from each id: shifted, hashed, or combined with other numbers."""
     ONE_HOT = 3
     """Integers that select rows in a product. Walks end at their floating-point form."""
 
 
 LOOKUPS = frozenset("embedding embedding_bag getitem index index_select gather take take_along_dim".split())
 _ELEMENTS = frozenset("gather take take_along_dim embedding embedding_bag".split())
-"""Functions that look up single elements, or always rows of a matrix."""
+"""Functions that look up single elements, or only rows of a matrix."""
 _STRUCTURAL = frozenset(
     "argmax argmin argsort nonzero argwhere count_nonzero bincount histc scatter_add scatter_reduce index_add "
     "index_put index_fill index_reduce".split()
@@ -43,7 +43,7 @@ _JOINING = frozenset(
     "bincount histc count_nonzero nonzero argmax argmin argsort sort topk kthvalue cumsum cumprod cummax cummin diff "
     "quantile scatter_add index_add scatter_reduce".split()
 )
-"""Functions that may join numbers of several samples."""
+"""Functions that may combine numbers of several samples."""
 _PLACE_OF_DIM = {"topk": 2, "kthvalue": 2, "quantile": 2, "norm": 2}
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
 """Functions that use only the shape or type of their other arguments."""
@@ -74,7 +74,7 @@ class Ids:
         return bool(self._marked)
 
     def kind(self, tensor: Tensor) -> Kind | None:
-        """Returns the kind of a tensor; None if it does not depend on ids, or carries relevance."""
+        """Returns the kind of a tensor, or None if it does not depend on ids, or carries relevance."""
         known = self._marked.get(id(tensor))
         return None if known is None else known[1]
 
@@ -84,7 +84,7 @@ class Ids:
         Args:
             call: The call of the function.
             result: The result of the call.
-            looked_up: A function that returns this tensor; None where walks cannot end, as inside a step.
+            looked_up: A function that returns this tensor, or None if walks cannot end there, as inside a step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)
@@ -112,7 +112,7 @@ class Ids:
         return self._followed(call, kind, result, looked_up)
 
     def _may_join(self, call: ObservedCall, result: Any) -> bool:
-        """Whether a function of ids returns values that may belong to several samples, or Python objects."""
+        """Returns whether a function of ids returns values that may belong to several samples, or Python objects."""
         if call.leaves(result):
             return True
         if call.name.base not in _JOINING:

@@ -100,7 +100,7 @@ class InterceptedPass:
             return self.complex_step(observed)
         output = output.detach()
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
-            output = output.clone()  # some operations return their input, but a step's output has its own memory
+            output = output.clone()  # some operations return their input, but the output of a step has its own memory
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
@@ -112,7 +112,7 @@ class InterceptedPass:
         """Returns an observed call with its inputs saved."""
         function, keyword_slots = observed.out_of_place()
         name = observed.name.base
-        knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # which have heads as events
+        knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # whose heads can be events
         inputs = tuple(
             CallInput(Saved(tensor), knows_gates and self.gates.holds(tensor), source_of(tensor.grad_fn))
             for tensor in observed.inputs
@@ -121,7 +121,7 @@ class InterceptedPass:
         return FunctionCall(name, function, self.path, slots, keywords, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
-        """Raises unless the composite has a rule for a layer that is called as a function."""
+        """Raises an error unless the composite has a rule for a layer that is called as a function."""
         if observed.name.base not in LAYERS:
             return
         weight = observed.argument(1, "weight")
@@ -178,7 +178,7 @@ class InterceptedPass:
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Returns the path of a function in the running module, and the number of the call."""
+        """Returns the path of a function in the running module, and the index of the call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -226,7 +226,8 @@ class InterceptedPass:
         if any(source.is_overwritten for source in expression.sources):
             raise UnsupportedOperationError(
                 f"{expression.name!r} in {self.path or 'the model'!r} reads a tensor that is overwritten in place "
-                "before its complex numbers are real again, which has no kernel. Write to a copy, x = x + y instead of "
+                "before its complex numbers are converted back to real ones, which has no kernel. Write to a copy, x "
+                "= x + y instead of "
                 "x += y."
             )
         inputs = tuple(CallInput(source.saved) for source in expression.sources)
@@ -245,8 +246,8 @@ class InterceptedPass:
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
         if output.layout != torch.strided:
             raise UnsupportedOperationError(
-                f"{where} makes a sparse tensor of computed values, which has no kernel. Keep them dense: gather "
-                "messages by index_select, sum them by index_add."
+                f"{where} creates a sparse tensor of computed values, which has no kernel. Keep them dense: gather "
+                "messages with index_select, and sum them with index_add."
             )
         error = UnsupportedOperationError(f"relevance arrived at {where}, which has no kernel. {_advice(call)}")
         shapes = [tensor.shape for tensor in inputs]
@@ -285,7 +286,7 @@ class InterceptedPass:
 
     @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Returns the output of an elementwise module as a step, if no mode observes its functions; None otherwise.
+        """Returns the output of an elementwise module as a step, if no mode observes its functions, or None otherwise.
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
@@ -326,8 +327,8 @@ def _advice(call: FunctionCall) -> str:
     module = getattr(call.function, "__module__", None) or "torch"
     function = f"{module}.{getattr(call.function, '__name__', call.name)}"
     return (
-        f"Define how it propagates relevance: decorate a function with nrm_plugin.register_kernel({function}), or use "
-        "an operation that has a kernel."
+        f"Register a kernel by decorating a function with nrm_plugin.register_kernel({function}), or use an operation "
+        "that has a kernel."
     )
 
 

@@ -87,13 +87,13 @@ class InterceptionMode(TorchFunctionMode):
 
 
 _FORMS = frozenset("dim size stride numel nelement element_size is_floating_point is_complex".split())
-"""Methods of a tensor that read its form."""
+"""Methods of a tensor that read only its shape or format."""
 _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".split())
-"""Attributes of a tensor that depend only on its form and place."""
+"""Attributes of a tensor that depend only on its shape, format and device."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:
-    """Whether a function of torch returns neither a tensor nor values of one, so that there is nothing to observe."""
+    """Returns whether a torch function returns neither a tensor nor values of one, so there is nothing to observe."""
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__" if name == "__get__" else "__objclass__", None)
     if name == "__get__":

@@ -1,4 +1,4 @@
-"""Functions of linear algebra, written out as products of matrices and of entries.
+"""Functions of linear algebra, decomposed into matrix products and products of entries.
 
 The solution of a system with a constant matrix is a product with the constant inverse. The inverse of a computed matrix
 has no kernel.

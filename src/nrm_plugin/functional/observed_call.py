@@ -57,12 +57,12 @@ class ObservedCall:
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Whether the result holds values of a tensor as Python objects; ``x.int()`` has the name of ``int(x)``."""
+        """Returns whether the result has tensor values as Python objects; ``x.int()`` has the name of ``int(x)``."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
     def argument(self, position: int, keyword: str) -> Any:
-        """Returns an argument by position or keyword; None if it is not given."""
+        """Returns an argument by position or keyword, or None if it is not given."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(keyword)
 
     @property
@@ -72,7 +72,7 @@ class ObservedCall:
 
     @property
     def target(self) -> Tensor | None:
-        """The tensor to which the result is written; None for a new tensor."""
+        """The tensor to which the result is written, or None for a new tensor."""
         target = self.kwargs.get("out", self.args[0] if self.args and self.is_in_place else None)
         return target if isinstance(target, Tensor) else None
 

@@ -40,7 +40,7 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Returns the kernel, by a layer's rule, of a function affine in its first input and linear in a constant weight.
+    """Returns the kernel, by the rule of a layer, of a function affine in its first input, with a constant weight.
 
     Args:
         call: The call.
@@ -52,7 +52,7 @@ def kernel_of_layer(
         padding_mode: As in convolutions; not ``"zeros"`` if an input contributes to an output through two weights.
     """
     rule = call.settings.rules.of_weight(weight, like)
-    if rule is None:  # in an operator such as @, Python would interpret it as unsupported operands
+    if rule is None:  # in an operator such as @, Python would interpret it as an unsupported operand
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
     kernel = read_rule_at(rule, shell, call.values[0], call.path)
@@ -61,7 +61,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: a linear layer if a factor is constant, else one without relevance for gates."""
+    """Returns the kernel of a product: that of a linear layer if a factor is constant, else one that excludes gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -125,7 +125,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
     like = layer_like("linear")
     if matrix.is_layer:
         return kernel_of_layer(call, run, matrix.weight, None, like)
-    # It is not marked as a layer, since no channel matrix can be read from weights of another layout.
+    # It is not marked as a layer, since channel pairs cannot be read from weights of another layout.
     kernel = kernel_of_layer(call, run, matrix.weight, None, like, padding_mode="computed")
     return SingleInputKernel(kernel, 0, call.shapes)
 

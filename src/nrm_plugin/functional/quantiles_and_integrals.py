@@ -1,4 +1,4 @@
-"""Functions along one dimension: quantiles, integrals and derivatives, written out entry by entry.
+"""Quantiles, integrals and derivatives along one dimension, decomposed into operations on entries.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -32,7 +32,7 @@ def _nanquantile(
     if quantiles.requires_grad:
         return NotImplemented
     along = input.reshape(-1) if dim is None else input.movedim(dim, -1)
-    ordered = along.sort(-1).values  # numbers first, then nan
+    ordered = along.sort(-1).values  # numbers come first, then nan
     count = (~ordered.detach().isnan()).sum(-1, keepdim=True)
     rank = quantiles.reshape(-1) * (count - 1).clamp(min=0)
     result = _at_rank(ordered, rank, interpolation).movedim(-1, 0)

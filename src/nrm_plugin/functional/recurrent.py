@@ -1,8 +1,9 @@
 """Recurrent layers as loops of plain operations with known kernels.
 
-torch runs a whole LSTM, GRU or RNN as one fused function. While a measure is recorded, a loop over time replaces it:
-its linear maps use the rule that the composite assigns to the layer, or else to linear layers, and sigmoids are gates.
-Inputs and states are ``(N, features)`` at each time step; hidden and cell states are taps.
+torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced by a
+loop over time: its linear maps use the rule that the composite assigns to the layer, or else the rule for linear
+layers, and sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and cell states are
+taps.
 
 Source: docs/recurrent-and-graphs.md.
 """
@@ -22,7 +23,7 @@ from ..kernels.forward_state import RUNNING, listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]
-"""The hidden state, and for an LSTM the cell state; None for a zero initial state."""
+"""The hidden state and, for an LSTM, the cell state, or None for a zero initial state."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the summand of the hidden state, and the bias if it is a separate summand.
+    """Returns the contribution of the hidden state, and the bias if it is a separate summand.
 
     The bias is separate for a user-supplied initial state, so that it absorbs no relevance in samples with a zero
     state.
@@ -117,8 +118,8 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
-    A gate times a constant is a constant, so without a hidden state :math:`\sigma(r) \odot b_{hn}` is a bias; it
-    has a difference to a reference.
+    A gate times a constant is a constant, so without a hidden state, :math:`\sigma(r) \odot b_{hn}` is a bias. In a
+    measure against a reference, however, it differs between input and reference.
     """
     (h,) = state
     r_x, z_x, n_x = _from_input(x, weights).chunk(3, -1)
@@ -224,7 +225,7 @@ class _Layers:
             context: The place in the model.
             xs: Inputs by time, ``(N, features)`` each.
             initial: Initial states, ``(layers · directions, N, features)`` each.
-            lengths: Length of each sample; None if all samples have the length of the input.
+            lengths: Length of each sample, or None if all samples have the length of the input.
         """
         finals: list[list[Tensor]] = []
         for layer in range(self.num_layers):
@@ -333,7 +334,7 @@ class _Packing:
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 
     def packed(self, rows: list[Tensor]) -> Tensor:
-        """Converts back, as the inverse of :meth:`rows`."""
+        """Inverts :meth:`rows`."""
         parts = [row.index_select(0, self._running(time)) for time, row in enumerate(rows)]
         return torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""The registry of kernels by function name, and of decompositions into functions with kernels.
+"""The registry of kernels, and of decompositions into functions with kernels, by function name.
 
 A function is looked up by a name common to all its variants: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and
 ``operator.iadd`` on tensors are all ``add``.
@@ -62,7 +62,7 @@ _NAMESPACES = ("special_", "linalg_")
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
 """Namespaces of operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions with arguments that differ from those of the function of the same name outside the namespace."""
+"""Functions whose arguments differ from those of the function of the same name outside of the namespace."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function outside torch, which may share a name with torch; None for torch."""
+    """Returns the namespace of a function outside torch, which may share a name with torch, or None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -116,7 +116,7 @@ def decomposition_of(*names: str) -> Callable[[Function], Function]:
 
 def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
-        assert not table.keys() & set(names), "the later of two modules that are imported would win"
+        assert not table.keys() & set(names), "the module that is imported later would win"
         table.update(dict.fromkeys(names, function))
         return function
 
@@ -173,7 +173,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
-    """Returns the factory of the kernel of a function; None for a function without a kernel."""
+    """Returns the factory of the kernel of a function, or None for a function without a kernel."""
     try:
         factory = KERNELS_BY_FUNCTION.get(function)
     except TypeError:  # not hashable

@@ -1,4 +1,4 @@
-"""Calls of functions that map each row of their inputs to the same row of their output, for any values."""
+"""Detection of function calls that map each row of their inputs to the same row of their output, for any values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .function_call import FunctionCall, Slot
 _ALONG = {"softmax": 1, "softmin": 1, "log_softmax": 1, "mean": 1, "sum": 1, "cumsum": 1, "logsumexp": 1} | {
     "vector_norm": 2
 }
-"""Functions that join entries along a dimension, with the position of the argument ``dim``."""
+"""Functions that combine entries along a dimension, with the position of the argument ``dim``."""
 _ELEMENTWISE = frozenset([*ACTIVATIONS, *ELEMENTWISE, "div", "add", "sub", "rsub", "mul", "hypot", "logaddexp"]) | {
     "maximum",
     "minimum",

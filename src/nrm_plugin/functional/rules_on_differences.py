@@ -1,6 +1,6 @@
 r"""Rules of a composite applied to differences: :math:`a \to \Delta a`, :math:`z \to \Delta z`, without biases.
 
-They apply to layers with weights, to sums and to averages; all other operations have secant slopes.
+The rules apply to layers with weights, to sums and to averages; all other operations have secant slopes.
 
 Source: docs/differences.md.
 """
@@ -36,7 +36,7 @@ def on_differences(both: DifferenceCall) -> FunctionCall:
 
 
 def has_rule(call: FunctionCall) -> bool:
-    """Whether the composite has a rule for a function: of a layer, a product with a constant, a sum or an average."""
+    """Returns whether the composite has a rule for a layer, a product with a constant, a sum or an average."""
     rules = call.settings.rules
     if call.name in LAYERS:
         weight = call.argument(1, "weight")
@@ -50,7 +50,7 @@ def has_rule(call: FunctionCall) -> bool:
 
 
 def has_any_rule(rules: RuleLookup) -> bool:
-    """Whether a composite has a rule for linear layers or convolutions."""
+    """Returns whether a composite has a rule for linear layers or convolutions."""
     layers = (layer_like("linear"), layer_like("conv2d"))
     return any(rules.of_module(layer) is not None for layer in layers)
 

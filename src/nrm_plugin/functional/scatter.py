@@ -1,7 +1,7 @@
 r"""Functions of graph networks: gathers, sums into nodes, segments and sparse products.
 
-The relevance of a node is split among its messages as the relevance of a mean among its entries, by the composite's
-rule for average pooling. In this package's composites
+The relevance of a node is split among its messages by the composite's rule for average pooling, like the relevance of a
+mean among its entries. With the composites of this package,
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorates a function of this module, which is then intercepted like the torch function of the given name."""
+    """Decorates a function of this module, so that it is intercepted like the torch function of the given name."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -69,7 +69,7 @@ def scatter_extremum(
 ) -> Tensor:
     """Computes the largest (smallest) entry of each group; zero for an empty group.
 
-    ``own`` holds one additional entry per group, and ``how`` is ``"amax"`` or ``"amin"``.
+    ``own`` contains one additional entry per group, and ``how`` is ``"amax"`` or ``"amin"``.
     """
     target = source.new_zeros(shape) if own is None else own
     return target.scatter_reduce(dim, index, source, how, include_self=own is not None)
@@ -193,8 +193,8 @@ def _rival(constant: Tensor, signal: Tensor) -> Tensor:
 
 
 _PRODUCTS = (
-    "relevance would pass through {name!r} with reduce={reduce!r}, a product, and any split among its factors is "
-    "arbitrary. Use a sum, mean, minimum or maximum, or decorate a function with nrm_plugin.register_kernel."
+    "relevance would pass through {name!r} with reduce={reduce!r}, a product, for which any split among the factors "
+    "is arbitrary. Use a sum, mean, minimum or maximum, or decorate a function with nrm_plugin.register_kernel."
 )
 
 

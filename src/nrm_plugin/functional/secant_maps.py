@@ -41,7 +41,7 @@ class MultiplierKernel(Kernel):
         """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers by absolute slopes; None if they are only known as a dense matrix."""
+        """Propagates multipliers by absolute slopes; returns None if they are only known as a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -59,14 +59,14 @@ class MultiplierKernel(Kernel):
 
 
 class PathKernel(MultiplierKernel):
-    """Kernel of a function that is a polynomial of its inputs: its mean Jacobian on the line between both points.
+    """Kernel of a polynomial function: its mean Jacobian on the line segment between both points.
 
     The mean is exact by Gauss-Legendre quadrature, with one point for products of two inputs.
 
     Args:
         call: The call.
         absolute: Function that returns the call with non-negative coefficients, whose slopes are then the absolute
-            ones; None if such a call is not known.
+            ones, or None if such a call is not known.
     """
 
     def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
@@ -97,7 +97,7 @@ class PathKernel(MultiplierKernel):
 
 
 _QUADRATURE = {1: [(0.5, 1.0)], 2: [(0.5 - math.sqrt(3) / 6, 0.5), (0.5 + math.sqrt(3) / 6, 0.5)]}
-"""Places and weights of the Gauss-Legendre quadrature."""
+"""Nodes and weights of the Gauss-Legendre quadrature."""
 
 
 def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -> Multipliers:
@@ -141,14 +141,14 @@ secant_of("scatter_add")(lambda call: PathKernel(call))
 
 @secant_of("grid_sample", "roi_align", "deform_conv2d")
 def sampling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of sampling at constant places, which is linear in the first input."""
+    """Returns the kernel of sampling at constant positions, which is linear in the first input."""
     if len(call.values) == 1 and isinstance(call.call.args[0] if call.call.args else None, Slot):
         return PathKernel(call)
     return UnknownKernel(UnsupportedOperationError(_PLACES.format(name=call.name)), call.shapes)
 
 
 _PLACES = (
-    "relevance of a difference arrived at {name!r} at places that the model computes, which has no kernel of "
+    "relevance of a difference arrived at {name!r} with positions that the model computes, which has no kernel of "
     "differences. Explain the output without reference=, or decorate a function with nrm_plugin.register_kernel."
 )
 
@@ -161,7 +161,7 @@ def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
     high, low = torch.maximum(one, two), torch.minimum(one, two)
     is_positive = high > 0
     gap = torch.where(is_positive, (high - low) / torch.where(is_positive, high, 1.0), 0.0)
-    # log1p is exact where the numbers are close, log where they are far apart.
+    # log1p is accurate where the numbers are close, log where they are far apart.
     log = -torch.where(gap < 0.5, torch.log1p(-gap), (low / torch.where(is_positive, high, 1.0)).log())
     return high * torch.where(gap > 0, gap / torch.where(gap > 0, log, 1.0), 1.0)
 
@@ -250,7 +250,7 @@ class NormKernel(MultiplierKernel):
     Args:
         call: The call.
         group: The shape ``(N, groups, entries)`` in which the last dimension is normalized.
-        weight: ``γ``, which broadcasts to the input; None for ones.
+        weight: ``γ``, which broadcasts to the input, or None for ones.
         eps: The number added to the variance.
         is_centred: Whether the mean is subtracted.
     """
@@ -297,7 +297,7 @@ def _norm(call: DifferenceCall, group: Sequence[int], weight: object, eps: float
 
 _COMPUTED = (
     "relevance of a difference arrived at {name!r} with a weight or bias that the model computes, which has no kernel "
-    "of differences. Multiply and add after a normalization without weights."
+    "of differences. Multiply and add after a normalization without weights instead."
 )
 
 

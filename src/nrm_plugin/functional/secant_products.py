@@ -58,7 +58,7 @@ class LinearKernel(MultiplierKernel):
 
 @secant_of(*LAYERS)
 def layer(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a layer; of a product, if its weight is computed."""
+    """Returns the kernel of a layer, or that of a product if the model computes its weight."""
     weight = call.call.argument(1, "weight")
     if len(call.values) == 1 and isinstance(weight, Tensor):
         weight = weight.detach().to(call.values[0].dtype)

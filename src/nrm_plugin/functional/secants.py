@@ -28,7 +28,7 @@ NOT_ELEMENTWISE = frozenset(
 CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 """Functions that convert their first argument to another format."""
 CLOSE = 0.7
-"""Differences below ``ε ** CLOSE`` times the value have the derivative as slope, with ε the rounding of the format."""
+"""For differences below ``ε ** CLOSE`` times the value, the slope is the derivative; ε is the machine epsilon."""
 
 
 def secant(
@@ -72,7 +72,7 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of an elementwise function of one or several tensors; with rules, the identity for one."""
+    """Returns the kernel of an elementwise function; with rules, a function of one tensor has the identity."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
@@ -84,7 +84,7 @@ def elementwise(call: DifferenceCall) -> Kernel:
 
 
 def _propagated_share(call: DifferenceCall) -> Tensor | None:
-    """Returns the share of relevance that a function of one tensor propagates; None for all of it.
+    """Returns the share of relevance that a function of one tensor propagates, or None for all of it.
 
     The slope is the quotient of both differences, so the share is 1 where the output differs, and 0 where only the
     input does. Where neither differs, the slope is the derivative.

@@ -19,7 +19,7 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """The kernel of an unknown operation, which raises when relevance arrives, but not for the zeros of a gate.
+    """The kernel of an unknown operation, which raises an error when relevance arrives, but not for zeros at a gate.
 
     Args:
         error: The error that is raised when relevance arrives.
@@ -66,20 +66,20 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
     if _is_checkpoint(node):
         return UnsupportedOperationError(
             f"torch.utils.checkpoint with use_reentrant=True{where} runs layers without gradients, so no relevance "
-            "passes through them. Use use_reentrant=False, or switch checkpointing off, as with "
+            "passes through them. Use use_reentrant=False, or disable checkpointing, as with "
             "`model.gradient_checkpointing_disable()`."
         )
     return UnsupportedOperationError(
         f"relevance would pass the operation {operation(node)} (autograd node {node.name()}{where}), which has no "
         "kernel: it is neither a step nor a 0/1 route, for it is computed with complex numbers, in place, in a script, "
-        "in an autograd.Function, or inside a transform of torch.func such as vmap. Do so in a module of its own, and "
-        "give that module a rule in the composite's layer_map: zennit.rules.Epsilon() where it is linear, Pass() where "
-        "it maps each element on its own."
+        "in an autograd.Function, or inside a transform of torch.func such as vmap. Do this in a separate module, "
+        "and assign a rule to this module in the composite's layer_map: zennit.rules.Epsilon() if it is linear, "
+        "Pass() if it is elementwise."
     )
 
 
 def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
-    """Makes the backward pass raise where relevance arrives at a node that is neither a step nor a known route.
+    """Makes the backward pass raise an error if relevance arrives at a node that is neither a step nor a known route.
 
     This is the audit of a forward pass without a recording.
 
@@ -95,7 +95,9 @@ def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
             continue
         visited.add(node)
         stack += [below for below, _ in node.next_functions]
-        is_custom = isinstance(node, BackwardCFunction) and not _is_checkpoint(node)  # has a step, or raises already
+        is_custom = isinstance(node, BackwardCFunction) and not _is_checkpoint(
+            node
+        )  # has a step, or already raises an error
         if not is_custom and not is_known(node):
             node.register_prehook(_raising(unknown_node_error(node)))
 
@@ -148,7 +150,8 @@ def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLay
     return UncoveredLayerError(
         f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
         "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "
-        "pass Normalized(composite, uncovered='gradient') to account for what its gradient loses."
+        "pass Normalized(composite, uncovered='gradient') to account for the relevance that its gradient does not "
+        "propagate."
     )
 
 

@@ -1,4 +1,4 @@
-"""Layers with weights that are called as functions, with the rule of the module that owns the weight.
+"""Layers with weights that are called as functions; they have the rule of the module that owns the weight.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -26,7 +26,7 @@ kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight,
 
 
 def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts a functional call of a layer or batch normalization to a call of a module; None for other functions."""
+    """Converts a functional call of a layer or batch normalization to a call of a module; returns None for others."""
     if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
@@ -83,11 +83,11 @@ def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 _NORM = nn.BatchNorm2d(1, device="meta").eval()
-"""The layer of which functional batch normalizations are copies, which is faster than to make a module for each."""
+"""The layer that is copied for functional batch normalizations, which is faster than constructing a new module."""
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Returns ``F.batch_norm`` as a call of ``nn.BatchNorm2d``; None if it uses the statistics of the batch."""
+    """Returns ``F.batch_norm`` as a call of ``nn.BatchNorm2d``, or None if it uses the statistics of the batch."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
     weight_at, mean_at = (1, 3) if swapped else (3, 1)
@@ -133,14 +133,13 @@ def deformable_convolution(call: FunctionCall) -> Kernel:
 
 
 _COMPUTED_WEIGHT = (
-    "relevance arrived at 'deform_conv2d' whose weight is computed by the model, which has no kernel. Define "
-    "how it propagates relevance: decorate a function with "
-    "nrm_plugin.register_kernel(torch.ops.torchvision.deform_conv2d)."
+    "relevance arrived at 'deform_conv2d' whose weight is computed by the model, which has no kernel. Register a "
+    "kernel by decorating a function with nrm_plugin.register_kernel(torch.ops.torchvision.deform_conv2d)."
 )
 
 
 def channel_dim(call: FunctionCall) -> int | None:
-    """Returns the channel dimension of the output: the last for features, 1 for images; None for other functions."""
+    """Returns the channel dimension of the output: the last for features, 1 for images, or None for other functions."""
     if call.name in LAYERS:
         return -1 if call.name == "linear" else 1
     if call.name in ("matmul", "einsum", "tensordot") and len(call.inputs) == 1:

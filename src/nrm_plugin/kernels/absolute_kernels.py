@@ -15,7 +15,7 @@ from .base import Kernel, vjp
 from .rule_branch import Branch, WeightedLayer
 
 DENSE_LIMIT = 4096
-"""Largest number of columns for which the kernel of absolute values is formed column by column."""
+"""Largest number of columns for which the kernel of absolute values is computed column by column."""
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
@@ -23,7 +23,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 
     Args:
         kernel: Any kernel that does not mix samples.
-        relevance: ``(K, N, *out)``.
+        relevance: Relevance at the output, ``(K, N, *out)``.
         chunk: Number of columns per chunk.
 
     Returns:
@@ -35,9 +35,9 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
     size = math.prod(relevance.shape[2:])
     if size > DENSE_LIMIT:
         raise NRMError(
-            f"the walk variation needs |T| of a step with {size} outputs per sample, and its rule has no closed form "
-            f"for it (column by column it is formed up to {DENSE_LIMIT} outputs). Use `variation(layer)`, which is "
-            "exact for every rule, or a rule of Zennit without padding modes."
+            f"the walk variation requires |T| of a step with {size} outputs per sample, but its rule has no closed "
+            f"form for |T|, which is computed column by column only up to {DENSE_LIMIT} outputs. Use "
+            "`variation(layer)`, which is exact for every rule, or a rule of Zennit without padding modes."
         )
     kernel.complete_for(None)
     flat = relevance.flatten(2)
@@ -57,16 +57,16 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule; None if there is no closed form.
+    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule; returns None if there is no closed form.
 
     Args:
         branches: All branches of a rule.
-        layer: The layer that the branches modify; None for a module without weights.
+        layer: The layer that the branches modify, or None for a module without weights.
         like: A tensor in the shape of the input, ``(N, *in)``.
-        relevance: ``(K, N, *out)``.
+        relevance: Relevance at the output, ``(K, N, *out)``.
 
     Returns:
-        ``(K, N, *in)``.
+        Relevance at the input, ``(K, N, *in)``.
     """
     if layer is not None and not layer.is_injective:
         return None
@@ -89,10 +89,10 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Returns terms such that each entry of the kernel belongs to exactly one term; None if there are no such terms.
+    r"""Returns terms such that each entry of the kernel belongs to exactly one term, or None if there are none.
 
-    On the positive and on the negative weights, the modified weights of a rule are multiples of the weight. Branches
-    with the same factor are added first (ZBox); the other branches must not overlap.
+    For positive and for negative weights, the modified weights of a rule are multiples of the weight. Branches with the
+    same factor are added first (ZBox); all other branches must be disjoint.
     """
     terms = []
     for sign in (None,) if layer is None else (1.0, -1.0):
@@ -117,7 +117,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """Returns λ with ``modified = λ weight`` on the weights of one sign; None if the two are not proportional."""
+    """Returns λ with ``modified = λ weight`` on the weights of one sign, or None if the two are not proportional."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:
@@ -144,7 +144,7 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """Computes ``Σ_j |T_ij| R_j`` for any branches, one channel at a time, from the input patch of each output."""
+    """Computes ``Σ_j |T_ij| R_j`` for any branches from the input patch of each output, one channel at a time."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
     # Used as a weight, the selection picks the entries that an output channel reads.

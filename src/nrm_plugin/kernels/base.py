@@ -34,17 +34,17 @@ class Kernel(ABC):
         r"""Applies the transpose, :math:`\sum_i T_{ij} v_i`.
 
         Args:
-            values: ``v`` at each input, ``(K, N, *in)``; None for zeros.
+            values: ``v`` at each input, ``(K, N, *in)``, or None for zeros.
             shape: Shape of the output, ``(N, *out)``.
 
         Returns:
-            ``(K, N, *out)``.
+            Values at the output, ``(K, N, *out)``.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull(seed), values, strict=True)
-            # The zeros passed to a gate do not depend on the relevance.
+            # The zeros that a gate receives do not depend on the relevance.
             pairs = [(part, value) for part, value in parts if value is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
@@ -70,7 +70,7 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Reads the remaining parts of a rule that act on this relevance; None stands for any relevance.
+        """Reads the remaining parts of a rule that are needed for this relevance; None stands for any relevance.
 
         Returns:
             Whether the column sums changed.
@@ -81,7 +81,9 @@ class Kernel(ABC):
         """Returns the column sums ``c``, in the shape of the output ``like``: the transpose applied to ones."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
-            totals = [part.sum() for part in self.pull(seed) if part.requires_grad]  # zeros at a gate have no history
+            totals = [
+                part.sum() for part in self.pull(seed) if part.requires_grad
+            ]  # the zeros at a gate have no history
             if not totals:
                 return torch.zeros_like(like)
             (column,) = torch.autograd.grad(totals, seed)

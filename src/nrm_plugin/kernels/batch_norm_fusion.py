@@ -8,9 +8,9 @@ Kernels are read from copies of the layers, so the model is not changed. With
 - BN → ReLU → layer: :math:`\mathrm{ReLU}(g x + h) = g\,(\mathrm{clip}(x) - t)` with :math:`t = -h / g`, clipped from
   below at ``t`` where ``g > 0`` and from above where ``g < 0``; :math:`W' = W g`, :math:`b' = b - W * (g t)`.
 
-The batch normalization itself then passes relevance through. Adjacent layers are found in the executed graph.
+The batch normalization itself then passes relevance through unchanged. Adjacent layers are found in the executed graph.
 
-Source: arXiv 2002.11018 for fusion; the padded border and the clipped form follow by elementary algebra.
+Source: arXiv 2002.11018 for fusion; the treatment of padding and the clipped form are new in this package.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def fuse(step: LayerStep, source: Tensor) -> None:
     """Prepares the fusion of a new step with the steps of its input, if one of the three forms applies.
 
-    Fusion takes place when the kernel of the layer is built, since all readers of the layer are known only then. A
-    batch normalization is fused into the layer below if nothing else reads that layer, else into the layer above.
+    Fusion is deferred until the kernel of the layer is built, since all readers of the layer are known only then. A
+    batch normalization is fused into the layer below if nothing else reads that layer, and into the layer above
+    otherwise.
 
     Args:
         step: The new step.
@@ -61,7 +62,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
 
 
 def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
-    """Defers a fold until the kernel is built. The fold holds weak references, since steps hold their folds."""
+    """Defers a fold until the kernel is built. References are weak, since steps refer to their folds."""
     references = weakref.ref(first), weakref.ref(second)
 
     def run() -> None:
@@ -82,7 +83,7 @@ def _input_node(node: Any) -> Any:
 
 
 def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
-    """Returns the batch normalization in evaluation mode with the rule Pass of a step; None for other steps."""
+    """Returns the batch normalization in evaluation mode with the rule Pass of a step, or None for other steps."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
@@ -90,7 +91,7 @@ def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
 
 
 def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass; None for other steps."""
+    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass, or None for other steps."""
     norm = _norm(step)
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return None

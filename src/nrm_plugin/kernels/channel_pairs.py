@@ -1,4 +1,4 @@
-"""Joint relevance of the channels on both sides of one layer, by one weight gradient instead of a pass per channel."""
+"""Joint relevance of the channels before and after a layer, from one weight gradient instead of a pass per channel."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
         relevance: Relevance at the output, ``(N, *out)``, already multiplied by the gain.
 
     Returns:
-        ``(N, K_out, K_in)``, zero between channels of different groups.
+        The joint relevance ``(N, K_out, K_in)``, which is zero between channels of different groups.
 
     Raises:
         NRMError: If the layer has no weights.
     """
     layer = kernel.layer
     if layer is None:
-        raise NRMError("a step without weights has no channel matrix.")
+        raise NRMError("a step without weights has no matrix of channel pairs.")
     kernel.complete_for(relevance.unsqueeze(0))
     rows = []
     for sample in range(len(relevance)):

@@ -1,7 +1,7 @@
-"""Branches of common rules on layers of torch, read with few operations.
+"""Branches of common rules on torch layers, computed in few operations.
 
-The factors of these rules are known functions of one or two images of the layer, so neither the parameters of the layer
-are exchanged nor the mapper of the rule is applied.
+The factors of these rules are known functions of one or two outputs (images) of the layer. It is therefore not
+necessary to replace the parameters of the layer or to apply the gradient mapper of the rule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .recognized_rules import RuleForm, form_of, modified_bias
 from .rule_branch import Branch
 
 KEPT = 1 << 16
-"""Largest number of entries up to which a modified input is kept, not computed anew."""
+"""Largest number of entries for which a modified input is stored instead of recomputed."""
 
 _FORMATS = (torch.float32, torch.float64)
 
@@ -37,7 +37,7 @@ _FORMATS = (torch.float32, torch.float64)
 def closed_branches(
     call: LayerCall, rule: BasicHook, normalization: Normalization | None
 ) -> tuple[list[Branch], Columns] | None:
-    """Reads a common rule on a linear or convolutional layer; None for other rules and layers.
+    """Reads a common rule on a linear or convolutional layer; returns None for other rules and layers.
 
     Args:
         call: The recorded call of the layer.
@@ -62,7 +62,7 @@ class _Image:
     Attributes:
         values: The output without bias, ``(N, *out)``.
         source, weight, maps: The modified input and weight, and the maps of the layer with this weight.
-        is_own: Whether nothing else reads the values.
+        is_own: Whether the values are not read by anything else.
     """
 
     values: Tensor
@@ -72,7 +72,7 @@ class _Image:
     is_own: bool = True
 
     def memory(self) -> Tensor:
-        """Memory for a factor: the memory of the image, if nothing else reads it."""
+        """Returns memory for a factor: the memory of the image, if nothing else reads it."""
         return self.values if self.is_own else torch.empty_like(self.values)
 
 
@@ -114,7 +114,7 @@ class _Reader:
     def _branch(
         self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
     ) -> Branch:
-        """Returns a branch, which computes its modified input anew each time if the input is large."""
+        """Returns a branch, which recomputes its modified input each time if the input is large."""
         is_kept = source is self.call.input or source.numel() <= KEPT
         return Branch(
             source if is_kept else self.call.input,
@@ -149,13 +149,13 @@ class _Reader:
             return None
         seen = self.call.image
         if seen is not None and source is self.call.input and weight.data_ptr() == seen.weight.data_ptr():
-            # Without a bias the image is the output of the layer, which others read.
+            # Without a bias, the image is the output of the layer, which others read.
             is_own = self.call.module._parameters.get("bias") is not None
             return _Image(seen.saved.tensor, source, weight, maps, is_own)
         return _Image(maps.up(source.unsqueeze(0)).squeeze(0), source, weight, maps)
 
     def _bias(self) -> Tensor | None:
-        """The modified bias in the shape of the output; None for zero."""
+        """Returns the modified bias in the shape of the output, or None for zero."""
         bias = modified_bias(self.rule.param_modifiers[0], self.call.module._parameters.get("bias"))
         return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
 
@@ -177,7 +177,7 @@ class _Reader:
     def conserving(self) -> tuple[list[Branch], Columns] | None:
         r"""Reads :class:`~nrm_plugin.rules.ConservingEpsilon`.
 
-        The mean weight of a channel cancels in the second branch, which needs sums of its inputs only.
+        The mean weight of a channel cancels in the second branch, which therefore needs only sums of its inputs.
         """
         same, size = (self._source(modify) for modify in self.rule.input_modifiers)
         windows = window_maps(twin_of(self.call.module), self.weight, size)

@@ -17,11 +17,11 @@ from zennit.core import Hook
 
 
 class Saved:
-    """A tensor that a step needs when relevance arrives; its values are protected from later in-place operations.
+    """A tensor that a step needs when relevance arrives. Its values are protected from later in-place operations.
 
     Args:
         tensor: The tensor.
-        values: Whether its values are needed; if not, an in-place operation makes no copy.
+        values: Whether its values are needed; if not, an in-place operation does not copy them.
     """
 
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
@@ -35,7 +35,7 @@ def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
 
 
 def protected(value: Any) -> Any:
-    """Returns an argument of a step, with copies of its constant tensors, which in-place operations cannot change.
+    """Returns an argument of a step, with its constant tensors copied so that in-place operations cannot change them.
 
     Parameters are returned unchanged; they keep their values while a model runs.
     """
@@ -47,7 +47,7 @@ def protected(value: Any) -> Any:
 
 
 def protect_weights(module: nn.Module) -> None:
-    """Protects the weights of a module that a step has made from later in-place operations on the same memory."""
+    """Protects the weights of a module that a step created from later in-place operations on the same memory."""
     for weight in module.parameters():
         _protect(weight, weight)
 
@@ -74,7 +74,7 @@ def write(target: Tensor, result: Tensor) -> Tensor:
         return target.copy_(result)
     except RuntimeError:
         # Autograd rejects leaves and outputs of chunk, split and unbind, so no model was trained that way. The values
-        # are right for every reader, the history only for readers of the returned tensor.
+        # are correct for every reader, the history only for readers of the returned tensor.
         target.data.copy_(result.detach())
         return result
 
@@ -86,7 +86,7 @@ class RunningModule:
     Attributes:
         hook: The hook of the module.
         module: The module.
-        call: The hook's record of the call; None if the call is not recorded as a step.
+        call: The hook's record of the call, or None if the call is not recorded as a step.
     """
 
     hook: Hook
@@ -103,12 +103,12 @@ class _Running(threading.local):
         saved: The tensors saved by steps, by memory address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require gradients outside of this pass.
-        first_node: Number of the first autograd node of this pass; None without a listener.
+        first_node: Number of the first autograd node of this pass, or None without a listener.
         given: Identities of the parameters among the inputs of the model, without a listener.
-        made: Leaves that the model created, by identity; None if such leaves carry relevance.
+        made: Leaves that the model created, by identity, or None if such leaves carry relevance.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
-        renormalized: The tables of embeddings that torch would have renormalized in this pass, by identity.
-        reference: The pass of the reference, if relevance is of a difference; else None.
+        renormalized: The embedding tables that torch would have renormalized in this pass, by identity.
+        reference: The pass of the reference, if a difference is explained, or None otherwise.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class Listener(Protocol):
     inputs: list[Tensor]
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Returns whether relevance ends at a leaf: an input, or rows that ids selected."""
+        """Returns whether relevance ends at a leaf: an input, or rows selected by integer inputs."""
 
     def on_step(self, module: nn.Module | None, step: Any) -> None:
         """Called for each step of a module or function."""
@@ -146,25 +146,25 @@ class Listener(Protocol):
         """Called when a function returns a tensor that carries relevance."""
 
     def on_untracked(self) -> None:
-        """Called when values, such as an order, depend on the inputs but are not tracked by autograd."""
+        """Called when values, such as a sort order, depend on the inputs but are not tracked by autograd."""
 
     def on_read(self, where: str) -> None:
-        """Called when the model converts ids to Python or numpy numbers; ``where`` describes the call."""
+        """Called when the model converts integer inputs to Python or NumPy numbers; ``where`` describes the call."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Called when ids among the inputs select rows of a constant; returns the tensor that replaces the rows."""
+        """Called when integer inputs select rows of a constant; returns the tensor that replaces the rows."""
 
 
 RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Returns whether operations are not recorded now: inside a module with a rule, or while paused."""
+    """Returns whether operations are currently not recorded: inside a module with a rule, or while paused."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
 
 
 def is_in_module_step() -> bool:
-    """Returns whether a module runs as a step, or recording is paused, so that results are not in the graph."""
+    """Returns whether results are currently not in the graph: inside a module that is a step, or while paused."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
@@ -249,7 +249,7 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 def _depends_on_inputs(node: Any) -> bool:
     """Returns whether an autograd node depends on an input; each node is visited once per pass."""
     listening, known, stack = RUNNING.listener, RUNNING.depending, [node]
-    assert listening is not None, "without one the inputs are not known"
+    assert listening is not None, "without a listener, the inputs are not known"
     while stack:
         below = [other for other, _ in stack[-1].next_functions if other is not None] if stack[-1] not in known else []
         unknown = [other for other in below if other not in known]
@@ -268,7 +268,7 @@ def known_leaves(values: tuple[Any, ...]) -> set[int]:
 
 
 def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
-    """Records the new leaves in the result and the arguments of a function, which the function has created."""
+    """Records the leaves that a function has created, in its result and its arguments."""
     made = RUNNING.made
     if made is None:
         return
@@ -301,7 +301,7 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
     Args:
         listener: The object notified of every step; the model must be called with copies of its inputs made inside this
             context. None for a pass without recording.
-        reference: A :class:`~nrm_plugin.kernels.reference_pass.ReferencePass`, if relevance is of a difference.
+        reference: A :class:`~nrm_plugin.kernels.reference_pass.ReferencePass`, if a difference is explained.
     """
     outer = dict(RUNNING.__dict__)
     first_node = None
@@ -316,6 +316,6 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a mode of this thread, after any inner modes that an interrupt left open."""
+    """Exits a mode of this thread, together with any inner modes that an interrupt left open."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

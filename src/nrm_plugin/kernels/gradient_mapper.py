@@ -1,4 +1,4 @@
-r"""The gradient mapper of a rule as factors :math:`m_k(1)`, in closed form or by application to ones."""
+r"""The gradient mapper of a rule as factors :math:`m_k(1)`, known in closed form or obtained by applying it to ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """Returns the mapper of any rule; None if the rule's mapper is not an elementwise product.
+    """Returns the mapper of any rule, or None if the rule's mapper is not an elementwise product.
 
     Args:
         rule: The rule.
@@ -77,7 +77,7 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Returns whether each factor depends on its own entry only, unlike with a stabilizer scaled by the whole layer.
+    """Returns whether each factor depends only on its own entry, unlike for a stabilizer scaled by the whole layer.
 
     Args:
         rule: The rule.

@@ -1,8 +1,8 @@
-r"""Factors of known rules in closed form: :math:`m_k(1)` from the outputs of the branches, in few operations.
+r"""Gradient mappers of known rules in closed form: the factors :math:`m_k(1)` from the outputs of the branches.
 
-Applying a rule's mapper to ones works for any rule, but the mappers of Zennit's rules compute each denominator once per
-branch and compare floats to find signs, which takes longer than the arithmetic of the layer. The stabilizer is that of
-the rule.
+Applying a rule's mapper to ones works for any rule. However, the mappers of Zennit's rules compute each denominator
+once per branch and compare floats to determine signs, which takes longer than the arithmetic of the layer. The closed
+forms use the stabilizer of the rule.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _LEADERS: dict[type, tuple[int, ...]] = {
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
-"""Known mappers, by the rule's gradient mapper, which all copies of a rule share."""
+"""Known mappers, by the rule's gradient mapper, which is shared by all copies of a rule."""
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
-    """Returns a known rule's mapper in closed form, checked once against its own mapper; None for other rules."""
+    """Returns a known rule's mapper in closed form, checked once against its own mapper, or None for other rules."""
     if type(rule) not in _LEADERS:
         return None
     own = rule.gradient_mapper
@@ -63,7 +63,7 @@ def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
 
 
 def stabilizer_of(rule: BasicHook) -> float | None:
-    """The number that a rule of a known class adds to the size of a denominator; None if it is not a constant."""
+    """Returns the number that a known rule adds to the magnitude of a denominator, or None if it is not a constant."""
     stabilizer = _nonlocals(rule).get("stabilizer_fn", _nonlocals(rule).get("stabilize"))
     if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None
@@ -71,7 +71,7 @@ def stabilizer_of(rule: BasicHook) -> float | None:
 
 
 def conserved_share(rule: ConservingEpsilon) -> float:
-    """The parameter ε of the rule."""
+    """Returns the parameter ε of the rule."""
     return float(_nonlocals(rule)["epsilon"])
 
 
@@ -97,7 +97,7 @@ def _factors(rule: BasicHook) -> Factors | None:
         if len(_LEADERS[kind]) == 1:
             return inverse(outputs[0])
         factor = inverse(outputs[leader] + outputs[leader + 1])
-        if kind is Gamma:  # by the sign of the unmodified output
+        if kind is Gamma:  # selected by the sign of the unmodified output
             sign = outputs[4].sign()
             factor.mul_(sign.clamp_(min=0) if leader == 0 else sign.clamp_(max=0).neg_())
         return factor
@@ -122,7 +122,7 @@ def inverse_by(epsilon: float) -> Callable[[Tensor], Tensor]:
     """Returns the function ``1 / (z + sign(z) epsilon)``."""
 
     def inverse(z: Tensor) -> Tensor:
-        raised = z + 0.0  # negative zero counts as positive, as in Zennit
+        raised = z + 0.0  # negative zero is treated as positive, as in Zennit
         return raised.add_(torch.copysign(z.new_tensor(epsilon), raised)).reciprocal_()
 
     return inverse

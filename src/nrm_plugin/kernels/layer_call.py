@@ -1,4 +1,4 @@
-"""One call of a layer, as recorded by the hook for the reader of its rule."""
+"""One call of a layer, as recorded by the hook, from which its rule is read as a kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a module on a different first input, with its other arguments unchanged."""
+"""Function that runs a module on a different first input, with its other arguments unchanged."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LayerCall:
         saved_input: The first input, ``(N, *in)``.
         like: A tensor without storage that has the shape of the output, ``(N, *out)``.
         name: Layer name, for messages.
-        saved_output: The output, if the rule reads it and fusion did not change the layer; else None.
+        saved_output: The output, if the rule reads it and fusion did not change the layer, or None otherwise.
         image: The output without bias, if the hook recorded it.
         precision: The dtype in which the layer multiplies by its weight, if it is less precise than the input.
     """
@@ -73,7 +73,7 @@ class LayerCall:
     ) -> LayerCall:
         """Creates the record of a call from its output, and saves only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
-        # Not the output itself, which is linked to a step: output and step would keep each other alive.
+        # Not the output itself, since it is linked to a step: the output and the step would keep each other alive.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
 
     @property
@@ -109,7 +109,7 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def without_values(call: LayerCall) -> LayerCall:
-    """Returns the record of a call that holds no tensor of its size, for a kernel that reads none."""
+    """Returns the record of a call without tensors of its size, for a kernel that reads no values."""
     return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
 
 

@@ -1,4 +1,4 @@
-"""The step of a layer; batch-norm fusion may change its call before the kernel is built."""
+"""The step of a layer. Batch-norm fusion may modify its call before the kernel is built."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class LayerStep(Step):
     def _build(self) -> Kernel:
         self.fold()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # needed once
-        # The column sums of a dense layer with a batch normalization are checked, so its kernel must have them.
+        # The column sums of a dense layer with a batch normalization are checked, so its kernel must provide them.
         kernel = read_rule(call, None if self.has_dense_norm else self.normalization)
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):
             self.layer_call = without_values(self.layer_call)
@@ -89,7 +89,7 @@ class LayerStep(Step):
         if call.image is not None and factor is not None:
             with torch.no_grad():
                 scaled = call.image.saved.tensor * factor
-            image = Image(Saved(scaled, values=False), weight)  # no more writes, since the model has run
+            image = Image(Saved(scaled, values=False), weight)  # no further writes can occur, since the model has run
         self.layer_call = replace(call, saved_output=None, image=image)
 
     def set_input(self, source: Tensor) -> None:
@@ -99,9 +99,9 @@ class LayerStep(Step):
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
         if self.has_dense_norm and bool((column_sum < 0.5).double().mean() > 0.5):
             warnings.warn(
-                f"batch normalization was fused with the dense layer {self.name!r}, and its bias takes most of the "
-                "relevance of most of its neurons. Heat maps through such a pair say little about the inputs "
-                "(arXiv 2002.11018). Check sink(layer), or leave FuseBatchNorm out of the canonizers.",
+                f"batch normalization was fused with the dense layer {self.name!r}, and its bias absorbs most of the "
+                "relevance of most of its neurons. Heat maps through such a pair say little about the inputs (arXiv "
+                "2002.11018). Check sink(layer), or remove FuseBatchNorm from the canonizers.",
                 BatchNormWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""The modified layers of a rule, run at their modified inputs."""
+"""The modified layers of a rule, evaluated at its modified inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModifiedLayer:
     Attributes:
         image: The output without bias; a scalar if all entries are the same.
         bias: The bias, in a shape that broadcasts.
-        maps: The linear map; None if the input is zero or only the output is needed.
+        maps: The linear map, or None if the input is zero or only the output is needed.
         weight: Computes the modified weight.
         is_own: Whether nothing else reads the image.
     """
@@ -52,7 +52,7 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Returns memory for a factor of this shape: that of the image, if nothing else reads the image."""
+        """Returns memory for a factor of this shape: that of the image, if nothing else reads it."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
@@ -74,7 +74,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
 
 
 def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float) -> ModifiedLayer:
-    """Runs a modified layer without bias, since subtracting the bias from the output loses digits."""
+    """Runs a modified layer without bias, since subtracting the bias from the output would lose precision."""
     bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
     is_unmodified = source is call.input and _share_memory(modified._parameters, call.module._parameters)
     if sign == 0 and call.is_output_known and is_unmodified:
@@ -110,12 +110,12 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the layer multiplies; None if it is no less precise than the inputs."""
+    """Returns the dtype in which the layer multiplies, or None if it is no less precise than the inputs."""
     return call.precision if source.dtype == torch.float32 else None
 
 
 def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Returns whether this is a large linear layer and a built-in rule that changes its weight."""
+    """Returns whether the call is that of a large linear layer with a built-in rule that modifies its weight."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False
@@ -127,7 +127,7 @@ def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
 
 
 def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLayer:
-    """Runs a modified linear layer in blocks, so that the modified weight is never in memory as a whole."""
+    """Runs a modified linear layer in blocks, so that the modified weight is never stored as a whole."""
     weight = call.module._parameters["weight"]
     assert weight is not None
     matrix = weight.detach()
@@ -162,7 +162,7 @@ def rerun_without_bias(module: nn.Module, run: Run) -> Callable[[Tensor, Tensor]
     """Returns a function ``(input, weight) -> output`` that runs a layer without its bias."""
 
     def rerun(source: Tensor, weight: Tensor) -> Tensor:
-        shell = shared_copy(module)  # a new copy each time, since several threads may run it
+        shell = shared_copy(module)  # a new copy for each run, since several threads may run it
         shell.__dict__["_parameters"].update(weight=weight, bias=None)
         return run(shell, source)
 

@@ -1,4 +1,4 @@
-"""Determines the form of a rule's input modifiers and reducer by applying them to a few numbers."""
+"""Probes of a rule: its input modifiers and reducer are identified by applying them to a few numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KNOWN_SIGNS: dict[type, list[float]] = {}
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
     """Returns the modified inputs; equal inputs share memory, such as an input after a ReLU and its positive part."""
     known, sources = [inputs], []
-    # The bounds of ZBox may have the shape of an image, unlike any probe, and are not parts of the input.
+    # The bounds of ZBox may have the shape of an image, unlike the probes, and are not parts of the input.
     positive = is_known_linear(rule) and not isinstance(rule, ZBox) and is_positive(inputs)
     for modifier in rule.input_modifiers:
         part = _part(modifier, inputs) if positive else ""
@@ -34,7 +34,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Returns which part of its input a built-in modifier takes: positive, negative, or empty for neither."""
+    """Returns which part of its input a built-in modifier selects: positive, negative, or empty for neither."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -59,7 +59,7 @@ def is_zero(source: Tensor) -> bool:
 
 
 def _is_zero(source: Tensor) -> bool:
-    """Returns whether all entries are zero; for most tensors the first few entries decide."""
+    """Returns whether all entries are zero; for most tensors, the first few entries are decisive."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -67,7 +67,7 @@ def _is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones); else None."""
+    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones), else None."""
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
         with audit():
@@ -80,7 +80,7 @@ def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
 def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     count = len(sources)
     shape = (2,) * max(sources[0].ndim, 1)
-    # Fixed numbers without a pattern: a kernel may be read inside torch.vmap, which cannot draw random numbers.
+    # Fixed numbers without a pattern, since a kernel may be read inside torch.vmap, which cannot draw random numbers.
     numbers = torch.arange(1, 2 * count * 2 ** len(shape) + 1, dtype=torch.float64)
     noise = (3 * torch.sin(numbers**2)).to(sources[0]).reshape(2, count, *shape)
     inputs, gradients = list(noise[0]), list(noise[1])
@@ -92,7 +92,7 @@ def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | No
         ]
         reduced = rule.reducer(inputs, gradients)
     except (RuntimeError, IndexError, ValueError, TypeError):
-        return None  # a reducer that needs the true shapes; it is called unchanged
+        return None  # a reducer that needs the actual shapes; it is called unchanged
     signs = [float(unit.flatten()[0]) for unit in units]
     if any(bool((unit != unit.flatten()[0]).any()) for unit in units):
         return None

@@ -1,4 +1,4 @@
-"""The hook that turns each call of a module into a step.
+"""The hook that makes each call of a module a step.
 
 A module runs on a detached input, and its output is linked to the original input. The module's own backward never runs,
 and each call of a reused module has its own kernel.
@@ -46,7 +46,7 @@ from .step import link, link_in_place
 from .torch_function_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 
 Arguments = dict[int | str, Tensor]
-"""Tensors among the arguments of a module, by position or keyword."""
+"""Tensors among the arguments of a module, by index or keyword."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module runs in place and would have overwritten its input without a copy."""
+        """Whether the module operates in place, and would have overwritten its input without a copy."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 
 class StepHook(Hook):
-    """A Zennit hook that turns each call of a module into a step with the rule of a given hook.
+    """A Zennit hook that makes each call of a module a step with the rule of a given hook.
 
     Args:
         rule: The hook that the composite assigns to the module.
@@ -115,14 +115,15 @@ class StepHook(Hook):
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                # Called even if the module raised, since later calls would otherwise count as inside of it, and before
-                # other hooks, since those that mask or store relevance, as in zennit-crp, need the linked output.
+                # Called even if the module raised an error, since later calls would otherwise count as inside of it;
+                # and called before other hooks, since those that mask or store relevance, as in zennit-crp, need the
+                # linked output.
                 module.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
             ]
         )
 
     def remove(self) -> None:
-        """Discards the calls that never returned, since torch runs no hooks after a keyboard interrupt."""
+        """Discards calls that never returned, since torch does not run hooks after a keyboard interrupt."""
         super().remove()
         for running in RUNNING.modules:
             if running.hook is self and running.call is not None and running.call.mode is not None:
@@ -137,7 +138,7 @@ class StepHook(Hook):
         if len(computed) > 1:
             computed = {key: tensor for key, tensor in computed.items() if not is_foreign(tensor, is_exact=True)}
         if self.active and not computed and not is_inside_step() and _has_ids():
-            return None  # the functions inside are constants, or look up ids
+            return None  # the functions inside are constants, or lookups by integer inputs
         if not self.active or not computed or is_inside_step():
             RUNNING.modules.append(RunningModule(self, module, None))
             return None
@@ -205,12 +206,12 @@ class StepHook(Hook):
         if call.passed is call.source:
             call = replace(call, source=args[0])  # torch has inserted the node that calls the hooks
         if not isinstance(output, Tensor) and is_own_layer(module):
-            return call.run_again()  # on the original arguments: the functions inside are steps with its rule
+            return call.run_again()  # run on the original arguments: the functions inside are steps with its rule
         if not isinstance(output, Tensor):
             inside = "give rules to the modules inside it" if module._modules else "wrap it to return one tensor"
             raise UnsupportedRuleError(
                 f"layer {self.name!r} ({type(module).__name__}) has the rule {type(self.rule).__name__}, but returns "
-                f"{type(output).__name__}. A rule needs one tensor; {inside} instead."
+                f"{type(output).__name__}. A rule requires a single tensor; {inside} instead."
             )
         if not output.is_floating_point():
             return None
@@ -244,7 +245,7 @@ class StepHook(Hook):
                 self.fuse(step, source)
 
     def _check_rule(self, step: LayerStep) -> None:
-        """Raises unless the rule is linear; an unknown rule is tested at its first call."""
+        """Raises an error unless the rule is linear; an unknown rule is tested at its first call."""
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), not_recorded():
                 check_linear(step.kernel, step.layer_call)
@@ -261,13 +262,13 @@ class StepHook(Hook):
 
 
 def _has_ids() -> bool:
-    """Returns whether the model has integer inputs, which any module may use for a lookup."""
+    """Returns whether the model has integer inputs, which any module may use for lookups."""
     listening = listener()
     return listening is not None and bool(listening.indices)
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """Returns a copy of the module and a function that runs it; a custom layer's copy holds the computed weight."""
+    """Returns a copy of the module and a function that runs it; the copy of a custom layer has the computed weight."""
     shell = shared_copy(module)
     if isinstance(call.mode, WeightRecorder):
         with not_recorded():
@@ -294,7 +295,7 @@ def _is_free(tensor: Tensor) -> bool:
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Repeats the module's in-place write on the original input, for later readers such as a skip connection."""
+    """Repeats the in-place write of the module on the original input, for later readers such as a skip connection."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
     with not_recorded():

@@ -67,7 +67,7 @@ def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Returns whether to branch on the values of a tensor to save work; on other devices a read synchronizes."""
+    """Returns whether to read values of a tensor to save work; on devices other than a CPU, a read synchronizes."""
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
@@ -76,8 +76,8 @@ class Scaling:
     """Gain and deficit of columns.
 
     Attributes:
-        gain: ``g(c)``; None if all gains are one.
-        deficit: ``1 - g(c) c``; None if all deficits are zero.
+        gain: ``g(c)``, or None if all gains are one.
+        deficit: ``1 - g(c) c``, or None if all deficits are zero.
     """
 
     gain: Tensor | None = None
@@ -118,7 +118,7 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def restores(self, image: Tensor, added: Tensor | float) -> bool:
-        """Returns whether the gain makes all columns ``image / (image + added)`` to one; both terms are nonnegative."""
+        """Returns whether the gain scales all columns ``image / (image + added)`` to one, for non-negative terms."""
         limit = float(self.gain_limit)
         if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
             return False
@@ -145,7 +145,7 @@ class Columns(ABC):
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
-        """Joins the columns of disjoint groups of branches; each column has branches of one group only."""
+        """Merges the columns of disjoint groups of branches; each column belongs to only one group."""
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Deficit(Columns):
     """Columns of a normalized kernel.
 
     Attributes:
-        share: Share of each column that the sink absorbs, ``(N, *out)``; None if all shares are zero.
+        share: Share of each column that the sink absorbs, ``(N, *out)``, or None if all shares are zero.
     """
 
     share: Tensor | None
@@ -193,7 +193,7 @@ class ColumnWriter:
 
     Args:
         like: A tensor in the shape of the output.
-        normalization: The normalization of the kernel; None for a kernel before normalization.
+        normalization: The normalization of the kernel, or None for a kernel before normalization.
     """
 
     def __init__(self, like: Tensor, normalization: Normalization | None) -> None:
@@ -201,11 +201,11 @@ class ColumnWriter:
         self._values: Tensor | None = None
 
     def gain(self, at: Block, column_sum: Tensor | None) -> Tensor | None:
-        """Returns the gain of the columns of one block; None if all gains are one.
+        """Returns the gain of the columns of one block, or None if all gains are one.
 
         Args:
             at: The block.
-            column_sum: ``c`` in the block; None for sums of one.
+            column_sum: ``c`` in the block, or None for sums of one.
         """
         if self._normalization is None:
             self._write(at, 1.0 if column_sum is None else column_sum)
@@ -226,7 +226,7 @@ class ColumnWriter:
         self._values[at] = values
 
     def columns(self) -> ColumnSums | Deficit:
-        """The columns of all blocks."""
+        """Returns the columns of all blocks."""
         if self._normalization is not None:
             return Deficit(self._values)
         return ColumnSums(torch.zeros_like(self._like) if self._values is None else self._values)

@@ -1,4 +1,4 @@
-"""Common rules in a known form: a rule is compared once with its definition and is not probed again at each call."""
+"""Recognition of common rules: a rule is compared once with its definition, instead of being probed at each call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
-"""Rules on positive denominators or on the unmodified layer, which few operations read."""
+"""Rules with positive denominators or with the unmodified layer, which are read in few operations."""
 
 
 NEGLIGIBLE = 1e-20
-"""Largest stabilizer of ConservingEpsilon whose form neglects it next to mean outputs."""
+"""Largest stabilizer of ConservingEpsilon that is negligible compared with mean outputs."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class RuleForm:
 
 
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
-"""Modifiers and form by the rule's gradient mapper, which all copies share; modifiers may be replaced later."""
+"""Modifiers and form, by the rule's gradient mapper, which all copies share; modifiers may be replaced later."""
 
 
 def form_of(rule: BasicHook) -> RuleForm | None:
-    """Returns the form of a common rule; None for other rules and for rules changed by the user."""
+    """Returns the form of a common rule, or None for other rules and for rules changed by the user."""
     if type(rule) not in COMMON:
         return None
     own, modifiers = rule.gradient_mapper, _modifiers(rule)
@@ -62,7 +62,7 @@ def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _read(rule: BasicHook) -> RuleForm | None:
-    """Compares a rule with its class, by its mapper and by its modifiers at a few numbers."""
+    """Compares the mapper and the modifiers of a rule with those of its class at a few numbers."""
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None
@@ -95,13 +95,13 @@ def _keeps_weight(modify: Any) -> bool:
 
 
 def zeros_of(modify: ParamMod) -> tuple[str, ...]:
-    """Names of the parameters that a modifier sets to zero."""
+    """Returns the names of the parameters that a modifier sets to zero."""
     zeros = modify.zero_params or ()
     return (zeros,) if isinstance(zeros, str) else tuple(zeros)
 
 
 def modified_bias(modify: ParamMod, bias: Tensor | None) -> Tensor | None:
-    """Returns the bias as modified; None for zero."""
+    """Returns the modified bias, or None for zero."""
     if bias is None or "bias" in zeros_of(modify):
         return None
     result: Tensor = modify.modifier(bias.detach(), "bias")

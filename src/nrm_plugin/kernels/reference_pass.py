@@ -1,4 +1,4 @@
-"""The forward pass of a reference, which the forward pass of the inputs follows call by call.
+"""The forward pass of a reference, which is matched call by call with the forward pass of the inputs.
 
 Source: docs/differences.md.
 """
@@ -18,15 +18,15 @@ from ..model.value_reads import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
-"""The replacement of a difference that is zero."""
+"""The number that replaces a difference of zero."""
 
 
 class Difference(NamedTuple):
     """The difference of a tensor between input and reference.
 
     Attributes:
-        delta: ``δ``, nowhere zero; infinite entries are masked.
-        is_zero: Where the difference itself is zero; None for nowhere.
+        delta: ``δ``, without exact zeros; infinite entries are masked.
+        is_zero: Mask of the entries at which the difference is zero, or None if there are none.
     """
 
     delta: Tensor
@@ -65,8 +65,8 @@ class ReferenceCall:
 class ReferencePass:
     """The calls of functions in the forward pass of the reference, in order.
 
-    First, the pass of the reference stores its calls; after :meth:`replay`, the pass of the inputs reads them, and
-    raises where it differs.
+    First, the pass of the reference stores its calls. After :meth:`replay`, the pass of the inputs reads them, and an
+    error is raised where the two passes differ.
 
     Args:
         is_tangent: Whether slopes are derivatives at the input instead of secants.
@@ -83,7 +83,7 @@ class ReferencePass:
         """Returns the difference of a tensor between input and reference, computed once for all steps that use it."""
         key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
         if key not in self._deltas:
-            self._deltas[key] = (value, other, difference(value, other))  # the memory must not be used again
+            self._deltas[key] = (value, other, difference(value, other))  # the memory must not be reused
         return self._deltas[key][2]
 
     def replay(self) -> None:
@@ -119,7 +119,7 @@ class ReferencePass:
         return other.tensors
 
     def finish(self) -> None:
-        """Raises :class:`DifferenceError` if the pass of the reference called further functions."""
+        """Raises :class:`DifferenceError` if the pass of the reference called additional functions."""
         if not self._is_replayed:
             return
         if self._number < len(self._calls):
@@ -170,18 +170,18 @@ def _difference_of_tensors(one: Tensor, two: Tensor) -> str:
 
 
 _CONTROL = (
-    "the model takes another path for the reference than for the inputs: it calls {name!r} in {where!r} for the "
-    "inputs, but {found} for the reference. A difference needs the same operations at both. Choose a "
-    "reference on the same path, or explain the output without reference=."
+    "the model runs other operations for the reference than for the inputs: it calls {name!r} in {where!r} for the "
+    "inputs, but {found} for the reference. A difference requires the same operations for both. Choose a reference "
+    "on the same path, or explain the output without reference=."
 )
 _SHAPES = (
-    "{name!r} in {where!r} has tensors of shape {one} for the inputs, but {two} for the reference. A difference needs "
-    "the same operations at both. Choose another reference, or explain the output without reference=."
+    "{name!r} in {where!r} has tensors of shape {one} for the inputs, but {two} for the reference. A difference "
+    "requires the same operations for both. Choose another reference, or explain the output without reference=."
 )
 _CONSTANTS = (
     "{name!r} in {where!r} depends on values that differ between inputs and reference but carry no relevance: {what}. "
     "No relevance passes through indices, masks and detached values, so the difference of the outputs would not be "
-    "explained completely. Choose a reference with the same ones (the same padding mask, the same order), or explain "
+    "explained completely. Choose a reference with the same values (the same padding mask, the same order), or explain "
     "the output without reference=."
 )
 

@@ -21,8 +21,8 @@ class Branch:
         factor: ``m_k(1)``, ``(N, *out)``, multiplied by the gain in a normalized kernel.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
-        modified: Function that computes the modified weight; None for a module without weights.
-        modify_input: Function that computes ``in_k``, if it is not kept since it is large; else None.
+        modified: Function that computes the modified weight, or None for a module without weights.
+        modify_input: Function that computes ``in_k``, if it is too large to be stored, or None otherwise.
     """
 
     source: Tensor
@@ -59,8 +59,8 @@ class WeightedLayer:
     Attributes:
         weight: The weight of the layer.
         rerun: Function ``(input, weight) -> output`` that runs the layer without its bias.
-        is_injective: Whether each input entry acts on each output entry through one weight only, so that absolute
-            values may be taken factor by factor; false if padding repeats entries.
+        is_injective: Whether each input entry contributes to each output entry through at most one weight, so that
+            absolute values may be taken factor by factor; false if padding repeats entries.
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
     """

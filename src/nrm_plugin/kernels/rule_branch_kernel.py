@@ -28,9 +28,9 @@ class BranchKernel(Kernel):
         branches: The branches that were read, and their columns: :class:`ColumnSums`, or a :class:`Deficit` if the
             factors include the gain, so that this is the normalized kernel.
         like: A tensor in the shape of the input, ``(N, *in)``.
-        layer: The layer that the branches modify; None for a module without weights.
-        read_others: Reads the other branches, which act only on outputs at which the factors of the first branches are
-            zero (γ at negative outputs); called when relevance arrives at such outputs.
+        layer: The layer that the branches modify, or None for a module without weights.
+        read_others: Reads the other branches, which apply only to outputs at which the factors of the first branches
+            are zero (γ at negative outputs). It is called when relevance arrives at such outputs.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class BranchKernel(Kernel):
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i`: the sum of the absolute values of all branches.
 
-        The bound is exact if each entry of the kernel is in one branch only, as for all Zennit rules except ZBox, and
-        padding repeats no entries.
+        The bound is exact if each entry of the kernel belongs to only one branch, as for all Zennit rules except ZBox,
+        and if padding repeats no entries.
         """
         if self.layer is None:
             return super().push_bound(values, shape)

@@ -1,4 +1,4 @@
-"""Reads a rule on one call of an affine layer as branches, Zennit's form of rules."""
+"""Reading of a rule on one call of an affine layer as branches, the form in which Zennit writes rules."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .rule_branch import Branch, WeightedLayer
 from .rule_branch_kernel import BranchKernel, ReadBranches
 
 _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
-"""Groups of branches that act on disjoint outputs: γ has one pair for positive and one for negative outputs."""
+"""Groups of branches that apply to disjoint outputs: γ has one pair for positive and one for negative outputs."""
 
 
 def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization | None) -> BranchKernel | None:
-    """Reads a rule as a kernel of branches; None if the layer is not affine or the rule is of a different form.
+    """Reads a rule as a kernel of branches; returns None if the layer is not affine or the rule is of a different form.
 
     Args:
         call: The recorded call of the layer.
@@ -84,14 +84,14 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Reads branches of a rule that is known to be readable, because other branches were read before."""
+        """Reads branches of a rule that is known to have this form, because other branches were read before."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """Reads the branches with these numbers; None if the rule is of a different form."""
+        """Reads the branches with these numbers; returns None if the rule is of a different form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)
@@ -119,7 +119,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """Returns the modified layers that are chosen or only read by the mapper, and placeholders for the others."""
+        """Returns the modified layers that are chosen or read by the mapper, and placeholders for the others."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
@@ -138,8 +138,8 @@ class _BranchReader:
     ) -> Iterator[_ColumnBlock]:
         """Yields factors and column sums, block by block.
 
-        A rule takes a dozen elementwise operations, which run faster in the cache. Where its denominator is zero, a
-        factor is zero and the column is dead.
+        A rule consists of about a dozen elementwise operations, which run faster in the cache. Where its denominator is
+        zero, a factor is zero and the column propagates no relevance.
         """
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))

@@ -1,4 +1,4 @@
-"""Reads a Zennit rule on one call of a module as a kernel.
+"""Reading of a Zennit rule on one call of a module as a kernel.
 
 Three forms are tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
 the function that propagates relevance, whose derivative gives the column sums.
@@ -35,10 +35,10 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
 
     Args:
         call: The call.
-        normalization: The normalization of the columns; the kernel includes the gain if this saves work.
+        normalization: The normalization of the columns; the kernel includes the gain if this is cheaper.
 
     Raises:
-        UnsupportedRuleError: If the rule changes how the module runs, or is written in none of the three forms.
+        UnsupportedRuleError: If the rule changes how the module runs, or has none of the three forms.
     """
     rule = call.rule
     if any(overrides(rule, method) for method in ("pre_forward", "post_forward", "pre_backward")):
@@ -69,12 +69,12 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
     saved = (
         Saved(inputs, values=False),
         Saved(output, values=False),
-    )  # no forward pass is running that could write to them
+    )  # no forward pass that could write to them is running
     return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], shape_like(output), name, saved[1]))
 
 
 def check_linear(kernel: Kernel, call: LayerCall) -> None:
-    """Raises unless the rule is linear in the relevance.
+    """Raises an error unless the rule is linear in the relevance.
 
     Raises:
         NonlinearRuleError: If the rule is not linear; the message names the rule and the layer.
@@ -82,8 +82,8 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
     if not is_linear_in_relevance(kernel, call.like[:1].expand_as(call.like)):
         raise NonlinearRuleError(
             f"the rule {type(call.rule).__name__} of layer {call.name!r} is not linear in the relevance: it treats "
-            "positive and negative relevance differently. Such a rule (deconvnet, guided backpropagation) gives no "
-            "measure over walks. Choose a composite whose rules are linear, such as EpsilonPlus."
+            "positive and negative relevance differently. Such a rule (deconvnet, guided backpropagation) does not "
+            "define a measure over walks. Choose a composite whose rules are linear, such as EpsilonPlus."
         )
 
 
@@ -107,8 +107,8 @@ def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
 def _identity(call: LayerCall) -> IdentityKernel:
     if call.input.shape != call.like.shape:
         raise UnsupportedRuleError(
-            f"layer {call.name!r} ({type(call.module).__name__}) has the rule Pass, but turns shape "
-            f"{tuple(call.input.shape)} into {tuple(call.like.shape)}. Give it a rule that propagates relevance to its "
+            f"layer {call.name!r} ({type(call.module).__name__}) has the rule Pass, but maps shape "
+            f"{tuple(call.input.shape)} to {tuple(call.like.shape)}. Assign it a rule that propagates relevance to its "
             "inputs."
         )
     return IdentityKernel()

@@ -34,12 +34,12 @@ class Step(ABC):
 
     Attributes:
         normalization: The normalization of columns.
-        call: Number of the call of the module or function.
+        call: Index of the call of the module or function.
         dtype: The dtype of relevance at the output.
         device: The device of the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
         uses: Number of known readers of the output.
-        attention: Layout of heads and tokens, if the step multiplies attention weights and values.
+        attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend on the same row of the inputs alone.
     """
 
@@ -71,7 +71,7 @@ class Step(ABC):
             return self._built()
 
     def _built(self) -> Kernel:
-        """Builds the kernel unless it is built already; to be called in the contexts of the step."""
+        """Builds the kernel unless it has been built already; must be called in the contexts of the step."""
         if self._kernel is None:
             with repeated(f"{self.name}:{self.call}"):
                 self._kernel = self._build()
@@ -94,7 +94,7 @@ class Step(ABC):
         return self.normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Returns gain and deficit at all entries where this relevance is not zero; None stands for any relevance."""
+        """Returns gain and deficit at all entries where this relevance is nonzero; None stands for any relevance."""
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             kernel = self._built()
             if kernel.complete_for(relevance) or self._scaling is None:
@@ -102,22 +102,22 @@ class Step(ABC):
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """Returns ``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives; None if all gains are one."""
+        """Returns ``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives, or None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Propagates relevance ``(K, N, *out)``.
 
         Returns:
-            Relevance at each input, ``(K, N, *in)``, in any dtype, and the absorbed share, ``(N, *out)``: None for
-            zero; arbitrary at entries where no relevance arrives.
+            Relevance at each input, ``(K, N, *in)``, in any dtype, and the absorbed share, ``(N, *out)``, which is None
+            for zero, and arbitrary at entries where no relevance arrives.
         """
         scaling = self._scaling_for(relevance)
         with self._arithmetic():
             return self.kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        r"""Propagates with :math:`|\tilde T_{ij}|`, for absolute masses of walks; otherwise as :meth:`pull`."""
+        r"""Propagates absolute masses of walks with :math:`|\tilde T_{ij}|`; otherwise like :meth:`pull`."""
         scaling = self._scaling_for(mass)
         with self._arithmetic():
             parts = self.kernel.pull_absolute(_scaled(mass, scaling.gain))
@@ -127,11 +127,11 @@ class Step(ABC):
         """Applies the transpose of :meth:`pull`.
 
         Args:
-            values: Values at each input, ``(K, N, *in)``; None for zeros.
-            absorbed: Values at the sink, ``(K, N, *out)``; None for zeros.
+            values: Values at each input, ``(K, N, *in)``, or None for zeros.
+            absorbed: Values at the sink, ``(K, N, *out)``, or None for zeros.
 
         Returns:
-            Values at the output, ``(K, N, *out)``; None for zeros.
+            Values at the output, ``(K, N, *out)``, or None for zeros.
         """
         scaling = self._scaling_for(None)
         result, values = None, self._converted(values)
@@ -183,12 +183,12 @@ class FunctionStep(Step):
     def _build(self) -> Kernel:
         assert self._build_kernel is not None, "the kernel of a function is built once"
         kernel = self._build_kernel()
-        self._build_kernel = None  # it holds the inputs of the function
+        self._build_kernel = None  # it stores the inputs of the function
         return kernel
 
 
 class Link(torch.autograd.Function):
-    """Joins the output of a step to its inputs; the gradient is relevance."""
+    """Links the output of a step to its inputs; the gradient is relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Joins a tensor that was modified in place to its earlier state; the gradient is relevance."""
+    """Links a tensor that was modified in place to its earlier state; the gradient is relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def step_of(node: Any) -> Step | None:
 
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
-    """Returns relevance at each input, as a function of relevance at the output and of the origin of the kernel."""
+    """Returns relevance at each input, as a function of the relevance at the output and the origin of the kernel."""
     with exact(relevance.device):
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
@@ -247,14 +247,14 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs; None in a measure, which has no gradient."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradient."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class Origin(torch.autograd.Function):
-    """A zero that depends on tensors and raises when differentiated, since a kernel is a constant for autograd.
+    """A zero that depends on tensors and raises an error when differentiated, since kernels are constants for autograd.
 
-    It is added to relevance, so that the gradient of relevance raises where it would be zero or partial.
+    It is added to relevance, so that the gradient of relevance raises an error where it would be zero or incomplete.
     """
 
     generate_vmap_rule = True
@@ -270,7 +270,8 @@ class Origin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise UnsupportedOperationError(
-            "relevance under Normalized cannot be differentiated by weights or activations: its kernels are constants, "
-            "so that the gradient would be partial. For relevance in a loss, use the composite without Normalized, "
-            "whose rules Zennit differentiates; detach() the relevance if no gradient is to pass through it."
+            "relevance under Normalized cannot be differentiated with respect to weights or activations: its kernels "
+            "are constants, so the gradient would be incomplete. For relevance in a loss, use the composite without "
+            "Normalized, "
+            "whose rules Zennit differentiates; detach() the relevance if it needs no gradient."
         )

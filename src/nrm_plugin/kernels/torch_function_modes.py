@@ -1,4 +1,4 @@
-"""Torch function modes for modules with a rule; they avoid copies or record the weight, without changing the output."""
+"""Torch function modes for modules with a rule, which avoid copies or record the weight without changing the output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SeparateBias(TorchFunctionMode):
         layer: One of torch's linear or convolutional layers.
 
     Attributes:
-        image: The output without bias; None until the layer has run.
+        image: The output without bias, or None until the layer has run.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -73,7 +73,7 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """Returns the mode for a module with this rule; None if the module runs without a mode."""
+    """Returns the mode for a module with this rule, or None if the module runs without a mode."""
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):
@@ -86,7 +86,7 @@ def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
     if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
         return None
     image, weight = mode.image
-    return Image(Saved(image), weight)  # saved, since without a bias it is the output, which the model may write to
+    return Image(Saved(image), weight)  # saved, since without a bias it is the output, to which the model may write
 
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
@@ -100,7 +100,7 @@ def is_torch_activation(module: nn.Module) -> bool:
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Whether a module may write to its input, as all but torch's affine layers and modules with ``inplace=False``."""
+    """Returns whether a module may write to its input; affine layers and modules with ``inplace=False`` do not."""
     # Not by getattr alone, which formats an error message for every module without the attribute.
     inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
     return inplace is not False and not is_affine(module)

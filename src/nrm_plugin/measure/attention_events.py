@@ -18,8 +18,8 @@ from ..recording.transformer_sites import PART
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
     """Rewrites an attention event as an event over taps.
 
-    A walk through (query, key) crosses the output of the attention at the query, and then the values, or the weights if
-    the rule propagates relevance to them, at the key. It stays within one head.
+    A walk through (query, key) crosses the output of the attention at the query, and then, at the key, the values (or
+    the attention weights, if the rule propagates relevance to them). It stays within one head.
 
     Raises:
         EventError: If the layer does not compute exactly one attention, or the head or token does not exist.
@@ -34,7 +34,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 
 def head_count(recording: Recording, layer: str) -> int | None:
-    """Returns the number of heads of an attention call, named by its site or its tap; None for any other layer."""
+    """Returns the number of heads of an attention call, given by its site or tap name, or None for any other layer."""
     name, calls = recording.taps.called(layer, "output", None)
     steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
     step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
@@ -83,7 +83,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Returns the mask of the selected heads, in their own dimension or after the samples in a shared dimension."""
+    """Returns the mask of the selected heads, which have their own dimension or share one with the samples."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -141,13 +141,13 @@ def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
     if len(inside) == len(of_calls):
         return [inside[of_calls.index(call)] for call in calls]
     if inside:
-        raise EventError(f"{atom}: {name!r} holds {len(inside)} calls of attention; say which: {_expressions(inside)}.")
+        raise EventError(f"{atom}: {name!r} has {len(inside)} attention calls; choose one of: {_expressions(inside)}.")
     others = f" These layers do: {_expressions(known)}." if known else " No layer does."
-    raise EventError(f"{atom}: {name!r} computes no attention that the output depends on.{others}")
+    raise EventError(f"{atom}: {name!r} computes no attention on which the output depends.{others}")
 
 
 def _expressions(steps: list[Step], most: int = 8) -> str:
-    """Returns the shortest unambiguous ``at(…)`` expression for each step, as a list in text form."""
+    """Returns the shortest unambiguous ``at(…)`` expression for each step, as comma-separated text."""
     names, owners = [step.name for step in steps], [_owner(step) for step in steps]
     texts = []
     for step, name, owner in zip(steps, names, owners, strict=True):

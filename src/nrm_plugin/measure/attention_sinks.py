@@ -1,9 +1,10 @@
-r"""The share of relevance through an attention layer that arrives at each key token from other tokens.
+r"""Attention sinks: the share of the relevance through an attention layer that each key token receives from others.
 
 .. math:: s_k = \sum_{q \ne k} \mu\big((q, k) \mid \text{attention}\big)
 
-Attention sinks are tokens, often the first, that most heads attend to. Whether they also receive the relevance is a
-query. The measure of sinks by relevance is ours; see Xiao et al., arXiv 2309.17453, for attention sinks.
+Attention sinks are tokens, often the first one, to which most heads attend. The query in this module tells whether they
+also receive most of the relevance. Measuring sinks by relevance is new in this package; attention sinks themselves are
+described by Xiao et al., arXiv 2309.17453.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from .measure import RelevanceMeasure
 
 
 def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None) -> Tensor:
-    """Returns the share of relevance through an attention that arrives at each token from other tokens.
+    """Returns the share of the relevance through an attention layer that each token receives from other tokens.
 
-    The diagonal is left out, so that the shares sum to the mass that moves between tokens.
+    The diagonal of the attention matrix is excluded, so the shares sum to the mass that moves between tokens.
 
     Args:
         mu: The measure.
-        layer: A layer that computes one attention of a sequence to itself.
-        tokens: Number of tokens; by default that of the tap ``layer``, whose tokens are in the first dimension after
-            the samples.
+        layer: A layer that computes self-attention exactly once.
+        tokens: Number of tokens. By default, it is read from the first dimension after the samples of the tap
+            ``layer``.
 
     Returns:
-        ``(N, tokens)``, dimensionless.
+        The shares, ``(N, tokens)``, dimensionless.
 
     Raises:
         EventError: If the layer computes no attention.

@@ -1,4 +1,4 @@
-"""Conditionals of an event given each neuron of a tap above it: one transposed pass, from the inputs up.
+"""Conditionals of an event given each neuron of a tap above it, computed in one transposed pass from the inputs up.
 
 Source: docs/measure.md.
 """
@@ -24,7 +24,7 @@ from .masked_vectors import masked
 class Conditionals:
     """``μ(event given j)`` for every neuron ``j`` of each tap.
 
-    Values are propagated upwards, from the places where walks are decided.
+    Values are propagated upwards, starting where a walk is known to belong to the event or not.
 
     Args:
         diagram: The events.
@@ -88,7 +88,7 @@ class Conditionals:
         return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
-        """Returns the values of a node after the tap at a buffer has been crossed; None for zero."""
+        """Returns the values of a node after the tap at a buffer has been crossed, or None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self.like.new_ones(()).expand(self.graph.shape(buffer))
@@ -149,11 +149,11 @@ def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object)
     """Raises :class:`EventError` unless a tap is above all taps of an event."""
     if not are_below(diagram, tap):
         raise EventError(
-            f"{event} names a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional given "
-            "each neuron of a tap needs taps below it. For taps above, use marginal(layer, given=event)."
+            f"{event} refers to a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional "
+            "given each neuron of a tap needs taps below it. For taps above, use marginal(layer, given=event)."
         )
 
 
 def are_below(diagram: DecisionDiagram, tap: Tap) -> bool:
-    """Returns whether all taps named by the events are below a tap."""
+    """Returns whether all taps to which the events refer are below a tap."""
     return all(is_below(diagram.recording, key, tap) for key in diagram.levels)

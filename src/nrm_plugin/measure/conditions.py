@@ -13,7 +13,7 @@ from ..errors import CancellationError, EventError, NullEventError, brief, sampl
 from ..events.event import Event
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Smallest ``|μ(B)|`` by which a conditional divides, relative to the variation of ``B``."""
+"""Smallest ``|μ(B)|``, relative to the variation of ``B``, for which a conditional is computed."""
 
 
 class Condition(TypedDict, total=False):
@@ -49,14 +49,14 @@ def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
 
 
 def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: float | None, least: float = 0.0) -> None:
-    """Raises where ``μ(· | event)`` is not defined or not stable.
+    """Raises an error if ``μ(· | event)`` is undefined or numerically unstable.
 
     Args:
         event: The condition.
         mass: Mass of the event, ``(N,)``.
         variation: Variation of the event, ``(N,)``.
-        min_ratio: Smallest ``|mass|`` relative to the variation; None for the default of the dtype.
-        least: The largest variation that counts as zero.
+        min_ratio: Smallest accepted ``|mass|`` relative to the variation, or None for the default of the dtype.
+        least: The largest variation that is treated as zero.
 
     Raises:
         NullEventError: If the variation of a sample is zero.
@@ -65,7 +65,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
     """
     ratio = MIN_RATIO[mass.dtype] if min_ratio is None else min_ratio
     if not isinstance(ratio, numbers.Real) or not float(ratio) >= 0:
-        raise ValueError(f"min_ratio={brief(min_ratio)} is unknown; give a number of at least 0, or None.")
+        raise ValueError(f"min_ratio={brief(min_ratio)} is invalid; give a number of at least 0, or None.")
     null = variation <= least
     if bool(null.any()):
         is_null = null.tolist()

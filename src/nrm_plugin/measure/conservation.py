@@ -1,6 +1,6 @@
 """Sink, bypass and variation of each tap, computed from the totals of a pass.
 
-For each tap ``mass + sink + bypass = 1``, and each of the three is accumulated separately.
+At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated separately, so that the sum is a real check.
 
 Source: docs/measure.md.
 """
@@ -20,7 +20,7 @@ from .layer_taps import is_reached
 from .totals import Totals
 
 Kind = Literal["residual", "constants"]
-"""Kind of absorbed mass: mass that rules do not propagate, or mass that ends at constants."""
+"""Kind of absorbed mass: mass that rules do not propagate (``"residual"``) or that ends at constants."""
 
 
 def check_kind(kind: object) -> None:
@@ -39,7 +39,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
     total = totals.start.new_zeros(recording.samples.count)
     for (vertex, its_kind), mass in (totals.absolute_sinks if absolute else totals.sinks).items():
         if kind in (None, its_kind) and recording.taps.marks.below_vertex[vertex] & bits:
-            if mass is None:  # only the message needs names, and making all of them takes longer than the pass
+            if mass is None:  # only the message needs the names, and formatting all of them takes longer than the pass
                 raise recording.samples.error(recording.taps.name_at(vertex))
             total = total + mass
     return total
@@ -83,8 +83,8 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
     """Computes ``Σ_w |μ(w)|``, ``(N,)``.
 
     Args:
-        absolute: Totals of a pass of absolute values.
-        signed: Totals of a plain pass, for the variation of the measure conditioned on survival; else None.
+        absolute: Totals of a pass with the absolute values of all kernels.
+        signed: Totals of a plain pass, for the variation of the measure conditioned on survival, or None otherwise.
     """
     total = surviving_mass(absolute)
     if signed is not None:
@@ -116,7 +116,7 @@ def _last_vertices(recording: Recording) -> set[int]:
 
 
 def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
-    """Returns a mass, ``(N,)``, that must be known.
+    """Returns a mass, ``(N,)``, after checking that it is known.
 
     Raises:
         FoldingError: If the mass is None, because the entries of the samples cannot be distinguished.

@@ -1,13 +1,13 @@
-r"""Partitions of the members of several layers that keep most of the dependence between layers.
+r"""Partitions of the members of several layers that preserve most of the dependence between the layers.
 
 For the joint relevance ``J`` of the members (channels, positions, neurons) of two layers, with row sums ``r``, column
-sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence and the share of it that two partitions
-keep are
+sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence ``D`` and the share ``κ`` of it that a
+pair of partitions preserves are
 
 .. math:: D = J - \frac{r c^\top}{Z}, \qquad
           \kappa = \frac{\sum_{gh} |\sum_{i \in g, j \in h} D_{ij}|}{\sum_{ij} |D_{ij}|} \in [0, 1]
 
-All functions are free of side effects and work on NumPy arrays. The search is ours.
+All functions are free of side effects and work on NumPy arrays. The search is new in this package.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 30
-"""Largest number of times that each member is considered for a move."""
+"""Largest number of sweeps in which each member is considered for a move."""
 SHAKEN = 0.3
-"""Share of the members of a layer that are in random groups at a further start."""
+"""Share of the members of a layer that are assigned to random groups at a restart."""
 LLOYD = 12
-"""Iterations of k-means for the start."""
+"""Number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3
-"""Share of the absolute joint relevance below which its sum is no divisor."""
+"""Smallest sum, relative to the absolute joint relevance, by which the module divides."""
 INDEPENDENT = 1e-5
-"""Share of the absolute joint relevance up to which dependence is rounding of float32."""
+"""Dependence up to this share of the absolute joint relevance is attributed to float32 rounding."""
 STILL = 1e-12
 """Gains up to this share of the objective are rounding errors."""
 
@@ -40,8 +40,9 @@ def dependence(joint: Array) -> Array:
     """Returns the dependence of two layers, ``(members, members)``; each row and column sums to 0.
 
     Args:
-        joint: Joint relevance. If its sum cancels, the joint relevance itself is returned; zeros if the layers are
-            independent up to rounding, as the output and any layer are where one class is explained.
+        joint: Joint relevance. If its entries cancel in the sum, the joint relevance itself is returned. If the layers
+            are independent up to rounding, the result is zero; this holds for the output and any other layer when a
+            single class is explained.
     """
     total, size = joint.sum(), np.abs(joint).sum()
     if abs(total) <= CANCELLED * size:
@@ -51,13 +52,13 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Returns the share κ of the dependence that partitions keep, between 0 and 1; nan where there is none."""
+    """Returns the share κ of the dependence that two partitions preserve, between 0 and 1; nan without dependence."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 
 
 def group_sums(values: Array, labels: Labels, count: int | None = None) -> Array:
-    """Sums the rows of values ``(members, n)`` over each group, to ``(groups, n)``."""
+    """Sums the rows of ``(members, n)`` over each group; the result has shape ``(groups, n)``."""
     members = np.zeros((int(labels.max()) + 1 if count is None else count, len(labels)))
     members[labels, np.arange(len(labels))] = 1
     return members @ values
@@ -66,18 +67,18 @@ def group_sums(values: Array, labels: Labels, count: int | None = None) -> Array
 def find_partitions(
     dependences: Sequence[Array], counts: Sequence[int], restarts: int, seed: int, fixed: Sequence[Labels | None]
 ) -> list[Labels]:
-    """Returns partitions of all layers that keep much of the dependence of each pair of consecutive layers.
+    """Returns partitions of all layers that preserve much of the dependence between consecutive layers.
 
-    From a k-means start, single members are moved to the group that raises the sum of κ over the pairs most, until no
-    move raises it. The search then starts again from the best partitions found so far, with a part of the members of
-    one layer in random groups.
+    The search starts from k-means clusters. Single members are moved to the group that increases the sum of κ over the
+    pairs most, until no move increases it. The search is then restarted from the best partitions found so far, after
+    some members of one layer have been assigned to random groups.
 
     Args:
         dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
         counts: Largest number of groups of each layer.
-        restarts: Number of further starts.
-        seed: Seed of the starts and of the order of moves.
-        fixed: Partitions of layers that are given; None for the others.
+        restarts: Number of restarts.
+        seed: Random seed of the starts and of the order of moves.
+        fixed: The given partition of each layer, or None for layers whose partition is searched.
 
     Returns:
         The group of each member, for each layer.
@@ -99,11 +100,11 @@ class _Search:
     """Partitions that are improved in place.
 
     Attributes:
-        pairs: The dependence of each pair of consecutive layers, of absolute sum 1.
+        pairs: The dependence of each pair of consecutive layers, scaled to an absolute sum of 1.
         counts: Number of groups of each layer.
         labels: Group of each member, for each layer.
-        free: The layers whose partition is searched.
-        random: Source of random numbers.
+        free: The layers whose partitions are searched.
+        random: Random number generator.
     """
 
     pairs: list[Array]
@@ -127,7 +128,7 @@ class _Search:
         return cls(pairs, counts, labels, [layer for layer, given in enumerate(fixed) if given is None], random)
 
     def shaken(self) -> _Search:
-        """Returns partitions in which a part of the members of one layer are in random groups."""
+        """Returns the partitions after some members of one layer have been assigned to random groups."""
         labels = [own.copy() for own in self.labels]
         layer = self.free[self.random.integers(len(self.free))]
         own = labels[layer]
@@ -151,7 +152,7 @@ class _Search:
         return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
 
     def _grouped(self, layer: int) -> Array:
-        """Returns the dependence of each member on the groups of the layers beside, ``(members, groups beside)``."""
+        """Returns the dependence of each member on the groups of adjacent layers, ``(members, adjacent groups)``."""
         sides = []
         if layer > 0:
             sides.append(group_sums(self.pairs[layer - 1], self.labels[layer - 1], self.counts[layer - 1]).T)
@@ -163,13 +164,14 @@ class _Search:
 def refined(
     labels: Sequence[Labels], counts: Sequence[int], free: Sequence[int], grouped: Callable[[int, list[Labels]], Array]
 ) -> list[Labels]:
-    """Returns partitions in which single members of each layer in turn are moved until no move raises the sum of κ.
+    """Returns partitions improved by moving single members, layer by layer, until no move increases the sum of κ.
 
     Args:
         labels: The group of each member, for each layer.
         counts: Number of groups of each layer.
         free: The layers whose members are moved.
-        grouped: Returns the dependence of each member of a layer on the groups beside, as ``(members, groups beside)``.
+        grouped: Function that returns the dependence of each member of a layer on the groups of the adjacent layers,
+            ``(members, adjacent groups)``.
     """
     better = [own.copy() for own in labels]
     random = np.random.default_rng(0)
@@ -182,7 +184,7 @@ def refined(
 
 
 def move_members(values: Array, labels: Labels, count: int, order: Labels) -> int:
-    r"""Moves single members to the group that raises :math:`\sum_g \|\sum_{i \in g} v_i\|_1` most; changes ``labels``.
+    r"""Moves single members to the group that increases :math:`\sum_g \|\sum_{i \in g} v_i\|_1` most, in ``labels``.
 
     Args:
         values: A vector for each member, ``(members, n)``.
@@ -216,7 +218,7 @@ def move_members(values: Array, labels: Labels, count: int, order: Labels) -> in
 
 
 def _profiles(pairs: Sequence[Array], layer: int) -> Array:
-    """Returns the dependence of each member on all members beside, ``(members, members beside)``."""
+    """Returns the dependence of each member on all members of the adjacent layers, ``(members, adjacent members)``."""
     sides = [*(pair.T for pair in pairs[max(0, layer - 1) : layer]), *pairs[layer : layer + 1]]
     return np.concatenate(sides, 1)
 

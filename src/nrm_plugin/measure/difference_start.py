@@ -15,19 +15,19 @@ from ..kernels.reference_pass import LEAST
 from ..model.targets import MIN_TOTAL, sample_sums
 
 ROUNDING = 16
-"""Number of rounding errors of the outputs that a difference of outputs must exceed."""
+"""A difference of outputs must exceed this multiple of the rounding error of the outputs."""
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Starts a measure of differences.
+    r"""Returns the start of a measure of differences.
 
     Args:
-        recording: A recording with a reference, or with several of each sample.
+        recording: A recording with one reference or several references per sample.
         vector: The weights ``s`` of the outputs, ``(N, …)``; they may sum to zero.
 
     Returns:
-        The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``,
-        the mean over several references.
+        The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``, averaged over
+        references.
 
     Raises:
         TargetError: If the weighted differences of a sample are zero, or cancel.
@@ -49,7 +49,7 @@ def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tens
     bad = total.abs() <= MIN_TOTAL * sample_sums(parts.abs()) + rounding.to(total.dtype) + least
     if bool(bad.any()):
         raise TargetError(
-            f"the outputs of input and reference do not differ in what is explained ({samples(bad.tolist())}): the "
+            f"the explained output is the same for the input and the reference ({samples(bad.tolist())}): the "
             "weighted differences are 0, or cancel, so nothing can be normalized. Choose another reference or target."
         )
 

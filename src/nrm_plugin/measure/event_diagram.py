@@ -1,4 +1,4 @@
-"""The decision diagram of events over the places of a recording: which node remains after each crossing and sink."""
+"""The decision diagram of events over a recording: the node that remains after each crossing and after each sink."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..recording.recording import Recording
 from .located_events import Locator
 
 Crossing = list[tuple[int, Tensor | None]]
-"""Pairs of the remaining node and its mask of neurons; a mask of None stands for all neurons."""
+"""Pairs of a remaining node and the mask of its neurons; None stands for all neurons."""
 
 
 class DecisionDiagram:
@@ -68,7 +68,7 @@ class DecisionDiagram:
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """Returns true or false if nothing below the vertex can change the node, else the node itself."""
+        """Returns true or false if nothing below the vertex can change the node, and the node itself otherwise."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:
@@ -94,7 +94,7 @@ class DecisionDiagram:
         return list(remaining.items())
 
     def absorb(self, node: int, vertex: int) -> Crossing:
-        """Returns the nodes that remain when a walk is absorbed in a vertex: true or false."""
+        """Returns the node that remains when a walk is absorbed at a vertex: true or false."""
         answer = 1 << len(self.nodes.levels) - 1
         level = self.levels.get(Sink(vertex))
         crossing = [(node, None)] if level is None else self.cross(node, level)
@@ -102,7 +102,7 @@ class DecisionDiagram:
 
 
 def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]]:
-    """Splits the neurons of a tap into cells on which every mask is constant, each with the values as a bit set."""
+    """Splits the neurons of a tap into cells on which every mask is constant, each with a bit set of these values."""
     cells = [(0, torch.ones_like(masks[0]))]
     for variable, mask in zip(variables, masks, strict=True):
         split = [(answers | 1 << variable, cell & mask) for answers, cell in cells]

@@ -1,4 +1,4 @@
-"""Masses and maps of events, computed by one pass that decides at each tap to which events a walk belongs."""
+"""Masses and maps of events, from one pass that decides at each tap to which events a walk belongs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EventResult:
 
 
 class EventPass:
-    """A pass from the output down that stops propagating a walk once the walk decides all events.
+    """A pass from the output down that drops a walk as soon as its membership in all events is decided.
 
     Args:
         diagram: The events.
@@ -105,7 +105,7 @@ class EventPass:
         return result
 
     def _undecided(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
-        """Drops the vectors of walks that are decided and cross no stored tap below."""
+        """Drops the vectors of walks that are decided and do not cross a stored tap below."""
         vertex = buffer.vertex
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():
@@ -153,14 +153,14 @@ def event_results(
     places: Sequence[Place] = (),
     max_memory: int | None = None,
 ) -> tuple[list[EventResult], Cost]:
-    """Returns the mass, variation and maps of each event; one pass computes as many events as fit into memory.
+    """Returns the mass, variation and maps of each event; each pass handles as many events as fit into memory.
 
     Args:
         recording: The recording.
         start: The relevance of the outputs.
         events: The events.
         places: Taps at which a map of each event is needed.
-        max_memory: Bytes; None for the default of the device.
+        max_memory: Memory budget in bytes, or None for the default of the device.
     """
     costs: list[Cost] = []
 
@@ -176,7 +176,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """Returns the places that events and queries name; None if any place may matter, as for sinks."""
+    """Returns the places to which events and queries refer, or None if any place may matter, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

@@ -7,7 +7,7 @@ one, and every edge is a joint relevance:
 .. math:: \mu(A \cap B), \quad A \text{ of one layer}, B \text{ of the next}, \qquad
           \sum_B \mu(A \cap B) = \mu(A), \quad \sum_A \mu(A \cap B) = \mu(B)
 
-The selection of groups and the merging of the others are ours.
+Selecting groups and merging the others is new in this package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .layer_taps import atom_of, several_layers
 from .partitions import Names, Partition, partition
 
 GROUPS = "groups"
-"""What a layer is summed over if its channels are divided into groups that keep the dependence between layers."""
+"""The value of ``over`` for groups of channels that preserve the dependence between layers."""
 
 
 class Measure(Protocol):
@@ -58,8 +58,10 @@ class _Shown:
     Attributes:
         atom: The tap.
         layer: The layer of the graph.
-        labels: For each neuron, the position of its group among the shown groups; for the rest, their count.
-        has_all_channels: Whether all channels are shown, so that their joint relevance may not need a pass per channel.
+        labels: For each neuron, the position of its group among the shown groups; for the rest, the number of shown
+            groups.
+        has_all_channels: Whether all channels are shown, in which case their joint relevance may not require one pass
+            per channel.
     """
 
     atom: Atom
@@ -72,7 +74,7 @@ class _Shown:
         return len(self.layer.groups)
 
     def with_rest(self, values: Tensor) -> Tensor:
-        """Appends a zero rest to values ``(…, groups)``; values ``(…, groups + 1)`` are unchanged."""
+        """Appends a rest of zero to values ``(…, groups)``; values ``(…, groups + 1)`` are returned unchanged."""
         return torch.nn.functional.pad(values, (0, self.count + 1 - values.shape[-1]))
 
     @property
@@ -96,10 +98,10 @@ def flow_graph(
     Args:
         mu: The measure.
         layers: Layers and their taps, each below the previous layer.
-        over: This and all further arguments are as in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
+        over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
-        coverage: Share of the absolute mass of each layer that is shown.
+        coverage: Share of the absolute mass of each layer to show.
         names: Names of the groups of each layer.
         sample: Index of the sample.
     """
@@ -127,7 +129,7 @@ def flow_graph(
 
 
 def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
-    """Sorts layers of a measure from the output down, and pairs each layer with its tap."""
+    """Returns the layers sorted from the output down, each with its tap."""
     chosen, order = several_layers(layers), {name: number for number, name in enumerate(mu.layers)}
     if all(isinstance(layer, str) and layer in order for layer in chosen):
         chosen.sort(key=lambda layer: -order[layer])
@@ -142,14 +144,15 @@ def with_groups(
     k: int,
     groups: Groups | None,
 ) -> tuple[Any, Mapping[str, Names] | None, int]:
-    """Returns what the neurons of each layer are summed over, and the names, with groups where they are asked for.
+    """Returns the grouping of the neurons of each layer and the names of the groups.
 
-    The last result is the largest number of groups of a layer, all of which are shown; 0 without groups.
+    If groups are requested, the last result is the largest number of groups in any layer, all of which are shown;
+    otherwise it is 0.
 
     Args:
         mu: The measure.
         layers: Layers and their taps.
-        over: What the neurons are summed over; ``"groups"`` for groups that are found here, unless they are given.
+        over: How neurons are grouped; ``"groups"`` uses ``groups``, or searches for groups if none are given.
         names: Names of the members of each layer.
         k: Number of groups of a layer.
         groups: Given groups; they apply to all of their layers.
@@ -174,7 +177,7 @@ def with_groups(
 
 def _sample_number(mu: Measure, sample: int | None) -> int:
     if sample is None and mu.batch > 1:
-        raise FlowError(f"a flow is of one sample, and the measure has {mu.batch}: say which by sample=, from 0.")
+        raise FlowError(f"a flow covers one sample, and the measure has {mu.batch}: pass sample=, counting from 0.")
     number = 0 if sample is None else sample
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < mu.batch:
         raise FlowError(f"sample={brief(sample)}: the measure has samples 0 to {mu.batch - 1}.")
@@ -182,7 +185,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """Returns the value for one layer; a mapping gives values by name, and the other layers use the default."""
+    """Returns the value for one layer; a mapping is looked up by layer name, with a default."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -222,7 +225,7 @@ def _shown(
 
 
 def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
-    """Returns the labels of each layer, or ``"channel"`` if a layer and its neighbour show all, to save passes."""
+    """Returns the labels of each layer, or ``"channel"`` if it and its neighbour show all channels, to save passes."""
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
         neighbours = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]
@@ -232,7 +235,7 @@ def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
 
 
 def _joint(mu: Measure, upper: _Shown, lower: _Shown, matrix: Tensor, number: int) -> Array:
-    """Returns the joint relevance of two layers, ``(K_upper + 2, K_lower + 2)``, from one query for each quadrant."""
+    """Returns the joint relevance of two layers, ``(K_upper + 2, K_lower + 2)``, from one query per quadrant."""
     joint = np.zeros((upper.count + 2, lower.count + 2))
     joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()
     leaving = mu.marginal(upper.atom, over=upper.labels, joint=~lower.atom)[number]

@@ -26,10 +26,10 @@ class FlowGraph:
 
     Attributes:
         layers: The layers, from the output down.
-        joints: For each pair of consecutive layers the joint relevance of all nodes, ``(K_upper + 2, K_lower + 2)``:
-            the groups, then rest and off. A row sums to the mass of the upper node, a column to the mass of the lower
-            node.
-        carried: Mass of the walks that cross a shown group in every layer; None if unknown.
+        joints: The joint relevance of all nodes of each pair of consecutive layers, ``(K_upper + 2, K_lower + 2)``:
+            first the groups, then rest and off. Each row sums to the mass of the upper node, and each column to the
+            mass of the lower node.
+        carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -90,12 +90,13 @@ class FlowGraph:
     def smaller(
         self, top: int | None = None, min_mass: float | None = None, coverage: float | None = None
     ) -> FlowGraph:
-        """Returns the graph with fewer groups; the mass of removed groups is added exactly to the rest of their layer.
+        """Returns the graph with fewer groups; removed groups are added exactly to the rest of their layer.
 
         Args:
             top: Number of groups of each layer.
             min_mass: Smallest absolute mass of a group.
-            coverage: Share of the absolute mass of each layer's shown groups; the fewest groups that hold it remain.
+            coverage: Share of the absolute mass of the shown groups of each layer; the smallest number of groups that
+                reach it is kept.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -184,11 +185,11 @@ class FlowGraph:
             if [joint.shape for joint in joints] != list(pairwise(sizes)):
                 raise ValueError("its joint relevance does not fit its layers")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise FlowError(f"this is not a flow graph of to_json(): {error}.") from error
+            raise FlowError(f"this is not a flow graph written by to_json(): {error}.") from error
         return cls(layers, joints, entries.get("carried"))
 
     def to_networkx(self) -> Any:
-        """Returns a ``networkx.DiGraph`` from the output down, with masses as attributes; requires networkx.
+        """Returns a ``networkx.DiGraph`` from the output down, with masses as attributes. Requires networkx.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -210,7 +211,7 @@ class FlowGraph:
         return digraph
 
     def to_graphml(self, path: str | Path | IO[bytes]) -> None:
-        """Writes GraphML, for Gephi, Cytoscape and similar tools, to a path or an open file; requires networkx.
+        """Writes GraphML, for Gephi, Cytoscape and similar tools, to a path or an open file. Requires networkx.
 
         Raises:
             MissingExtraError: If networkx is not installed.

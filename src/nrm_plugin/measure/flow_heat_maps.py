@@ -17,9 +17,9 @@ from .measure import RelevanceMeasure
 from .partitions import partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
-"""Heat maps, ``(H, W)``, by the key of a node."""
+"""Heat maps, ``(H, W)``, by node key."""
 Member = tuple[FlowNode, Tensor]
-"""A node with the mask of its neurons."""
+"""A node and the mask of its neurons."""
 
 
 def flow_maps(
@@ -27,9 +27,9 @@ def flow_maps(
 ) -> dict[str, NDArray[np.float64]]:
     r"""Returns the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
-    Heat maps are summed over colours and over the slices of a volume; a signal is an image of one row. The heat map of
-    a group of the input is the relevance of its own pixels. Inputs without positions have no heat maps, nor do the
-    walks that do not cross a layer.
+    Heat maps are summed over colour channels and, for volumes, over slices; a one-dimensional signal is treated as an
+    image with one row. The heat map of a group of input pixels is the relevance of these pixels. There are no heat maps
+    for inputs without positions, and none for the walks that do not cross a layer.
 
     Args:
         mu: The measure of the graph.
@@ -39,9 +39,9 @@ def flow_maps(
         lowest: The tap of the heat maps.
 
     Returns:
-        The heat maps, ``(H, W)``, by the key of the node. Each sums to the share of the group's walks that reach the
-        input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
-        values are evidence for the target.
+        The heat maps, ``(H, W)``, by node key. Each one sums to the share of the group's walks that reach the input. If
+        the measure explains a difference of outputs, each map has the sign of its node, so that positive values are
+        evidence for the target.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -56,9 +56,9 @@ def flow_maps(
 def flow_maps_and_pairs(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
 ) -> tuple[dict[str, NDArray[np.float64]], dict[tuple[str, str], float]]:
-    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in layers that are not neighbours.
+    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in non-adjacent layers.
 
-    Both come from the same passes, one for each layer, with one vector for each node.
+    Both come from the same passes: one pass per layer, with one vector per node.
 
     Args:
         mu: As in :func:`flow_maps`.
@@ -111,7 +111,7 @@ def _pairs(
 ) -> dict[tuple[str, str], float]:
     """Returns the joint relevance of the nodes of two layers.
 
-    The walks of a node that cross no neuron of the other layer are off that layer.
+    Walks of a node that cross no neuron of the other layer belong to its node "off".
     """
     masks = [mask for _, mask in others]
     values = np.zeros((len(nodes), len(others)))
@@ -128,7 +128,7 @@ def _pairs(
 
 
 def _members(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> list[Member]:
-    """Returns the groups of a layer, and its rest if it has neurons, each with the mask of its neurons."""
+    """Returns the groups of a layer, and the rest unless it is empty, each with the mask of its neurons."""
     kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
     labels = partition(mu._tap(layer.name), kind, None).labels
     masks = [labels == group for group in layer.groups]

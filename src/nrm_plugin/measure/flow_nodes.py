@@ -21,7 +21,7 @@ class FlowError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class FlowLayer:
-    """One layer of a flow graph; ``sum(masses) + rest + sink + bypass`` is 1, or -1 for a negative difference.
+    """One layer of a flow graph. ``sum(masses) + rest + sink + bypass`` is 1, or -1 for a negative difference.
 
     Attributes:
         name: Name of the tap.
@@ -74,7 +74,7 @@ class FlowNode:
         layer: Name of the layer.
         kind: ``"group"``, ``"rest"`` for the neurons outside of all shown groups, or ``"off"`` for the walks that do
             not cross the layer, because they are absorbed above it or bypass it.
-        group: Number of the group; None for rest and off.
+        group: Number of the group, or None for rest and off.
         label: Name of the set.
         mass: Mass μ of the set.
     """

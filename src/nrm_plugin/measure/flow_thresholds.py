@@ -1,4 +1,4 @@
-"""Which groups of a layer a flow graph shows, and how the others are merged."""
+"""Selection of the groups of a layer that a flow graph shows, and merging of the others."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .flow_nodes import Array, FlowLayer
 TOP = 8
 """Default number of shown groups per layer."""
 NEGLIGIBLE = 1e-12
-"""Groups up to this absolute mass are not shown: a stabilizer leaves such values in place of zeros."""
+"""Groups up to this absolute mass are not shown, since a stabilizer leaves such values in place of zeros."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
     r"""Criteria that select the groups to show.
 
-    Without thresholds all groups are shown in their order. With a threshold the groups are in decreasing order of
+    Without thresholds, all groups are shown in their original order. With a threshold, groups are sorted by decreasing
     absolute mass, and groups without mass are not shown.
 
     Attributes:
@@ -57,7 +57,7 @@ class Thresholds:
 
 
 def check_thresholds(top: int | None, min_mass: float | None, coverage: float | None) -> None:
-    """Raises :class:`~nrm_plugin.errors.InputError` for thresholds out of range."""
+    """Raises :class:`~nrm_plugin.errors.InputError` if a threshold is out of range."""
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
         raise InputError(f"top={brief(top)} must be a whole number of at least 1, or None for all groups.")
     if min_mass is not None and not (isinstance(min_mass, Real) and 0 <= min_mass < math.inf):
@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """Returns the matrix that sums nodes of a layer to nodes of the smaller graph, ``(shown + 2, count + 2)``."""
+    """Returns the matrix that sums the nodes of a layer to those of the smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1

@@ -1,4 +1,4 @@
-"""Search for groups of the members of several layers that keep most of the dependence between the layers."""
+"""Search for groups of the members of several layers that preserve most of the dependence between the layers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .partitions import Names
 K = 8
 """Default number of groups of a layer."""
 ROUNDS = 2
-"""Number of times that the groups of each layer are moved by exact joint relevance if the search had a sketch of it."""
+"""Number of refinements of each layer with exact joint relevance after a search on a sketch of it."""
 FEW_RESTARTS = 8
-"""Most further starts on a sketch, which is not worth more."""
+"""Largest number of restarts on a sketch; its accuracy does not justify more."""
 RESTARTS = 30
-"""Default number of further starts of the search."""
+"""Default number of restarts of the search."""
 
 
 @runtime_checkable
 class JointSource(Protocol):
-    """Stored joint relevance, such as a sweep."""
+    """A source of stored joint relevance, such as a sweep."""
 
     def mean_joints(self, layers: Sequence[str]) -> MeanJoints: ...
 
@@ -49,31 +49,35 @@ def find_groups(
     restarts: int = RESTARTS,
     seed: int = 0,
 ) -> Groups:
-    r"""Finds groups of the members of all layers at once, which keep most of the dependence between the layers.
+    r"""Finds groups in all layers jointly, such that they preserve most of the dependence between the layers.
 
     For the mean joint relevance ``J`` of two layers with row sums ``r``, column sums ``c`` and total ``Z``, the search
     looks for partitions with a large share of the dependence :math:`D = J - r c^\top / Z`,
 
     .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
 
-    and raises the sum of κ over pairs of consecutive layers. Single members are moved from a k-means start to the
-    group that raises it most, until no move does. Layers in which at most ``k`` members carry mass, such as the output,
-    keep these members apart. Groups are numbered by absolute mass, and the same seed gives the same groups.
+    and maximizes the sum of κ over pairs of consecutive layers. Starting from k-means clusters, single members are
+    moved to the group that increases this sum most, until no move increases it. If at most ``k`` members of a layer
+    carry mass, as in the output, each of them is its own group. Groups are numbered by decreasing absolute mass, and
+    the same seed gives the same groups.
 
-    The joint relevance of distant layers with more than 64 members each takes a pass for each member. The search then
-    starts from a sketch of rank 8, and moves members by exact joint relevance with groups; κ is not known (nan).
+    The exact joint relevance of non-adjacent layers requires one pass per member. If both layers have more than 64
+    members, the search starts from a sketch of rank 8 instead and then moves members according to their exact joint
+    relevance with groups; κ is not known in this case (nan).
 
     Args:
-        measures: A measure of one or more samples, several measures, or a sweep with the joint relevance of these
-            layers.
+        measures: A measure of one or more samples, several measures, or a sweep that stores the joint relevance of
+            these layers.
         layers: Two or more layers, each below the previous one.
-        k: Largest number of groups of a layer; or by the name of the layer, where None keeps the members apart.
-        members: What is grouped, by the name of the layer: ``"channel"`` (the default), ``"position"``, ``"neuron"``,
-            an integer label for every neuron, such as heads ``torch.arange(768) // 64`` or segments of an image, or
-            boolean masks by name. For the input by default its positions, in at most 16 × 16 cells.
-        names: Names of members, by layer, such as ``{"output": classes}``. A group is called by its member with the
+        k: Largest number of groups per layer, or a dictionary of these by layer name, where None makes each member its
+            own group.
+        members: What is grouped in each layer, by layer name: ``"channel"`` (the default), ``"position"``,
+            ``"neuron"``, an integer label for every neuron, such as heads ``torch.arange(768) // 64`` or segments of an
+            image, or boolean masks by name. The default for the input is its positions, in a grid of at most 16 × 16
+            cells.
+        names: Names of members, by layer, such as ``{"output": classes}``. A group is named after its member with the
             largest mass.
-        restarts: Number of further starts of the search, from the best groups so far with some members in other groups.
+        restarts: Number of restarts from the best groups found so far, with some members assigned to other groups.
         seed: Seed of the search.
 
     Raises:
@@ -86,12 +90,12 @@ def find_groups(
         >>> find_groups(mu, ["output", "1", "input"], k=2)
         Groups(output: 2, 1: 2, input: 2; κ=...)
 
-    Source: docs/groups.md (ours).
+    Source: docs/groups.md. The method is new in this package.
     """
     chosen = several_layers(layers)
     if len(chosen) < 2:
         raise InputError(
-            "groups are found by the dependence between layers, and one layer was given: name two or more."
+            "groups are found from the dependence between layers, but only one layer was given: give two or more."
         )
     found, source = _joints(measures, chosen, members)
     counts = [_count(k, layer) for layer in found.layers]
@@ -112,7 +116,7 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """The dependence of the members of a layer on the groups of the layers beside, exact.
+    """The exact dependence of the members of a layer on the groups of the adjacent layers.
 
     Attributes:
         found: Joint relevance of all members, exact or not.
@@ -156,7 +160,7 @@ def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> tupl
     measures = iter([source] if hasattr(source, "joints") else source)
     first = next(measures, None)
     if first is None:
-        raise InputError("groups need at least one measure, got none.")
+        raise InputError("find_groups needs at least one measure, got none.")
     return mean_joints(chain([first], measures), [(layer_name(first, layer), layer) for layer in layers], members)
 
 
@@ -178,7 +182,7 @@ def _count(k: int | Mapping[str, int | None], layer: str) -> int | None:
 
 
 def _apart(masses: Array, count: int | None) -> Labels | None:
-    """Returns the partition into the members with mass, and all others, if at most ``count`` have mass."""
+    """Returns a group for each member with mass, and one for all others, if at most ``count`` members have mass."""
     if count is None:
         return np.arange(masses.shape[1], dtype=np.int64)
     carriers = np.flatnonzero(np.abs(masses).max(0) > NEGLIGIBLE)
@@ -213,7 +217,7 @@ def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels],
 
 
 def _by_mass(masses: Array, labels: Labels) -> Labels:
-    """Numbers groups by absolute mean mass, and leaves out numbers without a member."""
+    """Numbers groups by decreasing absolute mean mass, and omits empty groups."""
     used, labels = np.unique(labels, return_inverse=True)
     sums = np.abs(group_sums(masses.mean(0)[:, None], labels, len(used))[:, 0])
     places = np.empty(len(used), dtype=np.int64)

@@ -13,7 +13,7 @@ from ..errors import EventError, brief
 from ..recording.taps import Tap
 
 Over = str | Tensor
-"""The groups of neurons to sum over: a kind of group, or an integer label for every neuron of a tap."""
+"""How neurons are grouped before summation: a kind of group, or an integer label for every neuron of a tap."""
 
 KINDS = ("channel", "position", "neuron")
 
@@ -48,14 +48,14 @@ def _own_labels(tap: Tap, over: Tensor) -> Tensor:
         labels = None
     if labels is None or not labels.numel() or int(labels.min()) < 0:
         raise EventError(
-            f"over= holds a label of at least 0 for every neuron of {tap.names[0] if tap.names else 'the tap'!r}, in a "
-            f"shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest its own label."
+            f"over= must have a non-negative label for every neuron of {tap.names[0] if tap.names else 'the tap'!r}, "
+            f"in a shape that broadcasts to {tuple(inner)}; got shape {tuple(over.shape)}. Give the rest its own label."
         )
     return labels
 
 
 def check_over(over: Any) -> None:
-    """Raises unless ``over`` is a kind of group or a tensor."""
+    """Raises an error unless ``over`` is a kind of group or a tensor."""
     if not isinstance(over, Tensor) and over not in KINDS:
         raise ValueError(f"over={brief(over)} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
 
@@ -84,7 +84,7 @@ def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
     """Sums values ``(…, N, *shape)`` over each group.
 
     Returns:
-        ``(…, N, C)``, ``(…, N, *positions)``, or for labels ``(…, N, groups)``.
+        Sums ``(…, N, C)``, ``(…, N, *positions)``, or ``(…, N, groups)`` for labels.
     """
     check_over(over)
     lead = values.ndim - len(tap.shape)
@@ -99,7 +99,7 @@ def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
 
 
 def by_label(values: Tensor, labels: Tensor) -> Tensor:
-    """Sums values ``(…, neurons)`` to ``(…, groups)``."""
+    """Sums values ``(…, neurons)`` over each group, to ``(…, groups)``."""
     flat = labels.reshape(-1).to(values.device)
     total = values.new_zeros((*values.shape[:-1], int(labels.max()) + 1))
     return total.index_add_(-1, flat, values)

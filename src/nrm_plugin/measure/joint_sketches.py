@@ -1,11 +1,12 @@
-r"""Joint relevance of layers with many members, exactly or of low rank, for the search for groups.
+r"""Joint relevance of layers with many members, exact or in low-rank form, for the search for groups.
 
-The joint relevance ``J`` of two layers that are far apart takes a partial pass for each member. The search needs less:
-:math:`Y = J \Omega` for a few random vectors takes a transposed pass for each, and with an orthonormal basis ``Q`` of
-``Y``, :math:`Q Q^\top J` takes a partial pass for each. Joint relevance of the members of one layer and groups of the
-other one is always exact.
+The joint relevance ``J`` of two distant layers requires one partial pass per member. A low-rank approximation is enough
+for the search: :math:`Y = J \Omega` requires one transposed pass per random vector, and with an orthonormal basis ``Q``
+of ``Y``, :math:`Q Q^\top J` requires one partial pass per basis vector. The joint relevance between the members of one
+layer and the groups of the other is always exact.
 
-Source: Halko, Martinsson and Tropp, SIAM Review 2011, for the random range; its use here is ours.
+Source: Halko, Martinsson and Tropp, SIAM Review 2011, for the randomized range finder; its application to joint
+    relevance is new in this package.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from .joints import joint_matrix, neighbour_matrix, propagated
 from .memory_budget import in_chunks, width_of
 
 FEW = 64
-"""Members up to which joint relevance is computed by a pass for each."""
+"""Largest number of members for which joint relevance is computed with one pass per member."""
 RANK = 8
-"""Rank of the joint relevance of layers with more members."""
+"""Rank of the approximation for layers with more members."""
 
 
 class PairJoints:
@@ -99,7 +100,7 @@ class PairJoints:
             return mixed
 
     def _above(self, pair: int, weights: Tensor) -> Tensor:
-        """Returns ``J w`` of weights ``(K, members below)``, ``(N, members above, K)``."""
+        """Returns ``J w`` for weights ``(K, members below)``, ``(N, members above, K)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         columns = columns.to(weights.device)
@@ -118,7 +119,7 @@ class PairJoints:
         return torch.stack(in_chunks(list(weights), self._width(pair), run, "joint relevance"), 2)
 
     def _below(self, pair: int, basis: Tensor) -> Tensor:
-        """Returns ``Qᵀ J`` of a basis ``(N, members above, K)``, ``(N, K, members below)``."""
+        """Returns ``Qᵀ J`` for a basis ``(N, members above, K)``, ``(N, K, members below)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         rows = rows.to(basis.device)

@@ -33,7 +33,7 @@ def joint_matrices(
         totals: A pass that stored the relevance of the upper taps.
         pairs: Upper and lower tap.
         overs: The groups of the upper and of the lower tap.
-        max_memory: Bytes; None for the default of the device.
+        max_memory: Bytes, or None for the default of the device.
     """
     recording, cost = totals.recording, totals.cost
     matrices = []
@@ -51,7 +51,7 @@ def joint_matrices(
 def joint_matrix(
     recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """Returns the joint relevance of two taps, by partial passes for the groups of the tap with fewer groups.
+    """Returns the joint relevance of two taps, by partial passes over the tap with fewer groups.
 
     Args:
         recording: The recording.
@@ -62,7 +62,7 @@ def joint_matrix(
         width: Number of groups per pass.
 
     Returns:
-        ``(N, K_upper, K_lower)``.
+        The joint relevance, ``(N, K_upper, K_lower)``.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
     relevance = upper.layout.fold(relevance)
@@ -92,7 +92,7 @@ def joint_matrix(
 
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
-    """Returns the relevance that arrives at the lower tap, ``K`` tensors in the layout of the model."""
+    """Returns the relevance that arrives at the lower tap, ``K`` tensors in the layout that the model uses."""
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
     like = next(iter(vectors.values()))
@@ -124,10 +124,10 @@ _KEEPING_CHANNELS = frozenset(
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
-    """Returns the joint relevance of the channels of two taps around one linear step, from one weight gradient.
+    """Returns the joint relevance of the channels of two taps separated by one linear step, from one weight gradient.
 
     All other operations between the taps must preserve channels and propagate all relevance, so that a walk through a
-    channel of the step crosses the same channel of the tap. Otherwise the result is None.
+    channel of the step crosses the same channel of the tap. If they do not, the result is None.
 
     Args:
         recording: The recording.
@@ -155,7 +155,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
-    """Returns the vertices between two taps, if each has one input, one is linear and the others preserve channels."""
+    """Returns the vertices between two taps if each has one input, one is linear and the others preserve channels."""
     if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not _are_plain(upper, lower):
         return None
     place, chain, linear = upper.place, [], 0

@@ -1,4 +1,4 @@
-"""A heat map over several layers: the mean of their relevance at each position."""
+"""Heat maps averaged over several layers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .measure import RelevanceMeasure
 
 
 def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
-    """Returns one layer for each resolution, from the last to the input.
+    """Returns one layer per spatial resolution, from the last layer to the input.
 
-    A layer is included if it has positions ``(N, C, H, W)`` and no walk bypasses it. Of the layers whose grid is about
-    as large as the image divided by the same power of two, it is the last one of the smallest grid.
+    Candidates are the layers with positions ``(N, C, H, W)`` that no walk bypasses. They are assigned to the power of
+    two by which their grid is smaller than the image. For each power of two, the last layer with the smallest grid is
+    chosen.
 
     Args:
         mu: The measure of images ``(N, C, H, W)``.
@@ -42,15 +43,17 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
 
     .. math:: \frac{1}{L} \sum_l \frac{\mathrm{up}(\mu_l)}{\sum_p |\mu_l(p)|}
 
-    The measure of every layer is normalized, so that layers are comparable and may be averaged. Late layers, as in
-    GradCAM, locate the evidence; early layers show its outline. Maps are interpolated bilinearly, with their sum.
+    The measure is normalized at every layer, so the maps of different layers are comparable and can be averaged. Late
+    layers locate the evidence, as in Grad-CAM; early layers show its outline. Maps are upsampled by bilinear
+    interpolation that preserves their sum.
 
     Args:
         mu: The measure of images ``(N, C, H, W)``.
         layers: Layers with positions ``(N, C, H, W)``; by default those of :func:`layers_by_resolution`.
 
     Returns:
-        ``(N, H, W)``. Positive values are evidence for what is explained, also if a difference is negative.
+        Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if an explained difference is
+        negative.
 
     Raises:
         InputError: If the inputs or a layer have no positions.
@@ -76,5 +79,5 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
 def _grid(mu: RelevanceMeasure, name: str) -> tuple[int, int]:
     shape = mu.shape(name)
     if len(shape) != 4:
-        raise InputError(f"the layer {name!r} has no positions (N, C, H, W), but the shape {tuple(shape)}.")
+        raise InputError(f"layer {name!r} has no spatial positions: expected shape (N, C, H, W), got {tuple(shape)}.")
     return shape[2], shape[3]

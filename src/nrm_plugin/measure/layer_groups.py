@@ -1,4 +1,4 @@
-"""Groups of the members of several layers, as data: stored, named, and applied to other inputs."""
+"""Groups of the members of several layers, which can be stored, named and applied to other inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class HasTaps(Protocol):
 class Groups:
     """A partition of the members (channels, positions, neurons) of each of several layers.
 
-    Returned by :func:`~nrm_plugin.find_groups`. Groups are found on some inputs and apply to all inputs of the model.
+    Returned by :func:`~nrm_plugin.find_groups`. Groups are found on some inputs, but can be applied to any input of the
+    model.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
@@ -41,10 +42,10 @@ class Groups:
             neuron.
         names: For each layer, the name of each group.
         masses: For each layer, the mean mass of each group on the inputs on which the groups were found.
-        kappas: For each pair of consecutive layers, the share of the dependence that the groups keep; nan for layers
-            that are independent, and where the joint relevance of all members was not computed.
-        examples: For each layer and group, the number of the sample in which the group has the largest absolute mass;
-            empty if only means are known, as in a sweep.
+        kappas: For each pair of consecutive layers, the share of the dependence that the groups preserve; nan if the
+            layers are independent or if the joint relevance of all members was not computed.
+        examples: For each layer and group, the index of the sample in which the group has the largest absolute mass;
+            empty if only means are known, as for a sweep.
         samples: Number of samples on which the groups were found.
 
     Examples:
@@ -81,7 +82,7 @@ class Groups:
 
     @property
     def kappa(self) -> float:
-        """Mean over dependent pairs of consecutive layers of the share of the dependence that the groups keep.
+        """The share of the dependence that the groups preserve, averaged over dependent pairs of consecutive layers.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -100,7 +101,7 @@ class Groups:
             layer: Name of the layer.
 
         Raises:
-            InputError: If the layer has no groups, or has other members for these inputs than those that were grouped.
+            InputError: If the layer has no groups, or its members for these inputs differ from those that were grouped.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -116,8 +117,8 @@ class Groups:
             members = None
         if members is None or int(members.max()) + 1 != len(labels):
             raise InputError(
-                f"the groups of {layer!r} are of {len(labels)} members, which a tap of shape {tuple(tap.shape[1:])} "
-                "does not have. Groups apply to inputs with the same members; positions need inputs of one size."
+                f"the groups of {layer!r} have {len(labels)} members, but a tap of shape {tuple(tap.shape[1:])} "
+                "has others. Groups apply to inputs with the same members; positions need inputs of one size."
             )
         return labels[members]
 
@@ -140,7 +141,7 @@ class Groups:
         return at(layer)[labels == group]
 
     def named(self, names: Mapping[str, Sequence[str] | Mapping[int, str]]) -> Groups:
-        """Returns the groups with other names, as a list or by number for each layer.
+        """Returns a copy with other names, given for each layer as a list or by group number.
 
         Raises:
             InputError: If a layer or group does not exist.
@@ -196,12 +197,12 @@ class Groups:
                          for layer, kind in zip(plain["layers"], plain.pop("members"), strict=True)]  # fmt: skip
                 labels = tuple(file.get_tensor(f"labels/{layer}") for layer in plain["layers"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{os.fspath(path)} is no file of Groups.save(): {brief(str(error))}.") from error
+            raise InputError(f"{os.fspath(path)} was not written by Groups.save(): {brief(str(error))}.") from error
         return cls(labels=labels, members=tuple(kinds), **{key: _tuple(value) for key, value in plain.items()})
 
     def _number(self, layer: str) -> int:
         if layer not in self.layers:
-            raise InputError(f"there are no groups of {brief(layer)}; there are of {', '.join(self.layers)}.")
+            raise InputError(f"there are no groups for {brief(layer)}, only for {', '.join(self.layers)}.")
         return self.layers.index(layer)
 
     def _plain_dict(self) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class Groups:
         }  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Returns the labels of all layers, and the members that are labels themselves."""
+        """Returns the labels of all layers, and the members that are given as labels."""
         own = {f"labels/{layer}": labels for layer, labels in zip(self.layers, self.labels, strict=True)}
         kinds = zip(self.layers, self.members, strict=True)
         return own | {f"members/{layer}": kind for layer, kind in kinds if isinstance(kind, Tensor)}

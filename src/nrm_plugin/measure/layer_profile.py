@@ -19,7 +19,8 @@ class ProfileRow:
         sink: Mass of the walks that are absorbed above the tap.
         bypass: Mass of the walks that bypass the tap.
         variation: Tap variation, at least 1; a value above 1 means that neurons of opposite sign share the tap.
-        plain: Sum of plain LRP with the same rules, starting from 1 at the output; None if it was not computed.
+        plain: Sum of plain LRP with the same rules and an initial relevance of 1 at the output, or None if it was not
+            computed.
     """
 
     layer: str
@@ -39,7 +40,7 @@ def profile(
         mu: The measure.
         layers: Names of taps; all of them by default.
         plain: A measure of the same model and inputs with the same rules and ``residual="sink"``: its marginals are the
-            relevance of plain LRP, starting from 1 at the output.
+            relevance of plain LRP with an initial relevance of 1 at the output.
         sample: The sample.
 
     Raises:
@@ -74,7 +75,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """Returns all layers, with ``"output"`` in place of the last layer, which is the same tensor."""
+    """Returns all layers; the last one is named ``"output"``, which is the same tensor."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

@@ -1,4 +1,4 @@
-"""Lookup of the taps that the layers of a query name, and the order of taps along walks."""
+"""Lookup of the taps of the layers in a query, and the order of taps along walks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
     if isinstance(layer, Atom):
         return layer
     if isinstance(layer, Event):
-        raise EventError(f"{layer} is an event; a layer is needed here. Use its layer, and joint= or given= for it.")
+        raise EventError(f"{layer} is an event, but a layer is needed here. Pass the event as joint=.")
     if isinstance(layer, (list, tuple)):
         raise EventError(f"one layer is needed here, got {brief(layer)}; only marginal() takes several, in a list.")
     return at(layer, side)
@@ -59,9 +59,9 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
     """
     atom = atom_of(layer)
     if atom.index is not None:
-        raise EventError(f"{atom} is an event; a layer is needed here. Use at(layer) without an index, or joint=.")
+        raise EventError(f"{atom} is an event, but a layer is needed here. Use at(layer) without an index, or joint=.")
     if atom.side == "sink" or atom.call == "any":
-        raise EventError(f"{atom} is not one tap. Ask mu({atom}) for its mass.")
+        raise EventError(f"{atom} is not a single tap. Use mu({atom}) for its mass.")
     (tap,) = recording.taps.find(atom.layer, atom.side, atom.call, atom.item)
     return tap
 
@@ -75,7 +75,7 @@ def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[A
     """
     atom = atom_of(layer, side)
     if atom.side == "sink":
-        raise EventError(f"{atom} is not a tap: walks end there. Ask mu({atom}), or sinks() for all steps.")
+        raise EventError(f"{atom} is not a tap: walks end there. Use mu({atom}), or sinks() for all steps.")
     items = recording.taps.items(atom.layer, atom.side, atom.call)
     return [Atom(atom.layer, atom.side, atom.call, item) for item in items]
 

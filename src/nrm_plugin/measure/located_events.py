@@ -1,4 +1,4 @@
-"""Events over places and masks of a recording, in place of layer names and indices."""
+"""Events over the places and masks of a recording instead of layer names and indices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Located(Event):
 
 
 class Locator:
-    """Looks up each atom of the events once. Equal masks at one place become one object.
+    """Looks up each atom of the events once, and shares equal masks at the same place.
 
     Args:
         recording: The recording.
@@ -102,7 +102,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
     """Returns a mask of the neurons of an atom in the form ``(N, …)``; one row if it is the same for all samples.
 
     An index selects along all dimensions of the tensor except the samples. If windows, heads or views share the
-    dimension of the samples, the index selects in all of them; a mask may have a dimension for them.
+    dimension of the samples, the index applies to all of them; a mask may have an additional dimension for them.
 
     Args:
         atom: The atom.

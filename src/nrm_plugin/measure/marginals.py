@@ -1,4 +1,4 @@
-"""Relevance of every neuron of one or several taps: marginals, and maps joint with or given events."""
+"""Relevance of every neuron of one or several taps: marginal, joint with events, or conditional on events."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .totals import Totals
 
 
 def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
-    """Returns ``μ(j)`` of each tap, ``(N, *shape)``, each in its own memory.
+    """Returns ``μ(j)`` of each tap, ``(N, *shape)``, in separate memory.
 
-    Within a pass, taps around a step that does not change the relevance share memory.
+    Within a pass, the taps before and after a step that does not change the relevance share memory.
     """
     used = {totals.start.untyped_storage().data_ptr()}
     maps = []
@@ -30,7 +30,7 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
 
 
 def copied(values: Tensor) -> Tensor:
-    """Copies a tensor; where torch supports it, memory is copied only at the first write."""
+    """Copies a tensor, lazily (at the first write) where torch supports it."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
     return copy

@@ -1,4 +1,4 @@
-"""The mean joint relevance of the members of consecutive layers, over the samples of measures."""
+"""Joint relevance of the members of consecutive layers, averaged over the samples of one or several measures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Members = Mapping[str, Any]
 boolean masks by name."""
 
 CELLS = 16
-"""Cells along each side into which positions are divided where there are more, so that few members are left."""
+"""Largest number of grid cells along each side into which positions are divided, to limit the number of members."""
 
 
 class Measure(Protocol):
@@ -47,7 +47,7 @@ class MeanJoints:
         masses: For each layer the mass of each member, ``(samples, members)``, or ``(1, members)`` if only the mean is
             known.
         samples: Number of samples.
-        are_exact: For each pair, whether the joint relevance is exact; else it is of low rank.
+        are_exact: For each pair, whether the joint relevance is exact or a low-rank approximation.
     """
 
     layers: tuple[str, ...]
@@ -63,11 +63,11 @@ def mean_joints(
 ) -> tuple[MeanJoints, PairJoints | None]:
     """Computes the mean joint relevance of consecutive layers over all samples of measures.
 
-    Also returns the joint relevance of the single measure, if only one is given.
+    If only one measure is given, its joint relevance is also returned.
 
     Args:
         measures: Measures of one or more samples.
-        layers: Names of the layers, from the output to the input, and how the measures call them.
+        layers: Names of the layers, from the output to the input, and the corresponding layers of the measures.
         members: The members of layers; by default channels, or grid cells of the image for the input.
 
     Raises:
@@ -91,7 +91,7 @@ def mean_joints(
         for place, known in enumerate(masses):
             known.append(_array(joints.masses(place).double().cpu() * signs))
     if not kinds:
-        raise InputError("groups need at least one measure; the iterable is empty.")
+        raise InputError("find_groups needs at least one measure, but the iterable is empty.")
     each = tuple(np.concatenate(parts) for parts in masses)
     count = len(each[0])
     means = tuple(total / count for total in totals)

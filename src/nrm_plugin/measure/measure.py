@@ -1,4 +1,4 @@
-"""The relevance measure of a model at some inputs, and the queries that it answers."""
+"""The relevance measure of a model for given inputs, and its queries."""
 
 from __future__ import annotations
 
@@ -41,39 +41,47 @@ class RelevanceMeasure(Recorded):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once and is left unchanged; queries are answered from the recording. Results have no gradient.
+    The model runs once and is left unchanged; all queries are answered from this recording. Results have no gradient.
 
     Args:
         model: The network, in evaluation mode.
-        inputs: ``(N, …)``, a tuple of such tensors, or a mapping that is passed by keyword; in a mapping, only floating
-            point tensors carry relevance. If the inputs are integers, the selected embedding rows carry it.
-        target: Output to explain, in Captum's forms (int, tuple, list, tensor), or a function that returns one of these
-            for the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``; None for a single output.
-        composite: A Zennit composite; None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized`` composite
-            keeps its own settings.
-        residual: Treatment of relevance that a rule does not propagate: ``"redistribute"`` (the default) or ``"sink"``.
+        inputs: A tensor ``(N, …)``, a tuple of such tensors, or a mapping whose entries are passed as keyword
+            arguments; in a mapping, only floating-point tensors receive relevance. If the inputs are integers, such as
+            token ids, the embedding rows that they select receive it.
+        target: The output to explain, in Captum's format (int, tuple, list or tensor), or a function that computes it
+            from the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``. None if each sample has a single
+            output.
+        composite: A Zennit composite, or None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized``
+            composite keeps its own settings.
+        residual: What happens to relevance that a rule does not propagate: ``"redistribute"`` (the default) or
+            ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
-        start: Signed vector over the outputs, instead of a target, or a function that returns it for the outputs.
-        against: Explain the difference of the target from another output: ``"rest"`` for the other classes, weighted
-            by their softmax; another target; or a function of the outputs that returns a target, or the weights of all
-            outputs. The weighted outputs form one number :math:`\sum_k s_k f_k`, which may be negative, fused with the
-            last layer; the tap ``"output"`` is this number, ``(N, 1)``.
-        reference: Explain the difference :math:`\sum_k s_k (f_k(x) - f_k(x^0))` to this reference, in the form of the
-            inputs, or one for all samples. Without a composite, every operation has the slope between reference and
-            input, and nothing is absorbed; the rules of a composite apply to differences. A start vector may sum to 0.
-            A list of references is the mixture :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
-        slopes: ``"secant"``, or ``"tangent"`` for derivatives at the input, whose error is absorbed.
-        additional_forward_args: Further positional arguments of the model; a tuple, or a single argument.
-        additional_forward_kwargs: Further keyword arguments.
-        output: The tensor to explain if the model returns several: a key, a position, or a function of the returned
-            value. By default the only tensor, or ``"logits"``, or ``"out"``. A tap ``at(layer)`` is explained as if it
+        start: A signed vector over the outputs that replaces the target, or a function that computes it from the
+            outputs.
+        against: Outputs to compare the target with, so that their difference is explained: ``"rest"`` for all other
+            classes, weighted by their softmax; another target; or a function of the outputs that returns a target or
+            the weights of all outputs. The explained number is the weighted sum :math:`\sum_k s_k f_k`, which may be
+            negative. It is fused with the last layer, and becomes the tap ``"output"``, ``(N, 1)``.
+        reference: A reference :math:`x^0`, so that the change :math:`\sum_k s_k (f_k(x) - f_k(x^0))` is explained. It
+            has the form of the inputs, or is a single sample for all of them. Without a composite, every operation
+            propagates by its slope between reference and input, and nothing is absorbed; with a composite, its rules
+            are applied to differences. The start vector may sum to 0. A list of references gives the mixture
+            :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
+        slopes: ``"secant"`` for slopes between reference and input, or ``"tangent"`` for derivatives at the input,
+            whose linearization error is absorbed.
+        additional_forward_args: Additional positional arguments of the model, as a tuple or a single argument.
+        additional_forward_kwargs: Additional keyword arguments of the model.
+        output: The tensor to explain if the model returns several: a key, an index, or a function of the returned
+            value. The default is the only tensor, ``"logits"`` or ``"out"``. A tap ``at(layer)`` is explained as if it
             were the output of the model.
-        batched: False if the first dimension of the inputs does not index samples but the nodes of a graph, or the
-            time steps of one sequence: together they are one sample. Events and targets then index tensors as in the
-            model, ``at("conv1")[node, feature]``, and results have an additional first dimension of size one.
+        batched: False if the first dimension of the inputs does not index samples but, for example, the nodes of a
+            graph or the time steps of a sequence, which together form one sample. Events and targets then index tensors
+            as the model does, ``at("conv1")[node, feature]``, and results have an additional first dimension of size
+            one.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
-        max_memory: Bytes of relevance vectors in one pass, for queries with many events or groups; other vectors take
-            further passes. By default 128 MiB on a CPU, where more is slower, else 1 GiB.
+        max_memory: Memory budget of one pass in bytes, for queries with many events or groups; vectors that do not fit
+            are propagated in additional passes. The default is 128 MiB on a CPU, where a larger budget is slower, and
+            1 GiB otherwise.
 
     Raises:
         TypeError: If settings are passed in addition to a ``Normalized`` composite.
@@ -86,9 +94,9 @@ class RelevanceMeasure(Recorded):
         >>> mu(at("0")[2]).shape, mu.marginal("input", given=at("input")).shape
         (torch.Size([5]), torch.Size([5, 3]))
 
-    The examples of the methods continue this one.
+    The examples of the methods continue the one above.
 
-    Source: arXiv 2606.00557 for the measure; docs/measure.md for the parts that are ours.
+    Source: arXiv 2606.00557 for the measure; docs/measure.md for the parts that are new in this package.
     """
 
     def __init__(
@@ -139,16 +147,17 @@ class RelevanceMeasure(Recorded):
         .. math:: \mu(n_l = i) = \mu(\{w : w \text{ crosses } i\})
 
         Args:
-            layer: Tap name, module or ``at(…)``; a list of them takes one pass.
+            layer: Tap name, module or ``at(…)``. A list of layers is computed in one pass.
             over: ``"channel"`` sums over all dimensions but samples and channels, ``"position"`` over channels. An
                 integer tensor with a label for every neuron sums over neurons with the same label, ``(N, groups)``.
-            given: Condition of ``μ(n_l = i | event)``. A list of events returns one map per event.
-            joint: Event of ``μ(n_l = i and event)``, without division by its mass.
-            min_ratio: Smallest ``|μ(event)|``, relative to its variation, by which ``given`` divides.
+            given: The event of ``μ(n_l = i | event)``. For a list of events, one map per event is returned.
+            joint: The event of ``μ(n_l = i and event)``, which is not divided by the mass of the event.
+            min_ratio: Smallest ``|μ(event)|``, relative to its variation, that is accepted as a divisor for ``given``.
 
         Returns:
-            ``(N, *shape)``, dimensionless, with a leading dimension for a list of events; a dictionary for a list of
-            layers. The marginal, the sink above and the bypass of each sample sum to 1.
+            A tensor ``(N, *shape)``, dimensionless, with an additional leading dimension for a list of events; a
+            dictionary of tensors for a list of layers. For each sample, the marginal, the sink above the tap and the
+            bypass sum to 1.
 
         Raises:
             UnknownLayerError: If no tap has this name; the message lists similar names.
@@ -196,7 +205,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
-        """Returns the mass of the walks that reach the input, or a sink elsewhere, without crossing the tap, ``(N,)``.
+        """Returns the mass of the walks that bypass the tap: they end at an input or in a sink elsewhere, ``(N,)``.
 
         Examples:
             >>> mu.bypass("1")
@@ -206,7 +215,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Returns the mass absorbed in each step that absorbs relevance, ``(N,)``, by the name of the step.
+        """Returns the mass absorbed in each step, ``(N,)``, by step name; steps that absorb nothing are omitted.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -230,13 +239,14 @@ class RelevanceMeasure(Recorded):
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
-        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``; it is 1 if and only if no walk is negative.
+        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``, which is 1 if and only if no walk is negative.
 
-        The variation bounds every ``|μ(A)|`` and all rounding errors of sums; for signed rules, it grows with depth.
+        The walk variation bounds every ``|μ(A)|`` and the rounding errors of all sums. For signed rules, it grows with
+        depth.
 
         Args:
-            surviving: Return the variation of the measure conditioned on survival: the sum over walks that reach an
-                input, divided by the absolute mass of these walks.
+            surviving: Whether to return the variation of the measure conditioned on survival, which is the sum over the
+                walks that reach an input, divided by the absolute value of their mass.
 
         Examples:
             >>> bool((mu.walk_variation() >= mu.variation("1") - 1e-4).all())
@@ -250,16 +260,16 @@ class RelevanceMeasure(Recorded):
     def __call__(
         self, event: Event | Sequence[Event], given: Event | None = None, *, min_ratio: float | None = None
     ) -> Tensor:
-        r"""Returns the mass of an event, ``μ(A)``, or, given a condition, ``μ(A | B) = μ(A & B) / μ(B)``.
+        r"""Returns the mass of an event, ``μ(A)``, or its conditional mass, ``μ(A | B) = μ(A & B) / μ(B)``.
 
         Args:
             event: An event, or a list of events, evaluated in one pass.
             given: The condition.
-            min_ratio: Smallest ``|μ(B)|``, relative to its variation, by which to divide; by default 1e-3 in float32
-                and 1e-8 in float64. 0 allows every nonzero divisor.
+            min_ratio: Smallest ``|μ(B)|``, relative to its variation, that is accepted as a divisor; by default 1e-3 in
+                float32 and 1e-8 in float64. With 0, every nonzero divisor is accepted.
 
         Returns:
-            ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
+            The mass for each sample, ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
 
         Raises:
             NullEventError: If no walk with nonzero mass satisfies the condition.
@@ -277,11 +287,11 @@ class RelevanceMeasure(Recorded):
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
         """Returns ``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
 
-        The query takes one transposed pass, and is also defined where ``μ(j)`` is zero.
+        The query requires one transposed pass. It is also defined for neurons with ``μ(j) = 0``.
 
         Args:
             event: An event over lower taps.
-            layer: The tap; None for all taps above the event, by name.
+            layer: The tap, or None for a dictionary with all taps above the event.
 
         Raises:
             EventError: If the event names a tap that is not below ``layer``.
@@ -312,18 +322,19 @@ class RelevanceMeasure(Recorded):
             >>> joint.shape, torch.allclose(joint.sum(1), mu.marginal("0"), atol=1e-5)
             (torch.Size([5, 2, 4]), True)
         """
-        return self._joints([upper, lower], [over], "a joint matrix goes from an upper tap to a lower one")[0]
+        return self._joints([upper, lower], [over], "joint relevance takes an upper tap and then a lower one")[0]
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
         """Returns the joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
 
-        All layers share one pass. If two layers are separated by one linear layer, and otherwise only by operations
-        that preserve channels (ReLU, max pooling), all pairs of channels cost one weight gradient.
+        All layers share one pass. If two layers are separated by a single linear layer, and otherwise only by
+        operations that preserve channels (ReLU, max pooling), the joint relevance of all their channels costs one
+        weight gradient.
 
         Args:
             layers: Two or more layers, each below the previous layer.
-            over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, for all layers, or a list with one entry per
+            over: ``"channel"``, ``"position"``, ``"neuron"`` or labels for all layers, or a list with one entry per
                 layer.
 
         Raises:
@@ -351,22 +362,22 @@ class RelevanceMeasure(Recorded):
     ) -> FlowGraph:
         """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
 
-        All masses are multiplied by :attr:`sign`, which matters if a difference of outputs is negative.
+        All masses are multiplied by :attr:`sign`, which is -1 if the explained difference of outputs is negative.
 
         Args:
-            layers: The layers, in any order; of each two, one must be below the other.
+            layers: The layers, in any order; for any two of them, one must be below the other.
             over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
-                a dictionary of these by the name of the layer; layers that are not in the dictionary have channels.
-                ``"groups"`` divides the channels of a layer into ``k`` groups that keep most of the dependence between
-                layers (:func:`~nrm_plugin.find_groups`), so that no rest is left.
-            top: Number of shown groups per layer, by absolute mass; None for no limit. The other neurons
-                form one node, the rest.
+                a dictionary of these by layer name, with channels as the default. ``"groups"`` divides the channels of
+                a layer into ``k`` groups that preserve most of the dependence between layers
+                (:func:`~nrm_plugin.find_groups`), so that there is no rest.
+            top: Number of groups to show per layer, the largest by absolute mass, or None for no limit. The other
+                neurons form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
-            coverage: Show the fewest groups of each layer that hold this share of its absolute mass, such as 0.9.
-            names: Names of the groups, as a list or dictionary for each layer, such as ``{"output": classes}``.
-            sample: Index of the sample; required if the measure has several.
+            coverage: Share of the absolute mass of each layer to show, such as 0.9, with as few groups as possible.
+            names: Names of the groups of each layer, as lists or dictionaries, such as ``{"output": classes}``.
+            sample: Index of the sample; required if the measure has several samples.
             k: Number of groups of a layer for ``over="groups"``.
-            groups: Groups of :func:`~nrm_plugin.find_groups`, for all of their layers.
+            groups: Groups returned by :func:`~nrm_plugin.find_groups`, which apply to all of their layers.
 
         Raises:
             FlowError, InputError: If a threshold is out of range or the sample does not exist.

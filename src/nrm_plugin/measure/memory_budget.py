@@ -16,17 +16,16 @@ from ..recording.places import Place
 from ..recording.recording import Recording
 
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
-"""Default bytes of relevance vectors in one pass. On a CPU more vectors per pass save less time than their allocation
-costs."""
+"""Default memory budget of one pass, in bytes. On a CPU, a larger budget saves less time than its allocation costs."""
 COPIES = 4
-"""Tensors of the size of the largest tap that a step needs for one vector."""
+"""Memory that a step needs per vector, in tensors of the size of the largest tap."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """Returns a memory budget in bytes; None for the default of the device.
+    """Returns a memory budget in bytes, or None for the default of the device.
 
     Raises:
         InputError: If ``max_memory`` is not a positive number.
@@ -40,12 +39,12 @@ def check_memory(max_memory: object) -> int | None:
 
 
 def width_of(recording: Recording, max_memory: int | None, places: Iterable[Place] | None) -> int:
-    """Returns the number of vectors that fit, at least one.
+    """Returns the number of vectors that fit into memory, at least one.
 
     Args:
         recording: The recording.
-        max_memory: Bytes.
-        places: The places at which vectors begin to differ or end; vectors are stored between them. None if unknown.
+        max_memory: Memory budget in bytes.
+        places: The places at which vectors start to differ or end, between which they are stored, or None if unknown.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
@@ -64,7 +63,7 @@ def in_chunks(
         items: The items.
         width: Number of items per call.
         run: Returns one result for each item.
-        what: Name of the items in the progress bar, which appears after some seconds.
+        what: Name of the items in the progress bar, which appears after a few seconds.
 
     Raises:
         MemoryError: If a single item does not fit into memory.
@@ -79,7 +78,7 @@ def in_chunks(
                 if len(chunk) == 1 or not _is_out_of_memory(error):
                     raise
                 chunk_results = []
-            if not chunk_results:  # outside the handler, which keeps the allocated tensors alive
+            if not chunk_results:  # outside of the handler, which would keep the allocated tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
                 warnings.warn(message, MemoryBudgetWarning, stacklevel=2)

@@ -15,7 +15,7 @@ from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]
 Regions = Mapping[str, Tensor]
-"""Boolean masks by name; neurons in no mask are the rest."""
+"""Boolean masks by region name; neurons outside of all masks form the rest."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Partition:
     Attributes:
         labels: Group of each neuron, ``tap.shape[1:]``.
         names: Name of each group.
-        count: Number of groups; neurons with this label are in no group.
+        count: Number of groups; this value as a label marks neurons outside of all groups.
         are_channels: Whether the groups are the channels.
     """
 
@@ -41,7 +41,7 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
     Args:
         tap: The tap.
         over: A kind of group, labels, or masks by name.
-        names: Names of the groups, by number; by default the numbers, or the coordinates of positions and neurons.
+        names: Names of the groups by number. The defaults are the numbers, or the coordinates of positions and neurons.
     """
     if isinstance(over, Mapping):
         return Partition(_region_labels(tap, over), list(over).__getitem__, len(over))
@@ -53,7 +53,7 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
 
 
 def _namer(tap: Tap, over: Over, names: Names | None) -> Callable[[int], str]:
-    """Returns a function from the number of a group to its name."""
+    """Returns a function that maps the number of a group to its name."""
     if names is not None:
         given = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         return lambda group: given.get(group, str(group))
@@ -70,11 +70,11 @@ def _region_labels(tap: Tap, masks: Regions) -> Tensor:
     inner = tap.shape[1:]
     labels = torch.full(inner, len(masks), dtype=torch.long)
     if not masks:
-        raise EventError(f"over= of {brief(name)} names no region. Give at least one mask.")
+        raise EventError(f"over= of {brief(name)} contains no region. Give at least one mask.")
     for number, (key, mask) in enumerate(masks.items()):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise EventError(
-                f"the region {brief(key)} of {brief(name)} must be a boolean tensor, one entry for each neuron."
+                f"the region {brief(key)} of {brief(name)} must be a boolean tensor with one entry per neuron."
             )
         try:
             region = mask.detach().cpu().expand(inner)
@@ -86,24 +86,24 @@ def _region_labels(tap: Tap, masks: Regions) -> Tensor:
         taken = labels[region] < len(masks)
         if bool(taken.any()):
             raise EventError(
-                f"the region {brief(key)} of {brief(name)} shares {int(taken.sum())} neurons with one before it."
+                f"the region {brief(key)} of {brief(name)} shares {int(taken.sum())} neurons with an earlier region."
             )
         labels[region] = number
     return labels
 
 
 def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
-    """Returns the labels of the patches of an image, for ``over=``: numbered from 0, row by row.
+    """Returns labels for the patches of an image, numbered row by row from 0, to be passed as ``over=``.
 
     Args:
         size: Size of the image, such as ``(H, W)``, or ``(D, H, W)``.
-        parts: Number of patches along each dimension, or one number for all dimensions.
+        parts: Number of patches along each dimension; a single number applies to all dimensions.
 
     Returns:
         Integers of shape ``size``.
 
     Raises:
-        InputError: If there are more patches than pixels, or no patches.
+        InputError: If there are no patches, or more patches than pixels along a dimension.
 
     Examples:
         >>> patches((4, 4), 2)
@@ -114,7 +114,10 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
     """
     cuts = [parts] * len(size) if isinstance(parts, int) else list(parts)
     if len(cuts) != len(size) or not all(1 <= cut <= length for cut, length in zip(cuts, size, strict=False)):
-        raise InputError(f"an image of size {tuple(size)} has no {cuts} patches: give 1 to its size for each side.")
+        raise InputError(
+            f"an image of size {tuple(size)} has no {cuts} patches: give a number between 1 and the size for each "
+            "dimension."
+        )
     labels = torch.zeros(tuple(size), dtype=torch.long)
     for dim, (cut, length) in enumerate(zip(cuts, size, strict=True)):
         view = [1] * len(size)
@@ -124,12 +127,13 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
 
 
 def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tensor:
-    """Returns the labels of superpixels of an image, for ``over=`` and ``members=``; requires scikit-image.
+    """Returns labels for the superpixels of an image, to be passed as ``over=`` or ``members=``.
 
     Args:
         image: ``(C, H, W)`` with values in [0, 1].
         count: Approximate number of superpixels.
-        compactness: Weight of proximity against similar colour; larger values give squarer superpixels.
+        compactness: Weight of spatial proximity relative to colour similarity; larger values give more compact
+            superpixels.
 
     Returns:
         Integers ``(H, W)``, from 0.
@@ -141,7 +145,7 @@ def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tenso
     Source: SLIC, Achanta et al., IEEE TPAMI 2012.
     """
     if image.ndim != 3:
-        raise InputError(f"superpixels are of one image (C, H, W), got shape {tuple(image.shape)}.")
+        raise InputError(f"superpixels are computed for one image (C, H, W), got shape {tuple(image.shape)}.")
     pixels = image.detach().cpu().double().clamp(0, 1).movedim(0, -1).numpy()
     slic = extra("skimage.segmentation", "segments").slic
     labels = slic(pixels, n_segments=count, compactness=compactness, start_label=0, convert2lab=pixels.shape[-1] == 3)

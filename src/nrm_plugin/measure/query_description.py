@@ -1,4 +1,4 @@
-"""A query in words and as a formula, and its cost."""
+"""Description of a query: its formula, its meaning in words, and its cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .event_diagram import DecisionDiagram
 
 
 def explanation(recording: Recording, event: Event, given: Event | None) -> str:
-    """Describes a query in three lines: formula, words, and cost."""
+    """Describes a query in three lines: its formula, its meaning in words, and its cost."""
     check_event(event)
     if given is not None:
         check_event(given, "given= takes one event. ")
@@ -31,7 +31,7 @@ def explanation(recording: Recording, event: Event, given: Event | None) -> str:
 
 
 def words(event: Event) -> str:
-    """Describes an event as the predicate of a sentence about walks."""
+    """Describes an event in words, as a predicate that completes "the walks that …"."""
     if isinstance(event, Absorbed):
         return "are absorbed anywhere"
     if isinstance(event, Not):

@@ -1,4 +1,4 @@
-"""The passes that answer the queries of a measure."""
+"""Execution of the queries of a measure as passes over its recording."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a query: it runs in any gradient mode, and raises if the model has changed since the recording."""
+    """Decorates a query, which runs in any gradient mode and raises if the model changed after the recording."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -61,15 +61,15 @@ class QueryPasses:
     _shared: tuple[Totals | None, frozenset[Place]] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises an error for copy, pickle, torch.save and multiprocessing.
+        """Raises an error when the measure is copied, pickled, saved with torch.save, or sent to another process.
 
         Raises:
             StorageError: Always.
         """
         raise StorageError(
-            "a measure cannot be copied or stored: it holds one run of the model in the memory of this process. Store "
-            "what it answers, as in torch.save(measure.marginal(measure.layers), path), or take it again from the "
-            "inputs and the target. For a data set, nrm_plugin.dataset.sweep stores answers."
+            "a measure cannot be copied or stored: it refers to one run of the model in the memory of this process. "
+            "Store its results, as in torch.save(measure.marginal(measure.layers), path), or construct it again from "
+            "the inputs. For a data set, nrm_plugin.dataset.sweep stores the results."
         )
 
     @property
@@ -78,7 +78,7 @@ class QueryPasses:
         return self._recording.samples.batched
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers a query by the given method of this class."""
+        """Answers a query with the given method of this class."""
         return method(self, *args, **kwargs)
 
     def _tap(self, layer: Layer) -> Tap:
@@ -92,7 +92,7 @@ class QueryPasses:
         return is_below(self._recording, place, tap)
 
     def _pass(self, stored: Sequence[Tap] = (), sums: bool = True) -> Totals:
-        """Returns a pass that stores the relevance of some taps; its sums answer all later queries for totals."""
+        """Returns a pass that stores the relevance of some taps; its sums answer all later queries of totals."""
         places = frozenset(tap.place for tap in stored)
         if self._shared is not None:
             known, wanted = self._shared
@@ -109,7 +109,7 @@ class QueryPasses:
 
     @contextmanager
     def _sharing(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Lets the queries of a block share one pass that stores the relevance of some layers."""
+        """Context in which queries share one pass that stores the relevance of some layers."""
         self._shared = (None, frozenset(self._tap(layer).place for layer in layers))
         try:
             yield
@@ -123,11 +123,11 @@ class QueryPasses:
     def _maps(
         self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None
     ) -> list[Tensor]:
-        """Returns the relevance of each tap, restricted to the walks of the events if there are any."""
+        """Returns the relevance of each tap, restricted to the walks of the events, if any."""
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
-            totals = self._pass(taps, sums=not is_traced())  # a traced query is repeated alone
+            totals = self._pass(taps, sums=not is_traced())  # a traced query is independent of others
             maps = [self._mixed(values) for values in separate_maps(totals, taps)]
         else:
             maps = self._event_maps(taps, joint if given is None else given, given is not None, min_ratio)
@@ -160,7 +160,7 @@ class QueryPasses:
         if not events:
             return self._start.new_zeros((0, self._recording.samples.count // self._recording.references))
         if given is not None:
-            check_event(given, "given= takes one event; for several conditions, make one query for each. ")
+            check_event(given, "given= takes one event; for several conditions, use one query each. ")
             events = [*(item & given for item in events), given]
         results = self._results(events)
         mass = torch.stack([result.mass for result in results])
@@ -170,14 +170,15 @@ class QueryPasses:
         return mass[:-1] / mass[-1]
 
     def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
-        """Returns ``μ(event given j)`` of a layer, under the name ``""``, or of all layers above the event."""
+        """Returns ``μ(event given j)`` for a layer, under the key ``""``, or for all layers above the event."""
         names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
         taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
         if self._recording.references > 1:
             raise DifferenceError(
-                "conditional(event, layer) has no value for several references, whose mixture is no product measure. "
-                "Ask mu(event, given=at(layer)[…]), or take the measure of each reference."
+                "conditional(event, layer) is not defined for several references, since their mixture has no kernels "
+                "of its own. "
+                "Use mu(event, given=at(layer)[…]), or one measure per reference."
             )
         diagram = DecisionDiagram(self._recording, [event])
         if layer is not None:
@@ -197,7 +198,7 @@ class QueryPasses:
         return [self._mixed(matrix) for matrix in matrices]
 
     def _pairs(self, layers: Sequence[Layer], remedy: str) -> list[tuple[Tap, Tap]]:
-        """Returns the taps of each pair of consecutive layers, of which the second must be below the first."""
+        """Returns the taps of each pair of consecutive layers; the second must be below the first."""
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):

@@ -1,7 +1,8 @@
 """Images of the patterns to which chosen neurons, or a walk through several layers, respond.
 
 Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) use Zennit's rules. They
-are not measures: they do not conserve relevance, and they show the pattern of a neuron, not its contribution.
+are not measures: they do not conserve relevance, and they show the pattern to which a neuron responds, not its
+    contribution.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Reconstruction:
 
     Attributes:
         images: The reconstructions, ``(N, C, H, W)``.
-        boxes: Receptive field of the selected neurons, ``(top, left, bottom, right)`` for each sample, the last two
-            exclusive; all zeros if no selected neuron depends on the input.
+        boxes: Receptive field of the selected neurons, ``(top, left, bottom, right)`` for each sample, where the last
+            two are exclusive; all zeros if no selected neuron depends on the input.
 
     Examples:
         >>> Reconstruction(torch.zeros(1, 3, 8, 8), [(2, 0, 5, 8)]).crops[0].shape
@@ -73,7 +74,7 @@ class Reconstruction:
 def reconstruct(
     model: nn.Module, images: Tensor, neurons: Event, method: Method = "deconvnet", strongest: bool = True
 ) -> Reconstruction:
-    r"""Reconstructs input patterns by deconvolution or guided backpropagation from chosen neurons.
+    r"""Reconstructs input patterns from chosen neurons, by deconvolution or guided backpropagation.
 
     The activations of the chosen neurons are propagated down: through transposed convolutions, through max pooling to
     the position of the maximum, and through a ReLU by
@@ -82,13 +83,13 @@ def reconstruct(
               R_i = R_j^+ \, 1[a_i > 0] \quad \text{(guided backpropagation)}
 
     Args:
-        model: The network; its ReLUs are modules.
+        model: The network. Its ReLUs must be modules.
         images: Inputs, ``(N, C, H, W)``.
-        neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``: the signal from the
-            last of the layers is then restricted to the neurons of every other layer.
+        neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``. The signal then
+            starts at the last of the layers and is restricted to the chosen neurons of every other layer.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
-        strongest: Start from the selected neuron of the last layer with the largest activation, as Zeiler and Fergus
-            do; else from all selected neurons. Negative activations are set to zero.
+        strongest: Whether to start only from the selected neuron with the largest activation in the last layer, as
+            Zeiler and Fergus do, or from all selected neurons. Negative activations are set to zero.
 
     Raises:
         ValueError: If the method is unknown.
@@ -100,7 +101,8 @@ def reconstruct(
         >>> reconstruction.images.shape
         torch.Size([2, 1, 8, 8])
 
-    Source: Zeiler and Fergus (ECCV 2014), Springenberg et al. (ICLR workshop 2015); walks are ours.
+    Source: Zeiler and Fergus (ECCV 2014), Springenberg et al. (ICLR workshop 2015). The restriction to walks is new in
+        this package.
     """
     if method not in COMPOSITES:
         raise ValueError(f"method={brief(method)} is unknown; choose 'deconvnet' or 'guided_backprop'.")
@@ -126,7 +128,7 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
     atoms: dict[str, Atom] = {}
     for part in parts:
         if not isinstance(part, Atom) or part.side != "output" or part.call not in (None, 0) or part.item is not None:
-            raise EventError(f"{part} cannot be reconstructed: give at(layer)[…] of a module, or several joined by &.")
+            raise EventError(f"{part} cannot be reconstructed: give at(layer)[…] for a module, or several joined by &.")
         if not isinstance(part.layer, str) or part.layer in atoms:
             raise EventError(f"{part}: name each layer once, by its name in model.named_modules().")
         atoms[part.layer] = part
@@ -135,7 +137,7 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
 
 @contextmanager
 def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """Restricts gradients of the layers to their neurons, and lists outputs and masks in ``recorded``."""
+    """Restricts the gradients of the layers to the chosen neurons, and appends outputs and masks to ``recorded``."""
     with ExitStack() as stack:
         for layer, atom in atoms.items():
 
@@ -154,18 +156,20 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
     """Returns the rectangle of pixels on which the selected neurons of a layer may depend, for each sample.
 
-    A bisection sets rows or columns of the image to NaN, to find those that reach the neurons. The result holds for any
-    layers, weights and activations, since no operation removes a NaN. A copy of the model runs in double precision on
-    the CPU, where convolutions compute each output separately; faster convolutions mix the pixels of a tile.
+    Rows and columns of the image are set to NaN, and a bisection finds those that influence the neurons. The result is
+    valid for any layers, weights and activations, since no operation removes a NaN. A copy of the model runs in double
+    precision on the CPU, where convolutions compute each output separately; faster convolution algorithms mix the
+    pixels of a tile.
 
     Args:
         model: The network.
-        images: ``(N, C, H, W)``.
+        images: Inputs, ``(N, C, H, W)``.
         layer: Name of a module.
         mask: The neurons, ``(N, *shape)``.
 
     Returns:
-        ``(top, left, bottom, right)``, the last two exclusive, for each sample; zeros if no pixel reaches the neurons.
+        The rectangle ``(top, left, bottom, right)`` of each sample, where the last two are exclusive; zeros if no pixel
+        influences the neurons.
 
     """
     count, (height, width) = len(images), images.shape[-2:]
@@ -173,7 +177,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
     low, high = torch.zeros_like(sizes).clone(), sizes.clone()
     model, images, mask = copy.deepcopy(model).cpu().double(), images.detach().cpu().double(), mask.cpu()
     whole = _reached(model, images, layer, mask, high)
-    # The first edge such that NaN in all rows above (columns left, rows below, columns right) reaches the neurons.
+    # The first edge for which NaN in all rows above it (columns left, rows below, columns right) reaches the neurons.
     while bool((low < high).any()):
         middle = (low + high) // 2
         is_reached = _reached(model, images, layer, mask, middle)
@@ -187,7 +191,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Returns whether neurons become NaN if the image is NaN from a side (top, left, bottom, right) to an edge."""
+    """Returns whether neurons become NaN if the image is NaN from one side (top, left, bottom, right) up to an edge."""
     probes = images.detach().unsqueeze(1).repeat(1, 4, 1, 1, 1)
     for probe, (top, left, bottom, right) in zip(probes, edges.tolist(), strict=True):
         probe[0, :, :top] = torch.nan

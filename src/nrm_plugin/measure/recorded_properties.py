@@ -1,4 +1,4 @@
-"""Properties of a measure that need no pass: taps and their shapes, outputs, and the explained number."""
+"""Properties of a measure that require no pass: taps and their shapes, outputs, and the explained number."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .start import every_one
 
 
 class Recorded(QueryPasses):
-    """Base class of the measure, with the properties of its recording.
+    """Base class of the measure, which provides the properties of its recording.
 
     Attributes:
-        composite: Rules and normalization.
+        composite: The normalized composite.
     """
 
     composite: Normalized
@@ -35,7 +35,7 @@ class Recorded(QueryPasses):
 
     @property
     def ends(self) -> list[str]:
-        """Names of the taps at which walks end: the inputs, or the rows that ids select.
+        """Names of the taps at which walks end: the inputs, or the embedding rows that integer inputs select.
 
         Examples:
             >>> mu.ends
@@ -45,10 +45,10 @@ class Recorded(QueryPasses):
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites of a transformer, such as ``blocks.1.attn.v``, each of which is the name of a tap.
+        """Names of the sites of a transformer, such as ``blocks.1.attn.v``. Every site is also the name of a tap.
 
-        ``blocks.1.attn.head.3`` is one head of ``blocks.1.attn``, and ``blocks.1.mlp.neuron.17`` one neuron: events.
-        The names are derived from the recording, and are empty for a model without residual connections.
+        ``blocks.1.attn.head.3`` and ``blocks.1.mlp.neuron.17`` are events: one head of ``blocks.1.attn``, and one
+        neuron of ``blocks.1.mlp``. Sites are derived from the recording; a model without residual connections has none.
 
         Examples:
             >>> mu.sites
@@ -68,10 +68,10 @@ class Recorded(QueryPasses):
 
     @property
     def output(self) -> Tensor:
-        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure times this value is the usual LRP score.
+        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure multiplied by this value is the usual LRP relevance.
 
-        With ``against``, :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs are ahead. The measure
-        is still normalized to 1, so positive relevance is then evidence against the target.
+        With ``against``, :math:`g = \sum_k s_k f_k`, which is negative if the outputs in the comparison exceed the
+        target. The measure is still normalized to 1, so in this case positive relevance is evidence against the target.
 
         Examples:
             >>> mu.output.shape
@@ -93,8 +93,8 @@ class Recorded(QueryPasses):
     def sign(self) -> Tensor:
         """The sign of the explained difference with ``against``, ``(N,)``, else 1.
 
-        A measure times its sign is evidence for the target, also if the compared outputs are ahead. Multiply maps by
-        it before they are drawn or added; flows, sweeps and the commands do.
+        Relevance multiplied by the sign is evidence for the target, even if the explained difference is negative.
+        Multiply maps by it before plotting or adding them, as flows, sweeps and the commands do.
 
         Examples:
             >>> mu.sign
@@ -116,7 +116,7 @@ class Recorded(QueryPasses):
         return self._recording.samples.count // self._recording.references
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Returns the shape of a tap: ``(N, T, C)`` for ``(T, N, C)``, or ``(N, W, L, C)`` for ``(N·W, L, C)``.
+        """Returns the shape of a tap, with samples first: ``(N, T, C)`` for ``(T, N, C)``.
 
         Examples:
             >>> mu.shape("1")
@@ -139,7 +139,7 @@ class Recorded(QueryPasses):
         return tap.channel_dim % len(tap.shape)
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """Returns the taps of a layer: one, or one per tensor of a tuple.
+        """Returns the taps of a layer: a single one, or one for each tensor of a tuple output.
 
         Raises:
             UnknownLayerError: If no tap has this name.

@@ -1,4 +1,4 @@
-"""The reference of a measure of differences, and the composite that applies to it.
+"""The reference of a measure of differences, and the composite that is used with it.
 
 Source: docs/differences.md.
 """
@@ -21,9 +21,9 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns the call to record and its reference; None for a measure of outputs.
+    """Returns the call to record and its reference, or None for a measure of outputs.
 
-    A list of references is a mixture: the recording contains one sample per reference.
+    A list of references defines a mixture: the recording then contains one sample per reference.
 
     Raises:
         DifferenceError: If the reference does not fit the inputs.
@@ -33,13 +33,13 @@ def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Refe
         raise ValueError(f"slopes={brief(slopes)} is unknown; choose 'secant' or 'tangent'.")
     if reference is None:
         if slopes != "secant":
-            raise ValueError("slopes= belongs to reference=: without one, relevance is of an output, by rules.")
+            raise ValueError("slopes= requires reference=; without a reference, relevance is propagated by rules.")
         return call, None
     is_tangent = slopes == "tangent"
     if not isinstance(reference, list):
         return call, Reference(reference_call(call, reference), is_tangent)
     if not reference:
-        raise DifferenceError("reference=[] is a mixture of no references; give at least one.")
+        raise DifferenceError("reference=[] is an empty mixture; give at least one reference.")
     count = len(reference)
     return repeated(call, count), Reference(several_calls(call, reference), is_tangent, count)
 
@@ -51,7 +51,7 @@ def composite_of(
     uncovered: Uncovered | None,
     reference: Any,
 ) -> Normalized:
-    """Returns the composite of a measure: the secants if there is a reference and no other composite."""
+    """Returns the composite of a measure: secant slopes if a reference but no composite is given."""
     if reference is None:
         return normalize(composite, residual, gain_limit, uncovered)
     if composite is not None:
@@ -60,8 +60,8 @@ def composite_of(
     unused = [name for name, value in given.items() if value is not None]
     if unused:
         raise TypeError(
-            f"{unused[0]}= belongs to the rules of a composite; the slopes to a reference absorb nothing. Leave it "
-            "out, or give composite= for rules on differences."
+            f"{unused[0]}= applies to the rules of a composite, but slopes to a reference absorb nothing. Omit it, or "
+            "pass composite= to apply rules to differences."
         )
     return OnDifferences()
 

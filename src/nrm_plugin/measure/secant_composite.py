@@ -1,4 +1,4 @@
-"""The composites of the measure against a reference.
+"""Composites for measures against a reference.
 
 Source: docs/differences.md.
 """
@@ -20,7 +20,7 @@ class OnDifferences(Normalized):
     """A composite whose steps are the functions inside modules, with the rules of their modules applied to differences.
 
     Args:
-        composite: The composite with the rules; None for the secant slopes of every operation.
+        composite: The composite with the rules, or None for the secant slopes of every operation.
     """
 
     def __init__(self, composite: Normalized | None = None) -> None:
@@ -28,7 +28,7 @@ class OnDifferences(Normalized):
         given = composite or Normalized(Composite(module_map=_no_rule), residual="sink")
         settings = given.normalization
         super().__init__(given.composite, settings.residual, settings.gain_limit, given.uncovered, given.sums, "halves")
-        # Batch normalization is not fused, since its scale is a slope like any other.
+        # Batch normalization is not fused, since its scale is treated like any other slope.
         kept = [canonizer for canonizer in given.canonizers if not isinstance(canonizer, Interception)]
         functions = Interception(given.composite, settings, given.sums, attention="halves", audited=True)
         self.canonizers: list[Canonizer] = [*kept, functions]

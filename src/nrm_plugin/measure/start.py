@@ -1,4 +1,4 @@
-"""Where a measure starts: at weighted outputs, at one number that compares outputs, or at weighted differences."""
+"""The start of a measure: weighted outputs, one number that compares outputs, or weighted differences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Outputs(Protocol):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the measure is of differences to a reference."""
+        """Whether the measure explains differences from a reference."""
 
     def unfolded(self) -> Tensor:
         """Returns the outputs in the form ``(N, …)``."""
@@ -32,19 +32,19 @@ class Outputs(Protocol):
         """Returns the outputs in the shape that the model returned."""
 
     def differences(self) -> Tensor:
-        """Returns the differences of the outputs to those of the reference, ``(N, …)``."""
+        """Returns the differences between the outputs and those of the reference, ``(N, …)``."""
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         """Starts the measure, as :meth:`~nrm_plugin.recording.recording.Recording.started`."""
 
 
 def every_one(outputs: Tensor, references: int) -> Tensor:
-    """Returns one row of outputs per sample, for a recording that repeats each sample once per reference."""
+    """Returns one row of outputs per sample from a recording that repeats each sample once per reference."""
     return outputs if references == 1 else outputs[::references]
 
 
 def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
-    """Starts a measure.
+    """Returns the start of a measure.
 
     Args:
         recording: The recording.
@@ -61,8 +61,8 @@ def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple
     """
     if start is not None and against is not None:
         raise TargetError(
-            "give start= or against=, not both: against= makes a start vector of target= and the compared outputs. A "
-            "function given as against= may return the weights of all outputs."
+            "give start= or against=, not both: against= computes the start vector from target= and other outputs. A "
+            "function passed as against= may return the weights of all outputs."
         )
     batched, every = recording.is_batched, recording.references
     outputs = recording.unfolded()[::every]

@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Sums of one pass per sample, ``(N,)``; None if the entries of the samples cannot be distinguished.
+    """Sums of one pass, ``(N,)`` each, or None if the entries of the samples cannot be distinguished.
 
     Attributes:
         recording: The recording.
@@ -31,10 +31,10 @@ class Totals:
         absolute: ``Σ_j |μ(j)|``, by tap.
         sinks: Absorbed mass, by ``(vertex, kind)``.
         absolute_sinks: Sum of the absolute values of the absorbed mass, by ``(vertex, kind)``.
-        branches: Relevance that a vertex with several edges propagates along each edge.
+        branches: Relevance that each vertex with several edges propagates along each of them.
         maps: Relevance of the taps in ``stored``.
         cost: Number of kernels run and of vectors propagated.
-        has_sums: Whether masses are summed; else, relevance is stored only.
+        has_sums: Whether masses are summed; if False, relevance is only stored.
     """
 
     recording: Recording
@@ -79,7 +79,7 @@ class Totals:
             self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-        """Returns Σ and Σ|·| of a vector, computed once for all steps that do not change the vector."""
+        """Returns Σ and Σ|·| of a vector; they are computed only once for steps that do not change the vector."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
         self._last = (vector, *self._sum_pair(vector, place))
@@ -91,7 +91,7 @@ class Totals:
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Sums relevance, or a share of it, and its absolute values for each sample."""
+        """Returns the sums of relevance, or of a share of it, and of its absolute values for each sample."""
         if self.recording.samples.count > 1 and not self.recording.samples.is_plain:
             values = vector if share is None else vector * share
             return self._sum(values, place), self._sum(values.abs(), place)
@@ -125,7 +125,7 @@ def pass_totals(
         recording: The recording.
         start: The relevance of the outputs.
         stored: Taps whose relevance is stored.
-        absolute: Whether to use kernels of absolute values.
+        absolute: Whether to use the absolute values of the kernels.
         sums: Whether to sum masses.
     """
     result = Totals(recording, start, frozenset(stored), has_sums=sums)

@@ -1,4 +1,4 @@
-"""The user's model: its layers, its inputs and outputs, and its execution without changes.
+"""The user's model: its layers, inputs and outputs, and how to run it without modifying it.
 
 This package computes no relevance.
 Imports: errors.

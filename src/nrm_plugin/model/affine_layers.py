@@ -25,13 +25,13 @@ LAYERS = frozenset(_KINDS)
 
 @functools.cache
 def _template(function: str) -> nn.Module:
-    """Creates a layer without storage once, since drawing its weights takes longer than copying it."""
+    """Creates a layer without storage once, since initializing weights takes longer than copying a layer."""
     kind, arguments = _KINDS[function]
     return kind(*(1,) * arguments, device="meta")
 
 
 def layer_like(function: str) -> nn.Module:
-    """Returns a new layer of the kind of a function, without storage and with default options."""
+    """Returns a new layer that corresponds to a function, without storage and with default options."""
     return shared_copy(_template(function))
 
 
@@ -52,7 +52,7 @@ class Weightless(nn.Module):
 
 
 class Weighted(nn.Module):
-    """A module that holds a weight and a bias, and applies a function of them to a tensor.
+    """A module with a weight and a bias that applies a function of them to a tensor.
 
     Args:
         function: Maps ``(source, weight, bias or None)`` to the output; linear in source and weight, plus the bias.
@@ -62,7 +62,7 @@ class Weighted(nn.Module):
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
         padding_mode: Padding mode of a convolution, as in torch.
-        twin: The torch layer that differs only in its parameters; None if there is no such layer.
+        twin: The torch layer that is equal up to its parameters, or None if there is no such layer.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ def twin_of(module: nn.Module) -> nn.Module:
 
 
 def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Returns whether a module is of one of the given classes, and no subclass or canonizer overrides its forward."""
+    """Returns whether a module is an instance of one of the given classes, with a forward that nothing overrides."""
     own = "forward" in module.__dict__
     return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 

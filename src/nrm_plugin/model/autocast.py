@@ -1,10 +1,10 @@
-"""Layers in reduced precision, as under ``torch.autocast``, with totals in float32.
+"""Layers in reduced precision, as under ``torch.autocast``, with sums in float32.
 
-Only products with a weight run in reduced precision: the layer itself and the two maps of each branch of its rule.
-Relevance, column sums, gains and all sums keep the dtype of the inputs. If the model itself computes in a shorter
-format than float32, these quantities and all products of kernels are in float32.
+Only products with a weight are computed in reduced precision: the layer itself, and the two maps of each branch of its
+    rule. Relevance, column sums, gains and all other sums keep the dtype of the inputs. If the model itself uses a
+    shorter format than float32, these quantities and all products of kernels are computed in float32.
 
-Source: ours.
+Source: new in this package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""Formats shorter than float32 that a model may use."""
+"""The formats shorter than float32 that a model may use."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,7 +35,7 @@ def is_short(tensor: Tensor) -> bool:
 
 
 class InFloat32(TorchFunctionMode):
-    """Mode in which functions convert arguments in shorter formats to float32."""
+    """A mode in which functions convert arguments in shorter formats to float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,7 +50,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that read no values, so that only the attribute dtype depends on the format."""
+"""Functions that read no values; for these, the format affects only the attribute dtype."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 
@@ -71,7 +71,7 @@ _CURRENT = _Current()
 
 
 def current() -> torch.dtype | None:
-    """Returns the current dtype for layers; None if layers run in the dtype of their inputs."""
+    """Returns the current dtype for layers, or None if layers run in the dtype of their inputs."""
     return _CURRENT.dtype
 
 
@@ -86,7 +86,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
-    """Returns the dtype of the surrounding ``torch.autocast``; None without autocast."""
+    """Returns the dtype of the surrounding ``torch.autocast``, or None without autocast."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)
@@ -104,9 +104,10 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Returns values in reduced precision, and the scale by which they were divided (None for 1).
+    """Returns values in reduced precision, and the scale by which they are divided (None for 1).
 
-    Relevance can be far smaller than the smallest float16. The scale is a power of two, so scaling back is exact.
+    Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so scaling back is
+    exact.
     """
     if dtype is not torch.float16 or not values.numel():
         return values.to(dtype), None
@@ -123,7 +124,7 @@ def lowered(maps: LinearMap, dtype: torch.dtype) -> LinearMap:
         dtype: The dtype of the weight.
 
     Returns:
-        Maps with arguments and results of any other dtype.
+        Maps whose arguments and results may have any other dtype.
     """
 
     def down(relevance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks of a model before recording: its class, device, dtype, values and training mode."""
+"""Checks of a model before it is recorded: its class, device, dtype, values and training mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRule
 from .model_protection import named_tensors, values_state
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Layers that are random in training mode, by package, with the attribute that holds the drop rate."""
+"""Layers that are random in training mode, by package, with the attribute that stores the drop rate."""
 
 MODES = {
     "batch_norm": 5,
@@ -29,7 +29,7 @@ MODES = {
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside a wrapper that is not a module itself, such as that of nnsight; else the model."""
+    """Returns the module inside a wrapper that is not itself a module, such as nnsight's, or else the given model."""
     inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -38,18 +38,19 @@ def check_module(model: Any) -> None:
     """Raises :class:`InputError` unless the model is a module with layers that can be hooked."""
     if isinstance(model, nn.Module):
         return
-    what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that holds its layers."
+    what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that contains its layers."
     if isinstance(model, type) and issubclass(model, nn.Module):
         what, remedy = f"the class {model.__name__}", f"Pass an instance: {model.__name__}(…)."
     raise InputError(f"the model is {what}, expected a torch.nn.Module, whose layers have rules. {remedy}")
 
 
 def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Raises unless the model can be recorded on these inputs.
+    """Raises an error unless the model can be recorded on these inputs.
 
     Raises:
         InputError: If the device or dtype of the model differs from that of the inputs.
-        ModelStateError: If the model is in training mode, hooked by a composite, compiled, or has invalid weights.
+        ModelStateError: If the model is in training mode, has hooks of a composite, is compiled, or has invalid
+            weights.
     """
     check_untransformed(tensors)
     modules = dict(model.named_modules())
@@ -84,8 +85,8 @@ def check_drawn(model: nn.Module, device: torch.device) -> Iterator[None]:
     if before is not None and not torch.equal(before, _random_state(device)):
         listed = ", ".join(map(repr, training[:3])) + (", …" if len(training) > 3 else "")
         raise ModelStateError(
-            f"the model draws random numbers, and modules of it are in training mode ({listed}), so the measure would "
-            "be that of a random network. Call `model.eval()`."
+            f"the model draws random numbers, and some of its modules are in training mode ({listed}), so the measure "
+            "would be that of a random network. Call `model.eval()`."
         )
 
 
@@ -98,7 +99,7 @@ def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
     for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
-                raise ModelStateError(f"{_layer(name, module)} has hooks of a Zennit composite already. {remedy}")
+                raise ModelStateError(f"{_layer(name, module)} already has hooks of a Zennit composite. {remedy}")
 
 
 def check_unpatched() -> None:
@@ -146,7 +147,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
     if any(isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
         raise GradModeError(
             "a tensor is inside a transform of torch.func (vmap, grad, jacrev, …), which replaces autograd. Call the "
-            "model outside of it: a batch takes the place of vmap, torch.autograd.grad that of torch.func.grad."
+            "model outside of it: use a batch instead of vmap, and torch.autograd.grad instead of torch.func.grad."
         )
 
 
@@ -168,13 +169,14 @@ class Uncompiled:
 def _check_kind(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelStateError(
-            f"{_layer(name, module)} is TorchScript, whose layers take no hooks. Pass the Python module that it was "
+            f"{_layer(name, module)} is a TorchScript module, whose layers accept no hooks. Pass the Python module "
+            "that it was "
             "compiled from."
         )
-    compiler = sys.modules.get("torch._dynamo.eval_frame")  # imported if the model was compiled
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # already imported if the model was compiled
     if compiler is not None and isinstance(module, compiler.OptimizedModule):
         raise ModelStateError(
-            f"{_layer(name, module)} was made by torch.compile, which bypasses the hooks of its layers. Pass the "
+            f"{_layer(name, module)} was created by torch.compile, which bypasses the hooks of its layers. Pass the "
             "model before compilation, `compiled._orig_mod`."
         )
     if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
@@ -199,12 +201,12 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         return
     # The sum needs one pass over the weights and no new memory; if it overflows, the entries are checked.
     if not bool(parameter.detach().sum().isfinite()) and not bool(parameter.detach().isfinite().all()):
-        raise ModelStateError(f"parameter {name!r} holds nan or inf. Load or train the model again.")
+        raise ModelStateError(f"parameter {name!r} contains nan or inf. Load or train the model again.")
     _FINITE[parameter] = state
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address of parameters known to be finite, which avoids reading all weights again."""
+"""Version and address of parameters that are known to be finite, so that they are not read again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

@@ -16,18 +16,18 @@ from .targets import chosen_target, sample_norms, sample_sums, start_vector
 REST = "rest"
 """The other classes, weighted by their softmax."""
 MIN_CONTRAST = 1e-6
-r"""Smallest :math:`|g|` in units of :math:`\sum |s f|` that has a measure."""
+r"""Smallest :math:`|g|`, in units of :math:`\sum |s f|`, that can be explained."""
 
 
 def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = True) -> Tensor:
-    r"""Returns the weights ``s`` of the outputs, of the shape of the outputs, ``(N, …)``.
+    r"""Returns the weights ``s`` of the outputs, in their shape, ``(N, …)``.
 
     Args:
-        outputs: The outputs, ``(N, …)``; a single sample without a batch is ``(1, …)``.
+        outputs: The outputs, ``(N, …)``; a single sample without a batch dimension is passed as ``(1, …)``.
         target: A target of :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
         against: ``"rest"`` for :math:`s = e_c - \sum_{k \neq c} p_k e_k` with the softmax ``p`` over the other classes,
             held constant; a target, for the difference of two outputs; or a function of the outputs that returns one of
-            these, or, as floating point numbers, all of ``s``, which then takes the place of ``target``.
+            these, or, as floating-point numbers, all of ``s``, which then replaces ``target``.
         batched: Whether the first dimension of the model's outputs is the batch.
 
     Raises:
@@ -70,14 +70,14 @@ def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
     bad = total.abs() <= MIN_CONTRAST * size
     if bool(bad.any()):
         raise TargetError(
-            f"the contrast is 0 up to rounding ({samples(bad.tolist())}): the outputs that it compares are equal, so "
-            "there is nothing to normalize. Give another against=, or leave it out to explain the output itself."
+            f"the contrast is 0 up to rounding ({samples(bad.tolist())}): the compared outputs are equal, so there is "
+            "nothing to normalize. Give another against=, or omit it to explain the output itself."
         )
     return total
 
 
 def _is_vector(value: Any) -> bool:
-    """Whether a function returned weights of the outputs, in floating point numbers, not the index of an output."""
+    """Returns whether a function returned weights of the outputs (floating-point numbers), not the index of one."""
     kind = getattr(value, "dtype", None)
     if isinstance(value, Tensor):
         return value.is_floating_point()
@@ -87,14 +87,14 @@ def _is_vector(value: Any) -> bool:
 def _whole(outputs: Tensor, target: Any, vector: Any) -> Tensor:
     if target is not None:
         raise TargetError(
-            "against= is a function that returned floating point numbers: the weights of all outputs, with the "
-            "explained output among them. Leave target= out, or return the index of the output to compare with."
+            "against= is a function that returned floating-point numbers, the weights of all outputs including the "
+            "explained one. Omit target=, or return the index of the output to compare with."
         )
     return start_vector(outputs, start=vector)
 
 
 def _rest(outputs: Tensor, positive: Tensor, batched: bool) -> Tensor:
-    """Returns the softmax over the other classes of the row of the target, 0 elsewhere."""
+    """Returns the softmax over the other classes in the row of the target, and 0 elsewhere."""
     has_classes = sum(size > 1 for size in outputs.shape[1:]) == 1
     if not has_classes and (batched or outputs.ndim != 3 or outputs.shape[-1] < 2):
         raise TargetError(

@@ -1,4 +1,4 @@
-"""Subclasses of torch's layers with their own forward, for example with "same" padding or weight standardization.
+"""Subclasses of torch layers with their own forward, for example with "same" padding or weight standardization.
 
 A rule modifies the weight by which a layer multiplies. If a subclass computes this weight from its parameter, modifying
 the parameter would give a different rule: standardization, for example, turns the all-ones weights of Flat into zeros.
@@ -35,7 +35,7 @@ def is_own_layer(module: nn.Module) -> bool:
 
 
 class WeightRecorder(TorchFunctionMode):
-    """Mode that records the weight and bias that a layer passes to a torch function."""
+    """A mode that records the weight and bias that a layer passes to a torch function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class WeightRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """Returns the module as a function of the recorded weight; None if the module is not affine.
+        """Returns the module as a function of the recorded weight, or None if the module is not affine.
 
         Args:
             module: A copy of the module.
@@ -81,7 +81,7 @@ class WeightRecorder(TorchFunctionMode):
 
 
 class _Substituted(TorchFunctionMode):
-    """Mode in which a layer's weight and bias are replaced by the given ones."""
+    """A mode in which the weight and bias of a layer are replaced by given ones."""
 
     def __init__(self, function: Any, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for activations or a weight that depends on ``x``."""
+    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, false for activations or a weight that depends on ``x``."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

@@ -17,39 +17,39 @@ from .checks import check_untransformed
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
-"""The choice of an output: a key or attribute, a position, or a function of the model's return value."""
+"""The choice of an output: a key or attribute, an index, or a function of the model's return value."""
 
 Change = Callable[[Tensor], Tensor]
 """A function from a tensor to its replacement."""
 FORMATS = (torch.float32, torch.float64, *SHORT)
-"""Dtypes of inputs and outputs; relevance is in float32 or float64."""
+"""Accepted dtypes of inputs and outputs; relevance is computed in float32 or float64."""
 
 EXPLAINED = ("logits", "out")
 """Default keys in a dictionary of outputs, as used by transformers and torchvision."""
 
 
 NOT_JOINED = (
-    "the output does not depend on the inputs: no operation joins them in the autograd graph. "
+    "the output does not depend on the inputs: no operation connects them in the autograd graph. "
     "The model may detach, round, or run under torch.no_grad inside its forward."
 )
 
 
 class Call:
-    """A call of a model: the tensors to which relevance flows, and all other arguments.
+    """A call of a model: the tensors to which relevance is propagated, and all other arguments.
 
     Args:
-        inputs: One tensor, a tuple of tensors, or a mapping that is passed by keyword. In a mapping, relevance flows to
-            floating point tensors; masks and numbers are passed unchanged. For integers, relevance flows to the rows
-            that they select where the model looks them up; in a mapping, only if the mapping has no floating point
-            tensor, and not under a keyword that contains "mask".
-        args: Further positional arguments: a tuple, or a single argument.
-        kwargs: Further keyword arguments.
+        inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
+            relevance is propagated to floating-point tensors; masks and numbers are passed unchanged. For integer
+            inputs, relevance is propagated to the rows that they select in a lookup; in a mapping, only if it contains
+            no floating-point tensor, and not for keywords that contain "mask".
+        args: Additional positional arguments: a tuple, or a single argument.
+        kwargs: Additional keyword arguments.
         batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together are one sample.
 
     Attributes:
-        tensors: The tensors to which relevance flows, ``(N, …)`` each, or ``(…)`` if not ``batched``.
-        items: Keyword or position of each tensor; None for a single positional tensor.
-        indices: Copies of integer inputs, by keyword or position (None for a single positional input). The model is
+        tensors: The tensors to which relevance is propagated, ``(N, …)`` each, or ``(…)`` if not ``batched``.
+        items: Keyword or index of each tensor, or None for a single positional tensor.
+        indices: Copies of integer inputs, by keyword or index (None for a single positional input). The model is
             called with these copies and may overwrite them.
 
     Raises:
@@ -71,7 +71,7 @@ class Call:
         self.items: list[str] | list[int] | list[None]
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            # Beside floating point inputs, integers may be anything, such as edges; those that are looked up are ids.
+            # Next to floating-point inputs, integers may be anything, such as edges; those used for lookups are ids.
             count = len(next(iter(given.values()))) if given and batched else None
             are_ids = {key: value for key, value in inputs.items() if _is_id(key, value)}
             fit = {key: value for key, value in are_ids.items() if count is None or value.shape[:1] == (count,)}
@@ -80,7 +80,7 @@ class Call:
                 raise InputError(_none_floating(inputs))
             doubled = inputs.keys() & self._kwargs.keys()
             if doubled:
-                raise InputError(f"{sorted(doubled)} are given both in the inputs and in additional_forward_kwargs.")
+                raise InputError(f"{sorted(doubled)} are given both in inputs and in additional_forward_kwargs.")
             self._kwargs.update({key: value for key, value in inputs.items() if key not in given} | self.indices)
             self.items = self._keywords = list(given)
             self.tensors = tuple(given.values())
@@ -127,11 +127,11 @@ class Call:
 
         Args:
             are_looked_up: A function that returns, after the run, whether integers were looked up.
-            read: A function that returns where the model converted them to Python or numpy numbers.
+            read: A function that returns where the model converted them to Python or NumPy numbers.
         """
         try:
             yield
-        except RuntimeError as error:  # raised by a layer that multiplies integers
+        except RuntimeError as error:  # raised by a layer that multiplies by integers
             if self._needs_lookup and not isinstance(error, NRMError) and not are_looked_up():
                 raise self._not_looked_up(read()) from error
             raise
@@ -140,14 +140,14 @@ class Call:
 
     @property
     def _needs_lookup(self) -> bool:
-        """Whether integers that the model does not look up are an error."""
+        """Whether integer inputs that the model does not use for lookups are an error."""
         return bool(self.indices) and not (self._keywords is not None and self.tensors)
 
     def _not_looked_up(self, read: str | None) -> InputError:
         if read is not None:
             return InputError(
-                f"the model reads integers of its inputs as Python or numpy numbers, by {read}, so that the rows that "
-                "they select are not known. Look up the tensor itself: `embedding(ids)`, `weight[ids]`."
+                f"the model reads integer inputs as Python or NumPy numbers, by {read}, so the rows that they select "
+                "are not known. Look up the tensor itself: `embedding(ids)`, `weight[ids]`."
             )
         if self._keywords is not None:
             return InputError(_none_floating(self.indices))
@@ -168,7 +168,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
 
     Args:
         returned: The model's return value.
-        output: The choice of a tensor; None if only one tensor is returned.
+        output: The choice of a tensor, or None if only one tensor is returned.
         batch: Number of samples.
         batched: Whether the first dimension is the batch.
 
@@ -177,7 +177,9 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
     """
     tensor = chosen_output(returned, output)
     if not isinstance(tensor, Tensor):
-        raise InputError(f"output={brief(output)} is {type(tensor).__name__}, a measure starts at one tensor (N, …).")
+        raise InputError(
+            f"output={brief(output)} is {type(tensor).__name__}, but a measure starts at one tensor (N, …)."
+        )
     if batched and tensor.ndim == 0:
         raise InputError(
             f"the model returned one number for {batch} samples; its output must have the shape (N,) or (N, …), here "
@@ -229,7 +231,7 @@ def chosen_output(returned: Any, output: Output | None) -> Any:
             return tensors[0]
         raise InputError(
             f"the model returned {type(returned).__name__}{_items(choices)}, a measure starts at one tensor of shape "
-            "(N, …). Say which by output=: a key, a position, or a function of the model's return value."
+            "(N, …). Select one by output=: a key, an index, or a function of the model's return value."
         )
     if callable(output):
         return output(returned)
@@ -278,8 +280,8 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
         raise GradModeError(
-            f"a measure is constructed with gradients enabled, but this is called under {mode}. Construct the measure "
-            "outside the context; queries are allowed anywhere."
+            f"a measure is constructed with gradients enabled, but this was called under {mode}. Construct the "
+            "measure outside of this context; queries are allowed anywhere."
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
@@ -297,11 +299,11 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
             )
         if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
             kind = "nested" if tensor.is_nested else "on device meta" if tensor.device.type == "meta" else "sparse"
-            raise InputError(f"{what} is {kind}; a measure needs a dense tensor that holds values, of shape (N, …).")
+            raise InputError(f"{what} is {kind}; a measure requires a dense tensor with values, of shape (N, …).")
         if tensor.is_inference():
-            raise InputError(f"{what} was made under torch.inference_mode; pass a `.clone()` made outside of it.")
+            raise InputError(f"{what} was created under torch.inference_mode; pass a `.clone()` created outside of it.")
         if (batched and tensor.ndim == 0) or tensor.numel() == 0:
-            raise InputError(f"{what} has shape {tuple(tensor.shape)}, which holds no sample to explain.")
+            raise InputError(f"{what} has shape {tuple(tensor.shape)}, which contains no sample to explain.")
         if batched and len(tensor) != len(tensors[0]):
             raise InputError(
                 f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}. If the first dimension "
@@ -309,8 +311,8 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
             )
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
-                f"{what} has nan or inf entries ({_infinite(tensor)}) and cannot be explained. Leave these "
-                "samples out, or replace the entries: `inputs.nan_to_num()`."
+                f"{what} has nan or inf entries ({_infinite(tensor)}) and cannot be explained. Remove these samples, "
+                "or replace the entries: `inputs.nan_to_num()`."
             )
 
 
@@ -320,28 +322,28 @@ def is_index(value: Any) -> bool:
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns whether an input passed by keyword holds ids; the masks of transformers are integers as well."""
+    """Returns whether an input passed by keyword contains ids; the masks of transformers are integers as well."""
     return is_index(value) and "mask" not in key
 
 
 def _none_floating(inputs: Mapping[Any, Any]) -> str:
     listed = ", ".join(f"{brief(key)} ({_kind(value)})" for key, value in inputs.items())
     return (
-        "none of the inputs is a floating point tensor, to which relevance could flow; got "
+        "none of the inputs is a floating-point tensor that could receive relevance; got "
         f"{listed or 'an empty mapping'}. Convert with `.float()`, or pass embeddings."
     )
 
 
 def _not_floating(tensor: Tensor) -> str:
     return (
-        f"has dtype {tensor.dtype}; relevance needs real floating point inputs, or integers that an nn.Embedding or an "
-        "index looks up. Convert with `.float()` (ids with `.long()`), or pass the output of the embedding. Masks, "
-        "lengths and graphs belong into additional_forward_args."
+        f"has dtype {tensor.dtype}; relevance requires real floating-point inputs, or integers that an nn.Embedding "
+        "or an index looks up. Convert with `.float()` (ids with `.long()`), or pass the output of the embedding. "
+        "Pass masks, lengths and graphs as additional_forward_args."
     )
 
 
 def _infinite(tensor: Tensor) -> str:
-    """Returns the text that lists the samples with infinite or nan entries."""
+    """Returns a text that lists the samples with infinite or nan entries."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 

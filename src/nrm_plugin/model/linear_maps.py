@@ -21,7 +21,7 @@ class LinearMap(NamedTuple):
         down: Maps ``(K, N, *out)`` to ``(K, N, *in)``.
         up: Maps ``(K, N, *in)`` to ``(K, N, *out)``.
         weight_gradient: Maps an input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with
-            respect to the weight; None without a closed form.
+            respect to the weight, or None without a closed form.
         convolution: Weight, options and input shape, if the layer is a convolution.
     """
 
@@ -42,13 +42,13 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Returns the maps of a linear layer that compute the modified weight in blocks and never store it as a whole.
+    """Returns the maps of a linear layer, which compute the modified weight in blocks and never store it as a whole.
 
-    In many networks most weights belong to the classifier, and a copy for each rule would take more time than the layer
-    itself.
+    In many networks, most weights belong to the classifier, and copying them for each rule would take longer than the
+    layer itself.
 
     Args:
-        weight: ``(out, in)``.
+        weight: The weight, ``(out, in)``.
         modify: The elementwise modification of a rule.
         entries: Number of entries of the weight in one block.
     """
@@ -66,7 +66,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a torch layer, computed by torch's functions; None for padding modes other than zeros.
+    """Returns the maps of a torch layer, computed by torch's functions, or None for padding modes other than zeros.
 
     Args:
         module: A linear or convolutional layer with torch's own forward.
@@ -91,12 +91,12 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
     """Returns the maps of a layer with weights of one, whose outputs are the same in all channels.
 
-    ``up`` returns one channel, which broadcasts. Returns None for groups, transposed layers, and other layers than
-    :func:`explicit_maps` takes.
+    ``up`` returns one channel, which broadcasts. Returns None for groups, transposed layers, and layers that
+    :func:`explicit_maps` does not support.
 
     Args:
         module: As in :func:`explicit_maps`.
-        weight: The weight of the layer, of which only shape, dtype and device matter.
+        weight: The weight of the layer; only its shape, dtype and device are used.
         inputs: As in :func:`explicit_maps`.
     """
     plain = explicit_maps(module, weight, inputs)
@@ -119,7 +119,7 @@ def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap 
 
 
 def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
-    """Maps of a layer with weights of one whose windows are single entries."""
+    """Returns the maps of a layer with weights of one whose windows are single entries."""
 
     def down(relevance: Tensor) -> Tensor:
         single = relevance.sum(dim, keepdim=True)
@@ -211,7 +211,7 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
 
 
 FEW = 16
-"""Number of input channels up to which the backward pass of a convolution takes the same time."""
+"""Number of input channels up to which the run time of the backward pass of a convolution is constant."""
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:
@@ -258,7 +258,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Returns the maps and the image of any linear function, by automatic differentiation.
+    """Returns the maps and the image of any linear function, using automatic differentiation.
 
     Args:
         run: The function, from ``(N, *in)`` to ``(N, *out)``.

@@ -1,4 +1,4 @@
-"""Protection of the user's model: recordings restore its state, and later changes of weights are detected."""
+"""Protection of the user's model: its state is restored after recordings, and later changes of weights are detected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Returns all parameters and buffers by name, each once, in one walk over the modules."""
+    """Returns all parameters and buffers by name, each of them once, in one traversal of the modules."""
     names: dict[Tensor, str] = {}  # tensors are hashed by identity
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -75,7 +75,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 
 def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Returns whether two dictionaries hold the same objects in the same order."""
+    """Returns whether two dictionaries contain the same objects in the same order."""
     if not one and not other:
         return True
     pairs = zip(one.items(), other.items(), strict=True)
@@ -87,13 +87,13 @@ _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def values_state(tensor: Tensor) -> tuple[int, int]:
-    """Returns what is the same while the values of a tensor are: version, without undone writes, and address."""
+    """Returns a key that changes with the values of a tensor: its version, without undone writes, and its address."""
     undone = int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
     return tensor._version - undone, _address(tensor)
 
 
 def note_restored(tensor: Tensor, version: int) -> None:
-    """Notes that a tensor has the values again that it had at a version, as counted by torch."""
+    """Records that a tensor has been restored to the values that it had at a version, as counted by torch."""
     _RESTORED[tensor] = tensor._version - version + int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
 
 
@@ -114,7 +114,7 @@ class Fingerprint:
     """A detector of in-place changes of parameters and buffers, using version counters and a sample of the entries.
 
     Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
-    entry. Small tensors are sampled completely.
+    entry. For small tensors, all entries are sampled.
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:

@@ -16,9 +16,9 @@ from .inputs_and_outputs import Call, is_index
 
 
 def repeated(call: Call, count: int) -> Call:
-    """Returns a call with every sample several times, once for each reference; also in the further arguments."""
+    """Returns a call in which every sample, including its additional arguments, is repeated once per reference."""
     if not call.batched:
-        raise DifferenceError("several references need samples, but batched=False takes all inputs as one sample.")
+        raise DifferenceError("several references require samples, but batched=False treats all inputs as one sample.")
     size = call.batch
 
     def repeat(value: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def repeated(call: Call, count: int) -> Call:
 
 
 def several_calls(call: Call, references: Sequence[Any]) -> Call:
-    """Returns one call for several references of each sample, in the order of :func:`repeated`."""
+    """Returns one call for several references per sample, in the order of :func:`repeated`."""
     calls = [reference_call(call, reference) for reference in references]
     first = repeated(calls[0], len(calls))
     together = [*first.tensors, *first.indices.values()]
@@ -42,9 +42,9 @@ def reference_call(call: Call, reference: Any) -> Call:
 
     Args:
         call: The call at the inputs.
-        reference: In the form of the inputs: a tensor, a tuple of tensors, or a mapping; each of the shape of the input
-            or without the samples, or with one sample, which then holds for all. A mapping may leave out inputs that
-            carry no relevance, such as masks.
+        reference: The reference in the form of the inputs: a tensor, a tuple of tensors, or a mapping. Each tensor has
+            the shape of the input, or the shape of a single sample, with or without the sample dimension, which is then
+            used for all samples. A mapping may omit inputs that receive no relevance, such as masks.
 
     Raises:
         DifferenceError: If the reference does not fit the inputs, or equals them.
@@ -82,8 +82,8 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
         raise DifferenceError(f"{what} is {brief(value)}, expected a tensor of shape {tuple(tensor.shape)}.")
     if is_index(tensor) != is_index(value):
         raise DifferenceError(
-            f"{what} has dtype {value.dtype}, the input {tensor.dtype}: ids have a reference of ids, embeddings one of "
-            "embeddings. Convert one of them by the model's embedding."
+            f"{what} has dtype {value.dtype}, the input {tensor.dtype}: the reference of ids must be ids, and that of "
+            "embeddings must be embeddings. Convert one of them with the model's embedding."
         )
     if value.dtype != tensor.dtype or value.device != tensor.device:
         raise DifferenceError(
@@ -96,7 +96,7 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
         one = f", or {tuple(tensor.shape[1:])} for one reference of all samples" if batched else ""
         raise DifferenceError(f"{what} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)}{one}.")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise DifferenceError(f"{what} has nan or inf entries; a difference to it is not a number.")
+        raise DifferenceError(f"{what} has nan or inf entries, so a difference from it is not a number.")
     fitted: Tensor = value.detach().clone()
     return fitted
 
@@ -109,8 +109,8 @@ def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor],
         same &= (tensor == references[item]).reshape(count, -1).all(1).cpu()
     if bool(same.any()):
         raise DifferenceError(
-            f"reference= equals the input ({samples(same.tolist())}), so that there is no difference to explain. "
-            "Choose a reference that lacks what is to be explained, or leave these samples out."
+            f"reference= equals the input ({samples(same.tolist())}), so there is no difference to explain. Choose a "
+            "reference that lacks what is to be explained, or remove these samples."
         )
 
 

@@ -1,4 +1,4 @@
-"""Embeddings with ``max_norm``, which torch renormalizes in the table itself: here, a copy of the table is used."""
+"""Embeddings with ``max_norm``: torch renormalizes the table in place, whereas this package uses a copy of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tables:
     def passed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments of a function with a renormalized copy of a table, instead of a table to write into.
+        """Returns the arguments of a function, with a renormalized copy in place of a table that torch would overwrite.
 
         Args:
             function: Any function; only the arguments of embeddings with ``max_norm`` are replaced.
@@ -79,14 +79,14 @@ def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
     """Raises :class:`ModelStateError` if a table that torch would have changed is among the given values."""
     if any(id(value) in changed for value in values):
         raise ModelStateError(
-            "the model uses the table of an embedding with max_norm once more, as the weight of another layer, so that "
-            "torch would change this layer in the forward pass. Call `model(inputs)` once before: it renormalizes the "
+            "the model also uses the table of an embedding with max_norm as the weight of another layer, so torch "
+            "would change this layer during the forward pass. Call `model(inputs)` once before: it renormalizes the "
             "rows that these inputs select."
         )
 
 
 class TablesUnwritten(TorchFunctionMode):
-    """A mode in which a model runs without changing the tables of its embeddings."""
+    """A mode in which a model runs without changing its embedding tables."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models with some layers replaced, with the same weights, without a change of the given model."""
+"""Copies of models in which some layers are replaced. Weights are shared, and the given model is not modified."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], wha
 
     Args:
         model: The network.
-        replacements: Functions from a layer to its replacement, by name of the layer.
-        what: What the layers are given, for messages, such as ``"subspaces"``.
+        replacements: Functions from a layer to its replacement, by layer name.
+        what: Description of the replacement for messages, such as ``"subspaces"``.
 
     Raises:
         UnknownLayerError: If the model does not contain a layer.
@@ -31,7 +31,7 @@ def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], wha
                 f"no layer named {brief(name)} to decompose into {what}; model.named_modules() lists them."
             )
         if any(other != name and other.startswith(f"{name}.") for other in replacements):
-            raise InputError(f"{brief(name)} holds another layer with {what}; give {what} of one of them.")
+            raise InputError(f"{brief(name)} contains another layer with {what}; give {what} for only one of them.")
     return _replaced(model, replacements, "")
 
 
@@ -48,7 +48,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """Returns the first tensor of a value, or of a tuple, list or mapping; None without a tensor."""
+    """Returns the first tensor of a value, or of a tuple, list or mapping, or None without a tensor."""
     if isinstance(values, Tensor):
         return values
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, (tuple, list)) else ()
@@ -64,7 +64,7 @@ def with_first_tensor(values: Any, tensor: Tensor) -> Any:
     if isinstance(values, Tensor):
         return tensor
     if type(values) not in (tuple, list):
-        raise InputError(f"a layer that returns {brief(values)} has no single output; name a layer inside of it.")
+        raise InputError(f"a layer that returns {brief(values)} has no single output; use a layer inside of it.")
     position = next(number for number, item in enumerate(values) if isinstance(item, Tensor))
     return type(values)([*values[:position], tensor, *values[position + 1 :]])
 

@@ -1,4 +1,4 @@
-"""Start of a measure: targets and start vectors, normalized to a signed measure of the output neurons.
+"""The start of a measure: targets and start vectors, normalized to a signed measure on the output neurons.
 
 Source: docs/measure.md.
 """
@@ -17,11 +17,11 @@ from ..errors import TargetError, brief, samples
 from .autocast import working_dtype
 
 MIN_TOTAL = 1e-6
-"""Smallest |Σ s| in units of Σ|s| for which a start vector has a measure."""
+"""Smallest |Σ s|, in units of Σ|s|, for which a start vector can be normalized."""
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """Sums ``(N, …)`` over all dimensions but the batch; also for ``(N,)``, which ``flatten(1)`` rejects."""
+    """Sums ``(N, …)`` over all dimensions but the batch. Unlike ``flatten(1)``, this also works for ``(N,)``."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
@@ -43,8 +43,8 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
     Args:
         target: A target of :func:`start_vector`, or a function from the outputs to such a target.
         outputs: The model's outputs.
-        batched: Whether the first dimension of the outputs is the batch. If not, the target may name a class alone if
-            the output is one row of scores, ``(1, C)``, for a whole graph.
+        batched: Whether the first dimension of the outputs is the batch. If it is not, and the output is one row of
+            scores ``(1, C)`` for a whole graph, the target may be a class index alone.
 
     Raises:
         TargetError: If the function did not return a target.
@@ -64,14 +64,14 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """Returns the unnormalized start vector ``s``, of the shape of the output, ``(N, …)``, in float32 or float64.
+    """Returns the unnormalized start vector ``s`` in the shape of the output, ``(N, …)``, in float32 or float64.
 
     Args:
         output: The model's output, ``(N, …)``.
         target: As in Captum: None for one output per sample, an int or a tuple for all samples, or a list or tensor
             with one entry per sample.
-        start: In place of a target, a signed vector over the outputs, ``(N, …)`` or without the batch, or a function
-            from the outputs to this vector.
+        start: A signed vector over the outputs that replaces the target, ``(N, …)`` or without the batch, or a function
+            from the outputs to such a vector.
 
     Raises:
         TargetError: If both target and start are given, or one of them does not fit the output.
@@ -94,8 +94,9 @@ def normalized(start: Tensor) -> Tensor:
     bad = total.abs() <= MIN_TOTAL * absolute
     if bool(bad.any()):
         raise TargetError(
-            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. For a difference of "
-            "outputs, give the compared output by against=: RelevanceMeasure(model, inputs, target, against=other)."
+            f"the start vector sums to 0 ({samples(bad.tolist())}), so it cannot be normalized. To explain a "
+            "difference of outputs, pass the other output as against=: RelevanceMeasure(model, inputs, target, "
+            "against=other)."
         )
     return start / total.reshape(-1, *(1,) * (start.ndim - 1))
 
@@ -119,7 +120,7 @@ class Neurons:
         slope = self.slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
-            return slope  # a single neuron starts with all mass, even if it is not active
+            return slope  # a single neuron starts with all the mass, even if it is not active
         start = slope * values
         silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
         return torch.where(silent, slope, start)
@@ -171,7 +172,9 @@ def _signed(output: Tensor, start: Any) -> Tensor:
             "each output, with or without the batch."
         )
     if not bool(torch.isfinite(vector).all()):
-        raise TargetError("the start vector has nan or inf entries; give finite numbers, 0 for outputs left out.")
+        raise TargetError(
+            "the start vector has nan or inf entries; give finite numbers, 0 for outputs that are not explained."
+        )
     return vector.to(output).clone()
 
 
@@ -194,8 +197,8 @@ def _one_hot(output: Tensor, target: Any) -> Tensor:
     if target is None:
         if shape.numel() != 1:
             raise TargetError(
-                f"the output has shape {tuple(output.shape)}, so target= must say which of its {shape.numel()} entries "
-                "a sample is explained for; `model(inputs).argmax(1)` explains the predicted class."
+                f"the output has shape {tuple(output.shape)}, so target= must select which of its {shape.numel()} "
+                "entries to explain for each sample; `model(inputs).argmax(1)` explains the predicted class."
             )
         return torch.ones_like(output).detach()
     indices = _indices(target, len(output))
@@ -218,7 +221,7 @@ def _one_hot(output: Tensor, target: Any) -> Tensor:
 
 
 _NEEDED = (
-    "Each sample has one output: leave target= out.",
+    "Each sample has one output: omit target=.",
     "Give one int for all samples, or a list or tensor of one int for each.",
     "Give a tuple of that many ints for all samples, or a list of such tuples, one for each.",
 )

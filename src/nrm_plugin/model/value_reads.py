@@ -1,7 +1,7 @@
-"""Reads of values on which a computation depends, and what a trace of the computation must know of them.
+"""Reads of values on which a computation depends, and the information about them that a trace of it needs.
 
-A trace repeats the tensor operations of a computation for other values. A truth value that the computation read is then
-computed again and compared, unless the computation did not depend on it.
+A trace repeats the tensor operations of a computation with other values. Every truth value that the computation read is
+then computed again and compared, unless the result did not depend on it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Active(threading.local):
-    """State of this thread.
+    """The state of this thread.
 
     Attributes:
-        tracer: The trace that is being taken, or None.
+        tracer: The tracer of the trace in progress, or None.
         audits: Number of open audits.
         place: The step whose kernel is being built.
         avoided: Shortcuts that a trace must not take, because their conditions did not hold for other values.
@@ -36,7 +36,7 @@ ACTIVE = _Active()
 
 
 def is_traced() -> bool:
-    """Whether the operations of this thread are traced, to be repeated for other values."""
+    """Returns whether the operations of this thread are traced, to be repeated with other values."""
     return ACTIVE.tracer is not None
 
 
@@ -55,7 +55,7 @@ def repeated(place: str = "") -> Iterator[None]:
     """Context inside an :func:`audit` for computations that are repeated for other inputs.
 
     Args:
-        place: Where the computation takes shortcuts.
+        place: The place at which the computation takes shortcuts.
     """
     outer, ACTIVE.audits, ACTIVE.place = (ACTIVE.audits, ACTIVE.place), 0, place or ACTIVE.place
     try:
@@ -66,7 +66,7 @@ def repeated(place: str = "") -> Iterator[None]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Context of computations that only check the model, and of which no result is used otherwise."""
+    """Context for computations that only check the model and whose results are not used otherwise."""
     outer, ACTIVE.tracer = ACTIVE.tracer, None
     try:
         with _disable_current_modes() if outer is not None else nullcontext():
@@ -76,13 +76,13 @@ def untraced() -> Iterator[None]:
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Context for operations of this package in a trace, which need not be watched for values that leave torch."""
+    """Context for operations of this package in a trace, which do not read values outside of torch."""
     return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
 
 
 @contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
-    """Context in which a trace takes none of the given shortcuts."""
+    """Context in which a trace does not take the given shortcuts."""
     outer = ACTIVE.avoided
     ACTIVE.avoided = shortcuts
     try:
@@ -92,7 +92,7 @@ def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
 
 
 def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
-    """Returns whether a shortcut may be taken: a computation that is valid only under a condition on values.
+    """Returns whether a shortcut may be taken, that is, a computation that is valid only under a condition on values.
 
     If the condition does not hold, the general computation is used, which is valid in any case. A trace therefore
     depends on the condition only if it holds.

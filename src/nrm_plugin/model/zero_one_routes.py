@@ -92,7 +92,7 @@ def operation(node: Node) -> str:
 
 @functools.cache
 def _operation(name: str) -> str:
-    """The operation in the name of a node of torch, of which there are a few hundred."""
+    """Returns the operation in the name of a torch node; there are a few hundred of them."""
     name = name.rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name
@@ -128,7 +128,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """Returns the node that computed the entries of a tensor, looking through whole views and in-place writes."""
+    """Returns the node that computed the entries of a tensor, skipping whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

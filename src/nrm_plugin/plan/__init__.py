@@ -1,4 +1,4 @@
-"""Plans: the tensor operations of a measure and its queries, found once and repeated for other inputs.
+"""Plans: the tensor operations of a measure and its queries, which are traced once and replayed for other inputs.
 
 Contents: traces of computations, their simplification, programs, and the measures that programs answer.
 Imports: errors, events, model, kernels, composites, recording, measure.

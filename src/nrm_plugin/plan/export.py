@@ -1,4 +1,4 @@
-"""Export of a plan: the outputs of a model and their relevance as one program that needs only PyTorch."""
+"""Export of a plan: outputs of a model and their relevance, as a program that requires only PyTorch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def explained_model(
 
     Args:
         settings: The settings of the plan.
-        call: Function that makes the call of the model.
+        call: Function that creates the call of the model.
         tensors: The tensors of the call.
         layers: The layers.
 
@@ -65,7 +65,7 @@ def explained_model(
     if programs.latest is None:
         why = programs.obstacle or "; ".join(programs.lines(())) or "the query was not traced"
         raise UnsupportedOperationError(
-            f"the plan cannot be exported: {why}. Rewrite this part of the model, or take measures in Python."
+            f"the plan cannot be exported: {why}. Rewrite this part of the model, or compute measures in Python."
         )
     names = [layer if isinstance(layer, str) else str(layer) for layer in layers]
     module = ExplainedModel(programs.latest, names, recorded.outputs[0])
@@ -185,7 +185,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Comparisons of a value that a computation has read with the value on which it depends."""
+"""Operations that compare a value read by a computation with the value on which the trace depends."""
 
 
 def _check_exportable(one: Operation) -> None:

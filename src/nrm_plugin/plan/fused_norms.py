@@ -13,9 +13,10 @@ from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
 CLOSE = 4
-"""Largest relative difference of weights that count as the same, computed in different order, in units of rounding.
+"""Largest relative difference, in units of rounding, of weights that count as equal but are computed in another order.
 
-A new batch norm changes weights by half its ``eps``, 42 such units in float32, and many layers add up.
+A newly initialized batch norm changes weights by half its ``eps``, which is 42 such units in float32, and these changes
+accumulate over layers.
 """
 
 
@@ -97,7 +98,7 @@ def _layer(
     constants: dict[int, Tensor],
     dropped: set[int],
 ) -> list[Operation]:
-    """Returns the operations of the fused layer, which reuses the output without bias if a rule computes it."""
+    """Returns the operations of the fused layer, which reuse the output without bias if a rule computes it."""
     output = norm.results[0]
     shift = _constant(bias, trace, constants)
     for image in images.get(_settings(layer), ()):

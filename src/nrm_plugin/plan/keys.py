@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from ..events.event import Event
 
 _LARGEST = 1 << 20
-"""Largest number of entries of a tensor among the arguments of a query, such as labels of neurons, that is compared."""
+"""Largest number of entries of tensors in a query, such as labels of neurons, that are compared by value."""
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:

@@ -36,7 +36,7 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations that may return their first argument, by identity: hashes of operations of PyTorch are slow."""
+"""Operations that may return their first argument, by identity, since hashing PyTorch operations is slow."""
 
 
 class Merger:
@@ -158,13 +158,13 @@ class Merger:
         return self._writes[memory] > self._versions[memory]
 
     def _key(self, one: Operation) -> Any:
-        """Returns a key that determines the results of an operation; None if the operation must not be merged."""
+        """Returns a key that determines the results of an operation, or None if the operation must not be merged."""
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None
         read = {memory(number) for number in one.reads}
         made = {memory(number) for number in one.results if number is not None}
-        if any(self._writes[number] for number in made - read):  # new memory that is overwritten later
+        if any(self._writes[number] for number in made - read):  # new memory, which is overwritten later
             return None
         versions = tuple(self._versions[memory(number)] for number in one.reads)
         try:

@@ -14,11 +14,11 @@ from ..model.model_protection import values_state
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64
-"""Number of entries of each tensor that are compared by value, as writes through ``.data`` change no version."""
+"""Number of entries of each tensor that are compared by value, since writes through ``.data`` change no version."""
 
 
 class ModelState:
-    """A detector of changes of a model, by identity and version of everything that its modules hold.
+    """A detector of changes of a model, based on the identity and version of everything that its modules contain.
 
     Args:
         model: The model.
@@ -95,13 +95,13 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns the attributes themselves; a reference prevents that a new object reuses their identity."""
+    """Returns the attributes themselves; references prevent new objects from reusing their identities."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Returns views of a few entries of each floating point tensor, by device and dtype."""
+    """Returns views of a few entries of each floating-point tensor, by device and dtype."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
@@ -134,6 +134,6 @@ def _own(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 _RUNNING = frozenset(["handles", "hook_refs", "stored_tensors", "tensor_handles", "active", "_checked"])
-"""Attributes of composites and hooks that a run of the model changes."""
+"""Attributes of composites and hooks that are changed when the model runs."""
 
 __all__ = ["ModelState", "hooked", "settings"]

@@ -28,9 +28,9 @@ from .planned_measure import PlannedMeasure, Settings, TracedRecording, uncollec
 from .programs import Programs, memory_of
 
 MOST = 8
-"""Largest number of forms of calls for which programs are stored."""
+"""Largest number of call forms for which programs are stored."""
 IDLE = 8
-"""Number of successive recordings after which a plan is of no use for a form of calls."""
+"""Number of successive recordings after which a plan is considered useless for a form of calls."""
 
 
 class Plan:
@@ -58,7 +58,7 @@ class Plan:
         >>> relevance.shape
         torch.Size([5, 3])
 
-    Source: ours.
+    Source: new in this package.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Plan:
         if recorded is not None and recorded[:2] != (form.key, _identities(form.tensors)):
             recorded = None
         first = None if recorded is None else recorded[2]
-        # Compared outputs without a reference are one number on top of the outputs, with taps of its own.
+        # A contrast without a reference is one number on top of the outputs, and has its own taps.
         programs = self._programs(form, against is not None and reference is None)
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
@@ -173,8 +173,8 @@ class Plan:
 
         Args:
             path: The file, which by convention ends in ``.pt2``. A path that ends in ``.onnx`` is written by PyTorch's
-                ONNX exporter, which needs the packages onnx and onnxscript.
-            inputs: Inputs of the shapes of later inputs.
+                ONNX exporter, which requires the packages onnx and onnxscript.
+            inputs: Inputs with the same shapes as later inputs.
             layers: Names of the layers, or ``at(…)``.
             additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
             additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -183,7 +183,7 @@ class Plan:
             InputError: If the outputs are not ``(N, K)`` or ``(N,)``.
             UnknownLayerError: If no tap has one of the names.
             UnsupportedOperationError: If shapes or random numbers in the model depend on the inputs.
-            MissingExtraError: If onnx or onnxscript is needed and not installed.
+            MissingExtraError: If onnx or onnxscript is required but not installed.
 
         Examples:
             >>> import os, tempfile
@@ -198,9 +198,7 @@ class Plan:
             self._renew()
         form = self._form(inputs, additional_forward_args, additional_forward_kwargs, None)
         if not form.tensors:
-            raise InputError(
-                "an argument of the model cannot be compared, so that a program cannot be exported for it."
-            )
+            raise InputError("an argument of the model cannot be compared, so no program can be exported for it.")
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
@@ -208,7 +206,7 @@ class Plan:
         return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
-        """Returns whether calls of a form can be planned and repeat their queries."""
+        """Returns whether calls of a form can be planned, and whether their queries are repeated."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
@@ -219,7 +217,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes of the constants of all programs, without tensors of the model.
+        """Memory of the constants of all programs in bytes, excluding tensors of the model.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))

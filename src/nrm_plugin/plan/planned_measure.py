@@ -37,7 +37,7 @@ class Settings:
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        references: Number of references of each sample; None for a measure of outputs.
+        references: Number of references of each sample, or None for a measure of outputs.
         state: The state of the model.
     """
 
@@ -51,7 +51,7 @@ class Settings:
 
 
 LONGEST = 5
-"""Length of the trace of a recording and its queries, as a multiple of the recording's, before the next begins."""
+"""Largest length of the trace of a recording and its queries, as a multiple of the length of the recording alone."""
 
 
 class PlannedOutputs:
@@ -93,10 +93,10 @@ class TracedRecording:
         settings: The settings.
         call: Function that creates the call of the model.
         tensors: The tensors of the call.
-        avoided: The shortcuts that must not be taken; None for a recording without trace.
+        avoided: The shortcuts that must not be taken, or None for a recording without trace.
 
     Attributes:
-        tracer: The trace; None without one.
+        tracer: The tracer, or None without a trace.
         recording: The recording.
         outputs: Its outputs in the form ``(N, …)``, as the model returned them, and their differences to a reference.
         obstacle: Why the trace cannot be repeated for other inputs; empty if it can.
@@ -129,7 +129,7 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the trace can become a program, which takes long for a trace of many queries."""
+        """Whether the trace can be compiled to a program, which takes too long for a trace of many queries."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
@@ -154,7 +154,7 @@ class TracedRecording:
 def uncollected() -> Iterator[None]:
     """Context without garbage collection of reference cycles.
 
-    A trace creates many objects, so the collector would traverse all objects of the process several times.
+    A trace creates many objects, so the garbage collector would traverse all objects of the process several times.
     """
     is_enabled = gc.isenabled()
     gc.disable()
@@ -229,7 +229,7 @@ class PlannedMeasure(RelevanceMeasure):
             try:
                 outputs, state = latest.forward(self._tensors)
             except ChangedValueError as error:
-                self._call()  # raises if the inputs are not valid, which is no reason to drop a program
+                self._call()  # raises an error if the inputs are invalid, which is no reason to drop a program
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
@@ -241,7 +241,7 @@ class PlannedMeasure(RelevanceMeasure):
     def _record(self, is_traced: bool = True) -> TracedRecording:
         programs = self._programs
         programs.recordings += 1
-        self._totals_once = None  # of another recording, and so a constant for the trace of this one
+        self._totals_once = None  # of another recording, and therefore a constant for the trace of this one
         avoided = programs.avoided if is_traced and not programs.obstacle else None
         with torch.enable_grad(), uncollected():
             return TracedRecording(self._settings, self._call, self._tensors, avoided)
@@ -269,7 +269,7 @@ class PlannedMeasure(RelevanceMeasure):
                 return self._run(program)
             except ChangedValueError as error:
                 self._programs.reject(error)
-                self._recorded = None  # its trace may have taken the same shortcuts
+                self._recorded = None  # its trace may use the same shortcuts
         if self._programs.is_worth(key, not _names_events(key)):
             with uncollected():
                 return self._traced(key, method, args, kwargs)
@@ -384,21 +384,21 @@ class PlannedMeasure(RelevanceMeasure):
         """Raises :class:`StaleMeasureError` if the inputs, which the program still needs, were overwritten."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             raise StaleMeasureError(
-                "the inputs were overwritten since the measure was taken, and this query needs them. Take the measure "
-                "again, or pass a copy of the inputs."
+                "the inputs were overwritten since the measure was constructed, and this query needs them. Construct "
+                "the measure again, or pass a copy of the inputs."
             )
 
     def _check_fresh(self) -> None:
         changed = self._settings.state.changed()
         if changed:
             raise StaleMeasureError(
-                f"{changed} changed since the measure was taken, and the measure shares its memory. Take the measure "
-                "again."
+                f"{changed} changed since the measure was constructed, and the measure shares its memory. Construct "
+                "the measure again."
             )
 
 
 def _names_events(key: Any) -> bool:
-    """Whether a query names neurons, which usually differ from input to input."""
+    """Returns whether a query refers to neurons, which usually differ between inputs."""
     if isinstance(key, Atom):
         return key.index is not None
     if isinstance(key, tuple):

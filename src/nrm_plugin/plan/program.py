@@ -1,4 +1,4 @@
-"""Programs: simplified traces as functions on tensors."""
+"""Programs: simplified traces, as functions on tensors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Program:
         operations, constants: The simplified operations, and the tensors that they read, by number.
         until: Number of operations of the first stage.
         is_shareable: Whether several queries may use the same state.
-        size: Bytes of the state.
+        size: Size of the state in bytes.
         inputs, outputs, start, results: As in the arguments, by numbers of the simplified operations.
         obstacle: Why the operations cannot be replayed; empty if they can. If not empty, no other attribute is set.
     """
@@ -102,7 +102,7 @@ class Program:
             state: The state, a list which is emptied so that memory is freed as early as possible.
             start: The tensors with which the stage begins.
             query: Number of the query.
-            is_kept: Whether further queries use the tensors of the state.
+            is_kept: Whether other queries use the tensors of the state later.
         """
         with _plain(start[0].device):
             for at in self._overwritten[query] if is_kept else ():
@@ -122,7 +122,7 @@ def _makers(operations: Sequence[Operation]) -> dict[int | None, int]:
 
 
 def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operation]:
-    """Moves the operations that return the outputs to the first place where they can run.
+    """Moves the operations that return the outputs to the earliest position at which they can run.
 
     The simplification restores the shapes of all results at the end, after operations of the second stage.
     """
@@ -131,7 +131,7 @@ def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operatio
         if number in made and not operations[made[number]].writes:
             one = operations[made[number]]
             first = max((made[read] + 1 for read in one.reads if read in made), default=0)
-            if first < made[number]:  # otherwise its argument is overwritten later
+            if first < made[number]:  # otherwise, its argument would be overwritten later
                 rest = [other for other in operations if other is not one]
                 operations = [*rest[:first], one, *rest[first:]]
     return operations
@@ -203,7 +203,7 @@ _DIRECT: dict[Any, Any] = {
     aten.addmm.default: torch.addmm,
     aten.copy_.default: Tensor.copy_,
 }
-"""Bindings of the same operations with less overhead for each call."""
+"""Bindings of the same operations with less overhead per call."""
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:

@@ -21,7 +21,7 @@ Key = tuple[Hashable, ...]
 MOST = 32
 """Largest number of programs of one form of calls."""
 FAILURES = 3
-"""Number of times that a model may read other values before it is recorded for every input."""
+"""Number of times that a model may read different values before it is recorded for every input."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class TracedQueries:
     queries: list[QueryProgram] = field(default_factory=list)
 
     def with_query(self, results: list[int]) -> Program:
-        """Returns the program of all queries and a further one."""
+        """Returns the program of all queries and an additional one."""
         self.results.append(results)
         return Program(self.tracer.trace, self.inputs, self.outputs, self.start, self.results)
 
@@ -78,7 +78,7 @@ class Programs:
         answers: Answers that do not depend on values, such as names and shapes.
         recordings: Number of calls recorded since a program last answered a query.
         latest: The most recently used program, which the next measure is expected to use.
-        asks_again: Whether measures answer several queries each, so that they keep the state of the first stage.
+        asks_again: Whether each measure answers several queries, so that it keeps the state of the first stage.
     """
 
     def __init__(self) -> None:
@@ -181,7 +181,7 @@ def _described(program: Program, own: Container[int]) -> str:
 
 
 def memory_of(tensors: Iterable[Tensor], own: Container[int]) -> int:
-    """Returns the size of tensors in bytes, without the tensors at the given addresses."""
+    """Returns the size of tensors in bytes, excluding the tensors at the given addresses."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
     sizes = {one.data_ptr(): one.nbytes() for one in storages}
     return sum(size for address, size in sizes.items() if address not in own)

@@ -19,7 +19,7 @@ ELEMENTWISE = frozenset(
     mul_ add_ sub_ div_ neg_ abs_ reciprocal_ nan_to_num_ clamp_ clamp_min_ relu_ addcmul_ masked_fill masked_fill_
     """.split()
 )
-"""Operations that compute each entry from the entries of their arguments at the same place."""
+"""Operations that compute each entry from the entries of their arguments at the same position."""
 
 
 class ViewRemover:
@@ -113,7 +113,7 @@ class ViewRemover:
         )
 
     def _without(self, number: int, ndim: int) -> int | None:
-        """Returns a tensor of the rank of the result without its leading dimension; None if there is no such tensor."""
+        """Returns a tensor of the rank of the result without its leading dimension, or None if there is none."""
         form = self.trace.forms[number]
         if len(form[0]) < ndim:
             return self._made_view(number)

@@ -1,4 +1,4 @@
-"""Repeated measures: the first ones are recorded, and a plan is used once inputs of the same form recur."""
+"""Reuse of plans: the first measures are recorded, and a plan is used once inputs of the same form recur."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form that are recorded before a plan is made, which costs several recordings."""
+"""Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
 NEVER = 1 << 62
 """Number of recordings after a plan that needed too much memory."""
 PAID = 32
-"""Number of measures after which a plan has certainly paid."""
+"""Number of measures after which a plan has certainly paid off."""
 MEMORY = 1 << 30
-"""Largest memory of the constants of a plan that was made without being asked for, in bytes."""
+"""Largest memory of the constants of an automatic plan, in bytes."""
 
 
 class Measures:
     """Computes measures with the arguments of :class:`~nrm_plugin.RelevanceMeasure`, by a plan once a form recurs.
 
-    The first measures of inputs of one form are recorded. Further inputs of this form are planned, and the results are
-    the same up to rounding. A plan is dropped if the model or another setting changes, or if its constants need too
-    much memory. Each plan that is dropped early doubles the number of recordings before the next one.
+    The first measures of inputs of one form are recorded. Later inputs of this form are planned, with the same results
+    up to rounding. A plan is dropped if the model or another setting changes, or if its constants need too much memory.
+    Each plan that is dropped early doubles the number of recordings before the next one.
 
-    Source: ours.
+    Source: new in this package.
     """
 
     def __init__(self) -> None:
@@ -167,9 +167,9 @@ def _are_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
 
 
 def _form(values: Any) -> Hashable | None:
-    """Returns the form of a call; None for calls that are recorded in any case."""
+    """Returns the form of a call, or None for calls that are recorded in any case."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-        return None  # a mode of the caller may change what the model computes
+        return None  # a mode of the caller may change the computation of the model
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # inside a transform of torch.func, which a measure rejects
     try:

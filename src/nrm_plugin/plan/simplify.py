@@ -1,4 +1,4 @@
-"""Simplification of traces: computations on constants run once, and results without readers are not computed.
+"""Simplification of traces: computations on constants run only once, and unused results are not computed.
 
 A trace may overwrite tensors. Tensors that share memory form a group. Operations keep their order, and an operation on
 a group is merged with another one only if the group was not overwritten in between.
@@ -19,18 +19,18 @@ from .reshapes import ViewRemover
 from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
-"""Largest number of entries of a filled tensor that is stored, rather than made in each run."""
+"""Largest number of entries of a filled tensor that is stored instead of created in each run."""
 
 
 class Simplifier:
-    """The operations of a trace that some results depend on, simplified.
+    """The operations of a trace on which some results depend, simplified.
 
     Args:
         trace: The trace.
         results: The numbers of the result tensors.
 
     Attributes:
-        trace: A copy of the trace, in which the simplified operations number further tensors.
+        trace: A copy of the trace, in which the simplified operations number additional tensors.
         operations: The remaining operations, in order.
         constants: The constants that they read, by number.
         results: The numbers of the result tensors.
@@ -81,7 +81,7 @@ class Simplifier:
         varying = {memory(number) for number in self.trace.placeholders}
         marked = [False] * len(operations)
         is_changed = True
-        while is_changed:  # an overwritten group varies as a whole, also before it is overwritten
+        while is_changed:  # an overwritten group varies as a whole, even before it is overwritten
             is_changed = False
             for index, one in enumerate(operations):
                 if marked[index]:

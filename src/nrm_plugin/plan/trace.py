@@ -1,4 +1,4 @@
-"""Traces: the tensor operations that a computation ran, as a flat list in which every tensor has a number."""
+"""Traces: the tensor operations of a computation, as a flat list in which every tensor has a number."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Operation:
         results: The numbers of the tensors that it returned, None in the place of other results.
         is_sequence: Whether the operation returned several tensors.
         writes: Numbers of the tensors that it overwrote.
-        expected: A number or truth value that it returned, on which the computation may have depended; None if it
+        expected: A number or truth value that it returned, on which the computation may have depended, or None if it
             returned tensors.
-        shapes: The shapes of its results, if they depend on values; else None.
+        shapes: The shapes of its results, if they depend on values, or None otherwise.
         origin: For such a value, the shortcut that was taken, or the line of code that read the value.
         reads: Numbers of the tensors among the arguments.
         query: Number of the query that ran it; 0 for the recording.
@@ -129,7 +129,7 @@ class Trace:
     Attributes:
         operations: The operations, in order.
         constants: Tensors that do not depend on placeholders, by number.
-        placeholders: Numbers of the tensors that differ from run to run.
+        placeholders: Numbers of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor.
         aliases: For each tensor, the first tensor whose memory it may share.
         count: Number of tensors.
@@ -162,14 +162,14 @@ FILLED = frozenset(
 
 
 def is_drawn(one: Operation) -> bool:
-    """Whether an operation draws random numbers."""
+    """Returns whether an operation draws random numbers."""
     return draws(one.function)
 
 
 def draws(function: Any) -> bool:
-    """Whether a function of torch draws random numbers."""
+    """Returns whether a torch function draws random numbers."""
     return torch.Tag.nondeterministic_seeded in function.tags and not str(function).startswith(_DETERMINISTIC)
 
 
 _DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw numbers only in training mode, in which no measure is taken."""
+"""Operations that draw numbers only in training mode, in which no measure is computed."""

@@ -1,4 +1,4 @@
-"""Tracing of a computation below autograd, so that hooks, kernels and queries need not know of it."""
+"""Tracing of a computation below autograd, so that hooks, kernels and queries need not be aware of it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _Memory:
         root: Number of its first tensor.
         is_traced: Whether operations of the trace write it; else it is constant.
         views: The known tensors in this memory, by form.
-        reference: A weak reference, which prevents that the identity of the memory is used again.
-        copy: Number of a flat tensor of the whole memory, which the trace made when a constant was overwritten.
+        reference: A weak reference, which prevents the identity of the memory from being reused.
+        copy: Number of a flat tensor of the whole memory, which is created when a constant is overwritten.
         is_overwritten: Whether a weight or buffer in it was overwritten; its constants are copies since then.
     """
 
@@ -45,8 +45,8 @@ class _Memory:
 class Tracer(TorchDispatchMode):
     """Context that appends the operations of this thread to a trace; it may be entered several times.
 
-    Operations on constants are run, but not appended: their results are constants. Tensors that are made to be filled
-    are appended, since a constant is a tensor with its final values.
+    Operations on constants are run, but not appended: their results are constants. Operations that create tensors to be
+        filled are appended, since only a tensor with its final values is a constant.
 
     Attributes:
         trace: The trace.
@@ -68,11 +68,13 @@ class Tracer(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise each operation passes through two further functions
+        return False  # otherwise, each operation would pass through two more functions
 
     def __enter__(self) -> Any:
         self._outer.append(ACTIVE.tracer)
-        if ACTIVE.tracer is self:  # a query asks another one; entered twice, the mode would append operations twice
+        if (
+            ACTIVE.tracer is self
+        ):  # one query calls another; if it were entered twice, the mode would append operations twice
             return self
         ACTIVE.tracer = self
         self._watch.__enter__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -91,18 +93,18 @@ class Tracer(TorchDispatchMode):
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def placeholder(self, tensor: Tensor) -> int:
-        """Declares a tensor that differs from run to run."""
+        """Declares a tensor that differs between runs."""
         number = self._new(tensor, is_traced=True).number
         self.trace.placeholders.append(number)
         self._vary(number)
         return number
 
     def number(self, tensor: Tensor) -> int:
-        """Returns the number of a tensor; one that is not known is a constant."""
+        """Returns the number of a tensor; an unknown tensor is a constant."""
         return self._value(tensor).number
 
     def varies(self, tensor: Tensor) -> bool:
-        """Whether a tensor depends on a placeholder."""
+        """Returns whether a tensor depends on a placeholder."""
         memory = self._memory_of(tensor)
         return memory is not None and memory.root in self._varying
 
@@ -114,7 +116,7 @@ class Tracer(TorchDispatchMode):
         return self._memories.get(_identity(tensor)) if known is None else known[1]
 
     def _by_object(self, tensor: Tensor) -> tuple[Value, _Memory] | None:
-        """Returns the number and memory of a known object, unless it got other memory since."""
+        """Returns the number and memory of a known object, unless it has been assigned other memory since."""
         known = self._tensors.get(id(tensor))
         if known is None or known[0]() is not tensor:
             return None
@@ -126,19 +128,19 @@ class Tracer(TorchDispatchMode):
 
     def _constant(self, tensor: Tensor) -> Value:
         value = self._new(tensor, is_traced=False)
-        # A tensor object may get other memory later: canonizers restore weights and buffers through ``.data``.
+        # A tensor object may be assigned other memory later: canonizers restore weights and buffers through ``.data``.
         self.trace.constants[value.number] = tensor.detach()
         return value
 
     def _known(self, tensor: Tensor) -> Value | None:
-        """Returns a tensor of the trace; None for a tensor that is not known."""
+        """Returns a tensor of the trace, or None for a tensor that is not known."""
         known = self._by_object(tensor)
         if known is not None:
             return known[0]
         memory = self._memories.get(_identity(tensor))
         if memory is None:
             return None
-        # Some operations of PyTorch make a new object for a tensor without dispatch, such as ``nn.Parameter``.
+        # Some operations of PyTorch create a new object for a tensor without dispatch, such as ``nn.Parameter``.
         found = memory.views.get(_view(tensor))
         if found is None and memory.copy is not None:
             found = self._view_of_copy(tensor, memory, memory.copy)
@@ -147,7 +149,7 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _new(self, tensor: Tensor, is_traced: bool) -> Value:
-        """Gives a number to a tensor."""
+        """Assigns a number to a tensor."""
         trace = self.trace
         value = Value(trace.count)
         trace.count += 1
@@ -200,7 +202,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
-        """Whether an operation need not be in the trace, since no tensor of the trace depends on it but its result."""
+        """Returns whether an operation can be omitted from the trace, since it reads only constants."""
         if facts.is_recorded or self._reads_traced(args) or (kwargs and self._reads_traced(kwargs.values())):
             return False
         if not facts.writes:
@@ -219,7 +221,7 @@ class Tracer(TorchDispatchMode):
         return False
 
     def _note_fresh(self, result: Any, given: Any) -> None:
-        """Notes memory that an operation on constants has made."""
+        """Records memory that an operation on constants has allocated."""
         for tensor in _tensors_in(result):
             at = _identity(tensor)
             if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
@@ -261,7 +263,7 @@ class Tracer(TorchDispatchMode):
         )
 
     def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
-        """Returns the number of a result; None if it is not a tensor, or a known view that was not written."""
+        """Returns the number of a result, or None if it is not a tensor, or a known view that was not written."""
         if not isinstance(item, Tensor):
             return None
         known = self._known(item)
@@ -272,7 +274,7 @@ class Tracer(TorchDispatchMode):
     # -- constants that are overwritten ---------------------------------------------------------------------------
 
     def _make_writable(self, tensor: Tensor) -> None:
-        """Copies constants before their memory is written; memory that the computation has made joins the trace."""
+        """Copies constants before their memory is written; memory that the computation allocated joins the trace."""
         at = _identity(tensor)
         old = self._memories.get(at)
         if (at not in self._fresh and old is None) or (old is not None and (old.is_traced or old.is_overwritten)):
@@ -303,12 +305,12 @@ class Tracer(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Facts:
-    """What a trace must know of an operation.
+    """The properties of an operation that a trace needs.
 
     Attributes:
         function: The operation.
         writes: Position and name of the arguments that it overwrites.
-        is_recorded: Whether it is in the trace even if it reads constants only.
+        is_recorded: Whether it is in the trace even if it reads only constants.
         makes_memory: Whether its results may be in new memory.
         is_static: Whether it returns numbers that do not depend on values.
         is_shaped_by_values: Whether the shapes of its results depend on values.
@@ -380,7 +382,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class EscapeWatch(TorchFunctionMode):
-    """Notes where values leave torch, so that what is computed from them later is not in the trace."""
+    """Records where values leave torch; computations on these are not in the trace."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -400,7 +402,7 @@ class EscapeWatch(TorchFunctionMode):
 
 
 def _listed(args: Any) -> list[Any]:
-    """Returns the lists among the arguments; torch reads the numbers in them without a dispatch."""
+    """Returns the lists among the arguments, whose numbers torch reads without dispatch."""
     nested = [item for value in args if isinstance(value, tuple) for item in value]
     return [value for value in (*args, *nested) if isinstance(value, list)]
 

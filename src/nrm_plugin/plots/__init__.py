@@ -1,4 +1,4 @@
-"""Plots of heat maps, flows, layer profiles and coloured text. This package computes no relevance.
+"""Plots of heat maps, flows, layer profiles and coloured text. This package does not compute relevance.
 
 Imports: errors, measure, attribution.
 """

@@ -18,7 +18,7 @@ from .flow_caption import SIGNS, flow_caption, key_text
 from .flow_columns import has_off, region_name
 from .flow_layout import flow_scene
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
-from .flow_thumbnails import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
+from .flow_thumbnails import NodeThumbnails, Photo, node_thumbnails, painted, photo_pixels, region_places
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
@@ -36,22 +36,23 @@ def flow_figure(
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
 ) -> Figure:
-    """Draws a flow graph as ribbons between its nodes, with the input on the left; heights are relevance.
+    """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
 
-    Red is positive and blue negative, in shades that colour-blind readers can distinguish; the negative ribbons of a
-    node are below its positive ones. Grey is the rest of a layer; hatched orange is absorbed above the layer, dotted
-    orange bypasses it. Small rest and off nodes, and hairlines, are not drawn; the key says how much.
+    Red is positive and blue is negative, in shades that colour-blind readers can distinguish; the negative ribbons of a
+    node are below its positive ribbons. Grey is the rest of a layer, hatched orange is relevance absorbed above the
+    layer, and dotted orange is relevance that bypasses it. Small rest and off nodes and very thin ribbons are not
+    drawn; the legend states their total.
 
     Args:
         graph: The graph.
         heading: Title of the figure.
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as their pictures.
-        image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`: drawn next to the
-            caption, and in grey beneath the pictures.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
+        image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is drawn next to
+            the caption, and in grey beneath the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
-        signs: What positive and negative relevance mean, for the key.
+        signs: Descriptions of positive and negative relevance for the legend.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -64,8 +65,8 @@ def flow_figure(
     """
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
-    pictures = node_pictures(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, pictures, photo, width, signs)
+    thumbnails = node_thumbnails(graph, maps or {}, photo)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -75,9 +76,9 @@ def flow_figure(
     for band in sorted(scene.bands, key=lambda band: -band.width):
         _draw_band(axes, band, palette)
     for node in scene.nodes:
-        _draw_node(axes, node, pictures, palette)
+        _draw_node(axes, node, thumbnails, palette)
     if scene.photo is not None and photo is not None:
-        _draw_pixels(axes, scene.photo, photo_pixels(photo, pictures))
+        _draw_pixels(axes, scene.photo, photo_pixels(photo, thumbnails))
         _draw_regions(axes, scene.photo, photo, graph)
     for label in scene.labels:
         _draw_label(axes, label, palette)
@@ -88,13 +89,13 @@ def scene_of(
     graph: FlowGraph,
     heading: str,
     caption: str | None,
-    pictures: NodePictures | None,
+    thumbnails: NodeThumbnails | None,
     photo: Photo | None,
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
 ) -> Scene:
-    """Returns the layout of a flow with its caption and key."""
-    shown: Mapping[str, object] = pictures.values if pictures else {}
+    """Returns the layout of a flow with its caption and legend."""
+    shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
     return flow_scene(
         graph,
         heading.replace(r"\$", "$"),
@@ -102,7 +103,7 @@ def scene_of(
         key_text(bool(shown), has_off(graph), signs),
         width,
         shown,
-        pictures.ratio if pictures else 1.0,
+        thumbnails.ratio if thumbnails else 1.0,
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
     )
 
@@ -131,7 +132,7 @@ def _draw_band(axes: Axes, band: Band, palette: Palette) -> None:
     )
 
 
-def _draw_node(axes: Axes, node: DrawnNode, pictures: NodePictures | None, palette: Palette) -> None:
+def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, palette: Palette) -> None:
     for box, tone in node.bars:
         color = color_of(tone, palette)
         hatch = HATCHES.get(tone)
@@ -140,8 +141,8 @@ def _draw_node(axes: Axes, node: DrawnNode, pictures: NodePictures | None, palet
             Rectangle((box.x, box.y), box.width, max(box.height, 0.6), facecolor=face, edgecolor=color,
                       linewidth=0.5 if hatch else 0, hatch=hatch, zorder=4)
         )  # fmt: skip
-    if node.picture is not None and pictures is not None:
-        _draw_pixels(axes, node.picture, painted(pictures, node.node.key, palette))
+    if node.thumbnail is not None and thumbnails is not None:
+        _draw_pixels(axes, node.thumbnail, painted(thumbnails, node.node.key, palette))
     for label in node.labels:
         _draw_label(axes, label, palette)
 

@@ -1,4 +1,4 @@
-"""What a flow says, in sentences made of its numbers."""
+"""Captions that describe a flow in sentences, based on its numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .ribbons import percent
 NAMED = 3
 """Largest number of nodes in a list."""
 ENOUGH = 0.6
-"""Share of the positive relevance of a node that the listed nodes below it hold together."""
+"""Share of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
-"""Relevance below which nothing is said."""
+"""Relevance below this value is not mentioned."""
 KEY = (
     "The input is on the left. Heights are relevance, on one scale for all layers; red is {}, blue {}, grey the rest "
     "of a layer."
@@ -24,15 +24,15 @@ SIGNS = ("evidence for", "evidence against")
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
 )
-PICTURES = "Pictures show where the relevance of a node lies, on one colour scale per layer."
+THUMBNAILS = "Thumbnails show where the relevance of a node lies, on one colour scale per layer."
 
 
 def flow_caption(graph: FlowGraph, target: str = "") -> str:
-    """Describes a flow by its largest numbers: where the relevance comes from, by which way, and what is against it.
+    """Describes a flow by its largest numbers: the origin of the relevance, its main path, and negative evidence.
 
     Args:
         graph: The graph.
-        target: What is explained; by default the name of the only node of the output.
+        target: Name of what is explained; by default, the name of the only node of the output.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -46,7 +46,7 @@ def flow_caption(graph: FlowGraph, target: str = "") -> str:
 
 
 def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
-    """Describes the difference of two flows by the nodes in which they differ most.
+    """Describes the difference between two flows by the nodes that differ most.
 
     Args:
         graph: The first flow minus the second.
@@ -62,13 +62,13 @@ def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
     return " ".join(sentences) or "The flows hardly differ."
 
 
-def key_text(has_pictures: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
-    """Returns the legend of a flow; ``signs`` says what positive and negative relevance mean."""
-    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([PICTURES] if has_pictures else [])])
+def key_text(has_thumbnails: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
+    """Returns the legend of a flow; ``signs`` describes positive and negative relevance."""
+    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([THUMBNAILS] if has_thumbnails else [])])
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
-    """Returns the name of a node in a sentence, with its layer unless that is the input or the output."""
+    """Returns the name of a node for a sentence, with its layer unless this is the input or the output."""
     name = node_name(node)
     return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
 
@@ -101,7 +101,7 @@ def _origin(graph: FlowGraph, target: str) -> str:
 
 
 def _leading(values: np.ndarray) -> list[int]:
-    """Returns the largest positive values that hold enough of all positive ones, at most a few."""
+    """Returns the largest positive values that account for enough of all positive ones, at most a few."""
     order = np.argsort(-values)
     total = values.clip(min=0).sum()
     chosen: list[int] = []
@@ -113,7 +113,7 @@ def _leading(values: np.ndarray) -> list[int]:
 
 
 def _ways(graph: FlowGraph) -> list[str]:
-    """Says, for every two hidden layers, which ribbon is the widest."""
+    """Describes the widest ribbon between each pair of hidden layers."""
     sentences = []
     for number, joint in enumerate(graph.joints):
         upper, lower = graph.layers[number : number + 2]
@@ -137,7 +137,7 @@ def _against(graph: FlowGraph, target: str) -> str:
 
 
 def _elsewhere(graph: FlowGraph) -> list[str]:
-    """Says how much passes through the rest of a layer, is absorbed, or bypasses a layer."""
+    """Describes how much relevance passes through the rest of a layer, is absorbed, or bypasses a layer."""
     sentences = []
     rest = max(graph.layers, key=lambda layer: abs(layer.rest), default=None)
     if rest is not None and rest.others and abs(rest.rest) >= 0.1:

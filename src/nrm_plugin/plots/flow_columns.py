@@ -1,4 +1,4 @@
-"""The nodes of a flow that are drawn, in an order with few crossings, with their names and tones."""
+"""Selection of the nodes of a flow to draw, in an order with few crossings, and their names and colours."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Array = NDArray[np.float64]
 MAX_GROUPS = 40
 """Largest number of groups of one layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
-"""Relevance below which the walks off a layer, and the rest of a layer, are not drawn."""
+"""The nodes rest and off of a layer are not drawn if their relevance is below this value."""
 NUMBERED = {"input": "group", "output": "output"}
-"""What the number of a group counts, by layer; in all other layers, channels."""
+"""What the groups of a layer are, by layer name; in all other layers, they are channels."""
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
@@ -32,7 +32,7 @@ def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple
     """
     if len(layer.groups) > MAX_GROUPS:
         raise FlowError(
-            f"{layer.name} shows {len(layer.groups)} groups, and a figure has room for {MAX_GROUPS}. Show fewer: "
+            f"{layer.name} shows {len(layer.groups)} groups, but a figure can show {MAX_GROUPS}. Show fewer: "
             "graph.smaller(top=8), or coverage=0.9."
         )
     sizes = np.array([abs(node.mass) for node in layer.nodes]) if joint_mass is None else joint_mass
@@ -59,26 +59,26 @@ def drawn_columns(graph: FlowGraph) -> list[list[tuple[int, FlowNode]]]:
 
 
 def has_off(graph: FlowGraph) -> bool:
-    """Returns whether walks off a layer are drawn."""
+    """Returns whether any off node is drawn."""
     return any(node.kind == "off" for column in drawn_columns(graph) for _, node in column)
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone of a node: its sign, or its kind."""
+    """Returns the tone (the role of a colour) of a node: its sign, or its kind."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
     return "rest" if node.kind == "rest" else "positive" if value >= 0 else "negative"
 
 
 def node_name(node: FlowNode) -> str:
-    """Returns the name of a node for a reader; a number alone says of what it is the number."""
+    """Returns the name of a node for display; a number is preceded by what it counts."""
     if node.kind != "group" or not node.label.isdecimal():
         return node.label
     return f"{NUMBERED.get(node.layer, 'channel')} {node.label}"
 
 
 def region_name(node: FlowNode) -> str:
-    """Returns the name of a part of the input for the photograph, where a number is enough."""
+    """Returns the name of a region of the input for the photograph, where a number is sufficient."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 

@@ -1,4 +1,4 @@
-"""Flow graphs as HTML pages: one file of SVG with a small script, which needs no network and no other package."""
+"""Flow graphs as HTML pages: a single file with SVG and a small script, which requires neither network nor packages."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .flow import curve, scene_of
 from .flow_caption import SIGNS, flow_caption
 from .flow_columns import node_name, region_name
 from .flow_parts import Band, DrawnNode, Label, Scene
-from .flow_thumbnails import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
+from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]
-"""Joint relevance of two nodes of any two layers, by their keys, the upper one first."""
+"""Joint relevance of two nodes in any two layers, by their keys, with the upper node first."""
 WIDTH = 12.0
-"""Width of the drawing in inches, for which the sizes of letters are chosen; the page scales it to the window."""
+"""Width of the drawing in inches, on which font sizes are based; the page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content security policy: the browser itself blocks every request of the page."""
 
@@ -42,19 +42,20 @@ def sankey(
     pairs: Pairs | None = None,
     signs: tuple[str, str] = SIGNS,
 ) -> str:
-    """Returns an HTML page, in one file without requests, for light and dark backgrounds.
+    """Returns a self-contained HTML page for light and dark backgrounds.
 
-    Hovering over a node or a ribbon shows its numbers. A click on a node, or Enter, conditions on it: every node that
-    shares a layer pair with it in the graph, or in ``pairs``, then shows its relevance given this node. Arrow keys move
-    between nodes, Escape returns, ``/`` searches. A table holds all numbers for screen readers.
+    Hovering over a node or a ribbon shows its numbers. Clicking on a node, or pressing Enter, conditions on this node:
+    every node whose joint relevance with it is known, from the graph or from ``pairs``, then shows its relevance given
+    this node. Arrow keys move between nodes, Escape resets the view, and ``/`` starts a search. A table contains all
+    numbers for screen readers.
 
     Args:
         graph: The graph.
         heading: Title of the page.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as their pictures.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
         image: As in :func:`~nrm_plugin.plots.flow_figure`.
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
-        pairs: Joint relevance of nodes in layers that are not neighbours, from
+        pairs: Joint relevance of nodes in non-adjacent layers, from
             :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
 
@@ -62,9 +63,9 @@ def sankey(
         FlowError: If a layer has too many groups for a figure.
     """
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
-    pictures = node_pictures(graph, maps or {}, photo)
+    thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
-    scene = scene_of(graph, "", "", pictures, None, width, signs)
+    scene = scene_of(graph, "", "", thumbnails, None, width, signs)
     said = flow_caption(graph) if caption is None else caption
     data = json.dumps(_data(graph, scene, pairs or {}), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
@@ -73,7 +74,7 @@ def sankey(
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
-        _photograph(photo, pictures, graph) if photo else "",
+        _photograph(photo, thumbnails, graph) if photo else "",
         f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>\n{CONTROLS}\n</div>\n</header>",
         f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.height:.1f}" role="group" aria-label="flow">',
         DEFINITIONS,
@@ -81,7 +82,7 @@ def sankey(
         '<g class="bands">',
         *(_band(number, band, names) for number, band in enumerate(scene.bands)),
         "</g>",
-        *(_node(node, pictures) for node in scene.nodes),
+        *(_node(node, thumbnails) for node in scene.nodes),
         f"</svg>\n{_table(graph)}\n</main>",
         '<div id="tip" hidden></div>',
         f'<script type="application/json" id="data">{data}</script>',
@@ -139,9 +140,9 @@ def _style() -> str:
     )
 
 
-def _photograph(photo: Photo, pictures: NodePictures | None, graph: FlowGraph) -> str:
+def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGraph) -> str:
     """Returns the photograph with the names of the nodes of the input in their regions."""
-    pixels = photo_pixels(photo, pictures)
+    pixels = photo_pixels(photo, thumbnails)
     height, width = pixels.shape[:2]
     names = {node.key: escape(region_name(node)) for node in graph.nodes}
     marks = [
@@ -179,7 +180,7 @@ def _band(number: int, band: Band, nodes: Mapping[str, DrawnNode]) -> str:
     return f'<path class="band {band.tone}" data-band="{number}" d="{path}" opacity="{band.strength}"/>'
 
 
-def _node(node: DrawnNode, pictures: NodePictures | None) -> str:
+def _node(node: DrawnNode, thumbnails: NodeThumbnails | None) -> str:
     box = node.box
     name = f"{node.node.layer}, {node_name(node.node)}: {percent(node.node.mass)}"
     parts = [
@@ -187,10 +188,10 @@ def _node(node: DrawnNode, pictures: NodePictures | None) -> str:
         f'data-key="{escape(node.node.key)}">',
         f'<rect class="hit" x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"/>',
     ]
-    if node.picture is not None and pictures is not None:
-        place = " ".join(f'{side}="{getattr(node.picture, side):.1f}"' for side in ("x", "y", "width", "height"))
+    if node.thumbnail is not None and thumbnails is not None:
+        place = " ".join(f'{side}="{getattr(node.thumbnail, side):.1f}"' for side in ("x", "y", "width", "height"))
         for kind, palette in (("light", LIGHT), ("dark", DARK)):
-            href = _encoded(painted(pictures, node.node.key, palette))
+            href = _encoded(painted(thumbnails, node.node.key, palette))
             parts.append(f'<image class="{kind}" {place} preserveAspectRatio="none" href="{href}"/>')
     for bar, tone in node.bars:
         fill = f' fill="url(#{tone})"' if tone in ("sink", "bypass") else ""
@@ -216,7 +217,7 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def _data(graph: FlowGraph, scene: Scene, pairs: Pairs) -> dict[str, Any]:
-    """Returns the numbers of the page: nodes with their places, ribbons, and joint relevance of pairs of nodes."""
+    """Returns the data of the page: nodes with their positions, ribbons, and joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)
@@ -249,7 +250,7 @@ def _rounded(value: float) -> float:
 
 
 def _table(graph: FlowGraph) -> str:
-    """Returns all nodes and the largest edges as tables, for screen readers and to copy."""
+    """Returns all nodes and the largest edges as tables, for screen readers and for copying."""
     nodes = [(node.layer, node_name(node), percent(node.mass)) for node in graph.nodes if np.isfinite(node.mass)]
     edges = sorted(graph.edges, key=lambda edge: -abs(edge.mass))[:200]
     rows = [

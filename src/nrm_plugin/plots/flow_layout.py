@@ -1,6 +1,6 @@
-"""The layout of a flow: places of nodes, ribbons, pictures and text, in points, from the upper left corner.
+"""The layout of a flow: positions of nodes, ribbons, thumbnails and text, in points from the upper left corner.
 
-The figure and the HTML page draw the same scene.
+The figure and the HTML page draw the same layout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def flow_scene(
     caption: str = "",
     key: str = "",
     width: float | None = None,
-    pictures: Mapping[str, object] | None = None,
+    thumbnails: Mapping[str, object] | None = None,
     ratio: float = 1.0,
     photo_ratio: float | None = None,
 ) -> Scene:
@@ -42,29 +42,29 @@ def flow_scene(
     Args:
         graph: The graph.
         heading: The title.
-        caption: Sentences below the title.
-        key: The legend below the flow; a note on the ribbons that are not drawn is appended.
-        width: Width in inches; by default 7.2, and more for more than four layers.
-        pictures: The nodes with a picture, by key.
-        ratio: Height of a picture, divided by its width.
-        photo_ratio: The same for the photograph next to the caption; None without one.
+        caption: The sentences below the title.
+        key: The legend below the flow; a note about ribbons that are not drawn is appended.
+        width: Width in inches; by default 7.2, or more for more than four layers.
+        thumbnails: The keys of the nodes with a thumbnail.
+        ratio: Ratio of the height of a thumbnail to its width.
+        photo_ratio: The same ratio for the photograph next to the caption, or None without a photograph.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
     """
-    pictures = pictures or {}
+    thumbnails = thumbnails or {}
     columns = drawn_columns(graph)
-    sizes = _sizes(columns, width, ratio if pictures else 0.0)
+    sizes = _sizes(columns, width, ratio if thumbnails else 0.0)
     photo, labels, top = _header(sizes, heading, caption, photo_ratio)
     labels += _column_headings(graph, sizes, top)
     top += 2 * LINE * sizes.letters + 8
     stacks = _stacks(graph, columns)
-    heights = [[_rows(sizes, number, node, pictures) for _, node in column] for number, column in enumerate(columns)]
+    heights = [[_rows(sizes, number, node, thumbnails) for _, node in column] for number, column in enumerate(columns)]
     unit, room = _unit(stacks, heights, sizes)
     nodes = [
         node
         for number, column in enumerate(columns)
-        for node in _placed(graph, number, column, stacks[number], heights[number], unit, room, top, sizes, pictures)
+        for node in _placed(graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails)
     ]
     bands, omitted = _bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
@@ -80,7 +80,7 @@ def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | Non
     points = 72 * (max(7.2, 1.9 * count, 0.8 * longest) if width is None else width)
     letters = float(np.clip(points / (14.5 * count), 5.0, 7.2))
     sides, lines = [], []
-    for column in columns:  # a long column has smaller pictures
+    for column in columns:  # a long column has smaller thumbnails
         widest = max((text_width(_one_line(node), letters) for _, node in column), default=0.0)
         largest = float(np.clip(0.44 * points / count, 20, 84))
         longer = 1.1 * points / max(len(column), 1) - 2 * LINE * letters - GAP
@@ -92,7 +92,7 @@ def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | Non
 def _header(
     sizes: Sizes, heading: str, caption: str, photo_ratio: float | None
 ) -> tuple[Box | None, list[Label], float]:
-    """Returns the place of the photograph, the lines of title and caption, and the height of both."""
+    """Returns the position of the photograph, the lines of title and caption, and the height of both."""
     labels: list[Label] = []
     photo = None
     left, y = MARGIN, MARGIN
@@ -141,7 +141,7 @@ def layer_note(layer: FlowLayer) -> str:
 
 @dataclass(frozen=True)
 class Stack:
-    """Ribbons at one side of a node: their positive and their negative relevance."""
+    """The ribbons at one side of a node: their positive and their negative relevance."""
 
     positive: float
     negative: float
@@ -153,7 +153,7 @@ class Stack:
 
 
 def _stacks(graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]]) -> list[list[tuple[Stack, Stack]]]:
-    """Returns the stacks at the left and at the right side of each node, of all ribbons to drawn nodes."""
+    """Returns the stacks of ribbons at the left and the right side of each node."""
     joints = [joint.T for joint in graph.joints[::-1]]
     result = []
     for number, column in enumerate(columns):
@@ -172,9 +172,9 @@ def _signed(node: FlowNode, values: Array, column: Sequence[tuple[int, FlowNode]
     return Stack(float(shown.clip(min=0).sum()), float(-shown.clip(max=0).sum()))
 
 
-def _rows(sizes: Sizes, column: int, node: FlowNode, pictures: Mapping[str, object]) -> float:
-    """Returns the height of the picture of a node with its text."""
-    return (sizes.sides[column] * sizes.ratio if node.key in pictures else 0.0) + sizes.text(column)
+def _rows(sizes: Sizes, column: int, node: FlowNode, thumbnails: Mapping[str, object]) -> float:
+    """Returns the height of the thumbnail of a node with its text."""
+    return (sizes.sides[column] * sizes.ratio if node.key in thumbnails else 0.0) + sizes.text(column)
 
 
 def _unit(
@@ -205,9 +205,9 @@ def _placed(
     room: float,
     top: float,
     sizes: Sizes,
-    pictures: Mapping[str, object],
+    thumbnails: Mapping[str, object],
 ) -> list[DrawnNode]:
-    """Returns the nodes of a column, spread over the height of the flow."""
+    """Returns the nodes of a column, distributed over the height of the flow."""
     own = [
         max(unit * max(left.total, right.total), least) for (left, right), least in zip(stacks, heights, strict=True)
     ]
@@ -221,10 +221,10 @@ def _placed(
         middle = y + height / 2
         inner = Box(box.x + BAR, middle - least / 2, sizes.sides[number], least - sizes.text(number))
         bars = _bars(layer, node, sides, number, len(graph.layers), box, middle, unit)
-        picture = inner if node.key in pictures else None
+        thumbnail = inner if node.key in thumbnails else None
         is_between = any(bar.bottom > inner.bottom for bar, _ in bars)
         labels = _labels(graph, number, node, box, inner.bottom + 1, sizes, is_between)
-        nodes.append(DrawnNode(node, number, box, picture, bars, labels))
+        nodes.append(DrawnNode(node, number, box, thumbnail, bars, labels))
         y += height + GAP + space
     return nodes
 
@@ -256,7 +256,7 @@ def _bars(
 def _labels(
     graph: FlowGraph, number: int, node: FlowNode, box: Box, y: float, sizes: Sizes, is_between: bool
 ) -> tuple[Label, ...]:
-    """Returns the name and the mass of a node, below its picture; ``is_between`` its bars if these are long."""
+    """Returns the labels with name and mass below the thumbnail of a node, or between its bars if ``is_between``."""
     last = len(graph.layers) - 1
     room = sizes.node(number) + 0.5 * sizes.gap if last else sizes.width
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
@@ -285,7 +285,7 @@ def _one_line(node: FlowNode) -> str:
 def _bands(
     graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
 ) -> tuple[list[Band], float]:
-    """Returns the ribbons, positive ones above negative ones at each node, and the relevance that is not drawn."""
+    """Returns the ribbons, positive above negative ones at each node, and the relevance that is not drawn."""
     places = {node.node.key: node for node in nodes}
     bands: list[Band] = []
     omitted = 0.0
@@ -321,7 +321,7 @@ def _tone(kinds: Collection[str], value: float) -> str:
 def _tops(values: Array, unit: float) -> Array:
     """Returns the upper ends of the ribbons at the nodes of one side, relative to the middle of the node.
 
-    The ribbons of a node are stacked in the order of the other ends, the positive ones above the negative ones.
+    The ribbons of a node are stacked in the order of their other ends, with positive ribbons above negative ones.
     """
     positive, negative = values.clip(min=0), -values.clip(max=0)
     before = np.cumsum(positive, 1) - positive
@@ -332,7 +332,7 @@ def _tops(values: Array, unit: float) -> Array:
 
 
 def _middle(node: DrawnNode, side: int) -> float:
-    """Returns the height of the middle of the bars of a node."""
+    """Returns the vertical position of the middle of the bars of a node."""
     x = node.box.right - BAR if side else node.box.x
     parts = [box for box, _ in node.bars if abs(box.x - x) < 1e-6]
     if not parts:

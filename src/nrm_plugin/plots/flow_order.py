@@ -1,4 +1,4 @@
-"""The order of the nodes in the columns of a flow, in which few ribbons cross."""
+"""Ordering of the nodes in the columns of a flow such that few ribbons cross."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Order = NDArray[np.int64]
 ROUNDS = 2
-"""Number of times that the neighbours of all columns are swapped."""
+"""Number of rounds in which neighbours are swapped in all columns."""
 STARTS, SMALL = 6, 16
-"""Number of further random starts, if no column has more nodes than this."""
+"""Number of additional random starts, and the largest number of nodes in a column for which these are used."""
 SWEEPS = 12
 """Number of sweeps over the columns, alternately from the left and from the right."""
 
 
 def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[int]]:
-    """Returns the order of the nodes of each column, from the top, by barycentre sweeps and swaps of neighbours.
+    """Returns the order of the nodes of each column, from the top, using barycentre sweeps and swaps of neighbours.
 
-    Positive ribbons lie above negative ones at each node. A sweep sorts each column by the mean place of the other ends
-    of its ribbons; then neighbours are swapped as long as this helps. The result is never worse than the given order.
+    At each node, positive ribbons lie above negative ones. A sweep sorts each column by the mean position of the other
+    ends of its ribbons. Neighbours are then swapped as long as this reduces crossings. The result is never worse than
+    the given order.
 
     Args:
         weights: For each pair of neighbouring columns, the values of the ribbons, ``(left nodes, right nodes)``.
-        free: For each column, the number of nodes that may be moved; all further nodes stay last.
+        free: For each column, the number of nodes that may be moved; all other nodes stay last.
     """
     widths = [np.asarray(weight, dtype=float) for weight in weights]
     counts = [width.shape[0] for width in widths] + [widths[-1].shape[1]] if widths else [free[0]]
@@ -78,7 +79,7 @@ def crossings(widths: Array) -> float:
 def _by_barycentre(
     widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
 ) -> Order:
-    """Returns the order of a column by the mean place of the neighbours in the column that is already sorted."""
+    """Returns the order of a column by the mean position of the neighbours in the adjacent, already sorted column."""
     places, total = np.zeros(len(orders[column])), np.zeros(len(orders[column]))
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
     for pair, side in sides[:1] if 0 <= sides[0][0] < len(widths) else sides[1:]:
@@ -106,7 +107,7 @@ def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> 
 
 
 def _gain(widths: Sequence[Array], orders: Sequence[Order], column: int, place: int) -> float:
-    """Returns the crossings that disappear if the nodes at a place and at the next one are swapped."""
+    """Returns the crossings that disappear if the nodes at a position and the next one are swapped."""
     first, second = orders[column][place : place + 2]
     gain = 0.0
     for pair, side in ((column - 1, 1), (column, 0)):

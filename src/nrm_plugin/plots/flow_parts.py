@@ -1,4 +1,4 @@
-"""Parts of the drawing of a flow: places in points, from the upper left corner."""
+"""Parts of the drawing of a flow, with positions in points from the upper left corner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..measure.flow_graph import FlowNode
 BAR, MARGIN = 4.5, 8.0
 """Width of a bar, and margin around the drawing, in points."""
 LINE = 1.22
-"""Distance of two lines of text, as a multiple of the size of the letters."""
+"""Line spacing, as a multiple of the font size."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text: place of its anchor on the middle of the line, size, and role."""
+    """A line of text: position of its anchor on the middle of the line, size, and role."""
 
     x: float
     y: float
@@ -53,7 +53,7 @@ class DrawnNode:
         node: The node.
         column: Number of its column, from the left.
         box: The rectangle of all its parts.
-        picture: The place of its picture; None without a picture.
+        thumbnail: The position of its thumbnail, or None without a thumbnail.
         bars: Stacks of ribbons at its sides, each with a tone: ``positive``, ``negative``, ``rest``, ``sink`` or
             ``bypass``.
         labels: Its lines of text.
@@ -62,7 +62,7 @@ class DrawnNode:
     node: FlowNode
     column: int
     box: Box
-    picture: Box | None
+    thumbnail: Box | None
     bars: tuple[tuple[Box, str], ...]
     labels: tuple[Label, ...]
 
@@ -74,7 +74,7 @@ class Band:
     Attributes:
         lower, upper: Keys of both nodes; the lower one is on the left.
         value: Joint relevance.
-        start, end: Ends of its middle line.
+        start, end: Ends of its centre line.
         width: Its width.
         tone: As in :class:`DrawnNode`.
         strength: Its opacity.
@@ -96,8 +96,8 @@ class Scene:
 
     Attributes:
         width, height: Size.
-        photo: Place of the photograph; None without one.
-        labels: Title, caption, headings of the columns, and key.
+        photo: Position of the photograph, or None without a photograph.
+        labels: Title, caption, column headings and legend.
         nodes, bands: The flow.
         unit: Points per unit of relevance.
         omitted: Absolute relevance of the ribbons that are too thin to be drawn.
@@ -119,9 +119,9 @@ class Sizes:
 
     Attributes:
         width: Width of the drawing.
-        letters: Size of the names of nodes.
-        ratio: Height of a picture, divided by its width; 0 without pictures.
-        sides: Width of the pictures of each column.
+        letters: Font size of the names of nodes.
+        ratio: Ratio of the height of a thumbnail to its width; 0 without thumbnails.
+        sides: Width of the thumbnails of each column.
         lines: Number of lines of text of the nodes of each column.
     """
 
@@ -138,15 +138,15 @@ class Sizes:
         return (self.width - 2 * MARGIN - nodes) / max(len(self.sides) - 1, 1)
 
     def text(self, column: int) -> float:
-        """Height of the lines of a node."""
+        """Returns the height of the lines of text of a node."""
         return self.lines[column] * LINE * self.letters + 1
 
     def node(self, column: int) -> float:
-        """Width of a node with its two bars."""
+        """Returns the width of a node with its two bars."""
         return self.sides[column] + 2 * BAR
 
     def x(self, column: int) -> float:
-        """Left side of a column."""
+        """Returns the left edge of a column."""
         return MARGIN + sum(self.node(before) + self.gap for before in range(column))
 
 

@@ -1,4 +1,4 @@
-"""Widths of text in the standard font of figures, and lines that fit a width."""
+"""Widths of text in the standard font of figures, and line breaking to fit a width."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 HINTED = 1.06
-"""Small letters on whole pixels are wider than their outlines."""
+"""Factor by which small letters, which are aligned to pixels, are wider than their outlines."""
 
 
 @functools.lru_cache(maxsize=4096)

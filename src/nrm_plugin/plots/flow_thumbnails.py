@@ -1,4 +1,4 @@
-"""Pictures of the nodes of a flow: blurred heat maps, on one scale per layer, over the photograph."""
+"""Thumbnails of the nodes of a flow: blurred heat maps over the photograph, on one colour scale per layer."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ Box = tuple[int, int, int, int]
 """Top, left, bottom and right of a part of an image."""
 
 CELLS = 32
-"""Number of blurred cells of a picture along its longer side: about what the eye resolves in a thumbnail."""
+"""Number of blurred cells along the longer side of a thumbnail, about what the eye can resolve."""
 PIXELS = 120
-"""Side of a picture in pixels."""
+"""Side length of a thumbnail in pixels."""
 SHARP = 40
-"""Images of at most this many pixels along each side keep their pixels visible."""
+"""Images with at most this many pixels along each side are not blurred, so that pixels stay visible."""
 INSIDE = 0.97
-"""Share of the absolute relevance that the crop of the pictures contains along each axis."""
+"""Share of the absolute relevance that the crop of the thumbnails contains along each axis."""
 LEAST = 0.35
-"""Smallest side of the crop as a fraction of the side of the image."""
+"""Smallest side of the crop, as a fraction of the side of the image."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """The explained image, with the part of the file that the model did not see.
+    """The explained image, together with the part of the image file that the model did not see.
 
     Attributes:
         image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
-        whole: The image of the file, ``(3, H, W)`` in [0, 1]; None if the model saw all of it.
+        whole: The image of the file, ``(3, H, W)`` in [0, 1], or None if the model saw all of it.
         seen: The part of the file that the model saw: left, top, right and bottom as fractions.
         regions: Boolean masks of the groups of the input, ``(H, W)``, by the keys of their nodes; drawn as outlines.
     """
@@ -61,15 +61,15 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class NodePictures:
-    """Heat maps of the nodes, ready to be drawn.
+class NodeThumbnails:
+    """Thumbnails of the nodes, ready to be drawn.
 
     Attributes:
-        box: The part of the input in all pictures.
-        values: By the key of a node, colours between -1 and 1, ``(H, W)``; 1 is the darkest colour of the layer.
-        grey: The photograph in the same part, ``(H, W)`` in [0, 1]; None without a photograph.
+        box: The part of the input that all thumbnails show.
+        values: Colour values between -1 and 1, ``(H, W)``, by node key; 1 is the darkest colour of the layer.
+        grey: The same part of the photograph, ``(H, W)`` in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
-        edges: By the key of a node of the input, the pixels of the outline of its region, ``(H, W)``.
+        edges: Outline of the region of each node of the input, as pixels ``(H, W)``, by node key.
     """
 
     box: Box
@@ -80,13 +80,13 @@ class NodePictures:
 
     @property
     def ratio(self) -> float:
-        """Height of a picture, divided by its width."""
+        """Ratio of the height of a thumbnail to its width."""
         top, left, bottom, right = self.box
         return (bottom - top) / max(right - left, 1)
 
 
-def node_pictures(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodePictures | None:
-    """Returns the pictures of the nodes of a graph that have heat maps; None if there are none.
+def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
+    """Returns the thumbnails of the nodes that have heat maps, or None if there are none.
 
     Each map is divided by its total absolute relevance, and all maps of a layer share one scale: its median maximum.
     """
@@ -107,27 +107,27 @@ def node_pictures(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) 
     grey = None if photo is None or photo.colors.shape[:2] != size else _grey(photo, box, shape)
     regions = {} if photo is None else {key: mask for key, mask in photo.regions.items() if key in values}
     edges = {key: _edge(np.asarray(mask)[box[0] : box[2], box[1] : box[3]], shape) for key, mask in regions.items()}
-    return NodePictures(box, values, grey, (size[0], size[1]), edges)
+    return NodeThumbnails(box, values, grey, (size[0], size[1]), edges)
 
 
-def painted(pictures: NodePictures, key: str, palette: Palette = LIGHT) -> Pixels:
-    """Paints the picture of a node over the photograph, ``(H, W, 3)``, on the paper of a palette."""
-    values = pictures.values[key]
+def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> Pixels:
+    """Returns the thumbnail of a node, painted over the photograph with the background of a palette, ``(H, W, 3)``."""
+    values = thumbnails.values[key]
     paper = np.array(to_rgb(palette.paper))
-    ground = np.broadcast_to(paper, (*values.shape, 3)) if pictures.grey is None else faded(pictures.grey, palette)
+    ground = np.broadcast_to(paper, (*values.shape, 3)) if thumbnails.grey is None else faded(thumbnails.grey, palette)
     alpha = opacity(values)[..., None]
     signs = np.where(values[..., None] >= 0, to_rgb(palette.positive), to_rgb(palette.negative))
     colors = ground * (1 - alpha) + signs * alpha
-    if key in pictures.edges:
-        colors = np.where(pictures.edges[key][..., None], to_rgb(palette.ink), colors)
+    if key in thumbnails.edges:
+        colors = np.where(thumbnails.edges[key][..., None], to_rgb(palette.ink), colors)
     result: Pixels = (255 * colors).round().astype(np.uint8)
     return result
 
 
-def photo_pixels(photo: Photo, pictures: NodePictures | None = None) -> Pixels:
-    """Returns the photograph of the file, ``(H, W, 3)``; what the model did not see is dimmed outside of a frame.
+def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixels:
+    """Returns the photograph of the file, ``(H, W, 3)``, in which the part that the model did not see is dimmed.
 
-    A thin line shows the part that the pictures of the nodes show, if that is smaller.
+    A thin line marks the part shown by the thumbnails of the nodes, if it is smaller.
     """
     colors = _resized(photo.file, 3 * PIXELS)
     height, width = colors.shape[:2]
@@ -139,9 +139,9 @@ def photo_pixels(photo: Photo, pictures: NodePictures | None = None) -> Pixels:
     colors = np.where(inside[..., None], colors, 0.35 * colors + 0.55)
     if not inside.all():
         colors = np.where(_border(inside, 3)[..., None], (0.9, 0.62, 0.0), colors)
-    if pictures is not None and pictures.box != (0, 0, *pictures.size):
-        rows = [top + round(end * (bottom - top) / pictures.size[0]) for end in pictures.box[::2]]
-        places = [left + round(end * (right - left) / pictures.size[1]) for end in pictures.box[1::2]]
+    if thumbnails is not None and thumbnails.box != (0, 0, *thumbnails.size):
+        rows = [top + round(end * (bottom - top) / thumbnails.size[0]) for end in thumbnails.box[::2]]
+        places = [left + round(end * (right - left) / thumbnails.size[1]) for end in thumbnails.box[1::2]]
         part = np.zeros((height, width), bool)
         part[rows[0] : rows[1], places[0] : places[1]] = True
         colors = np.where(_border(part, 2)[..., None], 1.0, colors)
@@ -154,9 +154,9 @@ def photo_pixels(photo: Photo, pictures: NodePictures | None = None) -> Pixels:
 
 
 def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
-    """Returns a place inside each region, far from its border, in the image of the file.
+    """Returns a point inside each region, far from its border, in the image of the file.
 
-    Places are fractions from the left and the top.
+    Points are given as fractions from the left and the top.
     """
     left, top, right, bottom = photo.seen
     places = {}
@@ -177,7 +177,7 @@ def opacity(values: Array) -> Array:
 
 
 def faded(grey: Array, palette: Palette = LIGHT) -> Array:
-    """Returns a grey photograph without strong contrast, near to the paper of a palette, ``(H, W, 3)``."""
+    """Returns a grey photograph with low contrast, close to the background colour of a palette, ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
     share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.33 * grey)[..., None]
@@ -189,7 +189,7 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
 
 
 def smoothed(values: Array) -> Array:
-    """Returns a heat map at the size of a picture, blurred to the size of a cell; small maps keep their pixels."""
+    """Returns a heat map at the size of a thumbnail, blurred by the size of a cell; small maps are not blurred."""
     height, width = values.shape
     scale = PIXELS / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -200,7 +200,7 @@ def smoothed(values: Array) -> Array:
 
 
 def crop(weights: Array) -> Box:
-    """Returns the part of an image that holds most of some non-negative weights, in the aspect ratio of the image."""
+    """Returns the part of an image that contains most of the non-negative weights, in the image's aspect ratio."""
     height, width = weights.shape
     if max(height, width) <= SHARP or not weights.any():
         return (0, 0, height, width)
@@ -217,7 +217,7 @@ def crop(weights: Array) -> Box:
 
 
 def _span(weights: Array) -> tuple[int, int]:
-    """Returns the range that holds the inner share of some weights, with a margin."""
+    """Returns the range that contains the inner share of the weights, with a margin."""
     shares = np.cumsum(weights) / weights.sum()
     outside = (1 - INSIDE) / 2
     start, end = int(np.searchsorted(shares, outside)), int(np.searchsorted(shares, 1 - outside)) + 1
@@ -236,7 +236,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _blurred(values: Array, radius: float) -> Array:
-    # Pillow blurs bytes only, which would lose small values: a separable kernel is as short.
+    # Pillow blurs only bytes, which would lose small values, and a separable kernel is just as short.
     reach = max(1, math.ceil(2.5 * radius))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(radius, 1e-6)) ** 2)
     kernel /= kernel.sum()
@@ -290,4 +290,4 @@ def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
     return np.asarray(sharp, dtype=float) / 255
 
 
-__all__ = ["NodePictures", "Photo", "node_pictures", "painted", "photo_pixels", "region_places"]
+__all__ = ["NodeThumbnails", "Photo", "node_thumbnails", "painted", "photo_pixels", "region_places"]

@@ -1,4 +1,4 @@
-"""Installed fonts for letters that the standard font of a figure lacks."""
+"""Lookup of installed fonts for letters that are missing in the standard font of a figure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 PLACEHOLDERS = "Last Resort"
-"""A matplotlib font with a box for every letter."""
+"""A matplotlib font that has a box for every letter."""
 
 
 def use_installed_fonts(figure: Figure) -> str:
     """Adds fonts to the texts of a figure, so that as few letters as possible become boxes.
 
     Returns:
-        The letters that no installed font has.
+        The letters that are in no installed font.
     """
     missing = ""
     for text in figure.findobj(Text):
@@ -41,7 +41,7 @@ def font_with(letter: str) -> str:
 
 @functools.cache
 def letters_of(path: str) -> frozenset[int]:
-    """Returns the code points of a font; empty if matplotlib cannot draw the font, as for coloured bitmaps."""
+    """Returns the code points of a font; empty if matplotlib cannot draw the font, such as one of coloured bitmaps."""
     try:
         font = FT2Font(path)
         font.set_size(10, 72)

@@ -33,15 +33,15 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Budget:
-    """Mass, sink and bypass of one sample at every layer.
+    """Mass, sink and bypass at every layer for one sample.
 
     Attributes:
         title: Name of the sample.
         mass: Mass that crosses each layer.
         sink: Mass that is absorbed above each layer.
         bypass: Mass that bypasses each layer; mass, sink and bypass sum to 1.
-        reference: Further sums, marked at each layer, such as the sums of plain Zennit.
-        image: ``(C, H, W)``, drawn next to the title.
+        reference: Additional sums to mark at each layer, such as those of plain Zennit.
+        image: Image ``(C, H, W)`` to draw next to the title.
     """
 
     title: str
@@ -82,12 +82,12 @@ def heat_map(
     """Draws a signed heat map with a colour bar.
 
     Args:
-        values: ``(H, W)``, dimensionless.
+        values: Relevance ``(H, W)``, dimensionless.
         title: Title of the heat map.
         image: Image ``(C, H, W)``, shown faintly behind the map for orientation.
         limit: Absolute value of the darkest colours; by default the largest absolute value.
-        cells: Draw the sums over at most this many cells along each side, such as the resolution of a layer, whose
-            total is that of the pixels; by default the pixels.
+        cells: Largest number of cells along each side, such as the resolution of a layer. The map then shows sums over
+            cells, which have the same total. By default, it shows pixels.
     """
     values = _summed(values, cells)
     figure = _figure(4.3, 3.6)
@@ -116,7 +116,7 @@ def image_and_heat_map(
         heading: Title of the figure.
         limit: Absolute value of the darkest colours; by default the largest absolute value.
         cells: As in :func:`heat_map`.
-        shown: Image on the left, in place of the image beneath the heat map.
+        shown: Image to show on the left instead of the one beneath the heat map.
     """
     values = _summed(values, cells)
     figure = _figure(7.2, 3.6 + 0.3 * bool(heading))
@@ -318,10 +318,10 @@ def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: st
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # without y, it would be moved above the image
+    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # without y, the title would be moved above the image
     if budget.image is not None:
         inset = axes.inset_axes((0.0, 1.01, 0.14, 0.14))
-        inset.set_in_layout(False)  # next to the title, where the layout has space already
+        inset.set_in_layout(False)  # next to the title, where the layout already has space
         draw_image(inset, budget.image)
 
 
@@ -342,11 +342,11 @@ def _title(axes: Axes, text: str, size: float = 10) -> None:
 
 
 def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
-    """Sums a heat map ``(H, W)`` over at most ``cells`` cells along each side; the total remains.
+    """Sums a heat map ``(H, W)`` over at most ``cells`` cells along each side, which preserves the total.
 
     Args:
         values: The heat map.
-        cells: Number of cells along both sides, or along each side.
+        cells: Number of cells along each side, as one number or a pair.
     """
     wanted = [cells, cells] if isinstance(cells, int) else list(cells)
     result = _array(values)
@@ -398,7 +398,7 @@ def _outline(axes: Axes, ink: Array) -> None:
 
 def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: bool = False) -> None:
     limit = drawn.get_clim()[1] or 1.0
-    # The bar has no transparency, unlike the image, since it would be blank at zero.
+    # Unlike the image, the bar has no transparency, since it would be blank at zero.
     shown = ScalarMappable(drawn.norm, drawn.cmap)
     extend = "both" if is_cut else "neither"
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=extend, extendfrac=0.03)
@@ -412,6 +412,6 @@ def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: b
 
 
 def _points(value: float) -> str:
-    """Returns a percentage without trailing zeros, and never in powers of ten."""
+    """Returns a percentage without trailing zeros and without scientific notation."""
     text = np.format_float_positional(value, trim="-")
     return f"{text}%".replace("-", "−")

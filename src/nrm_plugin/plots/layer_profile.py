@@ -15,7 +15,7 @@ from .ribbons import DARK, INK, LIGHT, Palette
 
 
 def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = False) -> Figure:
-    """Draws mass, sink and bypass of each layer as stacked bars, and its variation; the output is at the top.
+    """Draws mass, sink and bypass of each layer as stacked bars, and its variation, with the output at the top.
 
     Args:
         rows: Rows of :func:`~nrm_plugin.measure.layer_profile.profile`.

@@ -49,7 +49,7 @@ DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c",
 ROW, GAP = 0.085, 0.025
 """Height of the label of a node, and distance between two nodes, as fractions of the plot."""
 VISIBLE = 0.012
-"""Smallest width at which the widths of ribbons can be distinguished, as a fraction of the plot."""
+"""Smallest width of ribbons whose widths can be distinguished, as a fraction of the plot."""
 BAR = 0.022
 """Half the width of a bar, as a fraction of the distance between two columns."""
 
@@ -94,7 +94,7 @@ class Ribbon:
     strength: float = 0.13
 
     def node(self, column: int) -> int | None:
-        """Returns the node that the ribbon crosses in a column; None outside its columns."""
+        """Returns the node that the ribbon crosses in a column, or None outside its columns."""
         return self.nodes[column - self.start] if 0 <= column - self.start < len(self.nodes) else None
 
 
@@ -165,13 +165,13 @@ def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
 
 
 def _unit(extents: Sequence[float], scale: float) -> float:
-    """Returns the height per unit of relevance at which a column, with space for its labels, has height 1."""
+    """Returns the height per unit of relevance for which a column, including space for its labels, has height 1."""
     low, high = 0.0, 1.0 / max(sum(extents), 1e-12)
     for _ in range(50):
         middle = (low + high) / 2
         filled = sum(max(ROW * scale, extent * middle) + GAP * scale for extent in extents)
         low, high = (middle, high) if filled <= 1 else (low, middle)
-    # With too many labels for the height, labels overlap, but the bars are still drawn.
+    # If there are too many labels for the height, they overlap, but the bars are still drawn.
     return low or 0.5 / max(sum(extents), 1e-12)
 
 
@@ -184,7 +184,7 @@ def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]
 
 
 def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
-    """Returns a round factor that widens the ribbons within the space of their nodes if all are hairlines, else 1."""
+    """Returns a round factor that widens the ribbons within the space of their nodes if all are very thin, else 1."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
         return 1

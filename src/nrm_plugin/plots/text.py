@@ -39,10 +39,10 @@ class Word:
     """A displayed token.
 
     Attributes:
-        text: Letters of the token.
+        text: The text of the token.
         value: Relevance of the token.
         is_spaced: Whether a space precedes the token.
-        is_special: Whether the token is not text, such as padding.
+        is_special: Whether the token is not part of the text, such as padding.
     """
 
     text: str
@@ -65,8 +65,8 @@ def text_figure(
     """Draws text with tokens coloured by relevance; several maps are stacked on a common scale.
 
     Args:
-        tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` begin a word and ``##`` continues one. Without any of these
-            prefixes, each token is a word.
+        tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
+            token has one of these prefixes, each token is a word.
         values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map per head.
         titles: One title per map.
         special: Tokens that are not text, such as ``tokenizer.all_special_tokens``, drawn in italics with a frame.
@@ -150,7 +150,7 @@ def words_html(
         bound: Absolute relevance of the strongest colours.
         is_cut: Whether a value exceeds it.
         heading: A heading.
-        whole: What the shares are shares of.
+        whole: Description of the total to which shares refer.
     """
     parts = [f"<style>{_style()}</style>", '<div class="nrm-text">']
     parts += [f"<h4>{escape(heading)}</h4>"] if heading else []
@@ -176,7 +176,7 @@ def _checked(
     rows = array[None] if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != len(tokens) or not len(tokens) or not len(rows):
         raise InputError(
-            f"values have shape {tuple(array.shape)}, and there are {len(tokens)} tokens; give (tokens,) or (maps, "
+            f"values have shape {tuple(array.shape)}, but there are {len(tokens)} tokens; give (tokens,) or (maps, "
             "tokens) of one sample. mu.marginal(layer, over='position')[0] sums the relevance of embeddings."
         )
     if not np.isfinite(rows).all():
@@ -209,7 +209,7 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
 
 
 def _cells(text: str) -> int:
-    """Returns the width of a text in letters; East Asian wide letters count twice."""
+    """Returns the width of a text in letters; wide East Asian characters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
@@ -249,7 +249,7 @@ def shade(value: float, palette: Palette) -> tuple[float, float, float]:
 
 
 def ink_on(color: tuple[float, float, float]) -> str:
-    """Returns black or white, whichever has more contrast to a colour."""
+    """Returns black or white, whichever has the higher contrast with a colour."""
     bright = luminance(color)
     return "#000000" if (bright + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 

@@ -1,4 +1,4 @@
-"""Explanations of texts as a page of HTML without scripts."""
+"""Explanations of texts as an HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELP = "Red words are evidence for the explained output, blue words against it. 
 
 
 def text_page(explanations: TextExplanation | Sequence[TextExplanation], title: str = "Relevance of words") -> str:
-    """Returns a complete page of HTML that shows one or several explanations; it needs no other file.
+    """Returns a self-contained HTML page that shows one or several explanations.
 
     Args:
         explanations: Results of :func:`~nrm_plugin.explain_text`.

@@ -17,7 +17,7 @@ from .taps import INPUT, OUTPUT, Observed
 
 
 def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
-    """Raises :class:`InputError` if the output depends on no input, so that its graph ends at other leaves."""
+    """Raises :class:`InputError` if the output depends on none of the inputs."""
     if not any(vertex.leaf is leaf for vertex in graph.vertices for leaf in leaves):
         raise InputError(NOT_JOINED)
 
@@ -25,7 +25,7 @@ def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
 def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
     """Raises :class:`UnsupportedOperationError` for a vertex that is neither a step nor a known route.
 
-    Such a vertex would silently give a wrong number.
+    Such a vertex would silently lead to wrong numbers.
     """
     for vertex in graph.vertices:
         if vertex.step is None and not is_route_node(vertex.node):
@@ -38,7 +38,7 @@ def _near(node: Any, observed: Iterable[Observed]) -> str:
 
 
 def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-    """Raises :class:`UncoveredLayerError` if a leaf module without a rule does more than route values."""
+    """Raises :class:`UncoveredLayerError` if a leaf module without a rule is not a 0/1 route."""
     visited = {value.grad_fn for value in args if isinstance(value, Tensor)}
     stack = [output.grad_fn]
     while stack:
@@ -50,7 +50,8 @@ def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: T
                 f"layer {name!r} ({type(module).__name__}) has no rule in this composite, and is not a 0/1 route "
                 f"(its operation is {operation(node)}). Zennit would use its plain gradient, which does not "
                 "conserve relevance. Map the layer to a rule in the composite's layer_map, or pass "
-                "Normalized(composite, uncovered='gradient') to account for what its gradient loses."
+                "Normalized(composite, uncovered='gradient') to account for the relevance that its gradient does not "
+                "propagate."
             )
         visited.add(node)
         stack += [below for below, _ in node.next_functions]

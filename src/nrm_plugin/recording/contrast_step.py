@@ -1,8 +1,9 @@
-r"""The step of a contrast: one number on top of the outputs, fused with the linear layer that computes them.
+r"""The step of a contrast: one number computed from the outputs, fused with the linear layer that computes them.
 
-With :math:`f = W a + b` and weights ``s`` of the outputs, :math:`g = \sum_k s_k f_k` is a layer with one output per
-sample, the weight :math:`\sum_k s_k w_k` and the bias :math:`\sum_k s_k b_k`; the rule of the layer reads these. If the
-outputs do not come from a layer with weights, relevance is distributed by :math:`s_k f_k / g`.
+For outputs :math:`f = W a + b` with weights ``s``, the contrast :math:`g = \sum_k s_k f_k` is a linear layer with one
+output per sample, weight :math:`\sum_k s_k w_k` and bias :math:`\sum_k s_k b_k`, to which the rule of the layer is
+applied. If the outputs are not computed by a layer with weights, relevance is distributed in proportion to
+:math:`s_k f_k / g`.
 
 Source: docs/differences.md.
 """
@@ -50,11 +51,11 @@ _VIEWS = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """A node on top of a graph of autograd, with the attributes of a node that the graph of a recording reads.
+    """A node on top of an autograd graph, with the node attributes that the graph of a recording reads.
 
     Attributes:
         step: The step.
-        next_functions: The node that the step reads, and the number of its output.
+        next_functions: The node that the step reads, and the index of its output.
         shape, dtype, device: Those of the explained number.
     """
 
@@ -116,7 +117,7 @@ class ContrastStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
-        read: Function that computes the kernel.
+        read: Function that reads the kernel.
         keeps_rows: Whether the samples are the rows of all tensors.
     """
 
@@ -195,7 +196,7 @@ class _Layer:
 
 
 def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
-    """Returns the layer with weights that computes the outputs; None if another operation does."""
+    """Returns the layer with weights that computes the outputs, or None if another operation does."""
     buffer = graph.output
     while True:
         vertex = graph.vertices[buffer.vertex]
@@ -204,7 +205,7 @@ def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
             return None
         if isinstance(vertex.step, LayerStep):
             vertex.step.fold()
-            if not vertex.step.is_identity:  # else a batch normalization that is fused with the layer below
+            if not vertex.step.is_identity:  # otherwise, it is a batch normalization that is fused with the layer below
                 return _Layer(vertex.step, buffer.vertex, edges[0], weights) if _is_weighted(vertex.step) else None
         else:
             passed = _below_view(vertex, buffer.number, weights)
@@ -215,7 +216,7 @@ def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
 
 
 def _below_view(vertex: Vertex, number: int, weights: Tensor) -> Tensor | None:
-    """Returns the weights of the entries that a view reads; None for other operations."""
+    """Returns the weights of the entries that a view reads, or None for other operations."""
     if vertex.step is not None or operation(vertex.node).lower() not in _VIEWS:
         return None
     parts, _ = vertex.pull([weights.unsqueeze(0) if k == number else None for k in range(len(vertex.shapes))])
@@ -267,12 +268,13 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
 def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layout, output_layout: Layout) -> Weighted:
     r"""Returns the layer with one output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
 
-    The layer reads only the entries connected to an explained output, since rules such as Flat replace weights.
+    The layer reads only the entries that are connected to an explained output, since rules such as Flat replace
+    weights.
 
     Args:
         call: The recorded call of the layer.
         weights: The weights ``s``, in the layout of the output of the layer.
-        number: The scalar to be explained.
+        number: The explained number.
         layout: The layout of its input.
         output_layout: The layout of its output.
     """

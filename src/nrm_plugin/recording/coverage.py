@@ -1,4 +1,4 @@
-"""The rule or kernel of every step of a model, before any relevance is computed."""
+"""Coverage: the rule or kernel of every step of a model, listed before any relevance is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         name: Layer name, or module path and function.
-        call: Number of the call.
+        call: Index of the call.
         operation: Module type or function.
         rule: The rule of the composite, or the kernel of the function.
         shape: Shape of the output.
@@ -47,7 +47,7 @@ class Coverage:
 
     Attributes:
         rows: The steps.
-        constants: Operations that join constants to computed values, where mass can be absorbed.
+        constants: Operations that combine constants with computed values, at which mass can be absorbed.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -85,7 +85,7 @@ class Coverage:
         padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table)
         lines = ["  ".join(cells).rstrip() for cells in padded]
         if self.constants:
-            lines.append(f"constants that can absorb: {', '.join(self.constants)}")
+            lines.append(f"constants that can absorb relevance: {', '.join(self.constants)}")
         lines.append("every step is covered" if self.is_complete else "NOT every step is covered")
         return "\n".join(lines)
 
@@ -130,13 +130,13 @@ def coverage(
     Args:
         model: The network, in evaluation mode.
         inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        composite: A Zennit composite; None for the default of this package.
+        composite: A Zennit composite, or None for the default of this package.
         additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
         additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        memory: Return an estimate of the memory and time of a measure with the default composite instead. The model is
-            not run, and nothing of its size is allocated.
+        memory: Whether to return an estimate of the memory and time of a measure with the default composite instead.
+            The model is then not run, and no memory of its size is allocated.
 
     Raises:
         InputError, ModelStateError, GradModeError: As raised by :class:`~nrm_plugin.RelevanceMeasure` for these
@@ -154,7 +154,7 @@ def coverage(
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
     canonized.uncovered = (
-        "error"  # reports functions on weights without a rule instead of raising; modules are unaffected
+        "error"  # report functions on weights without a rule instead of raising an error; modules are not affected
     )
     call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
     recording = Recording(model, call, canonized, output)

@@ -1,4 +1,4 @@
-"""Observation of one forward pass: the tensors that modules read and return, and the start and ends of relevance."""
+"""Observation of one forward pass: the tensors that modules read and return, and where relevance starts and ends."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks around the hooks of the composite, and the tensors that they collect.
+    """Hooks around those of the composite, and the tensors that they collect.
 
     Args:
-        indices: Integer inputs; relevance ends at the rows that an integer input selects.
-        wanted: The tap inside the model at which the measure is to start; None for the output of the model.
+        indices: Integer inputs; relevance ends at the embedding rows that they select.
+        wanted: The tap inside the model at which the measure is to start, or None for the output of the model.
 
     Attributes:
         modules: Name of each module, once the observer watches a model.
@@ -34,9 +34,9 @@ class Observer:
         leaves: The tensors at which relevance ends.
         indices: The integer inputs.
         inputs: The leaves of the floating-point inputs.
-        has_lookups: Whether ids were looked up.
+        has_lookups: Whether the model looked up rows by integer inputs.
         has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
-        read: Where the model first converted ids to Python or numpy numbers; None if it did not.
+        read: Where the model first converted integer inputs to Python or NumPy numbers, or None if it did not.
     """
 
     def __init__(self, indices: list[Tensor], wanted: Atom | None) -> None:
@@ -53,7 +53,7 @@ class Observer:
         self._started: Tensor | None = None
 
     def watch(self, model: nn.Module, stack: ExitStack) -> None:
-        """Installs hooks: input taps before a step detaches its input, output taps after it links its output.
+        """Installs hooks: for inputs before a step detaches its input, for outputs after the step links its output.
 
         Args:
             model: The model, with the modules that canonizers added.
@@ -76,7 +76,7 @@ class Observer:
         return passed
 
     def _end(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor with the same values at which walks end."""
+        """Returns a tensor with the same values, at which walks end."""
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         self._leaves.add(id(leaf))
@@ -98,7 +98,8 @@ class Observer:
         """
         if output.index is not None or output.side == "sink" or output.call == "any":
             raise EventError(
-                f"output={output} is not a tap that a measure can start at. Give at(layer), and its neurons by start=."
+                f"output={output} is not a tap at which a measure can start. Pass at(layer), and select its neurons "
+                "by start=."
             )
         if self._started is None:
             known = [seen.label.name for seen in self.observed if seen.label.side == output.side]
@@ -126,12 +127,12 @@ class Observer:
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:
-        """Stores where the model converted ids to numbers that are not tensors."""
+        """Stores where the model converted integer inputs to numbers that are not tensors."""
         self.read = self.read or where
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Turns the rows that ids select into a leaf, where relevance ends as at any other input."""
+        """Makes the rows selected by integer inputs a leaf, at which relevance ends as at any other input."""
         self.has_lookups = True
         with not_recorded():
             passed = self._end(rows)
@@ -183,7 +184,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _own_view(value: Any) -> Any:
-    """Returns a separate view of a tensor for each call, so that its tap holds only the walks through this call."""
+    """Returns a separate view of a tensor for each call, so that its tap contains only the walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)

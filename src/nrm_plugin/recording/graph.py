@@ -1,6 +1,6 @@
-"""The graph of a recording: vertices are autograd nodes, buffers are their outputs, edges the tensors that they read.
+"""The graph of a recording: vertices are autograd nodes, buffers their outputs, and edges the tensors that they read.
 
-A step is a vertex whose node carries a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route that
+A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route, which
 autograd computes itself. Vertices are numbered in the order in which a walk crosses them, output first.
 """
 
@@ -58,13 +58,13 @@ class Vertex:
 
     Attributes:
         node: The autograd node.
-        step: The step; None for a route.
-        edges: The buffer that each input reads; None for a constant.
+        step: The step, or None for a route.
+        edges: The buffer that each input reads, or None for a constant.
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
-        arriving: The dtype of relevance at each input; None for a constant.
+        arriving: The dtype of relevance at each input, or None for a constant.
         is_short: Whether the vertex is a route from or to a tensor in a format shorter than float32.
-        leaf: The leaf tensor if the vertex is an end of the graph; else None.
+        leaf: The leaf tensor if the graph ends at the vertex, and None otherwise.
     """
 
     node: Any
@@ -78,7 +78,7 @@ class Vertex:
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Propagates relevance ``(K, *shape)`` from outputs to edges; also returns the absorbed share or None.
+        """Propagates relevance ``(K, *shape)`` from outputs to edges; also returns the absorbed share, or None.
 
         The relevance of each tensor has the dtype of that tensor.
         """
@@ -135,7 +135,7 @@ class Vertex:
 
     @functools.cached_property
     def index(self) -> IndexedRoute | None:
-        """The route as an index, if autograd would round relevance to a short format or reject it in float32."""
+        """The route as an index, if autograd would round relevance to a shorter format or reject it in float32."""
         if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
             return None
         device = self.node._input_metadata[0].device
@@ -152,18 +152,19 @@ class Vertex:
             if "modified by an inplace operation" not in str(error):
                 raise
             raise UnsupportedOperationError(
-                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so that "
-                "its values are lost to autograd. Write to a copy, `mask = mask & other` instead of `mask &= other`."
+                f"the model overwrites an index or a mask of {operation(self.node)!r} in place after the call, so "
+                "autograd no longer has its values. Write to a copy, `mask = mask & other` instead of `mask &= "
+                "other`."
             ) from error
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
 
     @property
     def may_hold_constants(self) -> bool:
-        """Whether the vertex is a route that can join constants to computed values."""
+        """Whether the vertex is a route that can combine constants with computed values."""
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
-        """Returns, for each output, 1 at the entries that are constants and 0 elsewhere; None without constants."""
+        """Returns, for each output, 1 at the entries that are constants and 0 elsewhere, or None without constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -202,12 +203,12 @@ class Marks:
 
 
 class Graph:
-    """The autograd graph between an output tensor and the leaves that it depends on.
+    """The autograd graph between an output tensor and the leaves on which it depends.
 
     Args:
         output: The output tensor; it must have a history.
         leaves: The inputs, at which relevance ends. A tensor that depends on none of them is a constant.
-        top: A node on top of the output, at which the graph starts instead.
+        top: A node on top of the output, at which the graph starts if given.
     """
 
     def __init__(self, output: Tensor, leaves: Sequence[Tensor], top: Any = None) -> None:
@@ -258,7 +259,7 @@ class Graph:
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
     """Returns whether the result of a route depends on its argument.
 
-    If the argument is overwritten, the result does not depend on the argument, which receives zero relevance.
+    If the argument is overwritten, the result does not depend on it, and it receives zero relevance.
     """
     return part is not None and part.requires_grad
 
@@ -271,11 +272,11 @@ def _columns(rows: list[Any]) -> list[Tensor | None]:
 
 
 _Edges = dict[Any, list[tuple[Any, int]]]
-"""The nodes that each node reads, each with the number of the output; writes to whole tensors are not vertices."""
+"""The nodes that each node reads, each with the index of the output; writes to whole tensors are not vertices."""
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:
-    """Sorts nodes so that each node precedes the nodes to which it propagates relevance (depth first, no recursion)."""
+    """Sorts nodes so that each one precedes the nodes to which it propagates relevance (without recursion)."""
     edges: _Edges = {root: _edges(root)}
     order: list[Any] = []
     stack = [(root, iter(edges[root]))]
@@ -293,7 +294,7 @@ def _edges_in_walk_order(root: Any) -> _Edges:
 
 
 def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
-    """Returns the nodes that depend on at least one of the leaves, and always the first node."""
+    """Returns the nodes that depend on at least one of the leaves, always including the first node."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
     for node, read in reversed(edges.items()):
@@ -304,7 +305,7 @@ def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """Returns the nodes that a node reads, with the number of the output; skips writes to whole tensors."""
+    """Returns the nodes that a node reads, with the index of the output, skipping writes to whole tensors."""
     return [written(below, number) for below, number in node.next_functions]
 
 

@@ -1,7 +1,7 @@
-"""0/1 routes in formats shorter than float32, read as indices.
+"""0/1 routes in formats shorter than float32, represented by indices.
 
-autograd would round relevance to the format of the tensors, or reject relevance in float32. The index of the entry from
-which each entry was copied is exact in any format.
+autograd would round relevance to the format of the tensors, or reject relevance in float32. Instead, the route is
+represented by the index of the entry from which each entry was copied, which is exact in any format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class IndexedRoute:
 
     Attributes:
         origins: For each entry of each output, the number of the copied entry; 0 for constants.
-        shapes: Shape of each input; None for a constant.
+        shapes: Shape of each input, or None for a constant.
     """
 
     origins: tuple[Tensor, ...]
@@ -62,7 +62,7 @@ class IndexedRoute:
 def indexed_route(
     route: Callable[[Parts], Parts], seeds: list[Tensor], is_input: Sequence[bool]
 ) -> IndexedRoute | None:
-    """Reads a route as an index; None if an entry was copied from several entries, as for ties.
+    """Returns a route as an index, or None if an entry was copied from several entries, as for ties.
 
     The index is found by applying the transpose to each binary digit of the entry numbers.
 

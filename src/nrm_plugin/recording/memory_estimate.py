@@ -4,9 +4,9 @@ The forward pass runs on tensors without values. The peak of one recording and o
 
 .. math:: \sum_k c_k \,\mathrm{bytes}_k
 
-where ``bytes_k`` are the bytes of the results of all operations of kind ``k``. The coefficients are non-negative and
-minimize the mean relative error on 37 pairs of a network and an input size, on a CPU, with no error above 15.5 %;
-docs/features.md gives the errors on other networks. The method is ours.
+where ``bytes_k`` is the size of the results of all operations of kind ``k``. The non-negative coefficients minimize the
+mean relative error over 37 pairs of a network and an input size on a CPU, on which the largest error is 15.5 %;
+docs/features.md lists the errors on other networks. The method is new in this package.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COEFFICIENTS = {
     "largest": 2.22,
     "input": 4.62,
 }
-"""Bytes of the peak for each byte of the results of the operations of a kind."""
+"""Peak memory per byte of the results of each kind of operation."""
 
 KINDS = {
     "convolution": "convolution",
@@ -59,18 +59,18 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Seconds of each operation, and time of a measure in that of a product of matrices and of a sum of tensors."""
+"""Time of each operation in seconds, and the time of a measure in units of a matrix product and of a sum of tensors."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """An estimate of what a measure needs: one recording, and one pass that computes all marginals.
+    """An estimate of the cost of a measure: one recording, and one pass that computes all marginals.
 
     Attributes:
-        peak: Bytes at the peak, in addition to the model and its inputs.
+        peak: Peak memory in bytes, in addition to the model and its inputs.
         weights: Bytes of the parameters and buffers of the model.
         inputs: Bytes of the inputs.
-        seconds: Processor time on the device of the model; only the order of magnitude.
+        seconds: Time on the device of the model; only the order of magnitude is reliable.
         flops: Multiplications and additions of one forward pass.
         bytes_by_kind: Bytes of the results of the operations of each kind.
 
@@ -90,7 +90,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak, with the model and its inputs.
+        """Peak memory in bytes, including the model and its inputs.
 
         Examples:
             >>> estimate = coverage(nn.Linear(3, 2), torch.randn(5, 3), memory=True)
@@ -109,7 +109,7 @@ def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
     """Estimates the memory and time of a measure; the model runs on tensors without values.
 
     Raises:
-        InputError: If the path or a shape of the model depends on values.
+        InputError: If the control flow or a shape in the model depends on values.
     """
     log, counter = _Log(), FlopCounterMode(display=False)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -120,8 +120,8 @@ def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
                 shadows.run(model, list(shadows.tensors))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InputError(
-                f"the memory of this model cannot be estimated, because it reads values ({error.func}), and its path "
-                "or a shape may depend on them. Measure one sample, and multiply by the number of samples."
+                f"the memory of this model cannot be estimated, because it reads values ({error.func}), on which its "
+                "control flow or a shape may depend. Measure one sample, and multiply by the number of samples."
             ) from error
     tensors = [*call.tensors, *call.indices.values()]
     own = [tensor for _, tensor in named_tensors(model)]
@@ -137,12 +137,12 @@ def _size(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor in the format in which relevance is propagated, at least float32; 0 for integers."""
+    """Returns the size of a tensor in bytes in the dtype of relevance, at least float32; 0 for integers."""
     return tensor.numel() * max(tensor.element_size(), 4) if tensor.is_floating_point() else 0
 
 
 class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Adds up the bytes of the results of operations, by kind."""
+    """A mode that adds up the bytes of the results of operations, by kind."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -177,7 +177,7 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
             self.sizes["fused_weights"] += self._convolutions[id(args[0])][0]
 
     def with_weights(self, model: nn.Module, inputs: int) -> Counter[str]:
-        """Returns all sizes, with the weights of attention and of functions apart from those of linear layers."""
+        """Returns all sizes, with the weights of attention and functions separate from those of linear layers."""
         sizes = self.sizes.copy()
         attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
         own = [(module.in_proj_weight, module.out_proj.weight) for module in attention]
@@ -224,7 +224,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _seconds(device: torch.device, flops: int, log: _Log, sizes: Counter[str]) -> float:
-    """Returns the time of a measure, from the measured time of a product and a sum on the device."""
+    """Returns the estimated time of a measure, based on the time of a product and a sum on the device."""
     if device.type == "meta":
         return float("nan")
     a = torch.ones(384, 384, device=device)

@@ -1,4 +1,4 @@
-"""Copies of module outputs, taken while a model runs, including the forward pass that a measure records."""
+"""Copies of module outputs, made while a model runs; this includes the forward pass that a measure records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places in the graph of a recording at which relevance can be read or absorbed."""
+"""Places in the graph of a recording: where relevance can be read or absorbed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex; its relevance is the part of the read tensor from this vertex only."""
+    """Input ``number`` of a vertex; its relevance is the part of the tensor's relevance that comes from this vertex."""
 
     vertex: int
     number: int

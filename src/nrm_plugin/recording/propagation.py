@@ -1,7 +1,7 @@
-"""Passes over the graph of a recording: relevance down to the inputs, values up to the output.
+"""Propagation over the graph of a recording: relevance down to the inputs, or values up to the output.
 
-Both kinds of passes propagate several vectors together, each under its own key. In a downward pass a visitor may change
-the vectors at each tap. Passes do not depend on events.
+Both kinds of passes propagate several vectors together, each with its own key. In a downward pass, a visitor may change
+the vectors at each tap. Passes know nothing about events.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Vectors = dict[Key, Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of passes: numbers of applied kernels and of propagated relevance vectors (several share a kernel)."""
+    """The cost of passes: the number of applied kernels and of propagated relevance vectors (several per kernel)."""
 
     steps: int = 0
     vectors: int = 0
@@ -50,7 +50,7 @@ class Visitor(Protocol[Key]):
 
         ``kind`` is ``"residual"`` or ``"constants"``.
         """
-        return None  # ignored by default
+        return None  # ignore by default
 
 
 def pull(
@@ -61,8 +61,8 @@ def pull(
     Args:
         graph: The graph of a recording.
         start: The relevance at the start of the pass, for one or several buffers.
-        visitor: Receives every vector, and may change it.
-        absolute: Whether to use kernels of absolute values.
+        visitor: Receives every vector and may change it.
+        absolute: Whether to use the absolute values of the kernels.
 
     Returns:
         The cost.
@@ -127,14 +127,14 @@ def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
 
 
 def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool = False) -> tuple[Tensor | None, Cost]:
-    """Runs one upward pass, from values at the neurons of a tap to sums over the walks from neurons of a higher tap.
+    """Runs one upward pass, from values at the neurons of a tap to sums over the walks that start at a higher tap.
 
     Args:
         graph: The graph of a recording.
         lower: The tap of the given values.
         upper: The tap of the returned values.
         values: The values at the lower tap, ``(K, N, *shape)``.
-        bound: Whether to use upper bounds of the absolute kernels; requires non-negative values.
+        bound: Whether to use upper bounds on the absolute kernels, which requires non-negative values.
 
     Returns:
         The values at the upper tap, ``(K, N, *shape)`` or None for zeros, and the cost.

@@ -1,4 +1,4 @@
-"""Runs a model once under a composite. No other module runs a model for a measure."""
+"""Recording of one run of a model under a composite. No other module runs a model for a measure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .taps import OUTPUT, Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16
-"""Number of entries of the largest buffer that is restored after a run that wrote to the buffer."""
+"""Largest number of entries of a buffer that is restored if the run wrote to it."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -45,15 +45,15 @@ class Recording:
     Args:
         model: Any module.
         call: The call of the model.
-        composite: Rules and normalization.
-        output: The output at which the measure starts, if there are several; or a tap inside the model.
+        composite: The normalized composite.
+        output: The output at which the measure starts, if the model returns several, or a tap inside the model.
         reference: The reference, for a measure of the difference of outputs.
 
     Attributes:
-        structure: Graph, taps and samples, which do not depend on values.
+        structure: The graph, the taps and the samples, which do not depend on values.
         output: The output, with its history.
         fingerprint: State of the weights during the forward pass.
-        references: Number of references of each sample, each of which is a sample of the recording.
+        references: Number of references per sample; each of them is a separate sample of the recording.
 
     Raises:
         InputError: If a measure cannot start at this output.
@@ -93,12 +93,12 @@ class Recording:
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
-        The method also locates the samples in each tensor, unless they are known to be its rows or there is only one.
+        The method also locates the samples in each tensor, unless they are known to be its rows, or there is only one.
 
         Args:
             relevance: The relevance, ``(N, …)``.
-            contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at one number on top of the
-                outputs, :math:`\sum_k s_k f_k`. The relevance is then that of the outputs of interest.
+            contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at one number computed from
+                the outputs, :math:`\sum_k s_k f_k`. ``relevance`` is then that of the outputs.
 
         Raises:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
@@ -113,7 +113,7 @@ class Recording:
         return start
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
-        """Puts one number on top of the outputs, and returns its relevance."""
+        """Adds the contrast on top of the outputs, and returns its relevance."""
         top = contrast_top(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
         self.structure = self._restructured(top)
@@ -139,16 +139,16 @@ class Recording:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the measure is of differences."""
+        """Whether the measure explains differences from a reference."""
         return self._other is not None
 
     @property
     def least(self) -> float:
-        """The largest mass that counts as zero: that of neurons without a difference to the reference."""
+        """The largest mass that is treated as zero, as for neurons that do not differ from the reference."""
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """The difference of the output to that of the reference, nowhere zero, in the form ``(N, …)``."""
+        """Returns the difference between the output and that of the reference, without exact zeros, ``(N, …)``."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
@@ -180,12 +180,12 @@ def _run(
     output: Output | Atom | None,
     reference: ReferencePass | None,
 ) -> tuple[Tensor, Observer]:
-    """Runs the model under the hooks of the composite; returns the explained output and what was observed."""
+    """Runs the model under the hooks of the composite; returns the explained output and the observer."""
     indices = list(call.indices.values())
     inner = output if isinstance(output, Atom) else None
     observer = Observer(indices, inner)
     with ExitStack() as around:
-        around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
+        around.enter_context(_RECORDING)  # another thread may be recording this model, with its hooks installed
         check_model(model, call.tensors)
         device = (*call.tensors, *indices)[0].device
         for block in (
@@ -198,7 +198,7 @@ def _run(
         ):
             around.enter_context(block)
         for _, tensor in named_tensors(model):
-            if tensor.is_leaf:  # a computed buffer is a constant by its history
+            if tensor.is_leaf:  # by its history, a computed buffer is a constant
                 tensor.requires_grad_(False)
         with ExitStack() as stack:
             stack.enter_context(composite.context(model))
@@ -222,7 +222,7 @@ class Reference:
     Attributes:
         call: The call of the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        count: Number of references of each sample; the call has this many rows in a row for each.
+        count: Number of references per sample; the call contains this many consecutive rows for each sample.
     """
 
     call: Call
@@ -232,7 +232,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Runs the model of a recording again, to test how the model treats samples.
+    """Repeated runs of the model of a recording, which test how the model treats samples.
 
     Attributes:
         model, call, composite, output, reference: As in :class:`Recording`.
@@ -252,7 +252,7 @@ class Rerun:
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def with_hooks(self) -> Rerun:
-        """Returns the same runs with the user's hooks."""
+        """Returns an object whose runs call the user's hooks."""
         return replace(self, calls_hooks=True)
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
@@ -301,14 +301,14 @@ class Rerun:
             return twice(tensor) if tensor.shape[:1] == (1,) else tensor
 
         for others in (_unchanged, twice_if_one):
-            with suppress(Exception):  # a model that is written for one sample may raise any
+            with suppress(Exception):  # a model written for a single sample may raise any error
                 return self.recording(twice, others).taps.tensor_shapes()
         return {}
 
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context in which the model has no hooks, since the user's hooks expect values of the user's inputs."""
+    """Context in which the model has no hooks, since the user's hooks expect the values of the user's inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()
@@ -318,7 +318,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Context that restores buffers that the model writes in place, such as running averages; large ones are caches."""
+    """Context that restores buffers that the model writes in place, such as running averages, but not large caches."""
     with untraced():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
         small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
@@ -329,7 +329,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with untraced(), torch.no_grad():
             for buffer, version, values in kept:
-                # A write through ``.data`` changes no version; on other devices a comparison would wait for the device.
+                # A write through ``.data`` changes no version; on other devices, a comparison would synchronize with
+                # the device.
                 is_written = buffer._version != version or (buffer.is_cpu and not torch.equal(buffer, values))
                 if is_written and buffer.shape == values.shape:
                     before_writing(buffer)
@@ -338,13 +339,13 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization layer of torch, which does not write its statistics in evaluation mode."""
+    """Returns whether a module is a torch normalization layer in evaluation mode, which keeps its statistics."""
     return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
-    """Runs layers in the reduced precision of autocast, and all other operations in float32 or float64."""
+    """Context in which layers run in the reduced precision of autocast, and other operations in float32 or float64."""
     with layers_in(asked_for(device)), exact(device):
         yield
 

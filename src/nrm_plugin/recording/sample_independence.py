@@ -1,8 +1,9 @@
 """Tests of whether the samples of a batch depend on each other: in the forward pass, in relevance, or in a rule.
 
-If the operations do not prove independence, it is tested. The relevance of single samples is tracked through the graph,
-and the model runs again with some samples changed. The change must affect neither the outputs of the other samples nor,
-if a rule is unknown, their relevance. If values outside of the graph may join samples, single samples run as well.
+If independence does not follow from the operations alone, it is tested. The relevance of single samples is tracked
+through the graph, and the model runs again with some samples changed. The change must affect neither the outputs of the
+other samples nor, if a rule is unknown, their relevance. If values outside of the graph may combine samples, the model
+also runs on single samples.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ TOLERANCE_OF_RULES = 1e-3
 ALONE = 16
 """Largest number of samples on which the model runs alone."""
 SUSPECTS = 4
-"""Largest number of samples with other outputs alone that are tested by exchanges."""
+"""Largest number of samples to test by exchanges, among those whose output differs when run alone."""
 
 
 class Exchange(Enum):
-    """Replacement values for the inputs of chosen samples."""
+    """The values that replace the inputs of chosen samples."""
 
     OTHERS = "values of other samples, in another order"
     FAR = "large values, which thresholds notice"
@@ -48,7 +49,7 @@ class Exchange(Enum):
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
-"""Factors of the values of other samples; none is one, so that equal samples are changed as well."""
+"""Factors of the values of other samples; none of them is 1, so that equal samples are changed as well."""
 
 
 class Run(Protocol):
@@ -91,9 +92,9 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
     with torch.inference_mode(False), torch.no_grad():
         if not _is_followed(recording.samples, noise):
-            noise = noise * (start != 0)  # the explained outputs might not depend on the operation without a kernel
+            noise = noise * (start != 0)  # the explained outputs may not depend on the operation without a kernel
             if not _is_followed(recording.samples, noise):
-                return  # a query of anything below raises the same error
+                return  # a query for anything below raises the same error
     _check_rows_of_inputs(recording.samples)
     rerun = _with_needed_hooks(recording, rerun)
     are_known = rules_are_known(recording.graph)
@@ -106,7 +107,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
-    """Finds the samples above any operation without a kernel; returns whether every operation has a kernel."""
+    """Finds the samples above all operations without a kernel; returns whether every operation has a kernel."""
     try:
         samples.find(noise)
     except FoldingError:
@@ -120,7 +121,7 @@ def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
     """Yields sets of samples to change, and their new values: every second sample, the first half, and the complements.
 
     Gates and branches may depend on other samples through thresholds, which only large changes cross. If the model
-    looks up ids, values stay in range, since an index out of range crashes the process on some devices.
+    looks up integer inputs, values stay in range, since an index out of range crashes the process on some devices.
     """
     count = recording.samples.count
     first, second = _extremes(recording)
@@ -138,7 +139,7 @@ def _extremes(recording: Run) -> tuple[Exchange, Exchange]:
 
 
 def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
-    """Further runs that call the user's hooks only if the output depends on the hooks."""
+    """Returns runs that call the user's hooks only if the output depends on them."""
     if not rerun.has_hooks:
         return rerun
     try:
@@ -150,14 +151,14 @@ def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
 
 
 def _check_rows_of_inputs(samples: Samples) -> None:
-    """Raises unless each output depends on the input of the same sample."""
+    """Raises an error unless each output depends on the input of the same sample."""
     for vertex in samples.inputs & samples.leaves.keys():
         if not samples.layout(Buffer(vertex, 0)).is_plain:
             raise samples.error("the input, whose order is not that of the outputs,")
 
 
 def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Rerun) -> None:
-    """Raises if outputs of other samples depend on the inputs of the chosen samples."""
+    """Raises an error if outputs of other samples depend on the inputs of the chosen samples."""
     other = _outputs(chosen, exchange, rerun)
     if other is None and exchange is not Exchange.OTHERS:
         other = _outputs(chosen, Exchange.OTHERS, rerun)
@@ -169,10 +170,10 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _check_alone(recording: Run, rerun: Rerun) -> None:
-    """Raises if the output of a sample changes without the other samples, since a threshold may join all samples.
+    """Raises an error if the output of a sample changes without the other samples, as by a threshold over all samples.
 
-    A model may also distinguish samples by their position in the batch: then the outputs do not follow samples that
-    change places, and only an exchange shows whether the other samples matter.
+    A model may also distinguish samples by their position in the batch: then the outputs do not follow samples that are
+        permuted, and only an exchange shows whether the other samples matter.
     """
     numbers, suspects = torch.arange(recording.samples.count), 0
     for number in range(0, len(numbers), -(-len(numbers) // ALONE)):
@@ -188,15 +189,15 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
 
 
 def _is_ordered(recording: Run, rerun: Rerun) -> bool:
-    """Whether the model draws at random, or its outputs do not follow samples that change places."""
+    """Returns whether the model is random, or its outputs do not follow a permutation of the samples."""
     count = recording.samples.count
     return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
 
 
 def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
-    """Whether outputs are different if the model runs on the chosen rows of its inputs.
+    """Returns whether the outputs differ if the model runs on the chosen rows of its inputs.
 
-    Further arguments of the model are passed unchanged, or with their chosen rows.
+    Additional arguments of the model are passed unchanged, or restricted to the chosen rows.
     """
     count, layout = recording.samples.count, recording.samples.layout(recording.graph.output)
     expected = layout.unfold(recording.output.detach())[rows]
@@ -211,7 +212,7 @@ def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
     for others in (_unchanged, chosen_of_others):
         try:
             output = rerun.outputs(chosen, others)
-        except Exception:  # a model may not accept one sample
+        except Exception:  # a model may not accept a single sample
             continue
         if output.shape == expected.shape:
             if _is_close(output, expected, recording.output):
@@ -221,7 +222,7 @@ def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
 
 
 def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
-    """Returns the outputs after an exchange; None if the model raises, or if the large values overflow."""
+    """Returns the outputs after an exchange, or None if the model raises, or if the large values overflow."""
     try:
         outputs = rerun.outputs(lambda tensor: changed(tensor, chosen, exchange))
     except Exception:
@@ -239,13 +240,13 @@ def _has_changed(recording: Run, output: Tensor, other: Tensor, rows: Tensor) ->
 
 
 def _is_close(one: Tensor, two: Tensor, output: Tensor) -> bool:
-    """Whether rows of outputs agree, relative to the largest output."""
+    """Returns whether rows of outputs agree, relative to the largest output."""
     tolerance = TOLERANCE.get(output.dtype, TOLERANCE_OF_SHORT) * output.detach().abs().max()
     return bool(((one - two).abs() <= tolerance).all())
 
 
 def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun) -> None:
-    """Raises if relevance of other samples depends on the inputs of the chosen samples."""
+    """Raises an error if the relevance of other samples depends on the inputs of the chosen samples."""
     try:
         other = rerun.recording(lambda tensor: changed(tensor, chosen))
     except Exception:

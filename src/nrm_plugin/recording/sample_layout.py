@@ -13,16 +13,16 @@ PURE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The dimension of a tensor that holds the samples, alone or together with windows, heads or views.
+    """The dimension of a tensor that indexes the samples, alone or together with windows, heads or views.
 
-    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place. ``W = 1`` is
-    dropped.
+    A dimension of size ``N · W`` is split into two: the samples become the first dimension, and ``W`` remains in place.
+    ``W = 1`` is dropped.
 
     Attributes:
-        dim: The dimension; None for a tensor that is a single sample, to which a first dimension of size 1 is added.
+        dim: The dimension, or None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
-        order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
+        order: Indices that sort the slices by sample, ``(N · W,)``, or None if they are already sorted.
     """
 
     dim: int | None
@@ -60,7 +60,7 @@ class Layout:
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
     def in_all_parts(self, values: Tensor) -> Tensor:
-        """Repeats values for each part, if they lack the dimension of the parts."""
+        """Repeats values for each part if they lack the dimension of the parts."""
         if self.dim is None or self.parts == 1:
             return values.clone()
         repeated = values.unsqueeze(self.dim)
@@ -80,7 +80,7 @@ class Layout:
         return values.movedim(dim, lead)
 
     def fold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """Converts back, as the inverse of :meth:`unfold`; a first dimension of size 1 is expanded to all samples."""
+        """Inverts :meth:`unfold`; a first dimension of size 1 is expanded to all samples."""
         if self.is_plain:
             return values
         if self.dim is None:
@@ -103,8 +103,8 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[L
         mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
 
     Returns:
-        The layouts, those along the dimension with the most known slices first: none if no dimension divides equally
-        among samples, and several if so few entries are known that more than one layout fits.
+        The layouts, sorted by the number of known slices in descending order. The list is empty if no dimension divides
+        equally among the samples, and has several entries if so few entries are known that more than one layout fits.
     """
     exact = _fitting(labels, count, None)
     return exact if exact or mass is None else _fitting(labels, count, mass)
@@ -130,7 +130,7 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
 
 
 def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
-    """Returns the layout of a tensor of one sample, given its shape for two samples; None if no dimension doubles."""
+    """Returns the layout of a tensor of one sample from its shape for two samples, or None if no dimension doubles."""
     if len(shape) != len(shape_of_two):
         return None
     changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
@@ -149,7 +149,7 @@ def unreached(shape: torch.Size, count: int) -> Layout | None:
 
 
 def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None) -> Tensor | None:
-    """Returns the sample of each slice along a dimension, -1 if unknown; None if a slice holds several samples."""
+    """Returns the sample of each slice along a dimension, -1 if unknown, or None if one contains several samples."""
     size = labels.shape[dim]
     flat = labels.movedim(dim, 0).reshape(size, -1)
     if mass is None:
@@ -164,7 +164,7 @@ def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None
 
 
 def _completed(labels: Tensor, count: int) -> list[Tensor]:
-    """Fills in the unknown labels of slices by each pattern that fits the known labels."""
+    """Returns the ways to complete the unknown labels of slices by a pattern that matches the known ones."""
     size = len(labels)
     parts = size // count
     if bool((labels >= 0).all()):

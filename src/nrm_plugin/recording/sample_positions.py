@@ -1,8 +1,9 @@
 """The positions of the samples of a batch in each tensor of a recording.
 
-The first dimension of a tensor need not be the batch. Attention over windows folds windows into it, and other layers
-have time or heads first. No layout is assumed: relevance of the samples is scaled at the output by a power of two per
-sample, and the factor by which an entry changes identifies its sample. No other module treats the first dimension of a
+The first dimension of a tensor is not always the batch: attention over windows folds the windows into it, and other
+    layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the
+    output by a different power of two, and the factor by which an entry changes identifies its sample. No other module
+    treats the first dimension of a
 tensor as samples.
 """
 
@@ -25,13 +26,13 @@ from .propagation import Cost, Vectors, Visitor, pull, push
 from .sample_layout import Layout, doubled, layouts_of, unreached
 
 BITS = 4
-"""Number of bits of a sample number that one relevance vector encodes, as factors of 1 to 2¹⁵."""
+"""Number of bits of a sample index that one relevance vector encodes, as factors from 1 to 2¹⁵."""
 RATIO = 1e-3
-"""Smallest deviation of a binary logarithm from an integer for which an entry belongs to several samples."""
+"""If a binary logarithm deviates from an integer by more than this, the entry belongs to several samples."""
 RANGE = 40
-"""Binary exponent of the largest and the smallest max|R| with which a pass of encoded relevance runs."""
+"""Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""Smallest share of Σ|R| in entries of several samples for which a tensor mixes samples; less is rounding error."""
+"""A tensor mixes samples if more than this share of Σ|R| is in entries of several samples; less is rounding error."""
 
 
 class Samples:
@@ -42,16 +43,16 @@ class Samples:
         count: Number of samples.
         batched: Whether the inputs have a batch dimension; otherwise, all entries are one sample.
         is_plain: Whether the samples are known to be independent rows of every tensor.
-        shapes_of_two: A function that returns the shape of each labelled tensor for two samples; called once, if the
-            dimension of a single sample is unknown.
+        shapes_of_two: Function that returns the shape of each labelled tensor for two samples. It is called once, if
+            the position of a single sample is unknown.
 
     Attributes:
-        leaves: Relevance of the inputs for the vector that :meth:`find` propagated, by vertex.
+        leaves: Relevance of the inputs for the vector that :meth:`find` propagates, by vertex.
         output_has_rows: Whether the rows of the output are the samples, as for the output of a model.
         inputs: The vertices of the inputs of the model, which have samples as rows.
         labels: The labels of each tensor.
         rows: For a single sample, the vertices that are proven to have samples as rows.
-        may_mix: Whether values outside of the graph may join the samples.
+        may_mix: Whether values outside of the graph may combine samples.
         are_fixed: Whether the positions of the samples do not depend on the values of the inputs.
     """
 
@@ -83,7 +84,7 @@ class Samples:
         """Returns the layout that converts a tensor to the form ``(N, …)``.
 
         Raises:
-            FoldingError: If no dimension holds the samples in equal parts.
+            FoldingError: If no dimension divides equally among the samples.
         """
         if self.is_plain:
             return self._plain
@@ -145,14 +146,14 @@ class Samples:
         return unreached(shape, self.count)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Returns the layout of a tensor of which relevance reaches so few entries that no or several layouts fit."""
+        """Returns the layout of a tensor with so few relevant entries that no layout or several layouts fit."""
         by_inputs = self._of_inputs(buffer)
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
             return by_inputs[0]
         return fitting[0] if fitting and fitting[0].is_plain else None
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
-        """Whether a layout puts each entry whose sample is known in the row of that sample."""
+        """Returns whether a layout assigns each entry of a known sample to the row of that sample."""
         placed = layout.unfold(labels)
         rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (placed.ndim - 1))
         return bool(((placed == rows) | (placed < 0)).all())
@@ -165,7 +166,7 @@ class Samples:
         return fitting[0] if fitting else None
 
     def _of_inputs(self, buffer: Buffer) -> list[Layout]:
-        """Returns the layouts that fit a tensor, by values of an input that arrive there."""
+        """Returns the layouts that fit a tensor, from the values of an input that arrive there."""
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.no_grad(), audit():
             for vertex in sorted(self.inputs):
@@ -187,7 +188,7 @@ class Samples:
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
-        """Raises if values of the inputs do not arrive because an operation has no kernel."""
+        """Raises an error if values of the inputs do not arrive because an operation has no kernel."""
         vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
         metadata = vertex.node._input_metadata[number]
         ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
@@ -197,7 +198,7 @@ class Samples:
     # -- finding them -----------------------------------------------------------------------------------------
 
     def find(self, start: Tensor) -> Cost:
-        """Finds the layout of each tensor in one pass, with one vector, and one more per 4 bits of N.
+        """Finds the layout of each tensor in one pass, with one vector plus one for every 4 bits of N.
 
         Args:
             start: Relevance of the outputs, positive wherever it may be nonzero.
@@ -217,7 +218,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Sums over the entries of each sample at a place, ``(N,)``; None if the samples are unknown."""
+        """Returns the sums over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -226,7 +227,7 @@ class Samples:
             return None
         labels = self._labels.get(self.buffer(place))
         if labels is None:
-            if self._known(place) is None and not bool(tensor.any()):  # such as a constant, without samples
+            if self._known(place) is None and not bool(tensor.any()):  # such as a constant, which has no samples
                 return tensor.new_zeros(self.count)
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
@@ -249,8 +250,8 @@ class Samples:
     def error(self, what: str) -> FoldingError:
         """Returns the error for entries that cannot be assigned to one sample."""
         return FoldingError(
-            f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
-            "or no dimension holds the samples in equal parts. Measure one sample at a time, or pass "
+            f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} "
+            "samples, or no dimension divides equally among the samples. Measure one sample at a time, or pass "
             "batched=False, which treats the whole batch as one sample."
         )
 
@@ -267,7 +268,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Scales all vectors by one power of two if values are very small, as where stabilizers absorb, or very large."""
+    """Scales all vectors by one power of two if values are very large, or very small, as after stabilizers."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors

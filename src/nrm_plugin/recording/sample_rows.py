@@ -1,4 +1,4 @@
-"""Operations that keep the samples in the rows of a tensor for any values.
+"""Operations that keep the samples in the rows of a tensor, whatever its values are.
 
 All other operations are tested on values: see :mod:`~nrm_plugin.recording.sample_positions`.
 """
@@ -26,14 +26,14 @@ _FREE = frozenset(
     replicationpad1d replicationpad2d replicationpad3d upsamplenearest1d upsamplenearest2d upsamplenearest3d lift
     """.split()
 )
-"""Routes that keep rows in rows if inputs and outputs have the same number of rows."""
+"""Routes that preserve rows if inputs and outputs have the same number of rows."""
 _ALONG = frozenset(
     """
     select slice cat stack split splitwithsizes unsafesplit unsafesplitwithsizes chunk unbind unsqueeze squeeze
     indexselect gather sort topk max min amax amin median nanmedian mode kthvalue cummax cummin unfold
     """.split()
 )
-"""Routes that keep rows in rows if they operate along dimensions other than the first."""
+"""Routes that preserve rows if they operate along dimensions other than the first."""
 _FIXED = _FREE.union(
     """
     transpose permute t movedim swapaxes select slice narrow cat stack split splitwithsizes unsafesplit chunk unbind
@@ -45,11 +45,11 @@ _FIXED = _FREE.union(
 """Routes that move entries by the shapes of tensors and by numbers, and not by the values of a tensor."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
-"""Modules of ``torch.nn.modules`` with layers that have no weights between rows."""
+"""Modules of ``torch.nn.modules`` whose layers have no weights between rows."""
 
 
 def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) -> bool:
-    """Returns whether the first dimension of every tensor is proven to hold independent samples.
+    """Returns whether the first dimension of every tensor is proven to index independent samples.
 
     Args:
         graph: The graph.
@@ -81,7 +81,7 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Returns whether all rules are from Zennit or this package, and thus known to treat rows independently."""
+    """Returns whether all rules come from Zennit or this package, which are known to treat rows independently."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
@@ -133,7 +133,7 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
     source = next((len(graph.shape(edge)) for edge in vertex.edges if edge is not None), dims)
     if name in _ALONG:
         saved = getattr(node, "_saved_dim", getattr(node, "_saved_dimension", None))
-        # Along the first dimension, tensors with N rows are used unchanged, or joined to more rows.
+        # Along the first dimension, tensors with N rows are used unchanged, or concatenated to more rows.
         is_whole = name in ("slice", "cat", "split", "splitwithsizes")
         return is_whole or _are_inner(saved, dims if name in ("stack", "unsqueeze") else source)
     if name == "transpose":
@@ -187,7 +187,7 @@ def _is_index_of_rows(node: Any) -> bool:
     """Returns whether an index keeps all rows of the first dimension in order."""
     try:
         used = [number for number, index in enumerate(node._saved_indices) if index is not None]
-    except RuntimeError:  # an index was overwritten, so that relevance raises where it arrives
+    except RuntimeError:  # an index was overwritten, so that relevance raises an error where it arrives
         return False
     return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
 

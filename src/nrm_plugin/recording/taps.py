@@ -20,10 +20,10 @@ from .transformer_sites import SYNONYMS, sites
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Replacement names for child modules with the name of an input or output of the whole model."""
+"""Replacement names for child modules that are named like the input or output of the whole model."""
 
 Item = int | str
-"""Position or key of a tensor in a container."""
+"""Index or key of a tensor in a container."""
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
@@ -38,7 +38,7 @@ class Nested(str):
 
 
 class Label(NamedTuple):
-    """The label of a tensor: layer, side of the layer, number of the call, and item if there are several tensors."""
+    """The label of a tensor: layer, side of the layer, index of the call, and item if there are several tensors."""
 
     name: str
     side: str
@@ -82,7 +82,7 @@ class Tap:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape in the form ``(N, …)``, whichever dimension of the tensor holds the samples."""
+        """The shape in the form ``(N, …)``, whichever dimension of the tensor indexes the samples."""
         return self.layout.shape(self.tensor_shape)
 
     @property
@@ -97,7 +97,7 @@ class Tap:
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """Returns the name of a layer, given by name or as a module; the name of the model itself is ``"output"``.
+    """Returns the name of a layer given by name or as a module; the name of the model itself is ``"output"``.
 
     Raises:
         UnknownLayerError: If the module belongs to a different model.
@@ -164,9 +164,9 @@ class Taps:
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
-        """Returns the tap of a site as a label; None for any other name, and for the name of a layer.
+        """Returns the tap of a site as a label, or None for any other name, and for the name of a layer.
 
-        Names of hooks of TransformerLens, such as ``blocks.1.attn.hook_v``, are names of sites.
+        Hook names of TransformerLens, such as ``blocks.1.attn.hook_v``, are accepted as names of sites.
         """
         if not isinstance(layer, str) or side != "output" or "blocks." not in layer:
             return None
@@ -181,7 +181,7 @@ class Taps:
 
     @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:
-        """The vertex of each step, by name and number of the call."""
+        """The vertex of each step, by name and index of the call."""
         steps = ((number, vertex.step) for number, vertex in enumerate(self.graph.vertices))
         return {(step.name, step.call): number for number, step in steps if step is not None}
 
@@ -250,7 +250,7 @@ class Taps:
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
             if any(name.startswith(f"{other.removeprefix('.')}.") for other in tap.names):
-                continue  # a function inside a layer that returns the same tensor: a useless alias
+                continue  # a function inside a layer that returns the same tensor would be a redundant alias
             calls = self.calls_of(name)
             for call in calls:
                 items = self._items(name, "output", call)
@@ -265,7 +265,7 @@ class Taps:
         return name_of(layer, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """Returns a name for a vertex: the name of its step, else of its tap, else of the nearest tap above."""
+        """Returns a name for a vertex: that of its step, its tap, or the nearest tap above, in this order."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -326,7 +326,7 @@ class Taps:
         return (stem, int(text) if text.isdigit() else text) if stem else (name, None)
 
     def _split_call(self, name: str, side: str) -> tuple[str, int | None]:
-        """Splits a name such as ``"relu:1"`` into layer and number of the call."""
+        """Splits a name such as ``"relu:1"`` into layer and index of the call."""
         layer, colon, number = name.rpartition(":")
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
@@ -343,8 +343,8 @@ class Taps:
             raise self._missing(name, side)
         if call is None and len(calls) > 1:
             raise UnknownLayerError(
-                f"{name!r} was called {len(calls)} times, so it has {len(calls)} taps. Say which: "
-                f"at({name!r}, call=0), or call='any' for the walks through one of them."
+                f"{name!r} was called {len(calls)} times, so it has {len(calls)} taps. Choose one: at({name!r}, "
+                "call=0), or call='any' for the walks through any of them."
             )
         return name, _selected(name, calls, call)
 
@@ -364,7 +364,7 @@ class Taps:
                 )
             raise self._missing(name, "output")
         if call is None and len(calls) > 1:
-            raise UnknownLayerError(f"{name!r} was called {len(calls)} times: say call=0, …, or call='any'.")
+            raise UnknownLayerError(f"{name!r} was called {len(calls)} times: use call=0, …, or call='any'.")
         return [self._sinks[name, number] for number in _selected(name, calls, call)]
 
     def _item(self, name: str, side: str, call: int, item: Item | None) -> Tap:
@@ -375,10 +375,12 @@ class Taps:
             elif item == 0 and items == [None]:
                 item = None
             elif items == [None]:
-                raise UnknownLayerError(f"the {side} of {name!r} is one tensor, so omit item=; got item={brief(item)}.")
+                raise UnknownLayerError(
+                    f"the {side} of {name!r} is a single tensor, so omit item=; got item={brief(item)}."
+                )
             else:
                 raise UnknownLayerError(
-                    f"the {side} of {name!r} has {len(items)} tensors: say which by item=, one of "
+                    f"the {side} of {name!r} has {len(items)} tensors: choose one by item=, from "
                     f"{', '.join(map(repr, items))}; got {brief(item)}."
                 )
         return self._labelled[Label(name, side, call, item)]
@@ -387,14 +389,14 @@ class Taps:
         for container in self._containers:
             if container == "" or name.startswith(f"{container}."):
                 return HookedContainerError(
-                    f"{name!r} lies inside {container or 'the model'!r}, to which the composite gives one rule, so "
-                    "that it is a single step without taps inside. Ask for its input or output, or map rules to the "
+                    f"{name!r} lies inside {container or 'the model'!r}, to which the composite assigns a rule, so "
+                    "that it is a single step without taps inside. Use its input or output, or map rules to the "
                     "modules inside it."
                 )
         if name in self.fused and side == "output":
             raise UnknownLayerError(
-                f"the output of {name!r} is fused with the contrast of against=, whose number is the tap 'output'. Ask "
-                f"for 'output', or for the input of the layer, at({name!r}, side='input')."
+                f"the output of {name!r} is fused with the contrast of against=, whose value is the tap 'output'. Use "
+                f"'output', or the input of the layer, at({name!r}, side='input')."
             )
         known = [label.name for label in self._labelled if label.side == side]
         return UnknownLayerError(unknown_layer(name, dict.fromkeys([*self.layers, *known])))
@@ -412,7 +414,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items for which the name of a layer stands: those outside any container, or else all items."""
+    """Returns the items to which the name of a layer refers: those outside of any container, or else all items."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 

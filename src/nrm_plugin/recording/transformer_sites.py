@@ -1,8 +1,8 @@
-"""Sites: the parts of a transformer under the names that people know, derived from the graph of a recording.
+"""Sites: the parts of a transformer under their common names, derived from the graph of a recording.
 
-No name of a model family or a layer is read. A residual add is a sum of a tensor and a branch that depends on it, such
-that every reader of the tensor lies in this branch. A branch with an attention call is attention, any other one an MLP
-or a mixer of tokens. Names follow TransformerLens, without ``hook_``.
+The names of model families and layers are not used. A residual add is the sum of a tensor and a branch that depends on
+it, where every reader of the tensor lies in this branch. A branch that contains an attention call is an attention
+block; any other branch is an MLP or a token mixer. Names follow TransformerLens, without ``hook_``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\
 """Names of one head or one neuron of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""Layers as functions: every layer is one in a measure of a difference."""
+"""The functions of layers; in a measure of a difference, every layer is recorded as a function."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
 
 @dataclass
 class Branch:
-    """A residual add and the branch that it adds.
+    """A residual add and its branch.
 
     Attributes:
         vertex: The vertex of the add.
@@ -40,7 +40,7 @@ class Branch:
         number: The edge of the add that reads the branch.
         inner: The vertices on the paths from the branch to the stream.
         attention: The vertices of attention calls in the branch.
-        crossing: Those of them whose values come from a different stream.
+        crossing: The attention calls whose values come from a different stream.
     """
 
     vertex: int
@@ -53,7 +53,7 @@ class Branch:
 
 @dataclass
 class Block:
-    """Consecutive branches of one stream, from the input to the output."""
+    """Consecutive branches of one residual stream, from the input to the output."""
 
     branches: list[Branch] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ class Block:
 def sites(graph: Graph) -> dict[str, Place]:
     """Returns the place of each site by its name, in the order of the forward pass.
 
-    The name of an attention call, such as ``blocks.1.attn``, stands for its output, one row per head.
+    The name of an attention call, such as ``blocks.1.attn``, refers to its output, with one row per head.
 
     Args:
         graph: The graph of a recording.
@@ -103,18 +103,18 @@ class Structure:
         self.branches = {n: branch for n, branch in known.items() if known.keys().isdisjoint(branch.inner)}
 
     def step(self, vertex: int) -> Step | None:
-        """Returns the step of a vertex; None for a route."""
+        """Returns the step of a vertex, or None for a route."""
         return self.graph.vertices[vertex].step
 
     def source(self, buffer: Buffer) -> Buffer:
-        """Follows views, and other routes that read a single tensor, to the tensor that they show."""
+        """Follows views and other routes that read a single tensor back to that tensor."""
         while True:
             if not self._is_view(buffer.vertex):
                 return buffer
             (buffer,) = (edge for edge in self.graph.vertices[buffer.vertex].edges if edge is not None)
 
     def _is_view(self, number: int) -> bool:
-        """Returns whether a vertex shows another tensor; the copy of an input that the model reads does not."""
+        """Returns whether a vertex is a view of another tensor; the copy of an input that the model reads is not."""
         vertex = self.graph.vertices[number]
         edges = [edge for edge in vertex.edges if edge is not None]
         if (vertex.step is not None and not _is_idle(vertex.step)) or len(edges) != 1 or len(vertex.shapes) > 1:
@@ -122,7 +122,7 @@ class Structure:
         return self.graph.vertices[edges[0].vertex].leaf is None
 
     def undivided(self, buffer: Buffer) -> Buffer:
-        """Follows :meth:`source`, and parts of a tensor to the whole of it."""
+        """Follows :meth:`source`, and goes from parts of a tensor to the whole tensor."""
         while True:
             buffer = self.source(buffer)
             vertex = self.graph.vertices[buffer.vertex]
@@ -147,7 +147,7 @@ class Structure:
             assert stream is not None
             top, stream = self.source(top), self.source(stream)
             while not self.depends(top.vertex, stream.vertex) and stream.vertex in known:
-                stream = known[stream.vertex].stream  # the branch was added before, as by parallel attention and MLP
+                stream = known[stream.vertex].stream  # the branch was added before, as for parallel attention and MLP
             if top != stream and self.depends(top.vertex, stream.vertex):
                 return self._branch(number, stream, branch)
         return None
@@ -168,7 +168,7 @@ class Structure:
     def scores(self, vertex: int, inner: Sequence[int]) -> tuple[Edge, Edge] | None:
         """Returns the edges of queries and keys: inputs of the fused function, or of the product below the weights.
 
-        None if the vertex is not an attention call, or its weights are not made of a product inside the branch.
+        None if the vertex is not an attention call, or its weights are not computed from a product inside the branch.
         """
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is None:
@@ -186,18 +186,18 @@ class Structure:
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:
-        """Returns whether the values of an attention call miss an input that the stream depends on."""
+        """Returns whether the values of an attention call are independent of an input on which the stream depends."""
         edge = self.graph.vertices[vertex].edges[self.values(vertex).number]
         return edge is not None and bool(self.inputs_of(stream.vertex) & ~self.inputs_of(edge.vertex))
 
     def inputs_of(self, vertex: int) -> int:
-        """Returns the leaves that a vertex depends on, as a bit set."""
+        """Returns the leaves on which a vertex depends, as a bit set."""
         return (self.below[vertex] | 1 << vertex) & self.leaves
 
     def _is_block(self, branch: Branch) -> bool:
         """Returns whether a branch has attention, weights or a convolution, unlike the sums in an activation function.
 
-        Every reader of the stream that the output depends on lies in the branch or is the add.
+        All readers of the stream on which the output depends are the add or lie in the branch.
         """
         within = self.below[branch.vertex] | 1 << branch.vertex
         if self._readers[branch.stream.vertex] & ~within:
@@ -214,7 +214,7 @@ class Structure:
         return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, branch: Branch) -> bool:
-        """Returns whether a branch without attention joins tokens, by a convolution, a scan or products of tensors."""
+        """Returns whether a branch without attention mixes tokens, by a convolution, a scan or products of tensors."""
         for vertex in branch.inner:
             step, node = self.step(vertex), self.graph.vertices[vertex].node
             if isinstance(step, LayerStep) and _weight_shape(step):
@@ -264,7 +264,7 @@ def _streams(structure: Structure) -> list[list[Block]]:
 
 
 def _previous(branch: Branch, structure: Structure) -> int | None:
-    """Returns the last residual add below the stream of a branch, unless the stream has further inputs."""
+    """Returns the last residual add below the stream of a branch, unless the stream has additional inputs."""
     start = branch.stream.vertex
     below = structure.below[start] | 1 << start
     previous = next((vertex for vertex in _bits(below) if vertex in structure.branches), None)
@@ -295,7 +295,7 @@ def _is_position(branches: Sequence[Branch], structure: Structure) -> bool:
 
 
 def _prefixes(streams: list[list[Block]], structure: Structure) -> Iterator[tuple[str, list[Block]]]:
-    """Yields the streams with the beginning of their names: nothing if there is one, else encoder and decoder."""
+    """Yields the streams with the prefixes of their names: none for a single stream, else encoder and decoder."""
     if not streams:
         return
     *others, last = sorted(streams, key=lambda blocks: -blocks[-1].branches[-1].vertex)
@@ -369,7 +369,7 @@ def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) 
 
 
 def _of_neurons(kind: str, inner: Sequence[int], structure: Structure) -> Iterator[tuple[str, Place]]:
-    """Yields what the last linear layers of a branch read, once for layers that read parts of one tensor."""
+    """Yields the tensors that the last linear layers of a branch read; a tensor read in parts is yielded once."""
     linear = [vertex for vertex in inner if structure.is_linear(vertex)]
     read: dict[Buffer, list[Edge]] = {}
     for vertex in reversed(linear):

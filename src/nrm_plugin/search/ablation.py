@@ -1,4 +1,4 @@
-"""Ablation of neurons: their activations are replaced while the model runs."""
+"""Ablation of neurons, by replacing their activations while the model runs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def ablation(
 
     Args:
         model: The network; the hooks are removed at the end.
-        kept: Masks of outputs by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
-            channels are dimension 1.
+        kept: Masks of the kept outputs by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
+            channels are in dimension 1.
         fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` receives the
             activations of reference sample ``n`` modulo the number of reference samples.
         reference: Activations of each module on reference samples, from :func:`activations`; required unless ``fill``
             is ``"zero"``.
 
     Raises:
-        ValueError: If the fill is unknown, or requires a reference that is not given.
+        ValueError: If the fill is unknown, or if it requires a reference and none is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -44,7 +44,7 @@ def ablation(
     if fill not in FILLS:
         raise ValueError(f"fill={brief(fill)} is unknown; choose one of {', '.join(map(repr, FILLS))}.")
     if fill != "zero" and any(layer not in (reference or {}) for layer in kept):
-        raise ValueError(f"fill={brief(fill)} needs reference=, as activations(model, samples, layers) returns it.")
+        raise ValueError(f"fill={brief(fill)} needs reference=, as returned by activations(model, samples, layers).")
     with ExitStack() as stack:
         for layer, mask in kept.items():
             replacement = None if fill == "zero" or reference is None else reference[layer]
@@ -70,7 +70,7 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the output of each module, ``(N, *shape)``, from one forward pass; for a reused module, its last output.
+    """Returns the output of each module, ``(N, *shape)``, from one forward pass; the last output of a reused module.
 
     Raises:
         UnknownLayerError: If no module has this name.

@@ -1,7 +1,7 @@
-r"""Attribution graphs over features, errors, inputs and outputs; their influence, scores and export.
+r"""Attribution graphs over features, errors, inputs and outputs, with their influence, scores and export.
 
-With the absolute edges :math:`\hat A`, normalized such that the edges into each node sum to 1, and the weights ``w`` of
-the outputs, the influence of a node is the mass of the walks through it of a non-negative normalized measure:
+Let :math:`\hat A` be the absolute edges, normalized such that the edges into each node sum to 1, and ``w`` the weights
+of the outputs. The influence of a node is the mass of the walks through it under a non-negative normalized measure:
 
 .. math:: \mathrm{influence} = w \sum_{k \ge 1} \hat A^k
 
@@ -38,9 +38,10 @@ class GraphNode:
 
     Attributes:
         kind: ``"feature"``, ``"error"``, ``"input"`` or ``"output"``.
-        layer: Number of the layer with features, from the input; -1 for inputs, and the number of layers for outputs.
-        position: Number of the token; 0 without tokens.
-        unit: Number of the feature, or of the output at its position; None for errors and inputs.
+        layer: Index of the layer with features, counted from the input; -1 for inputs, and the number of layers for
+            outputs.
+        position: Index of the token; 0 without tokens.
+        unit: Index of the feature, or of the output at its position, or None for errors and inputs.
         label: Name of the node.
 
     Examples:
@@ -70,14 +71,14 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
     r"""Returns the influence of every node of an attribution graph, :math:`w \sum_{k \ge 1} \hat A^k`.
 
     Args:
-        edges: Effects ``(n, n)`` of each source (column) on each target (row), of any sign.
+        edges: Signed effects ``(n, n)`` of each source (column) on each target (row).
         weights: Weights of the outputs ``(n,)``, zero for all other nodes.
 
     Returns:
-        ``(n,)``, in double precision; an output that is no source has influence 0.
+        The influence ``(n,)``, in double precision. An output that is not a source has influence 0.
 
     Raises:
-        InputError: If shapes do not fit, a value is not finite, or the graph has a cycle.
+        InputError: If shapes do not match, a value is not finite, or the graph has a cycle.
 
     Examples:
         >>> edges = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [1.0, -3.0, 0.0]])
@@ -97,7 +98,7 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
         if not bool(current.any()):
             return total
         total += current
-    raise InputError("these edges contain a cycle, so that walks do not end. Edges go from lower to upper nodes.")
+    raise InputError("these edges contain a cycle, so walks would not end. Edges must go from lower to upper nodes.")
 
 
 def normalized_edges(edges: Tensor) -> Tensor:
@@ -110,12 +111,12 @@ def normalized_edges(edges: Tensor) -> Tensor:
 class AttributionGraph:
     """The direct relevance between outputs, features, errors and inputs, for one sample.
 
-    Returned by :func:`~nrm_plugin.attribution_graph`; a graph of other effects can be constructed as well.
+    Returned by :func:`~nrm_plugin.attribution_graph`; graphs of other effects can be constructed directly.
 
     Attributes:
-        nodes: The nodes, ``n``.
-        edges: Effect of each source (column) on each target (row), ``(n, n)``. From a measure, the mass of the walks
-            that cross both without another node between them.
+        nodes: The ``n`` nodes.
+        edges: Effect of each source (column) on each target (row), ``(n, n)``. For a measure, this is the mass of the
+            walks that cross both nodes and no other node in between.
         weights: Weight of each output, ``(n,)``, zero for all other nodes.
 
     Raises:
@@ -156,7 +157,7 @@ class AttributionGraph:
         return influence(self.edges, self.weights)
 
     def replacement(self) -> float:
-        """Returns the influence of the inputs, as a share of that of inputs and errors (replacement score).
+        """Returns the influence of the inputs as a share of the influence of inputs and errors (replacement score).
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -169,7 +170,7 @@ class AttributionGraph:
         return inputs / (inputs + errors)
 
     def completeness(self) -> float:
-        """Returns the share of edges, weighted by the influence of their targets, that do not begin in an error.
+        """Returns the share of edges that do not start at an error, weighted by the influence of their targets.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -187,7 +188,7 @@ class AttributionGraph:
     # -- export ------------------------------------------------------------------------------------------------------
 
     def to_networkx(self) -> Any:
-        """Returns a ``networkx.DiGraph`` from inputs to outputs, with ``weight`` of edges; requires networkx.
+        """Returns a ``networkx.DiGraph`` from inputs to outputs, with edge attribute ``weight``. Requires networkx.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -208,7 +209,7 @@ class AttributionGraph:
         return digraph
 
     def to_graphml(self, path: str | Path | IO[bytes]) -> None:
-        """Writes GraphML, for Gephi, Cytoscape and similar tools; requires networkx.
+        """Writes GraphML, for Gephi, Cytoscape and similar tools. Requires networkx.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -224,11 +225,11 @@ class AttributionGraph:
     def to_circuit_tracer(
         self, folder: str | Path, slug: str, tokens: Sequence[str] = (), scan: str = "custom"
     ) -> Path:
-        """Writes the graph as a file that circuit-tracer's viewer shows, and lists it in ``graph-metadata.json``.
+        """Writes the graph as a file for circuit-tracer's viewer, and lists it in ``graph-metadata.json``.
 
         Args:
-            folder: Folder of the graphs; it is created.
-            slug: Name of the graph, and of its file.
+            folder: Folder of the graphs, which is created if necessary.
+            slug: Name of the graph and of its file.
             tokens: The text of each input position.
             scan: Name of the dictionaries.
 
@@ -279,13 +280,13 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns for each node the share of all influence that the nodes with at least its influence have."""
+    """Returns for each node the share of the total influence held by the nodes with at least its influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 
 
 def _node_ids(nodes: Sequence[GraphNode]) -> list[str]:
-    """Returns the names of circuit-tracer; an error that shares the name of a feature has another one."""
+    """Returns the node ids that circuit-tracer uses; an error gets another id if it would share the id of a feature."""
     ids = [_node_id(node) for node in nodes]
     features = {name for node, name in zip(nodes, ids, strict=True) if node.kind != "error"}
     return [

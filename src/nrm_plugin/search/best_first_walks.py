@@ -14,9 +14,9 @@ from .layer_chain import LayerChain
 from .walk_bounds import CompletionBounds, now
 
 BATCH = 8
-"""Number of prefixes that are propagated in one pass."""
+"""Number of prefixes propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
-"""Share of the time budget for the computation of the bounds."""
+"""Share of the time budget that is spent on the bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Prefix:
     """The upper part of a walk, to be completed by the layers below.
 
     Attributes:
-        groups: The number of one group in each layer of the prefix.
+        groups: The index of one group in each layer of the prefix.
         bound: Upper bound on the absolute mass of any completion.
         number: Creation index.
         mass: Absolute joint relevance of the groups.
@@ -39,7 +39,7 @@ class Prefix:
     relevance: Tensor
 
     def __lt__(self, other: Prefix) -> bool:
-        """Orders a heap by bound, with the largest first."""
+        """Orders a heap by bound, largest first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
@@ -51,7 +51,7 @@ class CompleteWalk:
     mass: float
 
     def __lt__(self, other: CompleteWalk) -> bool:
-        """Orders a heap by absolute mass, with the smallest first."""
+        """Orders a heap by absolute mass, smallest first."""
         return (abs(self.mass), self.groups) < (abs(other.mass), other.groups)
 
 
@@ -61,9 +61,9 @@ class BestFirstSearch:
     Args:
         chain: The layers and their groups.
         k: Number of walks.
-        begin: Time at which the budget starts.
+        begin: Start time of the budget.
         budget: Time limit in seconds.
-        expansions: Number of prefixes after which the search stops.
+        expansions: Number of expanded prefixes after which the search stops.
     """
 
     def __init__(self, chain: LayerChain, k: int, begin: float, budget: float, expansions: int | None) -> None:
@@ -83,19 +83,19 @@ class BestFirstSearch:
         return max(self._dropped, self.prefixes[0].bound if self.prefixes else 0.0)
 
     def largest_first(self) -> list[CompleteWalk]:
-        """Returns the best complete walks."""
+        """Returns the best complete walks, in descending order of absolute mass."""
         return sorted(self.best, key=lambda walk: -abs(walk.mass))
 
     def run(self) -> None:
         """Searches until all walks are certified, or the budget is exhausted."""
         self._add_continuations((), self.chain.first())
-        for width in (1, 2 * math.isqrt(self.k)):  # an early first walk, then the walks of a greedy search
+        for width in (1, 2 * math.isqrt(self.k)):  # find one walk early, and then the walks of a greedy search
             for depth in range(1, self.chain.last + 1):
                 self._expand_largest(depth, width)
         while self.prefixes and self.prefixes[0].bound > self._threshold() and not self._is_over():
             self._expand(self._most_promising())
             deepest = max((len(prefix.groups) for prefix in self.prefixes), default=0)
-            self._expand_largest(deepest, BATCH)  # where bounds are loose, the largest masses lead to better walks
+            self._expand_largest(deepest, BATCH)  # under loose bounds, prefixes of large mass lead to better walks
 
     def _threshold(self) -> float:
         """Returns the absolute mass that a walk must exceed to be among the best ``k``."""
@@ -109,7 +109,7 @@ class BestFirstSearch:
         return min(BATCH, self.chain.widths[depth - 1])
 
     def _expand_largest(self, depth: int, width: int) -> None:
-        """Expands the prefixes of one length with the largest mass."""
+        """Expands the prefixes with the largest mass among those of one length."""
         threshold = self._threshold()
         candidates = [prefix for prefix in self.prefixes if len(prefix.groups) == depth and prefix.bound > threshold]
         chosen = heapq.nlargest(width, candidates, key=lambda prefix: prefix.mass)
@@ -124,7 +124,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """Removes and returns the prefix with the largest bound, and the next prefixes of the same length."""
+        """Removes and returns the prefix with the largest bound, and the next best prefixes of the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):
@@ -143,7 +143,7 @@ class BestFirstSearch:
             self._add_continuations(prefix.groups, relevance)
 
     def _add_continuations(self, groups: tuple[int, ...], relevance: Tensor) -> None:
-        """Adds all prefixes or walks that extend a prefix by one layer, given its relevance at that layer."""
+        """Adds all prefixes or walks that extend a prefix by one layer, given its relevance there."""
         level = len(groups)
         if level == self.chain.last:
             self._complete(groups, self.chain.sums(level, relevance)[:, None], 1)

@@ -4,7 +4,7 @@ r"""Dictionaries of learned features: sparse autoencoders, transcoders and cross
           \hat y = W_D^\top f + b_D + W_S x, \qquad y = \hat y + e
 
 A sparse autoencoder reads the tensor that it reconstructs, ``x = y``. A transcoder reads the input of a layer and
-reconstructs its output. In a crosscoder, the features of one layer also take part in the reconstruction of later ones.
+reconstructs its output. In a crosscoder, the features of a layer also contribute to the reconstruction of later layers.
 
 Source: Bricken et al., Towards Monosemanticity (2023); Dunefsky et al., arXiv 2406.11944 (transcoders); Rajamanoharan
 et al., arXiv 2404.16014 and 2407.14435 (gated and JumpReLU); Gao et al., arXiv 2406.04093 (top k); Lindsey et al.,
@@ -33,16 +33,17 @@ class Dictionary:
     Attributes:
         encoder: Weights ``(d_in, F)``.
         decoder: Weights ``(F, d_out)``; a row is the direction of a feature.
-        encoder_bias: ``(F,)``; None for zeros. A bias that is subtracted from the input is folded into it.
-        decoder_bias: ``(d_out,)``; None for zeros.
-        threshold: Features below are zero: a number, or ``(F,)``. 0 is ReLU, positive values are JumpReLU, and
-            ``-math.inf`` is no threshold.
-        k: Largest number of active features at each position; None for no limit.
-        skip: Weights ``(d_out, d_in)`` of a linear path in parallel to the features; None without.
+        encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. A bias that is subtracted from the input must be
+            folded into it.
+        decoder_bias: Bias of the decoder, ``(d_out,)``, or None for zeros.
+        threshold: Pre-activations below the threshold are set to zero: a number, or ``(F,)``. 0 gives ReLU, positive
+            values give JumpReLU, and ``-math.inf`` disables the threshold.
+        k: Largest number of active features at each position, or None for no limit.
+        skip: Weights ``(d_out, d_in)`` of a linear path in parallel to the features, or None if there is no such path.
         reads: ``"output"`` for an autoencoder of the output of a layer, ``"input"`` for a transcoder from its input.
 
     Raises:
-        InputError: If shapes do not fit, or a weight is not finite.
+        InputError: If shapes do not match, or a weight is not finite.
 
     Examples:
         >>> dictionary = Dictionary(torch.eye(4)[:, :3], torch.eye(4)[:3])
@@ -103,7 +104,7 @@ class Dictionary:
         return int(self.decoder.shape[1])
 
     def activate(self, pre: Tensor) -> Tensor:
-        """Returns the activations of the features for the outputs ``(…, F)`` of the encoder.
+        """Returns the activations of the features from the pre-activations ``(…, F)`` of the encoder.
 
         Examples:
             >>> Dictionary(torch.eye(3), torch.eye(3), threshold=1.5, k=1).activate(torch.tensor([1.0, 2.0, 3.0]))
@@ -127,7 +128,7 @@ class Dictionary:
         return self.activate(linear(x, self.encoder.T.to(x), bias))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Returns the reconstruction, ``(…, d_in)`` to ``(…, d_out)``, with biases and the skip path.
+        """Returns the reconstruction, ``(…, d_in)`` to ``(…, d_out)``, including biases and the skip path.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).reconstruct(torch.tensor([3.0, -1.0]))
@@ -138,7 +139,7 @@ class Dictionary:
         return reconstruction if self.skip is None else reconstruction + linear(x, self.skip.to(x))
 
     def error(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Returns what the reconstruction misses of ``y``, or of ``x`` for an autoencoder.
+        """Returns the reconstruction error of ``y``, or of ``x`` for an autoencoder.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).error(torch.tensor([3.0, -1.0]))
@@ -153,8 +154,8 @@ class Crosscoder:
 
     Attributes:
         dictionaries: The dictionary of each layer, with the encoder and the decoder to this layer.
-        decoders: Weights ``(F_lower, d_upper)`` from the features of a layer to the output of a later one, by the
-            names ``(lower, upper)``.
+        decoders: Weights ``(F_lower, d_upper)`` from the features of a layer to the output of a later layer; keys are
+            pairs of names ``(lower, upper)``.
 
     Raises:
         InputError: If a decoder does not fit its layers.

@@ -1,6 +1,6 @@
-"""Dictionaries from local folders, in the layouts of SAELens and circuit-tracer.
+"""Loading of dictionaries from local folders in the formats of SAELens and circuit-tracer.
 
-Source: SAELens 6 and circuit-tracer 0.2 for the layouts; docs/features.md.
+Source: SAELens 6 and circuit-tracer 0.2 for the formats; docs/features.md.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .dictionaries import Crosscoder, Dictionary
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _INPUTS = ("mlp.hook_in", "ln2.hook_normalized", "hook_mlp_in")
-"""Hooks whose tensor is the input of an MLP."""
+"""Names of hooks at the input of an MLP."""
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
-    """Reads a dictionary of SAELens, the files ``cfg.json`` and ``sae_weights.safetensors``.
+    """Reads a dictionary in the format of SAELens: ``cfg.json`` and ``sae_weights.safetensors``.
 
     Standard, gated, JumpReLU and top-k autoencoders, and transcoders with or without a skip path are supported.
 
@@ -59,8 +59,8 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     for key, known in unsupported.items():
         if config.get(key) not in known:
             raise InputError(
-                f"the dictionary in {str(folder)!r} has {key}={brief(config[key])}, which is not a part of a linear "
-                "encoder and decoder. Fold it into the weights, and pass a Dictionary of them."
+                f"the dictionary in {str(folder)!r} has {key}={brief(config[key])}, which is not part of a linear "
+                "encoder and decoder. Fold it into the weights, and pass them as a Dictionary."
             )
 
 
@@ -69,7 +69,7 @@ def _of_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Dic
     is_transcoder = "transcoder" in kind
     encoder, decoder, bias = weights["W_enc"], weights["W_dec"], weights.get("b_enc")
     threshold = weights["threshold"].clamp(min=0) if "threshold" in weights else torch.zeros(())
-    if kind == "gated":  # the gate is open where the magnitude exceeds a threshold, since both share the encoder
+    if kind == "gated":  # the gate is open where the magnitude exceeds a threshold, since both use the same encoder
         scale = weights["r_mag"].exp()
         encoder, bias = encoder * scale, weights["b_mag"]
         threshold = (bias - weights["b_gate"] * scale).clamp(min=0)
@@ -91,21 +91,22 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 
 def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | Crosscoder:
-    """Reads the transcoders of all layers, or a cross-layer transcoder, in the layout of circuit-tracer.
+    """Reads the transcoders of all layers, or a cross-layer transcoder, in the format of circuit-tracer.
 
-    Transcoders of single layers are the files ``layer_0.safetensors`` and so on, or those that ``config.yaml`` lists
-    with local paths; a cross-layer transcoder is the files ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so on.
+    Per-layer transcoders are stored in files ``layer_0.safetensors`` and so on, or in local files listed in
+    ``config.yaml``; a cross-layer transcoder is stored in files ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so
+    on.
 
     Args:
-        folder: The folder.
-        site: Name of the MLP of a layer, with ``{}`` for its number, such as ``"model.layers.{}.mlp"``.
+        folder: The folder that contains the files.
+        site: Name of the MLP of a layer, with ``{}`` in place of the layer index, such as ``"model.layers.{}.mlp"``.
 
     Returns:
-        Dictionaries by name of the layer, or a crosscoder; both are arguments of :func:`~nrm_plugin.with_features`.
+        Dictionaries by layer name, or a crosscoder; both can be passed to :func:`~nrm_plugin.with_features`.
 
     Raises:
-        InputError: If there are no such files, or ``config.yaml`` names other hooks than the input of the MLPs.
-        MissingExtraError: If there is a ``config.yaml``, and PyYAML is not installed.
+        InputError: If there are no such files, or ``config.yaml`` refers to hooks other than the input of the MLPs.
+        MissingExtraError: If there is a ``config.yaml`` but PyYAML is not installed.
 
     Examples:
         >>> load_transcoders("no such folder", "h.{}.mlp")
@@ -156,13 +157,13 @@ def _listed(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
     for path in paths.values():
         if path.startswith("hf://"):
             raise InputError(
-                f"config.yaml lists {brief(path)}, and only local files are read. Download it, and list its path."
+                f"config.yaml lists {brief(path)}, but only local files are read. Download it, and list its path."
             )
     return {layer: folder / path for layer, path in paths.items()}
 
 
 def _transcoder(weights: Mapping[str, Tensor]) -> Dictionary:
-    """Returns the transcoder of one layer, whose encoder is stored as ``(F, d)`` and decoder as either transpose."""
+    """Returns the transcoder of one layer; the encoder is stored as ``(F, d)``, the decoder in either orientation."""
     bias, encoder, decoder = weights["b_enc"], weights["W_enc"], weights["W_dec"]
     count, width = len(bias), len(weights["b_dec"])
     encoder = encoder if encoder.shape[1] == count != encoder.shape[0] else encoder.T

@@ -1,10 +1,10 @@
-r"""The attribution graph of a measure: outputs, features, errors and inputs, joined by direct relevance.
+r"""The attribution graph of a measure: outputs, features, errors and inputs, connected by direct relevance.
 
 .. math:: A_{ji} = \mu\big(j \cap i \cap \neg \textstyle\bigcup\, \text{nodes between } j \text{ and } i\big)
 
-Features that are not nodes are passed through, so that no relevance is lost by the choice of nodes. Where no mass is
-negative, the influence of a node is therefore its mass without the walks that cross an error above it. The graph is
-circuit-tracer's, with the measure's edges; the choice of edges is ours.
+Walks pass through features that are not nodes, so that no relevance is lost by the choice of nodes. If no mass is
+negative, the influence of a node therefore equals the mass of the walks through it that cross no error above it. The
+graph follows circuit-tracer; defining its edges by the measure is new in this package.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _Tap:
     Attributes:
         name: Name of the tap.
         nodes: The nodes.
-        labels: Number of the node of each neuron, ``tap.shape[1:]``; the number of nodes for all others.
-        targets: How many of the nodes have edges into them: all but errors and inputs, which come last.
+        labels: Index of the node of each neuron, ``tap.shape[1:]``; neurons without a node have the number of nodes.
+        targets: Number of nodes with incoming edges: all but errors and inputs, which come last.
     """
 
     name: str
@@ -62,15 +62,15 @@ def attribution_graph(
     """Returns the direct relevance between the outputs, the most relevant features, the errors and the inputs.
 
     The nodes are the outputs with nonzero weight, ``top`` features at their positions, one error at each layer and
-    position, and the groups of the input. Each target takes one relevance vector for every lower layer.
+    position, and the groups of the input. Each target requires one relevance vector per lower layer.
 
     Args:
         mu: A measure of the model.
         model: The model returned by :func:`~nrm_plugin.with_features`.
-        top: Number of features, by absolute mass.
+        top: Number of features, those with the largest absolute mass.
         sample: Index of the sample; required if the measure has several.
         inputs: Groups of the input: ``"position"``, ``"channel"``, ``"neuron"`` or labels.
-        input_layer: The tap of the input nodes; by default ``"input"``, or the first tap if the inputs are integers,
+        input_layer: The tap of the input nodes; by default ``"input"``, or, if the inputs are integers, the first tap,
             which is their embedding.
         names: Names of the nodes: ``{"input": tokens, "output": classes}``, and of features by layer.
 
@@ -109,7 +109,7 @@ def attribution_graph(
 
 def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
     if sample is None and mu.batch > 1:
-        raise InputError(f"an attribution graph is of one sample, and the measure has {mu.batch}: pass sample=.")
+        raise InputError(f"an attribution graph covers one sample, and the measure has {mu.batch}: pass sample=.")
     if sample is not None and not 0 <= sample < mu.batch:
         raise InputError(f"sample={brief(sample)}: the measure has samples 0 to {mu.batch - 1}.")
     if top < 1:
@@ -118,7 +118,7 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
 
 
 def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event], number: int) -> Tensor:
-    """Returns the mass of the walks from each target to each source that cross no node between, ``(targets, K)``."""
+    """Returns the mass of the walks from each target to each source without a node in between, ``(targets, K)``."""
     events = [reduce(lambda event, tap: event & ~tap, between, target.event(k)) for k in range(target.targets)]
     if not events:
         return torch.zeros(0, len(source.nodes), dtype=torch.float64)
@@ -132,7 +132,7 @@ def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event
 def _taps(
     mu: RelevanceMeasure, model: nn.Module, top: int, number: int, names: Mapping[str, Sequence[str]]
 ) -> list[_Tap]:
-    """Returns the nodes of the output and of the layers with features, tap by tap, from the output down."""
+    """Returns the nodes of the output and of the layers with features, by tap, from the output down."""
     sites = ordered_sites(mu, model)
     counts = {site: len(module.dictionary) for site, module in sites.items()}
     maps = mu.marginal([f"{site}.features" for site in sites])

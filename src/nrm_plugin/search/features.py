@@ -1,10 +1,11 @@
-r"""Features of dictionaries as taps, with the error of the reconstruction as further neurons of the same tap.
+r"""Features of dictionaries as taps, with the reconstruction error as additional neurons of the same tap.
 
 .. math:: y = W_D^\top f + b_D + e = (W_D^\top \;|\; I) \begin{pmatrix} f \\ e \end{pmatrix} + b_D
 
-The layer is replaced by this sum, which is a linear layer that every rule applies to. Features and error are the
-neurons of one tap, so that their masses sum to the mass of the layer, up to what the rule does with the bias. Relevance
-of the features continues in the encoder, relevance of the error in the layer itself. The construction is ours.
+The layer is replaced by this sum, which is a linear layer to which every rule applies. Features and error are the
+neurons of one tap, so their masses sum to the mass of the layer, except for the relevance that the rule assigns to the
+bias. Relevance of the features propagates through the encoder, and relevance of the error through the original layer.
+The construction is new in this package.
 
 Source: Marks et al., arXiv 2403.19647, for errors of autoencoders as nodes of a circuit; docs/features.md.
 """
@@ -37,21 +38,20 @@ def with_features(
     """Returns a model with the same weights and outputs in which the features of some layers are taps.
 
     A layer ``"mlp"`` is replaced by ``"mlp.layer"``, the layer itself, ``"mlp.encoder"``, ``"mlp.features"`` and
-    ``"mlp.decoder"``. The tap ``"mlp.features"``, ``(N, …, F + d)``, holds the ``F`` features, then the ``d`` neurons
-    of the error, and then ``d`` neurons of a skip path if there is one. The tap ``"mlp"`` is still the output of the
-    layer. Composites that map names to rules must use ``"mlp.layer"``. The given model is not
-    changed.
+    ``"mlp.decoder"``. The tap ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d``
+    neurons of the error and, if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` is still the output of the
+    layer. Composites that map names to rules must use ``"mlp.layer"``. The given model is not changed.
 
     Args:
         model: The network.
-        dictionaries: Dictionaries by name of the layer, or a crosscoder. A layer may return a tuple, of which the first
-            tensor is reconstructed; channels are in the last dimension.
-        errors: ``"pass"`` if relevance of the error continues in the layer, ``"absorb"`` if it ends there, as in
+        dictionaries: Dictionaries by layer name, or a crosscoder. If a layer returns a tuple, its first tensor is
+            reconstructed; channels are in the last dimension.
+        errors: ``"pass"`` to propagate the relevance of the error through the layer, ``"absorb"`` to absorb it, as in
             attribution graphs.
 
     Raises:
         UnknownLayerError: If the model does not contain the layer.
-        InputError: If one of the layers contains another; later, if widths do not fit.
+        InputError: If one of the layers contains another, or, during the forward pass, if widths do not match.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -78,13 +78,13 @@ def with_features(
 
 
 class _Board:
-    """The features that a forward pass has computed so far, for the decoders of later layers."""
+    """Storage of the features computed so far in a forward pass, for the decoders of later layers."""
 
     def __init__(self, sites: int) -> None:
         self.sites, self.features = sites, dict[str, Tensor]()
 
     def put(self, site: str, features: Tensor) -> None:
-        """Stores features until all layers have stored theirs."""
+        """Stores the features of a layer until all layers have stored theirs."""
         self.features[site] = features
         if len(self.features) == self.sites:
             self.features = {}
@@ -93,8 +93,8 @@ class _Board:
         """Returns the features of an earlier layer."""
         if site not in self.features:
             raise InputError(
-                f"the features of {brief(site)} also reconstruct {brief(reader)}, which the model calls first. "
-                "Features can reconstruct later layers only: drop this decoder."
+                f"the features of {brief(site)} also reconstruct {brief(reader)}, which the model calls earlier. "
+                "Features can reconstruct only later layers: remove this decoder."
             )
         return self.features[site]
 
@@ -138,13 +138,13 @@ class WithFeatures(nn.Module):
         if tensor is None or not tensor.ndim or tensor.shape[-1] != width:
             got = brief(values) if tensor is None else tuple(tensor.shape)
             raise InputError(
-                f"layer {self.site!r} {verb} {got}, and its dictionary is of {width} neurons in the last dimension. "
-                "Attach it to the layer that it was trained on."
+                f"layer {self.site!r} {verb} {got}, but its dictionary is for {width} neurons in the last dimension. "
+                "Attach it to the layer on which it was trained."
             )
         return tensor
 
     def __getattr__(self, name: str) -> Any:
-        """Returns attributes of the layer, which the model around it may read."""
+        """Returns attributes of the original layer, which the surrounding model may read."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -170,7 +170,7 @@ def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 
 def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
-    """Applies :meth:`Dictionary.activate`; relevance of a feature passes to its pre-activation."""
+    """Applies :meth:`Dictionary.activate`; the relevance of a feature is passed to its pre-activation."""
     if has_torch_function((pre,)):
         active: Tensor = handle_torch_function(feature_activation, (pre,), pre, dictionary)
         return active
@@ -180,7 +180,7 @@ def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
 def reconstruction_error(
     values: Tensor, features: Sequence[Tensor], skip: Sequence[Tensor], decoder: nn.Linear, errors: Errors
 ) -> Tensor:
-    """Returns ``values`` minus their reconstruction; relevance of the error passes to ``values``, or is absorbed."""
+    """Returns ``values`` minus their reconstruction; relevance of the error is passed to ``values`` or absorbed."""
     relevant = (values, *features, *skip)
     if has_torch_function(relevant):
         error: Tensor = handle_torch_function(
@@ -192,9 +192,9 @@ def reconstruction_error(
 
 
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
-    """Returns ``values``, which ``total`` equals up to rounding; relevance passes to ``total``.
+    """Returns ``values``, which equal ``total`` up to rounding; relevance is passed to ``total``.
 
-    A rule would divide by the rounding error of a sum that should be zero.
+    Otherwise a rule would divide by the rounding error of a sum that should be zero.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -213,7 +213,7 @@ def _error_kernel(call: FunctionCall) -> Kernel:
 
 
 class _AbsorbingKernel(Kernel):
-    """A kernel that propagates no relevance, so that the step absorbs all of it."""
+    """A kernel that propagates no relevance; the step absorbs all of it."""
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = list(shapes)
@@ -237,7 +237,7 @@ def feature_groups(model: nn.Module, site: str) -> Tensor:
         site: Name of the layer.
 
     Raises:
-        InputError: If the model has no features there.
+        InputError: If the layer has no features.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -251,14 +251,14 @@ def feature_groups(model: nn.Module, site: str) -> Tensor:
 
 
 def reconstruction_errors(model: nn.Module, site: str | None = None) -> Event:
-    """Returns the event that a walk crosses the error of a reconstruction, at one layer or at any of them.
+    """Returns the event that a walk crosses the reconstruction error of one layer, or of any layer.
 
     Args:
         model: The model returned by :func:`with_features`.
-        site: Name of the layer; None for all layers with features.
+        site: Name of the layer, or None for all layers with features.
 
     Raises:
-        InputError: If the model has no features there.
+        InputError: If the layer has no features.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -294,7 +294,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        ``(N,)``. Where no mass is negative, and all features are nodes, this is the replacement score of an
+        The share, ``(N,)``. If no mass is negative and all features are nodes, this equals the replacement score of an
         attribution graph.
 
     Raises:
@@ -306,7 +306,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         >>> replacement(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
         torch.Size([5])
 
-    Source: Ameisen et al., Circuit Tracing (2025), for the score; the event is ours.
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation as an event is new in this package.
     """
     errors = reconstruction_errors(model)
     return mu(~errors, given=errors | ~ABSORBED)
@@ -327,8 +327,8 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        ``(N,)``. Where no mass is negative, all features are nodes and nothing is absorbed, this is the completeness
-        score of an attribution graph.
+        The share, ``(N,)``. If no mass is negative, all features are nodes and nothing is absorbed, this equals the
+        completeness score of an attribution graph.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -336,7 +336,7 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         >>> completeness(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
         torch.Size([5])
 
-    Source: Ameisen et al., Circuit Tracing (2025), for the score; the events are ours.
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation by events is new in this package.
     """
     sites = ordered_sites(mu, model)
     errors = reconstruction_errors(model)

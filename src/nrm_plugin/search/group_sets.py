@@ -52,14 +52,14 @@ def top_sets(
     over: Over | Sequence[Over] = "channel",
     exact: bool = False,
 ) -> TopSets:
-    r"""Searches for sets of ``size`` groups in each layer with large joint relevance.
+    r"""Searches for the sets of ``size`` groups in each layer with the largest joint relevance.
 
     .. math:: \max_{S_1, \dots, S_L} \mu(n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L), \qquad |S_m| = s_m
 
     The search is greedy coordinate ascent: from the output to the input, the set of each layer is replaced by the
     groups with the largest joint relevance given the sets of the other layers, in one pass per layer, until no set
-    changes. Each set is optimal given the others, but the combination need not be. ``exact=True`` tries all sets of all
-    layers but the last; the best set of the last layer follows from them.
+    changes. Each set is optimal given the others, but the combination need not be optimal. With ``exact=True``, all
+    sets of all layers but the last are tried; the best set of the last layer follows from them.
 
     Args:
         mu: A measure of one sample.
@@ -80,7 +80,7 @@ def top_sets(
         >>> greedy.mass <= best.mass + 1e-6
         True
 
-    Source: ours.
+    Source: new in this package.
     """
     check_one_sample(mu)
     mu._check_fresh()
@@ -113,7 +113,9 @@ def _greedy_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
 def _exact_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
     tries = math.prod(math.comb(n, s) for n, s in zip(chain.counts[:-1], sizes[:-1], strict=True))
     if tries > MAX_COMBINATIONS:
-        raise ValueError(f"{tries} sets would have to be tried, more than {MAX_COMBINATIONS}. Leave out exact=True.")
+        raise ValueError(
+            f"{tries} sets would have to be tried, which is more than {MAX_COMBINATIONS}. Omit exact=True."
+        )
     joint = _all_walks(chain)
     best: tuple[float, list[list[int] | None]] = (-math.inf, [])
     choices = [itertools.combinations(range(n), s) for n, s in zip(chain.counts[:-1], sizes[:-1], strict=True)]

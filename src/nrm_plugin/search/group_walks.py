@@ -1,9 +1,9 @@
-r"""The mass of every walk over groups of several layers: few groups have few walks, so that none is left out.
+r"""The masses of all walks over groups of several layers, for groups few enough to enumerate all walks.
 
 .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
-Relevance is propagated from the output down to a layer in between, and the groups of the lowest layer are collected up
-to the same layer, where both are multiplied. Source: ours.
+Relevance is propagated from the output down to an intermediate layer, and the groups of the lowest layer are propagated
+up to the same layer by transposed passes; there, both are multiplied. The method is new in this package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .layer_chain import LayerChain, check_one_sample
 
 Array = NDArray[np.float64]
 MOST = 1 << 22
-"""Largest number of walks."""
+"""Largest number of walks to enumerate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,8 @@ class GroupWalks:
     Attributes:
         layers: Names of the layers, from the output to the input.
         names: Names of the groups of each layer.
-        masses: Joint relevance of one group in each layer, with one dimension for each layer; sums over all but two
-            neighbouring dimensions are the ribbons of a flow.
+        masses: Joint relevance of one group in each layer, with one dimension per layer. Summed over all but two
+            adjacent dimensions, it gives the ribbons of a flow.
 
     Examples:
         >>> from nrm_plugin.search.group_walks import group_walks
@@ -53,7 +53,7 @@ class GroupWalks:
     masses: Array
 
     def strongest(self, count: int = 10) -> list[tuple[str, float]]:
-        """Returns the walks with the largest absolute mass, as their names from the input up, and their masses."""
+        """Returns the names, from the input up, and the masses of the walks with the largest absolute mass."""
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
         return [(self.name([int(group) for group in walk]), float(self.masses[walk])) for walk in walks]
@@ -68,12 +68,12 @@ def group_walks(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups | No
 
     Args:
         mu: A measure of one sample.
-        layers: The layers, in any order; of each two, one must be below the other.
-        groups: Groups of these layers; by default they are found on this measure.
-        k: Number of groups of a layer, if they are found here.
+        layers: The layers, in any order; for any two of them, one must be below the other.
+        groups: Groups of these layers; by default, they are found on this measure.
+        k: Number of groups per layer if ``groups`` is not given.
 
     Returns:
-        The masses, times :attr:`~nrm_plugin.RelevanceMeasure.sign`.
+        The masses, multiplied by :attr:`~nrm_plugin.RelevanceMeasure.sign`.
 
     Raises:
         ValueError: If the measure has several samples.
@@ -86,7 +86,7 @@ def group_walks(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups | No
     names = tuple(groups.names[groups.layers.index(layer)] for layer in ordered)
     count = math.prod(len(each) for each in names)
     if count > MOST:
-        raise InputError(f"there are {count:,} walks over these groups: name fewer layers, or find fewer groups.")
+        raise InputError(f"there are {count:,} walks over these groups: give fewer layers, or use fewer groups.")
     with torch.inference_mode(False), torch.no_grad():
         chain = LayerChain(mu, ordered, labels)
         masses = all_masses(chain, [len(each) for each in names])
@@ -98,7 +98,7 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
 
     Args:
         chain: The layers.
-        counts: Number of groups of each layer, of which the last ones may have no neuron.
+        counts: Number of groups of each layer; the last groups may be empty.
     """
     middle = min(range(chain.last + 1), key=lambda level: _passes(counts, level))
     rows = chain.first().unsqueeze(0)
@@ -116,7 +116,7 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
 
 
 def _passes(counts: Sequence[int], middle: int) -> int:
-    """Returns the number of partial passes if relevance and collected groups meet at a layer."""
+    """Returns the number of partial passes if the downward and the transposed passes meet at a given layer."""
     down = sum(math.prod(counts[: level + 1]) for level in range(middle))
     return down + sum(math.prod(counts[level + 1 :]) for level in range(middle, len(counts) - 1))
 
@@ -131,7 +131,7 @@ def _one_hot(labels: Tensor, count: int, like: Tensor) -> Tensor:
 
 
 def _chunked(chain: LayerChain, level: int, rows: Tensor, step: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Applies a step to the rows that are not zero, as many at once as fit into memory."""
+    """Applies a step to the nonzero rows, as many at a time as fit into memory."""
     used = rows.any(1).nonzero()[:, 0]
 
     def run(some: Sequence[int]) -> list[Tensor]:

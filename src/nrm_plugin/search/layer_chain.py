@@ -1,4 +1,4 @@
-"""Chains of layers, from the output to the input, with grouped neurons."""
+"""Chains of layers with grouped neurons, from the output to the input."""
 
 from __future__ import annotations
 
@@ -70,9 +70,11 @@ class LayerChain:
         return propagated(self.recording, upper, lower, rows)[0].flatten(1)
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
-        r"""Applies `propagate` transposed, :math:`\sum_{i'} \tilde T_{i'i} v(i')`: ``(K, n_{m+1})`` to ``(K, n_m)``.
+        r"""Applies the transpose of :meth:`propagate` to values ``(K, n_{m+1})``, to ``(K, n_m)``.
 
-        With ``bound``, the result is at least the sum with absolute values of the kernel.
+        .. math:: \sum_{i'} \tilde T_{i'i} v(i')
+
+        With ``bound``, the result is an upper bound on the sum with the absolute values of the kernel.
         """
         upper, lower = self.taps[level : level + 2]
         rows = values.view(len(values), *lower.tensor_shape)
@@ -106,19 +108,19 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def intersection(events: Sequence[Event]) -> Event:
-    """Returns the walks that belong to all of one or more events."""
+    """Returns the intersection of one or more events."""
     return functools.reduce(operator.and_, events)
 
 
 def check_one_sample(mu: RelevanceMeasure) -> None:
-    """Raises unless the measure has exactly one sample."""
+    """Raises an error unless the measure has exactly one sample."""
     if mu.batch != 1:
         raise ValueError(
-            f"relevant walks differ between samples, and the measure has {mu.batch}: construct a measure of one sample."
+            f"relevant walks differ between samples, but the measure has {mu.batch}: construct a measure of one sample."
         )
 
 
 def check_count(value: object, name: str) -> None:
-    """Raises unless a value is an integer of at least 1."""
+    """Raises an error unless a value is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={brief(value)} must be a whole number of at least 1.")

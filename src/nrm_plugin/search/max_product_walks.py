@@ -1,4 +1,4 @@
-"""The walks of single neurons with the largest mass, by max-product, for non-negative kernels."""
+"""Search for the walks of single neurons with the largest mass by max-product, for non-negative kernels."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class NeuronPath:
     neurons: Mapping[Place, int]
 
     def __lt__(self, other: NeuronPath) -> bool:
-        """Orders a heap by bound, with the largest first."""
+        """Orders a heap by bound, largest first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
 class MaxProduct:
-    r"""The largest mass of a continuation from each neuron to an input, by one pass from the inputs to the output.
+    r"""The largest mass of a continuation from each neuron to an input, from one pass from the inputs to the output.
 
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
@@ -77,7 +77,7 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if fewer walks have mass or time runs out."""
+        """Returns the ``k`` walks with the largest mass, or fewer if fewer walks have mass or the time runs out."""
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
         heapq.heapify(prefixes)
@@ -102,7 +102,7 @@ class MaxProduct:
         return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
 
     def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
-        """Returns the best ``k`` continuations of a path in a tensor, and one more that bounds all others."""
+        """Returns the best ``k`` continuations of a path in a tensor, and one more as a bound on all others."""
         bounds, chosen = (masses * self.completions[place]).topk(min(len(masses), k + 1))
         crossed = {} if path is None else path.neurons
         paths = []
@@ -133,7 +133,7 @@ class MaxProduct:
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))
         unit_vectors[range(len(neurons)), neurons] = 1
         arriving: list[Tensor | None] = [None] * len(vertex.shapes)
-        if vertex.step is None:  # autograd nodes require a gradient of their first output
+        if vertex.step is None:  # autograd nodes require a gradient for their first output
             arriving[0] = self.start.new_zeros((len(neurons), *vertex.shapes[0]))
         arriving[place.number] = unit_vectors.view(len(neurons), *shape)
         parts, _ = vertex.pull(arriving)
@@ -144,6 +144,6 @@ class MaxProduct:
 
 def _has_negative_entries(what: str) -> NRMError:
     return NRMError(
-        f"{what} has negative entries, where the best walk does not consist of best parts. Use rules without negative "
+        f"{what} has negative entries, so the best walk need not consist of best parts. Use rules without negative "
         "contributions, such as NRMAbsolute, or give the layers: top_walks(mu, layers, over='neuron')."
     )

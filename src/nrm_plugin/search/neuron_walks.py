@@ -30,7 +30,7 @@ class NeuronWalk:
 
 
 def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
-    """Returns the best walk; deprecated, use ``top_walks(mu, k=1, over="neuron")`` and :meth:`TopWalks.neurons`.
+    """Returns the best walk. Deprecated: use ``top_walks(mu, k=1, over="neuron")`` and :meth:`TopWalks.neurons`.
 
     Args:
         mu: A measure with one sample and non-negative kernels.
@@ -53,5 +53,5 @@ def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
     check_count(chunk, "chunk")
     top = top_walks(mu, k=1, over="neuron", budget=math.inf)
     if not top.walks:
-        raise NRMError("no walk carries relevance to an input: all of it is absorbed.")
+        raise NRMError("no walk carries relevance to an input, since all of it is absorbed.")
     return NeuronWalk(top.walks[0].mass, top.neurons(0))

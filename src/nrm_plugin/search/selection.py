@@ -1,8 +1,8 @@
-r"""Selection of neurons, and the error of an explanation restricted to them.
+r"""Selection of neurons, and the error of explanations that are restricted to them.
 
-The measure is restricted to walks through kept neurons at every chosen layer. MSE and SMAPE of heat maps and of
-layer masses compare it with the full measure. Neurons are selected by backward elimination: the neurons with the
-smallest joint relevance are eliminated first. The method is ours, after the neuron selection of arXiv 2412.05686.
+The measure is restricted to the walks through kept neurons at every chosen layer, and compared with the full measure by
+the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with those of
+smallest joint relevance. The method is new in this package, and based on the neuron selection of arXiv 2412.05686.
 
 Source: docs/critical-paths.md.
 """
@@ -31,8 +31,8 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
-    The error is zero if and only if all values are equal. Its unit is relevance squared, so only errors of maps of the
-    same size are comparable.
+    The error is zero if and only if all values are equal. Since its unit is squared relevance, errors are comparable
+    only between maps of the same size.
 
     Args:
         full: Values of the full measure, ``(N, …)``.
@@ -50,8 +50,8 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
-    A neuron with value zero in both tensors contributes 0 and counts in :math:`n`. A neuron with value zero in only one
-    tensor, or with opposite signs, contributes 200, regardless of its magnitude.
+    A neuron that is zero in both tensors contributes 0, and is counted in :math:`n`. A neuron that is zero in only one
+    of the tensors, or that has opposite signs in them, contributes 200 regardless of its magnitude.
 
     Args:
         full: Values of the full measure, ``(N, …)``.
@@ -95,7 +95,7 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Computes heat map and layer masses of the walks that cross a kept neuron in every layer, and their errors.
+    r"""Computes the heat map and layer masses of the walks through kept neurons in every layer, and their errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
@@ -116,7 +116,8 @@ def restriction(
         >>> torch.allclose(restricted.heat_map.sum(1), restricted.mass, atol=1e-5)
         True
 
-    Source: ours; ``heat_map / mass`` is the pruned relevance of arXiv 2404.14271 up to a common factor.
+    Source: new in this package; ``heat_map / mass`` equals the pruned relevance of arXiv 2404.14271 up to a common
+        factor.
     """
     masks = {layer: neuron_mask(mu, layer, mask) for layer, mask in kept.items()}
     event = kept_event(masks)
@@ -142,7 +143,7 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
     shape, inner = torch.Size(tap.shape), torch.Size(tap.shape[1:])
     if mask.dtype != torch.bool:
         raise InputError(
-            f"the mask of {brief(layer)} has dtype {mask.dtype}; give a boolean mask, true for kept neurons."
+            f"the mask of {brief(layer)} has dtype {mask.dtype}; give a boolean mask that is true for kept neurons."
         )
     if mask.shape in (shape, inner):
         return mask.expand(shape)
@@ -163,7 +164,7 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
         InputError: If no layer is given.
     """
     if not masks:
-        raise InputError("no layer was given; give a mask of kept neurons for at least one.")
+        raise InputError("no layer was given; give a mask of kept neurons for at least one layer.")
     return intersection([at(layer)[mask] for layer, mask in masks.items()])
 
 
@@ -196,7 +197,7 @@ class Selection:
         kept: Mask of the kept groups of each layer, ``(N, groups)``.
         count: Number of groups kept in all layers together, ``(N,)``.
         order: Rank of each group, ``(N, all groups)``, layer after layer; 0 for the group that is eliminated last.
-        curve: Errors for several numbers of kept groups, from many to few.
+        curve: Errors for several numbers of kept groups, in descending order.
         event: The walks that cross a kept neuron in every layer.
 
     Examples:
@@ -225,22 +226,23 @@ def select_neurons(
 ) -> Selection:
     r"""Selects the groups of neurons that preserve the explanation best.
 
-    Groups are selected by backward elimination. Each round computes the joint relevance of every group :math:`g` of
+    Groups are selected by backward elimination. Each round computes the joint relevance of every group :math:`g` in
     every layer with the kept groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`,
-    which the heat map would lose without the group, and eliminates the groups with the smallest absolute values. Each
-    layer keeps at least one group. Groups are selected per sample, for all samples in the same passes.
+    which is the mass that the heat map would lose without the group. It then eliminates the groups with the smallest
+    absolute values. Each layer keeps at least one group. Groups are selected separately for each sample, but all
+    samples share the same passes.
 
-    With ``error``, the smallest of these nested sets is then found by bisection along the order of elimination. With
-    non-negative kernels the error grows with every elimination; with signed kernels, a smaller set in this order may
-    exist. Sets outside this order are not tested.
+    With ``error``, the smallest of these nested sets that satisfies the limit is found by bisection over the order of
+    elimination. For non-negative kernels, the error grows with every elimination; for signed kernels, a smaller set in
+    this order may exist. Sets that do not follow this order are not tested.
 
     Args:
         mu: The measure.
-        layers: One or more layers, restricted jointly, in any order.
+        layers: One or more layers, in any order, which are restricted jointly.
         budget: Number of groups to keep, in all layers together.
         error: ``{"mse": limit}`` or ``{"smape": limit}`` for the heat map of the input.
         over: The kind of group: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer.
-        rounds: Number of rounds; more rounds take longer and select better.
+        rounds: Number of rounds; more rounds take longer and give a better selection.
 
     Raises:
         ValueError: If neither or both of ``budget`` and ``error`` are given, or the budget is below one group per
@@ -253,7 +255,7 @@ def select_neurons(
         >>> bool((restriction(mu, selection.kept).smape <= 20.0).all())
         True
 
-    Source: ours.
+    Source: new in this package.
     """
     pool = _GroupPool(mu, layers, over)
     _check_limits(pool, budget, error, rounds)
@@ -267,7 +269,7 @@ def select_neurons(
 
 def _check_limits(pool: _GroupPool, budget: int | None, error: Mapping[Metric, float] | None, rounds: int) -> None:
     if (budget is None) == (error is None):
-        raise ValueError("give either budget= or error=: how many groups are kept, or which error is allowed.")
+        raise ValueError("give either budget=, the number of groups to keep, or error=, the largest allowed error.")
     if budget is not None and not len(pool.layers) <= budget <= pool.size:
         raise ValueError(
             f"budget={brief(budget)}: keep at least one group of each layer ({len(pool.layers)}), and at most "
@@ -331,7 +333,7 @@ def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list
 
 
 def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
-    """Sorts kept groups by absolute joint relevance; the largest group of each layer precedes all others."""
+    """Sorts kept groups by absolute joint relevance, with the largest group of each layer before all others."""
     score = joint.abs().masked_fill(~kept, -1)
     for part in torch.split(score, pool.counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)

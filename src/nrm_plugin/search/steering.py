@@ -1,9 +1,9 @@
-r"""Steering: a vector is added to, or removed from, the activations at a layer while a model runs.
+r"""Steering: adding a vector to the activations of a layer, or removing its direction, while a model runs.
 
 .. math:: a \to a + s v \qquad \text{or} \qquad a \to a - \frac{v v^\top}{v^\top v} a
 
-The rows of a conditional are such vectors: :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. They are masses per
-unit of relevance, not activations, so that their scale is a choice.
+A conditional provides such vectors: :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Its entries are masses per
+    unit of relevance, not activations, so their scale has to be chosen.
 
 Source: Turner et al., arXiv 2308.10248 (addition); Arditi et al., arXiv 2406.11717 (removal); docs/features.md.
 """
@@ -29,17 +29,17 @@ def steered(
 ) -> Iterator[nn.Module]:
     """Adds a vector to the output of a layer, or removes its direction, until the context ends.
 
-    The hook is the last of the layer, and it is removed at the end, also if the body raises; nothing else of the model
-    changes. A layer may return a tuple, of which the first tensor is steered.
+    A forward hook is registered after all other hooks of the layer, and removed at the end, even if the body raises;
+    the model is not changed otherwise. If a layer returns a tuple, its first tensor is steered.
 
     Args:
         model: The network.
         layer: Name of the layer, as in ``model.named_modules()``.
-        vector: With one dimension, a direction of the channels ``(C,)`` that is applied at every position; else values
-            that broadcast to the output of the layer, of one sample ``(…)`` or of all, ``(N, …)``.
-        scale: Factor of the vector that is added; the share of the direction that is removed.
-        mode: ``"add"``, or ``"remove"`` for the projection onto the complement of the vector. With one dimension, the
-            projection is taken at each position, else over all neurons of a sample.
+        vector: A direction in the space of channels, ``(C,)``, which is applied at every position, or values that
+            broadcast to the output of the layer, for one sample ``(…)`` or for all, ``(N, …)``.
+        scale: Factor of the added vector, or share of the direction that is removed.
+        mode: ``"add"``, or ``"remove"`` for the projection onto the complement of the vector. A vector ``(C,)`` is
+            projected out at each position, other vectors over all neurons of a sample.
         dim: Dimension of the channels in the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.
 
     Yields:
@@ -47,7 +47,8 @@ def steered(
 
     Raises:
         UnknownLayerError: If the model does not contain the layer.
-        InputError: If the vector is not finite, is zero and to be removed, or, when the layer runs, does not fit.
+        InputError: If the vector is not finite, if a zero vector is to be removed, or, during the forward pass, if
+            shapes do not match.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -66,7 +67,7 @@ def steered(
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         values = first_tensor(output)
         if values is None:
-            raise InputError(f"layer {layer!r} returns {brief(output)}, which has no tensor to steer.")
+            raise InputError(f"layer {layer!r} returns {brief(output)}, which contains no tensor to steer.")
         return with_first_tensor(output, _steered(values, vector.to(values), scale, mode, dim, layer))
 
     handle = module.register_forward_hook(hook)
@@ -80,9 +81,9 @@ def _check(vector: Tensor, mode: str) -> None:
     if mode not in ("add", "remove"):
         raise InputError(f"mode={brief(mode)} is unknown; choose 'add' or 'remove'.")
     if not isinstance(vector, Tensor) or not vector.is_floating_point() or not bool(vector.isfinite().all()):
-        raise InputError(f"a model is steered by a finite tensor of floating point, got {brief(vector)}.")
+        raise InputError(f"vector= must be a finite floating-point tensor, got {brief(vector)}.")
     if mode == "remove" and not bool(vector.any()):
-        raise InputError("a vector of zeros has no direction to remove.")
+        raise InputError("a zero vector has no direction to remove.")
 
 
 def _steered(values: Tensor, vector: Tensor, scale: float, mode: str, dim: int, layer: str) -> Tensor:
@@ -90,7 +91,7 @@ def _steered(values: Tensor, vector: Tensor, scale: float, mode: str, dim: int, 
     if is_direction:
         if values.shape[dim] != len(vector):
             raise InputError(
-                f"the vector is of {len(vector)} channels, and {layer!r} returns {tuple(values.shape)} with "
+                f"the vector has {len(vector)} channels, but {layer!r} returns {tuple(values.shape)} with "
                 f"{values.shape[dim]} in dimension {dim}; pass dim=."
             )
         view = [1] * values.ndim

@@ -1,4 +1,4 @@
-r"""Relevant subspaces of a layer, fitted on a batch, and queried as taps.
+r"""Relevant subspaces of a layer, which are fitted on a batch and queried as taps.
 
 The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
 :math:`U_k` decompose it into parts, one for each subspace:
@@ -7,8 +7,8 @@ The relevance of a layer is written as activation times context, :math:`R_i = a_
           \sum_i R^{(k)}_i = (U_k^\top a)^\top (U_k^\top c)
 
 These parts are the result of LRP-0 in a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
-this layer with one neuron for each pair of subspace and neuron, so that no activation of a direction is a divisor. The
-parts as a tap of the measure, and the rest, are ours.
+this layer with one neuron for each pair of a subspace and a neuron, so that no relevance is divided by the activation
+of a direction. Using the parts as a tap of the measure, and the rest, are new in this package.
 
 Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer;
 docs/subspaces.md.
@@ -31,8 +31,8 @@ from ..kernels.base import Kernel
 from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
-"""Share of the largest activation of a sample below which a neuron has no context, since rules that assign relevance to
-nearly silent neurons would make the context arbitrarily large."""
+"""Neurons whose activation is below this share of the largest activation of the sample have no context, since rules
+that assign relevance to nearly silent neurons would make the context arbitrarily large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Subspaces:
         dim: Dimension of the channels in the layer's output: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
-        InputError: If the columns are not orthonormal, or the sizes do not add up to their number.
+        InputError: If the columns are not orthonormal, or if the sizes do not add up to their number.
 
     Examples:
         >>> Subspaces(torch.eye(4)[:, :3], (1, 2)).parts(torch.ones(5, 4)).shape
@@ -88,7 +88,7 @@ class Subspaces:
         r"""Splits the relevance of a layer into parts that sum to it, ``(…, N, *shape)`` to ``(…, N, K + 1, *shape)``.
 
         The last part is the rest: the relevance of directions outside all subspaces, and all relevance of silent
-        neurons. A neuron is silent, and has no context :math:`c = R / a`, if its activation is at most 1e-4 of the
+        neurons. A neuron is silent, and has no context :math:`c = R / a`, if its activation is at most 1e-4 times the
         largest activation of the sample.
 
         Args:
@@ -107,7 +107,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """Splits non-negative masses with absolute values of the kernel."""
+        """Splits non-negative masses with the absolute values of the kernel."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -130,14 +130,14 @@ class Subspaces:
         at = self.dim % dims - dims
         if values.shape[at] != len(matrix):
             raise InputError(
-                f"the subspaces are of {len(matrix)} channels, and the layer has {values.shape[at]} in dimension "
+                f"the subspaces have {len(matrix)} channels, but the layer has {values.shape[at]} in dimension "
                 f"{self.dim} of {tuple(values.shape[-dims:])}; fit them on this layer, or set dim=."
             )
         return (values.movedim(at, -1) @ matrix).movedim(-1, at)
 
 
 def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``1 / a`` for neurons with a context (else 0), and an indicator of the neurons without a context."""
+    """Returns ``1 / a`` for neurons with a context (0 for others), and an indicator of neurons without a context."""
     size = values.abs()
     silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
     return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)
@@ -157,7 +157,7 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
     Args:
         values: Activations of a layer, ``(N, …)``.
         relevance: Relevance of the same neurons, such as ``mu.marginal(layer)``.
-        sizes: Number of directions of each subspace, leading directions first; a single number for one subspace.
+        sizes: Number of directions of each subspace, in order of relevance; a single number for one subspace.
         dim: Dimension of the channels.
 
     Raises:
@@ -190,8 +190,9 @@ def drsa(
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
     with power means :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}`: the mean over samples favours few large values, and
-    the mean over subspaces favours the use of all subspaces. The optimization is projected gradient ascent with
-    orthonormal columns. The step size, which decreases to zero, and the choice of the best of several starts are ours.
+    the mean over subspaces favours the use of all subspaces. The objective is maximized by gradient ascent, projected
+    to orthonormal columns. The decreasing step size and the choice of the best of several starts are new in this
+    package.
 
     Args:
         values: Activations of a layer, ``(N, …)``.
@@ -261,8 +262,7 @@ def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tenso
     """Returns the activations and contexts of all samples and positions, ``(n, C)`` each."""
     if values.shape != relevance.shape or values.ndim < 2:
         raise InputError(
-            f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must be of the same neurons, "
-            "(N, …)."
+            f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must have the same shape (N, …)."
         )
     with torch.no_grad():
         context = relevance.detach() * _inverse(values.detach())[0]
@@ -273,7 +273,7 @@ def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tenso
 def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
     wanted = (sizes,) if isinstance(sizes, int) else tuple(sizes)
     if not wanted or min(wanted) < 1 or sum(wanted) > channels:
-        raise InputError(f"sizes={brief(sizes)}: give at least 1 for each subspace, and together at most {channels}.")
+        raise InputError(f"sizes={brief(sizes)}: give at least 1 for each subspace, and at most {channels} in total.")
     return wanted
 
 
@@ -355,7 +355,7 @@ def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 class _PartsKernel(Kernel):
-    """A kernel in which the parts of a neuron pass all of their relevance to the neuron."""
+    """A kernel that passes all relevance of the parts of a neuron to this neuron."""
 
     is_stochastic = True
 

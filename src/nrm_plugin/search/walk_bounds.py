@@ -1,4 +1,4 @@
-r"""Upper bounds on the mass of the best completion of a prefix, for the search for relevant group walks.
+r"""Upper bounds on the mass of the best completion of a prefix, for the search for relevant walks over groups.
 
 .. math:: h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
@@ -25,13 +25,13 @@ NEGLIGIBLE = 1e-4
 
 
 def now() -> float:
-    """Returns the current time in seconds, by the clock of all budgets."""
+    """Returns the current time in seconds, from the clock used for all time budgets."""
     return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Lumps:
-    """The groups of a layer, some of them merged; no group carries more than its lump.
+    """The groups of a layer, some of which are merged into lumps; no group carries more mass than its lump.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.
@@ -43,19 +43,19 @@ class Lumps:
 
 
 class CompletionBounds:
-    """Upper bounds, for each layer, on the share of relevance that groups below can carry; computed from the input up.
+    """Upper bounds on the share of relevance that the groups below each layer can carry, computed from the input up.
 
-    If the time does not suffice for one pass per group, the groups with the smallest marginals are merged.
+    If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 
     Args:
         chain: The layers.
         deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:
-        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above it, ``(groups, n)``; None
-            where time or memory did not suffice.
+        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above it, ``(groups, n)``, or None
+            if time or memory was not sufficient.
         completions: :math:`h_m` for each layer, ``(n_m,)``.
-        tables: The sums before the maximum, ``(groups, n_m)``; None where time or memory did not suffice.
+        tables: The sums before the maximum, ``(groups, n_m)``, or None if time or memory was not sufficient.
     """
 
     def __init__(self, chain: LayerChain, deadline: float) -> None:
@@ -77,7 +77,7 @@ class CompletionBounds:
 
     def _add(self, level: int) -> None:
         chain, below = self.chain, self.completions[0]
-        until = now() + (self.deadline - now()) / min(2, level + 1)  # upper bounds depend on lower ones
+        until = now() + (self.deadline - now()) / min(2, level + 1)  # the bounds of upper layers depend on these
         if level == chain.last - 1:
             groups = Lumps(chain.labels[level + 1], chain.counts[level + 1])
             self.exact = self._table(level, groups, bound=False, until=until)

@@ -1,8 +1,8 @@
-r"""The walks with the most relevance, over groups of neurons in chosen layers or single neurons in all layers.
+r"""The walks with the most relevance, over groups of neurons in chosen layers, or over single neurons in all layers.
 
 A *group walk* consists of one group of neurons in each of several layers; its mass is the joint relevance of these
-groups. The search and its bound are ours, after the relevant walk search of Xiong et al. (ICML 2023) for single
-neurons.
+groups. The search and its bound are new in this package, and based on the search for relevant walks of single neurons
+by Xiong et al. (ICML 2023).
 
 Source: docs/critical-paths.md.
 """
@@ -32,10 +32,10 @@ from .walk_bounds import now
 
 @dataclass(frozen=True)
 class GroupWalk:
-    """One group in each layer, and the mass of the walks through all groups.
+    """One group in each layer, and the mass of the walks through all of these groups.
 
     Attributes:
-        groups: Number of the channel (position, neuron, label) in each layer, from the output to the input; None for
+        groups: Index of the channel (position, neuron, label) in each layer, from the output to the input, or None for
             layers that a walk of single neurons does not cross.
         mass: Joint relevance, signed.
         certified: Whether every walk that is not returned provably has at most the same absolute mass.
@@ -81,7 +81,7 @@ class TopWalks:
 
     @property
     def certified(self) -> int:
-        """The number of walks that are proven to be among the largest.
+        """Number of walks that are proven to be among the largest.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.1, False)), 0.2, 1, 0.0).certified
@@ -91,7 +91,7 @@ class TopWalks:
 
     @property
     def mass(self) -> float:
-        """The total mass of all returned walks, which are disjoint.
+        """Total mass of all returned walks, which are disjoint.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.25, False)), 0.3, 1, 0.0).mass
@@ -133,19 +133,19 @@ def top_walks(
     expansions: int | None = None,
     groups: Groups | None = None,
 ) -> TopWalks:
-    r"""Returns the ``k`` group walks with the largest absolute mass, and a bound on all other walks.
+    r"""Returns the ``k`` group walks with the largest absolute mass, and an upper bound on all other walks.
 
     .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
-    In a best-first search, the prefix with the largest bound on its completions is propagated to the next layer,
+    The search is best-first: the prefix with the largest bound on its completions is propagated to the next layer,
 
     .. math:: |\mu(g_1, \dots, g_L)| \le \sum_{i \in g_m} |r_m(i)|\, h_m(i), \qquad
               h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
     where :math:`r_m` is the relevance of the prefix and :math:`\tilde T` the kernel of all steps between two layers.
-    If memory allows, the maximum is taken outside the sum, which gives a smaller bound. At first, and then in
-    alternation, the prefixes with the largest mass are propagated, as in a greedy search, so that good walks are found
-    early. The search may be stopped at any time: masses are exact, and the bound holds, up to rounding.
+    If memory allows, the maximum is taken outside of the sum, which gives a tighter bound. To find good walks early,
+    the prefixes with the largest mass are propagated first, and then in alternation, as in a greedy search. The search
+    can be stopped at any time: masses are exact, and the bound holds, up to rounding.
 
     Without ``layers``, walks consist of single neurons along one path through the whole network. If no kernel is
     negative, as with :class:`~nrm_plugin.composites.NRMAbsolute`, max-product finds the largest walks exactly:
@@ -161,10 +161,10 @@ def top_walks(
         k: Number of walks.
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; ``"groups"`` for
             groups that keep most of the dependence between the layers, whose walks are all computed.
-        budget: Seconds after which the search stops; ``math.inf`` for a proven answer. The passes that compute the
-            bounds may take longer; without ``layers`` they are always completed.
-        expansions: Number of prefixes after which the search stops, for a reproducible result.
-        groups: For ``over="groups"``, the groups; by default they are found on this measure.
+        budget: Time limit in seconds; ``math.inf`` for a proven answer. The passes that compute the bounds may take
+            longer; without ``layers``, they are always completed.
+        expansions: Number of expanded prefixes after which the search stops, for reproducible results.
+        groups: The groups for ``over="groups"``; by default, they are found on this measure.
 
     Raises:
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
@@ -182,7 +182,8 @@ def top_walks(
         >>> torch.allclose(mu(best.event(0)), torch.tensor(best.walks[0].mass), atol=1e-5)
         True
 
-    Source: docs/critical-paths.md (the bound is ours); Xiong et al., ICML 2023, for walks of single neurons.
+    Source: docs/critical-paths.md; Xiong et al., ICML 2023, for walks of single neurons. The bound is new in this
+    package.
     """
     check_count(k, "k")
     check_one_sample(mu)
@@ -223,7 +224,7 @@ def _neuron_walks(
 ) -> TopWalks:
     if over != "neuron":
         raise ValueError(
-            f"over={brief(over)} needs layers=; without layers a walk is of single neurons: over='neuron'."
+            f"over={brief(over)} needs layers=; without layers, walks consist of single neurons: over='neuron'."
         )
     search = MaxProduct(mu)
     paths = search.walks(k, begin + budget, expansions)
