@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
+from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
@@ -109,8 +109,8 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
     shown_image = photo(loaded, image, inputs)
-    graph, divided = _graph(mu, loaded, request, options, shown_image)
-    heat_maps, pairs = flow_maps_and_pairs(mu, graph, divided.over)
+    flow, divided = _flow(mu, loaded, request, options, shown_image)
+    graph = flow.graph
     plain = mu if request.reference is None else None
     if plain is not None and request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
@@ -120,23 +120,23 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
     regions = {node.key: (divided.over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
-        mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
+        mu.outputs.flatten(), target, against, difference, graph, flow.maps, flow.pairs,
         replace(shown_image, regions=regions), divided.groups,
         profile(mu, request.layers, plain),
     )  # fmt: skip
 
 
-def _graph(
+def _flow(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
-) -> tuple[FlowGraph, Division]:
-    """Returns the flow, and what the neurons of each layer are summed over."""
+) -> tuple[MappedFlow, Division]:
+    """Returns the flow with its heat maps, and what the neurons of each layer are summed over."""
     try:
         divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
-        graph = mu.flow(
-            request.layers, divided.over, top=options.top, coverage=options.coverage, names=divided.names,
+        flow = mapped_flow(
+            mu, request.layers, divided.over, top=options.top, coverage=options.coverage, names=divided.names,
             groups=divided.groups,
         )  # fmt: skip
-        return graph, divided
+        return flow, divided
     except RequestError:
         raise
     except NRMError as error:
