@@ -64,8 +64,8 @@ def mapped_flow(
     r"""Returns a flow with the heat maps of its nodes, from the same passes.
 
     A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
-    flow but the input, and has at least 48 positions along each side: enough for a picture, at a fraction of the cost of
-    single pixels. All numbers are exact. Nodes of the input show their own pixels.
+    flow but the input, and has at least 48 positions along each side: enough for a picture, at a fraction of the cost
+    of single pixels. All numbers are exact. Nodes of the input show their own pixels.
 
     Args:
         mu: The measure.

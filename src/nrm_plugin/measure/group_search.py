@@ -24,10 +24,10 @@ from .partitions import Names
 
 K = 8
 """Default number of groups of a layer."""
-ROUNDS = 2
-"""Number of times that the groups of each layer are moved by exact joint relevance if the search had a sketch of it."""
-FEW_RESTARTS = 8
-"""Most further starts on a sketch, which is not worth more."""
+ROUNDS = 1
+"""Number of times that the groups of each layer are moved by exact joint relevance, if the search had an estimate."""
+FEW_RESTARTS = 2
+"""Most further starts on an estimate, which is not worth more."""
 RESTARTS = 30
 """Default number of further starts of the search."""
 
