@@ -172,19 +172,20 @@ def map_tap(mu: Any, layers: Sequence[Tap], lowest: Tap) -> Tap:
     """Returns the tap whose positions show where the relevance of the nodes of a flow lies.
 
     It is the uppermost tap below all layers, or equal to the last one, that has the positions of the image, at least
-    :data:`POSITIONS` along each side, and that all walks from the layers to the image cross; else the image itself.
+    :data:`POSITIONS` along each side, and that all walks from the layers to the image cross; else the image itself,
+    also if it has no more positions than that.
 
     Args:
         mu: The measure.
         layers: The layers of the flow above the image.
         lowest: The image.
     """
-    if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers:
+    if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:
         return lowest
     height, width = lowest.shape[2:]
     for name in reversed(mu.layers):
         tap = mu._tap(name)
-        if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < min(POSITIONS, height, width):
+        if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
             continue
         ratios = (height / tap.shape[2], width / tap.shape[3])
         if abs(ratios[0] / ratios[1] - 1) > 0.05 or min(ratios) < 1:

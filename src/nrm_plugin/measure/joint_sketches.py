@@ -94,12 +94,14 @@ class PairJoints:
         return self._estimate(pair, is_image), False
 
     def _estimate(self, pair: int, is_image: bool) -> Tensor:
-        upper, lower, above, below = *self.taps[pair : pair + 2], *self.relevance[pair : pair + 2]
+        """Returns an estimate of the joint relevance of the members of a pair, ``(N, upper, lower)``."""
+        upper, lower = self.taps[pair : pair + 2]
+        kind = self.kinds[pair + 1]
         if upper.place == lower.place:
-            return self.of_groups(pair, self.kinds[pair], self.kinds[pair + 1])
-        if self.kinds[pair] == "channel" and (is_image or self.kinds[pair + 1] == "channel"):
-            members = None if not is_image else self.kinds[pair + 1]
-            local = local_joint(upper, lower, above, below, members, self.counts[pair + 1])
+            return self.of_groups(pair, self.kinds[pair], kind)
+        if self.kinds[pair] == "channel" and (is_image or kind == "channel"):
+            parts, count = (kind, self.counts[pair + 1]) if is_image else (None, 0)
+            local = local_joint(upper, lower, self.relevance[pair], self.relevance[pair + 1], parts, count)
             if local is not None:
                 mixed: Tensor = self.mu._mixed(local)
                 return mixed
@@ -172,6 +174,6 @@ class PairJoints:
 
 def _of_one_layer(relevance: Tensor, above: Tensor, below: Tensor) -> Tensor:
     """Returns the relevance of one layer in each pair of groups of its neurons, ``(N, groups, other groups)``."""
-    counts = int(above.max()) + 1, int(below.max()) + 1
-    sums = by_label(relevance.flatten(1), above * counts[1] + below)
-    return torch.nn.functional.pad(sums, (0, counts[0] * counts[1] - sums.shape[1])).unflatten(1, counts)
+    rows, columns = int(above.max()) + 1, int(below.max()) + 1
+    sums = by_label(relevance.flatten(1), above * columns + below)
+    return torch.nn.functional.pad(sums, (0, rows * columns - sums.shape[1])).view(-1, rows, columns)

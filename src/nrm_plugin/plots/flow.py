@@ -34,6 +34,7 @@ def flow_figure(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     width: float | None = None,
+    maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights are relevance.
@@ -51,6 +52,7 @@ def flow_figure(
             caption, and in grey beneath the pictures.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
+        maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
         signs: What positive and negative relevance mean, for the key.
 
     Raises:
@@ -65,7 +67,7 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     pictures = node_pictures(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, pictures, photo, width, signs)
+    scene = scene_of(graph, heading, caption, pictures, photo, width, signs, maps_at)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -92,6 +94,7 @@ def scene_of(
     photo: Photo | None,
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
+    maps_at: str = "",
 ) -> Scene:
     """Returns the layout of a flow with its caption and key."""
     shown: Mapping[str, object] = pictures.values if pictures else {}
@@ -99,7 +102,7 @@ def scene_of(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph), signs),
+        key_text(bool(shown), has_off(graph), signs, maps_at),
         width,
         shown,
         pictures.ratio if pictures else 1.0,

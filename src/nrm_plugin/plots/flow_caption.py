@@ -12,6 +12,8 @@ from .ribbons import percent
 
 NAMED = 3
 """Largest number of nodes in a list."""
+NAMED_WALKS = 2
+"""Largest number of walks that are named."""
 ENOUGH = 0.6
 """Share of the positive relevance of a node that the listed nodes below it hold together."""
 WORTH_SAYING = 0.01
@@ -24,15 +26,21 @@ SIGNS = ("evidence for", "evidence against")
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
 )
-PICTURES = "Pictures show where the relevance of a node lies, on one colour scale per layer."
+PICTURES = "Pictures show where the relevance of a node lies{}, on one colour scale per layer."
 
 
-def flow_caption(graph: FlowGraph, target: str = "") -> str:
+Walks = Sequence[tuple[Sequence[str], float]]
+"""Walks over groups: the keys of their nodes, from the input up, and their masses; the strongest first."""
+
+
+def flow_caption(graph: FlowGraph, target: str = "", walks: Walks = ()) -> str:
     """Describes a flow by its largest numbers: where the relevance comes from, by which way, and what is against it.
 
     Args:
         graph: The graph.
         target: What is explained; by default the name of the only node of the output.
+        walks: The strongest walks over the groups of all layers, as from
+            :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -41,7 +49,8 @@ def flow_caption(graph: FlowGraph, target: str = "") -> str:
         True
     """
     target = target or _target(graph)
-    sentences = [_origin(graph, target), *_ways(graph), _against(graph, target), *_elsewhere(graph)]
+    ways = [_strongest_walks(graph, walks)] if walks else _ways(graph)
+    sentences = [_origin(graph, target), *ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -62,9 +71,17 @@ def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
     return " ".join(sentences) or "The flows hardly differ."
 
 
-def key_text(has_pictures: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
-    """Returns the legend of a flow; ``signs`` says what positive and negative relevance mean."""
-    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([PICTURES] if has_pictures else [])])
+def key_text(has_pictures: bool, has_off: bool, signs: tuple[str, str] = SIGNS, maps_at: str = "") -> str:
+    """Returns the legend of a flow.
+
+    Args:
+        has_pictures: Whether nodes have pictures.
+        has_off: Whether walks off a layer are drawn.
+        signs: What positive and negative relevance mean.
+        maps_at: The layer whose positions the pictures show; by default, single pixels.
+    """
+    pictures = PICTURES.format(f", measured at {maps_at}" if maps_at else "")
+    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([pictures] if has_pictures else [])])
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
@@ -128,6 +145,20 @@ def _ways(graph: FlowGraph) -> list[str]:
     return sentences
 
 
+def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
+    """Returns the names of the nodes of a walk, from the input up; their layers follow from the figure."""
+    names = {node.key: node_name(node) for node in graph.nodes}
+    return " → ".join(names[key] for key in keys)
+
+
+def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
+    """Names the walks over groups that carry most."""
+    said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= WORTH_SAYING]
+    if not said:
+        return ""
+    return f"The strongest {'walk is' if len(said) == 1 else 'walks are'} {'; '.join(said)}."
+
+
 def _against(graph: FlowGraph, target: str) -> str:
     groups = [node for layer in graph.layers[1:] for node in layer.nodes if node.kind == "group"]
     worst = min(groups, key=lambda node: node.mass, default=None)
@@ -164,4 +195,4 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-__all__ = ["SIGNS", "difference_caption", "flow_caption", "key_text"]
+__all__ = ["SIGNS", "Walks", "difference_caption", "flow_caption", "key_text", "walk_name"]
