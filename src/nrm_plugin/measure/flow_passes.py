@@ -53,8 +53,8 @@ class FlowPasses:
         self._map_tap = maps
         self._stop = _stop(mu, self.taps, maps)
         totals = mu._pass([*taps, self._stop])
-        self._relevance = [totals.relevance(tap) for tap in taps]
-        self._at_stop = totals.relevance(self._stop)
+        self._relevance: list[Tensor] = [totals.relevance(tap) for tap in taps]
+        self._at_stop: Tensor = totals.relevance(self._stop)
         last = len(taps) - 1
         self._is_split = last > 0 and self._stop.place != taps[-1].place and mu._is_below(taps[-1].place, self._stop)
         self._given = self._transposed() if self._is_split else None
@@ -84,8 +84,8 @@ class FlowPasses:
         return layers if any(tap.place == self._stop.place for tap in layers) else [*layers, self._stop]
 
     def _marginal(self, tap: Tap) -> Tensor:
-        places = [one.place for one in self.taps]
-        return self._relevance[places.index(tap.place)] if tap.place in places else self._at_stop
+        known = zip(self.taps, self._relevance, strict=True)
+        return next((values for one, values in known if one.place == tap.place), self._at_stop)
 
     def _nodes(self, number: int) -> Tensor:
         """Returns the relevance of a layer in each of its nodes, ``(K, N, *shape)``."""
@@ -184,7 +184,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], lowest: Tap) -> Tap:
         return lowest
     height, width = lowest.shape[2:]
     for name in reversed(mu.layers):
-        tap = mu._tap(name)
+        tap: Tap = mu._tap(name)
         if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
             continue
         ratios = (height / tap.shape[2], width / tap.shape[3])

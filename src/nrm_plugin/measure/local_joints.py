@@ -45,8 +45,8 @@ def local_joint(
     if one.ndim != other.ndim or one.ndim < 3:
         return None
     if one.ndim == 4:
-        size = [min(GRID, a, b) for a, b in zip(one.shape[2:], other.shape[2:], strict=True)]
-        one, other = (adaptive_avg_pool2d(each, size) for each in (one, other))
+        height, width = (min(GRID, a, b) for a, b in zip(one.shape[2:], other.shape[2:], strict=True))
+        one, other = (adaptive_avg_pool2d(each, (height, width)) for each in (one, other))
     elif one.shape[2:] != other.shape[2:]:
         return None
     one, other = one.flatten(2).double(), other.flatten(2).double()
