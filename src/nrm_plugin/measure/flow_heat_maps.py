@@ -91,22 +91,22 @@ def mapped_flow(
     over, names, shown = with_groups(mu, taps, over, names, k, groups)
     top = max(top, shown) if shown and top is not None else top
     only = [tap for _, tap in taps]
-    image = mu._tap(LOWEST if lowest is None else lowest)
+    image = mu._tap(lowest or LOWEST)
     above = [tap for tap in only if tap.place != image.place]
-    tap = map_tap(mu, above, image) if lowest is None else image
+    name, tap = map_tap(mu, above, LOWEST) if lowest is None else (lowest, image)
     done: list[FlowPasses] = []
 
     def joints(nodes: Sequence[Any]) -> list[Tensor]:
         done.append(flow_passes(mu, only, [one.labels for one in nodes], tap))
         return [done[0].joints[number, number + 1] for number in range(len(nodes) - 1)]
 
-    with mu._sharing([*(layer for layer, _ in taps), tap.names[0]]):
+    with mu._sharing([*(layer for layer, _ in taps), name]):
         graph = flow_graph(mu, taps, over, top, min_mass, coverage, names, sample, joints)
     labels = [_labels(mu, layer, over) for layer in graph.layers]
     passes = done[0] if done else flow_passes(mu, only, labels, tap)
-    maps, pairs = _read(mu, graph, labels, passes, image.names[0], 0 if sample is None else sample)
+    maps, pairs = _read(mu, graph, labels, passes, lowest or LOWEST, 0 if sample is None else sample)
     is_image = tap.place == image.place
-    return MappedFlow(graph, maps, pairs, tap.names[0], () if is_image else tuple(tap.shape[2:]))
+    return MappedFlow(graph, maps, pairs, name, () if is_image else tuple(tap.shape[2:]))
 
 
 def flow_maps(

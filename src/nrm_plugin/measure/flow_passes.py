@@ -168,8 +168,8 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
         return FlowPasses(mu, taps, labels, maps)
 
 
-def map_tap(mu: Any, layers: Sequence[Tap], lowest: Tap) -> Tap:
-    """Returns the tap whose positions show where the relevance of the nodes of a flow lies.
+def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
+    """Returns the tap whose positions show where the relevance of the nodes of a flow lies, and its name.
 
     It is the uppermost tap below all layers, or equal to the last one, that has the positions of the image, at least
     :data:`POSITIONS` along each side, and that all walks from the layers to the image cross; else the image itself,
@@ -178,10 +178,11 @@ def map_tap(mu: Any, layers: Sequence[Tap], lowest: Tap) -> Tap:
     Args:
         mu: The measure.
         layers: The layers of the flow above the image.
-        lowest: The image.
+        image: Name of the image.
     """
+    lowest = mu._tap(image)
     if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:
-        return lowest
+        return image, lowest
     height, width = lowest.shape[2:]
     for name in reversed(mu.layers):
         tap: Tap = mu._tap(name)
@@ -192,8 +193,8 @@ def map_tap(mu: Any, layers: Sequence[Tap], lowest: Tap) -> Tap:
             continue
         is_under = tap.place == layers[-1].place or mu._is_below(tap.place, layers[-1])
         if is_under and all(separates(mu._recording, one, tap, lowest) for one in layers):
-            return tap
-    return lowest
+            return name, tap
+    return image, lowest
 
 
 def _stop(mu: Any, taps: Sequence[Tap], maps: Tap | None) -> Tap:

@@ -66,7 +66,9 @@ class PairJoints:
     def _move_image(self) -> bool:
         """Replaces the image by a layer with its positions; returns whether there is such a layer."""
         image = self.taps[-1]
-        tap = map_tap(self.mu, self.taps[:-1], image)
+        if image.place != self.mu._tap("input").place:
+            return False
+        _, tap = map_tap(self.mu, self.taps[:-1], "input")
         members = at_positions(image, self.kinds[-1], tap) if tap.place != image.place else None
         if members is not None:
             self.taps[-1], self.kinds[-1] = tap, members
