@@ -183,18 +183,24 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
     lowest = mu._tap(image)
     if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:
         return image, lowest
-    height, width = lowest.shape[2:]
+    found: list[tuple[str, Tap]] = []
     for name in reversed(mu.layers):
         tap: Tap = mu._tap(name)
-        if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
-            continue
-        ratios = (height / tap.shape[2], width / tap.shape[3])
-        if abs(ratios[0] / ratios[1] - 1) > 0.05 or min(ratios) < 1:
+        if not _has_positions(tap, lowest) or (found and tap.shape[2:] != found[0][1].shape[2:]):
             continue
         is_under = tap.place == layers[-1].place or mu._is_below(tap.place, layers[-1])
         if is_under and all(separates(mu._recording, one, tap, lowest) for one in layers):
-            return name, tap
-    return image, lowest
+            found.append((name, tap))
+    # Among layers with as many positions, one that is not inside of a block has the name that readers know.
+    return min(found, key=lambda one: one[0].count("."), default=(image, lowest))
+
+
+def _has_positions(tap: Tap, image: Tap) -> bool:
+    """Returns whether a tap has enough positions, in the aspect ratio of the image."""
+    if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
+        return False
+    ratios = [whole / part for whole, part in zip(image.shape[2:], tap.shape[2:], strict=True)]
+    return min(ratios) >= 1 and abs(ratios[0] / ratios[1] - 1) <= 0.05
 
 
 def _stop(mu: Any, taps: Sequence[Tap], maps: Tap | None) -> Tap:

@@ -49,8 +49,8 @@ def flow_caption(graph: FlowGraph, target: str = "", walks: Walks = ()) -> str:
         True
     """
     target = target or _target(graph)
-    ways = [_strongest_walks(graph, walks)] if walks else _ways(graph)
-    sentences = [_origin(graph, target), *ways, _against(graph, target), *_elsewhere(graph)]
+    ways = [_parts(graph, target), _strongest_walks(graph, walks)] if walks else [_origin(graph, target), *_ways(graph)]
+    sentences = [*ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -115,6 +115,17 @@ def _origin(graph: FlowGraph, target: str) -> str:
     sources = _listed([named(lower.nodes[place], graph) for place in chosen])
     way = "" if upper.name == "output" else f" by way of {named(above, graph)}"
     return f"{total} of {target} comes from {sources}{way}."
+
+
+def _parts(graph: FlowGraph, target: str) -> str:
+    """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
+    lower = graph.layers[-1]
+    nodes = lower.nodes[: len(lower.groups)]
+    chosen = [nodes[place] for place in _leading(np.array([node.mass for node in nodes]))]
+    if not chosen:
+        return ""
+    sources = [f"{percent(node.mass)} from {named(node, graph)}" for node in chosen]
+    return f"Of {target}, {_listed(sources).replace(' from ', ' comes from ', 1)}."
 
 
 def _leading(values: np.ndarray) -> list[int]:
