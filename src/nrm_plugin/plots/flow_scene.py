@@ -131,10 +131,11 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
 
 
 def layer_note(layer: FlowLayer) -> str:
-    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
+    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
     if not layer.groups:
         return "no relevance crosses it"
-    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(round(sum(layer.masses), 5))}"
+    count = f"{len(layer.groups)} of {len(layer.groups) + layer.others}" if layer.others else f"all {len(layer.groups)}"
+    return f"{count}: {percent(round(sum(layer.masses), 5))}"
 
 
 # -- places ---------------------------------------------------------------------------------------------------------
