@@ -61,7 +61,9 @@ def find_groups(
     keep these members apart. Groups are numbered by absolute mass, and the same seed gives the same groups.
 
     The joint relevance of distant layers with more than 64 members each takes a pass for each member. The search then
-    starts from a sketch of rank 8, and moves members by exact joint relevance with groups; κ is not known (nan).
+    starts from an estimate by the positions that the members share, or else from a sketch of rank 8, and moves members
+    by exact joint relevance with groups; κ is not known (nan). Parts of a large image are looked for at the positions
+    of a layer that all walks cross.
 
     Args:
         measures: A measure of one or more samples, several measures, or a sweep with the joint relevance of these
