@@ -12,8 +12,8 @@ from .ribbons import percent
 
 NAMED = 3
 """Largest number of nodes in a list."""
-NAMED_WALKS = 2
-"""Largest number of walks that are named."""
+NAMED_WALKS, LEAST_WALK = 2, 1e-3
+"""Largest number of walks that are named, and the least relevance of one."""
 ENOUGH = 0.6
 """Share of the positive relevance of a node that the listed nodes below it hold together."""
 WORTH_SAYING = 0.01
@@ -164,7 +164,7 @@ def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
     """Names the walks over groups that carry most."""
-    said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= WORTH_SAYING]
+    said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= LEAST_WALK]
     if not said:
         return ""
     return f"The strongest {'walk is' if len(said) == 1 else 'walks are'} {'; '.join(said)}."

@@ -134,8 +134,10 @@ def layer_note(layer: FlowLayer) -> str:
     """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
     if not layer.groups:
         return "no relevance crosses it"
-    count = f"{len(layer.groups)} of {len(layer.groups) + layer.others}" if layer.others else f"all {len(layer.groups)}"
-    return f"{count}: {percent(round(sum(layer.masses), 5))}"
+    shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
+    if not layer.others:
+        return share if shown == 1 else f"all {shown}: {share}"
+    return f"{shown} of {shown + layer.others}: {share}"
 
 
 # -- places ---------------------------------------------------------------------------------------------------------
