@@ -1,23 +1,96 @@
-"""Cost of a flow graph relative to the marginals of all layers.
+"""Cost of a flow graph, relative to a plain gradient and to the marginals of all layers.
 
-``python -m benchmarks.flow`` computes both for VGG16 alternately, in one process on one thread, and writes the
-processor seconds as JSON and the factor to ``docs/flow.md``.
+``python -m benchmarks.flow`` computes all of them for VGG16 alternately, in one process on one thread, and writes the
+processor seconds as JSON and the factors to ``docs/flow.md``. A flow with pictures includes the measure itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from benchmarks import tables
 from benchmarks.conservation import store
-from nrm_plugin import RelevanceMeasure, patches
+from nrm_plugin import NRMDefault, RelevanceMeasure, find_groups, patches
+from nrm_plugin.measure.flow_heat_maps import MappedFlow, mapped_flow
+from nrm_plugin.plots.flow import flow_figure
+from nrm_plugin.plots.flow_html import sankey
 
 LAYERS = ["input", "features.7", "features.14", "features.21", "features.28"]
+FOUR = ["input", "features.14", "features.21", "features.28"]
+SIDE, TARGET, K = 224, 3, 8
+PARTS = patches((SIDE, SIDE), 8)
+"""Parts of the image that are grouped."""
+
+
+class Works:
+    """The computations, for one network and one image.
+
+    Attributes:
+        drawn: The last flow with pictures.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        self.model, self.image = model, image
+        self.drawn: MappedFlow | None = None
+
+    def measure(self) -> RelevanceMeasure:
+        """A new measure, because results are cached."""
+        return RelevanceMeasure(self.model, self.image, TARGET, composite=NRMDefault())
+
+    def plain_gradient(self) -> Any:
+        """The gradient of the output with respect to the image."""
+        image = self.image.clone().requires_grad_()
+        return torch.autograd.grad(self.model(image)[0, TARGET], image)
+
+    def marginals(self) -> Any:
+        """Relevance of all layers; the measure is not counted."""
+        mu = self.measure()
+        return lambda: mu.marginal(mu.layers)
+
+    def flow(self) -> Any:
+        """A flow of five layers; the measure is not counted."""
+        mu = self.measure()
+        return lambda: mu.flow(LAYERS, over={"input": patches((SIDE, SIDE), 4)}, top=8)
+
+    def channels_with_pictures(self) -> Any:
+        """The eight strongest channels of four layers."""
+        over = {"input": patches((SIDE, SIDE), 4)}
+        self.drawn = mapped_flow(self.measure(), FOUR, over, top=K)
+
+    def groups_with_pictures(self) -> Any:
+        """Eight groups of four layers, which are found first."""
+        mu = self.measure()
+        groups = find_groups(mu, FOUR[::-1], K, {"input": PARTS})
+        self.drawn = mapped_flow(mu, FOUR, groups=groups)
+
+    def figure(self) -> Any:
+        """The figure, as a PNG file."""
+        assert self.drawn is not None
+        flow_figure(self.drawn.graph, maps=self.drawn.maps, image=self.image[0].sigmoid()).savefig(io.BytesIO())
+
+    def page(self) -> Any:
+        """The HTML page."""
+        assert self.drawn is not None
+        sankey(self.drawn.graph, maps=self.drawn.maps, image=self.image[0].sigmoid(), pairs=self.drawn.pairs)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Processor time of a computation; if it returns another one, the time of that one."""
+    started = time.process_time()
+    inner = work()
+    if callable(inner):
+        started = time.process_time()
+        inner()
+    return time.process_time() - started
 
 
 def main() -> None:
@@ -28,19 +101,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, image = vgg16(weights=None).eval(), torch.randn(1, 3, 224, 224)
-    seconds: dict[str, list[float]] = {"marginals": [], "flow": []}
+    works = Works(vgg16(weights=None).eval().requires_grad_(False), torch.randn(1, 3, SIDE, SIDE))
+    names = ["plain_gradient", "marginals", "flow", "channels_with_pictures", "groups_with_pictures", "figure", "page"]
+    seconds: dict[str, list[float]] = {name.replace("_", " "): [] for name in names}
     for _ in range(rounds):
-        for work, times in seconds.items():
-            mu = RelevanceMeasure(model, image, 3)  # a new measure, because results are cached
-            started = time.process_time()
-            if work == "flow":
-                mu.flow(LAYERS, over={"input": patches((224, 224), 4)}, top=8)
-            else:
-                mu.marginal(mu.layers)
-            times.append(time.process_time() - started)
+        for name in names:
+            seconds[name.replace("_", " ")].append(seconds_of(getattr(works, name)))
         print({work: round(times[-1], 2) for work, times in seconds.items()}, flush=True)
-    store("flow", {"layers": LAYERS, "seconds": seconds}, "torchvision")
+        store("flow", {"layers": LAYERS, "with pictures": FOUR, "seconds": seconds}, "torchvision")
     tables.write("flow")
 
 

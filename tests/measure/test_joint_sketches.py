@@ -36,6 +36,7 @@ def sketched(monkeypatch):
     """All joint relevance of members is sketched."""
     monkeypatch.setattr(joint_sketches, "FEW", 0)
     monkeypatch.setattr(joint_sketches, "neighbour_matrix", lambda *args: None)
+    monkeypatch.setattr(joint_sketches, "local_joint", lambda *args: None)
 
 
 @pytest.mark.usefixtures("sketched")
@@ -76,7 +77,21 @@ def test_groups_from_a_sketch_keep_nearly_as_much_as_groups_from_all_joint_relev
     assert all(math.isnan(share) for share in found.kappas)
     monkeypatch.undo()
     best = find_groups(mu, LAYERS, 4)
-    parts = [dependence(mu.joint(*LAYERS[n : n + 2]).mean(0).numpy()) for n in range(2)]
-    shares = [kept(part, *(labels.numpy() for labels in found.labels[n : n + 2])) for n, part in enumerate(parts)]
-    assert np.mean(shares) > 0.85 * best.kappa
+    assert shares_of(mu, found) > 0.85 * best.kappa
     assert sum(found.masses[0]) == pytest.approx(float(mu.marginal("4").sum(dim=(1, 2, 3)).mean()))
+
+
+def test_groups_from_marginals_keep_nearly_as_much_as_groups_from_all_joint_relevance(mu, monkeypatch):
+    best = find_groups(mu, LAYERS, 4)
+    monkeypatch.setattr(joint_sketches, "FEW", 0)
+    monkeypatch.setattr(joint_sketches, "neighbour_matrix", lambda *args: None)
+    found = find_groups(mu, LAYERS, 4)
+    assert all(math.isnan(share) for share in found.kappas)
+    assert shares_of(mu, found) > 0.85 * best.kappa
+
+
+def shares_of(mu, groups) -> float:
+    """The mean share of the dependence that groups keep."""
+    parts = [dependence(mu.joint(*LAYERS[n : n + 2]).mean(0).numpy()) for n in range(2)]
+    shares = [kept(part, *(labels.numpy() for labels in groups.labels[n : n + 2])) for n, part in enumerate(parts)]
+    return float(np.mean(shares))

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nrm_plugin import FlowGraph, RelevanceMeasure, at
+from nrm_plugin import FlowGraph, RelevanceMeasure, at, find_groups
 from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps_and_pairs
 from nrm_plugin.plots.flow_html import sankey, save_sankey
 from nrm_plugin.plots.flow_layout import flow_scene
 from nrm_plugin.plots.ribbons import percent
-from tests.flows import X, full_graph, measure
+from nrm_plugin.search.group_walks import group_walks
+from tests.flows import X, full_graph, measure, net
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,44 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
         assert len(image.convert("RGB").resize((200, 150)).getcolors(30_000)) > 100
 
 
+WALK = "document.querySelectorAll('[data-walk]')[{number}]"
+ON = "[...document.querySelectorAll('{kind}')].flatMap((one, at) => one.classList.contains('off-walk') ? [] : [at])"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_walk_is_drawn_while_the_pointer_or_the_focus_is_on_it(tmp_path):
+    mu = RelevanceMeasure(net(), X[:1], 2)
+    groups = find_groups(mu, ["2", "0", "input"], 3)
+    graph = mu.flow(["2", "0", "input"], groups=groups)
+    walks = group_walks(mu, ["2", "0", "input"], groups).through_nodes(5)
+    path = save_sankey(graph, tmp_path / "flow.html", walks=walks)
+    data = stored(path)
+    browser = Browser(tmp_path / "profile", path.as_uri())
+    try:
+        for number, (keys, mass) in enumerate(walks):
+            walk = [at for at, node in enumerate(data["nodes"]) if node["key"] in keys]
+            assert sorted(data["walks"][number]) == walk
+            assert browser.ask(WALK.format(number=number) + ".textContent").endswith(percent(mass))
+            browser.ask(WALK.format(number=number) + ".focus()")
+            assert browser.ask(ON.format(kind=".node")) == walk
+            drawn = [at for at, band in enumerate(data["bands"]) if {band["lower"], band["upper"]} <= set(walk)]
+            assert browser.ask(ON.format(kind=".band")) == drawn
+        browser.ask(WALK.format(number=number) + ".blur()")
+        assert len(browser.ask(ON.format(kind=".node"))) == len(data["nodes"])
+        browser.mouse(
+            "mouseMoved",
+            browser.ask(
+                f"(() => {{ const box = {WALK.format(number=1)}.getBoundingClientRect(); "
+                "return [box.x + 20, box.y + 5]; })()"
+            ),
+        )
+        browser.wait("document.querySelector('.node.off-walk')")
+        assert len(browser.ask(ON.format(kind=".node"))) == 3
+    finally:
+        browser.close()
+
+
 def test_pages_of_too_wide_layers_raise():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()
@@ -278,10 +317,10 @@ def test_pages_of_too_wide_layers_raise():
 
 def test_a_page_of_many_thumbnails_stays_below_three_megabytes():
     rng = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 12, 5, 2), nn.ReLU(), nn.Conv2d(12, 12, 5, 2), nn.ReLU(), nn.Flatten(),
+    large = nn.Sequential(nn.Conv2d(3, 12, 5, 2), nn.ReLU(), nn.Conv2d(12, 12, 5, 2), nn.ReLU(), nn.Flatten(),
                         nn.Linear(12 * 13 * 13, 3)).eval()  # fmt: skip
     image = torch.rand(3, 64, 64, generator=rng)
-    mu = RelevanceMeasure(net, image[None], 1)
+    mu = RelevanceMeasure(large, image[None], 1)
     graph = mu.flow(["output", "2", "1", "0"], top=12)
     maps, pairs = flow_maps_and_pairs(mu, graph)
     assert len(maps) >= 25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -151,12 +152,19 @@ def _members_of_the_input(image: Tensor) -> Tensor:
 
 
 def _with_short_names(groups: Groups) -> Groups:
-    """Returns groups with numbers instead of names that list channels, which would not fit below a thumbnail."""
+    """Returns groups with numbers instead of names that list channels, which would not fit below a thumbnail.
+
+    If several layers have such groups, each layer has its letter, from the input up, so that no two names are the same.
+    """
     short = {
-        layer: {number: f"group {number + 1}" for number, name in enumerate(names) if LISTED.fullmatch(name)}
+        layer: [number for number, name in enumerate(names) if LISTED.fullmatch(name)]
         for layer, names in zip(groups.layers, groups.names, strict=True)
     }
-    return groups.named({layer: names for layer, names in short.items() if names})
+    named = [layer for layer in reversed(groups.layers) if short[layer]]
+    letters = dict(zip(named, string.ascii_uppercase, strict=False)) if len(named) > 1 else {}
+    return groups.named(
+        {layer: {number: f"group {letters.get(layer, '')}{number + 1}" for number in short[layer]} for layer in named}
+    )
 
 
 def patch_names(count: int) -> dict[int, str]:

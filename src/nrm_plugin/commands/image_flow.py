@@ -13,15 +13,16 @@ from torch import Tensor
 from ..dataset.images import LoadedImage, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import NodeMaps, flow_maps_and_pairs
+from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
 from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
-from ..plots.flow_caption import flow_caption
+from ..plots.flow_caption import Walks, flow_caption
 from ..plots.flow_html import Pairs, save_sankey
 from ..plots.flow_thumbnails import Photo
 from ..plots.layer_profile import profile_figure
+from ..search.group_walks import group_walks, least_passes
 from . import messages
 from .flow_groups import Division, FlowOptions, division
 from .model_loading import LoadedModel
@@ -40,6 +41,8 @@ from .per_image import Printed
 from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
+MOST_PASSES, LISTED_WALKS = 150, 12
+"""Most partial passes for walks over groups, and the number of walks on the page."""
 LEAST_PROFILE = 0.01
 """A figure of all layers is drawn if at least this much relevance is lost at a layer."""
 
@@ -58,6 +61,8 @@ class ImageFlow:
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
         groups: The groups, if they were requested.
+        maps_at: The layer whose positions the heat maps show; empty for single pixels.
+        walks: The strongest walks over the groups, if there are not too many to compute all of them.
         profile: Profile of the layers, compared with plain LRP.
     """
 
@@ -70,6 +75,8 @@ class ImageFlow:
     pairs: Pairs
     photo: Photo
     groups: Groups | None
+    maps_at: str
+    walks: Walks
     profile: Sequence[ProfileRow]
 
 
@@ -109,8 +116,8 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, request.layers)
     shown_image = photo(loaded, image, inputs)
-    graph, divided = _graph(mu, loaded, request, options, shown_image)
-    heat_maps, pairs = flow_maps_and_pairs(mu, graph, divided.over)
+    flow, divided = _flow(mu, loaded, request, options, shown_image)
+    graph = flow.graph
     plain = mu if request.reference is None else None
     if plain is not None and request.residual != "sink":
         plain = measure_of(loaded, inputs, replace(request, residual="sink", gain_limit=None))
@@ -120,27 +127,38 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
     regions = {node.key: (divided.over["input"] == node.group).numpy() for node in patched}
     return ImageFlow(
-        mu.outputs.flatten(), target, against, difference, graph, heat_maps, pairs,
+        mu.outputs.flatten(), target, against, difference, graph, flow.maps, flow.pairs,
         replace(shown_image, regions=regions), divided.groups,
+        flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
         profile(mu, request.layers, plain),
     )  # fmt: skip
 
 
-def _graph(
+def _flow(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
-) -> tuple[FlowGraph, Division]:
-    """Returns the flow, and the grouping of the neurons of each layer."""
+) -> tuple[MappedFlow, Division]:
+    """Returns the flow with its heat maps, and the grouping of the neurons of each layer."""
     try:
         divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
-        graph = mu.flow(
-            request.layers, divided.over, top=options.top, coverage=options.coverage, names=divided.names,
+        flow = mapped_flow(
+            mu, request.layers, divided.over, top=options.top, coverage=options.coverage, names=divided.names,
             groups=divided.groups,
         )  # fmt: skip
-        return graph, divided
+        return flow, divided
     except RequestError:
         raise
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
+
+
+def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
+    """Returns the strongest walks over groups, unless the masses of all walks would take too many passes."""
+    if groups is None or not all(layer.name in groups.layers and not layer.others for layer in graph.layers):
+        return []
+    counts = [len(groups.names[groups.layers.index(layer.name)]) for layer in graph.layers]
+    if len(counts) < 3 or least_passes(counts) > MOST_PASSES:
+        return []
+    return group_walks(mu, [layer.name for layer in graph.layers], groups).through_nodes(LISTED_WALKS)
 
 
 def _write(
@@ -165,6 +183,7 @@ def _write(
     target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
+    parts |= {"maps_at": flow.maps_at}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
@@ -173,7 +192,7 @@ def _write(
     more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
-        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
+        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, walks=flow.walks, **parts)
     for path in stored:
         assert flow.groups is not None
         with writing(path) as temporary:
@@ -183,7 +202,7 @@ def _write(
 
 def caption(flow: ImageFlow) -> str:
     """Describes a flow, and the part of the image that the model did not see."""
-    return f"{flow_caption(flow.graph)} {unseen(flow.photo)}".strip()
+    return f"{flow_caption(flow.graph, walks=flow.walks)} {unseen(flow.photo)}".strip()
 
 
 def _is_whole(row: ProfileRow) -> bool:

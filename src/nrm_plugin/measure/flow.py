@@ -12,7 +12,7 @@ Selecting groups and merging the others is new in this package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class _Shown:
+class Shown:
     """A layer with its shown groups.
 
     Attributes:
@@ -92,6 +92,7 @@ def flow_graph(
     coverage: float | None = None,
     names: Mapping[str, Names] | None = None,
     sample: int | None = None,
+    joints: Callable[[Sequence[Shown]], Sequence[Tensor]] | None = None,
 ) -> FlowGraph:
     """Returns the flow of relevance through some layers.
 
@@ -104,6 +105,8 @@ def flow_graph(
         coverage: Share of the absolute mass of each layer to show.
         names: Names of the groups of each layer.
         sample: Index of the sample.
+        joints: Returns the joint relevance of the nodes of each pair of layers, ``(N, K_upper, K_lower)``; by default,
+            the measure is asked for it.
     """
     thresholds = Thresholds(top, min_mass, coverage)
     number = _sample_number(mu, sample)
@@ -115,15 +118,15 @@ def flow_graph(
         groups = partition(tap, _for_layer(over, layer, "channel"), _for_layer(names, layer, None))
         relevance = summed(masses[layer], tap, groups.labels)[number].double().cpu().numpy()
         shown.append(_shown(mu, layer, tap, groups, relevance, thresholds, number))
-    matrices = mu.joints([one.atom for one in shown], _overs(shown)) if len(shown) > 1 else []
-    joints = tuple(
+    ask = joints or (lambda nodes: mu.joints([one.atom for one in nodes], _overs(nodes)))
+    edges = tuple(
         _joint(mu, upper, lower, matrix[number], number)
-        for (upper, lower), matrix in zip(pairwise(shown), matrices, strict=True)
+        for (upper, lower), matrix in zip(pairwise(shown), ask(shown) if len(shown) > 1 else [], strict=True)
     )
     carried = shown[0].event
     for one in shown[1:]:
         carried = carried & one.event
-    graph = FlowGraph(tuple(one.layer for one in shown), joints, float(mu(carried)[number]))
+    graph = FlowGraph(tuple(one.layer for one in shown), edges, float(mu(carried)[number]))
     sign = float(mu.sign[number])
     return graph if sign == 1 else graph.times(sign)
 
@@ -193,7 +196,7 @@ def _for_layer(value: Any, layer: Any, default: Any) -> Any:
 
 def _shown(
     mu: Measure, layer: Any, tap: Tap, groups: Partition, masses: Array, thresholds: Thresholds, number: int
-) -> _Shown:
+) -> Shown:
     """Returns a layer with the groups that pass the thresholds.
 
     Args:
@@ -221,10 +224,10 @@ def _shown(
         bypass=float(mu.bypass(layer)[number]),
     )
     has_all_channels = groups.are_channels and shown == list(range(groups.count))
-    return _Shown(atom_of(layer), flow_layer, positions[groups.labels], has_all_channels)
+    return Shown(atom_of(layer), flow_layer, positions[groups.labels], has_all_channels)
 
 
-def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
+def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
     """Returns the labels of each layer, or ``"channel"`` if it and its neighbour show all channels, to save passes."""
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
@@ -234,7 +237,7 @@ def _overs(shown: Sequence[_Shown]) -> list[str | Tensor]:
     return overs
 
 
-def _joint(mu: Measure, upper: _Shown, lower: _Shown, matrix: Tensor, number: int) -> Array:
+def _joint(mu: Measure, upper: Shown, lower: Shown, matrix: Tensor, number: int) -> Array:
     """Returns the joint relevance of two layers, ``(K_upper + 2, K_lower + 2)``, from one query per quadrant."""
     joint = np.zeros((upper.count + 2, lower.count + 2))
     joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()

@@ -1,8 +1,9 @@
-"""The conditional heat map of each group of a flow graph."""
+"""The conditional heat map of each group of a flow graph, and flows with their heat maps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,26 +11,112 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..events.event import at
+from .flow import flow_graph, ordered_taps, with_groups
 from .flow_graph import FlowGraph
 from .flow_nodes import FlowLayer, FlowNode
+from .flow_passes import FlowPasses, flow_passes, map_tap
+from .flow_thresholds import TOP
+from .group_search import K
+from .layer_groups import Groups
 from .measure import RelevanceMeasure
-from .partitions import partition
+from .partitions import Names, partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
-"""Heat maps, ``(H, W)``, by node key."""
-Member = tuple[FlowNode, Tensor]
-"""A node and the mask of its neurons."""
+"""Heat maps, ``(H, W)``, by the key of a node."""
+Pairs = dict[tuple[str, str], float]
+"""Joint relevance of nodes in layers that are not neighbours, by their keys, the upper one first."""
+LOWEST = "input"
+
+
+@dataclass(frozen=True)
+class MappedFlow:
+    """A flow with the heat maps of its nodes.
+
+    Attributes:
+        graph: The flow.
+        maps: The heat maps of the nodes, ``(H, W)`` in the size of the image.
+        pairs: Joint relevance of nodes in layers that are not neighbours.
+        layer: The layer whose positions the heat maps show.
+        positions: The number of its positions along the height and the width; empty for the input itself.
+    """
+
+    graph: FlowGraph
+    maps: NodeMaps
+    pairs: Pairs
+    layer: str
+    positions: tuple[int, ...] = ()
+
+
+def mapped_flow(
+    mu: RelevanceMeasure,
+    layers: Sequence[Any],
+    over: Any = "channel",
+    *,
+    top: int | None = TOP,
+    min_mass: float | None = None,
+    coverage: float | None = None,
+    names: Mapping[str, Names] | None = None,
+    sample: int | None = None,
+    k: int = K,
+    groups: Groups | None = None,
+    lowest: str | None = None,
+) -> MappedFlow:
+    r"""Returns a flow with the heat maps of its nodes, from the same passes.
+
+    A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
+    flow but the input, and has at least 48 positions along each side: enough for a picture, at a fraction of the cost
+    of single pixels. All numbers are exact. Nodes of the input show their own pixels.
+
+    Args:
+        mu: The measure.
+        layers: This and the further arguments but the last are as in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
+        over: The groups.
+        top: Largest number of shown groups per layer.
+        min_mass: Smallest absolute mass of a shown group.
+        coverage: Share of the absolute mass of each layer that is shown.
+        names: Names of the groups.
+        sample: Index of the sample.
+        k: Number of groups of a layer.
+        groups: Given groups.
+        lowest: The tap of the heat maps; None to choose one, ``"input"`` for single pixels.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+        >>> mu = RelevanceMeasure(net, torch.rand(1, 1, 4, 4), 1)
+        >>> flow = mapped_flow(mu, ["1", "input"], top=2)
+        >>> flow.graph == mu.flow(["1", "input"], top=2), sorted(flow.maps)
+        (True, ['1/0', '1/1', 'input/0'])
+    """
+    taps = ordered_taps(mu, layers)
+    over, names, shown = with_groups(mu, taps, over, names, k, groups)
+    top = max(top, shown) if shown and top is not None else top
+    only = [tap for _, tap in taps]
+    image = mu._tap(lowest or LOWEST)
+    above = [tap for tap in only if tap.place != image.place]
+    name, tap = map_tap(mu, above, LOWEST) if lowest is None else (lowest, image)
+    done: list[FlowPasses] = []
+
+    def joints(nodes: Sequence[Any]) -> list[Tensor]:
+        done.append(flow_passes(mu, only, [one.labels for one in nodes], tap))
+        return [done[0].joints[number, number + 1] for number in range(len(nodes) - 1)]
+
+    with mu._sharing([*(layer for layer, _ in taps), name]):
+        graph = flow_graph(mu, taps, over, top, min_mass, coverage, names, sample, joints)
+    labels = [_labels(mu, layer, over) for layer in graph.layers]
+    passes = done[0] if done else flow_passes(mu, only, labels, tap)
+    maps, pairs = _read(mu, graph, labels, passes, lowest or LOWEST, 0 if sample is None else sample)
+    is_image = tap.place == image.place
+    return MappedFlow(graph, maps, pairs, name, () if is_image else tuple(tap.shape[2:]))
 
 
 def flow_maps(
-    mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
+    mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
 ) -> dict[str, NDArray[np.float64]]:
     r"""Returns the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
-    Heat maps are summed over colour channels and, for volumes, over slices; a one-dimensional signal is treated as an
-    image with one row. The heat map of a group of input pixels is the relevance of these pixels. There are no heat maps
-    for inputs without positions, and none for the walks that do not cross a layer.
+    Heat maps are summed over colours and over the slices of a volume; a signal is an image of one row. The heat map of
+    a group of the input is the relevance of its own pixels. Inputs without positions have no heat maps, nor do the
+    walks that do not cross a layer.
 
     Args:
         mu: The measure of the graph.
@@ -39,9 +126,9 @@ def flow_maps(
         lowest: The tap of the heat maps.
 
     Returns:
-        The heat maps, ``(H, W)``, by node key. Each one sums to the share of the group's walks that reach the input. If
-        the measure explains a difference of outputs, each map has the sign of its node, so that positive values are
-        evidence for the target.
+        The heat maps, ``(H, W)``, by the key of the node. Each sums to the share of the group's walks that reach the
+        input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
+        values are evidence for the target.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -54,11 +141,12 @@ def flow_maps(
 
 
 def flow_maps_and_pairs(
-    mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = "input"
-) -> tuple[dict[str, NDArray[np.float64]], dict[tuple[str, str], float]]:
-    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in non-adjacent layers.
+    mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
+) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
+    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in layers that are not neighbours.
 
-    Both come from the same passes: one pass per layer, with one vector per node.
+    Both come from the same passes, one for each layer, with one vector for each node. :func:`mapped_flow` computes the
+    flow from them as well.
 
     Args:
         mu: As in :func:`flow_maps`.
@@ -77,75 +165,76 @@ def flow_maps_and_pairs(
         >>> ("output/1", "input/0") in pairs
         True
     """
-    members = [_members(mu, layer, over) for layer in graph.layers]
+    labels = [_labels(mu, layer, over) for layer in graph.layers]
+    passes = flow_passes(mu, [mu._tap(layer.name) for layer in graph.layers], labels, mu._tap(lowest))
+    return _read(mu, graph, labels, passes, lowest, sample)
+
+
+def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
+    """Returns the node of each neuron of a layer: its place among the shown groups, and their number for the rest."""
+    kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
+    groups = partition(mu._tap(layer.name), kind, None)
+    places = torch.full((max(groups.count, int(groups.labels.max())) + 1,), len(layer.groups), dtype=torch.long)
+    places[list(layer.groups)] = torch.arange(len(layer.groups))
+    return places[groups.labels]
+
+
+def _read(
+    mu: RelevanceMeasure, graph: FlowGraph, labels: Sequence[Tensor], passes: FlowPasses, lowest: str, sample: int
+) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
+    """Returns the heat maps of the nodes, and the joint relevance of nodes in layers that are not neighbours."""
+    sign, image = float(mu.sign[sample]), mu._tap(lowest)
+    nodes = [_nodes(layer, own) for layer, own in zip(graph.layers, labels, strict=True)]
     maps: dict[str, NDArray[np.float64]] = {}
-    pairs: dict[tuple[str, str], float] = {}
-    for number, (layer, nodes) in enumerate(zip(graph.layers, members, strict=True)):
-        below = range(number + 2, len(graph.layers))
-        joints = _joints(mu, layer, nodes, [graph.layers[lower].name for lower in below], lowest, sample)
-        if lowest in joints and len(mu._tap(lowest).shape) > 2:
-            rows = zip(nodes, joints[lowest], strict=True)
-            maps |= {node.key: _conditional_map(mu, node, joint, lowest) for (node, _), joint in rows}
-        for lower in below:
-            pairs |= _pairs(layer, nodes, graph.layers[lower], members[lower], joints.get(graph.layers[lower].name))
+    pairs: Pairs = {}
+    for number, layer in enumerate(graph.layers):
+        if len(image.shape) > 2:
+            joints = passes.heat_maps(number, image)
+            maps |= (
+                {node.key: sign * _conditional(mu, node, joints[sample, row]) for row, node in nodes[number]}
+                if joints is not None
+                else {}
+            )
+        for lower in range(number + 2, len(graph.layers)):
+            joint = sign * passes.joints[number, lower][sample].double().cpu().numpy()
+            pairs |= _pairs(layer, nodes[number], graph.layers[lower], nodes[lower], joint)
     return maps, pairs
 
 
-def _joints(
-    mu: RelevanceMeasure, layer: FlowLayer, nodes: Sequence[Member], below: Sequence[str], lowest: str, sample: int
-) -> dict[str, Tensor]:
-    """Returns the joint relevance of each node of a layer with all neurons of some lower layers, from one pass."""
-    sign = mu.sign[sample]
-    if not nodes:
-        return {}
-    if layer.name == lowest:
-        own = mu.marginal(lowest)[sample]
-        return {lowest: sign * torch.stack([own * mask.to(own.device) for _, mask in nodes])}
-    names = list(dict.fromkeys([*below, lowest]))
-    joints = mu.marginal(names, joint=[at(layer.name)[mask] for _, mask in nodes])
-    return {name: sign * values[:, sample] for name, values in joints.items()}
+def _nodes(layer: FlowLayer, labels: Tensor) -> list[tuple[int, FlowNode]]:
+    """Returns the groups of a layer, and its rest, with their rows, without those that have no neuron."""
+    sizes = torch.bincount(labels.flatten(), minlength=len(layer.groups) + 1)
+    return [(row, node) for row, node in enumerate(layer.nodes[:-1]) if sizes[row]]
 
 
 def _pairs(
-    upper: FlowLayer, nodes: Sequence[Member], lower: FlowLayer, others: Sequence[Member], joint: Tensor | None
-) -> dict[tuple[str, str], float]:
+    upper: FlowLayer,
+    above: Sequence[tuple[int, FlowNode]],
+    lower: FlowLayer,
+    below: Sequence[tuple[int, FlowNode]],
+    joint: NDArray[np.float64],
+) -> Pairs:
     """Returns the joint relevance of the nodes of two layers.
 
-    Walks of a node that cross no neuron of the other layer belong to its node "off".
+    The walks of a node that cross no neuron of the other layer are off that layer.
     """
-    masks = [mask for _, mask in others]
-    values = np.zeros((len(nodes), len(others)))
-    for row in range(len(nodes) if joint is not None else 0):
-        neurons = joint[row].double().cpu() if joint is not None else torch.empty(0)
-        values[row] = [float(neurons[mask].sum()) for mask in masks]
-    above, below = [node for node, _ in nodes], [node for node, _ in others]
-    off = {"above": upper.nodes[-1], "below": lower.nodes[-1]}
-    leaving = np.array([node.mass for node in above]) - values.sum(1)
-    joining = np.array([node.mass for node in below]) - values.sum(0)
-    full = np.block([[values, leaving[:, None]], [joining[None, :], off["below"].mass - leaving.sum()]])
-    keys = [[node.key for node in [*side, off[name]]] for side, name in ((above, "above"), (below, "below"))]
+    values = joint[np.ix_([row for row, _ in above], [row for row, _ in below])]
+    leaving = np.array([node.mass for _, node in above]) - values.sum(1)
+    joining = np.array([node.mass for _, node in below]) - values.sum(0)
+    off = upper.nodes[-1], lower.nodes[-1]
+    full = np.block([[values, leaving[:, None]], [joining[None, :], off[1].mass - leaving.sum()]])
+    keys = [[*(node.key for _, node in side), last.key] for side, last in zip((above, below), off, strict=True)]
     return {(one, other): float(full[a, b]) for a, one in enumerate(keys[0]) for b, other in enumerate(keys[1])}
 
 
-def _members(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> list[Member]:
-    """Returns the groups of a layer, and the rest unless it is empty, each with the mask of its neurons."""
-    kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
-    labels = partition(mu._tap(layer.name), kind, None).labels
-    masks = [labels == group for group in layer.groups]
-    masks.append(~torch.isin(labels, torch.tensor(layer.groups, dtype=labels.dtype)))
-    return [(node, mask) for node, mask in zip(layer.nodes, masks, strict=False) if mask.any()]
-
-
-def _conditional_map(mu: RelevanceMeasure, node: FlowNode, joint: Tensor, lowest: str) -> NDArray[np.float64]:
-    """Returns the heat map of a node given its joint relevance with the input; zero if the node has no mass."""
-    tap = mu._tap(lowest)
+def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
+    """Returns the heat map of a node given its joint relevance with positions; zero if the node has no mass."""
     mass = abs(node.mass) if mu.explains_difference else node.mass
-    return _heat_map(joint / mass if mass else 0 * joint, tap.channel_dim % len(tap.shape) - 1)
+    return _heat_map(joint / mass if mass else 0 * joint)
 
 
-def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:
-    """Sums values ``(C, *positions)`` to a heat map ``(H, W)``."""
-    flat = values.sum(channel)
+def _heat_map(flat: Tensor) -> NDArray[np.float64]:
+    """Returns values ``positions`` as a heat map ``(H, W)``: volumes are summed over slices, a signal is one row."""
     while flat.ndim > 2:
         flat = flat.sum(0)
     flat = flat if flat.ndim == 2 else flat.unsqueeze(0)
@@ -153,4 +242,4 @@ def _heat_map(values: Tensor, channel: int) -> NDArray[np.float64]:
     return heat_map
 
 
-__all__ = ["NodeMaps", "flow_maps", "flow_maps_and_pairs"]
+__all__ = ["MappedFlow", "NodeMaps", "Pairs", "flow_maps", "flow_maps_and_pairs", "mapped_flow"]

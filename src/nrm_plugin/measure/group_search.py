@@ -24,10 +24,10 @@ from .partitions import Names
 
 K = 8
 """Default number of groups of a layer."""
-ROUNDS = 2
-"""Number of refinements of each layer with exact joint relevance after a search on a sketch of it."""
-FEW_RESTARTS = 8
-"""Largest number of restarts on a sketch; its accuracy does not justify more."""
+ROUNDS = 1
+"""Number of refinements of each layer with exact joint relevance, after a search on an estimate."""
+FEW_RESTARTS = 2
+"""Largest number of restarts on an estimate, its accuracy does not justify more."""
 RESTARTS = 30
 """Default number of restarts of the search."""
 
@@ -62,8 +62,9 @@ def find_groups(
     the same seed gives the same groups.
 
     The exact joint relevance of non-adjacent layers requires one pass per member. If both layers have more than 64
-    members, the search starts from a sketch of rank 8 instead and then moves members according to their exact joint
-    relevance with groups; κ is not known in this case (nan).
+    members, the search starts from an estimate based on the positions that the members share, or on a sketch of rank 8
+    if they share none. It then moves members by their exact joint relevance with groups; κ is not known in this case
+    (nan). The parts of a large image are found at the positions of a layer that all walks cross.
 
     Args:
         measures: A measure of one or more samples, several measures, or a sweep that stores the joint relevance of

@@ -20,18 +20,25 @@ from torch import Tensor
 from ..model.autocast import exact
 from ..recording.propagation import push
 from ..recording.taps import Tap
+from .flow_passes import map_tap
 from .groups import Over, by_label, labels_of
 from .joints import joint_matrix, neighbour_matrix, propagated
+from .local_joints import at_positions, local_joint
 from .memory_budget import in_chunks, width_of
 
 FEW = 64
 """Largest number of members for which joint relevance is computed with one pass per member."""
+FEWER = 8
+"""The same for parts of an image, which are looked for at the positions of another layer."""
 RANK = 8
 """Rank of the approximation for layers with more members."""
 
 
 class PairJoints:
     """Joint relevance of the members of consecutive layers of a measure.
+
+    Parts of an image are looked for at the positions of a layer that all walks cross on their way to the image, which
+    takes fewer and shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
 
     Args:
         mu: The measure.
@@ -49,9 +56,24 @@ class PairJoints:
         mu._pairs(layers, "list layers from the output to the input")
         self.taps: list[Tap] = [mu._tap(layer) for layer in layers]
         self.counts = [int(labels_of(tap, kind).max()) + 1 for tap, kind in zip(self.taps, kinds, strict=True)]
+        own = list(self.taps)
+        self._moves_image = self._move_image()
         with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
-            totals = mu._pass(self.taps)
+            totals = mu._pass([*own, self.taps[-1]])
             self.relevance = [totals.relevance(tap) for tap in self.taps]
+            marginals = zip(own, kinds, [totals.relevance(tap) for tap in own], strict=True)
+            self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
+
+    def _move_image(self) -> bool:
+        """Replaces the image by a layer with its positions; returns whether there is such a layer."""
+        image = self.taps[-1]
+        if image.place != self.mu._tap("input").place:
+            return False
+        _, tap = map_tap(self.mu, self.taps[:-1], "input")
+        members = at_positions(image, self.kinds[-1], tap) if tap.place != image.place else None
+        if members is not None:
+            self.taps[-1], self.kinds[-1] = tap, members
+        return members is not None
 
     def labels(self, place: int, groups: Tensor) -> Tensor:
         """Returns the group of each neuron of a layer, given the group of each member."""
@@ -59,9 +81,7 @@ class PairJoints:
 
     def masses(self, place: int) -> Tensor:
         """Returns the mass of each member of a layer, ``(N, members)``."""
-        labels = labels_of(self.taps[place], self.kinds[place])
-        values: Tensor = self.mu._mixed(self.relevance[place]).flatten(1)
-        return by_label(values, labels)
+        return self._masses[place]
 
     def of_members(self, pair: int) -> tuple[Tensor, bool]:
         """Returns the joint relevance of the members of a pair, ``(N, upper, lower)``, and whether it is exact."""
@@ -71,18 +91,37 @@ class PairJoints:
                 direct = neighbour_matrix(self.mu._recording, upper, lower, relevance)
                 if direct is not None:
                     return self.mu._mixed(direct[0]), True
-        if min(self.counts[pair : pair + 2]) <= FEW:
-            return self.of_groups(pair, self.kinds[pair], self.kinds[pair + 1]), True
-        return self._sketch(pair), False
+        is_image = self._moves_image and pair == len(self.taps) - 2
+        if min(self.counts[pair : pair + 2]) <= (FEWER if is_image else FEW):
+            return self.of_groups(pair, self.kinds[pair], self.kinds[pair + 1]), not is_image
+        return self._estimate(pair, is_image), False
+
+    def _estimate(self, pair: int, is_image: bool) -> Tensor:
+        """Returns an estimate of the joint relevance of the members of a pair, ``(N, upper, lower)``."""
+        upper, lower = self.taps[pair : pair + 2]
+        kind = self.kinds[pair + 1]
+        if upper.place == lower.place:
+            return self.of_groups(pair, self.kinds[pair], kind)
+        if self.kinds[pair] == "channel" and (is_image or kind == "channel"):
+            parts, count = (kind, self.counts[pair + 1]) if is_image else (None, 0)
+            local = local_joint(upper, lower, self.relevance[pair], self.relevance[pair + 1], parts, count)
+            if local is not None:
+                mixed: Tensor = self.mu._mixed(local)
+                return mixed
+        return self._sketch(pair)
 
     def of_groups(self, pair: int, above: Over, below: Over) -> Tensor:
         """Returns the joint relevance of groups of a pair, ``(N, groups above, groups below)``."""
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
-            width = self._width(pair)
-            matrix, _ = joint_matrix(self.mu._recording, upper, lower, relevance, (above, below), width)
+            if upper.place == lower.place:
+                matrix = _of_one_layer(relevance, labels_of(upper, above), labels_of(lower, below))
+            else:
+                width = self._width(pair)
+                matrix, _ = joint_matrix(self.mu._recording, upper, lower, relevance, (above, below), width)
             mixed: Tensor = self.mu._mixed(matrix)
-            return mixed
+        lost = self.counts[pair + 1] - mixed.shape[2] if below is self.kinds[pair + 1] else 0
+        return torch.nn.functional.pad(mixed, (0, lost))  # small parts of an image may have no position
 
     def _width(self, pair: int) -> int:
         places = [tap.place for tap in self.taps[pair : pair + 2]]
@@ -134,3 +173,10 @@ class PairJoints:
             return list(by_label(lower.layout.unfold(arrived, 1).flatten(2), columns))
 
         return torch.stack(in_chunks(list(basis.movedim(2, 0)), self._width(pair), run, "joint relevance"), 1)
+
+
+def _of_one_layer(relevance: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """Returns the relevance of one layer in each pair of groups of its neurons, ``(N, groups, other groups)``."""
+    rows, columns = int(above.max()) + 1, int(below.max()) + 1
+    sums = by_label(relevance.flatten(1), above * columns + below)
+    return torch.nn.functional.pad(sums, (0, rows * columns - sums.shape[1])).view(-1, rows, columns)

@@ -16,7 +16,7 @@ from ..kernels.rule_branch_kernel import BranchKernel
 from ..model.zero_one_routes import is_whole, operation
 from ..recording.graph import Vertex
 from ..recording.places import Buffer, Edge, Place
-from ..recording.propagation import Cost, Vectors, Visitor, pull, push
+from ..recording.propagation import Cost, Vectors, Visitor, pull, push, stacked
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
@@ -93,11 +93,22 @@ def joint_matrix(
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
     """Returns the relevance that arrives at the lower tap, ``K`` tensors in the layout that the model uses."""
-    collect = _Collect(lower.place)
-    cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
+    (arrived,), cost = propagated_to(recording, upper, [lower], vectors)
+    return arrived, cost
+
+
+def propagated_to(
+    recording: Recording, upper: Tap, lowers: Sequence[Tap], vectors: Vectors[int]
+) -> tuple[list[Tensor], Cost]:
+    """Returns the relevance that arrives at each of several lower taps, by one pass down to the last of them."""
+    collect = _Collect(recording, lowers)
+    cost = pull(recording.graph, _start(recording, upper.place, vectors), collect)
     like = next(iter(vectors.values()))
-    empty = like.new_zeros(lower.tensor_shape)
-    return torch.stack([collect.vectors.get(key, empty) for key in vectors]), cost
+    arrived = []
+    for lower in lowers:
+        known, empty = collect.vectors.get(lower.place, {}), like.new_zeros(lower.tensor_shape)
+        arrived.append(stacked([known.get(key, empty) for key in vectors]))
+    return arrived, cost
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
@@ -208,29 +219,21 @@ def _start(recording: Recording, place: Place, vectors: Vectors[int]) -> list[tu
     return [(edge, vectors)]
 
 
-class _Collect:
-    """Collects the relevance that arrives at a tap."""
+class _Collect(Visitor[int]):
+    """Collects the relevance that arrives at taps, and stops a pass where none of them can be reached any more."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.vectors: Vectors[int] = {}
-
-
-class _Prune(Visitor[int]):
-    """Stops a pass where the lower tap is crossed or can no longer be reached."""
-
-    def __init__(self, recording: Recording, lower: Tap, collect: _Collect) -> None:
-        self.recording, self.collect = recording, collect
-        self.bit = 1 << recording.taps.index[lower.place]
+    def __init__(self, recording: Recording, lowers: Sequence[Tap]) -> None:
+        self.recording = recording
+        self.vectors: dict[Place, Vectors[int]] = {}
+        self.bits = {lower.place: 1 << recording.taps.index[lower.place] for lower in lowers}
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[int]) -> Vectors[int]:
-        if buffer == self.collect.place:
-            self.collect.vectors = dict(vectors)
-            return {}
-        return vectors if self.recording.taps.marks.below_vertex[buffer.vertex] & self.bit else {}
+        return self._collected(buffer, vectors, self.recording.taps.marks.below_vertex[buffer.vertex])
 
     def at_edge(self, edge: Edge, vectors: Vectors[int]) -> Vectors[int]:
-        if edge == self.collect.place:
-            self.collect.vectors = dict(vectors)
-            return {}
-        return vectors if self.recording.taps.marks.below_edge[edge.vertex][edge.number] & self.bit else {}
+        return self._collected(edge, vectors, self.recording.taps.marks.below_edge[edge.vertex][edge.number])
+
+    def _collected(self, place: Place, vectors: Vectors[int], below: int) -> Vectors[int]:
+        if place in self.bits:
+            self.vectors[place] = dict(vectors)
+        return vectors if any(bit & below for other, bit in self.bits.items() if other != place) else {}

@@ -97,3 +97,35 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
         return bool(taps.marks.below_vertex[vertex] & bit)
     own = 1 << taps.index[tap.place]
     return bool(taps.marks.below_edge[vertex][tap.place.number] & bit & ~own)
+
+
+def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
+    """Returns whether every walk that crosses an upper and a lower tap crosses the one between, or equal to the upper.
+
+    Walks that are absorbed between the taps do not matter.
+    """
+    if middle.place in (upper.place, lower.place):
+        return True
+    vertices, seen = recording.graph.vertices, set()
+    waiting = [_start_of(recording, upper)]
+    while waiting:
+        buffer = waiting.pop()
+        if buffer == middle.place or buffer.vertex in seen:
+            continue
+        seen.add(buffer.vertex)
+        for number, read in enumerate(vertices[buffer.vertex].edges):
+            if read is None or Edge(buffer.vertex, number) == middle.place:
+                continue
+            if lower.place in (read, Edge(buffer.vertex, number)):
+                return False
+            waiting.append(read)
+    return True
+
+
+def _start_of(recording: Recording, tap: Tap) -> Buffer:
+    """Returns the tensor from which walks continue after a tap."""
+    if isinstance(tap.place, Buffer):
+        return tap.place
+    read = recording.graph.vertices[tap.place.vertex].edges[tap.place.number]
+    assert read is not None
+    return read

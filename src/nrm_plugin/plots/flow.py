@@ -34,6 +34,7 @@ def flow_figure(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     width: float | None = None,
+    maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
@@ -52,6 +53,7 @@ def flow_figure(
             the caption, and in grey beneath the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
+        maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
         signs: Descriptions of positive and negative relevance for the legend.
 
     Raises:
@@ -66,7 +68,7 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -93,6 +95,7 @@ def scene_of(
     photo: Photo | None,
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
+    maps_at: str = "",
 ) -> Scene:
     """Returns the layout of a flow with its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
@@ -100,7 +103,7 @@ def scene_of(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph), signs),
+        key_text(bool(shown), has_off(graph), signs, maps_at),
         width,
         shown,
         thumbnails.ratio if thumbnails else 1.0,

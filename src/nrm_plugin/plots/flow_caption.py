@@ -12,6 +12,8 @@ from .ribbons import percent
 
 NAMED = 3
 """Largest number of nodes in a list."""
+NAMED_WALKS, LEAST_WALK = 2, 1e-3
+"""Largest number of walks that are named, and the least relevance of one."""
 ENOUGH = 0.6
 """Share of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
@@ -24,15 +26,21 @@ SIGNS = ("evidence for", "evidence against")
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
 )
-THUMBNAILS = "Thumbnails show where the relevance of a node lies, on one colour scale per layer."
+THUMBNAILS = "Thumbnails show where the relevance of a node lies{}, on one colour scale per layer."
 
 
-def flow_caption(graph: FlowGraph, target: str = "") -> str:
+Walks = Sequence[tuple[Sequence[str], float]]
+"""Walks over groups: the keys of their nodes, from the input up, and their masses; the strongest first."""
+
+
+def flow_caption(graph: FlowGraph, target: str = "", walks: Walks = ()) -> str:
     """Describes a flow by its largest numbers: the origin of the relevance, its main path, and negative evidence.
 
     Args:
         graph: The graph.
         target: Name of what is explained; by default, the name of the only node of the output.
+        walks: The strongest walks over the groups of all layers, as from
+            :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -41,7 +49,8 @@ def flow_caption(graph: FlowGraph, target: str = "") -> str:
         True
     """
     target = target or _target(graph)
-    sentences = [_origin(graph, target), *_ways(graph), _against(graph, target), *_elsewhere(graph)]
+    ways = [_parts(graph, target), _strongest_walks(graph, walks)] if walks else [_origin(graph, target), *_ways(graph)]
+    sentences = [*ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -62,9 +71,17 @@ def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
     return " ".join(sentences) or "The flows hardly differ."
 
 
-def key_text(has_thumbnails: bool, has_off: bool, signs: tuple[str, str] = SIGNS) -> str:
-    """Returns the legend of a flow; ``signs`` describes positive and negative relevance."""
-    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([THUMBNAILS] if has_thumbnails else [])])
+def key_text(has_thumbnails: bool, has_off: bool, signs: tuple[str, str] = SIGNS, maps_at: str = "") -> str:
+    """Returns the legend of a flow.
+
+    Args:
+        has_thumbnails: Whether nodes have thumbnails.
+        has_off: Whether walks off a layer are drawn.
+        signs: What positive and negative relevance mean.
+        maps_at: The layer whose positions the thumbnails show; by default, single pixels.
+    """
+    thumbnails = THUMBNAILS.format(f", measured at {maps_at}" if maps_at else "")
+    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([thumbnails] if has_thumbnails else [])])
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
@@ -100,6 +117,17 @@ def _origin(graph: FlowGraph, target: str) -> str:
     return f"{total} of {target} comes from {sources}{way}."
 
 
+def _parts(graph: FlowGraph, target: str) -> str:
+    """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
+    lower = graph.layers[-1]
+    nodes = lower.nodes[: len(lower.groups)]
+    chosen = [nodes[place] for place in _leading(np.array([node.mass for node in nodes]))]
+    if not chosen:
+        return ""
+    sources = [f"{percent(node.mass)} from {named(node, graph)}" for node in chosen]
+    return f"Of {target}, {_listed(sources).replace(' from ', ' comes from ', 1)}."
+
+
 def _leading(values: np.ndarray) -> list[int]:
     """Returns the largest positive values that account for enough of all positive ones, at most a few."""
     order = np.argsort(-values)
@@ -126,6 +154,20 @@ def _ways(graph: FlowGraph) -> list[str]:
             share = percent(float(groups[above, below]))
             sentences.append(f"The widest way up is {named(other, graph)} → {named(one, graph)}: {share}.")
     return sentences
+
+
+def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
+    """Returns the names of the nodes of a walk, from the input up; their layers follow from the figure."""
+    names = {node.key: node_name(node) for node in graph.nodes}
+    return " → ".join(names[key] for key in keys)
+
+
+def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
+    """Names the walks over groups that carry most."""
+    said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= LEAST_WALK]
+    if not said:
+        return ""
+    return f"The strongest {'walk is' if len(said) == 1 else 'walks are'} {'; '.join(said)}."
 
 
 def _against(graph: FlowGraph, target: str) -> str:
@@ -164,4 +206,4 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-__all__ = ["SIGNS", "difference_caption", "flow_caption", "key_text"]
+__all__ = ["SIGNS", "Walks", "difference_caption", "flow_caption", "key_text", "walk_name"]

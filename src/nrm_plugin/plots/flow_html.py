@@ -18,7 +18,7 @@ from torch import Tensor
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow import curve, scene_of
-from .flow_caption import SIGNS, flow_caption
+from .flow_caption import SIGNS, Walks, flow_caption, walk_name
 from .flow_columns import node_name, region_name
 from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
@@ -40,6 +40,8 @@ def sankey(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     pairs: Pairs | None = None,
+    walks: Walks = (),
+    maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
 ) -> str:
     """Returns a self-contained HTML page for light and dark backgrounds.
@@ -57,6 +59,9 @@ def sankey(
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
         pairs: Joint relevance of nodes in non-adjacent layers, from
             :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
+        walks: Walks over the groups of all layers, as in :func:`~nrm_plugin.plots.flow_caption.flow_caption`: they are
+            listed, and drawn while the pointer or the focus is on them.
+        maps_at: As in :func:`~nrm_plugin.plots.flow_figure`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
 
     Raises:
@@ -65,9 +70,9 @@ def sankey(
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
-    scene = scene_of(graph, "", "", thumbnails, None, width, signs)
+    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at)
     said = flow_caption(graph) if caption is None else caption
-    data = json.dumps(_data(graph, scene, pairs or {}), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -75,7 +80,8 @@ def sankey(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
         _photograph(photo, thumbnails, graph) if photo else "",
-        f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>\n{CONTROLS}\n</div>\n</header>",
+        f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>",
+        f"{_listed_walks(graph, walks)}{CONTROLS}\n</div>\n</header>",
         f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.height:.1f}" role="group" aria-label="flow">',
         DEFINITIONS,
         *(_text(label) for label in scene.labels),
@@ -100,12 +106,17 @@ def save_sankey(
     image: Photo | Tensor | None = None,
     caption: str | None = None,
     pairs: Pairs | None = None,
+    walks: Walks = (),
+    maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
 ) -> Path:
     """Writes the page of :func:`sankey` to a file, and returns its path."""
     path = Path(path)
     path.write_text(
-        sankey(graph, heading, maps, image=image, caption=caption, pairs=pairs, signs=signs), encoding="utf-8"
+        sankey(
+            graph, heading, maps, image=image, caption=caption, pairs=pairs, walks=walks, maps_at=maps_at, signs=signs
+        ),
+        encoding="utf-8",
     )
     return path
 
@@ -138,6 +149,15 @@ def _style() -> str:
         f":root {{ color-scheme: light dark; {colors(LIGHT)}}}\n"
         f"@media (prefers-color-scheme: dark) {{ :root {{ {colors(DARK)}}} }}\n{_resource('flow_page.css')}"
     )
+
+
+def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
+    """Returns the list of walks over groups."""
+    if not walks:
+        return ""
+    said = [f"{escape(walk_name(graph, keys))}: {percent(mass)}" for keys, mass in walks]
+    items = [f'<li><button type="button" data-walk="{number}">{text}</button></li>' for number, text in enumerate(said)]
+    return f'<details open class="walks"><summary>Strongest walks</summary><ol>{"".join(items)}</ol></details>\n'
 
 
 def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGraph) -> str:
@@ -216,7 +236,7 @@ def _encoded(pixels: Pixels) -> str:
 # -- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _data(graph: FlowGraph, scene: Scene, pairs: Pairs) -> dict[str, Any]:
+def _data(graph: FlowGraph, scene: Scene, pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
     """Returns the data of the page: nodes with their positions, ribbons, and joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
@@ -238,6 +258,7 @@ def _data(graph: FlowGraph, scene: Scene, pairs: Pairs) -> dict[str, Any]:
         ],
         "known": sorted({(_column(scene, place, upper), _column(scene, place, lower))
                          for upper, lower in joint if upper in place and lower in place}),
+        "walks": [[place[key] for key in keys if key in place] for keys, _ in walks],
     }  # fmt: skip
 
 

@@ -85,7 +85,8 @@ def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | Non
         largest = float(np.clip(0.44 * points / count, 20, 84))
         longer = 1.1 * points / max(len(column), 1) - 2 * LINE * letters - GAP
         sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44)) if ratio else 0.6 * largest)
-        lines.append(1 if widest < 0.8 * sides[-1] else 2)
+        longest_name = max((text_width(node_name(node), letters) for _, node in column), default=0.0)
+        lines.append(1 if widest < 0.8 * sides[-1] else 2 if longest_name < sides[-1] else 3)
     return Sizes(points, letters, ratio, tuple(sides), tuple(lines))
 
 
@@ -97,7 +98,7 @@ def _header(
     photo = None
     left, y = MARGIN, MARGIN
     if photo_ratio is not None:
-        side = float(np.clip(0.16 * sizes.width, 52, 96))
+        side = float(np.clip(0.22 * sizes.width, 52, 110))
         long = side / max(1.0, photo_ratio)
         photo = Box(MARGIN, MARGIN, long, long * photo_ratio)
         left = photo.right + 10
@@ -130,10 +131,13 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
 
 
 def layer_note(layer: FlowLayer) -> str:
-    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%``."""
+    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
     if not layer.groups:
         return "no relevance crosses it"
-    return f"{len(layer.groups)} of {len(layer.groups) + layer.others}: {percent(round(sum(layer.masses), 5))}"
+    shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
+    if not layer.others:
+        return share if shown == 1 else f"all {shown}: {share}"
+    return f"{shown} of {shown + layer.others}: {share}"
 
 
 # -- places ---------------------------------------------------------------------------------------------------------
@@ -262,17 +266,23 @@ def _labels(
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
     if is_between:
         room = sizes.sides[number] - 1
-        text = _one_line(node) if sizes.lines[number] == 1 else node_name(node)
-        size *= float(np.clip(room / max(text_width(text, size), 1e-6), 0.75, 1.0))
+        texts = {1: [_one_line(node)], 2: [node_name(node)], 3: node_name(node).split()}[sizes.lines[number]]
+        widest = max((text_width(text, size) for text in texts), default=0.0)
+        size *= float(np.clip(room / max(widest, 1e-6), 0.75, 1.0))
     elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
         x, anchor = (box.x, "start") if number == 0 else (box.right, "end")
     tone = "ink" if node.kind != "group" or node.mass >= 0 else "negative"
     if sizes.lines[number] == 1:
         return (Label(x, y + 0.5 * LINE * size, _one_line(node), size, anchor, tone, True),)
-    return (
-        Label(x, y + 0.5 * LINE * size, cut(node_name(node), room, size), size, anchor),
-        Label(x, y + 1.5 * LINE * size, percent(node.mass), size, anchor, tone, True),
-    )
+    name = _name_lines(node_name(node), sizes.lines[number] - 1, room, size)
+    labels = [Label(x, y + (row + 0.5) * LINE * size, text, size, anchor) for row, text in enumerate(name)]
+    return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
+
+
+def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
+    """Breaks a name into at most so many lines that fit a width; the last one is shortened."""
+    lines = wrapped_lines(name, room, size) if count > 1 else [name]
+    return [*lines[: count - 1], *([cut(" ".join(lines[count - 1 :]), room, size)] if len(lines) >= count else [])]
 
 
 def _one_line(node: FlowNode) -> str:

@@ -52,6 +52,17 @@ function condition(number) {
     "Relevance given " + title(number) + " (" + masses[number] + " of all relevance). Escape returns.";
 }
 
+// Draws one walk over groups: its nodes, and the ribbons between them.
+function follow(walk) {
+  nodes.forEach((node, at) => node.classList.toggle("off-walk", walk !== null && !walk.includes(at)));
+  bands.forEach((band, at) => {
+    const {lower, upper} = data.bands[at];
+    const on = walk !== null && walk.includes(lower) && walk.includes(upper);
+    band.classList.toggle("off-walk", walk !== null && !on);
+    band.classList.toggle("on-walk", on);
+  });
+}
+
 function nodeText(number) {
   const lines = [title(number), "relevance " + masses[number]];
   if (given !== null && given !== number) lines.push("given " + title(given) + ": " + nodes[number].dataset.share);
@@ -125,6 +136,11 @@ nodes.forEach((node, number) => {
 bands.forEach((band, number) => {
   band.addEventListener("mousemove", event => show(bandText(number), event.clientX, event.clientY));
   band.addEventListener("mouseleave", hide);
+});
+document.querySelectorAll("[data-walk]").forEach(button => {
+  const walk = data.walks[Number(button.dataset.walk)];
+  for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => follow(walk));
+  for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => follow(null));
 });
 if (nodes.length) nodes[nodes.length - 1].setAttribute("tabindex", "0");
 all.addEventListener("click", () => condition(null));

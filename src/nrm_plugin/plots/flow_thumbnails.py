@@ -180,7 +180,7 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
     """Returns a grey photograph with low contrast, close to the background colour of a palette, ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
-    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.33 * grey)[..., None]
+    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.04 + 0.24 * grey)[..., None]
     result: Array = paper * (1 - share) + ink * share
     return result
 

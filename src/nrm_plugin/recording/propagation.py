@@ -6,7 +6,7 @@ the vectors at each tap. Passes know nothing about events.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -77,19 +77,19 @@ def pull(
         keys = list(dict.fromkeys(key for vectors in arrived.values() for key in vectors))
         if not keys or not vertex.edges:
             continue
-        stacked = [_stack(arrived.get(number, {}), keys) for number in range(len(vertex.shapes))]
-        parts, share = vertex.pull(stacked, absolute)
+        rows = [_stack(arrived.get(number, {}), keys) for number in range(len(vertex.shapes))]
+        parts, share = vertex.pull(rows, absolute)
         if vertex.step is not None:
             steps, vectors_of_steps = steps + 1, vectors_of_steps + len(keys)
         if share is not None:
             visitor.at_sink(Sink(index), 0, "residual", arrived[0], share)
-        _absorb_constants(vertex, Sink(index), stacked, keys, visitor)
+        _absorb_constants(vertex, Sink(index), rows, keys, visitor)
         for number, (part, edge) in enumerate(zip(parts, vertex.edges, strict=True)):
             if part is None or edge is None:
                 continue
             shape = graph.shape(edge)
-            rows = {key: _of_shape(row, shape) for key, row in zip(keys, part.unbind(), strict=True)}
-            _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(Edge(index, number), rows))
+            passed = {key: _of_shape(row, shape) for key, row in zip(keys, part.unbind(), strict=True)}
+            _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(Edge(index, number), passed))
     return Cost(steps, vectors_of_steps)
 
 
@@ -116,9 +116,33 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
     if not vectors:
         return None
     like = next(iter(vectors.values()))
-    if len(keys) == 1:
-        return like.unsqueeze(0)
-    return torch.stack([vectors[key] if key in vectors else torch.zeros_like(like) for key in keys])
+    return stacked([vectors[key] if key in vectors else torch.zeros_like(like) for key in keys])
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Stacks tensors of one shape; rows of one tensor that follow each other in memory are not copied."""
+    first = rows[0]
+    if len(rows) == 1:
+        return first.unsqueeze(0)
+    return (
+        first.as_strided((len(rows), *first.shape), (first.numel(), *first.stride()))
+        if _adjoin(rows)
+        else (torch.stack(list(rows)))
+    )
+
+
+def _adjoin(rows: Sequence[Tensor]) -> bool:
+    """Returns whether tensors are the consecutive rows of one tensor."""
+    first = rows[0]
+    memory, step = first.untyped_storage().data_ptr(), first.numel()
+    return step > 0 and all(
+        row.is_contiguous()
+        and row.shape == first.shape
+        and row.dtype == first.dtype
+        and row.untyped_storage().data_ptr() == memory
+        and row.storage_offset() == first.storage_offset() + number * step
+        for number, row in enumerate(rows)
+    )
 
 
 def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:

@@ -58,6 +58,21 @@ class GroupWalks:
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
         return [(self.name([int(group) for group in walk]), float(self.masses[walk])) for walk in walks]
 
+    def through_nodes(self, count: int = 10) -> list[tuple[tuple[str, ...], float]]:
+        """Returns the walks with the largest absolute mass, as the keys of their nodes in a flow from the input up.
+
+        A flow over the same groups has these nodes.
+        """
+        order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
+        walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
+        return [
+            (
+                tuple(f"{layer}/{group}" for layer, group in zip(self.layers, walk, strict=True))[::-1],
+                float(self.masses[walk]),
+            )
+            for walk in walks
+        ]
+
     def name(self, walk: Sequence[int]) -> str:
         """Returns the names of the groups of a walk, from the input up."""
         return " → ".join(reversed([names[group] for names, group in zip(self.names, walk, strict=True)]))
@@ -113,6 +128,11 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
         below = (_one_hot(chain.labels[level], counts[level], rows)[:, None] * above).flatten(0, 1)
     below = _chunked(chain, middle, below, chain.collect)
     return _array(_split(rows, chain.labels[middle], counts[middle]).double() @ below.T.double(), counts)
+
+
+def least_passes(counts: Sequence[int]) -> int:
+    """Returns the number of partial passes that all walks take, over layers with these numbers of groups."""
+    return min(_passes(counts, level) for level in range(len(counts)))
 
 
 def _passes(counts: Sequence[int], middle: int) -> int:

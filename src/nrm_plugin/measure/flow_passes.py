@@ -1,0 +1,218 @@
+r"""The passes of a flow: joint relevance of the nodes of all its layers, and where their relevance lies.
+
+A downward pass for the nodes of a layer serves all layers below it. The passes stop at a **middle** tap, which every
+walk to the lowest layer crosses; from the lowest layer, whose groups are few, a transposed pass leads up to the same
+tap. Where they meet, a sum over neurons ``i`` is the joint relevance of a node ``A`` and a group ``B`` of the lowest
+layer,
+
+.. math:: \mu(A \cap B) = \sum_i \mu(A \cap \{n_m = i\}) \; \mu(B \mid n_m = i)
+
+because walks form a Markov chain: below a neuron, relevance does not depend on the way up. So nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.autocast import exact
+from ..recording.propagation import push
+from ..recording.taps import Tap
+from .groups import by_label
+from .joints import propagated_to
+from .layer_taps import separates
+from .memory_budget import in_chunks, width_of
+
+POSITIONS = 48
+"""Positions along each side of a tap that are enough for the heat maps of a flow."""
+
+
+class FlowPasses:
+    """Joint relevance of the nodes of the layers of a flow.
+
+    Args:
+        mu: The measure.
+        taps: The layers, from the output down.
+        labels: For each layer, the node of each neuron.
+        maps: The tap whose positions the heat maps show; None for no heat maps.
+
+    Attributes:
+        joints: By the numbers of an upper and a lower layer, ``(N, K_upper, K_lower)``.
+        maps: For each layer above the tap of the heat maps, or equal to it, the joint relevance of each node with each
+            position, ``(N, K, *positions)``.
+    """
+
+    def __init__(self, mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> None:
+        self.mu, self.taps = mu, list(taps)
+        self.joints: dict[tuple[int, int], Tensor] = {}
+        self.maps: dict[int, Tensor] = {}
+        self._labels = [one.to(mu._start.device) for one in labels]
+        self._map_tap = maps
+        self._stop = _stop(mu, self.taps, maps)
+        totals = mu._pass([*taps, self._stop])
+        self._relevance: list[Tensor] = [totals.relevance(tap) for tap in taps]
+        self._at_stop: Tensor = totals.relevance(self._stop)
+        last = len(taps) - 1
+        self._is_split = last > 0 and self._stop.place != taps[-1].place and mu._is_below(taps[-1].place, self._stop)
+        self._given = self._transposed() if self._is_split else None
+        for number in range(last + (not self._is_split)):
+            self._run(number)
+
+    def _run(self, number: int) -> None:
+        """Runs the pass for the nodes of a layer, and sums what arrives at the layers below."""
+        nodes, upper = self._nodes(number), self.taps[number]
+        places = {self._stop.place} | {tap.place for tap in self.taps[number + 1 :]}
+        below = [tap for tap in self._layers() if tap.place in places and tap.place != upper.place]
+        used = [node for node, vector in enumerate(nodes) if bool(vector.any())]
+        if len(used) == 1 and upper.place == self.mu._recording.graph.output:
+            arrived = {tap.place: self._marginal(tap).unsqueeze(0) for tap in below}
+        else:
+            arrived = self._propagated(upper, below, nodes[used]) if below and used else {}
+        arrived[upper.place] = nodes[used]
+        for lower in range(number + 1, len(self.taps)):
+            self._store(number, lower, used, len(nodes), arrived)
+        if self._map_tap is not None and self._map_tap.place in arrived:
+            rows = _all_rows(arrived[self._map_tap.place], used, len(nodes))
+            self.maps[number] = self._positions(rows, self._map_tap)
+
+    def _layers(self) -> list[Tap]:
+        """Returns the layers at which vectors are summed, and the tap at which they stop."""
+        layers = self.taps[: -1 if self._is_split else None]
+        return layers if any(tap.place == self._stop.place for tap in layers) else [*layers, self._stop]
+
+    def _marginal(self, tap: Tap) -> Tensor:
+        known = zip(self.taps, self._relevance, strict=True)
+        return next((values for one, values in known if one.place == tap.place), self._at_stop)
+
+    def _nodes(self, number: int) -> Tensor:
+        """Returns the relevance of a layer in each of its nodes, ``(K, N, *shape)``."""
+        labels, relevance = self._labels[number], self._relevance[number]
+        count = int(labels.max()) + 1
+        return torch.stack([relevance * (labels == node) for node in range(count)])
+
+    def _propagated(self, upper: Tap, below: Sequence[Tap], nodes: Tensor) -> dict[Any, Tensor]:
+        """Returns the relevance of nodes that arrives at lower taps, ``(K, N, *shape)`` each."""
+
+        def run(some: Sequence[int]) -> list[list[Tensor]]:
+            vectors = {node: upper.layout.fold(nodes[node]) for node in some}
+            arrived, _ = propagated_to(self.mu._recording, upper, below, vectors)
+            rows = [tap.layout.unfold(each, 1) for tap, each in zip(below, arrived, strict=True)]
+            return [list(each) for each in zip(*rows, strict=True)]
+
+        rows = in_chunks(range(len(nodes)), self._width(upper, below[-1]), run, "flow")
+        return {tap.place: torch.stack(each) for tap, each in zip(below, zip(*rows, strict=True), strict=True)}
+
+    def _transposed(self) -> Tensor:
+        r"""Returns :math:`\mu(B \mid i)` of each group ``B`` of the lowest layer, at the middle, ``(K, N, *shape)``."""
+        lowest, stop, labels = self.taps[-1], self._stop, self._labels[-1]
+        start = self.mu._start
+
+        def run(groups: Sequence[int]) -> list[Tensor]:
+            members = [lowest.layout.fold((labels == group).unsqueeze(0).to(start)) for group in groups]
+            masks = torch.stack([mask.expand(lowest.tensor_shape) for mask in members])
+            collected, _ = push(self.mu._recording.graph, lowest.place, stop.place, masks)
+            if collected is None:
+                collected = start.new_zeros((len(groups), *stop.tensor_shape))
+            return list(stop.layout.unfold(collected, 1))
+
+        groups = range(int(labels.max()) + 1)
+        return torch.stack(in_chunks(groups, self._width(stop, lowest), run, "flow"))
+
+    def _store(self, upper: int, lower: int, used: list[int], count: int, arrived: dict[Any, Tensor]) -> None:
+        """Stores the joint relevance of all nodes of two layers."""
+        if self._given is not None and lower == len(self.taps) - 1:
+            here = arrived[self._stop.place].transpose(0, 1).flatten(2)
+            sums = here @ self._given.transpose(0, 1).flatten(2).transpose(1, 2)
+        else:
+            values = arrived[self.taps[lower].place]
+            sums = by_label(values.transpose(0, 1).flatten(2), self._labels[lower])
+        rows = sums.new_zeros((sums.shape[0], count, sums.shape[2]))
+        rows[:, used] = sums
+        self.joints[upper, lower] = self.mu._mixed(rows)
+
+    def heat_maps(self, number: int, image: Tap) -> Tensor | None:
+        """Returns the joint relevance of each node of a layer with each pixel, ``(N, K, *positions of the image)``.
+
+        The relevance of a position of another tap is spread evenly over its pixels. None if the layer is below the tap
+        of the heat maps, and is not the image.
+        """
+        if self.taps[number].place == image.place:
+            return self._positions(self._nodes(number), image)
+        values = self.maps.get(number)
+        if values is None or self._map_tap is None or self._map_tap.place == image.place:
+            return values
+        for dim, size in ((2, image.shape[2]), (3, image.shape[3])):
+            places = torch.arange(size, device=values.device) * values.shape[dim] // size
+            sizes = torch.bincount(places, minlength=values.shape[dim]).to(values)
+            shape = [-1 if at == dim else 1 for at in range(4)]
+            values = (values / sizes.view(shape)).index_select(dim, places)
+        return values
+
+    def _positions(self, values: Tensor, tap: Tap) -> Tensor:
+        """Sums values ``(K, N, *shape)`` of a tap over its channels, to ``(N, K, *positions)``."""
+        channel = 1 + tap.channel_dim % len(tap.shape)
+        mixed: Tensor = self.mu._mixed(values.sum(channel).transpose(0, 1))
+        return mixed
+
+    def _width(self, upper: Tap, lower: Tap) -> int:
+        return width_of(self.mu._recording, self.mu._max_memory, [upper.place, lower.place])
+
+
+def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> FlowPasses:
+    """Runs the passes of a flow in any gradient mode; see :class:`FlowPasses` for the arguments."""
+    mu._check_fresh()
+    with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
+        return FlowPasses(mu, taps, labels, maps)
+
+
+def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
+    """Returns the tap whose positions show where the relevance of the nodes of a flow lies, and its name.
+
+    It is the uppermost tap below all layers, or equal to the last one, that has the positions of the image, at least
+    :data:`POSITIONS` along each side, and that all walks from the layers to the image cross; else the image itself,
+    also if it has no more positions than that.
+
+    Args:
+        mu: The measure.
+        layers: The layers of the flow above the image.
+        image: Name of the image.
+    """
+    lowest = mu._tap(image)
+    if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:
+        return image, lowest
+    found: list[tuple[str, Tap]] = []
+    for name in reversed(mu.layers):
+        tap: Tap = mu._tap(name)
+        if not _has_positions(tap, lowest) or (found and tap.shape[2:] != found[0][1].shape[2:]):
+            continue
+        is_under = tap.place == layers[-1].place or mu._is_below(tap.place, layers[-1])
+        if is_under and all(separates(mu._recording, one, tap, lowest) for one in layers):
+            found.append((name, tap))
+    # Among layers with as many positions, one that is not inside of a block has the name that readers know.
+    return min(found, key=lambda one: one[0].count("."), default=(image, lowest))
+
+
+def _has_positions(tap: Tap, image: Tap) -> bool:
+    """Returns whether a tap has enough positions, in the aspect ratio of the image."""
+    if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
+        return False
+    ratios = [whole / part for whole, part in zip(image.shape[2:], tap.shape[2:], strict=True)]
+    return min(ratios) >= 1 and abs(ratios[0] / ratios[1] - 1) <= 0.05
+
+
+def _stop(mu: Any, taps: Sequence[Tap], maps: Tap | None) -> Tap:
+    """Returns the tap at which downward passes stop: that of the heat maps, if it is below all layers but the last."""
+    if maps is None:
+        return taps[-1]
+    above = taps[:-1] if mu._is_below(taps[-1].place, maps) else taps
+    is_under = all(one.place == maps.place or mu._is_below(maps.place, one) for one in above)
+    return maps if is_under else taps[-1]
+
+
+def _all_rows(values: Tensor, used: list[int], count: int) -> Tensor:
+    rows = values.new_zeros((count, *values.shape[1:]))
+    rows[used] = values
+    return rows
