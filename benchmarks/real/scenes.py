@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nrm_plugin.demo import photo_network
+
 from . import photos
 from .networks import Network
 
@@ -148,7 +150,7 @@ def recognized(net: Network, count: int) -> list[_Thing]:
             continue
         image = photos.placed(stamp.cut_out(*net.size), photos.background("grey", *net.size))[0]
         share, target = net.logits(net.normalized(image)[None]).softmax(1)[0].max(0)
-        is_right = stamp.label == net.classes[int(target)] or len(net.classes) == len(photos.imagenet_names())
+        is_right = stamp.label == net.classes[int(target)] or len(net.classes) == len(photo_network.imagenet_names())
         if float(share) > CERTAIN and is_right and not stamp.folder.startswith("symbols"):
             found.append(_Thing(stamp.name, stamp, None, int(target)))
     return found
