@@ -11,20 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.circuits.pages import circuits
+from benchmarks.markdown import grid, small
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 Results = dict[str, Any]
-
-
-def grid(head: str, rows: Iterable[Sequence[object]]) -> str:
-    """Markdown; ``head`` is its first line."""
-    rule = "|" + "---|" * (head.count("|") - 1)
-    return "\n".join([head, rule, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
-
-
-def small(number: float, digits: int = 0) -> str:
-    """Formats a mass; values below one in a million are 0."""
-    return "0" if abs(number) < 1e-6 else f"{number:.{digits}e}" if abs(number) < 5e-4 else f"{number:.3f}"
 
 
 # -- one function for each results file, with the marker of each of its tables ----------------------------------------
@@ -125,32 +117,6 @@ def selection(results: Results) -> dict[str, str]:
             cells.append([name, *shown, f"{of_method[0]['seconds']:.1f}"])
         columns = " | ".join(f"{kept}, {fill}" for kept, fill in places)
         tables[net["net"]] = grid(f"| channels retained of {sum(net['channels'])}, fill | {columns} | seconds |", cells)
-    return tables
-
-
-def circuits(results: Results) -> dict[str, str]:
-    """Differences from the reference measure, and scores of edges by net."""
-    head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | time | of edges |"
-    tables = {}
-    for name, net in results["nets"].items():
-        rows = []
-        for score, row in net["scores"].items():
-            cells = ["{:.3f} ({:.3f}–{:.3f})".format(*row[key]) for key in ("CMD", "CPR")]
-            cells += [f"{row[key][0]:.3f}" for key in ("CMD, one circuit", "single edges", "single nodes")]
-            forward, backward = results["passes"][score]
-            rows.append([score, *cells, f"{forward} + {backward}", *(f"{time:.1f}" for time in net["time"][score])])
-        tables[name] = grid(head, rows)
-    nets, key = results["nets"].values(), "CMD minus that of the reference measure"
-    rows = [
-        [score, *("{:+.3f} ({:+.3f} to {:+.3f})".format(*net["scores"][score][key]) for net in nets)]
-        for score in results["passes"]
-        if any(net["scores"][score][key][0] for net in nets)
-    ]
-    kinds = (f"{name}, {net['edges']:,} edges" for name, net in results["nets"].items())
-    tables["differences"] = grid(f"| CMD minus that of the reference measure | {' | '.join(kinds)} |", rows)
-    if "cost" in results:
-        costs = ([job, *(f"{net[job]:.1f}" for net in results["cost"].values())] for job in results["cost"]["vgg16"])
-        tables["cost"] = grid(f"| passes of | {' | '.join(results['cost'])} |", costs)
     return tables
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -128,10 +128,10 @@ def contrast(task: Task) -> Tensor:
     return vector.scatter(1, t[:, None], 1.0).scatter(1, u[:, None], -1.0)
 
 
-def reference_measure(task: Task) -> Joints:
+def reference_measure(task: Task, slopes: Literal["secant", "tangent"] = "secant") -> Joints:
     """The measure against the corrupted input."""
     clean, corrupted = task.pairs[:2]
-    mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted)
+    mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted, slopes=slopes)
     mu.marginal(mu.layers)
     return Joints(mu, task.whole - task.empty)
 

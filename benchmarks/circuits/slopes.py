@@ -32,6 +32,14 @@ class Tangents:
         """Layer normalization over the last dimension, without gain and bias."""
         return functional.layer_norm(h, h.shape[-1:], eps=EPS)
 
+    def rms_norm(self, h: Tensor, eps: float) -> Tensor:
+        """Root-mean-square normalization over the last dimension, without gain."""
+        return h * ((h * h).mean(-1, keepdim=True) + eps).rsqrt()
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """A gate times what it gates."""
+        return a * b
+
     def softmax(self, s: Tensor) -> Tensor:
         return s.softmax(-1)
 
@@ -40,9 +48,9 @@ class Tangents:
 
 
 class RelP(Tangents):
-    """LN-rule and Identity-rule, the 0-rule elsewhere; with ``is_frozen`` the AH-rule, attention weights as constants.
+    """LN-rule, Identity-rule, Half-rule of gates, the 0-rule elsewhere; with ``is_frozen`` the AH-rule, attention
+    weights as constants.
 
-    The nets have no multiplicative gates, for which RelP has its Half-rule.
     Source: arXiv 2508.21258, and the propagation rules in the README of its code.
     """
 
@@ -55,6 +63,13 @@ class RelP(Tangents):
     def norm(self, h: Tensor) -> Tensor:
         centred = h - h.mean(-1, keepdim=True)
         return centred * ((centred**2).mean(-1, keepdim=True) + EPS).rsqrt().detach()
+
+    def rms_norm(self, h: Tensor, eps: float) -> Tensor:
+        return h * ((h * h).mean(-1, keepdim=True) + eps).rsqrt().detach()
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        change = (a - a.detach()) * b.detach() + a.detach() * (b - b.detach())
+        return (a * b).detach() + change / 2
 
     def softmax(self, s: Tensor) -> Tensor:
         return s.softmax(-1).detach() if self.is_frozen else s.softmax(-1)
@@ -78,8 +93,12 @@ class Secants(Tangents):
 
     def norm(self, h: Tensor) -> Tensor:
         centred = h - h.mean(-1, keepdim=True)
-        variance = self._product(centred, centred).mean(-1, keepdim=True)
-        return self._product(centred, self.activation(variance, lambda v: (v + EPS).rsqrt()))
+        variance = self.product(centred, centred).mean(-1, keepdim=True)
+        return self.product(centred, self.activation(variance, lambda v: (v + EPS).rsqrt()))
+
+    def rms_norm(self, h: Tensor, eps: float) -> Tensor:
+        square = self.product(h, h).mean(-1, keepdim=True)
+        return self.product(h, self.activation(square, lambda v: (v + eps).rsqrt()))
 
     def softmax(self, s: Tensor) -> Tensor:
         """``exp(s − log Σ exp s)``: secants of both exponentials and of the logarithm."""
@@ -91,7 +110,7 @@ class Secants(Tangents):
         value = (a @ b).detach()
         return value + (a - a.detach()) @ halfway(b) + halfway(a) @ (b - b.detach())
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
         value = (a * b).detach()
         return value + (a - a.detach()) * halfway(b) + halfway(a) * (b - b.detach())
 

@@ -103,7 +103,7 @@ def trained(kind: str) -> nn.Module:
     folder: Path = packages.cache() / "trained" / f"characters-{kind.lower()}"
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True, parents=True)
-        with packages._completed(folder) as partial:
+        with packages.completed(folder) as partial:
             _train(kind).save_pretrained(partial)
     return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
 

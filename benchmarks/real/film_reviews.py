@@ -58,7 +58,7 @@ def film_reviews() -> Path:
     folder = packages.cache() / "trained" / "film-reviews"
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
-        with packages._completed(folder) as partial:
+        with packages.completed(folder) as partial:
             _train(partial)
     return folder
 

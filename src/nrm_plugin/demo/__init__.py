@@ -1,6 +1,6 @@
-"""A small trained network and held-out digits, included in the package.
+"""A small trained network and held-out digits, included in the package; a network for photographs, fetched by name.
 
-Imports: nothing of this package.
+Imports: errors.
 """
 
 from .model import DigitsCNN, DigitsVGG, enlarge, load_digits, load_model

@@ -136,7 +136,12 @@ def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
     chosen, order = several_layers(layers), {name: number for number, name in enumerate(mu.layers)}
     if all(isinstance(layer, str) and layer in order for layer in chosen):
         chosen.sort(key=lambda layer: -order[layer])
-    return [(layer, mu._tap(layer)) for layer in chosen]
+        return [(layer, mu._tap(layer)) for layer in chosen]
+    taps = {layer: mu._tap(layer) for layer in chosen}
+    if all(isinstance(layer, str) for layer in chosen):  # some are sites, whose order only the graph tells
+        below = {layer: sum(mu._is_below(other.place, tap) for other in taps.values()) for layer, tap in taps.items()}
+        chosen.sort(key=lambda layer: -below[layer])
+    return [(layer, taps[layer]) for layer in chosen]
 
 
 def with_groups(

@@ -12,7 +12,7 @@ let given = null;
 // Two significant digits, as in the figure.
 function percent(value) {
   const points = 100 * value;
-  if (points === 0) return "0%";
+  if (Math.abs(points) < 1e-13) return "0%";
   const digits = Math.max(0, 1 - Math.floor(Math.log10(Math.abs(points))));
   return (digits <= 5 ? points.toFixed(digits) : points.toExponential(1)) .replace("-", "−") + "%";
 }

@@ -54,6 +54,10 @@ BAR = 0.022
 """Half the width of a bar, as a fraction of the distance between two columns."""
 
 
+ROUNDING = 1e-13
+"""Percentage that is smaller than the rounding of a sum of float64 numbers."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One layer of a flow plot.
@@ -99,9 +103,9 @@ class Ribbon:
 
 
 def percent(value: float) -> str:
-    """Formats a share of the total relevance with two significant digits: 0.0468 is ``4.7%``."""
+    """Formats a share of the total relevance with two significant digits: 0.0468 is ``4.7%``; rounding errors are 0."""
     points = 100 * value
-    if points == 0:
+    if abs(points) < ROUNDING:
         return "0%"
     decimals = max(0, 1 - math.floor(math.log10(abs(points))))
     text = f"{points:.{decimals}f}%" if decimals <= 5 else f"{points:.1e}%"

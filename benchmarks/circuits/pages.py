@@ -1,0 +1,78 @@
+"""Tables of docs/circuits.md and docs/known-circuit.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.markdown import grid
+
+Results = dict[str, Any]
+
+
+def circuits(results: Results) -> dict[str, str]:
+    """Differences from the reference measure, and scores of edges by net."""
+    head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | time | of edges |"
+    tables = {}
+    for name, net in results["nets"].items():
+        rows = []
+        for score, row in net["scores"].items():
+            cells = ["{:.3f} ({:.3f}–{:.3f})".format(*row[key]) for key in ("CMD", "CPR")]
+            cells += [f"{row[key][0]:.3f}" for key in ("CMD, one circuit", "single edges", "single nodes")]
+            forward, backward = results["passes"][score]
+            rows.append([score, *cells, f"{forward} + {backward}", *(f"{time:.1f}" for time in net["time"][score])])
+        tables[name] = grid(head, rows)
+    nets, key = results["nets"].values(), "CMD minus that of the reference measure"
+    rows = [
+        [score, *("{:+.3f} ({:+.3f} to {:+.3f})".format(*net["scores"][score][key]) for net in nets)]
+        for score in results["passes"]
+        if any(net["scores"][score][key][0] for net in nets)
+    ]
+    kinds = (f"{name}, {net['edges']:,} edges" for name, net in results["nets"].items())
+    tables["differences"] = grid(f"| CMD minus that of the reference measure | {' | '.join(kinds)} |", rows)
+    if "cost" in results:
+        costs = ([job, *(f"{net[job]:.1f}" for net in results["cost"].values())] for job in results["cost"]["vgg16"])
+        tables["cost"] = grid(f"| passes of | {' | '.join(results['cost'])} |", costs)
+    return tables
+
+
+def known_circuit(results: Results) -> dict[str, str]:
+    """AUROC of scores, the program by heads and neurons, and its masses for one number."""
+    rows = []
+    for score, row in results["scores"].items():
+        cells = ["{:.3f} ({:.3f}–{:.3f})".format(*row[key]) for key in COMPARED]
+        forward, backward = results["passes"][score]
+        rows.append([score, *cells, f"{forward} + {backward}"])
+    masses = {
+        name: mass for found in results["flow"]["masses"].values() for name, mass in found.items() if name != "erase"
+    }
+    predicted = results["flow"]["predicted"]
+    program = [
+        [name, place, read, percentage(masses[name]), percentage(predicted.get(name, 0.0))]
+        for name, place, read in results["operations"]
+        if name in masses
+    ]
+    counts = [[key, results[key]] for key in COUNTS]
+    return {
+        "scores": grid(f"| score | {' | '.join(COMPARED.values())} | passes |", rows),
+        "program": grid("| value | where | reads | measured | by the program |", program),
+        "counts": grid("| | |", counts),
+    }
+
+
+COMPARED = {
+    "edges": "known edges ↑",
+    "edges that share a column": "sharing a column ↑",
+    "nodes": "known nodes ↑",
+    "active edges": "active edges ↑",
+    "active edges that share a column": "sharing a column ↑",
+    "CMD": "CMD ↓",
+}
+COUNTS = (
+    "layers", "heads", "neurons", "edges", "known edges", "edges that share a column", "active edges", "nodes",
+    "known nodes", "pairs", "answered",
+)  # fmt: skip
+
+
+def percentage(mass: float) -> str:
+    """A mass in percent."""
+    return f"{100 * mass:.4g} %"

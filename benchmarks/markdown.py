@@ -1,0 +1,16 @@
+"""Markdown of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def grid(head: str, rows: Iterable[Sequence[object]]) -> str:
+    """Markdown; ``head`` is its first line."""
+    rule = "|" + "---|" * (head.count("|") - 1)
+    return "\n".join([head, rule, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def small(number: float, digits: int = 0) -> str:
+    """Formats a mass; values below one in a million are 0."""
+    return "0" if abs(number) < 1e-6 else f"{number:.{digits}e}" if abs(number) < 5e-4 else f"{number:.3f}"

