@@ -12,9 +12,10 @@ import gc
 import json
 import math
 import re
+import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def drawn(shapes: list[tuple[int, ...]], batch: int, seed: int) -> tuple[Tensor,
     """Noise as inputs."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
+
+
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model with the random weights of the seed.
+
+    Some packages draw random numbers when they are imported, which happens once in a process, within the first builders
+    that need them. After imports the model is built again, so that its weights do not depend on the models before it.
+    """
+    imported = -1
+    while imported != len(sys.modules):
+        imported = len(sys.modules)
+        torch.manual_seed(SEED)
+        np.random.seed(SEED)
+        model = build()
+    return model
 
 
 def draw_zeros(model: nn.Module) -> None:
@@ -141,9 +157,7 @@ def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
         "shapes": shapes,
     }
     try:
-        torch.manual_seed(SEED)
-        np.random.seed(SEED)
-        model = build().eval().requires_grad_(False)
+        model = built(build).eval().requires_grad_(False)
         draw_zeros(model)
         settle(model, drawn(shapes, STATISTICS, SEED))
         inputs = drawn(shapes, 1, SEED + 1)

@@ -22,6 +22,7 @@ from nrm_plugin import (
     NRMAbsolute,
     NRMAttributor,
     NRMDefault,
+    Plan,
     RelevanceMeasure,
     at,
     top_walks,
@@ -41,6 +42,10 @@ LAYOUTS: dict[str, Callable[[int], Layout]] = {
     "windows": lambda n: (lambda h: h.reshape(n * LENGTH, 1, WIDTH), lambda h: h.reshape(n, LENGTH, WIDTH)),
     "batch in the middle": lambda n: (lambda h: h.transpose(0, 1).unsqueeze(0), lambda h: h[0].transpose(0, 1)),
     "reversed": lambda n: (lambda h: h.flip(0), lambda h: h.flip(0)),
+    "padded windows": lambda n: (
+        lambda h: nn.functional.pad(h, (0, 0, 0, 1)).reshape(n * 2, -1, WIDTH),
+        lambda h: h.reshape(n, LENGTH + 1, WIDTH)[:, :LENGTH],
+    ),
 }
 """From ``(N, T, C)`` and back, with the channels last."""
 
@@ -117,6 +122,49 @@ def test_every_query_of_a_batch_has_the_values_of_its_samples(case, layer):
     ]
     for ask in queries:
         assert_same(ask(mu), [ask(one) for one in alone])
+
+
+@settings(max_examples=10, deadline=None)
+@given(nets())
+def test_a_plan_of_a_batch_in_any_layout_is_replayed(case):
+    net, x = case
+    plan = Plan(net, x, composite=NRMDefault())
+    for _ in range(3):
+        x = torch.randn_like(x)
+        mu = plan(x, TARGET)
+        alone = [RelevanceMeasure(net, one[None], TARGET, composite=NRMDefault()) for one in x]
+        for name in mu.layers:
+            assert_same(mu.marginal(name), [one.marginal(name) for one in alone])
+        assert_same(mu.sink("input"), [one.sink("input") for one in alone])
+    assert "recorded every time" not in plan.explain()
+
+
+class Sorted(nn.Module):
+    """A layer runs on the samples in the order of their values, or in an order among the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        order = x.sum(1).argsort() if order is None else order
+        return self.head(self.layer(x[order]).relu()[order.argsort()])
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_plan_of_samples_in_an_order_by_values_has_their_values(is_given):
+    torch.manual_seed(0)
+    net = Sorted().double().eval()
+    plan = None
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.randn(5, WIDTH, dtype=torch.double)
+        further = {"additional_forward_args": (torch.randperm(5),)} if is_given else {}
+        plan = plan or Plan(net, x, composite=NRMDefault(), **further)
+        alone = [RelevanceMeasure(net, one[None], TARGET, composite=NRMDefault()) for one in x]
+        mu = plan(x, TARGET, **further)
+        for name in ("input", "layer", "head"):
+            assert_same(mu.marginal(name), [one.marginal(name) for one in alone])
 
 
 @settings(max_examples=10, deadline=None)

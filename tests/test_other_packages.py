@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from benchmarks.other_packages import PACKAGES, PAGE, RESULTS, faults, run, tables
+from benchmarks.other_packages import PACKAGES, PAGE, RESULTS, built, faults, run, tables
 
 
 class Pair(nn.Module):
@@ -38,6 +42,24 @@ def test_a_model_with_two_inputs_and_a_dense_output_is_measured():
         "variation",
         "state",
     ]
+
+
+def test_the_weights_do_not_depend_on_imports_that_draw_numbers(tmp_path, monkeypatch):
+    (tmp_path / "draws_when_imported.py").write_text("import numpy, torch\ntorch.rand(3), numpy.random.rand(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def build():
+        importlib.import_module("draws_when_imported")
+        layer = nn.Linear(2, 2)
+        layer.bias.data.fill_(np.random.rand())
+        return layer
+
+    try:
+        first, second = built(build), built(build)
+    finally:
+        sys.modules.pop("draws_when_imported", None)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
 
 
 @pytest.mark.slow

@@ -11,12 +11,15 @@ import subprocess
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms.functional import gaussian_blur
 
 from benchmarks.real import methods, metrics, onnx_weights, packages, run, scenes
 from benchmarks.real.networks import Network
+from benchmarks.real.stored import stored
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.measure.layer_averages import layer_average
 
@@ -174,8 +177,8 @@ def test_weights_of_an_onnx_file_are_read(tmp_path):
     file.write_bytes(field(1, 8) + fixed + field(7, graph))
     found = onnx_weights.weights(file)
     assert list(found) == ["one", "two"]
-    for stored in found.values():
-        torch.testing.assert_close(stored, values)
+    for weights in found.values():
+        torch.testing.assert_close(weights, values)
     file.write_bytes(field(7, field(5, field(1, 5) + field(2, 1) + field(8, b"bad") + raw)))
     with pytest.raises(ValueError, match="600 values"):
         onnx_weights.weights(file)
@@ -270,6 +273,11 @@ def test_own_share_wins_and_mass_inside_are_those_of_loops():
     assert float(metrics.own(-heat.abs(), masks, others)["own"][0]) == 0.5
 
 
+def test_blurring_along_both_axes_is_a_gaussian_blur():
+    inputs = torch.rand(2, 3, 32, 40)
+    torch.testing.assert_close(metrics.blurred(inputs), gaussian_blur(inputs, [17, 17], [4.0]))
+
+
 def test_both_explanations_of_an_image_are_resampled_together():
     assert run.groups("own", 6).tolist() == [0, 0, 1, 1, 2, 2]
     assert run.groups("SRG, plain", 3).tolist() == [0, 1, 2]
@@ -280,6 +288,131 @@ def test_a_pair_counts_if_each_class_depends_on_its_own_object():
     assert scenes._depends(logits, target=0, side=0)
     assert scenes._depends(logits, target=1, side=1)
     assert not scenes._depends(logits, target=0, side=1)
+
+
+# -- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_are_computed_once_and_not_stored_if_that_fails():
+    calls = []
+
+    def compute():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return {"a": np.arange(3)}
+
+    with pytest.raises(KeyboardInterrupt):
+        stored("toy net/one", "0123456789abcdef", compute)
+    for _ in range(2):
+        assert stored("toy net/one", "0123456789abcdef", compute)["a"].tolist() == [0, 1, 2]
+    assert len(calls) == 2
+    assert stored("toy net/one", "another", compute)["a"].tolist() == [0, 1, 2]
+    assert len(calls) == 3
+
+
+def test_forward_passes_with_fused_batch_norms_give_the_outputs_of_the_model():
+    norms = [nn.BatchNorm2d(6), nn.BatchNorm2d(8)]
+    for norm in norms:
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    layers = [nn.Conv2d(3, 6, 3), norms[0], nn.ReLU(), nn.Sequential(nn.Conv2d(6, 8, 3), norms[1]), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.LazyLinear(4)).eval()
+    inputs = torch.randn(7, 3, 9, 9)
+    expected = model(inputs)
+    net = dataclasses.replace(toy_net(), model=model)
+    torch.testing.assert_close(net.logits(inputs), expected.detach())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.fast.modules())
+    torch.testing.assert_close(model(inputs), expected)
+
+
+def toy_scenes(count):
+    inputs = torch.randn(count, 3, 28, 28)
+    names = tuple("abcdefghijklmnopqrst"[:count])
+    return scenes.Scenes(inputs, inputs[:, 0] > 0, torch.arange(count) % 4, names)
+
+
+def test_parts_of_scenes_are_all_of_them_in_order():
+    found = list(toy_scenes(7).parts(3))
+    assert [len(part) for part in found] == [3, 3, 1]
+    assert "".join(name for part in found for name in part.names) == "abcdefg"
+    assert len({part.digest for part in found}) == 3
+
+
+def toy_things(net, monkeypatch, brightness):
+    """Objects as wide as the image; the class that the network says is the brightness of the image in tenths."""
+    things = [scenes._Thing(name, None, None, target) for name, target, _ in brightness]
+    shades = {name: shade for name, _, shade in brightness}
+
+    def drawn(net, thing, height, width, ground):
+        image = torch.full((3, height, width), shades[thing.name].get(ground, 0.0))
+        return image, image[0] > 0
+
+    monkeypatch.setattr(scenes, "recognized", lambda net, count: things[:count])
+    monkeypatch.setattr(scenes, "_drawn", drawn)
+    monkeypatch.setattr(
+        Network, "logits", lambda self, x: nn.functional.one_hot((x.mean((1, 2, 3)) * 10).round().long(), 11)
+    )
+    return dataclasses.replace(net, mean=torch.zeros(3, 1, 1), std=torch.ones(3, 1, 1))
+
+
+def test_an_object_is_tried_on_the_other_landscape_and_left_out_if_that_fails(monkeypatch):
+    rows = [
+        ("first", 3, {"flower": 0.3, "china": 0.3}),
+        ("second", 4, {"flower": 0.4, "china": 0.5}),
+        ("neither", 4, {"flower": 0.5, "china": 0.6}),
+        ("turn", 2, {"flower": 0.2, "china": 0.2}),
+    ]
+    net = toy_things(toy_net(), monkeypatch, rows)
+    found = scenes.single(net, 4)
+    assert found.names == ("first", "second", "turn")
+    assert found.targets.tolist() == [3, 4, 2]
+
+
+def test_pairs_are_distinct_images_of_different_classes_and_chosen_once(monkeypatch):
+    classes = [0, 0, 1, 2]
+    things = [scenes._Thing(f"{k}", None, None, target) for k, target in enumerate(classes)]
+    monkeypatch.setattr(scenes, "recognized", lambda net, count: things)
+    monkeypatch.setattr(scenes, "_depends", lambda logits, target, side: True)
+    monkeypatch.setattr(
+        scenes, "_drawn", lambda net, thing, h, w, ground: (torch.full((3, h, w), 0.5), torch.ones(h, w) > 0)
+    )
+    net = toy_net()
+    found = scenes.pairs(net, 20)
+    images = [frozenset(found.scenes.names[k : k + 2]) for k in range(0, len(found.scenes), 2)]
+    assert sorted(map(sorted, images)) == [["0", "2"], ["0", "3"], ["1", "2"], ["1", "3"], ["2", "3"]]
+    assert bool((found.scenes.masks ^ found.others).all())
+    monkeypatch.setattr(scenes, "_chosen", None)
+    assert scenes.pairs(net, 20).scenes.names == found.scenes.names
+
+
+def task(monkeypatch, count):
+    """A task on random images, whose masks do not matter."""
+    found = toy_scenes(count)
+    monkeypatch.setattr(run, "single", lambda net, photos: found)
+    monkeypatch.setattr(run, "pairs", lambda net, count: scenes.Pairs(found.first(4), ~found.first(4).masks))
+    return run.Task(toy_net(), run.Size(count, 2, ("plain",)))
+
+
+def test_metrics_do_not_depend_on_the_parts_that_are_stored(monkeypatch):
+    asked = task(monkeypatch, 5)
+    whole = asked.values("GradCAM")
+    monkeypatch.setattr(run, "CHUNK", 2)
+    for key, values in asked.values("GradCAM").items():
+        if key != "seconds":
+            torch.testing.assert_close(values, whole[key])
+
+
+def test_expensive_methods_explain_few_images(monkeypatch):
+    monkeypatch.setattr(run, "FEW", 3)
+    found = task(monkeypatch, 5).values("expected gradients")
+    assert len(found["SRG, plain"]) == 3
+
+
+def test_an_image_is_no_baseline_of_itself(monkeypatch):
+    asked = task(monkeypatch, 5)
+    others = asked.others(asked.single.inputs[1:2])
+    assert torch.equal(others, asked.single.inputs[[0, 2, 3, 4]])
 
 
 # -- methods --------------------------------------------------------------------------------------------------------
@@ -332,20 +465,28 @@ def test_a_method_that_averages_resolutions_reads_the_last_layers_of_the_coarses
     torch.testing.assert_close(heat, layer_average(mu, ["7", "4"]), rtol=1e-4, atol=1e-7)
 
 
-def test_results_of_another_section_are_kept(tmp_path, monkeypatch):
+def test_results_of_other_networks_and_sections_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SIZES", {"toy": run.Size(1, 1, ("plain",))})
-    monkeypatch.setattr(run, "measured", lambda net, size, names: iter([(name, values(size)) for name in names]))
+    monkeypatch.setattr(run, "measured", lambda net, size, names: iter([(name, values()) for name in names]))
     out = tmp_path / "results.json"
-    out.write_text('{"nets": {"older": 1}}')
+    out.write_text('{"nets": {"older": 1}, "tried": 2}')
 
-    def values(size):
-        return {"own": torch.tensor([0.5, 1.0]), "seconds": torch.tensor([0.1 * len(size.fills)])}
+    def values():
+        return {"own": torch.tensor([0.5, 1.0]), "inside": torch.ones(3), "seconds": torch.tensor([0.1])}
 
-    run.run(["toy"], out, False, ["one", "two"], "averaged", ("plain", "blur"))
-    stored = json.loads(out.read_text())
-    assert stored["nets"] == {"older": 1}
-    assert list(stored["averaged"]["toy"]["methods"]) == ["one", "two"]
-    assert stored["averaged"]["toy"]["methods"]["one"]["seconds"] == 0.2
+    run.run(["toy"], out, False, ["one", "two"])
+    found = json.loads(out.read_text())
+    assert found["nets"]["older"] == 1
+    assert found["tried"] == 2
+    assert list(found["nets"]["toy"]["methods"]) == ["one", "two"]
+    assert found["nets"]["toy"]["photos"] == 3
+    assert found["nets"]["toy"]["explanations of pairs"] == 2
+
+
+def test_methods_of_the_comparison_exist():
+    assert set(run.COMPARED) <= set(methods.METHODS)
+    assert run.methods_of("EfficientNet-Lite2") == run.COMPARED
+    assert run.methods_of("VGG16") == tuple(methods.METHODS)
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "HiResCAM", "LayerCAM"])

@@ -2,8 +2,7 @@
 
 ``python -m benchmarks.real`` fetches networks and photographs (about 330 MB, once), measures, and writes
 ``benchmarks/results/real.json`` and the tables of docs/real.md. A run that is interrupted resumes. ``--quick`` measures
-a few images of two networks, and writes the results into the cache. ``--averaged`` compares averages over layers with
-GradCAM, on EfficientNet-Lite0 and 1.
+a few images of two networks, and writes the results into the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from benchmarks import tables
 
 from . import packages
-from .run import AVERAGED, SIZES, run
+from .run import SIZES, run
 
 ROOT = Path(__file__).parents[2]
 QUICK_NETS = ("EfficientNet-Lite0", "Fashion-MNIST, VGG")
@@ -30,16 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nets", nargs="+", choices=SIZES, default=list(SIZES), help="measure only these networks")
     parser.add_argument("--methods", nargs="+", help="measure only these methods")
     parser.add_argument("--quick", action="store_true", help="few images, in ten minutes")
-    parser.add_argument("--averaged", action="store_true", help="only averages over layers, and GradCAM")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     nets = QUICK_NETS if options.quick and options.nets == list(SIZES) else options.nets
     out = packages.cache() / "quick.json" if options.quick and options.out == RESULTS else options.out
-    if options.averaged:
-        run(("EfficientNet-Lite0", "EfficientNet-Lite1"), out, options.quick, AVERAGED, "averaged", ("plain",))
-    else:
-        run(nets, out, options.quick, options.methods)
+    run(nets, out, options.quick, options.methods)
     if out == RESULTS:
         tables.write("real")
 

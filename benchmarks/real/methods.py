@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from captum.attr import LRP, DeepLift, GradientShap, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, fx, nn
-from torchvision.transforms.functional import gaussian_blur
 from zennit.canonizers import NamedMergeBatchNorm
 from zennit.composites import EpsilonAlpha2Beta1Flat, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
@@ -25,9 +24,11 @@ from nrm_plugin.composites import Normalized
 from nrm_plugin.measure.layer_averages import layer_average, layers_by_resolution
 from nrm_plugin.model.contrast import contrast_vector
 
-from .networks import Network
+from .metrics import blurred
+from .networks import Network, batch_norms
 
 BATCH = 4
+"""Images at once in methods that compute many gradients for each."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class Question:
     @property
     def blurred(self) -> Tensor:
         """The inputs, blurred."""
-        width = min(self.inputs.shape[2:]) // 8
-        return gaussian_blur(self.inputs, [4 * width + 1, 4 * width + 1], [float(width)])
+        return blurred(self.inputs)
 
 
 Explainer = Callable[[Question], Tensor]
@@ -122,30 +122,21 @@ class Measured:
 
     def __call__(self, question: Question) -> Tensor:
         reference = {None: None, "grey": question.gray, "blur": question.blurred}[self.reference]
-        if question.net.name not in self._plans:
-            composite = self._composite_of(question.net)
-            settings = {} if reference is None else {"reference": reference}
-            self._plans = {
-                question.net.name: Plan(question.net.model, question.inputs, composite=composite, **settings)
-            }
-        plan = self._plans[question.net.name]
         further = {} if reference is None else {"reference": reference}
-        mu = plan(question.inputs, question.targets.tolist(), against=question.against, **further)
+        if question.net.name not in self._plans:
+            model, composite = question.net.model, None if self.composite is None else self.composite(question.net)
+            self._plans = {question.net.name: Plan(model, question.inputs, composite=composite, **further)}
+            if self.resolutions is not None:
+                mu = RelevanceMeasure(model, question.inputs[:1], 0, composite=composite,
+                                      **{key: value[:1] for key, value in further.items()})  # fmt: skip
+                self._layers = {question.net.name: layers_by_resolution(mu)[: self.resolutions]}
+        mu = self._plans[question.net.name](
+            question.inputs, question.targets.tolist(), against=question.against, **further
+        )
         if self.resolutions is not None:
-            return layer_average(mu, self._averaged(question))
+            return layer_average(mu, self._layers[question.net.name])
         sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
         return mu.marginal("input") * sign
-
-    def _composite_of(self, net: Network) -> Composite | None:
-        return None if self.composite is None else self.composite(net)
-
-    def _averaged(self, question: Question) -> list[str]:
-        """Layers whose relevance is averaged; the same for all images of a network."""
-        if question.net.name not in self._layers:
-            composite = self._composite_of(question.net)
-            mu = RelevanceMeasure(question.net.model, question.inputs[:1], 0, composite=composite)
-            self._layers = {question.net.name: layers_by_resolution(mu)[: self.resolutions]}
-        return self._layers[question.net.name]
 
 
 def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
@@ -167,25 +158,13 @@ def zennit(composite: Callable[..., Composite]) -> Explainer:
 
     def explain(question: Question) -> Tensor:
         x = question.inputs.clone().requires_grad_()
-        canonizers = [NamedMergeBatchNorm(_batch_norms(question.net.model))]
+        canonizers = [NamedMergeBatchNorm(batch_norms(question.net.model))]
         given = [question.net] if composite is gamma_box else []
         with composite(*given, canonizers=canonizers).context(question.net.model) as model:
             (relevance,) = torch.autograd.grad(model(x), x, question.weights * question.net.logits(question.inputs))
         return relevance
 
     return explain
-
-
-def _batch_norms(model: nn.Module) -> list[tuple[list[str], str]]:
-    """Names of every convolution that a batch norm follows in the same module, and of that batch norm."""
-    found = []
-    for parent, module in model.named_modules():
-        names = [f"{parent}.{name}" if parent else name for name, _ in module.named_children()]
-        children = list(module.children())
-        for place in range(len(children) - 1):
-            if isinstance(children[place], nn.Conv2d) and isinstance(children[place + 1], nn.BatchNorm2d):
-                found.append(([names[place]], names[place + 1]))
-    return found
 
 
 class Weighted(nn.Module):
@@ -325,6 +304,7 @@ METHODS: dict[str, Method] = {
     "EpsilonPlusFlat, last two resolutions, against the rest": _ours(
         OURS["EpsilonPlusFlat"], "rest", resolutions=2
     ),
+    "reference blur, last two resolutions, against the rest": _ours(None, "rest", "blur", 2),
     "reference grey, against the rest": _ours(None, "rest", "grey"),
     "reference blur, against the rest": _ours(None, "rest", "blur"),
     "default": _ours(OURS["default"], None),

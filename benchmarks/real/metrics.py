@@ -79,10 +79,6 @@ def fills(plain: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         plain: The plain colour in the units of the model's inputs, ``(C, 1, 1)``.
     """
 
-    def blurred(inputs: Tensor, removed: Tensor) -> Tensor:
-        width = min(inputs.shape[2:]) // 8
-        return torch.where(removed, gaussian_blur(inputs, [4 * width + 1, 4 * width + 1], [float(width)]), inputs)
-
     def noise(inputs: Tensor, removed: Tensor) -> Tensor:
         draw = torch.Generator().manual_seed(0)
         lowest, highest = inputs.amin((0, 2, 3), keepdim=True), inputs.amax((0, 2, 3), keepdim=True)
@@ -91,10 +87,17 @@ def fills(plain: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
     return {
         "plain": lambda inputs, removed: torch.where(removed, plain, inputs),
-        "blur": blurred,
+        "blur": lambda inputs, removed: torch.where(removed, blurred(inputs), inputs),
         "noise": noise,
         "neighbours": inpainted,
     }
+
+
+def blurred(inputs: Tensor) -> Tensor:
+    """Images ``(N, C, H, W)``, blurred along one axis after the other."""
+    width = min(inputs.shape[2:]) // 8
+    across = gaussian_blur(inputs, [4 * width + 1, 1], [float(width), 1.0])
+    return gaussian_blur(across, [1, 4 * width + 1], [1.0, float(width)])
 
 
 def inpainted(inputs: Tensor, removed: Tensor) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from benchmarks.train_demo import reproducible
@@ -51,10 +53,37 @@ class Network:
         """Inputs of the model from images in [0, 1], ``(…, C, H, W)``."""
         return (images - self.mean) / self.std
 
-    @torch.no_grad()
-    def logits(self, inputs: Tensor, batch: int = 16) -> Tensor:
+    @cached_property
+    def fast(self) -> nn.Module:
+        """A copy of the model for forward passes: batch norms are fused, and channels come last in memory."""
+        model = copy.deepcopy(self.model)
+        for (convolution,), norm in batch_norms(model):
+            parent, _, place = norm.rpartition(".")
+            fused = fuse_conv_bn_eval(model.get_submodule(convolution), model.get_submodule(norm))
+            setattr(model.get_submodule(parent), convolution.rpartition(".")[2], fused)
+            setattr(model.get_submodule(parent), place, nn.Identity())
+        return model.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def _passed(self, inputs: Tensor, batch: int) -> Tensor:
+        parts = torch.split(inputs, batch)
+        return torch.cat([self.fast(part.contiguous(memory_format=torch.channels_last)) for part in parts])
+
+    def logits(self, inputs: Tensor, batch: int = 4) -> Tensor:
         """Outputs for inputs of the model, ``(N, C, H, W)`` to ``(N, K)``, computed in batches."""
-        return torch.cat([self.model(part) for part in torch.split(inputs, batch)])
+        return self._passed(inputs, batch).clone()
+
+
+def batch_norms(model: nn.Module) -> list[tuple[list[str], str]]:
+    """Names of every convolution that a batch norm follows in the same module, and of that batch norm."""
+    found = []
+    for parent, module in model.named_modules():
+        names = [f"{parent}.{name}" if parent else name for name, _ in module.named_children()]
+        children = list(module.children())
+        for place in range(len(children) - 1):
+            if isinstance(children[place], nn.Conv2d) and isinstance(children[place + 1], nn.BatchNorm2d):
+                found.append(([names[place]], names[place + 1]))
+    return found
 
 
 def _channels(*values: float) -> Tensor:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,20 @@ from torch import Tensor
 
 from benchmarks.default_composite import interval, resamples
 
-from . import metrics, packages, photos
-from .methods import BATCH, METHODS, Method, Question, heat_map
+from . import metrics, photos
+from .methods import METHODS, Method, Question, heat_map
 from .networks import NETWORKS, Network
 from .scenes import Pairs, Scenes, pairs, single
+from .stored import stored
 
 Values = dict[str, Tensor]
 """Values by metric, ``(N,)``."""
-EXPENSIVE = 20
-"""Methods with more gradients than this explain a quarter of the images."""
+EXPENSIVE, FEW = 20, 16
+"""Methods with more gradients than this explain only so many images."""
+CHUNK = 8
+"""Images whose results are stored together."""
+BASELINES = 64
+"""At most so many images as baselines of expected gradients."""
 BETTER = {
     "SRG, plain": 1, "SRG, blur": 1, "SRG, noise": 1, "SRG, neighbours": 1, "insertion": 1, "deletion": -1,
     "inside": 1, "pointing": 1, "own": 1, "wins": 1, "other class": -1, "random parameters": -1, "noise": 1,
@@ -50,20 +55,23 @@ class Size:
 
 QUICK = Size(12, 15, ("plain",))
 SIZES = {
-    "EfficientNet-Lite0": Size(24, 30, ("plain", "blur")),
-    "EfficientNet-Lite1": Size(24, 30, ("plain", "blur")),
+    "EfficientNet-Lite0": Size(1000, 50, ("plain",)),
+    "EfficientNet-Lite1": Size(1000, 50, ("plain",)),
+    "EfficientNet-Lite2": Size(1000, 50, ("plain",)),
     "VGG16": Size(8, 10, ("plain",)),
     "Fashion-MNIST, VGG": Size(200, 200, ("plain", "blur", "noise", "neighbours")),
     "Fashion-MNIST, residual": Size(200, 200, ("plain", "blur", "noise", "neighbours")),
 }
 
 
-AVERAGED = (
-    "EpsilonPlusFlat, last two resolutions, against the rest", "default, last two resolutions, against the rest",
-    "EpsilonPlusFlat, against the rest", "default, against the rest", "GradCAM", "GradCAM, against the rest",
-    "GradCAM, signed, against the rest",
+COMPARED = (
+    "default, against the rest", "EpsilonPlusFlat, against the rest", "reference blur, against the rest",
+    "reference blur, last two resolutions, against the rest",
+    "EpsilonPlusFlat, last two resolutions, against the rest", "GradCAM", "GradCAM, signed, against the rest",
+    "HiResCAM", "LayerCAM", "DeepLift", "InputXGradient", "IntegratedGradients, 20 steps",
+    "IntegratedGradients, 200 steps", "expected gradients",
 )  # fmt: skip
-"""Methods of the comparison of averages over layers with GradCAM."""
+"""Methods of the comparison on networks trained on ImageNet; the first is what ``nrm-plugin explain`` shows."""
 
 
 class Task:
@@ -85,40 +93,51 @@ class Task:
         """Heat maps of a method, ``(N, H, W)``, and processor seconds for each image."""
         method = METHODS[name]
         if method.gradients > EXPENSIVE:
-            scenes = scenes.first(-(-len(scenes) // 4))
+            scenes = scenes.first(FEW)
+        parts = [self._maps(method, f"{self.net.name} {kind} {name}", part) for part in scenes.parts(CHUNK)]
+        heat, seconds = zip(*parts, strict=True)
+        return torch.cat(heat), float(np.median(seconds))
 
+    def _maps(self, method: Method, name: str, scenes: Scenes) -> tuple[Tensor, float]:
         def compute() -> dict[str, np.ndarray]:
-            parts, seconds = [], []
-            for start in range(0, len(scenes), BATCH):
-                rows = slice(start, start + BATCH)
+            maps, seconds = [], []
+            for place in range(len(scenes)):
                 before = time.process_time()
-                parts.append(heat_map(method, self._question(method, scenes, rows)))
-                seconds.append((time.process_time() - before) / len(parts[-1]))
-            return {"heat": torch.cat(parts).numpy(), "seconds": np.float64(np.median(seconds))}
+                maps.append(heat_map(method, self._question(method, scenes, slice(place, place + 1))))
+                seconds.append(time.process_time() - before)
+            return {"heat": torch.cat(maps).numpy(), "seconds": np.float64(np.median(seconds))}
 
-        stored = _cached(f"{self.net.name} {kind} {name}", _digest(scenes), compute)
-        return torch.from_numpy(stored["heat"]), float(stored["seconds"])
+        found = stored(name, scenes.digest, compute)
+        return torch.from_numpy(found["heat"]), float(found["seconds"])
 
     def _question(self, method: Method, scenes: Scenes, rows: slice) -> Question:
-        others = self.single.inputs[: min(8, len(self.single))]
-        if others.shape[2:] != scenes.inputs.shape[2:]:
-            others = scenes.inputs[:8]
-        return Question(self.net, scenes.inputs[rows], scenes.targets[rows], self.plain, others, method.against)
+        inputs = scenes.inputs[rows]
+        return Question(self.net, inputs, scenes.targets[rows], self.plain, self.others(inputs), method.against)
+
+    def others(self, inputs: Tensor) -> Tensor:
+        """Baselines of expected gradients: images of one object, each with an object other than the explained one."""
+        images = self.single.inputs[:BASELINES]
+        if images.shape[2:] != inputs.shape[2:]:  # two objects side by side make a wider image
+            images = self.pairs.scenes.inputs[: 2 * BASELINES : 2]
+        return images[(images != inputs).flatten(1).any(1)]
 
     def removed(self, name: str, heat: Tensor, fill: str) -> Values:
         """Areas of the curves of one fill."""
-        scenes = self.single.first(len(heat))
+        parts, start = [], 0
+        for scenes in self.single.first(len(heat)).parts(CHUNK):
+            parts.append(self._removed(name, scenes, heat[start : start + len(scenes)], fill))
+            start += len(scenes)
+        return metrics.areas({key: torch.cat([part[key] for part in parts], 1) for key in parts[0]}, fill)
 
+    def _removed(self, name: str, scenes: Scenes, heat: Tensor, fill: str) -> dict[str, Tensor]:
         def compute() -> dict[str, np.ndarray]:
-            with torch.no_grad():
-                curves = metrics.removal(
-                    self.net.logits, scenes.inputs, scenes.targets, heat, metrics.fills(self.plain)[fill]
-                )
+            fills = metrics.fills(self.plain)
+            curves = metrics.removal(self.net.logits, scenes.inputs, scenes.targets, heat, fills[fill])
             return {key: value.numpy() for key, value in curves.items()}
 
         digest = hashlib.sha256(heat.numpy().tobytes()).hexdigest()
-        stored = _cached(f"{self.net.name} curves {fill} {name}", digest, compute)
-        return metrics.areas({key: torch.from_numpy(value) for key, value in stored.items()}, fill)
+        found = stored(f"{self.net.name} curves {fill} {name}", digest, compute)
+        return {key: torch.from_numpy(value) for key, value in found.items()}
 
     def values(self, name: str) -> Values:
         """All metrics of a method."""
@@ -134,24 +153,6 @@ class Task:
             found |= self.removed(name, heat, fill)
         found["seconds"] = torch.tensor([seconds])
         return found
-
-
-def _digest(scenes: Scenes) -> str:
-    parts = [scenes.inputs.numpy().tobytes(), scenes.targets.numpy().tobytes()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _cached(name: str, digest: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays from the cache; computed and stored there the first time."""
-    folder = packages.cache() / "results"
-    folder.mkdir(exist_ok=True)
-    file = folder / f"{name.replace('/', '-').replace(' ', '_')}-{digest[:12]}.npz"
-    if not file.exists():
-        partial = file.with_suffix(".part.npz")
-        np.savez(partial, **compute())  # type: ignore[arg-type]
-        partial.replace(file)
-    with np.load(file) as arrays:
-        return dict(arrays)
 
 
 def measured(net: str, size: Size, names: Iterable[str]) -> Iterator[tuple[str, Values | str]]:
@@ -187,32 +188,27 @@ def groups(key: str, count: int) -> Tensor:
     return torch.arange(count) // 2 if key in ("own", "wins") else torch.arange(count)
 
 
-def run(
-    nets: Iterable[str],
-    out: Path,
-    quick: bool,
-    only: Iterable[str] | None = None,
-    section: str = "nets",
-    fills: tuple[str, ...] | None = None,
-) -> dict[str, Any]:
+def methods_of(net: str) -> tuple[str, ...]:
+    """Methods that are measured on a network."""
+    return COMPARED if net.startswith("EfficientNet") else tuple(METHODS)
+
+
+def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None = None) -> dict[str, Any]:
     """Measures networks one after another, and saves after each method.
 
     Args:
         nets: The networks.
-        out: The file of the results; other sections in it are kept.
+        out: The file of the results; other sections and networks in it are kept.
         quick: Whether to measure few images.
         only: The methods; the first is the one that the others are compared with.
-        section: Where the results are stored in the file.
-        fills: Fills of removed patches; by default those of the network.
     """
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    stored = results.setdefault(section, {})
+    by_net = results.setdefault("nets", {})
     for net in nets:
         size = QUICK if quick else SIZES[net]
-        size = size if fills is None else replace(size, fills=fills)
         by_method: dict[str, Values] = {}
         failed: dict[str, str] = {}
-        for name, values in measured(net, size, only or METHODS):
+        for name, values in measured(net, size, only or methods_of(net)):
             if isinstance(values, str):
                 failed[name] = values
                 print(f"{net}: {name} does not run: {values}", file=sys.stderr, flush=True)
@@ -221,9 +217,10 @@ def run(
                 shown = ", ".join(f"{k} {float(v.mean()):.3f}" for k, v in values.items())
                 print(f"{net}: {name}: {shown}", file=sys.stderr, flush=True)
             if by_method:
-                stored[net] = {
+                by_net[net] = {
                     "methods": summary(by_method), "failed": failed,
-                    "photos": size.photos, "pairs": size.pairs,
+                    "photos": max(len(values["inside"]) for values in by_method.values()),
+                    "explanations of pairs": max(len(values["own"]) for values in by_method.values()),
                 }  # fmt: skip
                 out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results

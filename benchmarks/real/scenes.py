@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import photos
 from .networks import Network
+from .stored import stored
 
 CERTAIN = 0.5
 """Softmax by which a network says the class of a photograph on grey; less certain photographs are left out."""
 MARGIN = 2.0
 """How much more a class depends on its own object than on the other one of a pair."""
+GROUNDS: tuple[photos.Background, ...] = ("flower", "china")
+"""Landscapes behind single objects."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,18 @@ class Scenes:
         """The scenes where a boolean tensor ``(N,)`` is true."""
         names = tuple(name for name, kept in zip(self.names, is_kept.tolist(), strict=True) if kept)
         return Scenes(self.inputs[is_kept], self.masks[is_kept], self.targets[is_kept], names)
+
+    def parts(self, count: int) -> Iterator[Scenes]:
+        """The scenes in parts of so many."""
+        places = torch.arange(len(self))
+        for start in range(0, len(self), count):
+            yield self.where((places >= start) & (places < start + count))
+
+    @property
+    def digest(self) -> str:
+        """Of the images and their classes."""
+        parts = [self.inputs.numpy().tobytes(), self.targets.numpy().tobytes()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def first(self, count: int) -> Scenes:
         """The first scenes."""
@@ -76,18 +93,23 @@ class _Thing:
 
 
 def single(net: Network, count: int) -> Scenes:
-    """Objects in front of the two landscapes alternately, those whose class the network says there too.
+    """Objects in front of a landscape where the network says the same class as on the plain ground.
 
-    Fashion-MNIST is taken as it is, on black.
+    The two landscapes take turns; where the network says another class, the object is tried on the other landscape, and
+    left out if that fails too. Fashion-MNIST is taken as it is, on black.
 
     Args:
         net: The network that says the classes.
         count: Number of objects that are tried.
     """
-    grounds = itertools.cycle(("flower", "china"))
-    rows = [(*_drawn(net, thing, *net.size, next(grounds)), thing) for thing in recognized(net, count)]
-    scenes = _scenes(net, rows)
-    return scenes.where(net.logits(scenes.inputs).argmax(1) == scenes.targets)
+    rows = []
+    for number, thing in enumerate(recognized(net, count)):
+        for ground in GROUNDS[number % 2 :] + GROUNDS[: number % 2]:
+            image, mask = _drawn(net, thing, *net.size, ground)
+            if int(net.logits(net.normalized(image)[None]).argmax()) == thing.target:
+                rows.append((image, mask, thing))
+                break
+    return _scenes(net, rows)
 
 
 def pairs(net: Network, count: int, seed: int = 0) -> Pairs:
@@ -102,27 +124,46 @@ def pairs(net: Network, count: int, seed: int = 0) -> Pairs:
         seed: Of the drawing of pairs.
     """
     things = recognized(net, 2 * count if _is_fashion(net) else 1000)
-    draw = torch.Generator().manual_seed(seed)
-    height, width = net.size[0], net.size[1] * 2 if _is_fashion(net) else net.size[1]
+    settings = repr((count, seed, MARGIN, [thing.name for thing in things]))
+    found = stored(
+        f"{net.name} pairs", hashlib.sha256(settings.encode()).hexdigest(), lambda: _chosen(net, things, count, seed)
+    )
     rows: list[tuple[Tensor, Tensor, _Thing]] = []
     others: list[Tensor] = []
-    for _ in range(50 * count):
-        one, other = (things[k] for k in torch.randperm(len(things), generator=draw)[:2].tolist())
-        if one.target == other.target:
-            continue
-        drawn = [_drawn(net, thing, height, width // 2, "grey") for thing in (one, other)]
-        covers = [image[:, :1, :1].expand_as(image) for image, _ in drawn]  # the corner shows the ground
-        (left, right), (no_left, no_right) = (drawn[0][0], drawn[1][0]), covers
-        image = torch.cat([left, right], 2)
-        covered = torch.cat([no_left, right], 2), torch.cat([left, no_right], 2)
-        logits = net.logits(net.normalized(torch.stack([image, *covered])))
-        if all(_depends(logits, thing.target, side) for side, thing in enumerate((one, other))):
-            masks = _halves(drawn[0][1], drawn[1][1])
-            rows += [(image, masks[0], one), (image, masks[1], other)]
-            others += [masks[1], masks[0]]
-        if len(rows) == 2 * count:
-            break
+    for one, other in ((things[k], things[m]) for k, m in found["pairs"].tolist()):
+        (left, left_mask), (right, right_mask) = (_half(net, thing) for thing in (one, other))
+        image, masks = torch.cat([left, right], 2), _halves(left_mask, right_mask)
+        rows += [(image, masks[0], one), (image, masks[1], other)]
+        others += [masks[1], masks[0]]
     return Pairs(_scenes(net, rows), torch.stack(others))
+
+
+def _chosen(net: Network, things: list[_Thing], count: int, seed: int) -> dict[str, np.ndarray]:
+    """Places of the objects of every pair, ``(K, 2)``."""
+    draw = torch.Generator().manual_seed(seed)
+    chosen: list[list[int]] = []
+    tried: set[frozenset[int]] = set()
+    for _ in range(50 * count):
+        places = torch.randperm(len(things), generator=draw)[:2].tolist()
+        one, other = (things[k] for k in places)
+        if one.target == other.target or frozenset(places) in tried:
+            continue
+        tried.add(frozenset(places))
+        left, right = (_half(net, thing)[0] for thing in (one, other))
+        no_left, no_right = (image[:, :1, :1].expand_as(image) for image in (left, right))  # a corner shows the ground
+        images = (left, right), (no_left, right), (left, no_right)
+        logits = net.logits(net.normalized(torch.stack([torch.cat(parts, 2) for parts in images])))
+        if all(_depends(logits, thing.target, side) for side, thing in enumerate((one, other))):
+            chosen.append(places)
+        if len(chosen) == count:
+            break
+    return {"pairs": np.array(chosen).reshape(-1, 2)}
+
+
+def _half(net: Network, thing: _Thing) -> tuple[Tensor, Tensor]:
+    """One half of an image of two objects: the object on the plain ground, and its mask."""
+    height, width = net.size[0], net.size[1] * 2 if _is_fashion(net) else net.size[1]
+    return _drawn(net, thing, height, width // 2, "grey")
 
 
 def _depends(logits: Tensor, target: int, side: int) -> bool:
@@ -138,20 +179,28 @@ def recognized(net: Network, count: int) -> list[_Thing]:
         shares = net.logits(net.normalized(images[: 3 * count])).softmax(1)
         certain = [k for k in range(len(shares)) if shares[k, labels[k]] > CERTAIN][:count]
         return [_Thing(f"{k}", None, images[k], int(labels[k])) for k in certain]
-    found: list[_Thing] = []
     stamps = list(photos.stamps())
     order = torch.randperm(len(stamps), generator=torch.Generator().manual_seed(0)).tolist()
-    for stamp in (stamps[k] for k in order):
-        if len(found) == count:
-            break
-        if net.classes[0] in ("animals/birds",) and stamp.label not in net.classes:
-            continue
-        image = photos.placed(stamp.cut_out(*net.size), photos.background("grey", *net.size))[0]
-        share, target = net.logits(net.normalized(image)[None]).softmax(1)[0].max(0)
-        is_right = stamp.label == net.classes[int(target)] or len(net.classes) == len(photos.imagenet_names())
-        if float(share) > CERTAIN and is_right and not stamp.folder.startswith("symbols"):
-            found.append(_Thing(stamp.name, stamp, None, int(target)))
-    return found
+    stamps = [stamps[k] for k in order if not stamps[k].folder.startswith("symbols")]
+    digest = hashlib.sha256(repr([stamp.name for stamp in stamps]).encode()).hexdigest()
+    said = stored(f"{net.name} stamps", digest, lambda: _said(net, stamps))
+    found: list[_Thing] = []
+    for stamp, share, target in zip(stamps, said["share"].tolist(), said["target"].tolist(), strict=True):
+        is_right = len(net.classes) == len(photos.imagenet_names()) or stamp.label == net.classes[target]
+        if share > CERTAIN and is_right:
+            found.append(_Thing(stamp.name, stamp, None, target))
+    return found[:count]
+
+
+def _said(net: Network, stamps: list[photos.Stamp]) -> dict[str, np.ndarray]:
+    """The class of each photograph on the plain ground, and its softmax, ``(N,)`` each."""
+    ground = photos.background("grey", *net.size)
+    found = [
+        net.logits(net.normalized(photos.placed(stamp.cut_out(*net.size), ground)[0])[None]).softmax(1)[0].max(0)
+        for stamp in stamps
+    ]
+    share, target = zip(*found, strict=True)
+    return {"share": torch.stack(share).numpy(), "target": torch.stack(target).numpy()}
 
 
 def _is_fashion(net: Network) -> bool:

@@ -400,5 +400,7 @@ IN_PYTHON: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", IN_PYTHON)
 def test_ids_that_are_read_as_numbers_of_python_raise_and_name_the_line(name: str) -> None:
-    with pytest.raises(InputError, match=r"Python or NumPy numbers, by '\w+' .*test_integer_inputs.py.*Look up the tensor itself"):
+    with pytest.raises(
+        InputError, match=r"Python or NumPy numbers, by '\w+' .*test_integer_inputs.py.*Look up the tensor itself"
+    ):
         RelevanceMeasure(Model(IN_PYTHON[name]).eval(), IDS, 1)

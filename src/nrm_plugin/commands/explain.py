@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .options import (
     CHANNELS,
     add_against,
+    add_averaged,
     add_cells,
     add_computation,
     add_fit,
@@ -38,6 +39,8 @@ examples:
       one class, by name or index, in many images
   nrm-plugin explain cat.jpg --model vgg16 --target tabby --against "tiger cat"
       what makes it one class rather than another; --against none explains the output of the class alone
+  nrm-plugin explain cat.jpg --model resnet50 --averaged
+      where the evidence is, averaged over late layers: coarse, as in GradCAM
   nrm-plugin explain cat.jpg --model vgg16 --weights vgg16-397923af.pth
       without a connection: a state dict or safetensors file; --weights none tries the command with random weights
   nrm-plugin layers --model vgg16
@@ -68,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(query)
     add_against(query, "rest, if there are several classes")
     add_reference(query)
+    add_averaged(query)
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
                        help="list the most relevant channels of this layer; may be repeated")  # fmt: skip
     query.add_argument("--given", action="append", default=[], metavar="EVENT",

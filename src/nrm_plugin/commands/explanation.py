@@ -9,12 +9,16 @@ from torch import Tensor
 from ..dataset.images import LoadedImage
 from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
+from ..measure.layer_averages import layer_average, layers_by_resolution
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow_thumbnails import Photo
 from .event_syntax import Condition
 from .model_loading import LoadedModel
 from .photos import photo
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
+
+RESOLUTIONS = 2
+"""Number of resolutions over which a heat map is averaged, counted from the output; chosen in docs/real.md."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ class ConditionalExplanation:
 
 
 @dataclass(frozen=True)
+class Average:
+    """The mean of relevance over layers.
+
+    Attributes:
+        layers: The layers, from the last.
+        relevance: ``(H, W)``, interpolated to the pixels; positive values are evidence for the class.
+    """
+
+    layers: list[str]
+    relevance: Tensor
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The explanation of one image; tensors are on the CPU.
 
@@ -88,6 +105,7 @@ class Explanation:
         given: The requested conditions.
         photo: The image for figures, with the part that the model did not see.
         reference: Name or file of the reference image, or None without one.
+        average: The mean over late layers, or None if it is not requested.
     """
 
     source: LoadedImage
@@ -102,6 +120,7 @@ class Explanation:
     given: list[ConditionalExplanation]
     photo: Photo
     reference: str | None = None
+    average: Average | None = None
 
 
 def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> Explanation:
@@ -134,7 +153,17 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         [_conditional(mu, condition, against) for condition in request.given],
         photo(loaded, source, inputs),
         request.reference,
+        _average(mu, loaded) if request.averaged else None,
     )
+
+
+def _average(mu: RelevanceMeasure, loaded: LoadedModel) -> Average:
+    layers = layers_by_resolution(mu)[:RESOLUTIONS]
+    if layers[0] == "input":
+        raise RequestError(
+            f"--averaged needs a layer with positions that no relevance bypasses; {loaded.name} has none. Leave it out."
+        )
+    return Average(layers, layer_average(mu, layers)[0].cpu())
 
 
 def _totals(mu: RelevanceMeasure, layer: str, relevance: Tensor) -> Totals:

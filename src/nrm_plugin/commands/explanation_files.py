@@ -40,6 +40,8 @@ LEAST_LOST = 0.005
 """Relevance not reaching the pixels above which the title mentions it."""
 LONGEST_HEADER = 10**8
 """Largest header size of a safetensors file, in bytes."""
+OF_THE_MACHINE = ("device", "versions")
+"""Metadata that may differ between two runs with the same settings."""
 HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
 
 
@@ -69,7 +71,8 @@ def write(
     stem = free_stem(out, result.source.path.stem, ends, taken, lambda path: _is_same(path, about))
     numbers, heat_map, *others = [out / f"{stem}-{end}" for end in ends]
     save_figure(_overview(loaded, result, cells), heat_map)
-    _save_tensors(tensors(result), numbers, {**about, "device": request.device, "versions": json.dumps(versions())})
+    of_the_machine = dict(zip(OF_THE_MACHINE, (request.device, json.dumps(versions())), strict=True))
+    _save_tensors(tensors(result), numbers, {**about, **of_the_machine})
     for layer in result.layers:
         start = out / f"{stem}-{name_part(layer.name)}"
         if layer.top:
@@ -106,6 +109,8 @@ def tensors(result: Explanation) -> dict[str, Tensor]:
         "bypass": number(result.totals.bypass),
         **({} if result.difference is None else {"difference": number(result.difference)}),
     }
+    if result.average is not None:
+        named["averaged"] = result.average.relevance
     for layer in result.layers:
         named[f"layer/{layer.name}/relevance"] = layer.relevance
         named[f"layer/{layer.name}/channels"] = layer.mass
@@ -128,7 +133,7 @@ def _is_same(path: Path, about: Mapping[str, str]) -> bool:
             stored = json.loads(file.read(length))["__metadata__"] if length < LONGEST_HEADER else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-    return isinstance(stored, dict) and all(stored.get(key) == value for key, value in about.items())
+    return isinstance(stored, dict) and {key: stored[key] for key in stored if key not in OF_THE_MACHINE} == about
 
 
 def _save_tensors(numbers: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
@@ -165,8 +170,12 @@ def _overview(loaded: LoadedModel, result: Explanation, cells: int | str) -> Fig
     left += "\n(the model saw the frame)" if result.photo.whole is not None else ""
     explained = _explained(loaded, result).replace(" rather than ", "\nrather than ")
     explained = explained.replace(", compared with ", ",\ncompared with ")
-    sums = cell_sums(result.relevance.sum(0), cells_of(cells, result.relevance.shape[1:]))
-    right = f"relevance for {explained}\n{totals_text(result.totals)}"
+    pixels, about = result.relevance.sum(0), totals_text(result.totals)
+    if result.average is not None:
+        names = " and ".join(short(name, 30) for name in result.average.layers)
+        pixels, about = result.average.relevance, f"mean over {names}"
+    sums = cell_sums(pixels, cells_of(cells, pixels.shape))
+    right = f"relevance for {explained}\n{about}"
     shown = np.moveaxis(photo_pixels(result.photo), -1, 0) / 255 if result.photo.whole is not None else None
     return image_and_heat_map(result.image, sums, (left, right), limit=color_limit([sums]), shown=shown)
 

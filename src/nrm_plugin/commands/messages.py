@@ -52,6 +52,8 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
     yield from unseen(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
     yield f"  relevance {_totals(result.totals, 'at the pixels')}"
+    if result.average is not None:
+        yield f"  heat map: mean over {' and '.join(result.average.layers)}"
     for layer in result.layers:
         yield f"  {layer.name}: {_totals(layer.totals, 'crosses it')}, variation {layer.totals.variation:.3g}"
         yield from _columns([f"channel {channel:<5} {_percent(float(layer.mass[channel]))}" for channel in layer.top])

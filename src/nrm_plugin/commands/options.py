@@ -64,6 +64,14 @@ def add_reference(group: Any) -> None:
                        "white one, or another image (default: no reference)")  # fmt: skip
 
 
+def add_averaged(group: Any) -> None:
+    """Adds the option for averages over layers."""
+    group.add_argument("--averaged", action="store_true",
+                       help="draw the mean over late layers of two resolutions in place of the pixels: coarser, but "
+                       "ahead in benchmarks; compares with the blurred image unless --reference or --composite is "
+                       "given")  # fmt: skip
+
+
 def add_target(group: Any) -> None:
     """Adds the option for the class to explain."""
     group.add_argument("--target", metavar="CLASS",

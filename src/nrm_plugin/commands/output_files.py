@@ -119,6 +119,7 @@ def image_settings(
         "layers": list(request.layers),
         "preparation": loaded.preprocessing.settings,
         **({} if request.reference is None else {"reference": request.reference}),
+        **({"averaged": "True"} if request.averaged else {}),
     }
 
 

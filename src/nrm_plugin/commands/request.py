@@ -55,6 +55,7 @@ class Request:
         device: The device on which to compute.
         channels: Number of channels per layer for which heat maps are drawn.
         reference: Name or file of the reference image, or None without one.
+        averaged: Whether the heat map is the mean over late layers of two resolutions.
     """
 
     target: str | None = None
@@ -67,6 +68,7 @@ class Request:
     device: str = "cpu"
     channels: int = CHANNELS
     reference: str | None = None
+    averaged: bool = False
 
 
 def check_device(name: str) -> torch.device:

@@ -25,7 +25,9 @@ def request_of(options: argparse.Namespace) -> Request:
         CompositeError: If no composite has this name.
         ConditionError: If an event does not follow the grammar.
     """
-    reference = getattr(options, "reference", None)
+    averaged, reference = getattr(options, "averaged", False), getattr(options, "reference", None)
+    if averaged and not options.composite:
+        reference = reference or "blur"
     composite = options.composite or (SECANTS if reference else DEFAULT_RULES)
     if composite == SECANTS:
         _check_no_rules(options)
@@ -44,6 +46,7 @@ def request_of(options: argparse.Namespace) -> Request:
         device=options.device,
         channels=getattr(options, "channels", CHANNELS),
         reference=reference,
+        averaged=averaged,
     )
 
 

@@ -24,6 +24,8 @@ from .registry import KERNELS, kernel_factory_of
 from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
 
 NOT_HANDLED: Final = object()
+FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
+"""Functions that read the shape and the format of a tensor, and no values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
@@ -47,7 +49,7 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
-            if call.inputs and _leaves_the_graph(call, result):
+            if call.inputs and call.name.base not in FILLS and _leaves_the_graph(call, result):
                 note_untracked()
             return result
     raise AssertionError("the last handler applies to every call")

@@ -42,11 +42,16 @@ class Simplifier:
         self.constants: dict[int, Tensor] = dict(trace.constants)
         self.results: list[int] = []
         operations = needed(trace.operations, results, self.trace.memory)
-        self.obstacle = next(filter(None, map(self._obstacle, operations)), "")
+        self.obstacle = next(filter(None, map(self._overwritten, operations)), "")
+        if not self.obstacle:
+            # A tensor like one that was drawn does not depend on the numbers: it is a constant after folding.
+            operations = needed(self._folded(operations), results, self.trace.memory)
+            self.obstacle = next(
+                (f"the model draws random numbers ({o.function})" for o in operations if is_drawn(o)), ""
+            )
         if self.obstacle:
             self.operations, self.constants = [], {}
             return
-        operations = self._folded(operations)
         operations, self.results = self._merged(operations, results)
         operations, self.results = ViewRemover(self.trace).rewritten(operations, self.results)
         operations, self.results = self._merged(operations, self.results)
@@ -56,10 +61,8 @@ class Simplifier:
         read = {number for one in self.operations for number in one.reads} | set(self.results)
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
-    def _obstacle(self, one: Operation) -> str:
-        """Returns why an operation cannot be replayed."""
-        if is_drawn(one):
-            return f"the model draws random numbers ({one.function})"
+    def _overwritten(self, one: Operation) -> str:
+        """Returns why an operation cannot be replayed if it writes to an input or a weight."""
         given = (self.trace.memory(number) for number in one.writes)
         if any(number in self.constants or number in self.trace.placeholders for number in given):
             return f"the model overwrites one of its inputs or weights ({one.function})"
@@ -85,7 +88,7 @@ class Simplifier:
                     continue
                 results = [memory(number) for number in one.results if number is not None]
                 reads = () if one.function.overloadpacket in FILLED else one.reads
-                if varying.isdisjoint(results) and varying.isdisjoint(map(memory, reads)):
+                if not is_drawn(one) and varying.isdisjoint(results) and varying.isdisjoint(map(memory, reads)):
                     continue
                 marked[index] = True
                 is_changed = is_changed or not varying.issuperset(map(memory, one.writes))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..errors import FoldingError
 from ..model.targets import sample_sums
+from ..model.value_reads import audit, untraced
 from .graph import Graph
 from .places import Buffer, Place, Sink
 from .propagation import Cost, Vectors, Visitor, pull, push
@@ -51,6 +53,7 @@ class Samples:
         labels: The labels of each tensor.
         rows: For a single sample, the vertices that are proven to have samples as rows.
         may_mix: Whether values outside of the graph may combine samples.
+        are_fixed: Whether the positions of the samples do not depend on the values of the inputs.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Samples:
         self.output_has_rows = True
         self.inputs: set[int] = set()
         self.rows: set[int] = set()
-        self.may_mix = False
+        self.may_mix = self.are_fixed = False
         self._plain, self._whole = Layout(0, count), Layout(None, 1)
         self.labels: dict[Buffer, list[Hashable]] = {}
         self._run_two = shapes_of_two if batched and count == 1 and not is_plain else dict
@@ -165,19 +168,24 @@ class Samples:
     def _of_inputs(self, buffer: Buffer) -> list[Layout]:
         """Returns the layouts that fit a tensor, from the values of an input that arrive there."""
         generator = torch.Generator().manual_seed(0)
-        for vertex in sorted(self.inputs):
-            leaf = self.graph.vertices[vertex].leaf
-            assert leaf is not None
-            noise = torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device) + 0.5
-            vectors = _encoded(noise, self._plain, leaf.shape, self.count)
-            with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), audit():
+            for vertex in sorted(self.inputs):
+                leaf = self.graph.vertices[vertex].leaf
+                assert leaf is not None
+                noise = torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device) + 0.5
+                vectors = _encoded(noise, self._plain, leaf.shape, self.count)
                 values, _ = push(self.graph, Buffer(vertex, 0), buffer, torch.stack(list(vectors.values())))
-            if values is None:
-                continue
-            labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
-            if labels.are_known and not labels.are_mixed:
-                return layouts_of(labels.samples, self.count, labels.mass)
+                if values is None:
+                    continue
+                with self.inspecting():
+                    labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
+                    if labels.are_known and not labels.are_mixed:
+                        return layouts_of(labels.samples, self.count, labels.mass)
         return []
+
+    def inspecting(self) -> AbstractContextManager[None]:
+        """Context in which positions are read off relevance; a trace takes fixed positions as constants."""
+        return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
         """Raises an error if values of the inputs do not arrive because an operation has no kernel."""
@@ -322,11 +330,12 @@ class _Finder(Visitor[int]):
             self._copy(self._last[0], buffer)
             return vectors
         self._last = buffer, vectors[-1]
-        labels = _Labels.of(vectors, self.samples.count)
+        with self.samples.inspecting():
+            labels = _Labels.of(vectors, self.samples.count)
+            fitting = layouts_of(labels.samples, self.samples.count, labels.mass) if labels.are_known else []
         if labels.are_mixed:
             raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")
         if labels.are_known:
-            fitting = layouts_of(labels.samples, self.samples.count, labels.mass)
             if len(fitting) == 1:
                 self.layouts[buffer] = fitting[0]
             else:

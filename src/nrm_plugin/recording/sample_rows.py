@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kernels.known_rules import is_known_linear
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
+from ..model.value_reads import untraced
 from ..model.zero_one_routes import operation
 from .graph import Graph, Vertex
 
@@ -33,6 +34,15 @@ _ALONG = frozenset(
     """.split()
 )
 """Routes that preserve rows if they operate along dimensions other than the first."""
+_FIXED = _FREE.union(
+    """
+    transpose permute t movedim swapaxes select slice narrow cat stack split splitwithsizes unsafesplit chunk unbind
+    unsafesplitwithsizes unsqueeze squeeze repeat unfold im2col diagonal flip roll rot90 asstrided copyslices copy
+    constantpadnd channelshuffle tril triu liftfresh backwardhookfunction upsamplenearestexact1d upsamplenearestexact2d
+    upsamplenearestexact3d
+    """.split()
+)
+"""Routes that move entries by the shapes of tensors and by numbers, and not by the values of a tensor."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
 """Modules of ``torch.nn.modules`` whose layers have no weights between rows."""
@@ -77,6 +87,16 @@ def rules_are_known(graph: Graph) -> bool:
     )
 
 
+def positions_are_fixed(graph: Graph) -> bool:
+    """Returns whether the positions of samples are proven not to depend on values, such as indices among the inputs."""
+    return all(
+        operation(vertex.node).lower() in _FIXED
+        if vertex.step is None
+        else isinstance(vertex.step, LayerStep) or vertex.step.keeps_rows
+        for vertex in graph.vertices
+    )
+
+
 def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
     step = vertex.step
     if isinstance(step, LayerStep):
@@ -108,13 +128,8 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
     if name in _FREE:
         sources = [len(graph.shape(edge)) for edge in vertex.edges if edge is not None]
         return "view" in name or name == "reshapealias" or all(size == dims for size in sources)
-    if name == "copyslices":  # an in-place operation on a view of a whole tensor
-        whole = all(graph.shape(edge) == vertex.shapes[0] for edge in vertex.edges if edge is not None)
-        return whole and (len(vertex.shapes[0]) < 2 or vertex.shapes[0][0] not in vertex.shapes[0][1:])
-    if name == "asstrided":
-        like = torch.empty(vertex.shapes[0], device="meta")
-        is_whole = node._saved_size == tuple(like.shape) and node._saved_stride == like.stride()
-        return is_whole and all(graph.shape(edge) == like.shape for edge in vertex.edges if edge is not None)
+    if name in ("copyslices", "asstrided"):
+        return _moves_rows_to_rows(graph, vertex)
     source = next((len(graph.shape(edge)) for edge in vertex.edges if edge is not None), dims)
     if name in _ALONG:
         saved = getattr(node, "_saved_dim", getattr(node, "_saved_dimension", None))
@@ -128,6 +143,36 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
     if name == "constantpadnd":
         return len(node._saved_pad) < 2 * dims or not any(node._saved_pad[-2:])
     return name == "index" and _is_index_of_rows(node)
+
+
+def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
+    """Returns whether a route that does not depend on values maps each row to the same row.
+
+    The backward pass of the route runs on ones, and on one random number per row. If each entry of an input reaches
+    only entries of its own row, the two results differ by the number of that row. Strides alone do not tell: rows need
+    not be contiguous, for example after a convolution in the format ``channels_last``.
+    """
+    sources = [None if edge is None else graph.shape(edge) for edge in vertex.edges]
+    shape, dtype = vertex.shapes[0], vertex.dtypes[0]
+    if vertex.is_short or any(source is not None and source[:1] != shape[:1] for source in sources):
+        return False  # in a short format, autograd would round the random numbers
+    with untraced(), torch.inference_mode(False), torch.no_grad():
+        numbers = torch.rand(shape[0], generator=torch.Generator().manual_seed(0), dtype=dtype) + 0.5
+        ones = torch.ones(shape, dtype=dtype, device=vertex.node._input_metadata[0].device)
+        numbers = numbers.to(ones.device)
+        plain, scaled = (_as_list(vertex.node(vector)) for vector in (ones, _scaled_rows(ones, numbers)))
+        return all(
+            source is None or one is None or torch.allclose(_scaled_rows(one, numbers), other, rtol=1e-5, atol=0.0)
+            for source, one, other in zip(sources, plain, scaled, strict=True)
+        )
+
+
+def _scaled_rows(tensor: Tensor, numbers: Tensor) -> Tensor:
+    return tensor * numbers.reshape(-1, *(1,) * (tensor.ndim - 1))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
 def _are_inner(saved: Any, dims: int) -> bool:
@@ -152,4 +197,4 @@ def _signed(number: Any) -> int:
     return int(number) - (1 << 64) if int(number) >= 1 << 63 else int(number)
 
 
-__all__ = ["all_keep_rows", "rules_are_known", "vertices_of_rows"]
+__all__ = ["all_keep_rows", "positions_are_fixed", "rules_are_known", "vertices_of_rows"]

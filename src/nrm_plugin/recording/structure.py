@@ -12,7 +12,7 @@ from .contrast_step import Top
 from .forward_observer import Observer
 from .graph import Graph
 from .sample_positions import Samples
-from .sample_rows import all_keep_rows, vertices_of_rows
+from .sample_rows import all_keep_rows, positions_are_fixed, vertices_of_rows
 from .taps import OUTPUT, Label, Observed, Taps
 
 
@@ -52,6 +52,7 @@ class Structure:
         is_plain = batched and not may_mix and all_keep_rows(self.graph, count, looked_up)
         self.samples = Samples(self.graph, count, batched, is_plain, shapes_of_two)
         self.samples.may_mix = may_mix
+        self.samples.are_fixed = not may_mix and positions_are_fixed(self.graph)
         if not is_plain:
             leaves = {n: vertex.leaf for n, vertex in enumerate(self.graph.vertices) if vertex.leaf is not None}
             self.samples.inputs = {number for number, leaf in leaves.items() if id(leaf) in inputs}
