@@ -206,7 +206,9 @@ def test_unknown_classes_tokens_and_layers_are_named():
     with pytest.raises(UnknownLayerError, match=r"no tap named 'blocks\.7\.attn'"):
         explain_text(model, tokenizer, TEXT, layers="blocks.7.attn")
     causal, plain = text_net("next"), StubTokenizer(has_class_token=False)
-    with pytest.raises(TargetError, match=r"target='boring' is 2 tokens, 'bor', '##ing'.*such as target='bor'"):
+    with pytest.raises(
+        TargetError, match=r"target='boring' consists of 2 tokens, 'bor', '##ing'.*such as target='bor'"
+    ):
         explain_text(causal, plain, TEXT, "boring")
     with pytest.raises(TargetError, match=r"target='swift' is not in the vocabulary"):
         explain_text(causal, plain, TEXT, "swift")

@@ -105,7 +105,7 @@ class Explanation:
         given: The requested conditions.
         photo: The image for figures, with the part that the model did not see.
         reference: Name or file of the reference image, or None without one.
-        average: The mean over late layers; None if it is not requested.
+        average: The mean over late layers, or None if it is not requested.
     """
 
     source: LoadedImage
