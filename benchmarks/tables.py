@@ -326,47 +326,63 @@ REAL = {
 
 
 def real(results: Results) -> dict[str, str]:
-    """Where other methods are ahead of ours, and all metrics by network."""
-    tables = {}
-    losses = []
-    for net, measured in results["nets"].items():
-        ours, *others = measured["methods"].items()
-        keys = [key for key in REAL if key in ours[1]]
-        rows = []
-        for name, row in (ours, *others):
-            shown = ["{:.2f} ({:.2f} to {:.2f})".format(*row[key]["mean"]) for key in keys]
-            rows.append([name, *shown, row["seconds"]])
-        tables[net] = grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)
-        for key in keys:
-            ahead = {name: row[key]["behind"] for name, row in others if row[key]["behind"][2] < 0}
-            best = sorted(ahead, key=lambda name, of=ahead: of[name][0])
-            if best:
-                difference = "{:+.2f} ({:+.2f} to {:+.2f})".format(*ahead[best[0]])
-                losses.append([net, REAL[key], best[0], difference, len(best)])
-    if "averaged" in results:
-        tables["averaged"] = _averaged(results["averaged"])
-    if "tried" in results:
-        cells = (
-            [row["composite"], row["layers"], f"{row['SRG']:.2f}", "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]),
-             f"{row['inside']:.2f}", f"{row['own']:.3f}", f"{row['wins']:.3f}"]
-            for row in results["tried"]["rows"]
-        )  # fmt: skip
-        head = "| composite | layers averaged | SRG ↑ | SRG minus GradCAM | inside ↑ | own ↑ | wins ↑ |"
-        tables["tried"] = grid(head, cells)
-    tables["losses"] = grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
-    return tables
+    """Where other methods are ahead of ours, the comparison by network, settings that were tried, and more methods."""
+    return {
+        "compared": _compared(results["nets"]),
+        "losses": _losses(results["nets"]),
+        "tried": _tried(results["tried"]),
+        "more methods": _all_metrics(results["more methods"]),
+    }
 
 
-def _averaged(nets: Results) -> str:
-    """Averages over layers, and by how much the first method of each network is ahead of the others in SRG."""
-    keys = ("SRG, plain", "inside", "pointing", "own", "wins")
+def _compared(nets: Results) -> str:
+    """The metrics of every network, and by how much the first method is ahead of the others in SRG."""
+    keys = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
     rows = []
     for net, measured in nets.items():
         for number, (name, row) in enumerate(measured["methods"].items()):
-            shown = ["{:.2f} ({:.2f} to {:.2f})".format(*row[key]["mean"]) for key in keys]
-            ahead = "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["SRG, plain"]["behind"]) if number else ""
-            rows.append(["" if number else net, name, *shown, ahead])
-    return grid(f"| network | method | {' | '.join(REAL[key] for key in keys)} | SRG: first row minus this row |", rows)
+            shown = [_interval(row[key]["mean"]) for key in keys]
+            ahead = _interval(row["SRG, plain"]["behind"], "+") if number else ""
+            counts = f"{row['SRG, plain']['samples']}, {row['own']['samples']}"
+            rows.append(["" if number else net, name, *shown, ahead, counts, row["seconds"]])
+    head = " | ".join(REAL[key] for key in keys)
+    return grid(f"| network | method | {head} | SRG: first row minus this row | photographs, explanations of pairs "
+                "| seconds |", rows)  # fmt: skip
+
+
+def _losses(nets: Results) -> str:
+    """Metrics in which another method is ahead of the first one, beyond the interval."""
+    losses = []
+    for net, measured in nets.items():
+        ours, *others = measured["methods"].items()
+        for key in (key for key in REAL if key in ours[1]):
+            ahead = {name: row[key]["behind"] for name, row in others if row[key]["behind"][2] < 0}
+            best = sorted(ahead, key=lambda name, of=ahead: of[name][0])
+            if best:
+                losses.append([net, REAL[key], best[0], _interval(ahead[best[0]], "+"), len(best)])
+    return grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
+
+
+def _tried(tried: Results) -> str:
+    """Settings of averages over layers, on the network on which one was chosen."""
+    cells = (
+        [row["measure"], row["map"], row["photographs"], f"{row['SRG']:.2f}",
+         "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]), f"{row['inside']:.2f}", f"{row['own']:.3f}",
+         f"{row['wins']:.3f}"]
+        for row in tried["rows"]
+    )  # fmt: skip
+    return grid("| measure | map | photographs | SRG ↑ | SRG minus GradCAM | inside ↑ | own ↑ | wins ↑ |", cells)
+
+
+def _all_metrics(measured: Results) -> str:
+    methods = measured["methods"]
+    keys = [key for key in REAL if key in next(iter(methods.values()))]
+    rows = ([name, *(_interval(row[key]["mean"]) for key in keys), row["seconds"]] for name, row in methods.items())
+    return grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)
+
+
+def _interval(values: list[float], sign: str = "") -> str:
+    return "{:{sign}.2f} ({:{sign}.2f} to {:{sign}.2f})".format(*values, sign=sign)
 
 
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {

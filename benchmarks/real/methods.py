@@ -158,10 +158,11 @@ def zennit(composite: Callable[..., Composite]) -> Explainer:
 
     def explain(question: Question) -> Tensor:
         x = question.inputs.clone().requires_grad_()
+        start = question.weights * question.net.logits(question.inputs)  # before hooks are registered
         canonizers = [NamedMergeBatchNorm(batch_norms(question.net.model))]
         given = [question.net] if composite is gamma_box else []
         with composite(*given, canonizers=canonizers).context(question.net.model) as model:
-            (relevance,) = torch.autograd.grad(model(x), x, question.weights * question.net.logits(question.inputs))
+            (relevance,) = torch.autograd.grad(model(x), x, start)
         return relevance
 
     return explain

@@ -23,11 +23,11 @@ def inputs_of(loaded) -> torch.Tensor:
 
 def references(loaded, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """The references by plain formulas."""
-    deviation = 0.05 * SIZE
-    steps = torch.arange(-5.0, 6.0)
+    deviation = SIZE / 8
+    steps = torch.arange(-12.0, 13.0)
     kernel = torch.exp(-0.5 * (steps / deviation) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)
-    padded = torch.nn.functional.pad(inputs, (5, 5, 5, 5), mode="reflect")
+    padded = torch.nn.functional.pad(inputs, (12, 12, 12, 12), mode="reflect")
     rows = torch.nn.functional.conv2d(padded, kernel, groups=3)
     blurred = torch.nn.functional.conv2d(rows, kernel.transpose(2, 3), groups=3)
     black = loaded.preprocessing(Image.new("RGB", (SIZE, SIZE), "black"))
