@@ -20,7 +20,8 @@ class DataLoaderNRM:
     """A wrapper that applies an attribution method of this package to the batches of a data loader.
 
     Captum's ``DataLoaderAttribution`` accepts only ``FeatureAblation``, because it ablates features of the whole data
-    set. Relevance requires one pass per batch, hence this separate class. It uses Captum's input roles.
+    set. Relevance requires one pass per batch, hence this separate class. The roles of the parts of a batch are given
+    by Captum's ``InputRole``.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.

@@ -42,10 +42,11 @@ class Row:
     """Relevance of the words given one condition, or joint with one unit of a layer.
 
     Attributes:
-        title: Description of what the walks cross.
-        mass: Mass of these walks.
-        relevance: Relevance of each word, ``(words,)``, on the CPU: joint relevance for a unit, and conditional
-            relevance, which sums to 1, for a condition, or None if the mass of the condition is zero or nearly cancels.
+        title: The condition or the unit.
+        mass: Mass of the walks through it.
+        relevance: Relevance of each word, ``(words,)``, on the CPU. For a unit, this is joint relevance; for a
+            condition, conditional relevance, which sums to 1 together with the absorbed relevance (to -1 if the
+            condition counts against the target). None if the mass of the condition is zero or nearly cancels.
         problem: The reason why ``relevance`` is None.
     """
 

@@ -21,7 +21,7 @@ from .failures import FAILED, INTERRUPTED, is_out_of_memory, line, quiet, rememb
 from .options import joined
 
 COMMANDS = {
-    "demo": "explain held-out digits with an embedded network",
+    "demo": "explain held-out digits with a bundled network",
     "explain": "explain images with a torchvision classifier or your own model",
     "explain-text": "explain texts with a model of transformers in a folder",
     "flow": "plot how relevance flows through several layers",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DIGITS = ("6", "3", "9", MISCLASSIFIED)
 
 DESCRIPTION = """\
-Explains held-out handwritten digits with an embedded network: a table of the relevance of each layer, and figures.
+Explains held-out handwritten digits with a bundled network: a table of the relevance of each layer, and figures.
 With --real, explains a photograph with EfficientNet-Lite0, whose weights (18 MB) are downloaded once."""
 
 EXAMPLES = """\

@@ -1,4 +1,4 @@
-"""The demo: explanations of held-out digits by the embedded network, as numbers per layer and as figures."""
+"""The demo: explanations of held-out digits by the bundled network, as numbers per layer and as figures."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from ..plots.layer_profile import profile_figure
 from ..search.group_walks import group_walks, least_passes
 from . import messages
 from .flow_groups import Division, FlowOptions, division
+from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
     explained_title,
@@ -37,7 +38,6 @@ from .output_files import (
     write_json,
     writing,
 )
-from .per_image import Printed
 from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 

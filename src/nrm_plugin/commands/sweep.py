@@ -1,4 +1,4 @@
-"""The command ``sweep``."""
+"""The command ``sweep``: queries of all images of a data set, not a search over settings."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class FolderLocks:
             ) from error
 
     def are_others_running(self) -> bool:
-        """Returns whether a different rank holds its lock."""
+        """Returns whether any other rank still holds its lock."""
         for path in (self.folder / LOCKS).glob("rank-*"):
             if path.name != self._name(self.process.rank):
                 try:

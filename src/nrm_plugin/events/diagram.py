@@ -46,7 +46,7 @@ class Diagram:
         return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
-        """Returns the first tap that decides atoms of the node; the level of true and false is after all taps."""
+        """Returns the index of the first tap that decides an atom of the node; terminal nodes come after all taps."""
         variable = self._nodes[node][0]
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 

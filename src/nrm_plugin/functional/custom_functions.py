@@ -37,7 +37,7 @@ _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
 
 @dataclass(frozen=True, eq=False)
 class CustomCall:
-    """A call of ``Function.apply``.
+    """A call to ``Function.apply``.
 
     Attributes:
         function: The class of the function.

@@ -195,7 +195,7 @@ def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | 
 
 
 def constants_of(call: FunctionCall) -> list[Tensor]:
-    """Returns the floating-point tensors among the arguments of a call that carry no relevance."""
+    """Returns the constants of a call: the floating-point tensors among its arguments that carry no relevance."""
     return [value for value in _tensors_in((*call.args, *call.kwargs.values())) if value.is_floating_point()]
 
 

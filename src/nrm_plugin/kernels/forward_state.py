@@ -58,7 +58,7 @@ def is_saved(tensor: Tensor) -> bool:
 
 
 def before_writing(tensor: Tensor) -> None:
-    """Copies the tensor for each step that saved its memory; to be called before an in-place operation."""
+    """Gives each step that saved a tensor in this memory its own copy. Call this before an in-place operation."""
     for reference in RUNNING.saved.pop(tensor.untyped_storage().data_ptr(), ()):
         saved = reference()
         if isinstance(saved, Tensor):

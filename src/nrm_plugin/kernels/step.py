@@ -163,7 +163,7 @@ def _scaled(relevance: Tensor, gain: Tensor | None) -> Tensor:
 
 
 class FunctionStep(Step):
-    """The step of a function.
+    """The step of a function call.
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.

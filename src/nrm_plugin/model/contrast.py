@@ -63,7 +63,7 @@ def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
         vector: The weights ``s``, ``(N, …)``.
 
     Raises:
-        TargetError: If the weighted outputs of a sample cancel, so that nothing can be normalized.
+        TargetError: If the weighted outputs of a sample cancel, so that relevance cannot be normalized.
     """
     parts = vector * outputs
     total, size = sample_sums(parts), sample_norms(parts)

@@ -66,7 +66,7 @@ def repeated(place: str = "") -> Iterator[None]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Context for computations that only check the model and whose results are not used otherwise."""
+    """Context for computations that only check the model and whose results are not otherwise used."""
     outer, ACTIVE.tracer = ACTIVE.tracer, None
     try:
         with _disable_current_modes() if outer is not None else nullcontext():
@@ -92,7 +92,7 @@ def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
 
 
 def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
-    """Returns whether a shortcut may be taken, that is, a computation that is valid only under a condition on values.
+    """Returns whether a shortcut, a computation that is valid only if a condition on values holds, may be taken.
 
     If the condition does not hold, the general computation is used, which is valid in any case. A trace therefore
     depends on the condition only if it holds.

@@ -21,7 +21,7 @@ from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks around those of the composite, and the tensors that they collect.
+    """Hooks that enclose the hooks of the composite, and the tensors that they collect.
 
     Args:
         indices: Integer inputs; relevance ends at the embedding rows that they select.
@@ -29,7 +29,7 @@ class Observer:
 
     Attributes:
         modules: Name of each module, once the observer watches a model.
-        containers: Names of modules with children that have a rule themselves.
+        containers: Names of modules that have children and to which the composite nevertheless assigns a rule.
         observed: Every labelled tensor that depends on the inputs.
         leaves: The tensors at which relevance ends.
         indices: The integer inputs.

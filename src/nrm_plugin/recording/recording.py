@@ -256,7 +256,7 @@ class Rerun:
         return replace(self, calls_hooks=True)
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
-        """Returns a recording on changed inputs."""
+        """Runs the model on changed inputs and returns the recording."""
         with untraced(), self._hooks(), torch.inference_mode(False), torch.enable_grad():
             call = self.call.changed(change, others)
             return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))

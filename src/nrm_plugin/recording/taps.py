@@ -119,7 +119,8 @@ class Taps:
         graph: The graph.
         observed: The labelled tensors, in execution order.
         modules: Name of each module.
-        containers: Names of modules with children that have a rule themselves; nothing inside them is a tap.
+        containers: Names of modules that have children and to which the composite nevertheless assigns a rule; nothing
+            inside them is a tap.
         samples: The samples of the recording.
 
     Attributes:

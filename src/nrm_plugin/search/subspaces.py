@@ -189,10 +189,11 @@ def drsa(
 
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
-    with power means :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}`: the mean over samples favours few large values, and
-    the mean over subspaces favours the use of all subspaces. The objective is maximized by gradient ascent, projected
-    to orthonormal columns. The decreasing step size and the choice of the best of several starts are new in this
-    package.
+    where :math:`a_n` are activations, :math:`c_n` contexts (relevance divided by activation), and :math:`M^p[x] =
+    (\mathrm{mean}\; x^p)^{1/p}` power means: the mean over samples favours a few large values, and the mean over
+    subspaces favours the use of all subspaces. The objective is maximized by gradient ascent; after each step, the
+    basis is projected onto the matrices with orthonormal columns. The decreasing step size and the choice of the best
+    of several starts are new in this package.
 
     Args:
         values: Activations of a layer, ``(N, …)``.

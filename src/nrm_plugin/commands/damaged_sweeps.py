@@ -1,4 +1,4 @@
-"""Shared functions of the commands that read a stored sweep."""
+"""The exit status of commands that read a stored sweep, some files of which may be damaged."""
 
 from __future__ import annotations
 
