@@ -218,7 +218,7 @@ class StepHook(Hook):
         self._check_rule(step)
         self._fuse(step, call.source)
         if (observer := listener()) is not None:
-            observer.on_step(module, step)
+            observer.on_step(module, step, output)
         return self._linked(call, step, output)
 
     def _last_call(self, module: nn.Module) -> OpenCall | None:

@@ -55,8 +55,14 @@ class LayerStep(Step):
         self.feeds_fold = False
         self.has_dense_norm = False
 
+    def empty(self) -> None:
+        """Drops all tensors, so that only the structure of the step is left."""
+        super().empty()
+        self.layer_call = replace(without_values(self.layer_call), image=None)
+
     def fold(self) -> None:
         """Fuses the layer with its batch normalization, so that the call is final."""
+        self.fill()
         while self.folds:
             self.folds.pop(0)()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Unpack, overload
@@ -115,7 +116,9 @@ class RelevanceMeasure(Recorded):
         self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         call, recorded = reference_of(call, reference, slopes)
-        self._recording = Recording(unwrapped(model), call, self.composite, output, recorded)
+        self._recording = Recording(unwrapped(model), call, self.composite, output, recorded, self._max_memory)
+        if self._recording.parts is not None:
+            self._one_query = threading.RLock()
         self._start, self._output = start_of(self._recording, target, start, against)
         self._is_difference = against is not None or reference is not None
         self.cost = Cost()

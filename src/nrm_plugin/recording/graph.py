@@ -120,6 +120,11 @@ class Vertex:
             ]
         return _columns(rows)
 
+    def forget(self) -> None:
+        """Drops all computed tensors of a route, which are then computed again when needed."""
+        self._constant_share = None
+        self.__dict__.pop("index", None)
+
     def _converted(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [
             part if part is None or dtype in (None, part.dtype) else part.to(dtype)

@@ -15,7 +15,7 @@ from ..composites import Normalized
 from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
-from ..model.autocast import asked_for, exact, layers_in, working_dtype
+from ..model.autocast import asked_for, current, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, named_tensors, note_restored, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
@@ -26,6 +26,7 @@ from .graph import Graph
 from .independence import find_samples
 from .layout import Layout
 from .observer import Observer
+from .parts import FirstRun, Parts, Watcher
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
@@ -48,8 +49,11 @@ class Recording:
         composite: Rules and normalization.
         output: The output at which the measure starts, if there are several; or a tap inside the model.
         reference: The reference, for a measure of the difference of outputs.
+        max_memory: Bytes above which the tensors of the recording are dropped, and computed again in parts; None for no
+            limit. A recording with a reference has no limit.
 
     Attributes:
+        parts: The parts of a recording that exceeds ``max_memory``, else None.
         structure: Graph, taps and samples, which do not depend on values.
         output: The output, with its history.
         fingerprint: State of the weights during the forward pass.
@@ -70,9 +74,13 @@ class Recording:
         composite: Normalized,
         output: Output | Atom | None = None,
         reference: Reference | None = None,
+        max_memory: int | None = None,
     ) -> None:
         check_module(model)
-        self._rerun = Rerun(model, call, composite, output, reference)
+        watcher = None if max_memory is None or reference is not None else FirstRun(max_memory)
+        if watcher is not None:
+            call = call.changed(torch.clone, torch.clone)
+        self._rerun = Rerun(model, call, composite, output, reference, max_memory, asked_for(_device(call)))
         self._other: Tensor | None = None
         self.references = 1 if reference is None else reference.count
         followed = None
@@ -81,7 +89,8 @@ class Recording:
             other, _ = _run(model, reference.call, composite, output, followed)
             self._other = other.detach()
             followed.replay()
-        self.output, observer = _run(model, call, composite, output, followed)
+        self.output, observer = _run(model, call, composite, output, followed, watcher)
+        self.parts = None if watcher is None else self._divided(watcher)
         self.fingerprint = Fingerprint(model)
         two = self._rerun.shapes_of_two
         has_rows = not isinstance(output, Atom)
@@ -89,6 +98,19 @@ class Recording:
             Structure, observer, self.output, call.batch, call.batched, two, has_rows
         )
         self.structure = self._restructured()
+
+    def _divided(self, first: FirstRun) -> Parts | None:
+        """Returns the parts of the recording; None if the first run has not exceeded the limit."""
+        if not first.is_over:
+            first.keep()
+            return None
+        parts = Parts(first, self._rerun.watched)
+        parts.forget = self._forget_routes
+        return parts
+
+    def _forget_routes(self) -> None:
+        for vertex in self.graph.vertices:
+            vertex.forget()
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
@@ -104,11 +126,12 @@ class Recording:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
         start = self._layout.fold(relevance)
-        if self.samples.count > 1 and not self.samples.is_plain:
-            with audit():
-                find_samples(self, start, self._rerun)
-        if contrast is not None:
-            start = self._contrasted(contrast)
+        with exact(start.device):  # kernels built here are those of all queries
+            if self.samples.count > 1 and not self.samples.is_plain:
+                with audit():
+                    find_samples(self, start, self._rerun)
+            if contrast is not None:
+                start = self._contrasted(contrast)
         del self._rerun, self._restructured
         return start
 
@@ -179,15 +202,15 @@ def _run(
     composite: Normalized,
     output: Output | Atom | None,
     reference: ReferencePass | None,
+    watcher: Watcher | None = None,
 ) -> tuple[Tensor, Observer]:
     """Runs the model under the hooks of the composite; returns the explained output and what was observed."""
-    indices = list(call.indices.values())
     inner = output if isinstance(output, Atom) else None
-    observer = Observer(indices, inner)
+    observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:
         around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
         check_model(model, call.tensors)
-        device = (*call.tensors, *indices)[0].device
+        device = _device(call)
         for block in (
             preserved(model),
             forward_pass(observer, reference),
@@ -235,7 +258,8 @@ class Rerun:
     """Runs the model of a recording again, to test how the model treats samples.
 
     Attributes:
-        model, call, composite, output, reference: As in :class:`Recording`.
+        model, call, composite, output, reference, max_memory: As in :class:`Recording`.
+        form: The dtype of layers under the autocast in which the recording was made.
         calls_hooks: Whether the user's hooks are called.
     """
 
@@ -244,6 +268,8 @@ class Rerun:
     composite: Normalized
     output: Output | Atom | None
     reference: Reference | None = None
+    max_memory: int | None = None
+    form: torch.dtype | None = None
     calls_hooks: bool = False
 
     @property
@@ -255,11 +281,20 @@ class Rerun:
         """Returns the same runs with the user's hooks."""
         return replace(self, calls_hooks=True)
 
+    def watched(self, watcher: Watcher) -> None:
+        """Runs the model as it ran for the recording, under a watcher."""
+        with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
+            _run(self.model, self.call, self.composite, self.output, None, watcher)
+
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
-        with untraced(), self._hooks(), torch.inference_mode(False), torch.enable_grad():
+        modes = untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form)
+        with ExitStack() as around:
+            for block in (*modes, self._hooks()):
+                around.enter_context(block)
             call = self.call.changed(change, others)
-            return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))
+            reference = self._changed_reference(change, others)
+            return Recording(self.model, call, self.composite, self.output, reference, self.max_memory)
 
     def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
         """Returns the output on changed inputs."""
@@ -268,9 +303,10 @@ class Rerun:
         call = self.call.changed(change, others)
         with ExitStack() as around:
             around.enter_context(_RECORDING)
-            device = (*call.tensors, *call.indices.values())[0].device
+            device = _device(call)
             for block in (
                 untraced(),
+                layers_in(self.form),
                 self._hooks(),
                 forward_pass(None),
                 _buffers_kept(self.model),
@@ -342,10 +378,16 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
+def _device(call: Call) -> torch.device:
+    """Returns the device of the inputs."""
+    first: Tensor = (*call.tensors, *call.indices.values())[0]
+    return first.device
+
+
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
     """Runs layers in the reduced precision of autocast, and all other operations in float32 or float64."""
-    with layers_in(asked_for(device)), exact(device):
+    with layers_in(asked_for(device) or current()), exact(device):
         yield
 
 
