@@ -211,7 +211,7 @@ def test_the_blocks_of_a_decoder_do_not_run_again():
     units = [unit.name for unit in mu._recording.parts._first.units]
     assert units == [f"blocks.{k}" for k in range(6)]
     assert runs == [*range(6)]
-    mu.marginal("input")
+    mu.marginal("tokens")
     assert sorted(runs) == sorted([*range(6)] * 2)  # every block once more, in the pass that needs it
     assert tensors_of(mu) < 40
 
