@@ -15,6 +15,7 @@ from zennit.core import BasicHook, Hook
 
 from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
 from .guard import named_tensors, values_state
+from .quantized import plain_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
 """Layers that are random in training mode, by package, with the attribute that holds the drop rate."""
@@ -198,8 +199,9 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     if _FINITE.get(parameter) == state:
         return
     # The sum needs one pass over the weights and no new memory; if it overflows, the entries are checked.
-    if not bool(parameter.detach().sum().isfinite()) and not bool(parameter.detach().isfinite().all()):
-        raise ModelStateError(f"parameter {name!r} holds nan or inf. Load or train the model again.")
+    for part in plain_tensors(parameter.detach()):
+        if part.is_floating_point() and not bool(part.sum().isfinite()) and not bool(part.isfinite().all()):
+            raise ModelStateError(f"parameter {name!r} holds nan or inf. Load or train the model again.")
     _FINITE[parameter] = state
 
 
