@@ -70,13 +70,14 @@ def joint_matrix(
     spent: list[Cost] = []
 
     def run(groups: Sequence[int]) -> list[Tensor]:
-        labels = (rows if down else columns).to(relevance.device).unsqueeze(0)
+        device = recording.graph.device((upper if down else lower).place)
+        labels = (rows if down else columns).to(device).unsqueeze(0)
         if down:
             vectors = {group: relevance * upper.layout.fold(labels == group) for group in groups}
             arrived, cost = propagated(recording, upper, lower, vectors)
             sums = by_label(lower.layout.unfold(arrived, 1).flatten(2), columns)
         else:
-            members = [lower.layout.fold((labels == group).to(relevance)) for group in groups]
+            members = [lower.layout.fold((labels == group).to(relevance.dtype)) for group in groups]
             masks = torch.stack([mask.expand(lower.tensor_shape) for mask in members])
             collected, cost = push(recording.graph, lower.place, upper.place, masks)
             values = (
@@ -96,7 +97,7 @@ def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[in
     collect = _Collect(lower.place)
     cost = pull(recording.graph, _start(recording, upper.place, vectors), _Prune(recording, lower, collect))
     like = next(iter(vectors.values()))
-    empty = like.new_zeros(lower.tensor_shape)
+    empty = like.new_zeros(lower.tensor_shape, device=recording.graph.device(lower.place))
     return torch.stack([collect.vectors.get(key, empty) for key in vectors]), cost
 
 

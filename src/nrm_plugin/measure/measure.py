@@ -42,7 +42,8 @@ class RelevanceMeasure(Recorded):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once and is left unchanged; queries are answered from the recording. Results have no gradient.
+    The model runs once, unless memory is limited, and is left unchanged; queries are answered from the recording.
+    Results have no gradient.
 
     Args:
         model: The network, in evaluation mode.
@@ -73,8 +74,10 @@ class RelevanceMeasure(Recorded):
             time steps of one sequence: together they are one sample. Events and targets then index tensors as in the
             model, ``at("conv1")[node, feature]``, and results have an additional first dimension of size one.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
-        max_memory: Bytes of relevance vectors in one pass, for queries with many events or groups; other vectors take
-            further passes. By default 128 MiB on a CPU, where more is slower, else 1 GiB.
+        max_memory: Bytes of the tensors that the recording holds, and of relevance vectors in one pass. If a recording
+            exceeds it, the model runs again in each pass, for one part of the recording after another, with the same
+            numbers. By default the recording has no limit, and vectors take 128 MiB on a CPU, where more is slower,
+            else 1 GiB.
 
     Raises:
         TypeError: If settings are passed in addition to a ``Normalized`` composite.
