@@ -8,7 +8,9 @@ that are measured already are kept, unless ``--again``.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -24,12 +26,12 @@ from torch import Tensor
 from benchmarks import decoder, tables
 from benchmarks.cost.timing import RETURNING, reset, resident
 from benchmarks.speed import environment
-from nrm_plugin import RelevanceMeasure, at
+from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, at
 
 RESULTS = Path(__file__).parent / "results/memory.json"
 LAYERS, TOKENS, TARGET = 24, 2048, 3
 SIZES = {"WIDTH": 128, "HIDDEN": 256, "HEADS": 2, "KEY_HEADS": 1, "VOCABULARY": 500}
-LIMITS: tuple[int | None, ...] = (None, 512, 256, 128, 64)
+LIMITS: tuple[int | None, ...] = (None, 256, 128, 64)
 """Limits in MiB; None for the whole recording."""
 
 
@@ -78,6 +80,30 @@ def measured(limit: int | None, folder: Path) -> dict[str, Any]:
     return row
 
 
+def formats() -> list[dict[str, Any]]:
+    """Models in short formats: errors of totals, and differences from the same weights in float64, relative to V."""
+    for name, size in SIZES.items():
+        setattr(decoder, name, size)
+    rows = []
+    for dtype, composite in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (NRMDefault, NRMAbsolute)
+    ):
+        torch.manual_seed(0)
+        net = decoder.Decoder(6).to(dtype).eval()
+        x = torch.randn(1, 256, SIZES["WIDTH"]).to(dtype)
+        mu = RelevanceMeasure(net, x, TARGET, composite=composite())
+        exact = RelevanceMeasure(copy.deepcopy(net).double(), x.double(), TARGET, composite=composite())
+        layers = [layer for layer in mu.layers if layer.startswith("blocks")]
+        variation = {layer: float(mu.variation(layer)) for layer in layers}
+        maps, full = mu.marginal(layers), exact.marginal(layers)
+        totals = [abs(float(maps[k].sum() + mu.sink(k) + mu.bypass(k)) - 1) / variation[k] for k in layers]
+        apart = [float((maps[k] - full[k]).abs().sum()) / variation[k] for k in layers]
+        neuron = [float((maps[k] - full[k]).abs().max()) / variation[k] for k in layers]
+        row = {"dtype": str(dtype).removeprefix("torch."), "composite": composite.__name__}
+        rows.append({**row, "total": max(totals), "neuron": max(neuron), "sum": max(apart)})
+    return rows
+
+
 def plain_gradient() -> dict[str, Any]:
     """Peak and time of the plain gradient."""
     torch.set_num_threads(1)
@@ -115,6 +141,7 @@ def main() -> None:
         print(json.dumps(row))
         return
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.again else {"rows": []}
+    known["formats"] = formats()
     known["gradient"] = known.get("gradient") or spawned("--limit", "gradient")
     for limit in LIMITS:
         rows = {row["limit"]: row for row in known["rows"]}

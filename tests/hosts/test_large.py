@@ -71,14 +71,12 @@ def test_a_recording_in_parts_has_the_same_numbers(name, limit):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_blocks_are_kept_and_run_once_more(name):
-    mu, runs = measure(made(name), name, max_memory=200_000), []
-    assert mu._recording.parts._runs_units
+    mu = measure(made(name), name, max_memory=200_000)
     blocks = [unit.name for unit in mu._recording.parts._first.units]
     assert len(blocks) >= LAYERS
     assert any(block.endswith(".0") for block in blocks)
     mu.marginal("output")
     assert mu._recording.parts._runs_units
-    assert runs == []
 
 
 @pytest.mark.parametrize("max_memory", [None, 100_000])
@@ -102,7 +100,8 @@ def test_a_device_map(max_memory):
     rest = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
     dispatched = dispatch_model(model, {**blocks, **rest}, main_device="cpu", force_hooks=True)
     mu = measure(dispatched, max_memory=max_memory)
-    torch.testing.assert_close(mu.marginal(mu.layers), whole.marginal(whole.layers), rtol=0, atol=1e-7)
+    assert {*whole.layers} <= {*mu.layers}  # and the moves between devices
+    torch.testing.assert_close(mu.marginal(whole.layers), whole.marginal(whole.layers), rtol=0, atol=1e-7)
 
 
 def test_offloaded_weights_are_an_error():
