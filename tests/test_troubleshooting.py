@@ -167,6 +167,8 @@ CAUSES: dict[str, Callable[..., object]] = {
     "MemoryBudgetWarning": out_of_memory,
     "BatchNormWarning": biased_norm,
 }
+
+
 def changed_between_runs() -> object:
     net = chain()
     hook = net[0].register_forward_hook(lambda module, args, output: 2 * output)

@@ -18,8 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 from zennit.composites import EpsilonGammaBox, EpsilonPlusFlat
 
 from nrm_plugin import ABSORBED, FuseBatchNorm, NRMDefault, RelevanceMeasure, at
-from nrm_plugin.errors import StaleMeasureError
+from nrm_plugin.errors import DifferenceError, StaleMeasureError
 from nrm_plugin.recording.parts import divided
+from tests.conftest import slow_but
 from tests.nets import Case, tiny_nets, zennit_composite
 
 LIMITS = [1, 200, 2000]
@@ -190,6 +191,55 @@ def test_starts(name):
     assert len(mu._recording.parts.ranges) > 1
     assert_equal(mu.output, whole.output)
     assert_equal(mu.marginal(mu.layers), whole.marginal(whole.layers))
+
+
+REFERENCES: dict[str, dict[str, Any]] = {
+    "secants": {"target": 1, "against": 2},
+    "tangents": {"target": 1, "slopes": "tangent"},
+    "rules": {"target": 1, "composite": EpsilonPlusFlat()},
+}
+
+
+@pytest.mark.parametrize("limit", slow_but([3000, 30_000], 30_000))
+@pytest.mark.parametrize("name", REFERENCES)
+def test_references(name, limit):
+    settings_ = REFERENCES[name] | {"reference": torch.full_like(IDS[:1], 4)}
+    nets = [seeded(lambda: Decoder(3)) for _ in range(2)]
+    whole, mu = (
+        RelevanceMeasure(net, IDS[:1], **settings_, max_memory=one)
+        for net, one in zip(nets, (None, limit), strict=True)
+    )
+    assert mu.parts > 1
+    assert mu.layers == whole.layers
+    assert_equal(mu.output, whole.output)
+    assert_equal(mu.marginal(mu.layers), whole.marginal(whole.layers))
+    event = at("blocks.1").channel(1) & ~at("blocks.0").channel(3)
+    assert_equal(mu(event), whole(event))
+    assert mu._recording.parts._runs_units
+
+
+def test_several_references():
+    others = [torch.full_like(IDS[:1], 4), torch.full_like(IDS[:1], 7)]
+    whole, mu = (
+        RelevanceMeasure(seeded(Decoder), IDS[:1], 1, reference=others, max_memory=one) for one in (None, 40_000)
+    )
+    assert mu.parts > 1
+    assert_equal(mu.marginal(mu.layers), whole.marginal(whole.layers))
+
+
+def test_a_reference_on_another_path_raises_as_without_a_limit():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).relu() if bool(x.sum() > 0) else self.first(x))
+
+    x = torch.ones(1, 5, dtype=torch.float64)
+    for limit in (None, 1):
+        with pytest.raises(DifferenceError, match="another path"):
+            RelevanceMeasure(Branching().double(), x, 1, reference=-x, max_memory=limit)
 
 
 def tensors_of(mu: RelevanceMeasure) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,8 @@ class FirstRun:
 
     Args:
         limit: Bytes.
+        drop: Called when the limit is exceeded.
+        reference: The first run of a reference, whose tensors count as well, with those of the differences.
 
     Attributes:
         steps: The steps, in execution order.
@@ -74,28 +76,30 @@ class FirstRun:
         is_over: Whether the limit was exceeded.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, drop: Callable[[], None] = lambda: None, reference: FirstRun | None = None) -> None:
+        self.limit, self._drop = limit, drop
+        self.reference = reference
         self.steps: list[Step] = []
         self.sizes: list[int] = []
         self.values: list[Tensor] = []
         self.units: list[Unit] = []
-        self.is_over = False
-        self._total = 0
+        self.is_over: bool = reference is not None and reference.is_over
+        self._total: int = 0 if reference is None else reference._total
         self._open: list[_Open] = []
 
     def on_step(self, step: Step, output: Tensor) -> None:
         step.number, step.holder = len(self.steps), _UNFINISHED
         has_image = isinstance(step, LayerStep) and step.layer_call.image is not None
         self.steps.append(step)
-        self.sizes.append(size_of(output) * (1 + has_image))
+        self.sizes.append(size_of(output) * (1 + has_image if self.reference is None else 3))
         self.values.append(entries(output))
         self._total += self.sizes[-1]
         if self.is_over:
             step.empty()
         elif self._total > self.limit:
             self.is_over = True
-            for known in self.steps:
+            self._drop()
+            for known in (*self.steps, *(self.reference.steps if self.reference is not None else ())):
                 known.empty()
 
     def watch(self, module: nn.Module, name: str) -> None:
@@ -120,6 +124,10 @@ class FirstRun:
                 self.units.pop()
             unit = Unit(one.name, one.call, one.first, len(self.steps), mapped(output, kept))
             self.units.append(unit)
+
+    def apart(self, part: range) -> dict[tuple[str, int], Unit]:
+        """Returns the kept calls without a step of a part."""
+        return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
 
     def keep(self) -> None:
         """Lets all steps keep their tensors, if the limit was not exceeded."""
@@ -150,7 +158,7 @@ class Repeat:
         values: A few entries of the outputs of these steps.
     """
 
-    def __init__(self, first: FirstRun, part: range, units: dict[tuple[str, int], Unit]) -> None:
+    def __init__(self, first: FirstRun, part: range, units: Mapping[tuple[str, int], Unit]) -> None:
         self._first, self._part, self._units = first, part, units
         self._replaced = {name for name, _ in units}
         self._open: list[tuple[nn.Module, Unit | None, End]] = []
@@ -171,6 +179,15 @@ class Repeat:
             step.empty()
         if number + 1 == self._part.stop:
             raise Recorded
+
+    def is_wanted(self) -> bool:
+        """Returns whether the next step is one of the part."""
+        return self._number in self._part
+
+    def is_same(self) -> bool:
+        """Returns whether the steps of the part have the values of the first run."""
+        known = self._first.values[self._part.start : self._part.stop]
+        return len(self.values) == len(known) and _are_close(torch.cat(known), torch.cat(self.values))
 
     def watch(self, module: nn.Module, name: str) -> None:
         if name in self._replaced:
@@ -199,14 +216,14 @@ class Parts:
 
     Args:
         first: The first run.
-        run: Runs the model again under a watcher.
+        run: Runs the model again under a watcher, and before at the reference, if there is one, under another.
 
     Attributes:
         current: The part that holds its tensors, if there is one.
         forget: Called when the tensors of a part are dropped.
     """
 
-    def __init__(self, first: FirstRun, run: Callable[[Watcher], object]) -> None:
+    def __init__(self, first: FirstRun, run: Callable[[Repeat, Repeat | None], object]) -> None:
         self._first, self._run = first, run
         self._stubs = [dict(step.__dict__) for step in first.steps]
         self._runs_units = True
@@ -228,10 +245,10 @@ class Parts:
         if part == self.current:
             return
         self.empty()
-        run = self._recorded(part, self._first.units if self._runs_units else [])
+        run = self._recorded(part)
         if run is None and self._runs_units:
             self._runs_units = False  # a module does more than to return its output
-            run = self._recorded(part, [])
+            run = self._recorded(part)
         if run is None:
             raise StaleMeasureError(_CHANGED.format(name=step.name))
         for number, twin in zip(part, run.steps, strict=True):
@@ -248,22 +265,23 @@ class Parts:
         self._twins, self.current = [], None
         self.forget()
 
-    def _recorded(self, part: range, units: list[Unit]) -> Repeat | None:
+    def _recorded(self, part: range) -> Repeat | None:
         """Returns the run that recorded a part; None if the model computed something else."""
-        apart = {(unit.name, unit.call): unit for unit in units if unit.stop <= part.start or unit.first >= part.stop}
-        run = Repeat(self._first, part, apart)
+        firsts = [one for one in (self._first, self._first.reference) if one is not None]
+        apart = [one.apart(part) if self._runs_units else {} for one in firsts]
+        common = {key for key in apart[0] if all(key in units for units in apart)}
+        repeats = [
+            Repeat(one, part, {key: units[key] for key in common}) for one, units in zip(firsts, apart, strict=True)
+        ]
         try:
-            self._run(run)
+            self._run(repeats[0], repeats[1] if len(repeats) > 1 else None)
         except Recorded:
             pass
         except Exception:
-            if apart:
+            if common:
                 return None
             raise
-        known = self._first.values[part.start : part.stop]
-        if len(run.values) != len(part) or not _are_close(torch.cat(known), torch.cat(run.values)):
-            return None
-        return run
+        return repeats[0] if all(repeat.is_same() for repeat in repeats) else None
 
 
 def divided(first: FirstRun) -> list[range]:

@@ -26,7 +26,7 @@ from .graph import Graph
 from .independence import find_samples
 from .layout import Layout
 from .observer import Observer
-from .parts import FirstRun, Parts, Watcher
+from .parts import FirstRun, Parts, Recorded, Repeat, Watcher
 from .samples import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
@@ -50,7 +50,7 @@ class Recording:
         output: The output at which the measure starts, if there are several; or a tap inside the model.
         reference: The reference, for a measure of the difference of outputs.
         max_memory: Bytes above which the tensors of the recording are dropped, and computed again in parts; None for no
-            limit. A recording with a reference has no limit.
+            limit.
 
     Attributes:
         parts: The parts of a recording that exceeds ``max_memory``, else None.
@@ -77,20 +77,24 @@ class Recording:
         max_memory: int | None = None,
     ) -> None:
         check_module(model)
-        watcher = None if max_memory is None or reference is not None else FirstRun(max_memory)
-        if watcher is not None:
-            call = call.changed(torch.clone, torch.clone)
+        first = None if max_memory is None else FirstRun(max_memory)
+        if first is not None:
+            call, reference = call.changed(torch.clone, torch.clone), None if reference is None else reference.cloned()
         self._rerun = Rerun(model, call, composite, output, reference, max_memory, asked_for(_device(call)))
         self._other: Tensor | None = None
         self.references = 1 if reference is None else reference.count
         followed = None
         if reference is not None:
             followed = ReferencePass(reference.is_tangent)
-            other, _ = _run(model, reference.call, composite, output, followed)
+            if max_memory is not None:
+                followed, first = _limited(followed.is_tangent, max_memory)
+            other, _ = _run(model, reference.call, composite, output, followed, first)
             self._other = other.detach()
             followed.replay()
-        self.output, observer = _run(model, call, composite, output, followed, watcher)
-        self.parts = None if watcher is None else self._divided(watcher)
+            if max_memory is not None:
+                first = FirstRun(max_memory, followed.drop, first)
+        self.output, observer = _run(model, call, composite, output, followed, first)
+        self.parts = None if first is None else self._divided(first)
         self.fingerprint = Fingerprint(model)
         two = self._rerun.shapes_of_two
         has_rows = not isinstance(output, Atom)
@@ -252,6 +256,17 @@ class Reference:
     is_tangent: bool = False
     count: int = 1
 
+    def cloned(self) -> Reference:
+        """Returns the same reference with its own inputs."""
+        return replace(self, call=self.call.changed(torch.clone, torch.clone))
+
+
+def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
+    """Returns the pass of a reference whose tensors are dropped once they exceed a limit, and its watcher."""
+    first = FirstRun(limit, lambda: followed.drop())
+    followed = ReferencePass(is_tangent, lambda: not first.is_over)
+    return followed, first
+
 
 @dataclass(frozen=True)
 class Rerun:
@@ -281,10 +296,20 @@ class Rerun:
         """Returns the same runs with the user's hooks."""
         return replace(self, calls_hooks=True)
 
-    def watched(self, watcher: Watcher) -> None:
-        """Runs the model as it ran for the recording, under a watcher."""
+    def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
+        """Runs the model as it ran for the recording, under a watcher, and before at the reference, under another."""
+        followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
-            _run(self.model, self.call, self.composite, self.output, None, watcher)
+            if self.reference is not None and at_reference is not None:
+                followed = ReferencePass(self.reference.is_tangent, at_reference.is_wanted)
+                with suppress(Recorded):
+                    _run(self.model, self.reference.call, self.composite, self.output, followed, at_reference)
+                followed.replay()
+            try:
+                _run(self.model, self.call, self.composite, self.output, followed, run)
+            finally:
+                if followed is not None:
+                    followed.close()
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Returns a recording on changed inputs."""
