@@ -28,7 +28,7 @@ warnings.simplefilter("ignore")
 
 LAYERS = 4
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-LLAMA = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
+LLAMA = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": 50, "n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 32}
 T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4}
 MAMBA = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 4}
@@ -82,7 +82,7 @@ def test_the_blocks_are_kept_and_run_once_more(name):
 @pytest.mark.parametrize("max_memory", [None, 100_000])
 def test_gradient_checkpointing(max_memory):
     whole, model = measure(made("llama")), made("llama")
-    model.gradient_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for mode in (False, True):
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -90,7 +90,9 @@ def test_gradient_checkpointing(max_memory):
         if mode:
             assert any(module.training for module in model.modules())
         mu = measure(model, max_memory=max_memory)
-        torch.testing.assert_close(mu.marginal(mu.layers), whole.marginal(whole.layers), rtol=0, atol=1e-7)
+        layers = [layer for layer in mu.layers if layer in whole.layers]  # a checkpoint has no cache
+        assert len(layers) > 20 * LAYERS
+        torch.testing.assert_close(mu.marginal(layers), whole.marginal(layers), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("max_memory", [None, 100_000])
