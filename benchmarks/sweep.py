@@ -33,8 +33,8 @@ from nrm_plugin.dataset.evaluation import BatchResults
 from nrm_plugin.dataset.progress import resident
 from nrm_plugin.dataset.row_index import write_index
 from nrm_plugin.dataset.sample_batches import ShardPlan, data_source, load_batches
-from nrm_plugin.dataset.settings import digest
 from nrm_plugin.dataset.shard_writer import ShardInfo, write_shard
+from nrm_plugin.dataset.sweep_settings import digest
 from nrm_plugin.demo.model import load_model
 
 RESULTS = Path(__file__).parent / "results/sweep.json"

@@ -61,7 +61,7 @@ def row(model: torch.nn.Module, size: int, rule: str, seconds: float, clock: str
     mu = RelevanceMeasure(model, image, 281, composite=RULES[rule](), max_memory=2 << 30)
     k = torch.tensor(WIDTHS).prod().item()
     begin = time.process_time()
-    with patch("nrm_plugin.search.bounds.time", SimpleNamespace(perf_counter=CLOCKS[clock])):
+    with patch("nrm_plugin.search.walk_bounds.time", SimpleNamespace(perf_counter=CLOCKS[clock])):
         result = top_walks(mu, LAYERS, int(k), budget=seconds)
     used = time.process_time() - begin
     masses, took = greedy(mu, LAYERS, WIDTHS)

@@ -1,7 +1,7 @@
 """Normalized as a Zennit composite, alone and with others, and its settings.
 
 Covers: nrm_plugin.attribution.attributor, nrm_plugin.functional.canonizer, nrm_plugin.functional.interception_mode,
-nrm_plugin.kernels.forward_modes, nrm_plugin.kernels.step.
+nrm_plugin.kernels.torch_function_modes, nrm_plugin.kernels.step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A measure leaves the model unchanged, is independent of other measures, and frees its memory.
 
-Covers: nrm_plugin.model.shallow_copies, nrm_plugin.model.guard.
+Covers: nrm_plugin.model.shallow_copies, nrm_plugin.model.model_protection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nrm_plugin.errors import (
     UncoveredLayerError,
     UnknownLayerError,
 )
-from nrm_plugin.model.guard import Fingerprint, named_tensors
+from nrm_plugin.model.model_protection import Fingerprint, named_tensors
 from tests.conftest import images, slow_but, state_of, untouched
 
 pytestmark = pytest.mark.zennit

@@ -1,7 +1,7 @@
 """The command `explain`: numbers, files, messages, and what unusual files and options lead to.
 
 Covers: nrm_plugin.commands.explanation, nrm_plugin.commands.explanation_files, nrm_plugin.commands.messages,
-nrm_plugin.commands.options, nrm_plugin.commands.per_image, nrm_plugin.commands.resolved_options.
+nrm_plugin.commands.options, nrm_plugin.commands.image_loop, nrm_plugin.commands.resolved_options.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The commands that read a sweep, `references` and `flow --from`: output, files, errors.
 
-Covers: nrm_plugin.commands.reference_files, nrm_plugin.commands.stored_results, nrm_plugin.commands.sweep_flow.
+Covers: nrm_plugin.commands.reference_files, nrm_plugin.commands.damaged_sweeps, nrm_plugin.commands.sweep_flow.
 """
 
 from __future__ import annotations

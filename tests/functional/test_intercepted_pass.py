@@ -1,6 +1,6 @@
 """Routes against matrices of zeros and ones, and functions without a kernel.
 
-Covers: nrm_plugin.model.routing.
+Covers: nrm_plugin.model.zero_one_routes.
 """
 
 from __future__ import annotations

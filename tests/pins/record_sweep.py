@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nrm_plugin import NRMDefault
 from nrm_plugin.dataset import Manifest, sweep
-from nrm_plugin.dataset.settings import described, digest
+from nrm_plugin.dataset.sweep_settings import described, digest
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
 
 STORED = Path(__file__).with_name("stopped")

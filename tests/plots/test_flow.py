@@ -1,6 +1,6 @@
 """Figures of flow graphs.
 
-Covers: nrm_plugin.plots.flow_scene, nrm_plugin.plots.flow_columns, nrm_plugin.plots.flow_parts,
+Covers: nrm_plugin.plots.flow_layout, nrm_plugin.plots.flow_columns, nrm_plugin.plots.flow_parts,
 nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
 """
 
@@ -26,8 +26,8 @@ from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure
-from nrm_plugin.plots.flow_pictures import Photo
-from nrm_plugin.plots.flow_scene import HAIRLINE, flow_scene
+from nrm_plugin.plots.flow_layout import HAIRLINE, flow_scene
+from nrm_plugin.plots.flow_thumbnails import Photo
 from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
 from tests.conftest import slow_but
 from tests.flows import X, full_graph, measure, net

@@ -21,7 +21,7 @@ from nrm_plugin import FlowGraph, RelevanceMeasure, at
 from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps_and_pairs
 from nrm_plugin.plots.flow_html import sankey, save_sankey
-from nrm_plugin.plots.flow_scene import flow_scene
+from nrm_plugin.plots.flow_layout import flow_scene
 from nrm_plugin.plots.ribbons import percent
 from tests.flows import X, full_graph, measure
 

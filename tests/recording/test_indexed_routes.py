@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from nrm_plugin.recording.graph import Graph
 from nrm_plugin.recording.indexed_routes import indexed_route
-from nrm_plugin.recording.passes import pull
 from nrm_plugin.recording.places import Buffer, Edge
+from nrm_plugin.recording.propagation import pull
 
 SHORT = [torch.bfloat16, torch.float16]
 

@@ -1,6 +1,6 @@
 """The search for group walks against enumerated walks: masses, certificates, and the bound on all other walks.
 
-Covers: nrm_plugin.search.best_first, nrm_plugin.search.layer_chain.
+Covers: nrm_plugin.search.best_first_walks, nrm_plugin.search.layer_chain.
 """
 
 from __future__ import annotations

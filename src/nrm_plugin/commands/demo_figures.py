@@ -16,7 +16,7 @@ from ..measure.partitions import Names, patches
 from ..model.contrast import REST
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
-from ..plots.flow_pictures import Photo
+from ..plots.flow_thumbnails import Photo
 from ..plots.heatmaps import Budget, budgets, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .demo_values import Row, Sample

@@ -21,8 +21,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..dataset.images import LoadedImage
+    from .image_loop import Printed
     from .model_loading import LoadedModel
-    from .per_image import Printed
     from .request import Request
 
 DESCRIPTION = """\
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Explains the images; returns the exit status."""
-    from .per_image import explain_each
+    from .image_loop import explain_each
 
     return explain_each(
         options, lambda loaded, image, request, out, taken: _explain(loaded, image, request, out, taken, options.cells)
@@ -96,7 +96,7 @@ def _explain(
     from . import messages
     from .explanation import explanation
     from .explanation_files import write
-    from .per_image import Printed
+    from .image_loop import Printed
 
     result = explanation(loaded, image, request)
     files = write(loaded, request, result, out, taken, cells)

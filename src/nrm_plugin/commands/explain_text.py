@@ -125,7 +125,7 @@ def _explain(work: Any, text: str, results: Any, problems: list[str], options: a
 
 
 def _problems(problems: list[str], options: argparse.Namespace) -> int:
-    from .per_image import print_problems
+    from .image_loop import print_problems
 
     return print_problems(problems, options.name)
 

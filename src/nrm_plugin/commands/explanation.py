@@ -10,7 +10,7 @@ from ..dataset.images import LoadedImage
 from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
 from ..measure.measure import RelevanceMeasure
-from ..plots.flow_pictures import Photo
+from ..plots.flow_thumbnails import Photo
 from .event_syntax import Condition
 from .model_loading import LoadedModel
 from .photos import photo

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..plots.flow_pictures import photo_pixels
+from ..plots.flow_thumbnails import photo_pixels
 from ..plots.heatmaps import Values, cell_sums, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .explanation import ConditionalExplanation, Explanation, LayerExplanation, Totals

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Plots the flow of images or of a sweep; returns the exit status."""
-    from .stored_results import read_stored
+    from .damaged_sweeps import read_stored
     from .sweep_flow import print_mean_flow
 
     return _of_images(options) if options.sweep is None else read_stored(options, print_mean_flow)
@@ -102,7 +102,7 @@ def _of_images(options: argparse.Namespace) -> int:
     from .flow_difference import explain_difference
     from .flow_groups import FlowOptions
     from .image_flow import explain_flow
-    from .per_image import explain_each
+    from .image_loop import explain_each
     from .request import RequestError
 
     missing = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if not value]

@@ -23,6 +23,7 @@ from ..plots.flow_caption import difference_caption
 from ..plots.flow_html import save_sankey
 from . import messages
 from .flow_groups import FlowOptions, division
+from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
     class_name,
@@ -35,7 +36,6 @@ from .output_files import (
     write_json,
     writing,
 )
-from .per_image import Printed
 from .photos import photo
 from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 

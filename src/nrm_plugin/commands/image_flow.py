@@ -20,10 +20,11 @@ from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import flow_caption
 from ..plots.flow_html import Pairs, save_sankey
-from ..plots.flow_pictures import Photo
+from ..plots.flow_thumbnails import Photo
 from ..plots.layer_profile import profile_figure
 from . import messages
 from .flow_groups import Division, FlowOptions, division
+from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
     explained_title,
@@ -36,7 +37,6 @@ from .output_files import (
     write_json,
     writing,
 )
-from .per_image import Printed
 from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dataset.images import LoadedImage, shown
 from ..measure.flow_graph import FlowGraph
-from ..plots.flow_pictures import Photo
+from ..plots.flow_thumbnails import Photo
 from . import photos
 from .explanation import Explanation, Totals
 from .image_references import reference_words

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from ..dataset.images import LoadedImage
-from ..plots.flow_pictures import Photo
+from ..plots.flow_thumbnails import Photo
 from ..plots.ribbons import percent
 from .model_loading import LoadedModel
 

@@ -19,8 +19,8 @@ from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.reference_plots import MOST, reference_figure
 from ..dataset.sample_batches import data_source
-from ..dataset.settings import described, differences, digest, is_same_model
 from ..dataset.stored_sweep import Sweep
+from ..dataset.sweep_settings import described, differences, digest, is_same_model
 from ..plots.ribbons import percent
 from .composite_names import composite_of
 from .model_loading import LoadedModel

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Lists reference examples; returns the exit status."""
+    from .damaged_sweeps import read_stored
     from .reference_files import print_references
-    from .stored_results import read_stored
 
     return read_stored(options, print_references)

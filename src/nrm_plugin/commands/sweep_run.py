@@ -14,9 +14,9 @@ from ..dataset.evaluation import Target
 from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.queries import Activation, Bypass, EventMass, Joint, Maps, Marginal, Query, Sink, Variation
-from ..dataset.runner import sweep
 from ..dataset.stored_sweep import Sweep
 from ..dataset.sweep_layout import Manifest, SettingsError, arrow
+from ..dataset.sweep_runner import sweep
 from ..errors import EventError, NRMError, UnknownLayerError
 from ..model.contrast import REST
 from . import messages

@@ -5,9 +5,9 @@ Imports: errors, imports, events, model, kernels, composites, recording, measure
 
 from .queries import Activation, Bypass, Conditional, EventMass, Joint, Maps, Marginal, Peak, Query, Sink, Variation
 from .ray_engine import SweepBatches
-from .runner import sweep
 from .stored_sweep import Sweep
 from .sweep_layout import Manifest, QueryInfo, SweepError
+from .sweep_runner import sweep
 
 __all__ = [
     "Activation",

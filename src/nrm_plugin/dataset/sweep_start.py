@@ -11,7 +11,6 @@ import torch
 from .descriptions import digest
 from .evaluation import device_of
 from .processes import FolderLocks
-from .settings import check_same
 from .shard_file import Shard, shards_in
 from .shard_writer import remove_unfinished
 from .sweep_job import SweepJob
@@ -27,6 +26,7 @@ from .sweep_layout import (
     SweepError,
     path_inside,
 )
+from .sweep_settings import check_same
 
 
 def begin(job: SweepJob, settings: dict[str, Any], resume: bool, locks: FolderLocks) -> SweepJob:

@@ -14,7 +14,7 @@ from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.forward_state import RUNNING
 from ..kernels.reference_pass import ReferencePass
-from ..model.routing import operation
+from ..model.zero_one_routes import operation
 from . import secant_maxima, secant_products  # noqa: F401  (register what they hold)
 from .differences import SECANTS, DifferenceCall, SecantFactory
 from .function_call import Slot

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import step_of
 from ..model.affine_layers import is_torch_class
-from ..model.routing import is_route_node, written
+from ..model.zero_one_routes import is_route_node, written
 
 GATE_FUNCTIONS = frozenset("softmax sigmoid hardsigmoid exp softmin".split())
 GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)

@@ -31,7 +31,7 @@ from ..kernels.reference_pass import ReferencePass
 from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.affine_layers import LAYERS, layer_like
 from ..model.checks import check_function
-from ..model.routing import source_of
+from ..model.zero_one_routes import source_of
 from .attention import layout
 from .complex_kernels import complex_kernel
 from .complex_tensors import ComplexTensors, Expression, map_items
@@ -40,7 +40,7 @@ from .differences import DifferenceCall, SecantFactory
 from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
 from .gates import Gates
-from .ids import Ids
+from .integer_inputs import Ids
 from .observed_call import ObservedCall, source_line
 from .registry import KERNELS, KernelFactory
 from .row_functions import keeps_rows

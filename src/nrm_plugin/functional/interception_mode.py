@@ -25,8 +25,8 @@ from ..kernels.forward_state import (
 )
 from ..model.renormalization import Tables
 from ..model.saved_tensors import saved_in_place
+from .call_handlers import handle
 from .function_call import Settings
-from .handlers import handle
 from .intercepted_pass import InterceptedPass
 from .observed_call import ObservedCall
 from .registry import name_of

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..errors import UncoveredLayerError, UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.step import step_of
-from ..model.routing import is_route_node, operation
+from ..model.zero_one_routes import is_route_node, operation
 
 MASKS = 10
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zennit.rules import Pass
 
 from ..model.affine_layers import Weighted, is_affine, is_torch_class
-from ..model.routing import source_of
+from ..model.zero_one_routes import source_of
 from .layer_call import LayerCall
 from .layer_step import LayerStep
 from .modified_layers import rerun_without_bias

@@ -11,8 +11,8 @@ from ..events.index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
 from ..recording.recording import Recording
-from ..recording.sites import PART
 from ..recording.taps import OUTPUT
+from ..recording.transformer_sites import PART
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:

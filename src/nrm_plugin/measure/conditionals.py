@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import EventError
 from ..events.event import Event
-from ..recording.passes import Cost
 from ..recording.places import Buffer, Edge, Place
+from ..recording.propagation import Cost
 from ..recording.taps import Tap
 from .event_diagram import FALSE, TRUE, DecisionDiagram
 from .layer_taps import is_below

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..events.event import Atom, Event
-from ..recording.passes import Cost, Vectors, pull
 from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.propagation import Cost, Vectors, pull
 from ..recording.recording import Recording
 from .attention_events import plain
 from .conditionals import Conditionals
 from .event_diagram import FALSE, TRUE, DecisionDiagram
 from .masked_vectors import add_to, masked
-from .memory import in_chunks, width_of
+from .memory_budget import in_chunks, width_of
 
 Pair = tuple[int, int]
 """``(event, diagram node)``."""

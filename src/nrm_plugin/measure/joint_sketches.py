@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..model.autocast import exact
-from ..recording.passes import push
+from ..recording.propagation import push
 from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
 from .joints import joint_matrix, neighbour_matrix, propagated
-from .memory import in_chunks, width_of
+from .memory_budget import in_chunks, width_of
 
 FEW = 64
 """Members up to which joint relevance is computed by a pass for each."""

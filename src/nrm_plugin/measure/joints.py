@@ -13,14 +13,14 @@ from torch import Tensor
 from ..kernels.base import IdentityKernel
 from ..kernels.channel_pairs import channel_edges
 from ..kernels.rule_branch_kernel import BranchKernel
-from ..model.routing import is_whole, operation
+from ..model.zero_one_routes import is_whole, operation
 from ..recording.graph import Vertex
-from ..recording.passes import Cost, Vectors, Visitor, pull, push
 from ..recording.places import Buffer, Edge, Place
+from ..recording.propagation import Cost, Vectors, Visitor, pull, push
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .groups import Over, by_label, labels_of
-from .memory import in_chunks, width_of
+from .memory_budget import in_chunks, width_of
 from .totals import Totals
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..errors import EventError
 from ..events.event import Absorbed, Any_, Atom, Attended, Event
-from ..recording.layout import Layout
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.recording import Recording
+from ..recording.sample_layout import Layout
 from .attention_events import plain
 
 

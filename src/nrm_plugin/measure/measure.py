@@ -15,22 +15,22 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..model.checks import unwrapped
 from ..model.inputs_and_outputs import Call, Inputs, Output
-from ..recording.passes import Cost
+from ..recording.propagation import Cost
 from ..recording.recording import Recording
 from . import conservation
 from .conditions import Condition, event_list
 from .conservation import Kind
-from .description import explanation
 from .flow import flow_graph, ordered_taps, with_groups
 from .flow_graph import TOP, FlowGraph
 from .group_search import K
 from .groups import Over, over_each
 from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
-from .memory import check_memory
+from .memory_budget import check_memory
 from .partitions import Names
+from .query_description import explanation
 from .query_passes import query
-from .recorded import Recorded
+from .recorded_properties import Recorded
 from .references import Slopes, composite_of, reference_of
 from .start import start_of
 from .totals import pass_totals

@@ -16,8 +16,8 @@ from ..errors import DifferenceError, EventError, StaleMeasureError, StorageErro
 from ..events.event import Event
 from ..model.autocast import exact
 from ..model.value_reads import is_traced
-from ..recording.passes import Cost
 from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.propagation import Cost
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditionals import Conditionals, are_below, check_below

@@ -20,7 +20,7 @@ from zennit.core import Composite
 from ..errors import EventError, brief
 from ..events.event import All, Atom, Event
 from ..imports import warn_deprecated
-from ..recording.layout import Layout
+from ..recording.sample_layout import Layout
 from .located_events import mask_of
 
 Method = Literal["deconvnet", "guided_backprop"]

@@ -13,7 +13,7 @@ from zennit.core import Composite
 
 from ..composites import Normalized
 from ..functional import Interception
-from ..kernels.hook import StepHook
+from ..kernels.module_hook import StepHook
 
 
 class OnDifferences(Normalized):

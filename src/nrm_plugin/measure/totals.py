@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..kernels.cache_blocks import blocks
 from ..model.targets import sample_norms, sample_sums
-from ..recording.passes import Cost, Vectors, pull
 from ..recording.places import Buffer, Edge, Place, Sink
+from ..recording.propagation import Cost, Vectors, pull
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
 from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
-from .guard import named_tensors, values_state
+from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}

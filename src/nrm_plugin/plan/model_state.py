@@ -10,7 +10,7 @@ import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
-from ..model.guard import values_state
+from ..model.model_protection import values_state
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64

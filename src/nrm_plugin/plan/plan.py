@@ -16,7 +16,7 @@ from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import check_memory
+from ..measure.memory_budget import check_memory
 from ..measure.references import Slopes, composite_of, reference_of
 from ..model.checks import check_module
 from ..model.inputs_and_outputs import Call, Inputs, Output

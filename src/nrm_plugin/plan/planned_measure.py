@@ -18,11 +18,11 @@ from ..composites import Normalized
 from ..errors import StaleMeasureError
 from ..events.event import Atom
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import DEFAULT
+from ..measure.memory_budget import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
 from ..model.value_reads import ACTIVE, avoiding
-from ..recording.passes import Cost
+from ..recording.propagation import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen
 from .model_state import ModelState

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..recording.passes import Cost
+from ..recording.propagation import Cost
 from .program import ChangedValueError, Program
 from .tracer import Tracer
 

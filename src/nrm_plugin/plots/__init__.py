@@ -6,7 +6,7 @@ Imports: errors, measure, attribution.
 from .flow import flow_figure
 from .flow_caption import flow_caption
 from .flow_html import sankey, save_sankey
-from .flow_pictures import Photo
+from .flow_thumbnails import Photo
 from .heatmaps import budgets, cell_sums, heat_map, heat_maps, image_and_heat_map, joint, save
 from .layer_profile import profile_figure
 from .text import text_figure, text_html

@@ -16,9 +16,9 @@ from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow_caption import SIGNS, flow_caption, key_text
 from .flow_columns import has_off, region_name
+from .flow_layout import flow_scene
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
-from .flow_pictures import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
-from .flow_scene import flow_scene
+from .flow_thumbnails import NodePictures, Photo, node_pictures, painted, photo_pixels, region_places
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 

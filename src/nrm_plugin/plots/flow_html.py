@@ -21,7 +21,7 @@ from .flow import curve, scene_of
 from .flow_caption import SIGNS, flow_caption
 from .flow_columns import node_name, region_name
 from .flow_parts import Band, DrawnNode, Label, Scene
-from .flow_pictures import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
+from .flow_thumbnails import NodePictures, Photo, Pixels, node_pictures, painted, photo_pixels, region_places
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]

@@ -11,7 +11,7 @@ from ..errors import InputError, UncoveredLayerError
 from ..functional.unsupported import unknown_node_error
 from ..kernels.step import step_of
 from ..model.inputs_and_outputs import NOT_JOINED
-from ..model.routing import is_route_node, operation
+from ..model.zero_one_routes import is_route_node, operation
 from .graph import Graph
 from .taps import INPUT, OUTPUT, Observed
 

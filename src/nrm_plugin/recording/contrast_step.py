@@ -30,12 +30,12 @@ from ..kernels.rule_reader import PlainGradient, read_rule
 from ..kernels.step import Step
 from ..model.affine_layers import WEIGHTED, Weighted, broadcast, is_affine
 from ..model.autocast import InFloat32
-from ..model.routing import operation
 from ..model.targets import sample_sums
+from ..model.zero_one_routes import operation
 from .graph import Graph, Vertex
-from .layout import Layout
 from .places import Buffer, Edge
-from .samples import Samples
+from .sample_layout import Layout
+from .sample_positions import Samples
 
 NAME = "contrast"
 """Name of the step if it is not fused with a layer."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import UnsupportedOperationError
 from ..kernels.step import Step, step_of
 from ..model.autocast import SHORT, working_dtype
-from ..model.routing import is_whole, operation, written
 from ..model.value_reads import holds
+from ..model.zero_one_routes import is_whole, operation, written
 from .indexed_routes import IndexedRoute, indexed_route
 from .places import Buffer, Edge, Place
 

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError
-from ..model.guard import named_tensors
 from ..model.inputs_and_outputs import Call
+from ..model.model_protection import named_tensors
 
 COEFFICIENTS = {
     "convolution": 0.78,

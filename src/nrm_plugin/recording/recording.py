@@ -17,17 +17,17 @@ from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
 from ..model.autocast import asked_for, current, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
-from ..model.guard import Fingerprint, named_tensors, note_restored, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
+from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
 from ..model.renormalization import TablesUnwritten
 from ..model.value_reads import audit, untraced
 from .contrast_step import contrast_top
+from .forward_observer import Observer
 from .graph import Graph
-from .independence import find_samples
-from .layout import Layout
-from .observer import Observer
 from .parts import FirstRun, Parts, Recorded, Repeat, Watcher
-from .samples import Samples
+from .sample_independence import find_samples
+from .sample_layout import Layout
+from .sample_positions import Samples
 from .structure import Structure
 from .taps import OUTPUT, Label, Taps
 

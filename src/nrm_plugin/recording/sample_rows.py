@@ -1,6 +1,6 @@
 """Operations that keep the samples in the rows of a tensor for any values.
 
-All other operations are tested on values: see :mod:`~nrm_plugin.recording.samples`.
+All other operations are tested on values: see :mod:`~nrm_plugin.recording.sample_positions`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels.known_rules import is_known_linear
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
-from ..model.routing import operation
+from ..model.zero_one_routes import operation
 from .graph import Graph, Vertex
 
 _FREE = frozenset(

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .audit import check_joined, check_known
 from .contrast_step import Top
+from .forward_observer import Observer
 from .graph import Graph
-from .observer import Observer
+from .sample_positions import Samples
 from .sample_rows import all_keep_rows, vertices_of_rows
-from .samples import Samples
 from .taps import OUTPUT, Label, Observed, Taps
 
 
@@ -24,8 +24,8 @@ class Structure:
         output: The tensor at which the measure starts.
         count: Number of samples.
         batched: Whether the inputs have a sample dimension.
-        shapes_of_two: As in :class:`~nrm_plugin.recording.samples.Samples`.
-        output_has_rows: As in :class:`~nrm_plugin.recording.samples.Samples`.
+        shapes_of_two: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
+        output_has_rows: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
         top: The graph node of a difference of outputs, if the measure starts there and not at ``output``.
 
     Raises:

@@ -13,10 +13,10 @@ from torch import nn
 
 from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
 from .graph import Graph, Marks, Vertex
-from .layout import Layout
 from .places import Buffer, Edge, Place
-from .samples import Samples
-from .sites import SYNONYMS, sites
+from .sample_layout import Layout
+from .sample_positions import Samples
+from .transformer_sites import SYNONYMS, sites
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}

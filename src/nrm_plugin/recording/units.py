@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.forward_state import Saved
 from ..kernels.step import step_of
-from ..model.routing import source_of
+from ..model.zero_one_routes import source_of
 
 WORTH = 4
 """Bytes recorded inside a call for each byte of its outputs, from which on the outputs are kept."""

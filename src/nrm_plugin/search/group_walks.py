@@ -22,7 +22,7 @@ from ..measure.flow import ordered_taps
 from ..measure.group_search import K, find_groups
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import in_chunks
+from ..measure.memory_budget import in_chunks
 from .layer_chain import LayerChain, check_one_sample
 
 Array = NDArray[np.float64]

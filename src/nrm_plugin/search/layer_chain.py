@@ -15,8 +15,8 @@ from ..measure.groups import Over, check_over, labels_of
 from ..measure.joints import propagated
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import width_of
-from ..recording.passes import push
+from ..measure.memory_budget import width_of
+from ..recording.propagation import push
 
 
 class LayerChain:

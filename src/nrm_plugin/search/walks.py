@@ -23,11 +23,11 @@ from ..measure.groups import Over
 from ..measure.layer_groups import Groups
 from ..measure.layer_taps import Layer
 from ..measure.measure import RelevanceMeasure
-from .best_first import BestFirstSearch
-from .bounds import now
+from .best_first_walks import BestFirstSearch
 from .group_walks import group_walks
 from .layer_chain import LayerChain, check_count, check_one_sample, intersection
-from .max_product import MaxProduct
+from .max_product_walks import MaxProduct
+from .walk_bounds import now
 
 
 @dataclass(frozen=True)

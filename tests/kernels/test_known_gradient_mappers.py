@@ -14,7 +14,7 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, Z
 from nrm_plugin import Absolute, ConservingEpsilon
 from nrm_plugin.kernels.cache_blocks import Block
 from nrm_plugin.kernels.gradient_mapper import applied_mapper
-from nrm_plugin.kernels.mapper_closed_forms import closed_mapper
+from nrm_plugin.kernels.known_gradient_mappers import closed_mapper
 from nrm_plugin.rules import Relative
 
 RULES = [

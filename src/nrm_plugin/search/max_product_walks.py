@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import NRMError
 from ..measure.measure import RelevanceMeasure
-from ..measure.memory import width_of
+from ..measure.memory_budget import width_of
 from ..recording.places import Buffer, Place
 from ..recording.taps import Tap
-from .bounds import now
+from .walk_bounds import now
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from nrm_plugin.functional.call_handlers import HANDLERS, NOT_HANDLED
 from nrm_plugin.functional.function_call import Settings
-from nrm_plugin.functional.handlers import HANDLERS, NOT_HANDLED
 from nrm_plugin.functional.intercepted_pass import InterceptedPass
 from nrm_plugin.functional.observed_call import ObservedCall
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..errors import FoldingError, NRMError
 from ..model.inputs_and_outputs import Change
 from .graph import Graph
-from .passes import Vectors, Visitor, pull
 from .places import Buffer
+from .propagation import Vectors, Visitor, pull
+from .sample_positions import Samples
 from .sample_rows import rules_are_known
-from .samples import Samples
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Smallest change of outputs, relative to the largest output, that indicates a dependence between samples."""

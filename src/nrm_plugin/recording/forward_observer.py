@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import EventError, UnknownLayerError, unknown_layer
 from ..events.event import Atom
 from ..kernels.forward_state import is_foreign, not_recorded, without_torch_function
-from ..kernels.hook import StepHook
+from ..kernels.module_hook import StepHook
 from ..kernels.step import Step
-from ..model.routing import written
+from ..model.zero_one_routes import written
 from .audit import check_covered
 from .module_outputs import tensors_of
 from .parts import Watcher

@@ -8,7 +8,7 @@ from zennit.composites import EpsilonPlus, EpsilonPlusFlat
 
 from nrm_plugin import Interception, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.dataset import Marginal, Sink, SweepError, sweep
-from nrm_plugin.dataset.settings import described
+from nrm_plugin.dataset.sweep_settings import described
 from nrm_plugin.imports import MOVED, stored_path
 from nrm_plugin.kernels.batch_norm_fusion import fuse
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net

@@ -24,7 +24,6 @@ from ..model.custom_layers import WeightRecorder, is_own_layer
 from ..model.quantized import is_quantized
 from ..model.renormalization import check_unused
 from ..model.shallow_copies import shared_copy
-from .forward_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 from .forward_state import (
     RUNNING,
     RunningModule,
@@ -45,6 +44,7 @@ from .layer_step import Fuse, LayerStep
 from .normalization import Normalization
 from .rule_reader import check_linear
 from .step import link, link_in_place
+from .torch_function_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 
 Arguments = dict[int | str, Tensor]
 """Tensors among the arguments of a module, by position or keyword."""

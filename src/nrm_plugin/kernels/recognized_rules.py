@@ -14,7 +14,7 @@ from zennit.rules import Epsilon, ZPlus
 
 from ..model.value_reads import audit, untraced
 from ..rules import Absolute, ConservingEpsilon, EvenMod
-from .mapper_closed_forms import closed_mapper, conserved_share, stabilizer_of
+from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
 """Rules on positive denominators or on the unmodified layer, which few operations read."""

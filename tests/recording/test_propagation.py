@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nrm_plugin.recording.graph import Graph
-from nrm_plugin.recording.passes import Cost, pull, push
 from nrm_plugin.recording.places import Buffer, Edge, Sink
+from nrm_plugin.recording.propagation import Cost, pull, push
 
 X = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
 CONSTANT = torch.tensor([4.0, 5.0], dtype=torch.float64)

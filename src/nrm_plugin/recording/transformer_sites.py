@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.layer_step import LayerStep
 from ..kernels.step import Step
-from ..model.routing import operation
+from ..model.zero_one_routes import operation
 from .graph import Graph
 from .places import Buffer, Edge, Place
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bounds import CompletionBounds, now
 from .layer_chain import LayerChain
+from .walk_bounds import CompletionBounds, now
 
 BATCH = 8
 """Number of prefixes that are propagated in one pass."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nrm_plugin import ABSORBED, Event, RelevanceMeasure, at
-from nrm_plugin.measure.description import words
+from nrm_plugin.measure.query_description import words
 
 A, B, C = at("a"), at("b").channel([1, 2]), at("c", side="input")
 SENTENCES: list[tuple[Event, str]] = [

@@ -20,13 +20,13 @@ from ..model.linear_maps import LinearMap, explicit_maps, window_maps
 from ..model.value_reads import holds, without_modes
 from ..rules import ConservingEpsilon, mean_sizes
 from .cache_blocks import Block, blocks_for
+from .known_gradient_mappers import inverse_by
 from .layer_call import LayerCall
-from .mapper_closed_forms import inverse_by
 from .modified_layers import is_by_blocks
 from .modifier_probes import is_positive
 from .normalization import Columns, ColumnWriter, Normalization, may_read
+from .recognized_rules import RuleForm, form_of, modified_bias
 from .rule_branch import Branch
-from .rule_forms import RuleForm, form_of, modified_bias
 
 KEPT = 1 << 16
 """Largest number of entries up to which a modified input is kept, not computed anew."""

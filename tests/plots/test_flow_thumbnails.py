@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
-from nrm_plugin.plots.flow_pictures import (
+from nrm_plugin.plots.flow_thumbnails import (
     Photo,
     crop,
     node_pictures,

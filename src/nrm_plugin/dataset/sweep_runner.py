@@ -25,7 +25,6 @@ from .progress import Progress
 from .queries import Query, check_queries
 from .row_index import is_intact, remove_index, write_index
 from .sample_batches import ShardPlan, data_source
-from .settings import settings_of
 from .stored_sweep import Sweep
 from .sweep_job import OnProgress, SweepJob
 from .sweep_layout import (
@@ -35,6 +34,7 @@ from .sweep_layout import (
     SweepError,
     arrow,
 )
+from .sweep_settings import settings_of
 from .sweep_start import begin
 
 Engine = Literal["local", "ray"]

@@ -1,6 +1,6 @@
 """Common rules read in closed form, compared with the modifiers and the mapper of the rules themselves.
 
-Covers: nrm_plugin.kernels.rule_forms, nrm_plugin.kernels.rule_branch_reader.
+Covers: nrm_plugin.kernels.recognized_rules, nrm_plugin.kernels.rule_branch_reader.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from nrm_plugin.kernels import rule_branch_reader
 from nrm_plugin.kernels.forward_state import Saved
 from nrm_plugin.kernels.layer_call import LayerCall, forward, shape_like
 from nrm_plugin.kernels.normalization import Normalization
+from nrm_plugin.kernels.recognized_rules import form_of
 from nrm_plugin.kernels.rule_branch_kernel import BranchKernel
-from nrm_plugin.kernels.rule_forms import form_of
 from nrm_plugin.kernels.rule_reader import read_rule_at
 from nrm_plugin.kernels.step import FunctionStep
 from tests.conftest import in_turn

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nrm_plugin.recording.layout import Layout, layouts_of
+from nrm_plugin.recording.sample_layout import Layout, layouts_of
 
 
 @st.composite

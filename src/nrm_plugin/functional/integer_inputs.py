@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.forward_state import listener, note_untracked
 from ..kernels.step import FunctionStep
-from ..model.routing import is_route_node
+from ..model.zero_one_routes import is_route_node
 from .observed_call import ObservedCall, source_line
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..errors import FoldingError
 from ..model.targets import sample_sums
 from .graph import Graph
-from .layout import Layout, doubled, layouts_of, unreached
-from .passes import Cost, Vectors, Visitor, pull, push
 from .places import Buffer, Place, Sink
+from .propagation import Cost, Vectors, Visitor, pull, push
+from .sample_layout import Layout, doubled, layouts_of, unreached
 
 BITS = 4
 """Number of bits of a sample number that one relevance vector encodes, as factors of 1 to 2¹⁵."""
