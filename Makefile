@@ -60,7 +60,7 @@ define install
 endef
 
 # Packages that this one is tested with, each with the versions that its pins need, on top of .venv.
-HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4 hooked
+HOSTS ?= captum07 captum08 crp quantus grad_cam lxt torch_geometric ray transformers transformers4 hooked large
 
 .PHONY: demo test test-fast test-planned test-oldest test-newest test-hosts lint bench special-cases faithfulness references hugging-face graph-networks docs package \
 	coverage clean

@@ -13,7 +13,7 @@ def rotated(x: Tensor) -> Tensor:
     """Rotary position embedding of ``(N, heads, T, width)``."""
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] / 10000 ** (torch.arange(half, device=x.device) / half)
-    cosine, sine = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    cosine, sine = (part.repeat(1, 2).to(x.dtype) for part in (angles.cos(), angles.sin()))
     swapped = torch.cat([-x[..., half:], x[..., :half]], -1)
     return x * cosine + swapped * sine
 

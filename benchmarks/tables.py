@@ -318,6 +318,23 @@ def real_decoders(results: Results) -> dict[str, str]:
     }
 
 
+def memory(results: Results) -> dict[str, str]:
+    """Peaks within limits, and errors of short formats."""
+    gradient = results["gradient"]
+    rows = [["plain gradient", 1, "", f"{gradient['peak']:.0f}", f"{gradient['pass']:.0f}", "", ""]]
+    for row in results["rows"]:
+        limit = "no limit" if row["limit"] is None else f"`max_memory={row['limit']} << 20`"
+        times = f"{row['recorded']:.0f}", f"{row['peak']:.0f}", f"{row['record'] + row['pass']:.0f}"
+        rows.append([limit, row["parts"], *times, f"{row['difference']:.0e}", f"{row['total']:.0e}"])
+    head = "| | parts | MiB, recording | MiB, peak | seconds | largest difference | error of the total |"
+    formats = [
+        [row["dtype"], row["composite"], *(f"{row[key]:.0e}" for key in ("total", "neuron", "sum"))]
+        for row in results["formats"]
+    ]
+    short = "| model in | composite | error of totals / V | one neuron / V | sum over neurons / V |"
+    return {"limits": grid(head, rows), "formats": grid(short, formats)}
+
+
 REAL = {
     "SRG, plain": "SRG, plain ↑", "SRG, blur": "SRG, blur ↑", "insertion": "insertion ↑", "deletion": "deletion ↓",
     "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
@@ -399,6 +416,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "top_walks": ("critical-paths.md", top_walks),
     "selection": ("critical-paths.md", selection),
     "sweep": ("data-sets.md", sweep),
+    "memory": ("memory.md", memory),
     "real_text": ("text.md", real_text),
     "real_decoders": ("text.md", real_decoders),
 }

@@ -167,10 +167,21 @@ CAUSES: dict[str, Callable[..., object]] = {
     "MemoryBudgetWarning": out_of_memory,
     "BatchNormWarning": biased_norm,
 }
+
+
+def changed_between_runs() -> object:
+    net = chain()
+    hook = net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    measure = RelevanceMeasure(net, X, 1, max_memory=1)
+    hook.remove()
+    return measure.marginal("input")
+
+
 OTHERS: dict[str, list[Callable[..., object]]] = {
     "TargetError": [lambda: RelevanceMeasure(chain(), X)],
     "ModelStateError": [in_a_context],
     "UnsupportedOperationError": [differentiated],
+    "StaleMeasureError": [changed_between_runs],
 }
 
 

@@ -1,4 +1,7 @@
-"""Checkpointed, compiled, scripted, wrapped and transformed models: right numbers, or an error with a remedy."""
+"""Checkpointed, compiled, scripted, wrapped and transformed models: right numbers, or an error with a remedy.
+
+Covers: nrm_plugin.model.saved_tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from zennit.composites import EpsilonPlus
 
@@ -83,6 +87,55 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", RIGHT)
 def test_the_numbers_are_those_of_the_plain_model(kind, entry):
     torch.testing.assert_close(entry(RIGHT[kind]()), measured(build()))
+
+
+class Routed(nn.Module):
+    """A checkpointed function of which autograd saves indices and masks."""
+
+    def __init__(self, checkpoints: bool) -> None:
+        super().__init__()
+        self.a, self.checkpoints = nn.Linear(4, 4), checkpoints
+
+    def block(self, x: Tensor) -> Tensor:
+        h = self.a(x).masked_fill(torch.tensor([True, False, True, False]), 0.0)[:, [2, 1, 0, 3]]
+        h = torch.where(h > 0, h, torch.zeros(()))
+        return h + F.max_pool1d(x.unsqueeze(1), 2).squeeze(1).repeat(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.a(checkpoint(self.block, x, use_reentrant=False) if self.checkpoints else self.block(x))
+
+
+def routed(checkpoints: bool) -> Routed:
+    torch.manual_seed(0)
+    return Routed(checkpoints).eval()
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_checkpoint_of_operations_with_saved_indices(entry):
+    torch.testing.assert_close(entry(routed(True)), entry(routed(False)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("max_memory", [None, 1, 500])
+def test_all_taps_inside_a_checkpoint(max_memory):
+    whole, mu = (RelevanceMeasure(routed(on), X, 1, max_memory=max_memory if on else None) for on in (False, True))
+    assert mu.layers == whole.layers
+    torch.testing.assert_close(mu.marginal(mu.layers), whole.marginal(mu.layers), rtol=0, atol=0)
+
+
+def test_a_mask_that_is_overwritten_inside_a_checkpoint_is_an_error():
+    class Overwriting(nn.Module):
+        def block(self, x: Tensor) -> Tensor:
+            mask = x > 0
+            x = x.masked_fill(mask, 0.0)
+            mask &= False
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    with pytest.raises(UnsupportedOperationError, match="overwrites an index or a mask"):
+        RelevanceMeasure(Overwriting(), X, 1).marginal("input")
 
 
 @pytest.fixture

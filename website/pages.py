@@ -101,7 +101,7 @@ INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/
 NAVIGATION = {
     "Tutorial": [f"notebooks/{path.stem}" for path in notebooks()],
     "How to": """docs/explain docs/flow docs/groups docs/critical-paths docs/subspaces docs/features docs/text
-        docs/attention docs/recurrent-and-graphs docs/data-sets docs/references docs/plans docs/batch-norm
+        docs/attention docs/recurrent-and-graphs docs/data-sets docs/references docs/plans docs/memory docs/batch-norm
         docs/relative docs/own-kernel docs/drop-in docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),

@@ -34,8 +34,9 @@ from .kernels.batch_norm_fusion import fuse
 from .kernels.module_hook import StepHook
 from .kernels.normalization import Normalization, Residual
 from .kernels.rule_reader import PlainGradient
+from .model.affine_layers import layer_like
 from .model.checks import Uncompiled, check_hookable, check_unhooked, check_unpatched
-from .model.zero_one_routes import is_route
+from .model.quantized import is_quantized
 from .rules import Absolute, ConservingEpsilon, Relative
 
 Uncovered = Literal["error", "gradient"]
@@ -122,6 +123,8 @@ class Normalized(Composite):
         if isinstance(module, _RECURRENT):
             return None
         rule = None if isinstance(module, self._made_of_functions()) else self.composite.module_map(ctx, name, module)
+        if rule is None and is_quantized(module) and not isinstance(module, nn.Linear):
+            rule = self.composite.module_map(ctx, name, layer_like("linear"))
         if rule is None and self.uncovered == "gradient" and is_leaf(module) and not is_route(module):
             rule = PlainGradient()
         if rule is None or (type(rule) is Pass and _is_compound_norm(module)):

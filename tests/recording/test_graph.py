@@ -39,7 +39,7 @@ def test_tensors_that_do_not_depend_on_the_inputs_are_constants():
     graph = Graph(joined, [x])
     assert [vertex.leaf for vertex in graph.vertices] == [None, x]
     assert graph.vertices[0].edges == (Buffer(1, 0), None)
-    shares = graph.vertices[0].constant_share(joined)
+    shares = graph.vertices[0].constant_share()
     assert shares is not None
     assert [share.tolist() for share in shares] == [[0.0, 0.0, 1.0]]
 
@@ -50,7 +50,7 @@ def test_both_parts_are_read_if_both_are_inputs():
     graph = Graph(joined, [x, parameter])
     assert {id(vertex.leaf) for vertex in graph.vertices if vertex.leaf is not None} == {id(x), id(parameter)}
     assert None not in graph.vertices[0].edges
-    assert graph.vertices[0].constant_share(joined) is None
+    assert graph.vertices[0].constant_share() is None
 
 
 def test_an_output_of_constants_alone_is_one_vertex():

@@ -119,7 +119,7 @@ def test_the_transpose_and_the_share_of_constants(name: str, short: torch.dtype)
 
     ones = iter([torch.ones_like(value) for value in values])
     (reached,) = vertex.push([None if edge is None else next(ones) for edge in vertex.edges], [None])
-    shares = vertex.constant_share(relevance)
+    shares = vertex.constant_share()
     share = torch.zeros(shape) if shares is None else shares[0]
     assert reached is not None
     assert torch.equal(reached[0] + share, torch.ones(shape))

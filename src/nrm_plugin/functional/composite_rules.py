@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from zennit.core import Composite, Hook
 
+from ..model.quantized import plain_tensors
 from ..rules import Absolute
 
 
@@ -56,7 +57,8 @@ class CompositeRules:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self._by_weight[id(parameter)] = (module, rule)
-                    self._by_memory.setdefault(parameter.untyped_storage().data_ptr(), (module, rule))
+                    for part in plain_tensors(parameter):
+                        self._by_memory.setdefault(part.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
         """Returns the rule of a module of the given kind, as if it were the last module of the model."""
@@ -67,7 +69,7 @@ class CompositeRules:
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
         """Looks up the owner by identity, then by memory (a slice of a weight), then by kind (a computed weight)."""
-        memory = weight.untyped_storage().data_ptr()
+        memory = next(plain_tensors(weight)).untyped_storage().data_ptr()
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
         if rule is None and not isinstance(owner, type(like)):
             rule = self.of_module(like)

@@ -81,6 +81,8 @@ class InterceptedPass:
         self._call_counts: dict[str, int] = {}
         listening = listener()
         self._ids = None if listening is None else Ids(listening.indices, listening.inputs)
+        if listening is not None:
+            listening.gates = self.gates
 
     @property
     def path(self) -> str:
@@ -151,12 +153,15 @@ class InterceptedPass:
             protect_weights(layer.module)
             step = LayerStep(layer, output, normalization, path, rule)
         step.call, step.attention, step.keeps_rows = number, layout(call, output), rows
+        if rule == "sum":  # sums of sums share their magnitudes
+            below = [step_of(item.producer) for item in call.inputs]
+            step.joined = tuple(other for other in below if other is not None and other.rule == "sum")
         if isinstance(step, LayerStep) and self.settings.fuse is not None:
             with not_recorded():
                 self.settings.fuse(step, inputs[0])
         listening = listener()
         if listening is not None:
-            listening.on_step(None, step)
+            listening.on_step(None, step, output)
         linked = link(step, output, tuple(inputs))
         if listening is not None:
             listening.on_function(path, number, linked, channel_dim(call))

@@ -24,6 +24,7 @@ from ..kernels.forward_state import (
     note_untracked,
 )
 from ..model.renormalization import Tables
+from ..model.saved_tensors import saved_in_place
 from .call_handlers import handle
 from .function_call import Settings
 from .intercepted_pass import InterceptedPass
@@ -49,7 +50,8 @@ class InterceptionMode(TorchFunctionMode):
     ) -> Any:
         args, kwargs = self._tables.passed(func, args, kwargs or {})
         known = None if RUNNING.made is None else known_leaves(args)
-        result = self._result(func, args, kwargs)
+        with saved_in_place():
+            result = self._result(func, args, kwargs)
         if known is not None:
             note_leaves((result, *args[:1]), known)
         self._tables.check(args, kwargs, result)

@@ -51,6 +51,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
     if _norm(step) is not None:
         if isinstance(below, LayerStep) and _fits_output(step, below):
             step.layer_below = below
+            step.joined = (below,)
             below.norms.append(weakref.proxy(step))
             below.folds.append(_later(_fold_output, step, below))
             below.forget_kernel()
@@ -58,6 +59,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
         lower = _producer(_input_node(source_of(source.grad_fn))) if _is_relu(below) else below
         if isinstance(lower, LayerStep) and _norm(lower) is not None:
             lower.feeds_fold = True
+            step.joined = (lower,)
             step.folds.append(_later(functools.partial(_fold_input, clipped=lower is not below), step, lower))
 
 

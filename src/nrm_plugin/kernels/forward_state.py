@@ -131,16 +131,18 @@ class Listener(Protocol):
     Attributes:
         indices: The integer inputs, as the same objects that are passed to the model.
         inputs: The leaves of the floating-point inputs.
+        gates: The gates of the forward pass.
     """
 
     indices: list[Tensor]
     inputs: list[Tensor]
+    gates: Any
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
         """Returns whether relevance ends at a leaf: an input, or rows selected by integer inputs."""
 
-    def on_step(self, module: nn.Module | None, step: Any) -> None:
-        """Called for each step of a module or function."""
+    def on_step(self, module: nn.Module | None, step: Any, output: Tensor) -> None:
+        """Called for each step of a module or function, with the output of the call."""
 
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Called when a function returns a tensor that carries relevance."""

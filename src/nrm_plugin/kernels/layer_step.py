@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from zennit.rules import Pass
 
 from ..errors import BatchNormWarning
 from ..model.autocast import is_short
+from ..model.quantized import dequantized, is_quantized
 from .base import IdentityKernel, Kernel
 from .forward_state import Saved
-from .layer_call import Image, LayerCall, without_values
+from .layer_call import Image, LayerCall, forward, without_values
 from .normalization import Normalization, Scaling
 from .rule_reader import read_rule
 from .step import Step
@@ -55,8 +57,15 @@ class LayerStep(Step):
         self.feeds_fold = False
         self.has_dense_norm = False
 
+    def empty(self) -> None:
+        """Drops all tensors, so that only the structure of the step is left."""
+        super().empty()
+        self.layer_call = replace(without_values(self.layer_call), image=None)
+
     def fold(self) -> None:
         """Fuses the layer with its batch normalization, so that the call is final."""
+        self.fill()
+        self._dequantize()
         while self.folds:
             self.folds.pop(0)()
 
@@ -68,6 +77,14 @@ class LayerStep(Step):
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):
             self.layer_call = without_values(self.layer_call)
         return kernel
+
+    def _dequantize(self) -> None:
+        """Replaces a quantized layer by one with its dequantized weight."""
+        call = self.layer_call
+        if type(call.rule) is not Pass and is_quantized(call.module):
+            self.layer_call = replace(
+                call, module=dequantized(call.module, call.run, call.input, call.name), run=forward
+            )
 
     @property
     def is_identity(self) -> bool:

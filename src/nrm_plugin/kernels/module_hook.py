@@ -21,6 +21,7 @@ from zennit.rules import Pass
 from ..errors import InputError, UnsupportedRuleError, autocast_outside
 from ..model.autocast import asked_for
 from ..model.custom_layers import WeightRecorder, is_own_layer
+from ..model.quantized import is_quantized
 from ..model.renormalization import check_unused
 from ..model.shallow_copies import shared_copy
 from .forward_state import (
@@ -219,7 +220,7 @@ class StepHook(Hook):
         self._check_rule(step)
         self._fuse(step, call.source)
         if (observer := listener()) is not None:
-            observer.on_step(module, step)
+            observer.on_step(module, step, output)
         return self._linked(call, step, output)
 
     def _last_call(self, module: nn.Module) -> OpenCall | None:
@@ -269,6 +270,8 @@ def _has_ids() -> bool:
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
     """Returns a copy of the module and a function that runs it; the copy of a custom layer has the computed weight."""
+    if is_quantized(module):
+        return module, call.run  # never modified: rules act on another layer with its dequantized weight
     shell = shared_copy(module)
     if isinstance(call.mode, WeightRecorder):
         with not_recorded():

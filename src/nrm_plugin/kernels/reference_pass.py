@@ -5,8 +5,8 @@ Source: docs/differences.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -70,10 +70,12 @@ class ReferencePass:
 
     Args:
         is_tangent: Whether slopes are derivatives at the input instead of secants.
+        is_wanted: Returns whether the tensors of the next step are needed; if not, only their shapes are stored.
     """
 
-    def __init__(self, is_tangent: bool = False) -> None:
+    def __init__(self, is_tangent: bool = False, is_wanted: Callable[[], bool] = lambda: True) -> None:
         self.is_tangent = is_tangent
+        self._is_wanted = is_wanted
         self._calls: list[ReferenceCall] = []
         self._number = 0
         self._is_replayed = False
@@ -90,6 +92,15 @@ class ReferencePass:
         """Starts the pass of the inputs."""
         self._is_replayed = True
 
+    def drop(self) -> None:
+        """Drops the tensors of all calls so far, except their shapes and constants."""
+        self._calls = [replace(call, tensors=tuple(map(_without_values, call.tensors))) for call in self._calls]
+        self._deltas.clear()
+
+    def close(self) -> None:
+        """Ends the pass of the inputs, which may have stopped early."""
+        self._calls.clear()
+
     def meet(self, name: str, where: str, tensors: Sequence[Tensor], constants: Any = ()) -> tuple[Saved, ...]:
         """Stores a call, or returns the tensors of the same call in the pass of the reference.
 
@@ -103,8 +114,10 @@ class ReferencePass:
             DifferenceError: If the call, a shape, or a constant differs between the two passes.
         """
         if not self._is_replayed:
-            self._calls.append(ReferenceCall(name, where, tuple(Saved(tensor) for tensor in tensors), _kept(constants)))
-            return self._calls[-1].tensors
+            saved = tuple(Saved(tensor) for tensor in tensors)
+            kept = saved if self._is_wanted() else tuple(map(_without_values, saved))
+            self._calls.append(ReferenceCall(name, where, kept, _kept(constants)))
+            return saved
         other = self._calls[self._number] if self._number < len(self._calls) else None
         self._number += 1
         if other is None or (other.name, other.where) != (name, where):
@@ -127,6 +140,12 @@ class ReferencePass:
             found = f"{other.name!r} in {other.where or 'the model'!r}"
             raise DifferenceError(_CONTROL.format(name="nothing further", where="the model", found=found))
         self._calls.clear()
+
+
+def _without_values(saved: Saved) -> Saved:
+    """Returns a tensor without memory, of the same shape."""
+    tensor = saved.tensor
+    return Saved(tensor.new_zeros(()).expand(tensor.shape), values=False)
 
 
 def _kept(value: Any) -> Any:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ from .base import Kernel
 from .forward_state import RUNNING, listener, not_recorded
 from .normalization import Deficit, Normalization, Scaling
 from .rule_branch_kernel import BranchKernel
+
+
+class Holder(Protocol):
+    """An object that computes the tensors of a step again, which the step has dropped to save memory."""
+
+    def fill(self, step: Step) -> None:
+        """Makes the tensors of a step available until other steps need theirs."""
 
 
 class Step(ABC):
@@ -41,11 +48,17 @@ class Step(ABC):
         uses: Number of known readers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend on the same row of the inputs alone.
+        joined: Steps below whose tensors the kernel may read.
+        holder: Computes the tensors of the step again after :meth:`empty`; None if the step keeps them.
+        number: Number of the step for the holder.
     """
 
     def __init__(self, name: str, output: Tensor, normalization: Normalization, rule: str) -> None:
         self.name = name
         self.call = 0
+        self.number = 0
+        self.holder: Holder | None = None
+        self.joined: tuple[Step, ...] = ()
         self.rule = rule
         self.uses = 1
         self.attention: Any = None
@@ -67,6 +80,7 @@ class Step(ABC):
         """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
         if self._kernel is not None:
             return self._kernel
+        self.fill()
         with self._lock, torch.inference_mode(False), not_recorded(), self._arithmetic():
             return self._built()
 
@@ -80,6 +94,15 @@ class Step(ABC):
     def forget_kernel(self) -> None:
         """Drops the kernel, which fusion may have invalidated."""
         self._kernel = self._scaling = None
+
+    def fill(self) -> None:
+        """Makes the tensors of the step available if it has dropped them."""
+        if self.holder is not None and self._kernel is None:
+            self.holder.fill(self)
+
+    def empty(self) -> None:
+        """Drops all tensors, so that only the structure of the step is left."""
+        self.forget_kernel()
 
     def _scaling_by(self, kernel: Kernel) -> Scaling:
         """Computes gain and deficit of the columns of the kernel."""
@@ -95,6 +118,7 @@ class Step(ABC):
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
         """Returns gain and deficit at all entries where this relevance is nonzero; None stands for any relevance."""
+        self.fill()
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             kernel = self._built()
             if kernel.complete_for(relevance) or self._scaling is None:
@@ -112,15 +136,19 @@ class Step(ABC):
             Relevance at each input, ``(K, N, *in)``, in any dtype, and the absorbed share, ``(N, *out)``, which is None
             for zero, and arbitrary at entries where no relevance arrives.
         """
-        scaling = self._scaling_for(relevance)
-        with self._arithmetic():
-            return self.kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
+        with self._short_lived():
+            scaling = self._scaling_for(relevance)
+            kernel = self.kernel
+            with self._arithmetic():
+                return kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         r"""Propagates absolute masses of walks with :math:`|\tilde T_{ij}|`; otherwise like :meth:`pull`."""
-        scaling = self._scaling_for(mass)
-        with self._arithmetic():
-            parts = self.kernel.pull_absolute(_scaled(mass, scaling.gain))
+        with self._short_lived():
+            scaling = self._scaling_for(mass)
+            kernel = self.kernel
+            with self._arithmetic():
+                parts = kernel.pull_absolute(_scaled(mass, scaling.gain))
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
@@ -133,11 +161,13 @@ class Step(ABC):
         Returns:
             Values at the output, ``(K, N, *out)``, or None for zeros.
         """
-        scaling = self._scaling_for(None)
-        result, values = None, self._converted(values)
-        if any(value is not None for value in values):
-            with self._arithmetic():
-                result = _scaled(self.kernel.push(values, self.shape).detach(), scaling.gain)
+        with self._short_lived():
+            scaling = self._scaling_for(None)
+            result, values = None, self._converted(values)
+            if any(value is not None for value in values):
+                kernel = self.kernel
+                with self._arithmetic():
+                    result = _scaled(kernel.push(values, self.shape).detach(), scaling.gain)
         if absorbed is not None and scaling.deficit is not None:
             sunk = absorbed * scaling.deficit
             result = sunk if result is None else result + sunk
@@ -145,10 +175,21 @@ class Step(ABC):
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
         """Returns an upper bound on the transpose of :meth:`pull_absolute`, with zeros at the sink."""
-        scaling = self._scaling_for(None)  # also completes the kernel
-        with self._arithmetic():
-            bound = self.kernel.push_bound(self._converted(values), self.shape).detach()
+        with self._short_lived():
+            scaling = self._scaling_for(None)  # also completes the kernel
+            kernel = self.kernel
+            with self._arithmetic():
+                bound = kernel.push_bound(self._converted(values), self.shape).detach()
         return (bound if scaling.gain is None else bound * scaling.gain.abs()).to(self.dtype)
+
+    @contextmanager
+    def _short_lived(self) -> Iterator[None]:
+        """Context that drops the kernel at its end if memory is limited."""
+        try:
+            yield
+        finally:
+            if self.holder is not None:
+                self.forget_kernel()
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         return InFloat32() if self.is_short else nullcontext()
@@ -183,8 +224,14 @@ class FunctionStep(Step):
     def _build(self) -> Kernel:
         assert self._build_kernel is not None, "the kernel of a function is built once"
         kernel = self._build_kernel()
-        self._build_kernel = None  # it stores the inputs of the function
+        if self.holder is None:
+            self._build_kernel = None  # it stores the inputs of the function
         return kernel
+
+    def empty(self) -> None:
+        """Drops all tensors, so that only the structure of the step is left."""
+        super().empty()
+        self._build_kernel = None
 
 
 class Link(torch.autograd.Function):

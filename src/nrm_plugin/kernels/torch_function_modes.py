@@ -13,6 +13,7 @@ from zennit.core import Hook
 from ..model.affine_layers import WEIGHTED, broadcast, is_affine
 from ..model.autocast import current
 from ..model.custom_layers import WeightRecorder, is_own_layer
+from ..model.quantized import is_quantized
 from .forward_state import Saved, without_torch_function
 from .known_rules import is_by_modifiers
 from .layer_call import Image, reads_image
@@ -74,6 +75,8 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
     """Returns the mode for a module with this rule, or None if the module runs without a mode."""
+    if is_quantized(module):
+        return None
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):

@@ -30,7 +30,7 @@ class Conditionals:
         diagram: The events.
         places: The taps.
         nodes: The nodes of the diagram that remain after a tap is crossed.
-        like: A tensor with the dtype and device of the relevance.
+        like: A tensor with the dtype of the relevance.
     """
 
     def __init__(self, diagram: DecisionDiagram, places: Sequence[Place], nodes: Iterable[int], like: Tensor) -> None:
@@ -48,7 +48,7 @@ class Conditionals:
         else:
             edge = self._read(place)
             value, shape = self._before(edge, node), self.graph.shape(edge)
-        return self.like.new_zeros(shape) if value is None else value
+        return self.like.new_zeros(shape, device=self.graph.device(place)) if value is None else value
 
     def _read(self, edge: Edge) -> Buffer:
         """Returns the buffer that an edge reads."""
@@ -91,8 +91,11 @@ class Conditionals:
         """Returns the values of a node after the tap at a buffer has been crossed, or None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
-            return None if left == FALSE else self.like.new_ones(()).expand(self.graph.shape(buffer))
+            return None if left == FALSE else self._ones(buffer)
         return self._values[buffer, left]
+
+    def _ones(self, buffer: Buffer) -> Tensor:
+        return self.like.new_ones((), device=self.graph.device(buffer)).expand(self.graph.shape(buffer))
 
     def _mixed(self, crossing: list[tuple[int, Tensor | None]], value: dict[int, Tensor | None]) -> Tensor | None:
         total = None
@@ -115,8 +118,7 @@ class Conditionals:
         return self._mixed(crossing, {left: self._before(edge, left) for left, _ in crossing})
 
     def _absorbed(self, vertex: int, number: int, node: int) -> Tensor | None:
-        shape = self.graph.vertices[vertex].shapes[number]
-        ones = self.like.new_ones(()).expand(shape)
+        ones = self._ones(Buffer(vertex, number))
         crossing = self.diagram.absorb(node, vertex)
         return self._mixed(crossing, {left: ones if left == TRUE else None for left, _ in crossing})
 
@@ -128,7 +130,7 @@ class Conditionals:
         absorbed = [_rows([self._absorbed(index, number, node) for node in nodes]) for number in outputs]
         self.cost += Cost(1, len(nodes)) if vertex.step is not None else Cost()
         pushed = vertex.push(values, absorbed)
-        shares = vertex.constant_share(self.like)
+        shares = vertex.constant_share()
         for number, rows in enumerate(pushed):
             constant = absorbed[number]
             if shares is not None and constant is not None:

@@ -87,4 +87,4 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
     """Divides relevance at a tap, ``(N, *shape)``, by one number per sample, ``(N,)``."""
-    return values / mass.reshape(-1, *(1,) * (values.ndim - 1))
+    return values / mass.to(values.device).reshape(-1, *(1,) * (values.ndim - 1))

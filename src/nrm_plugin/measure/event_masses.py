@@ -127,8 +127,9 @@ class EventPass:
 
     def _count(self, event: int, vector: Tensor, place: Place) -> None:
         sums = self.recording.samples.checked_sums
-        self.mass[event] += sums(vector, "the tap where an event is decided", place)
-        self.variation[event] += sums(vector.abs(), "the tap where an event is decided", place)
+        where, home = "the tap where an event is decided", self.mass.device
+        self.mass[event] += sums(vector, where, place).to(home)
+        self.variation[event] += sums(vector.abs(), where, place).to(home)
 
     def result(self, event: int, places: Sequence[Place]) -> EventResult:
         """Returns the mass, variation and maps of one event."""
@@ -137,7 +138,7 @@ class EventPass:
     def map(self, place: Place, event: int) -> Tensor:
         """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, ``(N, *shape)``."""
         tap = self.recording.taps.at(place)
-        total = self.mass.new_zeros(tap.tensor_shape)
+        total = self.mass.new_zeros(tap.tensor_shape, device=self.recording.graph.device(place))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
         below = Conditionals(self.diagram, [place], [node for node in arrived if node > TRUE], self.mass)
         self.cost += below.cost

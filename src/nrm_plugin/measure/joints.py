@@ -70,13 +70,14 @@ def joint_matrix(
     spent: list[Cost] = []
 
     def run(groups: Sequence[int]) -> list[Tensor]:
-        labels = (rows if down else columns).to(relevance.device).unsqueeze(0)
+        device = recording.graph.device((upper if down else lower).place)
+        labels = (rows if down else columns).to(device).unsqueeze(0)
         if down:
             vectors = {group: relevance * upper.layout.fold(labels == group) for group in groups}
             arrived, cost = propagated(recording, upper, lower, vectors)
             sums = by_label(lower.layout.unfold(arrived, 1).flatten(2), columns)
         else:
-            members = [lower.layout.fold((labels == group).to(relevance)) for group in groups]
+            members = [lower.layout.fold((labels == group).to(relevance.dtype)) for group in groups]
             masks = torch.stack([mask.expand(lower.tensor_shape) for mask in members])
             collected, cost = push(recording.graph, lower.place, upper.place, masks)
             values = (
@@ -106,7 +107,8 @@ def propagated_to(
     like = next(iter(vectors.values()))
     arrived = []
     for lower in lowers:
-        known, empty = collect.vectors.get(lower.place, {}), like.new_zeros(lower.tensor_shape)
+        known = collect.vectors.get(lower.place, {})
+        empty = like.new_zeros(lower.tensor_shape, device=recording.graph.device(lower.place))
         arrived.append(stacked([known.get(key, empty) for key in vectors]))
     return arrived, cost
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Unpack, overload
@@ -41,7 +42,8 @@ class RelevanceMeasure(Recorded):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once and is left unchanged; all queries are answered from this recording. Results have no gradient.
+    The model runs once, unless memory is limited, and is left unchanged; all queries are answered from this recording.
+    Results have no gradient.
 
     Args:
         model: The network, in evaluation mode.
@@ -79,9 +81,10 @@ class RelevanceMeasure(Recorded):
             as the model does, ``at("conv1")[node, feature]``, and results have an additional first dimension of size
             one.
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
-        max_memory: Memory budget of one pass in bytes, for queries with many events or groups; vectors that do not fit
-            are propagated in additional passes. The default is 128 MiB on a CPU, where a larger budget is slower, and
-            1 GiB otherwise.
+        max_memory: Memory budget in bytes, of the tensors that the recording stores and of the relevance vectors of one
+            pass. If a recording exceeds it, the model runs again in each pass, for one part of the recording after
+            another, with the same numbers. By default, the recording has no limit, and vectors take 128 MiB on a CPU,
+            where a larger budget is slower, and 1 GiB otherwise.
 
     Raises:
         TypeError: If settings are passed in addition to a ``Normalized`` composite.
@@ -123,7 +126,9 @@ class RelevanceMeasure(Recorded):
         self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         call, recorded = reference_of(call, reference, slopes)
-        self._recording = Recording(unwrapped(model), call, self.composite, output, recorded)
+        self._recording = Recording(unwrapped(model), call, self.composite, output, recorded, self._max_memory)
+        if self._recording.parts is not None:
+            self._one_query = threading.RLock()
         self._start, self._output = start_of(self._recording, target, start, against)
         self._is_difference = against is not None or reference is not None
         self.cost = Cost()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
@@ -40,7 +40,8 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         args[0]._check_fresh()  # type: ignore[attr-defined]
-        with torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
+        one = args[0]._one_query  # type: ignore[attr-defined]
+        with one, torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
             return args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined, no-any-return]
 
     return wrapped
@@ -57,6 +58,7 @@ class QueryPasses:
     _recording: Recording
     _start: Tensor
     _max_memory: int | None
+    _one_query: AbstractContextManager[Any] = nullcontext()
     _totals_once: Totals | None = None
     _shared: tuple[Totals | None, frozenset[Place]] | None = None
 

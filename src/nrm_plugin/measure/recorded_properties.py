@@ -106,6 +106,17 @@ class Recorded(QueryPasses):
         return self._output.sign() if self.explains_difference else torch.ones_like(self._output)
 
     @property
+    def parts(self) -> int:
+        """Number of parts of the recording, one of which is held at a time; 1 for a recording within ``max_memory``.
+
+        Examples:
+            >>> mu.parts, RelevanceMeasure(net, torch.randn(5, 3), target=1, max_memory=100).parts
+            (1, 3)
+        """
+        parts = self._recording.parts
+        return 1 if parts is None else len(parts.ranges)
+
+    @property
     def batch(self) -> int:
         """Number of samples.
 

@@ -52,7 +52,9 @@ class Totals:
 
     def relevance(self, tap: Tap) -> Tensor:
         """Returns the relevance of a tap in ``stored``, ``(N, *shape)``; zeros if no relevance arrived."""
-        return self.maps[tap.place] if tap.place in self.maps else self.start.new_zeros(tap.shape)
+        if tap.place in self.maps:
+            return self.maps[tap.place]
+        return self.start.new_zeros(tap.shape, device=self.recording.graph.device(tap.place))
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():
@@ -86,17 +88,27 @@ class Totals:
         return self._last[1:]
 
     def _sum(self, vector: Tensor, place: Place) -> Tensor | None:
+        return self._at_home(self._summed(vector, place))
+
+    def _summed(self, vector: Tensor, place: Place) -> Tensor | None:
         return self.recording.samples.sums(vector, place)
 
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the sums of relevance, or of a share of it, and of its absolute values for each sample."""
+        """Sums relevance, or a share of it, and its absolute values for each sample, on the device of the outputs."""
+        total, absolute = self._sums_there(vector, place, share)
+        return self._at_home(total), self._at_home(absolute)
+
+    def _at_home(self, value: Tensor | None) -> Tensor | None:
+        return value if value is None else value.to(self.start.device)
+
+    def _sums_there(self, vector: Tensor, place: Place, share: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.recording.samples.count > 1 and not self.recording.samples.is_plain:
             values = vector if share is None else vector * share
-            return self._sum(values, place), self._sum(values.abs(), place)
+            return self._summed(values, place), self._summed(values.abs(), place)
         if share is None:
-            return self._sum(vector, place), self._norm(vector)
+            return self._summed(vector, place), self._norm(vector)
         total = vector.new_zeros(self.recording.samples.count)
         absolute = torch.zeros_like(total)
         single = self.recording.samples.count == 1

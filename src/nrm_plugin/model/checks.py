@@ -15,6 +15,7 @@ from zennit.core import BasicHook, Hook
 
 from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
 from .model_protection import named_tensors, values_state
+from .quantized import plain_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
 """Layers that are random in training mode, by package, with the attribute that stores the drop rate."""
@@ -59,9 +60,10 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
         _check_mode(name, module)
     check_unhooked(modules, "Construct the measure outside `composite.context(model)`, and pass `composite=`.")
     own = named_tensors(model)
+    is_offloaded = any("_hf_hook" in module.__dict__ for module in modules.values())
     for name, parameter in own:
         if isinstance(parameter, nn.Parameter):
-            _check_parameter(name, parameter)
+            _check_parameter(name, parameter, is_offloaded)
     floating = [tensor for _, tensor in own if tensor.is_floating_point()]
     for tensor in tensors:
         if floating and tensor.device not in {parameter.device for parameter in floating}:
@@ -186,10 +188,16 @@ def _check_kind(name: str, module: nn.Module) -> None:
         )
 
 
-def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = False) -> None:
     if is_lazy(parameter):
         raise ModelStateError(
             f"parameter {name!r} of a lazy layer has no shape yet. Run the model once: `model(inputs)`."
+        )
+    if parameter.device.type == "meta" and is_offloaded:
+        raise ModelStateError(
+            f"parameter {name!r} is offloaded by accelerate: it has values only while its layer runs, but a measure "
+            "needs them for its passes. Load the model without offload, such as device_map='auto' with enough memory "
+            "on all devices together, in a shorter format or quantized."
         )
     if parameter.device.type == "meta":
         raise ModelStateError(
@@ -200,8 +208,9 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     if _FINITE.get(parameter) == state:
         return
     # The sum needs one pass over the weights and no new memory; if it overflows, the entries are checked.
-    if not bool(parameter.detach().sum().isfinite()) and not bool(parameter.detach().isfinite().all()):
-        raise ModelStateError(f"parameter {name!r} contains nan or inf. Load or train the model again.")
+    for part in plain_tensors(parameter.detach()):
+        if part.is_floating_point() and not bool(part.sum().isfinite()) and not bool(part.isfinite().all()):
+            raise ModelStateError(f"parameter {name!r} contains nan or inf. Load or train the model again.")
     _FINITE[parameter] = state
 
 

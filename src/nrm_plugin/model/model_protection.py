@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .quantized import is_quantized, packed_tensors, plain_tensors
+
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Context that restores, on exit, all state that a recording may change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
-    buffers, training mode and random state. State that has not changed is not written.
+    buffers, training mode and random state. State that has not changed is not written. Quantized layers may convert
+    their weights once, at their first call, together with state that is outside of the module, and stay as they are.
     """
-    modules = [(module, _state(module)) for module in model.modules()]
-    tensors = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(model)]
+    modules = [(module, _state(module)) for module in model.modules() if not is_quantized(module)]
+    packed = {id(tensor) for module in model.modules() if is_quantized(module) for tensor in packed_tensors(module)}
+    named = [tensor for _, tensor in named_tensors(model) if id(tensor) not in packed]
+    tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in named]
     versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
     random = torch.get_rng_state()
     try:
@@ -98,8 +103,8 @@ def note_restored(tensor: Tensor, version: int) -> None:
 
 
 def _address(tensor: Tensor) -> int:
-    """Returns the address of a tensor in memory; for a sparse tensor, the address of its values."""
-    return _stored(tensor).data_ptr()
+    """Returns the address of a tensor in memory; for a sparse tensor or a wrapper, that of its values."""
+    return _stored(next(plain_tensors(tensor))).data_ptr()
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -119,7 +124,8 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
         self._seen: list[tuple[str, Tensor, tuple[int, int], Tensor | None, Tensor]] = []
-        for name, tensor in named_tensors(model):
+        every = [(name, part) for name, tensor in named_tensors(model) for part in plain_tensors(tensor)]
+        for name, tensor in every:
             flat = _stored(tensor.detach()).flatten()
             place = flat[:: max(1, -(-flat.numel() // entries))] if flat.numel() > entries else flat
             # Flattening a non-contiguous tensor returns a copy, in which later changes are not visible.

@@ -166,7 +166,7 @@ def coverage(
         constants = [
             recording.taps.name_at(number)
             for number, vertex in enumerate(recording.graph.vertices)
-            if vertex.constant_share(recording.output) is not None
+            if vertex.constant_share() is not None
         ]
     return Coverage(rows, tuple(dict.fromkeys(reversed(constants))))
 

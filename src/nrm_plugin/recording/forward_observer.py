@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +18,7 @@ from ..kernels.step import Step
 from ..model.zero_one_routes import written
 from .audit import check_covered
 from .module_outputs import tensors_of
+from .parts import Watcher
 from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
@@ -26,6 +28,7 @@ class Observer:
     Args:
         indices: Integer inputs; relevance ends at the embedding rows that they select.
         wanted: The tap inside the model at which the measure is to start, or None for the output of the model.
+        watcher: Is notified of steps and modules if memory is limited.
 
     Attributes:
         modules: Name of each module, once the observer watches a model.
@@ -34,12 +37,15 @@ class Observer:
         leaves: The tensors at which relevance ends.
         indices: The integer inputs.
         inputs: The leaves of the floating-point inputs.
+        gates: The gates of the forward pass.
         has_lookups: Whether the model looked up rows by integer inputs.
         has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
         read: Where the model first converted integer inputs to Python or NumPy numbers, or None if it did not.
     """
 
-    def __init__(self, indices: list[Tensor], wanted: Atom | None) -> None:
+    def __init__(self, indices: list[Tensor], wanted: Atom | None, watcher: Watcher | None = None) -> None:
+        self._watcher = watcher
+        self.gates: Any = None
         self.modules: Mapping[nn.Module, str] = {}
         self.containers: list[str] = []
         self.observed: list[Observed] = []
@@ -67,6 +73,8 @@ class Observer:
                 self.containers.append(name)
             handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave))
+            if self._watcher is not None:
+                self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
         """Creates a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
@@ -106,16 +114,24 @@ class Observer:
             raise UnknownLayerError(unknown_layer(name_of(output.layer, self.modules), dict.fromkeys(known)))
         return self._started
 
+    def _end_within(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor with the same values at which walks end, while the model runs."""
+        with torch._C.DisableTorchFunction(), torch.enable_grad(), not_recorded():
+            return self._end(tensor)
+
     # -- called while the model runs --------------------------------------------------------------------------
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
         """Returns whether a tensor is one of the leaves."""
         return id(tensor) in self._leaves
 
-    def on_step(self, module: nn.Module | None, step: Step) -> None:
+    def on_step(self, module: nn.Module | None, step: Step, output: Tensor) -> None:
         """Numbers the step of a module; the step of a function already has a number."""
         if module is not None:
             step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
+        if self._watcher is not None:
+            with not_recorded():
+                self._watcher.on_step(step, output)
 
     @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
@@ -134,8 +150,7 @@ class Observer:
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
         """Makes the rows selected by integer inputs a leaf, at which relevance ends as at any other input."""
         self.has_lookups = True
-        with not_recorded():
-            passed = self._end(rows)
+        passed = self._end_within(rows)
         self.see(Label(name, "output", call, None), passed, -1)
         return passed
 
@@ -154,12 +169,17 @@ class Observer:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         for item, tensor in enumerate(tensors):
             self.see(Label(name, "input", call - 1, None if len(tensors) == 1 else item), tensor)
+        if self._watcher is not None:
+            self._watcher.enter(module, name, call - 1, args, kwargs, self._end_within)
         return args, kwargs
 
     @without_torch_function
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name, call = self.modules[module], self._calls[module] - 1
         dim = _channel_dim(module)
+        if self._watcher is not None and _step_hook(module) is None:
+            with not_recorded():
+                self._watcher.leave(module, output, self.gates)
         if isinstance(output, Tensor):
             self.see(Label(name, "output", call, None), output, dim)
             if not module._modules and _step_hook(module) is None:

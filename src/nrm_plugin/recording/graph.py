@@ -104,7 +104,7 @@ class Vertex:
             rows_of = self.index.push(values)
             return [row.to(dtype) for row, dtype in zip(rows_of, self.dtypes, strict=True)]
         with torch.inference_mode(False), torch.enable_grad():
-            seeds = self._seeds(known[0])
+            seeds = self._seeds()
             parts = self._route(list(seeds))
             # Called directly, a node does not sum over the dimensions in which an input was broadcast.
             pairs = [
@@ -120,18 +120,21 @@ class Vertex:
             ]
         return _columns(rows)
 
+    def forget(self) -> None:
+        """Drops all computed tensors of a route, which are then computed again when needed."""
+        self._constant_share = None
+        self.__dict__.pop("index", None)
+
     def _converted(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [
             part if part is None or dtype in (None, part.dtype) else part.to(dtype)
             for part, dtype in zip(parts, self.arriving, strict=True)
         ]
 
-    def _seeds(self, like: Tensor) -> list[Tensor]:
-        """Returns differentiable zeros at each output, on the device of the given tensor."""
-        return [
-            like.new_zeros(shape, dtype=dtype).requires_grad_()
-            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
-        ]
+    def _seeds(self) -> list[Tensor]:
+        """Returns differentiable zeros at each output."""
+        outputs = zip(self.shapes, self.dtypes, self.node._input_metadata, strict=True)
+        return [torch.zeros(shape, dtype=dtype, device=m.device).requires_grad_() for shape, dtype, m in outputs]
 
     @functools.cached_property
     def index(self) -> IndexedRoute | None:
@@ -163,7 +166,7 @@ class Vertex:
         """Whether the vertex is a route that can combine constants with computed values."""
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
-    def constant_share(self, like: Tensor) -> tuple[Tensor, ...] | None:
+    def constant_share(self) -> tuple[Tensor, ...] | None:
         """Returns, for each output, 1 at the entries that are constants and 0 elsewhere, or None without constants."""
         if not self.may_hold_constants:
             return None
@@ -174,7 +177,7 @@ class Vertex:
             return shares if any(bool(share.any()) for share in shares) else None
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
-                seeds = self._seeds(like)
+                seeds = self._seeds()
                 # When called directly, some nodes return a gradient for their constants as well.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
@@ -236,6 +239,13 @@ class Graph:
     def shape(self, buffer: Buffer) -> torch.Size:
         """Returns the shape of the tensor at a buffer."""
         return self.vertices[buffer.vertex].shapes[buffer.number]
+
+    def device(self, place: Place) -> torch.device:
+        """Returns the device of the tensor at a place."""
+        buffer = self.vertices[place.vertex].edges[place.number] if isinstance(place, Edge) else place
+        assert buffer is not None, "constants are no places"
+        device: torch.device = self.vertices[buffer.vertex].node._input_metadata[buffer.number].device
+        return device
 
     def marks_below(self, marks: Mapping[Place, int]) -> Marks:
         """Returns the marked places that a walk can still cross, as bit sets.

@@ -103,8 +103,7 @@ def _absorb_constants(
 ) -> None:
     if not vertex.may_hold_constants:
         return
-    like = next(item for item in stacked if item is not None)
-    shares = vertex.constant_share(like)
+    shares = vertex.constant_share()
     if shares is None:
         return
     for number, (share, item) in enumerate(zip(shares, stacked, strict=True)):

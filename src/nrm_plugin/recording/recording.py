@@ -15,7 +15,7 @@ from ..composites import Normalized
 from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
-from ..model.autocast import asked_for, exact, layers_in, working_dtype
+from ..model.autocast import asked_for, current, exact, layers_in, working_dtype
 from ..model.checks import check_drawn, check_model, check_module
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
@@ -24,6 +24,7 @@ from ..model.value_reads import audit, untraced
 from .contrast_step import contrast_top
 from .forward_observer import Observer
 from .graph import Graph
+from .parts import FirstRun, Parts, Recorded, Repeat, Watcher
 from .sample_independence import find_samples
 from .sample_layout import Layout
 from .sample_positions import Samples
@@ -48,8 +49,11 @@ class Recording:
         composite: The normalized composite.
         output: The output at which the measure starts, if the model returns several, or a tap inside the model.
         reference: The reference, for a measure of the difference of outputs.
+        max_memory: Bytes above which the tensors of the recording are dropped, and computed again in parts; None for no
+            limit.
 
     Attributes:
+        parts: The parts of a recording that exceeds ``max_memory``, or None.
         structure: The graph, the taps and the samples, which do not depend on values.
         output: The output, with its history.
         fingerprint: State of the weights during the forward pass.
@@ -70,18 +74,27 @@ class Recording:
         composite: Normalized,
         output: Output | Atom | None = None,
         reference: Reference | None = None,
+        max_memory: int | None = None,
     ) -> None:
         check_module(model)
-        self._rerun = Rerun(model, call, composite, output, reference)
+        first = None if max_memory is None else FirstRun(max_memory)
+        if first is not None:
+            call, reference = call.changed(torch.clone, torch.clone), None if reference is None else reference.cloned()
+        self._rerun = Rerun(model, call, composite, output, reference, max_memory, asked_for(_device(call)))
         self._other: Tensor | None = None
         self.references = 1 if reference is None else reference.count
         followed = None
         if reference is not None:
             followed = ReferencePass(reference.is_tangent)
-            other, _ = _run(model, reference.call, composite, output, followed)
+            if max_memory is not None:
+                followed, first = _limited(followed.is_tangent, max_memory)
+            other, _ = _run(model, reference.call, composite, output, followed, first)
             self._other = other.detach()
             followed.replay()
-        self.output, observer = _run(model, call, composite, output, followed)
+            if max_memory is not None:
+                first = FirstRun(max_memory, followed.drop, first)
+        self.output, observer = _run(model, call, composite, output, followed, first)
+        self.parts = None if first is None else self._divided(first)
         self.fingerprint = Fingerprint(model)
         two = self._rerun.shapes_of_two
         has_rows = not isinstance(output, Atom)
@@ -89,6 +102,19 @@ class Recording:
             Structure, observer, self.output, call.batch, call.batched, two, has_rows
         )
         self.structure = self._restructured()
+
+    def _divided(self, first: FirstRun) -> Parts | None:
+        """Returns the parts of the recording; None if the first run has not exceeded the limit."""
+        if not first.is_over:
+            first.keep()
+            return None
+        parts = Parts(first, self._rerun.watched)
+        parts.forget = self._forget_routes
+        return parts
+
+    def _forget_routes(self) -> None:
+        for vertex in self.graph.vertices:
+            vertex.forget()
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
@@ -104,11 +130,12 @@ class Recording:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
         start = self._layout.fold(relevance)
-        if self.samples.count > 1 and not self.samples.is_plain:
-            with audit():
-                find_samples(self, start, self._rerun)
-        if contrast is not None:
-            start = self._contrasted(contrast)
+        with exact(start.device):  # kernels built here are those of all queries
+            if self.samples.count > 1 and not self.samples.is_plain:
+                with audit():
+                    find_samples(self, start, self._rerun)
+            if contrast is not None:
+                start = self._contrasted(contrast)
         del self._rerun, self._restructured
         return start
 
@@ -179,15 +206,15 @@ def _run(
     composite: Normalized,
     output: Output | Atom | None,
     reference: ReferencePass | None,
+    watcher: Watcher | None = None,
 ) -> tuple[Tensor, Observer]:
-    """Runs the model under the hooks of the composite; returns the explained output and the observer."""
-    indices = list(call.indices.values())
+    """Runs the model under the hooks of the composite; returns the explained output and what was observed."""
     inner = output if isinstance(output, Atom) else None
-    observer = Observer(indices, inner)
+    observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:
         around.enter_context(_RECORDING)  # another thread may be recording this model, with its hooks installed
         check_model(model, call.tensors)
-        device = (*call.tensors, *indices)[0].device
+        device = _device(call)
         for block in (
             preserved(model),
             forward_pass(observer, reference),
@@ -229,13 +256,25 @@ class Reference:
     is_tangent: bool = False
     count: int = 1
 
+    def cloned(self) -> Reference:
+        """Returns the same reference with its own inputs."""
+        return replace(self, call=self.call.changed(torch.clone, torch.clone))
+
+
+def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
+    """Returns the pass of a reference whose tensors are dropped once they exceed a limit, and its watcher."""
+    first = FirstRun(limit, lambda: followed.drop())
+    followed = ReferencePass(is_tangent, lambda: not first.is_over)
+    return followed, first
+
 
 @dataclass(frozen=True)
 class Rerun:
     """Repeated runs of the model of a recording, which test how the model treats samples.
 
     Attributes:
-        model, call, composite, output, reference: As in :class:`Recording`.
+        model, call, composite, output, reference, max_memory: As in :class:`Recording`.
+        form: The dtype of layers under the autocast in which the recording was made.
         calls_hooks: Whether the user's hooks are called.
     """
 
@@ -244,6 +283,8 @@ class Rerun:
     composite: Normalized
     output: Output | Atom | None
     reference: Reference | None = None
+    max_memory: int | None = None
+    form: torch.dtype | None = None
     calls_hooks: bool = False
 
     @property
@@ -255,11 +296,30 @@ class Rerun:
         """Returns an object whose runs call the user's hooks."""
         return replace(self, calls_hooks=True)
 
+    def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
+        """Runs the model as it ran for the recording, under a watcher, and before at the reference, under another."""
+        followed = None
+        with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
+            if self.reference is not None and at_reference is not None:
+                followed = ReferencePass(self.reference.is_tangent, at_reference.is_wanted)
+                with suppress(Recorded):
+                    _run(self.model, self.reference.call, self.composite, self.output, followed, at_reference)
+                followed.replay()
+            try:
+                _run(self.model, self.call, self.composite, self.output, followed, run)
+            finally:
+                if followed is not None:
+                    followed.close()
+
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
         """Runs the model on changed inputs and returns the recording."""
-        with untraced(), self._hooks(), torch.inference_mode(False), torch.enable_grad():
+        modes = untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form)
+        with ExitStack() as around:
+            for block in (*modes, self._hooks()):
+                around.enter_context(block)
             call = self.call.changed(change, others)
-            return Recording(self.model, call, self.composite, self.output, self._changed_reference(change, others))
+            reference = self._changed_reference(change, others)
+            return Recording(self.model, call, self.composite, self.output, reference, self.max_memory)
 
     def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
         """Returns the output on changed inputs."""
@@ -268,9 +328,10 @@ class Rerun:
         call = self.call.changed(change, others)
         with ExitStack() as around:
             around.enter_context(_RECORDING)
-            device = (*call.tensors, *call.indices.values())[0].device
+            device = _device(call)
             for block in (
                 untraced(),
+                layers_in(self.form),
                 self._hooks(),
                 forward_pass(None),
                 _buffers_kept(self.model),
@@ -343,10 +404,16 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
+def _device(call: Call) -> torch.device:
+    """Returns the device of the inputs."""
+    first: Tensor = (*call.tensors, *call.indices.values())[0]
+    return first.device
+
+
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
     """Context in which layers run in the reduced precision of autocast, and other operations in float32 or float64."""
-    with layers_in(asked_for(device)), exact(device):
+    with layers_in(asked_for(device) or current()), exact(device):
         yield
 
 

@@ -1,0 +1,83 @@
+"""Quantized linear layers: their rules act on the dequantized weight, which the layer itself computes.
+
+A layer of torchao has a weight of a subclass of tensor, one of bitsandbytes a weight of integers in a format of its
+own, one of torch.ao a packed weight that is not a parameter. What they have in common is the map that they compute: its
+columns are the outputs at unit vectors, without the output at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import UnsupportedOperationError
+
+TOLERANCE = 0.1
+"""Largest deviation of a layer from its dequantized weight, relative to its output: layers that round their input."""
+ROWS = 256
+"""Number of unit vectors in one call of a layer."""
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Returns whether a module is a linear layer whose weight is not a plain tensor of real numbers."""
+    sizes = module.__dict__.get("in_features"), module.__dict__.get("out_features")
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return callable(weight)  # packed
+    return not is_lazy(weight) and (type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATS)
+
+
+def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], source: Tensor, name: str) -> nn.Linear:
+    """Returns a linear layer with the dequantized weight of a layer.
+
+    Args:
+        module: The layer.
+        run: Runs the layer on an input.
+        source: The input of the layer, ``(…, in)``.
+        name: Name of the layer, for messages.
+
+    Raises:
+        UnsupportedOperationError: If the layer is not linear, up to the rounding of its input.
+    """
+    count = source.shape[-1]
+    with torch.no_grad():
+        bias = run(module, source.new_zeros(1, count))[0]
+        units = torch.eye(count, dtype=source.dtype, device=source.device)
+        columns = torch.cat([run(module, units[at : at + ROWS]) - bias for at in range(0, count, ROWS)])
+        row = source.reshape(-1, count)[:1]
+        given, own = run(module, row), row @ columns + bias
+        error, size = (given - own).abs().max(), torch.maximum(given.abs().max(), bias.abs().max())
+        if bool(error > TOLERANCE * size):
+            raise UnsupportedOperationError(
+                f"layer {name!r} ({type(module).__module__}.{type(module).__name__}) is quantized, and is not linear: "
+                f"its output differs from that by its values at unit vectors by {float(error / size):.0%}. Explain the "
+                "model before it is quantized, or dequantize this layer."
+            )
+    linear = nn.Linear(count, len(bias), device="meta")
+    linear.weight = nn.Parameter(columns.T.contiguous(), requires_grad=False)
+    linear.register_parameter("bias", nn.Parameter(bias, requires_grad=False) if bool(bias.any()) else None)
+    return linear
+
+
+def packed_tensors(module: nn.Module) -> list[Tensor]:
+    """Returns the tensors of a quantized layer that are no plain real numbers."""
+    own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    return [tensor for tensor in own if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _FLOATS]
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields the plain tensors that a tensor consists of: itself, or those that a wrapper holds."""
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
+
+
+__all__ = ["dequantized", "is_quantized", "packed_tensors", "plain_tensors"]

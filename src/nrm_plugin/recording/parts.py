@@ -1,0 +1,322 @@
+"""A recording within a memory limit: its steps lie in parts, of which one at a time holds its tensors.
+
+The model runs once for the structure of the recording. If the tensors of the steps exceed the limit, they are dropped.
+When a pass arrives at a step, the model runs again, and the steps of one part keep their tensors: consecutive steps
+within the limit. The outputs of some modules are kept, such as those of the blocks of a transformer; in a later run,
+these modules return them without running, unless they contain steps of the part. The structure, and with it the names
+of taps and the order of all sums, is always that of the first run.
+
+Kernels are dropped when relevance has passed them, and are then built again for further passes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StaleMeasureError
+from ..kernels.layer_step import LayerStep
+from ..kernels.step import Step
+from .units import WORTH, Unit, are_kept, bytes_of, entries, is_container, kept, mapped, size_of, versions
+
+End = Callable[[Tensor], Tensor]
+"""A function that returns a tensor with the same values at which walks end."""
+
+
+class Recorded(BaseException):
+    """Raised inside a run of the model when the wanted part is recorded; no error, so no model should handle it."""
+
+
+class Watcher(Protocol):
+    """An object that follows a run of the model."""
+
+    def on_step(self, step: Step, output: Tensor) -> None:
+        """Called for each step, with the output of the call."""
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Called for each module before the model runs."""
+
+    def enter(self, module: nn.Module, name: str, call: int, args: Any, kwargs: Any, end: End) -> None:
+        """Called before a module without a rule runs; ``end`` returns a tensor at which walks end."""
+
+    def leave(self, module: nn.Module, output: Any, gates: Any) -> None:
+        """Called after a module without a rule ran."""
+
+
+@dataclass
+class _Open:
+    """A module that is running: its call, the number of its first step, and its arguments."""
+
+    module: nn.Module
+    name: str
+    call: int
+    first: int
+    args: list[tuple[Tensor, int]]
+
+
+class FirstRun:
+    """The first run of the model: drops all tensors once they exceed the limit.
+
+    Args:
+        limit: Bytes.
+        drop: Called when the limit is exceeded.
+        reference: The first run of a reference, whose tensors count as well, with those of the differences.
+
+    Attributes:
+        steps: The steps, in execution order.
+        sizes: Bytes of each step.
+        values: A few entries of the output of each step.
+        units: The calls whose outputs are kept, none inside another.
+        is_over: Whether the limit was exceeded.
+    """
+
+    def __init__(self, limit: int, drop: Callable[[], None] = lambda: None, reference: FirstRun | None = None) -> None:
+        self.limit, self._drop = limit, drop
+        self.reference = reference
+        self.steps: list[Step] = []
+        self.sizes: list[int] = []
+        self.values: list[Tensor] = []
+        self.units: list[Unit] = []
+        self.is_over: bool = reference is not None and reference.is_over
+        self._total: int = 0 if reference is None else reference._total
+        self._open: list[_Open] = []
+
+    def on_step(self, step: Step, output: Tensor) -> None:
+        step.number, step.holder = len(self.steps), _UNFINISHED
+        has_image = isinstance(step, LayerStep) and step.layer_call.image is not None
+        self.steps.append(step)
+        self.sizes.append(size_of(output) * (1 + has_image if self.reference is None else 3))
+        self.values.append(entries(output))
+        self._total += self.sizes[-1]
+        if self.is_over:
+            step.empty()
+        elif self._total > self.limit:
+            self.is_over = True
+            self._drop()
+            for known in (*self.steps, *(self.reference.steps if self.reference is not None else ())):
+                known.empty()
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        return None
+
+    def enter(self, module: nn.Module, name: str, call: int, args: Any, kwargs: Any, end: End) -> None:
+        if is_container(module):
+            self._open.append(_Open(module, name, call, len(self.steps), versions(args, kwargs)))
+
+    def leave(self, module: nn.Module, output: Any, gates: Any) -> None:
+        if not is_container(module):
+            return
+        one = self._open.pop()
+        while one.module is not module:  # calls inside that raised, which the model has handled
+            one = self._open.pop()
+        inside = sum(self.sizes[one.first :])
+        is_written = any(tensor._version != version for tensor, version in one.args)
+        if is_written or inside > self.limit or not are_kept(output, one.first, gates):
+            return
+        if inside >= WORTH * bytes_of(output):
+            while self.units and self.units[-1].first >= one.first:
+                self.units.pop()
+            unit = Unit(one.name, one.call, one.first, len(self.steps), mapped(output, kept))
+            self.units.append(unit)
+
+    def apart(self, part: range) -> dict[tuple[str, int], Unit]:
+        """Returns the kept calls without a step of a part."""
+        return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
+
+    def keep(self) -> None:
+        """Lets all steps keep their tensors, if the limit was not exceeded."""
+        for step in self.steps:
+            step.holder = None
+
+
+class _Unfinished:
+    """The holder of steps during the first run, in which kernels are needed only before tensors are dropped."""
+
+    def fill(self, step: Step) -> None:
+        return None
+
+
+_UNFINISHED = _Unfinished()
+
+
+class Repeat:
+    """A later run of the model, in which the steps of one part keep their tensors.
+
+    Args:
+        first: The first run.
+        part: The numbers of the steps of the part.
+        units: The calls that do not run, by name and number of the call.
+
+    Attributes:
+        steps: The steps of the part in this run.
+        values: A few entries of the outputs of these steps.
+    """
+
+    def __init__(self, first: FirstRun, part: range, units: Mapping[tuple[str, int], Unit]) -> None:
+        self._first, self._part, self._units = first, part, units
+        self._replaced = {name for name, _ in units}
+        self._open: list[tuple[nn.Module, Unit | None, End]] = []
+        self._number = 0
+        self.steps: list[Step] = []
+        self.values: list[Tensor] = []
+
+    def on_step(self, step: Step, output: Tensor) -> None:
+        number, self._number = self._number, self._number + 1
+        known = self._first.steps[number] if number < len(self._first.steps) else None
+        if known is None or (type(known), known.rule, known.shape) != (type(step), step.rule, step.shape):
+            raise StaleMeasureError(_CHANGED.format(name=step.name))
+        step.uses = known.uses
+        if number in self._part:
+            self.steps.append(step)
+            self.values.append(entries(output))
+        else:
+            step.empty()
+        if number + 1 == self._part.stop:
+            raise Recorded
+
+    def is_wanted(self) -> bool:
+        """Returns whether the next step is one of the part."""
+        return self._number in self._part
+
+    def is_same(self) -> bool:
+        """Returns whether the steps of the part have the values of the first run."""
+        known = self._first.values[self._part.start : self._part.stop]
+        return len(self.values) == len(known) and _are_close(torch.cat(known), torch.cat(self.values))
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        if name in self._replaced:
+            module.__dict__["forward"] = functools.partial(self._forward, module.forward)
+
+    def enter(self, module: nn.Module, name: str, call: int, args: Any, kwargs: Any, end: End) -> None:
+        if name in self._replaced:
+            self._open.append((module, self._units.get((name, call)), end))
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the innermost module, or returns the output that was kept of its call."""
+        _, unit, end = self._open[-1]
+        if unit is None:
+            return forward(*args, **kwargs)
+        self._number = unit.stop
+        return unit.output(end)
+
+    def leave(self, module: nn.Module, output: Any, gates: Any) -> None:
+        while any(one is module for one, _, _ in self._open):
+            if self._open.pop()[0] is module:
+                break
+
+
+class Parts:
+    """The parts of a recording, one of which holds its tensors.
+
+    Args:
+        first: The first run.
+        run: Runs the model again under a watcher, and before at the reference, if there is one, under another.
+
+    Attributes:
+        current: The part that holds its tensors, if there is one.
+        forget: Called when the tensors of a part are dropped.
+    """
+
+    def __init__(self, first: FirstRun, run: Callable[[Repeat, Repeat | None], object]) -> None:
+        self._first, self._run = first, run
+        self._stubs = [dict(step.__dict__) for step in first.steps]
+        self._runs_units = True
+        self.current: range | None = None
+        self.forget: Callable[[], None] = lambda: None
+        self._twins: list[Step] = []
+        for step in first.steps:
+            step.holder = self
+
+    @functools.cached_property
+    def ranges(self) -> list[range]:
+        """Numbers of the steps of each part, in execution order; to be read when the graph has counted all readers."""
+        return divided(self._first)
+
+    def fill(self, step: Step) -> None:
+        """Makes the tensors of a step available, and drops those of the steps of other parts."""
+        place = bisect.bisect_right([part.start for part in self.ranges], step.number) - 1
+        part = self.ranges[place]
+        if part == self.current:
+            return
+        self.empty()
+        run = self._recorded(part)
+        if run is None and self._runs_units:
+            self._runs_units = False  # a module does more than to return its output
+            run = self._recorded(part)
+        if run is None:
+            raise StaleMeasureError(_CHANGED.format(name=step.name))
+        for number, twin in zip(part, run.steps, strict=True):
+            known = self._first.steps[number]
+            twin.__dict__.update(name=known.name, call=known.call, uses=known.uses, number=number, holder=self)
+            known.__dict__ = twin.__dict__  # both are one step from now on
+        self._twins, self.current = run.steps, part
+
+    def empty(self) -> None:
+        """Drops the tensors of the current part."""
+        for number in self.current or ():
+            step = self._first.steps[number]
+            step.__dict__ = self._stubs[number] | {"uses": step.uses, "holder": self}
+        self._twins, self.current = [], None
+        self.forget()
+
+    def _recorded(self, part: range) -> Repeat | None:
+        """Returns the run that recorded a part; None if the model computed something else."""
+        firsts = [one for one in (self._first, self._first.reference) if one is not None]
+        apart = [one.apart(part) if self._runs_units else {} for one in firsts]
+        common = {key for key in apart[0] if all(key in units for units in apart)}
+        repeats = [
+            Repeat(one, part, {key: units[key] for key in common}) for one, units in zip(firsts, apart, strict=True)
+        ]
+        try:
+            self._run(repeats[0], repeats[1] if len(repeats) > 1 else None)
+        except Recorded:
+            pass
+        except Exception:
+            if common:
+                return None
+            raise
+        return repeats[0] if all(repeat.is_same() for repeat in repeats) else None
+
+
+def divided(first: FirstRun) -> list[range]:
+    """Divides the steps into parts within the limit, where possible between calls whose outputs are kept."""
+    starts = set(range(len(first.steps) + 1))
+    for unit in first.units:
+        starts -= set(range(unit.first + 1, unit.stop))
+    for step in first.steps:
+        for below in step.joined:
+            if isinstance(step, LayerStep) or below.uses <= 1:
+                starts -= set(range(below.number + 1, step.number + 1))
+    bounds = sorted(starts)
+    sums = [0]
+    for size in first.sizes:
+        sums.append(sums[-1] + size)
+    ranges, start = [], 0
+    for here, after in zip(bounds, [*bounds[1:], None], strict=True):
+        is_full = after is None or sums[after] - sums[start] > first.limit
+        if is_full and here > start:
+            ranges.append(range(start, here))
+            start = here
+    return ranges
+
+
+def _are_close(one: Tensor, two: Tensor) -> bool:
+    """Returns whether two runs of the model agree to the rounding of sums in another order."""
+    scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
+    return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
+
+
+_CHANGED = (
+    "the recording exceeds max_memory, so the model runs again for a part of it, and it no longer computes what it "
+    "computed when the measure was constructed, at {name!r}. Ask the measure while the contexts and hooks are active "
+    "in which it was constructed, and leave inputs and model unchanged; a model that draws random numbers, or keeps "
+    "state between calls, needs a measure without max_memory."
+)
+
+__all__ = ["FirstRun", "Parts", "Repeat", "Watcher", "divided"]

@@ -1,0 +1,110 @@
+"""Calls of modules whose outputs are kept, so that the model can run again without running these modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.forward_state import Saved
+from ..kernels.step import step_of
+from ..model.zero_one_routes import source_of
+
+WORTH = 4
+"""Bytes recorded inside a call for each byte of its outputs, from which on the outputs are kept."""
+
+
+def size_of(tensor: Tensor) -> int:
+    """Returns the bytes of the entries of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One call of a module whose outputs are kept.
+
+    Attributes:
+        name: Name of the module.
+        call: Number of the call.
+        first, stop: Numbers of the first step of the call, and of the first step after it.
+        outputs: The output of the call, with tensors as :class:`~nrm_plugin.kernels.forward_state.Saved`.
+    """
+
+    name: str
+    call: int
+    first: int
+    stop: int
+    outputs: Any
+
+    def output(self, passed: Callable[[Tensor], Tensor]) -> Any:
+        """Returns the output of the call.
+
+        Args:
+            passed: Returns the tensor that replaces a tensor of the output.
+        """
+        return mapped(self.outputs, lambda saved: passed(saved.tensor))
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Replaces the tensors, plain or saved, in a tensor or in nested tuples, lists and dictionaries."""
+    if isinstance(value, (Tensor, Saved)):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(mapped(item, change) for item in value)
+    return {key: mapped(item, change) for key, item in value.items()} if type(value) is dict else value
+
+
+def are_kept(output: Any, first: int, gates: Any) -> bool:
+    """Returns whether the outputs of a call can replace the call: they are results of its steps, and of nothing else.
+
+    A gate, a view of an earlier tensor, or values that carry no relevance have properties beyond their values.
+
+    Args:
+        output: The output of the call.
+        first: Number of the first step of the call.
+        gates: The gates of the forward pass.
+    """
+    if isinstance(output, Tensor):
+        step = None if output.grad_fn is None else step_of(source_of(output.grad_fn))
+        is_own = step is not None and step.holder is not None and step.number >= first
+        return is_own and type(output) is Tensor and not gates.holds(output)
+    if type(output) in (tuple, list):
+        return all(are_kept(item, first, gates) for item in output)
+    if type(output) is dict:
+        return all(are_kept(item, first, gates) for item in output.values())
+    return output is None or isinstance(output, (bool, int, float, str))
+
+
+def kept(tensor: Tensor) -> Saved:
+    """Returns a tensor, protected from later writes, without memory that belongs to other tensors."""
+    own = tensor.detach()
+    return Saved(own.clone() if own.untyped_storage().nbytes() > 2 * size_of(own) else own)
+
+
+def bytes_of(output: Any) -> int:
+    """Returns the bytes of all tensors in an output."""
+    sizes: list[int] = []
+    mapped(output, lambda tensor: sizes.append(size_of(tensor)))
+    return sum(sizes)
+
+
+def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
+    """Returns the tensors among the arguments of a call, with their versions."""
+    return [(value, value._version) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def entries(tensor: Tensor) -> Tensor:
+    """Returns a copy of a few entries of a tensor, at most two in each dimension, by which values are compared."""
+    some = tensor.detach()[tuple(slice(None, None, max(1, (size + 1) // 2)) for size in tensor.shape)]
+    return some.reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Returns whether a module has modules inside it."""
+    return any(child is not None for child in module._modules.values())
+
+
+__all__ = ["Unit", "are_kept", "entries", "kept", "size_of", "versions"]
