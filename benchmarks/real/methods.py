@@ -160,8 +160,9 @@ def zennit(composite: Callable[..., Composite]) -> Explainer:
         x = question.inputs.clone().requires_grad_()
         canonizers = [NamedMergeBatchNorm(batch_norms(question.net.model))]
         given = [question.net] if composite is gamma_box else []
+        start = question.weights * question.net.logits(question.inputs)
         with composite(*given, canonizers=canonizers).context(question.net.model) as model:
-            (relevance,) = torch.autograd.grad(model(x), x, question.weights * question.net.logits(question.inputs))
+            (relevance,) = torch.autograd.grad(model(x), x, start)
         return relevance
 
     return explain
