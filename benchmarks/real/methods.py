@@ -161,6 +161,7 @@ def zennit(composite: Callable[..., Composite]) -> Explainer:
         start = question.weights * question.net.logits(question.inputs)  # before hooks are registered
         canonizers = [NamedMergeBatchNorm(batch_norms(question.net.model))]
         given = [question.net] if composite is gamma_box else []
+        start = question.weights * question.net.logits(question.inputs)
         with composite(*given, canonizers=canonizers).context(question.net.model) as model:
             (relevance,) = torch.autograd.grad(model(x), x, start)
         return relevance
