@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.circuits.pages import circuits
+from benchmarks.circuits.pages import circuits, known_circuit
 from benchmarks.markdown import grid, small
 
 ROOT = Path(__file__).parents[1]
@@ -362,6 +362,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
     "relative": ("relative.md", relative),
     "circuits": ("circuits.md", circuits),
+    "known_circuit": ("known-circuit.md", known_circuit),
     "differences": ("differences.md", differences),
     "path_patching": ("joint-relevance.md", path_patching),
     "real": ("real.md", real),

@@ -106,7 +106,7 @@ NAVIGATION = {
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),
     "Numbers": """docs/numbers docs/real docs/joint-relevance docs/cost docs/speed docs/default-composite
-        docs/faithfulness docs/circuits docs/architectures docs/other-packages docs/mutants""".split(),
+        docs/faithfulness docs/circuits docs/known-circuit docs/architectures docs/other-packages docs/mutants""".split(),
     "Reference": [f"reference/{page}" for page in REFERENCE],
     "Project": "docs/design docs/claims docs/stability docs/coverage CONTRIBUTING CHANGELOG".split(),
 }
