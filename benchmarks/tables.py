@@ -356,6 +356,21 @@ def _averaged(nets: Results) -> str:
     return grid(f"| network | method | {' | '.join(REAL[key] for key in keys)} | SRG: first row minus this row |", rows)
 
 
+def text_heads(results: Results) -> dict[str, str]:
+    """Joint relevance of heads and tokens, with the sums of rows and columns."""
+
+    def cells(values: Iterable[float]) -> list[str]:
+        return [f"{round(100 * value, 1) + 0.0:.1f}" for value in values]
+
+    rows = [
+        [f"head {number}", *cells(row), *cells([mass])]
+        for number, (row, mass) in enumerate(zip(results["joint"], results["heads"], strict=True))
+    ]
+    rows.append(["bypassing", *cells(results["bypassing"]), *cells([results["bypass"]])])
+    rows.append(["sum", *cells(results["tokens"]), *cells([sum(results["tokens"])])])
+    return {"heads": grid(f"| % | {' | '.join(results['words'])} | sum |", rows)}
+
+
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
@@ -372,6 +387,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "selection": ("critical-paths.md", selection),
     "sweep": ("data-sets.md", sweep),
     "real_text": ("text.md", real_text),
+    "text_heads": ("text.md", text_heads),
     "real_decoders": ("text.md", real_decoders),
 }
 

@@ -27,22 +27,25 @@ def results() -> dict[str, Any]:
     """Draws the figure; masses of heads and tokens, and the joint relevance of all pairs."""
     model, tokenizer = loaded("eager")
     mu = explain_text(model.double(), tokenizer, SENTENCE).measure
-    words = tokenizer.convert_ids_to_tokens(tokenizer(SENTENCE)["input_ids"])
+    ids = tokenizer(SENTENCE, return_tensors="pt")
+    words = tokenizer.convert_ids_to_tokens(ids["input_ids"][0])
+    first, second = (model.config.id2label[int(k)] for k in model(**ids).logits[0].argsort(descending=True))
     shape, count = mu.marginal(TOKENS).shape[1:], mu.marginal(HEADS).shape[1]
     place = torch.arange(shape[0])[:, None].expand(shape)
     over = {
         TOKENS: {f"{word} ({number})": place == number for number, word in enumerate(words)},
-        HEADS: torch.arange(count),
+        HEADS: torch.arange(count)[:, None, None],
     }
     graph = mu.flow([HEADS, TOKENS], over=over, top=None, names={HEADS: [f"head {n}" for n in range(count)]})
     (joint,) = graph.joints
     upper, lower = graph.layers
     named = replace(graph, layers=(replace(upper, name="heads of block 5"), replace(lower, name="tokens")))
-    flow_figure(named, f"“{SENTENCE}”: positive rather than negative", caption="", width=6).savefig(FIGURE, dpi=85)
-    order = [joint_row(graph.layers[1].labels, f"{word} ({number})") for number, word in enumerate(words)]
-    heads = [joint_row(upper.labels, f"head {n}") for n in range(count)]
+    flow_figure(named, f"“{SENTENCE}”: {first} rather than {second}", caption="", width=6).savefig(FIGURE, dpi=85)
+    order = [lower.labels.index(f"{word} ({number})") for number, word in enumerate(words)]
+    heads = [upper.labels.index(f"head {n}") for n in range(count)]
     return {
         "sentence": SENTENCE,
+        "explained": [first, second],
         "words": words,
         "change": round(float(mu.output[0]), 4),
         "joint": [[round(float(joint[row, column]), 4) for column in order] for row in heads],
@@ -52,11 +55,6 @@ def results() -> dict[str, Any]:
         "bypass": round(upper.bypass, 4),
         "sinks": [round(upper.sink, 6), round(lower.sink, 6)],
     }
-
-
-def joint_row(labels: tuple[str, ...], label: str) -> int:
-    """The row of a group in the joint relevance."""
-    return labels.index(label)
 
 
 def main() -> None:
