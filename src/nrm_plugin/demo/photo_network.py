@@ -65,7 +65,8 @@ def load_photo() -> Tensor:
     """Returns the centre square of the photograph of the demo, ``(1, 3, SIDE, SIDE)`` in [0, 1]."""
     with Image.open(io.BytesIO(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())) as file:
         square = ImageOps.fit(file.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
-    return pil_to_tensor(square)[None] / 255
+    pixels: Tensor = pil_to_tensor(square)[None] / 255
+    return pixels
 
 
 def normalized(images: Tensor) -> Tensor:
