@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.circuits.pages import circuits
+from benchmarks.circuits.pages import circuits, known_circuit
 from benchmarks.markdown import grid, small
 
 ROOT = Path(__file__).parents[1]
@@ -402,12 +402,28 @@ def _interval(values: list[float], sign: str = "") -> str:
     return "{:{sign}.2f} ({:{sign}.2f} to {:{sign}.2f})".format(*values, sign=sign)
 
 
+def text_heads(results: Results) -> dict[str, str]:
+    """Joint relevance of heads and tokens, with the sums of rows and columns."""
+
+    def cells(values: Iterable[float]) -> list[str]:
+        return [f"{round(100 * value, 1) + 0.0:.1f}" for value in values]
+
+    rows = [
+        [f"head {number}", *cells(row), *cells([mass])]
+        for number, (row, mass) in enumerate(zip(results["joint"], results["heads"], strict=True))
+    ]
+    rows.append(["bypassing", *cells(results["bypassing"]), *cells([results["bypass"]])])
+    rows.append(["sum", *cells(results["tokens"]), *cells([sum(results["tokens"])])])
+    return {"heads": grid(f"| % | {' | '.join(results['words'])} | sum |", rows)}
+
+
 PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
     "relative": ("relative.md", relative),
     "circuits": ("circuits.md", circuits),
+    "known_circuit": ("known-circuit.md", known_circuit),
     "differences": ("differences.md", differences),
     "path_patching": ("joint-relevance.md", path_patching),
     "real": ("real.md", real),
@@ -418,6 +434,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "sweep": ("data-sets.md", sweep),
     "memory": ("memory.md", memory),
     "real_text": ("text.md", real_text),
+    "text_heads": ("text.md", text_heads),
     "real_decoders": ("text.md", real_decoders),
 }
 

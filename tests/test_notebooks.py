@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from notebooks.run import as_markdown, code, execute, notebooks
+from tests.demo.toy_packages import toy_packages
 
 KIB = 1024
 
@@ -24,12 +25,14 @@ def kinds(outputs: list[dict[str, object]]) -> list[object]:
 def test_a_notebook_runs_and_has_the_stored_outputs(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    toy_packages(tmp_path / "cache", monkeypatch)  # in place of those that a notebook would download
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
     cells = code(json.loads(path.read_text()))
     executed = execute(cells, path.name)
     assert [kinds(outputs) for outputs in executed] == [kinds(cell["outputs"]) for cell in cells]
     assert any(executed)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "folder").iterdir())
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.name)

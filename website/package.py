@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 MOST = 2 << 20
 """Maximum size of a package in bytes, most of which are the embedded model and digits."""
 DATA = {
-    "py.typed", "__init__.pyi", "demo/digits_vgg.safetensors", "demo/digits_test.safetensors", "plots/flow_page.css",
-    "plots/flow_page.js",
+    "py.typed", "__init__.pyi", "demo/digits_vgg.safetensors", "demo/digits_test.safetensors", "demo/cat.jpg",
+    "plots/flow_page.css", "plots/flow_page.js",
 }  # fmt: skip
 NEVER = re.compile(r"(^|/)(\.git/|\.venv|__pycache__|\.pytest_cache|\.hypothesis|build/|dist/|.*\.(pyc|log|pt|pth)$)")
 NEEDED = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "Makefile", "docs/measure.md", "tests/conftest.py"}

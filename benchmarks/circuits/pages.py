@@ -51,11 +51,11 @@ def known_circuit(results: Results) -> dict[str, str]:
         for name, place, read in results["operations"]
         if name in masses
     ]
-    counts = [[key, results[key]] for key in COUNTS]
+    counts = [[key, f"{results[key]:,}"] for key in COUNTS]
     return {
         "scores": grid(f"| score | {' | '.join(COMPARED.values())} | passes |", rows),
         "program": grid("| value | where | reads | measured | by the program |", program),
-        "counts": grid("| | |", counts),
+        "counts": grid("| network and pairs | number |", counts),
     }
 
 
@@ -69,7 +69,7 @@ COMPARED = {
 }
 COUNTS = (
     "layers", "heads", "neurons", "edges", "known edges", "edges that share a column", "active edges", "nodes",
-    "known nodes", "pairs", "answered",
+    "known nodes", "pairs",
 )  # fmt: skip
 
 

@@ -42,6 +42,15 @@ def test_the_photograph_is_in_the_package(tmp_path: Path):
         assert image.size == (451, 300)
 
 
+def test_the_photograph_is_cropped_for_the_network():
+    image = photo_network.load_photo()
+    assert image.shape == (1, 3, photo_network.SIDE, photo_network.SIDE)
+    assert 0 <= float(image.min()) < 0.1
+    assert 0.8 < float(image.max()) <= 1
+    inputs = photo_network.normalized(image)
+    torch.testing.assert_close(inputs * photo_network.STD + photo_network.MEAN, image)
+
+
 def test_the_true_packages_are_pinned():
     for package in photo_network.PHOTO_PACKAGES:
         assert len(bytes.fromhex(package.sha256)) == 32

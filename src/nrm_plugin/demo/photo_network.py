@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from .packages import fetched, module, wheel
 
@@ -58,6 +61,19 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(names[str(k)] for k in range(1000)) if isinstance(names, dict) else tuple(names)
 
 
+def load_photo() -> Tensor:
+    """Returns the centre square of the photograph of the demo, ``(1, 3, SIDE, SIDE)`` in [0, 1]."""
+    with Image.open(io.BytesIO(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())) as file:
+        square = ImageOps.fit(file.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    pixels: Tensor = pil_to_tensor(square)[None] / 255
+    return pixels
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Returns the inputs of the network for images in [0, 1]."""
+    return (images - MEAN) / STD
+
+
 def photo_file(folder: Path) -> Path:
     """Writes the photograph of the demo into a folder, since the package may be zipped; returns its path."""
     path = folder / PHOTO
@@ -66,6 +82,6 @@ def photo_file(folder: Path) -> Path:
 
 
 __all__ = [
-    "MEAN", "PHOTO", "PHOTO_PACKAGES", "SIDE", "STD", "efficientnet_lite", "imagenet_names", "load_photo_network",
-    "photo_file",
+    "MEAN", "PHOTO", "PHOTO_PACKAGES", "SIDE", "STD", "efficientnet_lite", "imagenet_names", "load_photo",
+    "load_photo_network", "normalized", "photo_file",
 ]  # fmt: skip

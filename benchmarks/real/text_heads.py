@@ -1,0 +1,68 @@
+"""The heads of the last block of the review classifier, for one sentence: joint relevance with its words, and a flow.
+
+``python -m benchmarks.real.text_heads`` takes a minute and writes the table and the figure of docs/text.md.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks import tables
+from benchmarks.conservation import store
+from nrm_plugin import explain_text
+from nrm_plugin.plots import flow_figure
+
+from .text import loaded
+
+SENTENCE = "never boring , never long"
+HEADS, TOKENS = "blocks.5.attn", "blocks.0.resid_pre"
+FIGURE = tables.ROOT / "docs/images/text-heads.png"
+
+
+def results() -> dict[str, Any]:
+    """Draws the figure; masses of heads and tokens, and the joint relevance of all pairs."""
+    model, tokenizer = loaded("eager")
+    mu = explain_text(model.double(), tokenizer, SENTENCE).measure
+    ids = tokenizer(SENTENCE, return_tensors="pt")
+    words = tokenizer.convert_ids_to_tokens(ids["input_ids"][0])
+    first, second = (model.config.id2label[int(k)] for k in model(**ids).logits[0].argsort(descending=True))
+    shape, count = mu.marginal(TOKENS).shape[1:], mu.marginal(HEADS).shape[1]
+    place = torch.arange(shape[0])[:, None].expand(shape)
+    over = {
+        TOKENS: {f"{word} ({number})": place == number for number, word in enumerate(words)},
+        HEADS: torch.arange(count)[:, None, None],
+    }
+    graph = mu.flow([HEADS, TOKENS], over=over, top=None, names={HEADS: [f"head {n}" for n in range(count)]})
+    (joint,) = graph.joints
+    upper, lower = graph.layers
+    named = replace(graph, layers=(replace(upper, name="heads of block 5"), replace(lower, name="tokens")))
+    flow_figure(named, f"“{SENTENCE}”: {first} rather than {second}", caption="", width=6).savefig(FIGURE, dpi=85)
+    order = [lower.labels.index(f"{word} ({number})") for number, word in enumerate(words)]
+    heads = [upper.labels.index(f"head {n}") for n in range(count)]
+    return {
+        "sentence": SENTENCE,
+        "explained": [first, second],
+        "words": words,
+        "change": round(float(mu.output[0]), 4),
+        "joint": [[round(float(joint[row, column]), 4) for column in order] for row in heads],
+        "heads": [round(upper.masses[row], 4) for row in heads],
+        "tokens": [round(lower.masses[column], 4) for column in order],
+        "bypassing": [round(float(joint[-1, column]), 4) for column in order],
+        "bypass": round(upper.bypass, 4),
+        "sinks": [round(upper.sink, 6), round(lower.sink, 6)],
+    }
+
+
+def main() -> None:
+    """Measures and writes the table."""
+    warnings.simplefilter("ignore")
+    store("text_heads", results())
+    tables.write("text_heads")
+
+
+if __name__ == "__main__":
+    main()
