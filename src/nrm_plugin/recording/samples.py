@@ -80,7 +80,7 @@ class Samples:
         """Returns the layout that converts a tensor to the form ``(N, …)``.
 
         Raises:
-            FoldingError: If no dimension holds the samples in equal parts.
+            FoldingError: If no dimension divides among the samples.
         """
         if self.is_plain:
             return self._plain
@@ -135,11 +135,11 @@ class Samples:
         same = [
             other
             for other, layout in list(self._layouts.items())
-            if layout is not None and self.graph.shape(other) == shape
+            if layout is not None and layout.slices is None and self.graph.shape(other) == shape
         ]
         if same:
             return self._layouts[min(same, key=lambda other: abs(other.vertex - buffer.vertex))]
-        return unreached(shape, self.count)
+        return unreached(shape, self.count) or next(iter(self._of_inputs(buffer)), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
         """Returns the layout of a tensor of which relevance reaches so few entries that no or several layouts fit."""
@@ -150,9 +150,9 @@ class Samples:
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
         """Whether a layout puts each entry whose sample is known in the row of that sample."""
-        placed = layout.unfold(labels)
-        rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (placed.ndim - 1))
-        return bool(((placed == rows) | (placed < 0)).all())
+        form = layout.shape(labels.shape)
+        rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (len(form) - 1))
+        return bool(((labels == layout.fold(rows.expand(form))) | (labels < 0)).all())
 
     def _of_output(self) -> Layout | None:
         """Returns the layout of a tensor inside the model at which the measure starts."""
@@ -242,7 +242,7 @@ class Samples:
         """Returns the error for entries that cannot be assigned to one sample."""
         return FoldingError(
             f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
-            "or no dimension holds the samples in equal parts. Measure one sample at a time, or pass "
+            "or no dimension divides among the samples. Measure one sample at a time, or pass "
             "batched=False, which treats the whole batch as one sample."
         )
 
