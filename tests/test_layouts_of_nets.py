@@ -289,6 +289,67 @@ def test_views_in_the_batch_come_after_the_samples(count):
     torch.testing.assert_close(mu(at("conv")[mask]), row[1])  # a mask may distinguish them
 
 
+class Uneven(nn.Module):
+    """A layer of tokens of which samples have different numbers, in one tensor without padding."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.tokens = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+        self.rnn, self.head = nn.GRU(5, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        if self.kind == "packed sequence":
+            packed = nn.utils.rnn.pack_padded_sequence(h, lengths, batch_first=True, enforce_sorted=False)
+            packed = packed._replace(data=self.tokens(packed.data))
+            return self.head(self.rnn(packed)[1][-1])
+        own = torch.arange(h.shape[1]) < lengths[:, None]
+        if self.kind == "mask":
+            tokens = self.tokens(h[own])
+            padded = torch.zeros(*own.shape, 5, dtype=x.dtype).masked_scatter(own[..., None], tokens)
+            return self.head(padded.sum(1))
+        tokens = self.tokens(torch.cat([row[:length] for row, length in zip(h, lengths, strict=True)]))
+        if self.kind == "concatenation":
+            return self.head(torch.stack([part.mean(0) for part in tokens.split(lengths.tolist())]))
+        return self.head(tokens.new_zeros(len(x), 5).index_add(0, own.nonzero()[:, 0], tokens))
+
+
+@pytest.mark.parametrize("kind", ["packed sequence", "mask", "concatenation", "index"])
+def test_samples_with_different_numbers_of_tokens_are_padded(kind):
+    torch.manual_seed(0)
+    net, x, lengths = Uneven(kind).double().eval(), torch.randn(3, 6, WIDTH).double(), torch.tensor([3, 6, 2])
+
+    def measured(rows: slice) -> RelevanceMeasure:
+        return RelevanceMeasure(net, x[rows], TARGET, additional_forward_args=(lengths[rows],))
+
+    def padded(values: Tensor, dim: int) -> Tensor:
+        return torch.cat([values, values.new_zeros(*values.shape[:dim], 6, *values.shape[dim + 1 :])], dim)
+
+    mu = measured(slice(None))
+    assert mu.shape("tokens") == (3, 6, 5)
+    queries: list[tuple[Callable[[RelevanceMeasure], Tensor], int]] = [
+        (lambda mu: mu.marginal("tokens"), 1),
+        (lambda mu: mu.marginal("tokens", joint=at("input").channel(1)), 1),
+        (lambda mu: mu.joint("tokens", "first", over=("position", "channel")), 1),
+        (lambda mu: mu.marginal("tokens", over="channel"), 0),
+        (lambda mu: mu.marginal("first", joint=at("tokens").channel([0, 2])), 0),
+        (lambda mu: mu.joint("tokens", "input"), 0),
+        (lambda mu: mu.joint("output", "tokens"), 0),
+        (lambda mu: mu(at("tokens")), 0),
+        (lambda mu: mu(~at("tokens").channel(1)), 0),
+        (lambda mu: mu(at("tokens")[1] & at("first")[0]), 0),
+        (lambda mu: mu.sink("tokens"), 0),
+        (lambda mu: mu.variation("tokens"), 0),
+    ]
+    for row in range(3):
+        alone = measured(slice(row, row + 1))
+        for ask, dim in queries:
+            ours, own = ask(mu)[row : row + 1], ask(alone)
+            own = padded(own, dim).narrow(dim, 0, ours.shape[dim]) if dim else own
+            torch.testing.assert_close(ours, own, atol=1e-6, rtol=1e-6)
+
+
 # -- samples that mix -------------------------------------------------------------------------------------------------
 
 

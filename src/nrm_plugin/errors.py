@@ -82,7 +82,7 @@ class StorageError(NRMError, TypeError):
 
 
 class FoldingError(NRMError, ValueError):
-    """Raised if the first dimension of a tap is not the batch, so that its entries cannot be assigned to samples."""
+    """Raised if the entries of a tensor cannot be assigned to the samples of the batch, as if samples mix."""
 
 
 class MissingExtraError(NRMError, ImportError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,8 +52,31 @@ def test_rows_in_another_order_are_sorted_by_sample() -> None:
     assert torch.equal(layout.fold(layout.unfold(rows)), rows)
 
 
-def test_uneven_or_mixed_samples_have_no_layout() -> None:
-    assert layouts_of(torch.tensor([0, 0, 0, 1]), 2) == []
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=7), st.integers(0, 2), st.integers(2, 3))
+def test_samples_with_different_numbers_of_slices_are_padded(slices: list[int], dim: int, width: int) -> None:
+    assume(len(set(slices)) > 1 and len({slices.count(sample) for sample in range(3)}) > 1)  # uneven
+    samples = torch.tensor(slices)
+    values = torch.arange(1, len(slices) * width * width + 1).reshape(-1, width, width).movedim(0, dim)
+    labels = samples.reshape(-1, 1, 1).expand(-1, width, width).movedim(0, dim)
+    (layout,) = layouts_of(labels, 3)
+    unfolded = layout.unfold(values)
+    assert unfolded.shape == layout.shape(values.shape)
+    for sample in range(3):
+        own = values.index_select(dim, (samples == sample).nonzero().flatten())
+        placed = unfolded[sample].unsqueeze(dim) if layout.parts == 1 else unfolded[sample]
+        assert torch.equal(placed.narrow(dim, 0, own.shape[dim]), own)
+        assert not placed.narrow(dim, own.shape[dim], layout.parts - own.shape[dim]).any()
+    assert torch.equal(layout.fold(unfolded), values)
+    assert torch.equal(layout.fold(layout.unfold(values[None], 1), 1)[0], values)
+    assert layouts_of(labels.masked_fill(samples.reshape(-1, 1, 1).movedim(0, dim) == slices[0], -1), 3) != [layout]
+
+
+def test_entries_of_one_sample_are_divided_along_the_first_dimension() -> None:
+    (layout,) = layouts_of(torch.full((1, 4), 2), 4)
+    assert layout.unfold(torch.ones(1, 4)).sum(1).tolist() == [0, 0, 4, 0]
+
+
+def test_mixed_samples_have_no_layout() -> None:
     assert layouts_of(torch.tensor([[0, 1], [1, 0]]), 2) == []
 
 

@@ -15,20 +15,23 @@ PURE = 1e-3
 class Layout:
     """The dimension of a tensor that indexes the samples, alone or together with windows, heads or views.
 
-    A dimension of size ``N · W`` is split into two: the samples become the first dimension, and ``W`` remains in place.
-    ``W = 1`` is dropped.
+    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place. ``W = 1`` is
+    dropped. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest one, and the
+    form ``(N, …)`` is padded with zeros.
 
     Attributes:
         dim: The dimension, or None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
-        order: Indices that sort the slices by sample, ``(N · W,)``, or None if they are already sorted.
+        order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
+        slices: Size of the dimension if the form is padded; ``order`` is then ``slices`` at the padding.
     """
 
     dim: int | None
     count: int
     parts: int = 1
     order: Tensor | None = None
+    slices: int | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -73,6 +76,9 @@ class Layout:
         if self.dim is None:
             return values.unsqueeze(lead)
         dim = self.dim + lead
+        if self.slices is not None:
+            zeros = values.new_zeros(*values.shape[:dim], 1, *values.shape[dim + 1 :])
+            values = torch.cat([values, zeros], dim)
         if self.order is not None:
             values = values.index_select(dim, self.order.to(values.device))
         if self.parts > 1:
@@ -91,7 +97,9 @@ class Layout:
         values = values.movedim(lead, dim)
         if self.parts > 1:
             values = values.flatten(dim, dim + 1)
-        return values if self.order is None else values.index_select(dim, self.order.argsort().to(values.device))
+        if self.order is None:
+            return values
+        return values.index_select(dim, self.order.argsort()[: self.slices].to(values.device))
 
 
 def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[Layout]:
@@ -103,11 +111,31 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[L
         mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
 
     Returns:
-        The layouts, sorted by the number of known slices in descending order. The list is empty if no dimension divides
-        equally among the samples, and has several entries if so few entries are known that more than one layout fits.
+        The layouts, those along the dimension with the most known slices first: none if no dimension divides among
+        samples, and several if so few entries are known that more than one layout fits. Samples have different numbers
+        of slices only if no dimension divides equally and the sample of each slice is known.
     """
-    exact = _fitting(labels, count, None)
-    return exact if exact or mass is None else _fitting(labels, count, mass)
+    found = _fitting(labels, count, None)
+    if not found and mass is not None:
+        found = _fitting(labels, count, mass)
+    return found or _padded(labels, count)
+
+
+def _padded(labels: Tensor, count: int) -> list[Layout]:
+    """Returns the layout in which samples have different numbers of slices, each of a known sample.
+
+    Several dimensions fit only if all entries belong to one sample; the first one is returned.
+    """
+    for dim, size in enumerate(labels.shape):
+        known = _samples_of_slices(labels, dim, count, None) if size else None
+        if known is None or bool((known < 0).any()):
+            continue
+        numbers = torch.bincount(known, minlength=count)
+        parts = int(numbers.max())
+        order = torch.full((count, parts), size, device=known.device)
+        order[torch.arange(parts, device=known.device) < numbers[:, None]] = torch.argsort(known, stable=True)
+        return [Layout(dim, count, parts, order.flatten(), size)]
+    return []
 
 
 def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:

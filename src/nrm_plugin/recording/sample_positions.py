@@ -84,7 +84,7 @@ class Samples:
         """Returns the layout that converts a tensor to the form ``(N, …)``.
 
         Raises:
-            FoldingError: If no dimension divides equally among the samples.
+            FoldingError: If no dimension divides among the samples.
         """
         if self.is_plain:
             return self._plain
@@ -139,11 +139,11 @@ class Samples:
         same = [
             other
             for other, layout in list(self._layouts.items())
-            if layout is not None and self.graph.shape(other) == shape
+            if layout is not None and layout.slices is None and self.graph.shape(other) == shape
         ]
         if same:
             return self._layouts[min(same, key=lambda other: abs(other.vertex - buffer.vertex))]
-        return unreached(shape, self.count)
+        return unreached(shape, self.count) or next(iter(self._of_inputs(buffer)), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
         """Returns the layout of a tensor with so few relevant entries that no layout or several layouts fit."""
@@ -153,10 +153,10 @@ class Samples:
         return fitting[0] if fitting and fitting[0].is_plain else None
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
-        """Returns whether a layout assigns each entry of a known sample to the row of that sample."""
-        placed = layout.unfold(labels)
-        rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (placed.ndim - 1))
-        return bool(((placed == rows) | (placed < 0)).all())
+        """Whether a layout puts each entry whose sample is known in the row of that sample."""
+        form = layout.shape(labels.shape)
+        rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (len(form) - 1))
+        return bool(((labels == layout.fold(rows.expand(form))) | (labels < 0)).all())
 
     def _of_output(self) -> Layout | None:
         """Returns the layout of a tensor inside the model at which the measure starts."""
@@ -250,8 +250,8 @@ class Samples:
     def error(self, what: str) -> FoldingError:
         """Returns the error for entries that cannot be assigned to one sample."""
         return FoldingError(
-            f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} "
-            "samples, or no dimension divides equally among the samples. Measure one sample at a time, or pass "
+            f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
+            "or no dimension divides among the samples. Measure one sample at a time, or pass "
             "batched=False, which treats the whole batch as one sample."
         )
 
