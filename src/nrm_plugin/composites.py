@@ -37,6 +37,7 @@ from .kernels.rule_reader import PlainGradient
 from .model.affine_layers import layer_like
 from .model.checks import Uncompiled, check_hookable, check_unhooked, check_unpatched
 from .model.quantized import is_quantized
+from .model.zero_one_routes import is_route
 from .rules import Absolute, ConservingEpsilon, Relative
 
 Uncovered = Literal["error", "gradient"]
