@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .value_reads import unwatched
+
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
@@ -19,20 +21,22 @@ def preserved(model: nn.Module) -> Iterator[None]:
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written.
     """
-    modules = [(module, _state(module)) for module in model.modules()]
-    tensors = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(model)]
-    versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
-    random = torch.get_rng_state()
+    with unwatched():
+        modules = [(module, _state(module)) for module in model.modules()]
+        tensors = [(tensor, tensor.data, tensor.requires_grad) for _, tensor in named_tensors(model)]
+        versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
+        random = torch.get_rng_state()
     try:
         yield
     finally:
         for module, state in modules:
             _restore(module, state)
-        for tensor, data, requires_grad in tensors:
-            if tensor.shape != data.shape or _address(tensor) != _address(data):
-                tensor.data = data
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
+        with unwatched():
+            for tensor, data, requires_grad in tensors:
+                if tensor.shape != data.shape or _address(tensor) != _address(data):
+                    tensor.data = data
+                if tensor.requires_grad != requires_grad:
+                    tensor.requires_grad_(requires_grad)
         for tensor, version in versions:
             if tensor._version != version:  # a canonizer restores the weights that it overwrites
                 note_restored(tensor, version)

@@ -20,7 +20,7 @@ from ..model.checks import check_drawn, check_model, check_module
 from ..model.guard import Fingerprint, named_tensors, note_restored, preserved
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.renormalization import TablesUnwritten
-from ..model.value_reads import audit, untraced
+from ..model.value_reads import audit, untraced, unwatched, without_modes
 from .contrast_step import contrast_top
 from .graph import Graph
 from .independence import find_samples
@@ -82,13 +82,15 @@ class Recording:
             self._other = other.detach()
             followed.replay()
         self.output, observer = _run(model, call, composite, output, followed)
-        self.fingerprint = Fingerprint(model)
+        with unwatched():
+            self.fingerprint = Fingerprint(model)
         two = self._rerun.shapes_of_two
         has_rows = not isinstance(output, Atom)
         self._restructured = functools.partial(
             Structure, observer, self.output, call.batch, call.batched, two, has_rows
         )
-        self.structure = self._restructured()
+        with without_modes():
+            self.structure = self._restructured()
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
@@ -186,7 +188,8 @@ def _run(
     observer = Observer(indices, inner)
     with ExitStack() as around:
         around.enter_context(_RECORDING)  # another thread may be recording this model, which then has its hooks
-        check_model(model, call.tensors)
+        with unwatched():
+            check_model(model, call.tensors)
         device = (*call.tensors, *indices)[0].device
         for block in (
             preserved(model),
@@ -197,9 +200,10 @@ def _run(
             check_drawn(model, device),
         ):
             around.enter_context(block)
-        for _, tensor in named_tensors(model):
-            if tensor.is_leaf:  # a computed buffer is a constant by its history
-                tensor.requires_grad_(False)
+        with unwatched():
+            for _, tensor in named_tensors(model):
+                if tensor.is_leaf:  # a computed buffer is a constant by its history
+                    tensor.requires_grad_(False)
         with ExitStack() as stack:
             stack.enter_context(composite.context(model))
             observer.watch(model, stack)
@@ -319,7 +323,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Context that restores buffers that the model writes in place, such as running averages; large ones are caches."""
-    with untraced():
+    with unwatched():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
         small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
         dense = [buffer for buffer in small.values() if buffer.layout == torch.strided]
@@ -327,7 +331,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with untraced(), torch.no_grad():
+        with unwatched(), torch.no_grad():
             for buffer, version, values in kept:
                 # A write through ``.data`` changes no version; on other devices a comparison would wait for the device.
                 is_written = buffer._version != version or (buffer.is_cpu and not torch.equal(buffer, values))
