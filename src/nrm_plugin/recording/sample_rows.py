@@ -109,8 +109,10 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
         sources = [len(graph.shape(edge)) for edge in vertex.edges if edge is not None]
         return "view" in name or name == "reshapealias" or all(size == dims for size in sources)
     if name == "copyslices":  # an in-place operation on a view of a whole tensor
-        whole = all(graph.shape(edge) == vertex.shapes[0] for edge in vertex.edges if edge is not None)
-        return whole and (len(vertex.shapes[0]) < 2 or vertex.shapes[0][0] not in vertex.shapes[0][1:])
+        shape = vertex.shapes[0]
+        whole = all(graph.shape(edge) == shape for edge in vertex.edges if edge is not None)
+        # The view may be a transpose, which is the view itself where the dimensions have one entry.
+        return whole and (len(shape) < 2 or shape[0] == 1 or shape[0] not in shape[1:])
     if name == "asstrided":
         like = torch.empty(vertex.shapes[0], device="meta")
         is_whole = node._saved_size == tuple(like.shape) and node._saved_stride == like.stride()
