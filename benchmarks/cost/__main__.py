@@ -125,7 +125,7 @@ def timed(net: str, work: Work, count: int, rounds: int, light: bool) -> dict[st
         work = {name: run for name, run in work.items() if not name.startswith(AGAIN)}
     row |= summary(alternated(work, rounds, 0.0 if light else SECONDS, once=firsts))
     if count == 1 and not light:
-        slow = [name for name in COMPOSITES if "plan" in page.missed(row, name)]
+        slow = [name for name in COMPOSITES if any(key.startswith("plan") for key in page.missed(row, name))]
         row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in slow}
         row["stages"] = {name: rounded(stages(work[f"{FIRST}, {name}"])) for name in COMPOSITES}
     return row

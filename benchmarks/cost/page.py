@@ -234,7 +234,8 @@ def listed(figures: dict[str, Figure]) -> str:
 
 def reasons(row: Row, composite: str, exceeded: dict[str, Figure]) -> str:
     """Where the time of the computations that exceed a target goes."""
-    text = reason(row.get("profiles", {}).get(composite)) if "plan" in exceeded else ""
+    is_slow = any(name.startswith("plan") for name in exceeded)
+    text = reason(row.get("profiles", {}).get(composite)) if is_slow else ""
     parts = row.get("stages", {}).get(composite)
     if parts is None or not any(name.startswith("first call") for name in exceeded):
         return text
