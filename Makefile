@@ -105,10 +105,19 @@ lint: .venv/.stamp
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# make bench ARGS="--nets VGG16* --quick"; LXT brings the transformers that it supports.
+# make bench ARGS="--nets VGG16* --quick"; LXT brings the transformers that it supports. ARGS=--missing continues.
 bench: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp .venv/hosts/timm.stamp
 	PYTHONPATH=.venv/hosts/crp .venv/bin/python -m benchmarks.speed
-	PYTHONPATH=.venv/hosts/lxt:.venv/hosts/timm .venv/bin/python -m benchmarks.cost $(ARGS)
+	PYTHONPATH=.venv/hosts/lxt:.venv/hosts/timm:.venv/hosts/dynamic_lrp .venv/bin/python -m benchmarks.cost $(ARGS)
+
+# DynamicLRP is a repository without a package: make .venv/hosts/dynamic_lrp.stamp adds its column to make bench.
+.venv/hosts/dynamic_lrp.stamp: .venv/.stamp
+	rm -rf .venv/hosts/dynamic_lrp .venv/hosts/dynamic_lrp.clone
+	git clone -q https://github.com/keeinlev/dynamicLRP .venv/hosts/dynamic_lrp.clone
+	git -C .venv/hosts/dynamic_lrp.clone checkout -q 0535f39e24c9b0a7e29c8d391dc2c8b490e95b22
+	.venv/bin/pip install -q --no-deps --target .venv/hosts/dynamic_lrp einops
+	cp -r .venv/hosts/dynamic_lrp.clone/src/lrp_engine .venv/hosts/dynamic_lrp
+	touch $@
 
 special-cases: .venv/.stamp .venv/hosts/crp.stamp .venv/hosts/lxt.stamp
 	PYTHONPATH=.venv/hosts/crp:.venv/hosts/lxt .venv/bin/python -m benchmarks.special_cases

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from benchmarks.cost import __main__ as command
-from benchmarks.cost import lxt_way, page, timing, timm_models, ways
+from benchmarks.cost import dynamic_lrp_way, lxt_way, page, timing, timm_models, ways
 from benchmarks.cost.nets import NETS, Graph, Net, Recurrent, draw_zeros, settle, tiny
 from benchmarks.cost.page import Figure
+from benchmarks.cost.stages import STAGES, stages
 from nrm_plugin import RelevanceMeasure
 
 PLAIN, ZENNIT, RECORDED, PLANNED = ways.PLAIN, ways.ZENNIT, ways.RECORDED, ways.PLANNED
@@ -50,6 +51,14 @@ def test_computations_alternate_within_a_round_and_the_first_round_is_not_counte
 def test_short_computations_run_more_often():
     clocks = timing.alternated({"a": lambda: None}, 2, seconds=60)
     assert len(clocks["a"]) == 8
+
+
+def test_a_computation_that_has_run_before_is_timed_once():
+    order = []
+    work = {name: partial(order.append, name) for name in (PLAIN, "a")}
+    clocks = timing.alternated(work, 2, seconds=0, once=["a"])
+    assert order == [PLAIN, PLAIN, "a", PLAIN]
+    assert len(timing.summary(clocks)["ratios"]["a"]) == 3
 
 
 def test_processor_time_does_not_count_waiting():
@@ -109,6 +118,45 @@ def test_peak_memory_is_that_since_the_reset():
     assert float(done.stdout) == pytest.approx(40, abs=8)
 
 
+class Layer(nn.Module):
+    """A model in which relevance passes one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_the_stages_of_a_first_call_add_up_and_methods_are_restored():
+    net = Net(Layer, (16,))
+    model, x = net.made(), net.inputs()
+    before = {name: getattr(*where) for name, where in STAGES.items()}
+    found = stages(lambda: ways.all_marginals(ways.planned(net, model, x, ways.NRMDefault())(x, 3)))
+    assert list(found) == [*STAGES, "rest"]
+    assert all(found[name] > 0 for name in STAGES)
+    assert {name: getattr(*where) for name, where in STAGES.items()} == before
+    assert "forward pass" in page.stages_text(found, 1.0, "NRMDefault")
+
+
+LIMITED = """
+import torch
+from benchmarks.cost import timing
+timing.limit_memory(1.0)
+try:
+    torch.ones(3 << 28)
+except RuntimeError as error:
+    print("refused")
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_process_is_limited():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "refused"
+
+
 # -- comparisons ------------------------------------------------------------------------------------------------------
 
 
@@ -129,12 +177,15 @@ def test_the_sum_is_compared_in_float64_and_single_neurons_in_float32():
 
 
 def test_a_measure_is_compared_with_zennit(monkeypatch):
-    model, x = SMALL.made(), SMALL.inputs()
-    found = ways.differences(SMALL, model, x)
+    made = ways.Ways(SMALL, SMALL.made(), SMALL.inputs())
+    found = ways.differences(made)
     assert found["zennit, float64"]["sum"] <= 1e-12
     assert not ways.faults(found)
+    assert set(ways.differences(made, exact=False)) == {name for name in found if not name.startswith("plan")} | {
+        name for name in found if name.endswith("float32")
+    }
     monkeypatch.setattr(ways, "with_context", lambda model, x, composite: 1.00001 * torch.ones_like(x))
-    assert ways.faults(ways.differences(SMALL, model, x))
+    assert ways.faults(ways.differences(made))
 
 
 def test_relevance_of_another_package_must_be_finite_and_not_zero():
@@ -150,22 +201,24 @@ def test_relevance_of_another_package_must_be_finite_and_not_zero():
 def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
     monkeypatch.setitem(NETS, "small", SMALL)
     monkeypatch.setattr(command, "profile", lambda run: run() and "profiled")
-    monkeypatch.setattr(command, "alternated", partial(timing.alternated, seconds=0))
-    row = command.one("small", 1, 1)
+    monkeypatch.setattr(command, "SECONDS", 0)
+    row, of_two = command.one("small", [1, 2], 1)["rows"]
+    assert of_two["threads"] == 2
     assert not row["faults"]
     assert not row["not planned"]
+    assert all(set(parts) == {*STAGES, "rest"} for parts in row["stages"].values())
     assert set(row["profiles"].values()) <= {"profiled"}
     ours = {f"{way}, {name}" for way in (PLANNED, ways.FIRST, RECORDED, ways.AGAIN) for name in ways.COMPOSITES}
     assert set(row["ratios"]) >= {PLAIN, ZENNIT, ways.ZENNIT_FIRST, ways.CAPTUM} | ours
-    assert row["failed"].keys() == {ways.LXT}
+    assert row["failed"].keys() - {ways.DYNAMIC_LRP} == {ways.LXT}
     assert json.dumps(row)
     assert all(low <= middle <= high for middle, low, high in row["ratios"].values())
 
 
 def test_results_that_differ_are_not_timed(monkeypatch):
     monkeypatch.setitem(NETS, "small", SMALL)
-    monkeypatch.setattr(command, "differences", lambda *of: {"plan, float64": {"neuron": 1.0, "sum": 1.0}})
-    row = command.one("small", 1, 1)
+    monkeypatch.setattr(command, "differences", lambda *of, **more: {"plan, float64": {"neuron": 1.0, "sum": 1.0}})
+    (row,) = command.one("small", [1], 1)["rows"]
     assert row["faults"]
     assert "ratios" not in row
     assert "differs by 1.0e+00 V" in page.line(row)
@@ -177,7 +230,7 @@ class StubPlan:
     factor = 1.0
 
     def __init__(self, model, inputs, *, composite, batched):
-        self.model, self.composite = model, composite
+        self.model, self.composite, self.batched = model, composite, batched
         self.asked = []
 
     def __call__(self, inputs, target):
@@ -200,14 +253,14 @@ class StubPlan:
 def plan(monkeypatch):
     monkeypatch.setattr(ways, "Plan", StubPlan)
     monkeypatch.setattr(command, "profile", lambda run: None)
-    monkeypatch.setattr(command, "alternated", partial(timing.alternated, seconds=0))
+    monkeypatch.setattr(command, "SECONDS", 0)
     monkeypatch.setitem(NETS, "small", SMALL)
     return monkeypatch
 
 
 @pytest.mark.slow
 def test_a_plan_is_compared_and_timed(plan):
-    row = command.one("small", 1, 1)
+    (row,) = command.one("small", [1], 1)["rows"]
     assert not row["faults"]
     assert {f"{PLANNED}, {name}, float{bits}" for name in ways.COMPOSITES for bits in (32, 64)} < set(
         row["differences"]
@@ -227,7 +280,7 @@ def test_a_plan_has_answered_for_other_inputs_before_it_is_timed(plan):
 
 def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
     plan.setattr(StubPlan, "factor", 1 + 3e-6)
-    row = command.one("small", 1, 1)
+    (row,) = command.one("small", [1], 1)["rows"]
     assert "plan, NRMDefault, float64 differs by 3.0e-06 V" in row["faults"]
     assert "ratios" not in row
 
@@ -238,6 +291,31 @@ def test_the_peak_of_a_plan_is_that_of_its_first_and_of_its_second_call(plan):
     assert all(0 <= peak < 50 for peak in found.values())
     for way in (PLAIN, ways.ZENNIT_FIRST, "recorded, NRMDefault"):
         assert command.peak(SMALL, SMALL.made(), way, 2).keys() == {way}
+
+
+def test_dynamic_lrp_reuses_its_engine_and_restores_the_parameters(monkeypatch):
+    engines = []
+
+    class LRPEngine:
+        def __init__(self, params_to_interpret, use_z_plus, starting_relevance):
+            self.leaf, self.start, self.runs = params_to_interpret[0], starting_relevance, 0
+            engines.append(self)
+
+        def run(self, output):
+            self.runs += 1
+            assert all(parameter.requires_grad for parameter in model.parameters())
+            return ([], [self.leaf.detach() * self.start[0, 3]]) if self.runs < 3 else ("node", KeyError("lost"))
+
+    monkeypatch.setitem(sys.modules, "lrp_engine.lrp", type(sys)("lrp"))
+    monkeypatch.setattr(sys.modules["lrp_engine.lrp"], "LRPEngine", LRPEngine, raising=False)
+    model, x = SMALL.made(), SMALL.inputs()
+    work = dynamic_lrp_way.way(model, x, 3)
+    assert torch.equal(work(), x)
+    assert torch.equal(work(), x)
+    assert len(engines) == 1
+    with pytest.raises(KeyError, match="lost"):
+        work()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_methods_that_lxt_replaces_are_restored():
@@ -336,15 +414,27 @@ def test_memory_is_relative_to_the_plain_gradient_and_to_zennit():
 def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
     slow = row_of(zennit=4.0, plan_NRMDefault=3.0, plan_EpsilonPlusFlat=1.5)
     slow["profiles"] = {"NRMDefault": {"seconds": 1, "outside operators": 0.3, "operators": {"aten::mul": [0.2, 7]}}}
+    slow["load"] = 2.5
+    late = row_of("ResNet-18 224")
+    late["ratios"]["first call, NRMDefault"] = [9.0] * 3
+    late["stages"] = {"NRMDefault": {"source": 1.0, "simplification": 2.5}}
     failed = {"net": "Swin-T", "threads": 1, "failed run": "exit status 3"}
-    peaks = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "plan, NRMDefault": 21.0}, "failed": {}}
+    peaks = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "plan, NRMDefault": 21.0}}
+    peaks["failed"] = {"recorded, NRMDefault": "no memory", ways.ZENNIT_FIRST: "hook"}
     timm = [row_of(f"timm/net{i}", plan_NRMDefault=float(i)) for i in (1, 2, 6)]
-    results = {"environment": {"torch": "2"}, "rows": [failed, slow], "peaks": [peaks], "timm": timm}
+    results = {"environment": {"torch": "2"}, "rows": [failed, slow, late], "peaks": [peaks], "timm": timm}
     text = page.tables(results)
     assert "| VGG16 224 | EpsilonPlusFlat | 1.5 / 1.6 |" in text
     assert "| VGG16 224 | NRMDefault | 3 / 1.6 ✗ |" in text
     missed = "plan 3 / 1.6 ✗, plan : Zennit 0.75 / 0.7 ✗"
-    assert f"- **VGG16 224, NRMDefault, 1 thread**: {missed}. Outside of operators 30%; `mul` 20% (7 calls)." in text
+    assert (
+        f"- **VGG16 224, NRMDefault, 1 thread**: {missed}. Plan: outside of operators 30%; `mul` 20% (7 calls)." in text
+    )
+    late_text = "first call 9 / 3 ✗. First call, in gradients: simplification 2.5, source 1."
+    assert f"- **ResNet-18 224, NRMDefault, 1 thread**: {late_text}" in text
+    assert "Load of the machine meanwhile: 2.5 to 2.5 processes." in text
+    assert "- VGG16 224, batch 8, peak memory of recorded, NRMDefault: no memory" in text
+    assert "hook" not in text
     assert "- **VGG16 224, NRMDefault, batch 8, peak memory**: plan 2.1 / 2 ✗." in text
     assert "- Swin-T, 1 threads: exit status 3" in text
     assert "| NRMDefault | plan | 3 | 2 / 1.8 ✗ | 6 / 4 ✗ (net6) |" in text
@@ -361,16 +451,56 @@ def test_results_replace_those_of_the_same_net_and_keep_the_others(tmp_path):
     assert {"torch", "zennit", "captum", "processor", "cores"} <= stored["environment"].keys()
 
 
-def test_the_options_select_what_is_measured(monkeypatch, tmp_path):
+def options(**given):
+    """Options of the command line."""
+    usual = {"nets": ["*"], "threads": [1, 2], "rounds": 7, "quick": False, "times": False, "peaks": False}
+    usual |= {"timm": False, "missing": False, "memory": None, "out": command.RESULTS}
+    return argparse.Namespace(**usual | given)
+
+
+def test_the_options_select_what_is_measured(monkeypatch):
     calls = []
-    monkeypatch.setattr(command, "measured", lambda names, counts, rounds, *_: calls.append((names, counts, rounds)))
-    monkeypatch.setattr(command, "peaks", lambda names, out: calls.append((names, "peaks")))
-    options = {"nets": ["vgg16*"], "threads": [1, 2], "rounds": 7, "out": tmp_path / "x.json", "timm": False}
-    command.run(argparse.Namespace(**options, quick=False, peaks=False))
-    command.run(argparse.Namespace(**options, quick=True, peaks=False))
-    command.run(argparse.Namespace(**options, quick=False, peaks=True))
-    name = ["VGG16 224"]
-    assert calls == [(name, [1, 2], 7), (name, "peaks"), (name, [1], 3), (name, "peaks")]
+    monkeypatch.setattr(command, "measured", lambda names, given, key, light=False: calls.append((key, names, light)))
+    monkeypatch.setattr(command, "peaks", lambda names, given: calls.append(("peaks", names)))
+    monkeypatch.setattr(timm_models, "NAMES", [])
+    rows, timm = ("rows", ["VGG16 224"], False), ("timm", [], True)
+    for selected, expected in (
+        ({}, [rows, ("peaks", rows[1]), timm]),
+        ({"quick": True}, [rows]),
+        ({"times": True}, [rows]),
+        ({"peaks": True}, [("peaks", rows[1])]),
+        ({"timm": True}, [timm]),
+    ):
+        calls.clear()
+        command.run(options(nets=["vgg16*"], **selected))
+        assert calls == expected
+
+
+def test_each_net_is_measured_once_with_all_numbers_of_threads(monkeypatch, tmp_path):
+    calls = []
+
+    def spawned(*arguments, **more):
+        calls.append(arguments)
+        return {"rows": [row_of(threads=1), row_of(threads=2)]} if len(calls) == 1 else {"failed run": "no memory"}
+
+    monkeypatch.setattr(command, "spawned", spawned)
+    given = options(out=tmp_path / "cost.json", memory=4.0)
+    command.measured(["VGG16 224", "Swin-T"], given, "rows")
+    assert calls[0] == ("--one", "VGG16 224", "--threads", 1, 2, "--rounds", 7, "--memory", 4.0)
+    stored = json.loads(given.out.read_text())["rows"]
+    assert [(row["net"], row["threads"], "failed run" in row) for row in stored] == [
+        ("VGG16 224", 1, False),
+        ("VGG16 224", 2, False),
+        ("Swin-T", 1, True),
+        ("Swin-T", 2, True),
+    ]
+    assert list(command.missing(["VGG16 224", "DeiT-tiny"], [1, 2], given, "rows", "threads")) == [
+        "VGG16 224",
+        "DeiT-tiny",
+    ]
+    given.missing = True
+    assert list(command.missing(["VGG16 224", "DeiT-tiny"], [1, 2], given, "rows", "threads")) == ["DeiT-tiny"]
+    assert list(command.missing(["VGG16 224"], [1, 4], given, "rows", "threads")) == ["VGG16 224"]
 
 
 def test_the_page_shows_the_committed_results():

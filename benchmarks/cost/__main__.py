@@ -1,17 +1,21 @@
 """Time and memory of a measure as multiples of one plain input gradient, next to Zennit and Captum, with targets.
 
-``python -m benchmarks.cost`` measures every net, stores the results as JSON with the environment, writes the tables of
-docs/cost.md and prints them as measured / target; ``make bench`` installs timm and transformers and runs it. Nets whose
-package is not installed are skipped. ``--nets`` selects nets and leaves the other results unchanged; ``--quick``
-measures times with one thread only; ``--timm`` measures one small model of each module of timm instead; ``--print`` and
-``--render`` only print and only write the stored results.
+``python -m benchmarks.cost`` measures every net, its peak memory, and one small model of each module of timm, stores
+the results as JSON with the environment, writes the tables of docs/cost.md and prints them as measured / target;
+``make bench`` installs timm, transformers and LXT and runs it. Nets whose package is not installed are
+skipped. ``--nets`` selects nets and leaves the other results unchanged; ``--missing`` measures only what has no stored
+result, so that an interrupted run continues; ``--quick`` measures times with one thread only; ``--times``,
+``--peaks`` and ``--timm`` measure one of the three parts; ``--print`` and ``--render`` only print and only write the
+stored results.
 
-Each net and number of threads is measured in its own process. Results are compared first: a plan with a recorded
-measure at every tap, and Zennit's relevance with ``residual="sink"`` where every operation is a module with a rule.
-Computations alternate within each round; times are processor times, ratios refer to the plain gradient of the same
-round, and medians and ranges are stored. Peak memory is that of one process for each computation and batch size.
+Each net is measured in its own process. Results are compared first: a plan with a recorded measure at every tap, and
+Zennit's relevance with ``residual="sink"`` where every operation is a module with a rule. Computations alternate within
+each round; times are processor times, ratios refer to the plain gradient of the same round, and medians and ranges are
+stored. Peak memory is that of one process for each computation and batch size. Models of timm are compared in float32
+only, and their first call is timed once.
 
-``--profile NET`` prints the operators with the largest own time, and the share outside of operators.
+``--profile NET`` prints the operators with the largest own time, the share outside of operators, and the stages of the
+first call.
 """
 
 from __future__ import annotations
@@ -35,16 +39,32 @@ from torch import Tensor, nn
 
 from benchmarks.cost import page, timm_models
 from benchmarks.cost.nets import NETS, Net
-from benchmarks.cost.timing import RETURNING, alternated, forked, profile, reset, resident, round_to, summary, threads
+from benchmarks.cost.stages import stages
+from benchmarks.cost.timing import (
+    RETURNING,
+    alternated,
+    clocked,
+    forked,
+    limit_memory,
+    profile,
+    reset,
+    resident,
+    round_to,
+    summary,
+    threads,
+)
 from benchmarks.cost.ways import (
+    AGAIN,
     COMPOSITES,
     FIRST,
     PLAIN,
     PLANNED,
     RECORDED,
     TARGET,
+    ZENNIT,
     ZENNIT_FIRST,
     Ways,
+    Work,
     check,
     differences,
     faults,
@@ -59,6 +79,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/cost.json"
 WAYS = [PLAIN, ZENNIT_FIRST, *(f"{way}, {name}" for way in (RECORDED, PLANNED) for name in COMPOSITES)]
 """The computations whose peak memory is measured."""
+SECONDS = 20.0
+"""Time for which short computations are repeated."""
 
 
 def net_of(name: str) -> Net:
@@ -69,27 +91,49 @@ def net_of(name: str) -> Net:
 # -- in a process of its own ------------------------------------------------------------------------------------------
 
 
-def one(name: str, count: int, rounds: int) -> dict[str, Any]:
-    """Compares and times all computations of one net with this many threads."""
-    torch.set_num_threads(count)
-    row: dict[str, Any] = {"net": name, "threads": count}
+def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[str, Any]:
+    """Compares all computations of one net, and times them with each number of threads.
+
+    Args:
+        name: The net.
+        counts: The numbers of threads.
+        rounds: Number of rounds.
+        light: Whether to leave out what is not in the table of timm.
+    """
+    torch.set_num_threads(counts[0])
     net = net_of(name)
     model, x = net.made(), net.inputs()
-    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    row: dict[str, Any] = {"net": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}
     row["without rule"] = without_rule(model)
-    row["differences"] = differences(net, model, x)
+    ways = Ways(net, model, x)
+    row["differences"] = differences(ways, exact=not light)
     row["faults"] = faults(row["differences"])
     if row["faults"]:  # times of different results are not comparable
-        return row
-    ways = Ways(net, model, x)
-    work, row["failed"] = ways.runnable(list(COMPOSITES))
+        return {"rows": [{**row, "threads": count} for count in counts]}
+    work, row["failed"] = ways.runnable(list(COMPOSITES), (PLAIN, ZENNIT, ZENNIT_FIRST) if light else None)
     explained = {name: plan.explain() for name, plan in ways.plans.items()}
     row["not planned"] = {name: text for name, text in explained.items() if text.startswith("recorded every time")}
-    row |= summary(alternated(work, rounds))
-    row["load"] = round_to(os.getloadavg()[0], 2)
-    if count == 1:
-        row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in COMPOSITES if page.missed(row, name)}
+    return {"rows": [{**row, **timed(name, work, count, rounds, light)} for count in counts]}
+
+
+def timed(net: str, work: Work, count: int, rounds: int, light: bool) -> dict[str, Any]:
+    """Times with this many threads; with one thread, also the profile of what misses a target."""
+    torch.set_num_threads(count)
+    firsts = [f"{FIRST}, {name}" for name in COMPOSITES] if light else ()
+    row: dict[str, Any] = {"net": net, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
+    if light:
+        work = {name: run for name, run in work.items() if not name.startswith(AGAIN)}
+    row |= summary(alternated(work, rounds, 0.0 if light else SECONDS, once=firsts))
+    if count == 1 and not light:
+        slow = [name for name in COMPOSITES if any(key.startswith("plan") for key in page.missed(row, name))]
+        row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in slow}
+        row["stages"] = {name: rounded(stages(work[f"{FIRST}, {name}"])) for name in COMPOSITES}
     return row
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds with few digits."""
+    return {name: round_to(value, 3) for name, value in seconds.items()}
 
 
 def peaks_of(name: str) -> dict[str, Any]:
@@ -176,23 +220,36 @@ def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
                 print(f"{name}: skipped, because {net_of(name).package} is not installed", flush=True)
 
 
-def measured(names: list[str], counts: list[int], rounds: int, key: str, out: Path, limit: float = 3600) -> None:
+def measured(names: list[str], options: argparse.Namespace, key: str, light: bool = False) -> None:
     """Times of all nets, stored one by one."""
-    for count in counts:
-        for name in names:
-            row = {"net": name, "threads": count}
-            row |= spawned("--one", name, count, "--rounds", rounds, seconds=limit)
-            store(out, key, [row], ("net", "threads"))
+    counts, rounds = ([1], min(options.rounds, 3)) if light or options.quick else (options.threads, options.rounds)
+    for name in missing(names, counts, options, key, "threads"):
+        common = ("--rounds", rounds, *(("--light",) if light else ()), *limit_of(options))
+        found = spawned("--one", name, "--threads", *counts, *common, seconds=900 if light else 3600)
+        for row in found.get("rows") or [{"net": name, "threads": count, **found} for count in counts]:
+            store(options.out, key, [row], ("net", "threads"))
             print(page.line(row), flush=True)
 
 
-def peaks(names: list[str], out: Path) -> None:
+def peaks(names: list[str], options: argparse.Namespace) -> None:
     """Peak memory of all nets."""
-    for name in names:
-        found = spawned("--peak", name, **RETURNING)
+    for name in missing(names, [1], options, "peaks", "batch"):
+        found = spawned("--peak", name, *limit_of(options), **RETURNING)
         for row in found.get("rows", []):
-            store(out, "peaks", [row], ("net", "batch"))
+            store(options.out, "peaks", [row], ("net", "batch"))
         print(name, found.get("failed run") or [row["MiB"] for row in found["rows"]], flush=True)
+
+
+def missing(names: list[str], numbers: list[int], options: argparse.Namespace, key: str, by: str) -> Iterator[str]:
+    """The nets to measure: all, or with ``--missing`` those without a stored result."""
+    stored = json.loads(options.out.read_text()) if options.missing and options.out.exists() else {}
+    known = {(row["net"], row[by]) for row in stored.get(key, [])}
+    return (name for name in names if not all((name, number) in known for number in numbers))
+
+
+def limit_of(options: argparse.Namespace) -> tuple[object, ...]:
+    """The option that limits the memory of a process."""
+    return () if options.memory is None else ("--memory", options.memory)
 
 
 def store(path: Path, key: str, rows: list[dict[str, Any]], by: tuple[str, ...]) -> None:
@@ -229,6 +286,8 @@ def profiled(name: str, count: int) -> None:
     works = {PLAIN: plain, **{way: run for composite in COMPOSITES for way, run in ways.ours(composite).items()}}
     for way, run in works.items():
         print(page.profile_text(way, profile(run)), end="\n\n", flush=True)
+    for composite in COMPOSITES:
+        print(page.stages_text(stages(works[f"{FIRST}, {composite}"]), clocked(plain)[0], composite), flush=True)
 
 
 def main() -> None:
@@ -238,18 +297,24 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=threads(), help="(default: 1 and all)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds with one thread, no peak memory")
-    parser.add_argument("--timm", action="store_true", help="one small model of each module of timm")
+    parser.add_argument("--times", action="store_true", help="only times of nets")
     parser.add_argument("--peaks", action="store_true", help="only peak memory")
+    parser.add_argument("--timm", action="store_true", help="only one small model of each module of timm")
+    parser.add_argument("--missing", action="store_true", help="only what has no stored result")
+    parser.add_argument("--memory", type=float, help="most memory of one process, in GiB (default: no limit)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write or to read")
     parser.add_argument("--print", action="store_true", help="only print the stored results")
     parser.add_argument("--render", action="store_true", help="only write the tables of docs/cost.md")
     parser.add_argument("--profile", metavar="NET", help="print the profile of one net")
-    parser.add_argument("--one", nargs=2, metavar=("NET", "THREADS"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", metavar="NET", help=argparse.SUPPRESS)
+    parser.add_argument("--light", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peak", metavar="NET", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    if args.one or args.peak:
+        limit_memory(args.memory)
     if args.one:
-        print(json.dumps(one(args.one[0], int(args.one[1]), args.rounds)))
+        print(json.dumps(one(args.one, args.threads, args.rounds, args.light)))
     elif args.peak:
         print(json.dumps(peaks_of(args.peak)))
     elif args.profile:
@@ -266,16 +331,15 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The measurements that the options select."""
-    if args.timm:
-        names = list(chosen(args.nets, [f"timm/{name}" for name in timm_models.NAMES]))
-        return measured(names, [1], min(args.rounds, 3), "timm", args.out, limit=900)
+    is_all = not (args.times or args.peaks or args.timm)
     names = list(chosen(args.nets, list(NETS)))
-    if not args.peaks:
-        counts, rounds = ([1], 3) if args.quick else (args.threads, args.rounds)
-        measured(names, counts, rounds, "rows", args.out)
-    if args.peaks or not args.quick:
-        peaks(names, args.out)
-    return None
+    if is_all or args.times:
+        measured(names, args, "rows")
+    if args.peaks or (is_all and not args.quick):
+        peaks(names, args)
+    if args.timm or (is_all and not args.quick):
+        models = list(chosen(args.nets, [f"timm/{name}" for name in timm_models.NAMES]))
+        measured(models, args, "timm", light=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost.ways import AGAIN, CAPTUM, COMPOSITES, FIRST, LXT, PLAIN, PLANNED, RECORDED, ZENNIT, ZENNIT_FIRST
+from benchmarks.cost.ways import (
+    AGAIN,
+    CAPTUM,
+    COMPOSITES,
+    DYNAMIC_LRP,
+    FIRST,
+    LXT,
+    PLAIN,
+    PLANNED,
+    RECORDED,
+    ZENNIT,
+    ZENNIT_FIRST,
+)
 from benchmarks.tables import grid
 
 PAGE = Path(__file__).parents[2] / "docs/cost.md"
@@ -75,6 +87,7 @@ def figures(row: Row, composite: str) -> dict[str, Figure]:
         "first call : Zennit": Figure(ratio(row, called, ZENNIT_FIRST), first_of_zennit),
         "plan : Captum": Figure(ratio(row, planned, CAPTUM), OF_OTHERS),
         "plan : LXT": Figure(ratio(row, planned, LXT), OF_OTHERS),
+        "plan : DynamicLRP": Figure(ratio(row, planned, DYNAMIC_LRP), OF_OTHERS),
     }
 
 
@@ -129,6 +142,7 @@ def tables(results: dict[str, Any]) -> str:
         of_count = [row for row in usable(rows) if row["threads"] == count]
         parts.append(f"### Time, {count} thread{'s' * (count > 1)}")
         parts.append(table(of_count, figures, "net", lambda row: row["net"]))
+        parts.append(loads(of_count))
     if "peaks" in results:
         order = list(TARGETS)
         sorted_rows = sorted(results["peaks"], key=lambda row: (order.index(row["net"]), row["batch"]))
@@ -137,13 +151,19 @@ def tables(results: dict[str, Any]) -> str:
             table(sorted_rows, memory, "net|batch", lambda row: f"{row['net']} | {row['batch']}"),
         ]
     if "timm" in results:
-        parts += ["### timm", timm_table(results["timm"])]
-    notes = [*failures(rows), *failures(results.get("timm", []))]
+        parts += ["### timm", timm_table(results["timm"]), loads(results["timm"])]
+    notes = [*failures(rows), *failures(results.get("timm", [])), *peak_failures(results.get("peaks", []))]
     parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
     parts += ["### Not measured", "\n".join(f"- {text}" for text in notes) or "Nothing."]
     if rows or "timm" in results:
         parts += ["### Agreement before timing", agreement([*rows, *results.get("timm", [])])]
     return "\n\n".join(parts)
+
+
+def loads(rows: list[Row]) -> str:
+    """The other load of the machine, which slows down Python more than large tensor operations."""
+    found = [row["load"] for row in rows if "load" in row]
+    return f"Load of the machine meanwhile: {min(found):.2g} to {max(found):.2g} processes." if found else ""
 
 
 def timm_table(rows: list[Row]) -> str:
@@ -173,6 +193,14 @@ def failures(rows: list[Row]) -> Iterator[str]:
             yield f"{row['net']}, {composite}, no plan: {text}"
 
 
+def peak_failures(rows: list[Row]) -> Iterator[str]:
+    """Computations without a peak, except those of other packages."""
+    for row in rows:
+        for way, error in row["failed"].items():
+            if way != ZENNIT_FIRST:
+                yield f"{row['net']}, batch {row['batch']}, peak memory of {way}: {error}"
+
+
 def agreement(rows: list[Row]) -> str:
     """The largest differences of all rows."""
     largest: dict[str, tuple[float, str]] = {}
@@ -191,7 +219,7 @@ def misses(results: dict[str, Any]) -> Iterator[str]:
         for composite in COMPOSITES:
             if exceeded := missed(row, composite):
                 label = f"{row['net']}, {composite}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
-                yield f"**{label}**: {listed(exceeded)}.{reason(row.get('profiles', {}).get(composite))}"
+                yield f"**{label}**: {listed(exceeded)}.{reasons(row, composite, exceeded)}"
     for row in results.get("peaks", []):
         for composite in COMPOSITES:
             exceeded = {name: figure for name, figure in memory(row, composite).items() if figure.is_missed}
@@ -204,13 +232,30 @@ def listed(figures: dict[str, Figure]) -> str:
     return ", ".join(f"{name} {figure}" for name, figure in figures.items())
 
 
+def reasons(row: Row, composite: str, exceeded: dict[str, Figure]) -> str:
+    """Where the time of the computations that exceed a target goes."""
+    is_slow = any(name.startswith("plan") for name in exceeded)
+    text = reason(row.get("profiles", {}).get(composite)) if is_slow else ""
+    parts = row.get("stages", {}).get(composite)
+    if parts is None or not any(name.startswith("first call") for name in exceeded):
+        return text
+    plain = row["seconds"][PLAIN][0]
+    return f"{text} First call, in gradients: {staged(parts, plain)}."
+
+
+def staged(parts: dict[str, float], plain: float) -> str:
+    """The stages of a first call as multiples of a plain gradient, the largest first."""
+    ordered = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {seconds / plain:.2g}" for name, seconds in ordered)
+
+
 def reason(profile: Row | None, top: int = 4) -> str:
     """The profile in a sentence."""
     if profile is None:
         return ""
     operators = list(profile["operators"].items())[:top]
     shares = ", ".join(f"`{short(name)}` {share:.0%} ({calls} calls)" for name, (share, calls) in operators)
-    return f" Outside of operators {profile['outside operators']:.0%}; {shares}."
+    return f" Plan: outside of operators {profile['outside operators']:.0%}; {shares}."
 
 
 def short(operator: str) -> str:
@@ -228,6 +273,12 @@ def profile_text(way: str, profile: Row) -> str:
     return "\n".join(lines)
 
 
+def stages_text(parts: dict[str, float], plain: float, composite: str) -> str:
+    """The stages of a first call for the terminal."""
+    lines = [f"{FIRST}, {composite}: {sum(parts.values()) / plain:.2f} plain gradients"]
+    return "\n".join([*lines, *(f"{seconds / plain:7.2f}  {name}" for name, seconds in parts.items())])
+
+
 def line(row: Row) -> str:
     """One row for the terminal, while others are measured."""
     label = f"{row['net']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
@@ -236,7 +287,7 @@ def line(row: Row) -> str:
     shown = {name: f"{value[0]:.2f} ({value[1]:.2f}–{value[2]:.2f})" for name, value in row["ratios"].items()}
     plain = row["seconds"][PLAIN][0]
     return "\n".join(
-        [f"{label}: plain gradient {1e3 * plain:.1f} ms, {row['rounds']} rounds"]
+        [f"{label}: plain gradient {1e3 * plain:.1f} ms, {row['rounds']} rounds, load {row.get('load')}"]
         + [f"    {cell}  {name}" for name, cell in shown.items() if name != PLAIN]
         + [f"    no {name}: {text}" for name, text in row["failed"].items()]
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ Clocks = list[tuple[float, float]]
 """Processor and wall-clock seconds of every round."""
 
 
-def alternated(work: Work, rounds: int, seconds: float = 20.0) -> dict[str, Clocks]:
+def alternated(work: Work, rounds: int, seconds: float = 20.0, once: Collection[str] = ()) -> dict[str, Clocks]:
     """Runs each computation once a round, until both the rounds and the time are reached or four times the rounds.
 
     Slow computations therefore run ``rounds`` times, and short ones more often. The first round is not counted.
+    Computations in ``once`` have run before, and run in the first counted round only.
     """
     clocks: dict[str, Clocks] = {name: [] for name in work}
-    for run in work.values():
-        run()
+    for name, run in work.items():
+        if name not in once:
+            run()
     started, number = time.perf_counter(), 0
     while number < rounds or (number < 4 * rounds and time.perf_counter() - started < seconds):
         for name, run in work.items():
-            clocks[name].append(clocked(run))
+            if name not in once or number == 0:
+                clocks[name].append(clocked(run))
         number += 1
     return clocks
 
@@ -70,11 +74,18 @@ def summary(clocks: dict[str, Clocks]) -> dict[str, Any]:
 
 
 def pairs(runs: Clocks, plain: Clocks) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """The runs of each round."""
-    return list(zip(runs, plain, strict=True))
+    """The runs of each round; a computation may have run in the first one only."""
+    return list(zip(runs, plain, strict=False))
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def limit_memory(gibibytes: float | None) -> None:
+    """Limits the memory of this process: a computation that needs more raises instead of using up the machine."""
+    if gibibytes is not None:
+        size = int(gibibytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def resident() -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from captum.attr import LRP
@@ -14,14 +14,15 @@ from zennit.composites import EpsilonPlusFlat
 from zennit.core import Composite
 from zennit.types import Convolution, Linear
 
-from benchmarks.cost import lxt_way
+from benchmarks.cost import dynamic_lrp_way, lxt_way
 from benchmarks.cost.nets import Net, double
 from nrm_plugin import NRMDefault, Plan, RelevanceMeasure
 
 COMPOSITES: dict[str, Callable[..., Composite]] = {"EpsilonPlusFlat": EpsilonPlusFlat, "NRMDefault": NRMDefault}
 TARGET = 3
 
-PLAIN, ZENNIT, ZENNIT_FIRST, CAPTUM, LXT = ("plain gradient", "zennit", "zennit, context included", "captum LRP", "LXT")
+PLAIN, ZENNIT, ZENNIT_FIRST, CAPTUM = "plain gradient", "zennit", "zennit, context included", "captum LRP"
+LXT, DYNAMIC_LRP = "LXT", "DynamicLRP"
 RECORDED, PLANNED, FIRST, AGAIN = "recorded", "plan", "first call", "marginals again"
 TOLERANCE = 1e-6
 ROUNDINGS = 4
@@ -30,6 +31,7 @@ OTHER = 2
 """Seed of the inputs that a plan is made for, so that nothing of them can serve the inputs that are measured."""
 
 Work = dict[str, Callable[[], object]]
+T = TypeVar("T")
 
 
 def gradient(model: nn.Module, x: Tensor) -> Tensor:
@@ -85,17 +87,22 @@ class Ways:
     x: Tensor
     plans: dict[str, Plan] = field(default_factory=dict)
 
+    def plan(self, name: str) -> Plan:
+        """A plan with one composite, made for other inputs at the first call."""
+        if name not in self.plans:
+            other = self.net.inputs(seed=OTHER)
+            self.plans[name] = prepared(self.net, self.model, other, COMPOSITES[name]())
+        return self.plans[name]
+
     def ours(self, name: str) -> Work:
         """Measures with one composite."""
-        net, model, x, make = self.net, self.model, self.x, COMPOSITES[name]
-        existing = recorded(net, model, x, make())
-        all_marginals(existing)
-        self.plans[name] = plan = prepared(net, model, net.inputs(seed=OTHER), make())
+        net, model, x, make, plan = self.net, self.model, self.x, COMPOSITES[name], self.plan(name)
+        existing = _once(lambda: recorded(net, model, x, make()), all_marginals)
         return {
             f"{PLANNED}, {name}": lambda: all_marginals(plan(x.clone(), TARGET)),
             f"{FIRST}, {name}": lambda: all_marginals(planned(net, model, x, make())(x, TARGET)),
             f"{RECORDED}, {name}": lambda: all_marginals(recorded(net, model, x, make())),
-            f"{AGAIN}, {name}": lambda: all_marginals(existing),
+            f"{AGAIN}, {name}": existing,
         }
 
     def others(self) -> Work:
@@ -114,11 +121,13 @@ class Ways:
             ZENNIT_FIRST: lambda: with_context(model, x, EpsilonPlusFlat(canonizers=[net.canonizer()])),
             CAPTUM: _once(lambda: copy.deepcopy(model), lambda own: LRP(own).attribute(x.clone(), target=TARGET)),
             LXT: lxt_way.way(model, x, TARGET),
+            DYNAMIC_LRP: dynamic_lrp_way.way(model, x, TARGET),
         }
 
-    def runnable(self, names: list[str]) -> tuple[Work, dict[str, str]]:
-        """The computations that run on this net, and why the others fail."""
+    def runnable(self, names: list[str], others: tuple[str, ...] | None = None) -> tuple[Work, dict[str, str]]:
+        """The computations that run on this net, all or some of other packages, and why the others fail."""
         works, failed = self.others(), dict[str, str]()
+        works = {name: work for name, work in works.items() if others is None or name in others}
         for name in list(works):
             try:
                 check(works[name]())
@@ -130,14 +139,14 @@ class Ways:
         return works, failed
 
 
-def _once(prepare: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> Callable[[], object]:
-    """Prepares a model at the first call."""
-    models: list[nn.Module] = []
+def _once(prepare: Callable[[], T], run: Callable[[T], object]) -> Callable[[], object]:
+    """Prepares a model or a measure at the first call."""
+    made: list[T] = []
 
     def work() -> object:
-        if not models:
-            models.append(prepare())
-        return run(models[0])
+        if not made:
+            made.append(prepare())
+        return run(made[0])
 
     return work
 
@@ -188,23 +197,29 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
     return largest
 
 
-def differences(net: Net, model: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
-    """Differences between ways to take the same measure, before they are timed."""
+def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
+    """Differences between ways to take the same measure, before they are timed.
+
+    Args:
+        ways: The computations.
+        exact: Whether plans are compared in float64 as well.
+    """
     found: dict[str, dict[str, float]] = {}
-    exact, x64 = double(model), x.double()
+    net, model, x = ways.net, ways.model, ways.x
+    twin, x64 = double(model), x.double()
     for name, make in COMPOSITES.items():
-        expected = {}
-        for precision, twin, values in (("float64", exact, x64), ("float32", model, x)):
-            plan = prepared(net, twin, net.inputs(seed=OTHER).to(values.dtype), make())
-            of_plan = all_marginals(plan(values, TARGET))
-            expected[precision] = all_marginals(recorded(net, twin, values, make()))
-            found[f"{PLANNED}, {name}, {precision}"] = apart(of_plan, expected[precision])
-        in_double = {tap: values.double() for tap, values in expected["float32"].items()}
-        found[f"rounding, {name}"] = apart(in_double, expected["float64"])
+        in_double = all_marginals(recorded(net, twin, x64, make()))
+        if exact:
+            plan = prepared(net, twin, net.inputs(seed=OTHER).double(), make())
+            found[f"{PLANNED}, {name}, float64"] = apart(all_marginals(plan(x64, TARGET)), in_double)
+            del plan
+        measured = all_marginals(recorded(net, model, x, make()))
+        found[f"{PLANNED}, {name}, float32"] = apart(all_marginals(ways.plan(name)(x.clone(), TARGET)), measured)
+        found[f"rounding, {name}"] = apart({tap: values.double() for tap, values in measured.items()}, in_double)
     if net.all_rules:
         composite = EpsilonPlusFlat(canonizers=[net.canonizer()])
-        ours = recorded(net, exact, x64, composite, residual="sink").marginal("input")
-        theirs = with_context(exact, x64, EpsilonPlusFlat(canonizers=[net.canonizer()]))
+        ours = recorded(net, twin, x64, composite, residual="sink").marginal("input")
+        theirs = with_context(twin, x64, EpsilonPlusFlat(canonizers=[net.canonizer()]))
         found["zennit, float64"] = apart({"input": ours}, {"input": theirs})
     return found
 

@@ -209,3 +209,33 @@ def test_a_value_that_was_read_is_compared():
 def test_random_numbers_are_an_obstacle(operation):
     program = program_of(lambda x: (x.abs().clamp(max=1),), lambda s, r: (operation(s[0]) * r,), (2, 2))
     assert "random" in program.obstacle
+
+
+def test_sums_and_broadcasts_inside_a_sample_need_no_view():
+    def first(x):
+        return (x.abs(),)
+
+    def second(state, start):
+        (x,) = state
+        shares = (x * start).unsqueeze(0)
+        total = shares.sum(-1, keepdim=True).expand(1, *x.shape)
+        return ((shares + total * x.unsqueeze(0)).squeeze(0),)
+
+    program = check(first, second, (3, 5))
+    assert not any("view" in name or "unsqueeze" in name or "expand" in name for name in names(program))
+    assert "aten.sum.dim_IntList" in names(program)
+
+
+def test_a_broadcast_that_sets_the_shape_or_is_overwritten_later_remains():
+    def first(x):
+        return (x * 2,)
+
+    def second(state, start):
+        column = start.sum(-1, keepdim=True)
+        wide = column.expand(3, 5)
+        doubled = wide * 2  # its shape comes from the broadcast
+        column.mul_(3)  # changes the broadcast tensor, too
+        return doubled, wide * start
+
+    program = check(first, second, (3, 5))
+    assert "aten.expand.default" in names(program)

@@ -222,3 +222,31 @@ def test_the_samples_are_known_where_relevance_reaches_few_entries(layout, is_fi
         lambda mu: mu.variation("layer"),
     ):
         torch.testing.assert_close(ask(mu), torch.cat([ask(one) for one in alone]))
+
+
+class Pooled(nn.Module):
+    """An activation in place on a map of one pixel, as at the end of a MobileNetV3; counts its runs."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 1), nn.Identity(), nn.Hardswish(inplace)
+        self.flat, self.head = nn.Flatten(), nn.Linear(4, 2)
+        self.runs = []
+
+    def forward(self, x):
+        self.runs.append(x.shape)
+        y = self.flat(self.act(self.norm(self.conv(x.mean((2, 3), keepdim=True)))))
+        return nn.functional.linear(y, self.head.weight, self.head.bias)
+
+
+def test_one_sample_with_an_activation_in_place_needs_no_second_run():
+    torch.manual_seed(0)
+    x, maps = torch.randn(1, 3, 4, 4), []
+    for inplace in (True, False):
+        torch.manual_seed(1)
+        net = Pooled(inplace).eval()
+        mu = RelevanceMeasure(net, x, 1)
+        maps.append(mu.marginal(mu.layers))
+        assert net.runs == [x.shape]
+    assert {name: one.shape for name, one in maps[0].items()} == {name: one.shape for name, one in maps[1].items()}
+    torch.testing.assert_close(maps[0]["input"], maps[1]["input"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .quantized import is_quantized, packed_tensors, plain_tensors
+from .value_reads import unwatched
 
 
 @contextmanager
@@ -22,22 +23,24 @@ def preserved(model: nn.Module) -> Iterator[None]:
     buffers, training mode and random state. State that has not changed is not written. Quantized layers may convert
     their weights once, at their first call, together with state that is outside of the module, and stay as they are.
     """
-    modules = [(module, _state(module)) for module in model.modules() if not is_quantized(module)]
-    packed = {id(tensor) for module in model.modules() if is_quantized(module) for tensor in packed_tensors(module)}
-    named = [tensor for _, tensor in named_tensors(model) if id(tensor) not in packed]
-    tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in named]
-    versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
-    random = torch.get_rng_state()
+    with unwatched():
+        modules = [(module, _state(module)) for module in model.modules() if not is_quantized(module)]
+        packed = {id(tensor) for module in model.modules() if is_quantized(module) for tensor in packed_tensors(module)}
+        named = [tensor for _, tensor in named_tensors(model) if id(tensor) not in packed]
+        tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in named]
+        versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
+        random = torch.get_rng_state()
     try:
         yield
     finally:
         for module, state in modules:
             _restore(module, state)
-        for tensor, data, requires_grad in tensors:
-            if tensor.shape != data.shape or _address(tensor) != _address(data):
-                tensor.data = data
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
+        with unwatched():
+            for tensor, data, requires_grad in tensors:
+                if tensor.shape != data.shape or _address(tensor) != _address(data):
+                    tensor.data = data
+                if tensor.requires_grad != requires_grad:
+                    tensor.requires_grad_(requires_grad)
         for tensor, version in versions:
             if tensor._version != version:  # a canonizer restores the weights that it overwrites
                 note_restored(tensor, version)

@@ -81,6 +81,13 @@ def without_modes() -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def unwatched() -> Iterator[None]:
+    """Context of computations of this package that only check the model: neither traced nor watched."""
+    with untraced(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
     """Context in which a trace does not take the given shortcuts."""
     outer = ACTIVE.avoided
@@ -118,4 +125,4 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     return found
 
 
-__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "repeated", "untraced"]
+__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "repeated", "untraced", "unwatched"]

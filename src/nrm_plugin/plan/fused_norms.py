@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
+BLOCK = 1 << 15
+"""Number of entries of a weight that are computed at once."""
 CLOSE = 4
 """Largest relative difference, in units of rounding, of weights that count as equal but are computed in another order.
 
@@ -49,9 +52,9 @@ def fused(
         given = (*layer.args[1:3], *one.args[1:5])
         if any(v is not None and found is None for v, found in zip(given, values, strict=True)):
             continue
-        weight, bias = _folded(values, one.args[7])
+        fusion = _Fusion(values, one.args[7])
         dropped.add(id(layer))
-        replaced[id(one)] = _layer(one, layer, weight, bias, images, trace, constants, dropped)
+        replaced[id(one)] = _layer(one, layer, fusion, images, trace, constants, dropped)
     rest: list[Operation] = []
     for one in operations:
         if id(one) in replaced:
@@ -61,18 +64,53 @@ def fused(
     return rest
 
 
-def _folded(values: list[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
-    """Returns weight and bias of the fused layer, computed in float64, so that they are rounded only once."""
-    like = next(value for value in values if value is not None)
-    weight, bias, gamma, beta, mean, variance = (None if value is None else value.double() for value in values)
-    assert weight is not None
-    assert mean is not None
-    assert variance is not None
-    scale = torch.rsqrt(variance + eps)
-    scale = scale if gamma is None else scale * gamma
-    shift = (-mean if bias is None else bias - mean) * scale
-    shift = shift if beta is None else shift + beta
-    return (weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(like.dtype), shift.to(like.dtype)
+class _Fusion:
+    """The weight and bias of a fused layer, computed in float64, so that they are rounded only once.
+
+    Args:
+        values: Weight and bias of the layer, and scale, shift, mean and variance of the batch normalization.
+        eps: That of the batch normalization.
+    """
+
+    def __init__(self, values: list[Tensor | None], eps: float) -> None:
+        weight, bias, gamma, beta, mean, variance = values
+        assert weight is not None
+        assert mean is not None
+        assert variance is not None
+        self._scale = torch.rsqrt(variance.double() + eps)
+        self._scale = self._scale if gamma is None else self._scale * gamma.double()
+        shift = (-mean.double() if bias is None else bias.double() - mean.double()) * self._scale
+        self.bias = (shift if beta is None else shift + beta.double()).to(weight.dtype)
+        self._weight = weight
+
+    def weight(self) -> Tensor:
+        """Returns the weight."""
+        fused = torch.empty_like(self._weight)
+        for rows in self._blocks():
+            fused[rows] = self._rows(rows)
+        return fused
+
+    def is_close(self, other: Tensor) -> bool:
+        """Returns whether a weight is the weight of the fused layer, up to rounding."""
+        if other.shape != self._weight.shape or other.dtype != self._weight.dtype:
+            return False
+        return all(self._are_close(other[rows], self._rows(rows)) for rows in self._blocks())
+
+    def _rows(self, rows: slice) -> Tensor:
+        scale = self._scale[rows].reshape(-1, *(1,) * (self._weight.ndim - 1))
+        return (self._weight[rows].double() * scale).to(self._weight.dtype)
+
+    def _blocks(self) -> Iterator[slice]:
+        """Yields the output channels in blocks that fit into the cache of a processor, the first of them alone."""
+        count, size = len(self._weight), max(1, self._weight[:1].numel())
+        step = max(1, BLOCK // size) if self._weight.device.type == "cpu" else count
+        yield slice(0, 1)
+        yield from (slice(start, min(count, start + step)) for start in range(1, count, step))
+
+    @staticmethod
+    def _are_close(one: Tensor, other: Tensor) -> bool:
+        rounding = min(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps)
+        return bool(((one - other).abs_() <= other.abs().mul_(CLOSE * rounding)).all())
 
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
@@ -91,8 +129,7 @@ def _settings(one: Operation) -> Any:
 def _layer(
     norm: Operation,
     layer: Operation,
-    weight: Tensor,
-    bias: Tensor,
+    fusion: _Fusion,
     images: dict[Any, list[Operation]],
     trace: Trace,
     constants: dict[int, Tensor],
@@ -100,23 +137,17 @@ def _layer(
 ) -> list[Operation]:
     """Returns the operations of the fused layer, which reuse the output without bias if a rule computes it."""
     output = norm.results[0]
-    shift = _constant(bias, trace, constants)
     for image in images.get(_settings(layer), ()):
         other = constants[image.args[1].number]
-        if other.shape == weight.shape and _is_close(other, weight):
+        if fusion.is_close(other):
             dropped.add(id(image))
-            shaped = bias.reshape(-1, *(1,) * (weight.ndim - 2))
+            shaped = fusion.bias.reshape(-1, *(1,) * (other.ndim - 2))
             shift = _constant(shaped, trace, constants)
             add = Operation(aten.add.Tensor, (Value(image.results[0]), Value(shift)), {}, (output,))  # type: ignore[arg-type]
             return [image, add]
-    number = _constant(weight, trace, constants)
+    number, shift = _constant(fusion.weight(), trace, constants), _constant(fusion.bias, trace, constants)
     args = (layer.args[0], Value(number), Value(shift), *layer.args[3:])
     return [replace(layer, args=args, results=(output,), reads=UNKNOWN)]
-
-
-def _is_close(one: Tensor, other: Tensor) -> bool:
-    rounding = min(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps)
-    return bool(((one - other).abs() <= CLOSE * rounding * other.abs()).all())
 
 
 def _constant(value: Tensor, trace: Trace, constants: dict[int, Tensor]) -> int:

@@ -209,7 +209,9 @@ _DIRECT: dict[Any, Any] = {
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
     """Raises :class:`ChangedValueError` if values are not as expected; values of tensors are read in one transfer."""
     tensors = [found for found, _, _ in checks if isinstance(found, Tensor)]
-    values = iter(torch.stack([one.double() for one in tensors]).tolist() if tensors else ())
+    if any(one.dtype is not torch.bool for one in tensors):
+        tensors = [one.double() for one in tensors]
+    values = iter(torch.stack(tensors).tolist() if tensors else ())
     bad = []
     for found, expected, origin in checks:
         if not _is_same(next(values) if isinstance(found, Tensor) else found, expected):

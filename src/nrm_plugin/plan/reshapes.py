@@ -22,8 +22,14 @@ ELEMENTWISE = frozenset(
 """Operations that compute each entry from the entries of their arguments at the same position."""
 
 
+_REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.default, aten.amax.default]))
+"""Reductions of some dimensions, by identity: hashes of operations of PyTorch are slow."""
+
+
 class ViewRemover:
     """Rewrites operations so that they read tensors in the shape in which these were created.
+
+    Elementwise operations read tensors before these are broadcast.
 
     Args:
         trace: The trace, in which tensors created in a new shape are numbered.
@@ -34,6 +40,7 @@ class ViewRemover:
         self._root: dict[int, int] = {}
         self._made: set[int] = set()
         self._written: list[Operation] = []
+        self._narrow: dict[int, int] = {}
 
     def rewritten(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
         """Returns equivalent operations, and the numbers of the results."""
@@ -43,7 +50,10 @@ class ViewRemover:
                 self._root[one.results[0]] = self._root.get(source, source)
                 continue
             stripped = self._stripped(one)
-            self._written.append(one.renamed(self._made_view) if stripped is None else stripped)
+            made = one.renamed(self._made_view) if stripped is None else stripped
+            if made.function is aten.expand.default and made.results[0] is not None and made.reads:
+                self._note_broadcast(made.results[0], made.reads[0])
+            self._written.append(self._unexpanded(made))
         renamed = [self._made_view(number) for number in results]
         return self._written, renamed
 
@@ -81,6 +91,8 @@ class ViewRemover:
 
     def _stripped(self, one: Operation) -> Operation | None:
         """Returns an elementwise operation without the leading dimension, if its arguments were created without it."""
+        if one.function is aten.expand.default or id(one.function) in _REDUCTIONS:
+            return self._stripped_of_one(one)
         if one.function.overloadpacket not in ELEMENTWISE or len(one.results) != 1 or one.shapes is not None:
             return None
         number = one.results[0]
@@ -111,6 +123,52 @@ class ViewRemover:
             writes=(made,) if one.writes else (),
             reads=UNKNOWN,
         )
+
+    def _stripped_of_one(self, one: Operation) -> Operation | None:
+        """Returns a reduction over last dimensions or a broadcast without the leading dimension."""
+        number = one.results[0]
+        if number is None or one.kwargs or len(one.args) < 2 or not isinstance(one.args[1], (list, tuple)):
+            return None
+        source, sizes, *rest = one.args
+        before = self.trace.forms[source.number][0]
+        if len(before) < 2 or before[0] != 1 or self.trace.forms[number][0][:1] != (1,):
+            return None
+        if one.function is aten.expand.default:
+            is_inner = len(before) == len(sizes)
+            sizes = sizes[1:]
+        else:
+            is_inner = bool(sizes) and all(-len(before) < size < 0 for size in sizes)
+        root = self._root.get(source.number, source.number)
+        if not is_inner or self.trace.forms[root][0] != before[1:]:
+            return None
+        made = self._new(number)
+        return replace(one, args=(Value(root), sizes, *rest), results=(made,), reads=UNKNOWN)
+
+    # -- broadcasts -----------------------------------------------------------------------------------------------
+
+    def _note_broadcast(self, number: int, source: int) -> None:
+        if self.trace.forms[source][0]:  # numbers without dimensions have other rules of type promotion
+            self._narrow[number] = source
+
+    def _unexpanded(self, one: Operation) -> Operation:
+        """Returns an elementwise operation that reads tensors before they are broadcast, if its result is the same."""
+        if one.function.overloadpacket not in ELEMENTWISE or not any(number in self._narrow for number in one.reads):
+            return one
+        forms = self.trace.forms
+        number = one.results[0] if len(one.results) == 1 else None
+        if number is None or one.shapes is not None or not _is_contiguous(forms[number]):
+            return one
+        wide = [n for n in one.reads if n not in self._narrow and forms[n][0] == forms[number][0]]
+        if not any(_is_contiguous(forms[n]) for n in wide):
+            return one  # the layout of the result might differ
+
+        def narrow(value: Any) -> Any:
+            if not isinstance(value, Value) or value.number not in self._narrow or value.number in one.writes:
+                return value
+            return Value(self._narrow[value.number])
+
+        args, kwargs = mapped(narrow, (one.args, one.kwargs))
+        return replace(one, args=args, kwargs=kwargs, reads=UNKNOWN)
 
     def _without(self, number: int, ndim: int) -> int | None:
         """Returns a tensor of the rank of the result without its leading dimension, or None if there is none."""

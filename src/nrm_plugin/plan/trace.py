@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ class Operation:
         args, kwargs = mapped(changed, (self.args, self.kwargs))
         writes = tuple(numbers[number] for number in self.writes)
         results = tuple(numbers[n] if n in self.writes else n for n in self.results)
-        return replace(self, args=args, kwargs=kwargs, writes=writes, results=results, reads=UNKNOWN)
+        facts = (self.expected, self.shapes, self.origin, UNKNOWN, self.query)
+        return Operation(self.function, args, kwargs, results, self.is_sequence, writes, *facts)
 
 
 def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:

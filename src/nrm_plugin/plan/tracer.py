@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,9 @@ from ..model.value_reads import ACTIVE
 from .trace import FILLED, Operation, Trace, Value, draws
 
 aten = torch.ops.aten
+
+
+_DETACH, _ALIAS = aten.detach.default, aten.alias.default
 
 
 @dataclass(slots=True, eq=False)
@@ -153,7 +155,7 @@ class Tracer(TorchDispatchMode):
         trace = self.trace
         value = Value(trace.count)
         trace.count += 1
-        trace.forms[value.number] = _form(tensor)
+        trace.forms[value.number] = form = _form(tensor)
         at = _identity(tensor)
         memory = self._memories.get(at)
         if memory is None:
@@ -165,7 +167,7 @@ class Tracer(TorchDispatchMode):
             trace.aliases[value.number] = memory.root
             if not is_traced and memory.is_traced:
                 trace.obstacles.append("a tensor shares memory with computed values in a way that was not traced")
-        memory.views[_view(tensor)] = value
+        memory.views[(*form, tensor.is_conj(), tensor.is_neg())] = value
         self._tensors[id(tensor)] = (weakref.ref(tensor), value, memory)
         return value
 
@@ -183,19 +185,31 @@ class Tracer(TorchDispatchMode):
     # -- operations -----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # else the watch would see every attribute that is read here
+            if (function is _DETACH or function is _ALIAS) and args[0].layout is torch.strided:
+                return function(*args)  # found by its memory when it is used
+            return self._dispatched(function, args, kwargs or {})
+
+    def _dispatched(self, function: Any, args: Any, kwargs: Any) -> Any:
         facts = _facts(function)
-        if self._is_constant(facts, args, kwargs):
+        found: dict[int, Value] = {}
+        is_traced = self._look_up(args, found) if args else False
+        if kwargs and self._look_up(kwargs.values(), found):
+            is_traced = True
+        if not is_traced and self._is_constant(facts, args, kwargs):
             result = function(*args, **kwargs)
             if facts.makes_memory:
                 self._note_fresh(result, (args, kwargs))
             return result
-        written = facts.written(args, kwargs) if facts.writes else ()
-        for tensor in written:
-            self._make_writable(tensor)
+        written: Sequence[Tensor] = ()
+        if facts.writes:
+            written = facts.written(args, kwargs)
+            for tensor in written:
+                self._make_writable(tensor)
+            found.clear()  # memory that was copied has other numbers
         reads: list[int] = []
-        named = tuple([self._named(value, reads) for value in args])
-        named_by_key = {key: self._named(value, reads) for key, value in kwargs.items()}
+        named = tuple([self._named(value, reads, found) for value in args])
+        named_by_key = {key: self._named(value, reads, found) for key, value in kwargs.items()}
         writes = tuple(dict.fromkeys(map(self.number, written)))
         result = function(*args, **kwargs)
         self._append(facts, (named, named_by_key, tuple(reads)), result, writes)
@@ -203,22 +217,26 @@ class Tracer(TorchDispatchMode):
 
     def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
         """Returns whether an operation can be omitted from the trace, since it reads only constants."""
-        if facts.is_recorded or self._reads_traced(args) or (kwargs and self._reads_traced(kwargs.values())):
+        if facts.is_recorded:
             return False
         if not facts.writes:
             return True
         identities = [_identity(tensor) for tensor in facts.written(args, kwargs)]
         return all(at in self._fresh and at not in self._memories for at in identities)
 
-    def _reads_traced(self, values: Iterable[Any]) -> bool:
+    def _look_up(self, values: Iterable[Any], found: dict[int, Value]) -> bool:
+        """Finds known objects among the arguments; returns whether one is in memory that the trace writes."""
+        is_traced = False
         for value in values:
             if isinstance(value, Tensor):
-                memory = self._memory_of(value)
-                if memory is not None and memory.is_traced:
-                    return True
-            elif isinstance(value, (list, tuple)) and self._reads_traced(value):
-                return True
-        return False
+                at = _identity(value)
+                memory, known = self._memories.get(at), self._tensors.get(id(value))
+                if known is not None and known[0]() is value and (known[2] is memory or not at):
+                    found[id(value)], memory = known[1:]
+                is_traced = is_traced or (memory is not None and memory.is_traced)
+            elif isinstance(value, (list, tuple)) and self._look_up(value, found):
+                is_traced = True
+        return is_traced
 
     def _note_fresh(self, result: Any, given: Any) -> None:
         """Records memory that an operation on constants has allocated."""
@@ -227,13 +245,13 @@ class Tracer(TorchDispatchMode):
             if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
                 self._fresh[at] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call, unused-ignore]
 
-    def _named(self, value: Any, reads: list[int]) -> Any:
+    def _named(self, value: Any, reads: list[int], found: dict[int, Value]) -> Any:
         if isinstance(value, Tensor):
-            found = self._value(value)
-            reads.append(found.number)
-            return found
+            known = found.get(id(value)) or self._value(value)
+            reads.append(known.number)
+            return known
         if isinstance(value, (list, tuple)):
-            return type(value)([self._named(item, reads) for item in value])
+            return type(value)([self._named(item, reads, found) for item in value])
         return value
 
     def _append(self, facts: _Facts, given: Any, result: Any, writes: tuple[int, ...]) -> None:
@@ -266,7 +284,8 @@ class Tracer(TorchDispatchMode):
         """Returns the number of a result, or None if it is not a tensor, or a known view that was not written."""
         if not isinstance(item, Tensor):
             return None
-        known = self._known(item)
+        at = _identity(item)
+        known = None if at and at not in self._memories else self._known(item)
         if known is None:
             return self._new(item, is_traced=True).number
         return known.number if known.number in writes else None
@@ -329,8 +348,18 @@ class _Facts:
         return list(_tensors_in(values))
 
 
-@functools.cache
+_FACTS: dict[int, _Facts] = {}
+"""Facts by the identity of the operation, since hashes of operations of PyTorch are slow."""
+
+
 def _facts(function: Any) -> _Facts:
+    known = _FACTS.get(id(function))
+    if known is None or known.function is not function:
+        known = _FACTS[id(function)] = _facts_of(function)
+    return known
+
+
+def _facts_of(function: Any) -> _Facts:
     schema = function._schema
     arguments = enumerate(schema.arguments)
     writes = [(at, one.name) for at, one in arguments if one.alias_info is not None and one.alias_info.is_write]

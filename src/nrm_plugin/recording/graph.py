@@ -93,6 +93,15 @@ class Vertex:
         rows = [self._route([item if item is None else item[k] for item in relevance]) for k in range(count)]
         return self._converted(_columns(rows)), None
 
+    @property
+    def is_route_of_vectors(self) -> bool:
+        """Whether :meth:`route` can be used."""
+        return self.step is None and self.index is None
+
+    def route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
+        """Propagates a single relevance vector ``(*shape)`` along a route, as :meth:`pull`."""
+        return self._converted(self._route(relevance))
+
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
         """Applies the transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
         if self.step is not None:

@@ -77,6 +77,9 @@ def pull(
         keys = list(dict.fromkeys(key for vectors in arrived.values() for key in vectors))
         if not keys or not vertex.edges:
             continue
+        if len(keys) == 1 and vertex.is_route_of_vectors:
+            _route(graph, index, keys[0], arrived, visitor, waiting)
+            continue
         rows = [_stack(arrived.get(number, {}), keys) for number in range(len(vertex.shapes))]
         parts, share = vertex.pull(rows, absolute)
         if vertex.step is not None:
@@ -91,6 +94,25 @@ def pull(
             passed = {key: _of_shape(row, shape) for key, row in zip(keys, part.unbind(), strict=True)}
             _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(Edge(index, number), passed))
     return Cost(steps, vectors_of_steps)
+
+
+def _route(
+    graph: Graph,
+    index: int,
+    key: Key,
+    arrived: dict[int, Vectors[Key]],
+    visitor: Visitor[Key],
+    waiting: list[dict[int, Vectors[Key]]],
+) -> None:
+    """Propagates a single vector along a route, without the dimension of several vectors."""
+    vertex = graph.vertices[index]
+    vectors = [arrived[number].get(key) if number in arrived else None for number in range(len(vertex.shapes))]
+    if vertex.may_hold_constants:
+        _absorb_constants(vertex, Sink(index), [v if v is None else v.unsqueeze(0) for v in vectors], [key], visitor)
+    for number, (part, edge) in enumerate(zip(vertex.route(vectors), vertex.edges, strict=True)):
+        if part is not None and edge is not None:
+            row = {key: _of_shape(part, graph.shape(edge))}
+            _add(waiting[edge.vertex].setdefault(edge.number, {}), visitor.at_edge(Edge(index, number), row))
 
 
 def _of_shape(row: Tensor, shape: torch.Size) -> Tensor:

@@ -20,7 +20,7 @@ from ..model.checks import check_drawn, check_model, check_module
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
 from ..model.renormalization import TablesUnwritten
-from ..model.value_reads import audit, untraced
+from ..model.value_reads import audit, untraced, unwatched, without_modes
 from .contrast_step import contrast_top
 from .forward_observer import Observer
 from .graph import Graph
@@ -95,13 +95,15 @@ class Recording:
                 first = FirstRun(max_memory, followed.drop, first)
         self.output, observer = _run(model, call, composite, output, followed, first)
         self.parts = None if first is None else self._divided(first)
-        self.fingerprint = Fingerprint(model)
+        with unwatched():
+            self.fingerprint = Fingerprint(model)
         two = self._rerun.shapes_of_two
         has_rows = not isinstance(output, Atom)
         self._restructured = functools.partial(
             Structure, observer, self.output, call.batch, call.batched, two, has_rows
         )
-        self.structure = self._restructured()
+        with without_modes():
+            self.structure = self._restructured()
 
     def _divided(self, first: FirstRun) -> Parts | None:
         """Returns the parts of the recording; None if the first run has not exceeded the limit."""
@@ -213,7 +215,8 @@ def _run(
     observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:
         around.enter_context(_RECORDING)  # another thread may be recording this model, with its hooks installed
-        check_model(model, call.tensors)
+        with unwatched():
+            check_model(model, call.tensors)
         device = _device(call)
         for block in (
             preserved(model),
@@ -224,9 +227,10 @@ def _run(
             check_drawn(model, device),
         ):
             around.enter_context(block)
-        for _, tensor in named_tensors(model):
-            if tensor.is_leaf:  # by its history, a computed buffer is a constant
-                tensor.requires_grad_(False)
+        with unwatched():
+            for _, tensor in named_tensors(model):
+                if tensor.is_leaf:  # by its history, a computed buffer is a constant
+                    tensor.requires_grad_(False)
         with ExitStack() as stack:
             stack.enter_context(composite.context(model))
             observer.watch(model, stack)
@@ -380,7 +384,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Context that restores buffers that the model writes in place, such as running averages, but not large caches."""
-    with untraced():
+    with unwatched():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
         small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
         dense = [buffer for buffer in small.values() if buffer.layout == torch.strided]
@@ -388,7 +392,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with untraced(), torch.no_grad():
+        with unwatched(), torch.no_grad():
             for buffer, version, values in kept:
                 # A write through ``.data`` changes no version; on other devices, a comparison would synchronize with
                 # the device.

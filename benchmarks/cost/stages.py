@@ -1,0 +1,61 @@
+"""Where a first call spends its time: processor seconds of the stages of planning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nrm_plugin.plan.model_state import ModelState
+from nrm_plugin.plan.planned_measure import PlannedMeasure, TracedRecording
+from nrm_plugin.plan.program import Program
+from nrm_plugin.plan.simplify import Simplifier
+
+REST = "rest"
+STAGES: dict[str, tuple[type, str]] = {
+    "state of the model": (ModelState, "__init__"),
+    "forward pass and graph, traced": (TracedRecording, "__init__"),
+    "rules and query, traced": (PlannedMeasure, "_computed"),
+    "simplification": (Simplifier, "__init__"),
+    "source": (Program, "__init__"),
+}
+"""The method of each stage. A stage does not include stages that it calls."""
+
+
+def stages(run: Callable[[], object]) -> dict[str, float]:
+    """Processor seconds of each stage in one run."""
+    found: dict[str, float] = dict.fromkeys((*STAGES, REST), 0.0)
+    with _timed(found):
+        started = time.process_time()
+        run()
+        found[REST] = time.process_time() - started - sum(found.values())
+    return found
+
+
+@contextmanager
+def _timed(found: dict[str, float]) -> Iterator[None]:
+    inner: list[float] = []
+
+    def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            inner.append(0.0)
+            started = time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                took = time.process_time() - started
+                found[name] += took - inner.pop()
+                if inner:
+                    inner[-1] += took
+
+        return timed
+
+    methods = {name: getattr(kind, method) for name, (kind, method) in STAGES.items()}
+    try:
+        for name, (kind, method) in STAGES.items():
+            setattr(kind, method, wrapped(name, methods[name]))
+        yield
+    finally:
+        for name, (kind, method) in STAGES.items():
+            setattr(kind, method, methods[name])
