@@ -32,6 +32,23 @@ def test_the_caption_says_the_largest_numbers():
     )
 
 
+def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    walks = [
+        (("input/0", "conv/0", "output/0"), 0.4),
+        (("input/1", "conv/0", "output/0"), 0.25),
+        (("input/2", "conv/1", "output/0"), 0.1),
+    ]
+    said = flow_caption(graph, walks=walks)
+    assert said.startswith(
+        "Of “zebra”, 50% comes from legs. "
+        "The strongest walks are legs → group 1 → zebra: 40%; head → group 1 → zebra: 25%. Against it:"
+    )
+    assert "The strongest walk is legs → group 1 → zebra: 40%." in flow_caption(graph, walks=walks[:1])
+    weak = [(keys, 1e-4 * mass) for keys, mass in walks]
+    assert "walk" not in flow_caption(graph, walks=weak)
+
+
 def test_two_layers_name_the_source_without_a_way():
     joint = np.array([[0.7, 0.2, 0.05, 0.05, 0.0], [0.0] * 5, [0.0] * 5])
     graph = FlowGraph((TOP, LOWEST), (joint,))
@@ -62,3 +79,4 @@ def test_the_key_explains_what_is_drawn():
     assert "hatched" in key_text(False, True)
     assert "hatched" not in key_text(True, False)
     assert "Pictures" in key_text(True, False)
+    assert "measured at conv" in key_text(True, False, maps_at="conv")
