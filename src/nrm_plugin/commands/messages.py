@@ -43,7 +43,7 @@ def unseen(shown_image: Photo) -> Iterator[str]:
     """Yields a line about what the model did not see of an image, if it did not see all of it."""
     text = photos.unseen(shown_image)
     if text:
-        yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}"
+        yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}; --fit pad shows the model all of it"
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
