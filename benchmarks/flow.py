@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from benchmarks import tables
-from benchmarks.conservation import store
+from benchmarks.conservation import RESULTS, store
 from nrm_plugin import NRMDefault, RelevanceMeasure, find_groups, patches
 from nrm_plugin.measure.flow_heat_maps import MappedFlow, mapped_flow
 from nrm_plugin.plots.flow import flow_figure
@@ -26,6 +27,7 @@ from nrm_plugin.plots.flow_html import sankey
 
 LAYERS = ["input", "features.7", "features.14", "features.21", "features.28"]
 FOUR = ["input", "features.14", "features.21", "features.28"]
+WORKS = ["plain gradient", "marginals", "flow", "channels with pictures", "groups with pictures", "figure", "page"]
 SIDE, TARGET, K = 224, 3, 8
 PARTS = patches((SIDE, SIDE), 8)
 """Parts of the image that are grouped."""
@@ -97,19 +99,21 @@ def main() -> None:
     """Writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", nargs="+", choices=WORKS, default=WORKS, help="computations to repeat; others stay")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     works = Works(vgg16(weights=None).eval().requires_grad_(False), torch.randn(1, 3, SIDE, SIDE))
-    names = ["plain_gradient", "marginals", "flow", "channels_with_pictures", "groups_with_pictures", "figure", "page"]
-    seconds: dict[str, list[float]] = {name.replace("_", " "): [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            seconds[name.replace("_", " ")].append(seconds_of(getattr(works, name)))
+    seconds: dict[str, list[float]] = json.loads((RESULTS / "flow.json").read_text())["seconds"]
+    seconds |= {name: [] for name in options.only}
+    for _ in range(options.rounds):
+        for name in options.only:
+            seconds[name].append(seconds_of(getattr(works, name.replace(" ", "_"))))
         print({work: round(times[-1], 2) for work, times in seconds.items()}, flush=True)
         store("flow", {"layers": LAYERS, "with pictures": FOUR, "seconds": seconds}, "torchvision")
-    tables.write("flow")
+    if set(seconds) == set(WORKS):
+        tables.write("flow")
 
 
 if __name__ == "__main__":

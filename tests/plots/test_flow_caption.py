@@ -9,6 +9,7 @@ import numpy as np
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots.flow_caption import flow_caption, key_text
+from nrm_plugin.plots.flow_text import wrapped_lines
 
 
 def layer(name: str, labels: tuple[str, ...], masses: tuple[float, ...], rest=0.0, sink=0.0, bypass=0.0) -> FlowLayer:
@@ -30,6 +31,27 @@ def test_the_caption_says_the_largest_numbers():
         "65% of “zebra” comes from legs and head by way of group 1 of conv. Against it: group 2 of conv with −10%. "
         "The other 7 of conv hold 30%. Biases and stabilizers absorb 10% above the input."
     )
+
+
+def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    walks = [
+        (("input/0", "conv/0", "output/0"), 0.4),
+        (("input/1", "conv/0", "output/0"), 0.25),
+        (("input/2", "conv/1", "output/0"), 0.1),
+    ]
+    said = flow_caption(graph, walks=walks).replace("\u00a0", " ")
+    assert said.startswith(
+        "Of “zebra”, 50% comes from legs. Of 6 walks, the strongest are legs → group 1 → zebra: 40%; "
+        "head → group 1 → zebra: 25%; an even share would be 17%. Against it:"
+    )
+    one = flow_caption(graph, walks=walks[:1], areas={"input/0": 0.1})
+    assert "50% comes from legs (10% of the area)." in one.replace("\u00a0", " ")
+    assert "the strongest is legs → group 1 → zebra: 40%;" in one.replace("\u00a0", " ")
+    lines = wrapped_lines(one, 60, 7)
+    assert not any(line.startswith("→") or line == "group" for line in lines)
+    weak = [(keys, 1e-4 * mass) for keys, mass in walks]
+    assert "walk" not in flow_caption(graph, walks=weak)
 
 
 def test_two_layers_name_the_source_without_a_way():
@@ -62,3 +84,9 @@ def test_the_key_explains_what_is_drawn():
     assert "hatched" in key_text(False, True)
     assert "hatched" not in key_text(True, False)
     assert "Thumbnails" in key_text(True, False)
+    assert "traced down to conv" in key_text(True, False, maps_at="conv")
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    assert "blue evidence against" in key_text(False, False, graph=graph)
+    positive = FlowGraph((TOP, LOWEST), (np.abs(np.ones((3, 5))),))
+    assert "no ribbon is evidence against" in key_text(False, False, graph=positive)
+    assert "outlined" in key_text(False, False, graph=graph, walks=[(("input/0",), 0.4)])

@@ -11,7 +11,7 @@ import torch
 from nrm_plugin import NRMAbsolute, RelevanceMeasure, find_groups, top_walks
 from nrm_plugin.errors import InputError
 from nrm_plugin.search import group_walks as module
-from nrm_plugin.search.group_walks import all_masses, group_walks
+from nrm_plugin.search.group_walks import all_masses, group_walks, least_passes
 from nrm_plugin.search.layer_chain import LayerChain
 from tests.measure.test_group_search import LAYERS, conv_net, images
 
@@ -33,6 +33,15 @@ def test_every_walk_is_its_event(mu, layers):
         assert walks.masses[walk] == pytest.approx(float(mu(event) * mu.sign), abs=1e-12)
 
 
+def test_walks_are_named_and_pass_through_nodes_of_the_flow(mu):
+    groups = find_groups(mu, LAYERS[1:], 3)
+    walks = group_walks(mu, LAYERS[1:], groups)
+    labels = {node.key: node.label for node in mu.flow(LAYERS[1:], groups=groups, top=None).nodes}
+    for (keys, mass), (name, same) in zip(walks.through_nodes(7), walks.strongest(7), strict=True):
+        assert mass == same
+        assert " → ".join(labels[key] for key in keys) == name
+
+
 def test_walks_add_up_to_the_flow(mu):
     groups = find_groups(mu, LAYERS[1:], 3)
     walks = group_walks(mu, LAYERS[1:], groups)
@@ -52,6 +61,11 @@ def test_relevance_and_groups_may_meet_at_any_layer(mu, monkeypatch):
         with torch.no_grad():
             found.append(all_masses(chain, [2, 2, 2, 2]))
     assert all(np.allclose(found[0], one, atol=1e-13) for one in found[1:])
+
+
+def test_the_least_number_of_passes():
+    # Down from the first layer, or up from the last one: one for each walk over the layers on this side.
+    assert least_passes([1, 2, 3]) == min(1 + 1 * 2, 1 + 3, 3 + 2 * 3)
 
 
 def test_top_walks_over_groups_are_the_strongest_of_all(mu):

@@ -154,16 +154,16 @@ def _members_of_the_input(image: Tensor) -> Tensor:
 def _with_short_names(groups: Groups) -> Groups:
     """Returns groups with numbers instead of names that list channels, which would not fit below a thumbnail.
 
-    If several layers have such groups, each layer has its letter, from the input up, so that no two names are the same.
+    Each layer has its letter, from the input up, so that no two names are the same: A1, A2, …, B1, …
     """
     short = {
         layer: [number for number, name in enumerate(names) if LISTED.fullmatch(name)]
         for layer, names in zip(groups.layers, groups.names, strict=True)
     }
     named = [layer for layer in reversed(groups.layers) if short[layer]]
-    letters = dict(zip(named, string.ascii_uppercase, strict=False)) if len(named) > 1 else {}
+    letters = dict(zip(named, string.ascii_uppercase, strict=False))
     return groups.named(
-        {layer: {number: f"group {letters.get(layer, '')}{number + 1}" for number in short[layer]} for layer in named}
+        {layer: {number: f"{letters.get(layer, 'group ')}{number + 1}" for number in short[layer]} for layer in named}
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from ..plots.flow_caption import Walks, flow_caption
 from ..plots.flow_html import Pairs, save_sankey
 from ..plots.flow_thumbnails import Photo
 from ..plots.layer_profile import profile_figure
+from ..plots.ribbons import percent
 from ..search.group_walks import group_walks, least_passes
 from . import messages
 from .flow_groups import Division, FlowOptions, division
@@ -183,7 +185,7 @@ def _write(
     target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
-    parts |= {"maps_at": flow.maps_at}
+    parts |= {"maps_at": flow.maps_at, "walks": flow.walks}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
@@ -192,7 +194,7 @@ def _write(
     more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
-        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, walks=flow.walks, **parts)
+        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
     for path in stored:
         assert flow.groups is not None
         with writing(path) as temporary:
@@ -201,8 +203,19 @@ def _write(
 
 
 def caption(flow: ImageFlow) -> str:
-    """Describes a flow, and the part of the image that the model did not see."""
-    return f"{flow_caption(flow.graph, walks=flow.walks)} {unseen(flow.photo)}".strip()
+    """Describes a flow, and what the model did not see of the image."""
+    areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
+    said = flow_caption(flow.graph, walks=flow.walks, areas=areas)
+    return f"{_rank(flow)} {said} {unseen(flow.photo)}".strip()
+
+
+def _rank(flow: ImageFlow) -> str:
+    """Says how likely the model finds the explained class; empty for models with one output."""
+    if len(flow.outputs) < 2:
+        return ""
+    share = percent(float(torch.softmax(flow.outputs.double(), 0)[flow.target]))
+    rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
+    return f"Its softmax is {share}, the largest." if rank == 1 else f"Its softmax is {share}, on rank {rank}."
 
 
 def _is_whole(row: ProfileRow) -> bool:

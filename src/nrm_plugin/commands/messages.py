@@ -43,7 +43,7 @@ def unseen(shown_image: Photo) -> Iterator[str]:
     """Yields a line about the part of an image that the model did not see, if there is one."""
     text = photos.unseen(shown_image)
     if text:
-        yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}"
+        yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}; --fit pad shows the model all of it"
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:

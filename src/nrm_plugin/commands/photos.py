@@ -41,4 +41,4 @@ def unseen(shown: Photo) -> str:
     share = 1 - (right - left) * (bottom - top)
     if share < LEAST:
         return ""
-    return f"The model did not see {percent(share)} of the image, outside of the frame; --fit pad shows it all of it."
+    return f"The model saw only the framed part, {percent(1 - share)} of the image."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
-from .flow_caption import SIGNS, flow_caption, key_text
+from .flow_caption import NAMED_WALKS, SIGNS, Walks, flow_caption, key_text
 from .flow_columns import has_off, region_name
 from .flow_layout import flow_scene
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
@@ -35,6 +36,7 @@ def flow_figure(
     caption: str | None = None,
     width: float | None = None,
     maps_at: str = "",
+    walks: Walks = (),
     signs: tuple[str, str] = SIGNS,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
@@ -54,6 +56,7 @@ def flow_figure(
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
         maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
+        walks: The strongest walks over groups, as in the caption: the ribbons of those that it names are outlined.
         signs: Descriptions of positive and negative relevance for the legend.
 
     Raises:
@@ -68,15 +71,16 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, scene.width)
     axes.set_ylim(scene.height, 0)
     axes.set_axis_off()
+    outlined = {pair for keys, _ in walks[:NAMED_WALKS] for pair in pairwise(keys)}
     for band in sorted(scene.bands, key=lambda band: -band.width):
-        _draw_band(axes, band, palette)
+        _draw_band(axes, band, palette, (band.lower, band.upper) in outlined)
     for node in scene.nodes:
         _draw_node(axes, node, thumbnails, palette)
     if scene.photo is not None and photo is not None:
@@ -96,14 +100,15 @@ def scene_of(
     width: float | None = None,
     signs: tuple[str, str] = SIGNS,
     maps_at: str = "",
+    walks: Walks = (),
 ) -> Scene:
     """Returns the layout of a flow with its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
     return flow_scene(
         graph,
         heading.replace(r"\$", "$"),
-        flow_caption(graph) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph), signs, maps_at),
+        flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$"),
+        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks),
         width,
         shown,
         thumbnails.ratio if thumbnails else 1.0,
@@ -127,12 +132,14 @@ def curve(band: Band) -> list[tuple[float, float]]:
     return over + under
 
 
-def _draw_band(axes: Axes, band: Band, palette: Palette) -> None:
+def _draw_band(axes: Axes, band: Band, palette: Palette, is_outlined: bool) -> None:
     points = curve(band)
     path = Curve([*points, points[0]], [1, 4, 4, 4, 2, 4, 4, 4, 79])
     axes.add_patch(
         PathPatch(path, facecolor=color_of(band.tone, palette), edgecolor="none", alpha=band.strength, zorder=2)
     )
+    if is_outlined:
+        axes.add_patch(PathPatch(path, fill=False, edgecolor=palette.ink, linewidth=0.7, zorder=2.5))
 
 
 def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, palette: Palette) -> None:

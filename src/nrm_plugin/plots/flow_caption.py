@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,6 +12,9 @@ from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import node_name
 from .ribbons import percent
 
+GROUP = re.compile(r"[A-Z]\d+")
+"""A name of a group that the command makes."""
+NO_BREAK = "\u00a0"
 NAMED = 3
 """Largest number of nodes in a list."""
 NAMED_WALKS, LEAST_WALK = 2, 1e-3
@@ -18,22 +23,29 @@ ENOUGH = 0.6
 """Share of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
-KEY = (
-    "The input is on the left. Heights are relevance, on one scale for all layers; red is {}, blue {}, grey the rest "
-    "of a layer."
+KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
+GROUPS = (
+    "A1, A2, … are groups of channels that act together in this image; they are numbered by relevance, and ordered so "
+    "that few ribbons cross."
 )
+WALKS = "The shares of walks are measured along the whole way; their ribbons are outlined."
 SIGNS = ("evidence for", "evidence against")
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
 )
-THUMBNAILS = "Thumbnails show where the relevance of a node lies{}, on one colour scale per layer."
+THUMBNAILS = (
+    "Thumbnails show relevance per area{}, on one colour scale per layer: a large pale part may carry more than a "
+    "small strongly coloured one."
+)
 
 
 Walks = Sequence[tuple[Sequence[str], float]]
 """Walks over groups: the keys of their nodes, from the input up, and their masses; the strongest first."""
 
 
-def flow_caption(graph: FlowGraph, target: str = "", walks: Walks = ()) -> str:
+def flow_caption(
+    graph: FlowGraph, target: str = "", walks: Walks = (), areas: Mapping[str, float] | None = None
+) -> str:
     """Describes a flow by its largest numbers: the origin of the relevance, its main path, and negative evidence.
 
     Args:
@@ -41,6 +53,7 @@ def flow_caption(graph: FlowGraph, target: str = "", walks: Walks = ()) -> str:
         target: Name of what is explained; by default, the name of the only node of the output.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
+        areas: Share of the image that nodes of the input cover, by their keys.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -49,7 +62,11 @@ def flow_caption(graph: FlowGraph, target: str = "", walks: Walks = ()) -> str:
         True
     """
     target = target or _target(graph)
-    ways = [_parts(graph, target), _strongest_walks(graph, walks)] if walks else [_origin(graph, target), *_ways(graph)]
+    ways = (
+        [_parts(graph, target, areas or {}), _strongest_walks(graph, walks)]
+        if walks
+        else [_origin(graph, target), *_ways(graph)]
+    )
     sentences = [*ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -71,7 +88,14 @@ def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
     return " ".join(sentences) or "The flows hardly differ."
 
 
-def key_text(has_thumbnails: bool, has_off: bool, signs: tuple[str, str] = SIGNS, maps_at: str = "") -> str:
+def key_text(
+    has_thumbnails: bool,
+    has_off: bool,
+    signs: tuple[str, str] = SIGNS,
+    maps_at: str = "",
+    graph: FlowGraph | None = None,
+    walks: Walks = (),
+) -> str:
     """Returns the legend of a flow.
 
     Args:
@@ -79,9 +103,21 @@ def key_text(has_thumbnails: bool, has_off: bool, signs: tuple[str, str] = SIGNS
         has_off: Whether walks off a layer are drawn.
         signs: What positive and negative relevance mean.
         maps_at: The layer whose positions the thumbnails show; by default, single pixels.
+        graph: The graph, so that only what occurs in it is explained; by default everything is.
+        walks: The walks that are named.
     """
-    thumbnails = THUMBNAILS.format(f", measured at {maps_at}" if maps_at else "")
-    return " ".join([KEY.format(*signs), *([OFF] if has_off else []), *([thumbnails] if has_thumbnails else [])])
+    thumbnails = THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else "")
+    is_grouped = graph is not None and any(GROUP.fullmatch(node.label) for node in graph.nodes)
+    parts = [KEY.format(_colors(graph, signs)), *([GROUPS] if is_grouped else []), *([WALKS] if walks else [])]
+    return " ".join([*parts, *([OFF] if has_off else []), *([thumbnails] if has_thumbnails else [])])
+
+
+def _colors(graph: FlowGraph | None, signs: tuple[str, str]) -> str:
+    """Describes the colours that occur in a graph."""
+    least = min((float(joint.min()) for joint in graph.joints), default=0.0) if graph is not None else -1.0
+    has_rest = graph is None or any(layer.others for layer in graph.layers)
+    against = f", blue {signs[1]}" if least < -LEAST_WALK else f"; no ribbon is {signs[1]}"
+    return f"red is {signs[0]}{', grey the rest of a layer' if has_rest else ''}{against}"
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
@@ -117,14 +153,18 @@ def _origin(graph: FlowGraph, target: str) -> str:
     return f"{total} of {target} comes from {sources}{way}."
 
 
-def _parts(graph: FlowGraph, target: str) -> str:
+def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float]) -> str:
     """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
     lower = graph.layers[-1]
     nodes = lower.nodes[: len(lower.groups)]
     chosen = [nodes[place] for place in _leading(np.array([node.mass for node in nodes]))]
     if not chosen:
         return ""
-    sources = [f"{percent(node.mass)} from {named(node, graph)}" for node in chosen]
+    covers = [f" ({round(100 * areas[node.key])}% of the area)" if node.key in areas else "" for node in chosen]
+    sources = [
+        f"{percent(node.mass)} from {_unbroken(named(node, graph))}{cover}"
+        for node, cover in zip(chosen, covers, strict=True)
+    ]
     return f"Of {target}, {_listed(sources).replace(' from ', ' comes from ', 1)}."
 
 
@@ -159,7 +199,12 @@ def _ways(graph: FlowGraph) -> list[str]:
 def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
     """Returns the names of the nodes of a walk, from the input up; their layers follow from the figure."""
     names = {node.key: node_name(node) for node in graph.nodes}
-    return " → ".join(names[key] for key in keys)
+    return f"{NO_BREAK}→ ".join(_unbroken(names[key]) for key in keys)
+
+
+def _unbroken(text: str) -> str:
+    """Returns a text that is not broken into lines."""
+    return text.replace(" ", NO_BREAK)
 
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
@@ -167,7 +212,9 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
     said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= LEAST_WALK]
     if not said:
         return ""
-    return f"The strongest {'walk is' if len(said) == 1 else 'walks are'} {'; '.join(said)}."
+    count = math.prod(len(layer.groups) for layer in graph.layers)
+    even = f"an even share would be {percent(1 / count)}"
+    return f"Of {count} walks, the strongest {'is' if len(said) == 1 else 'are'} {'; '.join(said)}; {even}."
 
 
 def _against(graph: FlowGraph, target: str) -> str:

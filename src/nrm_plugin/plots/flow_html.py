@@ -71,7 +71,7 @@ def sankey(
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
     scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at)
-    said = flow_caption(graph) if caption is None else caption
+    said = flow_caption(graph, walks=walks) if caption is None else caption
     data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
     parts = [

@@ -20,7 +20,7 @@ from .ribbons import percent
 Array = NDArray[np.float64]
 HAIRLINE = 0.3
 """Width of the thinnest ribbon that is drawn, in points."""
-GAP = 6.0
+GAP = 9.0
 """Space between two nodes, in points."""
 
 
@@ -300,11 +300,11 @@ def _bands(
     bands: list[Band] = []
     omitted = 0.0
     layers = graph.layers[::-1]
+    widest = max((float(np.abs(joint[:-1, :-1]).max(initial=0.0)) for joint in graph.joints), default=0.0) or 1.0
     for number, joint in enumerate(joint.T for joint in graph.joints[::-1]):
         left, right = columns[number], columns[number + 1]
         values = joint[np.ix_([row for row, _ in left], [row for row, _ in right])]
         starts, ends = _tops(values, unit), _tops(values.T, unit).T
-        widest = float(np.abs(values).max(initial=0.0)) or 1.0
         omitted += float(np.abs(joint).sum() - np.abs(values).sum())
         for (a, (_, lower)), (b, (_, upper)) in ((a, b) for a in enumerate(left) for b in enumerate(right)):
             value, width = float(values[a, b]), abs(float(values[a, b])) * unit
@@ -318,7 +318,11 @@ def _bands(
             kind = lower if lower.kind == "off" else upper if upper.kind == "off" else None
             tone = tone_of(kind, layers[number + (kind is upper)], value) if kind else _tone(kinds, value)
             strength = (
-                0.16 if kinds == {"off"} else 0.3 if kind or "rest" in kinds else 0.28 + 0.42 * abs(value) / widest
+                0.16
+                if kinds == {"off"}
+                else 0.3
+                if kind or "rest" in kinds
+                else 0.28 + 0.42 * min(1.0, abs(value) / widest)
             )
             bands.append(Band(lower.key, upper.key, value, start, end, width, tone, round(strength, 3)))
     return bands, omitted

@@ -37,7 +37,7 @@ def wrapped_lines(text: str, room: float, size: float, is_bold: bool = False) ->
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
-        for word in paragraph.split():
+        for word in paragraph.split(" "):
             longer = f"{line} {word}".strip()
             if line and text_width(longer, size, is_bold) > room:
                 lines.append(line)

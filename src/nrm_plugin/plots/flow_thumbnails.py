@@ -29,6 +29,8 @@ SHARP = 40
 """Images with at most this many pixels along each side are not blurred, so that pixels stay visible."""
 INSIDE = 0.97
 """Share of the absolute relevance that the crop of the thumbnails contains along each axis."""
+OUTSIDE = 0.4
+"""Strength of the photograph outside the region of a node of the input."""
 LEAST = 0.35
 """Smallest side of the crop, as a fraction of the side of the image."""
 
@@ -70,6 +72,7 @@ class NodeThumbnails:
         grey: The same part of the photograph, ``(H, W)`` in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
         edges: Outline of the region of each node of the input, as pixels ``(H, W)``, by node key.
+        inside: Pixels of the region of each node of the input, by node key; other pixels are faded.
     """
 
     box: Box
@@ -77,6 +80,7 @@ class NodeThumbnails:
     grey: Array | None
     size: tuple[int, int]
     edges: Mapping[str, NDArray[np.bool_]]
+    inside: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -107,7 +111,8 @@ def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None
     grey = None if photo is None or photo.colors.shape[:2] != size else _grey(photo, box, shape)
     regions = {} if photo is None else {key: mask for key, mask in photo.regions.items() if key in values}
     edges = {key: _edge(np.asarray(mask)[box[0] : box[2], box[1] : box[3]], shape) for key, mask in regions.items()}
-    return NodeThumbnails(box, values, grey, (size[0], size[1]), edges)
+    inside = {key: _nearest(np.asarray(mask)[box[0] : box[2], box[1] : box[3]], shape) for key, mask in regions.items()}
+    return NodeThumbnails(box, values, grey, (size[0], size[1]), edges, inside)
 
 
 def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> Pixels:
@@ -115,6 +120,8 @@ def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> P
     values = thumbnails.values[key]
     paper = np.array(to_rgb(palette.paper))
     ground = np.broadcast_to(paper, (*values.shape, 3)) if thumbnails.grey is None else faded(thumbnails.grey, palette)
+    if key in thumbnails.inside:
+        ground = np.where(thumbnails.inside[key][..., None], ground, OUTSIDE * ground + (1 - OUTSIDE) * paper)
     alpha = opacity(values)[..., None]
     signs = np.where(values[..., None] >= 0, to_rgb(palette.positive), to_rgb(palette.negative))
     colors = ground * (1 - alpha) + signs * alpha
@@ -148,6 +155,7 @@ def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixe
     for mask in photo.regions.values():
         part = np.zeros((height, width), bool)
         part[top:bottom, left:right] = _nearest(np.asarray(mask), (bottom - top, right - left))
+        colors = np.where(_border(part, 2)[..., None], 0.1, colors)
         colors = np.where(_border(part, 1)[..., None], 1.0, colors)
     result: Pixels = (255 * colors.clip(0, 1)).round().astype(np.uint8)
     return result
@@ -180,7 +188,7 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
     """Returns a grey photograph with low contrast, close to the background colour of a palette, ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
-    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.04 + 0.24 * grey)[..., None]
+    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.4 * grey)[..., None]
     result: Array = paper * (1 - share) + ink * share
     return result
 
