@@ -27,6 +27,14 @@ def full() -> FlowGraph:
     return full_graph()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_joint_relevance_that_is_not_finite_raises_and_names_the_layers(full, value):
+    damaged = full.joints[1].copy()
+    damaged[0, -1] = value
+    with pytest.raises(FlowError, match=f"{full.layers[1].name!r} and {full.layers[2].name!r} is not finite"):
+        FlowGraph(full.layers, (full.joints[0], damaged, *full.joints[2:]))
+
+
 THRESHOLDS = [{"top": 3}, {"min_mass": 0.05}, {"coverage": 0.7}, {"top": 4, "coverage": 0.9, "min_mass": 0.02}]
 
 

@@ -31,6 +31,9 @@ class FlowGraph:
             mass of the lower node.
         carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
 
+    Raises:
+        FlowError: If joint relevance is nan or infinite, so that a figure would omit nodes.
+
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> graph = RelevanceMeasure(net, torch.randn(1, 3), 1).flow(["1", "input"], top=2)
@@ -45,6 +48,14 @@ class FlowGraph:
     layers: tuple[FlowLayer, ...]
     joints: tuple[Array, ...]
     carried: float | None = None
+
+    def __post_init__(self) -> None:
+        for (upper, lower), joint in zip(pairwise(self.layers), self.joints, strict=True):
+            if not np.isfinite(joint).all():
+                raise FlowError(
+                    f"the joint relevance of {upper.name!r} and {lower.name!r} is not finite: numbers of very "
+                    "different size cancel in it. Compute in float64, or choose other layers."
+                )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FlowGraph):
