@@ -455,7 +455,7 @@ def test_the_examples_of_the_help_parse(capsys: pytest.CaptureFixture[str]):
     assert end.value.code == 0
     text = capsys.readouterr().out
     examples = [line.strip() for line in text.splitlines() if line.startswith("  nrm-plugin ")]
-    assert len(examples) == 8
+    assert len(examples) == 9
     for line in examples:
         parser().parse_args(shlex.split(line)[1:])
 

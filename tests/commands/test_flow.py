@@ -182,11 +182,11 @@ def test_figures_for_papers(here, kind):
 def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
     Image.open("noise.png").resize((60, 20)).save("wide.png")
     assert run("wide.png", *OWN, "--layers", "a", "input") == 0
-    said = "did not see 67% of the image"
+    said = "saw only the framed part, 33% of the image"
     assert said in capsys.readouterr().out
     assert said in json.loads(Path("nrm-flow/wide-flow.json").read_text())["caption"]
     for fit in ("pad", "squeeze"):
         assert run("wide.png", *OWN, "--layers", "a", "input", "--fit", fit, "--out", fit) == 0
-        assert "did not see" not in capsys.readouterr().out
+        assert "saw only" not in capsys.readouterr().out
         stored = json.loads(Path(fit, "wide-flow.json").read_text())
         assert stored["settings"]["preparation"]["fit"] == fit

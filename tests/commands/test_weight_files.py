@@ -38,7 +38,7 @@ FILES: dict[str, tuple[Callable[[str], object], str]] = {
                 "are not real numbers (features.0.weight torch.int8"),
     "empty.pt": (lambda path: Path(path).touch(), "cannot be read as weights"),
     "text.safetensors": (lambda path: Path(path).write_text("text" * 9), "cannot be read as weights"),
-    "list.pth": (lambda path: torch.save([1, 2], path), "holds a list"),
+    "list.pth": (lambda path: torch.save([1, 2], path), "contains a list"),
     "other.pth": (lambda path: torch.save({"epoch": 1, "lr": 2}, path), "its keys are epoch, lr"),
     "resnet.pth": (lambda path: torch.save(resnet18().state_dict(), path),
                    "52 entries of squeezenet1_1 are missing (features.0.weight, features.0.bias"),

@@ -45,9 +45,9 @@ REGISTERED = {
         "decompositions": 21,
         "distances": 9,
         "linear_algebra": 17,
+        "quantiles_and_integrals": 6,
         "reductions": 1,
         "scatter": 17,
-        "sequences": 6,
     },
     "recurrences": {"recurrent": 10},
 }

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
@@ -125,13 +126,14 @@ def test_nothing_overlaps_and_nothing_is_cut_off(counts, width):
     maps = {node.key: np.random.default_rng(1).standard_normal((60, 60)) for node in graph.nodes if node.kind != "off"}
     figure = flow_figure(graph, "A heading that is long enough to be broken into several lines " * 2, maps=maps,
                          image=Photo(np.random.default_rng(2).random((3, 60, 60))), width=width)  # fmt: skip
-    figure.canvas.draw()
-    page = figure.bbox
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page, renderer = figure.bbox, canvas.get_renderer()  # without it, each extent makes one, of the size of the page
+    boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts if text.get_text()]
     assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
     small = [Bbox.from_extents(box.x0 + 1, box.y0 + 1.5, box.x1 - 1, box.y1 - 1.5) for box in boxes]
     assert not [1 for one, other in itertools.combinations(small, 2) if one.overlaps(other)]
-    images = [image.get_window_extent() for image in figure.axes[0].images]
+    images = [image.get_window_extent(renderer) for image in figure.axes[0].images]
     assert len(images) == len([key for key in maps if key in {n.node.key for n in flow_scene(graph).nodes}]) + 1
     inner = [Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1) for box in images]
     assert not [1 for one, other in itertools.combinations(inner, 2) if one.overlaps(other)]

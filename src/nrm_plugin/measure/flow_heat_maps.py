@@ -97,6 +97,7 @@ def mapped_flow(
     done: list[FlowPasses] = []
 
     def joints(nodes: Sequence[Any]) -> list[Tensor]:
+        mu._pairs([one.atom for one in nodes], "of two layers of a flow, one is below the other")
         done.append(flow_passes(mu, only, [one.labels for one in nodes], tap))
         return [done[0].joints[number, number + 1] for number in range(len(nodes) - 1)]
 

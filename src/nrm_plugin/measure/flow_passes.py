@@ -171,9 +171,10 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
     """Returns the tap whose positions show where the relevance of the nodes of a flow lies, and its name.
 
-    It is the uppermost tap below all layers, or equal to the last one, that has the positions of the image, at least
-    :data:`POSITIONS` along each side, and that all walks from the layers to the image cross; else the image itself,
-    also if it has no more positions than that.
+    It is a tap below all layers, or equal to the last one, that has the positions of the image, at least
+    :data:`POSITIONS` along each side, and that all walks from the layers to the image cross. Of the taps with the
+    fewest positions, those inside the fewest modules are preferred, and of these the uppermost. Without such a tap, and
+    if the image has no more than :data:`POSITIONS` positions along each side, it is the image itself.
 
     Args:
         mu: The measure.

@@ -24,8 +24,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     their weights once, at their first call, together with state that is outside of the module, and stay as they are.
     """
     with unwatched():
-        modules = [(module, _state(module)) for module in model.modules() if not is_quantized(module)]
-        packed = {id(tensor) for module in model.modules() if is_quantized(module) for tensor in packed_tensors(module)}
+        every = list(model.modules())
+        quantized = [module for module in every if is_quantized(module)]
+        modules = [(module, _state(module)) for module in every if module not in quantized]
+        packed = {id(tensor) for module in quantized for tensor in packed_tensors(module)}
         named = [tensor for _, tensor in named_tensors(model) if id(tensor) not in packed]
         tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in named]
         versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]

@@ -30,7 +30,10 @@ def is_quantized(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return callable(weight)  # packed
-    return not is_lazy(weight) and (type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _FLOATS)
+    if type(weight) not in (Tensor, nn.Parameter):
+        return not is_lazy(weight)
+    with torch._C.DisableTorchFunction():  # the recording observes functions, and reads of attributes
+        return weight.dtype not in _FLOATS
 
 
 def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], source: Tensor, name: str) -> nn.Linear:

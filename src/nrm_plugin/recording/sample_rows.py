@@ -168,7 +168,7 @@ def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
 
 
 def _scaled_rows(tensor: Tensor, numbers: Tensor) -> Tensor:
-    return tensor * numbers.reshape(-1, *(1,) * (tensor.ndim - 1))
+    return tensor * numbers.reshape(-1, *(1,) * (tensor.ndim - 1)).to(tensor.dtype)
 
 
 def _as_list(value: Any) -> list[Any]:
