@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models import SwinTransformer
 
 from nrm_plugin import NRMEpsilonPlus, Plan, RelevanceMeasure
 from nrm_plugin.errors import StorageError
@@ -72,3 +73,15 @@ def test_few_forms_are_stored(net):
 def test_a_plan_is_not_stored(net):
     with pytest.raises(StorageError, match="plan"):
         torch.save(Plan(net, inputs()), "unused")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_windows_that_are_folded_into_the_batch_are_planned(count):
+    torch.manual_seed(0)
+    net = SwinTransformer([4, 4], 12, [2, 2], [2, 2], [4, 4], num_classes=3).eval()
+    plan = Plan(net, torch.randn(count, 3, 32, 32))
+    for _ in range(2):
+        x = torch.randn(count, 3, 32, 32)
+        expected = RelevanceMeasure(net, x, 1).marginal("input")
+        torch.testing.assert_close(plan(x, 1).marginal("input"), expected, rtol=1e-4, atol=1e-6)
+    assert "recorded every time" not in plan.explain()

@@ -20,9 +20,6 @@ from .trace import FILLED, Operation, Trace, Value, draws
 aten = torch.ops.aten
 
 
-_DETACH, _ALIAS = aten.detach.default, aten.alias.default
-
-
 @dataclass(slots=True, eq=False)
 class _Memory:
     """Memory of tensors of a trace.
@@ -186,8 +183,6 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():  # else the watch would see every attribute that is read here
-            if (function is _DETACH or function is _ALIAS) and args[0].layout is torch.strided:
-                return function(*args)  # found by its memory when it is used
             return self._dispatched(function, args, kwargs or {})
 
     def _dispatched(self, function: Any, args: Any, kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..model.value_reads import is_traced
 from .graph import Graph, Vertex
 from .places import Buffer, Edge, Place, Sink
 
@@ -141,13 +142,16 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Stacks tensors of one shape; rows of one tensor that follow each other in memory are not copied."""
+    """Stacks tensors of one shape; rows of one tensor that follow each other in memory are not copied.
+
+    A trace copies them, since its tensors may lie elsewhere when it is replayed.
+    """
     first = rows[0]
     if len(rows) == 1:
         return first.unsqueeze(0)
     return (
         first.as_strided((len(rows), *first.shape), (first.numel(), *first.stride()))
-        if _adjoin(rows)
+        if not is_traced() and _adjoin(rows)
         else (torch.stack(list(rows)))
     )
 
