@@ -350,9 +350,8 @@ def test_a_name_that_is_taken_raises():
     assert known == COMPOSITES
     try:
         assert register("nrm_of_a_test")(NRMAbsolute) is NRMAbsolute
-        assert (
-            register("nrm_of_a_test")(NRMAbsolute) is NRMAbsolute
-        )  # the same class from a module that is loaded again
+        # The same class, from a module that is loaded again.
+        assert register("nrm_of_a_test")(NRMAbsolute) is NRMAbsolute
         assert COMPOSITES["nrm_of_a_test"] is NRMAbsolute
     finally:
         COMPOSITES.pop("nrm_of_a_test", None)

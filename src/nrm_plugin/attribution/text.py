@@ -134,7 +134,7 @@ def explain_text(
     """Explains the prediction of a text model of the transformers library by the words of the text.
 
     The explained prediction depends on the model: the class of a text, the token behind the mask, the next token, or
-        the first token that a decoder generates.
+    the first token that a decoder generates.
 
     Args:
         model: A model with a head, in evaluation mode.

@@ -67,8 +67,7 @@ def read_state(path: Path) -> State:
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{name} was not written by torch.save, or contains objects other than tensors, which could run code when "
-            "it is read. "
-            "Save the state dict alone: torch.save(model.state_dict(), FILE)."
+            "it is read. Save the state dict alone: torch.save(model.state_dict(), FILE)."
         ) from error
     except Exception as error:  # a file of another type may raise any error
         is_of_torch = head.startswith((b"PK", b"\x80")) or head[8:9] == b"{"

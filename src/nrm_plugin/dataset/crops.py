@@ -120,7 +120,7 @@ def crops(
         torch.Size([1, 3, 3])
 
     Source: after the reference samples of Achtibat et al. (2023); the receptive field and the mask are new in this
-        package.
+    package.
     """
     rules = normalize(composite, residual, gain_limit, uncovered)
     layer = layer or references.layer or references.name

@@ -1,9 +1,9 @@
 """Prototypes: clusters of similar explanations, such as the typical explanations of a class.
 
 Each explanation is a vector: the relevance of the channels of a layer. Clusters of similar explanations are found by a
-    mixture of Gaussians or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster,
-    and its coverage is the share of all samples that are members. A new sample is described by its nearest prototype
-    and its difference from this prototype.
+mixture of Gaussians or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster,
+and its coverage is the share of all samples that are members. A new sample is described by its nearest prototype
+and its difference from this prototype.
 """
 
 from __future__ import annotations

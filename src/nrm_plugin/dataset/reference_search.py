@@ -94,7 +94,7 @@ def find_references(
         (torch.Size([4, 3]), 1)
 
     Source: Achtibat et al. (Nature Machine Intelligence 2023), for relevance maximization; the extension to events is
-        new in this package.
+    new in this package.
     """
     if target not in ("label", "prediction") and (isinstance(target, bool) or not isinstance(target, int)):
         raise InputError(f"target={target!r} is unknown; choose 'label', 'prediction', or the index of a class.")

@@ -255,8 +255,7 @@ class Attended(Event):
         if self.atom.side != "output" or self.atom.item is not None or self.atom.index is not None:
             raise EventError(
                 f"{self.atom} refers to neurons of one tap. Heads, tokens and pairs belong to the attention of a "
-                "layer: "
-                f"at({_name(self.atom.layer)}).head(…)."
+                f"layer: at({_name(self.atom.layer)}).head(…)."
             )
 
     def head(self, index: Any) -> Attended:

@@ -92,8 +92,7 @@ def _checked_tensor(atom: object, value: Any) -> Tensor:
     if tensor.dtype == torch.uint8:
         raise EventError(
             f"{atom}: an index of dtype uint8 is ambiguous: it may be a mask or indices of neurons. Convert it: "
-            "`mask.bool()` or "
-            "`index.long()`."
+            "`mask.bool()` or `index.long()`."
         )
     if tensor.dtype != torch.bool and (tensor.is_floating_point() or tensor.is_complex()):
         raise EventError(

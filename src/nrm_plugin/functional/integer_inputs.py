@@ -1,7 +1,7 @@
 """Integer inputs (ids), which are tracked by identity until the model uses them for lookups.
 
 Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input.
-    Integers that do not originate from the inputs, such as positions, select constants, even if they are equal.
+Integers that do not originate from the inputs, such as positions, select constants, even if they are equal.
 """
 
 from __future__ import annotations

@@ -232,8 +232,7 @@ class InterceptedPass:
             raise UnsupportedOperationError(
                 f"{expression.name!r} in {self.path or 'the model'!r} reads a tensor that is overwritten in place "
                 "before its complex numbers are converted back to real ones, which has no kernel. Write to a copy, x "
-                "= x + y instead of "
-                "x += y."
+                "= x + y instead of x += y."
             )
         inputs = tuple(CallInput(source.saved) for source in expression.sources)
         slots = tuple(Slot(number) for number in range(len(inputs)))

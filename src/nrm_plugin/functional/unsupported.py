@@ -95,9 +95,8 @@ def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
             continue
         visited.add(node)
         stack += [below for below, _ in node.next_functions]
-        is_custom = isinstance(node, BackwardCFunction) and not _is_checkpoint(
-            node
-        )  # has a step, or already raises an error
+        # A custom function has a step, or already raises an error.
+        is_custom = isinstance(node, BackwardCFunction) and not _is_checkpoint(node)
         if not is_custom and not is_known(node):
             node.register_prehook(_raising(unknown_node_error(node)))
 

@@ -81,9 +81,8 @@ class Kernel(ABC):
         """Returns the column sums ``c``, in the shape of the output ``like``: the transpose applied to ones."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
-            totals = [
-                part.sum() for part in self.pull(seed) if part.requires_grad
-            ]  # the zeros at a gate have no history
+            # The zeros at a gate have no history.
+            totals = [part.sum() for part in self.pull(seed) if part.requires_grad]
             if not totals:
                 return torch.zeros_like(like)
             (column,) = torch.autograd.grad(totals, seed)

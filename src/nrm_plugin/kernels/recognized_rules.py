@@ -66,9 +66,8 @@ def _read(rule: BasicHook) -> RuleForm | None:
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None
-    if (
-        isinstance(rule, ConservingEpsilon) and epsilon > NEGLIGIBLE
-    ):  # it also stabilizes the shares of its second branch
+    # A larger epsilon also stabilizes the shares of the second branch.
+    if isinstance(rule, ConservingEpsilon) and epsilon > NEGLIGIBLE:
         return None
     own = type(rule)()
     probe = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 3.0]], dtype=torch.float64)

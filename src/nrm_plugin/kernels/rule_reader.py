@@ -66,10 +66,8 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
     """
     with torch.no_grad():
         output = module.forward(inputs)
-    saved = (
-        Saved(inputs, values=False),
-        Saved(output, values=False),
-    )  # no forward pass that could write to them is running
+    # No forward pass that could write to them is running.
+    saved = Saved(inputs, values=False), Saved(output, values=False)
     return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], shape_like(output), name, saved[1]))
 
 

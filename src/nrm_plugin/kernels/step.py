@@ -319,6 +319,5 @@ class Origin(torch.autograd.Function):
         raise UnsupportedOperationError(
             "relevance under Normalized cannot be differentiated with respect to weights or activations: its kernels "
             "are constants, so the gradient would be incomplete. For relevance in a loss, use the composite without "
-            "Normalized, "
-            "whose rules Zennit differentiates; detach() the relevance if it needs no gradient."
+            "Normalized, whose rules Zennit differentiates; detach() the relevance if it needs no gradient."
         )

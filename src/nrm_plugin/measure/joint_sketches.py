@@ -6,7 +6,7 @@ of ``Y``, :math:`Q Q^\top J` requires one partial pass per basis vector. The joi
 layer and the groups of the other is always exact.
 
 Source: Halko, Martinsson and Tropp, SIAM Review 2011, for the randomized range finder; its application to joint
-    relevance is new in this package.
+relevance is new in this package.
 """
 
 from __future__ import annotations

@@ -179,8 +179,7 @@ class QueryPasses:
         if self._recording.references > 1:
             raise DifferenceError(
                 "conditional(event, layer) is not defined for several references, since their mixture has no kernels "
-                "of its own. "
-                "Use mu(event, given=at(layer)[…]), or one measure per reference."
+                "of its own. Use mu(event, given=at(layer)[…]), or one measure per reference."
             )
         diagram = DecisionDiagram(self._recording, [event])
         if layer is not None:

@@ -2,7 +2,7 @@
 
 Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) use Zennit's rules. They
 are not measures: they do not conserve relevance, and they show the pattern to which a neuron responds, not its
-    contribution.
+contribution.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def reconstruct(
         torch.Size([2, 1, 8, 8])
 
     Source: Zeiler and Fergus (ECCV 2014), Springenberg et al. (ICLR workshop 2015). The restriction to walks is new in
-        this package.
+    this package.
     """
     if method not in COMPOSITES:
         raise ValueError(f"method={brief(method)} is unknown; choose 'deconvnet' or 'guided_backprop'.")

@@ -1,8 +1,8 @@
 """Layers in reduced precision, as under ``torch.autocast``, with sums in float32.
 
 Only products with a weight are computed in reduced precision: the layer itself, and the two maps of each branch of its
-    rule. Relevance, column sums, gains and all other sums keep the dtype of the inputs. If the model itself uses a
-    shorter format than float32, these quantities and all products of kernels are computed in float32.
+rule. Relevance, column sums, gains and all other sums keep the dtype of the inputs. If the model itself uses a
+shorter format than float32, these quantities and all products of kernels are computed in float32.
 
 Source: new in this package.
 """

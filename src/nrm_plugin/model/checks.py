@@ -172,8 +172,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelStateError(
             f"{_layer(name, module)} is a TorchScript module, whose layers accept no hooks. Pass the Python module "
-            "that it was "
-            "compiled from."
+            "that it was compiled from."
         )
     compiler = sys.modules.get("torch._dynamo.eval_frame")  # already imported if the model was compiled
     if compiler is not None and isinstance(module, compiler.OptimizedModule):

@@ -191,9 +191,8 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
 def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
-        like = relevance.new_empty(
-            (len(flat), *shape)
-        )  # only its shape is read, and an expanded tensor would be copied
+        # Only its shape is read, and an expanded tensor would be copied.
+        like = relevance.new_empty((len(flat), *shape))
         wanted = [True, False, False]
         product, _, _ = torch.ops.aten.convolution_backward(flat, like, weight, None, *options, wanted)
         return product.reshape(*relevance.shape[:2], *shape)  # type: ignore[no-any-return]

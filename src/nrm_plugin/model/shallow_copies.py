@@ -29,9 +29,8 @@ def shared_copy(module: nn.Module) -> nn.Module:
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     copy: nn.Module = kind.__new__(kind)
     copy.__dict__ = dict(module.__dict__)
-    none: OrderedDict[int, object] = (
-        OrderedDict()
-    )  # shared by all kinds of hooks, since nobody registers hooks on a copy
+    # Shared by all kinds of hooks, since nobody registers hooks on a copy.
+    none: OrderedDict[int, object] = OrderedDict()
     copy.__dict__.update({key: none for key in _HOOK_DICTS if key in copy.__dict__})
     with torch._C.DisableTorchFunction():
         copy._parameters = {name: _shared(parameter) for name, parameter in module._parameters.items()}

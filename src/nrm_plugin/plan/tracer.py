@@ -45,7 +45,7 @@ class Tracer(TorchDispatchMode):
     """Context that appends the operations of this thread to a trace; it may be entered several times.
 
     Operations on constants are run, but not appended: their results are constants. Operations that create tensors to be
-        filled are appended, since only a tensor with its final values is a constant.
+    filled are appended, since only a tensor with its final values is a constant.
 
     Attributes:
         trace: The trace.
@@ -71,9 +71,8 @@ class Tracer(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         self._outer.append(ACTIVE.tracer)
-        if (
-            ACTIVE.tracer is self
-        ):  # one query calls another; if it were entered twice, the mode would append operations twice
+        # One query calls another; if the mode were entered twice, it would append operations twice.
+        if ACTIVE.tracer is self:
             return self
         ACTIVE.tracer = self
         self._watch.__enter__()  # type: ignore[no-untyped-call, unused-ignore]

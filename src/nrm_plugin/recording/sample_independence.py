@@ -173,7 +173,7 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
     """Raises an error if the output of a sample changes without the other samples, as by a threshold over all samples.
 
     A model may also distinguish samples by their position in the batch: then the outputs do not follow samples that are
-        permuted, and only an exchange shows whether the other samples matter.
+    permuted, and only an exchange shows whether the other samples matter.
     """
     numbers, suspects = torch.arange(recording.samples.count), 0
     for number in range(0, len(numbers), -(-len(numbers) // ALONE)):

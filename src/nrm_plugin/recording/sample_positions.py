@@ -1,9 +1,9 @@
 """The positions of the samples of a batch in each tensor of a recording.
 
 The first dimension of a tensor is not always the batch: attention over windows folds the windows into it, and other
-    layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the
-    output by a different power of two, and the factor by which an entry changes identifies its sample. No other module
-    treats the first dimension of a
+layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the
+output by a different power of two, and the factor by which an entry changes identifies its sample. No other module
+treats the first dimension of a
 tensor as samples.
 """
 

@@ -117,7 +117,7 @@ def restriction(
         True
 
     Source: new in this package; ``heat_map / mass`` equals the pruned relevance of arXiv 2404.14271 up to a common
-        factor.
+    factor.
     """
     masks = {layer: neuron_mask(mu, layer, mask) for layer, mask in kept.items()}
     event = kept_event(masks)

@@ -3,7 +3,7 @@ r"""Steering: adding a vector to the activations of a layer, or removing its dir
 .. math:: a \to a + s v \qquad \text{or} \qquad a \to a - \frac{v v^\top}{v^\top v} a
 
 A conditional provides such vectors: :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Its entries are masses per
-    unit of relevance, not activations, so their scale has to be chosen.
+unit of relevance, not activations, so their scale has to be chosen.
 
 Source: Turner et al., arXiv 2308.10248 (addition); Arditi et al., arXiv 2406.11717 (removal); docs/features.md.
 """
