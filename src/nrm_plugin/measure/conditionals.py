@@ -46,15 +46,9 @@ class Conditionals:
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:
-            edge = self._read(place)
+            edge = self.graph.buffer(place)
             value, shape = self._before(edge, node), self.graph.shape(edge)
         return self.like.new_zeros(shape, device=self.graph.device(place)) if value is None else value
-
-    def _read(self, edge: Edge) -> Buffer:
-        """Returns the buffer that an edge reads."""
-        buffer = self.graph.vertices[edge.vertex].edges[edge.number]
-        assert buffer is not None
-        return buffer
 
     def _needed(self, places: Sequence[Place], nodes: set[int]) -> dict[int, set[int]]:
         needed: dict[int, set[int]] = {}
@@ -74,7 +68,7 @@ class Conditionals:
             if isinstance(place, Buffer):
                 require(place, node)
             else:
-                require_before(self._read(place), node)
+                require_before(self.graph.buffer(place), node)
         while todo:
             vertex, node = todo.pop()
             for number, edge in enumerate(self.graph.vertices[vertex].edges):

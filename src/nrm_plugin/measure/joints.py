@@ -103,7 +103,7 @@ def propagated_to(
 ) -> tuple[list[Tensor], Cost]:
     """Returns the relevance that arrives at each of several lower taps, by one pass down to the last of them."""
     collect = _Collect(recording, lowers)
-    cost = pull(recording.graph, _start(recording, upper.place, vectors), collect)
+    cost = pull(recording.graph, [(recording.graph.buffer(upper.place), vectors)], collect)
     like = next(iter(vectors.values()))
     arrived = []
     for lower in lowers:
@@ -211,14 +211,6 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
         same = (tuple(recording.graph.shape(edge)) == tuple(vertex.shapes[0]) for edge in vertex.edges if edge)
         return all(same)
     return operation(vertex.node).lower() in _KEEPING_CHANNELS
-
-
-def _start(recording: Recording, place: Place, vectors: Vectors[int]) -> list[tuple[Buffer, Vectors[int]]]:
-    if isinstance(place, Buffer):
-        return [(place, vectors)]
-    edge = recording.graph.vertices[place.vertex].edges[place.number]
-    assert edge is not None
-    return [(edge, vectors)]
 
 
 class _Collect(Visitor[int]):

@@ -107,7 +107,7 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
     if middle.place in (upper.place, lower.place):
         return True
     vertices, seen = recording.graph.vertices, set()
-    waiting = [_start_of(recording, upper)]
+    waiting = [recording.graph.buffer(upper.place)]
     while waiting:
         buffer = waiting.pop()
         if buffer == middle.place or buffer.vertex in seen:
@@ -120,12 +120,3 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
                 return False
             waiting.append(read)
     return True
-
-
-def _start_of(recording: Recording, tap: Tap) -> Buffer:
-    """Returns the tensor from which walks continue after a tap."""
-    if isinstance(tap.place, Buffer):
-        return tap.place
-    read = recording.graph.vertices[tap.place.vertex].edges[tap.place.number]
-    assert read is not None
-    return read

@@ -249,10 +249,15 @@ class Graph:
         """Returns the shape of the tensor at a buffer."""
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
-    def device(self, place: Place) -> torch.device:
-        """Returns the device of the tensor at a place."""
+    def buffer(self, place: Place) -> Buffer:
+        """Returns the tensor at a place; an edge is a place at the tensor that it reads."""
         buffer = self.vertices[place.vertex].edges[place.number] if isinstance(place, Edge) else place
         assert buffer is not None, "constants are no places"
+        return buffer
+
+    def device(self, place: Place) -> torch.device:
+        """Returns the device of the tensor at a place."""
+        buffer = self.buffer(place)
         device: torch.device = self.vertices[buffer.vertex].node._input_metadata[buffer.number].device
         return device
 

@@ -104,13 +104,7 @@ class Samples:
 
     def buffer(self, place: Place | Sink) -> Buffer:
         """Returns the tensor at a place."""
-        if isinstance(place, Buffer):
-            return place
-        if isinstance(place, Sink):
-            return Buffer(place.vertex, 0)
-        buffer = self.graph.vertices[place.vertex].edges[place.number]
-        assert buffer is not None
-        return buffer
+        return Buffer(place.vertex, 0) if isinstance(place, Sink) else self.graph.buffer(place)
 
     def _looked_up(self, buffer: Buffer) -> Layout | None:
         if self.count == 1:

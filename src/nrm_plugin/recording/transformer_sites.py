@@ -336,9 +336,8 @@ def _sites_of_branch(branch: Branch, kind: str, structure: Structure) -> Iterato
             yield f"{name}_out", parts.get("attention", whole)
     if "mlp" in parts:
         place = parts["mlp"]
-        top = structure.graph.vertices[place.vertex].edges[place.number]
-        assert top is not None
-        yield from _of_neurons("mlp", [v for v in branch.inner if structure.depends(top.vertex, v)], structure)
+        top = structure.graph.buffer(place).vertex
+        yield from _of_neurons("mlp", [v for v in branch.inner if structure.depends(top, v)], structure)
         yield "mlp_out", place
 
 
