@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..events.event import Event
-from ..measure.flow import flow_graph, with_groups
+from ..measure.flow import flow_graph, ordered_taps, with_groups
 from ..measure.flow_graph import TOP, FlowError, FlowGraph, FlowLayer, check_thresholds
 from ..measure.group_search import K
 from ..measure.layer_groups import Groups
@@ -93,10 +93,7 @@ def _batch_flow(
     groups: GroupSelection | Groups,
     names: Mapping[str, Names] | None,
 ) -> FlowGraph:
-    order = {name: index for index, name in enumerate(mu.layers)}
-    if all(layer in order for layer in layers):
-        layers = sorted(layers, key=lambda layer: -order[layer])
-    taps = [(layer, mu._tap(layer)) for layer in layers]
+    taps = ordered_taps(mu, layers)
     if isinstance(groups, Groups):
         over, names, _ = with_groups(mu, taps, over, names, K, groups)
         return flow_graph(_MeanMeasure(mu), taps, over, top=None, names=names)
@@ -111,7 +108,7 @@ def _batch_flow(
     graph = flow_graph(_MeanMeasure(mu), taps, regions, top=None, names=names)
     flow_layers = [
         _renumbered(flow_layer, groups[layer], partitions[layer]) if layer in groups else flow_layer
-        for layer, flow_layer in zip(layers, graph.layers, strict=True)
+        for (layer, _), flow_layer in zip(taps, graph.layers, strict=True)
     ]
     return replace(graph, layers=tuple(flow_layers))
 

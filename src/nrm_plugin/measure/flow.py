@@ -151,11 +151,11 @@ def with_groups(
     names: Mapping[str, Names] | None,
     k: int,
     groups: Groups | None,
-) -> tuple[Any, Mapping[str, Names] | None, int]:
-    """Returns the grouping of the neurons of each layer and the names of the groups.
+    top: int | None = None,
+) -> tuple[Any, Mapping[str, Names] | None, int | None]:
+    """Returns the grouping of the neurons of each layer, the names of the groups, and how many groups to show.
 
-    If groups are requested, the last result is the largest number of groups in any layer, all of which are shown;
-    otherwise it is 0.
+    If groups are requested, all of them are shown.
 
     Args:
         mu: The measure.
@@ -164,12 +164,13 @@ def with_groups(
         names: Names of the members of each layer.
         k: Number of groups of a layer.
         groups: Given groups; they apply to all of their layers.
+        top: Largest number of groups to show per layer, or None for no limit.
     """
     kinds = {layer: _for_layer(over, layer, "channel") for layer, _ in layers}
     called = {layer: layer_name(mu, layer) for layer in kinds}
     asked = [layer for layer, kind in kinds.items() if isinstance(kind, str) and kind == GROUPS]
     if groups is None and not asked:
-        return over, names, 0
+        return over, names, top
     if groups is None:
         apart: dict[str, int | None] = {called[layer]: None for layer in kinds if layer not in asked}
         members = {called[layer]: kind for layer, kind in kinds.items() if layer not in asked}
@@ -180,7 +181,8 @@ def with_groups(
         grouped = [layer for layer in kinds if layer in asked or called[layer] in groups.layers]
     found = {layer: groups.over(mu, called[layer]) for layer in grouped}
     words = {layer: groups.names[groups.layers.index(called[layer])] for layer in grouped}
-    return kinds | found, dict(names or {}) | words, max((len(each) for each in words.values()), default=0)
+    shown = top if top is None else max([top, *map(len, words.values())])
+    return kinds | found, dict(names or {}) | words, shown
 
 
 def _sample_number(mu: Measure, sample: int | None) -> int:

@@ -88,8 +88,7 @@ def mapped_flow(
         (FlowGraph(1: 2, input: 1), ['1/0', '1/1', 'input/0'])
     """
     taps = ordered_taps(mu, layers)
-    over, names, shown = with_groups(mu, taps, over, names, k, groups)
-    top = max(top, shown) if shown and top is not None else top
+    over, names, top = with_groups(mu, taps, over, names, k, groups, top)
     only = [tap for _, tap in taps]
     image = mu._tap(lowest or LOWEST)
     above = [tap for tap in only if tap.place != image.place]

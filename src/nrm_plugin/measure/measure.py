@@ -396,9 +396,7 @@ class RelevanceMeasure(Recorded):
         Source: docs/flow.md.
         """
         taps = ordered_taps(self, layers)
-        over, names, shown = with_groups(self, taps, over, names, k, groups)
-        if shown and top is not None:
-            top = max(top, shown)
+        over, names, top = with_groups(self, taps, over, names, k, groups, top)
         with self._sharing([layer for layer, _ in taps]):
             return flow_graph(self, taps, over, top, min_mass, coverage, names, sample)
 
