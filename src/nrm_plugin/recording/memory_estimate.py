@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import InputError
 from ..model.inputs_and_outputs import Call
 from ..model.model_protection import named_tensors
+from .units import size_of
 
 COEFFICIENTS = {
     "convolution": 0.78,
@@ -128,12 +129,8 @@ def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
     sizes = log.with_weights(model, sum(_bytes(tensor) for tensor in call.tensors))
     seconds = _seconds(own[0].device if own else tensors[0].device, counter.get_total_flops(), log, sizes)
     peak = sum(COEFFICIENTS.get(kind, 0.0) * size for kind, size in sizes.items())
-    weights, inputs = sum(map(_size, own)), sum(map(_size, tensors))
+    weights, inputs = sum(map(size_of, own)), sum(map(size_of, tensors))
     return MemoryEstimate(int(peak), weights, inputs, seconds, counter.get_total_flops(), dict(sizes))
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -29,7 +29,7 @@ End = Callable[[Tensor], Tensor]
 """A function that returns a tensor with the same values at which walks end."""
 
 
-class Recorded(BaseException):
+class PartRecorded(BaseException):
     """Raised inside a run of the model when the wanted part is recorded; no error, so no model should handle it."""
 
 
@@ -178,7 +178,7 @@ class Repeat:
         else:
             step.empty()
         if number + 1 == self._part.stop:
-            raise Recorded
+            raise PartRecorded
 
     def is_wanted(self) -> bool:
         """Returns whether the next step is one of the part."""
@@ -275,7 +275,7 @@ class Parts:
         ]
         try:
             self._run(repeats[0], repeats[1] if len(repeats) > 1 else None)
-        except Recorded:
+        except PartRecorded:
             pass
         except Exception:
             if common:

@@ -152,7 +152,7 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
     return (
         first.as_strided((len(rows), *first.shape), (first.numel(), *first.stride()))
         if not is_traced() and _adjoin(rows)
-        else (torch.stack(list(rows)))
+        else torch.stack(list(rows))
     )
 
 

@@ -24,7 +24,7 @@ from ..model.value_reads import audit, untraced, unwatched, without_modes
 from .contrast_step import contrast_top
 from .forward_observer import Observer
 from .graph import Graph
-from .parts import FirstRun, Parts, Recorded, Repeat, Watcher
+from .parts import FirstRun, PartRecorded, Parts, Repeat, Watcher
 from .sample_independence import find_samples
 from .sample_layout import Layout
 from .sample_positions import Samples
@@ -306,7 +306,7 @@ class Rerun:
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:
                 followed = ReferencePass(self.reference.is_tangent, at_reference.is_wanted)
-                with suppress(Recorded):
+                with suppress(PartRecorded):
                     _run(self.model, self.reference.call, self.composite, self.output, followed, at_reference)
                 followed.replay()
             try:

@@ -160,9 +160,9 @@ def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
         numbers = torch.rand(shape[0], generator=torch.Generator().manual_seed(0), dtype=dtype) + 0.5
         ones = torch.ones(shape, dtype=dtype, device=vertex.node._input_metadata[0].device)
         numbers = numbers.to(ones.device)
-        plain, scaled = (_as_list(vertex.node(vector)) for vector in (ones, _scaled_rows(ones, numbers)))
+        plain, scaled = (vertex.route([vector]) for vector in (ones, _scaled_rows(ones, numbers)))
         return all(
-            source is None or one is None or torch.allclose(_scaled_rows(one, numbers), other, rtol=1e-5, atol=0.0)
+            source is None or one is None or _is_close(_scaled_rows(one, numbers), other)
             for source, one, other in zip(sources, plain, scaled, strict=True)
         )
 
@@ -171,8 +171,8 @@ def _scaled_rows(tensor: Tensor, numbers: Tensor) -> Tensor:
     return tensor * numbers.reshape(-1, *(1,) * (tensor.ndim - 1)).to(tensor.dtype)
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (tuple, list)) else [value]
+def _is_close(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.allclose(one, other, rtol=1e-5, atol=0.0)
 
 
 def _are_inner(saved: Any, dims: int) -> bool:
