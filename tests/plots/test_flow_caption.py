@@ -90,3 +90,10 @@ def test_the_key_explains_what_is_drawn():
     positive = FlowGraph((TOP, LOWEST), (np.abs(np.ones((3, 5))),))
     assert "no ribbon is evidence against" in key_text(False, False, graph=positive)
     assert "outlined" in key_text(False, False, graph=graph, walks=[(("input/0",), 0.4)])
+
+
+def test_only_groups_of_channels_are_explained_as_such():
+    grouped = FlowGraph((TOP, layer("conv", ("A1", "A2"), (0.8, -0.1), rest=0.3), LOWEST), JOINTS)
+    patched = FlowGraph((TOP, MIDDLE, layer("input", ("A1", "B1", "A2"), (0.5, 0.3, -0.05), rest=0.15)), JOINTS)
+    assert "groups of channels" in key_text(False, False, graph=grouped)
+    assert "groups of channels" not in key_text(False, False, graph=patched)

@@ -13,7 +13,7 @@ from .flow_columns import node_name
 from .ribbons import percent
 
 GROUP = re.compile(r"[A-Z]\d+")
-"""A name of a group that the command makes."""
+"""A name that the command gives to a group of channels; patches of the input have such names as well."""
 NO_BREAK = "\u00a0"
 NAMED = 3
 """Largest number of nodes in a list."""
@@ -107,7 +107,7 @@ def key_text(
         walks: The walks that are named.
     """
     thumbnails = THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else "")
-    is_grouped = graph is not None and any(GROUP.fullmatch(node.label) for node in graph.nodes)
+    is_grouped = graph is not None and any(GROUP.fullmatch(node.label) for node in graph.nodes if node.layer != "input")
     parts = [KEY.format(_colors(graph, signs)), *([GROUPS] if is_grouped else []), *([WALKS] if walks else [])]
     return " ".join([*parts, *([OFF] if has_off else []), *([thumbnails] if has_thumbnails else [])])
 
