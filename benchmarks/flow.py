@@ -1,7 +1,7 @@
 """Cost of a flow graph, relative to a plain gradient and to the marginals of all layers.
 
 ``python -m benchmarks.flow`` computes all of them for VGG16 alternately, in one process on one thread, and writes the
-processor seconds as JSON and the factors to ``docs/flow.md``. A flow with pictures includes the measure itself.
+processor seconds as JSON and the factors to ``docs/flow.md``. A flow with heat maps includes the measure itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Works:
     """The computations, for one network and one image.
 
     Attributes:
-        drawn: The last flow with pictures.
+        drawn: The last flow with heat maps.
     """
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:

@@ -170,14 +170,14 @@ def path_patching(results: Results) -> dict[str, str]:
 
 
 def flow(results: Results) -> dict[str, str]:
-    """A sentence, and a table of flows with pictures."""
+    """A sentence about the cost of a flow, and a table of flows with heat maps."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
     layers = ", ".join(f"`{layer}`" for layer in reversed(results["layers"][1:]))
     setting = f"A flow of VGG16 at 224 × 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
     least = {work: min(times) for work, times in results["seconds"].items()}
     works = {
-        "channels with pictures": "8 strongest channels per layer, 16 patches, with pictures",
-        "groups with pictures": "8 groups per layer, found first, with pictures",
+        "channels with pictures": "8 strongest channels per layer, 16 patches, with heat maps",
+        "groups with pictures": "8 groups per layer, found first, with heat maps",
         "figure": "drawing the figure",
         "page": "writing the page",
     }
