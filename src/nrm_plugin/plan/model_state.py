@@ -1,4 +1,4 @@
-"""The state of a model and a composite on which a plan depends."""
+"""State of a model and settings of a composite, on which a plan depends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENTRIES = 64
 
 
 class ModelState:
-    """A detector of changes of a model, based on the identity and version of everything that its modules contain.
+    """Detects changes of a model by the identities and versions of everything that its modules contain.
 
     Args:
         model: The model.
@@ -95,7 +95,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns the attributes themselves; references prevent new objects from reusing their identities."""
+    """Returns the attributes themselves, since references prevent new objects from reusing their identities."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
