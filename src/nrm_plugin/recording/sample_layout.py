@@ -15,8 +15,8 @@ PURE = 1e-3
 class Layout:
     """The dimension of a tensor that indexes the samples, alone or together with windows, heads or views.
 
-    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place. ``W = 1`` is
-    dropped. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest one, and the
+    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place, unless it is 1.
+    If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these numbers, and the
     form ``(N, …)`` is padded with zeros.
 
     Attributes:
@@ -24,7 +24,7 @@ class Layout:
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
-        slices: Size of the dimension if the form is padded; ``order`` is then ``slices`` at the padding.
+        slices: Size of the dimension if the form is padded; ``order`` equals ``slices`` at the padding.
     """
 
     dim: int | None
@@ -53,7 +53,7 @@ class Layout:
             return dim
         dim %= max(ndim, 1)
         if dim == self.dim and self.parts == 1:
-            return -1  # the sample dimension, not of channels
+            return -1  # the dimension indexes samples, not channels
         return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def inner_of_parts(self, inner: torch.Size) -> torch.Size:
@@ -111,9 +111,9 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[L
         mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
 
     Returns:
-        The layouts, those along the dimension with the most known slices first: none if no dimension divides among
-        samples, and several if so few entries are known that more than one layout fits. Samples have different numbers
-        of slices only if no dimension divides equally and the sample of each slice is known.
+        The layouts, starting with the dimension of the most known slices: none if no dimension divides among the
+        samples, and several if so few entries are known that more than one layout fits. Numbers of slices may differ
+        between samples only if no dimension divides equally and the sample of each slice is known.
     """
     found = _fitting(labels, count, None)
     if not found and mass is not None:
@@ -122,7 +122,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[L
 
 
 def _padded(labels: Tensor, count: int) -> list[Layout]:
-    """Returns the layout in which samples have different numbers of slices, each of a known sample.
+    """Returns a layout in which samples have different numbers of slices, if the sample of each slice is known.
 
     Several dimensions fit only if all entries belong to one sample; the first one is returned.
     """

@@ -1,10 +1,9 @@
 """The positions of the samples of a batch in each tensor of a recording.
 
 The first dimension of a tensor is not always the batch: attention over windows folds the windows into it, and other
-layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the
-output by a different power of two, and the factor by which an entry changes identifies its sample. No other module
-treats the first dimension of a
-tensor as samples.
+layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output
+by a different power of two, and the factor by which an entry changes identifies its sample. No other module assumes
+that the first dimension of a tensor indexes samples.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from .sample_layout import Layout, doubled, layouts_of, unreached
 BITS = 4
 """Number of bits of a sample index that one relevance vector encodes, as factors from 1 to 2¹⁵."""
 RATIO = 1e-3
-"""If a binary logarithm deviates from an integer by more than this, the entry belongs to several samples."""
+"""Deviation of a binary logarithm from an integer above which an entry belongs to several samples."""
 RANGE = 40
 """Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""A tensor mixes samples if more than this share of Σ|R| is in entries of several samples; less is rounding error."""
+"""Share of Σ|R| in entries of several samples above which a tensor mixes samples; less is rounding error."""
 
 
 class Samples:
@@ -47,7 +46,7 @@ class Samples:
             the position of a single sample is unknown.
 
     Attributes:
-        leaves: Relevance of the inputs for the vector that :meth:`find` propagates, by vertex.
+        leaves: Relevance of the inputs in the pass of :meth:`find`, by vertex.
         output_has_rows: Whether the rows of the output are the samples, as for the output of a model.
         inputs: The vertices of the inputs of the model, which have samples as rows.
         labels: The labels of each tensor.
@@ -114,7 +113,7 @@ class Samples:
         return self._plain if self.output_has_rows else self._of_output()
 
     def _of_one(self, buffer: Buffer) -> Layout:
-        """Returns the layout of a tensor of one sample: the dimension that doubles with two samples."""
+        """Returns the layout of a tensor of one sample, along the dimension that doubles with two samples."""
         shape = self.graph.shape(buffer)
         if buffer.vertex in self.rows:
             return self._plain
@@ -140,14 +139,14 @@ class Samples:
         return unreached(shape, self.count) or next(iter(self._of_inputs(buffer)), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Returns the layout of a tensor with so few relevant entries that no layout or several layouts fit."""
+        """Returns a layout for a tensor with so few relevant entries that no layout or several layouts fit."""
         by_inputs = self._of_inputs(buffer)
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
             return by_inputs[0]
         return fitting[0] if fitting and fitting[0].is_plain else None
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
-        """Whether a layout puts each entry whose sample is known in the row of that sample."""
+        """Returns whether a layout assigns each entry whose sample is known to this sample."""
         form = layout.shape(labels.shape)
         rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (len(form) - 1))
         return bool(((labels == layout.fold(rows.expand(form))) | (labels < 0)).all())
@@ -160,7 +159,7 @@ class Samples:
         return fitting[0] if fitting else None
 
     def _of_inputs(self, buffer: Buffer) -> list[Layout]:
-        """Returns the layouts that fit a tensor, from the values of an input that arrive there."""
+        """Returns the layouts that fit a tensor, given the input values on which each of its entries depends."""
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.no_grad(), audit():
             for vertex in sorted(self.inputs):
@@ -178,7 +177,7 @@ class Samples:
         return []
 
     def inspecting(self) -> AbstractContextManager[None]:
-        """Context in which positions are read off relevance; a trace takes fixed positions as constants."""
+        """Context in which positions are determined from relevance; fixed positions are constants in a trace."""
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
@@ -204,7 +203,7 @@ class Samples:
         finder = _Finder(self)
         try:
             return pull(self.graph, [(self.graph.output, vectors)], finder)
-        finally:  # the samples above an operation without a kernel are known, even if the pass raises
+        finally:  # even if the pass raises, the samples above an operation without a kernel are known
             self._layouts.update(finder.layouts)
             self._several = finder.several
             self._labels, self.leaves = finder.labels, finder.leaves
@@ -212,7 +211,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Returns the sums over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
+        """Returns the sum over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -221,7 +220,7 @@ class Samples:
             return None
         labels = self._labels.get(self.buffer(place))
         if labels is None:
-            if self._known(place) is None and not bool(tensor.any()):  # such as a constant, which has no samples
+            if self._known(place) is None and not bool(tensor.any()):  # for example a constant, which has no samples
                 return tensor.new_zeros(self.count)
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
@@ -262,7 +261,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Scales all vectors by one power of two if values are very large, or very small, as after stabilizers."""
+    """Scales all vectors by a common power of two if values are very large, or very small, as after stabilizers."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
