@@ -34,7 +34,7 @@ PARTS = patches((SIDE, SIDE), 8)
 
 
 class Works:
-    """The computations, for one network and one image.
+    """The timed computations, for one network and one image.
 
     Attributes:
         drawn: The last flow with heat maps.
@@ -86,7 +86,7 @@ class Works:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Processor time of a computation; if it returns another one, the time of that one."""
+    """Processor time of a computation, or, if it returns another computation, of the returned one."""
     started = time.process_time()
     inner = work()
     if callable(inner):

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.hugging_face`` builds tiny random models from configurations, measures them under the default
 composite, and writes the results as JSON and the second table of ``docs/attention.md``. No weights are downloaded. It
-needs transformers, which ``make hugging-face`` installs.
+requires transformers, which ``make hugging-face`` installs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Peak memory and time of a decoder of 24 layers at 2,048 tokens, whole and within limits of ``max_memory``.
+"""Peak memory and time of a decoder of 24 layers and 2,048 tokens, without a limit and with ``max_memory``.
 
-``python -m benchmarks.memory`` measures each limit in a process of its own, compares the answers with those of the
-whole recording, and writes the results as JSON and the table of ``docs/memory.md``; some minutes on one core. Limits
-that are measured already are kept, unless ``--again``.
+``python -m benchmarks.memory`` measures each limit in a separate process, compares the results with those of the whole
+recording, and writes them as JSON and as the tables of ``docs/memory.md``; this takes some minutes on one core. Stored
+results are not measured again, except with ``--again``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do the tests notice an error in the core? Mutation tests of kernels, events and measure.
+"""Do the tests detect errors in the core? Mutation tests of kernels, events and measure.
 
 ``python -m benchmarks.mutants`` lets cosmic-ray run a random sample of the mutants that benchmarks/mutants.toml
 describes, and writes benchmarks/results/mutants.json and the tables of docs/mutants.md. Judgements of known survivors

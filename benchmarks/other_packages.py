@@ -48,10 +48,10 @@ def drawn(shapes: list[tuple[int, ...]], batch: int, seed: int) -> tuple[Tensor,
 
 
 def built(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model with the random weights of the seed.
+    """A model with random weights that depend only on the seed.
 
-    Some packages draw random numbers when they are imported, which happens once in a process, within the first builders
-    that need them. After imports the model is built again, so that its weights do not depend on the models before it.
+    Some packages draw random numbers when they are imported, which happens once per process, in the first builder that
+    needs them. The model is therefore built again after imports, so that its weights do not depend on earlier models.
     """
     imported = -1
     while imported != len(sys.modules):

@@ -106,7 +106,7 @@ def compared(references: FoundReferences, other: Any, layers: list[str], classes
 
 
 def _alone(values: Tensor, tie: Tensor) -> Tensor:
-    """Ranks without a tie with a neighbour; the last rank may be tied with a sample beyond the list."""
+    """Ranks that are not tied with a neighbour; the last rank may be tied with a sample that is not in the list."""
     gap = values.diff(dim=1).abs() > tie
     yes = torch.ones_like(gap[:, :1])
     last = yes if values.shape[1] < STORED else torch.zeros_like(yes)

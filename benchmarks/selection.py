@@ -54,7 +54,7 @@ DRAWS = 2000
 
 
 def shared(parts: list[Tensor]) -> Tensor:
-    """Scores of several layers side by side, each divided by its sum of absolute values."""
+    """Concatenated scores of several layers, each divided by its sum of absolute values."""
     return torch.cat([p.abs() / p.abs().sum(1, keepdim=True).clamp(min=1e-30) for p in parts], 1)
 
 

@@ -237,7 +237,7 @@ def differences(results: Results) -> dict[str, str]:
 
 
 def groups(results: Results) -> dict[str, str]:
-    """Dependence kept by groups, ablations, and groups of one half of the inputs on the other half."""
+    """Dependence retained by groups, ablations, and transfer of groups from one half of the inputs to the other."""
 
     def share(figure: Results) -> str:
         return f"{figure['mean']:.2f} ({figure['low']:.2f}–{figure['high']:.2f})"
@@ -343,7 +343,7 @@ REAL = {
 
 
 def real(results: Results) -> dict[str, str]:
-    """Where other methods are ahead of ours, the comparison by network, settings that were tried, and more methods."""
+    """Metrics in which other methods are better, comparison by network, settings that were tried, and more methods."""
     return {
         "compared": _compared(results["nets"]),
         "losses": _losses(results["nets"]),
@@ -353,7 +353,7 @@ def real(results: Results) -> dict[str, str]:
 
 
 def _compared(nets: Results) -> str:
-    """The metrics of every network, and by how much the first method is ahead of the others in SRG."""
+    """The metrics of every network, and the lead of the first method over the others in SRG."""
     keys = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
     rows = []
     for net, measured in nets.items():
@@ -368,7 +368,7 @@ def _compared(nets: Results) -> str:
 
 
 def _losses(nets: Results) -> str:
-    """Metrics in which another method is ahead of the first one, beyond the interval."""
+    """Metrics in which another method is significantly better than the first one."""
     losses = []
     for net, measured in nets.items():
         ours, *others = measured["methods"].items()

@@ -29,7 +29,7 @@ from benchmarks.speed import environment
 
 RESULTS = Path(__file__).parents[1] / "results/circuits.json"
 SEEDS, PAIRS, EDGES = 3, 80, 200
-"""Nets of each kind, pairs of each net, and edges of each net that are patched alone."""
+"""Number of nets of each kind, of pairs of each net, and of edges of each net that are patched alone."""
 TIMED, REPETITIONS = 10, 5
 """Copies of the pairs in one batch for the timing, and its repetitions."""
 
@@ -81,7 +81,7 @@ def measure_net(name: str, seeds: int, pairs: int, repetitions: int) -> dict[str
 
 
 def identities(task: Task) -> float:
-    """The circuit of all edges has ``f = 1``, that of none ``f = 0``; the largest difference from these."""
+    """Largest difference from ``f = 1`` for the circuit of all edges, and from ``f = 0`` for the empty circuit."""
     whole, empty = task.faithfulness(task.edges(1.0)), task.faithfulness(task.edges(0.0))
     return float(torch.maximum((whole - 1).abs().max(), empty.abs().max()))
 
@@ -105,7 +105,7 @@ def summary(parts: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
 
 
 def timed(task: Task, repetitions: int) -> dict[str, list[float]]:
-    """Processor time of the passes of every score, and of all its edges for every pair, in plain gradients."""
+    """Processor time, in plain gradients, of the passes of every score, and of all its edges for every pair."""
     clean, corrupted, t, u = (torch.cat([part] * TIMED) for part in task.pairs)
     large = Task.of(task.net, (clean, corrupted, t, u))
 

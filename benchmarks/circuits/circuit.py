@@ -1,4 +1,4 @@
-"""Runs circuits: edges outside of a circuit carry their value of the corrupted input, all others are computed anew."""
+"""Runs circuits: edges outside of a circuit have their value for the corrupted input, all others are recomputed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Edges = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Trace:
-    """What the steps of one run read and wrote, and the outputs of the net."""
+    """The inputs and outputs of the steps of one run, and the outputs of the net."""
 
     read: dict[str, Tensor]
     written: dict[str, Tensor]
@@ -78,7 +78,7 @@ class Task:
 
     @torch.no_grad()
     def run(self, circuit: Edges) -> Tensor:
-        """``m`` of a circuit, ``(N,)``; an edge is inside where it is 1, outside where it is 0."""
+        """``m`` of a circuit, ``(N,)``; edges are 1 inside of the circuit and 0 outside."""
 
         def wire(name: str, a: Tensor) -> Tensor:
             change = masked(self.net.steps[name], a - self.corrupted.read[name], circuit[name])

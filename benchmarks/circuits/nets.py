@@ -29,7 +29,7 @@ class Read(nn.Identity):
 
 
 class CircuitNet(nn.Module):
-    """A net of steps. ``nodes`` names, for each step, the nodes that it reads, one for each column of its weight."""
+    """A net of steps. ``nodes`` contains the names of the nodes that each step reads, one per column of its weight."""
 
     def __init__(self, steps: dict[str, nn.Module], nodes: dict[str, list[str]]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class CircuitNet(nn.Module):
 
 
 class MLP(CircuitNet):
-    """Edges from neuron to neuron, pixels included."""
+    """A multilayer perceptron with edges between neurons, including pixels."""
 
     def __init__(self, *widths: int) -> None:
         steps: dict[str, nn.Module] = {f"layer{n}": nn.Linear(i, o) for n, (i, o) in enumerate(pairwise(widths), 1)}
@@ -64,7 +64,7 @@ class MLP(CircuitNet):
 
 
 class CNN(CircuitNet):
-    """Edges from channel to channel; max pooling before all but the first two convolutions."""
+    """A CNN with edges between channels, and max pooling before all but the first two convolutions."""
 
     def __init__(self, *widths: int) -> None:
         steps: dict[str, nn.Module] = {
@@ -99,7 +99,7 @@ class Rolled(nn.Module):
 
 
 class ResidualCNN(CircuitNet):
-    """The unrolled twin: edges from the channels of a block to those of later blocks, and inside of blocks."""
+    """The unrolled residual CNN: edges lead from channels of a block to those of later blocks, and within blocks."""
 
     def __init__(self, rolled: Rolled) -> None:
         steps: dict[str, nn.Module] = {"stem": rolled.stem}
@@ -120,7 +120,7 @@ class ResidualCNN(CircuitNet):
 
 
 class Transformer(CircuitNet):
-    """Edges as in MIB: embedding, heads and MLPs to the q, k and v of each later head, later MLPs and the logits.
+    """Edges as in MIB, from embedding, heads and MLPs to the q, k and v of each later head, to later MLPs and logits.
 
     Layer normalization without gain and bias (gains are part of the weights), causal attention, GELU.
     """
@@ -169,7 +169,7 @@ def columns(name: str, count: int) -> list[str]:
 
 
 def repeated(layer: nn.Module, times: int) -> nn.Conv2d:
-    """A convolution of the concatenation that equals ``layer`` of the sum."""
+    """A convolution of concatenated tensors that equals ``layer`` applied to their sum."""
     twin = nn.Conv2d(times * layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
     twin.weight.data, twin.bias.data = layer.weight.data.repeat(1, times, 1, 1), layer.bias.data.clone()
     return twin
@@ -215,7 +215,7 @@ def fit(net: nn.Module, batches: Callable[[], tuple[Tensor, Tensor]], steps: int
 
 
 def digits_net(name: str, steps: int | None) -> tuple[CircuitNet, Callable[..., Pairs]]:
-    """A net of the digits of scikit-learn; a pair consists of held-out digits of two classes."""
+    """A net for the digits of scikit-learn; a pair consists of held-out digits of two classes."""
     from sklearn.datasets import load_digits  # takes long to import
 
     digits = load_digits()
@@ -255,7 +255,7 @@ def recall(draw: torch.Generator | None, count: int) -> tuple[Tensor, Tensor]:
 
 
 def twins(draw: torch.Generator, count: int) -> Pairs:
-    """In the corrupted twin, the requested key and another one have changed places."""
+    """Pairs of sequences; in the corrupted one, the requested key and another key are swapped."""
     clean, t = recall(draw, count)
     rows = torch.arange(count)
     place = (clean[:, :-1:2] == clean[:, -1:]).int().argmax(1)

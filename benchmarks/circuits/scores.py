@@ -22,7 +22,7 @@ Multipliers = dict[str, Tensor]
 
 
 def products(task: Task, multipliers: Multipliers, change: dict[str, Tensor]) -> Edges:
-    """Score of every edge, from the multipliers of what the steps write and a change of what they read."""
+    """Score of every edge, from the multipliers of the outputs of the steps and the change of their inputs."""
     scores = {}
     for name, step in task.steps:
         edges = torch.ones(len(change[name]), *step.weight.shape[:2], dtype=change[name].dtype, requires_grad=True)
@@ -51,7 +51,7 @@ def embedded(task: Task) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Slopes:
-    """What the passes of a score yield: multipliers of what the steps write, and changes of what they read."""
+    """Results of the passes of a score: multipliers of the outputs of the steps, and changes of their inputs."""
 
     multipliers: Multipliers
     change: dict[str, Tensor]
@@ -84,7 +84,7 @@ def integrated_gradients(task: Task, offset: float = 1.0) -> Slopes:
 
 
 def secants(task: Task) -> Slopes:
-    """The measure against a reference, by plain code: one backward pass with secants."""
+    """The measure against a reference in plain PyTorch: one backward pass with secants."""
     run, multipliers = gradients(task, torch.cat(embedded(task)), Secants())
     halves = {name: a.detach().chunk(2) for name, a in run.read.items()}
     first = {name: one.chunk(2)[0] for name, one in multipliers.items()}
@@ -137,7 +137,7 @@ def reference_measure(task: Task, slopes: Literal["secant", "tangent"] = "secant
 
 
 def lrp_0(task: Task) -> Joints:
-    """LRP-0 at the clean input; the difference of two logits starts with the value of each."""
+    """LRP-0 at the clean input; for the difference of two logits, relevance starts at the value of each logit."""
     rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
     signs = contrast(task)
     mu = RelevanceMeasure(
@@ -148,7 +148,7 @@ def lrp_0(task: Task) -> Joints:
 
 
 class Passed(Protocol):
-    """The result of the passes, from which the score of every edge follows."""
+    """The result of the passes, from which the scores of all edges are computed."""
 
     def edges(self, task: Task) -> Edges: ...
 

@@ -98,7 +98,7 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[
         name: The net.
         counts: The numbers of threads.
         rounds: Number of rounds.
-        light: Whether to leave out what is not in the table of timm.
+        light: Whether to omit everything that is not in the table of timm.
     """
     torch.set_num_threads(counts[0])
     net = net_of(name)
@@ -117,7 +117,7 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[
 
 
 def timed(net: str, work: Work, count: int, rounds: int, light: bool) -> dict[str, Any]:
-    """Times with this many threads; with one thread, also the profile of what misses a target."""
+    """Times with ``count`` threads; with one thread, also the profiles of computations that miss a target."""
     torch.set_num_threads(count)
     firsts = [f"{FIRST}, {name}" for name in COMPOSITES] if light else ()
     row: dict[str, Any] = {"net": net, "threads": count, "load": round_to(os.getloadavg()[0], 2)}

@@ -1,4 +1,4 @@
-"""DynamicLRP's relevance (arXiv 2512.07010), which walks autograd's graph; a repository that is no package.
+"""Relevance by DynamicLRP (arXiv 2512.07010), which traverses autograd's graph; a repository, not a package.
 
 ``make .venv/hosts/dynamic_lrp.stamp`` installs it. Convolutions and linear layers have the z⁺ rule.
 """

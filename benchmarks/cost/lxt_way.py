@@ -1,7 +1,7 @@
-"""LXT's relevance for the models that it has rules for: torchvision's vision transformers, and BERT of transformers.
+"""Relevance by LXT for models for which it has rules: torchvision's vision transformers, and BERT of transformers.
 
-LXT replaces methods of torch's classes for good; here they are restored after each run, so that the other computations
-in the process are unaffected.
+LXT replaces methods of torch's classes permanently; here they are restored after each run, so that the other
+computations in the process are unaffected.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Net:
     """One row of the table.
 
     Args:
-        build: Makes the model with random weights.
+        build: Function that builds the model with random weights.
         shape: Shape of the inputs without the batch dimension.
         canonizer: Zennit's canonizer of the net.
         package: The package that the model is taken from.
@@ -146,7 +146,7 @@ class Graph(nn.Module):
 
 
 def tiny(layers: int, width: int = 16) -> nn.Module:
-    """Alternating linear layers and ReLUs, and a head: the time of each step is its fixed cost."""
+    """Alternating linear layers and ReLUs, and a head, so small that the time of each step is its fixed cost."""
     pairs = [(nn.Linear(width, width), nn.ReLU()) for _ in range(layers // 2)]
     for linear, _ in pairs:
         nn.init.orthogonal_(linear.weight, 2**0.5)

@@ -38,7 +38,7 @@ TARGETS: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(SEQUENCES, (2.0, 4.0)),
     "500 tiny layers": (3.0, None),
 }
-"""Most of a plan's call with all marginals, and of the first call, in plain gradients."""
+"""Upper limits of a plan's call with all marginals, and of its first call, relative to a plain gradient."""
 OF_ZENNIT, FIRST_OF_ZENNIT, OF_OTHERS = 0.7, 1.0, 1.0
 PEAK, FIRST_PEAK, PEAK_OF_ZENNIT = 2.0, 2.5, 1.0
 TIMM_MEDIAN, TIMM_WORST, TIMM_FIRST = 1.8, 4.0, 4.0
@@ -161,7 +161,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def loads(rows: list[Row]) -> str:
-    """The other load of the machine, which slows down Python more than large tensor operations."""
+    """Load of the machine by other processes, which slows down Python more than large tensor operations."""
     found = [row["load"] for row in rows if "load" in row]
     return f"Load of the machine meanwhile: {min(found):.2g} to {max(found):.2g} processes." if found else ""
 

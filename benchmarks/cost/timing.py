@@ -56,7 +56,7 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def round_to(value: float, digits: int = 4) -> float:
-    """Significant digits."""
+    """Rounds to a number of significant digits."""
     return float(f"{value:.{digits}g}")
 
 
@@ -82,7 +82,7 @@ def pairs(runs: Clocks, plain: Clocks) -> list[tuple[tuple[float, float], tuple[
 
 
 def limit_memory(gibibytes: float | None) -> None:
-    """Limits the memory of this process: a computation that needs more raises instead of using up the machine."""
+    """Limits the memory of this process, so that a computation that needs more raises an error."""
     if gibibytes is not None:
         size = int(gibibytes * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
@@ -132,7 +132,7 @@ def _sent(sender: Any, run: Callable[..., Any], arguments: tuple[object, ...]) -
 
 
 def profile(run: Callable[[], object], seconds: float = 1.0, top: int = 12) -> dict[str, Any]:
-    """Shares of the wall-clock time: of single tensor operators, and of what is outside of all of them.
+    """Shares of the wall-clock time of single tensor operators, and of the time outside of all operators.
 
     The latter is Python, autograd's engine and the dispatcher. The profiler adds to each call of an operator, so that
     shares are accurate to a few percent.
@@ -166,5 +166,5 @@ def is_operator(name: str) -> bool:
 
 
 def threads() -> list[int]:
-    """One, and all."""
+    """Numbers of threads to measure: one, and all."""
     return sorted({1, os.cpu_count() or 1})

@@ -28,7 +28,7 @@ TOLERANCE = 1e-6
 ROUNDINGS = 4
 """Largest difference of a plan in float32, in units of the error of the recorded measure, as both are rounded."""
 OTHER = 2
-"""Seed of the inputs that a plan is made for, so that nothing of them can serve the inputs that are measured."""
+"""Seed of the inputs for which a plan is made; they differ from the measured inputs, so no result can be reused."""
 
 Work = dict[str, Callable[[], object]]
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def explained(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def with_context(model: nn.Module, x: Tensor, composite: Composite) -> Tensor:
-    """The same, context included."""
+    """The same, including the time to enter and exit the context."""
     with composite.context(model):
         return explained(model, x)
 
@@ -66,7 +66,7 @@ def planned(net: Net, model: nn.Module, x: Tensor, composite: Composite) -> Plan
 
 
 def prepared(net: Net, model: nn.Module, other: Tensor, composite: Composite) -> Plan:
-    """A plan that has answered the query for these inputs, so that nothing is found anew for others."""
+    """A plan that has already answered the query, so that later inputs only run its program."""
     plan = planned(net, model, other, composite)
     all_marginals(plan(other, TARGET))
     return plan
@@ -198,7 +198,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
 
 
 def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
-    """Differences between ways to take the same measure, before they are timed.
+    """Differences between the ways to compute the same measure, before they are timed.
 
     Args:
         ways: The computations.
@@ -227,7 +227,7 @@ def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
 def faults(found: dict[str, dict[str, float]]) -> list[str]:
     """The differences above the tolerance: of the sum in float64, of one neuron in float32.
 
-    In float32 a plan may differ from a recorded measure by a few times the difference of this one from float64.
+    In float32, a plan may differ from a recorded measure by a few times the difference of the latter from float64.
     """
     figures = {name: off["sum" if name.endswith("float64") else "neuron"] for name, off in found.items()}
     wrong = []

@@ -16,7 +16,7 @@ from benchmarks.default_composite import CHUNK, interval
 
 
 def at_once(images: Tensor) -> int:
-    """Batch size for samples of this size."""
+    """Batch size for images of this size."""
     return max(1, min(CHUNK, 500_000 // images[0].numel()))
 
 

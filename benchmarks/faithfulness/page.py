@@ -92,7 +92,7 @@ def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Resu
 
 
 def counts(results: Results) -> str:
-    """How often the default composite is better than, tied with and worse than the best other method of a metric."""
+    """Numbers of metrics in which the default composite is better than, tied with or worse than the best other one."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
         group = (

@@ -5,9 +5,9 @@ into one dense net, with channels shuffled in every layer and weak weights betwe
 by the red and the green stream together. The blue stream is as active and has no effect: half of its last channels have
 no weight to the output, the others form equal pairs with opposite weights, which cancel.
 
-A sample shows its class in red, in green, or in both; blue always shows something else. The planted edges of a sample
-join two channels of one stream, which is red or green and shown. So an edge from a red channel to a green one is wrong
-even if both have high relevance: products of marginals cannot reveal that, but joint relevance can.
+A sample shows its class in red, in green, or in both; blue always shows a different shape. The planted edges of a
+sample join two channels of one stream, red or green, that shows the class. An edge from a red channel to a green one is
+thus wrong even if both have high relevance: joint relevance can reveal this, but products of marginals cannot.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Measures how much dependence groups keep on trained networks: ``python -m benchmarks.groups``. ``python -m
+"""Measures how much dependence groups retain on trained networks: ``python -m benchmarks.groups``. ``python -m
 benchmarks.tables`` renders docs/groups.md.
 
-Joint relevance of every input is stored under --store, so that an interrupted run goes on where it stopped.
+Joint relevance of every input is stored under --store, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def kappas(parts: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[fl
 
 
 def baselines(arrays: Arrays, layers: Sequence[str], seed: int) -> dict[str, list[np.ndarray]]:
-    """Partitions of the channels of each layer by other means than the dependence between layers."""
+    """Partitions of the channels of each layer that do not use the dependence between layers."""
     from sklearn.cluster import KMeans
 
     found: dict[str, list[np.ndarray]] = {"strongest and rest": [], "k-means of activations": [], "random": []}
@@ -103,7 +103,7 @@ def ablation(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
 
 
 def halves(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, float]:
-    """κ on one half of the inputs of groups of the same half, and of the other half."""
+    """κ on one half of the inputs, for groups found on the same half and for groups found on the other half."""
     own, other = [], []
     for seed in range(SPLITS):
         order = np.random.default_rng(seed).permutation(len(parts))

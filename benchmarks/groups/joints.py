@@ -1,4 +1,4 @@
-"""Joint relevance and ablations of every input of a case, stored so that an interrupted run goes on."""
+"""Joint relevance and ablations of every input of a case, stored so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _measured(case: Case, number: int, composite: str) -> Arrays:
 
 
 def _sets_alone(mass: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sets of as many channels as each group has: in order of the channels' own masses, and at random."""
+    """Sets with the sizes of the groups, filled with channels in the order of their masses, or at random."""
     sizes = torch.bincount(labels)
     ranks = mass.abs().argsort(descending=True)
     by_rank = torch.repeat_interleave(torch.arange(len(sizes)), sizes)

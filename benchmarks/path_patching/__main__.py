@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
 SAMPLES = 210
 """Samples of each kind of net."""
 Values = dict[str, dict[str, Tensor]]
-"""Of each score, by sample: correlation with path patching, and sums of absolute errors and of exact effects."""
+"""For each score and sample: correlation with path patching, and sums of absolute errors and of exact effects."""
 
 
 def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:

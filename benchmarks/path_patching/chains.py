@@ -1,4 +1,4 @@
-"""Sets of the sites: single channels or heads, sets of these, positions, and both together."""
+"""Sets of neurons of the sites: single channels or heads, several of these, positions, and both combined."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 Draw = Callable[[Shape, torch.Generator], Tensor]
-"""A mask of a site, whose shape is that of one sample."""
+"""Function that draws a mask of a site, given the shape of the site for one sample."""
 
 
 def along(shape: Shape, dim: int, chosen: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def half(shape: Shape, draw: torch.Generator) -> Tensor:
 
 
 def positions(shape: Shape, draw: torch.Generator) -> Tensor:
-    """A square of half the width and height of a map; of tokens, whose last dimension is no position, a third."""
+    """A square of half the width and height of a feature map, or a third of the tokens."""
     if len(shape) == 1:
         return half(shape, draw)
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -59,7 +59,7 @@ def head_at_tokens(shape: Shape, draw: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """Sets of a kind at some sites, lowest first: all chains of ``upper`` draws above and ``lower`` draws below."""
+    """Sets of one kind at some sites, lowest first: all chains of ``upper`` draws above and ``lower`` draws below."""
 
     name: str
     places: tuple[int, ...]
@@ -68,7 +68,7 @@ class Kind:
     lower: int = 16
 
     def sets(self, shapes: list[Shape]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Masks of the lowest site, and for each chain above it those of the others; no set is drawn twice."""
+        """Masks of the lowest site, and, for each chain above it, masks of the other sites; no set is drawn twice."""
         draw = torch.Generator().manual_seed(0)
         lowest, *others = (shapes[place] for place in self.places)
         lower = distinct(([self.draw(lowest, draw)] for _ in range(20 * self.lower)), self.lower)
@@ -77,7 +77,7 @@ class Kind:
 
 
 def distinct(drawn: Iterator[list[Tensor]], count: int) -> list[list[Tensor]]:
-    """The first ``count`` different ones, or all."""
+    """The first ``count`` different sets, or all if there are fewer."""
     found: list[list[Tensor]] = []
     for masks in drawn:
         if len(found) == count:

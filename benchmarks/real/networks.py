@@ -214,7 +214,7 @@ def _residual_style() -> nn.Sequential:
 
 @cache
 def fashion(style: Literal["VGG", "residual"]) -> Network:
-    """A small network trained here on Fashion-MNIST; it takes images of any size, also two objects side by side."""
+    """A small network trained here on Fashion-MNIST, for images of any size, such as two objects side by side."""
     with reproducible(0):
         model = _vgg_style() if style == "VGG" else _residual_style()
     model.load_state_dict(_stored(f"fashion-{style.lower()}", lambda: _fit_fashion(model)))
@@ -250,7 +250,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored(name: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights from the cache; trained and stored there the first time."""
+    """Weights from the cache; at the first call, the network is trained and its weights are stored there."""
     file = packages.cache() / "trained" / f"{name}.safetensors"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def _packed(message: memoryview) -> Iterator[int]:
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """A number in base 128, lowest digit first, and the place behind it."""
+    """Decodes a number in base 128, lowest digit first; returns it with the position after it."""
     value = shift = 0
     while True:
         digit = message[place]

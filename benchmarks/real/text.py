@@ -1,4 +1,4 @@
-"""Which explanation finds the words that a text classifier uses?
+"""Comparison of explanations of a text classifier: which of them find the words on which the prediction depends?
 
 ``python -m benchmarks.real.text`` explains held-out film reviews for MiniLM (:mod:`benchmarks.real.film_reviews`),
 masks tokens in the order of their relevance, and writes the results as JSON, the table of ``docs/text.md`` and its
@@ -40,7 +40,7 @@ class Question:
     Attributes:
         ids: The ids, ``(1, T)``.
         words: Positions of the tokens that are not special.
-        sign: 1 if the difference is positive minus negative, -1 for the other class: that of the predicted class.
+        sign: 1 if the predicted class is "positive", so that the difference is positive minus negative, otherwise -1.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, text: str) -> None:
@@ -112,7 +112,7 @@ def rollout(question: Question) -> Tensor:
 
 
 def occlusion(question: Question) -> Tensor:
-    """Fall of the difference if one token is masked, one forward pass per token."""
+    """Decrease of the difference if a single token is masked, with one forward pass per token."""
     rows = question.embeddings.repeat(len(question.words), 1, 1)
     for row, position in enumerate(question.words):
         rows[row, position] = question.baseline[0, position]
@@ -147,7 +147,7 @@ METHODS: dict[str, Callable[[Question], Tensor]] = {
 
 @torch.no_grad()
 def curve(question: Question, order: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The difference of logits and the probability of the class, while more and more tokens are masked."""
+    """The difference of logits and the softmax of the class while tokens are masked one after another."""
     rows = question.ids.repeat(len(order) + 1, 1)
     for number, position in enumerate(order):
         rows[number + 1 :, position] = question.mask
@@ -157,7 +157,7 @@ def curve(question: Question, order: list[int]) -> tuple[np.ndarray, np.ndarray]
 
 
 def scores(question: Question, relevance: Tensor) -> list[float]:
-    """SRG, the area between both curves of the difference of logits, and ABPC, the same for the probability."""
+    """SRG, the area between both curves of the difference of logits, and ABPC, the same for the softmax."""
     ordered = sorted(question.words, key=lambda position: float(relevance[position]))
     least, most = curve(question, ordered), curve(question, ordered[::-1])
     return [round(float(upper.mean() - lower.mean()), 4) for upper, lower in zip(least, most, strict=True)]
