@@ -91,7 +91,7 @@ class _BranchReader:
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """Reads the branches with these numbers; returns None if the rule is of a different form."""
+        """Reads the branches with the given indices; returns None if the rule is of a different form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)

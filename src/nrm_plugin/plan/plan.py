@@ -278,7 +278,7 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """A call of the model.
+    """A call of the model, with a key that identifies its form.
 
     Attributes:
         key: Key that is equal for calls of the same form.

@@ -20,7 +20,7 @@ NUMBERED = {"input": "group", "output": "output"}
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
-    """Returns the nodes of a layer to be drawn, each with its row in the joint relevance.
+    """Returns the nodes of a layer that are drawn, each with its row in the joint relevance.
 
     Args:
         layer: The layer.

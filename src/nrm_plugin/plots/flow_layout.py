@@ -152,7 +152,7 @@ class Stack:
 
     @property
     def total(self) -> float:
-        """The absolute relevance."""
+        """The total absolute relevance."""
         return self.positive + self.negative
 
 

@@ -68,7 +68,7 @@ def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
 
 
 def crossings(widths: Array) -> float:
-    """Returns the crossings of two columns in the given order; positive ribbons lie above negative ones."""
+    """Returns the crossings between two columns in the given order, with positive ribbons above negative ones."""
     places = np.zeros((2 * widths.shape[0], 2 * widths.shape[1]))
     places[::2, ::2], places[1::2, 1::2] = widths.clip(min=0), -widths.clip(max=0)
     below = np.zeros_like(places)  # ribbons that start below and end above

@@ -23,7 +23,7 @@ from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks that enclose the hooks of the composite, and the tensors that they collect.
+    """Installs hooks around those of the composite, and collects the tensors of one forward pass.
 
     Args:
         indices: Integer inputs; relevance ends at the embedding rows that they select.

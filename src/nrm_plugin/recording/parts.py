@@ -136,7 +136,7 @@ class FirstRun:
 
 
 class _Unfinished:
-    """The holder of all steps during the first run, which need no kernel after their tensors have been dropped."""
+    """The holder of steps during the first run; it recomputes nothing, since dropped tensors are not needed then."""
 
     def fill(self, step: Step) -> None:
         return None

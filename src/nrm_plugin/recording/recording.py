@@ -266,7 +266,7 @@ class Reference:
 
 
 def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
-    """Returns the pass of a reference whose tensors are dropped once they exceed a limit, and its watcher."""
+    """Returns the pass of a reference, whose tensors are dropped once they exceed a limit, and its watcher."""
     first = FirstRun(limit, lambda: followed.drop())
     followed = ReferencePass(is_tangent, lambda: not first.is_over)
     return followed, first
@@ -274,7 +274,7 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Repeated runs of the model of a recording, which test how the model treats samples.
+    """Runs the model of a recording again, to test how it treats samples, or to recompute parts.
 
     Attributes:
         model, call, composite, output, reference, max_memory: As in :class:`Recording`.

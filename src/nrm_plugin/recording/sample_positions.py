@@ -181,7 +181,7 @@ class Samples:
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
-        """Raises an error if values of the inputs do not arrive because an operation has no kernel."""
+        """Raises an error if an operation without a kernel separates the output from the inputs."""
         vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
         metadata = vertex.node._input_metadata[number]
         ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)

@@ -82,7 +82,7 @@ class Tap:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape in the form ``(N, …)``, whichever dimension of the tensor indexes the samples."""
+        """The shape in the form ``(N, …)``, regardless of which dimension of the tensor indexes the samples."""
         return self.layout.shape(self.tensor_shape)
 
     @property
@@ -161,7 +161,7 @@ class Taps:
 
     @functools.cached_property
     def _labels(self) -> dict[int, Label]:
-        """One label for each tap."""
+        """One label of each tap, by the index of the tap."""
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:

@@ -92,7 +92,7 @@ def bytes_of(output: Any) -> int:
 
 
 def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
-    """Returns the tensors among the arguments of a call, with their versions."""
+    """Returns the tensors among the arguments of a call, with their version counters."""
     return [(value, value._version) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 

@@ -126,7 +126,7 @@ class Subspaces:
         return [self._along(values, columns @ columns.T, dims) for columns in self._columns(values)]
 
     def _along(self, values: Tensor, matrix: Tensor, dims: int) -> Tensor:
-        """Applies a matrix to the channels of the last ``dims`` dimensions."""
+        """Applies a matrix along the channel dimension, which is one of the last ``dims`` dimensions."""
         at = self.dim % dims - dims
         if values.shape[at] != len(matrix):
             raise InputError(
