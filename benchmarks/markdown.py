@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def grid(head: str, rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown; ``head`` is its first line."""
+    """Returns a table in Markdown; ``head`` is its first line."""
     rule = "|" + "---|" * (head.count("|") - 1)
     return "\n".join([head, rule, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 

@@ -36,7 +36,7 @@ LIMITS: tuple[int | None, ...] = (None, 128, 64, 32, 16)
 
 
 def answers(mu: RelevanceMeasure) -> dict[str, Tensor]:
-    """Marginals at the input and after every block, the sink, and the mass of an event."""
+    """Returns the marginals at the input and after every block, the sink, and the mass of an event."""
     maps = mu.marginal(["input", *(f"blocks.{k}" for k in range(LAYERS))])
     event = at("blocks.20").channel(3) & ~at("blocks.19").channel(5)
     return {**maps, "absorbed": mu.sink("input"), "event": mu(event)}
@@ -98,7 +98,7 @@ def formats() -> list[dict[str, Any]]:
 
 
 def plain_gradient() -> dict[str, Any]:
-    """Peak and time of the plain gradient."""
+    """Returns the peak and time of the plain gradient."""
     torch.set_num_threads(1)
     for name, size in SIZES.items():
         setattr(decoder, name, size)
@@ -115,7 +115,7 @@ def plain_gradient() -> dict[str, Any]:
 
 
 def spawned(*options: object) -> dict[str, Any]:
-    """The result of this module in another process."""
+    """Returns the result of this module in another process."""
     command = [sys.executable, "-m", "benchmarks.memory", *map(str, options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **RETURNING}, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

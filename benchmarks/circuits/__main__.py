@@ -35,7 +35,7 @@ TIMED, REPETITIONS = 10, 5
 
 
 def evaluated(task: Task, scores: Edges, edges: Tensor, effects: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """All metrics of one score, ``(N,)``, and its curves ``(K, N)``."""
+    """Returns all metrics of one score, ``(N,)``, and its curves ``(K, N)``."""
     values = flat(scores)
 
     def faithfulness(mask: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def evaluated(task: Task, scores: Edges, edges: Tensor, effects: tuple[Tensor, T
 
 
 def measure_net(name: str, seeds: int, pairs: int, repetitions: int) -> dict[str, Any]:
-    """All scores of the nets of one kind, whose pairs are pooled."""
+    """Returns all scores of the nets of one kind, whose pairs are pooled."""
     parts: dict[str, list[dict[str, Tensor]]] = {}
     accuracy, errors = [], []
     for seed in range(seeds):
@@ -87,7 +87,7 @@ def identities(task: Task) -> float:
 
 
 def summary(parts: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
-    """Means with intervals over pairs, and differences from the reference measure, which are paired."""
+    """Returns the means with intervals over pairs, and differences from the reference measure, which are paired."""
     pooled = {
         score: {key: torch.cat([seed[key] for seed in seeds], -1).float() for key in seeds[0]}
         for score, seeds in parts.items()
@@ -127,7 +127,7 @@ def timed(task: Task, repetitions: int) -> dict[str, list[float]]:
 
 
 def seconds(job: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor time of a call, and its result."""
+    """Returns the processor time of a call, and its result."""
     began = time.process_time()
     result = job()
     return time.process_time() - began, result

@@ -86,19 +86,19 @@ class Compiled(CircuitNet):
         return (slopes.rms_norm(wire("logits", h), self.eps) @ self.unembed)[:, 0].flatten(1)
 
     def turned(self, a: Tensor) -> Tensor:
-        """Rotary position embedding."""
+        """Applies the rotary position embedding."""
         return a * self.angles.cos() + (a @ self.turn) * self.angles.sin()
 
 
 def used(weights: Weights, n: int, size: int) -> tuple[list[int], list[int]]:
-    """Heads and neurons of a block with nonzero output weights."""
+    """Returns the heads and neurons of a block with nonzero output weights."""
     heads = weights[f"model.layers.{n}.self_attn.o_proj.weight"].unflatten(1, (-1, size)).abs().sum((0, 2))
     neurons = weights[f"model.layers.{n}.mlp.down_proj.weight"].abs().sum(0)
     return heads.nonzero()[:, 0].tolist(), neurons.nonzero()[:, 0].tolist()
 
 
 def loaded(folder: Path, length: int) -> Compiled:
-    """The compiled network of a folder, in float64."""
+    """Returns the compiled network of a folder, in float64."""
     weights: Weights = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
@@ -197,13 +197,13 @@ def read(net: Compiled, kind: str, n: int, one: increment.Operation, contents: d
 
 
 def writes(net: Compiled, kind: str, n: int, part: int, column: int) -> bool:
-    """Whether a head or neuron writes to a column with a nonzero weight."""
+    """Returns whether a head or neuron writes to a column with a nonzero weight."""
     row = net.kept[n][kind == "neurons"].index(part)
     return bool(net.outs[f"{kind}{n}"][row, :, column].any())
 
 
 def reads(net: Compiled, kind: str, n: int, part: int, edges: Edges) -> bool:
-    """Whether a head or neuron reads any value; others are constant."""
+    """Returns whether a head or neuron reads any value; others are constant."""
     kept = net.kept[n][kind == "neurons"]
     return bool(edges[f"{kind}{n}"][kept.index(part) :: len(kept)].any())
 
@@ -245,7 +245,7 @@ def active(task: Task, edges: Edges, least: float = 0.01) -> Tensor:
 
 
 def answered(task: Task) -> float:
-    """Share of the pairs that the network answers correctly, both clean and corrupted."""
+    """Returns the share of the pairs that the network answers correctly, both clean and corrupted."""
     clean, corrupted, t, u = task.pairs
     right = [metric(task.net(x), (clean, corrupted, a, b)) > 0 for x, a, b in ((clean, t, u), (corrupted, u, t))]
     return float((right[0] & right[1]).double().mean())

@@ -27,7 +27,7 @@ def model(name: str) -> nn.Module:
 
 
 def jobs(net: nn.Module, x: Tensor, x0: Tensor, s: Tensor) -> dict[str, Callable[[], Any]]:
-    """The passes of each score; for EAP and EAP-IG, without the hooks that record activations."""
+    """Returns the passes of each score; for EAP and EAP-IG, without the hooks that record activations."""
 
     def gradient(inputs: Tensor) -> Tensor:
         leaf = inputs.clone().requires_grad_()
@@ -52,7 +52,7 @@ def jobs(net: nn.Module, x: Tensor, x0: Tensor, s: Tensor) -> dict[str, Callable
 
 
 def cost(repetitions: int = 2) -> dict[str, dict[str, float]]:
-    """Processor time relative to a plain gradient, the smallest of alternating repetitions."""
+    """Returns the processor time relative to a plain gradient, the smallest of alternating repetitions."""
     results = {}
     for name, size in NETS.items():
         x, x0 = torch.rand(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ TOKENS = ("<unk>", "0", "1", "\n", "<bos>", "<eos>")
 
 
 def compiled(bits: int) -> Path:
-    """The folder of the compiled network with its schematic; it is compiled at the first call."""
+    """Returns the folder of the compiled network with its schematic; it is compiled at the first call."""
     folder = packages.cache() / "trained" / f"increment-{bits}"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -37,7 +37,7 @@ def compiled(bits: int) -> Path:
 
 
 def program(bits: int) -> tuple[Any, Any]:
-    """The program, as a graph of torchwright: its last node and the embedding of tokens.
+    """Returns the program, as a graph of torchwright: its last node and the embedding of tokens.
 
     After ``<bos> b … b \\n``, the network generates the bits of the number plus one, modulo ``2 ** bits``, with the
     highest bit first. Truth values are 1 and -1.
@@ -70,19 +70,19 @@ def program(bits: int) -> tuple[Any, Any]:
 
 
 def named(node: Any, name: str) -> Any:
-    """The node, with a name that appears in the schematic."""
+    """Returns the node, with a name that appears in the schematic."""
     node.name = name
     return node
 
 
 def sequences(numbers: list[int], bits: int) -> Tensor:
-    """Ids of ``<bos> number \\n`` and all bits of its successor but the last, ``(N, 2 * bits + 1)``."""
+    """Returns the ids of ``<bos> number \\n`` and all bits of its successor but the last, ``(N, 2 * bits + 1)``."""
     texts = ([4, *(1 + int(b) for b in f"{n:0{bits}b}"), 3, *successor(n, bits)[:-1]] for n in numbers)
     return torch.tensor(list(texts))
 
 
 def successor(number: int, bits: int) -> list[int]:
-    """Ids of the bits of the number plus one, the highest first."""
+    """Returns the ids of the bits of the number plus one, the highest first."""
     return [1 + int(b) for b in f"{(number + 1) % 2**bits:0{bits}b}"]
 
 
@@ -110,7 +110,7 @@ CONSTANTS = {"compute_literal_value", "clear_literal_seed"}
 
 
 def operations(bits: int) -> list[Operation]:
-    """All operations of the compiled network, in the order of execution."""
+    """Returns all operations of the compiled network, in the order of execution."""
     payload = packages.module("torchwright", "torchwright").load_schematic(compiled(bits)).payload
     names = {node["id"]: node.get("name") for node in payload["graphs"]["source"]["nodes"]}
     sources = {node["id"]: node["source_nodes"] for node in payload["graphs"]["lowered"]["nodes"]}
@@ -130,5 +130,5 @@ def operations(bits: int) -> list[Operation]:
 
 
 def columns(runs: list[list[int]]) -> tuple[int, ...]:
-    """The columns in ranges ``[start, length]``."""
+    """Returns the columns in ranges ``[start, length]``."""
     return tuple(column for start, length in runs for column in range(start, start + length))

@@ -38,7 +38,7 @@ have mass 0."""
 
 
 def network() -> nn.Module:
-    """The compiled network as transformers loads it, in float64, including the normalization layers."""
+    """Returns the compiled network as transformers loads it, in float64, including the normalization layers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(increment.compiled(BITS), dtype=torch.float64).eval()
@@ -52,7 +52,7 @@ def network() -> nn.Module:
 
 
 def measured() -> RelevanceMeasure:
-    """The measure of the logit of 1 minus that of 0, at the position at which the bit is generated."""
+    """Returns the measure of the logit of 1 minus that of 0, at the position at which the bit is generated."""
     ids, model = increment.sequences([NUMBER, OTHER], BITS), network()
     start = torch.zeros(1, ids.shape[1], model.config.vocab_size, dtype=torch.float64)
     start[0, BITS + 1 + LATE, [1, 2]] = torch.tensor([-1.0, 1.0], dtype=torch.float64)
@@ -60,7 +60,7 @@ def measured() -> RelevanceMeasure:
 
 
 def masks(mu: RelevanceMeasure, site: str, kind: str, layer: int) -> dict[str, Tensor]:
-    """The neurons of a site that compute each value, at all tokens."""
+    """Returns the neurons of a site that compute each value, at all tokens."""
     shape = mu.marginal(site).shape[1:]
     found: dict[str, Tensor] = {}
     for one in increment.operations(BITS):
@@ -72,7 +72,7 @@ def masks(mu: RelevanceMeasure, site: str, kind: str, layer: int) -> dict[str, T
 
 
 def graph(mu: RelevanceMeasure) -> FlowGraph:
-    """The flow from the tokens to the answer; columns have the names of :data:`SHOWN`."""
+    """Returns the flow from the tokens to the answer; columns have the names of :data:`SHOWN`."""
     over: dict[str, dict[str, Tensor]] = {}
     for site, kind, layer in SHOWN.values():
         if kind:

@@ -32,7 +32,7 @@ def products(task: Task, multipliers: Multipliers, change: dict[str, Tensor]) ->
 
 
 def gradients(task: Task, h: Tensor, slopes: Tangents = TANGENTS) -> tuple[Trace, Multipliers]:
-    """One forward and one backward pass of the pairs' metric from the input node ``h``."""
+    """Runs one forward and one backward pass of the pairs' metric from the input node ``h``."""
     run = trace(task.net, h.detach().requires_grad_(), slopes)
     multipliers = torch.autograd.grad(
         metric(run.outputs[: len(task.whole)], task.pairs).sum(), list(run.written.values())
@@ -61,7 +61,7 @@ class Slopes:
 
 
 def attribution_patching(task: Task, slopes: Tangents = TANGENTS) -> Slopes:
-    """EAP: derivatives at the clean input; with the slopes of RelP, RelP."""
+    """Computes EAP, with derivatives at the clean input, or RelP, with the slopes of RelP."""
     clean, corrupted = embedded(task)
     run, multipliers = gradients(task, clean, slopes)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def attribution_patching(task: Task, slopes: Tangents = TANGENTS) -> Slopes:
 
 
 def integrated_gradients(task: Task, offset: float = 1.0) -> Slopes:
-    """EAP-IG: mean derivatives at ``STEPS`` inputs on the line from clean to corrupted.
+    """Computes EAP-IG: mean derivatives at ``STEPS`` inputs on the line from clean to corrupted.
 
     Source: arXiv 2403.17806; its code has steps 1 … m of m, ``offset=1``; ``offset=0.5`` is the midpoint rule.
     """
@@ -84,7 +84,7 @@ def integrated_gradients(task: Task, offset: float = 1.0) -> Slopes:
 
 
 def secants(task: Task) -> Slopes:
-    """The measure against a reference in plain PyTorch: one backward pass with secants."""
+    """Computes the measure against a reference in plain PyTorch, by one backward pass with secants."""
     run, multipliers = gradients(task, torch.cat(embedded(task)), Secants())
     halves = {name: a.detach().chunk(2) for name, a in run.read.items()}
     first = {name: one.chunk(2)[0] for name, one in multipliers.items()}
@@ -92,7 +92,7 @@ def secants(task: Task) -> Slopes:
 
 
 def gradient_times_activation(task: Task) -> Slopes:
-    """Derivatives and activations at the clean input."""
+    """Returns the derivatives and activations at the clean input."""
     run, multipliers = gradients(task, embedded(task)[0])
     return Slopes(multipliers, run.read)
 
@@ -129,7 +129,7 @@ def contrast(task: Task) -> Tensor:
 
 
 def reference_measure(task: Task, slopes: Literal["secant", "tangent"] = "secant") -> Joints:
-    """The measure against the corrupted input."""
+    """Returns the measure against the corrupted input."""
     clean, corrupted = task.pairs[:2]
     mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted, slopes=slopes)
     mu.marginal(mu.layers)

@@ -25,19 +25,19 @@ class Tangents:
         return function(z)
 
     def pool(self, z: Tensor) -> Tensor:
-        """Max pooling of 2 × 2 pixels."""
+        """Applies max pooling over 2 × 2 pixels."""
         return functional.max_pool2d(z, 2)
 
     def norm(self, h: Tensor) -> Tensor:
-        """Layer normalization over the last dimension, without gain and bias."""
+        """Applies layer normalization over the last dimension, without gain and bias."""
         return functional.layer_norm(h, h.shape[-1:], eps=EPS)
 
     def rms_norm(self, h: Tensor, eps: float) -> Tensor:
-        """Root-mean-square normalization over the last dimension, without gain."""
+        """Applies root-mean-square normalization over the last dimension, without gain."""
         return h * ((h * h).mean(-1, keepdim=True) + eps).rsqrt()
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product of a gate and a signal."""
+        """Returns the product of a gate and a signal."""
         return a * b
 
     def softmax(self, s: Tensor) -> Tensor:
@@ -116,13 +116,13 @@ class Secants(Tangents):
 
 
 def with_slope(value: Tensor, slope: Tensor, z: Tensor, summed: bool = False) -> Tensor:
-    """A tensor with the given value and slope; with ``summed``, summed over the last dimension of ``z``."""
+    """Returns a tensor with the given value and slope; with ``summed``, summed over the last dimension of ``z``."""
     change = slope.detach() * (z - z.detach())
     return value.detach() + (change.sum(-1) if summed else change)
 
 
 def ratio(rise: Tensor, run: Tensor, otherwise: Tensor) -> Tensor:
-    """``rise / run``, or ``otherwise`` where the run is no larger than its rounding error."""
+    """Returns ``rise / run``, or ``otherwise`` where the run is no larger than its rounding error."""
     is_small = run.abs() < 1e-9
     return torch.where(is_small, otherwise, rise / torch.where(is_small, 1.0, run)).detach()
 
@@ -132,7 +132,7 @@ def twice(half: Tensor) -> Tensor:
 
 
 def halfway(a: Tensor) -> Tensor:
-    """Mean of input and reference, for both halves."""
+    """Returns the mean of input and reference, for both halves."""
     x, x0 = a.detach().chunk(2)
     return twice((x + x0) / 2)
 

@@ -38,7 +38,7 @@ def patched(patches: Patches) -> Iterator[None]:
 
 
 def prepared(model: nn.Module) -> tuple[nn.Module, Patches]:
-    """The model that LXT runs, and the classes it has rules for.
+    """Returns the model that LXT runs, and the classes it has rules for.
 
     Raises:
         ImportError: If LXT or a transformers that it supports is not installed.
@@ -56,7 +56,7 @@ def prepared(model: nn.Module) -> tuple[nn.Module, Patches]:
 
 
 def relevance(model: nn.Module, patches: Patches, x: Tensor, target: int) -> Tensor:
-    """Gradient times input with LXT's rules."""
+    """Returns gradient times input with LXT's rules."""
     leaf = x.clone().requires_grad_()
     with patched(patches):
         (gradient,) = torch.autograd.grad(model(leaf)[:, target].sum(), leaf)
@@ -64,7 +64,7 @@ def relevance(model: nn.Module, patches: Patches, x: Tensor, target: int) -> Ten
 
 
 def way(model: nn.Module, x: Tensor, target: int) -> Callable[[], object]:
-    """LXT's pass; the model is prepared at the first call."""
+    """Returns LXT's pass; the model is prepared at the first call."""
     state: list[Any] = []
 
     def work() -> object:

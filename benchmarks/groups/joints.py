@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
-    """Joints, masses, activations and ablations of one input; read from the file if it exists."""
+    """Returns the joints, masses, activations and ablations of one input; read from the file if it exists."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = _measured(case, number, composite)
@@ -88,7 +88,7 @@ def _by_channel(mu: RelevanceMeasure, values: torch.Tensor, layer: str) -> torch
 
 
 def mean_of(parts: list[Arrays], layers: tuple[str, ...]) -> MeanJoints:
-    """The mean joint relevance of several inputs."""
+    """Returns the mean joint relevance of several inputs."""
     pairs = [
         np.mean([part[f"joint {pair}"] for part in parts], 0).astype(float) for pair, _ in enumerate(pairwise(layers))
     ]

@@ -19,22 +19,22 @@ def along(shape: Shape, dim: int, chosen: Tensor) -> Tensor:
 
 
 def single(shape: Shape, draw: torch.Generator) -> Tensor:
-    """One channel, head or unit."""
+    """Returns one channel, head or unit."""
     return along(shape, 0, torch.randint(shape[0], (1,), generator=draw))
 
 
 def third(shape: Shape, draw: torch.Generator) -> Tensor:
-    """A third of the channels, heads or units."""
+    """Returns a third of the channels, heads or units."""
     return along(shape, 0, torch.randperm(shape[0], generator=draw)[: max(1, round(shape[0] / 3))])
 
 
 def half(shape: Shape, draw: torch.Generator) -> Tensor:
-    """Half of the channels, heads or units."""
+    """Returns half of the channels, heads or units."""
     return along(shape, 0, torch.randperm(shape[0], generator=draw)[: max(1, shape[0] // 2)])
 
 
 def positions(shape: Shape, draw: torch.Generator) -> Tensor:
-    """A square of half the width and height of a feature map, or a third of the tokens."""
+    """Returns a square of half the width and height of a feature map, or a third of the tokens."""
     if len(shape) == 1:
         return half(shape, draw)
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -47,12 +47,12 @@ def positions(shape: Shape, draw: torch.Generator) -> Tensor:
 
 
 def tokens(shape: Shape, draw: torch.Generator) -> Tensor:
-    """A third of the tokens, all heads."""
+    """Returns a third of the tokens, all heads."""
     return along(shape, 1, torch.randperm(shape[1], generator=draw)[: max(1, round(shape[1] / 3))])
 
 
 def head_at_tokens(shape: Shape, draw: torch.Generator) -> Tensor:
-    """One head at half of the tokens."""
+    """Returns one head at half of the tokens."""
     drawn = along(shape, 1, torch.randperm(shape[1], generator=draw)[: shape[1] // 2])
     return single(shape, draw) & drawn
 
@@ -77,7 +77,7 @@ class Kind:
 
 
 def distinct(drawn: Iterator[list[Tensor]], count: int) -> list[list[Tensor]]:
-    """The first ``count`` different sets, or all if there are fewer."""
+    """Returns the first ``count`` different sets, or all if there are fewer."""
     found: list[list[Tensor]] = []
     for masks in drawn:
         if len(found) == count:

@@ -39,7 +39,7 @@ class Patching:
         return self.case.run(inputs or self.inputs, patched, until)
 
     def effects(self, sites: Sequence[str], lower: Sequence[Tensor], upper: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Decrease of the explained number for each chain of sets, ``(N, upper, lower)``.
+        """Returns the decrease of the explained output for each chain of sets, ``(N, upper, lower)``.
 
         Args:
             sites: Sites of the chain, lowest first.
@@ -53,7 +53,7 @@ class Patching:
         return torch.stack(columns, 2)
 
     def single(self, site: str, masks: Sequence[Tensor]) -> Tensor:
-        """Decrease when a set of one site takes its values from the reference run, ``(N, masks)``."""
+        """Returns the decrease when a set of one site takes its values from the reference run, ``(N, masks)``."""
         return torch.stack([self.decrease([site], [mask], self.reference[site]) for mask in masks], 1)
 
     def decrease(self, sites: Sequence[str], masks: Sequence[Tensor], values: Tensor) -> Tensor:

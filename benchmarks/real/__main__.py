@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks/results/real.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--nets", nargs="+", choices=SIZES, default=list(SIZES), help="measure only these networks")

@@ -54,7 +54,7 @@ def reviews() -> tuple[list[Review], list[Review]]:
 
 
 def film_reviews() -> Path:
-    """The folder of the model and its tokenizer, fine-tuned at the first call and then read from the cache."""
+    """Returns the folder of the model and its tokenizer, fine-tuned at the first call and then read from the cache."""
     folder = packages.cache() / "trained" / "film-reviews"
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def _train(folder: Path) -> None:
 
 
 def batches(chosen: list[Review], tokenizer: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Batches of reviews as inputs of the model, and their labels."""
+    """Yields batches of reviews as inputs of the model, and their labels."""
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]
         texts = [review.text for review in part]
@@ -99,7 +99,7 @@ def batches(chosen: list[Review], tokenizer: Any) -> Iterator[tuple[dict[str, Te
 
 @torch.no_grad()
 def accuracy(model: nn.Module, tokenizer: Any, held: list[Review]) -> float:
-    """Share of the reviews whose label has the larger logit."""
+    """Returns the share of the reviews whose label has the larger logit."""
     ordered = sorted(held, key=lambda review: len(review.text))
     right = sum(
         int((model.eval()(**inputs).logits.argmax(1) == labels).sum()) for inputs, labels in batches(ordered, tokenizer)
@@ -108,7 +108,7 @@ def accuracy(model: nn.Module, tokenizer: Any, held: list[Review]) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(film_reviews())
 

@@ -92,7 +92,7 @@ class Method:
 
 
 def heat_map(method: Method, question: Question) -> Tensor:
-    """Heat maps ``(N, H, W)``, summed over colours."""
+    """Returns heat maps ``(N, H, W)``, summed over colours."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Captum warns whenever it sets hooks
         torch.manual_seed(0)
@@ -140,7 +140,7 @@ class Measured:
 
 
 def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
-    """Zennit's EpsilonGammaBox for images in [0, 1]."""
+    """Returns Zennit's EpsilonGammaBox for images in [0, 1]."""
     low, high = net.normalized(torch.zeros_like(net.mean)), net.normalized(torch.ones_like(net.mean))
     shape = (1, len(net.mean), 1, 1)
     return EpsilonGammaBox(low.reshape(shape), high.reshape(shape), **settings)
@@ -150,7 +150,7 @@ def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
 
 
 def zennit(composite: Callable[..., Composite]) -> Explainer:
-    """Zennit's relevance of the weighted outputs under a composite, with fused batch norms.
+    """Returns Zennit's relevance of the weighted outputs under a composite, with fused batch norms.
 
     Args:
         composite: Function of canonizers, and of the network if the composite needs the range of the inputs.
@@ -183,7 +183,7 @@ class Weighted(nn.Module):
 
 
 def captum(method: Callable[[nn.Module], Any], separate: bool = False, **settings: Any) -> Explainer:
-    """A method of Captum on the weighted outputs.
+    """Returns a method of Captum on the weighted outputs.
 
     Args:
         method: Function that returns the method for a model.
@@ -204,13 +204,13 @@ def captum(method: Callable[[nn.Module], Any], separate: bool = False, **setting
 
 
 def captum_lrp(question: Question) -> Tensor:
-    """Captum's LRP, which explains one output and requires a separate module for every call."""
+    """Returns Captum's LRP, which explains one output and requires a separate module for every call."""
     result: Tensor = LRP(_separated(question.net.model)).attribute(question.inputs, target=question.targets)
     return result
 
 
 def _separated(model: nn.Module) -> nn.Module:
-    """A copy in which every call has its own module, without in-place operations."""
+    """Returns a copy in which every call has its own module, without in-place operations."""
     traced = fx.symbolic_trace(copy.deepcopy(model))
     seen: set[str] = set()
     for number, node in enumerate(traced.graph.nodes):
@@ -228,7 +228,7 @@ def _separated(model: nn.Module) -> nn.Module:
 
 
 def cam(weigh: Callable[[Tensor, Tensor], Tensor], is_signed: bool = False) -> Explainer:
-    """A class activation map of the last convolution, interpolated to the size of the input.
+    """Returns a class activation map of the last convolution, interpolated to the size of the input.
 
     Args:
         weigh: The map ``(N, H, W)`` from activations and gradients, ``(N, K, H, W)`` each.
@@ -252,32 +252,32 @@ def cam(weigh: Callable[[Tensor, Tensor], Tensor], is_signed: bool = False) -> E
 
 
 def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Activations weighted by the mean gradient of their channel (arXiv 1610.02391)."""
+    """Returns the activations weighted by the mean gradient of their channel (arXiv 1610.02391)."""
     return (activations * gradients.mean((2, 3), keepdim=True)).sum(1)
 
 
 def hires_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Activations times gradients (arXiv 2011.08891); GradCAM if a mean and a linear layer follow."""
+    """Returns the activations times gradients (arXiv 2011.08891); GradCAM if a mean and a linear layer follow."""
     return (activations * gradients).sum(1)
 
 
 def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Activations times positive gradients (doi 10.1109/TIP.2021.3089943)."""
+    """Returns the activations times positive gradients (doi 10.1109/TIP.2021.3089943)."""
     return (activations * gradients.clamp(min=0)).sum(1)
 
 
 def smooth_grad(model: nn.Module) -> NoiseTunnel:
-    """The mean gradient of noisy inputs (arXiv 1706.03825)."""
+    """Returns the mean gradient of noisy inputs (arXiv 1706.03825)."""
     return NoiseTunnel(Saliency(model))
 
 
 def _noise(question: Question) -> float:
-    """15 % of the range of the inputs."""
+    """Returns 15 % of the range of the inputs."""
     return 0.15 * float(question.inputs.max() - question.inputs.min())
 
 
 def chance(question: Question) -> Tensor:
-    """Random numbers."""
+    """Returns random numbers."""
     return torch.rand(len(question.inputs), *question.inputs.shape[2:])
 
 

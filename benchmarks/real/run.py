@@ -90,7 +90,7 @@ class Task:
         self.pairs: Pairs = pairs(net, size.pairs)
 
     def maps(self, name: str, kind: str, scenes: Scenes) -> tuple[Tensor, float]:
-        """Heat maps of a method, ``(N, H, W)``, and processor seconds for each image."""
+        """Returns heat maps of a method, ``(N, H, W)``, and processor seconds for each image."""
         method = METHODS[name]
         if method.gradients > EXPENSIVE:
             scenes = scenes.first(FEW)
@@ -122,7 +122,7 @@ class Task:
         return images[(images != inputs).flatten(1).any(1)]
 
     def removed(self, name: str, heat: Tensor, fill: str) -> Values:
-        """Areas of the curves of one fill."""
+        """Returns the areas of the curves of one fill."""
         parts, start = [], 0
         for scenes in self.single.first(len(heat)).parts(CHUNK):
             parts.append(self._removed(name, scenes, heat[start : start + len(scenes)], fill))
@@ -140,7 +140,7 @@ class Task:
         return {key: torch.from_numpy(value) for key, value in found.items()}
 
     def values(self, name: str) -> Values:
-        """All metrics of a method."""
+        """Returns all metrics of a method."""
         heat, seconds = self.maps(name, "single", self.single)
         heat = heat.float()
         both, _ = self.maps(name, "pairs", self.pairs.scenes)
@@ -184,12 +184,12 @@ def summary(by_method: dict[str, Values]) -> dict[str, Any]:
 
 
 def groups(key: str, count: int) -> Tensor:
-    """Samples that are resampled together: the two explanations of one image of a pair."""
+    """Returns samples that are resampled together: the two explanations of one image of a pair."""
     return torch.arange(count) // 2 if key in ("own", "wins") else torch.arange(count)
 
 
 def methods_of(net: str) -> tuple[str, ...]:
-    """Methods that are measured on a network."""
+    """Returns the methods that are measured on a network."""
     return COMPARED if net.startswith("EfficientNet") else tuple(METHODS)
 
 

@@ -44,12 +44,12 @@ class Scenes:
         return len(self.targets)
 
     def where(self, is_kept: Tensor) -> Scenes:
-        """The scenes where a boolean tensor ``(N,)`` is true."""
+        """Returns the scenes where a boolean tensor ``(N,)`` is true."""
         names = tuple(name for name, kept in zip(self.names, is_kept.tolist(), strict=True) if kept)
         return Scenes(self.inputs[is_kept], self.masks[is_kept], self.targets[is_kept], names)
 
     def parts(self, count: int) -> Iterator[Scenes]:
-        """The scenes in parts of ``count`` scenes."""
+        """Yields the scenes in parts of ``count`` scenes."""
         places = torch.arange(len(self))
         for start in range(0, len(self), count):
             yield self.where((places >= start) & (places < start + count))
@@ -61,7 +61,7 @@ class Scenes:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def first(self, count: int) -> Scenes:
-        """The first scenes."""
+        """Returns the first scenes."""
         return self.where(torch.arange(len(self)) < count)
 
 
@@ -95,7 +95,7 @@ class _Thing:
 
 
 def single(net: Network, count: int) -> Scenes:
-    """Objects in front of a landscape on which the network predicts the same class as on the plain background.
+    """Returns objects in front of a landscape on which the network predicts the same class as on the plain background.
 
     Objects are placed alternately on two landscapes. If the predicted class changes, the other landscape is tried, and
     if it also changes there, the object is excluded. Images of Fashion-MNIST keep their black background.
@@ -141,7 +141,7 @@ def pairs(net: Network, count: int, seed: int = 0) -> Pairs:
 
 
 def _chosen(net: Network, things: list[_Thing], count: int, seed: int) -> dict[str, np.ndarray]:
-    """Indices of the objects of every pair, ``(K, 2)``."""
+    """Returns the indices of the objects of every pair, ``(K, 2)``."""
     draw = torch.Generator().manual_seed(seed)
     chosen: list[list[int]] = []
     tried: set[frozenset[int]] = set()
@@ -163,7 +163,7 @@ def _chosen(net: Network, things: list[_Thing], count: int, seed: int) -> dict[s
 
 
 def _half(net: Network, thing: _Thing) -> tuple[Tensor, Tensor]:
-    """One half of an image of two objects: the object on the plain background, and its mask."""
+    """Returns one half of an image of two objects: the object on the plain background, and its mask."""
     height, width = net.size[0], net.size[1] * 2 if _is_fashion(net) else net.size[1]
     return _drawn(net, thing, height, width // 2, "grey")
 
@@ -175,7 +175,7 @@ def _depends(logits: Tensor, target: int, side: int) -> bool:
 
 
 def recognized(net: Network, count: int) -> list[_Thing]:
-    """Objects whose class the network predicts with high confidence on a plain background."""
+    """Returns objects whose class the network predicts with high confidence on a plain background."""
     if _is_fashion(net):
         images, labels = photos.fashion("t10k")
         shares = net.logits(net.normalized(images[: 3 * count])).softmax(1)
@@ -195,7 +195,7 @@ def recognized(net: Network, count: int) -> list[_Thing]:
 
 
 def _said(net: Network, stamps: list[photos.Stamp]) -> dict[str, np.ndarray]:
-    """The predicted class of each photograph on the plain background, and its softmax, ``(N,)`` each."""
+    """Returns the predicted class of each photograph on the plain background, and its softmax, ``(N,)`` each."""
     ground = photos.background("grey", *net.size)
     found = [
         net.logits(net.normalized(photos.placed(stamp.cut_out(*net.size), ground)[0])[None]).softmax(1)[0].max(0)
@@ -210,7 +210,7 @@ def _is_fashion(net: Network) -> bool:
 
 
 def _drawn(net: Network, thing: _Thing, height: int, width: int, ground: photos.Background) -> tuple[Tensor, Tensor]:
-    """Image ``(C, H, W)`` in [0, 1] and mask."""
+    """Returns the image ``(C, H, W)`` in [0, 1] and mask."""
     if _is_fashion(net):
         assert thing.picture is not None
         return thing.picture, thing.picture[0] > 0
@@ -218,7 +218,7 @@ def _drawn(net: Network, thing: _Thing, height: int, width: int, ground: photos.
 
 
 def _halves(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of both objects in the whole image."""
+    """Returns the masks of both objects in the whole image."""
     return torch.cat([left, torch.zeros_like(right)], 1), torch.cat([torch.zeros_like(left), right], 1)
 
 

@@ -10,7 +10,7 @@ from . import packages
 
 
 def stored(name: str, digest: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays from the cache; at the first call, they are computed and stored there.
+    """Returns arrays from the cache; at the first call, they are computed and stored there.
 
     Args:
         name: Name of the computation, which is part of the file name.
