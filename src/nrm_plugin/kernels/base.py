@@ -90,7 +90,7 @@ class Kernel(ABC):
 
 
 class IdentityKernel(Kernel):
-    """Passes relevance through unchanged: activations, dropout, batch normalization after fusion."""
+    """Passes relevance through unchanged, as for activations, dropout, and batch normalization after fusion."""
 
     is_stochastic = True
 

@@ -38,7 +38,7 @@ class ModelState:
         self._values = [torch.cat(views).clone() for views in self._entries]
 
     def changed(self) -> str:
-        """Returns a description of the change; empty if nothing has changed."""
+        """Returns a description of what has changed; empty if nothing has."""
         if not self._changed():
             return ""
         with _RECORDING:  # the changes may be hooks that another thread removes after its recording

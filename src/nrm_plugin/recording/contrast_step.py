@@ -196,7 +196,7 @@ class _Layer:
 
 
 def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
-    """Returns the layer with weights that computes the outputs, or None if another operation does."""
+    """Returns the layer with weights that computes the outputs, or None if a different operation computes them."""
     buffer = graph.output
     while True:
         vertex = graph.vertices[buffer.vertex]

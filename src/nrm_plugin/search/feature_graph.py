@@ -41,7 +41,7 @@ class _Tap:
     targets: int
 
     def event(self, number: int) -> Event:
-        """The walks that cross one node."""
+        """Returns the event of the walks that cross one node."""
         return at(self.name)[self.labels == number]
 
     @property
