@@ -170,7 +170,7 @@ def path_patching(results: Results) -> dict[str, str]:
 
 
 def flow(results: Results) -> dict[str, str]:
-    """A sentence about the cost of a flow, and a table of flows with heat maps."""
+    """Returns a sentence about the cost of a flow, and a table of flows with heat maps."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
     layers = ", ".join(f"`{layer}`" for layer in reversed(results["layers"][1:]))
     setting = f"A flow of VGG16 at 224 × 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
