@@ -40,6 +40,12 @@ def is_traced() -> bool:
     return ACTIVE.tracer is not None
 
 
+def note_obstacle(reason: str) -> None:
+    """Notes why the operations of this thread cannot be repeated with other values; without a trace, nothing."""
+    if ACTIVE.tracer is not None:
+        ACTIVE.tracer.trace.obstacles.append(reason)
+
+
 @contextmanager
 def audit() -> Iterator[None]:
     """Context for checks of a model or a rule that need not be repeated for other inputs."""
@@ -125,4 +131,4 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     return found
 
 
-__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "repeated", "untraced", "unwatched"]
+__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "note_obstacle", "repeated", "untraced", "unwatched"]

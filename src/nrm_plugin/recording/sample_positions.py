@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FoldingError
 from ..model.targets import sample_sums
-from ..model.value_reads import audit, untraced
+from ..model.value_reads import audit, is_traced, note_obstacle, untraced
 from .graph import Graph
 from .places import Buffer, Place, Sink
 from .propagation import Cost, Vectors, Visitor, pull, push
@@ -127,6 +127,10 @@ class Samples:
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
         """Returns the layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
+        if self.has_constant_layouts:
+            by_inputs = self._of_inputs(buffer)
+            if by_inputs is not None:
+                return self._repeatable(by_inputs[0] if len(by_inputs) == 1 else unreached(shape, self.count))
         for other in [other for other in self._several if self.graph.shape(other) == shape]:
             self._known(other)
         same = [
@@ -136,14 +140,25 @@ class Samples:
         ]
         if same:
             return self._layouts[min(same, key=lambda other: abs(other.vertex - buffer.vertex))]
-        return unreached(shape, self.count) or next(iter(self._of_inputs(buffer)), None)
+        return unreached(shape, self.count) or next(iter(self._of_inputs(buffer) or ()), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
         """Returns a layout for a tensor with so few relevant entries that no layout or several layouts fit."""
-        by_inputs = self._of_inputs(buffer)
+        by_inputs = self._of_inputs(buffer, self._labels[buffer]) or []
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
-            return by_inputs[0]
-        return fitting[0] if fitting and fitting[0].is_plain else None
+            return self._repeatable(by_inputs[0])
+        return self._repeatable(fitting[0]) if fitting and (len(fitting) == 1 or fitting[0].is_plain) else None
+
+    @property
+    def has_constant_layouts(self) -> bool:
+        """Whether a trace takes the layouts as constants, so that they have to be right for all values."""
+        return self.are_fixed and is_traced()
+
+    def _repeatable(self, layout: Layout | None) -> Layout | None:
+        """Returns a layout, and notes in a trace that it need not be right for other values if it is assumed."""
+        if self.has_constant_layouts and layout is not None and layout.is_assumed:
+            note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
+        return layout
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
         """Returns whether a layout assigns each entry whose sample is known to this sample."""
@@ -153,13 +168,20 @@ class Samples:
 
     def _of_output(self) -> Layout | None:
         """Returns the layout of a tensor inside the model at which the measure starts."""
-        fitting = self._of_inputs(self.graph.output)
+        fitting = self._of_inputs(self.graph.output) or []
         if not fitting:
             self._raise_if_unsupported()
         return fitting[0] if fitting else None
 
-    def _of_inputs(self, buffer: Buffer) -> list[Layout]:
-        """Returns the layouts that fit a tensor, given the input values on which each of its entries depends."""
+    def _of_inputs(self, buffer: Buffer, known: Tensor | None = None) -> list[Layout] | None:
+        """Returns the layouts that fit a tensor, given the input values on which each of its entries depends.
+
+        Returns None if it depends on no inputs.
+
+        Args:
+            buffer: The tensor.
+            known: The sample of each entry, -1 if unknown, which completes what the values determine.
+        """
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.no_grad(), audit():
             for vertex in sorted(self.inputs):
@@ -173,8 +195,11 @@ class Samples:
                 with self.inspecting():
                     labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
                     if labels.are_known and not labels.are_mixed:
-                        return layouts_of(labels.samples, self.count, labels.mass)
-        return []
+                        found, mass = labels.samples, labels.mass
+                        if known is not None and bool(((found < 0) & (known >= 0)).any()):
+                            found, mass = torch.where(found < 0, known, found), torch.ones_like(mass)
+                        return layouts_of(found, self.count, mass, is_last=True)
+        return None
 
     def inspecting(self) -> AbstractContextManager[None]:
         """Context in which positions are determined from relevance; fixed positions are constants in a trace."""
@@ -329,7 +354,7 @@ class _Finder(Visitor[int]):
         if labels.are_mixed:
             raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")
         if labels.are_known:
-            if len(fitting) == 1:
+            if len(fitting) == 1 and not (fitting[0].is_assumed and self.samples.has_constant_layouts):
                 self.layouts[buffer] = fitting[0]
             else:
                 self.several[buffer] = fitting
