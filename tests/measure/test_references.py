@@ -254,7 +254,19 @@ def test_forms_of_a_reference():
     keyed = RelevanceMeasure(Two(), {"a": X, "b": X.cos()}, 1, reference={"b": X0.cos(), "a": X0})
     torch.testing.assert_close(pair.marginal(at("input", item=0)), keyed.marginal(at("input", item="a")), **TIGHT)
     mask = torch.tensor([[True, False, False, False]]).expand(3, 4)
-    RelevanceMeasure(Two(), {"a": X, "b": X, "mask": mask}, 1, reference={"b": X0, "a": X0})
+    masked = {"a": X, "b": X, "mask": mask}
+    expected = RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0})
+    for same in (mask, mask.clone(), mask[0], mask[:1]):
+        mu = RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": same})
+        assert torch.equal(mu.marginal("tanh"), expected.marginal("tanh"))
+    for other in (~mask, mask[:, :3], mask.long(), None):
+        with pytest.raises(DifferenceError, match="another value for 'mask' than the inputs"):
+            RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": other})
+    for given, message in (({"a": X0}, "no value for the input 'b'"), ({"a": X0, "b": X0, "c": X0}, "value for 'c'")):
+        with pytest.raises(DifferenceError, match=message):
+            RelevanceMeasure(Two(), {"a": X, "b": X}, 1, reference=given)
+    with pytest.raises(DifferenceError, match="more entries than the 2 inputs"):
+        RelevanceMeasure(Two(), (X, X), 1, reference=(X0, X0, mask))
 
 
 class Embedded(nn.Module):
@@ -280,6 +292,16 @@ def test_ids_have_a_reference_of_ids():
         RelevanceMeasure(net, ids, 1, reference=torch.tensor([[1, 0, 3, 0], [4, 5, 6, 1]]))
     with pytest.raises(DifferenceError, match="the reference of ids must be ids"):
         RelevanceMeasure(net, ids, 1, reference=other.double())
+    with pytest.raises(IndexError) as caught:
+        RelevanceMeasure(net, ids, 1, reference=ids + 9)
+    assert "at the reference" in caught.value.__notes__[0]
+    assert torch.equal(
+        LayerNRM(net, "embedding").attribute(ids[1:], 1, baselines=8.0),
+        LayerNRM(net, "embedding").attribute(ids[1:], 1, baselines=torch.full_like(ids[1:], 8)),
+    )
+    for number in (0.5, float("nan")):
+        with pytest.raises(InputError, match=rf"baselines= is {number}.* give an id"):
+            LayerNRM(net, "embedding").attribute(ids, 1, baselines=number)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +314,12 @@ def test_ids_have_a_reference_of_ids():
         (X0 * float("nan"), "nan or inf"),
         (0.0, "expected a tensor"),
         (X0.long(), "the reference of ids must be ids"),
+        (X0.to_sparse(), "is sparse"),
+        (X0.to("meta"), "is on device meta"),
+        (torch.nested.nested_tensor([X0[0], X0[1]], layout=torch.jagged), "is nested"),
+        ((), "has no value for the input. "),
+        ((X0, X0), "more entries than the 1 inputs.* is a list"),
+        ({"x": X0}, "a value for 'x', which is not among the inputs"),
     ],
 )
 def test_bad_references_are_errors_and_leave_the_model_as_it_is(reference, message):
@@ -310,6 +338,9 @@ def test_outputs_without_a_difference_are_errors():
         RelevanceMeasure(net, X, 1, reference=X0)
     with pytest.raises(TargetError, match="is the same for the input"):
         RelevanceMeasure(mlp(), X, start=torch.zeros(3), reference=X0)
+    exponential = Branches(lambda h: (1000 * h).exp())
+    with pytest.raises(InputError, match="output at the reference has nan or inf"):
+        RelevanceMeasure(exponential.eval(), 0 * X, reference=X0)
 
 
 @pytest.mark.parametrize(
@@ -428,6 +459,9 @@ def test_other_classes_of_captum_take_baselines():
     torch.testing.assert_close(ruled, rules.marginal("input") * rules.output.reshape(3, 1, 1, 1), **TIGHT)
     with pytest.raises(InputError, match="2 entries for 1 inputs"):
         NRM(net).attribute(x, 1, baselines=(x0, x0))
+    for baselines in ("blur", lambda x: x, x0.numpy(), {"x": x0}, [[x0]]):
+        with pytest.raises(InputError, match=r"baselines= is .* expected a tensor or a number"):
+            NRM(net).attribute(x, 1, baselines=baselines)
 
 
 class Cube(torch.autograd.Function):

@@ -88,6 +88,11 @@ class ReferencePass:
             self._deltas[key] = (value, other, difference(value, other))  # the memory must not be reused
         return self._deltas[key][2]
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the pass of the inputs has started."""
+        return self._is_replayed
+
     def replay(self) -> None:
         """Starts the pass of the inputs, which reads the stored calls."""
         self._is_replayed = True
