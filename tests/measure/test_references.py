@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 from zennit.rules import Epsilon
 
-from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, RelevanceMeasure, at
+from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.errors import DifferenceError, InputError, NullEventError, TargetError, UnsupportedOperationError
 from tests.conftest import slow_but
 from tests.differences import draw, layer_norm, multipliers, slope, softmax
@@ -236,6 +236,39 @@ def test_one_linear_layer_under_a_rule_has_the_rule_of_the_difference_without_a_
     mu = RelevanceMeasure(layer, X, 1, reference=X0, composite=NRMAbsolute())
     parts = ((X - X0) * layer.weight[1]).abs().detach()
     torch.testing.assert_close(mu.marginal("input"), parts / parts.sum(1, keepdim=True), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("composite", [NRMDefault, NRMAbsolute])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: nn.functional.max_pool1d(x.unsqueeze(1), 2).squeeze(1),
+        lambda x: x[:, ::2] * x[:, 1::2],
+        lambda x: torch.maximum(x[:, ::2], x[:, 1::2]),
+        lambda x: torch.einsum("na,na->na", x[:, ::2], x[:, 1::2]),
+    ],
+)
+def test_relevance_that_a_rule_leaves_where_there_is_no_difference_is_absorbed(operation, composite):
+    linear = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 1.0, -1.0]]))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(operation(x))
+
+    x, x0 = torch.tensor([[1.0, 3, 5, 1, 4, 1]]).double(), torch.tensor([[3.0, 1, 2, 1, 1.1, 1]]).double()
+    mu = RelevanceMeasure(Net().eval(), x, reference=x0, composite=composite())
+    (left,) = mu.marginal(at("linear", side="input"))[:, 0].abs()
+    assert 1e-9 < left < 1e-5, "the floor of the rule"
+    torch.testing.assert_close(mu.sink("input").abs(), left[None], rtol=1e-6, atol=0)
+    torch.testing.assert_close(mu.marginal("input").sum(1) + mu.sink("input"), torch.ones(1).double(), **TIGHT)
+    torch.testing.assert_close(mu.marginal("input")[0, :2], torch.zeros(2).double(), **TIGHT)
+    assert float(mu.variation("input")) < 6 and float(mu.walk_variation()) < 6
 
 
 def test_forms_of_a_reference():
