@@ -3,6 +3,7 @@
 ``python -m benchmarks.differences`` measures all classification models of torchvision, further models of Hugging Face,
 and recurrent and graph networks, all with random weights, and writes the results as JSON and the table of
 ``docs/differences.md``. Families whose package is missing keep their results; ``--families`` selects some.
+``--variation`` measures only the variation on trained networks, and leaves the other results unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from benchmarks import tables
+from benchmarks import tables, variation
 from benchmarks.conservation import conservation_check, random_biases, store
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.errors import NRMError
@@ -183,9 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--models", nargs="+", help="measure these models and print the rows, without storing them")
+    parser.add_argument("--variation", action="store_true", help="only the variation on trained networks")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     stored = tables.stored("differences")
+    if options.variation:
+        keep(stored | {"variation": variation.measured()})
+        return
     for family in options.families:
         models_of, package = FAMILIES[family]
         if importlib.util.find_spec(package) is None:
@@ -199,8 +204,13 @@ def main() -> None:
             print(rows[-1], flush=True)
         stored["families"] = {**stored.get("families", {}), family: rows}
     if not options.models:
-        store("differences", {"families": stored["families"]}, "torchvision")
-        tables.write("differences")
+        keep(stored)
+
+
+def keep(results: Row) -> None:
+    """Writes results and tables."""
+    store("differences", {key: value for key, value in results.items() if key != "environment"}, "torchvision")
+    tables.write("differences")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,17 @@ def differences(results: Results) -> dict[str, str]:
         cells = f"{worst['error']:.0e} ({worst['model']})", f"{exact:.0e}", f"{sink:.0e}", f"{variation:.2g}"
         rows.append([family, len(held), sum(row["taps"] for row in held), *cells, failed])
     head = "| networks | measured | taps | largest error | in float64 | largest sink | median V | raise an error |"
-    return {"families": grid(head, rows)}
+    return {"families": grid(head, rows), "variation": variation(results["variation"])}
+
+
+def variation(nets: dict[str, list[Results]]) -> str:
+    """Median and maximum of the largest variation of a tap and of that of walks, by measure and network."""
+
+    def cell(row: Results) -> str:
+        return ", ".join(f"{row[kind][0]:.3g} ({row[kind][-1]:.2g})" for kind in ("taps", "walks"))
+
+    rows = [[rows[0]["measure"], *map(cell, rows)] for rows in zip(*nets.values(), strict=True)]
+    return grid(f"| measure | {' | '.join(nets)} |", rows)
 
 
 def groups(results: Results) -> dict[str, str]:

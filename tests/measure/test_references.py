@@ -7,6 +7,7 @@ nrm_plugin.measure.recorded_properties, nrm_plugin.model.references, nrm_plugin.
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 
 import pytest
@@ -18,7 +19,14 @@ from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 from zennit.rules import Epsilon
 
 from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, NRMDefault, RelevanceMeasure, at
-from nrm_plugin.errors import DifferenceError, InputError, NullEventError, TargetError, UnsupportedOperationError
+from nrm_plugin.errors import (
+    DifferenceError,
+    InputError,
+    NullEventError,
+    PrecisionWarning,
+    TargetError,
+    UnsupportedOperationError,
+)
 from tests.conftest import slow_but
 from tests.differences import draw, layer_norm, multipliers, slope, softmax
 
@@ -268,7 +276,8 @@ def test_relevance_that_a_rule_leaves_where_there_is_no_difference_is_absorbed(o
     torch.testing.assert_close(mu.sink("input").abs(), left[None], rtol=1e-6, atol=0)
     torch.testing.assert_close(mu.marginal("input").sum(1) + mu.sink("input"), torch.ones(1).double(), **TIGHT)
     torch.testing.assert_close(mu.marginal("input")[0, :2], torch.zeros(2).double(), **TIGHT)
-    assert float(mu.variation("input")) < 6 and float(mu.walk_variation()) < 6
+    assert float(mu.variation("input")) < 6
+    assert float(mu.walk_variation()) < 6
 
 
 def test_forms_of_a_reference():
@@ -374,6 +383,28 @@ def test_outputs_without_a_difference_are_errors():
     exponential = Branches(lambda h: (1000 * h).exp())
     with pytest.raises(InputError, match="output at the reference has nan or inf"):
         RelevanceMeasure(exponential.eval(), 0 * X, reference=X0)
+
+
+def test_a_difference_of_few_digits_is_a_warning_that_says_how_many():
+    net, single = mlp(), mlp().float()
+    x, step = X.float(), (X0 - X).float()
+    for size, is_precise in ((1.0, True), (0.1, True), (2e-4, False), (1e-4, False)):
+        x0 = x + size * step
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mu = RelevanceMeasure(single, x, 1, reference=x0)
+        exact = RelevanceMeasure(net, x.double(), 1, reference=x0.double())
+        error = ((mu.output - exact.output) / exact.output).abs().max()
+        assert (not caught) == is_precise
+        if caught:
+            share = float(re.search(r"rounding error of (\S+) in float32", str(caught[0].message))[1])
+            assert caught[0].category is PrecisionWarning
+            assert caught[0].filename == __file__
+            assert share / 100 < error < 10 * share
+        else:
+            assert error < 1e-3
+    with pytest.raises(TargetError, match="is the same"):
+        RelevanceMeasure(single, x, 1, reference=x + 1e-6 * step)
 
 
 @pytest.mark.parametrize(
