@@ -306,6 +306,13 @@ def test_heads_of_attention_are_events():
     assert bool((heads.abs() > 1e-6).all())
 
 
+def test_steep_slopes_at_constants_leave_no_mass_there_in_float32():
+    net = Head(lambda h: F.normalize(F.pad(h, (0, 0, 0, 2)), dim=-1)).float().eval()  # normalizes rows of zeros, by 1e12
+    mu = RelevanceMeasure(net, X.float(), 0, reference=X0.float())
+    assert bool((mu.sink("input").abs() < 1e-9).all())
+    torch.testing.assert_close(mu.marginal("input").flatten(1).sum(1), torch.ones(3), rtol=0, atol=1e-4)
+
+
 def test_formats_shorter_than_float32():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2)).bfloat16().eval()

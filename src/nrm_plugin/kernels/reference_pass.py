@@ -17,7 +17,7 @@ from ..model.autocast import working_dtype
 from ..model.value_reads import holds
 from .forward_state import Saved
 
-LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
+LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}
 """The number that replaces a difference of zero, by dtype."""
 
 
