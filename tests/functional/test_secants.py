@@ -155,6 +155,19 @@ def test_differences_of_an_operation_add_up(name):
     torch.testing.assert_close(*both, rtol=0, atol=0.05 * scale)
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_tangents_of_an_operation_are_its_gradient(name):
+    net = Head(OPERATIONS[name]).eval()
+    mu = RelevanceMeasure(net, X, 0, reference=X0, slopes="tangent")
+    leaf = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(leaf).sum(), leaf)
+    expected = gradient * (X - X0)
+    relevance = mu.marginal("input") * mu.output.reshape(3, 1, 1)
+    torch.testing.assert_close(relevance, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    total = relevance.flatten(1).sum(1) / mu.output + mu.sink("input")
+    torch.testing.assert_close(total, torch.ones(3).double(), rtol=0, atol=1e-11 * float(mu.variation("input").max()))
+
+
 MODULES = {
     "LSTM": lambda: nn.LSTM(6, 4, batch_first=True, bidirectional=True),
     "GRU": lambda: nn.GRU(6, 4, 2, batch_first=True),
