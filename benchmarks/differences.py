@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -189,7 +190,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     stored = tables.stored("differences")
     if options.variation:
-        keep(stored | {"variation": variation.measured()})
+        text = json.dumps(stored | {"variation": variation.measured()}, indent=1, ensure_ascii=False)
+        (tables.RESULTS / "differences.json").write_text(text + "\n")
+        tables.write("differences")
         return
     for family in options.families:
         models_of, package = FAMILIES[family]
@@ -204,13 +207,9 @@ def main() -> None:
             print(rows[-1], flush=True)
         stored["families"] = {**stored.get("families", {}), family: rows}
     if not options.models:
-        keep(stored)
-
-
-def keep(results: Row) -> None:
-    """Writes results and tables."""
-    store("differences", {key: value for key, value in results.items() if key != "environment"}, "torchvision")
-    tables.write("differences")
+        kept = {key: stored[key] for key in ("families", "variation") if key in stored}
+        store("differences", kept, "torchvision")
+        tables.write("differences")
 
 
 if __name__ == "__main__":

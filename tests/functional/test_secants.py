@@ -320,7 +320,9 @@ def test_heads_of_attention_are_events():
 
 
 def test_steep_slopes_at_constants_leave_no_mass_there_in_float32():
-    net = Head(lambda h: F.normalize(F.pad(h, (0, 0, 0, 2)), dim=-1)).float().eval()  # normalizes rows of zeros, by 1e12
+    net = (
+        Head(lambda h: F.normalize(F.pad(h, (0, 0, 0, 2)), dim=-1)).float().eval()
+    )  # normalizes rows of zeros, by 1e12
     mu = RelevanceMeasure(net, X.float(), 0, reference=X0.float())
     assert bool((mu.sink("input").abs() < 1e-9).all())
     torch.testing.assert_close(mu.marginal("input").flatten(1).sum(1), torch.ones(3), rtol=0, atol=1e-4)
