@@ -149,7 +149,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Returns one minus the sum of mass, sink and bypass of the tensors of one layer, ``(N,)``."""
+    """Returns one minus the total mass, sink and bypass of the tensors of one layer, ``(N,)``."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)

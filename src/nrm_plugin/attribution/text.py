@@ -131,7 +131,7 @@ def explain_text(
     residual: Residual | None = None,
     gain_limit: float | None = None,
 ) -> TextExplanation:
-    """Explains the prediction of a transformers text model by the relevance of the words of the text.
+    """Explains the prediction of a transformers text model by the relevance of each word.
 
     The explained prediction depends on the model: the class of a text, the token behind the mask, the next token, or
     the first token that a decoder generates.

@@ -66,7 +66,7 @@ def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Repor
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Context with a single thread, since the tensors of this network are too small to benefit from more."""
+    """Context manager with a single thread, since the tensors of this network are too small to benefit from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

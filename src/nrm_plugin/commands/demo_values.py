@@ -55,7 +55,7 @@ class Row:
 
     Attributes:
         layer: Name of the tap.
-        plain: Sum of the relevance of plain Zennit, with an initial relevance of 1 at the output.
+        plain: Total relevance in plain Zennit, with an initial relevance of 1 at the output.
         mass: Mass that crosses the layer; ``mass + sink + bypass == 1``.
         sink: Mass that is absorbed above the layer.
         bypass: Mass that bypasses the layer.

@@ -26,7 +26,7 @@ _quieted: list[TextIO] = []
 
 @contextlib.contextmanager
 def quiet(is_quiet: bool) -> Iterator[None]:
-    """Context that suppresses the output of the command and of libraries, except on the stream of :func:`errors`."""
+    """Context manager that suppresses the output of the command and libraries, except the stream of :func:`errors`."""
     if not is_quiet:
         yield
         return
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """Context that records interrupts, since a module that is interrupted during its import may raise another error."""
+    """Context manager that records interrupts, since a module interrupted during its import may raise another error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

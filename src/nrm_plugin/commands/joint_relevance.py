@@ -1,4 +1,4 @@
-"""Joint relevance of the most relevant channels of several layers, and its figure."""
+"""Joint relevance of the most relevant channels of several layers, and a function that plots it."""
 
 from __future__ import annotations
 

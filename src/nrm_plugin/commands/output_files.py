@@ -186,7 +186,7 @@ def heading_lines(lines: Sequence[str], heat_maps: int) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Context with a temporary file that replaces the final file atomically once it is complete.
+    """Context manager with a temporary file that replaces the final file atomically once it is complete.
 
     Raises:
         OutputError: If the file cannot be written; the file is left unchanged.

@@ -1,4 +1,4 @@
-"""Comparison of the samples of a data set with the samples of a stored sweep, without the model."""
+"""Comparison of the samples in a data set with those of a stored sweep, without the model."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> Flo
 
 
 class _MeanMeasure:
-    """The mean of the measures of a batch, with the interface of a measure of one sample.
+    """The mean measure of a batch, with the interface of a measure for one sample.
 
     Args:
         mu: The measures of the batch.

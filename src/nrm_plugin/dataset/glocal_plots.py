@@ -18,7 +18,7 @@ from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
 
 MOST = 16
-"""Largest number of rows, and of images in a row, of a figure."""
+"""Largest number of rows in a figure, and of images in a row."""
 
 
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:

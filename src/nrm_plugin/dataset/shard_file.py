@@ -112,7 +112,7 @@ class Shard:
             self.check_map_content()
 
     def check_map_content(self) -> None:
-        """Raises :class:`ShardError` if the file of maps is missing or differs from its checksum."""
+        """Raises :class:`ShardError` if the map file is missing or does not match its checksum."""
         try:
             if self.map_sums is not None:
                 self.map_sums.check(self.maps)
@@ -125,7 +125,7 @@ class Shard:
             raise ShardError(f"{self.path} belongs to another sweep, with different settings.")
 
     def check_maps(self) -> None:
-        """Raises :class:`ShardError` if the file of maps is missing or damaged."""
+        """Raises :class:`ShardError` if the map file is missing or damaged, or if its number of samples is wrong."""
         try:
             with safe_open(self.maps, "np") as file:
                 size = file.get_slice("sample").get_shape()[0]
@@ -136,7 +136,7 @@ class Shard:
 
     @property
     def maps(self) -> Path:
-        """Returns the file of maps.
+        """Returns the path of the map file.
 
         Raises:
             ShardError: If the file is a link to a path outside the folder.

@@ -136,7 +136,7 @@ class ClasswiseRelevance(_Relevance):
 
 
 class JointRelevance(_Relevance):
-    r"""Count, mean and variance of the joint relevance of the groups of two layers.
+    r"""Count, mean and variance of joint relevance between the groups of two layers.
 
     .. math:: m_{ab} = \frac{1}{n} \sum_n \mu_n(a \cap b)
 

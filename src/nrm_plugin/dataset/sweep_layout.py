@@ -194,7 +194,7 @@ class Manifest:
 
 
 def json_checksum(entries: Mapping[str, Any]) -> str:
-    """Returns the hash of a JSON object, independent of the order of its keys."""
+    """Returns a hash of a JSON object that does not depend on the key order."""
     normal = json.loads(json.dumps(entries))  # tuples become lists, and keys become text
     return hashlib.blake2b(json.dumps(normal, sort_keys=True).encode(), digest_size=16).hexdigest()
 

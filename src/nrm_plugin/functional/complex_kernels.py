@@ -95,7 +95,7 @@ class FoldedKernel(Kernel):
 
 
 def complex_kernel(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a call of a function that is jointly affine in all of its inputs."""
+    """Returns the kernel of a call to a function that is jointly affine in its inputs."""
     with torch.no_grad():
         probe = _Probe(call)
         if not probe.is_affine():

@@ -84,9 +84,9 @@ def elementwise(call: DifferenceCall) -> Kernel:
 
 
 def _propagated_share(call: DifferenceCall) -> Tensor | None:
-    """Returns the share of relevance that a function of one tensor propagates, or None for all of it.
+    """Returns the fraction of relevance that a function of one tensor propagates, or None for all of it.
 
-    The slope is the quotient of both differences, so the share is 1 where the output differs, and 0 where only the
+    The slope is the quotient of both differences, so the fraction is 1 where the output differs, and 0 where only the
     input does. Where neither differs, the slope is the derivative.
     """
     is_same, is_constant = call.differences[0].is_zero, call.difference.is_zero

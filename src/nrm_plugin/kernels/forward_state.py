@@ -171,7 +171,7 @@ def is_in_module_step() -> bool:
 
 
 class not_recorded:  # noqa: N801  # a class, since a generator takes three times as long to enter
-    """Context in which operations are not recorded."""
+    """Context manager that pauses recording: operations inside it are not recorded."""
 
     __slots__ = ()
 
@@ -298,7 +298,7 @@ def next_node() -> int:
 
 @contextmanager
 def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[None]:
-    """Context with a new state for one forward pass, so that a pass that raises an error leaves no state behind.
+    """Context manager with a new state for one forward pass, so that a pass that raises leaves no state behind.
 
     Args:
         listener: The object notified of every step; the model must be called with copies of its inputs made inside this

@@ -184,7 +184,7 @@ class Step(ABC):
 
     @contextmanager
     def _short_lived(self) -> Iterator[None]:
-        """Context that drops the kernel at its end if memory is limited."""
+        """Context manager that drops the kernel at its end if memory is limited."""
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-r"""Partitions of the members of several layers that preserve most of the dependence between the layers.
+r"""Partitions of layer members that preserve most of the dependence between layers.
 
 For the joint relevance ``J`` of the members (channels, positions, neurons) of two layers, with row sums ``r``, column
 sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence ``D`` and the share ``κ`` of it that a
@@ -31,9 +31,9 @@ LLOYD = 12
 CANCELLED = 1e-3
 """Smallest sum, relative to the absolute joint relevance, that is used as a divisor."""
 INDEPENDENT = 1e-5
-"""Dependence up to this share of the absolute joint relevance is attributed to float32 rounding."""
+"""Dependence up to this fraction of the absolute joint relevance is attributed to float32 rounding."""
 STILL = 1e-12
-"""Gains up to this share of the objective are attributed to rounding errors."""
+"""Gains up to this fraction of the objective are attributed to rounding errors."""
 
 
 def dependence(joint: Array) -> Array:
@@ -77,7 +77,7 @@ def find_partitions(
         dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
         counts: Largest number of groups of each layer.
         restarts: Number of restarts.
-        seed: Random seed of the starts and of the order of moves.
+        seed: Random seed for the initial partitions and the order of moves.
         fixed: The given partition of each layer, or None for layers whose partition is searched.
 
     Returns:
@@ -100,7 +100,7 @@ class _Search:
     """Partitions that are improved in place.
 
     Attributes:
-        pairs: The dependence of each pair of consecutive layers, scaled to an absolute sum of 1.
+        pairs: The dependence between each two consecutive layers, scaled to an absolute sum of 1.
         counts: Number of groups of each layer.
         labels: Group of each member, for each layer.
         free: The layers whose partitions are searched.

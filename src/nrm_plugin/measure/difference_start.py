@@ -17,9 +17,9 @@ from ..model.autocast import SHORT
 from ..model.targets import MIN_TOTAL, sample_sums
 
 ROUNDING = 16
-"""A difference of outputs must exceed this multiple of the rounding error of the outputs."""
+"""A difference between outputs must exceed this multiple of their rounding error."""
 PRECISE = 1e-3
-"""A warning is issued if the rounding error of the outputs exceeds this share of their difference."""
+"""A warning is issued if the rounding error of the outputs exceeds this fraction of their difference."""
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:

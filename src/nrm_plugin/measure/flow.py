@@ -105,7 +105,7 @@ def flow_graph(
         coverage: Share of the absolute mass of each layer to show.
         names: Names of the groups of each layer.
         sample: Index of the sample.
-        joints: Returns the joint relevance of the nodes of each pair of layers, ``(N, K_upper, K_lower)``; by default,
+        joints: Returns the joint relevance between the nodes of each two layers, ``(N, K_upper, K_lower)``; by default,
             it is computed by queries of the measure.
     """
     thresholds = Thresholds(top, min_mass, coverage)

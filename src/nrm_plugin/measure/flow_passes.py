@@ -134,7 +134,7 @@ class FlowPasses:
         self.joints[upper, lower] = self.mu._mixed(rows)
 
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
-        """Returns the joint relevance of each node of a layer with each pixel, ``(N, K, *positions of the image)``.
+        """Returns the joint relevance of each node of a layer and each pixel, ``(N, K, *image positions)``.
 
         If the heat maps belong to another tap, the relevance of each position is spread evenly over its pixels. The
         result is None for a layer below that tap, except for the image itself.

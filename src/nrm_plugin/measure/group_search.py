@@ -1,4 +1,4 @@
-"""Search for groups of the members of several layers that preserve most of the dependence between the layers."""
+"""Search for groups of layer members that preserve most of the dependence between layers."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """The exact dependence of the members of a layer on the groups of the adjacent layers.
+    """The exact dependence of layer members on the groups of the adjacent layers.
 
     Attributes:
         found: Joint relevance of all members, exact or estimated.

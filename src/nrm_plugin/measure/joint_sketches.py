@@ -35,7 +35,7 @@ RANK = 8
 
 
 class PairJoints:
-    """Joint relevance of the members of consecutive layers of a measure.
+    """Joint relevance between the members of consecutive layers.
 
     Parts of an image are found at the positions of a layer that all walks to the image cross, which requires fewer and
     shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
@@ -76,7 +76,7 @@ class PairJoints:
         return members is not None
 
     def labels(self, place: int, groups: Tensor) -> Tensor:
-        """Returns the group of each neuron of a layer, given the group of each member."""
+        """Returns the group of each neuron in a layer, given the group of each member."""
         return groups[labels_of(self.taps[place], self.kinds[place])]
 
     def masses(self, place: int) -> Tensor:
@@ -97,7 +97,7 @@ class PairJoints:
         return self._estimate(pair, is_image), False
 
     def _estimate(self, pair: int, is_image: bool) -> Tensor:
-        """Returns an estimate of the joint relevance of the members of a pair, ``(N, upper, lower)``."""
+        """Returns an estimate of joint relevance between the members of two layers, ``(N, upper, lower)``."""
         upper, lower = self.taps[pair : pair + 2]
         kind = self.kinds[pair + 1]
         if upper.place == lower.place:

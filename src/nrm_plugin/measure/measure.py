@@ -365,7 +365,7 @@ class RelevanceMeasure(Recorded):
         k: int = K,
         groups: Groups | None = None,
     ) -> FlowGraph:
-        """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
+        """Returns the flow of relevance between neuron groups in several layers, as a graph of joint relevance.
 
         All masses are multiplied by :attr:`sign`, which is -1 if the explained difference of outputs is negative.
 

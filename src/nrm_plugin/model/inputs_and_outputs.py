@@ -130,7 +130,7 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool], read: Callable[[], str | None]) -> Iterator[None]:
-        """Context for a run of the model; raises :class:`InputError` if the model looks up none of the integer inputs.
+        """Context manager for a model run; raises :class:`InputError` if none of the integer inputs is looked up.
 
         Args:
             are_looked_up: A function that returns, after the run, whether integers were looked up.

@@ -17,7 +17,7 @@ from .value_reads import unwatched
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Context that restores, on exit, all state that a recording may change.
+    """Context manager that restores, on exit, all state that a recording may change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written. Quantized layers may convert

@@ -111,7 +111,7 @@ class ExplainedModel(nn.Module):
         """Returns outputs, targets, relevance by layer, and whether the relevance is valid.
 
         Args:
-            tensors: The tensors of a call of the model, and the target of each sample, ``(N,)``, int64; a negative
+            tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; a negative
                 target is replaced by the class of the largest output.
         """
         *inputs, target = tensors

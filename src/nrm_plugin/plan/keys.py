@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from ..events.event import Event
 
 _LARGEST = 1 << 20
-"""Largest number of entries of tensors in a query, such as labels of neurons, that are compared by value."""
+"""Largest number of tensor entries in a query, such as neuron labels, that are compared by value."""
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:

@@ -156,7 +156,7 @@ def _run(stage: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
-    """Context in which operations run exactly as traced, regardless of the modes of the caller."""
+    """Context manager that runs operations exactly as traced, regardless of the modes of the caller."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),

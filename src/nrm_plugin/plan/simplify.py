@@ -19,7 +19,7 @@ from .reshapes import ViewRemover
 from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
-"""Largest number of entries of a filled tensor that is stored instead of created in each run."""
+"""Largest number of entries for which a filled tensor is stored instead of created in each run."""
 
 
 class Simplifier:

@@ -42,7 +42,7 @@ class _Memory:
 
 
 class Tracer(TorchDispatchMode):
-    """Context that appends the operations of this thread to a trace; it may be entered several times.
+    """Context manager that appends the operations of this thread to a trace; it may be entered several times.
 
     Operations on constants are run, but not appended; their results are constants. Operations that create tensors to be
     filled later are appended, since a tensor is a constant only once it has its final values.

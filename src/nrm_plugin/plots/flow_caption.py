@@ -135,7 +135,7 @@ def _target(graph: FlowGraph) -> str:
 
 
 def _origin(graph: FlowGraph, target: str) -> str:
-    """Describes which nodes of the lowest layer receive most of the relevance of the strongest node above."""
+    """Describes which nodes in the lowest layer receive most relevance from the strongest node above."""
     if len(graph.layers) < 2:
         strongest = _strongest(graph.layers[-1]) if graph.layers else None
         return f"{percent(strongest.mass)} of {target} passes through {named(strongest, graph)}." if strongest else ""
@@ -169,7 +169,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float]) -> str:
 
 
 def _leading(values: np.ndarray) -> list[int]:
-    """Returns the indices of the few largest values that account for enough of the sum of all positive values."""
+    """Returns the indices of the few largest values that account for enough of the positive sum."""
     order = np.argsort(-values)
     total = values.clip(min=0).sum()
     chosen: list[int] = []

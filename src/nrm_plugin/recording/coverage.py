@@ -1,4 +1,4 @@
-"""Coverage: a list of the rule or kernel of every step of a model, without computing relevance."""
+"""Coverage: a list of the rule or kernel at every step of a model, without computing relevance."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ _UNFINISHED = _Unfinished()
 
 
 class Repeat:
-    """A watcher of a later run of the model, in which only the steps of one part keep their tensors.
+    """A watcher of a later run, in which only the steps of one part keep their tensors.
 
     Args:
         first: The first run.

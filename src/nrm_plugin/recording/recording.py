@@ -388,7 +388,7 @@ def _noted(note: str) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context in which the model has no hooks, since the user's hooks expect the user's inputs."""
+    """Context manager that removes the hooks of the model, since the user's hooks expect the user's inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()
@@ -398,7 +398,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Context that restores buffers that the model writes in place, such as running averages, but not large caches."""
+    """Context manager that restores small buffers that the model writes in place, such as running averages."""
     with unwatched():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
         small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
@@ -431,7 +431,7 @@ def _device(call: Call) -> torch.device:
 
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
-    """Context in which layers run in the reduced precision of autocast, and other operations in float32 or float64."""
+    """Context manager that runs layers in the precision of autocast, and other operations in float32 or float64."""
     with layers_in(asked_for(device) or current()), exact(device):
         yield
 

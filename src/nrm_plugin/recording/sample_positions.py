@@ -1,4 +1,4 @@
-"""The positions of the samples of a batch in each tensor of a recording.
+"""Where the samples of a batch are located in each tensor of a recording.
 
 The first dimension of a tensor is not always the batch: attention over windows folds the windows into it, and other
 layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output
@@ -35,7 +35,7 @@ MIXED = 1e-3
 
 
 class Samples:
-    """The samples of a recording, and the layout of each of its tensors.
+    """The samples of a recording and the layout of each tensor.
 
     Args:
         graph: The graph.
@@ -202,7 +202,7 @@ class Samples:
         return None
 
     def inspecting(self) -> AbstractContextManager[None]:
-        """Context in which positions are determined from relevance; fixed positions are constants in a trace."""
+        """Context manager for determining positions from relevance; fixed positions are constants in a trace."""
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:

@@ -156,7 +156,7 @@ class Taps:
 
     @functools.cached_property
     def sites(self) -> dict[str, Tap]:
-        """The tap of each site of a transformer by its name, in the order of the forward pass."""
+        """The tap at each transformer site, keyed by site name, in the order of the forward pass."""
         return {name: self.at(place) for name, place in sites(self.graph).items() if place in self.index}
 
     @functools.cached_property

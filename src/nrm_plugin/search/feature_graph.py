@@ -31,7 +31,7 @@ class _Tap:
     Attributes:
         name: Name of the tap.
         nodes: The nodes.
-        labels: Index of the node of each neuron, ``tap.shape[1:]``, or the number of nodes for neurons without a node.
+        labels: Node index of each neuron, ``tap.shape[1:]``; neurons without a node have the number of nodes.
         targets: Number of nodes with incoming edges: all but errors and inputs, which come last.
     """
 

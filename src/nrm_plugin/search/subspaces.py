@@ -157,7 +157,7 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
     Args:
         values: Activations of a layer, ``(N, …)``.
         relevance: Relevance of the same neurons, such as ``mu.marginal(layer)``.
-        sizes: Number of directions of each subspace, in order of relevance; a single number for one subspace.
+        sizes: Number of directions per subspace, in order of relevance; a single number for one subspace.
         dim: Dimension of the channels.
 
     Raises:
