@@ -317,7 +317,7 @@ class Named(Normalized):
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Arguments of Zennit's composite, by keyword.
+        rules: Arguments of Zennit's composite, keyed by keyword.
 
     Attributes:
         rules: Zennit's composite.

@@ -67,7 +67,7 @@ class TextExplanation:
         against: The class or token that the target is compared with; empty if there is none.
         reference: The reference text, or the token that replaces every word in the reference; empty without a
             reference.
-        output: The explained number: an output, a difference of outputs, or the change of either from the reference.
+        output: The explained scalar: an output, a difference of outputs, or the change of either from the reference.
         predictions: The classes or tokens with the largest softmax values, with these values.
         tokens: Relevance of each token, ``(T,)``, on the CPU.
         words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target. Together with the

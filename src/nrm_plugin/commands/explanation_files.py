@@ -37,7 +37,7 @@ from .request import Request
 CLIPPED = 400
 """At most one pixel in this many may exceed the colour scale."""
 LEAST_LOST = 0.005
-"""If more than this share of relevance does not reach the pixels, the title mentions it."""
+"""If more than this fraction of relevance does not reach the pixels, the title mentions it."""
 LONGEST_HEADER = 10**8
 """Largest header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")

@@ -19,7 +19,7 @@ MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORE
 """Parts of torch's messages; torch raises a plain RuntimeError if CPU memory is exhausted."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
-"""Options whose lower values reduce memory usage, by attribute."""
+"""Options whose lower values reduce memory usage, keyed by attribute."""
 
 _quieted: list[TextIO] = []
 

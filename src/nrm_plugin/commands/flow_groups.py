@@ -72,8 +72,8 @@ class Division:
     """How the neurons in each layer of a flow are grouped.
 
     Attributes:
-        over: Groups of neurons by layer; the default is channels.
-        names: Names of the groups, by layer.
+        over: Neuron groups, keyed by layer; the default is channels.
+        names: Group names, keyed by layer.
         groups: The groups, if they were requested.
     """
 
@@ -119,7 +119,7 @@ def groups_of(
         layers: The layers, in any order.
         wanted: The number of groups of a layer, or the group file.
         image: The image, ``(C, H, W)`` in [0, 1].
-        names: Names of members, by layer.
+        names: Member names, keyed by layer.
 
     Raises:
         RequestError: If the file cannot be read.

@@ -56,7 +56,7 @@ class Segments:
 
         Args:
             path: The file.
-            numbers: Numbers of the parts, or None for all parts.
+            numbers: Indices of the parts, or None for all parts.
 
         Raises:
             ShardError: If the checksum of a part or the size of the file differs.

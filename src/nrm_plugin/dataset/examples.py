@@ -121,7 +121,7 @@ class FoundReferences:
     """References of several layers and events, both over all samples and per target.
 
     Args:
-        groups: The groups of each layer, by layer name.
+        groups: The groups of each layer, keyed by layer name.
         rankings: The ranking for each ``(name, by, target)``; target None for all targets.
         count: Number of ranked samples.
     """

@@ -2,7 +2,7 @@
 
 Each explanation is a vector: the relevance of the channels of a layer. Clusters of similar explanations are found by a
 mixture of Gaussians or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster,
-and its coverage is the share of all samples that are members. A new sample is described by its nearest prototype
+and its coverage is the fraction of all samples that are members. A new sample is described by its nearest prototype
 and its difference from this prototype.
 """
 
@@ -201,7 +201,7 @@ def _vectors(values: Tensor | Array) -> Array:
 def vectors_of_sweep(
     sweep: Sweep | str | os.PathLike[str], query: str, target: int | None = None
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Reads the relevance of the groups of a query for each sample of a sweep; the model is not needed.
+    """Reads the group relevance of a query for each sample of a sweep; the model is not needed.
 
     Args:
         sweep: The sweep, or its folder.

@@ -124,7 +124,7 @@ class Marginal(Query):
 
 @dataclass(frozen=True)
 class Joint(Query):
-    """``μ(group of the upper layer and group of the lower layer)`` for all pairs of groups.
+    """``μ(upper group and lower group)`` for all pairs of groups in two layers.
 
     Args:
         upper: The tap nearer to the output.

@@ -25,7 +25,7 @@ class Shard:
 
     Attributes:
         path: The file.
-        rank, number: Rank of the process that wrote the shard, and number of the shard.
+        rank, number: Rank of the process that wrote the shard, and index of the shard.
         settings: Fingerprint of the settings of the sweep.
         first, last: First and last sample, inclusive.
         failed: Samples of this range without rows, with their errors.
@@ -185,7 +185,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the file of rows of each shard, by number; the lower rank's file if two ranks wrote the same shard."""
+    """Returns the row file of each shard, keyed by index; the lower rank's file if two ranks wrote the same shard."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

@@ -21,7 +21,7 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    """Moments of values of a fixed shape, by class if there are classes."""
+    """Moments of values of a fixed shape, per class if there are classes."""
 
     is_differentiable = False
     higher_is_better = None

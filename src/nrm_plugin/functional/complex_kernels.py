@@ -64,7 +64,7 @@ class Layout:
 
 
 class FoldedKernel(Kernel):
-    """Kernel of a layer whose input consists of the concatenated features of several tensors.
+    """Kernel of a layer whose input concatenates the features of several tensors.
 
     Args:
         inner: The kernel of the layer, with one input.

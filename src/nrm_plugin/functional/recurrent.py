@@ -58,7 +58,7 @@ def packs_in(args: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
 
 Recurrence = Callable[..., Any]
 RECURRENCES: dict[str, Recurrence] = {}
-"""Loops that replace functions, by name; their first argument is the context."""
+"""Loops that replace functions, keyed by name; their first argument is the context."""
 
 
 def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:

@@ -1,8 +1,8 @@
 r"""Partitions of layer members that preserve most of the dependence between layers.
 
 For the joint relevance ``J`` of the members (channels, positions, neurons) of two layers, with row sums ``r``, column
-sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence ``D`` and the share ``κ`` of it that a
-pair of partitions preserves are
+sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence ``D`` and the fraction ``κ`` of it that
+a pair of partitions preserves are
 
 .. math:: D = J - \frac{r c^\top}{Z}, \qquad
           \kappa = \frac{\sum_{gh} |\sum_{i \in g, j \in h} D_{ij}|}{\sum_{ij} |D_{ij}|} \in [0, 1]
@@ -25,7 +25,7 @@ Labels = NDArray[np.int64]
 SWEEPS = 30
 """Largest number of sweeps over all members, each of which is considered for a move once per sweep."""
 SHAKEN = 0.3
-"""Share of the members of a layer that are assigned to random groups at a restart."""
+"""Fraction of the members of a layer that are assigned to random groups at a restart."""
 LLOYD = 12
 """Number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3
@@ -52,7 +52,7 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Returns the share κ of the dependence that two partitions preserve, between 0 and 1; nan without dependence."""
+    """Returns the fraction κ of the dependence that two partitions preserve, in [0, 1]; nan without dependence."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 
@@ -170,7 +170,7 @@ def refined(
         labels: The group of each member, for each layer.
         counts: Number of groups of each layer.
         free: The layers whose members are moved.
-        grouped: Function that returns the dependence of each member of a layer on the groups of the adjacent layers,
+        grouped: Function that returns the dependence of each layer member on the groups of adjacent layers,
             ``(members, adjacent groups)``.
     """
     better = [own.copy() for own in labels]

@@ -153,7 +153,7 @@ def with_groups(
     groups: Groups | None,
     top: int | None = None,
 ) -> tuple[Any, Mapping[str, Names] | None, int | None]:
-    """Returns the grouping of the neurons of each layer, the names of the groups, and how many groups to show.
+    """Returns how the neurons in each layer are grouped, the group names, and how many groups to show.
 
     If groups are requested, all of them are shown.
 
@@ -213,7 +213,7 @@ def _shown(
         groups: All groups of its neurons.
         masses: Mass of each group, followed by the mass of the neurons without a group if there are any.
         thresholds: The thresholds that select the shown groups.
-        number: The sample.
+        number: Index of the sample.
     """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]
     masses = np.pad(masses, (0, groups.count - len(masses)))

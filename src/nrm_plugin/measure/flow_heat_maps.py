@@ -126,8 +126,8 @@ def flow_maps(
         lowest: The tap of the heat maps.
 
     Returns:
-        The heat maps, ``(H, W)``, by node key. Each sums to the fraction of the group's walks that reach the input.
-        If the measure explains a difference of outputs, each map has the sign of its node, so that positive
+        The heat maps, ``(H, W)``, keyed by node key. Each sums to the fraction of the group's walks that reach the
+        input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
         values are evidence for the target.
 
     Examples:

@@ -27,11 +27,11 @@ from .layer_taps import separates
 from .memory_budget import in_chunks, width_of
 
 POSITIONS = 48
-"""Number of positions along each side of a tap that suffices for the heat maps of a flow."""
+"""Number of positions along each tap side that suffices for the heat maps of a flow."""
 
 
 class FlowPasses:
-    """Joint relevance of the nodes of a flow, across all of its layers.
+    """Joint relevance between the nodes of a flow, across all layers.
 
     Args:
         mu: The measure.

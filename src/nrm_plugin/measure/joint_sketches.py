@@ -176,7 +176,7 @@ class PairJoints:
 
 
 def _of_one_layer(relevance: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Returns the relevance of each intersection of two groupings of one layer, ``(N, groups, other groups)``."""
+    """Returns the relevance of each intersection between two groupings of one layer, ``(N, groups, other groups)``."""
     rows, columns = int(above.max()) + 1, int(below.max()) + 1
     sums = by_label(relevance.flatten(1), above * columns + below)
     return torch.nn.functional.pad(sums, (0, rows * columns - sums.shape[1])).view(-1, rows, columns)

@@ -62,7 +62,7 @@ class RelevanceMeasure(Recorded):
             outputs.
         against: Outputs to compare the target with, so that their difference is explained: ``"rest"`` for all other
             classes, weighted by their softmax; another target; or a function of the outputs that returns a target or
-            the weights of all outputs. The explained number is the weighted sum :math:`\sum_k s_k f_k`, which may be
+            the weights of all outputs. The explained scalar is the weighted sum :math:`\sum_k s_k f_k`, which may be
             negative. It is fused with the last layer, and becomes the tap ``"output"``, ``(N, 1)``.
         reference: A reference :math:`x^0`, so that the change :math:`\sum_k s_k (f_k(x) - f_k(x^0))` is explained. It
             has the form of the inputs, or is a single sample for all of them. Without a composite, every operation
@@ -331,7 +331,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
-        """Returns the joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
+        """Returns the joint relevance between the channels of consecutive layers, ``(N, upper, lower)`` for each pair.
 
         All layers share one pass. If two layers are separated by a single linear layer, and otherwise only by
         operations that preserve channels (ReLU, max pooling), the joint relevance of all their channels costs one
@@ -371,9 +371,9 @@ class RelevanceMeasure(Recorded):
 
         Args:
             layers: The layers, in any order; for any two of them, one must be below the other.
-            over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
-                a dictionary of these by layer name, with channels as the default. ``"groups"`` divides the channels of
-                a layer into ``k`` groups that preserve most of the dependence between layers
+            over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks keyed by
+                name; or a dictionary of these keyed by layer name, with channels as the default. ``"groups"`` divides
+                the channels of a layer into ``k`` groups that preserve most of the dependence between layers
                 (:func:`~nrm_plugin.find_groups`), so that there is no rest.
             top: Number of groups to show per layer, the largest by absolute mass, or None for no limit. The other
                 neurons form one node, the rest.

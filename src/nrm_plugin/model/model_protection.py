@@ -121,7 +121,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class Fingerprint:
-    """A detector of in-place changes of parameters and buffers, using version counters and a sample of the entries.
+    """Detects in-place changes of parameters and buffers, using version counters and a sample of their entries.
 
     Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
     entry. For small tensors, all entries are sampled.

@@ -108,7 +108,7 @@ class ExplainedModel(nn.Module):
             _check_exportable(one)
 
     def forward(self, *tensors: Tensor) -> dict[str, Any]:
-        """Returns outputs, targets, relevance by layer, and whether the relevance is valid.
+        """Returns outputs, targets, relevance keyed by layer, and whether the relevance is valid.
 
         Args:
             tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; a negative

@@ -87,7 +87,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the identities of the attributes of a module and of the items in its containers."""
+    """Returns the identities of a module's attributes and of the items in its containers."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]

@@ -217,7 +217,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Memory of the constants of all programs in bytes, excluding tensors of the model.
+        """Memory that the constants of all programs take, in bytes, without tensors of the model.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))

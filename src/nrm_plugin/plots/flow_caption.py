@@ -53,7 +53,7 @@ def flow_caption(
         target: Name of the explained output; by default, the name of the only node of the output.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
-        areas: Share of the image that each node of the input covers, by key.
+        areas: Fraction of the image that each input node covers, keyed by node key.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -16,7 +16,7 @@ MAX_GROUPS = 40
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
 """Nodes for the rest of a layer, and for walks that do not cross it, are not drawn below this relevance."""
 NUMBERED = {"input": "group", "output": "output"}
-"""What the groups of a layer consist of, by layer name; in all other layers, they consist of channels."""
+"""What the groups of a layer consist of, keyed by layer name; in all other layers, they consist of channels."""
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:

@@ -62,7 +62,7 @@ def _shuffled(order: Order, free: int, generator: np.random.Generator) -> Order:
 
 
 def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
-    """Returns the sum of the product of widths over all pairs of crossing ribbons."""
+    """Returns the product of both widths, summed over all pairs of crossing ribbons."""
     pairs = zip(widths, orders, orders[1:], strict=False)
     return sum(crossings(width[np.ix_(left, right)]) for width, left, right in pairs)
 

@@ -68,7 +68,7 @@ class NodeThumbnails:
 
     Attributes:
         box: The part of the input that all thumbnails show.
-        values: Colour values between -1 and 1, ``(H, W)``, by node key; 1 is the darkest colour of the layer.
+        values: Colour values between -1 and 1, ``(H, W)``, keyed by node key; 1 is the darkest colour of the layer.
         grey: The same part of the photograph, ``(H, W)`` in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
         edges: Outline of the region of each input node, as pixels ``(H, W)``, keyed by node key.

@@ -151,7 +151,7 @@ class Repeat:
     Args:
         first: The first run.
         part: Indices of the steps of the part.
-        units: The calls that do not run, by name of the module and index of the call.
+        units: The calls that do not run, keyed by module name and call index.
 
     Attributes:
         steps: The steps of the part in this run.

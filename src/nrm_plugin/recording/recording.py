@@ -195,7 +195,7 @@ class Recording:
 
     @property
     def taps(self) -> Taps:
-        """The taps, by name and by place."""
+        """The taps, keyed by name and by place."""
         return self.structure.taps
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Largest share of the mass of a slice that may belong to other samples, due to rounding."""
+"""Largest fraction of the mass of a slice that may belong to other samples, due to rounding."""
 
 
 @dataclass(frozen=True, eq=False)

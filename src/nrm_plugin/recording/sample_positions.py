@@ -275,7 +275,7 @@ class Samples:
 
 
 def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> Vectors[int]:
-    """Returns the values (key -1) and, for every 4 bits of the sample number, the values scaled by a power of two."""
+    """Returns the values (key -1) and, for every 4 bits of the sample index, the values scaled by a power of two."""
     form = layout.shape(shape)
     rows = torch.arange(count, device=values.device).reshape(-1, *(1,) * (len(form) - 1))
     vectors: Vectors[int] = {-1: values}

@@ -182,7 +182,7 @@ class Taps:
 
     @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:
-        """The vertex of each step, by name and call index."""
+        """The vertex of each step, keyed by name and call index."""
         steps = ((number, vertex.step) for number, vertex in enumerate(self.graph.vertices))
         return {(step.name, step.call): number for number, step in steps if step is not None}
 

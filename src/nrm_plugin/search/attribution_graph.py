@@ -280,7 +280,7 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns, for each node, the share of the total influence that is due to nodes with at least its influence."""
+    """Returns, for each node, the fraction of the total influence that is due to nodes with at least its influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 

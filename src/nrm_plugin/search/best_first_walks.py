@@ -28,7 +28,7 @@ class Prefix:
         bound: Upper bound on the absolute mass of any completion.
         number: Creation index.
         mass: Absolute joint relevance of the groups.
-        relevance: Relevance of each neuron of the last layer of the prefix, restricted to walks through the groups
+        relevance: Relevance of each neuron in the prefix's last layer, restricted to walks through the groups
             above, ``(n,)``.
     """
 

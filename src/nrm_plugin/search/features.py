@@ -44,8 +44,8 @@ def with_features(
 
     Args:
         model: The network.
-        dictionaries: Dictionaries by layer name, or a crosscoder. If a layer returns a tuple, its first tensor is
-            reconstructed; channels are in the last dimension.
+        dictionaries: Dictionaries, keyed by layer name, or a crosscoder. If a layer returns a tuple, its first tensor
+            is reconstructed; channels are in the last dimension.
         errors: ``"pass"`` to propagate the relevance of the error through the layer, ``"absorb"`` to absorb it, as in
             attribution graphs.
 

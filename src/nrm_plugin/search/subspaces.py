@@ -31,7 +31,7 @@ from ..kernels.base import Kernel
 from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
-"""Neurons with an activation below this share of the largest activation of the sample have no context, which rules that
+"""Neurons with an activation below this fraction of the sample's largest activation have no context, which rules that
 assign relevance to nearly silent neurons would make arbitrarily large."""
 
 
@@ -291,7 +291,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
 
     Args:
         model: The network.
-        subspaces: Subspaces by name of the layer; each layer must return a single tensor.
+        subspaces: Subspaces, keyed by layer name; each layer must return a single tensor.
 
     Raises:
         UnknownLayerError: If the model does not contain the layer.
