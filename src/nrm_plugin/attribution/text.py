@@ -245,7 +245,7 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
 def _of_masks(
     measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
 ) -> tuple[str | None, RelevanceMeasure]:
-    """Returns the mask token, and the measure that explains the change of the prediction from a text of mask tokens.
+    """Returns the mask token and the measure that explains the change of the prediction from a text of mask tokens.
 
     If there is no mask token, if the prediction is the same for the masks, or if the model runs other operations for
     them, such as other experts, the measure explains the prediction itself.

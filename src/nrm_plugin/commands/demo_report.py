@@ -24,7 +24,7 @@ class Report:
         accuracy: Fraction of all held-out digits that the network classifies correctly.
         rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
         figures: Files of figures: three per digit, then the budgets of all digits.
-        flow: Figure of the flow of the first digit, and its page.
+        flow: Figure and page of the flow for the first digit.
         against: ``"rest"`` if the figures compare the digit with the other digits, else ``"none"``.
         composite: Name of the composite of the rows.
     """

@@ -1,4 +1,4 @@
-"""Options of a flow, and the grouping of neurons in its layers."""
+"""Options of a flow, including how the neurons in its layers are grouped."""
 
 from __future__ import annotations
 

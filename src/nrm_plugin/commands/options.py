@@ -1,4 +1,4 @@
-"""Options shared by several commands, and the types of their values. This module does not import torch."""
+"""Options shared by several commands, and parsers for their values. This module does not import torch."""
 
 from __future__ import annotations
 

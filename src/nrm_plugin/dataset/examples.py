@@ -296,7 +296,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Returns whether the groups of a query are the channels of one layer, and the query has no event."""
+    """Returns whether the groups of a query are the channels of one layer and the query has no event."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 

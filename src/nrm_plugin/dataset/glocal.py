@@ -1,4 +1,4 @@
-r"""Glocal flows: mean flows of classes or groups of samples, and their differences.
+r"""Glocal flows: mean flows of classes or sample groups, and differences between them.
 
 The mean flow of samples is the flow of the mean of their measures, which is itself a measure:
 

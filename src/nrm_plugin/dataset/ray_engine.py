@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster, and a function of batches for Ray Data and Hugging Face datasets."""
+"""Sweeps on a Ray cluster and a function of batches for Ray Data and Hugging Face datasets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of functions on tensors that carry relevance, and the kernels of most functions."""
+"""Calls to functions on tensors that carry relevance, and the methods that return their kernels."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ PRECISE = 1e-3
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns the start vector of a measure of differences, and the explained difference.
+    r"""Returns the start vector of a measure of differences and the explained difference.
 
     Args:
         recording: A recording with one reference or several references per sample.

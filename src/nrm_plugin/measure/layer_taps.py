@@ -1,4 +1,4 @@
-"""Lookup of the taps for the layers in a query, and the tap order along walks."""
+"""Finds the taps of the layers in a query, and orders taps along walks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The relevance measure of a model for given inputs, and its queries."""
+"""The relevance measure of a model for given inputs; its methods are the queries."""
 
 from __future__ import annotations
 

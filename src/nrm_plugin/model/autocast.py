@@ -104,7 +104,7 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Returns values in reduced precision, and the scale by which they are divided (None for 1).
+    """Returns values in reduced precision and the scale by which they are divided (None for 1).
 
     Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so scaling back is
     exact.

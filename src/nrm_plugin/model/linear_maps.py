@@ -257,7 +257,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Returns the maps of any linear function, by automatic differentiation, and its output at the given point.
+    """Returns the maps of any linear function, found by automatic differentiation, with its output at a point.
 
     Args:
         run: The function, from ``(N, *in)`` to ``(N, *out)``.

@@ -154,7 +154,7 @@ class ExplainedModel(nn.Module):
 
 
 def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor in its own memory, and the permutation that restores its strides.
+    """Returns a constant as a contiguous tensor in its own memory and the permutation that restores its strides.
 
     ``torch.export.save`` stores each memory once, as one contiguous tensor.
     """

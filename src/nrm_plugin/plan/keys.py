@@ -16,7 +16,7 @@ _LARGEST = 1 << 20
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
-    """Returns a key for the form of the arguments of a model, and the tensors among them.
+    """Returns a key for the form of a model's arguments, and the tensors among them.
 
     Raises:
         TypeError: If an argument has no hashable equivalent.

@@ -133,7 +133,7 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Returns a text that lists the queries with programs, and the reasons why others are recorded every time.
+        """Returns a text that lists the queries with programs and the reasons why others are recorded every time.
 
         Returns:
             For each form of call, the shapes of its tensors; for each query, the number of operations, the memory of

@@ -245,7 +245,7 @@ class _Writer:
     def written(
         self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[list[int]]
     ) -> tuple[str, dict[str, Any]]:
-        """Returns the source of both stages, and the namespace in which it runs.
+        """Returns the source code of both stages and the namespace in which it runs.
 
         Args:
             inputs: Indices of tensors, as in :class:`Program`.

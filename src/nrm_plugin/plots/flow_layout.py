@@ -184,7 +184,7 @@ def _rows(sizes: Sizes, column: int, node: FlowNode, thumbnails: Mapping[str, ob
 def _unit(
     stacks: Sequence[Sequence[tuple[Stack, Stack]]], heights: Sequence[Sequence[float]], sizes: Sizes
 ) -> tuple[float, float]:
-    """Returns the points per unit of relevance, and the height of the flow."""
+    """Returns the points per unit of relevance and the height of the flow."""
 
     def filled(column: int, unit: float) -> float:
         both = zip(stacks[column], heights[column], strict=True)
@@ -295,7 +295,7 @@ def _one_line(node: FlowNode) -> str:
 def _bands(
     graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
 ) -> tuple[list[Band], float]:
-    """Returns the ribbons, with positive above negative ones at each node, and the relevance that is not drawn."""
+    """Returns the ribbons and the relevance not drawn; at each node, positive ribbons lie above negative ones."""
     places = {node.node.key: node for node in nodes}
     bands: list[Band] = []
     omitted = 0.0

@@ -273,7 +273,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
     Args:
         call: The recorded call of the layer.
-        weights: The weights ``s``, in the layout of the output of the layer.
+        weights: The weights ``s``, in the layout of the layer output.
         number: The explained contrast, ``g``.
         layout: The layout of its input.
         output_layout: The layout of its output.

@@ -1,4 +1,4 @@
-"""Taps: the tensors of a recording at which relevance is read, and their lookup by layer name."""
+"""Taps: the tensors of a recording at which relevance is read. They are looked up by layer name."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ class Taps:
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """Returns the name of a layer, and the calls of the layer that ``call`` selects."""
+        """Returns the name of a layer and those of its calls that ``call`` selects."""
         site = self.site(layer, side)
         if site is not None:
             return site.name, [site.call]

@@ -77,7 +77,7 @@ def sites(graph: Graph) -> dict[str, Place]:
 
 
 class Structure:
-    """Reachability in the graph, and its residual adds.
+    """Which vertices lie below which others in the graph, and which of them are residual adds.
 
     Attributes:
         below: The vertices below each vertex, as bit sets.

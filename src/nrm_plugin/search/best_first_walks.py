@@ -45,7 +45,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class CompleteWalk:
-    """One group in every layer, and the signed joint relevance of these groups."""
+    """One group in every layer and the signed joint relevance of these groups."""
 
     groups: tuple[int, ...]
     mass: float
@@ -124,7 +124,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """Removes and returns the prefix with the largest bound, and the next best prefixes of the same length."""
+        """Removes and returns the prefix with the largest bound and the next best prefixes of the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):

@@ -23,7 +23,7 @@ MAX_COMBINATIONS = 200_000
 
 @dataclass(frozen=True)
 class TopSets:
-    """Group sets, one per layer, and the mass of the walks that cross all of them.
+    """Group sets, one per layer, with the mass of the walks that cross all of them.
 
     Attributes:
         layers: Names of the layers, from the output to the input.

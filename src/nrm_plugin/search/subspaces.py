@@ -37,7 +37,7 @@ assign relevance to nearly silent neurons would make arbitrarily large."""
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of the channels of a layer, and their complement (the rest).
+    r"""Orthogonal subspaces of a layer's channels, with their complement (the rest).
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
