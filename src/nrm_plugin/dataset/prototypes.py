@@ -34,7 +34,7 @@ class Nearest:
         prototype: The nearest prototype.
         distance: Euclidean distance to the centre.
         difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
-        outlying: Share of the fitted samples that fit even worse, by likelihood for a mixture and by distance for
+        outlying: Fraction of the fitted samples that fit even worse, by likelihood for a mixture and by distance for
             k-means; 0 for a sample that fits worse than all of them.
     """
 

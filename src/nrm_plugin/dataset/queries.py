@@ -154,7 +154,7 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer: the share of the group's relevance that is in the event.
+    """``μ(event | group)`` for each group of a layer: the fraction of the group's relevance that is in the event.
 
     Args:
         event: The event.

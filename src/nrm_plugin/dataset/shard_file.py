@@ -1,4 +1,4 @@
-"""Reading of shards: files of rows with a description in the footer."""
+"""Reading of shards: row files with a description in the footer."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ FORMAT = "nrm-plugin sweep 1"
 MANIFEST, ROWS, MAPS, BY_QUERY = "manifest.json", "rows", "maps", "by-query"
 LOCKS = "locks"
 SUMS = "_sums.json"
-"""File of the checksums of the index."""
+"""File with the checksums of the index."""
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
 """Metadata key of a Parquet file under which the description of the shard is stored as JSON."""

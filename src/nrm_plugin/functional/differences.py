@@ -1,4 +1,4 @@
-r"""Calls of functions at an input and at a reference and the registry of their kernels.
+r"""Function calls at an input and a reference, and the registry of their kernels.
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 

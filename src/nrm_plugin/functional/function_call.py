@@ -1,4 +1,4 @@
-"""Calls to functions on tensors that carry relevance, and the methods that return their kernels."""
+"""Function calls on tensors that carry relevance, and the methods that return their kernels."""
 
 from __future__ import annotations
 

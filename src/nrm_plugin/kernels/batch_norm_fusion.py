@@ -151,7 +151,7 @@ def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
 
 
 def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
-    """Fuses BN → layer, or BN → ReLU → layer; the layer then reads the input of the batch normalization."""
+    """Folds a batch norm into the layer that follows it, also across a ReLU; the layer then reads the norm's input."""
     affine = None if norm.is_identity else _affine(norm)
     if affine is None:
         return

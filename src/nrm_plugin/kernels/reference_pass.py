@@ -18,7 +18,7 @@ from ..model.value_reads import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}
-"""The number that replaces a difference of zero, by dtype."""
+"""The number that replaces a difference of zero, keyed by dtype."""
 
 
 class Difference(NamedTuple):
@@ -63,7 +63,7 @@ class ReferenceCall:
 
 
 class ReferencePass:
-    """The calls of functions in the forward pass of the reference, in order.
+    """The function calls in the forward pass of the reference, in order.
 
     First, the pass of the reference stores its calls. After :meth:`replay`, the pass of the inputs reads them, and an
     error is raised where the two passes differ.

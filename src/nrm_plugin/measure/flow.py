@@ -102,7 +102,7 @@ def flow_graph(
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
-        coverage: Share of the absolute mass of each layer to show.
+        coverage: Fraction of the absolute mass to show in each layer.
         names: Names of the groups of each layer.
         sample: Index of the sample.
         joints: Returns the joint relevance between the nodes of each two layers, ``(N, K_upper, K_lower)``; by default,

@@ -22,9 +22,9 @@ from .measure import RelevanceMeasure
 from .partitions import Names, partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
-"""Heat maps, ``(H, W)``, by the key of a node."""
+"""Heat maps, ``(H, W)``, keyed by node."""
 Pairs = dict[tuple[str, str], float]
-"""Joint relevance of nodes in non-adjacent layers, keyed by both nodes, the upper one first."""
+"""Joint relevance of two nodes in non-adjacent layers, keyed by both nodes, the upper one first."""
 LOWEST = "input"
 
 
@@ -73,7 +73,7 @@ def mapped_flow(
         over: The groups.
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
-        coverage: Share of the absolute mass of each layer that is shown.
+        coverage: Fraction of the absolute mass that is shown in each layer.
         names: Names of the groups.
         sample: Index of the sample.
         k: Number of groups of a layer.
@@ -126,7 +126,7 @@ def flow_maps(
         lowest: The tap of the heat maps.
 
     Returns:
-        The heat maps, ``(H, W)``, keyed by node key. Each sums to the fraction of the group's walks that reach the
+        The heat maps, ``(H, W)``, keyed by node. Each sums to the fraction of the group's walks that reach the
         input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
         values are evidence for the target.
 

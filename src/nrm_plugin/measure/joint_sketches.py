@@ -1,4 +1,4 @@
-r"""Joint relevance of layers with many members, exact or in low-rank form, for the search for groups.
+r"""Joint relevance between layers with many members, exact or in low-rank form, for the group search.
 
 The joint relevance ``J`` of two distant layers requires one partial pass per member. A low-rank approximation is enough
 for the search: :math:`Y = J \Omega` requires one transposed pass per random vector, and with an orthonormal basis ``Q``

@@ -1,4 +1,4 @@
-"""Groups of the members of several layers, which can be stored, named and applied to other inputs."""
+"""Groups of layer members, which can be stored, named and applied to other inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""An estimate of the joint relevance of two layers from their marginals, without any pass.
+r"""An estimate of joint relevance between two layers from their marginals, without any pass.
 
 In image networks, most walks stay close to their position between two layers. If they stayed at their position ``p``
 exactly, and the channels that a walk crosses there were independent, the joint relevance of two channels would be

@@ -378,7 +378,7 @@ class RelevanceMeasure(Recorded):
             top: Number of groups to show per layer, the largest by absolute mass, or None for no limit. The other
                 neurons form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
-            coverage: Share of the absolute mass of each layer to show, such as 0.9, with as few groups as possible.
+            coverage: Fraction of the absolute mass to show in each layer, such as 0.9, with as few groups as possible.
             names: Names of the groups of each layer, as lists or dictionaries, such as ``{"output": classes}``.
             sample: Index of the sample; required if the measure has several samples.
             k: Number of groups of a layer for ``over="groups"``.

@@ -15,7 +15,7 @@ from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]
 Regions = Mapping[str, Tensor]
-"""Boolean masks by region name; neurons outside of all masks form the rest."""
+"""Boolean masks, keyed by region name; neurons outside of all masks form the rest."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Layers that are random in training mode, by package, with the attribute that stores the drop rate."""
+"""Layers that are random in training mode, keyed by package, with the attribute that stores the drop rate."""
 
 MODES = {
     "batch_norm": 5,

@@ -60,7 +60,7 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""Attributes of a module, and the contents of the non-empty dictionaries among them."""
+"""Attributes of a module, with the contents of the non-empty dictionaries among them."""
 
 
 def _state(module: nn.Module) -> _State:

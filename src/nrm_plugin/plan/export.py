@@ -185,7 +185,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Operations whose results are values that the traced code has read, and their comparison with the expected value."""
+"""Operations whose results the traced code has read as values, with the comparison to the expected value."""
 
 
 def _check_exportable(one: Operation) -> None:

@@ -36,7 +36,7 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations whose result may equal their first argument, by ``id``, since hashing PyTorch operations is slow."""
+"""Operations whose result may equal their first argument, given by ``id``, since hashing PyTorch operations is slow."""
 
 
 class Merger:

@@ -1,4 +1,4 @@
-"""The plan of a model: measures of many inputs of the same shapes, at the cost of one or two gradients."""
+"""The plan of a model: measures for many inputs of the same shapes, at the cost of one or two gradients."""
 
 from __future__ import annotations
 

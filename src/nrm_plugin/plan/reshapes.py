@@ -23,7 +23,7 @@ ELEMENTWISE = frozenset(
 
 
 _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.default, aten.amax.default]))
-"""Reductions over dimensions, by ``id``, since hashing PyTorch operations is slow."""
+"""Reductions over dimensions, given by ``id``, since hashing PyTorch operations is slow."""
 
 
 class ViewRemover:

@@ -343,7 +343,7 @@ class _Facts:
 
 
 _FACTS: dict[int, _Facts] = {}
-"""Facts by the ``id`` of the operation, since hashing PyTorch operations is slow."""
+"""Facts, keyed by the ``id`` of the operation, since hashing PyTorch operations is slow."""
 
 
 def _facts(function: Any) -> _Facts:

@@ -20,7 +20,7 @@ NAMED = 3
 NAMED_WALKS, LEAST_WALK = 2, 1e-3
 """Largest number of walks that are named, and smallest relevance of a named walk."""
 ENOUGH = 0.6
-"""Share of the positive relevance of a node for which the listed nodes below it account."""
+"""Fraction of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
 KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
@@ -53,7 +53,7 @@ def flow_caption(
         target: Name of the explained output; by default, the name of the only node of the output.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
-        areas: Fraction of the image that each input node covers, keyed by node key.
+        areas: Fraction of the image that each input node covers, keyed by node.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Selection of the nodes of a flow that are drawn, their order, names and colours."""
+"""Which nodes of a flow are drawn, and their order, names and colours."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, pai
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]
-"""Joint relevance of two nodes in any two layers, by their keys, with the upper node first."""
+"""Joint relevance of two nodes in any two layers, keyed by both nodes, the upper one first."""
 WIDTH = 12.0
 """Width of the drawing in inches, on which font sizes are based; the page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

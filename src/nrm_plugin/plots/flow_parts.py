@@ -1,4 +1,4 @@
-"""Parts of the drawing of a flow, with positions in points from the upper left corner."""
+"""Parts of a flow drawing, with positions in points from the upper left corner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flow plots on matplotlib axes: joint relevance of nodes in several layers as ribbons between bars."""
+"""Flow plots on matplotlib axes: joint relevance between nodes is drawn as ribbons between bars."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """A mode that adds up the bytes of the results of operations, by kind."""
+    """A mode that adds up the result bytes for each kind of operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]

@@ -31,7 +31,7 @@ RATIO = 1e-3
 RANGE = 40
 """Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""Share of Σ|R| in entries of several samples above which a tensor mixes samples; less is rounding error."""
+"""Fraction of Σ|R| in entries of several samples above which a tensor mixes samples; less is rounding error."""
 
 
 class Samples:

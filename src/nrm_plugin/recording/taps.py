@@ -161,7 +161,7 @@ class Taps:
 
     @functools.cached_property
     def _labels(self) -> dict[int, Label]:
-        """One label of each tap, by the index of the tap."""
+        """One label of each tap, keyed by tap index."""
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:

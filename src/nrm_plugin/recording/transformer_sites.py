@@ -81,7 +81,7 @@ class Structure:
 
     Attributes:
         below: The vertices below each vertex, as bit sets.
-        branches: The residual adds by vertex, in the order of the forward pass.
+        branches: The residual adds, keyed by vertex, in the order of the forward pass.
     """
 
     def __init__(self, graph: Graph) -> None:

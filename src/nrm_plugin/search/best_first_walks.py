@@ -16,7 +16,7 @@ from .walk_bounds import CompletionBounds, now
 BATCH = 8
 """Number of prefixes propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
-"""Share of the time budget for the computation of bounds."""
+"""Fraction of the time budget that is spent on computing bounds."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Search for sets of groups, one set per layer, with the largest joint relevance."""
+"""Search for the group sets, one per layer, with the largest joint relevance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..measure.measure import RelevanceMeasure
 from .layer_chain import LayerChain, check_one_sample, intersection
 
 MAX_COMBINATIONS = 200_000
-"""The largest number of combinations for an exact search."""
+"""Largest number of combinations for an exact search."""
 
 
 @dataclass(frozen=True)

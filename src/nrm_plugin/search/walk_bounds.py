@@ -43,7 +43,7 @@ class Lumps:
 
 
 class CompletionBounds:
-    """Upper bounds on the share of relevance that the groups below each layer can carry, computed from the input up.
+    """Upper bounds on the fraction of relevance that the groups below each layer can carry, computed from the input up.
 
     If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 
