@@ -132,7 +132,7 @@ def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event
 def _taps(
     mu: RelevanceMeasure, model: nn.Module, top: int, number: int, names: Mapping[str, Sequence[str]]
 ) -> list[_Tap]:
-    """Returns the nodes of the output and of the layers with features, keyed by tap, from the output down."""
+    """Returns the nodes of the output and of the layers with features, one entry per tap, from the output down."""
     sites = ordered_sites(mu, model)
     counts = {site: len(module.dictionary) for site, module in sites.items()}
     maps = mu.marginal([f"{site}.features" for site in sites])
