@@ -121,7 +121,7 @@ def samples(flags: Sequence[bool]) -> str:
 
 
 SHOWN = 8
-"""Number of entries of a collection that a message shows."""
+"""Number of entries in a collection that a message shows."""
 
 
 def brief(value: object, length: int = 120) -> str:

@@ -278,7 +278,7 @@ def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Words:
-    """Relevance of the tokens of a text in a measure.
+    """Token relevance of a text in a measure.
 
     Attributes:
         mu: The measure.

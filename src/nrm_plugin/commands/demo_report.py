@@ -26,7 +26,7 @@ class Report:
         figures: Files of figures: three per digit, then the budgets of all digits.
         flow: Figure and page of the flow for the first digit.
         against: ``"rest"`` if the figures compare the digit with the other digits, else ``"none"``.
-        composite: Name of the composite of the rows.
+        composite: Name of the composite used for the rows.
     """
 
     samples: list[Sample]

@@ -189,7 +189,7 @@ def totals_text(totals: Totals) -> str:
 
 
 def cells_of(cells: int | str, size: Sequence[int], layer: Sequence[int] | None = None) -> list[int]:
-    """Returns the number of cells of a heat map along each side.
+    """Returns the number of heat-map cells along each side.
 
     Args:
         cells: A number, or a name of :mod:`~nrm_plugin.commands.options`: ``AUTO``, ``PIXELS`` or ``LAYER_CELLS``.

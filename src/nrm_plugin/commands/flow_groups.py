@@ -37,7 +37,7 @@ class FlowOptions:
     """Options of a flow figure.
 
     Attributes:
-        top: Maximum number of channels of a layer.
+        top: Maximum number of channels per layer.
         coverage: Fraction of the absolute mass of each layer that the shown channels must cover, or None for no limit.
         patches: Number of image patches along each side.
         dark: Whether figures are for a dark background.

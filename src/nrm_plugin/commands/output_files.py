@@ -34,7 +34,7 @@ PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
 TITLE = 34
 """Number of letters that fit above a heat map."""
 LETTERS = 21
-"""Number of letters of a heading per heat map in a row."""
+"""Number of heading letters per heat map in a row."""
 
 _noted: set[str] = set()
 """Letters missing from all fonts that have already been reported."""

@@ -67,7 +67,7 @@ class ShardInfo:
 
 
 def shard_name(rank: int, number: int) -> str:
-    """Returns the name of the files of a shard, without the extension."""
+    """Returns the file name of a shard, without the extension."""
     return f"part-{rank:04}-{number:06}"
 
 

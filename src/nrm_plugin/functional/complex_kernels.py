@@ -24,7 +24,7 @@ from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 ENTRIES = 1 << 26
-"""Number of entries of the largest stored matrix."""
+"""Number of entries in the largest stored matrix."""
 
 
 @dataclass(frozen=True)

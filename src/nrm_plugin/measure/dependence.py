@@ -75,7 +75,7 @@ def find_partitions(
 
     Args:
         dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
-        counts: Largest number of groups of each layer.
+        counts: Largest number of groups in each layer.
         restarts: Number of restarts.
         seed: Random seed for the initial partitions and the order of moves.
         fixed: The given partition of each layer, or None for layers whose partition is searched.
@@ -101,7 +101,7 @@ class _Search:
 
     Attributes:
         pairs: The dependence between each two consecutive layers, scaled to an absolute sum of 1.
-        counts: Number of groups of each layer.
+        counts: Number of groups in each layer.
         labels: Group of each member, for each layer.
         free: The layers whose partitions are searched.
         random: Random number generator.
@@ -168,7 +168,7 @@ def refined(
 
     Args:
         labels: The group of each member, for each layer.
-        counts: Number of groups of each layer.
+        counts: Number of groups in each layer.
         free: The layers whose members are moved.
         grouped: Function that returns the dependence of each layer member on the groups of adjacent layers,
             ``(members, adjacent groups)``.

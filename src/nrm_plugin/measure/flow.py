@@ -103,7 +103,7 @@ def flow_graph(
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
         coverage: Fraction of the absolute mass to show in each layer.
-        names: Names of the groups of each layer.
+        names: Group names in each layer.
         sample: Index of the sample.
         joints: Returns the joint relevance between the nodes of each two layers, ``(N, K_upper, K_lower)``; by default,
             it is computed by queries of the measure.
@@ -161,8 +161,8 @@ def with_groups(
         mu: The measure.
         layers: Layers and their taps.
         over: How neurons are grouped; ``"groups"`` uses ``groups``, or searches for groups if none are given.
-        names: Names of the members of each layer.
-        k: Number of groups of a layer.
+        names: Member names in each layer.
+        k: Number of groups in a layer.
         groups: Given groups; they apply to all of their layers.
         top: Largest number of groups to show per layer, or None for no limit.
     """

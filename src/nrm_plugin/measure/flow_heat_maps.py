@@ -76,7 +76,7 @@ def mapped_flow(
         coverage: Fraction of the absolute mass that is shown in each layer.
         names: Names of the groups.
         sample: Index of the sample.
-        k: Number of groups of a layer.
+        k: Number of groups in a layer.
         groups: Given groups.
         lowest: The tap of the heat maps; None to choose it automatically, ``"input"`` for single pixels.
 

@@ -23,7 +23,7 @@ from .mean_joints import MeanJoints, Measure, Members, mean_joints, signed_sum
 from .partitions import Names
 
 K = 8
-"""Default number of groups of a layer."""
+"""Default number of groups in a layer."""
 ROUNDS = 1
 """Number of refinements of each layer by exact joint relevance after a search on an estimate."""
 FEW_RESTARTS = 2

@@ -46,7 +46,7 @@ class PairJoints:
         kinds: The members of each layer.
 
     Attributes:
-        counts: Number of members of each layer.
+        counts: Number of members in each layer.
         relevance: Marginal of each layer, ``(N · references, *shape)``.
     """
 

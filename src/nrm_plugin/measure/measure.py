@@ -379,9 +379,9 @@ class RelevanceMeasure(Recorded):
                 neurons form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Fraction of the absolute mass to show in each layer, such as 0.9, with as few groups as possible.
-            names: Names of the groups of each layer, as lists or dictionaries, such as ``{"output": classes}``.
+            names: Group names in each layer, as lists or dictionaries, such as ``{"output": classes}``.
             sample: Index of the sample; required if the measure has several samples.
-            k: Number of groups of a layer for ``over="groups"``.
+            k: Number of groups in a layer for ``over="groups"``.
             groups: Groups returned by :func:`~nrm_plugin.find_groups`, which apply to all of their layers.
 
         Raises:

@@ -45,7 +45,7 @@ class Recorded(QueryPasses):
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites of a transformer, such as ``blocks.1.attn.v``. Every site is also the name of a tap.
+        """Names of transformer sites, such as ``blocks.1.attn.v``. Every site is also the name of a tap.
 
         ``blocks.1.attn.head.3`` and ``blocks.1.mlp.neuron.17`` are events: one head of ``blocks.1.attn``, and one
         neuron of ``blocks.1.mlp``. Sites are derived from the recording; a model without residual connections has none.

@@ -30,7 +30,7 @@ class Totals:
         mass: ``Σ_j μ(j)``, keyed by tap.
         absolute: ``Σ_j |μ(j)|``, keyed by tap.
         sinks: Absorbed mass, by ``(vertex, kind)``.
-        absolute_sinks: Sum of the absolute values of the absorbed mass, by ``(vertex, kind)``.
+        absolute_sinks: Total absolute absorbed mass, keyed by ``(vertex, kind)``.
         branches: Relevance that each vertex with several edges propagates along each of them.
         maps: Relevance of the taps in ``stored``.
         cost: Number of kernels run and of vectors propagated.

@@ -14,7 +14,7 @@ from ..model.model_protection import values_state
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64
-"""Number of entries of each tensor that are compared by value, since writes through ``.data`` change no version."""
+"""Number of entries per tensor that are compared by value, since writes through ``.data`` change no version."""
 
 
 class ModelState:

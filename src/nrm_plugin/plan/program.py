@@ -46,7 +46,7 @@ class Program:
 
     Attributes:
         operations, constants: The simplified operations, and the constant tensors that they read, by index.
-        until: Number of operations of the first stage.
+        until: Number of operations in the first stage.
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.
         inputs, outputs, start, results: As the arguments, with the indices of the simplified trace.
@@ -251,7 +251,7 @@ class _Writer:
             inputs: Indices of tensors, as in :class:`Program`.
             outputs: As in :class:`Program`.
             start: As in :class:`Program`.
-            results: Indices of the results of each query.
+            results: Result indices of each query.
         """
         first, second = self.operations[: self.until], self.operations[self.until :]
         queries = [

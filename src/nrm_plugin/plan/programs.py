@@ -52,7 +52,7 @@ class TracedQueries:
     Attributes:
         tracer: The tracer of the recording and the queries.
         inputs, outputs, start: Indices of tensors in the trace, as in :class:`~nrm_plugin.plan.program.Program`.
-        results: Indices of the results of each query.
+        results: Result indices of each query.
         queries: The queries that have a program.
     """
 

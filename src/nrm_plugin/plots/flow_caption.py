@@ -50,7 +50,7 @@ def flow_caption(
 
     Args:
         graph: The graph.
-        target: Name of the explained output; by default, the name of the only node of the output.
+        target: Name of the explained output; by default, the name of the only output node.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
         areas: Fraction of the image that each input node covers, keyed by node.
@@ -197,7 +197,7 @@ def _ways(graph: FlowGraph) -> list[str]:
 
 
 def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
-    """Returns the names of the nodes of a walk, from the input up, without their layers, which the figure shows."""
+    """Returns the node names along a walk, from the input up, without their layers, which the figure shows."""
     names = {node.key: node_name(node) for node in graph.nodes}
     return f"{NO_BREAK}→ ".join(_unbroken(names[key]) for key in keys)
 

@@ -12,7 +12,7 @@ from .flow_order import column_orders
 
 Array = NDArray[np.float64]
 MAX_GROUPS = 40
-"""Largest number of groups of one layer in a figure."""
+"""Largest number of groups per layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
 """Nodes for the rest of a layer, and for walks that do not cross it, are not drawn below this relevance."""
 NUMBERED = {"input": "group", "output": "output"}
@@ -78,7 +78,7 @@ def node_name(node: FlowNode) -> str:
 
 
 def region_name(node: FlowNode) -> str:
-    """Returns the name of a region of the input for display in the photograph, where a number is sufficient."""
+    """Returns the name of an input region for display in the photograph, where a number is sufficient."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 

@@ -161,7 +161,7 @@ def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
 
 
 def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGraph) -> str:
-    """Returns the photograph with the names of the nodes of the input in their regions."""
+    """Returns the photograph with the names of the input nodes in their regions."""
     pixels = photo_pixels(photo, thumbnails)
     height, width = pixels.shape[:2]
     names = {node.key: escape(region_name(node)) for node in graph.nodes}

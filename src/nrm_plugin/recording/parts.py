@@ -150,7 +150,7 @@ class Repeat:
 
     Args:
         first: The first run.
-        part: Indices of the steps of the part.
+        part: Step indices of the part.
         units: The calls that do not run, keyed by module name and call index.
 
     Attributes:
@@ -235,7 +235,7 @@ class Parts:
 
     @functools.cached_property
     def ranges(self) -> list[range]:
-        """Indices of the steps of each part, in execution order; must not be read before the graph is built."""
+        """Step indices of each part, in execution order; must not be read before the graph is built."""
         return divided(self._first)
 
     def fill(self, step: Step) -> None:

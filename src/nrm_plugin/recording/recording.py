@@ -34,7 +34,7 @@ from .taps import OUTPUT, Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16
-"""Largest number of entries of a buffer that is restored if the run wrote to it."""
+"""Largest number of entries in a buffer that is restored if the run wrote to it."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Branch:
     Attributes:
         vertex: The vertex of the add.
         stream: The tensor to which the branch is added.
-        number: Index of the edge of the add that reads the branch.
+        number: Index of the add's edge that reads the branch.
         inner: The vertices on the paths from the branch to the stream.
         attention: The vertices of attention calls in the branch.
         crossing: The attention calls whose values come from a different stream.

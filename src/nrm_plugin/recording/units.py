@@ -64,7 +64,7 @@ def are_kept(output: Any, first: int, gates: Any) -> bool:
 
     Args:
         output: The output of the call.
-        first: Index of the first step of the call.
+        first: Index of the first step in the call.
         gates: The gates of the forward pass.
     """
     if isinstance(output, Tensor):

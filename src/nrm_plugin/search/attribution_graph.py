@@ -29,7 +29,7 @@ _TYPES = {
     "input": "embedding",
     "output": "logit",
 }
-"""Names of the kinds of nodes in circuit-tracer's files."""
+"""Names of node kinds in circuit-tracer's files."""
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ class Selection:
     """The kept groups of each sample.
 
     Attributes:
-        kept: Mask of the kept groups of each layer, ``(N, groups)``.
+        kept: Mask of the kept groups in each layer, ``(N, groups)``.
         count: Number of groups kept in all layers together, ``(N,)``.
         order: Rank of each group, ``(N, all groups)``, layer after layer; 0 for the group that is eliminated last.
         curve: Errors for several numbers of kept groups, in descending order.

@@ -41,7 +41,7 @@ class Subspaces:
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
-        sizes: Number of columns of each subspace; their sum is ``d``.
+        sizes: Number of columns in each subspace; their sum is ``d``.
         dim: Dimension of the channels in the layer's output: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
@@ -198,9 +198,9 @@ def drsa(
     Args:
         values: Activations of a layer, ``(N, …)``.
         relevance: Relevance of the same neurons.
-        sizes: Number of directions of each subspace.
+        sizes: Number of directions per subspace.
         dim: Dimension of the channels.
-        steps: Number of steps of the ascent.
+        steps: Number of ascent steps.
         restarts: Number of random starts; the best result is returned.
         seed: Seed of the starts.
 

@@ -60,7 +60,7 @@ class TopWalks:
         missed: Upper bound on the absolute mass of every walk that is not in ``walks``.
         expanded: Number of prefixes that were propagated to the next layer.
         seconds: Duration of the search, in seconds.
-        names: For ``over="groups"``, the names of the groups of each layer.
+        names: For ``over="groups"``, the group names in each layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
