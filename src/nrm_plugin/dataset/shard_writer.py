@@ -61,7 +61,7 @@ class ShardInfo:
     stamps: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the description as JSON, with failed samples by index."""
+        """Returns the description as JSON, with failed samples keyed by index."""
         failed = sorted(self.failed, key=lambda failure: failure.sample)
         return {**vars(self), "failed": [asdict(failure) for failure in failed]}
 

@@ -1,4 +1,4 @@
-"""Mean and variance of relevance over a data set, by class and across processes, as torchmetrics metrics.
+"""Mean and variance of relevance over a data set, per class and across processes, as torchmetrics metrics.
 
 The metrics can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance,
 and ``compute`` merges the states of several processes.

@@ -45,7 +45,7 @@ class SweepJob:
         fingerprint: Hash of the settings.
         on_error: ``"raise"`` or ``"skip"``, for samples that fail and for damaged files.
         seed: Seed of the random states with which samples are read.
-        damaged: Damaged files that are replaced, by shard number.
+        damaged: Damaged files that are replaced, keyed by shard index.
     """
 
     evaluation: Evaluation

@@ -29,7 +29,7 @@ class Totals:
         stored: Taps whose relevance is stored.
         mass: ``Σ_j μ(j)``, keyed by tap.
         absolute: ``Σ_j |μ(j)|``, keyed by tap.
-        sinks: Absorbed mass, by ``(vertex, kind)``.
+        sinks: Absorbed mass, keyed by ``(vertex, kind)``.
         absolute_sinks: Total absolute absorbed mass, keyed by ``(vertex, kind)``.
         branches: Relevance that each vertex with several edges propagates along each of them.
         maps: Relevance of the taps in ``stored``.

@@ -49,7 +49,7 @@ class Call:
     Attributes:
         tensors: The tensors to which relevance is propagated, ``(N, …)`` each, or ``(…)`` if not ``batched``.
         items: Keyword or index of each tensor, or None for a single positional tensor.
-        indices: Copies of integer inputs, by keyword or index (None for a single positional input). The model is
+        indices: Copies of integer inputs, keyed by keyword or index (None for a single positional input). The model is
             called with these copies and may overwrite them.
 
     Raises:

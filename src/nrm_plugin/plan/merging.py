@@ -44,7 +44,7 @@ class Merger:
 
     Args:
         trace: The trace.
-        constants: The constants, by index.
+        constants: The constants, keyed by index.
         results: Indices of the result tensors.
     """
 

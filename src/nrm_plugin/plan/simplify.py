@@ -32,7 +32,7 @@ class Simplifier:
     Attributes:
         trace: A copy of the trace, to which simplification adds tensors.
         operations: The remaining operations, in order.
-        constants: The constants that they read, by index.
+        constants: The constants that they read, keyed by index.
         results: Indices of the result tensors.
         obstacle: Why the operations cannot be replayed; empty if they can. If not empty, there are no operations.
     """

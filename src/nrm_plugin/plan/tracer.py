@@ -27,7 +27,7 @@ class _Memory:
     Attributes:
         root: Index of its first tensor.
         is_traced: Whether operations of the trace write to it; otherwise it is constant.
-        views: The known tensors in this memory, by form.
+        views: The known tensors in this memory, keyed by form.
         reference: A weak reference, which prevents the identity of the memory from being reused.
         copy: Index of a flat tensor of the whole memory, which is created when a constant is overwritten.
         is_overwritten: Whether a weight or buffer in it was overwritten; its constants have been copies since then.

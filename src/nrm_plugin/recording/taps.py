@@ -125,7 +125,7 @@ class Taps:
 
     Attributes:
         all: All taps.
-        index: Position in ``all``, by place.
+        index: Position in ``all``, keyed by place.
         fused: Names of the layers whose output is fused with a contrast.
     """
 
