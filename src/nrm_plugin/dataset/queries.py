@@ -112,7 +112,7 @@ class Marginal(Query):
         over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels of all neurons.
         joint: An event to which the walks must also belong.
         given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
-        min_ratio: Threshold, as a share of the total relevance, which is 1.
+        min_ratio: Threshold, as a fraction of the total relevance, which is 1.
     """
 
     layer: LayerSpec
@@ -144,7 +144,7 @@ class EventMass(Query):
     Args:
         event: The event.
         given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
-        min_ratio: Threshold, as a share of the total relevance, which is 1.
+        min_ratio: Threshold, as a fraction of the total relevance, which is 1.
     """
 
     event: Event
@@ -160,7 +160,7 @@ class Conditional(Query):
         event: The event.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
-        min_ratio: Threshold: the value is null if ``|μ(group)|`` is at most this share of the absolute mass of its
+        min_ratio: Threshold: the value is null if ``|μ(group)|`` is at most this fraction of the absolute mass of its
             neurons.
     """
 
