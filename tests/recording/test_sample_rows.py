@@ -108,3 +108,25 @@ def test_values_that_leave_the_graph_may_join_samples():
 
     net = Net(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
     assert RelevanceMeasure(net, torch.randn(N, 3), 1)._recording.samples.may_mix
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_the_samples_of_a_recurrent_layer_are_its_rows(kind: str) -> None:
+    runs: list[int] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = getattr(nn, kind)(3, 4, num_layers=2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(len(x))
+            return self.head(self.rnn(x)[0][:, -1])
+
+    net = Net().eval()
+    for count in (1,) if kind == "GRU" else (1, N):  # a detached gate of a GRU might join samples
+        runs.clear()
+        mu = RelevanceMeasure(net, torch.randn(count, 5, 3), 1)
+        assert mu._recording.samples.is_plain
+        assert mu.marginal(mu.layers)["rnn"].shape == (count, 5, 4)
+        assert runs == [count]  # no second run locates the samples

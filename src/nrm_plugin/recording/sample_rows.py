@@ -100,7 +100,8 @@ def positions_are_fixed(graph: Graph) -> bool:
 def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
     step = vertex.step
     if isinstance(step, LayerStep):
-        return is_known_linear(step.layer_call.rule) and _is_layer_of_rows(step.layer_call)
+        call = step.layer_call
+        return is_known_linear(call.rule) and (step.keeps_rows or _is_layer_of_rows(call))
     return _is_route_of_rows(graph, vertex) if step is None else step.keeps_rows
 
 
