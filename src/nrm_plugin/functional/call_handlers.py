@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
 from ..model.affine_layers import LAYERS
+from ..model.value_reads import without_modes
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
@@ -49,8 +50,9 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
-            if call.inputs and call.name.base not in FILLS and _leaves_the_graph(call, result):
-                note_untracked()
+            with without_modes():
+                if call.inputs and call.name.base not in FILLS and _leaves_the_graph(call, result):
+                    note_untracked()
             return result
     raise AssertionError("the last handler applies to every call")
 

@@ -25,6 +25,7 @@ from ..kernels.forward_state import (
 )
 from ..model.renormalization import Tables
 from ..model.saved_tensors import saved_in_place
+from ..model.value_reads import without_modes
 from .call_handlers import handle
 from .function_call import Settings
 from .intercepted_pass import InterceptedPass
@@ -69,15 +70,22 @@ class InterceptionMode(TorchFunctionMode):
             return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
         if _reads_no_values(func):
             return func(*args, **kwargs)
+        with without_modes():
+            call = self._observed(func, args, kwargs)
+        return forward_pass.with_ids(call, handle(call, forward_pass))
+
+    def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
+        """Returns the call of a function, with tensors that are constants for relevance detached."""
+        path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
-        call = ObservedCall.of(func, args, kwargs, forward_pass.path)
+        call = ObservedCall.of(func, args, kwargs, path)
         if len(call.inputs) > 1 and any(is_foreign(tensor, is_exact=True) for tensor in call.inputs):
             args = constants_detached(args, is_exact=True)
             kwargs = {key: constants_detached(value, is_exact=True) for key, value in kwargs.items()}
-            call = ObservedCall.of(func, args, kwargs, forward_pass.path)
-        return forward_pass.with_ids(call, handle(call, forward_pass))
+            call = ObservedCall.of(func, args, kwargs, path)
+        return call
 
     def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Records a function that runs without gradients, as in the forward of an ``autograd.Function``."""
