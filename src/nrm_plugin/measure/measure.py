@@ -15,8 +15,9 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..model.checks import unwrapped
 from ..model.inputs_and_outputs import Call, Inputs, Output
+from ..model.value_reads import uncollected
 from ..recording.propagation import Cost
-from ..recording.recording import Recording, uncollected
+from ..recording.recording import Recording
 from . import conservation
 from .conditions import Condition, event_list
 from .conservation import Kind

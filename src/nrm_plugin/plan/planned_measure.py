@@ -20,9 +20,9 @@ from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
-from ..model.value_reads import ACTIVE, avoiding
+from ..model.value_reads import ACTIVE, avoiding, uncollected
 from ..recording.propagation import Cost
-from ..recording.recording import Recording, Reference, uncollected
+from ..recording.recording import Recording, Reference
 from .keys import frozen
 from .model_state import ModelState
 from .program import ChangedValueError, Program

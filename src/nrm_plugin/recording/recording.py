@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -40,21 +39,6 @@ LARGEST_BUFFER = 1 << 16
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Context without garbage collection of reference cycles.
-
-    A recording creates many objects, so the garbage collector would traverse all objects of the process several times.
-    """
-    is_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_enabled:
-            gc.enable()
 
 
 class Recording:
@@ -452,4 +436,4 @@ def _precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-__all__ = ["Recording", "uncollected"]
+__all__ = ["Recording"]
