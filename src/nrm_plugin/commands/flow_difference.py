@@ -14,7 +14,7 @@ from ..dataset.glocal import difference
 from ..dataset.images import LoadedImage, load_image, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import NodeMaps, flow_maps
+from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, partition
@@ -73,7 +73,7 @@ def explain_difference(
     if request.against is None:
         request = replace(request, against=NONE)
     first, second = sides(loaded, image, request, options.minus or "")
-    graph, maps = flow_difference(loaded, first, second, options)
+    graph, maps, maps_at = flow_difference(loaded, first, second, options)
     settings: dict[str, Any] = image_settings(
         loaded, request, image.path, image.digest, first.target, compared_with(loaded, request, first.mu.outputs)
     )
@@ -89,6 +89,7 @@ def explain_difference(
         "image": photo(loaded, image, inputs) if is_one_image else None,
         "caption": difference_caption(graph, first.name, second.name),
         "signs": (f"more for {first.name}", f"more for {second.name}"),
+        "maps_at": maps_at,
     }
     drawn = flow_figure(graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
@@ -145,8 +146,15 @@ def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tupl
     return mu, explained_class(loaded, request.target, mu.outputs)
 
 
-def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: FlowOptions) -> tuple[FlowGraph, NodeMaps]:
+def flow_difference(
+    loaded: LoadedModel, first: Side, second: Side, options: FlowOptions
+) -> tuple[FlowGraph, NodeMaps, str]:
     """Returns the difference between two flows over the same groups, and between their joint heat maps.
+
+    The numbers and heat maps of each flow come from the same passes.
+
+    Returns:
+        The graph; the heat maps by the keys of its nodes; and the layer whose positions they show, empty for pixels.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.
@@ -165,14 +173,15 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
         layer: given for layer, given in {**divided.names, **names}.items() if not isinstance(over.get(layer), dict)
     }
     try:
-        graphs = [side.mu.flow(layers, over, top=None, names=names) for side in (first, second)]
-        graph = _counted(difference(*graphs), first.mu, over).smaller(top=max(options.top, options.count))
-        pairs = zip((first, second), graphs, strict=True)
-        joints = [_joint_maps(side.mu, flow, over) for side, flow in pairs]
+        flows = [mapped_flow(side.mu, layers, over, top=None, names=names) for side in (first, second)]
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, layers))}: {error}") from error
+    graph = _counted(difference(flows[0].graph, flows[1].graph), first.mu, over)
+    graph = graph.smaller(top=max(options.top, options.count))
+    joints = [_joint_maps(side.mu, flow) for side, flow in zip((first, second), flows, strict=True)]
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
-    return graph, {key: joints[0][key] - joints[1][key] for key in keys}
+    maps = {key: joints[0][key] - joints[1][key] for key in keys}
+    return graph, maps, flows[0].layer if flows[0].positions else ""
 
 
 def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:
@@ -195,10 +204,10 @@ def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) ->
     return replace(graph, layers=tuple(layers))
 
 
-def _joint_maps(mu: RelevanceMeasure, graph: FlowGraph, over: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the joint relevance of each node with the pixels."""
-    masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in graph.nodes}
-    return {key: masses[key] * values for key, values in flow_maps(mu, graph, over).items()}
+def _joint_maps(mu: RelevanceMeasure, flow: MappedFlow) -> dict[str, np.ndarray]:
+    """Returns the joint relevance of each node with the positions."""
+    masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in flow.graph.nodes}
+    return {key: masses[key] * values for key, values in flow.maps.items()}
 
 
 def _differing(first: RelevanceMeasure, second: RelevanceMeasure, layer: str) -> dict[str, torch.Tensor]:
