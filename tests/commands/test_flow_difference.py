@@ -57,7 +57,7 @@ def test_two_classes_are_compared_by_their_outputs_alone(here):  # noqa: F811
     assert set(graph.layers[0].labels) == {"class 1", "class 2"}
     assert [layer.others for layer in graph.layers[1:3]] == [3, 3]
     stored = json.loads(Path("nrm-flow/noise-difference.json").read_text())
-    assert "More for class 1: " in stored["caption"]
+    assert "More for class 1 in the network: " in stored["caption"]
     assert stored["settings"]["minus"] == "class 2"
     assert {path.suffix for path in Path("nrm-flow").iterdir()} == {".json", ".png", ".html"}
 
@@ -93,6 +93,9 @@ def test_heat_maps_are_differences_of_joint_relevance_with_the_positions_of_a_la
         np.add.at(found, (cells[:, None], cells), drawn["maps"][node.key])
         np.testing.assert_allclose(found, (asked[0] - asked[1]).numpy(), atol=1e-6)
     assert len(nodes) == 3
+    regions = drawn["image"].regions
+    assert regions.keys() == {node.key for node in graph.layers[-1].nodes if node.kind == "group"}
+    assert all(mask.shape == (16, 16) and mask.sum() == 64 for mask in regions.values())
 
 
 def test_each_flow_takes_one_pass_per_layer(here, monkeypatch):  # noqa: F811

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,7 @@ def test_ribbons_of_a_node_fill_its_bars_and_negative_ones_are_below(full):
             assert signs == sorted(signs, reverse=True)
 
 
+MAPPED = {node.key: None for node in made_graph([1, 12, 12]).nodes if node.kind == "group"}
 GRAPHS = [[1, 12, 12], [1, 8, 8, 8, 12], [1, 6, 6, 6, 6, 12], [12, 12], [3], [1, 40, 40]]
 
 
@@ -138,6 +140,16 @@ def test_nothing_overlaps_and_nothing_is_cut_off(counts, width):
     inner = [Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1) for box in images]
     assert not [1 for one, other in itertools.combinations(inner, 2) if one.overlaps(other)]
     assert not [1 for one in small for other in inner if one.overlaps(other)]
+
+
+def test_channels_are_abbreviated_where_their_names_do_not_fit():
+    graph = made_graph([1, 12, 12], label="")
+    graph = replace(graph, layers=tuple(replace(one, labels=tuple(map(str, one.groups))) for one in graph.layers))
+    columns = {width: flow_scene(graph, width=width, thumbnails=MAPPED) for width in (2.2, 12)}
+    texts = {width: {label.text for node in scene.nodes for label in node.labels} for width, scene in columns.items()}
+    assert any(text.startswith("ch.\u00a0") for text in texts[2.2])
+    assert not any(text.startswith("ch.\u00a0") for text in texts[12])
+    assert not any(text.startswith("cha…") for text in texts[2.2])
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
-from nrm_plugin.plots.flow_caption import flow_caption, key_text
+from nrm_plugin.plots.flow_caption import difference_caption, flow_caption, key_text
 from nrm_plugin.plots.flow_text import wrapped_lines
 
 
@@ -28,8 +29,8 @@ JOINTS = (
 def test_the_caption_says_the_largest_numbers():
     said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
     assert said == (
-        "65% of “zebra” comes from legs and head by way of group 1 of conv. Against it: group 2 of conv with −10%. "
-        "The other 7 of conv hold 30%. Biases and stabilizers absorb 10% above the input."
+        "Of “zebra”, 50% comes from legs. Against it: group 2 of conv with −10%. The other 7 of conv hold 30%. "
+        "Biases and stabilizers absorb 10% above the input."
     )
 
 
@@ -42,11 +43,11 @@ def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
     ]
     said = flow_caption(graph, walks=walks).replace("\u00a0", " ")
     assert said.startswith(
-        "Of “zebra”, 50% comes from legs. Of 6 walks, the strongest are legs → group 1 → zebra: 40%; "
-        "head → group 1 → zebra: 25%; an even share would be 17%. Against it:"
+        "Of “zebra”, 50% comes from legs. Of the 6 walks from a part to the output, the strongest are "
+        "legs → group 1 → zebra: 40%; head → group 1 → zebra: 25%; an even share would be 17%. Against it:"
     )
-    one = flow_caption(graph, walks=walks[:1], areas={"input/0": 0.1})
-    assert "50% comes from legs (10% of the area)." in one.replace("\u00a0", " ")
+    one = flow_caption(graph, walks=walks[:1], areas={"input/0": 0.1}, places={"input/0": "bottom"})
+    assert "50% comes from legs (bottom, 10% of the area)." in one.replace("\u00a0", " ")
     assert "the strongest is legs → group 1 → zebra: 40%;" in one.replace("\u00a0", " ")
     lines = wrapped_lines(one, 60, 7)
     assert not any(line.startswith("→") or line == "group" for line in lines)
@@ -54,10 +55,17 @@ def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
     assert "walk" not in flow_caption(graph, walks=weak)
 
 
-def test_two_layers_name_the_source_without_a_way():
+def test_two_layers_name_the_source():
     joint = np.array([[0.7, 0.2, 0.05, 0.05, 0.0], [0.0] * 5, [0.0] * 5])
     graph = FlowGraph((TOP, LOWEST), (joint,))
-    assert flow_caption(graph).startswith("70% of “zebra” comes from legs.")
+    assert flow_caption(graph).startswith("Of “zebra”, 50% comes from legs.")
+
+
+def test_relevance_passes_through_a_lowest_layer_that_is_hidden():
+    upper = FlowGraph((TOP, MIDDLE), JOINTS[:1])
+    assert flow_caption(upper).replace("\u00a0", " ").startswith("Of “zebra”, 80% passes through group 1 of conv.")
+    channels = layer("conv", ("3", "8"), (0.4, 0.2), rest=0.4)
+    assert "The other 7 channels of conv hold 40%." in flow_caption(FlowGraph((channels,), ()))
 
 
 def test_hidden_layers_name_the_widest_way_and_bypass():
@@ -72,7 +80,7 @@ def test_hidden_layers_name_the_widest_way_and_bypass():
 
 def test_every_number_of_a_caption_is_one_of_the_graph():
     said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
-    assert re.findall(r"[−\d]+%", said) == ["65%", "−10%", "30%", "10%"]
+    assert re.findall(r"[−\d]+%", said) == ["50%", "−10%", "30%", "10%"]
 
 
 def test_a_graph_without_relevance_has_no_caption():
@@ -86,10 +94,41 @@ def test_the_key_explains_what_is_drawn():
     assert "Thumbnails" in key_text(True, False)
     assert "traced down to conv" in key_text(True, False, maps_at="conv")
     graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
-    assert "blue evidence against" in key_text(False, False, graph=graph)
+    assert "blue evidence against it" in key_text(False, False, graph=graph)
     positive = FlowGraph((TOP, LOWEST), (np.abs(np.ones((3, 5))),))
     assert "no ribbon is evidence against" in key_text(False, False, graph=positive)
     assert "outlined" in key_text(False, False, graph=graph, walks=[(("input/0",), 0.4)])
+
+
+def test_shares_above_all_relevance_and_differences_are_explained():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    assert "exceed 100%" in key_text(False, False, graph=graph)
+    assert "exceed" not in key_text(False, False, graph=FlowGraph((TOP,), ()))
+    less = FlowGraph((layer("output", ("zebra", "horse"), (1.0, -1.0)),), ())
+    assert "differences between shares" in key_text(False, False, graph=less)
+    assert "exceed" not in key_text(False, False, graph=less)
+    assert "white frame" in key_text(True, False, is_cropped=True)
+    assert "white frame" not in key_text(True, False)
+
+
+def test_a_rest_that_is_not_drawn_is_not_explained():
+    empty = layer("input", ("legs",), (1.0,))
+    hidden = replace(empty, others=3)
+    joint = (np.array([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]),)
+    assert "grey" not in key_text(False, False, graph=FlowGraph((TOP, hidden), joint))
+    assert "grey" in key_text(False, False, graph=FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
+
+
+def test_a_difference_names_parts_of_the_image_apart_from_other_nodes():
+    middle = layer("conv", ("B1", "B2"), (0.3, -0.2))
+    lowest = layer("input", ("part 1", "part 2", "part 3"), (0.25, -0.1, 0.001))
+    graph = FlowGraph((layer("output", ("zebra", "horse"), (1.0, -1.0)), middle, lowest), JOINTS)
+    assert difference_caption(graph, "zebra", "horse", {"input/0": "top"}) == (
+        "More for zebra in the image: part 1 (top, 25 points). More for zebra in the network: B1 of conv (30 points). "
+        "More for horse in the image: part 2 (10 points). More for horse in the network: B2 of conv (20 points)."
+    )
+    same = FlowGraph((layer("output", ("zebra",), (0.0,)),), ())
+    assert difference_caption(same, "zebra", "horse") == "The flows hardly differ."
 
 
 def test_only_groups_of_channels_are_explained_as_such():

@@ -21,8 +21,9 @@ from ..measure.partitions import Names, partition
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import difference_caption
 from ..plots.flow_html import save_sankey
+from ..plots.flow_places import place_name
 from . import messages
-from .flow_groups import FlowOptions, division
+from .flow_groups import FlowOptions, Regions, division, regions_of
 from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
@@ -73,7 +74,7 @@ def explain_difference(
     if request.against is None:
         request = replace(request, against=NONE)
     first, second = sides(loaded, image, request, options.minus or "")
-    graph, maps, maps_at = flow_difference(loaded, first, second, options)
+    graph, maps, maps_at, regions = flow_difference(loaded, first, second, options)
     settings: dict[str, Any] = image_settings(
         loaded, request, image.path, image.digest, first.target, compared_with(loaded, request, first.mu.outputs)
     )
@@ -84,10 +85,11 @@ def explain_difference(
     heading = f"{short(image.path.name)}: flow of relevance for {short(first.name)} minus that for {short(second.name)}"
     is_one_image = first.image is second.image
     inputs = loaded.preprocessing(image.image)
+    places = {key: place_name(mask, maps.get(key)) for key, mask in regions.items()}
     parts: dict[str, Any] = {
         "maps": maps,
-        "image": photo(loaded, image, inputs) if is_one_image else None,
-        "caption": difference_caption(graph, first.name, second.name),
+        "image": replace(photo(loaded, image, inputs), regions=regions) if is_one_image else None,
+        "caption": difference_caption(graph, first.name, second.name, places),
         "signs": (f"more for {first.name}", f"more for {second.name}"),
         "maps_at": maps_at,
     }
@@ -148,13 +150,14 @@ def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tupl
 
 def flow_difference(
     loaded: LoadedModel, first: Side, second: Side, options: FlowOptions
-) -> tuple[FlowGraph, NodeMaps, str]:
+) -> tuple[FlowGraph, NodeMaps, str, Regions]:
     """Returns the difference between two flows over the same groups, and between their joint heat maps.
 
     The numbers and heat maps of each flow come from the same passes.
 
     Returns:
-        The graph; the heat maps by the keys of its nodes; and the layer whose positions they show, empty for pixels.
+        The graph; the heat maps by the keys of its nodes; the layer whose positions they show, empty for pixels; and
+        the regions of the nodes of the input, ``(H, W)``.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.
@@ -181,7 +184,8 @@ def flow_difference(
     joints = [_joint_maps(side.mu, flow) for side, flow in zip((first, second), flows, strict=True)]
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
     maps = {key: joints[0][key] - joints[1][key] for key in keys}
-    return graph, maps, flows[0].layer if flows[0].positions else ""
+    regions = regions_of(graph, over)
+    return graph, maps, flows[0].layer if flows[0].positions else "", regions
 
 
 def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:

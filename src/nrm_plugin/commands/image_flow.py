@@ -21,12 +21,13 @@ from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import Walks, flow_caption
 from ..plots.flow_html import Pairs, save_sankey
+from ..plots.flow_places import place_name
 from ..plots.flow_thumbnails import Photo
 from ..plots.layer_profile import profile_figure
 from ..plots.ribbons import percent
 from ..search.group_walks import group_walks, least_passes
 from . import messages
-from .flow_groups import Division, FlowOptions, division
+from .flow_groups import Division, FlowOptions, division, regions_of
 from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
@@ -126,8 +127,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
     difference = None if against is None else float(mu.output)
-    patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
-    regions = {node.key: (divided.over["input"] == node.group).numpy() for node in patched}
+    regions = regions_of(graph, divided.over)
     return ImageFlow(
         mu.outputs.flatten(), target, against, difference, graph, flow.maps, flow.pairs,
         replace(shown_image, regions=regions), divided.groups,
@@ -205,17 +205,20 @@ def _write(
 def caption(flow: ImageFlow) -> str:
     """Describes a flow, and what the model did not see of the image."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
-    said = flow_caption(flow.graph, walks=flow.walks, areas=areas)
+    places = {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
+    said = flow_caption(flow.graph, walks=flow.walks, areas=areas, places=places)
     return f"{_rank(flow)} {said} {unseen(flow.photo)}".strip()
 
 
 def _rank(flow: ImageFlow) -> str:
-    """Says how likely the model finds the explained class; empty for models with one output."""
+    """Says how large the softmax of the explained class is; empty for models with one output."""
     if len(flow.outputs) < 2:
         return ""
     share = percent(float(torch.softmax(flow.outputs.double(), 0)[flow.target]))
     rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
-    return f"Its softmax is {share}, the largest." if rank == 1 else f"Its softmax is {share}, on rank {rank}."
+    if rank == 1:
+        return f"The model predicts this class, with a softmax of {share}."
+    return f"The model does not predict this class: its softmax of {share} has rank {rank}."
 
 
 def _is_whole(row: ProfileRow) -> bool:

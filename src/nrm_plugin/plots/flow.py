@@ -19,10 +19,12 @@ from .flow_caption import NAMED_WALKS, SIGNS, Walks, flow_caption, key_text
 from .flow_columns import has_off, region_name
 from .flow_layout import flow_scene
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
-from .flow_thumbnails import NodeThumbnails, Photo, node_thumbnails, painted, photo_pixels, region_places
+from .flow_thumbnails import NodeThumbnails, Photo, is_cropped, node_thumbnails, painted, photo_pixels, region_places
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
+SMALLEST = 5.0
+"""Smallest font size of names in the photograph, in points."""
 HATCHES = {"sink": "//////", "bypass": "......"}
 
 
@@ -108,7 +110,7 @@ def scene_of(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks),
+        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks, is_cropped(thumbnails)),
         width,
         shown,
         thumbnails.ratio if thumbnails else 1.0,
@@ -163,7 +165,7 @@ def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
     for key, (x, y) in region_places(photo).items():
         axes.text(
             box.x + x * box.width, box.y + y * box.height, names.get(key, ""), color="white",
-            fontsize=0.055 * box.width,
+            fontsize=max(0.055 * box.width, SMALLEST),
             ha="center", va="center", zorder=7, path_effects=[withStroke(linewidth=1.2, foreground="#222222")],
             parse_math=False,
         )  # fmt: skip

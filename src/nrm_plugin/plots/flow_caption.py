@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import node_name
+from .flow_columns import NUMBERED, has_rests, node_name
 from .ribbons import percent
 
 GROUP = re.compile(r"[A-Z]\d+")
@@ -29,10 +29,13 @@ GROUPS = (
     "that few ribbons cross."
 )
 WALKS = "The shares of walks are measured along the whole way; their ribbons are outlined."
-SIGNS = ("evidence for", "evidence against")
+SIGNS = ("evidence for the output", "evidence against it")
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
 )
+SHARES = "Percentages are shares of the output; evidence against it is negative, so that others can exceed 100%."
+DIFFERENCES = "Percentages are differences between shares of two outputs."
+CROP = "A white frame in the photograph marks the part that thumbnails show."
 THUMBNAILS = (
     "Thumbnails show relevance per area{}, on one colour scale per layer: a large pale part may carry more than a "
     "small strongly coloured one."
@@ -44,7 +47,11 @@ Walks = Sequence[tuple[Sequence[str], float]]
 
 
 def flow_caption(
-    graph: FlowGraph, target: str = "", walks: Walks = (), areas: Mapping[str, float] | None = None
+    graph: FlowGraph,
+    target: str = "",
+    walks: Walks = (),
+    areas: Mapping[str, float] | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> str:
     """Describes a flow by its largest numbers: the origin of the relevance, its main path, and negative evidence.
 
@@ -54,6 +61,7 @@ def flow_caption(
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
         areas: Share of the image that nodes of the input cover, by their keys.
+        places: Where in the image nodes of the input lie, such as "upper left", by their keys.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -62,29 +70,34 @@ def flow_caption(
         True
     """
     target = target or _target(graph)
-    ways = (
-        [_parts(graph, target, areas or {}), _strongest_walks(graph, walks)]
-        if walks
-        else [_origin(graph, target), *_ways(graph)]
-    )
-    sentences = [*ways, _against(graph, target), *_elsewhere(graph)]
+    ways = [_strongest_walks(graph, walks)] if walks else _ways(graph)
+    parts = _parts(graph, target, areas or {}, places or {})
+    sentences = [parts, *ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
-    """Describes the difference between two flows by the nodes that differ most.
+def difference_caption(graph: FlowGraph, first: str, second: str, places: Mapping[str, str] | None = None) -> str:
+    """Describes the difference between two flows by the parts of the image, and the other nodes, that differ most.
 
     Args:
         graph: The first flow minus the second.
         first: Name of the first flow, whose excess is red.
         second: Name of the second flow, whose excess is blue.
+        places: As in :func:`flow_caption`.
     """
+    places = places or {}
     nodes = [node for layer in graph.layers if layer.name != "output" for node in layer.nodes if node.kind == "group"]
     sentences = []
     for name, sign in ((first, 1), (second, -1)):
-        most = sorted((node for node in nodes if sign * node.mass >= WORTH_SAYING), key=lambda node: -sign * node.mass)
-        parts = [f"{named(node, graph)} ({percent(abs(node.mass)).removesuffix('%')} points)" for node in most[:NAMED]]
-        sentences += [f"More for {name}: {_listed(parts)}."] if parts else []
+        for where, is_input in (("in the image", True), ("in the network", False)):
+            own = [node for node in nodes if (node.layer == "input") == is_input and sign * node.mass >= WORTH_SAYING]
+            most = sorted(own, key=lambda node: -sign * node.mass)[:NAMED]
+            parts = []
+            for node in most:
+                points = f"{percent(abs(node.mass)).removesuffix('%')} points"
+                notes = [note for note in (places.get(node.key, ""), points) if note]
+                parts.append(f"{named(node, graph)} ({', '.join(notes)})")
+            sentences += [f"More for {name} {where}: {_listed(parts)}."] if parts else []
     return " ".join(sentences) or "The flows hardly differ."
 
 
@@ -95,6 +108,7 @@ def key_text(
     maps_at: str = "",
     graph: FlowGraph | None = None,
     walks: Walks = (),
+    is_cropped: bool = False,
 ) -> str:
     """Returns the legend of a flow.
 
@@ -105,17 +119,32 @@ def key_text(
         maps_at: The layer whose positions the thumbnails show; by default, single pixels.
         graph: The graph, so that only what occurs in it is explained; by default everything is.
         walks: The walks that are named.
+        is_cropped: Whether thumbnails show only a part of the photograph.
     """
     thumbnails = THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else "")
     is_grouped = graph is not None and any(GROUP.fullmatch(node.label) for node in graph.nodes if node.layer != "input")
+    is_difference = graph is not None and _is_difference(graph)
     parts = [KEY.format(_colors(graph, signs)), *([GROUPS] if is_grouped else []), *([WALKS] if walks else [])]
-    return " ".join([*parts, *([OFF] if has_off else []), *([thumbnails] if has_thumbnails else [])])
+    parts += [DIFFERENCES] if is_difference else [SHARES] if graph is not None and _exceeds(graph) else []
+    parts += [OFF] if has_off else []
+    parts += [thumbnails] if has_thumbnails else []
+    return " ".join([*parts, *([CROP] if is_cropped else [])])
+
+
+def _is_difference(graph: FlowGraph) -> bool:
+    """Returns whether the masses of the layers add up to 0, as those of the difference of two flows."""
+    return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
+
+
+def _exceeds(graph: FlowGraph) -> bool:
+    """Returns whether the positive shares of a layer add up to more than all relevance."""
+    return any(sum(max(node.mass, 0.0) for node in layer.nodes) > 1 + WORTH_SAYING for layer in graph.layers)
 
 
 def _colors(graph: FlowGraph | None, signs: tuple[str, str]) -> str:
     """Describes the colours that occur in a graph."""
     least = min((float(joint.min()) for joint in graph.joints), default=0.0) if graph is not None else -1.0
-    has_rest = graph is None or any(layer.others for layer in graph.layers)
+    has_rest = graph is None or has_rests(graph)
     against = f", blue {signs[1]}" if least < -LEAST_WALK else f"; no ribbon is {signs[1]}"
     return f"red is {signs[0]}{', grey the rest of a layer' if has_rest else ''}{against}"
 
@@ -134,38 +163,21 @@ def _target(graph: FlowGraph) -> str:
     return "all relevance"
 
 
-def _origin(graph: FlowGraph, target: str) -> str:
-    """Describes which nodes of the lowest layer receive most of the relevance of the strongest node above them."""
-    if len(graph.layers) < 2:
-        strongest = _strongest(graph.layers[-1]) if graph.layers else None
-        return f"{percent(strongest.mass)} of {target} passes through {named(strongest, graph)}." if strongest else ""
-    upper, lower = graph.layers[-2:]
-    above = _strongest(upper)
-    if above is None:
-        return ""
-    row = graph.joints[-1][upper.nodes.index(above)][: len(lower.groups)]
-    chosen = _leading(row)
-    if not chosen:
-        return ""
-    total = percent(float(row[chosen].sum()))
-    sources = _listed([named(lower.nodes[place], graph) for place in chosen])
-    way = "" if upper.name == "output" else f" by way of {named(above, graph)}"
-    return f"{total} of {target} comes from {sources}{way}."
-
-
-def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float]) -> str:
+def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Mapping[str, str]) -> str:
     """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
+    if not graph.layers:
+        return ""
     lower = graph.layers[-1]
     nodes = lower.nodes[: len(lower.groups)]
     chosen = [nodes[place] for place in _leading(np.array([node.mass for node in nodes]))]
-    if not chosen:
-        return ""
-    covers = [f" ({round(100 * areas[node.key])}% of the area)" if node.key in areas else "" for node in chosen]
-    sources = [
-        f"{percent(node.mass)} from {_unbroken(named(node, graph))}{cover}"
-        for node, cover in zip(chosen, covers, strict=True)
-    ]
-    return f"Of {target}, {_listed(sources).replace(' from ', ' comes from ', 1)}."
+    verb = "comes from" if lower.name == "input" else "passes through"
+    link = verb.split()[1]
+    sources = []
+    for node in chosen:
+        notes = [places.get(node.key, ""), f"{round(100 * areas[node.key])}% of the area" if node.key in areas else ""]
+        said = ", ".join(note for note in notes if note)
+        sources.append(f"{percent(node.mass)} {link} {_unbroken(named(node, graph))}{f' ({said})' if said else ''}")
+    return f"Of {target}, {_listed(sources).replace(f' {link} ', f' {verb} ', 1)}." if sources else ""
 
 
 def _leading(values: np.ndarray) -> list[int]:
@@ -214,7 +226,9 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)
     even = f"an even share would be {percent(1 / count)}"
-    return f"Of {count} walks, the strongest {'is' if len(said) == 1 else 'are'} {'; '.join(said)}; {even}."
+    lowest = "a part" if graph.layers[-1].name == "input" else f"a group of {graph.layers[-1].name}"
+    walks_text = f"Of the {count} walks from {lowest} to the output"
+    return f"{walks_text}, the strongest {'is' if len(said) == 1 else 'are'} {'; '.join(said)}; {even}."
 
 
 def _against(graph: FlowGraph, target: str) -> str:
@@ -230,7 +244,9 @@ def _elsewhere(graph: FlowGraph) -> list[str]:
     sentences = []
     rest = max(graph.layers, key=lambda layer: abs(layer.rest), default=None)
     if rest is not None and rest.others and abs(rest.rest) >= 0.1:
-        sentences.append(f"The other {rest.others} of {rest.name} hold {percent(rest.rest)}.")
+        are_channels = rest.name not in NUMBERED and any(label.isdecimal() for label in rest.labels)
+        others = f"{rest.others} channels" if are_channels else f"{rest.others}"
+        sentences.append(f"The other {others} of {_layer_text(rest)} hold {percent(rest.rest)}.")
     lowest = graph.layers[-1] if graph.layers else None
     if lowest is not None and abs(lowest.sink) >= WORTH_SAYING:
         sentences.append(f"Biases and stabilizers absorb {percent(lowest.sink)} above {_layer_text(lowest)}.")

@@ -63,6 +63,11 @@ def has_off(graph: FlowGraph) -> bool:
     return any(node.kind == "off" for column in drawn_columns(graph) for _, node in column)
 
 
+def has_rests(graph: FlowGraph) -> bool:
+    """Returns whether any rest node is drawn."""
+    return any(node.kind == "rest" for column in drawn_columns(graph) for _, node in column)
+
+
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
     """Returns the tone (the role of a colour) of a node: its sign, or its kind."""
     if node.kind == "off":
@@ -82,4 +87,14 @@ def region_name(node: FlowNode) -> str:
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 
-__all__ = ["MAX_GROUPS", "drawn_columns", "drawn_nodes", "has_off", "node_name", "region_name", "tone_of"]
+__all__ = [
+    "MAX_GROUPS",
+    "NUMBERED",
+    "drawn_columns",
+    "drawn_nodes",
+    "has_off",
+    "has_rests",
+    "node_name",
+    "region_name",
+    "tone_of",
+]

@@ -20,6 +20,8 @@ from .ribbons import percent
 Array = NDArray[np.float64]
 HAIRLINE = 0.3
 """Width of the thinnest ribbon that is drawn, in points."""
+NARROW = 5.0
+"""Width in inches below which long columns make a figure higher, so that thumbnails stay legible."""
 GAP = 9.0
 """Space between two nodes, in points."""
 
@@ -83,9 +85,10 @@ def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | Non
     for column in columns:  # a long column has smaller thumbnails
         widest = max((text_width(_one_line(node), letters) for _, node in column), default=0.0)
         largest = float(np.clip(0.44 * points / count, 20, 84))
-        longer = 1.1 * points / max(len(column), 1) - 2 * LINE * letters - GAP
+        tall = 1.1 if points > 72 * NARROW else 1.5
+        longer = tall * points / max(len(column), 1) - 2 * LINE * letters - GAP
         sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44)) if ratio else 0.6 * largest)
-        longest_name = max((text_width(node_name(node), letters) for _, node in column), default=0.0)
+        longest_name = max((text_width(_fitting(node, sides[-1], letters), letters) for _, node in column), default=0.0)
         lines.append(1 if widest < 0.8 * sides[-1] else 2 if longest_name < sides[-1] else 3)
     return Sizes(points, letters, ratio, tuple(sides), tuple(lines))
 
@@ -98,7 +101,7 @@ def _header(
     photo = None
     left, y = MARGIN, MARGIN
     if photo_ratio is not None:
-        side = float(np.clip(0.22 * sizes.width, 52, 110))
+        side = float(np.clip(0.22 * sizes.width, 72, 110))
         long = side / max(1.0, photo_ratio)
         photo = Box(MARGIN, MARGIN, long, long * photo_ratio)
         left = photo.right + 10
@@ -266,7 +269,8 @@ def _labels(
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
     if is_between:
         room = sizes.sides[number] - 1
-        texts = {1: [_one_line(node)], 2: [node_name(node)], 3: node_name(node).split()}[sizes.lines[number]]
+        fitting = _fitting(node, room, size)
+        texts = {1: [_one_line(node)], 2: [fitting], 3: fitting.split()}[sizes.lines[number]]
         widest = max((text_width(text, size) for text in texts), default=0.0)
         size *= float(np.clip(room / max(widest, 1e-6), 0.75, 1.0))
     elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
@@ -274,7 +278,7 @@ def _labels(
     tone = "ink" if node.kind != "group" or node.mass >= 0 else "negative"
     if sizes.lines[number] == 1:
         return (Label(x, y + 0.5 * LINE * size, _one_line(node), size, anchor, tone, True),)
-    name = _name_lines(node_name(node), sizes.lines[number] - 1, room, size)
+    name = _name_lines(_fitting(node, room, size), sizes.lines[number] - 1, room, size)
     labels = [Label(x, y + (row + 0.5) * LINE * size, text, size, anchor) for row, text in enumerate(name)]
     return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
 
@@ -283,6 +287,12 @@ def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
     """Breaks a name into at most so many lines that fit a width; the last one is shortened."""
     lines = wrapped_lines(name, room, size) if count > 1 else [name]
     return [*lines[: count - 1], *([cut(" ".join(lines[count - 1 :]), room, size)] if len(lines) >= count else [])]
+
+
+def _fitting(node: FlowNode, room: float, size: float) -> str:
+    """Returns the name of a node, in which "channel" is abbreviated if it does not fit a width."""
+    name = node_name(node)
+    return name if text_width(name, size) <= room else name.replace("channel ", "ch.\u00a0")
 
 
 def _one_line(node: FlowNode) -> str:
