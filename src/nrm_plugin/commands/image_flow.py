@@ -20,7 +20,8 @@ from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import Walks, flow_caption
-from ..plots.flow_html import Pairs, save_sankey
+from ..plots.flow_html import save_sankey
+from ..plots.flow_notes import Pairs
 from ..plots.flow_places import place_name
 from ..plots.flow_thumbnails import Photo
 from ..plots.layer_profile import profile_figure
@@ -185,7 +186,7 @@ def _write(
     target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
-    parts |= {"maps_at": flow.maps_at, "walks": flow.walks}
+    parts |= {"maps_at": flow.maps_at, "walks": flow.walks, "pairs": flow.pairs}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
@@ -194,7 +195,7 @@ def _write(
     more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
-        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
+        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), **parts)
     for path in stored:
         assert flow.groups is not None
         with writing(path) as temporary:

@@ -18,6 +18,7 @@ from ..measure.flow_heat_maps import NodeMaps
 from .flow_caption import NAMED_WALKS, SIGNS, Walks, flow_caption, key_text
 from .flow_columns import has_off, region_name
 from .flow_layout import flow_scene
+from .flow_notes import Pairs, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
 from .flow_thumbnails import NodeThumbnails, Photo, is_cropped, node_thumbnails, painted, photo_pixels, region_places
 from .layer_profile import profile_figure
@@ -40,6 +41,7 @@ def flow_figure(
     maps_at: str = "",
     walks: Walks = (),
     signs: tuple[str, str] = SIGNS,
+    pairs: Pairs | None = None,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
 
@@ -60,6 +62,8 @@ def flow_figure(
         maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
         walks: The strongest walks over groups, as in the caption: the ribbons of those that it names are outlined.
         signs: Descriptions of positive and negative relevance for the legend.
+        pairs: Joint relevance of nodes in layers that are not neighbours, as in :func:`~nrm_plugin.plots.sankey`: the
+            part of the image that stands out in a group of channels is named below the group.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -73,7 +77,7 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -103,18 +107,21 @@ def scene_of(
     signs: tuple[str, str] = SIGNS,
     maps_at: str = "",
     walks: Walks = (),
+    pairs: Pairs | None = None,
 ) -> Scene:
     """Returns the layout of a flow with its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
+    notes = {} if pairs is None else standing_out(graph, pairs)
     return flow_scene(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks, is_cropped(thumbnails)),
+        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks, is_cropped(thumbnails), bool(notes)),
         width,
         shown,
         thumbnails.ratio if thumbnails else 1.0,
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
+        notes,
     )
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import NUMBERED, has_rests, node_name
+from .flow_notes import is_group
 from .ribbons import percent
 
-GROUP = re.compile(r"[A-Z]\d+")
-"""A name that the command gives to a group of channels; patches of the input have such names as well."""
 NO_BREAK = "\u00a0"
 NAMED = 3
 """Largest number of nodes in a list."""
@@ -27,6 +25,10 @@ KEY = "The input is on the left. Heights are relevance, on one scale for all lay
 GROUPS = (
     "A1, A2, … are groups of channels that act together in this image; they are numbered by relevance, and ordered so "
     "that few ribbons cross."
+)
+NOTES = (
+    "Below a group: the part of the image that has a larger share of the group than of all relevance, and this share; "
+    "without one, the group draws on all parts about alike."
 )
 WALKS = "The shares of walks are measured along the whole way; their ribbons are outlined."
 SIGNS = ("evidence for the output", "evidence against it")
@@ -109,6 +111,7 @@ def key_text(
     graph: FlowGraph | None = None,
     walks: Walks = (),
     is_cropped: bool = False,
+    has_notes: bool = False,
 ) -> str:
     """Returns the legend of a flow.
 
@@ -120,15 +123,22 @@ def key_text(
         graph: The graph, so that only what occurs in it is explained; by default everything is.
         walks: The walks that are named.
         is_cropped: Whether thumbnails show only a part of the photograph.
+        has_notes: Whether parts of the image are named below groups.
     """
-    thumbnails = THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else "")
-    is_grouped = graph is not None and any(GROUP.fullmatch(node.label) for node in graph.nodes if node.layer != "input")
+    is_grouped = graph is not None and any(is_group(node.label, node.layer) for node in graph.nodes)
     is_difference = graph is not None and _is_difference(graph)
-    parts = [KEY.format(_colors(graph, signs)), *([GROUPS] if is_grouped else []), *([WALKS] if walks else [])]
-    parts += [DIFFERENCES] if is_difference else [SHARES] if graph is not None and _exceeds(graph) else []
-    parts += [OFF] if has_off else []
-    parts += [thumbnails] if has_thumbnails else []
-    return " ".join([*parts, *([CROP] if is_cropped else [])])
+    sentences = {
+        KEY.format(_colors(graph, signs)): True,
+        GROUPS: is_grouped,
+        NOTES: has_notes,
+        WALKS: bool(walks),
+        DIFFERENCES: is_difference,
+        SHARES: graph is not None and not is_difference and _exceeds(graph),
+        OFF: has_off,
+        THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else ""): has_thumbnails,
+        CROP: is_cropped,
+    }
+    return " ".join(sentence for sentence, is_needed in sentences.items() if is_needed)
 
 
 def _is_difference(graph: FlowGraph) -> bool:

@@ -38,6 +38,7 @@ def flow_scene(
     thumbnails: Mapping[str, object] | None = None,
     ratio: float = 1.0,
     photo_ratio: float | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Scene:
     """Lays out a flow.
 
@@ -50,13 +51,15 @@ def flow_scene(
         thumbnails: The keys of the nodes with a thumbnail.
         ratio: Ratio of the height of a thumbnail to its width.
         photo_ratio: The same ratio for the photograph next to the caption, or None without a photograph.
+        notes: Notes below the names of nodes, by their keys.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
     """
     thumbnails = thumbnails or {}
     columns = drawn_columns(graph)
-    sizes = _sizes(columns, width, ratio if thumbnails else 0.0)
+    notes = notes or {}
+    sizes = _sizes(columns, width, ratio if thumbnails else 0.0, notes)
     photo, labels, top = _header(sizes, heading, caption, photo_ratio)
     labels += _column_headings(graph, sizes, top)
     top += 2 * LINE * sizes.letters + 8
@@ -66,7 +69,9 @@ def flow_scene(
     nodes = [
         node
         for number, column in enumerate(columns)
-        for node in _placed(graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails)
+        for node in _placed(
+            graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails, notes
+        )
     ]
     bands, omitted = _bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
@@ -77,7 +82,9 @@ def flow_scene(
     return Scene(sizes.width, bottom + MARGIN, photo, tuple(labels), tuple(nodes), tuple(bands), unit, omitted)
 
 
-def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | None, ratio: float) -> Sizes:
+def _sizes(
+    columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | None, ratio: float, notes: Mapping[str, str]
+) -> Sizes:
     count, longest = max(len(columns), 1), max((len(column) for column in columns), default=1)
     points = 72 * (max(7.2, 1.9 * count, 0.8 * longest) if width is None else width)
     letters = float(np.clip(points / (14.5 * count), 5.0, 7.2))
@@ -90,7 +97,8 @@ def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | Non
         sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44)) if ratio else 0.6 * largest)
         longest_name = max((text_width(_fitting(node, sides[-1], letters), letters) for _, node in column), default=0.0)
         lines.append(1 if widest < 0.8 * sides[-1] else 2 if longest_name < sides[-1] else 3)
-    return Sizes(points, letters, ratio, tuple(sides), tuple(lines))
+    noted = tuple(int(any(node.key in notes for _, node in column)) for column in columns)
+    return Sizes(points, letters, ratio, tuple(sides), tuple(lines), noted)
 
 
 def _header(
@@ -213,6 +221,7 @@ def _placed(
     top: float,
     sizes: Sizes,
     thumbnails: Mapping[str, object],
+    notes: Mapping[str, str],
 ) -> list[DrawnNode]:
     """Returns the nodes of a column, distributed over the height of the flow."""
     own = [
@@ -231,6 +240,8 @@ def _placed(
         thumbnail = inner if node.key in thumbnails else None
         is_between = any(bar.bottom > inner.bottom for bar, _ in bars)
         labels = _labels(graph, number, node, box, inner.bottom + 1, sizes, is_between)
+        if node.key in notes:
+            labels = (*labels, _note(notes[node.key], labels[-1], sizes, number, is_between))
         nodes.append(DrawnNode(node, number, box, thumbnail, bars, labels))
         y += height + GAP + space
     return nodes
@@ -281,6 +292,14 @@ def _labels(
     name = _name_lines(_fitting(node, room, size), sizes.lines[number] - 1, room, size)
     labels = [Label(x, y + (row + 0.5) * LINE * size, text, size, anchor) for row, text in enumerate(name)]
     return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
+
+
+def _note(text: str, above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
+    """Returns the label with a note, below another label."""
+    size = 0.9 * above.size
+    room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
+    size *= float(np.clip(room / max(text_width(text, size), 1e-6), 0.75, 1.0))
+    return Label(above.x, above.y + LINE * above.size, cut(text, room, size), size, above.anchor, "pale")
 
 
 def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:

@@ -123,6 +123,7 @@ class Sizes:
         ratio: Ratio of the height of a thumbnail to its width; 0 without thumbnails.
         sides: Width of the thumbnails of each column.
         lines: Number of lines of text of the nodes of each column.
+        notes: Number of further lines, for notes.
     """
 
     width: float
@@ -130,6 +131,7 @@ class Sizes:
     ratio: float
     sides: tuple[float, ...]
     lines: tuple[int, ...]
+    notes: tuple[int, ...]
 
     @property
     def gap(self) -> float:
@@ -139,7 +141,7 @@ class Sizes:
 
     def text(self, column: int) -> float:
         """Returns the height of the lines of text of a node."""
-        return self.lines[column] * LINE * self.letters + 1
+        return (self.lines[column] + self.notes[column]) * LINE * self.letters + 1
 
     def node(self, column: int) -> float:
         """Returns the width of a node with its two bars."""
