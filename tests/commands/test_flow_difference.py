@@ -57,7 +57,7 @@ def test_two_classes_are_compared_by_their_outputs_alone(here):  # noqa: F811
     assert set(graph.layers[0].labels) == {"class 1", "class 2"}
     assert [layer.others for layer in graph.layers[1:3]] == [3, 3]
     stored = json.loads(Path("nrm-flow/noise-difference.json").read_text())
-    assert "More for class 1 in the network: " in stored["caption"]
+    assert stored["caption"].startswith("The softmax is 25% for class 1 and 27% for class 2. More for class 1: ")
     assert stored["settings"]["minus"] == "class 2"
     assert {path.suffix for path in Path("nrm-flow").iterdir()} == {".json", ".png", ".html"}
 

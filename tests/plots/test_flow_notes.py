@@ -63,7 +63,8 @@ def test_small_groups_channels_and_flows_that_end_elsewhere_have_no_notes(graph)
 
 @pytest.mark.parametrize("width", [None, 3.3])
 def test_notes_are_drawn_below_their_groups_and_explained(graph, width):
-    drawn = flow_figure(graph, width=width, pairs=PAIRS).axes[0].texts
+    maps = {node.key: np.ones((60, 60)) for node in graph.nodes if node.kind == "group"}
+    drawn = flow_figure(graph, width=width, maps=maps, pairs=PAIRS).axes[0].texts
     found = [text.get_text() for text in drawn]
     assert {"part 1: 85%", "part 2: 57%", "part 2: 75%"} <= {*found}
     note = next(text for text in drawn if text.get_text() == "part 1: 85%")

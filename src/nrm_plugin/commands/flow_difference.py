@@ -22,6 +22,7 @@ from ..plots.flow import flow_figure
 from ..plots.flow_caption import difference_caption
 from ..plots.flow_html import save_sankey
 from ..plots.flow_places import place_name
+from ..plots.ribbons import percent
 from . import messages
 from .flow_groups import FlowOptions, Regions, division, regions_of
 from .image_loop import Printed
@@ -89,8 +90,11 @@ def explain_difference(
     parts: dict[str, Any] = {
         "maps": maps,
         "image": replace(photo(loaded, image, inputs), regions=regions) if is_one_image else None,
-        "caption": difference_caption(graph, first.name, second.name, places),
-        "signs": (f"more for {first.name}", f"more for {second.name}"),
+        "caption": f"{_softmax(first, second)}{difference_caption(graph, first.name, second.name, places)}",
+        "signs": tuple(
+            f"more evidence for {one.name}, or less for {other.name}"
+            for one, other in ((first, second), (second, first))
+        ),
         "maps_at": maps_at,
     }
     drawn = flow_figure(graph, heading, options.dark, width=options.width, **parts)
@@ -105,6 +109,15 @@ def explain_difference(
         *messages.files([figure, numbers, page]),
     ]
     return Printed([shown(line) for line in lines])
+
+
+def _softmax(*both: Side) -> str:
+    """Says how large the softmax of both explained outputs is; empty for models with one output."""
+    if both[0].mu.outputs.numel() < 2:
+        return ""
+    shares = [float(side.mu.outputs.flatten().double().softmax(0)[side.target]) for side in both]
+    said = [f"{percent(share)} for {side.name}" for share, side in zip(shares, both, strict=True)]
+    return f"The softmax is {' and '.join(said)}. "
 
 
 def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str) -> tuple[Side, Side]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.images import shown
+from ..measure.connected_parts import connected_parts
 from ..measure.flow import ordered_taps
 from ..measure.flow_graph import FlowGraph
 from ..measure.group_search import find_groups
@@ -137,7 +141,8 @@ def groups_of(
     ordered = [layer for layer, _ in ordered_taps(mu, layers)]
     if INPUT not in ordered:
         return _with_short_names(find_groups(mu, ordered, wanted, names=names))
-    groups = find_groups(mu, ordered, wanted, {INPUT: _members_of_the_input(image)}, names=names)
+    members = _members_of_the_input(image)
+    groups = _connected(mu, find_groups(mu, ordered, wanted, {INPUT: members}, names=names), members)
     if _count(groups) == 1:  # the layer above is a single number, on which all parts of the image depend alike
         counts = {layer: None if layer == INPUT else wanted for layer in ordered}
         groups = find_groups(mu, ordered, counts, {INPUT: _few_parts(image, wanted)}, names=names)
@@ -168,6 +173,24 @@ def _members_of_the_input(image: Tensor) -> Tensor:
         return segments(image)
     size = image.shape[-2:]
     return patches(size, min(MOST_PATCHES, *size))
+
+
+def _connected(mu: RelevanceMeasure, groups: Groups, members: Tensor) -> Groups:
+    """Returns groups in which those of the input are connected regions, numbered by relevance."""
+    number = groups.layers.index(INPUT)
+    masses = mu.marginal(INPUT, over=members)[0].double().cpu()
+    labels = connected_parts(groups.labels[number].cpu(), members.cpu(), masses.abs())
+    sums = torch.zeros(int(labels.max()) + 1, dtype=masses.dtype).index_add(0, labels, masses)
+    order = sums.abs().argsort(descending=True, stable=True)
+    return replace(
+        groups,
+        labels=(*groups.labels[:number], order.argsort()[labels], *groups.labels[number + 1 :]),
+        masses=(*groups.masses[:number], tuple(sums[order].tolist()), *groups.masses[number + 1 :]),
+        kappas=tuple(
+            math.nan if INPUT in pair else kappa
+            for pair, kappa in zip(pairwise(groups.layers), groups.kappas, strict=True)
+        ),
+    )
 
 
 def _few_parts(image: Tensor, count: int) -> Tensor:

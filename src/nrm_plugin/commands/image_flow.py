@@ -32,6 +32,7 @@ from .flow_groups import Division, FlowOptions, division, regions_of
 from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
+    class_name,
     explained_title,
     image_settings,
     json_stem,
@@ -68,6 +69,7 @@ class ImageFlow:
         maps_at: The layer whose positions the heat maps show; empty for single pixels.
         walks: The strongest walks over the groups, if there are not too many to compute all of them.
         profile: Profile of the layers, compared with plain LRP.
+        next_class: Name of the class with the largest output except the explained one.
     """
 
     outputs: Tensor
@@ -82,6 +84,7 @@ class ImageFlow:
     maps_at: str
     walks: Walks
     profile: Sequence[ProfileRow]
+    next_class: str = ""
 
 
 def explain_flow(
@@ -133,7 +136,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
         mu.outputs.flatten(), target, against, difference, graph, flow.maps, flow.pairs,
         replace(shown_image, regions=regions), divided.groups,
         flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
-        profile(mu, request.layers, plain),
+        profile(mu, request.layers, plain), _next_class(loaded, mu.outputs.flatten(), target),
     )  # fmt: skip
 
 
@@ -208,7 +211,7 @@ def caption(flow: ImageFlow) -> str:
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
     places = {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
     said = flow_caption(flow.graph, walks=flow.walks, areas=areas, places=places)
-    return f"{_rank(flow)} {said} {unseen(flow.photo)}".strip()
+    return " ".join(filter(None, (_rank(flow), _whole(flow), said, unseen(flow.photo))))
 
 
 def _rank(flow: ImageFlow) -> str:
@@ -218,8 +221,24 @@ def _rank(flow: ImageFlow) -> str:
     share = percent(float(torch.softmax(flow.outputs.double(), 0)[flow.target]))
     rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
     if rank == 1:
-        return f"The model predicts this class, with a softmax of {share}."
+        others = flow.outputs.double().softmax(0).sort(descending=True).values
+        after = f"; the next is {flow.next_class} with {percent(float(others[1]))}" if flow.next_class else ""
+        return f"The model predicts this class, with a softmax of {share}{after}."
     return f"The model does not predict this class: its softmax of {share} has rank {rank}."
+
+
+def _whole(flow: ImageFlow) -> str:
+    """Says which number the relevance divides, if this is a difference of outputs."""
+    if flow.difference is None or flow.difference <= 0:
+        return ""
+    others = "the others" if isinstance(flow.against, str) else "the other"
+    return f"100% is its score minus that of {others}, {flow.difference:.3g}."
+
+
+def _next_class(loaded: LoadedModel, outputs: Tensor, target: int) -> str:
+    """Returns the name of the class with the largest output except the explained one."""
+    order = [index for index in outputs.argsort(descending=True).tolist() if index != target]
+    return f"“{class_name(loaded, order[0])}”" if order and class_name(loaded, order[0]) else ""
 
 
 def _is_whole(row: ProfileRow) -> bool:

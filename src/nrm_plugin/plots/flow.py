@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
-from .flow_caption import NAMED_WALKS, SIGNS, Walks, flow_caption, key_text
+from .flow_caption import Walks, flow_caption, named_walks
 from .flow_columns import has_off, region_name
+from .flow_key import SIGNS, key_text
 from .flow_layout import flow_scene
 from .flow_notes import Pairs, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
@@ -60,7 +62,7 @@ def flow_figure(
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
         maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
-        walks: The strongest walks over groups, as in the caption: the ribbons of those that it names are outlined.
+        walks: The strongest walks over groups, as in the caption: those that it names are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in layers that are not neighbours, as in :func:`~nrm_plugin.plots.sankey`: the
             part of the image that stands out in a group of channels is named below the group.
@@ -84,9 +86,10 @@ def flow_figure(
     axes.set_xlim(0, scene.width)
     axes.set_ylim(scene.height, 0)
     axes.set_axis_off()
-    outlined = {pair for keys, _ in walks[:NAMED_WALKS] for pair in pairwise(keys)}
     for band in sorted(scene.bands, key=lambda band: -band.width):
-        _draw_band(axes, band, palette, (band.lower, band.upper) in outlined)
+        _draw_band(axes, band, palette)
+    for band in walk_bands(scene, walks):
+        _draw_band(axes, band, palette, is_edged=True)
     for node in scene.nodes:
         _draw_node(axes, node, thumbnails, palette)
     if scene.photo is not None and photo is not None:
@@ -141,14 +144,31 @@ def curve(band: Band) -> list[tuple[float, float]]:
     return over + under
 
 
-def _draw_band(axes: Axes, band: Band, palette: Palette, is_outlined: bool) -> None:
+def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
+    """Returns the bands of the walks that the caption names, at the upper edges of the ribbons, in their own widths."""
+    ribbons = {(band.lower, band.upper): band for band in scene.bands}
+    filled = dict.fromkeys(ribbons, 0.0)
+    bands = []
+    for keys, mass in named_walks(walks):
+        for pair in pairwise(keys):
+            if pair in ribbons:
+                ribbon = ribbons[pair]
+                width = min(mass * scene.unit, ribbon.width - filled[pair])
+                shift = filled[pair] + width / 2 - ribbon.width / 2
+                start, end = ((x, y + shift) for x, y in (ribbon.start, ribbon.end))
+                filled[pair] += width
+                bands.append(replace(ribbon, value=mass, start=start, end=end, width=width, strength=0.9))
+    return bands
+
+
+def _draw_band(axes: Axes, band: Band, palette: Palette, is_edged: bool = False) -> None:
     points = curve(band)
     path = Curve([*points, points[0]], [1, 4, 4, 4, 2, 4, 4, 4, 79])
     axes.add_patch(
         PathPatch(path, facecolor=color_of(band.tone, palette), edgecolor="none", alpha=band.strength, zorder=2)
     )
-    if is_outlined:
-        axes.add_patch(PathPatch(path, fill=False, edgecolor=palette.ink, linewidth=0.7, zorder=2.5))
+    if is_edged:
+        axes.add_patch(PathPatch(path, fill=False, edgecolor=palette.ink, linewidth=0.5, zorder=2.5))
 
 
 def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, palette: Palette) -> None:
@@ -173,7 +193,8 @@ def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
         axes.text(
             box.x + x * box.width, box.y + y * box.height, names.get(key, ""), color="white",
             fontsize=max(0.055 * box.width, SMALLEST),
-            ha="center", va="center", zorder=7, path_effects=[withStroke(linewidth=1.2, foreground="#222222")],
+            ha="center", va="center", zorder=7, path_effects=[withStroke(linewidth=1.8, foreground="#111111")],
+            weight="bold",
             parse_math=False,
         )  # fmt: skip
 

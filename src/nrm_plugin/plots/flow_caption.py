@@ -8,42 +8,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import NUMBERED, has_rests, node_name
+from .flow_columns import NUMBERED, node_name
 from .flow_notes import is_group
 from .ribbons import percent
 
 NO_BREAK = "\u00a0"
 NAMED = 3
 """Largest number of nodes in a list."""
-NAMED_WALKS, LEAST_WALK = 2, 1e-3
-"""Largest number of walks that are named, and the least relevance of one."""
+NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.02, 1e-3
+"""Largest number of walks that are named, the least relevance of one, and that of one whose relevance is said."""
 ENOUGH = 0.6
 """Share of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
-KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
-GROUPS = (
-    "A1, A2, … are groups of channels that act together in this image; they are numbered by relevance, and ordered so "
-    "that few ribbons cross."
-)
-NOTES = (
-    "Below a group: the part of the image that has a larger share of the group than of all relevance, and this share; "
-    "without one, the group draws on all parts about alike."
-)
-WALKS = "The shares of walks are measured along the whole way; their ribbons are outlined."
-SIGNS = ("evidence for the output", "evidence against it")
-OFF = (
-    "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
-)
-SHARES = "Percentages are shares of the output; evidence against it is negative, so that others can exceed 100%."
-DIFFERENCES = "Percentages are differences between shares of two outputs."
-CROP = "A white frame in the photograph marks the part that thumbnails show."
-THUMBNAILS = (
-    "Thumbnails show relevance per area{}, on one colour scale per layer: a large pale part may carry more than a "
-    "small strongly coloured one."
-)
-
-
 Walks = Sequence[tuple[Sequence[str], float]]
 """Walks over groups: the keys of their nodes, from the input up, and their masses; the strongest first."""
 
@@ -74,7 +51,7 @@ def flow_caption(
     target = target or _target(graph)
     ways = [_strongest_walks(graph, walks)] if walks else _ways(graph)
     parts = _parts(graph, target, areas or {}, places or {})
-    sentences = [parts, *ways, _against(graph, target), *_elsewhere(graph)]
+    sentences = [parts, _largest_groups(graph), *ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -91,72 +68,20 @@ def difference_caption(graph: FlowGraph, first: str, second: str, places: Mappin
     nodes = [node for layer in graph.layers if layer.name != "output" for node in layer.nodes if node.kind == "group"]
     sentences = []
     for name, sign in ((first, 1), (second, -1)):
+        clauses = []
         for where, is_input in (("in the image", True), ("in the network", False)):
             own = [node for node in nodes if (node.layer == "input") == is_input and sign * node.mass >= WORTH_SAYING]
             most = sorted(own, key=lambda node: -sign * node.mass)[:NAMED]
-            parts = []
-            for node in most:
-                points = f"{percent(abs(node.mass)).removesuffix('%')} points"
-                notes = [note for note in (places.get(node.key, ""), points) if note]
-                parts.append(f"{named(node, graph)} ({', '.join(notes)})")
-            sentences += [f"More for {name} {where}: {_listed(parts)}."] if parts else []
+            notes = [", ".join(filter(None, (places.get(node.key, ""), percent(abs(node.mass))))) for node in most]
+            parts = [f"{named(node, graph)} ({note})" for node, note in zip(most, notes, strict=True)]
+            clauses += [f"{_listed(parts)} {where}"] if parts else []
+        sentences += [f"More for {name}: {'; '.join(clauses)}."] if clauses else []
     return " ".join(sentences) or "The flows hardly differ."
 
 
-def key_text(
-    has_thumbnails: bool,
-    has_off: bool,
-    signs: tuple[str, str] = SIGNS,
-    maps_at: str = "",
-    graph: FlowGraph | None = None,
-    walks: Walks = (),
-    is_cropped: bool = False,
-    has_notes: bool = False,
-) -> str:
-    """Returns the legend of a flow.
-
-    Args:
-        has_thumbnails: Whether nodes have thumbnails.
-        has_off: Whether walks off a layer are drawn.
-        signs: What positive and negative relevance mean.
-        maps_at: The layer whose positions the thumbnails show; by default, single pixels.
-        graph: The graph, so that only what occurs in it is explained; by default everything is.
-        walks: The walks that are named.
-        is_cropped: Whether thumbnails show only a part of the photograph.
-        has_notes: Whether parts of the image are named below groups.
-    """
-    is_grouped = graph is not None and any(is_group(node.label, node.layer) for node in graph.nodes)
-    is_difference = graph is not None and _is_difference(graph)
-    sentences = {
-        KEY.format(_colors(graph, signs)): True,
-        GROUPS: is_grouped,
-        NOTES: has_notes,
-        WALKS: bool(walks),
-        DIFFERENCES: is_difference,
-        SHARES: graph is not None and not is_difference and _exceeds(graph),
-        OFF: has_off,
-        THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else ""): has_thumbnails,
-        CROP: is_cropped,
-    }
-    return " ".join(sentence for sentence, is_needed in sentences.items() if is_needed)
-
-
-def _is_difference(graph: FlowGraph) -> bool:
-    """Returns whether the masses of the layers add up to 0, as those of the difference of two flows."""
-    return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
-
-
-def _exceeds(graph: FlowGraph) -> bool:
-    """Returns whether the positive shares of a layer add up to more than all relevance."""
-    return any(sum(max(node.mass, 0.0) for node in layer.nodes) > 1 + WORTH_SAYING for layer in graph.layers)
-
-
-def _colors(graph: FlowGraph | None, signs: tuple[str, str]) -> str:
-    """Describes the colours that occur in a graph."""
-    least = min((float(joint.min()) for joint in graph.joints), default=0.0) if graph is not None else -1.0
-    has_rest = graph is None or has_rests(graph)
-    against = f", blue {signs[1]}" if least < -LEAST_WALK else f"; no ribbon is {signs[1]}"
-    return f"red is {signs[0]}{', grey the rest of a layer' if has_rest else ''}{against}"
+def named_walks(walks: Walks) -> Walks:
+    """Returns the walks that a caption names: the strongest, unless the relevance is spread over very many."""
+    return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if mass >= NAMED_WALK]
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
@@ -187,7 +112,21 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
         notes = [places.get(node.key, ""), f"{round(100 * areas[node.key])}% of the area" if node.key in areas else ""]
         said = ", ".join(note for note in notes if note)
         sources.append(f"{percent(node.mass)} {link} {_unbroken(named(node, graph))}{f' ({said})' if said else ''}")
-    return f"Of {target}, {_listed(sources).replace(f' {link} ', f' {verb} ', 1)}." if sources else ""
+    if not sources:
+        return ""
+    others = [node.mass for node in nodes if node not in chosen]
+    more = f"; the other {len(others)} shown together have {percent(sum(others))}" if len(others) > 1 else ""
+    return f"Of {target}, {_listed(sources).replace(f' {link} ', f' {verb} ', 1)}{more}."
+
+
+def _largest_groups(graph: FlowGraph) -> str:
+    """Names the largest groups of the uppermost layer that has groups of channels."""
+    for layer in graph.layers[:-1]:
+        groups = [node for node in layer.nodes if is_group(node.label, layer.name)]
+        most = sorted((node for node in groups if node.mass >= WORTH_SAYING), key=lambda node: -node.mass)[:NAMED]
+        if len(most) > 1:
+            return f"In {layer.name}, {_listed([f'{node.label} ({percent(node.mass)})' for node in most])} carry most."
+    return ""
 
 
 def _leading(values: np.ndarray) -> list[int]:
@@ -214,7 +153,7 @@ def _ways(graph: FlowGraph) -> list[str]:
         if groups[above, below] >= WORTH_SAYING:
             one, other = upper.nodes[above], lower.nodes[below]
             share = percent(float(groups[above, below]))
-            sentences.append(f"The widest way up is {named(other, graph)} → {named(one, graph)}: {share}.")
+            sentences.append(f"The widest ribbon is {named(other, graph)} → {named(one, graph)}: {share}.")
     return sentences
 
 
@@ -231,22 +170,25 @@ def _unbroken(text: str) -> str:
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
     """Names the walks over groups that carry most."""
-    said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= LEAST_WALK]
-    if not said:
+    if not walks or walks[0][1] < LEAST_WALK:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)
-    even = f"an even share would be {percent(1 / count)}"
     lowest = "a part" if graph.layers[-1].name == "input" else f"a group of {graph.layers[-1].name}"
-    walks_text = f"Of the {count} walks from {lowest} to the output"
-    return f"{walks_text}, the strongest {'is' if len(said) == 1 else 'are'} {'; '.join(said)}; {even}."
+    said = [f"{walk_name(graph, keys)} ({percent(mass)})" for keys, mass in named_walks(walks)]
+    if not said:
+        most = percent(walks[0][1])
+        return f"No single walk stands out: the strongest of {count} from {lowest} to the output has {most}."
+    verb = "is" if len(said) == 1 else "are"
+    even = f"each would have {percent(1 / count)} if all had the same"
+    return f"The strongest of {count} walks from {lowest} to the output {verb} {_listed(said)}; {even}."
 
 
 def _against(graph: FlowGraph, target: str) -> str:
     groups = [node for layer in graph.layers[1:] for node in layer.nodes if node.kind == "group"]
-    worst = min(groups, key=lambda node: node.mass, default=None)
-    if worst is None or worst.mass > -WORTH_SAYING:
-        return ""
-    return f"Against it: {named(worst, graph)} with {percent(worst.mass)}."
+    against = sorted((node for node in groups if node.mass <= -WORTH_SAYING), key=lambda node: node.mass)
+    worst = [node for node in against if node.layer == against[0].layer][:NAMED]
+    said = [f"{named(node, graph)} with {percent(node.mass)}" for node in worst]
+    return f"Against it: {_listed(said)}." if said else ""
 
 
 def _elsewhere(graph: FlowGraph) -> list[str]:
@@ -256,7 +198,7 @@ def _elsewhere(graph: FlowGraph) -> list[str]:
     if rest is not None and rest.others and abs(rest.rest) >= 0.1:
         are_channels = rest.name not in NUMBERED and any(label.isdecimal() for label in rest.labels)
         others = f"{rest.others} channels" if are_channels else f"{rest.others}"
-        sentences.append(f"The other {others} of {_layer_text(rest)} hold {percent(rest.rest)}.")
+        sentences.append(f"The other {others} of {_layer_text(rest)} have {percent(rest.rest)}.")
     lowest = graph.layers[-1] if graph.layers else None
     if lowest is not None and abs(lowest.sink) >= WORTH_SAYING:
         sentences.append(f"Biases and stabilizers absorb {percent(lowest.sink)} above {_layer_text(lowest)}.")
@@ -279,4 +221,4 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-__all__ = ["SIGNS", "Walks", "difference_caption", "flow_caption", "key_text", "walk_name"]
+__all__ = ["Walks", "difference_caption", "flow_caption", "named_walks", "walk_name"]

@@ -68,11 +68,16 @@ def has_rests(graph: FlowGraph) -> bool:
     return any(node.kind == "rest" for column in drawn_columns(graph) for _, node in column)
 
 
+def is_difference(graph: FlowGraph) -> bool:
+    """Returns whether the masses of each layer add up to 0, as those of the difference of two flows."""
+    return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
+
+
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
     """Returns the tone (the role of a colour) of a node: its sign, or its kind."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
-    return "rest" if node.kind == "rest" else "positive" if value >= 0 else "negative"
+    return "negative" if value < 0 else "rest" if node.kind == "rest" else "positive"
 
 
 def node_name(node: FlowNode) -> str:
@@ -94,6 +99,7 @@ __all__ = [
     "drawn_nodes",
     "has_off",
     "has_rests",
+    "is_difference",
     "node_name",
     "region_name",
     "tone_of",

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow import curve, scene_of
-from .flow_caption import SIGNS, Walks, flow_caption, walk_name
+from .flow_caption import Walks, flow_caption, walk_name
 from .flow_columns import node_name, region_name
+from .flow_key import SIGNS
 from .flow_notes import Pairs
 from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import drawn_columns, node_name, tone_of
+from .flow_columns import drawn_columns, is_difference, node_name, tone_of
 from .flow_parts import BAR, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
@@ -92,7 +92,7 @@ def _sizes(
     for column in columns:  # a long column has smaller thumbnails
         widest = max((text_width(_one_line(node), letters) for _, node in column), default=0.0)
         largest = float(np.clip(0.44 * points / count, 20, 84))
-        tall = 1.1 if points > 72 * NARROW else 1.5
+        tall = 1.1 if points > 72 * NARROW else 1.35
         longer = tall * points / max(len(column), 1) - 2 * LINE * letters - GAP
         sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44)) if ratio else 0.6 * largest)
         longest_name = max((text_width(_fitting(node, sides[-1], letters), letters) for _, node in column), default=0.0)
@@ -115,6 +115,8 @@ def _header(
         left = photo.right + 10
     big, small = min(10.5, 1.4 * sizes.letters + 0.5), 1.08 * sizes.letters
     for text, size, is_bold in ((heading, big, True), (caption, small, False)):
+        if text and not is_bold and photo is not None and sizes.width < 72 * NARROW:  # below the photograph
+            left, y = MARGIN, max(y, photo.bottom + 4)
         for line in wrapped_lines(text, sizes.width - left - MARGIN, size, is_bold):
             tone = "ink"
             labels.append(Label(left, y + 0.5 * LINE * size, line, size, "start", tone, is_bold))
@@ -136,15 +138,20 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
             x, anchor = sizes.width - MARGIN, "end"
         size = 1.1 * sizes.letters
         labels.append(Label(x, top + 4, cut(layer.name, room, size, True), size, anchor, "ink", True))
-        note = cut(layer_note(layer), room, 0.9 * sizes.letters)
+        note = cut(layer_note(layer, is_difference(graph)), room, 0.9 * sizes.letters)
         labels.append(Label(x, top + 4 + LINE * size, note, 0.9 * sizes.letters, anchor, "pale"))
     return labels
 
 
-def layer_note(layer: FlowLayer) -> str:
-    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
+def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
+    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``.
+
+    The masses of a difference of two flows add up to nothing, so that they are omitted.
+    """
     if not layer.groups:
         return "no relevance crosses it"
+    if is_difference:
+        return f"{len(layer.groups)} of {len(layer.groups) + layer.others}" if layer.others else ""
     shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
     if not layer.others:
         return share if shown == 1 else f"all {shown}: {share}"
@@ -358,7 +365,7 @@ def _bands(
 
 
 def _tone(kinds: Collection[str], value: float) -> str:
-    return "rest" if "rest" in kinds else "positive" if value >= 0 else "negative"
+    return "negative" if value < 0 else "rest" if "rest" in kinds else "positive"
 
 
 def _tops(values: Array, unit: float) -> Array:
