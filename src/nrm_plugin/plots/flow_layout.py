@@ -305,7 +305,7 @@ def _note(text: str, above: Label, sizes: Sizes, number: int, is_between: bool) 
     """Returns the label with a note, below another label."""
     size = 0.9 * above.size
     room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
-    size *= float(np.clip(room / max(text_width(text, size), 1e-6), 0.75, 1.0))
+    size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # widths are not quite linear
     return Label(above.x, above.y + LINE * above.size, cut(text, room, size), size, above.anchor, "pale")
 
 
