@@ -48,6 +48,8 @@ from .request import Against, Request, RequestError, check_layers, compared_with
 
 MOST_PASSES, LISTED_WALKS = 150, 12
 """Most partial passes for walks over groups, and the number of walks on the page."""
+LEAST_NEXT = 0.01
+"""Softmax of the second class from which on a caption names it."""
 LEAST_PROFILE = 0.01
 """A figure of all layers is drawn if at least this much relevance is lost at a layer."""
 
@@ -221,8 +223,9 @@ def _rank(flow: ImageFlow) -> str:
     share = percent(float(torch.softmax(flow.outputs.double(), 0)[flow.target]))
     rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
     if rank == 1:
-        others = flow.outputs.double().softmax(0).sort(descending=True).values
-        after = f"; the next is {flow.next_class} with {percent(float(others[1]))}" if flow.next_class else ""
+        second = float(flow.outputs.double().softmax(0).sort(descending=True).values[1])
+        is_close = bool(flow.next_class) and second >= LEAST_NEXT
+        after = f"; the next is {flow.next_class} with {percent(second)}" if is_close else ""
         return f"The model predicts this class, with a softmax of {share}{after}."
     return f"The model does not predict this class: its softmax of {share} has rank {rank}."
 
