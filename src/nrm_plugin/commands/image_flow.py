@@ -209,7 +209,7 @@ def _write(
 
 
 def caption(flow: ImageFlow) -> str:
-    """Describes a flow, and what the model did not see of the image."""
+    """Describes a flow, and the part of the image that the model did not see."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
     places = {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
     said = flow_caption(flow.graph, walks=flow.walks, areas=areas, places=places)

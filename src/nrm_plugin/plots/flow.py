@@ -49,8 +49,8 @@ def flow_figure(
 
     Red is positive and blue is negative, in shades that colour-blind readers can distinguish; the negative ribbons of a
     node are below its positive ribbons. Grey is the rest of a layer, hatched orange is relevance absorbed above the
-    layer, and dotted orange is relevance that bypasses it. Small rest and off nodes and very thin ribbons are not
-    drawn; the legend states their total.
+    layer, and dotted orange is relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are
+    not drawn; the legend states their total.
 
     Args:
         graph: The graph.
@@ -112,7 +112,7 @@ def scene_of(
     walks: Walks = (),
     pairs: Pairs | None = None,
 ) -> Scene:
-    """Returns the layout of a flow with its caption and legend."""
+    """Returns the layout of a flow, including its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
     notes = {} if pairs is None else standing_out(graph, pairs)
     return flow_scene(

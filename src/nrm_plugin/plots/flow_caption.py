@@ -1,4 +1,4 @@
-"""Captions that describe a flow in sentences, based on its numbers."""
+"""Captions that describe the largest numbers of a flow in sentences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENOUGH = 0.6
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
 Walks = Sequence[tuple[Sequence[str], float]]
-"""Walks over groups: the keys of their nodes, from the input up, and their masses; the strongest first."""
+"""Walks over groups, strongest first: the keys of their nodes, from the input up, and their masses."""
 
 
 def flow_caption(
@@ -36,7 +36,7 @@ def flow_caption(
 
     Args:
         graph: The graph.
-        target: Name of what is explained; by default, the name of the only node of the output.
+        target: Name of the explained output; by default, the name of the only node of the output.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
         areas: Share of the image that nodes of the input cover, by their keys.
@@ -85,7 +85,7 @@ def named_walks(walks: Walks) -> Walks:
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
-    """Returns the name of a node for a sentence, with its layer unless this is the input or the output."""
+    """Returns the name of a node for use in a sentence, with its layer unless this is the input or the output."""
     name = node_name(node)
     return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
 
@@ -130,7 +130,7 @@ def _largest_groups(graph: FlowGraph) -> str:
 
 
 def _leading(values: np.ndarray) -> list[int]:
-    """Returns the largest positive values that account for enough of all positive ones, at most a few."""
+    """Returns the indices of the few largest values that account for enough of the sum of all positive values."""
     order = np.argsort(-values)
     total = values.clip(min=0).sum()
     chosen: list[int] = []
@@ -158,13 +158,13 @@ def _ways(graph: FlowGraph) -> list[str]:
 
 
 def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
-    """Returns the names of the nodes of a walk, from the input up; their layers follow from the figure."""
+    """Returns the names of the nodes of a walk, from the input up, without their layers, which the figure shows."""
     names = {node.key: node_name(node) for node in graph.nodes}
     return f"{NO_BREAK}→ ".join(_unbroken(names[key]) for key in keys)
 
 
 def _unbroken(text: str) -> str:
-    """Returns a text that is not broken into lines."""
+    """Returns a text with non-breaking spaces, so that it stays on one line."""
     return text.replace(" ", NO_BREAK)
 
 

@@ -46,7 +46,7 @@ def flow_scene(
         graph: The graph.
         heading: The title.
         caption: The sentences below the title.
-        key: The legend below the flow; a note about ribbons that are not drawn is appended.
+        key: The legend below the flow, to which a note about ribbons that are not drawn is appended.
         width: Width in inches; by default 7.2, or more for more than four layers.
         thumbnails: The keys of the nodes with a thumbnail.
         ratio: Ratio of the height of a thumbnail to its width.
@@ -163,19 +163,19 @@ def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Stack:
-    """The ribbons at one side of a node: their positive and their negative relevance."""
+    """The total positive and negative relevance of the ribbons on one side of a node."""
 
     positive: float
     negative: float
 
     @property
     def total(self) -> float:
-        """The absolute relevance."""
+        """The total absolute relevance."""
         return self.positive + self.negative
 
 
 def _stacks(graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]]) -> list[list[tuple[Stack, Stack]]]:
-    """Returns the stacks of ribbons at the left and the right side of each node."""
+    """Returns the stacks of ribbons on the left and the right side of each node."""
     joints = [joint.T for joint in graph.joints[::-1]]
     result = []
     for number, column in enumerate(columns):
@@ -230,7 +230,7 @@ def _placed(
     thumbnails: Mapping[str, object],
     notes: Mapping[str, str],
 ) -> list[DrawnNode]:
-    """Returns the nodes of a column, distributed over the height of the flow."""
+    """Returns the nodes of a column with their positions, distributed over the height of the flow."""
     own = [
         max(unit * max(left.total, right.total), least) for (left, right), least in zip(stacks, heights, strict=True)
     ]
@@ -310,7 +310,7 @@ def _note(text: str, above: Label, sizes: Sizes, number: int, is_between: bool) 
 
 
 def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
-    """Breaks a name into at most so many lines that fit a width; the last one is shortened."""
+    """Breaks a name into at most ``count`` lines that fit a width; the last line is shortened if necessary."""
     lines = wrapped_lines(name, room, size) if count > 1 else [name]
     return [*lines[: count - 1], *([cut(" ".join(lines[count - 1 :]), room, size)] if len(lines) >= count else [])]
 
@@ -331,7 +331,7 @@ def _one_line(node: FlowNode) -> str:
 def _bands(
     graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
 ) -> tuple[list[Band], float]:
-    """Returns the ribbons, positive above negative ones at each node, and the relevance that is not drawn."""
+    """Returns the ribbons, with positive above negative ones at each node, and the relevance that is not drawn."""
     places = {node.node.key: node for node in nodes}
     bands: list[Band] = []
     omitted = 0.0
