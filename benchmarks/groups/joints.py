@@ -23,8 +23,8 @@ Arrays = dict[str, np.ndarray]
 
 
 def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
-    """Returns the joints, masses, activations and ablations of one input; read from the file if it exists."""
-    if not file.exists():
+    """Returns the joints, masses, activations and ablations of one input; read from a file that has all of them."""
+    if not _is_complete(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = _measured(case, number, composite)
         partial = file.with_suffix(".part.npz")
@@ -32,6 +32,13 @@ def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
         partial.replace(file)
     with np.load(file) as stored:
         return dict(stored)
+
+
+def _is_complete(file: Path) -> bool:
+    if not file.exists():
+        return False
+    with np.load(file) as stored:
+        return "same mass 0 mass" in stored
 
 
 def _measured(case: Case, number: int, composite: str) -> Arrays:

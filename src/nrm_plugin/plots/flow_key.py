@@ -49,10 +49,10 @@ def key_text(
 
     Args:
         has_thumbnails: Whether nodes have thumbnails.
-        has_off: Whether walks off a layer are drawn.
-        signs: What positive and negative relevance mean.
+        has_off: Whether walks that do not cross a layer are drawn.
+        signs: Descriptions of positive and negative relevance.
         maps_at: The layer whose positions the thumbnails show; by default, single pixels.
-        graph: The graph, so that only what occurs in it is explained; by default everything is.
+        graph: The graph, so that the legend explains only what occurs in it; by default, it explains everything.
         walks: The strongest walks, as for the caption.
         is_cropped: Whether thumbnails show only a part of the photograph.
         has_notes: Whether parts of the image are named below groups.
