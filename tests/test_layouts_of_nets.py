@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nrm_plugin import (
     NRM,
@@ -41,6 +42,14 @@ LAYOUTS: dict[str, Callable[[int], Layout]] = {
     ),
     "windows": lambda n: (lambda h: h.reshape(n * LENGTH, 1, WIDTH), lambda h: h.reshape(n, LENGTH, WIDTH)),
     "batch in the middle": lambda n: (lambda h: h.transpose(0, 1).unsqueeze(0), lambda h: h[0].transpose(0, 1)),
+    "one long sequence": lambda n: (
+        lambda h: h.reshape(1, n * LENGTH, WIDTH),
+        lambda h: h.reshape(n, LENGTH, WIDTH),
+    ),
+    "one long sequence per head": lambda n: (
+        lambda h: h.reshape(1, n * LENGTH, 1, WIDTH).expand(-1, -1, 2, -1).transpose(1, 2),
+        lambda h: h.mean(1).reshape(n, LENGTH, WIDTH),
+    ),
     "reversed": lambda n: (lambda h: h.flip(0), lambda h: h.flip(0)),
     "padded windows": lambda n: (
         lambda h: nn.functional.pad(h, (0, 0, 0, 1)).reshape(n * 2, -1, WIDTH),
@@ -108,6 +117,7 @@ def test_every_query_of_a_batch_has_the_values_of_its_samples(case, layer):
         lambda mu: mu.marginal("input", joint=[event])[0],
         lambda mu: mu(event),
         lambda mu: mu(at(name)[..., 3]),
+        lambda mu: mu(at(name)[0]),
         lambda mu: mu(event & below),
         lambda mu: mu(~at(name)),
         lambda mu: mu.conditional(below, name),
@@ -287,6 +297,46 @@ def test_views_in_the_batch_come_after_the_samples(count):
     mask = torch.zeros(2, 5, 4, 4, dtype=torch.bool)
     mask[1, 3] = True
     torch.testing.assert_close(mu(at("conv")[mask]), row[1])  # a mask may distinguish them
+
+
+def _grouped(h: Tensor) -> Tensor:
+    """A convolution with one group for each sample."""
+    weight = torch.linspace(-1, 1, 6 * 6).reshape(6, 6, 1).to(h).repeat(len(h), 1, 1)
+    return functional.conv1d(h.reshape(1, -1, 1), weight, groups=len(h)).reshape(len(h), 6)
+
+
+CONCATENATED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "grouped convolution": (_grouped, lambda h: h @ torch.linspace(-1, 1, 36).reshape(6, 6).to(h).t()),
+    "one row": (lambda h: h.reshape(1, -1).tanh().reshape(len(h), -1), torch.tanh),
+    "one dimension": (lambda h: h.flatten().tanh().view_as(h), torch.tanh),
+    "one row of tokens": (
+        lambda h: h.reshape(1, -1, 3).tanh().reshape(len(h), 6),
+        lambda h: h.view(len(h), 2, 3).tanh().flatten(1),
+    ),
+}
+"""Functions in which all samples lie along one dimension with other entries, and the same with samples as rows."""
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", CONCATENATED)
+def test_an_index_selects_the_same_neurons_if_the_samples_are_concatenated(name, count):
+    """It selected all channels of a grouped convolution of several samples, and one of a single sample."""
+    torch.manual_seed(0)
+    concatenated, rows = (Rows(function).double().eval() for function in CONCATENATED[name])
+    rows.load_state_dict(concatenated.state_dict())
+    x = torch.rand(count, 3, dtype=torch.double)
+    mu, expected = (RelevanceMeasure(net, x, 1, composite=NRMAbsolute()) for net in (concatenated, rows))
+    layer, other = (m.layers[m.layers.index("relu") + 1] for m in (mu, expected))
+    inner = expected.shape(other)[1:]
+    assert mu.shape(layer)[1:].numel() == inner.numel()
+    for neuron in range(inner.numel()):
+        place = torch.unravel_index(torch.tensor(neuron), inner)
+        index = tuple(int(number) for number in place)
+        in_layer = index if len(mu.shape(layer)) == len(inner) + 1 else (*index, 0)
+        torch.testing.assert_close(mu(at(layer)[in_layer]), expected(at(other)[index]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        mu.marginal(layer, over="channel"), expected.marginal(other, over="channel"), atol=1e-6, rtol=1e-6
+    )
 
 
 class Uneven(nn.Module):

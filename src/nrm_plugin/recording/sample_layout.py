@@ -19,12 +19,17 @@ class Layout:
     dropped. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest one, and the
     form ``(N, …)`` is padded with zeros.
 
+    A first dimension of size 1 is dropped if the samples share another dimension with ``W > 1`` slices:
+    ``(1, N · W, …)`` has the form ``(N, W, …)``. Such a tensor concatenates all samples in one, as for attention over
+    one long sequence, or for a grouped convolution with one group per sample; with ``N = 1``, its rows are the samples.
+
     Attributes:
         dim: The dimension, or None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
         slices: Size of the dimension if the form is padded; ``order`` is then ``slices`` at the padding.
+        drops_first: Whether the first dimension, of size 1, is dropped.
     """
 
     dim: int | None
@@ -32,6 +37,14 @@ class Layout:
     parts: int = 1
     order: Tensor | None = None
     slices: int | None = None
+    drops_first: bool = False
+
+    @classmethod
+    def along(
+        cls, dim: int, shape: torch.Size, count: int, parts: int, order: Tensor | None = None, slices: int | None = None
+    ) -> Layout:
+        """Returns the layout of a tensor with samples along a dimension; the other arguments are the attributes."""
+        return cls(dim, count, parts, order, slices, dim > 0 and parts > 1 and shape[0] == 1)
 
     @property
     def is_plain(self) -> bool:
@@ -44,7 +57,7 @@ class Layout:
             return shape
         if self.dim is None:
             return torch.Size((1, *shape))
-        inner = [*shape[: self.dim], *([self.parts] if self.parts > 1 else []), *shape[self.dim + 1 :]]
+        inner = [*shape[self.drops_first : self.dim], *([self.parts] if self.parts > 1 else []), *shape[self.dim + 1 :]]
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
@@ -52,19 +65,27 @@ class Layout:
         if self.is_plain:
             return dim
         dim %= max(ndim, 1)
-        if dim == self.dim and self.parts == 1:
-            return -1  # the sample dimension, not of channels
-        return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
+        if (dim == self.dim and self.parts == 1) or (dim == 0 and self.drops_first):
+            return -1  # not of channels
+        return dim + 1 - self.drops_first if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
-    def inner_of_parts(self, inner: torch.Size) -> torch.Size:
-        """Removes the dimension of the parts from the shape ``inner`` of a sample."""
-        if self.dim is None or self.parts == 1:
+    def has_views(self, channel_dim: int) -> bool:
+        """Returns whether the parts are views, windows or heads, to all of which an index applies.
+
+        Otherwise they are an ordinary dimension: channels, given as the dimension in the tensor, or tokens of samples
+        that are concatenated in one.
+        """
+        return self.dim is not None and self.parts > 1 and not self.drops_first and channel_dim != self.dim
+
+    def inner_of_views(self, inner: torch.Size, channel_dim: int) -> torch.Size:
+        """Removes the dimension of the views, if there are any, from the shape ``inner`` of a sample."""
+        if self.dim is None or not self.has_views(channel_dim):
             return inner
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
-    def in_all_parts(self, values: Tensor) -> Tensor:
-        """Repeats values for each part if they lack the dimension of the parts."""
-        if self.dim is None or self.parts == 1:
+    def in_all_views(self, values: Tensor, channel_dim: int) -> Tensor:
+        """Repeats values for each view if they lack the dimension of the views."""
+        if self.dim is None or not self.has_views(channel_dim):
             return values.clone()
         repeated = values.unsqueeze(self.dim)
         return repeated.expand(*values.shape[: self.dim], self.parts, *values.shape[self.dim :]).clone()
@@ -83,7 +104,8 @@ class Layout:
             values = values.index_select(dim, self.order.to(values.device))
         if self.parts > 1:
             values = values.reshape(*values.shape[:dim], self.count, self.parts, *values.shape[dim + 1 :])
-        return values.movedim(dim, lead)
+        values = values.movedim(dim, lead)
+        return values.squeeze(lead + 1) if self.drops_first else values
 
     def fold(self, values: Tensor, lead: int = 0) -> Tensor:
         """Inverts :meth:`unfold`; a first dimension of size 1 is expanded to all samples."""
@@ -92,6 +114,7 @@ class Layout:
         if self.dim is None:
             return values.squeeze(lead)
         dim = self.dim + lead
+        values = values.unsqueeze(lead + 1) if self.drops_first else values
         if values.shape[lead] != self.count:
             values = values.expand(*values.shape[:lead], self.count, *values.shape[lead + 1 :])
         values = values.movedim(lead, dim)
@@ -134,7 +157,7 @@ def _padded(labels: Tensor, count: int) -> list[Layout]:
         parts = int(numbers.max())
         order = torch.full((count, parts), size, device=known.device)
         order[torch.arange(parts, device=known.device) < numbers[:, None]] = torch.argsort(known, stable=True)
-        return [Layout(dim, count, parts, order.flatten(), size)]
+        return [Layout.along(dim, labels.shape, count, parts, order.flatten(), size)]
     return []
 
 
@@ -151,7 +174,8 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
         for complete in _completed(known, count):
             order = torch.argsort(complete, stable=True)
             is_sorted = torch.equal(order, torch.arange(size, device=order.device))
-            found.append((share, Layout(dim, count, size // count, None if is_sorted else order)))
+            layout = Layout.along(dim, labels.shape, count, size // count, None if is_sorted else order)
+            found.append((share, layout))
         if share == 1 and not is_sparse:
             break
     return [layout for _, layout in sorted(found, key=lambda pair: -pair[0])]
@@ -164,7 +188,7 @@ def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
     changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
     if len(changed) != 1 or shape_of_two[changed[0]] != 2 * shape[changed[0]]:
         return None
-    return Layout(changed[0], 1, shape[changed[0]])
+    return Layout.along(changed[0], shape, 1, shape[changed[0]])
 
 
 def unreached(shape: torch.Size, count: int) -> Layout | None:
@@ -172,7 +196,7 @@ def unreached(shape: torch.Size, count: int) -> Layout | None:
     for parts in (1, None):
         for dim, size in enumerate(shape):
             if size == count * (parts or size // count) and size:
-                return Layout(dim, count, size // count)
+                return Layout.along(dim, shape, count, size // count)
     return None
 
 
