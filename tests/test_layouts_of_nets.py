@@ -433,6 +433,9 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "halves": lambda h: h + torch.cat([h[2:], h[:2]]),
     "written": _written,
     "mirrored": lambda h: h + h.flip(0),
+    "norms over the batch": lambda h: torch.renorm(h, 2, 1, 0.5),
+    "number of values": lambda h: h * len(torch.unique((h * 2).round())),
+    "number of runs": lambda h: h / (1 + torch.unique_consecutive((h * 2).round().flatten()).shape[0]),
     "reordered output": lambda h: h.flip(0),
 }
 
@@ -538,6 +541,7 @@ PERMUTING: dict[str, Callable[[Tensor], Tensor]] = {
     "sorted channels": lambda h: h.sort(1)[0],
     "mask": lambda h: torch.where(h > 0.3, h, 0.1 * h),
     "largest channel": lambda h: h / (1 + h.max(1, keepdim=True)[0]),
+    "norm of each sample": lambda h: torch.renorm(h, 2, 0, 0.5),
 }
 
 

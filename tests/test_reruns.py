@@ -1,7 +1,4 @@
-"""Benchmarks of many models continue where they stopped, and say which figures changed.
-
-Covers: benchmarks.reruns, benchmarks.architectures, benchmarks.other_packages.
-"""
+"""Benchmarks of many models continue where they stopped, and say which figures changed."""
 
 from __future__ import annotations
 

@@ -164,6 +164,19 @@ def _mean_of_variance(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
+@decomposition_of("embedding")
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *options: Any,
+    **more: Any,
+) -> Any:
+    """Looks up rows of a computed table."""
+    return NotImplemented if input.is_floating_point() or max_norm is not None else weight[input]
+
+
 @decomposition_of("embedding_bag")
 def _embedding_bag(
     input: Tensor,
