@@ -339,6 +339,37 @@ def test_an_index_selects_the_same_neurons_if_the_samples_are_concatenated(name,
     )
 
 
+LOOPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "dot product": (lambda row: row @ torch.linspace(-1, 1, 6).to(row), lambda h: h @ torch.linspace(-1, 1, 6).to(h)),
+    "sum": (lambda row: row.sum(), lambda h: h.sum(1)),
+    "largest": (lambda row: row.max(), lambda h: h.amax(1)),
+    "norm": (lambda row: torch.linalg.vector_norm(row), lambda h: torch.linalg.vector_norm(h, dim=1)),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_number_of_one_sample_is_a_tap(name):
+    """A loop over the samples computes tensors without dimensions, at which every query raised FoldingError."""
+    one, several = LOOPS[name]
+    looped = Rows(lambda h: torch.stack([one(row) for row in h])[:, None].expand(-1, 6) * h.sigmoid())
+    batched = Rows(lambda h: several(h)[:, None].expand(-1, 6) * h.sigmoid())
+    batched.load_state_dict(looped.state_dict())
+    x = torch.rand(3, 3, dtype=torch.double)
+    mu, expected = (RelevanceMeasure(net.double().eval(), x, 1, composite=NRMAbsolute()) for net in (looped, batched))
+    assert_same(mu.marginal("input"), [expected.marginal("input")])
+    assert set(mu.marginal(mu.layers)) == set(mu.layers)
+    numbers = [layer for layer in mu.layers if mu.shape(layer) == (3,) and layer != "stack"]
+    for layer in mu.layers:
+        mass = mu.marginal(layer).reshape(3, -1).sum(1) + mu.sink(layer) + mu.bypass(layer)
+        torch.testing.assert_close(mass, torch.ones(3, dtype=torch.double), atol=1e-6, rtol=0)
+    if name != "largest":  # which only routes relevance
+        assert len(numbers) >= 3
+    for layer in numbers:
+        assert torch.equal(mu(at(layer)), mu.marginal(layer))
+        assert torch.equal(mu.marginal("input", joint=at(layer)).sum(1) != 0, mu.marginal(layer) != 0)
+        assert int((mu.marginal(layer) != 0).sum()) == 1
+
+
 class Uneven(nn.Module):
     """A layer of tokens of which samples have different numbers, in one tensor without padding."""
 

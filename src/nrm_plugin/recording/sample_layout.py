@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Layout:
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
         slices: Size of the dimension if the form is padded; ``order`` is then ``slices`` at the padding.
         drops_first: Whether the first dimension, of size 1, is dropped.
+        is_scalar: Whether the tensor is one number of one sample, without dimensions.
     """
 
     dim: int | None
@@ -38,6 +39,7 @@ class Layout:
     order: Tensor | None = None
     slices: int | None = None
     drops_first: bool = False
+    is_scalar: bool = False
 
     @classmethod
     def along(
@@ -97,6 +99,7 @@ class Layout:
         if self.dim is None:
             return values.unsqueeze(lead)
         dim = self.dim + lead
+        values = values.unsqueeze(dim) if self.is_scalar else values
         if self.slices is not None:
             zeros = values.new_zeros(*values.shape[:dim], 1, *values.shape[dim + 1 :])
             values = torch.cat([values, zeros], dim)
@@ -122,7 +125,8 @@ class Layout:
             values = values.flatten(dim, dim + 1)
         if self.order is None:
             return values
-        return values.index_select(dim, self.order.argsort()[: self.slices].to(values.device))
+        values = values.index_select(dim, self.order.argsort()[: self.slices].to(values.device))
+        return values.squeeze(dim) if self.is_scalar else values
 
 
 def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[Layout]:
@@ -149,6 +153,8 @@ def _padded(labels: Tensor, count: int) -> list[Layout]:
 
     Several dimensions fit only if all entries belong to one sample; the first one is returned.
     """
+    if not labels.ndim:
+        return [replace(layout, is_scalar=True) for layout in _padded(labels.reshape(1), count)]
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size else None
         if known is None or bool((known < 0).any()):
