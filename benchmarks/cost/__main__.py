@@ -84,7 +84,7 @@ SECONDS = 20.0
 
 
 def net_of(name: str) -> Net:
-    """A net of the table, or a model of timm."""
+    """Returns a net of the table, or a model of timm."""
     return NETS[name] if name in NETS else timm_models.net(name.removeprefix("timm/"))
 
 
@@ -98,7 +98,7 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[
         name: The net.
         counts: The numbers of threads.
         rounds: Number of rounds.
-        light: Whether to leave out what is not in the table of timm.
+        light: Whether to omit everything that is not in the table of timm.
     """
     torch.set_num_threads(counts[0])
     net = net_of(name)
@@ -117,7 +117,7 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[
 
 
 def timed(net: str, work: Work, count: int, rounds: int, light: bool) -> dict[str, Any]:
-    """Times with this many threads; with one thread, also the profile of what misses a target."""
+    """Times with ``count`` threads; with one thread, also the profiles of computations that miss a target."""
     torch.set_num_threads(count)
     firsts = [f"{FIRST}, {name}" for name in COMPOSITES] if light else ()
     row: dict[str, Any] = {"net": net, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
@@ -157,7 +157,7 @@ def peaks_of(name: str) -> dict[str, Any]:
 
 
 def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
-    """Peak of one computation; for a plan, of its first and of its second call.
+    """Returns the peak of one computation; for a plan, of its first and of its second call.
 
     A copy of the net runs first with one sample, so that imports and initializations are not counted.
     """
@@ -180,7 +180,7 @@ def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
 
 
 def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:
-    """One marginal at the input."""
+    """Computes one marginal at the input."""
     if way in (PLAIN, ZENNIT_FIRST):
         check(Ways(net, model, x).others()[way]())
         return
@@ -211,7 +211,7 @@ def spawned(*options: object, seconds: float = 3600, **variables: str) -> dict[s
 
 
 def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
-    """The installed nets among those selected."""
+    """Yields the installed nets among those selected."""
     for name in names:
         if any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns):
             if net_of(name).is_installed:
@@ -221,7 +221,7 @@ def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
 
 
 def measured(names: list[str], options: argparse.Namespace, key: str, light: bool = False) -> None:
-    """Times of all nets, stored one by one."""
+    """Times all nets, and stores the results one by one."""
     counts, rounds = ([1], min(options.rounds, 3)) if light or options.quick else (options.threads, options.rounds)
     for name in missing(names, counts, options, key, "threads"):
         common = ("--rounds", rounds, *(("--light",) if light else ()), *limit_of(options))
@@ -232,7 +232,7 @@ def measured(names: list[str], options: argparse.Namespace, key: str, light: boo
 
 
 def peaks(names: list[str], options: argparse.Namespace) -> None:
-    """Peak memory of all nets."""
+    """Measures the peak memory of all nets."""
     for name in missing(names, [1], options, "peaks", "batch"):
         found = spawned("--peak", name, *limit_of(options), **RETURNING)
         for row in found.get("rows", []):
@@ -241,14 +241,14 @@ def peaks(names: list[str], options: argparse.Namespace) -> None:
 
 
 def missing(names: list[str], numbers: list[int], options: argparse.Namespace, key: str, by: str) -> Iterator[str]:
-    """The nets to measure: all, or with ``--missing`` those without a stored result."""
+    """Yields the nets to measure: all, or with ``--missing`` those without a stored result."""
     stored = json.loads(options.out.read_text()) if options.missing and options.out.exists() else {}
     known = {(row["net"], row[by]) for row in stored.get(key, [])}
     return (name for name in names if not all((name, number) in known for number in numbers))
 
 
 def limit_of(options: argparse.Namespace) -> tuple[object, ...]:
-    """The option that limits the memory of a process."""
+    """Returns the option that limits the memory of a process."""
     return () if options.memory is None else ("--memory", options.memory)
 
 
@@ -267,7 +267,7 @@ def store(path: Path, key: str, rows: list[dict[str, Any]], by: tuple[str, ...])
 
 
 def packages() -> dict[str, str]:
-    """Versions of the installed packages that models are taken from."""
+    """Returns the versions of the installed packages that models are taken from."""
     found = {}
     for name in ("nrm-plugin", "timm", "transformers"):
         try:
@@ -291,7 +291,7 @@ def profiled(name: str, count: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=["*"], help="names or patterns (default: all)")
     parser.add_argument("--threads", nargs="+", type=int, default=threads(), help="(default: 1 and all)")
@@ -330,7 +330,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The measurements that the options select."""
+    """Runs the measurements that the options select."""
     is_all = not (args.times or args.peaks or args.timm)
     names = list(chosen(args.nets, list(NETS)))
     if is_all or args.times:

@@ -24,7 +24,7 @@ STAGES: dict[str, tuple[type, str]] = {
 
 
 def stages(run: Callable[[], object]) -> dict[str, float]:
-    """Processor seconds of each stage in one run."""
+    """Returns the processor seconds of each stage in one run."""
     found: dict[str, float] = dict.fromkeys((*STAGES, REST), 0.0)
     with _timed(found):
         started = time.process_time()

@@ -27,7 +27,7 @@ NOT_HANDLED: Final = object()
 OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
 """Functions of computed values whose results depend on them by their shape, which autograd does not track."""
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
-"""Functions that read the shape and the format of a tensor, and no values."""
+"""Functions that read only the shape and the format of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
@@ -58,7 +58,7 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
-    """Returns whether a function of computed values returned values that autograd does not track."""
+    """Returns whether the result of a function of computed values is not tracked by autograd."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if call.name.base in OF_UNKNOWN_SHAPE:
         return True
@@ -166,7 +166,7 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
-    # A torch.Tensor method that calls the method of its base class is observed again under its own name.
+    # A method of torch.Tensor that calls the method of its base class is observed a second time under the same name.
     if body is None or call.function in forward_pass.decomposing:
         return NOT_HANDLED
     forward_pass.decomposing.append(call.function)

@@ -10,7 +10,7 @@ from ..errors import UnknownLayerError
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Replacement names for child modules that are named like the input or output of the whole model."""
+"""Names of child modules that would otherwise be confused with the input or the output of the model."""
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
