@@ -91,6 +91,16 @@ class DifferenceCall:
         return self.difference.delta
 
     @cached_property
+    def divisor(self) -> Tensor:
+        """The number by which relevance of the output is divided to obtain its multiplier.
+
+        Without rules, this is ``δ``. A rule may leave relevance where the difference is zero, for example if it adds a
+        floor to the inputs of a layer; such relevance has no multiplier. It is divided by infinity, and is absorbed.
+        """
+        is_zero = self.difference.is_zero
+        return self.after if is_zero is None or not self.has_rules else self.after.masked_fill(is_zero, torch.inf)
+
+    @cached_property
     def differences(self) -> list[Difference]:
         """The difference of each input."""
         pairs = zip(self.call.values, self.references[:-1], strict=True)

@@ -48,12 +48,12 @@ class LinearKernel(MultiplierKernel):
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         (value,) = values
         assert value is not None
-        return self.maps.up(value * self.before[0]) / self.after
+        return self.maps.up(value * self.before[0]) / self.divisor
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         (value,) = values
         assert value is not None
-        return self.absolute.up(value * self.before[0].abs()) / self.after.abs()
+        return self.absolute.up(value * self.before[0].abs()) / self.divisor.abs()
 
 
 @secant_of(*LAYERS)

@@ -17,7 +17,7 @@ from ..model.autocast import working_dtype
 from ..model.value_reads import holds
 from .forward_state import Saved
 
-LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
+LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}
 """The number that replaces a difference of zero, by dtype."""
 
 
@@ -87,6 +87,11 @@ class ReferencePass:
         if key not in self._deltas:
             self._deltas[key] = (value, other, difference(value, other))  # the memory must not be reused
         return self._deltas[key][2]
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the pass of the inputs has started."""
+        return self._is_replayed
 
     def replay(self) -> None:
         """Starts the pass of the inputs, which reads the stored calls."""

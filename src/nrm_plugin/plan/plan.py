@@ -240,7 +240,7 @@ class Plan:
 
         try:
             key, tensors = call_key((inputs, args, None if kwargs is None else dict(kwargs), reference))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last for nested tensors, which have no shape
             key, tensors = object(), []
         return _Form(key, tensors, call, self._settings_for(reference))
 

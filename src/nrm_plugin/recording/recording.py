@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composites import Normalized
+from ..errors import NRMError
 from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
@@ -89,7 +90,8 @@ class Recording:
             followed = ReferencePass(reference.is_tangent)
             if max_memory is not None:
                 followed, first = _limited(followed.is_tangent, max_memory)
-            other, _ = _run(model, reference.call, composite, output, followed, first)
+            with _noted("The model raised this error at the reference."):
+                other, _ = _run(model, reference.call, composite, output, followed, first)
             self._other = other.detach()
             followed.replay()
             if max_memory is not None:
@@ -242,7 +244,8 @@ def _run(
             reference.finish()
     if isinstance(output, Atom):
         returned, output = observer.inner_output(output), None
-    explained: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
+    what = "the model's output" if reference is None or reference.is_replayed else "the model's output at the reference"
+    explained: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None, what)
     observer.see(Label(OUTPUT, "output", 0, None), explained)
     return explained, observer
 
@@ -370,6 +373,18 @@ class Rerun:
             with suppress(Exception):  # a model written for a single sample may raise any error
                 return self.recording(twice, others).taps.tensor_shapes()
         return {}
+
+
+@contextmanager
+def _noted(note: str) -> Iterator[None]:
+    """Context that adds a note to errors of the model, but not to errors of this package."""
+    try:
+        yield
+    except NRMError:
+        raise
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 @contextmanager
