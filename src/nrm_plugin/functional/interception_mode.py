@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..errors import UnsupportedOperationError, derivative_inside
 from ..kernels.forward_state import (
     RUNNING,
     before_writing,
     constants_detached,
     is_foreign,
     is_inside_step,
+    is_transformed,
     known_leaves,
     note_leaves,
     note_untracked,
@@ -60,7 +62,11 @@ class InterceptionMode(TorchFunctionMode):
 
     def _result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward_pass = self.forward_pass
+        if is_transformed():
+            return func(*args, **kwargs)
         is_inside = is_inside_step()
+        if func in _DERIVATIVES and not is_inside:
+            raise UnsupportedOperationError(derivative_inside(forward_pass.path))
         if is_inside or not torch.is_grad_enabled():
             if not is_inside:
                 self._before_untracked(func, args)
@@ -100,6 +106,10 @@ _FORMS = frozenset("dim size stride numel nelement element_size is_floating_poin
 """Methods of a tensor that read only its shape or format."""
 _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".split())
 """Attributes of a tensor that depend only on its shape, format and device."""
+
+
+_DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
+"""Functions that would read relevance, which steps propagate in place of gradients."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:

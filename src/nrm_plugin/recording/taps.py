@@ -13,22 +13,14 @@ from torch import nn
 
 from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
 from .graph import Graph, Marks, Vertex
+from .module_names import first_name, name_of
 from .places import Buffer, Edge, Place
 from .sample_layout import Layout
 from .sample_positions import Samples
 from .transformer_sites import SYNONYMS, sites
 
-INPUT, OUTPUT = "input", "output"
-RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Names of child modules that would otherwise be confused with the input or the output of the model."""
-
 Item = int | str
 """Index or key of a tensor in a container."""
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
-    return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
 class Nested(str):
@@ -96,22 +88,6 @@ class Tap:
         return self.place.order
 
 
-def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """Returns the name of a layer given by name or as a module; the name of the model itself is ``"output"``.
-
-    Raises:
-        UnknownLayerError: If the module belongs to a different model.
-    """
-    if isinstance(layer, str):
-        return layer
-    if layer not in modules:
-        raise UnknownLayerError(
-            f"the given {type(layer).__name__} is not a module of the measured model. Pass one of "
-            "`model.modules()`, not a copy of it, or its name."
-        )
-    return modules[layer] or OUTPUT
-
-
 class Taps:
     """The taps of a recording, in the order in which a walk crosses them.
 
@@ -147,6 +123,7 @@ class Taps:
         for label in self._labelled:
             self._items_of.setdefault((label.name, label.side), {}).setdefault(label.call, []).append(label.item)
         self._calls = {key: sorted(items) for key, items in self._items_of.items()}
+        self._names = {label.name for label in self._labelled}
         self.index: dict[Place, int] = {tap.place: number for number, tap in enumerate(self.all)}
         _infer_channels(self.all, 1 if samples.batched else -1)
 
@@ -267,8 +244,9 @@ class Taps:
                 yield name + (f":{label.call}" if len(self.calls_of(name)) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
-        """Returns the name of a layer given by name or as a module."""
-        return name_of(layer, self.modules)
+        """Returns the name of a layer given by name or as a module; a module may be registered under several names."""
+        name = name_of(layer, self.modules)
+        return name if name in self._names else first_name(name, self.modules)
 
     def name_at(self, vertex: int) -> str:
         """Returns a name for a vertex: that of its step, its tap, or the nearest tap above, in this order."""
@@ -447,4 +425,4 @@ def _infer_channels(taps: Sequence[Tap], default: int) -> None:
         taps[number].tensor_channel_dim = dim
 
 
-__all__ = ["INPUT", "OUTPUT", "Item", "Label", "Nested", "Observed", "Tap", "Taps", "module_names", "name_of"]
+__all__ = ["Item", "Label", "Nested", "Observed", "Tap", "Taps"]
