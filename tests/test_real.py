@@ -381,7 +381,9 @@ def test_results_of_other_networks_and_sections_are_kept(tmp_path, monkeypatch):
 def test_methods_of_the_comparison_exist():
     assert set(run.COMPARED) <= set(methods.METHODS)
     assert run.methods_of("EfficientNet-Lite2") == run.COMPARED
-    assert run.methods_of("VGG16") == tuple(methods.METHODS)
+    assert run.methods_of("VGG16") == run.COMPARED
+    assert run.methods_of("Fashion-MNIST, VGG")[:2] == run.COMPARED[:2] == run.DRAWN
+    assert sorted(run.methods_of("Fashion-MNIST, VGG")) == sorted(methods.METHODS)
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "HiResCAM", "LayerCAM"])

@@ -141,14 +141,15 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
     result = _of_one_measure(loaded, source, inputs, request)
-    if request.layers_reference is None or result.layer_map is None:
+    if request.layers_reference is None or result.notes:
         return result
     apart = replace(request, composite=SECANTS, reference=request.layers_reference)
     try:
-        layer_map = _layer_map(measure_of(loaded, inputs, apart), apart.reference)
-        return replace(result, layer_map=layer_map or result.layer_map)
+        return replace(result, layer_map=_layer_map(measure_of(loaded, inputs, apart), apart.reference))
     except NRMError as error:
-        return replace(result, notes=(f"the coarse heat map is not compared with the blurred image: {error}",))
+        layer_map = _layer_map(measure_of(loaded, inputs, request), request.reference)
+        note = f"the coarse heat map is not compared with the blurred image: {error}"
+        return replace(result, layer_map=layer_map, notes=(note,))
 
 
 def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request) -> Explanation:
@@ -156,8 +157,9 @@ def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, re
     check_layers(mu, loaded, [*request.layers, *(name for given in request.given for name in given.layers)])
     relevance = float(mu.sign) * mu.marginal("input")[0]
     against = compared_with(loaded, request, mu.outputs)
-    layer_map = _layer_map(mu, request.reference) if request.map in (BOTH, OF_LAYERS) else None
-    notes = _without_layers(loaded, request) if request.map in (BOTH, OF_LAYERS) and layer_map is None else ()
+    is_mapped = request.map in (BOTH, OF_LAYERS)
+    notes = _without_layers(loaded, request) if is_mapped and not late_layers(mu) else ()
+    is_apart = notes or request.layers_reference is not None
     return Explanation(
         source,
         loaded.preprocessing.inverse(inputs).cpu(),
@@ -171,8 +173,8 @@ def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, re
         [_conditional(mu, condition, against) for condition in request.given],
         photo(loaded, source, inputs),
         request.reference,
-        layer_map,
-        layer_map is None or request.map != OF_LAYERS,
+        _layer_map(mu, request.reference) if is_mapped and not is_apart else None,
+        request.map != OF_LAYERS,
         notes,
     )
 

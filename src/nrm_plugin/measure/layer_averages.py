@@ -121,12 +121,15 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
 
 def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
     """Yields the layers of :func:`layers_by_resolution` with ``least`` positions along each side, not the input."""
-    count, (height, width) = mu.shape("input")[0], _grid(mu, "input")
+    (height, width), count = _grid(mu, "input"), mu._tap("input").tensor_shape[0]
     by_octave: dict[int, list[tuple[int, int, str]]] = {}
     for place, name in enumerate(mu.layers):
-        if len(mu.shape(name)) != 4 or name in ("input", "output") or mu.shape(name)[0] != count:
+        # Shapes of tensors are known, but samples in other dimensions than the first may take another recording.
+        tap = mu._tap(name)
+        shape, channels = tap.tensor_shape, tap.tensor_channel_dim % 4
+        if name in ("input", "output") or len(shape) != 4 or shape[0] != count or channels == 0:
             continue
-        rows, columns = _grid(mu, name)
+        rows, columns = (size for dim, size in enumerate(shape) if dim not in (0, channels))
         if min(rows, columns) < least or abs(math.log(height * columns / (width * rows))) > math.log(SAME_SHAPE):
             continue
         octave = round(math.log2(height / rows))
