@@ -72,7 +72,7 @@ def test_both_maps_are_drawn_and_stored(here: Path, drawn, capsys):
     assert about["composite"] == "nrm_default"
     (figure,) = drawn
     assert titles(figure)[1:] == [
-        "where the evidence is, by late layers\ncompared with the blurred image",
+        "where the evidence is, by late layers,\ncompared with the blurred image",
         "the evidence, pixel by pixel\nall of it reaches the pixels",
     ]
     assert figure.get_suptitle() == "relevance for class 2 rather than the other classes"

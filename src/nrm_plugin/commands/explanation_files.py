@@ -187,8 +187,8 @@ def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
     if result.layer_map is not None:
         # The heading names the reference of all results.
         own = "" if result.layer_map.reference == result.reference else reference_words(result.layer_map.reference)
-        title = f"where the evidence is, by late layers\n{short(own.removeprefix(', '))}"
-        drawn.append((title.rstrip(), result.layer_map.relevance))
+        title = f"where the evidence is, by late layers{short(own)}".replace(", compared", ",\ncompared")
+        drawn.append((title, result.layer_map.relevance))
     if result.shows_pixels:
         title = f"the evidence, pixel by pixel\n{wrapped(totals_text(result.totals), TITLE)}"
         drawn.append((title, result.relevance.sum(0)))
