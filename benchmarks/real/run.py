@@ -26,7 +26,7 @@ from .stored import stored
 Values = dict[str, Tensor]
 """Values by metric, ``(N,)``."""
 EXPENSIVE, FEW, FEW_OF_PAIRS = 20, 30, 10
-"""Methods with more gradients than this explain only so many photographs of one object, and objects of pairs."""
+"""Number of gradients above which a method counts as expensive, and numbers of images of both kinds for it."""
 CHUNK = 8
 """Images whose results are stored together."""
 BASELINES = 64
@@ -190,7 +190,7 @@ def groups(key: str, count: int) -> Tensor:
 
 
 def methods_of(net: str) -> tuple[str, ...]:
-    """Methods that are measured on a network."""
+    """Returns the methods that are measured on a network."""
     if not net.startswith("Fashion-MNIST"):
         return COMPARED
     return (*DRAWN, *(name for name in METHODS if name not in DRAWN))
