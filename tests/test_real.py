@@ -83,7 +83,7 @@ def test_weights_of_an_onnx_file_are_read(tmp_path):
 
 
 def toy_net(classes=4):
-    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
+    layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
     model.eval().requires_grad_(False)
     half = torch.full((3, 1, 1), 0.5)

@@ -1,6 +1,6 @@
 """The two heat maps of `explain`, and models and images that have only one.
 
-Covers: nrm_plugin.commands.explanation, nrm_plugin.commands.explanation_files, nrm_plugin.commands.resolved_options.
+Covers: nrm_plugin.commands.explanation_files, nrm_plugin.commands.resolved_options.
 """
 
 from __future__ import annotations
