@@ -158,7 +158,7 @@ def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, re
     relevance = float(mu.sign) * mu.marginal("input")[0]
     against = compared_with(loaded, request, mu.outputs)
     is_mapped = request.map in (BOTH, OF_LAYERS)
-    notes = _without_layers(loaded, request) if is_mapped and not late_layers(mu) else ()
+    notes = _without_layers(loaded, request) if is_mapped and not _has_late_layers(loaded, mu, inputs) else ()
     is_apart = notes or request.layers_reference is not None
     return Explanation(
         source,
@@ -183,6 +183,14 @@ def _layer_map(mu: RelevanceMeasure, reference: str | None) -> LayerMap | None:
     """Returns the map of layers, or None if the model has no late layers with positions."""
     layers = late_layers(mu)
     return LayerMap(layers, layer_average(mu, layers)[0].cpu(), reference) if layers else None
+
+
+def _has_late_layers(loaded: LoadedModel, mu: RelevanceMeasure, inputs: Tensor) -> bool:
+    """Returns whether a model has late layers; stored, since a planned measure would have to record the model."""
+    shape = tuple(inputs.shape)
+    if shape not in loaded.has_late_layers:
+        loaded.has_late_layers[shape] = bool(late_layers(mu))
+    return loaded.has_late_layers[shape]
 
 
 def _without_layers(loaded: LoadedModel, request: Request) -> tuple[str, ...]:
