@@ -157,6 +157,8 @@ def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
     shape, dtype = vertex.shapes[0], vertex.dtypes[0]
     if vertex.is_short or any(source is not None and source[:1] != shape[:1] for source in sources):
         return False  # in a short format, autograd would round the random numbers
+    if shape[0] == 1:
+        return True  # there is only one row
     with untraced(), torch.inference_mode(False), torch.no_grad():
         numbers = torch.rand(shape[0], generator=torch.Generator().manual_seed(0), dtype=dtype) + 0.5
         ones = torch.ones(shape, dtype=dtype, device=vertex.node._input_metadata[0].device)
