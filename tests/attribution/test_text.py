@@ -1,6 +1,6 @@
 """Explanations of text models.
 
-Covers: nrm_plugin.attribution.text_tasks.
+Covers: nrm_plugin.attribution.text_predictions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mappers in closed form compared with the mappers of the rules themselves.
 
-Covers: nrm_plugin.kernels.gradient_mapper.
+Covers: nrm_plugin.kernels.mapper_factors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, Z
 
 from nrm_plugin import Absolute, ConservingEpsilon
 from nrm_plugin.kernels.cache_blocks import Block
-from nrm_plugin.kernels.gradient_mapper import applied_mapper
 from nrm_plugin.kernels.known_gradient_mappers import closed_mapper
+from nrm_plugin.kernels.mapper_factors import applied_mapper
 from nrm_plugin.rules import Relative
 
 RULES = [

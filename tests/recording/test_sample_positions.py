@@ -1,6 +1,6 @@
 """Samples that are not the rows of a tensor: windows, heads and time in front. A batch has the values of its samples.
 
-Covers: nrm_plugin.functional.composite_rules, nrm_plugin.functional.function_kernels, nrm_plugin.recording.structure.
+Covers: nrm_plugin.functional.rule_lookup, nrm_plugin.functional.function_kernels, nrm_plugin.recording.structure.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from ..measure.measure import RelevanceMeasure
 from ..model.contrast import REST
 from .terminal_output import REST as THE_REST
 from .terminal_output import lines
-from .text_tasks import Task, task_of, tokenized
+from .text_predictions import Task, task_of, tokenized
 from .words import Tokens, Word
 
 BEST = 5

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
 from ..model.affine_layers import LAYERS
-from ..model.value_reads import without_modes
+from ..model.trace_guards import without_modes
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass

@@ -17,11 +17,11 @@ from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
 from ..model.checks import check_untransformed
 from .attention import ATTENTIONS
-from .composite_rules import CompositeRules, NoRules
 from .custom_functions import attach_steps, tensors_of
 from .function_call import Settings
 from .interception_mode import InterceptionMode
 from .recurrent import packs_in
+from .rule_lookup import CompositeRules, NoRules
 from .unsupported import raise_on_arrival
 
 

@@ -16,9 +16,9 @@ from ..kernels.layer_step import Fuse
 from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import read_rule_at
 from ..model.affine_layers import Weightless
-from ..model.value_reads import holds
-from .composite_rules import NoRules, RuleLookup
+from ..model.trace_guards import holds
 from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, SplitKernel, total_of
+from .rule_lookup import NoRules, RuleLookup
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ..kernels.reference_pass import ReferencePass
 from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.affine_layers import LAYERS, layer_like
 from ..model.checks import check_function
-from ..model.value_reads import without_modes
+from ..model.trace_guards import without_modes
 from ..model.zero_one_routes import source_of
 from .attention import layout
 from .complex_kernels import complex_kernel

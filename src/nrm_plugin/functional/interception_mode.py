@@ -27,7 +27,7 @@ from ..kernels.forward_state import (
 )
 from ..model.renormalization import Tables
 from ..model.saved_tensors import saved_in_place
-from ..model.value_reads import without_modes
+from ..model.trace_guards import without_modes
 from .call_handlers import handle
 from .function_call import Settings
 from .intercepted_pass import InterceptedPass

@@ -18,10 +18,10 @@ from ..kernels.reference_pass import LEAST
 from ..kernels.rule_reader import read_rule
 from ..model.affine_layers import LAYERS, layer_like
 from .averaging import POOLS
-from .composite_rules import RuleLookup
 from .differences import DifferenceCall
 from .function_call import FunctionCall, Slot
 from .registry import KERNELS, KernelFactory
+from .rule_lookup import RuleLookup
 from .weighted_functions import layer_call
 
 _SUMS = ("add", "sub", "rsub")

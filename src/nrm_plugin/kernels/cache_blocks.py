@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..model.value_reads import is_traced
+from ..model.trace_guards import is_traced
 
 Block = tuple[slice, ...]
 

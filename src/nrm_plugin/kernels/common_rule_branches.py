@@ -17,7 +17,7 @@ from zennit.rules import Epsilon, ZPlus
 
 from ..model.affine_layers import broadcast, twin_of
 from ..model.linear_maps import LinearMap, explicit_maps, window_maps
-from ..model.value_reads import holds, without_modes
+from ..model.trace_guards import holds, without_modes
 from ..rules import ConservingEpsilon, mean_sizes
 from .cache_blocks import Block, blocks_for
 from .known_gradient_mappers import inverse_by

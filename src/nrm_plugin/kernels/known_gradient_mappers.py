@@ -18,7 +18,7 @@ from zennit.core import BasicHook, Stabilizer
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, ZPlus
 
 from ..rules import Absolute, ConservingEpsilon
-from .gradient_mapper import Factors, Mapper, mapped
+from .mapper_factors import Factors, Mapper, mapped
 
 _LEADERS: dict[type, tuple[int, ...]] = {
     Epsilon: (0,),

@@ -12,7 +12,7 @@ from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
 from ..model.autocast import current, working_dtype
-from ..model.value_reads import untraced
+from ..model.trace_guards import untraced
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved
 from .known_rules import LINEAR_RULES

@@ -9,7 +9,7 @@ from torch import Tensor
 from zennit.core import BasicHook
 from zennit.rules import ZBox
 
-from ..model.value_reads import audit, holds
+from ..model.trace_guards import audit, holds
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import brief
-from ..model.value_reads import holds
+from ..model.trace_guards import holds
 from .cache_blocks import Block, blocks
 
 Residual = Literal["redistribute", "sink"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from zennit.core import BasicHook, ParamMod
 from zennit.rules import Epsilon, ZPlus
 
-from ..model.value_reads import audit, untraced
+from ..model.trace_guards import audit, untraced
 from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import DifferenceError
 from ..model.autocast import working_dtype
-from ..model.value_reads import holds
+from ..model.trace_guards import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}

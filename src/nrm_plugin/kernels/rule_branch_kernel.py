@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..model.value_reads import holds
+from ..model.trace_guards import holds
 from .absolute_kernels import closed_absolute, dense_absolute
 from .base import Kernel
 from .normalization import Columns

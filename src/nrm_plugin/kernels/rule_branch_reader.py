@@ -13,9 +13,9 @@ from zennit.rules import Gamma
 from ..model.affine_layers import WEIGHTED, is_affine
 from .cache_blocks import Block, blocks_for, whole
 from .common_rule_branches import closed_branches
-from .gradient_mapper import Mapper, applied_mapper
 from .known_gradient_mappers import closed_mapper
 from .layer_call import LayerCall
+from .mapper_factors import Mapper, applied_mapper
 from .modified_layers import ModifiedLayer, modified_layer, rerun_without_bias
 from .modifier_probes import modified_inputs, signs_of
 from .normalization import Columns, ColumnWriter, Normalization

@@ -15,12 +15,12 @@ from zennit.core import BasicHook, Hook, ParamMod
 from zennit.rules import Pass
 
 from ..errors import NonlinearRuleError, UnsupportedRuleError
-from ..model.value_reads import audit
+from ..model.trace_guards import audit
 from .base import IdentityKernel, Kernel
 from .forward_state import Saved
-from .gradient_mapper import mapped
 from .known_rules import is_by_modifiers, overrides, own_copy
 from .layer_call import LayerCall, forward, shape_like
+from .mapper_factors import mapped
 from .normalization import Normalization
 from .rule_branch_reader import branch_kernel
 from .vjp_kernel import VjpKernel

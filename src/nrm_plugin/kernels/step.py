@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError, derivative_inside
 from ..model.autocast import InFloat32, exact, is_short, working_dtype
-from ..model.value_reads import repeated
+from ..model.trace_guards import repeated
 from .base import Kernel
 from .forward_state import RUNNING, listener, not_recorded
 from .normalization import Deficit, Normalization, Scaling

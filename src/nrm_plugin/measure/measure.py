@@ -15,7 +15,7 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..model.checks import unwrapped
 from ..model.inputs_and_outputs import Call, Inputs, Output
-from ..model.value_reads import uncollected
+from ..model.trace_guards import uncollected
 from ..recording.propagation import Cost
 from ..recording.recording import Recording
 from . import conservation

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import DifferenceError, EventError, StaleMeasureError, StorageError, brief
 from ..events.event import Event
 from ..model.autocast import exact
-from ..model.value_reads import is_traced
+from ..model.trace_guards import is_traced
 from ..recording.places import Buffer, Edge, Place, Sink
 from ..recording.propagation import Cost
 from ..recording.recording import Recording

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .quantized import is_quantized, packed_tensors, plain_tensors
-from .value_reads import unwatched
+from .trace_guards import unwatched
 
 
 @contextmanager

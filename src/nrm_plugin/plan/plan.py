@@ -20,7 +20,7 @@ from ..measure.memory_budget import check_memory
 from ..measure.references import Slopes, composite_of, reference_of
 from ..model.checks import check_module
 from ..model.inputs_and_outputs import Call, Inputs, Output
-from ..model.value_reads import uncollected
+from ..model.trace_guards import uncollected
 from ..recording.recording import Reference
 from .export import explained_model, save
 from .keys import call_key, shapes_of

@@ -20,7 +20,7 @@ from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
-from ..model.value_reads import ACTIVE, avoiding, uncollected
+from ..model.trace_guards import ACTIVE, avoiding, uncollected
 from ..recording.propagation import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..model.value_reads import ACTIVE
+from ..model.trace_guards import ACTIVE
 from .trace import FILLED, Operation, Trace, Value, draws
 
 aten = torch.ops.aten

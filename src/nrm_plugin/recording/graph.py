@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UnsupportedOperationError
 from ..kernels.step import Step, step_of
 from ..model.autocast import is_short_format, working_dtype
-from ..model.value_reads import holds
+from ..model.trace_guards import holds
 from ..model.zero_one_routes import is_whole, operation, written
 from .indexed_routes import IndexedRoute, indexed_route
 from .places import Buffer, Edge, Place

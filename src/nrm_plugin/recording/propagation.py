@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..model.value_reads import is_traced
+from ..model.trace_guards import is_traced
 from .graph import Graph, Vertex
 from .places import Buffer, Edge, Place, Sink
 

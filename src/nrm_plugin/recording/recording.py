@@ -21,7 +21,7 @@ from ..model.checks import check_drawn, check_model, check_module
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
 from ..model.renormalization import TablesUnwritten
-from ..model.value_reads import audit, untraced, unwatched, without_modes
+from ..model.trace_guards import audit, untraced, unwatched, without_modes
 from .contrast_step import contrast_top
 from .forward_observer import Observer
 from .graph import Graph

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FoldingError
 from ..model.targets import sample_sums
-from ..model.value_reads import audit, is_traced, note_obstacle, untraced
+from ..model.trace_guards import audit, is_traced, note_obstacle, untraced
 from .graph import Graph
 from .places import Buffer, Place, Sink
 from .propagation import Cost, Vectors, Visitor, pull, push

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels.known_rules import is_known_linear
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
-from ..model.value_reads import untraced
+from ..model.trace_guards import untraced
 from ..model.zero_one_routes import operation
 from .graph import Graph, Vertex
 

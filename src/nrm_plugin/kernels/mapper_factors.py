@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from zennit.core import BasicHook
 
-from ..model.value_reads import audit
+from ..model.trace_guards import audit
 from .cache_blocks import Block, blocks
 from .known_rules import is_known_linear
 

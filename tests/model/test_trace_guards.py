@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nrm_plugin.model.value_reads import ACTIVE, audit, avoiding, holds, is_traced, repeated, untraced
+from nrm_plugin.model.trace_guards import ACTIVE, audit, avoiding, holds, is_traced, repeated, untraced
 from nrm_plugin.plan.tracer import Tracer
 
 
