@@ -20,7 +20,7 @@ OTHER_PYTHON = $(if $(filter .venv-zennit0,$(OTHER)),.venv/bin/python,$(PYTHON_Z
 # The test workers share the cores; further threads in each would only compete with them.
 WORKERS ?= 2
 pytest = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(1)/bin/python -m pytest -n $(WORKERS)
-fast = -m "not slow" --examples 5
+fast = -m "not slow and not medium" --examples 5
 # What is slow and does not depend on Zennit runs with one version of Zennit only.
 second = -m "not slow or zennit" --examples 5
 
@@ -98,7 +98,7 @@ test-hosts: .venv/.stamp $(HOSTS:%=.venv/hosts/%.stamp)
 # The oldest and the newest of every dependency that pyproject.toml lets in.
 test-oldest test-newest: test-%: .venv-%/.stamp
 	@.venv-$*/bin/python -c '$(versions)'
-	$(call pytest,.venv-$*) $(fast) -q
+	$(call pytest,.venv-$*) -m "not slow" --examples 5 -q
 
 lint: .venv/.stamp
 	.venv/bin/ruff check .

@@ -77,6 +77,7 @@ def row_of(name: str, composite: str) -> dict[str, Any]:
     return {"composite": composite, **measured(model, x, target_of(model, x), COMPOSITES[composite])}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NETS)
 def test_relevance_is_conserved_and_the_limits_hold(name, worst):
     for composite in ("NRMDefault", "EpsilonPlusFlat", "NRMAbsolute"):

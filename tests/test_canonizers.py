@@ -116,6 +116,7 @@ RESIDUAL = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("stack", slow_but(RESIDUAL, "named"))
 def test_resnet_canonizers_give_the_relevance_of_zennit(stack):
     image = torch.randn((1, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -225,6 +225,7 @@ def test_registering_it_again_is_registering_it_once(net, x, start):
         rules.remove()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("duplicate", slow_but([copy.copy, copy.deepcopy], copy.copy))
 def test_a_copy_is_independent(net, x, start, duplicate):
     rules = Normalized(EpsilonPlusFlat(), residual="sink", gain_limit=3.0, uncovered="gradient", sums="signed")

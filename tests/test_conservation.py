@@ -86,6 +86,7 @@ def test_the_three_parts_are_accumulated_separately(name, residual):
     assert len(torch.stack(totals).unique()) > 2
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NONLINEAR)
 @pytest.mark.parametrize("net", SIZES)
 def test_a_nonlinear_rule_raises_with_its_name(net, name):
@@ -94,6 +95,7 @@ def test_a_nonlinear_rule_raises_with_its_name(net, name):
         measure(model, x, name, "redistribute")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("residual", slow_but(RESIDUALS, "sink"))
 @pytest.mark.parametrize("net", slow_but(SIZES, "alexnet"))
 def test_absolute_shares_leave_no_negative_walk(net, residual, worst):
@@ -106,6 +108,7 @@ def test_absolute_shares_leave_no_negative_walk(net, residual, worst):
     torch.testing.assert_close(mu.walk_variation(), ones, rtol=0, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_variation_shows_where_walks_of_opposite_sign_share_a_tap():
     mu = measure(torchvision_net("alexnet"), images(96), "epsilon_plus", "sink")
     assert float(mu.variation("input").min()) > 1.01

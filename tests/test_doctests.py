@@ -55,6 +55,7 @@ def examples(name):
     return [test for test in tests if test.examples]
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("own_kernels")
 @pytest.mark.parametrize("name", ITEMS)
 def test_the_examples_of_a_public_docstring_run(name):

@@ -122,6 +122,7 @@ def graph_measure(net: nn.Module, x: Tensor, target: Any, *more: Any, composite:
     return RelevanceMeasure(net, x, target, composite=rules, additional_forward_args=more, batched=False)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("composite", [NRMAbsolute, EpsilonPlus], ids=["absolute", "plus"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_graph_in_a_batch_of_graphs_has_the_measure_of_the_single_graph(name, composite):

@@ -98,6 +98,7 @@ def assert_same(whole: Tensor, alone: list[Tensor], tolerance: float = 1e-6) -> 
     torch.testing.assert_close(whole, torch.cat(alone), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.medium
 @settings(max_examples=15, deadline=None)
 @given(nets(), st.integers(0, 2))
 def test_every_query_of_a_batch_has_the_values_of_its_samples(case, layer):
@@ -135,6 +136,7 @@ def test_every_query_of_a_batch_has_the_values_of_its_samples(case, layer):
         assert_same(ask(mu), [ask(one) for one in alone])
 
 
+@pytest.mark.medium
 @settings(max_examples=10, deadline=None)
 @given(nets())
 def test_a_plan_of_a_batch_in_any_layout_is_replayed(case):
@@ -181,6 +183,7 @@ class Sorted(nn.Module):
         return self.head(self.layer(x[order]).relu()[order.argsort()])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("is_given", [False, True])
 def test_a_plan_of_samples_in_an_order_by_values_has_their_values(is_given):
     torch.manual_seed(0)
@@ -197,6 +200,7 @@ def test_a_plan_of_samples_in_an_order_by_values_has_their_values(is_given):
             assert_same(mu.marginal(name), [one.marginal(name) for one in alone])
 
 
+@pytest.mark.medium
 @settings(max_examples=10, deadline=None)
 @given(nets(promotions=True))
 def test_layers_that_are_promoted_to_double_have_the_values_of_the_samples(case):
@@ -416,6 +420,7 @@ class Uneven(nn.Module):
         return self.head(tokens.new_zeros(len(x), 5).index_add(0, own.nonzero()[:, 0], tokens))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["packed sequence", "mask", "concatenation", "index"])
 def test_samples_with_different_numbers_of_tokens_are_padded(kind):
     torch.manual_seed(0)

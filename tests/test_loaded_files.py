@@ -384,6 +384,7 @@ class Tags(HTMLParser):
             self.scripts[-1] += data
 
 
+@pytest.mark.medium
 def test_names_of_layers_and_classes_are_escaped_on_the_page_of_a_flow():
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
     mu = RelevanceMeasure(model, torch.rand(1, 1, 4, 4), 1)

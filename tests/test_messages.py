@@ -100,6 +100,7 @@ FUNCTIONS = {("target", "modules"), ("neurons", "modules")}
 CASES = [case for case in itertools.product(ASKED, VALUES) if case not in VALID | FUNCTIONS]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("asked", "value"), CASES)
 def test_messages_are_short(asked, value):
     with pytest.raises((errors.NRMError, TypeError, ValueError)) as caught:

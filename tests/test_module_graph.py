@@ -75,6 +75,7 @@ def test_the_diagram_lists_every_package_and_module_once():
     assert len([entry for entry in entries if not entry.startswith("__")]) <= MOST_AT_THE_TOP
 
 
+@pytest.mark.medium
 def test_modules_import_only_from_above():
     position = {entry: number for number, entry in enumerate(diagram())}
     for name, targets in graph().items():

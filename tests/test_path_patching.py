@@ -285,6 +285,7 @@ def small_nets(count):
     return [replace(tiny(Skipping(nn.ReLU), samples=count, against=False), layers=LAYERS)]
 
 
+@pytest.mark.medium
 def test_the_command_measures_writes_and_renders(tmp_path, monkeypatch, capsys):
     kinds = [chains.Kind("single", (0, 2), chains.single, 3, 3), chains.Kind("sets", (0, 1, 2), chains.half, 3, 3)]
     monkeypatch.setattr(command, "RESULTS", tmp_path / "path_patching.json")

@@ -60,6 +60,7 @@ def answered_by_programs(plan: Plan) -> bool:
     return any(len(programs) and not programs.obstacle for programs in plan._forms.values())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["plain", "channels_last", "transposed", "expanded"])
 def test_layouts_of_images(kind):
     def laid_out(x: Tensor) -> Tensor:
@@ -76,12 +77,14 @@ def test_layouts_of_images(kind):
     agree(plan, [images(5)], ["input"])  # another layout is another form
 
 
+@pytest.mark.medium
 def test_weights_in_channels_last():
     plan = Plan(conv_net().to(memory_format=torch.channels_last), images(0))
     agree(plan, [images(seed).to(memory_format=torch.channels_last) for seed in range(3)], ["input", "0"])
     agree(plan, [images(seed) for seed in range(3)], ["input", "0"])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_formats(dtype):
     net = conv_net(dtype)
@@ -91,6 +94,7 @@ def test_short_formats(dtype):
     assert answered_by_programs(plan)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_formats_without_fused_layers_agree_to_rounding(dtype):
     torch.manual_seed(0)
@@ -99,6 +103,7 @@ def test_short_formats_without_fused_layers_agree_to_rounding(dtype):
     agree(plan, [drawn(seed, 4, 6, dtype=dtype) for seed in range(4)], ["input", "0"], 1e-5)
 
 
+@pytest.mark.medium
 def test_autocast_has_programs_of_its_own():
     net = conv_net(torch.float32)
     plan = Plan(net, images(0, torch.float32))
@@ -129,6 +134,7 @@ class Packed(nn.Module):
         return self.head(hidden.sum(1))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("given", [[5, 3], [3, 5], [2, 2], [5, 5]])
 def test_packed_sequences_follow_their_lengths(given):
     net, lengths, first = Packed(), torch.tensor(given), torch.tensor([5, 3])
@@ -191,6 +197,7 @@ def test_models_that_overwrite_their_inputs(write):
     assert answered_by_programs(plan)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_of_a_planned_model_are_independent(duplicate):
     net = conv_net()
@@ -209,6 +216,7 @@ def test_copies_of_a_planned_model_are_independent(duplicate):
     )
 
 
+@pytest.mark.medium
 def test_a_composite_that_is_changed_in_place_is_planned_anew():
     net, composite = conv_net(), EpsilonPlus(epsilon=1e-6)
     plan = Plan(net, images(0), composite=composite)
@@ -247,6 +255,7 @@ class Spectral(nn.Module):
         return self.b(h)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["rfft", "fft", "parts"])
 def test_fourier_transforms(kind):
     plan = Plan(Spectral(kind), drawn(0, 2, 8))

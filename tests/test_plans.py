@@ -105,11 +105,13 @@ READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", READERS)
 def test_control_flow_that_reads_values_is_not_frozen(kind):
     planned_like_recorded(Net(READERS[kind]))
 
 
+@pytest.mark.medium
 def test_a_plan_says_what_reads_values():
     assert "tolist" in planned_like_recorded(Net(READERS["tolist"])).explain()
     assert "recorded every time" in planned_like_recorded(Net(READERS["item"])).explain()
@@ -149,6 +151,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_model_that_changed_is_planned_anew(kind):
     planned_like_recorded(Net(), CHANGES[kind])

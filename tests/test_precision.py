@@ -115,6 +115,7 @@ def check_same(mu: RelevanceMeasure, twin: RelevanceMeasure, tolerance: float) -
         assert float((query(mu).double() - query(twin)).abs().max()) <= tolerance
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:index_reduce")
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
@@ -203,6 +204,7 @@ class Images(nn.Sequential):
         )  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "short"), in_turn(COMPOSITES, SHORT))
 @pytest.mark.parametrize("kind", [Decoder, Images])
 def test_a_model_in_a_short_format_has_totals_in_float32(kind: type[nn.Module], name: str, short: torch.dtype) -> None:

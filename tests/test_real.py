@@ -331,6 +331,7 @@ def test_weights_of_outputs_are_a_class_or_a_class_against_the_rest():
     assert question().weights.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if name != "Captum LRP"])
 def test_every_method_gives_a_finite_heat_map_of_each_image(name):
     method = methods.METHODS[name]

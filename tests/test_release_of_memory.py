@@ -16,6 +16,7 @@ from tests.conftest import images, slow_but
 COMPOSITES = {"default": lambda: None, "plus": EpsilonPlusFlat, "gamma": lambda: EpsilonGammaBox(low=-3.0, high=3.0)}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rules", slow_but(COMPOSITES, "plus"))
 def test_a_deleted_measure_frees_its_memory(rules):
     torch.manual_seed(0)

@@ -115,6 +115,7 @@ def test_a_neuron_without_weights_absorbs_everything() -> None:
     assert torch.allclose(mu.sink("input"), torch.tensor([1.0, 0.0]), atol=1e-6)
 
 
+@pytest.mark.medium
 def test_columns_that_nearly_cancel_sum_to_one_in_single_precision() -> None:
     weight = torch.randn(2000, 500, generator=torch.Generator().manual_seed(0))
     module = nn.Linear(500, 2000, bias=False)

@@ -19,6 +19,7 @@ def _marked(row: Row) -> object:
     return pytest.param(row, marks=[pytest.mark.slow] if is_slow else [], id=f"{row.method}: {row.reference}")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("row", [_marked(row) for row in ROWS if not row.needs])
 def test_the_expression_on_the_page_equals_the_known_method(row, worst):
     difference = row.difference()

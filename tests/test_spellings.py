@@ -244,6 +244,7 @@ def folded(net: Net) -> Net:
     return net
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("residual", ["sink", "redistribute"])
 @pytest.mark.parametrize("composite", ["default", "plus flat, fused", "gamma box, fused"])
 def test_fusion_equals_folding_the_weights_by_hand(composite, residual):

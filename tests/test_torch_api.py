@@ -208,6 +208,7 @@ UNSUPPORTED = {"CrossMapLRN2d"}
 """Modules with an autograd function of their own."""
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", slow_but(TOLERANCES, torch.float64), ids=["float32", "float64"])
 @pytest.mark.parametrize(("name", "composite"), in_turn(MODULES, [NRMDefault, NRMAbsolute]))
 def test_a_module_conserves_relevance_or_raises(name, composite, dtype):

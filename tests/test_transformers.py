@@ -153,6 +153,7 @@ def test_time_first_encoders_and_returned_weights_change_nothing():
     check_same_measure(*pair, ["input"])
 
 
+@pytest.mark.medium
 def test_a_batch_has_the_measures_of_its_samples():
     net, x = Sequence(encoder()).eval(), draw(3, 5, 8)
     mu = RelevanceMeasure(net, x, [0, 1, 2])

@@ -318,6 +318,7 @@ def alone(x):
     return answers(first), answers(second)
 
 
+@pytest.mark.medium
 def test_interleaved_queries_to_two_measures_do_not_interfere(net, x, pair, alone):
     results = {}, {}
     with untouched(net, x):
@@ -328,6 +329,7 @@ def test_interleaved_queries_to_two_measures_do_not_interfere(net, x, pair, alon
         assert_same(result, expected)
 
 
+@pytest.mark.medium
 def test_queries_to_two_measures_from_two_threads_do_not_interfere(net, x, pair, alone):
     with untouched(net, x), ThreadPoolExecutor(2) as threads:
         for _ in range(5):
@@ -335,6 +337,7 @@ def test_queries_to_two_measures_from_two_threads_do_not_interfere(net, x, pair,
                 assert_same(result, expected)
 
 
+@pytest.mark.medium
 @pytest.mark.recorded
 def test_many_threads_can_query_one_measure(net, x, alone):
     mu = RelevanceMeasure(net, x, 1)
@@ -343,6 +346,7 @@ def test_many_threads_can_query_one_measure(net, x, alone):
             assert_same(result, alone[0])
 
 
+@pytest.mark.medium
 @pytest.mark.recorded
 def test_measures_can_be_constructed_in_parallel_threads(net, x, alone):
     start = threading.Barrier(4)
@@ -539,6 +543,7 @@ def test_training_continues_after_a_measure(net, x):
         assert torch.equal(parameter, expected)
 
 
+@pytest.mark.medium
 def test_a_model_of_torchvision_is_left_unchanged():
     torch.manual_seed(0)
     net = torchvision.models.resnet18(weights=None, num_classes=4).eval()

@@ -103,6 +103,7 @@ PLACES: dict[str, Callable[[Net], list[nn.Module]]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("hook", "place"), in_turn(ON_MODULES, PLACES))
 def test_hooks_on_modules_change_no_number(hook, place):
     net = build()
@@ -128,6 +129,7 @@ def registered(register: Callable[[], Any]) -> Iterator[None]:
         handle.remove()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("hook", ON_ALL_MODULES)
 def test_hooks_on_all_modules_change_no_number(hook):
     plain = {kind: answers(build(), kind) for kind in COMPOSITES}

@@ -83,6 +83,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("kind", RIGHT)
 def test_the_numbers_are_those_of_the_plain_model(kind, entry):

@@ -107,6 +107,7 @@ def not_in_place(model):
     return twin
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", slow_but([name for name in LINEAR if name not in IN_DOUBLE], *FAST))
 @pytest.mark.parametrize("net_name", slow_but(SIZES, "alexnet"))
 def test_marginals_are_zennits_relevance_at_every_tap(net_name, name, worst):
@@ -114,6 +115,7 @@ def test_marginals_are_zennits_relevance_at_every_tap(net_name, name, worst):
     assert_same_at_every_tap(model, x, lambda: composite(name, []), worst, f"parity, {net_name}, {name}")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", IN_DOUBLE)
 @pytest.mark.parametrize("net_name", slow_but(SIZES, "alexnet"))
 def test_marginals_are_zennits_relevance_in_double_precision(net_name, name, worst):
@@ -154,6 +156,7 @@ def relevance_in_context(model, x, rules, **options):
         return torch.autograd.grad(output, leaf, one_hot(output), **options)[0]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("residual", ["sink", "redistribute"])
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_gradient_in_its_context_is_the_marginal_at_the_input(net, x, name, residual):

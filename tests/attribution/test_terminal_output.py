@@ -17,6 +17,7 @@ def cells(line: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in CODE.sub("", line))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("width", [40, 80, 100])
 @pytest.mark.parametrize("color", [False, True])
 def test_no_line_is_wider_than_the_terminal(width, color):

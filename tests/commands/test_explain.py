@@ -49,6 +49,7 @@ COMPOSITE = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("residual", slow_but(["redistribute", "sink"], "redistribute"))
 @pytest.mark.parametrize("name", COMPOSITE)
 def test_numbers_are_those_of_the_measure(name: str, residual: str, fast: Path):
@@ -166,6 +167,7 @@ def test_default_preprocessing_is_that_of_imagenet(fast: Path):
     assert float((tensors["image"] - expected).abs().max()) < 0.02
 
 
+@pytest.mark.medium
 def test_one_bad_image_does_not_stop_the_others(here: Path, capsys: pytest.CaptureFixture[str]):
     photograph(1).save("flower.jpg")
     Path("text.png").write_text("not an image")
@@ -236,6 +238,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(fast: Path):
         assert len(list(Path("copies").iterdir())) == 6
 
 
+@pytest.mark.medium
 def test_the_same_query_replaces_its_results_and_another_one_does_not(fast: Path):
     explain("china.png", *OWN)
     out = Path("nrm-explained")
@@ -256,6 +259,7 @@ def test_the_same_query_replaces_its_results_and_another_one_does_not(fast: Path
     assert (out / "china-3-relevance.safetensors").exists()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("mine", ["china-relevance.png", "china-relevance.safetensors", "china-3.csv"])
 def test_other_files_are_not_overwritten(mine: str, fast: Path):
     Path(mine).write_text("mine")
@@ -294,6 +298,7 @@ def test_a_full_disk_stops_the_command_and_leaves_no_file(here: Path, monkeypatc
 GREY_NET = ("--model", "own_nets:Cancelling", "--size", "4", "--mean", "0", "--std", "1", "--composite", "epsilon_plus")
 
 
+@pytest.mark.medium
 def test_a_condition_that_cancels_omits_only_its_own_heat_map(here: Path, capsys: pytest.CaptureFixture[str]):
     Image.new("L", (8, 8), 200).save("even.png")
     conditions = ["--given", "conv[0]", "--given", "conv[2]", "--given", "conv[1]"]
@@ -397,6 +402,7 @@ def explained(*requested: str) -> dict[str, torch.Tensor]:
     return result(f"{out}/china-relevance.safetensors")[0]
 
 
+@pytest.mark.medium
 def test_the_opposite_comparison_has_the_opposite_colours(fast: Path, capsys: pytest.CaptureFixture[str]):
     """All maps that are drawn, and all masses that are printed."""
     one, other = explained("--target", "1", "--against", "3"), explained("--target", "3", "--against", "1")
@@ -412,6 +418,7 @@ def test_the_opposite_comparison_has_the_opposite_colours(fast: Path, capsys: py
     assert text.count("<- compared with") == 2
 
 
+@pytest.mark.medium
 def test_the_class_alone_is_explained_on_request(fast: Path, capsys: pytest.CaptureFixture[str]):
     net, inputs = own_net(), prepared(PHOTO)
     alone = explained("--target", "2", "--against", "none")
@@ -421,6 +428,7 @@ def test_the_class_alone_is_explained_on_request(fast: Path, capsys: pytest.Capt
     assert "rather than" not in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_comparisons_are_settings(fast: Path):
     """Results of another comparison are not overwritten."""
     for against in ("rest", "none", "3", "rest"):
@@ -460,6 +468,7 @@ def test_the_examples_of_the_help_parse(capsys: pytest.CaptureFixture[str]):
         parser().parse_args(shlex.split(line)[1:])
 
 
+@pytest.mark.medium
 def test_an_image_that_the_model_rejects_does_not_stop_the_others(fast: Path, capsys: pytest.CaptureFixture[str]):
     with Path("own_nets.py").open("a") as file:
         file.write("\n\nclass Bright(Net):\n    def forward(self, x):\n        assert x.mean() > -1.5, 'dark'\n"

@@ -59,6 +59,7 @@ def using(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
     monkeypatch.setattr(text_models, "extra", lambda *_: library)
 
 
+@pytest.mark.medium
 def test_texts_are_explained_as_by_the_function(folder, monkeypatch, capsys):
     using(monkeypatch, StubLibrary())
     assert main(["explain-text", TEXT, "never dull", "--model", "net", "--layer", "blocks.1.attn.z"]) == 0
@@ -74,6 +75,7 @@ def test_texts_are_explained_as_by_the_function(folder, monkeypatch, capsys):
     assert "never" in (folder / "nrm-explained/texts.html").read_text()
 
 
+@pytest.mark.medium
 def test_options_reach_the_explanation(folder, monkeypatch, capsys):
     using(monkeypatch, StubLibrary("next", ("NetForCausalLM",)))
     arguments = ["--model", "net", "--target", "film", "--against", "fine", "--given", "blocks.0.attn.head.1"]
@@ -90,6 +92,7 @@ def test_options_reach_the_explanation(folder, monkeypatch, capsys):
     assert 'from the reference "a fine"' in " ".join(out.split())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("options", "reference", "composite"),
     [

@@ -63,6 +63,7 @@ def test_wrong_options_are_reported_in_one_line(
     assert words in fails(capsys, *USAGE[command], *options)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("command", ["explain", "flow", "sweep", "references"])
 def test_a_file_instead_of_a_folder_for_results(command: str, fast: Path, capsys: pytest.CaptureFixture[str]):
     Path("photos").mkdir()
@@ -74,6 +75,7 @@ def test_a_file_instead_of_a_folder_for_results(command: str, fast: Path, capsys
     assert "Traceback" not in error
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("target", "number"), in_turn(["png", "safetensors", "csv"], [errno.ENOSPC, errno.EACCES, errno.EROFS])
 )
@@ -122,6 +124,7 @@ def test_an_unexpected_error_is_one_line_unless_debugged(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("command", slow_but(["explain", "flow", "layers", "demo"], "explain", "flow", "layers"))
 def test_quiet_prints_nothing(command: str, fast: Path, capfd: pytest.CaptureFixture[str]):
     argv = [*USAGE.get(command, ["demo", "--digits", "3"]), "--quiet"]
@@ -148,6 +151,7 @@ def test_means_may_be_separated_by_spaces_or_commas(words: list[str]):
     assert joined(["--mean", *words, "a.png"])[-1] == "a.png"
 
 
+@pytest.mark.medium
 def test_an_interrupted_import_ends_without_a_traceback(here: Path):
     """Modules written in C raise an ImportError for the interrupt."""
     code = (

@@ -92,6 +92,7 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
     assert {"noise-2-flow.png", "noise-2-flow.json"} <= {path.name for path in Path("nrm-flow").iterdir()}
 
 
+@pytest.mark.medium
 def test_the_opposite_comparison_has_the_opposite_colours(here, capsys, monkeypatch):
     """Nodes, ribbons and heat maps of the nodes."""
     drawn = []
@@ -121,6 +122,7 @@ def test_the_opposite_comparison_has_the_opposite_colours(here, capsys, monkeypa
     assert "the output of 'head' is fused" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_the_class_alone_has_a_node_for_each_class(here):
     assert run("noise.png", *OWN, "--layers", "output", "a", "--against", "none") == 0
     graph = FlowGraph.from_json(Path("nrm-flow/noise-flow.json"))
@@ -159,6 +161,7 @@ def test_bad_options_are_reported_in_one_line(here, capsys, options, words):
     assert words in err[0]
 
 
+@pytest.mark.medium
 def test_a_bad_image_does_not_stop_the_others(here, capsys):
     Path("broken.png").write_bytes(b"not an image")
     assert run("broken.png", "noise.png", *OWN, "--layers", "input", "output") == 1
@@ -178,11 +181,13 @@ def test_captions_say_what_the_model_predicts_and_what_the_whole_is(here):
     assert said.startswith("The model does not predict this class: its softmax of 25% has rank 3. Of ")
 
 
+@pytest.mark.medium
 def test_an_infinite_gain_limit_is_stored(here):
     assert run("noise.png", *OWN, "--layers", "a", "input", "--gain-limit", "inf") == 0
     assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["gain_limit"] == "inf"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["svg", "pdf"])
 def test_figures_for_papers(here, kind):
     assert run("noise.png", *OWN, "--layers", "a", "input", "--width", "3.3", "--format", kind) == 0
@@ -190,6 +195,7 @@ def test_figures_for_papers(here, kind):
     assert (b"237.6pt" in start) if kind == "svg" else start.startswith(b"%PDF")
 
 
+@pytest.mark.medium
 def test_what_the_model_did_not_see_is_said_and_fit_shows_it(here, capsys):
     Image.open("noise.png").resize((60, 20)).save("wide.png")
     assert run("wide.png", *OWN, "--layers", "a", "input") == 0

@@ -70,6 +70,7 @@ def test_two_images_are_compared_for_the_same_class(here):  # noqa: F811
     check(graph, measure("noise.png", 1, against=3), measure("other.png", 1, against=3))
 
 
+@pytest.mark.medium
 def test_groups_of_both_flows_are_the_same(here):  # noqa: F811
     graph = difference("--target", "1", "--minus", "2", "--groups", "2")
     assert [(len(layer.groups), layer.others) for layer in graph.layers[1:3]] == [(2, 0), (2, 0)]

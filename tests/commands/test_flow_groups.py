@@ -19,6 +19,7 @@ def run(*argv: str) -> int:
     return main(["flow", "noise.png", *OWN, "--out", "out", *argv])
 
 
+@pytest.mark.medium
 def test_a_number_of_groups_shows_all_relevance_and_stores_the_groups(here, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(flow_groups, "find_spec", lambda name: None)  # without scikit-image, patches are grouped
     assert run(*LAYERS, "--groups", "3") == 0
@@ -33,6 +34,7 @@ def test_a_number_of_groups_shows_all_relevance_and_stores_the_groups(here, caps
     assert "noise-groups.safetensors" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_stored_groups_are_applied_and_wrong_files_are_named(here, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(flow_groups, "find_spec", lambda name: None)
     assert run(*LAYERS, "--groups", "2") == 0

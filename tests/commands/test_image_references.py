@@ -53,6 +53,7 @@ def test_words():
     assert reference_words("a/b/cat.png") == ", compared with cat.png"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("options", "composite"), [([], None), (["--composite", "nrm_default"], NRMDefault())])
 def test_the_command_explains_the_difference_to_the_reference(here: Path, options, composite, capsys):
     explain("china.png", *OWN, "--target", "2", "--reference", "mean", *options)

@@ -25,6 +25,7 @@ def mu(model: nn.Module) -> RelevanceMeasure:
     return RelevanceMeasure(model, images[sample.index : sample.index + 1], sample.predicted)
 
 
+@pytest.mark.medium
 def test_joint_relevance_is_the_mass_of_each_event(mu: RelevanceMeasure):
     layers = ["features.5", "features.12", "features.7"]
     joint = joint_relevance(mu, layers, 3)

@@ -20,6 +20,7 @@ from nrm_plugin.commands.own_models import imported
 from tests.commands.shell import NETS, OWN, PHOTO, SIZE, explain, fails, own_net, prepared, result
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "spec", ["own_nets:ready", "own_nets:Net", "own_nets.py:make", "sub/other_nets.py:make", "sub.inner:make"]
 )

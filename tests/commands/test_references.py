@@ -56,6 +56,7 @@ def fails(capsys, *argv, code=2):
     return printed.err
 
 
+@pytest.mark.medium
 def test_references_are_printed_and_written(capsys, tmp_path):
     command = ["references", "swept", "--query", "features.12", "--rows", "3", "--k", "4", "--out", str(tmp_path)]
     assert main(command) == 0

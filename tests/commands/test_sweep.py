@@ -82,6 +82,7 @@ def stop_at(patch, number):
     patch.setattr(folders.PreprocessedImageFolder, "__getitem__", stopped)
 
 
+@pytest.mark.medium
 def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, capsys):
     assert run("--joint", "--activations", "--heat-maps", "--event", "3[1,2] & ~0[5]", "--target", "label") == 0
     printed = capsys.readouterr()
@@ -112,6 +113,7 @@ def test_a_folder_is_swept_and_the_numbers_are_those_of_the_measure(photos, caps
     torch.testing.assert_close(maps, mu.marginal("input").sum(1), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.medium
 def test_unreadable_images_are_listed_and_can_be_retried(photos, capsys):
     whole = (photos / "dogs/4.png").read_bytes()
     (photos / "dogs/4.png").write_bytes(whole[:90])
@@ -130,6 +132,7 @@ def test_unreadable_images_are_listed_and_can_be_retried(photos, capsys):
     assert len(Sweep.open("swept").samples()) == 10
 
 
+@pytest.mark.medium
 def test_an_interrupt_exits_with_130_and_the_same_command_continues(photos, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 9)
@@ -150,6 +153,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sizes", slow_but(BATCHES, "larger", "one shard"))
 def test_a_stopped_sweep_continues_with_another_batch_size(sizes, photos, monkeypatch):
     """Batches change float32 values by rounding only; shards keep their size, whatever the option."""
@@ -171,6 +175,7 @@ def test_a_stopped_sweep_continues_with_another_batch_size(sizes, photos, monkey
     assert {path.name for path in Path("swept/rows").glob("part-*")} == names
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -205,6 +210,7 @@ def test_a_model_without_parameters_is_swept(photos):
     assert main(["sweep", "photos", "--model", "nets.py:Plain", "--size", "16", "--layers", "input"]) == 0
 
 
+@pytest.mark.medium
 def test_results_of_other_queries_are_not_mixed(photos, capsys):
     assert run() == 0
     assert run("--activations") == 2
@@ -296,6 +302,7 @@ def other_copy():
     Path("photos/dogs/11.png").write_bytes(Path("photos/dogs/4.png").read_bytes())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", PREPARED)
 @pytest.mark.parametrize("state", ["partial", "finished"])
 def test_a_change_is_rejected_by_name(name, state, photos, capsys):
@@ -317,12 +324,14 @@ def test_a_change_is_rejected_by_name(name, state, photos, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_files_that_were_only_touched_are_no_change(photos):
     assert run() == 0
     os.utime("photos/cats/3.png", (1, 1))
     assert run() == 0
 
 
+@pytest.mark.medium
 def test_folders_that_are_not_classes_are_named_if_labels_are_explained(photos, capsys):
     Path("names.txt").write_text("dogs\ncat\nfish\nbirds\n")
     options = ("--classes", "names.txt")
@@ -347,6 +356,7 @@ def test_class_names_must_be_as_many_as_outputs(count, data, photos, capsys):
     assert f"there are {count} class names" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_references_are_not_drawn_from_changed_images(photos, capsys):
     assert run() == 0
     command = ["references", "swept", "--query", "3", "--model", "nets.py:make", "--data", "photos", "--k", "2"]

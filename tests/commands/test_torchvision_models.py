@@ -18,6 +18,7 @@ from tests.commands.shell import PHOTO, explain, fails, result
 from tests.conftest import slow_but
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "form", slow_but(["state dict", "safetensors", "checkpoint", "data parallel", "half"], "state dict")
 )
@@ -50,6 +51,7 @@ def test_weights_of_a_file_are_loaded(form: str, fast: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", slow_but(["mnasnet0_5", "densenet121", "regnet_y_400mf", "googlenet"], "mnasnet0_5"))
 def test_weight_files_of_unusual_architectures(name: str, tmp_path: Path):
     """Versions of layers, names with dots, values read while the model is built, inputs that are scaled again."""
@@ -69,6 +71,7 @@ def test_weight_files_of_unusual_architectures(name: str, tmp_path: Path):
     assert loaded.preprocessing.settings["resize"] == weights.transforms().resize_size[0]
 
 
+@pytest.mark.medium
 def test_a_file_of_torchvision_has_its_classes(here: Path, capsys: pytest.CaptureFixture[str]):
     torch.manual_seed(2)
     weights = get_model_weights("squeezenet1_1").IMAGENET1K_V1
@@ -84,6 +87,7 @@ def test_a_file_of_torchvision_has_its_classes(here: Path, capsys: pytest.Captur
     assert printed.count("<- explained") == 1
 
 
+@pytest.mark.medium
 def test_default_weights_are_those_of_torchvision(fast: Path, monkeypatch: pytest.MonkeyPatch):
     """torchvision's builder loads them; the download is replaced."""
     torch.manual_seed(5)
@@ -100,6 +104,7 @@ def test_default_weights_are_those_of_torchvision(fast: Path, monkeypatch: pytes
     assert int(tensors["outputs"].argmax()) == int(metadata["target"])
 
 
+@pytest.mark.medium
 def test_random_weights_are_reported_and_repeatable(fast: Path, capsys: pytest.CaptureFixture[str]):
     argv = ("china.png", "--model", "squeezenet1_1", "--weights", "none", "--size", "48")
     state = torch.get_rng_state()

@@ -55,6 +55,7 @@ FILES: dict[str, tuple[Callable[[str], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", FILES)
 def test_files_without_the_weights_of_the_model(name: str, fast: Path, capsys: pytest.CaptureFixture[str]):
     make, words = FILES[name]

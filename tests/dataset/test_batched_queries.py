@@ -78,6 +78,7 @@ def results(tmp_path_factory):
     return stored, expected(model, x), forwards
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", EVERY_QUERY)
 def test_a_result_equals_that_of_the_measure(results, name):
     stored, wanted, _ = results

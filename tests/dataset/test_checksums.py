@@ -57,6 +57,7 @@ def flipped(path: Path, place: int, bit: int) -> None:
     path.write_bytes(bytes(content))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("kind", "seed"), in_turn(KINDS, range(4)))
 def test_a_flipped_bit_is_never_read_as_right_and_heals(kind, seed, begun, right, tmp_path, uninterrupted):
     folder, draw = shutil.copytree(begun, tmp_path / "swept"), random.Random(f"{kind} {seed}")
@@ -85,6 +86,7 @@ def test_every_byte_of_a_file_of_rows_counts(begun, right, tmp_path):
     assert readings(folder) == right
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["rows", "maps"])
 def test_damage_raises_unless_it_is_to_be_evaluated_again(kind, begun, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "swept")

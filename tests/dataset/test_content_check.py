@@ -29,6 +29,7 @@ class Stamped(Data):
         return super().__getitem__(index)
 
 
+@pytest.mark.medium
 def test_samples_with_the_same_stamp_are_not_read(tmp_path):
     data = Stamped()
     sweep(net(), data, QUERIES, tmp_path, **OPTIONS)
@@ -56,6 +57,7 @@ def test_a_fingerprint_is_compared_instead_of_samples(tmp_path):
         sweep(net(), data, QUERIES, tmp_path, **OPTIONS)
 
 
+@pytest.mark.medium
 def test_samples_that_failed_or_cannot_be_read_any_more(tmp_path):
     sweep(net(), Data(8, bad=[2]), QUERIES, tmp_path, on_error="skip", **OPTIONS)
     assert sweep(net(), Data(8), QUERIES, tmp_path, **OPTIONS).is_complete  # sample 2 has no results to compare

@@ -51,6 +51,7 @@ def test_an_output_of_one_number_is_one_group(tmp_path):
     assert set(stored.rows()["prediction"].to_pylist()) == {-1}
 
 
+@pytest.mark.medium
 def test_samples_targets_and_predictions_are_stored(tmp_path):
     model, data = net(), Data(10)
     outputs = model(data.x)
@@ -70,6 +71,7 @@ def test_samples_targets_and_predictions_are_stored(tmp_path):
     ) == {2}
 
 
+@pytest.mark.medium
 def test_a_target_function_may_run_the_model(tmp_path):
     """Its activations are not recorded."""
     model, data, queries = net(), Data(10), [Activation("4")]
@@ -79,6 +81,7 @@ def test_a_target_function_may_run_the_model(tmp_path):
     assert stored.rows("activation(4)")["value"].equals(plain.rows("activation(4)")["value"])
 
 
+@pytest.mark.medium
 def test_inputs_may_be_mappings_and_the_model_is_unchanged(tmp_path):
     class Keyword(nn.Module):
         def __init__(self):

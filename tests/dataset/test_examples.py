@@ -61,6 +61,7 @@ def same(ours, theirs, positions=True):
     assert distinct.float().mean() > 0.5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("by", ["relevance", "activation"])
 @pytest.mark.parametrize("target", [None, 0, 2])
 def test_references_from_a_sweep_equal_those_of_one_pass(stored, one_pass, by, target):

@@ -81,6 +81,7 @@ def same(graph: FlowGraph, expected: FlowGraph, rtol=1e-9, carried=True):
         assert graph.carried == pytest.approx(expected.carried)
 
 
+@pytest.mark.medium
 def test_a_mean_flow_is_that_of_events_of_single_samples(net, data):
     """Every number is a mean of masses of events over samples that are measured separately."""
     with untouched(net):
@@ -135,6 +136,7 @@ def test_chosen_groups_keep_their_numbers(net, data):
             mean_flow(batches(net, data, 5), LAYERS, groups={"head.1": wrong})
 
 
+@pytest.mark.medium
 def test_a_difference_is_signed_and_sums_to_zero(net, data):
     first, second = (mean_flow(batches(net, data, 5, lambda y, c=c: y == c), LAYERS, top=None) for c in (0, 1))
     graph = difference(first, second)
@@ -172,6 +174,7 @@ def stored(net, data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("target", [None, 0, 1, 2])
 def test_the_flow_of_a_sweep_is_that_of_the_measures(net, data, stored, target):
     over = {"input": patches((4, 4), 2)}
@@ -213,6 +216,7 @@ def test_missing_queries_and_samples_raise(net, data, stored, tmp_path):
         flow_of_sweep(tmp_path / "other", ["body.0", "input"])
 
 
+@pytest.mark.medium
 def test_flows_of_differences_are_added_with_their_signs(tmp_path):
     """By hand: the mean of μ times the sign of each difference; stored and computed at once."""
     model, x = sweep_nets.net().double(), Data(10).x.double()

@@ -100,6 +100,7 @@ def test_a_huge_jpeg_is_decoded_at_reduced_size(limit: float, tmp_path: Path, mo
     assert difference.mean() < 4
 
 
+@pytest.mark.medium
 def test_a_size_beyond_the_limit_of_pillow_is_not_a_warning(tmp_path: Path):
     Image.new("RGB", (16000, 6000), "red").save(tmp_path / "red.jpg")
     with warnings.catch_warnings():
@@ -132,6 +133,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 CUT = ["jpg", "png", "gif", "webp", "tif", "bmp"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", BAD)
 def test_files_that_are_not_images_are_rejected(name: str, tmp_path: Path):
     make, words = BAD[name]

@@ -60,6 +60,7 @@ def one_by_one(net, x, upper, lower, channels=(3, 3)):
     return total / weight, off / weight, weight / len(x)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("upper", "lower"), [("conv", "stem")])
 def test_the_matrix_is_the_weighted_mean_of_conditionals(upper, lower):
     net, x = net_and_images(6)

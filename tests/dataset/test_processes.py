@@ -35,6 +35,7 @@ def both(first, second) -> list[object]:
     return [results[0], results[1]]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", [{"target": "label"}, {}], ids=["other settings", "same settings"])
 def test_of_two_sweeps_at_once_one_is_rejected(options, tmp_path):
     def call(more):

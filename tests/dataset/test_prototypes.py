@@ -32,6 +32,7 @@ def blobs():
     return values[order], of[order]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["mixture", "kmeans"])
 def test_planted_clusters_are_recovered(blobs, method):
     values, of = blobs
@@ -140,6 +141,7 @@ def test_the_figure_has_a_row_for_each_prototype(blobs):
         prototypes_figure(prototypes, images, 17)
 
 
+@pytest.mark.medium
 def test_vectors_of_a_sweep_are_marginals(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()

@@ -17,6 +17,7 @@ def rows_of(columns):
     return {row[:4]: None if row[4] != row[4] else row[4] for row in rows}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("as_lists", [True, False], ids=["indices", "column"])
 def test_the_rows_of_batches_equal_those_of_a_sweep(as_lists, tmp_path):
     data = Data(10)

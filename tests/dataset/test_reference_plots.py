@@ -12,6 +12,7 @@ from nrm_plugin.dataset.reference_search import find_references
 from nrm_plugin.errors import InputError
 
 
+@pytest.mark.medium
 def test_the_figure_has_a_row_for_each_channel(net, data):
     references = find_references(net, data, ["2"], 3).of("2")
     rows = crops(net, data, references, [0, 3])

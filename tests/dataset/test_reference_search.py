@@ -103,6 +103,7 @@ def test_ties_are_broken_by_sample_index():
             assert [sample for sample in row if sample in (0, 2, 3)] == [0, 2, 3]
 
 
+@pytest.mark.medium
 def test_events_are_ranked_by_their_mass(net, data):
     events = {"both": at("0")[1] & at("2")[3], "either": at("2")[[0, 3]]}
     references = find_references(net, data, events=events, k=30, batch_size=4).of(EVENTS)

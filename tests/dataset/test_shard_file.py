@@ -12,6 +12,7 @@ from nrm_plugin.dataset.sweep_layout import ShardError
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net, write_sums
 
 
+@pytest.mark.medium
 def test_a_flipped_bit_is_detected(tmp_path):
     sweep(net(), Data(), QUERIES, tmp_path, index=False, **OPTIONS)
     path = tmp_path / "rows/part-0000-000002.parquet"

@@ -35,6 +35,7 @@ def test_incomplete_files_of_dead_processes_are_removed(tmp_path):
     assert list(tmp_path.rglob(".*")) == [alive]
 
 
+@pytest.mark.medium
 def test_a_full_disk_leaves_a_readable_sweep(tmp_path, uninterrupted, monkeypatch):
     original, written = os.fsync, []
 
@@ -69,6 +70,7 @@ def largest_file(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("query", [Marginal("2", "neuron"), Maps("2")], ids=["rows", "maps"])
 def test_a_truncated_file_is_not_a_shard(query, tmp_path):
     with pytest.raises(SweepError, match=r"shard 0 cannot be written to .*File too large"), largest_file(3_900):
@@ -78,6 +80,7 @@ def test_a_truncated_file_is_not_a_shard(query, tmp_path):
     assert sweep(net(), Data(), [query], tmp_path, **OPTIONS).is_complete
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("at", slow_but([1, 2, 3, 4, 5, 8, 12, 17, 29], 29))
 def test_a_disk_that_is_full_at_any_write_leaves_nothing_wrong(at, tmp_path, uninterrupted, monkeypatch):
     """Whatever file does not fit: rows, maps, checksums, index or manifest."""
@@ -104,6 +107,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing_wrong(at, tmp_path, uni
     assert contents(tmp_path) == uninterrupted
 
 
+@pytest.mark.medium
 def test_the_rows_of_a_shard_are_sorted_so_that_readers_skip_row_groups(begun):
     for path in (begun / "rows").glob("*.parquet"):
         rows = parquet.read_table(path).to_pylist()

@@ -9,6 +9,7 @@ from tests.conftest import slow_but
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, net
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("query", slow_but(["marginal(4)", "joint(4, 2)", "sink(4)"], "joint(4, 2)"))
 @pytest.mark.parametrize("index", [True, False], ids=["sorted", "unsorted"])
 def test_top_equals_the_sorted_rows(query, index, tmp_path, uninterrupted):
@@ -28,6 +29,7 @@ def test_top_equals_the_sorted_rows(query, index, tmp_path, uninterrupted):
         assert [(row["value"], row["sample"], row["lower"]) for row in selected] == wanted
 
 
+@pytest.mark.medium
 def test_rows_of_a_group_and_columns(begun):
     stored = Sweep.open(begun)
     selected = stored.rows("joint(4, 2)", 5, ["sample", "lower", "value"])

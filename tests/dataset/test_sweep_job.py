@@ -80,6 +80,7 @@ def damaged(path, how):
     path.write_bytes(bytes(content))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("how", slow_but(["truncated", "empty", "of another sweep"], "of another sweep"))
 def test_a_damaged_shard_raises_or_is_evaluated_again(how, tmp_path, uninterrupted):
     sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
@@ -97,6 +98,7 @@ def test_a_damaged_shard_raises_or_is_evaluated_again(how, tmp_path, uninterrupt
     assert contents(tmp_path) == uninterrupted
 
 
+@pytest.mark.medium
 def test_missing_maps_are_evaluated_again(tmp_path, uninterrupted):
     sweep(net(), Data(), QUERIES, tmp_path, **OPTIONS)
     (tmp_path / "maps/part-0000-000001.safetensors").unlink()

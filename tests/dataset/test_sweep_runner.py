@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
+@pytest.mark.medium
 def test_every_row_is_stored_once(uninterrupted):
     rows, maps = uninterrupted
     assert len(rows) == 50 * (8 + 8 * 6 + 1 + 1)
@@ -52,6 +53,7 @@ def test_a_killed_sweep_is_resumed_with_the_same_results(tmp_path):
         assert not list((tmp_path / where).rglob(".*"))
 
 
+@pytest.mark.medium
 def test_ctrl_c_keeps_completed_shards_and_the_same_call_resumes(tmp_path, uninterrupted):
     class Stopped(Data):
         def __getitem__(self, index):
@@ -82,6 +84,7 @@ def test_a_complete_sweep_is_not_run_again(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == before
 
 
+@pytest.mark.medium
 def test_an_existing_sweep_raises_if_it_must_not_be_resumed(begun):
     with pytest.raises(SweepError, match="already contains a sweep"):
         sweep(net(), Data(), QUERIES, begun, resume=False, **OPTIONS)
@@ -93,6 +96,7 @@ def test_a_failed_query_does_not_block_the_folder(tmp_path):
     assert sweep(net(), Data(10), [Marginal("4")], tmp_path, **OPTIONS).is_complete
 
 
+@pytest.mark.medium
 def test_ranks_share_the_shards_and_the_last_one_completes_the_sweep(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (2, 0, 1):
@@ -105,6 +109,7 @@ def test_ranks_share_the_shards_and_the_last_one_completes_the_sweep(tmp_path, u
     assert len(stored.top("marginal(4)", 3, 60)) == 50
 
 
+@pytest.mark.medium
 def test_a_different_number_of_processes_resumes(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

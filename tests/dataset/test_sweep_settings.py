@@ -40,6 +40,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("changes", "message"), CHANGES.values(), ids=CHANGES)
 def test_different_settings_are_not_mixed(begun, changes, message):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}

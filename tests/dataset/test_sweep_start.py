@@ -170,6 +170,7 @@ def stored(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Pa
     return folder
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_rejected_by_name(name: str, stored: Path) -> None:
     make, message = CHANGES[name]
@@ -211,6 +212,7 @@ def test_pixels_of_tensors_in_memory_are_compared(tmp_path: Path) -> None:
         sweep(model, TensorDataset(x), QUERIES, tmp_path, **OPTIONS)
 
 
+@pytest.mark.medium
 def test_a_sweep_of_a_former_version_is_continued_with_a_warning(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "former"
     sweep(out=folder, **given(), **OPTIONS)

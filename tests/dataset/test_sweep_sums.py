@@ -14,6 +14,7 @@ from nrm_plugin.measure.flow_graph import FlowError
 from tests.dataset.test_glocal import LAYERS, batches, cuts, data, net, same, stored  # noqa: F401
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("target", [None, 1])
 def test_groups_of_a_sweep_are_those_of_its_measures(net, data, stored, target):  # noqa: F811
     means = Sweep.open(stored).mean_joints(LAYERS, target)

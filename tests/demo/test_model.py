@@ -124,6 +124,7 @@ def test_two_runs_of_one_epoch_write_identical_loadable_files(
     assert (tmp_path / "first" / DATA).read_bytes() == (EMBEDDED / DATA).read_bytes()
 
 
+@pytest.mark.medium
 def test_training_restores_the_state_of_torch(tmp_path: Path):
     pytest.importorskip("sklearn")
     before = torch.get_rng_state(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()

@@ -128,6 +128,7 @@ def test_attention_passes_all_relevance_to_the_values_by_absolute_share(name):
     assert float((of_values - value_shares(a, v, name == "heads in the batch")).abs().max()) <= TOLERANCE
 
 
+@pytest.mark.medium
 def test_learned_queries_and_fixed_keys_are_constants():
     """Cross-attention from parameters, and attention over a memory with computed values only."""
     for op in (lambda v: sdpa(Q[None], K[None], v), lambda v: unfused(Q[None], K[None], v)):

@@ -120,6 +120,7 @@ WHOLE: dict[str, tuple[Op, Op]] = {
 }  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:torch.chain_matmul")
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_function_of_whole_matrices_is_its_products(name):

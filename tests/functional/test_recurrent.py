@@ -73,6 +73,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("read", slow_but(["last", "mean"], "last"))
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -288,6 +289,7 @@ def test_the_padding_of_a_packed_batch_is_a_constant_of_its_sample():
     close(mu.marginal("input").flatten(1).sum(1) + mu.sink("input"), torch.ones(3).double())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", slow_but(KINDS, "GRU"))
 def test_directions_and_layers_equal_stacked_single_layers(kind):
     both = Classifier(kind, "sum", bidirectional=True, num_layers=2)
@@ -358,6 +360,7 @@ def test_a_given_state_may_be_an_input():
     close(total, torch.ones(3).double())
 
 
+@pytest.mark.medium
 def test_an_initial_state_of_zeros_equals_none():
     net = Classifier("LSTM", num_layers=2)
     zeros = torch.zeros(2, 3, HIDDEN).double()

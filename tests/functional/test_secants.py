@@ -127,6 +127,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_differences_of_an_operation_add_up(name):
     net = Head(OPERATIONS[name]).eval()

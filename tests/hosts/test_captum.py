@@ -555,6 +555,7 @@ def test_captums_data_loader_accepts_feature_ablation_only():
         DataLoaderAttribution(NRM(made(Conv)))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["input", "layer", "layers", "neuron"])
 def test_the_data_loader_class_equals_the_method_batch_by_batch(method):
     net, x = made(Conv), noise(7, 2, 8, 8)

@@ -233,6 +233,7 @@ def test_layers_and_images_without_relevance_have_empty_groups():
     assert graph.layers[-1].sink == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.medium
 def test_wide_layers_need_one_vector_for_each_shown_group():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 3)).eval()

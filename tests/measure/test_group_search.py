@@ -90,6 +90,7 @@ def test_a_flow_over_groups_has_no_rest_and_every_number_is_its_event(mu, groups
     assert graph.carried == pytest.approx(1 - graph.layers[-1].sink, abs=1e-10)
 
 
+@pytest.mark.medium
 def test_a_flow_finds_groups_of_its_own(mu, groups):
     graph = mu.flow(LAYERS, over="groups", k=3, sample=1)
     assert graph == mu.flow(LAYERS, groups=groups, sample=1)
@@ -117,6 +118,7 @@ def test_groups_of_some_inputs_apply_to_others_and_to_a_file(groups, tmp_path):
         Groups.load(tmp_path / "groups.safetensors")
 
 
+@pytest.mark.medium
 def test_measures_of_batches_give_the_groups_of_one_batch(mu, groups):
     single = (RelevanceMeasure(conv_net(), image[None], 2) for image in images())
     found = find_groups(single, LAYERS, k=3)
@@ -125,6 +127,7 @@ def test_measures_of_batches_give_the_groups_of_one_batch(mu, groups):
     assert found.kappas[1:] == pytest.approx(groups.kappas[1:])
 
 
+@pytest.mark.medium
 def test_members_are_channels_positions_neurons_labels_or_masks(mu):
     found = find_groups(mu, ["5", "0", "input"], 2, {"5": "neuron", "0": "position", "input": patches((20, 20), 4)})
     assert [len(labels) for labels in found.labels] == [10 * 100, 400, 16]

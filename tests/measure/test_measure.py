@@ -172,6 +172,7 @@ def test_maps_of_several_events_equal_those_of_each(both: Both, data: st.DataObj
         assert torch.allclose(together["input"][number], both.mu.marginal("input", joint=event), atol=1e-12)
 
 
+@pytest.mark.medium
 @slowly
 @given(measured(["chain_mlp", "conv1d_chain", "fork", "skip"]), st.data())
 def test_the_transposed_pass_is_the_enumeration_from_each_neuron(both: Both, data: st.DataObject) -> None:
@@ -233,6 +234,7 @@ def test_a_partition_of_a_tap_sums_to_its_mass(both: Both, data: st.DataObject) 
     assert torch.allclose(both.mu(cells[0] | cells[1] | cells[2]), both.mu(name), atol=1e-10 * max(1, both.spread))
 
 
+@pytest.mark.medium
 @slowly
 @given(measured(), st.data())
 def test_chain_rule_and_bayes_both_ways(both: Both, data: st.DataObject) -> None:

@@ -11,6 +11,7 @@ from nrm_plugin.measure import event_masses
 from tests.flows import X, net
 
 
+@pytest.mark.medium
 def test_queries_that_do_not_fit_into_memory_run_in_parts(monkeypatch):
     whole = RelevanceMeasure(net(), X, 1)
     mu = RelevanceMeasure(net(), X, 1, max_memory=1)

@@ -74,6 +74,7 @@ def walks(net: nn.Sequential, x: Tensor, reference: Tensor, target: int) -> dict
     return result
 
 
+@pytest.mark.medium
 def test_events_are_sums_over_enumerated_walks_even_through_neurons_without_a_difference():
     net, x, x0 = mlp(), X.clone(), X0.clone()
     with torch.no_grad():
@@ -469,6 +470,7 @@ def test_samples_that_mix_have_a_measure_as_one_sample():
     torch.testing.assert_close(mu.marginal("a").sum(), torch.ones(()).double(), **TIGHT)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", slow_but([nn.LSTM, nn.GRU, nn.RNN], nn.LSTM))
 def test_recurrent_nets_with_time_first_have_rows_of_samples(kind):
     torch.manual_seed(0)

@@ -138,6 +138,7 @@ def test_a_measure_taken_outside_is_asked_in_full_precision_inside() -> None:
         assert inside.marginal("input").equal(outside.marginal("input"))
 
 
+@pytest.mark.medium
 def test_layers_whose_maps_have_no_closed_form_balance_too() -> None:
     model = net(padding_mode="reflect")
     with torch.autocast("cpu", torch.bfloat16):

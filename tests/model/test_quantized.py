@@ -109,6 +109,7 @@ def plain(layer: nn.Linear) -> nn.Linear:
 COMPOSITES = [NRMDefault, NRMAbsolute, EpsilonPlus, lambda: NRMDefault(canonizers=[FuseBatchNorm()])]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("max_memory", [None, 1])
 @pytest.mark.parametrize("composite", COMPOSITES)
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.zennit
 RECORDED = json.loads(STORED.read_text())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", slow_but([*NETS, "digits"], "conv", "residual", "attention"))
 def test_the_numbers_equal_the_recorded_ones(name: str) -> None:
     values_by_composite = measured(name)

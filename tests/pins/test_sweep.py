@@ -15,6 +15,7 @@ from tests.pins.record_sweep import DIGESTS, SAMPLES, STORED, composite_digest, 
 RECORDED: dict[str, str] = json.loads(DIGESTS.read_text())
 
 
+@pytest.mark.medium
 def test_a_stored_sweep_is_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Names of rules and canonizers are part of its settings, so a class that moves must keep its stored name."""
     folder = tmp_path / "swept"

@@ -175,6 +175,7 @@ class Averaged(nn.Module):
         return self.b(hidden)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("update", UPDATES)
 def test_plans_read_a_buffer_as_it_was_before_the_model_updated_it(update):
     net, twin = Averaged(UPDATES[update]).eval(), Averaged(lambda average, new: None).eval()

@@ -77,6 +77,7 @@ def test_a_plan_is_not_stored(net):
         torch.save(Plan(net, inputs()), io.BytesIO())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("count", [1, 2])
 def test_windows_that_are_folded_into_the_batch_are_planned(count):
     torch.manual_seed(0)

@@ -189,6 +189,7 @@ def test_a_change_of_the_model_drops_the_plan(change):
     assert taken(measures, net, 2) == [False, False]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", slow_but(["model", "composite", "output", "batched"], "composite"))
 def test_a_change_of_a_setting_drops_the_plan(change):
     measures, net = Measures(), small_net()
@@ -311,6 +312,7 @@ def test_measures_themselves_are_copied_and_stored_without_a_plan(method):
         assert other.plan is None
 
 
+@pytest.mark.medium
 def test_the_plan_is_dropped_with_its_owner():
     net = small_net()
     found = NRM(net)

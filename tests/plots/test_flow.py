@@ -121,6 +121,7 @@ MAPPED = {node.key: None for node in made_graph([1, 12, 12]).nodes if node.kind 
 GRAPHS = [[1, 12, 12], [1, 8, 8, 8, 12], [1, 6, 6, 6, 6, 12], [12, 12], [3], [1, 40, 40]]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("width", [None, 3.3])
 @pytest.mark.parametrize("counts", GRAPHS, ids=str)
 def test_nothing_overlaps_and_nothing_is_cut_off(counts, width):

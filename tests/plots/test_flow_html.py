@@ -315,6 +315,7 @@ def test_pages_of_too_wide_layers_raise():
     assert len(sankey(graph.smaller(top=5))) < 100_000
 
 
+@pytest.mark.medium
 def test_a_page_of_many_thumbnails_stays_below_three_megabytes():
     rng = torch.Generator().manual_seed(0)
     large = nn.Sequential(nn.Conv2d(3, 12, 5, 2), nn.ReLU(), nn.Conv2d(12, 12, 5, 2), nn.ReLU(), nn.Flatten(),

@@ -226,6 +226,7 @@ def test_a_flow_of_three_layers_draws_each_ribbon_twice():
     assert sorted({round(one.get_path().vertices[0, 0]) for one in ribbons(axes)}) == [0, 1]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("marginals", [[], [0.0], [0.0, 0.0], [0.01] * 40], ids=["none", "zero", "zeros", "many"])
 def test_empty_zero_and_long_columns_are_drawn(marginals: list[float], tmp_path: Path):
     labels = [str(number) for number in range(len(marginals))]
@@ -233,6 +234,7 @@ def test_empty_zero_and_long_columns_are_drawn(marginals: list[float], tmp_path:
     assert heatmaps.save(heatmaps.flow([column, column], []), tmp_path / "odd.png").stat().st_size > 1000
 
 
+@pytest.mark.medium
 def test_joint_figures_show_all_parts():
     figure = heatmaps.joint(GREY, VALUES, COLUMNS, RIBBONS, [VALUES, 3 * VALUES], ["A", "B"], "heading")
     for shown, factor in zip(maps_of(figure), (1, 1, 3), strict=True):

@@ -82,6 +82,7 @@ def test_the_sums_of_the_estimate_are_those_of_the_network():
     assert str(estimate).splitlines()[0].startswith("measure")
 
 
+@pytest.mark.medium
 def test_memory_grows_with_the_batch():
     net = torchvision.models.resnet18().eval()
     one, eight = (coverage(net, torch.empty(count, 3, 64, 64).zero_(), memory=True) for count in (1, 8))

@@ -154,6 +154,7 @@ def assert_equal(one: Any, two: Any) -> None:
     torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", NETS)
 def test_all_questions_have_the_answers_of_the_whole_recording(name, limit):
@@ -198,6 +199,7 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", STARTS)
 def test_starts(name):
     whole, mu = (RelevanceMeasure(seeded(Decoder), IDS[:1], **STARTS[name], max_memory=limit) for limit in (None, 800))
@@ -213,6 +215,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("limit", slow_but([3000, 30_000], 30_000))
 @pytest.mark.parametrize("name", REFERENCES)
 def test_references(name, limit):
@@ -231,6 +234,7 @@ def test_references(name, limit):
     assert mu._recording.parts._runs_units
 
 
+@pytest.mark.medium
 def test_several_references():
     others = [torch.full_like(IDS[:1], 4), torch.full_like(IDS[:1], 7)]
     whole, mu = (
@@ -261,6 +265,7 @@ def tensors_of(mu: RelevanceMeasure) -> int:
     return sum(step is not None and step.number in (mu._recording.parts.current or ()) for step in steps)
 
 
+@pytest.mark.medium
 def test_the_blocks_of_a_decoder_do_not_run_again():
     runs = []
     net, ids = seeded(lambda: Decoder(6)), IDS[:1]
@@ -285,6 +290,7 @@ def test_a_recording_within_the_limit_is_not_divided():
     assert all(vertex.step is None or vertex.step.holder is None for vertex in mu._recording.graph.vertices)
 
 
+@pytest.mark.medium
 def test_parts_lie_within_the_limit_and_cover_all_steps():
     mu = RelevanceMeasure(seeded(Decoder), IDS, 1, max_memory=3000)
     first, ranges = mu._recording.parts._first, mu._recording.parts.ranges
@@ -356,6 +362,7 @@ def test_inputs_may_change_after_the_recording_but_weights_may_not():
         mu.marginal("input")
 
 
+@pytest.mark.medium
 def test_the_model_is_unchanged_after_a_pass():
     net = seeded(Decoder)
     net.blocks[1].forward = net.blocks[1].forward  # as wrappers of device maps set it
@@ -369,6 +376,7 @@ def test_the_model_is_unchanged_after_a_pass():
         assert not module._forward_pre_hooks
 
 
+@pytest.mark.medium
 def test_the_precision_is_that_of_the_first_run():
     make = lambda: seeded(Decoder).float()  # noqa: E731
     with torch.autocast("cpu", torch.bfloat16):
@@ -378,6 +386,7 @@ def test_the_precision_is_that_of_the_first_run():
     assert_equal(short[1].marginal(short[1].layers), short[0].marginal(short[0].layers))
 
 
+@pytest.mark.medium
 def test_several_threads_ask_one_measure():
     whole, mu = both("decoder", 200)
     layers, found = mu.layers[::4], {}

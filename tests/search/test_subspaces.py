@@ -235,6 +235,7 @@ def test_principal_directions_are_eigenvectors_of_the_symmetrized_covariance(dig
     assert relevances[0] > max(relevances[1:])
 
 
+@pytest.mark.medium
 def test_planted_subspaces_are_recovered():
     """Two planes, each relevant for half of the samples."""
     draw = np.random.default_rng(3)
