@@ -5,8 +5,8 @@ the results as JSON with the environment, writes the tables of docs/cost.md and 
 ``make bench`` installs timm, transformers and LXT and runs it. Nets whose package is not installed are
 skipped. ``--nets`` selects nets and leaves the other results unchanged; ``--missing`` measures only what has no stored
 result, so that an interrupted run continues; ``--quick`` measures times with one thread only; ``--times``,
-``--peaks`` and ``--timm`` measure one of the three parts; ``--print`` and ``--render`` only print and only write the
-stored results.
+``--batches``, ``--peaks`` and ``--timm`` measure one of the four parts; ``--print`` and ``--render`` only print and
+only write the stored results.
 
 Each net is measured in its own process. Results are compared first: a plan with a recorded measure at every tap, and
 Zennit's relevance with ``residual="sink"`` where every operation is a module with a rule. Computations alternate within
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cost import page, timm_models
-from benchmarks.cost.nets import NETS, Net
+from benchmarks.cost.nets import BATCHED, BATCHES, NETS, Net
 from benchmarks.cost.stages import stages
 from benchmarks.cost.timing import (
     RETURNING,
@@ -91,7 +91,7 @@ def net_of(name: str) -> Net:
 # -- in a process of its own ------------------------------------------------------------------------------------------
 
 
-def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[str, Any]:
+def one(name: str, counts: list[int], rounds: int, light: bool = False, batch: int = 1) -> dict[str, Any]:
     """Compares all computations of one net, and times them with each number of threads.
 
     Args:
@@ -99,11 +99,13 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[
         counts: The numbers of threads.
         rounds: Number of rounds.
         light: Whether to leave out what is not in the table of timm.
+        batch: Number of samples.
     """
     torch.set_num_threads(counts[0])
     net = net_of(name)
-    model, x = net.made(), net.inputs()
-    row: dict[str, Any] = {"net": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    model, x = net.made(), net.inputs(batch)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    row: dict[str, Any] = {"net": name, "batch": batch, "parameters": parameters}
     row["without rule"] = without_rule(model)
     ways = Ways(net, model, x)
     row["differences"] = differences(ways, exact=not light)
@@ -231,6 +233,17 @@ def measured(names: list[str], options: argparse.Namespace, key: str, light: boo
             print(page.line(row), flush=True)
 
 
+def batches(names: list[str], options: argparse.Namespace) -> None:
+    """Times of nets with more than one sample, with one thread."""
+    for batch in BATCHES:
+        for name in missing(names, [batch], options, "batches", "batch"):
+            sizes = ("--threads", 1, "--rounds", options.rounds, "--batch", batch)
+            found = spawned("--one", name, *sizes, *limit_of(options))
+            for row in found.get("rows") or [{"net": name, "threads": 1, "batch": batch, **found}]:
+                store(options.out, "batches", [row], ("net", "batch"))
+                print(page.line(row), flush=True)
+
+
 def peaks(names: list[str], options: argparse.Namespace) -> None:
     """Peak memory of all nets."""
     for name in missing(names, [1], options, "peaks", "batch"):
@@ -298,6 +311,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds with one thread, no peak memory")
     parser.add_argument("--times", action="store_true", help="only times of nets")
+    parser.add_argument("--batches", action="store_true", help="only times with more than one sample")
     parser.add_argument("--peaks", action="store_true", help="only peak memory")
     parser.add_argument("--timm", action="store_true", help="only one small model of each module of timm")
     parser.add_argument("--missing", action="store_true", help="only what has no stored result")
@@ -308,13 +322,14 @@ def main() -> None:
     parser.add_argument("--profile", metavar="NET", help="print the profile of one net")
     parser.add_argument("--one", metavar="NET", help=argparse.SUPPRESS)
     parser.add_argument("--light", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--peak", metavar="NET", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.one or args.peak:
         limit_memory(args.memory)
     if args.one:
-        print(json.dumps(one(args.one, args.threads, args.rounds, args.light)))
+        print(json.dumps(one(args.one, args.threads, args.rounds, args.light, args.batch)))
     elif args.peak:
         print(json.dumps(peaks_of(args.peak)))
     elif args.profile:
@@ -331,10 +346,12 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The measurements that the options select."""
-    is_all = not (args.times or args.peaks or args.timm)
+    is_all = not (args.times or args.batches or args.peaks or args.timm)
     names = list(chosen(args.nets, list(NETS)))
     if is_all or args.times:
         measured(names, args, "rows")
+    if args.batches or (is_all and not args.quick):
+        batches([name for name in names if name in BATCHED], args)
     if args.peaks or (is_all and not args.quick):
         peaks(names, args)
     if args.timm or (is_all and not args.quick):

@@ -199,6 +199,12 @@ NETS: dict[str, Net] = {
     f"GCN, {NODES:,} nodes": Net(partial(Graph, NODES), (NODES, 64), is_batched=False),
     f"{LAYERS} tiny layers": Net(partial(tiny, LAYERS), (16,), all_rules=True),
 }
+BATCHED = (
+    *("ResNet-50 64", "ResNet-18 224", "DeiT-tiny", "MobileNetV2", "MobileNetV3-small", "ConvNeXt-atto"),
+    *("GhostNetV3-0.5", "500 tiny layers"),
+)
+"""The nets that are also timed with more than one sample."""
+BATCHES = (2, 8)
 
 
 def double(model: nn.Module) -> nn.Module:

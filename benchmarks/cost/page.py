@@ -74,7 +74,7 @@ def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
 
 def figures(row: Row, composite: str) -> dict[str, Figure]:
     """The numbers of one net, number of threads and composite, by column."""
-    plan, first = TARGETS.get(row["net"], (None, None))
+    plan, first = TARGETS.get(row["net"], (None, None)) if row.get("batch", 1) == 1 else (None, None)
     planned, called = f"{PLANNED}, {composite}", f"{FIRST}, {composite}"
     of_zennit, first_of_zennit = (None, None) if row.get("without rule") else (OF_ZENNIT, FIRST_OF_ZENNIT)
     return {
@@ -130,7 +130,8 @@ def table(rows: list[Row], of: Callable[[Row, str], dict[str, Figure]], names: s
 def usable(rows: list[Row]) -> list[Row]:
     """Rows with times, in the order of the targets."""
     order = list(TARGETS)
-    return sorted((row for row in rows if "ratios" in row), key=lambda row: order.index(row["net"]))
+    timed = (row for row in rows if "ratios" in row)
+    return sorted(timed, key=lambda row: (order.index(row["net"]), row.get("batch", 1)))
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -143,21 +144,35 @@ def tables(results: dict[str, Any]) -> str:
         parts.append(f"### Time, {count} thread{'s' * (count > 1)}")
         parts.append(table(of_count, figures, "net", lambda row: row["net"]))
         parts.append(loads(of_count))
+    if of_batch := usable(results.get("batches", [])):
+        parts += ["### Time of batches, 1 thread", table(of_batch, figures, "net|batch", batch_of), loads(of_batch)]
     if "peaks" in results:
         order = list(TARGETS)
         sorted_rows = sorted(results["peaks"], key=lambda row: (order.index(row["net"]), row["batch"]))
         parts += [
             "### Peak memory",
-            table(sorted_rows, memory, "net|batch", lambda row: f"{row['net']} | {row['batch']}"),
+            table(sorted_rows, memory, "net|batch", batch_of),
         ]
     if "timm" in results:
         parts += ["### timm", timm_table(results["timm"]), loads(results["timm"])]
-    notes = [*failures(rows), *failures(results.get("timm", [])), *peak_failures(results.get("peaks", []))]
+    measured = [*rows, *results.get("batches", []), *results.get("timm", [])]
+    notes = [*failures(measured), *peak_failures(results.get("peaks", []))]
     parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
     parts += ["### Not measured", "\n".join(f"- {text}" for text in notes) or "Nothing."]
-    if rows or "timm" in results:
-        parts += ["### Agreement before timing", agreement([*rows, *results.get("timm", [])])]
+    if measured:
+        parts += ["### Agreement before timing", agreement(measured)]
     return "\n\n".join(parts)
+
+
+def batch_of(row: Row) -> str:
+    """The cells of the net and of its batch size."""
+    return f"{row['net']} | {row['batch']}"
+
+
+def label_of(row: Row) -> str:
+    """The net with its batch size, if that is not one, and the number of threads."""
+    batch = f", batch {row['batch']}" if row.get("batch", 1) > 1 else ""
+    return f"{row['net']}{batch}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
 
 
 def loads(rows: list[Row]) -> str:
@@ -186,7 +201,7 @@ def failures(rows: list[Row]) -> Iterator[str]:
     """Rows without times, or without a plan."""
     for row in rows:
         if "failed run" in row:
-            yield f"{row['net']}, {row['threads']} threads: {row['failed run']}"
+            yield f"{label_of(row)}: {row['failed run']}"
         for fault in row.get("faults", []):
             yield f"{row['net']}: {fault}"
         for composite, text in row.get("not planned", {}).items():
@@ -215,11 +230,10 @@ def agreement(rows: list[Row]) -> str:
 
 def misses(results: dict[str, Any]) -> Iterator[str]:
     """Every exceeded target: by how much, and where the time goes."""
-    for row in usable(results.get("rows", [])):
+    for row in [*usable(results.get("rows", [])), *usable(results.get("batches", []))]:
         for composite in COMPOSITES:
             if exceeded := missed(row, composite):
-                label = f"{row['net']}, {composite}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
-                yield f"**{label}**: {listed(exceeded)}.{reasons(row, composite, exceeded)}"
+                yield f"**{label_of(row)}, {composite}**: {listed(exceeded)}.{reasons(row, composite, exceeded)}"
     for row in results.get("peaks", []):
         for composite in COMPOSITES:
             exceeded = {name: figure for name, figure in memory(row, composite).items() if figure.is_missed}
@@ -281,7 +295,7 @@ def stages_text(parts: dict[str, float], plain: float, composite: str) -> str:
 
 def line(row: Row) -> str:
     """One row for the terminal, while others are measured."""
-    label = f"{row['net']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    label = label_of(row)
     if "ratios" not in row:
         return f"{label}: {row.get('failed run') or '; '.join(row['faults'])}"
     shown = {name: f"{value[0]:.2f} ({value[1]:.2f}–{value[2]:.2f})" for name, value in row["ratios"].items()}

@@ -87,11 +87,15 @@ class Ways:
     x: Tensor
     plans: dict[str, Plan] = field(default_factory=dict)
 
+    @property
+    def other(self) -> Tensor:
+        """Other inputs of the same shape."""
+        return self.net.inputs(len(self.x), OTHER)
+
     def plan(self, name: str) -> Plan:
         """A plan with one composite, made for other inputs at the first call."""
         if name not in self.plans:
-            other = self.net.inputs(seed=OTHER)
-            self.plans[name] = prepared(self.net, self.model, other, COMPOSITES[name]())
+            self.plans[name] = prepared(self.net, self.model, self.other, COMPOSITES[name]())
         return self.plans[name]
 
     def ours(self, name: str) -> Work:
@@ -210,7 +214,7 @@ def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
     for name, make in COMPOSITES.items():
         in_double = all_marginals(recorded(net, twin, x64, make()))
         if exact:
-            plan = prepared(net, twin, net.inputs(seed=OTHER).double(), make())
+            plan = prepared(net, twin, ways.other.double(), make())
             found[f"{PLANNED}, {name}, float64"] = apart(all_marginals(plan(x64, TARGET)), in_double)
             del plan
         measured = all_marginals(recorded(net, model, x, make()))
