@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.cost import __main__ as command
 from benchmarks.cost import dynamic_lrp_way, lxt_way, page, timing, timm_models, ways
-from benchmarks.cost.nets import NETS, Graph, Net, Recurrent, draw_zeros, settle, tiny
+from benchmarks.cost.nets import BATCHED, NETS, Graph, Net, Recurrent, draw_zeros, settle, tiny
 from benchmarks.cost.page import Figure
 from benchmarks.cost.stages import STAGES, stages
 from nrm_plugin import RelevanceMeasure
@@ -201,8 +201,7 @@ def test_relevance_of_another_package_must_be_finite_and_not_zero():
 def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
     monkeypatch.setitem(NETS, "small", SMALL)
     monkeypatch.setattr(command, "profile", lambda run: run() and "profiled")
-    monkeypatch.setattr(command, "SECONDS", 0)
-    row, of_two = command.one("small", [1, 2], 1)["rows"]
+    row, of_two = command.one("small", [1, 2], 1, seconds=0)["rows"]
     assert of_two["threads"] == 2
     assert not row["faults"]
     assert not row["not planned"]
@@ -218,7 +217,7 @@ def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
 def test_results_that_differ_are_not_timed(monkeypatch):
     monkeypatch.setitem(NETS, "small", SMALL)
     monkeypatch.setattr(command, "differences", lambda *of, **more: {"plan, float64": {"neuron": 1.0, "sum": 1.0}})
-    (row,) = command.one("small", [1], 1)["rows"]
+    (row,) = command.one("small", [1], 1, seconds=0)["rows"]
     assert row["faults"]
     assert "ratios" not in row
     assert "differs by 1.0e+00 V" in page.line(row)
@@ -253,14 +252,13 @@ class StubPlan:
 def plan(monkeypatch):
     monkeypatch.setattr(ways, "Plan", StubPlan)
     monkeypatch.setattr(command, "profile", lambda run: None)
-    monkeypatch.setattr(command, "SECONDS", 0)
     monkeypatch.setitem(NETS, "small", SMALL)
     return monkeypatch
 
 
 @pytest.mark.slow
 def test_a_plan_is_compared_and_timed(plan):
-    (row,) = command.one("small", [1], 1)["rows"]
+    (row,) = command.one("small", [1], 1, seconds=0)["rows"]
     assert not row["faults"]
     assert {f"{PLANNED}, {name}, float{bits}" for name in ways.COMPOSITES for bits in (32, 64)} < set(
         row["differences"]
@@ -280,7 +278,7 @@ def test_a_plan_has_answered_for_other_inputs_before_it_is_timed(plan):
 
 def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
     plan.setattr(StubPlan, "factor", 1 + 3e-6)
-    (row,) = command.one("small", [1], 1)["rows"]
+    (row,) = command.one("small", [1], 1, seconds=0)["rows"]
     assert "plan, NRMDefault, float64 differs by 3.0e-06 V" in row["faults"]
     assert "ratios" not in row
 
@@ -365,6 +363,7 @@ def test_relevance_reaches_the_inputs_of_own_nets(net):
 
 def test_all_nets_have_targets():
     assert list(page.TARGETS) == list(NETS)
+    assert set(BATCHED) <= set(NETS)
     assert len(timm_models.NAMES) == len(set(timm_models.NAMES)) > 90
 
 
@@ -428,15 +427,15 @@ def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
     assert "| VGG16 224 | NRMDefault | 3 / 1.6 ✗ |" in text
     missed = "plan 3 / 1.6 ✗, plan : Zennit 0.75 / 0.7 ✗"
     assert (
-        f"- **VGG16 224, NRMDefault, 1 thread**: {missed}. Plan: outside of operators 30%; `mul` 20% (7 calls)." in text
+        f"- **VGG16 224, 1 thread, NRMDefault**: {missed}. Plan: outside of operators 30%; `mul` 20% (7 calls)." in text
     )
     late_text = "first call 9 / 3 ✗. First call, in gradients: simplification 2.5, source 1."
-    assert f"- **ResNet-18 224, NRMDefault, 1 thread**: {late_text}" in text
+    assert f"- **ResNet-18 224, 1 thread, NRMDefault**: {late_text}" in text
     assert "Load of the machine meanwhile: 2.5 to 2.5 processes." in text
     assert "- VGG16 224, batch 8, peak memory of recorded, NRMDefault: no memory" in text
     assert "hook" not in text
     assert "- **VGG16 224, NRMDefault, batch 8, peak memory**: plan 2.1 / 2 ✗." in text
-    assert "- Swin-T, 1 threads: exit status 3" in text
+    assert "- Swin-T, 1 thread: exit status 3" in text
     assert "| NRMDefault | plan | 3 | 2 / 1.8 ✗ | 6 / 4 ✗ (net6) |" in text
 
 
@@ -454,25 +453,35 @@ def test_results_replace_those_of_the_same_net_and_keep_the_others(tmp_path):
 def options(**given):
     """Options of the command line."""
     usual = {"nets": ["*"], "threads": [1, 2], "rounds": 7, "quick": False, "times": False, "peaks": False}
-    usual |= {"timm": False, "missing": False, "memory": None, "out": command.RESULTS}
+    usual |= {
+        "batches": False,
+        "timm": False,
+        "missing": False,
+        "memory": None,
+        "seconds": command.SECONDS,
+        "out": command.RESULTS,
+    }
     return argparse.Namespace(**usual | given)
 
 
 def test_the_options_select_what_is_measured(monkeypatch):
     calls = []
     monkeypatch.setattr(command, "measured", lambda names, given, key, light=False: calls.append((key, names, light)))
+    monkeypatch.setattr(command, "batches", lambda names, given: calls.append(("batches", names)))
     monkeypatch.setattr(command, "peaks", lambda names, given: calls.append(("peaks", names)))
     monkeypatch.setattr(timm_models, "NAMES", [])
-    rows, timm = ("rows", ["VGG16 224"], False), ("timm", [], True)
+    rows, timm = ("rows", ["VGG16 224", "ResNet-18 224"], False), ("timm", [], True)
+    batches, peaks = ("batches", ["ResNet-18 224"]), ("peaks", rows[1])
     for selected, expected in (
-        ({}, [rows, ("peaks", rows[1]), timm]),
+        ({}, [rows, batches, peaks, timm]),
         ({"quick": True}, [rows]),
         ({"times": True}, [rows]),
-        ({"peaks": True}, [("peaks", rows[1])]),
+        ({"batches": True}, [batches]),
+        ({"peaks": True}, [peaks]),
         ({"timm": True}, [timm]),
     ):
         calls.clear()
-        command.run(options(nets=["vgg16*"], **selected))
+        command.run(options(nets=["vgg16*", "resnet-18*"], **selected))
         assert calls == expected
 
 
@@ -501,6 +510,30 @@ def test_each_net_is_measured_once_with_all_numbers_of_threads(monkeypatch, tmp_
     given.missing = True
     assert list(command.missing(["VGG16 224", "DeiT-tiny"], [1, 2], given, "rows", "threads")) == ["DeiT-tiny"]
     assert list(command.missing(["VGG16 224"], [1, 4], given, "rows", "threads")) == ["VGG16 224"]
+
+
+def test_batches_are_measured_with_one_thread_and_stored_apart(monkeypatch, tmp_path):
+    calls = []
+
+    def spawned(*arguments, **more):
+        calls.append(arguments)
+        return {"rows": [{**row_of(recorded_NRMDefault=2.0, plan_NRMDefault=3.0), "batch": arguments[7]}]}
+
+    monkeypatch.setattr(command, "spawned", spawned)
+    given = options(out=tmp_path / "cost.json", missing=True, seconds=0.0)
+    failed = {"net": "VGG16 224", "threads": 1, "batch": 2, "failed run": "no memory"}
+    command.store(given.out, "batches", [failed], ("net", "batch"))
+    command.batches(["VGG16 224"], given)
+    assert calls == [("--one", "VGG16 224", "--threads", 1, "--rounds", 7, "--batch", 8, "--seconds", 0.0)]
+    text = page.tables(json.loads(given.out.read_text()))
+    assert "| VGG16 224 | 8 | NRMDefault | 3 |" in text  # the targets are those of one sample
+    assert "- VGG16 224, batch 2, 1 thread: no memory" in text
+
+
+def test_a_plan_for_a_batch_is_made_for_other_inputs_of_the_same_size():
+    made = ways.Ways(SMALL, SMALL.made(), SMALL.inputs(3))
+    assert made.other.shape == (3, 16)
+    assert not (made.other == made.x).any()
 
 
 def test_the_page_shows_the_committed_results():

@@ -91,7 +91,9 @@ def net_of(name: str) -> Net:
 # -- in a process of its own ------------------------------------------------------------------------------------------
 
 
-def one(name: str, counts: list[int], rounds: int, light: bool = False, batch: int = 1) -> dict[str, Any]:
+def one(
+    name: str, counts: list[int], rounds: int, light: bool = False, batch: int = 1, seconds: float = SECONDS
+) -> dict[str, Any]:
     """Compares all computations of one net, and times them with each number of threads.
 
     Args:
@@ -100,6 +102,7 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False, batch: i
         rounds: Number of rounds.
         light: Whether to leave out what is not in the table of timm.
         batch: Number of samples.
+        seconds: Time for which short computations are repeated.
     """
     torch.set_num_threads(counts[0])
     net = net_of(name)
@@ -115,17 +118,17 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False, batch: i
     work, row["failed"] = ways.runnable(list(COMPOSITES), (PLAIN, ZENNIT, ZENNIT_FIRST) if light else None)
     explained = {name: plan.explain() for name, plan in ways.plans.items()}
     row["not planned"] = {name: text for name, text in explained.items() if text.startswith("recorded every time")}
-    return {"rows": [{**row, **timed(name, work, count, rounds, light)} for count in counts]}
+    return {"rows": [timed(row, work, count, rounds, light, seconds) for count in counts]}
 
 
-def timed(net: str, work: Work, count: int, rounds: int, light: bool) -> dict[str, Any]:
+def timed(of: dict[str, Any], work: Work, count: int, rounds: int, light: bool, seconds: float) -> dict[str, Any]:
     """Times with this many threads; with one thread, also the profile of what misses a target."""
     torch.set_num_threads(count)
     firsts = [f"{FIRST}, {name}" for name in COMPOSITES] if light else ()
-    row: dict[str, Any] = {"net": net, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
+    row: dict[str, Any] = {**of, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
     if light:
         work = {name: run for name, run in work.items() if not name.startswith(AGAIN)}
-    row |= summary(alternated(work, rounds, 0.0 if light else SECONDS, once=firsts))
+    row |= summary(alternated(work, rounds, 0.0 if light else seconds, once=firsts))
     if count == 1 and not light:
         slow = [name for name in COMPOSITES if any(key.startswith("plan") for key in page.missed(row, name))]
         row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in slow}
@@ -226,7 +229,7 @@ def measured(names: list[str], options: argparse.Namespace, key: str, light: boo
     """Times of all nets, stored one by one."""
     counts, rounds = ([1], min(options.rounds, 3)) if light or options.quick else (options.threads, options.rounds)
     for name in missing(names, counts, options, key, "threads"):
-        common = ("--rounds", rounds, *(("--light",) if light else ()), *limit_of(options))
+        common = ("--rounds", rounds, *(("--light",) if light else ()), *limits_of(options))
         found = spawned("--one", name, "--threads", *counts, *common, seconds=900 if light else 3600)
         for row in found.get("rows") or [{"net": name, "threads": count, **found} for count in counts]:
             store(options.out, key, [row], ("net", "threads"))
@@ -238,7 +241,7 @@ def batches(names: list[str], options: argparse.Namespace) -> None:
     for batch in BATCHES:
         for name in missing(names, [batch], options, "batches", "batch"):
             sizes = ("--threads", 1, "--rounds", options.rounds, "--batch", batch)
-            found = spawned("--one", name, *sizes, *limit_of(options))
+            found = spawned("--one", name, *sizes, *limits_of(options))
             for row in found.get("rows") or [{"net": name, "threads": 1, "batch": batch, **found}]:
                 store(options.out, "batches", [row], ("net", "batch"))
                 print(page.line(row), flush=True)
@@ -247,7 +250,7 @@ def batches(names: list[str], options: argparse.Namespace) -> None:
 def peaks(names: list[str], options: argparse.Namespace) -> None:
     """Peak memory of all nets."""
     for name in missing(names, [1], options, "peaks", "batch"):
-        found = spawned("--peak", name, *limit_of(options), **RETURNING)
+        found = spawned("--peak", name, *limits_of(options), **RETURNING)
         for row in found.get("rows", []):
             store(options.out, "peaks", [row], ("net", "batch"))
         print(name, found.get("failed run") or [row["MiB"] for row in found["rows"]], flush=True)
@@ -260,9 +263,10 @@ def missing(names: list[str], numbers: list[int], options: argparse.Namespace, k
     return (name for name in names if not all((name, number) in known for number in numbers))
 
 
-def limit_of(options: argparse.Namespace) -> tuple[object, ...]:
-    """The option that limits the memory of a process."""
-    return () if options.memory is None else ("--memory", options.memory)
+def limits_of(options: argparse.Namespace) -> tuple[object, ...]:
+    """The options that limit the memory of a process, and the time for which it repeats short computations."""
+    given = {"--memory": options.memory, "--seconds": None if options.seconds == SECONDS else options.seconds}
+    return tuple(part for name, value in given.items() if value is not None for part in (name, value))
 
 
 def store(path: Path, key: str, rows: list[dict[str, Any]], by: tuple[str, ...]) -> None:
@@ -309,6 +313,9 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=["*"], help="names or patterns (default: all)")
     parser.add_argument("--threads", nargs="+", type=int, default=threads(), help="(default: 1 and all)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time for which short computations are repeated (default: 20)"
+    )
     parser.add_argument("--quick", action="store_true", help="three rounds with one thread, no peak memory")
     parser.add_argument("--times", action="store_true", help="only times of nets")
     parser.add_argument("--batches", action="store_true", help="only times with more than one sample")
@@ -329,7 +336,7 @@ def main() -> None:
     if args.one or args.peak:
         limit_memory(args.memory)
     if args.one:
-        print(json.dumps(one(args.one, args.threads, args.rounds, args.light, args.batch)))
+        print(json.dumps(one(args.one, args.threads, args.rounds, args.light, args.batch, args.seconds)))
     elif args.peak:
         print(json.dumps(peaks_of(args.peak)))
     elif args.profile:
