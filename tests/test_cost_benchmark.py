@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -98,6 +99,8 @@ def test_a_forked_computation_returns_its_result_or_raises_its_error():
     assert timing.forked(lambda x: 2 * x, 4) == 8
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         timing.forked(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="more than 0 s"):
+        timing.forked(lambda: time.sleep(60), seconds=0.01)
 
 
 PEAK = """
@@ -466,11 +469,12 @@ def options(**given):
 
 def test_the_options_select_what_is_measured(monkeypatch):
     calls = []
-    monkeypatch.setattr(command, "measured", lambda names, given, key, light=False: calls.append((key, names, light)))
+    monkeypatch.setattr(command, "measured", lambda names, given: calls.append(("rows", names)))
+    monkeypatch.setattr(command, "of_timm", lambda names, given: calls.append(("timm", names)))
     monkeypatch.setattr(command, "batches", lambda names, given: calls.append(("batches", names)))
     monkeypatch.setattr(command, "peaks", lambda names, given: calls.append(("peaks", names)))
     monkeypatch.setattr(timm_models, "NAMES", [])
-    rows, timm = ("rows", ["VGG16 224", "ResNet-18 224"], False), ("timm", [], True)
+    rows, timm = ("rows", ["VGG16 224", "ResNet-18 224"]), ("timm", [])
     batches, peaks = ("batches", ["ResNet-18 224"]), ("peaks", rows[1])
     for selected, expected in (
         ({}, [rows, batches, peaks, timm]),
@@ -494,7 +498,7 @@ def test_each_net_is_measured_once_with_all_numbers_of_threads(monkeypatch, tmp_
 
     monkeypatch.setattr(command, "spawned", spawned)
     given = options(out=tmp_path / "cost.json", memory=4.0)
-    command.measured(["VGG16 224", "Swin-T"], given, "rows")
+    command.measured(["VGG16 224", "Swin-T"], given)
     assert calls[0] == ("--one", "VGG16 224", "--threads", 1, 2, "--rounds", 7, "--memory", 4.0)
     stored = json.loads(given.out.read_text())["rows"]
     assert [(row["net"], row["threads"], "failed run" in row) for row in stored] == [
@@ -510,6 +514,20 @@ def test_each_net_is_measured_once_with_all_numbers_of_threads(monkeypatch, tmp_
     given.missing = True
     assert list(command.missing(["VGG16 224", "DeiT-tiny"], [1, 2], given, "rows", "threads")) == ["DeiT-tiny"]
     assert list(command.missing(["VGG16 224"], [1, 4], given, "rows", "threads")) == ["VGG16 224"]
+
+
+def test_models_of_timm_that_fail_are_stored_with_the_reason(monkeypatch, tmp_path):
+    def forked(run, name, *arguments, seconds):
+        if name == "timm/large":
+            raise RuntimeError("no memory")
+        return [row_of(name)]
+
+    monkeypatch.setattr(command, "forked", forked)
+    given = options(out=tmp_path / "cost.json", missing=True)
+    command.of_timm(["timm/small", "timm/large"], given)
+    small, large = json.loads(given.out.read_text())["timm"]
+    assert small["net"] == "timm/small"
+    assert large == {"net": "timm/large", "threads": 1, "failed run": "no memory"}
 
 
 def test_batches_are_measured_with_one_thread_and_stored_apart(monkeypatch, tmp_path):

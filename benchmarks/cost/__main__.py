@@ -81,6 +81,8 @@ WAYS = [PLAIN, ZENNIT_FIRST, *(f"{way}, {name}" for way in (RECORDED, PLANNED) f
 """The computations whose peak memory is measured."""
 SECONDS = 20.0
 """Time for which short computations are repeated."""
+SECONDS_OF_TIMM = 900.0
+"""Longest time for a model of timm."""
 
 
 def net_of(name: str) -> Net:
@@ -196,15 +198,15 @@ def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:
         planned(net, model, x, COMPOSITES[composite]())(x, TARGET).marginal("input")
 
 
-def spawned(*options: object, seconds: float = 3600, **variables: str) -> dict[str, Any]:
+def spawned(*options: object, **variables: str) -> dict[str, Any]:
     """Runs this module in another process and parses its last line."""
     command = [sys.executable, "-m", "benchmarks.cost", *map(str, options)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=seconds
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=3600
         )
     except subprocess.TimeoutExpired:
-        return {"failed run": f"more than {seconds:.0f} s"}
+        return {"failed run": "more than an hour"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed run": message(RuntimeError(lines[-1])).removeprefix("RuntimeError: ")}
@@ -225,15 +227,33 @@ def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
                 print(f"{name}: skipped, because {net_of(name).package} is not installed", flush=True)
 
 
-def measured(names: list[str], options: argparse.Namespace, key: str, light: bool = False) -> None:
+def measured(names: list[str], options: argparse.Namespace) -> None:
     """Times of all nets, stored one by one."""
-    counts, rounds = ([1], min(options.rounds, 3)) if light or options.quick else (options.threads, options.rounds)
-    for name in missing(names, counts, options, key, "threads"):
-        common = ("--rounds", rounds, *(("--light",) if light else ()), *limits_of(options))
-        found = spawned("--one", name, "--threads", *counts, *common, seconds=900 if light else 3600)
+    counts, rounds = ([1], min(options.rounds, 3)) if options.quick else (options.threads, options.rounds)
+    for name in missing(names, counts, options, "rows", "threads"):
+        found = spawned("--one", name, "--threads", *counts, "--rounds", rounds, *limits_of(options))
         for row in found.get("rows") or [{"net": name, "threads": count, **found} for count in counts]:
-            store(options.out, key, [row], ("net", "threads"))
+            store(options.out, "rows", [row], ("net", "threads"))
             print(page.line(row), flush=True)
+
+
+def of_timm(names: list[str], options: argparse.Namespace) -> None:
+    """Times of the models of timm with one thread, each in a forked process, since imports take longer than many."""
+    for name in missing(names, [1], options, "timm", "threads"):
+        try:
+            (row,) = forked(lightly, name, min(options.rounds, 3), options.memory, seconds=SECONDS_OF_TIMM)
+        except RuntimeError as error:
+            row = {"net": name, "threads": 1, "failed run": str(error)}
+        store(options.out, "timm", [row], ("net", "threads"))
+        print(page.line(row), flush=True)
+
+
+def lightly(name: str, rounds: int, memory: float | None) -> list[dict[str, Any]]:
+    """The row of one model of timm, measured in this process."""
+    limit_memory(memory)
+    warnings.simplefilter("ignore")
+    rows: list[dict[str, Any]] = one(name, [1], rounds, light=True)["rows"]
+    return rows
 
 
 def batches(names: list[str], options: argparse.Namespace) -> None:
@@ -328,7 +348,6 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the tables of docs/cost.md")
     parser.add_argument("--profile", metavar="NET", help="print the profile of one net")
     parser.add_argument("--one", metavar="NET", help=argparse.SUPPRESS)
-    parser.add_argument("--light", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--peak", metavar="NET", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -336,7 +355,7 @@ def main() -> None:
     if args.one or args.peak:
         limit_memory(args.memory)
     if args.one:
-        print(json.dumps(one(args.one, args.threads, args.rounds, args.light, args.batch, args.seconds)))
+        print(json.dumps(one(args.one, args.threads, args.rounds, batch=args.batch, seconds=args.seconds)))
     elif args.peak:
         print(json.dumps(peaks_of(args.peak)))
     elif args.profile:
@@ -356,14 +375,14 @@ def run(args: argparse.Namespace) -> None:
     is_all = not (args.times or args.batches or args.peaks or args.timm)
     names = list(chosen(args.nets, list(NETS)))
     if is_all or args.times:
-        measured(names, args, "rows")
+        measured(names, args)
     if args.batches or (is_all and not args.quick):
         batches([name for name in names if name in BATCHED], args)
     if args.peaks or (is_all and not args.quick):
         peaks(names, args)
     if args.timm or (is_all and not args.quick):
         models = list(chosen(args.nets, [f"timm/{name}" for name in timm_models.NAMES]))
-        measured(models, args, "timm", light=True)
+        of_timm(models, args)
 
 
 if __name__ == "__main__":

@@ -100,11 +100,11 @@ def reset() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def forked(run: Callable[..., Any], *arguments: object) -> Any:
+def forked(run: Callable[..., Any], *arguments: object, seconds: float | None = None) -> Any:
     """The result of a function in a forked process.
 
     Raises:
-        RuntimeError: With the message of the process, if the function raises there.
+        RuntimeError: With the message of the process, if the function raises there, or if it takes longer than this.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -112,7 +112,11 @@ def forked(run: Callable[..., Any], *arguments: object) -> Any:
     process.start()
     sender.close()
     try:
-        result, error = receiver.recv()
+        if receiver.poll(seconds):
+            result, error = receiver.recv()
+        else:
+            process.kill()
+            result, error = None, f"more than {seconds:.0f} s"
     except EOFError:
         result, error = None, "the process ended without a result"
     process.join()
