@@ -230,10 +230,11 @@ class StubPlan:
     """What the benchmark calls of a plan; ``factor`` makes its measures wrong."""
 
     factor = 1.0
+    memory = 0
 
     def __init__(self, model, inputs, *, composite, batched):
         self.model, self.composite, self.batched = model, composite, batched
-        self.asked = []
+        self.asked, self._forms = [], {}
 
     def __call__(self, inputs, target):
         self.asked.append(inputs)
@@ -288,7 +289,7 @@ def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
 
 def test_the_peak_of_a_plan_is_that_of_its_first_and_of_its_second_call(plan):
     found = command.peak(SMALL, SMALL.made(), "plan, NRMDefault", 2)
-    assert found.keys() == {"first call, NRMDefault", "plan, NRMDefault"}
+    assert found.keys() == {f"{name}, NRMDefault" for name in ("first call", "plan", "constants", "state")}
     assert all(0 <= peak < 50 for peak in found.values())
     for way in (PLAIN, ways.ZENNIT_FIRST, "recorded, NRMDefault"):
         assert command.peak(SMALL, SMALL.made(), way, 2).keys() == {way}
@@ -333,6 +334,14 @@ def test_methods_that_lxt_replaces_are_restored():
         assert Layer()(3) == 6
     assert Layer.forward is before
     assert not hasattr(Layer, "original_forward")
+
+
+def test_what_a_plan_holds_is_its_constants_and_the_tensors_between_its_stages():
+    model = nn.Sequential(nn.Linear(3, 500), nn.ReLU(), nn.Linear(500, 4))
+    plan = ways.prepared(Net(lambda: model, (3,)), model, torch.randn(2, 3), ways.EpsilonPlusFlat())
+    found = ways.held(plan)
+    assert found["constants"] == plan.memory >= 500 * 4 * 4
+    assert 2 * 500 * 4 <= found["state"] <= 10 * 2 * 500 * 4
 
 
 # -- nets -------------------------------------------------------------------------------------------------------------
@@ -422,6 +431,7 @@ def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
     late["stages"] = {"NRMDefault": {"source": 1.0, "simplification": 2.5}}
     failed = {"net": "Swin-T", "threads": 1, "failed run": "exit status 3"}
     peaks = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "plan, NRMDefault": 21.0}}
+    peaks["MiB"] |= {"constants, NRMDefault": 2.0, "state, NRMDefault": 12.0}
     peaks["failed"] = {"recorded, NRMDefault": "no memory", ways.ZENNIT_FIRST: "hook"}
     timm = [row_of(f"timm/net{i}", plan_NRMDefault=float(i)) for i in (1, 2, 6)]
     results = {"environment": {"torch": "2"}, "rows": [failed, slow, late], "peaks": [peaks], "timm": timm}
@@ -437,7 +447,7 @@ def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
     assert "Load of the machine meanwhile: 2.5 to 2.5 processes." in text
     assert "- VGG16 224, batch 8, peak memory of recorded, NRMDefault: no memory" in text
     assert "hook" not in text
-    assert "- **VGG16 224, NRMDefault, batch 8, peak memory**: plan 2.1 / 2 ✗." in text
+    assert "- **VGG16 224, batch 8, NRMDefault, peak memory**: plan 2.1 / 2 ✗. Of it, constants 0.2, tensors" in text
     assert "- Swin-T, 1 thread: exit status 3" in text
     assert "| NRMDefault | plan | 3 | 2 / 1.8 ✗ | 6 / 4 ✗ (net6) |" in text
 

@@ -68,6 +68,7 @@ from benchmarks.cost.ways import (
     check,
     differences,
     faults,
+    held,
     message,
     planned,
     recorded,
@@ -164,7 +165,7 @@ def peaks_of(name: str) -> dict[str, Any]:
 
 
 def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
-    """Peak of one computation; for a plan, of its first and of its second call.
+    """Peak of one computation; for a plan, of its first and of its second call, and what it holds.
 
     A copy of the net runs first with one sample, so that imports and initializations are not counted.
     """
@@ -183,7 +184,10 @@ def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
     x = x.clone()
     reset()
     plan(x, TARGET).marginal("input")
-    return {f"{FIRST}, {composite}": round_to(first), way: round_to(resident()[1] - before)}
+    found = {f"{FIRST}, {composite}": first, way: resident()[1] - before} | {
+        f"{what}, {composite}": size / 2**20 for what, size in held(plan).items()
+    }
+    return {name: round_to(value) for name, value in found.items()}
 
 
 def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:

@@ -12,12 +12,14 @@ from benchmarks.cost.ways import (
     AGAIN,
     CAPTUM,
     COMPOSITES,
+    CONSTANTS,
     DYNAMIC_LRP,
     FIRST,
     LXT,
     PLAIN,
     PLANNED,
     RECORDED,
+    STATE,
     ZENNIT,
     ZENNIT_FIRST,
 )
@@ -238,7 +240,17 @@ def misses(results: dict[str, Any]) -> Iterator[str]:
         for composite in COMPOSITES:
             exceeded = {name: figure for name, figure in memory(row, composite).items() if figure.is_missed}
             if exceeded:
-                yield f"**{row['net']}, {composite}, batch {row['batch']}, peak memory**: {listed(exceeded)}."
+                label = f"{row['net']}, batch {row['batch']}, {composite}, peak memory"
+                yield f"**{label}**: {listed(exceeded)}.{held(row, composite)}"
+
+
+def held(row: Row, composite: str) -> str:
+    """What a plan holds, as multiples of the peak of a plain gradient."""
+    found, plain = row["MiB"], row["MiB"].get(PLAIN, 0)
+    if f"{STATE}, {composite}" not in found or plain <= 0:
+        return ""
+    constants, state = (found[f"{what}, {composite}"] / plain for what in (CONSTANTS, STATE))
+    return f" Of it, constants {constants:.2g}, tensors that the forward pass leaves for the relevance {state:.2g}."
 
 
 def listed(figures: dict[str, Figure]) -> str:

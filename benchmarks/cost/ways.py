@@ -24,6 +24,7 @@ TARGET = 3
 PLAIN, ZENNIT, ZENNIT_FIRST, CAPTUM = "plain gradient", "zennit", "zennit, context included", "captum LRP"
 LXT, DYNAMIC_LRP = "LXT", "DynamicLRP"
 RECORDED, PLANNED, FIRST, AGAIN = "recorded", "plan", "first call", "marginals again"
+CONSTANTS, STATE = "constants", "state"
 TOLERANCE = 1e-6
 ROUNDINGS = 4
 """Largest difference of a plan in float32, in units of the error of the recorded measure, as both are rounded."""
@@ -70,6 +71,12 @@ def prepared(net: Net, model: nn.Module, other: Tensor, composite: Composite) ->
     plan = planned(net, model, other, composite)
     all_marginals(plan(other, TARGET))
     return plan
+
+
+def held(plan: Plan) -> dict[str, int]:
+    """Bytes of the constants of a plan, and of the tensors that its forward pass leaves for the relevance."""
+    programs = [one.latest for one in plan._forms.values() if one.latest is not None]
+    return {CONSTANTS: plan.memory, STATE: max((program.size for program in programs), default=0)}
 
 
 def all_marginals(mu: RelevanceMeasure) -> dict[str, Tensor]:
