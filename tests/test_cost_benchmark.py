@@ -452,6 +452,21 @@ def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
     assert "| NRMDefault | plan | 3 | 2 / 1.8 ✗ | 6 / 4 ✗ (net6) |" in text
 
 
+def test_the_overview_counts_targets_and_names_the_largest_miss():
+    rows = [row_of(plan_NRMDefault=1.5), row_of("ResNet-18 224", plan_NRMDefault=3.4)]
+    rows[1]["ratios"][ways.CAPTUM] = [4.0] * 3
+    rows += [row_of("Swin-T", plan_NRMDefault=1.9), {"net": "MobileNetV2", "threads": 1, "failed run": "exit status 3"}]
+    batch = {**row_of("VGG16 224", zennit=2.0, plan_NRMDefault=3.0, plan_EpsilonPlusFlat=1.0), "batch": 8}
+    peak = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "plan, NRMDefault": 21.0}, "failed": {}}
+    text = page.overview({"rows": rows, "batches": [batch], "peaks": [peak]})
+    assert "| time, 1 thread | plan | 1 of 3 | 3.4 / 1.7 ✗ (ResNet-18 224, NRMDefault) |" in text
+    assert "| time, 1 thread | plan : Captum | 1 of 1 |  |" in text
+    assert (
+        "| time of batches, 1 thread | plan : Zennit | 1 of 2 | 1.5 / 0.7 ✗ (VGG16 224, batch 8, NRMDefault) |" in text
+    )
+    assert "| peak memory | plan | 0 of 1 | 2.1 / 2 ✗ (VGG16 224, batch 8, NRMDefault) |" in text
+
+
 def test_results_replace_those_of_the_same_net_and_keep_the_others(tmp_path):
     path = tmp_path / "cost.json"
     command.store(path, "rows", [{"net": "a", "threads": 1, "x": 1}, {"net": "a", "threads": 2}], ("net", "threads"))

@@ -141,9 +141,10 @@ def tables(results: dict[str, Any]) -> str:
     place = results["environment"]
     rows, parts = results.get("rows", []), list[str]()
     parts.append(", ".join(f"{key} {value}" for key, value in place.items()) + ". ✗: target missed.")
+    parts += ["### Overview", overview(results)]
     for count in sorted({row["threads"] for row in rows}):
         of_count = [row for row in usable(rows) if row["threads"] == count]
-        parts.append(f"### Time, {count} thread{'s' * (count > 1)}")
+        parts.append(f"### Time, {threads_of(count)}")
         parts.append(table(of_count, figures, "net", lambda row: row["net"]))
         parts.append(loads(of_count))
     if of_batch := usable(results.get("batches", [])):
@@ -166,6 +167,47 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def overview(results: dict[str, Any]) -> str:
+    """For each target, how many rows hold it, and the row that misses it by the largest factor."""
+    rows = usable(results.get("rows", []))
+    kinds: list[tuple[str, list[Row], Callable[[Row, str], dict[str, Figure]]]] = [
+        (f"time, {threads_of(count)}", [row for row in rows if row["threads"] == count], figures)
+        for count in sorted({row["threads"] for row in rows})
+    ]
+    kinds.append(("time of batches, 1 thread", usable(results.get("batches", [])), figures))
+    kinds.append(("peak memory", results.get("peaks", []), memory))
+    lines = []
+    for kind, some, of in kinds:
+        found: dict[str, list[tuple[Figure, str]]] = {}
+        for row in some:
+            for composite in COMPOSITES:
+                for column, figure in of(row, composite).items():
+                    if figure.value is not None and figure.target is not None:
+                        found.setdefault(column, []).append((figure, f"{named(row)}, {composite}"))
+        lines += [[kind, column, *held_by(pairs)] for column, pairs in found.items()]
+    return grid("| | figure | rows that hold the target | largest miss |", lines)
+
+
+def held_by(figures: list[tuple[Figure, str]]) -> tuple[str, str]:
+    """How many figures hold their target, and the largest miss."""
+    wrong = [pair for pair in figures if pair[0].is_missed]
+    share = f"{len(figures) - len(wrong)} of {len(figures)}"
+    if not wrong:
+        return share, ""
+    figure, name = max(wrong, key=lambda pair: pair[0].value / pair[0].target)  # type: ignore[operator]
+    return share, f"{figure} ({name})"
+
+
+def threads_of(count: int) -> str:
+    """The number of threads in words."""
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def named(row: Row) -> str:
+    """The net, with its batch size if that is not one."""
+    return f"{row['net']}, batch {row['batch']}" if row.get("batch", 1) > 1 else str(row["net"])
+
+
 def batch_of(row: Row) -> str:
     """The cells of the net and of its batch size."""
     return f"{row['net']} | {row['batch']}"
@@ -173,8 +215,7 @@ def batch_of(row: Row) -> str:
 
 def label_of(row: Row) -> str:
     """The net with its batch size, if that is not one, and the number of threads."""
-    batch = f", batch {row['batch']}" if row.get("batch", 1) > 1 else ""
-    return f"{row['net']}{batch}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    return f"{named(row)}, {threads_of(row['threads'])}"
 
 
 def loads(rows: list[Row]) -> str:
