@@ -291,7 +291,7 @@ def test_the_peak_of_a_plan_is_that_of_its_first_and_of_its_second_call(plan):
     found = command.peak(SMALL, SMALL.made(), "plan, NRMDefault", 2)
     assert found.keys() == {f"{name}, NRMDefault" for name in ("first call", "plan", "constants", "state")}
     assert all(0 <= peak < 50 for peak in found.values())
-    for way in (PLAIN, ways.ZENNIT_FIRST, "recorded, NRMDefault"):
+    for way in (PLAIN, ways.ZENNIT_FIRST):
         assert command.peak(SMALL, SMALL.made(), way, 2).keys() == {way}
 
 

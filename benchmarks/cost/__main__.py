@@ -12,7 +12,7 @@ Each net is measured in its own process. Results are compared first: a plan with
 Zennit's relevance with ``residual="sink"`` where every operation is a module with a rule. Computations alternate within
 each round; times are processor times, ratios refer to the plain gradient of the same round, and medians and ranges are
 stored. Peak memory is that of one process for each computation and batch size. Models of timm are compared in float32
-only, and their first call is timed once.
+only, and their first call and recorded measure are timed once.
 
 ``--profile NET`` prints the operators with the largest own time, the share outside of operators, and the stages of the
 first call.
@@ -71,14 +71,13 @@ from benchmarks.cost.ways import (
     held,
     message,
     planned,
-    recorded,
     without_rule,
 )
 from benchmarks.speed import environment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/cost.json"
-WAYS = [PLAIN, ZENNIT_FIRST, *(f"{way}, {name}" for way in (RECORDED, PLANNED) for name in COMPOSITES)]
+WAYS = [PLAIN, ZENNIT_FIRST, *(f"{PLANNED}, {name}" for name in COMPOSITES)]
 """The computations whose peak memory is measured."""
 SECONDS = 20.0
 """Time for which short computations are repeated."""
@@ -127,7 +126,7 @@ def one(
 def timed(of: dict[str, Any], work: Work, count: int, rounds: int, light: bool, seconds: float) -> dict[str, Any]:
     """Times with this many threads; with one thread, also the profile of what misses a target."""
     torch.set_num_threads(count)
-    firsts = [f"{FIRST}, {name}" for name in COMPOSITES] if light else ()
+    firsts = [f"{way}, {name}" for way in (FIRST, RECORDED) for name in COMPOSITES] if light else ()
     row: dict[str, Any] = {**of, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
     if light:
         work = {name: run for name, run in work.items() if not name.startswith(AGAIN)}
@@ -195,11 +194,7 @@ def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:
     if way in (PLAIN, ZENNIT_FIRST):
         check(Ways(net, model, x).others()[way]())
         return
-    kind, _, composite = way.partition(", ")
-    if kind == RECORDED:
-        recorded(net, model, x, COMPOSITES[composite]()).marginal("input")
-    else:
-        planned(net, model, x, COMPOSITES[composite]())(x, TARGET).marginal("input")
+    planned(net, model, x, COMPOSITES[way.removeprefix(f"{PLANNED}, ")]())(x, TARGET).marginal("input")
 
 
 def spawned(*options: object, **variables: str) -> dict[str, Any]:
