@@ -135,7 +135,7 @@ def _sent(sender: Any, run: Callable[..., Any], arguments: tuple[object, ...]) -
 # -- profiles ---------------------------------------------------------------------------------------------------------
 
 
-def profile(run: Callable[[], object], seconds: float = 1.0, top: int = 12) -> dict[str, Any]:
+def profile(run: Callable[[], object], seconds: float = 0.2, top: int = 12) -> dict[str, Any]:
     """Shares of the wall-clock time: of single tensor operators, and of what is outside of all of them.
 
     The latter is Python, autograd's engine and the dispatcher. The profiler adds to each call of an operator, so that
