@@ -458,7 +458,10 @@ def test_the_overview_counts_targets_and_names_the_largest_miss():
     rows += [row_of("Swin-T", plan_NRMDefault=1.9), {"net": "MobileNetV2", "threads": 1, "failed run": "exit status 3"}]
     batch = {**row_of("VGG16 224", zennit=2.0, plan_NRMDefault=3.0, plan_EpsilonPlusFlat=1.0), "batch": 8}
     peak = {"net": "VGG16 224", "batch": 8, "MiB": {PLAIN: 10.0, "plan, NRMDefault": 21.0}, "failed": {}}
-    text = page.overview({"rows": rows, "batches": [batch], "peaks": [peak]})
+    timm = [row_of(f"timm/net{i}", plan_NRMDefault=float(i)) for i in (1, 2, 6)]
+    text = page.overview({"rows": rows, "batches": [batch], "peaks": [peak], "timm": timm})
+    assert "| timm | plan, median of 3 | 0 of 1 | 2 / 1.8 ✗ (NRMDefault) |" in text
+    assert "| timm | plan, worst of 3 | 0 of 1 | 6 / 4 ✗ (net6, NRMDefault) |" in text
     assert "| time, 1 thread | plan | 1 of 3 | 3.4 / 1.7 ✗ (ResNet-18 224, NRMDefault) |" in text
     assert "| time, 1 thread | plan : Captum | 1 of 1 |  |" in text
     assert "| time of batches, 1 thread | plan : Zennit | 1 of 2 | 1.5 / 0.7 ✗ (VGG16 224, batch 8," in text

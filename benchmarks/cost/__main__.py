@@ -366,7 +366,7 @@ def main() -> None:
         if args.out == RESULTS and not args.print:
             page.write(results)
         if not args.render:
-            print(page.tables(results))
+            print(page.overview(results), page.tables(results), sep="\n\n")
 
 
 def run(args: argparse.Namespace) -> None:

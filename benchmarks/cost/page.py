@@ -58,11 +58,27 @@ class Figure:
         """Whether the target is exceeded, or the number is not finite."""
         return self.value is not None and self.target is not None and not self.value <= self.target
 
+    @property
+    def factor(self) -> float | None:
+        """The number as a multiple of its target."""
+        return None if self.value is None or self.target is None else self.value / self.target
+
     def __str__(self) -> str:
         if self.value is None:
             return ""
         target = "" if self.target is None else f" / {self.target:g}"
         return f"{self.value:.3g}{target}{' ✗' if self.is_missed else ''}"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A figure of one net."""
+
+    figure: Figure
+    net: str
+
+    def __str__(self) -> str:
+        return f"{self.figure} ({self.net})"
 
 
 def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
@@ -141,7 +157,6 @@ def tables(results: dict[str, Any]) -> str:
     place = results["environment"]
     rows, parts = results.get("rows", []), list[str]()
     parts.append(", ".join(f"{key} {value}" for key, value in place.items()) + ". ✗: target missed.")
-    parts += ["### Overview", overview(results)]
     for count in sorted({row["threads"] for row in rows}):
         of_count = [row for row in usable(rows) if row["threads"] == count]
         parts.append(f"### Time, {threads_of(count)}")
@@ -178,24 +193,27 @@ def overview(results: dict[str, Any]) -> str:
     kinds.append(("peak memory", results.get("peaks", []), memory))
     lines = []
     for kind, some, of in kinds:
-        found: dict[str, list[tuple[Figure, str]]] = {}
+        found: dict[str, list[Named]] = {}
         for row in some:
             for composite in COMPOSITES:
                 for column, figure in of(row, composite).items():
-                    if figure.value is not None and figure.target is not None:
-                        found.setdefault(column, []).append((figure, f"{named(row)}, {composite}"))
-        lines += [[kind, column, *held_by(pairs)] for column, pairs in found.items()]
-    return grid("| | figure | rows that hold the target | largest miss |", lines)
+                    found.setdefault(column, []).append(Named(figure, f"{named(row)}, {composite}"))
+        lines += [[kind, column, *held_by(some)] for column, some in found.items()]
+    of_timm: dict[str, list[Named]] = {}
+    for composite, column, count, median, worst in timm_figures(results.get("timm", [])):
+        of_timm.setdefault(f"{column}, median of {count}", []).append(Named(median, composite))
+        of_timm.setdefault(f"{column}, worst of {count}", []).append(Named(worst.figure, f"{worst.net}, {composite}"))
+    lines += [["timm", column, *held_by(some)] for column, some in of_timm.items()]
+    return grid("| | figure | targets that hold | largest miss |", [line for line in lines if line[2] != "0 of 0"])
 
 
-def held_by(figures: list[tuple[Figure, str]]) -> tuple[str, str]:
+def held_by(figures: list[Named]) -> tuple[str, str]:
     """How many figures hold their target, and the largest miss."""
-    wrong = [pair for pair in figures if pair[0].is_missed]
-    share = f"{len(figures) - len(wrong)} of {len(figures)}"
-    if not wrong:
-        return share, ""
-    figure, name = max(wrong, key=lambda pair: pair[0].value / pair[0].target)  # type: ignore[operator]
-    return share, f"{figure} ({name})"
+    factors = {one: one.figure.factor for one in figures}
+    known = {one: factor for one, factor in factors.items() if factor is not None}
+    wrong = [one for one in known if one.figure.is_missed]
+    largest = max(wrong, key=lambda one: known[one], default=None)
+    return f"{len(known) - len(wrong)} of {len(known)}", "" if largest is None else str(largest)
 
 
 def threads_of(count: int) -> str:
@@ -226,9 +244,14 @@ def loads(rows: list[Row]) -> str:
 
 def timm_table(rows: list[Row]) -> str:
     """Medians and worst figures over the models of timm."""
+    return grid("| composite | figure | models | median | worst |", timm_figures(rows))
+
+
+def timm_figures(rows: list[Row]) -> list[tuple[str, str, int, Figure, Named]]:
+    """For each composite and column: the number of models, the median, and the worst figure."""
     targets = {"plan": (TIMM_MEDIAN, TIMM_WORST), "first call": (TIMM_FIRST, None), "recorded": (None, None)}
     targets |= {"marginals again": (None, None), "Zennit": (None, None), "plan : Zennit": (OF_ZENNIT, 1.0)}
-    lines = []
+    lines: list[tuple[str, str, int, Figure, Named]] = []
     for composite in COMPOSITES:
         for column, (median, worst) in targets.items():
             values = {row["net"].removeprefix("timm/"): figures(row, composite)[column].value for row in rows}
@@ -236,8 +259,8 @@ def timm_table(rows: list[Row]) -> str:
             if found:
                 largest = max(found, key=lambda name: found[name])
                 middle = Figure(statistics.median(found.values()), median)
-                lines.append([composite, column, len(found), middle, f"{Figure(found[largest], worst)} ({largest})"])
-    return grid("| composite | figure | models | median | worst |", lines)
+                lines.append((composite, column, len(found), middle, Named(Figure(found[largest], worst), largest)))
+    return lines
 
 
 def failures(rows: list[Row]) -> Iterator[str]:
@@ -366,6 +389,8 @@ def write(results: dict[str, Any]) -> None:
 
 
 def rendered(results: dict[str, Any], page: str) -> str:
-    """The page with the tables of these results."""
-    head, rest = page.split("<!-- measured -->")
-    return f"{head}<!-- measured -->\n{tables(results)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    """The page with the overview and the tables of these results."""
+    for mark, text in (("overview", overview(results)), ("measured", tables(results))):
+        head, rest = page.split(f"<!-- {mark} -->")
+        page = f"{head}<!-- {mark} -->\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return page
