@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -215,6 +217,15 @@ def test_every_computation_runs_and_those_that_cannot_are_reported(monkeypatch):
     assert row["failed"].keys() - {ways.DYNAMIC_LRP} == {ways.LXT}
     assert json.dumps(row)
     assert all(low <= middle <= high for middle, low, high in row["ratios"].values())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_results_of_a_large_net_are_compared_in_another_process(monkeypatch):
+    monkeypatch.setitem(NETS, "small", replace(SMALL, is_large=True))
+    monkeypatch.setattr(command, "differences", lambda *of, **more: {str(os.getpid()): {"neuron": 1.0, "sum": 1.0}})
+    (row,) = command.one("small", [1], 1)["rows"]
+    assert row["differences"].keys() != {str(os.getpid())}
+    assert row["faults"]
 
 
 def test_results_that_differ_are_not_timed(monkeypatch):
