@@ -181,6 +181,14 @@ def test_the_sum_is_compared_in_float64_and_single_neurons_in_float32():
     assert ways.faults({"plan, X, float32": {"neuron": math.nan, "sum": 0.0}})
 
 
+def test_rounding_with_any_composite_excuses_a_difference_in_float32_alone():
+    off = {"neuron": 3e-6, "sum": 3e-6}
+    rounding = {"rounding, X": {"neuron": 1e-8, "sum": 0.0}, "rounding, Y": {"neuron": 1e-6, "sum": 0.0}}
+    assert ways.faults({"plan, X, float32": off, **rounding}) == []
+    assert ways.faults({"plan, X, float64": off, **rounding}) == ["plan, X, float64 differs by 3.0e-06 V"]
+    assert ways.faults({"plan, X, float32": off, "rounding, X": rounding["rounding, X"]})
+
+
 def test_a_measure_is_compared_with_zennit(monkeypatch):
     made = ways.Ways(SMALL, SMALL.made(), SMALL.inputs())
     found = ways.differences(made)
