@@ -52,17 +52,17 @@ LIMITS = {"conservation": 1e-4, "sink": 0.05, "variation": 1.5}
 
 
 def listed() -> dict[str, str]:
-    """Family of every builder."""
+    """Returns the family of every builder."""
     return {name: family for family, module in FAMILIES.items() for name in models.list_models(module=module)}
 
 
 def has_attention(name: str) -> bool:
-    """Whether a model is excluded."""
+    """Returns whether a model is excluded."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in ATTENTION)
 
 
 def shape_of(name: str, parameters: int, size: int | None = None) -> tuple[int, ...]:
-    """Input shape of a model, ``(C, H, W)`` or ``(C, T, H, W)``."""
+    """Returns the input shape of a model, ``(C, H, W)`` or ``(C, T, H, W)``."""
     if listed()[name] == "video":
         frames, side = CLIPS.get(name, CLIP)
         return (3, frames, side if name in CLIPS or size is None else size, side if name in CLIPS else size or side)
@@ -71,7 +71,7 @@ def shape_of(name: str, parameters: int, size: int | None = None) -> tuple[int, 
 
 
 def build(name: str) -> nn.Module:
-    """A model with random weights in evaluation mode."""
+    """Returns a model with random weights in evaluation mode."""
     torch.manual_seed(SEED)
     options: dict[str, Any] = {}
     if listed()[name] == "segmentation":
@@ -105,7 +105,7 @@ def target_of(model: nn.Module, x: Tensor) -> int | tuple[int, int, int]:
 
 
 def measured(model: nn.Module, x: Tensor, target: Any, composite: Composite) -> dict[str, Any]:
-    """Conservation check of one model under one composite."""
+    """Returns the results of the conservation check of one model under one composite."""
     start = time.perf_counter()
     mu = RelevanceMeasure(model, x, [target], composite=composite)
     layers = mu.layers
@@ -136,18 +136,18 @@ def measured(model: nn.Module, x: Tensor, target: Any, composite: Composite) -> 
 
 
 def most(layers: list[str], values: dict[str, float]) -> str:
-    """The layer with the largest value; NaN counts as the largest."""
+    """Returns the layer with the largest value; NaN counts as the largest."""
     return max(layers, key=lambda layer: math.inf if math.isnan(values[layer]) else values[layer])
 
 
 def block_outputs(model: nn.Module, layers: list[str]) -> list[str]:
-    """Taps at outputs of modules with children, and at the output of the model."""
+    """Returns the taps at outputs of modules with children, and at the output of the model."""
     containers = {name for name, module in model.named_modules() if module._modules}
     return [layer for layer in layers if layer == "output" or re.split(r"[:\[]", layer)[0] in containers]
 
 
 def run(name: str, composites: list[str], size: int | None) -> Iterator[dict[str, Any]]:
-    """The rows of one model."""
+    """Yields the rows of one model."""
     row: dict[str, Any] = {"model": name, "family": listed()[name]}
     try:
         model = build(name)
@@ -173,12 +173,12 @@ def run(name: str, composites: list[str], size: int | None) -> Iterator[dict[str
 
 
 def message(error: Exception) -> str:
-    """The error as a table cell."""
+    """Returns the error as a table cell."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """The limits that a row exceeds."""
+    """Returns the limits that a row exceeds."""
     if "failed" in row:
         return ["failed"]
     checks = {
@@ -194,7 +194,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and settings of the measurement."""
+    """Returns the versions and settings of the measurement."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "zennit", "nrm-plugin")},
@@ -232,7 +232,7 @@ def compact(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> list[str]:
-    """One row of a table."""
+    """Returns one row of a table."""
     size = "×".join(map(str, row["shape"][1:])) if "shape" in row else "?"
     if "failed" in row:
         return [row["model"], size, row["failed"], *[""] * 6, "failed"]
@@ -253,7 +253,7 @@ HEADER = "model|input|error, blocks|error, taps|residual|constants|V input|V blo
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The environment, a summary, and one table for each composite."""
+    """Returns the environment, a summary, and one table for each composite."""
     rows = results["rows"]
     left_out = [name for name in listed() if has_attention(name)]
     missing = [
@@ -276,7 +276,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The worst figures of each composite, with the model."""
+    """Returns the worst figures of each composite, with the model."""
     keys = {
         "error, taps": "error_taps",
         "residual": "residual",
@@ -300,7 +300,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A table."""
+    """Returns a table."""
     rows = [header, ["---"] * len(header), *lines]
     return "".join(f"| {' | '.join(cell.replace('|', '∣') for cell in row)} |\n" for row in rows)
 

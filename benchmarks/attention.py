@@ -37,7 +37,7 @@ Builder = Callable[[], nn.Module]
 
 
 def blocks(first_pools: bool) -> list[MSBlockConfig]:
-    """Two blocks; the second one pools its queries."""
+    """Returns two blocks; the second one pools its queries."""
     kernel = [3, 3, 3]
     return [
         MSBlockConfig(1, 16, 16, kernel if first_pools else [], kernel, [1, 2, 2] if first_pools else [], [1, 2, 2]),
@@ -65,7 +65,7 @@ OWN_SIZE: dict[str, tuple[int, ...]] = {"vit_b_16": (3, 224, 224), "swin_v2_t": 
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    """A model with random biases and random values for zero-initialized weights, and one input."""
+    """Returns a model with random biases and random values for zero-initialized weights, and one input."""
     torch.manual_seed(0)
     make, shape = SMALL[name] if name in SMALL else (lambda: models.get_model(name, weights=None), OWN_SIZE[name])
     model = make().eval()
@@ -76,7 +76,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def measured(model: nn.Module, x: Tensor, attention: Any = "value") -> dict[str, Any]:
-    """Conservation check of one model."""
+    """Returns the results of the conservation check of one model."""
     start = time.perf_counter()
     with torch.no_grad():
         plain = model(x)
@@ -101,7 +101,7 @@ def measured(model: nn.Module, x: Tensor, attention: Any = "value") -> dict[str,
 
 
 def signed(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """Variation at the input under rules with both signs."""
+    """Returns the variation at the input under rules with both signs."""
     with torch.no_grad():
         target = int(model(x)[0].argmax())
     mu = RelevanceMeasure(model, x, target, composite=EpsilonPlusFlat())

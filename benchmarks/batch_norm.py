@@ -63,7 +63,7 @@ def net(channels: int, classes: int, dense_norm: bool) -> nn.Sequential:
 
 
 def trained(data: str, dense_norm: bool) -> Samples:
-    """A net and held-out samples of a data set."""
+    """Returns a net and held-out samples of a data set."""
     training, held_out = split_digits(0)
     digits, labels = enlarge(training.images), training.labels.long()
 
@@ -95,7 +95,7 @@ def trained(data: str, dense_norm: bool) -> Samples:
 
 
 def measure(samples: Samples, composite: Composite) -> tuple[dict[str, Any], Tensor]:
-    """Sink, variation and faithfulness of one composite with ``residual="sink"``, and a heat map."""
+    """Measures sink, variation and faithfulness of a composite with ``residual="sink"``; also returns a heat map."""
     none = torch.zeros(len(samples.images))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -131,7 +131,7 @@ def lost_columns(model: nn.Sequential, images: Tensor) -> float:
 
 
 def run() -> tuple[dict[str, Any], list[Row]]:
-    """All composites on all nets, fused and unfused; and the contents of the figure."""
+    """Measures all composites on all nets, with and without fusion; also returns the contents of the figure."""
     started = time.perf_counter()
     nets, panels = [], []
     for data in DATA:
@@ -163,7 +163,7 @@ def run() -> tuple[dict[str, Any], list[Row]]:
 
 
 def titles(results: dict[str, Any]) -> list[str]:
-    """One title for each net."""
+    """Returns one title for each net."""
     return [f"{net['data']}, BN after conv{' and dense' if net['dense_norm'] else ''}" for net in results["nets"]]
 
 
@@ -199,12 +199,12 @@ def write_page(results: dict[str, Any]) -> None:
 
 
 def show(value: float) -> str:
-    """Two decimals, fewer for large numbers."""
+    """Formats a number with two decimals, or fewer if it is large."""
     return f"{round(value, 2) + 0:.2f}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def draw(results: dict[str, Any], panels: list[Row]) -> None:
-    """Rows are nets, pairs of columns composites without and with fusion."""
+    """Draws the figure: rows are nets, and pairs of columns are composites without and with fusion."""
     import matplotlib
 
     matplotlib.use("agg")

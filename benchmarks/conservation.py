@@ -25,7 +25,7 @@ def random_biases(model: nn.Module) -> nn.Module:
 
 
 def conservation_check(mu: RelevanceMeasure) -> dict[str, Any]:
-    """Largest error of mass + sink + bypass = 1 over all taps, and what was absorbed above the lowest one."""
+    """Largest error of mass + sink + bypass = 1 over all taps, and the mass absorbed above the lowest tap."""
     mu._check_fresh = lambda: None  # type: ignore[method-assign]  # the weights do not change here
     lowest = mu.layers[0]
     error, largest = largest_error(mu, mu.layers)

@@ -37,7 +37,7 @@ CURVES = {
 
 
 def chain(depth: int) -> nn.Module:
-    """A series of convolutions and ReLUs with a linear layer on top."""
+    """Returns a series of convolutions and ReLUs with a linear layer on top."""
     torch.manual_seed(0)
     layers = [layer for _ in range(depth) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(inplace=True))]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
@@ -45,7 +45,7 @@ def chain(depth: int) -> nn.Module:
 
 
 def marginals(net: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    """All marginals and sinks, recording included."""
+    """Returns all marginals and sinks, recording included."""
 
     def run() -> object:
         mu = RelevanceMeasure(net, x, TARGET, composite=EpsilonPlusFlat())
@@ -55,7 +55,7 @@ def marginals(net: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 
 def points(curve: str) -> list[tuple[int, dict[str, Callable[[], object]]]]:
-    """The computations that are timed at every point of a curve."""
+    """Returns the computations that are timed at every point of a curve."""
     if curve == "depth":
         x = torch.randn(1, 3, 56, 56)
         nets = [(depth, chain(depth)) for depth in (2, 4, 8, 16, 32, 64)]
@@ -90,7 +90,7 @@ def points(curve: str) -> list[tuple[int, dict[str, Callable[[], object]]]]:
 
 
 def timed(run: Callable[[], object], rounds: int) -> float:
-    """Seconds of the fastest round."""
+    """Returns the seconds of the fastest round."""
     best = float("inf")
     for _ in range(rounds):
         gc.collect()
@@ -103,7 +103,7 @@ def timed(run: Callable[[], object], rounds: int) -> float:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """All curves."""
+    """Measures all curves."""
     torch.set_num_threads(1)
     curves: dict[str, Any] = {}
     for curve in tqdm(CURVES):
@@ -116,7 +116,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def draw(curves: dict[str, Any], path: Path) -> None:
-    """Times over each quantity, on logarithmic axes, with a line of proportional growth."""
+    """Draws times over each quantity on logarithmic axes, with a line of proportional growth."""
     figure, grid = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
     axes = list(grid.flat)
     for axis in axes[len(curves) :]:
@@ -142,7 +142,7 @@ def draw(curves: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--render", action="store_true", help="only draw the stored measurements")

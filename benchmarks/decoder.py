@@ -10,7 +10,7 @@ WIDTH, HIDDEN, HEADS, KEY_HEADS, LAYERS, VOCABULARY = 768, 2048, 12, 4, 12, 8000
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Rotary position embedding of ``(N, heads, T, width)``."""
+    """Applies the rotary position embedding to ``(N, heads, T, width)``."""
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] / 10000 ** (torch.arange(half, device=x.device) / half)
     cosine, sine = (part.repeat(1, 2).to(x.dtype) for part in (angles.cos(), angles.sin()))

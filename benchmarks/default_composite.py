@@ -62,7 +62,7 @@ FAITHFULNESS = ("flip", "span", "pooled")  # reported as mean and 95 % interval 
 
 
 def candidates(channels: int) -> dict[str, Composite]:
-    """The composites to compare, by name; pixels lie in [0, 1]."""
+    """Returns the composites to compare, by name; pixels lie in [0, 1]."""
     low, high = torch.zeros(1, channels, 1, 1), torch.ones(1, channels, 1, 1)
 
     def everywhere(epsilon: Any) -> Composite:
@@ -128,7 +128,7 @@ class Net:
 
     @torch.no_grad()
     def logit(self, images: Tensor) -> Tensor:
-        """Target logit ``(N,)`` of modified images."""
+        """Returns the target logit ``(N,)`` of modified images."""
         logits = torch.cat([self.model(part) for part in torch.split(images, CHUNK)])
         return logits.gather(1, self.target[:, None])[:, 0]
 
@@ -147,20 +147,20 @@ class Skip(nn.Module):
 
 
 def basic(channels: int) -> list[nn.Module]:
-    """A residual block with a ReLU after the sum, as in ResNet."""
+    """Returns a residual block with a ReLU after the sum, as in ResNet."""
     convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
     return [Skip(convolutions[0], nn.ReLU(), convolutions[1]), nn.ReLU()]
 
 
 def inverted(channels: int) -> list[nn.Module]:
-    """A residual block with a depthwise convolution and no activation after the sum, as in MobileNetV2."""
+    """Returns a residual block with a depthwise convolution and no activation after the sum, as in MobileNetV2."""
     wide = 3 * channels
     depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
     return [Skip(nn.Conv2d(channels, wide, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(wide, channels, 1))]
 
 
 def shapes_net(block: Callable[[int], list[nn.Module]], channels: int) -> nn.Sequential:
-    """Four such blocks with average pooling, for images ``(N, 3, 16, 16)``."""
+    """Returns four such blocks with average pooling, for images ``(N, 3, 16, 16)``."""
     return nn.Sequential(
         *(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), *block(channels), *block(channels), nn.AvgPool2d(2)),
         *(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), *block(2 * channels), *block(2 * channels)),
@@ -186,7 +186,7 @@ def draw_shapes(count: int) -> tuple[Tensor, Tensor]:
 
 
 def nets(samples: int) -> Iterator[Net]:
-    """The embedded net on held-out digits, a second one trained on the other digits, two on generated shapes."""
+    """Yields the embedded net on held-out digits, a second one trained on the other digits, two on generated shapes."""
     images, group = digits(samples)
     labels = load_digits()[1]
     black = torch.zeros(1, 1, 1, 1)
@@ -205,7 +205,7 @@ def nets(samples: int) -> Iterator[Net]:
 
 
 def digits(samples: int) -> tuple[Tensor, Tensor]:
-    """Held-out digits, then copies shifted by up to two pixels; and the index of the original digit."""
+    """Returns held-out digits, then copies shifted by up to two pixels; and the index of the original digit."""
     images = load_digits()[0]
     group = torch.arange(samples) % len(images)
     with reproducible(0):
@@ -234,7 +234,7 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def measure(net: Net, composite: Composite, policy: dict[str, Any], drops: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All metrics of one candidate, ``(N,)`` each (``walk``: for the first chunk).
+    """Returns all metrics of one candidate, ``(N,)`` each (``walk``: for the first chunk).
 
     Args:
         net: The net and its samples.
@@ -285,7 +285,7 @@ def flip(net: Net, heat: Tensor, most_first: bool) -> Tensor:
 
 
 def logit_drops(net: Net) -> dict[str, Tensor]:
-    """Drop of the target logit when one channel is zeroed, ``(N, K)`` by layer."""
+    """Returns the drop of the target logit when one channel is zeroed, ``(N, K)`` by layer."""
     before = net.logit(net.images)
     with torch.no_grad():
         widths = {name: width(net.model, name, net.images[:1]) for name in net.layers}
@@ -299,7 +299,7 @@ def logit_drops(net: Net) -> dict[str, Tensor]:
 
 
 def ablated(net: Net, layer: str, channel: int) -> Tensor:
-    """Target logit ``(N,)`` without one channel of a layer."""
+    """Returns the target logit ``(N,)`` without one channel of a layer."""
 
     def zero(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         output = output.clone()
@@ -314,7 +314,7 @@ def ablated(net: Net, layer: str, channel: int) -> Tensor:
 
 
 def width(model: nn.Module, layer: str, images: Tensor) -> int:
-    """Number of channels of a layer."""
+    """Returns the number of channels of a layer."""
     seen: list[int] = []
     hook = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     try:
@@ -325,7 +325,7 @@ def width(model: nn.Module, layer: str, images: Tensor) -> int:
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson correlation along the last dimension; NaN where one of them is constant."""
+    """Returns the Pearson correlation along the last dimension; NaN where one of them is constant."""
     one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
     return (one * other).sum(-1) / (one.square().sum(-1) * other.square().sum(-1)).sqrt()
 
@@ -334,7 +334,7 @@ def correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def run(samples: int) -> dict[str, Any]:
-    """All candidates under all policies on all nets."""
+    """Measures all candidates under all policies on all nets."""
     started = time.perf_counter()
     return {
         "environment": {
@@ -357,7 +357,7 @@ def run(samples: int) -> dict[str, Any]:
 
 
 def compare(net: Net) -> dict[str, Any]:
-    """All candidates under all policies on one net, and paired differences to the chosen one."""
+    """Measures all candidates under all policies on one net, and paired differences from the chosen one."""
     weights = resamples(net.group)
     drops = logit_drops(net)
     names = candidates(net.images.shape[1])
@@ -398,7 +398,7 @@ def summary(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
 
 
 def untrained(name: str, size: int = 96) -> dict[str, list[float]]:
-    """Residual sink and variation at the input of a torchvision net with random weights, by candidate.
+    """Returns the residual sink and variation at the input of a torchvision net with random weights, by candidate.
 
     The largest over two images, and over biases at their initial values and drawn from N(0, 0.1²). The statistics of
     batch norm are those of one batch of noise.
@@ -421,7 +421,7 @@ def untrained(name: str, size: int = 96) -> dict[str, list[float]]:
 
 
 def random_net(name: str, deviation: float, batch: Tensor) -> nn.Module:
-    """A net of torchvision in evaluation mode."""
+    """Returns a net of torchvision in evaluation mode."""
     further: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, **further).eval()
     for module in model.modules():
@@ -443,7 +443,7 @@ def resamples(group: Tensor) -> Tensor:
 
 
 def interval(values: Tensor, weights: Tensor) -> list[float]:
-    """Mean, and the bounds of its 95 % bootstrap interval."""
+    """Returns the mean, and the bounds of its 95 % bootstrap interval."""
     if not bool(values.isfinite().all()):
         raise ValueError("the value of a sample is not finite; the mean would hide this.")
     low, high = torch.quantile(weights @ values, torch.tensor([0.025, 0.975]))
@@ -451,7 +451,7 @@ def interval(values: Tensor, weights: Tensor) -> list[float]:
 
 
 def rounded(value: Tensor) -> float:
-    """Four significant digits and at most five decimals."""
+    """Rounds to four significant digits and at most five decimals."""
     return round(float(f"{float(value):.4g}"), 5)
 
 
@@ -476,7 +476,7 @@ def render(results: dict[str, Any]) -> None:
 
 
 def composite_tables(results: dict[str, Any]) -> str:
-    """One table for each net, under the chosen policy."""
+    """Returns one table for each net, under the chosen policy."""
     header = "composite|sink|tap variation, max|walk variation|flip ↓|span ↑|pooled ↑".split("|")
     parts = []
     for name, net in results["nets"].items():
@@ -501,7 +501,7 @@ def composite_tables(results: dict[str, Any]) -> str:
 
 
 def policy_table(results: dict[str, Any]) -> str:
-    """Residual policies side by side, for Zennit's composites."""
+    """Returns a table of residual policies side by side, for Zennit's composites."""
     lines = []
     for name, net in results["nets"].items():
         rows = {(row["composite"], row["policy"]): row for row in net["rows"]}
@@ -526,7 +526,7 @@ def policy_table(results: dict[str, Any]) -> str:
 
 
 def paired_table(results: dict[str, Any]) -> str:
-    """The chosen composite and policy against the best others under any policy."""
+    """Returns a table of the chosen composite and policy against the best others under any policy."""
     lines = []
     for name, net in results["nets"].items():
         for key in ("flip", "pooled"):
@@ -548,7 +548,7 @@ def paired_table(results: dict[str, Any]) -> str:
 
 
 def untrained_table(results: dict[str, Any]) -> str:
-    """Residual sink and variation at the input of every untrained net."""
+    """Returns a table of residual sink and variation at the input of every untrained net."""
     nets = results["untrained"]
     names = list(next(iter(nets.values())))
     lines = [[net, *(", ".join(brief(value) for value in row[name]) for name in names)] for net, row in nets.items()]
@@ -556,24 +556,24 @@ def untrained_table(results: dict[str, Any]) -> str:
 
 
 def brief(value: float) -> str:
-    """Two decimals; scientific notation for large values."""
+    """Formats a value with two decimals, or in scientific notation if it is large."""
     return f"{value:.2f}" if value < 1000 else f"{value:.0e}"
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Mean and interval as a cell."""
+    """Returns the mean and interval as a cell."""
     mean, low, high = (f"{value:{sign}.3f}" for value in values)
     return f"{mean} [{low}, {high}]"
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A table."""
+    """Returns a table."""
     rows = [header, ["---"] * len(header), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Rows are nets, columns metrics, markers residual policies."""
+    """Draws the figure: rows are nets, columns are metrics, and markers are residual policies."""
     import matplotlib
 
     matplotlib.use("agg")

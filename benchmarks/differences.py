@@ -31,13 +31,13 @@ FIXED = {"inception_v3": 299, "googlenet": 96}
 
 
 def torchvision_models() -> Iterator[tuple[str, Make]]:
-    """All classification models of torchvision, on small images where the model accepts them."""
+    """Yields all classification models of torchvision, on small images where the model accepts them."""
     for name in models.list_models(module=models):
         yield name, functools.partial(of_image_model, name)
 
 
 def of_image_model(name: str, dtype: torch.dtype) -> RelevanceMeasure:
-    """The measure of the largest output, against an image whose lower half differs."""
+    """Returns the measure of the largest output, against an image whose lower half differs."""
     torch.manual_seed(0)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = random_biases(models.get_model(name, weights=None, **options))
@@ -70,7 +70,7 @@ def settle(model: nn.Module, images: Tensor) -> None:
 
 
 def hugging_face_models() -> Iterator[tuple[str, Make]]:
-    """The tiny models of the table of ``docs/attention.md``."""
+    """Yields the tiny models of the table of ``docs/attention.md``."""
     from tests.hosts.further_models import FURTHER
 
     for name in sorted(FURTHER, key=str.casefold):
@@ -78,7 +78,7 @@ def hugging_face_models() -> Iterator[tuple[str, Make]]:
 
 
 def of_transformer(name: str, dtype: torch.dtype) -> RelevanceMeasure:
-    """The measure against the ids in opposite order, or against another image or signal."""
+    """Returns the measure against the ids in opposite order, or against another image or signal."""
     import transformers
 
     from tests.hosts.further_models import FURTHER, INPUTS
@@ -96,7 +96,7 @@ def of_transformer(name: str, dtype: torch.dtype) -> RelevanceMeasure:
 
 
 def run(model: nn.Module, inputs: Any, output: str) -> Tensor:
-    """The explained output of a model of Hugging Face."""
+    """Returns the explained output of a model of Hugging Face."""
     returned = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     chosen: Tensor = returned[output]
     return chosen
@@ -110,7 +110,7 @@ def changed(value: Tensor) -> Tensor:
 
 
 def recurrent_networks() -> Iterator[tuple[str, Make]]:
-    """LSTM, GRU and Elman network, and graph convolutions as products with the adjacency matrix."""
+    """Yields LSTM, GRU and Elman network, and graph convolutions as products with the adjacency matrix."""
     for name, kind in {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}.items():
         yield name, functools.partial(of_recurrent, kind)
     yield "GCN", of_graph
@@ -129,7 +129,7 @@ class Last(nn.Module):
 
 
 def of_recurrent(kind: type[nn.RNNBase], dtype: torch.dtype) -> RelevanceMeasure:
-    """The measure of two layers over ten time steps."""
+    """Returns the measure of two layers over ten time steps."""
     torch.manual_seed(0)
     model = Last(kind(6, 8, 2, batch_first=True)).eval().to(dtype)
     x = torch.randn(3, 10, 6).to(dtype)
@@ -150,7 +150,7 @@ class Graph(nn.Module):
 
 
 def of_graph(dtype: torch.dtype) -> RelevanceMeasure:
-    """The measure of a graph of fifty nodes, against the same graph with other features."""
+    """Returns the measure of a graph of fifty nodes, against the same graph with other features."""
     torch.manual_seed(0)
     adjacency = (torch.rand(50, 50) < 0.1).float() + torch.eye(50)
     model = Graph(adjacency / adjacency.sum(1, keepdim=True)).eval().to(dtype)
@@ -167,7 +167,7 @@ FAMILIES: dict[str, tuple[Callable[[], Iterator[tuple[str, Make]]], str]] = {
 
 
 def measured(make: Make) -> Row:
-    """Conservation check of one model in both formats, or the message of its error."""
+    """Returns the results of the conservation check of one model in both formats, or the message of its error."""
     try:
         row = conservation_check(make(torch.float32))
     except NRMError as error:

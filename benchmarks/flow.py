@@ -1,7 +1,7 @@
 """Cost of a flow graph, relative to a plain gradient and to the marginals of all layers.
 
 ``python -m benchmarks.flow`` computes all of them for VGG16 alternately, in one process on one thread, and writes the
-processor seconds as JSON and the factors to ``docs/flow.md``. A flow with pictures includes the measure itself.
+processor seconds as JSON and the factors to ``docs/flow.md``. A flow with heat maps includes the measure itself.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PARTS = patches((SIDE, SIDE), 8)
 
 
 class Works:
-    """The computations, for one network and one image.
+    """The timed computations, for one network and one image.
 
     Attributes:
-        drawn: The last flow with pictures.
+        drawn: The last flow with heat maps.
     """
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
@@ -45,48 +45,48 @@ class Works:
         self.drawn: MappedFlow | None = None
 
     def measure(self) -> RelevanceMeasure:
-        """A new measure, because results are cached."""
+        """Returns a new measure, because results are cached."""
         return RelevanceMeasure(self.model, self.image, TARGET, composite=NRMDefault())
 
     def plain_gradient(self) -> Any:
-        """The gradient of the output with respect to the image."""
+        """Computes the gradient of the output with respect to the image."""
         image = self.image.clone().requires_grad_()
         return torch.autograd.grad(self.model(image)[0, TARGET], image)
 
     def marginals(self) -> Any:
-        """Relevance of all layers; the measure is not counted."""
+        """Returns the computation of the relevance of all layers, for an existing measure."""
         mu = self.measure()
         return lambda: mu.marginal(mu.layers)
 
     def flow(self) -> Any:
-        """A flow of five layers; the measure is not counted."""
+        """Returns the computation of a flow of five layers, for an existing measure."""
         mu = self.measure()
         return lambda: mu.flow(LAYERS, over={"input": patches((SIDE, SIDE), 4)}, top=8)
 
     def channels_with_pictures(self) -> Any:
-        """The eight strongest channels of four layers."""
+        """Computes a flow with heat maps of the eight strongest channels of four layers."""
         over = {"input": patches((SIDE, SIDE), 4)}
         self.drawn = mapped_flow(self.measure(), FOUR, over, top=K)
 
     def groups_with_pictures(self) -> Any:
-        """Eight groups of four layers, which are found first."""
+        """Computes a flow with heat maps of eight groups of four layers, which are found first."""
         mu = self.measure()
         groups = find_groups(mu, FOUR[::-1], K, {"input": PARTS})
         self.drawn = mapped_flow(mu, FOUR, groups=groups)
 
     def figure(self) -> Any:
-        """The figure, as a PNG file."""
+        """Draws the figure as a PNG file."""
         assert self.drawn is not None
         flow_figure(self.drawn.graph, maps=self.drawn.maps, image=self.image[0].sigmoid()).savefig(io.BytesIO())
 
     def page(self) -> Any:
-        """The HTML page."""
+        """Generates the HTML page."""
         assert self.drawn is not None
         sankey(self.drawn.graph, maps=self.drawn.maps, image=self.image[0].sigmoid(), pairs=self.drawn.pairs)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Processor time of a computation; if it returns another one, the time of that one."""
+    """Returns the processor time of a computation, or, if it returns another computation, of the returned one."""
     started = time.process_time()
     inner = work()
     if callable(inner):

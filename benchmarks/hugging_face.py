@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.hugging_face`` builds tiny random models from configurations, measures them under the default
 composite, and writes the results as JSON and the second table of ``docs/attention.md``. No weights are downloaded. It
-needs transformers, which ``make hugging-face`` installs.
+requires transformers, which ``make hugging-face`` installs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.hosts.further_models import FURTHER, INPUTS
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Conservation check of one model, or the operation without a kernel."""
+    """Returns the results of the conservation check of one model, or the operation without a kernel."""
     row = FURTHER[name]
     torch.manual_seed(0)
     model = random_biases(getattr(transformers, row.kind)(getattr(transformers, row.config)(**row.options)))

@@ -73,7 +73,7 @@ def masked_relevance(
 
 
 def merged_by_hand(net: nn.Module) -> nn.Module:
-    """A copy in which every batch norm after a convolution is merged into its weights (arXiv 2002.11018)."""
+    """Returns a copy in which every batch norm after a convolution is merged into its weights (arXiv 2002.11018)."""
     twin = copy.deepcopy(net)
     layers = list(twin.features)
     for number, (conv, norm) in enumerate(itertools.pairwise(layers)):
@@ -122,7 +122,7 @@ class RatioSplit(BasicHook):
 
 
 def forward_times_backward(weights: Sequence[Tensor], x: Tensor, target: int) -> list[Tensor]:
-    r"""Contributions :math:`a_i w_{ij}` without denominators, for every layer of a bias-free ReLU net.
+    r"""Returns contributions :math:`a_i w_{ij}` without denominators, for every layer of a bias-free ReLU net.
 
     Each layer is divided by its sum: for a leaky chain of kernels this is forward × backward / Z.
     """
@@ -165,7 +165,7 @@ class GraphNet(nn.Module):
 
 
 def graph_walks(net: GraphNet, adjacency: Tensor, x: Tensor, target: int, gamma: float) -> dict[tuple[int, ...], float]:
-    r"""GNN-LRP (arXiv 2006.03589) of every walk over nodes, input first, for non-negative features.
+    r"""Returns GNN-LRP (arXiv 2006.03589) of every walk over nodes, input first, for non-negative features.
 
     .. math:: R_{jJ} = \sum_k \frac{λ_{JK} h_j^J w^γ_{jk}}{\sum_{J'} \sum_{j'} λ_{J'K} h_{j'}^{J'} w^γ_{j'k}} R_{kK}
     """
@@ -296,7 +296,7 @@ class LXTBlock(Block):
 
 
 def input_gradient(net: nn.Module, x: Tensor, target: int) -> Tensor:
-    """Gradient of one output; for a net of LXT's operations, the relevance of that output."""
+    """Returns the gradient of one output; for a net of LXT's operations, the relevance of that output."""
     leaf = x.clone().requires_grad_()
     output = net(leaf)
     start = torch.zeros_like(output)

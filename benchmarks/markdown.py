@@ -1,4 +1,4 @@
-"""Markdown of tables."""
+"""Formatting of Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def grid(head: str, rows: Iterable[Sequence[object]]) -> str:
-    """Markdown; ``head`` is its first line."""
+    """Returns a table in Markdown; ``head`` is its first line."""
     rule = "|" + "---|" * (head.count("|") - 1)
     return "\n".join([head, rule, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 

@@ -1,8 +1,8 @@
-"""Peak memory and time of a decoder of 24 layers at 2,048 tokens, whole and within limits of ``max_memory``.
+"""Peak memory and time of a decoder of 24 layers and 2,048 tokens, without a limit and with ``max_memory``.
 
-``python -m benchmarks.memory`` measures each limit in a process of its own, compares the answers with those of the
-whole recording, and writes the results as JSON and the table of ``docs/memory.md``; some minutes on one core. Limits
-that are measured already are kept, unless ``--again``.
+``python -m benchmarks.memory`` measures each limit in a separate process, compares the results with those of the whole
+recording, and writes them as JSON and as the tables of ``docs/memory.md``; this takes some minutes on one core. Stored
+results are not measured again, except with ``--again``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LIMITS: tuple[int | None, ...] = (None, 128, 64, 32, 16)
 
 
 def answers(mu: RelevanceMeasure) -> dict[str, Tensor]:
-    """Marginals at the input and after every block, the sink, and the mass of an event."""
+    """Returns the marginals at the input and after every block, the sink, and the mass of an event."""
     maps = mu.marginal(["input", *(f"blocks.{k}" for k in range(LAYERS))])
     event = at("blocks.20").channel(3) & ~at("blocks.19").channel(5)
     return {**maps, "absorbed": mu.sink("input"), "event": mu(event)}
@@ -98,7 +98,7 @@ def formats() -> list[dict[str, Any]]:
 
 
 def plain_gradient() -> dict[str, Any]:
-    """Peak and time of the plain gradient."""
+    """Returns the peak and time of the plain gradient."""
     torch.set_num_threads(1)
     for name, size in SIZES.items():
         setattr(decoder, name, size)
@@ -115,7 +115,7 @@ def plain_gradient() -> dict[str, Any]:
 
 
 def spawned(*options: object) -> dict[str, Any]:
-    """The result of this module in another process."""
+    """Returns the result of this module in another process."""
     command = [sys.executable, "-m", "benchmarks.memory", *map(str, options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **RETURNING}, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Do the tests notice an error in the core? Mutation tests of kernels, events and measure.
+"""Do the tests detect errors in the core? Mutation tests of kernels, events and measure.
 
 ``python -m benchmarks.mutants`` lets cosmic-ray run a random sample of the mutants that benchmarks/mutants.toml
 describes, and writes benchmarks/results/mutants.json and the tables of docs/mutants.md. Judgements of known survivors
@@ -63,7 +63,7 @@ def create_session(size: int, seed: int) -> None:
 
 
 def results(known: Results) -> Results:
-    """Counts of each package, and the survivors with their known judgements."""
+    """Returns the counts of each package, and the survivors with their known judgements."""
     from cosmic_ray.work_db import use_db
 
     judgements = {(row["before"], row["after"]): row["judgement"] for row in known["survivors"]}
@@ -92,7 +92,7 @@ def results(known: Results) -> Results:
 
 
 def rendered(page: str, measured: Results) -> str:
-    """The page with the tables of the results."""
+    """Returns the page with the tables of the results."""
     lines = [f"| package | {' | '.join(COUNTS)} |", "|---" * (len(COUNTS) + 1) + "|"]
     lines += [f"| `{name}` | {' | '.join(map(str, row.values()))} |" for name, row in measured["packages"].items()]
     lines += ["", "| survivor | change | judgement |", "|---|---|---|"]

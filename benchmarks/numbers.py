@@ -54,7 +54,7 @@ class Claim:
 
 
 def ratio(work: str, reference: str, model: str = "vgg16") -> Callable[[Results], str]:
-    """Time of a computation as a multiple of a reference, on one thread."""
+    """Returns the time of a computation as a multiple of a reference, on one thread."""
 
     def figure(results: Results) -> str:
         runs = [run for run in results["runs"] if run["model"] == model and run["threads"] == 1]
@@ -65,14 +65,14 @@ def ratio(work: str, reference: str, model: str = "vgg16") -> Callable[[Results]
 
 
 def peak(results: Results) -> str:
-    """Peak memory in addition to the net, as a multiple of a plain gradient's."""
+    """Returns the peak memory in addition to the net, as a multiple of a plain gradient's."""
     peaks = results["peak memory of vgg16 in MiB"]
     above = {name: value - peaks["nothing"] for name, value in peaks.items()}
     return f"{above['EpsilonPlusFlat'] / above['plain']:.2g} ×"
 
 
 def differences(reference: str) -> Callable[[Results], str]:
-    """Largest difference over the rows that are compared with a package, or with formulas."""
+    """Returns the largest difference over the rows that are compared with a package, or with formulas."""
 
     def figure(results: Results) -> str:
         rows = [row for row in results["rows"] if row["reference"].startswith(reference)]
@@ -82,7 +82,7 @@ def differences(reference: str) -> Callable[[Results], str]:
 
 
 def violation(composite: str) -> Callable[[Results], str]:
-    """Largest error of mass + sink + bypass = 1."""
+    """Returns the largest error of mass + sink + bypass = 1."""
 
     def figure(results: Results) -> str:
         every = results["rows"] if "rows" in results else results["recurrent"] + results["graphs"]
@@ -100,22 +100,22 @@ def changed(results: Results) -> str:
 
 
 def certified(results: Results) -> str:
-    """Number of walks certified to be the largest, by rule and image size."""
+    """Returns the number of walks certified to be the largest, by rule and image size."""
     return "; ".join(f"{row['size']} pixels, {row['rule']}: {row['certified']}" for row in results["rows"])
 
 
 def flow_cost(results: Results) -> str:
-    """Time of a flow graph as a multiple of the marginals of all layers."""
+    """Returns the time of a flow graph as a multiple of the marginals of all layers."""
     return f"{min(results['seconds']['flow']) / min(results['seconds']['marginals']):.0f} ×"
 
 
 def speedup(results: Results) -> str:
-    """Time of the other package as a multiple of ours, by net."""
+    """Returns the time of the other package as a multiple of ours, by net."""
     return "; ".join(f"{run['net']}: {run['factor']:.1f} ×" for run in results["runs"])
 
 
 def throughput(results: Results) -> str:
-    """Throughput as a share of the measure alone, by net."""
+    """Returns the throughput as a share of the measure alone, by net."""
     shares = results["throughput"].items()
     return "; ".join(f"{net}: {row['share of the bare measure']['wall']:.2f}" for net, row in shares)
 
@@ -135,12 +135,12 @@ def class_probability(method: str) -> Callable[[Results], str]:
 
 
 def variation(rule: str) -> Callable[[Results], str]:
-    """Largest walk variation on a deep net with random weights."""
+    """Returns the largest walk variation on a deep net with random weights."""
     return lambda results: f"{results['rows']['vgg16'][rule]['variation']:.0e}"
 
 
 def flipping(composite: str) -> Callable[[Results], str]:
-    """Area between both orders of pixel flipping, by net; larger is better."""
+    """Returns the area between both orders of pixel flipping, by net; larger is better."""
 
     def figure(results: Results) -> str:
         cells = []
@@ -154,7 +154,7 @@ def flipping(composite: str) -> Callable[[Results], str]:
 
 
 def mutants(results: Results) -> str:
-    """Share of detected mutants among those tried, without equivalent ones."""
+    """Returns the share of detected mutants among those tried, without equivalent ones."""
     rows = results["packages"].values()
     detected = sum(row["killed"] + row["timed out"] for row in rows)
     equivalent = sum(row["judgement"].startswith("equivalent") for row in results["survivors"])
@@ -163,13 +163,13 @@ def mutants(results: Results) -> str:
 
 
 def verdicts(results: Results) -> str:
-    """The default composite compared with the best other method of each metric."""
+    """Returns the default composite compared with the best other method of each metric."""
     counted = Counter(verdict(best["ahead"][best["default"]]) for *_, best in compared(results))
     return ", ".join(f"{word} in {counted[word]}" for word in ("better", "tied", "worse"))
 
 
 def recovered(one: str, other: str) -> Callable[[Results], str]:
-    """Average precision of planted edges between neighbouring layers."""
+    """Returns the average precision of planted edges between neighbouring layers."""
 
     def figure(results: Results) -> str:
         methods = results["planted"]["questions"]["neighbouring layers"]["methods"]
@@ -179,7 +179,7 @@ def recovered(one: str, other: str) -> Callable[[Results], str]:
 
 
 def distance(score: str) -> Callable[[Results], str]:
-    """Circuit-model distance of a score, by network."""
+    """Returns the circuit-model distance of a score, by network."""
     return lambda results: "; ".join(
         f"{name}: {net['scores'][score]['CMD'][0]:.3f}" for name, net in results["nets"].items()
     )
@@ -244,7 +244,7 @@ CLAIMS = [
 
 
 def rendered(page: str) -> str:
-    """The page with the table of the committed results."""
+    """Returns the page with the table of the committed results."""
     results = {claim.source: json.loads((RESULTS / f"{claim.source}.json").read_text()) for claim in CLAIMS}
     lines = ["| claim | measured | reproduce with | page |", "|---|---|---|---|"]
     for claim in CLAIMS:

@@ -42,16 +42,16 @@ SEED, STATISTICS = 0, 4
 
 
 def drawn(shapes: list[tuple[int, ...]], batch: int, seed: int) -> tuple[Tensor, ...]:
-    """Noise as inputs."""
+    """Returns noise as inputs."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
 
 
 def built(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model with the random weights of the seed.
+    """Returns a model with random weights that depend only on the seed.
 
-    Some packages draw random numbers when they are imported, which happens once in a process, within the first builders
-    that need them. After imports the model is built again, so that its weights do not depend on the models before it.
+    Some packages draw random numbers when they are imported, which happens once per process, in the first builder that
+    needs them. The model is therefore built again after imports, so that its weights do not depend on earlier models.
     """
     imported = -1
     while imported != len(sys.modules):
@@ -83,7 +83,7 @@ def settle(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def chosen(returned: Any, output: Any) -> Tensor:
-    """The explained tensor among the outputs of a model."""
+    """Returns the explained tensor among the outputs of a model."""
     if output is None:
         output = next((key for key in ("logits", "out") if not isinstance(returned, Tensor) and key in returned), None)
     if output is None:
@@ -98,7 +98,7 @@ def chosen(returned: Any, output: Any) -> Tensor:
 
 
 def target_of(scores: Tensor) -> Any:
-    """The largest channel, at the centre of all other dimensions."""
+    """Returns the largest channel, at the centre of all other dimensions."""
     if scores.ndim == 1:
         return None
     middle = [size // 2 for size in scores.shape[2:]]
@@ -106,7 +106,7 @@ def target_of(scores: Tensor) -> Any:
 
 
 def measured(model: nn.Module, inputs: tuple[Tensor, ...], output: Any, composite: Composite) -> dict[str, Any]:
-    """Conservation check of one model under one composite."""
+    """Returns the results of the conservation check of one model under one composite."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         returned = model(*inputs)
@@ -148,7 +148,7 @@ def measured(model: nn.Module, inputs: tuple[Tensor, ...], output: Any, composit
 
 
 def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
-    """The rows of one model."""
+    """Yields the rows of one model."""
     build, shapes, output = case
     row: dict[str, Any] = {
         "package": package,
@@ -174,12 +174,12 @@ def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
 
 
 def reason(error: Exception) -> str:
-    """The error message without local paths."""
+    """Returns the error message without local paths."""
     return re.sub(r"/\S*/site-packages/", "", message(error))
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """The limits that a row exceeds."""
+    """Returns the limits that a row exceeds."""
     if "failed" in row:
         return ["failed"]
     default = row["composite"] == "NRMDefault"
@@ -209,7 +209,7 @@ COLUMNS = "package|version|models|measured|error|residual|constants|V input, NRM
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The environment, a summary for each package, failures and exceeded limits."""
+    """Returns the environment, a summary for each package, failures and exceeded limits."""
     rows = results["rows"]
     packages = dict.fromkeys(row["package"] for row in rows)
     lines = [summary(package, [row for row in rows if row["package"] == package]) for package in packages]
@@ -245,7 +245,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def summary(package: str, rows: list[dict[str, Any]]) -> list[str]:
-    """The worst figures of a package."""
+    """Returns the worst figures of a package."""
     done = [row for row in rows if "failed" not in row]
     default = [row for row in done if row["composite"] == "NRMDefault"]
 

@@ -41,7 +41,7 @@ class Last(nn.Module):
 
 
 def recurrent() -> Iterator[tuple[str, RelevanceMeasure]]:
-    """Recurrent networks by their name on the page."""
+    """Yields recurrent networks by their name on the page."""
     x, state = torch.randn(4, TIMES, FEATURES), torch.randn(1, 4, HIDDEN)
     kinds: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
     for name, kind in kinds.items():
@@ -57,7 +57,7 @@ def recurrent() -> Iterator[tuple[str, RelevanceMeasure]]:
 
 
 def graphs() -> Iterator[tuple[str, RelevanceMeasure]]:
-    """Two layers of each kind with a mean over nodes; one layer with each kind of pooling."""
+    """Yields two layers of each kind with a mean over nodes; one layer with each kind of pooling."""
     x, edges = random_graph(50, 200)
     edges = edges[:, edges[1].argsort()]
     nets = {name: Net(layer, True) for name, layer in LAYERS.items()}

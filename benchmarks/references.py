@@ -57,14 +57,14 @@ def vgg16(samples: int = 8, size: int = 224) -> tuple[nn.Module, TensorDataset, 
 
 
 def ours(net: nn.Module, data: TensorDataset, layers: list[str], batch: int) -> FoundReferences:
-    """The search of this package, with zennit-crp's settings."""
+    """Runs the search of this package, with zennit-crp's settings."""
     return find_references(
         net, data, layers, STORED, unit="layer", composite=EpsilonPlusFlat(), residual="sink", batch_size=batch
     )
 
 
 def theirs(net: nn.Module, data: TensorDataset, layers: list[str], batch: int, folder: str) -> Any:
-    """The unmodified feature visualization of zennit-crp."""
+    """Runs the unmodified feature visualization of zennit-crp."""
     from crp.attribution import CondAttribution
     from crp.concepts import ChannelConcept
     from crp.visualization import FeatureVisualization
@@ -106,7 +106,7 @@ def compared(references: FoundReferences, other: Any, layers: list[str], classes
 
 
 def _alone(values: Tensor, tie: Tensor) -> Tensor:
-    """Ranks without a tie with a neighbour; the last rank may be tied with a sample beyond the list."""
+    """Ranks that are not tied with a neighbour; the last rank may be tied with a sample that is not in the list."""
     gap = values.diff(dim=1).abs() > tie
     yes = torch.ones_like(gap[:, :1])
     last = yes if values.shape[1] < STORED else torch.zeros_like(yes)
@@ -137,7 +137,7 @@ def run(name: str, make: Callable[[], Any], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="only the digits net")

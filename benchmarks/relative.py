@@ -55,7 +55,7 @@ def simple_cnn() -> nn.Module:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and classes for training, then held-out ones."""
+    """Returns images and classes for training, then held-out ones."""
     from sklearn.datasets import load_digits  # takes long to import
 
     data = load_digits()
@@ -93,7 +93,7 @@ def large(name: str) -> nn.Module:
 
 
 def without_biases(net: nn.Module) -> nn.Module:
-    """A bias-free copy, homogeneous in its input; batch norms only retain their scale."""
+    """Returns a bias-free copy, homogeneous in its input; batch norms only retain their scale."""
     twin = copy.deepcopy(net)
     for module in twin.modules():
         if getattr(module, "bias", None) is not None:
@@ -113,7 +113,7 @@ def heat(net: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
 
 
 def walk_variation(net: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
-    """Walk variation of the measure given survival, ``(N,)``."""
+    """Returns the walk variation of the measure given survival, ``(N,)``."""
     return RelevanceMeasure(net.double(), x.double(), y, composite=composite(name)).walk_variation(surviving=True)
 
 

@@ -54,12 +54,12 @@ DRAWS = 2000
 
 
 def shared(parts: list[Tensor]) -> Tensor:
-    """Scores of several layers side by side, each divided by its sum of absolute values."""
+    """Returns the concatenated scores of several layers, each divided by its sum of absolute values."""
     return torch.cat([p.abs() / p.abs().sum(1, keepdim=True).clamp(min=1e-30) for p in parts], 1)
 
 
 def ranked(scores: Tensor, counts: list[int]) -> Tensor:
-    """Rank of each channel, ``(N, channels)``; the best channel of each layer is always retained."""
+    """Returns the rank of each channel, ``(N, channels)``; the best channel of each layer is always retained."""
     scores = scores.clone()
     for part in torch.split(scores, counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)
@@ -114,14 +114,14 @@ def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]
 
 
 def interval(values: Tensor, draw: torch.Generator) -> list[float]:
-    """Mean and its 95 % bootstrap interval."""
+    """Returns the mean and its 95 % bootstrap interval."""
     picks = torch.randint(len(values), (DRAWS, len(values)), generator=draw)
     means = values[picks].mean(1)
     return [round(float(v), 4) for v in (values.mean(), means.quantile(0.025), means.quantile(0.975))]
 
 
 def evaluate(name: str, model: nn.Module, count: int) -> dict[str, object]:
-    """All methods on one net."""
+    """Evaluates all methods on one net."""
     torch.manual_seed(0)
     layers = LAYERS[name]
     images, labels = load_digits()
@@ -162,7 +162,7 @@ def evaluate(name: str, model: nn.Module, count: int) -> dict[str, object]:
 
 
 def draw(results: list[dict]) -> None:  # type: ignore[type-arg]
-    """Curves with bands, one column for each fill and one row for each net."""
+    """Draws curves with bands, with one column for each fill and one row for each net."""
     figure, axes = plt.subplots(len(results), 3, figsize=(11, 3.2 * len(results)), sharey=True, squeeze=False)
     for line, result in zip(axes, results, strict=True):
         for axis, fill in zip(line, FILLS, strict=True):
@@ -181,7 +181,7 @@ def draw(results: list[dict]) -> None:  # type: ignore[type-arg]
 
 
 def main() -> None:
-    """Both nets."""
+    """Evaluates all methods on both nets, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--cnn", type=Path, help="weights of DigitsCNN (default: train it, benchmarks.train_demo)")

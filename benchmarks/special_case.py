@@ -90,7 +90,7 @@ def kernels_restored() -> Iterator[None]:
 
 
 def draw(*shape: int) -> Tensor:
-    """Noise."""
+    """Returns noise."""
     return torch.randn(shape, dtype=DOUBLE)
 
 
@@ -125,13 +125,13 @@ def draw_statistics(module: nn.BatchNorm2d) -> None:
 
 
 def small() -> nn.Sequential:
-    """Three convolutions and a head, with biases."""
+    """Returns three convolutions and a head, with biases."""
     layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 3), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12, 6)).double().eval().requires_grad_(False)
 
 
 def plain_relu() -> nn.Sequential:
-    """A ReLU net without biases."""
+    """Returns a ReLU net without biases."""
     widths = [nn.Linear(a, b, bias=False) for a, b in ((6, 8), (8, 7), (7, 4))]
     return nn.Sequential(widths[0], nn.ReLU(), widths[1], nn.ReLU(), widths[2]).double().eval()
 

@@ -77,14 +77,14 @@ def input_x_gradient() -> Made:
 
 
 def concept() -> dict[str, Any]:
-    """Names shared by the rows of concept relevance propagation."""
+    """Returns names shared by the rows of concept relevance propagation."""
     net, x, rules = small(), draw(2, 3, 8, 8), EpsilonPlusFlat()
     mu = RelevanceMeasure(net, x, 1, composite=rules, residual="sink")
     return {"net": net, "x": x, "rules": rules, "mu": mu, "f": mu.output.reshape(-1, 1, 1, 1), "A": at("2")[3]}
 
 
 def channels(count: int, *chosen: int) -> Tensor:
-    """Mask over channels."""
+    """Returns the mask over channels."""
     mask = torch.zeros(1, count, 1, 1, dtype=DOUBLE)
     mask[:, list(chosen)] = 1
     return mask
@@ -126,7 +126,7 @@ def concept_given_package() -> Made:
 
 
 def graph() -> dict[str, Any]:
-    """A small graph, its network, and its measure."""
+    """Returns a small graph, its network, and its measure."""
     edges = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [1, 0, 0, 1, 1]]).to(
         DOUBLE
     )
@@ -141,12 +141,12 @@ def graph() -> dict[str, Any]:
 
 
 def conjunction(events: Iterator[Any]) -> Any:
-    """``A & B & …``."""
+    """Returns ``A & B & …``."""
     return _joined(events, lambda a, b: a & b)
 
 
 def union(events: Iterator[Any]) -> Any:
-    """``A | B | …``."""
+    """Returns ``A | B | …``."""
     return _joined(events, lambda a, b: a | b)
 
 
@@ -311,7 +311,7 @@ def reconstruction(kind: str) -> Callable[[], Made]:
 
 
 def attention(kind: type[known.Block]) -> Callable[[], Made]:
-    """A transformer block, and a twin; its gradient (times the input, except for LXT) is the known method."""
+    """Returns a transformer block, and a twin; its gradient (times the input, except for LXT) is the known method."""
 
     def make() -> Made:
         net, twin, x = known.Block(), kind(), draw(2, 5, 8)

@@ -24,7 +24,7 @@ PAGE = ROOT / "docs/special-cases.md"
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="only write the table of docs/special-cases.md")
     args = parser.parse_args()
@@ -40,7 +40,7 @@ def key(row: dict[str, Any] | Row) -> tuple[str, str]:
 
 
 def measured(before: dict[str, Any]) -> dict[str, Any]:
-    """The differences of all rows; rows that cannot be run keep their previous result."""
+    """Returns the differences of all rows; rows that cannot be run keep their previous result."""
     previous = {key(row): row for row in before["rows"]}
     rows = []
     for row in ROWS:
@@ -61,7 +61,7 @@ def measured(before: dict[str, Any]) -> dict[str, Any]:
 
 
 def rendered(results: dict[str, Any], page: str) -> str:
-    """The page with the table of these results."""
+    """Returns the page with the table of these results."""
     lines = ["| method | this package | compared with | largest difference |", "|---|---|---|---|"]
     for row in results["rows"]:
         paper = f" ([{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']}))" if row["arxiv"] else ""

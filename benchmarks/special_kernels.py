@@ -54,7 +54,7 @@ def mean_attention(call: Any) -> Kernel:
 
 
 def halves(call: Any) -> Kernel:
-    """The kernel of a skip connection: each branch receives half."""
+    """Returns the kernel of a skip connection: each branch receives half."""
     shapes = [value.shape for value in call.values]
     return SplitKernel([torch.full_like(call.values[0], 0.5)] * 2, shapes, None, is_stochastic=True)
 

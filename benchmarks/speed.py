@@ -88,7 +88,7 @@ TARGETS: Targets = [
 
 
 def build(name: str) -> nn.Module:
-    """A net of torchvision with random weights and batch-norm statistics from one batch."""
+    """Returns a net of torchvision with random weights and batch-norm statistics from one batch."""
     torch.manual_seed(0)
     net = Decoder() if name == "decoder" else getattr(torchvision.models, name)(weights=None)
     if name.startswith("vit"):
@@ -100,12 +100,12 @@ def build(name: str) -> nn.Module:
 
 
 def inputs(name: str, size: int) -> Tensor:
-    """An image; embedded tokens for the decoder."""
+    """Returns an image; embedded tokens for the decoder."""
     return torch.randn(1, TOKENS, WIDTH) if name == "decoder" else torch.randn(1, 3, size, size)
 
 
 def plain_gradient(net: nn.Module, x: Tensor, composite: Composite | None = None) -> Tensor:
-    """Input gradient of one logit of each sample; in the context of a composite, Zennit's relevance."""
+    """Returns the input gradient of one logit of each sample; in the context of a composite, Zennit's relevance."""
     leaf = x.clone().requires_grad_()
     if composite is None:
         output = net(leaf)
@@ -120,7 +120,7 @@ def plain_gradient(net: nn.Module, x: Tensor, composite: Composite | None = None
 def all_marginals(
     net: nn.Module, x: Tensor, composite: Composite, reduced: torch.dtype | None = None
 ) -> tuple[RelevanceMeasure, dict[str, Tensor]]:
-    """Marginals of all taps and all sinks, normalized; optionally with layers in reduced precision."""
+    """Returns the marginals of all taps and all sinks, normalized; optionally with layers in reduced precision."""
     with torch.autocast(x.device.type, reduced or torch.bfloat16, enabled=reduced is not None):
         mu = RelevanceMeasure(net, x, TARGET, composite=composite)
         marginals: dict[str, Tensor] = mu.marginal(mu.layers)
@@ -129,7 +129,7 @@ def all_marginals(
 
 
 def reduced_precision(net: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
-    """Conservation error with layers in reduced precision, and difference from the heat map in float32."""
+    """Returns the conservation error with layers in reduced precision, and difference from the heat map in float32."""
     deviations = {}
     for reduced in (torch.bfloat16, torch.float16):
         for name in ("EpsilonPlus", "NRMDefault"):
@@ -148,7 +148,7 @@ def reduced_precision(net: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
 
 
 def partial_gradients(net: nn.Module, x: Tensor, layer: str, count: int) -> list[Tensor]:
-    """One forward pass, and plain gradients from single channels of a layer to the input."""
+    """Runs one forward pass, and computes plain gradients from single channels of a layer to the input."""
     seen: list[Tensor] = []
     handle = net.get_submodule(layer).register_forward_hook(lambda *call: seen.append(call[-1].clone()))
     leaf = x.clone().requires_grad_()
@@ -159,7 +159,7 @@ def partial_gradients(net: nn.Module, x: Tensor, layer: str, count: int) -> list
 
 
 def concept_maps(net: nn.Module, x: Tensor, upper: str, lower: str | None, count: int) -> Tensor:
-    """zennit-crp's relevance for single channels at the input, or at a layer."""
+    """Returns zennit-crp's relevance for single channels at the input, or at a layer."""
     from crp.attribution import CondAttribution
 
     conditions = [{"y": [TARGET], upper: [channel]} for channel in range(count)]
@@ -224,7 +224,7 @@ def queries_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
 
 
 def differences(net: nn.Module, x: Tensor) -> dict[str, float]:
-    """Largest relative differences to other packages, with ``residual="sink"``, before the timing."""
+    """Returns the largest relative differences to other packages, with ``residual="sink"``, before the timing."""
 
     def relative(ours: Tensor, theirs: Tensor) -> float:
         return float((ours - theirs).norm() / theirs.norm())
@@ -250,7 +250,7 @@ def differences(net: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def measured(work: Work, rounds: int) -> dict[str, float]:
-    """Seconds of the fastest round; slow computations run only once or twice."""
+    """Returns the seconds of the fastest round; slow computations run only once or twice."""
     best: dict[str, float] = {}
     slow: dict[str, int] = {}
     for number in tqdm(range(rounds), desc="rounds", leave=False):
@@ -275,7 +275,7 @@ def _wait() -> None:
 
 
 def run(model: str, threads: int, rounds: int, size: int, queries: bool, device: str) -> dict[str, Any]:
-    """All measurements of one process."""
+    """Runs all measurements of one process."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     net, x = build(model).to(device), inputs(model, size).to(device)
@@ -319,7 +319,7 @@ def spawned(*options: object, **environment: str) -> Any:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=224, help="height and width of the image (default: %(default)s)")
@@ -436,7 +436,7 @@ def _cell(value: float | None, most: float) -> str:
 
 
 def ratios(run: dict[str, Any]) -> list[tuple[str, str, float, float]]:
-    """``(computation, reference, measured, target)`` of one run."""
+    """Returns the ``(computation, reference, measured, target)`` of one run."""
     seconds = run["seconds"]
     return [
         (work, reference, seconds[work] / seconds[reference], most)
@@ -460,7 +460,7 @@ def report(run: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, object]:
-    """Versions and machine."""
+    """Returns the versions and machine."""
     packages = {name: version(name) for name in ("torch", "torchvision", "zennit", "captum")}
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -51,7 +51,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], list[str], 
 
 
 def queries_of(layers: list[str]) -> list[Query]:
-    """Channels of two layers, their joint relevance, sinks and variations."""
+    """Returns queries of the channels of two layers, their joint relevance, sinks and variations."""
     return [
         *(Marginal(layer) for layer in layers),
         *(Sink(layer) for layer in layers),
@@ -61,7 +61,7 @@ def queries_of(layers: list[str]) -> list[Query]:
 
 
 def bare(net: nn.Module, batches: list[Tensor], layers: list[str]) -> list[Any]:
-    """The same results from the measure alone, computed in a loop and held in memory."""
+    """Returns the same results from the measure alone, computed in a loop and held in memory."""
 
     def start(outputs: Tensor) -> Tensor:
         return nn.functional.one_hot(outputs.argmax(1), outputs.shape[1]).to(outputs)
@@ -76,7 +76,7 @@ def bare(net: nn.Module, batches: list[Tensor], layers: list[str]) -> list[Any]:
 
 
 def throughput(name: str, rounds: int) -> dict[str, Any]:
-    """Samples per second of the loop and of the sweep, without the data loader."""
+    """Returns samples per second of the loop and of the sweep, without the data loader."""
     make, shape, layers, count = NETS[name]
     torch.manual_seed(0)
     net = make().eval().requires_grad_(False)
@@ -129,7 +129,7 @@ class Watching(Dataset[tuple[Tensor, int]]):
 
 
 def memory(count: int) -> dict[str, Any]:
-    """Memory of the process in MiB during a sweep, and after its rows are sorted."""
+    """Returns the memory of the process in MiB during a sweep, and after its rows are sorted."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3, 2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -172,7 +172,7 @@ def synthetic(folder: Path) -> int:
 
 
 def read() -> dict[str, Any]:
-    """Seconds to find the nine samples with the largest value of a channel, opening the sweep each time."""
+    """Returns the seconds to find the nine samples with the largest value of a channel, opening the sweep each time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
@@ -206,7 +206,7 @@ def _timed(run: Callable[[int], Any], groups: Any) -> tuple[list[float], dict[in
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part in ("throughput", "memory", "read"):
         parser.add_argument(f"--{part}", action="store_true", help="only this part (options can be combined)")

@@ -23,7 +23,7 @@ Results = dict[str, Any]
 
 
 def attention(results: Results) -> dict[str, str]:
-    """Attention models of torchvision."""
+    """Returns the table of attention models of torchvision."""
     cells = (
         (row["model"], row["blocks"], f"{row['error']:.0e}", f"{row['residual']:.3f}", f"{row['constants']:.3f}",
          f"{row['variation']:.2f}", f"{row['variation, EpsilonPlusFlat']:.2g}", f"{row['output']:.0e}")
@@ -33,7 +33,7 @@ def attention(results: Results) -> dict[str, str]:
 
 
 def hugging_face(results: Results) -> dict[str, str]:
-    """Further models."""
+    """Returns the table of further models of Hugging Face."""
     rows = [row for row in results["rows"] if "failed" not in row]
     cells = (
         (row["model"], row["taps"], f"{row['error']:.0e}", f"{row['constants']:.3f}",
@@ -44,7 +44,7 @@ def hugging_face(results: Results) -> dict[str, str]:
 
 
 def recurrent_and_graphs(results: Results) -> dict[str, str]:
-    """Networks, layers and pooling."""
+    """Returns the tables of recurrent networks, and of layers and pooling of graph networks."""
 
     def cells(rows: list[Results]) -> Iterable[Sequence[object]]:
         for row in rows:
@@ -57,7 +57,7 @@ def recurrent_and_graphs(results: Results) -> dict[str, str]:
 
 
 def relative(results: Results) -> dict[str, str]:
-    """Comparison of rules, by net."""
+    """Returns the table that compares rules, by net."""
     shown = {"vgg16": "VGG16", "vgg19": "VGG19", "resnet50": "ResNet-50"}
     rules = {"LRP-ε": "LRP-ε, ε = 0.1", "LRP-γ": "LRP-γ, γ = 0.25"}
     rows = []
@@ -71,7 +71,7 @@ def relative(results: Results) -> dict[str, str]:
 
 
 def top_walks(results: Results) -> dict[str, str]:
-    """The search compared with a greedy graph."""
+    """Returns the table that compares the search with a greedy graph."""
     head = (
         "| pixels, rule | certified | largest | 100th | missed ≤ | mass of the 100 | greedy: mass "
         "| greedy walks ≥ our 100th | seconds, greedy |"
@@ -170,14 +170,14 @@ def path_patching(results: Results) -> dict[str, str]:
 
 
 def flow(results: Results) -> dict[str, str]:
-    """A sentence, and a table of flows with pictures."""
+    """Returns a sentence about the cost of a flow, and a table of flows with heat maps."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
     layers = ", ".join(f"`{layer}`" for layer in reversed(results["layers"][1:]))
     setting = f"A flow of VGG16 at 224 × 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
     least = {work: min(times) for work, times in results["seconds"].items()}
     works = {
-        "channels with pictures": "8 strongest channels per layer, 16 patches, with pictures",
-        "groups with pictures": "8 groups per layer, found first, with pictures",
+        "channels with pictures": "8 strongest channels per layer, 16 patches, with heat maps",
+        "groups with pictures": "8 groups per layer, found first, with heat maps",
         "figure": "drawing the figure",
         "page": "writing the page",
     }
@@ -191,7 +191,7 @@ def flow(results: Results) -> dict[str, str]:
 
 
 def sweep(results: Results) -> dict[str, str]:
-    """Cost of a sweep."""
+    """Returns the tables of the cost of a sweep."""
     share = {net: row["share of the bare measure"]["wall"] for net, row in results["throughput"].items()}
     samples = {net: row["samples"] for net, row in results["throughput"].items()}
     bare = "throughput relative to the measure alone in a loop, data loading excluded"
@@ -219,7 +219,7 @@ def sweep(results: Results) -> dict[str, str]:
 
 
 def differences(results: Results) -> dict[str, str]:
-    """Measures against a reference, by family."""
+    """Returns the table of measures against a reference, by family of models."""
     rows = []
     for family, models in results["families"].items():
         held = [row for row in models if "failed" not in row]
@@ -237,7 +237,7 @@ def differences(results: Results) -> dict[str, str]:
 
 
 def groups(results: Results) -> dict[str, str]:
-    """Dependence kept by groups, ablations, and groups of one half of the inputs on the other half."""
+    """Dependence retained by groups, ablations, and transfer of groups from one half of the inputs to the other."""
 
     def share(figure: Results) -> str:
         return f"{figure['mean']:.2f} ({figure['low']:.2f}–{figure['high']:.2f})"
@@ -282,7 +282,7 @@ def groups(results: Results) -> dict[str, str]:
 
 
 def real_text(results: Results) -> dict[str, str]:
-    """Explanations of a text classifier."""
+    """Returns the table of explanations of a text classifier."""
 
     def cell(values: list[float]) -> str:
         return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
@@ -293,7 +293,7 @@ def real_text(results: Results) -> dict[str, str]:
 
 
 def real_decoders(results: Results) -> dict[str, str]:
-    """Totals of two small decoders, and explanations of their next characters."""
+    """Returns tables of totals of two small decoders, and of explanations of their next characters."""
 
     def cell(values: list[float]) -> str:
         return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
@@ -319,7 +319,7 @@ def real_decoders(results: Results) -> dict[str, str]:
 
 
 def memory(results: Results) -> dict[str, str]:
-    """Peaks within limits, and errors of short formats."""
+    """Returns tables of peaks within limits, and of errors of short formats."""
     gradient = results["gradient"]
     rows = [["plain gradient", 1, "", f"{gradient['peak']:.0f}", f"{gradient['pass']:.0f}", "", ""]]
     for row in results["rows"]:
@@ -343,7 +343,7 @@ REAL = {
 
 
 def real(results: Results) -> dict[str, str]:
-    """Where other methods are ahead of ours, the comparison by network, settings that were tried, and more methods."""
+    """Metrics in which other methods are better, comparison by network, settings that were tried, and more methods."""
     return {
         "compared": _compared(results["nets"]),
         "losses": _losses(results["nets"]),
@@ -353,7 +353,7 @@ def real(results: Results) -> dict[str, str]:
 
 
 def _compared(nets: Results) -> str:
-    """The metrics of every network, and by how much the first method is ahead of the others in SRG."""
+    """The metrics of every network, and the lead of the first method over the others in SRG."""
     keys = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
     rows = []
     for net, measured in nets.items():
@@ -368,7 +368,7 @@ def _compared(nets: Results) -> str:
 
 
 def _losses(nets: Results) -> str:
-    """Metrics in which another method is ahead of the first one, beyond the interval."""
+    """Metrics in which another method is significantly better than the first one."""
     losses = []
     for net, measured in nets.items():
         ours, *others = measured["methods"].items()
@@ -403,7 +403,7 @@ def _interval(values: list[float], sign: str = "") -> str:
 
 
 def text_heads(results: Results) -> dict[str, str]:
-    """Joint relevance of heads and tokens, with the sums of rows and columns."""
+    """Returns the table of joint relevance of heads and tokens, with the sums of rows and columns."""
 
     def cells(values: Iterable[float]) -> list[str]:
         return [f"{round(100 * value, 1) + 0.0:.1f}" for value in values]
@@ -440,14 +440,14 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
 
 
 def stored(source: str) -> Results:
-    """The committed results; empty if there are none."""
+    """Returns the committed results; empty if there are none."""
     path = RESULTS / f"{source}.json"
     results: Results = json.loads(path.read_text()) if path.exists() else {}
     return results
 
 
 def rendered(source: str, page: str) -> str:
-    """The page with the tables of the committed results."""
+    """Returns the page with the tables of the committed results."""
     results = json.loads((RESULTS / f"{source}.json").read_text())
     for mark, table in PAGES[source][1](results).items():
         head, rest = page.split(f"<!-- {mark} -->")

@@ -35,7 +35,7 @@ RULES = {"NRMAbsolute": NRMAbsolute, "EpsilonPlus": lambda: Normalized(EpsilonPl
 
 
 def greedy(mu: RelevanceMeasure, layers: list[str], widths: list[int]) -> tuple[list[float], float]:
-    """Mass of each walk of a greedy graph, and processor seconds."""
+    """Returns the mass of each walk of a greedy graph, and processor seconds."""
     begin = time.process_time()
     with torch.no_grad():
         chain = LayerChain(mu, layers, "channel")
@@ -55,7 +55,7 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def row(model: torch.nn.Module, size: int, rule: str, seconds: float, clock: str) -> dict[str, object]:
-    """Results of the search and of the greedy graph for one image."""
+    """Returns the results of the search and of the greedy graph for one image."""
     torch.manual_seed(size)
     image = torch.rand(1, 3, size, size)
     mu = RelevanceMeasure(model, image, 281, composite=RULES[rule](), max_memory=2 << 30)
@@ -89,7 +89,7 @@ def row(model: torch.nn.Module, size: int, rule: str, seconds: float, clock: str
 
 
 def main() -> None:
-    """All rows."""
+    """Measures all rows, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 224])

@@ -86,7 +86,7 @@ def train(model: nn.Module, digits: Digits, epochs: int) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Fraction of ``digits`` that ``model`` classifies correctly."""
+    """Returns the fraction of ``digits`` that ``model`` classifies correctly."""
     predicted: Tensor = model(enlarge(digits.images)).argmax(1)
     return (predicted == digits.labels).double().mean().item()
 
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sklearn_digits() -> Digits:
-    """All 1797 digits in scikit-learn's order."""
+    """Returns all 1797 digits in scikit-learn's order."""
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_image(path: Path) -> InputImage:
-    """An image file in the form that torchvision's VGG16 was trained on: resized, cropped, normalized.
+    """Returns an image file in the form that torchvision's VGG16 was trained on: resized, cropped, normalized.
 
     Raises:
         VGGError: The file does not exist, is not an image, or is damaged.
@@ -104,7 +104,7 @@ def _colors(image: Image.Image) -> Image.Image:
 
 
 def load_vgg16(weights: str, seed: int = 0) -> nn.Module:
-    """torchvision's VGG16 in evaluation mode.
+    """Returns torchvision's VGG16 in evaluation mode.
 
     Args:
         weights: ``"none"`` for random weights, ``"IMAGENET1K_V1"`` to download torchvision's, or a state-dict file.

@@ -1,4 +1,4 @@
-"""Shared by several test files: torchvision models, composites by name, and checks that a model is unchanged."""
+"""Helpers of several test files: torchvision models, composites by name, and checks that a model is unchanged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = {"vgg16": 64, "vgg16_bn": 64, "alexnet": 96}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Seeds every test, so that its numbers do not depend on the tests before it."""
+    """Seeds every test, so that its results do not depend on earlier tests."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for each kind of absent device
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Draws fewer examples or runs a test by plans, if it is asked for."""
+    """Draws fewer examples, or runs a test with plans, if requested by an option."""
     planned_too = pyfuncitem.config.getoption("--planned") and not pyfuncitem.get_closest_marker("recorded")
     most = 3 if planned_too else pyfuncitem.config.getoption("--examples")  # a plan makes programs of all its queries
     kept = getattr(pyfuncitem.obj, "_hypothesis_internal_use_settings", None)
@@ -70,7 +70,7 @@ def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
 
 
 def in_turn(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
-    """All pairs for a test of two parameters, slow but for enough of them to contain each value."""
+    """All pairs for a test of two parameters, marked slow except for a subset that contains each value."""
     left, right = list(rows), list(columns)
     period = min(len(left), len(right))
     places = itertools.product(range(len(left)), range(len(right)))
@@ -136,7 +136,7 @@ def images(size: int, batch: int = 2) -> Tensor:
 
 
 def state_of(model: nn.Module) -> list[tuple[str, object]]:
-    """Everything that a call could change in a model, and the random states. Tensors by identity and by value."""
+    """Everything that a call could change in a model, and the random states; tensors by identity and by value."""
     state: list[tuple[str, object]] = []
     for name, module in model.named_modules():
         state.append((f"{name}: class", type(module)))
@@ -158,7 +158,7 @@ def state_of(model: nn.Module) -> list[tuple[str, object]]:
 
 @contextmanager
 def untouched(model: nn.Module, *inputs: Tensor) -> Iterator[None]:
-    """Fails if the body changes a model or its inputs, also if it raises."""
+    """Context that fails if its body changes a model or its inputs, even if the body raises an error."""
     before = state_of(model), [(x.clone(), x._version, x.requires_grad, x.grad) for x in inputs]
     try:
         yield

@@ -1,7 +1,7 @@
-"""Nets and oracles of differences to a reference. The oracles share no code with the package.
+"""Nets and oracles for differences from a reference. The oracles share no code with the package.
 
 A walk of a difference has the mass ``Δx · Π slope · s / Σ s Δf``. The oracles below compute slopes as dense matrices
-from their definitions, or propagate multipliers by ``torch.autograd`` through functions that are written out here.
+from their definitions, or propagate multipliers by ``torch.autograd`` through functions that are defined here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Product(torch.autograd.Function):
 
 
 class Times(torch.autograd.Function):
-    """A product of pairs, entry by entry."""
+    """An elementwise product of pairs."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:

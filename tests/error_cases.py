@@ -55,7 +55,7 @@ class MeasuredNet:
 
     @contextmanager
     def raises(self, error, *words, model=None):
-        """The body raises exactly this error, its message contains these words, and nothing changes."""
+        """Context that asserts that its body raises exactly this error, with these words, and changes nothing."""
         other = self.net if model is None else model
         with untouched(self.net, self.x), untouched(other), pytest.raises(error) as caught:
             yield
@@ -81,7 +81,7 @@ def mask(*shape):
 
 
 class Calls(nn.Module):
-    """A linear layer, and a function or module on what it returns."""
+    """A linear layer followed by a function or module."""
 
     def __init__(self, function, module=None) -> None:
         super().__init__()

@@ -25,13 +25,13 @@ X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().man
 
 @cache
 def measure() -> RelevanceMeasure:
-    """Of two samples, by a rule with negative relevance that leaks."""
+    """The measure of two samples under a rule with negative relevance that absorbs relevance."""
     return RelevanceMeasure(net(), X, 2, residual="sink", composite=EpsilonAlpha2Beta1())
 
 
 @cache
 def full_graph() -> FlowGraph:
-    """Of the second sample, with all channels."""
+    """The flow of the second sample, with all channels."""
     return measure().flow(["output", "2", "0", "input"], top=None, sample=1)
 
 
@@ -40,6 +40,6 @@ def edges_by_key(graph: FlowGraph) -> dict[tuple[str, str], float]:
 
 
 def drawn(graph: FlowGraph) -> list[float]:
-    """Joint relevance that is drawn, and between nodes that are."""
+    """Joint relevance of the ribbons that are drawn, between nodes that are drawn."""
     return [edge.mass for edge in graph.edges if abs(edge.mass) > 1e-6
             and all(node.kind == "group" or abs(node.mass) > 1e-6 for node in (edge.upper, edge.lower))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Graph networks in plain torch: what torch_geometric's layers of the same names compute."""
+"""Graph networks in plain torch that compute the same as torch_geometric's layers of the same names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def looped(edges: Tensor, nodes: int) -> Tensor:
-    """The edges, and one from every node to itself."""
+    """The edges, with an additional edge from every node to itself."""
     return torch.cat([edges, torch.arange(nodes).expand(2, -1)], 1)
 
 
@@ -99,7 +99,7 @@ class GraphNet(nn.Module):
 
 
 def random_graph(nodes: int, edges: int, seed: int = 0, features: int = 3) -> tuple[Tensor, Tensor]:
-    """Features in float64 and edges between different nodes; every node has one that leads to it."""
+    """Features in float64 and edges between different nodes; every node has an incoming edge."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn((nodes, features), generator=draw, dtype=torch.float64)
     col = torch.cat([torch.arange(nodes), torch.randint(nodes, (edges - nodes,), generator=draw)])

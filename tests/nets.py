@@ -1,6 +1,6 @@
 """Tiny networks whose walks can be enumerated, and Hypothesis strategies for them.
 
-They have signed weights, biases, dead units, skip connections, forks and a reused module, are in float64 and
+They have signed weights, biases, dead units, skip connections, forks and a reused module. They are in float64 and
 determined by a seed. Every operation is a module except ``torch.stack``, which joins branches before a Sum.
 """
 
@@ -49,9 +49,9 @@ KINDS: dict[type[nn.Module], str] = {
 
 
 def wired(model: nn.Module, *wires: str) -> list[Node]:
-    """A spec from wires ``"tap < parent, parent"`` in execution order.
+    """Builds a spec from wires ``"tap < parent, parent"`` in execution order.
 
-    A repeated tap is its next call, and ``"lin#1"`` reads call 1. A tap that is not a module is a stack.
+    A repeated tap denotes its next call, and ``"lin#1"`` reads call 1. A tap that is not a module is a stack.
     """
     modules = dict(model.named_modules())
     spec = [Node("input", 0, "input", None, ())]

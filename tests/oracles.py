@@ -1,9 +1,9 @@
 r"""Relevance as a sum over enumerated walks: a slow reference implementation of docs/measure.md.
 
-It propagates nothing and shares no code with the package or with Zennit's rules. A rule is a dense matrix of one
-sample in float64, ``T[i, j]`` from output neuron ``j`` to input neuron ``i``. A walk is a row of arrays: its mass, its
-neuron at each tap, its end. Every query is a sum over rows. The network is a list of `Node`, so the oracle does not
-depend on how the package records it.
+It does not propagate relevance and shares no code with the package or with Zennit's rules. A rule is a dense matrix of
+one sample in float64, ``T[i, j]`` from output neuron ``j`` to input neuron ``i``. A walk is a row of arrays: its mass,
+its neuron at each tap, and its end. Every query is a sum over rows. The network is a list of `Node`, so the oracle does
+not depend on how the package records it.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ DEFAULT_RULES: dict[str, Rule] = {
 
 
 class Node(NamedTuple):
-    """One call: its tap, the number of the call, and the taps it reads.
+    """One call: its tap, the index of the call, and the taps it reads.
 
     ``kind`` is ``input``, ``stack`` (no module: the parents joined along a new last dimension) or a
     key of `DEFAULT_RULES`.

@@ -1,7 +1,7 @@
-"""Measures of plans that were made on other values, in place of measures of recordings.
+"""Planned measures, whose plans were made on other values, in place of recorded measures.
 
-A test that runs with these measures tests programs: every query is first asked of a measure at other values, whose
-trace becomes the program that answers the test.
+A test that runs with these measures tests programs: every query is first evaluated by a measure at other values, and
+its trace becomes the program that answers the query in the test.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PLAN_SETTINGS = ("composite", "residual", "gain_limit", "output", "batched", "un
 ARGUMENTS = ("additional_forward_args", "additional_forward_kwargs")
 
 ANSWERS: Counter[str] = Counter()
-"""Number of queries that programs answered, and that recordings answered, by reason."""
+"""Numbers of queries answered by programs, and of queries answered by recordings, by reason."""
 
 
 def other_values(inputs: Any) -> Any:
-    """The entries of each tensor in another order; tensors that are passed twice stay the same tensor."""
+    """Permutes the entries of each tensor; a tensor that is passed twice remains a single tensor."""
     known: dict[int, Tensor] = {}
 
     def changed(value: Any) -> Any:
@@ -56,7 +56,7 @@ def other_values(inputs: Any) -> Any:
 
 
 class CheckedMeasure(PlannedMeasure):
-    """A planned measure that first asks every query of a measure at other values."""
+    """A planned measure that first evaluates every query on a measure at other values."""
 
     other: PlannedMeasure | None = None
 
@@ -88,7 +88,7 @@ class CheckedMeasure(PlannedMeasure):
 
 
 def planned(model: Any, inputs: Any, target: Any = None, **keywords: Any) -> RelevanceMeasure:
-    """Takes a measure by a plan that was made on other values, in place of :class:`RelevanceMeasure`."""
+    """Computes a measure by a plan that was made on other values, in place of :class:`RelevanceMeasure`."""
     settings = {key: keywords[key] for key in PLAN_SETTINGS if key in keywords}
     arguments = {key: keywords[key] for key in ARGUMENTS if key in keywords}
     rest = {key: value for key, value in keywords.items() if key not in settings and key not in arguments}
@@ -103,7 +103,7 @@ def planned(model: Any, inputs: Any, target: Any = None, **keywords: Any) -> Rel
     measure = plan(inputs, target, **rest, **arguments)
     measure.__class__, measure.other = CheckedMeasure, other  # type: ignore[attr-defined]
     if "input" in measure.layers:
-        measure.variation("input")  # raises what a recorded measure raises when it is constructed
+        measure.variation("input")  # raises the errors that a recorded measure raises when it is constructed
     return measure
 
 
@@ -116,13 +116,13 @@ class _AlsoPlanned(type):
 
 
 class Planned(RelevanceMeasure, metaclass=_AlsoPlanned):
-    """Stands for :class:`RelevanceMeasure` in a test module."""
+    """Replacement for :class:`RelevanceMeasure` in a test module."""
 
 
 @contextmanager
 def measures_are_planned(modules: list[Any]) -> Iterator[None]:
-    """Context in which the name ``RelevanceMeasure`` of some modules stands for measures of plans."""
-    plain = RelevanceMeasure  # a local name, since this module is one of those that change
+    """Context in which the name ``RelevanceMeasure`` in some modules refers to planned measures."""
+    plain = RelevanceMeasure  # a local name, since the name is also replaced in this module
     changed = [module for module in (*modules, nrm_plugin) if vars(module).get("RelevanceMeasure") is plain]
     for module in changed:
         module.RelevanceMeasure = Planned

@@ -28,6 +28,7 @@ from nrm_plugin import (
     top_walks,
 )
 from nrm_plugin.errors import FoldingError, InputError
+from tests.conftest import in_turn
 
 WIDTH, LENGTH, TARGET = 4, 3, 1
 Layout = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -137,6 +138,25 @@ def test_a_plan_of_a_batch_in_any_layout_is_replayed(case):
             assert_same(mu.marginal(name), [one.marginal(name) for one in alone])
         assert_same(mu.sink("input"), [one.sink("input") for one in alone])
     assert "recorded every time" not in plan.explain()
+
+
+@pytest.mark.parametrize(("name", "live"), in_turn(sorted(LAYOUTS), range(3)))
+def test_samples_without_relevance_keep_their_rows(name, live):
+    """Only one sample has relevance below the activations, so that no other sample can be told from it."""
+    torch.manual_seed(0)
+    net = Folding([name, name], [True, False], [False, False]).double().eval()
+    with torch.no_grad():
+        net.layers[0].weight.abs_()
+        net.constant.zero_()
+    signs = torch.full((3, 1, 1), -1.0, dtype=torch.double)
+    signs[live] = 1.0
+    x = torch.rand(3, LENGTH, WIDTH, dtype=torch.double) + 0.5
+    plan = Plan(net, signs * x, composite=NRMDefault())
+    for batch in (signs * x, signs.roll(1, 0) * x, x):
+        alone = [RelevanceMeasure(net, one[None], TARGET, composite=NRMDefault()) for one in batch]
+        for mu in (RelevanceMeasure(net, batch, TARGET, composite=NRMDefault()), plan(batch, TARGET)):
+            for tap in mu.layers:
+                assert_same(mu.marginal(tap), [one.marginal(tap) for one in alone])
 
 
 class Sorted(nn.Module):

@@ -1,4 +1,4 @@
-"""A tokenizer and small text models in the form of transformers, for tests without that package."""
+"""A tokenizer and small text models with the interface of transformers, for tests without that package."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class TextNet(nn.Module):
-    """A text model that returns a dictionary with logits, as those of transformers do.
+    """A text model that returns a dictionary with logits, as the models of transformers do.
 
     Args:
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.

@@ -1,4 +1,4 @@
-"""Sphinx settings. `make docs` builds the site into build/site; neither the build nor a page fetches anything."""
+"""Sphinx settings. `make docs` builds the site into build/site; neither the build nor the pages download anything."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def formula(translator: Any, node: nodes.math | nodes.math_block) -> None:
 
 
 def public_reference(app: Any, env: Any, node: Any, text: nodes.Element) -> nodes.Element | None:
-    """Resolves a reference to the module of a definition as one to the public path in the reference."""
+    """Resolves a reference to the defining module of an object as one to its public path."""
     parts = node.get("reftarget", "").split(".")
     for index, part in enumerate(parts):
         if node.get("refdomain") == "py" and part in REFERENCE_PATHS:
@@ -78,7 +78,7 @@ def short_cells(app: Any, doctree: nodes.document) -> None:
 
 
 def setup(app: Any) -> None:
-    """Sphinx calls this."""
+    """Registers the functions of this module with Sphinx."""
     app.add_html_math_renderer("mathml", inline_renderers=(formula, None), block_renderers=(formula, None))
     app.connect("autodoc-process-docstring", without_types, priority=400)
     app.connect("doctree-read", short_cells)

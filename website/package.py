@@ -50,7 +50,7 @@ def version() -> str:
 
 
 def wheel_faults(names: set[str]) -> list[str]:
-    """Faults of the list of files of a wheel."""
+    """Faults in the list of files of a wheel."""
     package = ROOT / "src/nrm_plugin"
     sources = {f"nrm_plugin/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     expected = sources | {f"nrm_plugin/{name}" for name in DATA}
@@ -63,14 +63,14 @@ def wheel_faults(names: set[str]) -> list[str]:
 
 
 def archive_faults(names: set[str]) -> list[str]:
-    """Faults of the list of files of a source archive, named without its folder."""
+    """Faults in the list of files of a source archive, given without the top-level folder."""
     return [f"lacks {name}" for name in sorted(NEEDED - names)] + [
         f"should not have {name}" for name in sorted(names) if NEVER.search(name)
     ]
 
 
 def run(*command: object, **settings: object) -> None:
-    """Runs a command, and raises if it fails."""
+    """Runs a command, and raises an error if it fails."""
     subprocess.run([str(part) for part in command], check=True, **settings)  # type: ignore[call-overload]
 
 

@@ -99,8 +99,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
-"""Pages of the reference: a title, and the names by module of the package ("" is the package itself), in the order of
-their use, the most used first."""
+"""Pages of the reference: title, and names by module of the package ("" is the package itself), with the most used
+names first."""
 
 INTRODUCTIONS = {"errors": "Remedies are listed in :doc:`troubleshooting </docs/troubleshooting>`."}
 
@@ -117,7 +117,7 @@ NAVIGATION = {
     "Reference": [f"reference/{page}" for page in REFERENCE],
     "Project": "docs/design docs/claims docs/stability docs/coverage CONTRIBUTING CHANGELOG".split(),
 }
-"""Every page except the home page, by heading of the sidebar."""
+"""All pages except the home page, by heading of the sidebar."""
 
 
 def home() -> str:

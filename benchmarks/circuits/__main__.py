@@ -29,13 +29,13 @@ from benchmarks.speed import environment
 
 RESULTS = Path(__file__).parents[1] / "results/circuits.json"
 SEEDS, PAIRS, EDGES = 3, 80, 200
-"""Nets of each kind, pairs of each net, and edges of each net that are patched alone."""
+"""Number of nets of each kind, of pairs of each net, and of edges of each net that are patched alone."""
 TIMED, REPETITIONS = 10, 5
 """Copies of the pairs in one batch for the timing, and its repetitions."""
 
 
 def evaluated(task: Task, scores: Edges, edges: Tensor, effects: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """All metrics of one score, ``(N,)``, and its curves ``(K, N)``."""
+    """Returns all metrics of one score, ``(N,)``, and its curves ``(K, N)``."""
     values = flat(scores)
 
     def faithfulness(mask: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def evaluated(task: Task, scores: Edges, edges: Tensor, effects: tuple[Tensor, T
 
 
 def measure_net(name: str, seeds: int, pairs: int, repetitions: int) -> dict[str, Any]:
-    """All scores of the nets of one kind, whose pairs are pooled."""
+    """Returns all scores of the nets of one kind, whose pairs are pooled."""
     parts: dict[str, list[dict[str, Tensor]]] = {}
     accuracy, errors = [], []
     for seed in range(seeds):
@@ -81,13 +81,13 @@ def measure_net(name: str, seeds: int, pairs: int, repetitions: int) -> dict[str
 
 
 def identities(task: Task) -> float:
-    """The circuit of all edges has ``f = 1``, that of none ``f = 0``; the largest difference from these."""
+    """Largest difference from ``f = 1`` for the circuit of all edges, and from ``f = 0`` for the empty circuit."""
     whole, empty = task.faithfulness(task.edges(1.0)), task.faithfulness(task.edges(0.0))
     return float(torch.maximum((whole - 1).abs().max(), empty.abs().max()))
 
 
 def summary(parts: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
-    """Means with intervals over pairs, and differences from the reference measure, which are paired."""
+    """Returns the means with intervals over pairs, and differences from the reference measure, which are paired."""
     pooled = {
         score: {key: torch.cat([seed[key] for seed in seeds], -1).float() for key in seeds[0]}
         for score, seeds in parts.items()
@@ -105,7 +105,7 @@ def summary(parts: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
 
 
 def timed(task: Task, repetitions: int) -> dict[str, list[float]]:
-    """Processor time of the passes of every score, and of all its edges for every pair, in plain gradients."""
+    """Processor time, in plain gradients, of the passes of every score, and of all its edges for every pair."""
     clean, corrupted, t, u = (torch.cat([part] * TIMED) for part in task.pairs)
     large = Task.of(task.net, (clean, corrupted, t, u))
 
@@ -127,7 +127,7 @@ def timed(task: Task, repetitions: int) -> dict[str, list[float]]:
 
 
 def seconds(job: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor time of a call, and its result."""
+    """Returns the processor time of a call, and its result."""
     began = time.process_time()
     result = job()
     return time.process_time() - began, result

@@ -1,4 +1,4 @@
-"""Runs circuits: edges outside of a circuit carry their value of the corrupted input, all others are computed anew."""
+"""Runs circuits: edges outside of a circuit have their value for the corrupted input, all others are recomputed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Edges = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Trace:
-    """What the steps of one run read and wrote, and the outputs of the net."""
+    """The inputs and outputs of the steps of one run, and the outputs of the net."""
 
     read: dict[str, Tensor]
     written: dict[str, Tensor]
@@ -37,7 +37,7 @@ def trace(net: CircuitNet, h: Tensor, slopes: Tangents = TANGENTS) -> Trace:
 
 
 def masked(step: nn.Module, a: Tensor, edges: Tensor) -> Tensor:
-    """``Σ_s edges_rs W_rs ∗ a_s``, without bias; the edges differ between samples."""
+    """Returns ``Σ_s edges_rs W_rs ∗ a_s``, without bias; the edges differ between samples."""
     weight = step.weight
     if weight.ndim == 2:
         return torch.einsum("nrs,rs,ns->nr", edges, weight, a)
@@ -78,7 +78,7 @@ class Task:
 
     @torch.no_grad()
     def run(self, circuit: Edges) -> Tensor:
-        """``m`` of a circuit, ``(N,)``; an edge is inside where it is 1, outside where it is 0."""
+        """Returns ``m`` of a circuit, ``(N,)``; edges are 1 inside of the circuit and 0 outside."""
 
         def wire(name: str, a: Tensor) -> Tensor:
             change = masked(self.net.steps[name], a - self.corrupted.read[name], circuit[name])
@@ -87,7 +87,7 @@ class Task:
         return metric(self.net.body(self.net.embed(self.pairs[0]), wire, TANGENTS), self.pairs)
 
     def faithfulness(self, circuit: Edges) -> Tensor:
-        """``f(C) = (m(C) − m(∅)) / (m(N) − m(∅))``, ``(N,)``."""
+        """Returns ``f(C) = (m(C) − m(∅)) / (m(N) − m(∅))``, ``(N,)``."""
         return (self.run(circuit) - self.empty) / (self.whole - self.empty)
 
 
@@ -97,11 +97,11 @@ def metric(outputs: Tensor, pairs: Pairs) -> Tensor:
 
 
 def flat(edges: Edges) -> Tensor:
-    """All edges of all steps, ``(N, E)``."""
+    """Returns all edges of all steps, ``(N, E)``."""
     return torch.cat([values.flatten(1) for values in edges.values()], 1)
 
 
 def by_step(values: Tensor, like: Edges) -> Edges:
-    """The inverse of :func:`flat`."""
+    """Returns the inverse of :func:`flat`."""
     parts = values.split([one[0].numel() for one in like.values()], 1)
     return {name: part.reshape(one.shape) for (name, one), part in zip(like.items(), parts, strict=True)}

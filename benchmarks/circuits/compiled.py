@@ -1,4 +1,4 @@
-"""A compiled transformer as a circuit of heads and neurons, and the edges that its program has."""
+"""A compiled transformer as a circuit of heads and neurons, and the edges of its program."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Weights = dict[str, Tensor]
 
 
 class Compiled(CircuitNet):
-    """The architecture Phi-3, unrolled: edges from embedding, heads and neurons to the query, key and value of each
-    later head, to gate and input of each later neuron, and to the logits.
+    """An unrolled Phi-3: edges lead from the embedding, heads and neurons to the query, key and value of each later
+    head, to the gate and the input of each later neuron, and to the logits.
 
-    Heads and neurons without weights are left out. Outputs are the logits of all tokens at all positions,
+    Heads and neurons without weights are omitted. Outputs are the logits of all tokens at all positions,
     ``(N, T * K)``.
     """
 
@@ -56,7 +56,7 @@ class Compiled(CircuitNet):
         self.register_buffer("turn", turn)
 
     def _take(self, weights: Weights, n: int) -> None:
-        """Weights of a block: what heads and neurons read, norm included, ``(readers, D, …)``, and what they write."""
+        """Input weights of the readers of a block, including the norm, ``(readers, D, …)``, and output weights."""
         heads, neurons = self.kept[n]
         block = {name.removeprefix(f"model.layers.{n}."): value for name, value in weights.items()}
         read = (block["self_attn.qkv_proj.weight"] * block["input_layernorm.weight"]).unflatten(0, (3, -1, self.size))
@@ -86,19 +86,19 @@ class Compiled(CircuitNet):
         return (slopes.rms_norm(wire("logits", h), self.eps) @ self.unembed)[:, 0].flatten(1)
 
     def turned(self, a: Tensor) -> Tensor:
-        """Rotary position embedding."""
+        """Applies the rotary position embedding."""
         return a * self.angles.cos() + (a @ self.turn) * self.angles.sin()
 
 
 def used(weights: Weights, n: int, size: int) -> tuple[list[int], list[int]]:
-    """Heads and neurons of a block that write anything."""
+    """Returns the heads and neurons of a block with nonzero output weights."""
     heads = weights[f"model.layers.{n}.self_attn.o_proj.weight"].unflatten(1, (-1, size)).abs().sum((0, 2))
     neurons = weights[f"model.layers.{n}.mlp.down_proj.weight"].abs().sum(0)
     return heads.nonzero()[:, 0].tolist(), neurons.nonzero()[:, 0].tolist()
 
 
 def loaded(folder: Path, length: int) -> Compiled:
-    """The compiled network of a folder, in float64."""
+    """Returns the compiled network of a folder, in float64."""
     weights: Weights = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stored:
@@ -112,7 +112,7 @@ def loaded(folder: Path, length: int) -> Compiled:
 
 
 def pairs(bits: int, count: int, draw: torch.Generator) -> Pairs:
-    """Two numbers, and a bit in which their successors differ; answers are indices of tokens at positions."""
+    """Pairs of numbers, with a bit in which their successors differ; answers are indices of tokens at positions."""
     drawn: list[tuple[int, int, int]] = []
     while len(drawn) < count:
         one, other, late = (int(torch.randint(high, (), generator=draw)) for high in (2**bits, 2**bits, bits))
@@ -129,12 +129,12 @@ def pairs(bits: int, count: int, draw: torch.Generator) -> Pairs:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the network from the schematic.
+    """Ground truth about the network, from its schematic.
 
     Args:
-        edges: 1 for the edges of the program, else 0; by step, ``(readers, nodes)``.
-        names: The value that each node computes; "erase" and "constant" are no values of the program.
-        values: The nodes that compute a value of the program which depends on the input.
+        edges: 1 for the edges of the program, 0 for all others; by step, ``(readers, nodes)``.
+        names: The value that each node computes; "erase" and "constant" are not values of the program.
+        values: The nodes that compute a value of the program that depends on the input.
     """
 
     edges: Edges
@@ -143,10 +143,10 @@ class Known:
 
 
 def known(net: Compiled, bits: int) -> Known:
-    """Edges by following every column: which nodes have written to it since it was erased, and who reads it then.
+    """Finds the edges of the program by tracking, for each column, the nodes that have written to it since its erasure.
 
-    An edge of the program leads from a node that computes a value to one that reads it from one of its columns with a
-    weight that is not 0. Constants, and what erases columns, have no edges.
+    An edge of the program leads from a node that computes a value to a node that reads it from one of its columns with
+    a nonzero weight. Constants and erasures have no edges.
     """
     edges = {name: torch.zeros_like(step.weight[:, :, 0, 0]) for name, step in net.steps.items()}
     contents: dict[int, set[str]] = {c: {"embedding"} for c in range(1, 1 + EMBEDDED)}
@@ -182,11 +182,11 @@ def known(net: Compiled, bits: int) -> Known:
 
 
 EMBEDDED = 8
-"""Columns of the embedding, from column 1 on; column 0 is 1."""
+"""Columns of the embedding, starting at column 1; column 0 is constantly 1."""
 
 
 def read(net: Compiled, kind: str, n: int, one: increment.Operation, contents: dict[int, set[str]], to: Edges) -> None:
-    """Enters the edges to the heads or neurons of an operation from all that the columns that it reads contain."""
+    """Marks the edges to the heads or neurons of an operation from all nodes with values in the columns it reads."""
     kept, parts, step = net.kept[n][kind == "neurons"], getattr(one, kind), f"{kind}{n}"
     for reader in range(len(to[step])):
         if kept[reader % len(kept)] in parts:
@@ -197,19 +197,19 @@ def read(net: Compiled, kind: str, n: int, one: increment.Operation, contents: d
 
 
 def writes(net: Compiled, kind: str, n: int, part: int, column: int) -> bool:
-    """Whether a head or neuron has a weight to a column."""
+    """Returns whether a head or neuron writes to a column with a nonzero weight."""
     row = net.kept[n][kind == "neurons"].index(part)
     return bool(net.outs[f"{kind}{n}"][row, :, column].any())
 
 
 def reads(net: Compiled, kind: str, n: int, part: int, edges: Edges) -> bool:
-    """Whether a head or neuron reads any value; others are constant."""
+    """Returns whether a head or neuron reads any value; others are constant."""
     kept = net.kept[n][kind == "neurons"]
     return bool(edges[f"{kind}{n}"][kept.index(part) :: len(kept)].any())
 
 
 def meeting(net: Compiled) -> Edges:
-    """1 for edges whose reader has a weight to a column that the node writes to, at any time; else 0."""
+    """1 for edges whose reader has a nonzero weight to a column to which the node writes, at any time; 0 for others."""
     outs = {"embedding": net.tokens.abs().sum(0) > 0}
     for n, both in enumerate(net.kept):
         for kind, parts in zip(("head", "neuron"), both, strict=True):
@@ -225,10 +225,10 @@ def meeting(net: Compiled) -> Edges:
 
 
 def active(task: Task, edges: Edges, least: float = 0.01) -> Tensor:
-    """Edges of the program that change the answer when they alone are patched, either way, ``(N, E)``.
+    """Edges of the program that change the answer when they alone are patched, in either direction, ``(N, E)``.
 
     Either the edge takes its corrupted value while all others are clean, or the edge is clean while all others are
-    corrupted; the change counts from this part of the whole one on.
+    corrupted. The change must be at least the share ``least`` of the change due to all edges.
     """
     found = torch.zeros(len(task.whole), sum(one.numel() for one in edges.values()), dtype=torch.bool)
     offset = 0
@@ -245,7 +245,7 @@ def active(task: Task, edges: Edges, least: float = 0.01) -> Tensor:
 
 
 def answered(task: Task) -> float:
-    """Share of the pairs that the network answers correctly, both clean and corrupted."""
+    """Returns the share of the pairs that the network answers correctly, both clean and corrupted."""
     clean, corrupted, t, u = task.pairs
     right = [metric(task.net(x), (clean, corrupted, a, b)) > 0 for x, a, b in ((clean, t, u), (corrupted, u, t))]
     return float((right[0] & right[1]).double().mean())

@@ -1,4 +1,4 @@
-"""Cost of the passes on networks of common size, where the time of Python code does not dominate."""
+"""Cost of the passes on networks of realistic size, where the time of Python code does not dominate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.circuits.scores import STEPS
 from nrm_plugin import RelevanceMeasure
 
 NETS = {"vgg16": 96, "resnet50": 96}
-"""Models of torchvision with the size of the image; their weights are random, which does not change the time."""
+"""Models of torchvision and their image sizes; weights are random, which does not change the time."""
 
 
 def model(name: str) -> nn.Module:
@@ -27,7 +27,7 @@ def model(name: str) -> nn.Module:
 
 
 def jobs(net: nn.Module, x: Tensor, x0: Tensor, s: Tensor) -> dict[str, Callable[[], Any]]:
-    """The passes of each score; of EAP and EAP-IG without the hooks that record activations."""
+    """Returns the passes of each score; for EAP and EAP-IG, without the hooks that record activations."""
 
     def gradient(inputs: Tensor) -> Tensor:
         leaf = inputs.clone().requires_grad_()
@@ -52,7 +52,7 @@ def jobs(net: nn.Module, x: Tensor, x0: Tensor, s: Tensor) -> dict[str, Callable
 
 
 def cost(repetitions: int = 2) -> dict[str, dict[str, float]]:
-    """Processor time in plain gradients, the smallest of alternating repetitions."""
+    """Returns the processor time relative to a plain gradient, the smallest of alternating repetitions."""
     results = {}
     for name, size in NETS.items():
         x, x0 = torch.rand(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ DRAWN = {
 
 
 def draw(results: dict[str, Any]) -> None:
-    """One panel for each net."""
+    """Draws the figure, with one panel for each net."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,8 +1,8 @@
 """A transformer that increments binary numbers: its weights are compiled from a program, nothing is trained.
 
-torchwright lays out the program in a network of the architecture Phi-3, and writes down which head and which neurons
-compute which value, where in the residual stream every value lies, and when it is erased. ``ortools`` has to be
-installed for the compiler, and ``transformers`` to load the network.
+torchwright compiles the program to a network with the Phi-3 architecture, and records which heads and neurons compute
+each value, where in the residual stream every value is stored, and when it is erased. The compiler requires
+``ortools``, and loading the network requires ``transformers``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from benchmarks.real import packages
 
 HEAD, WIDTH, HEADS = 16, 64, 10
-"""Dimensions of a head and of the residual stream; heads of a layer."""
+"""Dimensions of a head and of the residual stream, and number of heads per layer."""
 TOKENS = ("<unk>", "0", "1", "\n", "<bos>", "<eos>")
 """The vocabulary, in the order of the ids."""
 
 
 def compiled(bits: int) -> Path:
-    """The folder of the compiled network with its schematic; compiles it the first time."""
+    """Returns the folder of the compiled network with its schematic; it is compiled at the first call."""
     folder = packages.cache() / "trained" / f"increment-{bits}"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -37,10 +37,10 @@ def compiled(bits: int) -> Path:
 
 
 def program(bits: int) -> tuple[Any, Any]:
-    """The program, as a graph of torchwright: its last node and the embedding of tokens.
+    """Returns the program, as a graph of torchwright: its last node and the embedding of tokens.
 
-    After ``<bos> b … b \\n`` the network says the bits of the number plus one, the highest first and modulo
-    ``2 ** bits``. Truth values are 1 and -1.
+    After ``<bos> b … b \\n``, the network generates the bits of the number plus one, modulo ``2 ** bits``, with the
+    highest bit first. Truth values are 1 and -1.
     """
     graph, linear, gates, attention, tokens = (
         packages.module("torchwright", f"torchwright.{name}")
@@ -70,32 +70,32 @@ def program(bits: int) -> tuple[Any, Any]:
 
 
 def named(node: Any, name: str) -> Any:
-    """The node, with a name that the schematic hands on."""
+    """Returns the node, with a name that appears in the schematic."""
     node.name = name
     return node
 
 
 def sequences(numbers: list[int], bits: int) -> Tensor:
-    """Ids of ``<bos> number \\n`` and all bits of its successor but the last, ``(N, 2 * bits + 1)``."""
+    """Returns the ids of ``<bos> number \\n`` and all bits of its successor but the last, ``(N, 2 * bits + 1)``."""
     texts = ([4, *(1 + int(b) for b in f"{n:0{bits}b}"), 3, *successor(n, bits)[:-1]] for n in numbers)
     return torch.tensor(list(texts))
 
 
 def successor(number: int, bits: int) -> list[int]:
-    """Ids of the bits of the number plus one, the highest first."""
+    """Returns the ids of the bits of the number plus one, the highest first."""
     return [1 + int(b) for b in f"{(number + 1) % 2**bits:0{bits}b}"]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What heads or neurons of one branch compute, as the schematic states it.
+    """An operation in the schematic: a value that heads or neurons of one branch compute.
 
     Args:
         name: Name of the value; "erase" for memory management, "constant" for constants.
-        layer: Number of the block.
+        layer: Index of the block.
         heads, neurons: Heads, or neurons of the MLP, that compute it.
-        writes: Columns of the residual stream that they write.
-        reads: Columns from which they read values; queries and keys of attention excluded.
+        writes: Columns of the residual stream to which they write.
+        reads: Columns from which they read values, except for queries and keys of attention.
     """
 
     name: str
@@ -110,7 +110,7 @@ CONSTANTS = {"compute_literal_value", "clear_literal_seed"}
 
 
 def operations(bits: int) -> list[Operation]:
-    """All operations of the compiled network, in the order of execution."""
+    """Returns all operations of the compiled network, in the order of execution."""
     payload = packages.module("torchwright", "torchwright").load_schematic(compiled(bits)).payload
     names = {node["id"]: node.get("name") for node in payload["graphs"]["source"]["nodes"]}
     sources = {node["id"]: node["source_nodes"] for node in payload["graphs"]["lowered"]["nodes"]}
@@ -130,5 +130,5 @@ def operations(bits: int) -> list[Operation]:
 
 
 def columns(runs: list[list[int]]) -> tuple[int, ...]:
-    """The columns of runs ``[start, length]``."""
+    """Returns the columns in ranges ``[start, length]``."""
     return tuple(column for start, length in runs for column in range(start, start + length))

@@ -1,4 +1,4 @@
-"""The flow of one carry through the compiled increment, as transformers runs it: masses, table and figure."""
+"""The flow of one carry through the compiled network, run by transformers: masses, table and figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nrm_plugin.plots import flow_figure
 
 FIGURE = Path(__file__).parents[2] / "docs/images/known-circuit.png"
 BITS, NUMBER, OTHER, LATE = 5, 0b00111, 0b00000, 1
-"""Numbers whose successors are compared, and the number of the bit of the answer, the highest first."""
+"""Numbers whose successors are compared, and index of the explained bit of the answer, with the highest bit first."""
 SHOWN = {
     "tokens": ("blocks.0.resid_pre", "", 0),
     "MLP 0": ("blocks.0.mlp.neuron", "neurons", 0),
@@ -28,17 +28,17 @@ SHOWN = {
     "MLP 6": ("blocks.6.mlp.neuron", "neurons", 6),
     "logits": ("output", "", 0),
 }
-"""Site, and part of which block, of each column of the figure."""
+"""Site, kind of part and block of each column of the figure."""
 PREDICTED = {
     "is 1": 1, "bit 0": 1 / 4, "bit 1": 1 / 4, "bit 2": 1 / 2, "carry 2": 1 / 2, "carry 3": 1, "sum 3": 1,
     "copy 3": 1, "say 3": 1, "bit said": 1,
 }  # fmt: skip
-"""Masses that the program implies: a conjunction whose two inputs change divides the change equally between them; all
-other values have none."""
+"""Masses that the program implies: if both inputs of a conjunction change, each has half of its mass; all other values
+have mass 0."""
 
 
 def network() -> nn.Module:
-    """The compiled network as transformers loads it, in float64, with norms that compute in float64 too."""
+    """Returns the compiled network as transformers loads it, in float64, including the normalization layers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(increment.compiled(BITS), dtype=torch.float64).eval()
@@ -52,7 +52,7 @@ def network() -> nn.Module:
 
 
 def measured() -> RelevanceMeasure:
-    """The measure of the logit of 1 minus that of 0, at the token that says the bit."""
+    """Returns the measure of the logit of 1 minus that of 0, at the position at which the bit is generated."""
     ids, model = increment.sequences([NUMBER, OTHER], BITS), network()
     start = torch.zeros(1, ids.shape[1], model.config.vocab_size, dtype=torch.float64)
     start[0, BITS + 1 + LATE, [1, 2]] = torch.tensor([-1.0, 1.0], dtype=torch.float64)
@@ -60,7 +60,7 @@ def measured() -> RelevanceMeasure:
 
 
 def masks(mu: RelevanceMeasure, site: str, kind: str, layer: int) -> dict[str, Tensor]:
-    """The neurons of a site that compute each value, at all tokens."""
+    """Returns the neurons of a site that compute each value, at all tokens."""
     shape = mu.marginal(site).shape[1:]
     found: dict[str, Tensor] = {}
     for one in increment.operations(BITS):
@@ -72,7 +72,7 @@ def masks(mu: RelevanceMeasure, site: str, kind: str, layer: int) -> dict[str, T
 
 
 def graph(mu: RelevanceMeasure) -> FlowGraph:
-    """The flow from the tokens to the answer; columns have the names of :data:`SHOWN`."""
+    """Returns the flow from the tokens to the answer; columns have the names of :data:`SHOWN`."""
     over: dict[str, dict[str, Tensor]] = {}
     for site, kind, layer in SHOWN.values():
         if kind:
@@ -90,7 +90,7 @@ def graph(mu: RelevanceMeasure) -> FlowGraph:
 
 
 def results() -> dict[str, Any]:
-    """Draws the figure; the masses of all values of the program by name, of all neurons that erase, and of tokens."""
+    """Draws the figure; returns the masses of all values of the program by name, of all erasures, and of tokens."""
     mu = measured()
     flow = graph(mu)
     flow_figure(

@@ -1,6 +1,6 @@
 """Scores of edges compared with the edges that a compiled transformer has by construction; docs/known-circuit.md.
 
-``python -m benchmarks.circuits.known`` compiles the increment of binary numbers of five bits and takes about five
+``python -m benchmarks.circuits.known`` compiles a network that increments numbers of five bits, and takes about five
 minutes of processor time; ``--quick`` measures few pairs of four bits and only prints. ``--render`` rewrites the page.
 """
 
@@ -35,7 +35,7 @@ COMPARED = {
     **{name: SCORES[name] for name in ("EAP", "EAP-IG, 8 steps", "RelP", "gradient × activation", "random")},
 }
 BITS, PAIRS, BATCH = 5, 100, 20
-"""Bits of the numbers, pairs of inputs, and how many are measured at a time."""
+"""Number of bits, number of pairs of inputs, and number of pairs that are measured together."""
 
 
 def auroc(scores: Tensor, known: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def auroc(scores: Tensor, known: Tensor) -> Tensor:
 
 
 def shared(scores: Tensor, known: Tensor, weights: Tensor) -> list[float]:
-    """AUROC of the mean score of all pairs, with the interval of bootstrap resamples of the pairs."""
+    """Returns the AUROC of the mean score of all pairs, with the interval of bootstrap resamples of the pairs."""
     draws = torch.cat([auroc((part.double() @ scores.double()), known) for part in weights.split(50)])
     mean = auroc(scores.double().mean(0, keepdim=True), known)
     low, high = np.quantile(draws.numpy(), [0.025, 0.975])
@@ -56,7 +56,7 @@ def shared(scores: Tensor, known: Tensor, weights: Tensor) -> list[float]:
 
 
 def measure_net(bits: int, pairs: int) -> dict[str, Any]:
-    """All scores on the increment of numbers of so many bits."""
+    """Returns all scores on the network that increments numbers of ``bits`` bits."""
     net = compiled.loaded(increment.compiled(bits), 2 * bits + 1)
     known, meeting = compiled.known(net, bits), compiled.meeting(net)
     drawn = compiled.pairs(bits, pairs, torch.Generator().manual_seed(0))
@@ -101,12 +101,12 @@ def faithful(task: Task, mask: Tensor, like: Edges) -> Tensor:
 
 
 def described(bits: int) -> list[list[str]]:
-    """Name, place and inputs of every operation that computes a value."""
+    """Returns the name, place and inputs of every operation that computes a value."""
     rows = []
     contents: dict[int, str] = dict.fromkeys(range(1, 1 + compiled.EMBEDDED), "token")
     computing = [one for one in increment.operations(bits) if one.name not in ("erase", "constant")]
     for _, branch in groupby(computing, lambda one: (one.layer, bool(one.heads))):
-        written: dict[int, str] = {}  # the operations of a branch run at the same time
+        written: dict[int, str] = {}  # the operations of a branch run in parallel
         for one in branch:
             parts = one.heads or one.neurons
             kind = ("head" if one.heads else "neuron") + "s" * (len(parts) > 1)
@@ -132,7 +132,7 @@ class Truth:
 
 
 def summary(scores: dict[str, Tensor], truth: Truth, weights: Tensor) -> dict[str, list[float]]:
-    """AUROC of one score against all that is known."""
+    """Returns the AUROC of one score for known edges, known nodes and active edges."""
     edges, some = scores["edges"], truth.meeting
     return {
         "edges": shared(edges, truth.edges, weights),

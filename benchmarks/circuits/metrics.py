@@ -13,11 +13,11 @@ from torch import Tensor
 from benchmarks.circuits.circuit import Edges, Task, by_step, flat
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares ``k`` of the edges that the circuits keep."""
+"""Shares ``k`` of the edges in the circuits."""
 
 
 def strongest(scores: Tensor, share: float) -> Tensor:
-    """1 for this share of the edges of each sample, the largest scores first, else 0; ``(N, E)``."""
+    """1 for the given share of the edges of each sample with the largest scores, 0 for all others, ``(N, E)``."""
     if not bool(scores.isfinite().all()):
         raise ValueError("the score of an edge is not finite and has no rank.")
     kept = scores.argsort(dim=1, descending=True, stable=True)[:, : int(share * scores.shape[1] + 1e-9)]
@@ -25,22 +25,22 @@ def strongest(scores: Tensor, share: float) -> Tensor:
 
 
 def curve(scores: Tensor, faithfulness: Callable[[Tensor], Tensor], shares: Sequence[float] = SHARES) -> Tensor:
-    """``f`` of the circuits of these shares, ``(K, N)``."""
+    """Returns ``f`` of the circuits of these shares, ``(K, N)``."""
     return torch.stack([faithfulness(strongest(scores, share)) for share in shares])
 
 
 def cpr(f: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
-    """Circuit performance ratio ``∫ f dk``, higher is better, by trapezoids linear in ``k``; ``(N,)``."""
+    """Returns the circuit performance ratio ``∫ f dk``, higher is better, by trapezoids linear in ``k``; ``(N,)``."""
     return torch.trapezoid(f, f.new_tensor(shares), dim=0)
 
 
 def cmd(f: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
-    """Circuit-model distance ``∫ |1 − f| dk``, lower is better; ``(N,)``."""
+    """Returns the circuit-model distance ``∫ |1 − f| dk``, lower is better; ``(N,)``."""
     return cpr((1 - f).abs(), shares)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlation of each row, ``(N,)``; 0 where a row is constant."""
+    """Returns the Pearson correlation of each row, ``(N,)``; 0 where a row is constant."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)
 
@@ -49,7 +49,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def edge_effects(task: Task, sample: Tensor) -> Tensor:
-    """Decrease of ``m`` when one edge takes its value of the corrupted input, for these edges, ``(N, K)``."""
+    """Decrease of ``m`` when a single edge takes its value for the corrupted input, for the given edges, ``(N, K)``."""
     whole = task.edges(1.0)
     effects = []
     for edge in sample:
@@ -60,7 +60,7 @@ def edge_effects(task: Task, sample: Tensor) -> Tensor:
 
 
 def nodes(task: Task) -> dict[str, list[tuple[str, int]]]:
-    """Each node, with the step and the column of all steps that read it."""
+    """Returns each node, with the step and the column of all steps that read it."""
     places: dict[str, list[tuple[str, int]]] = {}
     for step, names in task.net.nodes.items():
         for column, name in enumerate(names):
@@ -69,7 +69,7 @@ def nodes(task: Task) -> dict[str, list[tuple[str, int]]]:
 
 
 def node_effects(task: Task) -> Tensor:
-    """Decrease of ``m`` when all edges from one node take their values of the corrupted input, ``(N, nodes)``."""
+    """Decrease of ``m`` when all edges from one node take their values for the corrupted input, ``(N, nodes)``."""
     effects = []
     for places in nodes(task).values():
         circuit = task.edges(1.0)
@@ -80,7 +80,7 @@ def node_effects(task: Task) -> Tensor:
 
 
 def node_scores(task: Task, scores: Edges) -> Tensor:
-    """Sum of the scores of all edges from a node, ``(N, nodes)``."""
+    """Returns the sum of the scores of all edges from a node, ``(N, nodes)``."""
     return torch.stack(
         [
             torch.stack([scores[step][:, :, column].sum(1) for step, column in places]).sum(0)

@@ -29,7 +29,7 @@ class Read(nn.Identity):
 
 
 class CircuitNet(nn.Module):
-    """A net of steps. ``nodes`` names, for each step, the nodes that it reads, one for each column of its weight."""
+    """A net of steps. ``nodes`` contains the names of the nodes that each step reads, one per column of its weight."""
 
     def __init__(self, steps: dict[str, nn.Module], nodes: dict[str, list[str]]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class CircuitNet(nn.Module):
         return self.steps[name](self.read[name](a))
 
     def embed(self, x: Tensor) -> Tensor:
-        """The input node."""
+        """Returns the input node."""
         return x
 
     def body(self, h: Tensor, wire: Wire, slopes: Tangents) -> Tensor:
@@ -51,7 +51,7 @@ class CircuitNet(nn.Module):
 
 
 class MLP(CircuitNet):
-    """Edges from neuron to neuron, pixels included."""
+    """A multilayer perceptron with edges between neurons, including pixels."""
 
     def __init__(self, *widths: int) -> None:
         steps: dict[str, nn.Module] = {f"layer{n}": nn.Linear(i, o) for n, (i, o) in enumerate(pairwise(widths), 1)}
@@ -64,7 +64,7 @@ class MLP(CircuitNet):
 
 
 class CNN(CircuitNet):
-    """Edges from channel to channel; max pooling before all but the first two convolutions."""
+    """A CNN with edges between channels, and max pooling before all but the first two convolutions."""
 
     def __init__(self, *widths: int) -> None:
         steps: dict[str, nn.Module] = {
@@ -99,7 +99,7 @@ class Rolled(nn.Module):
 
 
 class ResidualCNN(CircuitNet):
-    """The unrolled twin: edges from the channels of a block to those of later blocks, and inside of blocks."""
+    """The unrolled residual CNN: edges lead from channels of a block to those of later blocks, and within blocks."""
 
     def __init__(self, rolled: Rolled) -> None:
         steps: dict[str, nn.Module] = {"stem": rolled.stem}
@@ -120,7 +120,7 @@ class ResidualCNN(CircuitNet):
 
 
 class Transformer(CircuitNet):
-    """Edges as in MIB: embedding, heads and MLPs to the q, k and v of each later head, later MLPs and the logits.
+    """Edges as in MIB, from embedding, heads and MLPs to the q, k and v of each later head, to later MLPs and logits.
 
     Layer normalization without gain and bias (gains are part of the weights), causal attention, GELU.
     """
@@ -154,7 +154,7 @@ class Transformer(CircuitNet):
         return self.unembed(self.last(h, wire, slopes)[:, 0, -1])
 
     def last(self, h: Tensor, wire: Wire, slopes: Tangents) -> Tensor:
-        """The normalized residual stream at the end, ``(N, 1, T, D)``."""
+        """Returns the normalized residual stream at the end, ``(N, 1, T, D)``."""
         for n in range(self.layers):
             q, k, v = (slopes.norm(wire(f"attention{n}", h)) @ self.qkv[n]).chunk(3, 1)
             scores = slopes.matmul(q, k.transpose(2, 3)) / q.shape[-1] ** 0.5 + self.later
@@ -169,14 +169,14 @@ def columns(name: str, count: int) -> list[str]:
 
 
 def repeated(layer: nn.Module, times: int) -> nn.Conv2d:
-    """A convolution of the concatenation that equals ``layer`` of the sum."""
+    """Returns a convolution of concatenated tensors that equals ``layer`` applied to their sum."""
     twin = nn.Conv2d(times * layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
     twin.weight.data, twin.bias.data = layer.weight.data.repeat(1, times, 1, 1), layer.bias.data.clone()
     return twin
 
 
 def summed(nodes: int, readers: int) -> nn.Conv2d:
-    """Each reader adds up all nodes."""
+    """Returns a convolution in which each reader sums over all nodes."""
     step = nn.Conv2d(nodes, readers, 1, bias=False).requires_grad_(False)
     nn.init.ones_(step.weight)
     return step
@@ -189,7 +189,7 @@ Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def trained(name: str, seed: int, pairs: int, steps: int | None = None) -> tuple[CircuitNet, Pairs, float]:
-    """A net in float64, pairs of held-out inputs that it answers correctly, and its held-out accuracy."""
+    """Returns a net in float64, pairs of held-out inputs that it answers correctly, and its held-out accuracy."""
     torch.manual_seed(seed)
     net, data = (recall_net if name == "transformer" else digits_net)(name, steps)
     net = net.double().eval().requires_grad_(False)
@@ -215,7 +215,7 @@ def fit(net: nn.Module, batches: Callable[[], tuple[Tensor, Tensor]], steps: int
 
 
 def digits_net(name: str, steps: int | None) -> tuple[CircuitNet, Callable[..., Pairs]]:
-    """A net of the digits of scikit-learn; a pair consists of held-out digits of two classes."""
+    """Returns a net for the digits of scikit-learn; a pair consists of held-out digits of two classes."""
     from sklearn.datasets import load_digits  # takes long to import
 
     digits = load_digits()
@@ -255,7 +255,7 @@ def recall(draw: torch.Generator | None, count: int) -> tuple[Tensor, Tensor]:
 
 
 def twins(draw: torch.Generator, count: int) -> Pairs:
-    """In the corrupted twin, the requested key and another one have changed places."""
+    """Returns pairs of sequences; in the corrupted one, the requested key and another key are swapped."""
     clean, t = recall(draw, count)
     rows = torch.arange(count)
     place = (clean[:, :-1:2] == clean[:, -1:]).int().argmax(1)
@@ -266,7 +266,7 @@ def twins(draw: torch.Generator, count: int) -> Pairs:
 
 
 def recall_net(name: str, steps: int | None) -> tuple[CircuitNet, Callable[..., Pairs]]:
-    """A transformer that recalls the value of a key."""
+    """Returns a transformer that recalls the value of a key."""
     net = Transformer(KEYS + VALUES, 2 * SHOWN + 1, layers=3, heads=4, width=32)
     fit(net, lambda: recall(None, 256), steps or NETS[name])
     return net, twins

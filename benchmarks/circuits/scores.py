@@ -22,7 +22,7 @@ Multipliers = dict[str, Tensor]
 
 
 def products(task: Task, multipliers: Multipliers, change: dict[str, Tensor]) -> Edges:
-    """Score of every edge, from the multipliers of what the steps write and a change of what they read."""
+    """Score of every edge, from the multipliers of the outputs of the steps and the change of their inputs."""
     scores = {}
     for name, step in task.steps:
         edges = torch.ones(len(change[name]), *step.weight.shape[:2], dtype=change[name].dtype, requires_grad=True)
@@ -32,7 +32,7 @@ def products(task: Task, multipliers: Multipliers, change: dict[str, Tensor]) ->
 
 
 def gradients(task: Task, h: Tensor, slopes: Tangents = TANGENTS) -> tuple[Trace, Multipliers]:
-    """One forward and one backward pass of the pairs' metric from the input node ``h``."""
+    """Runs one forward and one backward pass of the pairs' metric from the input node ``h``."""
     run = trace(task.net, h.detach().requires_grad_(), slopes)
     multipliers = torch.autograd.grad(
         metric(run.outputs[: len(task.whole)], task.pairs).sum(), list(run.written.values())
@@ -51,7 +51,7 @@ def embedded(task: Task) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Slopes:
-    """What the passes of a score yield: multipliers of what the steps write, and changes of what they read."""
+    """Results of the passes of a score: multipliers of the outputs of the steps, and changes of their inputs."""
 
     multipliers: Multipliers
     change: dict[str, Tensor]
@@ -61,7 +61,7 @@ class Slopes:
 
 
 def attribution_patching(task: Task, slopes: Tangents = TANGENTS) -> Slopes:
-    """EAP: derivatives at the clean input; with the slopes of RelP, RelP."""
+    """Computes EAP, with derivatives at the clean input, or RelP, with the slopes of RelP."""
     clean, corrupted = embedded(task)
     run, multipliers = gradients(task, clean, slopes)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def attribution_patching(task: Task, slopes: Tangents = TANGENTS) -> Slopes:
 
 
 def integrated_gradients(task: Task, offset: float = 1.0) -> Slopes:
-    """EAP-IG: mean derivatives at ``STEPS`` inputs on the line from clean to corrupted.
+    """Computes EAP-IG: mean derivatives at ``STEPS`` inputs on the line from clean to corrupted.
 
     Source: arXiv 2403.17806; its code has steps 1 … m of m, ``offset=1``; ``offset=0.5`` is the midpoint rule.
     """
@@ -84,7 +84,7 @@ def integrated_gradients(task: Task, offset: float = 1.0) -> Slopes:
 
 
 def secants(task: Task) -> Slopes:
-    """The measure against a reference, by plain code: one backward pass with secants."""
+    """Computes the measure against a reference in plain PyTorch, by one backward pass with secants."""
     run, multipliers = gradients(task, torch.cat(embedded(task)), Secants())
     halves = {name: a.detach().chunk(2) for name, a in run.read.items()}
     first = {name: one.chunk(2)[0] for name, one in multipliers.items()}
@@ -92,7 +92,7 @@ def secants(task: Task) -> Slopes:
 
 
 def gradient_times_activation(task: Task) -> Slopes:
-    """Derivatives and activations at the clean input."""
+    """Returns the derivatives and activations at the clean input."""
     run, multipliers = gradients(task, embedded(task)[0])
     return Slopes(multipliers, run.read)
 
@@ -129,7 +129,7 @@ def contrast(task: Task) -> Tensor:
 
 
 def reference_measure(task: Task, slopes: Literal["secant", "tangent"] = "secant") -> Joints:
-    """The measure against the corrupted input."""
+    """Returns the measure against the corrupted input."""
     clean, corrupted = task.pairs[:2]
     mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted, slopes=slopes)
     mu.marginal(mu.layers)
@@ -137,7 +137,7 @@ def reference_measure(task: Task, slopes: Literal["secant", "tangent"] = "secant
 
 
 def lrp_0(task: Task) -> Joints:
-    """LRP-0 at the clean input; the difference of two logits starts with the value of each."""
+    """LRP-0 at the clean input; for the difference of two logits, relevance starts at the value of each logit."""
     rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
     signs = contrast(task)
     mu = RelevanceMeasure(
@@ -148,7 +148,7 @@ def lrp_0(task: Task) -> Joints:
 
 
 class Passed(Protocol):
-    """The result of the passes, from which the score of every edge follows."""
+    """The result of the passes, from which the scores of all edges are computed."""
 
     def edges(self, task: Task) -> Edges: ...
 

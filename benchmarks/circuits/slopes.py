@@ -1,7 +1,7 @@
 """Slopes of the non-linear operations of the nets: derivatives, secants against a reference, and those of RelP.
 
-Plain PyTorch, without the package. Every operation has the value of the net; only its slope, what a backward pass
-multiplies by, is chosen: ``value + slope * (z - z.detach())`` with both factors detached.
+Plain PyTorch, without the package. Every operation has its usual value; only its slope, by which a backward pass
+multiplies, is replaced: ``value + slope * (z - z.detach())`` with value and slope detached.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ MASKED = -1e4
 
 
 class Tangents:
-    """Derivatives: a backward pass is the gradient."""
+    """Derivatives, so that a backward pass yields the gradient."""
 
     def activation(self, z: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         return function(z)
 
     def pool(self, z: Tensor) -> Tensor:
-        """Max pooling of 2 × 2 pixels."""
+        """Applies max pooling over 2 × 2 pixels."""
         return functional.max_pool2d(z, 2)
 
     def norm(self, h: Tensor) -> Tensor:
-        """Layer normalization over the last dimension, without gain and bias."""
+        """Applies layer normalization over the last dimension, without gain and bias."""
         return functional.layer_norm(h, h.shape[-1:], eps=EPS)
 
     def rms_norm(self, h: Tensor, eps: float) -> Tensor:
-        """Root-mean-square normalization over the last dimension, without gain."""
+        """Applies root-mean-square normalization over the last dimension, without gain."""
         return h * ((h * h).mean(-1, keepdim=True) + eps).rsqrt()
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """A gate times what it gates."""
+        """Returns the product of a gate and a signal."""
         return a * b
 
     def softmax(self, s: Tensor) -> Tensor:
@@ -116,13 +116,13 @@ class Secants(Tangents):
 
 
 def with_slope(value: Tensor, slope: Tensor, z: Tensor, summed: bool = False) -> Tensor:
-    """This value with this slope, over the last dimension of ``z`` if ``summed``."""
+    """Returns a tensor with the given value and slope; with ``summed``, summed over the last dimension of ``z``."""
     change = slope.detach() * (z - z.detach())
     return value.detach() + (change.sum(-1) if summed else change)
 
 
 def ratio(rise: Tensor, run: Tensor, otherwise: Tensor) -> Tensor:
-    """``rise / run``; ``otherwise`` where the run is as small as its rounding."""
+    """Returns ``rise / run``, or ``otherwise`` where the run is no larger than its rounding error."""
     is_small = run.abs() < 1e-9
     return torch.where(is_small, otherwise, rise / torch.where(is_small, 1.0, run)).detach()
 
@@ -132,7 +132,7 @@ def twice(half: Tensor) -> Tensor:
 
 
 def halfway(a: Tensor) -> Tensor:
-    """Mean of input and reference, for both halves."""
+    """Returns the mean of input and reference, for both halves."""
     x, x0 = a.detach().chunk(2)
     return twice((x + x0) / 2)
 
@@ -151,8 +151,8 @@ def max_slopes(x: Tensor, x0: Tensor) -> Tensor:
     """
     m, m0 = x.argmax(-1, keepdim=True), x0.argmax(-1, keepdim=True)
     start, end = x0.gather(-1, m0), x.gather(-1, m)
-    first = torch.maximum(end, start) - start  # of switching m first; the rest of the difference goes to m0
-    last = end - torch.maximum(x.gather(-1, m0), x0.gather(-1, m))  # of switching m after m0
+    first = torch.maximum(end, start) - start  # if m is switched first; the rest of the difference goes to m0
+    last = end - torch.maximum(x.gather(-1, m0), x0.gather(-1, m))  # if m is switched after m0
     part = torch.where(m == m0, end - start, (first + last) / 2)
     slopes = torch.zeros_like(x)
     for place, share in ((m, part), (m0, end - start - part)):

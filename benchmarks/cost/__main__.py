@@ -86,7 +86,7 @@ SECONDS_OF_TIMM = 900.0
 
 
 def net_of(name: str) -> Net:
-    """A net of the table, or a model of timm."""
+    """Returns a net of the table, or a model of timm."""
     return NETS[name] if name in NETS else timm_models.net(name.removeprefix("timm/"))
 
 
@@ -102,7 +102,7 @@ def one(
         name: The net.
         counts: The numbers of threads.
         rounds: Number of rounds.
-        light: Whether to leave out what is not in the table of timm.
+        light: Whether to omit everything that is not in the table of timm.
         batch: Number of samples.
         seconds: Time for which short computations are repeated.
     """
@@ -125,7 +125,7 @@ def one(
 
 
 def timed(of: dict[str, Any], work: Work, count: int, rounds: int, light: bool, seconds: float) -> dict[str, Any]:
-    """Times with this many threads; with one thread, also the profile of what misses a target."""
+    """Times with ``count`` threads; with one thread, also the profiles of computations that miss a target."""
     torch.set_num_threads(count)
     firsts = [f"{way}, {name}" for way in (FIRST, RECORDED) for name in COMPOSITES] if light else ()
     row: dict[str, Any] = {**of, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
@@ -165,7 +165,7 @@ def peaks_of(name: str) -> dict[str, Any]:
 
 
 def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
-    """Peak of one computation; for a plan, of its first and of its second call, and what it holds.
+    """Returns the peak of one computation; for a plan, of its first and of its second call, and what it holds.
 
     A copy of the net runs first with one sample, so that imports and initializations are not counted.
     """
@@ -191,7 +191,7 @@ def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
 
 
 def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:
-    """One marginal at the input."""
+    """Computes one marginal at the input."""
     if way in (PLAIN, ZENNIT_FIRST):
         check(Ways(net, model, x).others()[way]())
         return
@@ -218,7 +218,7 @@ def spawned(*options: object, **variables: str) -> dict[str, Any]:
 
 
 def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
-    """The installed nets among those selected."""
+    """Yields the installed nets among those selected."""
     for name in names:
         if any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns):
             if net_of(name).is_installed:
@@ -228,7 +228,7 @@ def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
 
 
 def measured(names: list[str], options: argparse.Namespace) -> None:
-    """Times of all nets, stored one by one."""
+    """Times all nets, and stores the results one by one."""
     counts, rounds = ([1], min(options.rounds, 3)) if options.quick else (options.threads, options.rounds)
     for name in missing(names, counts, options, "rows", "threads"):
         found = spawned("--one", name, "--threads", *counts, "--rounds", rounds, *limits_of(options))
@@ -238,7 +238,7 @@ def measured(names: list[str], options: argparse.Namespace) -> None:
 
 
 def of_timm(names: list[str], options: argparse.Namespace) -> None:
-    """Times of the models of timm with one thread, each in a forked process, since imports take longer than many."""
+    """Times the models of timm with one thread, each in a forked process, since imports take long."""
     for name in missing(names, [1], options, "timm", "threads"):
         try:
             (row,) = forked(lightly, name, min(options.rounds, 3), options.memory, seconds=SECONDS_OF_TIMM)
@@ -249,7 +249,7 @@ def of_timm(names: list[str], options: argparse.Namespace) -> None:
 
 
 def lightly(name: str, rounds: int, memory: float | None) -> list[dict[str, Any]]:
-    """The row of one model of timm, measured in this process."""
+    """Returns the row of one model of timm, measured in this process."""
     limit_memory(memory)
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = one(name, [1], rounds, light=True)["rows"]
@@ -257,7 +257,7 @@ def lightly(name: str, rounds: int, memory: float | None) -> list[dict[str, Any]
 
 
 def batches(names: list[str], options: argparse.Namespace) -> None:
-    """Times of nets with more than one sample, with one thread."""
+    """Times nets with more than one sample, with one thread."""
     for batch in BATCHES:
         for name in missing(names, [batch], options, "batches", "batch"):
             sizes = ("--threads", 1, "--rounds", options.rounds, "--batch", batch)
@@ -268,7 +268,7 @@ def batches(names: list[str], options: argparse.Namespace) -> None:
 
 
 def peaks(names: list[str], options: argparse.Namespace) -> None:
-    """Peak memory of all nets."""
+    """Measures the peak memory of all nets."""
     for name in missing(names, [1], options, "peaks", "batch"):
         found = spawned("--peak", name, *limits_of(options), **RETURNING)
         for row in found.get("rows", []):
@@ -277,14 +277,14 @@ def peaks(names: list[str], options: argparse.Namespace) -> None:
 
 
 def missing(names: list[str], numbers: list[int], options: argparse.Namespace, key: str, by: str) -> Iterator[str]:
-    """The nets to measure: all, or with ``--missing`` those without a stored result."""
+    """Yields the nets to measure: all, or with ``--missing`` those without a stored result."""
     stored = json.loads(options.out.read_text()) if options.missing and options.out.exists() else {}
     known = {(row["net"], row[by]) for row in stored.get(key, [])}
     return (name for name in names if not all((name, number) in known for number in numbers))
 
 
 def limits_of(options: argparse.Namespace) -> tuple[object, ...]:
-    """The options that limit the memory of a process, and the time for which it repeats short computations."""
+    """Returns the options that limit the memory of a process, and the time for which it repeats computations."""
     given = {"--memory": options.memory, "--seconds": None if options.seconds == SECONDS else options.seconds}
     return tuple(part for name, value in given.items() if value is not None for part in (name, value))
 
@@ -304,7 +304,7 @@ def store(path: Path, key: str, rows: list[dict[str, Any]], by: tuple[str, ...])
 
 
 def packages() -> dict[str, str]:
-    """Versions of the installed packages that models are taken from."""
+    """Returns the versions of the installed packages that models are taken from."""
     found = {}
     for name in ("nrm-plugin", "timm", "transformers"):
         try:
@@ -328,7 +328,7 @@ def profiled(name: str, count: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=["*"], help="names or patterns (default: all)")
     parser.add_argument("--threads", nargs="+", type=int, default=threads(), help="(default: 1 and all)")
@@ -371,7 +371,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The measurements that the options select."""
+    """Runs the measurements that the options select."""
     is_all = not (args.times or args.batches or args.peaks or args.timm)
     names = list(chosen(args.nets, list(NETS)))
     if is_all or args.times:

@@ -1,4 +1,4 @@
-"""DynamicLRP's relevance (arXiv 2512.07010), which walks autograd's graph; a repository that is no package.
+"""Relevance by DynamicLRP (arXiv 2512.07010), which traverses autograd's graph; a repository, not a package.
 
 ``make .venv/hosts/dynamic_lrp.stamp`` installs it. Convolutions and linear layers have the z⁺ rule.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def way(model: nn.Module, x: Tensor, target: int) -> Callable[[], object]:
-    """DynamicLRP's pass; the first call sorts the graph, later ones reuse its order."""
+    """Returns DynamicLRP's pass; the first call sorts the graph, later ones reuse its order."""
     state: list[Any] = []
 
     def work() -> object:
@@ -32,7 +32,7 @@ def way(model: nn.Module, x: Tensor, target: int) -> Callable[[], object]:
 
 
 def relevance(state: list[Any], leaf: Tensor, output: Tensor, target: int) -> Tensor:
-    """Relevance of the input.
+    """Returns the relevance of the input.
 
     Raises:
         ImportError: If DynamicLRP is not installed.

@@ -1,7 +1,7 @@
-"""LXT's relevance for the models that it has rules for: torchvision's vision transformers, and BERT of transformers.
+"""Relevance by LXT for models for which it has rules: torchvision's vision transformers, and BERT of transformers.
 
-LXT replaces methods of torch's classes for good; here they are restored after each run, so that the other computations
-in the process are unaffected.
+LXT replaces methods of torch's classes permanently; here they are restored after each run, so that the other
+computations in the process are unaffected.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def patched(patches: Patches) -> Iterator[None]:
 
 
 def prepared(model: nn.Module) -> tuple[nn.Module, Patches]:
-    """The model that LXT runs, and the classes it has rules for.
+    """Returns the model that LXT runs, and the classes it has rules for.
 
     Raises:
         ImportError: If LXT or a transformers that it supports is not installed.
@@ -56,7 +56,7 @@ def prepared(model: nn.Module) -> tuple[nn.Module, Patches]:
 
 
 def relevance(model: nn.Module, patches: Patches, x: Tensor, target: int) -> Tensor:
-    """Gradient times input with LXT's rules."""
+    """Returns gradient times input with LXT's rules."""
     leaf = x.clone().requires_grad_()
     with patched(patches):
         (gradient,) = torch.autograd.grad(model(leaf)[:, target].sum(), leaf)
@@ -64,7 +64,7 @@ def relevance(model: nn.Module, patches: Patches, x: Tensor, target: int) -> Ten
 
 
 def way(model: nn.Module, x: Tensor, target: int) -> Callable[[], object]:
-    """LXT's pass; the model is prepared at the first call."""
+    """Returns LXT's pass; the model is prepared at the first call."""
     state: list[Any] = []
 
     def work() -> object:

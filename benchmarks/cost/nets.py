@@ -29,7 +29,7 @@ class Net:
     """One row of the table.
 
     Args:
-        build: Makes the model with random weights.
+        build: Function that builds the model with random weights.
         shape: Shape of the inputs without the batch dimension.
         canonizer: Zennit's canonizer of the net.
         package: The package that the model is taken from.
@@ -53,7 +53,7 @@ class Net:
         return importlib.util.find_spec(self.package) is not None
 
     def made(self) -> nn.Module:
-        """The model in evaluation mode, with statistics of batch normalization from one training-mode batch."""
+        """Returns the model in evaluation mode, with statistics of batch normalization from one training-mode batch."""
         torch.manual_seed(0)
         model = self.build().requires_grad_(False)
         draw_zeros(model)
@@ -61,7 +61,7 @@ class Net:
         return model.eval()
 
     def inputs(self, batch: int = 1, seed: int = 1) -> Tensor:
-        """Normally distributed inputs."""
+        """Returns normally distributed inputs."""
         draw = torch.Generator().manual_seed(seed)
         return torch.randn((batch, *self.shape) if self.is_batched else self.shape, generator=draw)
 
@@ -142,13 +142,13 @@ class Graph(nn.Module):
         return logits
 
     def averaged(self, x: Tensor) -> Tensor:
-        """Normalized sum over neighbours."""
+        """Returns the normalized sum over neighbours."""
         messages = x.index_select(0, self.source) * self.weight
         return torch.zeros_like(x).index_add(0, self.sink, messages)
 
 
 def tiny(layers: int, width: int = 16) -> nn.Module:
-    """Alternating linear layers and ReLUs, and a head: the time of each step is its fixed cost."""
+    """Alternating linear layers and ReLUs, and a head, so small that the time of each step is its fixed cost."""
     pairs = [(nn.Linear(width, width), nn.ReLU()) for _ in range(layers // 2)]
     for linear, _ in pairs:
         nn.init.orthogonal_(linear.weight, 2**0.5)
@@ -157,26 +157,26 @@ def tiny(layers: int, width: int = 16) -> nn.Module:
 
 
 def of_timm(name: str) -> nn.Module:
-    """A model of timm."""
+    """Returns a model of timm."""
     model: nn.Module = importlib.import_module("timm").create_model(name)
     return model
 
 
 def bert() -> nn.Module:
-    """A classifier of the shape of BERT-base."""
+    """Returns a classifier of the shape of BERT-base."""
     transformers = importlib.import_module("transformers")
     config = transformers.BertConfig(num_labels=10)
     return Embedded(transformers.BertForSequenceClassification(config))
 
 
 def of_torchvision(name: str) -> nn.Module:
-    """A model of torchvision with random weights."""
+    """Returns a model of torchvision with random weights."""
     model: nn.Module = getattr(torchvision.models, name)(weights=None)
     return model
 
 
 def image(build: Callable[[str], nn.Module], name: str, size: int = 224, **options: Any) -> Net:
-    """A net for images."""
+    """Returns a net for images."""
     package = "timm" if build is of_timm else "torchvision"
     return Net(partial(build, name), (3, size, size), package=package, **options)
 
@@ -210,5 +210,5 @@ BATCHES = (2, 8)
 
 
 def double(model: nn.Module) -> nn.Module:
-    """A copy in double precision."""
+    """Returns a copy in double precision."""
     return copy.deepcopy(model).double()

@@ -40,7 +40,7 @@ TARGETS: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(SEQUENCES, (2.0, 4.0)),
     "500 tiny layers": (3.0, None),
 }
-"""Most of a plan's call with all marginals, and of the first call, in plain gradients."""
+"""Upper limits of a plan's call with all marginals, and of its first call, relative to a plain gradient."""
 OF_ZENNIT, FIRST_OF_ZENNIT, OF_OTHERS = 0.7, 1.0, 1.0
 PEAK, FIRST_PEAK, PEAK_OF_ZENNIT = 2.0, 2.5, 1.0
 TIMM_MEDIAN, TIMM_WORST, TIMM_FIRST = 1.8, 4.0, 4.0
@@ -82,7 +82,7 @@ class Named:
 
 
 def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
-    """Median time of a computation as a multiple of another's; none if one of them is missing."""
+    """Returns the median time of a computation as a multiple of another's, or None if one of them is missing."""
     ratios = row.get("ratios", {})
     if way not in ratios or reference not in ratios:
         return None
@@ -91,7 +91,7 @@ def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
 
 
 def figures(row: Row, composite: str) -> dict[str, Figure]:
-    """The numbers of one net, number of threads and composite, by column."""
+    """Returns the numbers of one net, number of threads and composite, by column."""
     plan, first = TARGETS.get(row["net"], (None, None)) if row.get("batch", 1) == 1 else (None, None)
     planned, called = f"{PLANNED}, {composite}", f"{FIRST}, {composite}"
     of_zennit, first_of_zennit = (None, None) if row.get("without rule") else (OF_ZENNIT, FIRST_OF_ZENNIT)
@@ -110,12 +110,12 @@ def figures(row: Row, composite: str) -> dict[str, Figure]:
 
 
 def missed(row: Row, composite: str) -> dict[str, Figure]:
-    """The numbers that exceed their targets."""
+    """Returns the numbers that exceed their targets."""
     return {name: figure for name, figure in figures(row, composite).items() if figure.is_missed}
 
 
 def memory(row: Row, composite: str) -> dict[str, Figure]:
-    """Peaks of one net, batch size and composite, by column."""
+    """Returns the peaks of one net, batch size and composite, by column."""
     found = row["MiB"]
 
     def factor(way: str, reference: str = PLAIN) -> float | None:
@@ -146,14 +146,14 @@ def table(rows: list[Row], of: Callable[[Row, str], dict[str, Figure]], names: s
 
 
 def usable(rows: list[Row]) -> list[Row]:
-    """Rows with times, in the order of the targets."""
+    """Returns the rows with times, in the order of the targets."""
     order = list(TARGETS)
     timed = (row for row in rows if "ratios" in row)
     return sorted(timed, key=lambda row: (order.index(row["net"]), row.get("batch", 1)))
 
 
 def tables(results: dict[str, Any]) -> str:
-    """All tables and the environment, as Markdown."""
+    """Returns all tables and the environment, as Markdown."""
     place = results["environment"]
     rows, parts = results.get("rows", []), list[str]()
     parts.append(", ".join(f"{key} {value}" for key, value in place.items()) + ". ✗: target missed.")
@@ -183,7 +183,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def overview(results: dict[str, Any]) -> str:
-    """For each target, how many rows hold it, and the row that misses it by the largest factor."""
+    """Returns how many rows hold each target, and the row that misses it by the largest factor."""
     rows = usable(results.get("rows", []))
     kinds: list[tuple[str, list[Row], Callable[[Row, str], dict[str, Figure]]]] = [
         (f"time, {threads_of(count)}", [row for row in rows if row["threads"] == count], figures)
@@ -208,7 +208,7 @@ def overview(results: dict[str, Any]) -> str:
 
 
 def held_by(figures: list[Named]) -> tuple[str, str]:
-    """How many figures hold their target, and the largest miss."""
+    """Returns how many figures hold their target, and the largest miss."""
     factors = {one: one.figure.factor for one in figures}
     known = {one: factor for one, factor in factors.items() if factor is not None}
     wrong = [one for one in known if one.figure.is_missed]
@@ -217,38 +217,38 @@ def held_by(figures: list[Named]) -> tuple[str, str]:
 
 
 def threads_of(count: int) -> str:
-    """The number of threads in words."""
+    """Returns the number of threads in words."""
     return f"{count} thread{'s' * (count > 1)}"
 
 
 def named(row: Row) -> str:
-    """The net, with its batch size if that is not one."""
+    """Returns the net, with its batch size if that is not one."""
     return f"{row['net']}, batch {row['batch']}" if row.get("batch", 1) > 1 else str(row["net"])
 
 
 def batch_of(row: Row) -> str:
-    """The cells of the net and of its batch size."""
+    """Returns the cells of the net and of its batch size."""
     return f"{row['net']} | {row['batch']}"
 
 
 def label_of(row: Row) -> str:
-    """The net with its batch size, if that is not one, and the number of threads."""
+    """Returns the net with its batch size, if that is not one, and the number of threads."""
     return f"{named(row)}, {threads_of(row['threads'])}"
 
 
 def loads(rows: list[Row]) -> str:
-    """The other load of the machine, which slows down Python more than large tensor operations."""
+    """Load of the machine by other processes, which slows down Python more than large tensor operations."""
     found = [row["load"] for row in rows if "load" in row]
     return f"Load of the machine meanwhile: {min(found):.2g} to {max(found):.2g} processes." if found else ""
 
 
 def timm_table(rows: list[Row]) -> str:
-    """Medians and worst figures over the models of timm."""
+    """Returns the medians and worst figures over the models of timm."""
     return grid("| composite | figure | models | median | worst |", timm_figures(rows))
 
 
 def timm_figures(rows: list[Row]) -> list[tuple[str, str, int, Figure, Named]]:
-    """For each composite and column: the number of models, the median, and the worst figure."""
+    """Returns the number of models, the median and the worst figure, for each composite and column."""
     targets = {"plan": (TIMM_MEDIAN, TIMM_WORST), "first call": (TIMM_FIRST, None), "recorded": (None, None)}
     targets |= {"marginals again": (None, None), "Zennit": (None, None), "plan : Zennit": (OF_ZENNIT, 1.0)}
     lines: list[tuple[str, str, int, Figure, Named]] = []
@@ -264,7 +264,7 @@ def timm_figures(rows: list[Row]) -> list[tuple[str, str, int, Figure, Named]]:
 
 
 def failures(rows: list[Row]) -> Iterator[str]:
-    """Rows without times, or without a plan."""
+    """Yields the rows without times, or without a plan."""
     for row in rows:
         if "failed run" in row:
             yield f"{label_of(row)}: {row['failed run']}"
@@ -275,7 +275,7 @@ def failures(rows: list[Row]) -> Iterator[str]:
 
 
 def peak_failures(rows: list[Row]) -> Iterator[str]:
-    """Computations without a peak, except those of other packages."""
+    """Yields the computations without a peak, except those of other packages."""
     for row in rows:
         for way, error in row["failed"].items():
             if way != ZENNIT_FIRST:
@@ -283,7 +283,7 @@ def peak_failures(rows: list[Row]) -> Iterator[str]:
 
 
 def agreement(rows: list[Row]) -> str:
-    """The largest differences of all rows."""
+    """Returns the largest differences of all rows."""
     largest: dict[str, tuple[float, str]] = {}
     for row in rows:
         for name, off in row.get("differences", {}).items():
@@ -309,7 +309,7 @@ def misses(results: dict[str, Any]) -> Iterator[str]:
 
 
 def held(row: Row, composite: str) -> str:
-    """What a plan holds, as multiples of the peak of a plain gradient."""
+    """Returns what a plan holds, as multiples of the peak of a plain gradient."""
     found, plain = row["MiB"], row["MiB"].get(PLAIN, 0)
     if f"{STATE}, {composite}" not in found or plain <= 0:
         return ""
@@ -318,7 +318,7 @@ def held(row: Row, composite: str) -> str:
 
 
 def listed(figures: dict[str, Figure]) -> str:
-    """Figures with their names."""
+    """Returns the figures with their names."""
     return ", ".join(f"{name} {figure}" for name, figure in figures.items())
 
 
@@ -334,13 +334,13 @@ def reasons(row: Row, composite: str, exceeded: dict[str, Figure]) -> str:
 
 
 def staged(parts: dict[str, float], plain: float) -> str:
-    """The stages of a first call as multiples of a plain gradient, the largest first."""
+    """Returns the stages of a first call as multiples of a plain gradient, the largest first."""
     ordered = sorted(parts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {seconds / plain:.2g}" for name, seconds in ordered)
 
 
 def reason(profile: Row | None, top: int = 4) -> str:
-    """The profile in a sentence."""
+    """Returns the profile in a sentence."""
     if profile is None:
         return ""
     operators = list(profile["operators"].items())[:top]
@@ -349,12 +349,12 @@ def reason(profile: Row | None, top: int = 4) -> str:
 
 
 def short(operator: str) -> str:
-    """The name without its namespace."""
+    """Returns the name without its namespace."""
     return operator.rpartition("::")[2]
 
 
 def profile_text(way: str, profile: Row) -> str:
-    """A profile for the terminal."""
+    """Returns a profile for the terminal."""
     lines = [
         f"{way}: {1e3 * profile['seconds']:.1f} ms, {profile['calls']} operator calls",
         f"{profile['outside operators']:7.1%}  outside of operators (Python, autograd's engine, dispatch)",
@@ -364,13 +364,13 @@ def profile_text(way: str, profile: Row) -> str:
 
 
 def stages_text(parts: dict[str, float], plain: float, composite: str) -> str:
-    """The stages of a first call for the terminal."""
+    """Returns the stages of a first call for the terminal."""
     lines = [f"{FIRST}, {composite}: {sum(parts.values()) / plain:.2f} plain gradients"]
     return "\n".join([*lines, *(f"{seconds / plain:7.2f}  {name}" for name, seconds in parts.items())])
 
 
 def line(row: Row) -> str:
-    """One row for the terminal, while others are measured."""
+    """Returns one row for the terminal, while others are measured."""
     label = label_of(row)
     if "ratios" not in row:
         return f"{label}: {row.get('failed run') or '; '.join(row['faults'])}"
@@ -389,7 +389,7 @@ def write(results: dict[str, Any]) -> None:
 
 
 def rendered(results: dict[str, Any], page: str) -> str:
-    """The page with the overview and the tables of these results."""
+    """Returns the page with the overview and the tables of these results."""
     for mark, text in (("overview", overview(results)), ("measured", tables(results))):
         head, rest = page.split(f"<!-- {mark} -->")
         page = f"{head}<!-- {mark} -->\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"

@@ -25,7 +25,7 @@ STAGES: dict[str, tuple[type, str]] = {
 
 
 def stages(run: Callable[[], object]) -> dict[str, float]:
-    """Processor seconds of each stage in one run."""
+    """Returns the processor seconds of each stage in one run."""
     found: dict[str, float] = dict.fromkeys((*STAGES, REST), 0.0)
     gc.collect()  # otherwise, a stage would include the collection of earlier objects
     with _timed(found):

@@ -43,7 +43,7 @@ def alternated(work: Work, rounds: int, seconds: float = 20.0, once: Collection[
 
 
 def clocked(run: Callable[[], object]) -> tuple[float, float]:
-    """Processor and wall-clock seconds of one run."""
+    """Returns the processor and wall-clock seconds of one run."""
     gc.collect()
     wall, processor = time.perf_counter(), time.process_time()
     run()
@@ -51,17 +51,17 @@ def clocked(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float]) -> list[float]:
-    """Median, smallest and largest."""
+    """Returns the median, smallest and largest."""
     return [round_to(value) for value in (statistics.median(values), min(values), max(values))]
 
 
 def round_to(value: float, digits: int = 4) -> float:
-    """Significant digits."""
+    """Rounds to a number of significant digits."""
     return float(f"{value:.{digits}g}")
 
 
 def summary(clocks: dict[str, Clocks]) -> dict[str, Any]:
-    """Seconds and multiples of the plain gradient of the same round: median, smallest, largest."""
+    """Returns the seconds and multiples of the plain gradient of the same round: median, smallest, largest."""
     plain = clocks[PLAIN]
     return {
         "rounds": len(plain),
@@ -74,7 +74,7 @@ def summary(clocks: dict[str, Clocks]) -> dict[str, Any]:
 
 
 def pairs(runs: Clocks, plain: Clocks) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """The runs of each round; a computation may have run in the first one only."""
+    """Returns the runs of each round; a computation may have run in the first one only."""
     return list(zip(runs, plain, strict=False))
 
 
@@ -82,14 +82,14 @@ def pairs(runs: Clocks, plain: Clocks) -> list[tuple[tuple[float, float], tuple[
 
 
 def limit_memory(gibibytes: float | None) -> None:
-    """Limits the memory of this process: a computation that needs more raises instead of using up the machine."""
+    """Limits the memory of this process, so that a computation that needs more raises an error."""
     if gibibytes is not None:
         size = int(gibibytes * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def resident() -> tuple[float, float]:
-    """Resident memory of this process and its peak since ``reset``, in MiB."""
+    """Returns the resident memory of this process and its peak since ``reset``, in MiB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
@@ -101,10 +101,10 @@ def reset() -> None:
 
 
 def forked(run: Callable[..., Any], *arguments: object, seconds: float | None = None) -> Any:
-    """The result of a function in a forked process.
+    """Returns the result of a function in a forked process.
 
     Raises:
-        RuntimeError: With the message of the process, if the function raises there, or if it takes longer than this.
+        RuntimeError: With the message of the process, if the function raises there or takes longer than ``seconds``.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -136,7 +136,7 @@ def _sent(sender: Any, run: Callable[..., Any], arguments: tuple[object, ...]) -
 
 
 def profile(run: Callable[[], object], seconds: float = 0.2, top: int = 12) -> dict[str, Any]:
-    """Shares of the wall-clock time: of single tensor operators, and of what is outside of all of them.
+    """Returns the shares of the wall-clock time of single tensor operators, and of the time outside of all operators.
 
     The latter is Python, autograd's engine and the dispatcher. The profiler adds to each call of an operator, so that
     shares are accurate to a few percent.
@@ -153,7 +153,7 @@ def profile(run: Callable[[], object], seconds: float = 0.2, top: int = 12) -> d
 
 
 def shares(operators: list[tuple[str, float, int]], took: float, repeats: int, top: int) -> dict[str, Any]:
-    """The profile of operators given by name, own microseconds and calls; other events are not operators."""
+    """Returns the profile of operators given by name, own microseconds and calls; other events are not operators."""
     own = [(micro / 1e6 / took, name, calls) for name, micro, calls in operators if is_operator(name)]
     largest = sorted(own, reverse=True)[:top]
     return {
@@ -165,10 +165,10 @@ def shares(operators: list[tuple[str, float, int]], took: float, repeats: int, t
 
 
 def is_operator(name: str) -> bool:
-    """Whether an event of the profiler is a tensor operator, such as ``aten::mul``."""
+    """Returns whether an event of the profiler is a tensor operator, such as ``aten::mul``."""
     return "::" in name and not name.startswith("autograd::")
 
 
 def threads() -> list[int]:
-    """One, and all."""
+    """Returns the numbers of threads to measure: one, and all."""
     return sorted({1, os.cpu_count() or 1})

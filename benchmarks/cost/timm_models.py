@@ -26,7 +26,7 @@ NAMES = (
 
 
 def net(name: str) -> Net:
-    """A model of timm with images of its own size."""
+    """Returns a model of timm with images of its own size."""
     try:
         config = importlib.import_module("timm.models").get_pretrained_cfg(name)
     except ModuleNotFoundError:

@@ -29,20 +29,20 @@ TOLERANCE = 1e-6
 ROUNDINGS = 4
 """Largest difference of a plan in float32, in units of the error of the recorded measure, as both are rounded."""
 OTHER = 2
-"""Seed of the inputs that a plan is made for, so that nothing of them can serve the inputs that are measured."""
+"""Seed of the inputs for which a plan is made; they differ from the measured inputs, so no result can be reused."""
 
 Work = dict[str, Callable[[], object]]
 T = TypeVar("T")
 
 
 def gradient(model: nn.Module, x: Tensor) -> Tensor:
-    """Input gradient of one logit of each sample."""
+    """Returns the input gradient of one logit of each sample."""
     leaf = x.clone().requires_grad_()
     return torch.autograd.grad(model(leaf)[:, TARGET].sum(), leaf)[0]
 
 
 def explained(model: nn.Module, x: Tensor) -> Tensor:
-    """Zennit's relevance at the input, of a model in a composite's context."""
+    """Returns Zennit's relevance at the input, of a model in a composite's context."""
     leaf = x.clone().requires_grad_()
     output = model(leaf)
     start = torch.zeros_like(output)
@@ -51,36 +51,36 @@ def explained(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def with_context(model: nn.Module, x: Tensor, composite: Composite) -> Tensor:
-    """The same, context included."""
+    """Returns the same, including the time to enter and exit the context."""
     with composite.context(model):
         return explained(model, x)
 
 
 def recorded(net: Net, model: nn.Module, x: Tensor, composite: Composite, **options: Any) -> RelevanceMeasure:
-    """A measure that is recorded for these inputs."""
+    """Returns a measure that is recorded for these inputs."""
     return RelevanceMeasure(model, x, TARGET, composite=composite, batched=net.is_batched, **options)
 
 
 def planned(net: Net, model: nn.Module, x: Tensor, composite: Composite) -> Plan:
-    """A plan for inputs of this shape."""
+    """Returns a plan for inputs of this shape."""
     return Plan(model, x, composite=composite, batched=net.is_batched)
 
 
 def prepared(net: Net, model: nn.Module, other: Tensor, composite: Composite) -> Plan:
-    """A plan that has answered the query for these inputs, so that nothing is found anew for others."""
+    """Returns a plan that has already answered the query, so that later inputs only run its program."""
     plan = planned(net, model, other, composite)
     all_marginals(plan(other, TARGET))
     return plan
 
 
 def held(plan: Plan) -> dict[str, int]:
-    """Bytes of the constants of a plan, and of the tensors that its forward pass leaves for the relevance."""
+    """Returns the bytes of the constants of a plan, and of the tensors between its two stages."""
     programs = [one.latest for one in plan._forms.values() if one.latest is not None]
     return {CONSTANTS: plan.memory, STATE: max((program.size for program in programs), default=0)}
 
 
 def all_marginals(mu: RelevanceMeasure) -> dict[str, Tensor]:
-    """Marginals of all taps."""
+    """Returns the marginals of all taps."""
     marginals: dict[str, Tensor] = mu.marginal(mu.layers)
     return marginals
 
@@ -100,7 +100,7 @@ class Ways:
         return self.net.inputs(len(self.x), OTHER)
 
     def plan(self, name: str) -> Plan:
-        """A plan with one composite, made for other inputs at the first call."""
+        """Returns a plan with one composite, made for other inputs at the first call."""
         if name not in self.plans:
             self.plans[name] = prepared(self.net, self.model, self.other, COMPOSITES[name]())
         return self.plans[name]
@@ -136,7 +136,7 @@ class Ways:
         }
 
     def runnable(self, names: list[str], others: tuple[str, ...] | None = None) -> tuple[Work, dict[str, str]]:
-        """The computations that run on this net, all or some of other packages, and why the others fail."""
+        """Returns the computations that run on this net, all or some of other packages, and why the others fail."""
         works, failed = self.others(), dict[str, str]()
         works = {name: work for name, work in works.items() if others is None or name in others}
         for name in list(works):
@@ -183,7 +183,7 @@ def check(relevance: object) -> None:
 
 
 def message(error: Exception) -> str:
-    """The error as one line."""
+    """Returns the error as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
@@ -209,7 +209,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
 
 
 def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
-    """Differences between ways to take the same measure, before they are timed.
+    """Returns the differences between the ways to compute the same measure, before they are timed.
 
     Args:
         ways: The computations.
@@ -236,7 +236,7 @@ def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
 
 
 def faults(found: dict[str, dict[str, float]]) -> list[str]:
-    """The differences above the tolerance: of the sum in float64, of one neuron in float32.
+    """Returns the differences above the tolerance: of the sum in float64, of one neuron in float32.
 
     In float32 a plan may differ from a recorded measure by a few times the difference of this one from float64, the
     larger one of both composites: rounding decides which of two equal entries of a pooling window is the largest.

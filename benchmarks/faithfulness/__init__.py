@@ -1,1 +1,1 @@
-"""Faithfulness of relevances compared with other attribution methods: ``python -m benchmarks.faithfulness``."""
+"""Faithfulness of relevance compared with other attribution methods: ``python -m benchmarks.faithfulness``."""

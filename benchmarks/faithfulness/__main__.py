@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks/results/faithfulness.json"
 
 
 def missing() -> list[str]:
-    """Packages that some of the results need and that are not installed."""
+    """Returns the packages that some of the results need and that are not installed."""
     installed = {"Quantus": quantus_metrics.IS_INSTALLED, "zennit-crp": latent.HAS_CRP}
     return [name for name, is_installed in installed.items() if not is_installed]
 
@@ -68,7 +68,7 @@ def measure(parts: Sequence[str], nets: Sequence[str], samples: int, processes: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faithfulness", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--samples", type=int, default=512, help="for each net (default: %(default)s)")

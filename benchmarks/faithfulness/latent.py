@@ -43,22 +43,22 @@ COMPARISON = Comparison(
 
 
 def plain_rules() -> Composite:
-    """LRP-0, which equals gradient × activation in a net of ReLUs."""
+    """Returns LRP-0, which equals gradient × activation in a net of ReLUs."""
     return LayerMapComposite([*layer_map_base(), (Linear, Epsilon(epsilon=1e-6))])
 
 
 def gradient_rules() -> Composite:
-    """The same, without redistribution of absorbed relevance."""
+    """Returns the same, without redistribution of absorbed relevance."""
     return Normalized(plain_rules(), residual="sink")
 
 
 def by_channel(values: Tensor) -> Tensor:
-    """Sums over positions, ``(N, C)``."""
+    """Returns the sums over positions, ``(N, C)``."""
     return values.detach().flatten(2).sum(2) if values.ndim > 2 else values.detach()
 
 
 def chunks(net: Net) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets in batches."""
+    """Yields images and targets in batches."""
     size = at_once(net.images)
     yield from zip(torch.split(net.images, size), torch.split(net.target, size), strict=True)
 
@@ -73,7 +73,7 @@ def gradients(
 def values_and_gradients(
     model: nn.Module, layers: list[str], images: Tensor, target: Tensor, composite: Composite | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Activations of each layer, and the result of :func:`gradients`."""
+    """Returns the activations of each layer, and the result of :func:`gradients`."""
     recorded: dict[str, Tensor] = {}
     with ExitStack() as stack:
         if composite is not None:
@@ -94,7 +94,7 @@ def values_and_gradients(
 def along_path(
     model: nn.Module, layers: list[str], images: Tensor, target: Tensor, steps: int = STEPS
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """LayerConductance and InternalInfluence of all layers from shared passes; Captum runs them for each layer.
+    """Returns LayerConductance and InternalInfluence of all layers from shared passes; Captum runs them for each layer.
 
     Both as in Captum: Gauss-Legendre steps on the path from zero to the images, one more for conductance.
     """
@@ -116,7 +116,7 @@ def along_path(
 
 
 def concept_relevance(model: nn.Module, layers: list[str], images: Tensor, target: Tensor) -> list[Tensor]:
-    """Relevance of channels by zennit-crp, ``(N, C)`` for each layer, in units of the layer's sum."""
+    """Returns the relevance of channels by zennit-crp, ``(N, C)`` for each layer, in units of the layer's sum."""
     from crp.attribution import CondAttribution
     from crp.concepts import ChannelConcept
 
@@ -127,7 +127,7 @@ def concept_relevance(model: nn.Module, layers: list[str], images: Tensor, targe
 
 
 def channel_scores(net: Net) -> dict[str, list[Tensor]]:
-    """Score of every channel by every method, ``(N, C)`` by layer."""
+    """Returns the score of every channel by every method, ``(N, C)`` by layer."""
     model, layers = net.model, net.layers
     scores: dict[str, list[list[Tensor]]] = {}
 
@@ -155,12 +155,12 @@ def channel_scores(net: Net) -> dict[str, list[Tensor]]:
 
 
 def rescaled(parts: list[Tensor]) -> list[Tensor]:
-    """Each layer divided by its sum of absolute values."""
+    """Returns each layer divided by its sum of absolute values."""
     return [part / part.abs().sum(1, keepdim=True).clamp(min=1e-30) for part in parts]
 
 
 def all_scores(net: Net) -> dict[str, Tensor]:
-    """Concatenated scores of all channels, ``(N, K)``, including variants with rescaled layers."""
+    """Returns the concatenated scores of all channels, ``(N, K)``, including variants with rescaled layers."""
     layer_scores = channel_scores(net)
     for name in [name for name in layer_scores if name not in (*OURS, CRP)]:
         layer_scores[f"{name}, layers rescaled"] = rescaled(layer_scores[name])
@@ -204,7 +204,7 @@ def flipped(net: Net, scores: Tensor, most_first: bool, fill: str, means: dict[s
 
 
 def mean_activations(net: Net) -> dict[str, Tensor]:
-    """Mean activations of each layer over all samples, ``(1, …)``, computed in batches."""
+    """Returns the mean activations of each layer over all samples, ``(1, …)``, computed in batches."""
     sums: dict[str, Tensor] = {}
     for images, _ in chunks(net):
         for layer, values in activations(net.model, images, net.layers).items():
@@ -213,7 +213,7 @@ def mean_activations(net: Net) -> dict[str, Tensor]:
 
 
 def neuron_flipping(net: Net) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, list[float]]]]:
-    """Areas under the curves by method and metric, ``(N,)``, and mean logit curves."""
+    """Returns the areas under the curves by method and metric, ``(N,)``, and mean logit curves."""
     means = mean_activations(net)
     unit = net.logit(net.images).mean()
     areas: dict[str, dict[str, Tensor]] = {}

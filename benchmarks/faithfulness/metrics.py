@@ -16,12 +16,12 @@ from benchmarks.default_composite import CHUNK, interval
 
 
 def at_once(images: Tensor) -> int:
-    """Batch size for samples of this size."""
+    """Returns the batch size for images of this size."""
     return max(1, min(CHUNK, 500_000 // images[0].numel()))
 
 
 def ranks(scores: Tensor, most_first: bool) -> Tensor:
-    """Rank of each entry, from 0, ``(N, K)``; ties in the order of entries."""
+    """Returns the rank of each entry, from 0, ``(N, K)``; ties in the order of entries."""
     if not bool(scores.isfinite().all()):
         raise ValueError("a score is not finite and has no rank.")
     order = scores.argsort(dim=1, descending=most_first, stable=True)
@@ -30,7 +30,7 @@ def ranks(scores: Tensor, most_first: bool) -> Tensor:
 
 
 def area(curve: Tensor, shares: Sequence[float]) -> Tensor:
-    """Normalized area under a curve ``(S, N)`` over ablated shares, ``(N,)``."""
+    """Returns the normalized area under a curve ``(S, N)`` over ablated shares, ``(N,)``."""
     places = torch.tensor(shares, dtype=curve.dtype)
     return torch.trapezoid(curve, places, dim=0) / (places[-1] - places[0])
 
@@ -49,28 +49,28 @@ def average_precision(scores: Tensor, truth: Tensor, draw: torch.Generator) -> T
 
 
 def precision_at(scores: Tensor, truth: Tensor, share: float, draw: torch.Generator) -> Tensor:
-    """Precision at ``share`` times the number of true entries, ``(N,)``; equal to the recall at 1."""
+    """Returns the precision at ``share`` times the number of true entries, ``(N,)``; equal to the recall at 1."""
     hits = _ranked_truth(scores, truth, draw)
     count = (share * truth.sum(1)).ceil().long().clamp(min=1)
     return hits.cumsum(1).gather(1, count[:, None] - 1)[:, 0] / count
 
 
 def _ranked_truth(scores: Tensor, truth: Tensor, draw: torch.Generator) -> Tensor:
-    """Truth of the entries in order of decreasing scores, as 0 and 1."""
+    """Returns the truth of the entries in order of decreasing scores, as 0 and 1."""
     shuffled = torch.randperm(scores.shape[1], generator=draw)
     order = ranks(scores[:, shuffled], most_first=True).argsort(1)
     return truth[:, shuffled].gather(1, order).to(torch.float64)
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Spearman correlation of each row, ``(N,)``; 0 where a row is constant."""
+    """Returns the Spearman correlation of each row, ``(N,)``; 0 where a row is constant."""
     one, other = _mean_ranks(one), _mean_ranks(other)
     scale = (one.square().sum(1) * other.square().sum(1)).sqrt()
     return torch.where(scale > 0, (one * other).sum(1) / scale.clamp(min=1e-12), torch.zeros(len(one)).to(one))
 
 
 def _mean_ranks(values: Tensor) -> Tensor:
-    """Centred ranks of each row; ties share their mean rank."""
+    """Returns the centred ranks of each row; ties share their mean rank."""
     values = values.contiguous()
     rows = values.sort(1).values.contiguous()
     below, through = torch.searchsorted(rows, values), torch.searchsorted(rows, values, right=True)
@@ -113,7 +113,7 @@ class Comparison:
     pairs: Mapping[str, str] = field(default_factory=dict)
 
     def results(self, by_method: Values, weights: Tensor) -> dict[str, Any]:
-        """Means with intervals, and our paired differences, signed so that positive is better for us.
+        """Returns the means with intervals, and our paired differences, signed so that positive is better for us.
 
         Args:
             by_method: Values by sample.
@@ -146,11 +146,11 @@ class Comparison:
         return {"methods": table, "best": best, "pairs": pairs}
 
     def keys(self, by_method: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """The measured metrics, in order."""
+        """Returns the measured metrics, in order."""
         return [key for key in self.better if all(key in values for values in by_method.values())]
 
     def best_other(self, by_method: Values, key: str) -> str:
-        """The best other method by the mean of a metric."""
+        """Returns the best other method by the mean of a metric."""
         others = [name for name in by_method if name not in (*self.ours, *self.unranked)]
         return max(others, key=lambda name: self.better[key] * float(by_method[name][key].mean()))
 

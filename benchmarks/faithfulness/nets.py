@@ -20,7 +20,7 @@ from nrm_plugin.demo.model import load_digits, load_model
 
 @cache
 def digits_net(samples: int) -> Net:
-    """The embedded net of the demo on held-out digits."""
+    """Returns the embedded net of the demo on held-out digits."""
     model = load_model()
     images, group = digits(samples)
     held_out, labels = load_digits()
@@ -29,7 +29,7 @@ def digits_net(samples: int) -> Net:
 
 @cache
 def residual_net(samples: int) -> Net:
-    """A residual net trained on generated coloured shapes, with further shapes as samples."""
+    """Returns a residual net trained on generated coloured shapes, with further shapes as samples."""
     with reproducible(0):
         model = fit_shapes(shapes_net(basic, 12))
         images, labels = draw_shapes(samples)
@@ -76,14 +76,14 @@ class SmallTransformer(nn.Module):
         self.head = nn.Linear(channels, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, 5)``."""
+        """Returns the logits ``(N, 5)``."""
         logits: Tensor = self.head(self.pool(self.norm(self.blocks(self.embed(images) + self.places))).flatten(1))
         return logits
 
 
 @cache
 def transformer_net(samples: int) -> Net:
-    """A small vision transformer trained on the same shapes."""
+    """Returns a small vision transformer trained on the same shapes."""
     with reproducible(0):
         model = fit_shapes(SmallTransformer(), steps=1000)
         images, labels = draw_shapes(samples)
@@ -100,12 +100,12 @@ NETS: dict[str, Callable[[int], Net]] = {
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of correct predictions."""
+    """Returns the share of correct predictions."""
     return float((model(images).argmax(1) == labels).double().mean())
 
 
 def own_net(name: str, weights: Path, folder: Path, samples: int) -> Net:
-    """A torchvision classifier with weights from a file, on images of a folder; targets are its predictions.
+    """Returns a torchvision classifier with weights from a file, on images of a folder; targets are its predictions.
 
     Args:
         name: Name in torchvision, such as ``vgg16`` or ``resnet50``.
@@ -138,7 +138,7 @@ def own_net(name: str, weights: Path, folder: Path, samples: int) -> Net:
 
 @torch.no_grad()
 def activation_layers(model: nn.Module, images: Tensor) -> list[str]:
-    """Every ReLU; for a ReLU with several calls, the enclosing module, as the blocks of ResNet."""
+    """Returns every ReLU; for a ReLU with several calls, the enclosing module, as the blocks of ResNet."""
     calls: list[str] = []
     with ExitStack() as stack:
         for name, module in model.named_modules():

@@ -50,7 +50,7 @@ def render(results: Results) -> None:
 
 
 def rendered(text: str, results: Results) -> str:
-    """The page with the tables of these results."""
+    """Returns the page with the tables of these results."""
     tables = {
         "counts": counts(results),
         "choices": choices(results),
@@ -72,7 +72,7 @@ def rendered(text: str, results: Results) -> str:
 
 
 def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Results]]:
-    """Part, name, comparison and result of each."""
+    """Yields the part, name, comparison and result of each."""
     for part, comparison in (("latent", latent.COMPARISON), ("input", pixels.COMPARISON)):
         for name, net in results[part].items():
             yield part, name, comparison, net
@@ -84,7 +84,7 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Result
 
 
 def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Results]]:
-    """Kind of scores, net, comparison, metric and best other method, for each metric."""
+    """Yields the kind of scores, net, comparison, metric and best other method, for each metric."""
     kinds = {"latent": "channels", "input": "pixels", "planted": "edges"}
     for part, name, comparison, result in comparisons(results):
         for key in comparison.better:
@@ -92,7 +92,7 @@ def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Resu
 
 
 def counts(results: Results) -> str:
-    """How often the default composite is better than, tied with and worse than the best other method of a metric."""
+    """Numbers of metrics in which the default composite is better than, tied with or worse than the best other one."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
         group = (
@@ -132,7 +132,7 @@ COMPOSITES = {
 
 
 def choices(results: Results) -> str:
-    """Mean rank of each of our composites among all methods, and the best other method, by question."""
+    """Returns the mean rank of each of our composites among all methods, and the best other method, by question."""
     lines = []
     for question, evaluated in questions(results).items():
         ranks: dict[str, list[float]] = {}
@@ -151,7 +151,7 @@ def choices(results: Results) -> str:
 
 
 def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, list[str]]]]:
-    """Methods with their values, comparison and metrics, for each net of a question."""
+    """Returns the methods with their values, comparison and metrics, for each net of a question."""
 
     def nets(
         part: str, comparison: Comparison, keys: list[str], transformer: bool
@@ -187,7 +187,7 @@ def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, lis
 
 
 def standings(nets: Results, comparison: Comparison) -> str:
-    """Mean rank of every method over the flipping metrics of each net, 1 is best; sorted by the average."""
+    """Returns the mean rank of every method over the flipping metrics of each net, 1 is best; sorted by the average."""
     keys = [key for key in comparison.better if key.startswith(FLIPS)]
     ranks: dict[str, list[float | None]] = {}
     names = dict.fromkeys(name for net in nets.values() for name in net["methods"] if name not in comparison.unranked)
@@ -232,7 +232,7 @@ def methods(name: str, result: Results, comparison: Comparison) -> str:
 
 
 def planted_tables(result: Results) -> str:
-    """The three tables on planted paths, and the effect of the planted weights."""
+    """Returns the three tables on planted paths, and the effect of the planted weights."""
     within, between = (result[f"same without weights {where} streams"] for where in ("within", "between"))
     head = (
         f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f} %. Without the weights between streams, "
@@ -258,7 +258,7 @@ def pairs(results: Results) -> str:
 
 
 def where(results: Results) -> str:
-    """Versions, machine, settings."""
+    """Returns versions, machine and settings."""
     place, settings = results["environment"], results["settings"]
     packages = ("python", "torch", "torchvision", "zennit", "captum", "quantus", "zennit-crp")
     named = ", ".join(f"{name} {place[name]}" for name in packages)
@@ -276,7 +276,7 @@ def where(results: Results) -> str:
 
 
 def agreement(results: Results) -> str:
-    """Agreement of pixel flipping with Quantus."""
+    """Returns the agreement of pixel flipping with Quantus."""
     differences = [net["differences to Quantus"] for net in results["input"].values()]
     logit, softmax = (max(net[key] for net in differences) for key in ("logit", "softmax"))
     return (

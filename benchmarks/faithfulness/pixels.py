@@ -107,7 +107,7 @@ def measure_map(make: Callable[[], Composite]) -> Explainer:
 
 
 def captum_lrp(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """LRP of Captum with its default rule ε, also on Flatten and sums, for which Captum has no rule."""
+    """Returns LRP of Captum with its default rule ε, also on Flatten and sums, for which Captum has no rule."""
     model = copy.deepcopy(model)  # Captum leaves attributes on the modules
     for module in model.modules():
         if isinstance(module, (nn.Flatten, Sum)):
@@ -116,7 +116,7 @@ def captum_lrp(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
 
 
 def explainers(setting: Setting) -> dict[str, Explainer]:
-    """All methods by name."""
+    """Returns all methods by name."""
 
     def base(images: Tensor) -> Tensor:
         return setting.baseline.expand_as(images)
@@ -156,7 +156,7 @@ def explainers(setting: Setting) -> dict[str, Explainer]:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without in-place operations, which some methods of Captum do not support."""
+    """Returns a copy without in-place operations, which some methods of Captum do not support."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "inplace"):
@@ -165,7 +165,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def heat_map(explain: Explainer, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Heat maps ``(N, 1, H, W)``, summed over colours; every batch uses the same random numbers."""
+    """Returns heat maps ``(N, 1, H, W)``, summed over colours; every batch uses the same random numbers."""
     parts = []
     for part in zip(torch.split(images, at_once(images)), torch.split(target, at_once(images)), strict=True):
         with same_noise():  # Captum also draws from NumPy
@@ -174,14 +174,14 @@ def heat_map(explain: Explainer, model: nn.Module, images: Tensor, target: Tenso
 
 
 def patch_ranks(heat: Tensor, most_first: bool) -> Tensor:
-    """Rank of each pixel, equal to the rank of its patch, ``(N, 1, H, W)``."""
+    """Returns the rank of each pixel, equal to the rank of its patch, ``(N, 1, H, W)``."""
     means = nn.functional.adaptive_avg_pool2d(heat, GRID)
     order = ranks(means.flatten(1), most_first).reshape(means.shape)
     return nn.functional.interpolate(order.float(), size=heat.shape[2:], mode="nearest")
 
 
 def filled(net: Net, fill: str) -> Tensor:
-    """Replacement values of pixels, ``(N or 1, C, H or 1, W or 1)``."""
+    """Returns the replacement values of pixels, ``(N or 1, C, H or 1, W or 1)``."""
     if fill == "zero":
         return torch.zeros(1, 1, 1, 1)
     if fill == "mean":
@@ -192,7 +192,7 @@ def filled(net: Net, fill: str) -> Tensor:
 
 @torch.no_grad()
 def flipped(net: Net, heat: Tensor, most_first: bool, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Target logit and softmax output after each step, ``(S, N)`` both."""
+    """Returns the target logit and softmax output after each step, ``(S, N)`` both."""
     order = patch_ranks(heat, most_first)
     logits, shares = [], []
     for replaced in range(0, GRID * GRID + 1, AT_ONCE):
@@ -204,7 +204,7 @@ def flipped(net: Net, heat: Tensor, most_first: bool, other: Tensor) -> tuple[Te
 
 
 def flipping(net: Net, heat: Tensor) -> dict[str, Tensor]:
-    """Areas under the curves for both orders and all fills, ``(N,)``.
+    """Returns the areas under the curves for both orders and all fills, ``(N,)``.
 
     Deletion and insertion use the same curves of softmax outputs. Deletion sets the most relevant patches to zero
     first. Insertion restores patches of a blurred image, the most relevant first, which is the reversed curve of
@@ -227,7 +227,7 @@ def flipping(net: Net, heat: Tensor) -> dict[str, Tensor]:
 def measured(
     net: Net, only: Iterable[str] | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[float]], dict[str, float]]:
-    """Values by method and metric, ``(N,)``; cascade curves; differences from Quantus.
+    """Returns the values by method and metric, ``(N,)``; cascade curves; differences from Quantus.
 
     Methods that do not run on this net are omitted, and so are metrics, curves and differences if Quantus is missing.
     """
@@ -250,7 +250,7 @@ def measured(
 
 
 def of_method(net: Net, model: nn.Module, explain: Explainer) -> tuple[Tensor, dict[str, Tensor]]:
-    """Heat maps of a method, and all their metrics, ``(N,)``.
+    """Returns heat maps of a method, and all their metrics, ``(N,)``.
 
     Raises:
         ValueError: A metric is not finite.
@@ -266,7 +266,7 @@ def of_method(net: Net, model: nn.Module, explain: Explainer) -> tuple[Tensor, d
 
 
 def evaluation(net: Net, model: nn.Module, explain: Explainer, heat: Tensor) -> quantus_metrics.Evaluation:
-    """The inputs for Quantus."""
+    """Returns the inputs for Quantus."""
 
     def maps(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         return heat_map(explain, model, images, target)
@@ -275,7 +275,7 @@ def evaluation(net: Net, model: nn.Module, explain: Explainer, heat: Tensor) -> 
 
 
 def differences(net: Net, heat: Tensor) -> dict[str, float]:
-    """Largest difference from pixel flipping by Quantus, over a few samples, both orders and all fills."""
+    """Returns the largest difference from pixel flipping by Quantus, over a few samples, both orders and all fills."""
     few = Net(net.name, net.model, net.images[:COMPARED], net.group[:COMPARED], net.fill, net.accuracy)
     heat = heat[:COMPARED]
     inputs = evaluation(few, few.model, lambda *parts: parts[1], heat)

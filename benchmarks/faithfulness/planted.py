@@ -5,9 +5,9 @@ into one dense net, with channels shuffled in every layer and weak weights betwe
 by the red and the green stream together. The blue stream is as active and has no effect: half of its last channels have
 no weight to the output, the others form equal pairs with opposite weights, which cancel.
 
-A sample shows its class in red, in green, or in both; blue always shows something else. The planted edges of a sample
-join two channels of one stream, which is red or green and shown. So an edge from a red channel to a green one is wrong
-even if both have high relevance: products of marginals cannot reveal that, but joint relevance can.
+A sample shows its class in red, in green, or in both; blue always shows a different shape. The planted edges of a
+sample join two channels of one stream, red or green, that shows the class. An edge from a red channel to a green one is
+thus wrong even if both have high relevance: joint relevance can reveal this, but products of marginals cannot.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BLUE = 2
 
 
 def streams_net() -> nn.Sequential:
-    """Three parallel streams, from ``(N, 3, 16, 16)`` to the features ``(N, 24)`` of all."""
+    """Returns three parallel streams, from ``(N, 3, 16, 16)`` to the features ``(N, 24)`` of all."""
 
     def convolution(channels: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, STREAMS * WIDTH, 3, padding=1, groups=STREAMS), nn.ReLU()]
@@ -61,7 +61,7 @@ def streams_net() -> nn.Sequential:
 
 
 def draw_cues(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images ``(N, 3, 16, 16)``, the shape in each colour ``(N, 3)``, and whether it is shown, ``(N, 3)``."""
+    """Returns images ``(N, 3, 16, 16)``, the shape in each colour ``(N, 3)``, and whether it is shown, ``(N, 3)``."""
     wanted, count = count, max(count, 64)  # a small batch may lack a second shape of some class
     shapes, parts = [], []
     for _ in range(STREAMS):
@@ -102,7 +102,7 @@ def train_streams(steps: int) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tuple[nn.Sequential, list[Tensor]]:
-    """The dense net, and the stream of each channel of its four layers.
+    """Returns the dense net, and the stream of each channel of its four layers.
 
     Args:
         body: Trained streams.
@@ -143,7 +143,7 @@ def plant(body: nn.Sequential, weight: Tensor, bias: Tensor, cross: float) -> tu
 
 
 def planted_net(samples: int, steps: int = 500) -> tuple[Net, list[Tensor], Tensor]:
-    """The net with samples, the stream of each channel by layer, and the relevant streams, ``(N, 3)``."""
+    """Returns the net with samples, the stream of each channel by layer, and the relevant streams, ``(N, 3)``."""
     with reproducible(0):
         dense, streams = plant(*train_streams(steps), CROSS)
         images, labels, shown = draw_cues(samples)
@@ -194,7 +194,7 @@ EDGES = Comparison(
 
 
 def marginals(net: Net, images: Tensor, target: Tensor) -> dict[str, list[Tensor]]:
-    """Scores of channels, ``(N, C)`` by layer."""
+    """Returns the scores of channels, ``(N, C)`` by layer."""
     values, slopes = activations(net.model, images, LAYERS), gradients(net.model, LAYERS, images, target)
     scores = {
         "μ(A) μ(B), " + name: list(
@@ -210,7 +210,7 @@ def marginals(net: Net, images: Tensor, target: Tensor) -> dict[str, list[Tensor
 
 
 def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """Absolute score of every edge between pairs of layers (upper, lower), ``(N, E)``."""
+    """Returns the absolute score of every edge between pairs of layers (upper, lower), ``(N, E)``."""
     scores: dict[str, list[Tensor]] = {}
     for name, composite in JOINTS.items():
         mu = RelevanceMeasure(net.model, images, target, composite=composite())
@@ -233,7 +233,7 @@ def edge_scores(net: Net, images: Tensor, target: Tensor, pairs: list[tuple[int,
 
 
 def concept_edges(net: Net, images: Tensor, target: Tensor, pair: tuple[int, int], rules: Composite) -> Tensor:
-    """zennit-crp's relevance of lower channels under the condition of each upper one, ``(N, upper, lower)``."""
+    """Returns zennit-crp's relevance of lower channels under the condition of each upper one, ``(N, upper, lower)``."""
     from crp.attribution import CondAttribution
 
     upper, lower = (LAYERS[number] for number in pair)
@@ -249,7 +249,7 @@ def concept_edges(net: Net, images: Tensor, target: Tensor, pair: tuple[int, int
 def planted_edges(
     net: Net, streams: list[Tensor], carries: Tensor, pairs: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:
-    """The planted edges, ``(N, E)``, and the edges that are scored, ``(E,)``.
+    """Returns the planted edges, ``(N, E)``, and the edges that are scored, ``(E,)``.
 
     An edge is planted if both ends are active in the sample and belong to one relevant stream. All edges with both ends
     active in some sample are scored.
@@ -276,7 +276,7 @@ def planted_channels(net: Net, streams: list[Tensor], carries: Tensor) -> dict[s
 
 
 def recovery_metrics(scores: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Recovery of true entries among all entries, by metric, ``(N,)``."""
+    """Returns the recovery of true entries among all entries, by metric, ``(N,)``."""
     draw = torch.Generator().manual_seed(0)
     return {
         "average precision": average_precision(scores, truth, draw),
@@ -289,7 +289,7 @@ QUESTIONS = {"neighbouring layers": [(3, 2), (2, 1), (1, 0)], "first and last la
 
 
 def recovery(net: Net, streams: list[Tensor], carries: Tensor) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """Recovery of planted edges among all edges, by question, method and metric, ``(N,)``."""
+    """Returns the recovery of planted edges among all edges, by question, method and metric, ``(N,)``."""
     recovered: dict[str, dict[str, dict[str, Tensor]]] = {}
     for question, pairs in QUESTIONS.items():
         truth, scored = planted_edges(net, streams, carries, pairs)

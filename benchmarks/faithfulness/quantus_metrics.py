@@ -61,7 +61,7 @@ class Evaluation:
     batch: int
 
     def compute(self, metric: Any, model: nn.Module, heat: Tensor, softmax: bool = False) -> Any:
-        """Result of a metric of Quantus, with the same random numbers in each call."""
+        """Returns the result of a metric of Quantus, with the same random numbers in each call."""
 
         def explained(model: nn.Module, inputs: Any, targets: Any, **options: Any) -> Any:
             model = model.net if isinstance(model, Staged) else model
@@ -76,7 +76,7 @@ class Evaluation:
 
 
 def measured(evaluation: Evaluation) -> dict[str, Tensor]:
-    """All of ``METRICS``, ``(N,)`` each."""
+    """Returns all of ``METRICS``, ``(N,)`` each."""
     curve = cascade(evaluation)
     return {
         "ROAD, most first": road(evaluation, most_first=True),
@@ -89,12 +89,12 @@ def measured(evaluation: Evaluation) -> dict[str, Tensor]:
 
 
 def settings() -> dict[str, bool]:
-    """Settings of all metrics: heat maps are not modified."""
+    """Returns the settings of all metrics: heat maps are not modified."""
     return {"abs": False, "normalise": False, "disable_warnings": True, "display_progressbar": False}
 
 
 def road(evaluation: Evaluation, most_first: bool) -> Tensor:
-    """Share of ``PERCENTAGES`` with an unchanged prediction, pixels imputed from neighbours, ``(N,)``.
+    """Returns the share of ``PERCENTAGES`` with an unchanged prediction, pixels imputed from neighbours, ``(N,)``.
 
     ROAD in Quantus 0.6 fails for maps with fewer channels than the image; the missing channels are added here with the
     lowest rank and do not count. Its average over the samples of the first batch is disabled.
@@ -112,7 +112,7 @@ def road(evaluation: Evaluation, most_first: bool) -> Tensor:
 
 
 def sensitivity(evaluation: Evaluation) -> Tensor:
-    """Largest relative change of a heat map under uniform noise on the input, in the 2-norm, ``(N,)``.
+    """Returns the largest relative change of a heat map under uniform noise on the input, in the 2-norm, ``(N,)``.
 
     Changes are capped at ``MOST``, because the change of a zero map is unbounded.
 
@@ -129,7 +129,7 @@ def sensitivity(evaluation: Evaluation) -> Tensor:
 
 
 def random_logit(evaluation: Evaluation) -> Tensor:
-    """Absolute rank correlation with the heat map of another output, drawn for each sample, ``(N,)``.
+    """Returns the absolute rank correlation with the heat map of another output, drawn for each sample, ``(N,)``.
 
     Source: Sixt et al., arXiv 1912.09818.
     """
@@ -142,7 +142,7 @@ def random_logit(evaluation: Evaluation) -> Tensor:
 
 
 def cascade(evaluation: Evaluation) -> Tensor:
-    """Absolute rank correlation with heat maps of nets re-initialized from the top, ``(S + 1, N)``.
+    """Returns the absolute rank correlation with heat maps of nets re-initialized from the top, ``(S + 1, N)``.
 
     Source: Adebayo et al., arXiv 1810.03292; Quantus calls it MPRT.
     """
@@ -154,12 +154,12 @@ def cascade(evaluation: Evaluation) -> Tensor:
 
 
 def similarity(a: Any, b: Any, batched: bool = True) -> Any:
-    """Absolute rank correlation of rows; the function of Quantus fails for constant maps."""
+    """Returns the absolute rank correlation of rows; the function of Quantus fails for constant maps."""
     return rank_correlation(torch.as_tensor(a), torch.as_tensor(b)).abs().numpy()
 
 
 def pixel_flipping(evaluation: Evaluation, order: Tensor, at_once: int, other: Tensor, softmax: bool) -> Tensor:
-    """Target output after each step of pixel flipping, ``(S, N)``.
+    """Returns the target output after each step of pixel flipping, ``(S, N)``.
 
     Args:
         evaluation: The net and its samples.
@@ -203,7 +203,7 @@ class Staged(nn.Module):
         self.stages = stages
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the net."""
+        """Returns the output of the net."""
         result: Tensor = self.net(x)
         return result
 

@@ -1,1 +1,1 @@
-"""How much dependence groups of channels keep, and whether their masses predict ablations."""
+"""How much dependence groups of channels retain, and whether their masses predict ablations."""

@@ -1,7 +1,7 @@
-"""Measures how much dependence groups keep on trained networks: ``python -m benchmarks.groups``. ``python -m
+"""Measures how much dependence groups retain on trained networks: ``python -m benchmarks.groups``. ``python -m
 benchmarks.tables`` renders docs/groups.md.
 
-Joint relevance of every input is stored under --store, so that an interrupted run goes on where it stopped.
+Joint relevance of every input is stored under --store, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SPLITS = 5
 
 
 def kappas(parts: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[float]:
-    """κ of each pair of layers."""
+    """Returns κ of each pair of layers."""
     return [kept(part, *labels[above : above + 2]) for above, part in enumerate(parts)]
 
 
 def baselines(arrays: Arrays, layers: Sequence[str], seed: int) -> dict[str, list[np.ndarray]]:
-    """Partitions of the channels of each layer by other means than the dependence between layers."""
+    """Returns partitions of the channels of each layer that do not use the dependence between layers."""
     from sklearn.cluster import KMeans
 
     found: dict[str, list[np.ndarray]] = {"strongest and rest": [], "k-means of activations": [], "random": []}
@@ -53,7 +53,7 @@ def baselines(arrays: Arrays, layers: Sequence[str], seed: int) -> dict[str, lis
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean and 95 % bootstrap interval over inputs."""
+    """Returns the mean and 95 % bootstrap interval over inputs."""
     known = np.array([value for value in values if not math.isnan(value)])
     draws = np.random.default_rng(0).choice(known, (2000, len(known))).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
@@ -61,7 +61,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def of_case(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
-    """All figures of one network and composite."""
+    """Returns all figures of one network and composite."""
     rows: dict[str, list[float]] = {}
     ratios = []
     for number, arrays in enumerate(tqdm(parts, desc="groups")):
@@ -103,7 +103,7 @@ def ablation(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
 
 
 def halves(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, float]:
-    """κ on one half of the inputs of groups of the same half, and of the other half."""
+    """Returns κ on one half of the inputs, for groups found on the same half and for groups found on the other half."""
     own, other = [], []
     for seed in range(SPLITS):
         order = np.random.default_rng(seed).permutation(len(parts))
@@ -117,7 +117,7 @@ def halves(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nets", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--count", type=int, help="inputs of each network (default: 24 photographs, 96 small images)")

@@ -1,4 +1,4 @@
-"""Joint relevance and ablations of every input of a case, stored so that an interrupted run goes on."""
+"""Joint relevance and ablations of every input of a case, stored so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
-    """Joints, masses, activations and ablations of one input; read from the file if it exists."""
+    """Returns the joints, masses, activations and ablations of one input; read from the file if it exists."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = _measured(case, number, composite)
@@ -63,7 +63,7 @@ def _measured(case: Case, number: int, composite: str) -> Arrays:
 
 
 def _sets_alone(mass: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sets of as many channels as each group has: in order of the channels' own masses, and at random."""
+    """Sets with the sizes of the groups, filled with channels in the order of their masses, or at random."""
     sizes = torch.bincount(labels)
     ranks = mass.abs().argsort(descending=True)
     by_rank = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
@@ -88,7 +88,7 @@ def _by_channel(mu: RelevanceMeasure, values: torch.Tensor, layer: str) -> torch
 
 
 def mean_of(parts: list[Arrays], layers: tuple[str, ...]) -> MeanJoints:
-    """The mean joint relevance of several inputs."""
+    """Returns the mean joint relevance of several inputs."""
     pairs = [
         np.mean([part[f"joint {pair}"] for part in parts], 0).astype(float) for pair, _ in enumerate(pairwise(layers))
     ]

@@ -52,7 +52,7 @@ class Case:
 
 
 def _photos(net: networks.Network, count: int) -> Tensor:
-    """Photographs on grey, spread evenly over the folders of animals, plants, food and things."""
+    """Returns photographs on grey, spread evenly over the folders of animals, plants, food and things."""
     chosen = [stamp for stamp in photos.stamps() if stamp.label in networks.FOLDERS]
     step = len(chosen) / count
     height, width = net.size
@@ -62,7 +62,7 @@ def _photos(net: networks.Network, count: int) -> Tensor:
 
 
 def vgg16(count: int) -> Case:
-    """VGG16 with convolutions trained on ImageNet."""
+    """Returns VGG16 with convolutions trained on ImageNet."""
     net = networks.vgg16_folders()
     model = net.model
 
@@ -79,13 +79,13 @@ def vgg16(count: int) -> Case:
 
 
 def efficientnet(count: int) -> Case:
-    """EfficientNet-Lite0, trained on ImageNet."""
+    """Returns EfficientNet-Lite0, trained on ImageNet."""
     net = networks.efficientnet_lite(0)
     return Case(net.model, _photos(net, count), ("_blocks.14", "_blocks.10", "_blocks.4"), {})
 
 
 def residual(count: int) -> Case:
-    """A residual network trained on Fashion-MNIST."""
+    """Returns a residual network trained on Fashion-MNIST."""
     net = networks.fashion("residual")
     images, _ = photos.fashion("t10k")
     return Case(net.model, net.normalized(images[:count]), ("0.13", "0.8", "0.3"), {})
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
 
 
 def transformer(count: int) -> Case:
-    """A transformer trained here on the digits of scikit-learn."""
+    """Returns a transformer trained here on the digits of scikit-learn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

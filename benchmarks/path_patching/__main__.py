@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
 SAMPLES = 210
 """Samples of each kind of net."""
 Values = dict[str, dict[str, Tensor]]
-"""Of each score, by sample: correlation with path patching, and sums of absolute errors and of exact effects."""
+"""For each score and sample: correlation with path patching, and sums of absolute errors and of exact effects."""
 
 
 def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:
@@ -47,7 +47,7 @@ def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:
 
 
 def compared(case: Case, chains: dict[str, Chains]) -> dict[tuple[str, str], Values]:
-    """Agreement of each score with path patching, by kind of sets and reference."""
+    """Returns the agreement of each score with path patching, by kind of sets and reference."""
     results: dict[tuple[str, str], Values] = {}
     for kind, start, score, values in predictions(case, chains, crp=find_spec("crp") is not None):
         predicted = values.detach().flatten(1)
@@ -62,7 +62,7 @@ def compared(case: Case, chains: dict[str, Chains]) -> dict[tuple[str, str], Val
 
 
 def measure_net(name: str, samples: int) -> dict[str, Any]:
-    """All kinds of sets in the nets of one kind, whose samples are pooled."""
+    """Returns all kinds of sets in the nets of one kind, whose samples are pooled."""
     cases = NETS[name](samples)
     chains = chains_of(cases[0], KINDS[name])
     parts = [compared(case, chains) for case in cases]
@@ -79,7 +79,7 @@ def measure_net(name: str, samples: int) -> dict[str, Any]:
 
 
 def ranking(cases: list[Case]) -> dict[str, Any]:
-    """Channels of all layers in one ranking, by fill and score."""
+    """Returns the channels of all layers in one ranking, by fill and score."""
     parts = [ranked(case) for case in cases]
     draw = resamples(torch.arange(sum(len(case.x) for case in cases)))
 

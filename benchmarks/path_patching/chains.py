@@ -1,4 +1,4 @@
-"""Sets of the sites: single channels or heads, sets of these, positions, and both together."""
+"""Sets of neurons of the sites: single channels or heads, several of these, positions, and both combined."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 Draw = Callable[[Shape, torch.Generator], Tensor]
-"""A mask of a site, whose shape is that of one sample."""
+"""Function that draws a mask of a site, given the shape of the site for one sample."""
 
 
 def along(shape: Shape, dim: int, chosen: Tensor) -> Tensor:
@@ -19,22 +19,22 @@ def along(shape: Shape, dim: int, chosen: Tensor) -> Tensor:
 
 
 def single(shape: Shape, draw: torch.Generator) -> Tensor:
-    """One channel, head or unit."""
+    """Returns one channel, head or unit."""
     return along(shape, 0, torch.randint(shape[0], (1,), generator=draw))
 
 
 def third(shape: Shape, draw: torch.Generator) -> Tensor:
-    """A third of the channels, heads or units."""
+    """Returns a third of the channels, heads or units."""
     return along(shape, 0, torch.randperm(shape[0], generator=draw)[: max(1, round(shape[0] / 3))])
 
 
 def half(shape: Shape, draw: torch.Generator) -> Tensor:
-    """Half of the channels, heads or units."""
+    """Returns half of the channels, heads or units."""
     return along(shape, 0, torch.randperm(shape[0], generator=draw)[: max(1, shape[0] // 2)])
 
 
 def positions(shape: Shape, draw: torch.Generator) -> Tensor:
-    """A square of half the width and height of a map; of tokens, whose last dimension is no position, a third."""
+    """Returns a square of half the width and height of a feature map, or a third of the tokens."""
     if len(shape) == 1:
         return half(shape, draw)
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -47,19 +47,19 @@ def positions(shape: Shape, draw: torch.Generator) -> Tensor:
 
 
 def tokens(shape: Shape, draw: torch.Generator) -> Tensor:
-    """A third of the tokens, all heads."""
+    """Returns a third of the tokens, all heads."""
     return along(shape, 1, torch.randperm(shape[1], generator=draw)[: max(1, round(shape[1] / 3))])
 
 
 def head_at_tokens(shape: Shape, draw: torch.Generator) -> Tensor:
-    """One head at half of the tokens."""
+    """Returns one head at half of the tokens."""
     drawn = along(shape, 1, torch.randperm(shape[1], generator=draw)[: shape[1] // 2])
     return single(shape, draw) & drawn
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Sets of a kind at some sites, lowest first: all chains of ``upper`` draws above and ``lower`` draws below."""
+    """Sets of one kind at some sites, lowest first: all chains of ``upper`` draws above and ``lower`` draws below."""
 
     name: str
     places: tuple[int, ...]
@@ -68,7 +68,7 @@ class Kind:
     lower: int = 16
 
     def sets(self, shapes: list[Shape]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Masks of the lowest site, and for each chain above it those of the others; no set is drawn twice."""
+        """Masks of the lowest site, and, for each chain above it, masks of the other sites; no set is drawn twice."""
         draw = torch.Generator().manual_seed(0)
         lowest, *others = (shapes[place] for place in self.places)
         lower = distinct(([self.draw(lowest, draw)] for _ in range(20 * self.lower)), self.lower)
@@ -77,7 +77,7 @@ class Kind:
 
 
 def distinct(drawn: Iterator[list[Tensor]], count: int) -> list[list[Tensor]]:
-    """The first ``count`` different ones, or all."""
+    """Returns the first ``count`` different sets, or all if there are fewer."""
     found: list[list[Tensor]] = []
     for masks in drawn:
         if len(found) == count:

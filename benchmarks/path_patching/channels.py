@@ -1,7 +1,7 @@
 """Channels of all layers in one ranking: agreement with the ablation of single channels, and of the ranked channels.
 
-A channel is ablated by zero, or by its activations for the reference input. SRG is the mean explained number while the
-channels are ablated in the order of their scores: least relevant first minus most relevant first.
+An ablated channel is set to zero, or to its activations for the reference input. SRG is the mean explained output while
+the channels are ablated in the order of their scores: least relevant first minus most relevant first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Maps = dict[str, Tensor]
 
 
 def seen(case: Case, x: Tensor, patched: Callable[[str, Tensor], Tensor] | None = None) -> tuple[Maps, Tensor]:
-    """Outputs of the layers and of the net, where ``patched`` may change those of a layer."""
+    """Returns the outputs of the layers and of the net, where ``patched`` may change those of a layer."""
     found: Maps = {}
     with ExitStack() as stack:
         for layer in case.layers:
@@ -42,7 +42,7 @@ def seen(case: Case, x: Tensor, patched: Callable[[str, Tensor], Tensor] | None 
 
 
 def by_channel(maps: Maps) -> Tensor:
-    """Sums over positions, the channels of all layers side by side, ``(N, K)``."""
+    """Returns the sums over positions, with the channels of all layers concatenated, ``(N, K)``."""
     return torch.cat([one.detach().flatten(2).sum(2) if one.ndim > 2 else one.detach() for one in maps.values()], 1)
 
 
@@ -50,7 +50,7 @@ def by_channel(maps: Maps) -> Tensor:
 
 
 def gradients(case: Case, composite: Composite | None = None) -> tuple[Maps, Maps]:
-    """Outputs of the layers, and gradients of the explained number there; with a composite, Zennit's relevance."""
+    """Outputs of the layers, and gradients of the explained output there; with a composite, Zennit's relevance."""
     with ExitStack() as stack:
         if composite is not None:
             stack.enter_context(composite.context(case.whole))
@@ -62,7 +62,7 @@ def gradients(case: Case, composite: Composite | None = None) -> tuple[Maps, Map
 
 
 def against_reference(case: Case, other: Tensor) -> dict[str, Tensor]:
-    """Scores that depend on a reference input; Captum's methods run once for each layer."""
+    """Returns the scores that depend on a reference input; Captum's methods run once for each layer."""
     found = {}
     for name, slopes in (("μ, tangents", "tangent"), ("μ, secants", "secant")):
         mu = RelevanceMeasure(case.whole, case.x, start=signed(case), reference=other, slopes=slopes)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def against_reference(case: Case, other: Tensor) -> dict[str, Tensor]:
 
 
 def without_reference(case: Case) -> dict[str, Tensor]:
-    """All other scores."""
+    """Returns all other scores."""
     composites = {
         "μ, NRMDefault": NRMDefault(),
         "μ, EpsilonPlusFlat": EpsilonPlusFlat(),
@@ -102,7 +102,7 @@ def without_reference(case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def ablated(case: Case, retained: Tensor, before: Maps) -> Tensor:
-    """The explained number where the other channels have the values of ``before``; ``retained`` is ``(N, K)``."""
+    """Returns the explained output if all channels but those retained, ``(N, K)``, take the values of ``before``."""
     parts = dict(zip(before, retained.split([one.shape[1] for one in before.values()], 1), strict=True))
 
     def patched(layer: str, output: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def ablated(case: Case, retained: Tensor, before: Maps) -> Tensor:
 
 
 def single_effects(case: Case, before: Maps) -> Tensor:
-    """Decrease of the explained number for each channel that is ablated alone, ``(N, K)``."""
+    """Returns the decrease of the explained output for each channel that is ablated alone, ``(N, K)``."""
     count = sum(one.shape[1] for one in before.values())
     whole = torch.ones(len(case.x), count, dtype=torch.bool)
     number = ablated(case, whole, before)
@@ -122,7 +122,7 @@ def single_effects(case: Case, before: Maps) -> Tensor:
 
 
 def srg(case: Case, scores: Tensor, before: Maps) -> Tensor:
-    """Mean explained number, least relevant channels first minus most relevant first, ``(N,)``."""
+    """Returns the mean explained output, least relevant channels first minus most relevant first, ``(N,)``."""
     rank = scores.argsort(dim=1, stable=True).argsort(1)
     areas = []
     for order in (rank, scores.shape[1] - 1 - rank):
@@ -132,7 +132,7 @@ def srg(case: Case, scores: Tensor, before: Maps) -> Tensor:
 
 
 def ranked(case: Case) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """Both figures of every score, by fill and by sample.
+    """Returns both metrics of every score, by fill and by sample.
 
     Channels are ablated to zero, with the zero image as reference of the scores that have one, or to their values at
     the reference input, which is then the reference of these scores.

@@ -17,7 +17,7 @@ DRAWN = {
 
 
 def draw(results: dict[str, Any]) -> None:
-    """One panel for each reference, one row for each kind of sets."""
+    """Draws the figure, with one panel for each reference and one row for each kind of sets."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,7 +1,7 @@
-"""Nets that are cut at their lowest site: ``below`` computes its activations, ``rest`` the outputs from these.
+"""Nets that are cut at their lowest site: ``below`` computes its activations, and ``rest`` the outputs from these.
 
 A site is a module of ``rest`` whose output is patched. Patching with zero activations changes nothing below the lowest
-site, so that a measure against this reference is one of ``rest``.
+site, so that a measure against this reference is a measure of ``rest``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nrm_plugin.demo import load_digits, load_model
 
 
 class Whole(nn.Module):
-    """``rest`` of ``below``, whose outputs are the activations of the lowest site and what bypasses it."""
+    """``rest`` applied to ``below``, which returns the activations of the lowest site and tensors that bypass it."""
 
     def __init__(self, below: nn.Module, rest: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Whole(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A net with samples, and the number that is explained: a logit, or the difference of two logits.
+    """A net with samples and the explained output: a logit, or the difference of two logits.
 
     ``other`` is the reference input, one for all samples or one for each; ``layers`` are those of ``whole`` whose
     channels are ranked together.
@@ -54,7 +54,7 @@ class Case:
         return value if self.against is None else value - outputs.gather(1, self.against[:, None])[:, 0]
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What ``rest`` reads: activations of the lowest site, and what bypasses it."""
+        """Returns the inputs of ``rest``: activations of the lowest site, and tensors that bypass it."""
         with torch.no_grad():
             read = self.whole.below(x.expand(len(self.x), *x.shape[1:]))
         return read if isinstance(read, tuple) else (read,)
@@ -62,12 +62,12 @@ class Case:
     def run(
         self, inputs: tuple[Tensor, ...], patched: dict[str, Tensor], until: str | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Activations of the sites, and outputs, where some sites have given activations.
+        """Returns the activations of the sites, and outputs, where some sites have given activations.
 
         Args:
-            inputs: What ``rest`` reads.
-            patched: Activations by site. A chain starts at the patched site.
-            until: The last site that is needed. A chain stops there, and the outputs are not those of the net.
+            inputs: The inputs of ``rest``.
+            patched: Activations by site. A chain of layers starts at the patched site.
+            until: The last site that is needed. A chain of layers stops there and does not return the net's outputs.
         """
         seen: dict[str, Tensor] = dict(patched)
         rest = self.whole.rest
@@ -89,19 +89,19 @@ class Case:
 
 
 def chain(layers: Sequence[nn.Module], sites: Sequence[int]) -> tuple[Whole, tuple[str, ...]]:
-    """Cuts a chain at its first site; the names of the sites in ``rest``."""
+    """Cuts a chain of layers at its first site; also returns the names of the sites in ``rest``."""
     first = sites[0]
     rest = nn.Sequential(nn.Identity(), *layers[first + 1 :])
     return Whole(nn.Sequential(*layers[: first + 1]), rest), tuple(str(site - first) for site in sites)
 
 
 def modules(whole: nn.Module, kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names of all modules of a kind, lowest first."""
+    """Returns the names of all modules of a kind, lowest first."""
     return tuple(name for name, module in whole.named_modules() if isinstance(module, kind))
 
 
 def digits(count: int) -> list[Case]:
-    """The embedded net: ReLUs after the second convolution of each block, and of the first linear layer."""
+    """Returns the embedded net: ReLUs after the second convolution of each block, and of the first linear layer."""
     net, (images, _) = load_model(), load_digits()
     images = images.double()
     net = net.double().requires_grad_(False)
@@ -156,7 +156,7 @@ RESIDUAL = (
 
 
 def rolled(net: CircuitNet) -> Rolled:
-    """The residual CNN as it was trained, from its unrolled twin."""
+    """Returns the residual CNN as it was trained, from its unrolled twin."""
     steps, width = net.steps, net.steps["stem"].out_channels
     twin = Rolled(width, len(steps) // 2 - 1)
     layers = {"stem": twin.stem, "output": twin.output}
@@ -168,7 +168,7 @@ def rolled(net: CircuitNet) -> Rolled:
 
 
 def residual(count: int, seeds: int = 3) -> list[Case]:
-    """Three blocks, SiLU; the channels inside the blocks, and the output of the first."""
+    """Returns three blocks, SiLU; the channels inside the blocks, and the output of the first."""
     cases = []
     for seed in range(seeds):
         net, (x, *_), _ = trained("residual CNN", seed, count // seeds)
@@ -231,14 +231,14 @@ def normalized(h: Tensor) -> Tensor:
 
 
 def rolled_transformer(net: CircuitNet) -> Whole:
-    """The transformer of the benchmark of circuits, with modules where heads and MLPs write."""
+    """Returns the transformer of the benchmark of circuits, with a module for each output of heads and MLPs."""
     attention = [Attention(qkv, out, net.later) for qkv, out in zip(net.qkv, net.out, strict=True)]
     whole = Whole(TransformerBelow(net, attention[0]), TransformerRest(net, attention[1:]))
     return copy.deepcopy(whole).eval().requires_grad_(False)
 
 
 def transformer(count: int, seeds: int = 3) -> list[Case]:
-    """Three layers that recall the value of a key; the reference is the sequence with two keys exchanged."""
+    """Returns three layers that recall the value of a key; the reference is the sequence with two keys swapped."""
     cases = []
     for seed in range(seeds):
         net, (clean, corrupted, t, u), _ = trained("transformer", seed, count // seeds)
@@ -271,7 +271,7 @@ def photographs(name: str, count: int, batch: int = 10) -> list[Case]:
 
 
 def vgg_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
-    """Layers of VGG16, and the ReLUs of its last two blocks that are sites."""
+    """Returns the layers of VGG16, and the ReLUs of its last two blocks that are sites."""
     layers = [*model.features, model.avgpool, nn.Flatten(), model.classifier]
     for layer in layers:
         if isinstance(layer, nn.ReLU):
@@ -280,7 +280,7 @@ def vgg_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
 
 
 def efficientnet_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
-    """Stem, blocks, head and classifier; the last blocks of the fourth, fifth and sixth stage are sites."""
+    """Returns the stem, blocks, head and classifier; the last blocks of the fourth, fifth and sixth stage are sites."""
     stem = nn.Sequential(model._conv_stem, model._bn0, model._swish)
     head = nn.Sequential(model._conv_head, model._bn1, copy.deepcopy(model._swish))
     return [stem, *model._blocks, head, model._avg_pooling, nn.Flatten(), model._fc], [8, 11, 15]

@@ -1,7 +1,7 @@
 """Exact path patching: the net is run again, once for each site of the path. Plain PyTorch, without the package.
 
-The lowest set takes its values of the reference. The next set takes the values that it has in this run; all other
-activations, and so all other paths, keep their values of the clean run. This repeats up to the output.
+The lowest set takes its values from the reference run. The next set takes its values from the resulting run, while all
+other activations, and thus all other paths, keep their values from the clean run. This repeats up to the output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.path_patching.nets import Case
 
 
 class Patching:
-    """Runs of ``rest``, with the activations of the sites in the clean run and in that of the reference.
+    """Runs of ``rest``, given the activations of the sites in the clean run and in the reference run.
 
     Args:
         case: Net and samples.
@@ -39,7 +39,7 @@ class Patching:
         return self.case.run(inputs or self.inputs, patched, until)
 
     def effects(self, sites: Sequence[str], lower: Sequence[Tensor], upper: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Decrease of the explained number for each chain of sets, ``(N, upper, lower)``.
+        """Returns the decrease of the explained output for each chain of sets, ``(N, upper, lower)``.
 
         Args:
             sites: Sites of the chain, lowest first.
@@ -53,11 +53,11 @@ class Patching:
         return torch.stack(columns, 2)
 
     def single(self, site: str, masks: Sequence[Tensor]) -> Tensor:
-        """Decrease when a set of one site takes its values of the reference run, ``(N, masks)``."""
+        """Returns the decrease when a set of one site takes its values from the reference run, ``(N, masks)``."""
         return torch.stack([self.decrease([site], [mask], self.reference[site]) for mask in masks], 1)
 
     def decrease(self, sites: Sequence[str], masks: Sequence[Tensor], values: Tensor) -> Tensor:
-        """Decrease where the first set takes these values, and every further one those that follow from it."""
+        """Decrease when the first set takes the given values, and each later set the values that result from them."""
         for number, (site, mask) in enumerate(zip(sites, masks, strict=True)):
             above = sites[number + 1] if number + 1 < len(sites) else None
             seen, outputs = self.patched(site, mask, values, above)

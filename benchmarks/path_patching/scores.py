@@ -35,13 +35,13 @@ class Chains:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure, the prefix of its names of the sites, and the number that it explains."""
+    """A measure, the prefix of the site names in its model, and the explained output."""
 
     mu: RelevanceMeasure
     prefix: str
 
     def masses(self, chains: Chains) -> Tensor:
-        """Joint relevance of every chain."""
+        """Returns the joint relevance of every chain."""
         sites = [self.prefix + site for site in chains.sites]
         rows = []
         for masks in chains.upper:
@@ -50,11 +50,11 @@ class Measured:
         return torch.stack(rows, 1) * self.mu.output[:, None, None]
 
     def single(self, chains: Chains) -> list[Tensor]:
-        """Marginal of every set, by site: ``(N, 1, lower)``, and ``(N, upper, 1)`` for the others."""
+        """Returns the marginal of every set, by site: ``(N, 1, lower)``, and ``(N, upper, 1)`` for the others."""
         return by_site(chains, lambda site: self.mu.marginal(self.prefix + site), self.mu.output)
 
     def edges(self, chains: Chains) -> list[Tensor]:
-        """Joint relevance of every two neighbouring sets of a chain of three and more sites."""
+        """Returns the joint relevance of each pair of neighbouring sets in a chain of three or more sites."""
         lowest = Chains(chains.sites[:2], chains.lower, [masks[:1] for masks in chains.upper])
         found = [self.masses(lowest)]
         for number in range(1, len(chains.sites) - 1):
@@ -67,7 +67,7 @@ class Measured:
 
 
 def summed(values: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Sum of the values in each mask, ``(N, masks)``."""
+    """Returns the sum of the values in each mask, ``(N, masks)``."""
     return values.flatten(1) @ torch.stack(list(masks)).flatten(1).to(values.dtype).T
 
 
@@ -80,7 +80,7 @@ def by_site(chains: Chains, values: Callable[[str], Tensor], scale: Tensor | flo
 
 
 def product(parts: list[Tensor], total: Tensor) -> Tensor:
-    """Product of shares of ``total``, in its unit."""
+    """Returns the product of scores as shares of ``total``, in units of ``total``."""
     return reduce(torch.mul, parts) / total[:, None, None] ** (len(parts) - 1)
 
 
@@ -88,7 +88,7 @@ def product(parts: list[Tensor], total: Tensor) -> Tensor:
 
 
 def leaky(case: Case, **settings: Any) -> Measured:
-    """A measure of the whole net without a reference."""
+    """Returns a measure of the whole net without a reference."""
     mu = RelevanceMeasure(case.whole, case.x, case.target, against=case.against, **settings)
     return Measured(mu, "rest.")
 
@@ -101,7 +101,7 @@ def signed(case: Case) -> Tensor:
 
 
 def against_reference(case: Case, start: str, slopes: Slopes) -> Measured:
-    """The measure against the reference input, or of the part above the lowest site, against zero activations."""
+    """The measure against the reference input, or that of the part above the lowest site against zero activations."""
     s = signed(case)
     if start == "input":
         other = case.other.expand(len(case.x), *case.x.shape[1:])
@@ -115,14 +115,14 @@ def against_reference(case: Case, start: str, slopes: Slopes) -> Measured:
 
 
 def activations_and_gradients(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of the explained number at every site."""
+    """Returns the activations of every site, and gradients of the explained output there."""
     seen, outputs = case.run(tuple(part.requires_grad_() for part in case.inputs(case.x)), {})
     gradients = torch.autograd.grad(case.explained(outputs).sum(), list(seen.values()))
     return {site: a.detach() for site, a in seen.items()}, dict(zip(seen, gradients, strict=True))
 
 
 def conditional_relevance(case: Case, chains: Chains) -> Tensor:
-    """zennit-crp's relevance of the lowest site under a condition on the channels of the others."""
+    """Returns zennit-crp's relevance of the lowest site under a condition on the channels of the others."""
     from crp.attribution import CondAttribution
 
     attribution = CondAttribution(case.whole)
@@ -141,13 +141,13 @@ def conditional_relevance(case: Case, chains: Chains) -> Tensor:
 
 
 def is_of_channels(chains: Chains) -> bool:
-    """Whether no mask divides the positions of a channel; zennit-crp's conditions are channels."""
+    """Returns whether all masks consist of whole channels, as the conditions of zennit-crp."""
     masks = [mask for masks in chains.upper for mask in masks]
     return all(mask.ndim == 1 or bool((mask.flatten(1).all(1) == mask.flatten(1).any(1)).all()) for mask in masks)
 
 
 def chosen(mask: Tensor) -> list[int]:
-    """Numbers of the channels of a mask."""
+    """Returns the indices of the channels of a mask."""
     return mask.flatten(1).any(1).nonzero()[:, 0].tolist() if mask.ndim > 1 else mask.nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
 
 
@@ -161,7 +161,7 @@ CRP = "zennit-crp, EpsilonPlusFlat"
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything that is measured of one case once: measures, and activations and gradients."""
+    """Everything that is computed once per case: measures, activations and gradients."""
 
     case: Case
     crp: bool
@@ -181,7 +181,7 @@ class Scores:
         return cls(case, crp, measures, *activations_and_gradients(case))
 
     def without_reference(self, chains: Chains) -> Iterator[tuple[str, Tensor]]:
-        """Scores that know nothing of a reference."""
+        """Yields the scores that do not depend on a reference."""
         for name, measure in self.measures.items():
             yield name, measure.masses(chains)
         if self.crp and self.case.x.is_floating_point() and is_of_channels(chains):
@@ -195,7 +195,7 @@ class Scores:
     def against(
         self, chains: Chains, patching: Patching, measures: dict[str, Measured]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Path patching, and scores against its reference."""
+        """Yields path patching, and scores that use its reference."""
         yield EXACT, patching.effects(chains.sites, chains.lower, chains.upper)
         for name, measure in measures.items():
             yield name, measure.masses(chains)
@@ -212,7 +212,7 @@ class Scores:
 
 
 def predictions(case: Case, kinds: dict[str, Chains], crp: bool) -> Iterator[tuple[str, str, str, Tensor]]:
-    """Kind, reference, score, and its value for every chain; path patching itself is the score ``EXACT``."""
+    """Yields the kind, reference, score, and its value for every chain; path patching itself is the score ``EXACT``."""
     scores = Scores.of(case, crp)
     shared = {kind: list(scores.without_reference(chains)) for kind, chains in kinds.items()}
     for start in REFERENCES:

@@ -1,1 +1,1 @@
-"""Trained networks and real photographs, both from ordinary packages, and the questions asked of explanations."""
+"""Trained networks and real photographs from public packages, and the evaluation of their explanations."""

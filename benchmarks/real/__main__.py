@@ -1,7 +1,7 @@
-"""Explains trained networks on photographs by many methods, and measures the explanations.
+"""Explains predictions of trained networks on photographs by many methods, and evaluates the explanations.
 
-``python -m benchmarks.real`` fetches networks and photographs (about 330 MB, once), measures, and writes
-``benchmarks/results/real.json`` and the tables of docs/real.md. A run that is interrupted resumes. ``--quick`` measures
+``python -m benchmarks.real`` downloads networks and photographs (about 330 MB, once), measures, and writes
+``benchmarks/results/real.json`` and the tables of docs/real.md. An interrupted run can be resumed. ``--quick`` measures
 a few images of two networks, and writes the results into the cache.
 """
 
@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks/results/real.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--nets", nargs="+", choices=SIZES, default=list(SIZES), help="measure only these networks")

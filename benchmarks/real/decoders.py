@@ -1,4 +1,4 @@
-"""Two small decoders, trained here character by character, and the characters that their predictions rest on.
+"""Two small decoders, trained here on single characters, and the characters on which their predictions depend.
 
 ``python -m benchmarks.real.decoders`` trains a GPT-2 and a Llama of transformers on the language reference that Python
 ships with (``pydoc_data``), which takes minutes on two cores, checks totals, sinks and sites, compares explanations of
@@ -33,12 +33,12 @@ from . import packages
 from .text import interval
 
 UNKNOWN, BEGIN = "<unk>", "<s>"
-"""A token that training never shows, and the one before every text."""
+"""A token that does not occur in training, and the token at the beginning of every text."""
 SEEN, RARE = 64, 30
-"""Number of characters before the predicted one, and number of times from which a character has a token."""
+"""Number of characters before the predicted one, and smallest number of occurrences of a character with a token."""
 STEPS, BATCH = 1500, 32
 TEXTS, DRAWS, TOGETHER, INTEGRATED = 40, 2, 4, 32
-"""Number of texts, of draws of each character, of characters drawn anew at once, and of steps of the integral."""
+"""Number of texts, of draws of each character, of characters that are replaced together, and of integration steps."""
 WIDTH, LAYERS, HEADS = 96, 3, 4
 KINDS = ("GPT-2", "Llama")
 SHOWN = 12
@@ -47,7 +47,7 @@ Values = Callable[["Question"], Tensor]
 
 @functools.cache
 def topics() -> tuple[str, str]:
-    """The language reference for training, and a tenth of its topics that is held out."""
+    """Returns the language reference for training, and a tenth of its topics that is held out."""
     from pydoc_data.topics import topics as every
 
     named = sorted(every.items(), key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
@@ -57,19 +57,19 @@ def topics() -> tuple[str, str]:
 
 @functools.cache
 def alphabet() -> list[str]:
-    """The tokens: the special ones, then the characters, the most frequent first."""
+    """Returns the tokens: the special ones, then the characters, the most frequent first."""
     counted = Counter(topics()[0]).most_common()
     return [UNKNOWN, BEGIN, *(letter for letter, count in counted if count >= RARE)]
 
 
 def encoded(text: str) -> Tensor:
-    """Ids of the characters; rare ones are left out."""
+    """Returns the ids of the characters; rare characters are omitted."""
     ids = {letter: number for number, letter in enumerate(alphabet())}
     return torch.tensor([ids[letter] for letter in text if letter in ids])
 
 
 def built(kind: str) -> nn.Module:
-    """A decoder with random weights."""
+    """Returns a decoder with random weights."""
     import transformers as hf
 
     shared: dict[str, Any] = {"vocab_size": len(alphabet()), "bos_token_id": 1, "eos_token_id": 1}
@@ -82,14 +82,14 @@ def built(kind: str) -> nn.Module:
 
 
 def windows(ids: Tensor, starts: Tensor) -> Tensor:
-    """Ids from each start on, after the token of the beginning, ``(N, 1 + SEEN)``."""
+    """Returns the ids from each start, preceded by the token for the beginning of a text, ``(N, 1 + SEEN)``."""
     rows = ids[starts[:, None] + torch.arange(SEEN)]
     return torch.cat([torch.ones_like(rows[:, :1]), rows], 1)
 
 
 @torch.no_grad()
 def bits(model: nn.Module) -> float:
-    """Cross entropy per held-out character, in bits."""
+    """Returns the cross entropy per held-out character, in bits."""
     ids = encoded(topics()[1])
     rows = windows(ids, torch.arange(0, len(ids) - SEEN, SEEN))
     logits = torch.cat([model(input_ids=part).logits[:, :-1] for part in rows.split(64)])
@@ -97,7 +97,7 @@ def bits(model: nn.Module) -> float:
 
 
 def trained(kind: str) -> nn.Module:
-    """The decoder in evaluation mode; trained and stored in the cache the first time."""
+    """Returns the decoder in evaluation mode, trained at the first call and then read from the cache."""
     from transformers import AutoModelForCausalLM
 
     folder: Path = packages.cache() / "trained" / f"characters-{kind.lower()}"
@@ -126,7 +126,7 @@ def _train(kind: str) -> nn.Module:
 
 
 class Question:
-    """Why a decoder predicts one character rather than the second most likely one.
+    """The question why a decoder predicts the most likely character rather than the second most likely one.
 
     Attributes:
         ids: The ids, ``(1, 1 + SEEN)``.
@@ -144,34 +144,34 @@ class Question:
         self.draws = torch.cat([ids[:, :1].repeat(DRAWS, 1), source[drawn]], 1)
 
     def difference(self, logits: Tensor) -> Tensor:
-        """Difference of the two logits behind the last character, ``(N,)``."""
+        """Returns the difference of the two logits at the last character, ``(N,)``."""
         return logits[:, -1, self.target] - logits[:, -1, self.other]
 
     def of_embeddings(self, embeddings: Tensor) -> Tensor:
-        """The same, of embedded characters."""
+        """Returns the same difference, for embedded characters."""
         return self.difference(self.model(inputs_embeds=embeddings, logits_to_keep=1).logits)
 
     @torch.no_grad()
     def of_ids(self, ids: Tensor) -> Tensor:
-        """The same, of ids ``(…, 1 + SEEN)``."""
+        """Returns the same difference, for ids ``(…, 1 + SEEN)``."""
         return self.difference(self.model(input_ids=ids.flatten(0, -2), logits_to_keep=1).logits).view(ids.shape[:-1])
 
     def filled(self, token: str) -> Tensor:
-        """The ids with one token in place of every character."""
+        """Returns the ids with one token in place of every character."""
         ids = self.ids.clone()
         ids[:, 1:] = alphabet().index(token)
         return ids
 
     @functools.cached_property
     def ablation(self) -> Tensor:
-        """Mean fall of the difference if one character is drawn anew, ``(1 + SEEN,)``."""
+        """Mean decrease of the difference if a single character is replaced by a random one, ``(1 + SEEN,)``."""
         rows = self.ids.repeat(DRAWS, 1 + SEEN, 1)
         for place in range(1, 1 + SEEN):
             rows[:, place, place] = self.draws[:, place]
         return self.of_ids(self.ids) - self.of_ids(rows).mean(0)
 
     def srg(self, relevance: Tensor) -> float:
-        """Mean difference with the least relevant characters drawn anew first, minus that with the most relevant."""
+        """Mean difference if the least relevant characters are replaced first, minus that for most relevant first."""
         order = relevance[1:].argsort(stable=True) + 1
         return self._curve(order) - self._curve(order.flip(0))
 
@@ -183,7 +183,7 @@ class Question:
 
 
 def measured(question: Question, **options: Any) -> RelevanceMeasure:
-    """The measure of the difference."""
+    """Returns the measure of the difference."""
     output: Any = lambda returned: returned["logits"][:, -1]  # noqa: E731
     target, inputs = question.target, {"input_ids": question.ids}
     return RelevanceMeasure(question.model, inputs, target, against=question.other, output=output, **options)
@@ -194,17 +194,17 @@ def _relevance(mu: RelevanceMeasure) -> Tensor:
 
 
 def default(question: Question) -> Tensor:
-    """Relevance of the characters by the default composite."""
+    """Returns the relevance of the characters by the default composite."""
     return _relevance(measured(question))
 
 
 def secants(token: str) -> Values:
-    """Relevance of the difference to a text of one token."""
+    """Returns the relevance of the difference to a text of one token."""
     return lambda question: _relevance(measured(question, reference={"input_ids": question.filled(token)}))
 
 
 def integrated(token: str) -> Values:
-    """Integrated gradients from a text of one token."""
+    """Returns integrated gradients from a text of one token."""
 
     def values(question: Question) -> Tensor:
         method = IntegratedGradients(question.of_embeddings)
@@ -215,14 +215,14 @@ def integrated(token: str) -> Values:
 
 
 def product(question: Question) -> Tensor:
-    """Gradient times input."""
+    """Returns gradient times input."""
     leaf = question.table(question.ids).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(question.of_embeddings(leaf).sum(), leaf)
     return (gradient * leaf.detach()).sum(-1)[0]
 
 
 def random(question: Question) -> Tensor:
-    """Random numbers."""
+    """Returns random numbers."""
     return torch.randn(1 + SEEN, generator=torch.Generator().manual_seed(int(question.ids.sum())))
 
 
@@ -240,12 +240,12 @@ METHODS: dict[str, Values] = {
 
 
 def totals(mu: RelevanceMeasure) -> dict[str, Any]:
-    """Conservation at every tap and at every site, what is absorbed, and the names of the sites."""
+    """Returns the conservation at every tap and at every site, absorbed mass, and the names of the sites."""
     return {**conservation_check(mu), "sites": len(mu.sites), "error at sites": largest_error(mu, mu.sites)[0]}
 
 
 def compared(questions: list[Question]) -> list[dict[str, Any]]:
-    """SRG, correlation with ablation and share of the last eight characters of each method, the best first."""
+    """Returns SRG, correlation with ablation and share of the last eight characters of each method, the best first."""
     found: dict[str, list[list[float]]] = {name: [] for name in METHODS}
     for question in tqdm(questions, unit="text"):
         ablated = question.ablation[1:]
@@ -265,14 +265,14 @@ def compared(questions: list[Question]) -> list[dict[str, Any]]:
 
 
 def questions_of(model: nn.Module) -> list[Question]:
-    """Held-out texts at random places."""
+    """Returns questions about held-out texts that start at random positions."""
     ids = encoded(topics()[1])
     starts = torch.randint(len(ids) - SEEN, (TEXTS,), generator=torch.Generator().manual_seed(0))
     return [Question(model, row[None], number) for number, row in enumerate(windows(ids, starts))]
 
 
 def drawn(shown: dict[str, Question]) -> None:
-    """The image: one held-out text, explained for both decoders."""
+    """Draws the image: one held-out text, explained for both decoders."""
     methods = ("NRMDefault", "one character drawn anew", "InputXGradient")
     maps, titles = [], []
     for kind, question in shown.items():
@@ -289,7 +289,7 @@ def drawn(shown: dict[str, Question]) -> None:
 
 
 def described(kind: str) -> dict[str, Any]:
-    """All measurements of one decoder."""
+    """Returns all measurements of one decoder."""
     model = trained(kind)
     questions = questions_of(model)
     reference = {"input_ids": questions[0].filled(" ")}
@@ -302,7 +302,7 @@ def described(kind: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")
     shown = {kind: questions_of(trained(kind))[SHOWN] for kind in KINDS}

@@ -1,4 +1,4 @@
-"""The figure of docs/real.md: photographs of two objects, each explained, next to GradCAM.
+"""The figure of docs/real.md: photographs of two objects, with explanations of both, and GradCAM.
 
 ``python -m benchmarks.real.figure`` computes the heat maps with EfficientNet-Lite0 and writes docs/images/real.png.
 """
@@ -32,7 +32,7 @@ SMOOTHED = 7
 
 
 def image_of(net: Network, names: tuple[str, str]) -> tuple[Tensor, list[int]]:
-    """Two photographs side by side on grey, ``(3, H, W)`` in [0, 1], and the class of each, alone on grey."""
+    """Returns two photographs side by side on grey, ``(3, H, W)`` in [0, 1], and the class of each, alone on grey."""
     height, width = net.size
     by_name = {stamp.name: stamp for stamp in photos.stamps()}
     stamps = [by_name[name] for name in names]
@@ -43,7 +43,7 @@ def image_of(net: Network, names: tuple[str, str]) -> tuple[Tensor, list[int]]:
 
 
 def drawn(net: Network) -> Figure:
-    """The figure."""
+    """Returns the figure."""
     rows = [image_of(net, names) for names in SHOWN]
     inputs = net.normalized(torch.stack([image for image, _ in rows]))
     plain = net.normalized(torch.full_like(net.mean, photos.GREY))

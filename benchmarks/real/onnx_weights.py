@@ -22,7 +22,7 @@ FLOAT = 1
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    """The float32 initializers that are stored as raw bytes, by name."""
+    """Returns the float32 initializers that are stored as raw bytes, by name."""
     found = {}
     for number, graph in _fields(memoryview(path.read_bytes())):
         if number == GRAPH and isinstance(graph, memoryview):
@@ -33,7 +33,7 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 
 def _tensor(message: memoryview) -> dict[str, Tensor]:
-    """One initializer by its name; empty if it is not a raw float32 tensor."""
+    """Returns one initializer by its name; empty if it is not a raw float32 tensor."""
     fields = list(_fields(message))
     by_number = dict(fields)
     raw, name = by_number.get(RAW), by_number.get(NAME)
@@ -50,7 +50,7 @@ def _tensor(message: memoryview) -> dict[str, Tensor]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Number and value of each field; numbers of fixed width are skipped."""
+    """Yields the number and value of each field; numbers of fixed width are skipped."""
     place = 0
     while place < len(message):
         key, place = _varint(message, place)
@@ -76,7 +76,7 @@ def _packed(message: memoryview) -> Iterator[int]:
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """A number in base 128, lowest digit first, and the place behind it."""
+    """Decodes a number in base 128, lowest digit first; returns it with the position after it."""
     value = shift = 0
     while True:
         digit = message[place]

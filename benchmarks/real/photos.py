@@ -63,7 +63,7 @@ class Stamp:
 
 @cache
 def stamps() -> tuple[Stamp, ...]:
-    """All stamps except cartoons and mirrored copies, ordered by path."""
+    """Returns all stamps except cartoons and mirrored copies, ordered by path."""
     root = fetched("tuxpaint-stamps-default") / STAMPS
     paths = sorted(root.rglob("*.png"))
     found = (Stamp(path, path.parent.relative_to(root).as_posix()) for path in paths)
@@ -72,7 +72,7 @@ def stamps() -> tuple[Stamp, ...]:
 
 @cache
 def background(name: Background, height: int, width: int) -> Tensor:
-    """A landscape of scikit-learn, cropped to the shape, or grey, ``(3, height, width)`` in [0, 1]."""
+    """Returns a landscape of scikit-learn, cropped to the shape, or grey, ``(3, height, width)`` in [0, 1]."""
     if name == "grey":
         return torch.full((3, height, width), GREY)
     from sklearn.datasets import load_sample_image
@@ -85,7 +85,7 @@ def background(name: Background, height: int, width: int) -> Tensor:
 
 
 def placed(cut_out: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
-    """The object in front of a background, ``(3, H, W)``, and its mask, boolean ``(H, W)``."""
+    """Returns the object in front of a background, ``(3, H, W)``, and its mask, boolean ``(H, W)``."""
     alpha = cut_out[3]
     return alpha * cut_out[:3] + (1 - alpha) * ground, alpha > 0.5
 
@@ -95,7 +95,7 @@ FASHION = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt"
 
 @cache
 def fashion(split: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST: images ``(N, 1, 28, 28)`` in [0, 1], and labels ``(N,)``."""
+    """Returns Fashion-MNIST: images ``(N, 1, 28, 28)`` in [0, 1], and labels ``(N,)``."""
     root = fetched("dataset-fashion-mnist")
 
     def read(kind: str, header: int) -> np.ndarray:

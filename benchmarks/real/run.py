@@ -1,4 +1,4 @@
-"""Runs the questions on the networks; every heat map and every curve is stored in the cache, so that runs resume."""
+"""Evaluates explanations of the networks; heat maps and curves are stored in the cache, so that runs can be resumed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .stored import stored
 Values = dict[str, Tensor]
 """Values by metric, ``(N,)``."""
 EXPENSIVE, FEW = 20, 16
-"""Methods with more gradients than this explain only so many images."""
+"""Number of gradients above which a method counts as expensive, and number of images that it then explains."""
 CHUNK = 8
 """Images whose results are stored together."""
 BASELINES = 64
-"""At most so many images as baselines of expected gradients."""
+"""Largest number of images that are baselines of expected gradients."""
 BETTER = {
     "SRG, plain": 1, "SRG, blur": 1, "SRG, noise": 1, "SRG, neighbours": 1, "insertion": 1, "deletion": -1,
     "inside": 1, "pointing": 1, "own": 1, "wins": 1, "other class": -1, "random parameters": -1, "noise": 1,
@@ -40,11 +40,11 @@ BETTER = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured for a network.
+    """Extent of the measurements on a network.
 
     Args:
-        photos: Images of one object.
-        pairs: Images of two objects.
+        photos: Number of images of one object.
+        pairs: Number of images of two objects.
         fills: Fills of removed patches.
     """
 
@@ -79,7 +79,7 @@ class Task:
 
     Args:
         net: The network.
-        size: How much is measured.
+        size: Extent of the measurements.
     """
 
     def __init__(self, net: Network, size: Size) -> None:
@@ -90,7 +90,7 @@ class Task:
         self.pairs: Pairs = pairs(net, size.pairs)
 
     def maps(self, name: str, kind: str, scenes: Scenes) -> tuple[Tensor, float]:
-        """Heat maps of a method, ``(N, H, W)``, and processor seconds for each image."""
+        """Returns heat maps of a method, ``(N, H, W)``, and processor seconds for each image."""
         method = METHODS[name]
         if method.gradients > EXPENSIVE:
             scenes = scenes.first(FEW)
@@ -122,7 +122,7 @@ class Task:
         return images[(images != inputs).flatten(1).any(1)]
 
     def removed(self, name: str, heat: Tensor, fill: str) -> Values:
-        """Areas of the curves of one fill."""
+        """Returns the areas of the curves of one fill."""
         parts, start = [], 0
         for scenes in self.single.first(len(heat)).parts(CHUNK):
             parts.append(self._removed(name, scenes, heat[start : start + len(scenes)], fill))
@@ -140,7 +140,7 @@ class Task:
         return {key: torch.from_numpy(value) for key, value in found.items()}
 
     def values(self, name: str) -> Values:
-        """All metrics of a method."""
+        """Returns all metrics of a method."""
         heat, seconds = self.maps(name, "single", self.single)
         heat = heat.float()
         both, _ = self.maps(name, "pairs", self.pairs.scenes)
@@ -156,7 +156,7 @@ class Task:
 
 
 def measured(net: str, size: Size, names: Iterable[str]) -> Iterator[tuple[str, Values | str]]:
-    """Name and metrics of each method; the message of a method that does not run on this network."""
+    """Name and metrics of each method, or the error message of a method that does not run on this network."""
     task = Task(NETWORKS[net](), size)
     for name in names:
         try:
@@ -184,12 +184,12 @@ def summary(by_method: dict[str, Values]) -> dict[str, Any]:
 
 
 def groups(key: str, count: int) -> Tensor:
-    """Samples that are resampled together: the two explanations of one image of a pair."""
+    """Returns samples that are resampled together: the two explanations of one image of a pair."""
     return torch.arange(count) // 2 if key in ("own", "wins") else torch.arange(count)
 
 
 def methods_of(net: str) -> tuple[str, ...]:
-    """Methods that are measured on a network."""
+    """Returns the methods that are measured on a network."""
     return COMPARED if net.startswith("EfficientNet") else tuple(METHODS)
 
 
@@ -200,7 +200,7 @@ def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None 
         nets: The networks.
         out: The file of the results; other sections and networks in it are kept.
         quick: Whether to measure few images.
-        only: The methods; the first is the one that the others are compared with.
+        only: The methods; all others are compared with the first.
     """
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     by_net = results.setdefault("nets", {})

@@ -17,9 +17,9 @@ from .networks import Network
 from .stored import stored
 
 CERTAIN = 0.5
-"""Softmax by which a network says the class of a photograph on grey; less certain photographs are left out."""
+"""Smallest softmax of the predicted class of a photograph on grey; photographs below it are excluded."""
 MARGIN = 2.0
-"""How much more a class depends on its own object than on the other one of a pair."""
+"""Smallest ratio of the dependence of a class on its own object to that on the other object of a pair."""
 GROUNDS: tuple[photos.Background, ...] = ("flower", "china")
 """Landscapes behind single objects."""
 
@@ -31,7 +31,7 @@ class Scenes:
     Args:
         inputs: Inputs of the model, ``(N, C, H, W)``.
         masks: Pixels of the object, boolean ``(N, H, W)``.
-        targets: The class that the network says for the object alone on grey, ``(N,)``.
+        targets: The class that the network predicts for the object alone on grey, ``(N,)``.
         names: The photographs.
     """
 
@@ -44,30 +44,30 @@ class Scenes:
         return len(self.targets)
 
     def where(self, is_kept: Tensor) -> Scenes:
-        """The scenes where a boolean tensor ``(N,)`` is true."""
+        """Returns the scenes where a boolean tensor ``(N,)`` is true."""
         names = tuple(name for name, kept in zip(self.names, is_kept.tolist(), strict=True) if kept)
         return Scenes(self.inputs[is_kept], self.masks[is_kept], self.targets[is_kept], names)
 
     def parts(self, count: int) -> Iterator[Scenes]:
-        """The scenes in parts of so many."""
+        """Yields the scenes in parts of ``count`` scenes."""
         places = torch.arange(len(self))
         for start in range(0, len(self), count):
             yield self.where((places >= start) & (places < start + count))
 
     @property
     def digest(self) -> str:
-        """Of the images and their classes."""
+        """Digest of the images and their classes."""
         parts = [self.inputs.numpy().tobytes(), self.targets.numpy().tobytes()]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def first(self, count: int) -> Scenes:
-        """The first scenes."""
+        """Returns the first scenes."""
         return self.where(torch.arange(len(self)) < count)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images of two objects, each object explained once: scenes ``2 k`` and ``2 k + 1`` are one image.
+    """Images of two objects, each of which is explained once: scenes ``2 k`` and ``2 k + 1`` are one image.
 
     Args:
         scenes: The images, with the mask and class of the explained object.
@@ -80,7 +80,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class _Thing:
-    """An object that a network recognizes: a way to draw it, and its class."""
+    """An object that a network recognizes, with its class and the data to draw it."""
 
     name: str
     stamp: photos.Stamp | None
@@ -95,13 +95,13 @@ class _Thing:
 
 
 def single(net: Network, count: int) -> Scenes:
-    """Objects in front of a landscape where the network says the same class as on the plain ground.
+    """Returns objects in front of a landscape on which the network predicts the same class as on the plain background.
 
-    The two landscapes take turns; where the network says another class, the object is tried on the other landscape, and
-    left out if that fails too. Fashion-MNIST is taken as it is, on black.
+    Objects are placed alternately on two landscapes. If the predicted class changes, the other landscape is tried, and
+    if it also changes there, the object is excluded. Images of Fashion-MNIST keep their black background.
 
     Args:
-        net: The network that says the classes.
+        net: The network that predicts the classes.
         count: Number of objects that are tried.
     """
     rows = []
@@ -115,15 +115,15 @@ def single(net: Network, count: int) -> Scenes:
 
 
 def pairs(net: Network, count: int, seed: int = 0) -> Pairs:
-    """Two objects of different classes side by side on a plain ground, where each class depends on its own object.
+    """Two objects of different classes side by side on a plain background, where each class depends on its own object.
 
-    It does if covering the object lowers the logit of its class by at least :data:`MARGIN` times of what covering the
-    other one changes. Only then is there a right answer to which of the two is explained.
+    A class depends on its object if covering the object lowers the logit of the class by at least :data:`MARGIN` times
+    the change due to covering the other object. Only then is it clear which of the two objects is explained.
 
     Args:
         net: The network.
-        count: Number of images; two explanations each.
-        seed: Of the drawing of pairs.
+        count: Number of images, with two explanations each.
+        seed: Seed for drawing the pairs.
     """
     things = recognized(net, 2 * count if _is_fashion(net) else 1000)
     settings = repr((count, seed, MARGIN, [thing.name for thing in things]))
@@ -141,7 +141,7 @@ def pairs(net: Network, count: int, seed: int = 0) -> Pairs:
 
 
 def _chosen(net: Network, things: list[_Thing], count: int, seed: int) -> dict[str, np.ndarray]:
-    """Places of the objects of every pair, ``(K, 2)``."""
+    """Returns the indices of the objects of every pair, ``(K, 2)``."""
     draw = torch.Generator().manual_seed(seed)
     chosen: list[list[int]] = []
     tried: set[frozenset[int]] = set()
@@ -163,7 +163,7 @@ def _chosen(net: Network, things: list[_Thing], count: int, seed: int) -> dict[s
 
 
 def _half(net: Network, thing: _Thing) -> tuple[Tensor, Tensor]:
-    """One half of an image of two objects: the object on the plain ground, and its mask."""
+    """Returns one half of an image of two objects: the object on the plain background, and its mask."""
     height, width = net.size[0], net.size[1] * 2 if _is_fashion(net) else net.size[1]
     return _drawn(net, thing, height, width // 2, "grey")
 
@@ -175,7 +175,7 @@ def _depends(logits: Tensor, target: int, side: int) -> bool:
 
 
 def recognized(net: Network, count: int) -> list[_Thing]:
-    """Objects whose class the network says with certainty on a plain background."""
+    """Returns objects whose class the network predicts with high confidence on a plain background."""
     if _is_fashion(net):
         images, labels = photos.fashion("t10k")
         shares = net.logits(net.normalized(images[: 3 * count])).softmax(1)
@@ -195,7 +195,7 @@ def recognized(net: Network, count: int) -> list[_Thing]:
 
 
 def _said(net: Network, stamps: list[photos.Stamp]) -> dict[str, np.ndarray]:
-    """The class of each photograph on the plain ground, and its softmax, ``(N,)`` each."""
+    """Returns the predicted class of each photograph on the plain background, and its softmax, ``(N,)`` each."""
     ground = photos.background("grey", *net.size)
     found = [
         net.logits(net.normalized(photos.placed(stamp.cut_out(*net.size), ground)[0])[None]).softmax(1)[0].max(0)
@@ -210,7 +210,7 @@ def _is_fashion(net: Network) -> bool:
 
 
 def _drawn(net: Network, thing: _Thing, height: int, width: int, ground: photos.Background) -> tuple[Tensor, Tensor]:
-    """Image ``(C, H, W)`` in [0, 1] and mask."""
+    """Returns the image ``(C, H, W)`` in [0, 1] and mask."""
     if _is_fashion(net):
         assert thing.picture is not None
         return thing.picture, thing.picture[0] > 0
@@ -218,7 +218,7 @@ def _drawn(net: Network, thing: _Thing, height: int, width: int, ground: photos.
 
 
 def _halves(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks of both objects in the whole image."""
+    """Returns the masks of both objects in the whole image."""
     return torch.cat([left, torch.zeros_like(right)], 1), torch.cat([torch.zeros_like(left), right], 1)
 
 

@@ -8,10 +8,10 @@ from .networks import efficientnet_lite, vgg16_folders
 
 
 def vgg16() -> nn.Module:
-    """VGG16 with seven folders of photographs as classes; ``--mean .485,.458,.408 --std 1,1,1``."""
+    """Returns VGG16 with seven folders of photographs as classes; ``--mean .485,.458,.408 --std 1,1,1``."""
     return vgg16_folders().model
 
 
 def lite() -> nn.Module:
-    """EfficientNet-Lite0 with the classes of ImageNet; ``--mean .498,.498,.498 --std .502,.502,.502``."""
+    """Returns EfficientNet-Lite0 with the classes of ImageNet; ``--mean .498,.498,.498 --std .502,.502,.502``."""
     return efficientnet_lite().model

@@ -1,4 +1,4 @@
-"""Arrays that are computed once and kept in the cache, so that runs resume."""
+"""Arrays that are computed once and stored in the cache, so that runs can be resumed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from . import packages
 
 
 def stored(name: str, digest: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays from the cache; computed and stored there the first time.
+    """Returns arrays from the cache; at the first call, they are computed and stored there.
 
     Args:
-        name: What is computed; part of the name of the file.
-        digest: Of everything else that the arrays depend on.
-        compute: Returns the arrays.
+        name: Name of the computation, which is part of the file name.
+        digest: Digest of everything else on which the arrays depend.
+        compute: Function that returns the arrays.
     """
     folder = packages.cache() / "results"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which explanation finds the words that a text classifier uses?
+"""Comparison of explanations of a text classifier: which of them find the words on which the prediction depends?
 
 ``python -m benchmarks.real.text`` explains held-out film reviews for MiniLM (:mod:`benchmarks.real.film_reviews`),
 masks tokens in the order of their relevance, and writes the results as JSON, the table of ``docs/text.md`` and its
@@ -40,7 +40,7 @@ class Question:
     Attributes:
         ids: The ids, ``(1, T)``.
         words: Positions of the tokens that are not special.
-        sign: 1 if the difference is positive minus negative, -1 for the other class: that of the predicted class.
+        sign: 1 if the predicted class is "positive", so that the difference is positive minus negative, otherwise -1.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, text: str) -> None:
@@ -57,42 +57,42 @@ class Question:
         self.sign = 1.0 if self.target == 1 else -1.0
 
     def difference(self, embeddings: Tensor) -> Tensor:
-        """Logit of the predicted class minus that of the other one, ``(N,)``."""
+        """Returns the logit of the predicted class minus that of the other one, ``(N,)``."""
         logits = self.model(inputs_embeds=embeddings).logits
         return self.sign * (logits[:, 1] - logits[:, 0])
 
     def gradient(self) -> Tensor:
-        """Gradient of the difference at the embeddings."""
+        """Returns the gradient of the difference at the embeddings."""
         leaf = self.embeddings.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self.difference(leaf).sum(), leaf)
         return gradient
 
 
 def measured(question: Question, **options: Any) -> Tensor:
-    """Relevance of the tokens by the measure of the difference."""
+    """Returns the relevance of the tokens by the measure of the difference."""
     options = {"against": 1 - question.target, **options}
     mu = RelevanceMeasure(question.model, {"input_ids": question.ids}, question.target, **options)
     return mu.sign[0] * mu.marginal(mu.ends[0], over="position")[0]
 
 
 def secants(question: Question) -> Tensor:
-    """Relevance of the difference to the text of masks."""
+    """Returns the relevance of the difference to the text of masks."""
     return measured(question, reference={"input_ids": question.masked})
 
 
 def halves(question: Question) -> Tensor:
-    """The measure with the rules of AttnLRP for attention."""
+    """Returns the measure with the rules of AttnLRP for attention."""
     return measured(question, composite=Normalized(NRMDefault(), attention="halves"))
 
 
 def integrated(question: Question) -> Tensor:
-    """Integrated gradients from the text of masks."""
+    """Returns integrated gradients from the text of masks."""
     method = IntegratedGradients(question.difference)
     return method.attribute(question.embeddings, question.baseline, n_steps=STEPS).sum(-1)[0]
 
 
 def gim(question: Question) -> Tensor:
-    """Gradient interaction modifications, from the text of masks."""
+    """Returns gradient interaction modifications, from the text of masks."""
     from gim import GIM
 
     with GIM(question.model):
@@ -101,7 +101,7 @@ def gim(question: Question) -> Tensor:
 
 
 def rollout(question: Question) -> Tensor:
-    """Attention rollout to the class token; it has no sign."""
+    """Returns attention rollout to the class token; it has no sign."""
     with torch.no_grad():
         attentions = loaded("eager")[0](input_ids=question.ids, output_attentions=True).attentions
     joint = torch.eye(question.ids.shape[1])
@@ -112,7 +112,7 @@ def rollout(question: Question) -> Tensor:
 
 
 def occlusion(question: Question) -> Tensor:
-    """Fall of the difference if one token is masked, one forward pass per token."""
+    """Returns the decrease of the difference if a single token is masked, with one forward pass per token."""
     rows = question.embeddings.repeat(len(question.words), 1, 1)
     for row, position in enumerate(question.words):
         rows[row, position] = question.baseline[0, position]
@@ -123,7 +123,7 @@ def occlusion(question: Question) -> Tensor:
 
 
 def random(question: Question) -> Tensor:
-    """Random numbers."""
+    """Returns random numbers."""
     return torch.randn(question.ids.shape[1], generator=torch.Generator().manual_seed(int(question.ids.sum())))
 
 
@@ -147,7 +147,7 @@ METHODS: dict[str, Callable[[Question], Tensor]] = {
 
 @torch.no_grad()
 def curve(question: Question, order: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The difference of logits and the probability of the class, while more and more tokens are masked."""
+    """Returns the difference of logits and the softmax of the class while tokens are masked one after another."""
     rows = question.ids.repeat(len(order) + 1, 1)
     for number, position in enumerate(order):
         rows[number + 1 :, position] = question.mask
@@ -157,14 +157,14 @@ def curve(question: Question, order: list[int]) -> tuple[np.ndarray, np.ndarray]
 
 
 def scores(question: Question, relevance: Tensor) -> list[float]:
-    """SRG, the area between both curves of the difference of logits, and ABPC, the same for the probability."""
+    """Returns SRG, the area between both curves of the difference of logits, and ABPC, the same for the softmax."""
     ordered = sorted(question.words, key=lambda position: float(relevance[position]))
     least, most = curve(question, ordered), curve(question, ordered[::-1])
     return [round(float(upper.mean() - lower.mean()), 4) for upper, lower in zip(least, most, strict=True)]
 
 
 def chosen_reviews(tokenizer: Any) -> list[Review]:
-    """The first held-out reviews of a medium length."""
+    """Returns the first held-out reviews of a medium length."""
     _, held = reviews()
     fitting = [r for r in held if SHORTEST <= len(tokenizer(r.text)["input_ids"]) - 2 <= LONGEST]
     return fitting[:COUNT]
@@ -172,7 +172,7 @@ def chosen_reviews(tokenizer: Any) -> list[Review]:
 
 @functools.cache
 def loaded(attention: str = "sdpa") -> tuple[nn.Module, Any]:
-    """The classifier in evaluation mode, with one implementation of attention, and its tokenizer."""
+    """Returns the classifier in evaluation mode, with one implementation of attention, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = film_reviews()
@@ -181,14 +181,14 @@ def loaded(attention: str = "sdpa") -> tuple[nn.Module, Any]:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Mean, and 95 % interval of the mean over texts, by the bootstrap."""
+    """Returns the mean, and 95 % interval of the mean over texts, by the bootstrap."""
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLED, len(values)))
     means = values[drawn].mean(1)
     return [float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
 def summary(per_text: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
-    """One row per method, the best first, with paired differences to NRMDefault."""
+    """Returns one row per method, the best first, with paired differences to NRMDefault."""
     arrays = {name: np.array(rows) for name, rows in per_text.items()}
     own = arrays["NRMDefault"]
     rows = []
@@ -202,7 +202,7 @@ def summary(per_text: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
 
 
 def drawn(model: nn.Module, tokenizer: Any, methods: list[str]) -> None:
-    """The image: one sentence, explained by several methods, each divided by its largest value."""
+    """Draws the image: one sentence, explained by several methods, each divided by its largest value."""
     question = Question(model, tokenizer, SHOWN)
     maps = []
     for method in methods:
@@ -218,7 +218,7 @@ def drawn(model: nn.Module, tokenizer: Any, methods: list[str]) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", choices=["LXT"], help="measure this method alone and add it to the stored results")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The heads of the last block of the review classifier, for one sentence: joint relevance with its words, and a flow.
+"""Heads of the last block of the review classifier for one sentence: their joint relevance with words, and a flow.
 
 ``python -m benchmarks.real.text_heads`` takes a minute and writes the table and the figure of docs/text.md.
 """
@@ -24,7 +24,7 @@ FIGURE = tables.ROOT / "docs/images/text-heads.png"
 
 
 def results() -> dict[str, Any]:
-    """Draws the figure; masses of heads and tokens, and the joint relevance of all pairs."""
+    """Draws the figure; returns masses of heads and tokens, and the joint relevance of all pairs."""
     model, tokenizer = loaded("eager")
     mu = explain_text(model.double(), tokenizer, SENTENCE).measure
     ids = tokenizer(SENTENCE, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""The normalization of any Zennit composite, and the composites of this package."""
+"""Normalization of Zennit composites, and the composites of this package."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Modules that are run as loops; the rule of the module is applied to the linear maps inside."""
+"""Modules that run as loops over time; the rule of the module is applied to the linear maps inside the loop."""
 
 
 class Normalized(Composite):
@@ -161,7 +161,7 @@ class Normalized(Composite):
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
-            if isinstance(handle, AttributeCanonizer):  # this deletes attributes, which is possible only once
+            if isinstance(handle, AttributeCanonizer):  # it deletes attributes, which is possible only once
                 keys = [key for key in handle.attribute_keys if (handle.module, key) not in set_once]
                 set_once.update((handle.module, key) for key in keys)
                 handle.attribute_keys = keys

@@ -1,4 +1,4 @@
-"""Exception types. Messages name the argument or layer, the given value, the cause of the error, and a remedy."""
+"""Exceptions. Messages name the argument or layer, the given value, the cause of the error, and a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class InputError(NRMError, ValueError):
 
 
 class DifferenceError(InputError):
-    """Raised if a reference does not match the inputs, or the model runs other operations for it."""
+    """Raised if a reference does not match the inputs, or the model runs different operations on it."""
 
 
 class TargetError(NRMError, ValueError):
@@ -82,11 +82,11 @@ class StorageError(NRMError, TypeError):
 
 
 class FoldingError(NRMError, ValueError):
-    """Raised if the entries of a tensor cannot be assigned to the samples of the batch, as if samples mix."""
+    """Raised if the entries of a tensor cannot be assigned to samples, for example because samples are mixed."""
 
 
 class MissingExtraError(NRMError, ImportError):
-    """Raised if an optional dependency is required but not installed."""
+    """Raised if an optional dependency is needed but not installed."""
 
 
 class BatchNormWarning(UserWarning):

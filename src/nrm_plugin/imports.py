@@ -46,11 +46,11 @@ REGISTRY = "zennit.composites"
 
 
 def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
-    """Emits a deprecation warning that points at the caller of the calling function.
+    """Emits a deprecation warning that refers to the line that calls the calling function.
 
     Args:
         what: The deprecated name, as the user writes it.
-        instead: What to use instead.
+        instead: The replacement.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
@@ -58,7 +58,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function so that it also accepts keyword arguments by their former names, with a warning.
+    """Returns a decorator that lets a function accept keyword arguments by their former names, with a warning.
 
     Args:
         names: The current names, by former name.
@@ -78,7 +78,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """Returns the path of a module in the settings of stored sweeps, which stay resumable after a module has moved."""
+    """Returns the path of a module in the settings of stored sweeps, which stay resumable after a module is moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
@@ -139,7 +139,7 @@ def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> impo
 
 
 class _Package(types.ModuleType):
-    """A package that prevents a deprecated module from replacing a public function of the same name (``coverage``)."""
+    """A package in which a deprecated module cannot replace the public function of the same name (``coverage``)."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, types.ModuleType) and name in MOVED):

@@ -1,4 +1,4 @@
-"""Rules that Zennit lacks, written as Zennit rules."""
+"""Additional rules, implemented as Zennit rules."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Rule with relative contributions: a single factor per layer replaces the denominators of its neurons.
+    r"""Distributes relevance by contributions times one factor per layer, which replaces the denominators of neurons.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
@@ -221,10 +221,10 @@ def mean_sizes(weight: Tensor) -> Tensor:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns the positive floor of each sample, ``(N, 1, …)``."""
+    """Returns the floor of each sample, a positive value, ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
-    return (floor * mean).clamp(min=1e-15)  # well above the stabilizers, so that a sample of zeros has shares as well
+    return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares
 
 
 def _absolute(parameter: Tensor, name: str) -> Tensor:

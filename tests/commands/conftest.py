@@ -13,7 +13,7 @@ from tests.commands.shell import NETS, PHOTO
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with an image and models of a user's own; the current folder."""
+    """The current folder, which contains an image and a user's own models."""
     monkeypatch.chdir(tmp_path)
     PHOTO.save("china.png")
     Path("own_nets.py").write_text(NETS)
@@ -25,6 +25,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def fast(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same folder; figures are made but not written, which would take most of the time."""
+    """The same folder; figures are created but not written, which would take most of the time."""
     monkeypatch.setattr("nrm_plugin.commands.output_files.save", lambda figure, path, *_: path.touch())
     return here

@@ -1,4 +1,4 @@
-"""Commands in a folder with an image and models of a user's own."""
+"""Commands in a folder that contains an image and a user's own models."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ word = "text"
 
 
 def photograph(number: int = 0, side: int = 90) -> Image.Image:
-    """A photograph of scikit-learn, china or flower, resized. Only its file is read, since imports take long."""
+    """A resized photograph of scikit-learn, china or flower, read from its file, since imports are slow."""
     folder = Path(find_spec("sklearn").origin).parent / "datasets/images"
     return Image.open(folder / ("china.jpg", "flower.jpg")[number]).resize((side * 3 // 2, side))
 
@@ -99,7 +99,7 @@ def explain(*argv: str | Path, code: int = 0) -> None:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
-    """The line on stderr of a command that exits with 2 and prints nothing else."""
+    """Runs a command that must exit with 2 and print one line on stderr; returns the line."""
     try:
         code: object = main([str(word) for word in argv])
     except SystemExit as end:
@@ -120,7 +120,7 @@ def result(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def prepared(image: Image.Image, size: int = SIZE, resize: int | None = None) -> Tensor:
-    """The input of an image by torchvision's functions, ``(1, 3, size, size)``."""
+    """An image preprocessed by torchvision's functions, ``(1, 3, size, size)``."""
     functional = torchvision.transforms.functional
     tensor = functional.to_tensor(
         image.convert("RGB").resize(_scaled(image, resize or size), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""Toy packages in place of those that the demo on a photograph fetches."""
+"""Toy packages in place of those that the demo on a photograph downloads."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def wheel(entries: dict[str, bytes]) -> bytes:
 
 
 def toy_packages(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stores toy packages in the downloads of a cache, where they are found without a network."""
+    """Stores toy packages in the downloads of a cache, where they are found without a network connection."""
     module: dict[str, type] = {}
     exec(SOURCE, module)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Matrices of kernels, column by column, and the formulas that they are compared with."""
+"""Matrices of kernels, computed column by column, and the formulas with which they are compared."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Apply(nn.Module):
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    """Signed numbers of which no two are equal."""
+    """Signed numbers, no two of which are equal."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
 def measure(
     op: Op | nn.Module, inputs: list[Tensor], composite: Composite | None = None, sums: Any = "absolute"
 ) -> RelevanceMeasure:
-    """The measure of one operation on inputs without batch, with one sample for each entry of its output."""
+    """The measure of one operation on inputs without a batch dimension, with one sample per entry of the output."""
     net = op if isinstance(op, nn.Module) else Apply(op)
     shape = net(*(value[None] for value in inputs)).shape[1:]
     units = torch.eye(shape.numel(), dtype=torch.float64).reshape(-1, *shape)
@@ -77,7 +77,7 @@ def eye(size: int) -> Tensor:
 
 
 def routed(output: Tensor, source: Tensor) -> Tensor:
-    """The 0/1 matrix of an operation that copies: values are distinct, so each identifies its source."""
+    """The 0/1 matrix of an operation that copies entries; values are distinct, so each identifies its source."""
     return (output.reshape(-1, 1) == source.reshape(1, -1)).double()
 
 

@@ -1,4 +1,4 @@
-"""Matrices of functions of one graph, without a batch."""
+"""Matrices of functions of one graph, without a batch dimension."""
 
 from __future__ import annotations
 

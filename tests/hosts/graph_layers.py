@@ -102,7 +102,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "Transformer": lambda i: pyg.TransformerConv(i, 4, heads=2),
     "Transformer, edges": lambda i: WithEdges(pyg.TransformerConv(i, 4, heads=2, edge_dim=3, beta=True)),
 }
-"""Each takes the number of input features; all return eight."""
+"""Layers by name; each takes the number of input features and returns eight features."""
 
 POOLS: dict[str, Callable[[], nn.Module]] = {
     "attentional": lambda: pyg.AttentionalAggregation(nn.Linear(8, 1)),

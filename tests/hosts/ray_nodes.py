@@ -25,7 +25,7 @@ HEALTH = {
     "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 3,
 }
-"""A node that is gone is noticed after seconds instead of half a minute, and a slow node is not taken for one."""
+"""Settings to detect a lost node within seconds instead of half a minute, without mistaking a slow node for one."""
 COUNT = 60
 
 

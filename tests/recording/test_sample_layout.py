@@ -58,7 +58,9 @@ def test_samples_with_different_numbers_of_slices_are_padded(slices: list[int], 
     samples = torch.tensor(slices)
     values = torch.arange(1, len(slices) * width * width + 1).reshape(-1, width, width).movedim(0, dim)
     labels = samples.reshape(-1, 1, 1).expand(-1, width, width).movedim(0, dim)
-    (layout,) = layouts_of(labels, 3)
+    assert bool(layouts_of(labels, 3)) == (set(slices) == {0, 1, 2})  # samples that lack slices may just be unknown
+    (layout,) = layouts_of(labels, 3, is_last=True)
+    assert not layout.is_assumed
     unfolded = layout.unfold(values)
     assert unfolded.shape == layout.shape(values.shape)
     for sample in range(3):
@@ -72,8 +74,25 @@ def test_samples_with_different_numbers_of_slices_are_padded(slices: list[int], 
 
 
 def test_entries_of_one_sample_are_divided_along_the_first_dimension() -> None:
-    (layout,) = layouts_of(torch.full((1, 4), 2), 4)
+    (layout,) = layouts_of(torch.full((1, 4), 2), 4, is_last=True)
     assert layout.unfold(torch.ones(1, 4)).sum(1).tolist() == [0, 0, 4, 0]
+
+
+@given(st.permutations(range(3)), st.integers(1, 2), st.integers(0, 2), st.data())
+def test_unknown_slices_are_assigned_to_the_samples_that_lack_some(
+    order: list[int], parts: int, dim: int, data: st.DataObject
+) -> None:
+    samples = torch.tensor(order).repeat(parts)
+    known = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3 * parts, max_size=3 * parts)))
+    assume(0 < int(known.sum()) < len(known))
+    labels = torch.where(known, samples, -1).reshape(-1, 1, 1).expand(-1, 3, 3).movedim(0, dim)
+    values = (labels >= 0) * torch.rand(labels.shape)
+    layout = layouts_of(labels, 3, is_last=True)[0]
+    assert layout.is_assumed
+    rows = torch.arange(3).reshape(-1, *(1,) * (len(layout.shape(labels.shape)) - 1))
+    placed = layout.unfold(labels)
+    assert bool(((placed == rows) | (placed < 0)).all())  # entries of known samples are in their rows
+    assert torch.equal(layout.fold(layout.unfold(values)), values)
 
 
 def test_mixed_samples_have_no_layout() -> None:

@@ -1,4 +1,4 @@
-"""Measures of one sample with the mass of every walk over groups, by enumeration: what a search has to find."""
+"""Measures of one sample with the enumerated masses of all walks over groups, which test the results of searches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Enumerated:
         self.joint = joint
 
     def check(self, top):
-        """Masses are exact, the walks differ, and the bound and the certificates hold; returns all sizes in order."""
+        """Checks masses, distinctness, bound and certificates of a result; returns all absolute masses in order."""
         masses = np.abs(self.joint).flatten()
         tolerance = 1e-9 * self.spread
         groups = [walk.groups for walk in top.walks]
@@ -68,7 +68,7 @@ def enumerated(draw, names=NETS, rules=None):
 
 
 def ordered(search):
-    """The result of a search; discards layers of two branches, of which none is below the other."""
+    """The result of a search; discards cases with layers on two branches, neither of which is below the other."""
     try:
         return search()
     except EventError:

@@ -44,13 +44,13 @@ def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], b
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
-    """Returns the values as a tuple if the inputs were a tuple, and the single value otherwise."""
+    """Returns the values as a tuple if the inputs were given as a tuple, and the single value otherwise."""
     return _format_output(was_tuple, values)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of ``attribute`` that select what is returned; the fields have the same names and meaning."""
+    """Arguments of ``attribute`` that select what is returned. Each field has the name and meaning of its argument."""
 
     given: Event | None
     joint: Event | None
@@ -69,7 +69,7 @@ def check_device_ids(device_ids: Any) -> None:
 
 
 def check_floating(inputs: tuple[Tensor, ...]) -> None:
-    """Raises :class:`InputError` for integer inputs, such as token ids; only the selected embeddings have relevance."""
+    """Raises :class:`InputError` for integer inputs, such as token ids; only the embeddings of ids have relevance."""
     if any(is_index(value) for value in inputs):
         raise InputError(
             "an input has an integer dtype, and integers receive no relevance. Attribute to its embedding, "
@@ -78,7 +78,7 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
 
 
 def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """Returns Captum's baselines, which may be numbers, as the reference of a measure, or None without baselines."""
+    """Converts Captum's baselines, which may be numbers, to the reference of a measure; None without baselines."""
     if baselines is None:
         return None
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
@@ -91,7 +91,7 @@ def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
 
 
 def rules_for(baselines: Any, composite: Normalized, has_rules: bool) -> Normalized | None:
-    """Returns the composite, or None for secant slopes if there are baselines but no composite was given."""
+    """Returns the composite, or None (secant slopes) if baselines but no composite were given."""
     return composite if baselines is None or has_rules else None
 
 
@@ -122,7 +122,7 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Returns the marginals of all inputs, in their shapes; zero for inputs on which the output does not depend.
+    """Returns the marginal of each input, in the shape of the input; zero if the output does not depend on the input.
 
     Raises:
         InputError: If the output depends on the inputs only through lookups of embedding rows.
@@ -145,7 +145,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
-    # No walk crosses two tensors of a tuple, so the walks that cross none of them are the complement of the union.
+    # No walk crosses two tensors of a tuple, so the walks that cross none of them form the complement of the union.
     union = functools.reduce(operator.or_, taps)
     return 1 - sum(measure(tap) for tap in taps) - measure(~union)
 

@@ -1,4 +1,4 @@
-"""Relevance under conditions in the format of zennit-crp (Concept Relevance Propagation)."""
+"""Conditional and joint relevance in the format of zennit-crp (Concept Relevance Propagation)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .base import Layer, Unit, as_tuple, in_unit, reference_of, rules_for, unwra
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
-"""The key of the explained outputs in a condition."""
+"""The key under which a condition lists the explained outputs."""
 
 
 def condition_event(condition: Condition) -> Event | None:
@@ -50,7 +50,7 @@ def condition_event(condition: Condition) -> Event | None:
 
 
 class ConceptNRM:
-    """Relevance under conditions in the format of zennit-crp's ``CondAttribution``.
+    """Conditional and joint relevance with the interface of zennit-crp's ``CondAttribution``.
 
     Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions may
     refer to different layers, in any order. Conditions on the same outputs share one forward pass per sample.
@@ -106,8 +106,8 @@ class ConceptNRM:
                 ``μ(j & condition)``.
             unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before the sum over
                 channels; ``"measure"`` for relevance as a share of the explained outputs.
-            against: Another output, or ``"rest"`` for all other classes, from which the difference is explained. Every
-                condition must then contain one output; see :class:`~nrm_plugin.RelevanceMeasure`.
+            against: Another output, or ``"rest"`` for all other classes; the difference from it is explained, and each
+                condition must contain exactly one output. See :class:`~nrm_plugin.RelevanceMeasure`.
             baselines: Baselines in Captum's format; if given, the difference from the outputs at these is explained;
                 see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
 
@@ -160,7 +160,7 @@ class ConceptNRM:
 
 
 def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]:
-    """Returns the arguments of a measure of the chosen outputs."""
+    """Returns the keyword arguments with which a measure explains the chosen outputs."""
     if against is None:
         return {"start": functools.partial(_start, chosen)}
     if chosen is None or len(chosen) != 1:

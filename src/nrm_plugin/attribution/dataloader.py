@@ -1,4 +1,4 @@
-"""Relevance over a data loader, since Captum's ``DataLoaderAttribution`` accepts only ``FeatureAblation``."""
+"""Attribution over a data loader; Captum's ``DataLoaderAttribution`` accepts only ``FeatureAblation``."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class DataLoaderNRM:
 
 
 def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any, ...] | None]:
-    """Returns the explained inputs in the form of the batch, and the additional arguments of the model."""
+    """Returns the explained inputs, nested as in the batch, and the additional arguments of the model."""
     if isinstance(batch, Tensor):
         if roles not in (None, (0,)):
             raise ValueError(f"input_roles={roles} has {len(roles)} roles, but a batch is a single tensor.")

@@ -66,7 +66,7 @@ class JointNRM:
             over: ``"channel"`` or ``"neuron"``.
             unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
             against: The output or outputs to compare with; see :meth:`NRM.attribute`.
-            baselines: Baselines, from whose output the difference is explained; see :meth:`NRM.attribute`.
+            baselines: Baselines; the change of the output from its value there is explained; see :meth:`NRM.attribute`.
 
         Returns:
             Joint relevance ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.

@@ -99,7 +99,7 @@ class LayerNRM(NRM, LayerAttribution):
             joint: The event with which joint relevance is computed.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
-            baselines: Baselines, from whose output the difference is explained; see :meth:`NRM.attribute`.
+            baselines: Baselines; the change of the output from its value there is explained; see :meth:`NRM.attribute`.
 
         Returns:
             A tensor for a single layer (a tuple if the layer returns several tensors), or a list for several layers. If

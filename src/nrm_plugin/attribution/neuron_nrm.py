@@ -98,7 +98,7 @@ class NeuronNRM(NRM, NeuronAttribution):
                 ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
-            baselines: Baselines, from whose activations the difference is explained; see :meth:`NRM.attribute`.
+            baselines: Baselines; the change of the activation from its value there is explained.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
@@ -143,5 +143,5 @@ class NeuronNRM(NRM, NeuronAttribution):
 
 
 def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
-    """Returns the weights of the activations in the difference of two sums."""
+    """Returns the weight of each activation in the difference between the two selected activations."""
     return neurons.slope(values) - others.slope(values)

@@ -252,7 +252,7 @@ class NRM(GradientAttribution):
         sums = [sample_sums(part if self.batched else part.unsqueeze(0)) for part in parts]
         return output.flatten() - accounted - torch.stack(sums).sum(0)
 
-    # -- inside -----------------------------------------------------------------------------------------------
+    # -- internal ---------------------------------------------------------------------------------------------
 
     def _layer(self, layer: Any) -> Any:
         """Converts a layer of the given model to the corresponding layer without the ``DataParallel`` wrapper."""

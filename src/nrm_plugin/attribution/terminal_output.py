@@ -16,7 +16,7 @@ LISTED = 12
 SHADES = {1: (217, 173, 167, 131, 124), -1: (189, 152, 110, 67, 25)}
 """Background colours, in a terminal with 256 colours, for positive and negative relevance, from weak to strong."""
 REST = "the rest"
-"""What a target is compared with unless one output is given."""
+"""Name of the outputs that a target is compared with, unless a single output is given."""
 KINDS = {"class": "class", "mask": "token behind the mask", "next": "next token", "token": "class of the token"}
 
 
@@ -63,7 +63,7 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
 
 
 def number(explanation: Any) -> str:
-    """Returns the explained number with a description."""
+    """Returns a description of the explained number, with its value."""
     kind = "change" if explanation.reference else "difference" if explanation.against else "output"
     return f"{kind} {explanation.output:.4g}"
 

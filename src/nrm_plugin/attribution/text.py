@@ -32,18 +32,18 @@ from .text_tasks import Task, task_of, tokenized
 from .words import Tokens, Word
 
 BEST = 5
-"""Number of predictions, and of units per layer, that are kept."""
+"""Number of predictions, and of units per layer, in an explanation."""
 AUTO = "auto"
 """The reference consists of mask tokens in place of the words, if the tokenizer has one and no rules are given."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Relevance of the words given one condition, or joint with one unit of a layer.
+    """Relevance of the words, conditional on one event or joint with one unit of a layer.
 
     Attributes:
         title: The condition or the unit.
-        mass: Mass of the walks through it.
+        mass: Mass of the condition or the unit.
         relevance: Relevance of each word, ``(words,)``, on the CPU. For a unit, this is joint relevance; for a
             condition, conditional relevance, which sums to 1 together with the absorbed relevance (to -1 if the
             condition counts against the target). None if the mass of the condition is zero or nearly cancels.
@@ -68,7 +68,7 @@ class TextExplanation:
         reference: The reference text, or the token that replaces every word in the reference; empty without a
             reference.
         output: The explained number: an output, a difference of outputs, or the change of either from the reference.
-        predictions: The most likely classes or tokens, with their probabilities.
+        predictions: The classes or tokens with the largest softmax values, with these values.
         tokens: Relevance of each token, ``(T,)``, on the CPU.
         words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target. Together with the
             absorbed relevance, it sums to 1, or to -1 if ``output`` is negative, that is, if the target scores lower
@@ -131,7 +131,7 @@ def explain_text(
     residual: Residual | None = None,
     gain_limit: float | None = None,
 ) -> TextExplanation:
-    """Explains the prediction of a text model of the transformers library by the words of the text.
+    """Explains the prediction of a transformers text model by the relevance of the words of the text.
 
     The explained prediction depends on the model: the class of a text, the token behind the mask, the next token, or
     the first token that a decoder generates.
@@ -245,7 +245,7 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
 def _of_masks(
     measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
 ) -> tuple[str | None, RelevanceMeasure]:
-    """Returns the mask token, and the measure of the change from a text of masks.
+    """Returns the mask token, and the measure that explains the change of the prediction from a text of mask tokens.
 
     If there is no mask token, if the prediction is the same for the masks, or if the model runs other operations for
     them, such as other experts, the measure explains the prediction itself.
@@ -311,12 +311,12 @@ class Words:
             yield from (Row(f"{kind} {unit}", float(mass[unit]), row) for unit, row in zip(order, rows, strict=True))
 
     def given(self, condition: Event | str) -> Row:
-        """Returns the relevance of the words given an event."""
+        """Returns the relevance of the words, conditional on an event."""
         event = at(condition) if isinstance(condition, str) else condition
         title = condition if isinstance(condition, str) else str(condition)
         mass = float(self.mu.sign) * float(self.mu(event))
         try:
-            tokens = float(self.mu.sign) * self.relevance(given=event)  # of a condition, which has no sign
+            tokens = float(self.mu.sign) * self.relevance(given=event)  # conditional relevance is not signed
         except NullEventError:
             return Row(title, mass, None, "no relevance passes through these walks")
         except CancellationError:

@@ -25,7 +25,7 @@ class Task:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
         text: The text.
-        inputs: Token ids at which walks end, by argument name of the model.
+        inputs: Token ids at which walks end, by name of the model's argument.
         others: Additional arguments of the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
         logits: The logits of the prediction, ``(K,)``.

@@ -64,7 +64,7 @@ class Tokens:
 
 
 def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[int], encoding: Any) -> tuple[Word, ...]:
-    """Returns the words of a text.
+    """Merges the tokens of a text into words.
 
     Args:
         text: The text.

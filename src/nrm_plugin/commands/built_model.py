@@ -1,4 +1,4 @@
-"""Models that were built by name, before their preprocessing is chosen."""
+"""Models built by name, before their preprocessing is chosen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BuiltModel:
 
     Attributes:
         model: The model.
-        weights: Description of the origin of the weights.
+        weights: Where the weights come from, as text.
         transforms: torchvision's preset of the preprocessing.
         categories: Class names; empty if unknown.
         notes: Messages to the user.

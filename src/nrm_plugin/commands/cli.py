@@ -109,7 +109,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bool) -> int:
-    """Prints the reason why a command ended, and returns the exit status."""
+    """Prints the reason why a command stopped, and returns the exit status."""
     if options.debug:
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):

@@ -58,5 +58,5 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
 
 def _plain(kind: type[Composite]) -> type[Composite]:
-    """Returns the composite behind a normalized one in the registry, since commands normalize every composite."""
+    """Returns the class that a registered normalized composite wraps, since commands normalize every composite."""
     return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind

@@ -56,7 +56,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
 
 
 def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
-    """Returns the measure of a digit, whose difference from the others is positive, since it is predicted."""
+    """Returns the measure of a digit; the explained difference is positive, since the predicted class is explained."""
     return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
 
 

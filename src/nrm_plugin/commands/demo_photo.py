@@ -17,7 +17,7 @@ CLASSES = "classes.txt"
 
 
 def explain_photo(photo: Path | None, out: Path) -> int:
-    """Explains a photograph by a heat map and a flow, printing the commands that do so; returns the exit status.
+    """Explains a photograph by a heat map and a flow, and prints the commands it runs; returns the exit status.
 
     Args:
         photo: The photograph; by default that of the package.

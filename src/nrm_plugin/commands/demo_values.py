@@ -1,4 +1,4 @@
-"""The digits of the demo, and the numbers of each layer by the measure and by plain Zennit."""
+"""The digits of the demo, and the relevance of each layer in the measure and in plain Zennit."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Row:
 
 @torch.no_grad()
 def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> tuple[list[Sample], float]:
-    """Returns the digits of each kind with the most confident predictions, and the accuracy on all digits.
+    """Returns the most confidently predicted digits of each kind, and the accuracy on all digits.
 
     Raises:
         DemoError: If no kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
@@ -117,7 +117,7 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 def plain_sums(
     model: nn.Module, images: Tensor, target: Sequence[int], composite: Composite, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Sums Zennit's relevance at each layer, ``(N,)``, from a relevance of 1 at the target, without this package.
+    """Returns the sum of plain Zennit's relevance at each layer, ``(N,)``, for an initial relevance of 1 at the target.
 
     Args:
         model: The network.

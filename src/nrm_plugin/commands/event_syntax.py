@@ -24,7 +24,7 @@ DEEPEST = 50
 
 
 class ConditionError(NRMError, ValueError):
-    """Raised if a text is not an event."""
+    """Raised if a text cannot be parsed as an event."""
 
 
 @dataclass(frozen=True)

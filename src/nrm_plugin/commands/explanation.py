@@ -76,10 +76,10 @@ class ConditionalExplanation:
 
 @dataclass(frozen=True)
 class Average:
-    """The mean of relevance over layers.
+    """Relevance averaged over layers.
 
     Attributes:
-        layers: The layers, from the last.
+        layers: The layers, starting with the last one.
         relevance: ``(H, W)``, interpolated to the pixels; positive values are evidence for the class.
     """
 
@@ -103,7 +103,7 @@ class Explanation:
         totals: Totals at the inputs.
         layers: The requested layers.
         given: The requested conditions.
-        photo: The image for figures, with the part that the model did not see.
+        photo: The image for figures, including the part that the model did not see.
         reference: Name or file of the reference image, or None without one.
         average: The mean over late layers, or None if it is not requested.
     """

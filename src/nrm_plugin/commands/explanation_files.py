@@ -35,9 +35,9 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""At most one in this many pixels may exceed the colour scale."""
+"""At most one pixel in this many may exceed the colour scale."""
 LEAST_LOST = 0.005
-"""Relevance not reaching the pixels above which the title mentions it."""
+"""If more than this share of relevance does not reach the pixels, the title mentions it."""
 LONGEST_HEADER = 10**8
 """Largest header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")
@@ -84,7 +84,7 @@ def write(
 
 
 def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
-    """Returns the kinds of files of a layer; no figure if no channel has relevance."""
+    """Returns the kinds of files written for a layer; no figure is written if no channel has relevance."""
     return ("png", "csv") if layer.top else ("csv",)
 
 
@@ -99,7 +99,7 @@ def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict
 
 
 def tensors(result: Explanation) -> dict[str, Tensor]:
-    """Returns the numbers of an image, by their names in the file."""
+    """Returns the results for one image, by their names in the file."""
     number = result.outputs.new_tensor
     named = {
         "image": result.image,
@@ -192,7 +192,7 @@ def cells_of(cells: int | str, size: Sequence[int], layer: Sequence[int] | None 
     """Returns the number of cells of a heat map along each side.
 
     Args:
-        cells: The option: a number, or one of :data:`~nrm_plugin.commands.options.AUTO` and others.
+        cells: A number, or a name of :mod:`~nrm_plugin.commands.options`: ``AUTO``, ``PIXELS`` or ``LAYER_CELLS``.
         size: Size of the map in pixels.
         layer: Size of the layer of the map, or None for the input.
     """

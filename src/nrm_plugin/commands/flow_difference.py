@@ -40,7 +40,7 @@ from .photos import photo
 from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 CHANNELS = 16
-"""Number of channels per layer, those that differ most, for which both flows are computed."""
+"""Number of channels per layer for which both flows are computed: those whose relevance differs most."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
 
 
 def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:
-    """Returns the outputs of some classes, as masks by name."""
+    """Returns a mask for the output of each given class, by class name."""
     labels = torch.arange(mu.shape("output")[1:].numel()).reshape(mu.shape("output")[1:])
     return {class_name(loaded, target) or f"class {target}": labels == target for target in sorted(targets)}
 
@@ -186,7 +186,7 @@ def _group_names(groups: Groups) -> dict[str, Names]:
 
 
 def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:
-    """Returns a graph in which channels outside of all groups are counted as others."""
+    """Returns a graph whose number of other groups includes the channels outside of all groups."""
     layers = []
     for layer in graph.layers:
         kind = over.get(layer.name)
@@ -202,7 +202,7 @@ def _joint_maps(mu: RelevanceMeasure, graph: FlowGraph, over: Mapping[str, Any])
 
 
 def _differing(first: RelevanceMeasure, second: RelevanceMeasure, layer: str) -> dict[str, torch.Tensor]:
-    """Returns the channels whose relevance differs most, as masks by name."""
+    """Returns a mask for each of the channels whose relevance differs most, by channel name."""
     masses = [float(mu.sign) * mu.marginal(layer, over="channel")[0].flatten() for mu in (first, second)]
     order = (masses[0] - masses[1]).abs().argsort(descending=True, stable=True)[:CHANNELS].tolist()
     labels = partition(first._tap(layer), "channel", None).labels

@@ -39,7 +39,7 @@ class FlowOptions:
     Attributes:
         top: Maximum number of channels of a layer.
         coverage: Fraction of the absolute mass of each layer that the shown channels must cover, or None for no limit.
-        patches: Patches of the image along each side.
+        patches: Number of image patches along each side.
         dark: Whether figures are for a dark background.
         width: Width of the figure in inches, or None for the default.
         kind: File type of the figure.
@@ -58,7 +58,7 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Dots per inch, which is higher for the small letters of narrow figures."""
+        """Dots per inch, which are higher for narrow figures because their letters are small."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property
@@ -154,7 +154,7 @@ def _members_of_the_input(image: Tensor) -> Tensor:
 def _with_short_names(groups: Groups) -> Groups:
     """Returns groups with numbers instead of names that list channels, which would not fit below a thumbnail.
 
-    Each layer has its letter, from the input up, so that no two names are the same: A1, A2, …, B1, …
+    Each layer has its own letter, starting at the input, so that names are unique: A1, A2, …, B1, …
     """
     short = {
         layer: [number for number, name in enumerate(names) if LISTED.fullmatch(name)]
@@ -168,7 +168,7 @@ def _with_short_names(groups: Groups) -> Groups:
 
 
 def patch_names(count: int) -> dict[int, str]:
-    """Returns names of ``count`` × ``count`` patches as on a map: letters for columns, and numbers from 1 for rows."""
+    """Returns names of ``count`` × ``count`` patches, as on a map: letters for columns, numbers from 1 for rows."""
     letters = [chr(65 + column % 26) * (1 + column // 26) for column in range(count)]
     return {number: f"{letters[number % count]}{number // count + 1}" for number in range(count**2)}
 

@@ -44,7 +44,7 @@ from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
-"""Most partial passes for walks over groups, and the number of walks on the page."""
+"""Largest number of partial passes for walks over groups, and number of walks listed on the page."""
 LEAST_PROFILE = 0.01
 """A figure of all layers is drawn if at least this much relevance is lost at a layer."""
 
@@ -203,14 +203,14 @@ def _write(
 
 
 def caption(flow: ImageFlow) -> str:
-    """Describes a flow, and what the model did not see of the image."""
+    """Describes a flow, and the part of the image that the model did not see."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
     said = flow_caption(flow.graph, walks=flow.walks, areas=areas)
     return f"{_rank(flow)} {said} {unseen(flow.photo)}".strip()
 
 
 def _rank(flow: ImageFlow) -> str:
-    """Says how likely the model finds the explained class; empty for models with one output."""
+    """Describes the softmax and the rank of the explained class; empty for models with one output."""
     if len(flow.outputs) < 2:
         return ""
     share = percent(float(torch.softmax(flow.outputs.double(), 0)[flow.target]))

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
-    """Returns name, shape without the batch, operation, rule and note of every tap; these do not depend on the weights.
+    """Returns name, shape without batch, operation, rule and note of each tap, none of which depends on the weights.
 
     Raises:
         RequestError: If the model fails, or the number of outputs differs from the number of class names.

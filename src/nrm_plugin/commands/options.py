@@ -11,7 +11,7 @@ from typing import Any
 CHANNELS = 7
 """Default number of channels of a layer that ``explain`` plots."""
 AUTO, PIXELS, LAYER_CELLS = "auto", "pixels", "layer"
-"""Resolutions of heat maps: :data:`MOST_CELLS` or the cells of a layer, pixels, or always the cells of a layer."""
+"""Resolutions of heat maps: automatic (see :data:`MOST_CELLS`), single pixels, or the cells of the layer."""
 MOST_CELLS = 56
 """Default number of cells of a heat map along each side, about what the eye can resolve in a figure."""
 DEFAULT_RULES = "nrm_default"

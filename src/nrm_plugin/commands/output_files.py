@@ -37,7 +37,7 @@ LETTERS = 21
 """Number of letters of a heading per heat map in a row."""
 
 _noted: set[str] = set()
-"""Letters without a font that have already been reported."""
+"""Letters missing from all fonts that have already been reported."""
 
 
 class OutputError(NRMError, OSError):

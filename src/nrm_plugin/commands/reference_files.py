@@ -132,7 +132,7 @@ def _value(value: float, by: str) -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Returns the file names of the samples if the sweep stores them."""
+    """Returns the file names of the samples; empty if the sweep does not store them."""
     try:
         with (folder / SAMPLES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             return [row["file"] for row in csv.DictReader(file)]

@@ -279,7 +279,7 @@ def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
 
 
 def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized | None:
-    """Returns the composite of a request, which is the same object for all images, so that measures can be planned.
+    """Returns the composite of a request: the same object for all images, so that measures can share a plan.
 
     For secant slopes to a reference, the result is None.
     """

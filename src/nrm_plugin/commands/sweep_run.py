@@ -35,7 +35,7 @@ LISTED = 20
 
 
 def sweep_data(options: argparse.Namespace) -> int:
-    """Sweeps the data; returns the exit status.
+    """Runs a sweep over the data; returns the exit status.
 
     Raises:
         NRMError: If options contradict each other, the model, or the stored results.

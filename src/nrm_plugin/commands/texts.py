@@ -1,4 +1,4 @@
-"""Explanations of texts for the command ``explain-text``, and its output files."""
+"""Explanations of texts by the command ``explain-text``, and their output files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .text_models import TextModel
 
 @dataclass(frozen=True)
 class Texts:
-    """Explains texts with one model and one request.
+    """Explanations of texts by one model for one request.
 
     Attributes:
         loaded: The model.

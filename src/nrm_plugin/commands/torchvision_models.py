@@ -143,7 +143,7 @@ def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
 
 
 def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any]:
-    """Returns the arguments of a model builder that follow from the weights."""
+    """Returns the arguments of a model builder that the weights imply."""
     arguments: dict[str, Any] = {}
     if name.startswith("vit") and official is not None:
         arguments["image_size"] = official.meta["min_size"][0]

@@ -20,7 +20,7 @@ from ..errors import NRMError
 NESTS = ("state_dict", "model_state_dict", "model", "net")
 """Keys of a checkpoint under which training scripts store the state dict."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Key prefixes added by wrappers: data parallel, compilation, training frameworks."""
+"""Key prefixes added by data parallelism, compilation and training frameworks."""
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
 """The value that stands for random weights instead of a file."""
@@ -37,7 +37,7 @@ KINDS = (
     (b"\x1f\x8b", "compressed by gzip; unpack it"),
     (b"\x93numpy", "an array of NumPy; save a state dict: torch.save(model.state_dict(), FILE)"),
 )
-"""The beginnings of other types of files, in lower case."""
+"""First bytes of other file types, in lower case."""
 
 State = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 LONGEST = 100
-"""Length of a name that leaves room for the rest of a temporary name, since file systems limit names to 255 bytes."""
+"""Longest file name, in bytes, that a temporary name contains; longer names are replaced by their hash."""
 
 
 class AtomicFile:

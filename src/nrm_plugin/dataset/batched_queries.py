@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of one query, ``(N, *groups)``, which is NaN where a quotient is undefined."""
+        """Returns the result of one query, ``(N, *groups)``; NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -215,12 +215,12 @@ METHODS: dict[type[Query], Callable[[QueryResults, Any], Tensor]] = {
 
 
 def tap(layer: LayerSpec) -> Atom:
-    """Returns a layer as an event without an index."""
+    """Returns the tap of a layer as an event without an index."""
     return layer if isinstance(layer, Atom) else at(layer)
 
 
 def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tuple[Atom, ...], list[Event]]:
-    """Groups events with the same taps, which share a pass."""
+    """Groups events for which marginals of the same taps are needed, so that they share a pass."""
     events: dict[tuple[Atom, ...], list[Event]] = {}
     for event, layers in marginals.items():
         events.setdefault(tuple(layers), []).append(event)
@@ -228,7 +228,7 @@ def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tupl
 
 
 def _quotient(numerator: Tensor, denominator: Tensor, is_undefined: Tensor) -> Tensor:
-    """Computes a quotient; NaN where it is undefined."""
+    """Divides two tensors; the result is NaN where the quotient is undefined."""
     return (numerator / denominator).masked_fill(is_undefined, torch.nan)
 
 

@@ -30,7 +30,7 @@ class Segments:
 
     @classmethod
     def of(cls, path: Path, ends: Sequence[int] = ()) -> Segments:
-        """Computes the segments of a file.
+        """Divides a file into segments, and computes their hashes.
 
         Args:
             path: The file.

@@ -15,7 +15,7 @@ from .sweep_layout import OnError
 
 
 def contents_to_compare(source: DataSource, shards: Iterable[Shard]) -> dict[int, str]:
-    """Returns the stored hashes of samples, except samples with an unchanged stamp.
+    """Returns the stored hashes of samples whose stamp has changed or is unknown.
 
     Failed samples, and samples in a sweep from an earlier version, have no hash and are not compared.
     """

@@ -28,7 +28,7 @@ MASK_THRESHOLD = 0.2
 SMOOTHING = 1 / 60
 """Standard deviation of the smoothing, as a fraction of the longer side of the image."""
 PROBE_BATCH = 8
-"""Number of positions for which receptive fields are determined in one batch."""
+"""Number of positions whose receptive fields are computed in one batch."""
 
 
 class IndexableDataset(Protocol):
@@ -94,7 +94,7 @@ def crops(
         k: Number of crops per group; by default all.
         events: The events, for references of events.
         layer: The layer of the channels, if it differs from the name of the references.
-        against: As in the search for the references.
+        against: As in the search that found the references.
         whole: Whether to return whole images. This skips the computation of receptive fields, which dominates the run
             time for large networks: about thirty runs of the network in double precision for each distinct position.
         to_image: A function from an input of the model to an image in [0, 1], such as the inverse normalization.
@@ -178,7 +178,7 @@ def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat:
 
 
 def relevance_mask(heat: Tensor, share: float) -> Tensor:
-    """Returns the pixels at which a smoothed heat map ``(H, W)`` exceeds a fraction of its maximum, or all pixels."""
+    """Returns the pixels at which a smoothed heat map ``(H, W)`` reaches a fraction of its maximum; all if it is 0."""
     sigma = max(heat.shape) * SMOOTHING
     size = 2 * math.ceil(2 * sigma) + 1
     size = min(size, 2 * min(heat.shape) - 1)

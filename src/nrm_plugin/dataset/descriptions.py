@@ -26,14 +26,14 @@ from torch import Tensor
 from ..imports import PACKAGE, stored_path
 
 MAX_DEPTH = 12
-"""Depth at which descriptions of nested objects stop."""
+"""Depth up to which nested objects are described."""
 TRANSIENT = ("handles", "hook_refs", "stored_tensors", "__weakref__")
 """Attributes of a registered hook that are not settings."""
 PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice, Path, np.generic)
 """Types whose objects are described by their text."""
 NOT_BEHAVIOUR = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__slots__",
                  "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}  # fmt: skip
-"""Entries of a class that do not change its behaviour."""
+"""Entries of a class that do not affect its behaviour."""
 
 Function = types.FunctionType
 
@@ -99,7 +99,7 @@ def _content(value: Any) -> Any:
         return {str(key): _content(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_content(item) for item in value]
-    has_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")  # such as a Pillow image
+    has_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")  # for example, a Pillow image
     if has_array and not isinstance(value, (Tensor, np.ndarray, *PLAIN)):
         return _array(np.asarray(value))
     return described(value)
@@ -193,7 +193,7 @@ def package_version(module: str) -> str:
     top = module.partition(".")[0]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(top)
-    with contextlib.suppress(KeyError):  # this is slower
+    with contextlib.suppress(KeyError):  # the general lookup is slower
         return importlib.metadata.version(_distributions()[top][0])
     return str(getattr(sys.modules.get(top), "__version__", "?"))
 
@@ -210,7 +210,7 @@ def _code_entry(kind: type) -> dict[str, Any]:
 
 
 def _visit(value: Any, hashes: dict[str, str], seen: set[int]) -> None:
-    """Adds the code of a class or function of the user, and of the objects to which it refers."""
+    """Adds the hash of a user's class or function, and of the objects to which it refers, to ``hashes``."""
     value = _unwrapped(value)
     if not isinstance(value, (type, Function)) or id(value) in seen or is_installed(value):
         return
@@ -260,7 +260,7 @@ def _visit_or_note(name: str, item: Any, constants: dict[str, Any], hashes: dict
 
 
 def _constant(item: Any) -> Any:
-    """Describes a value in code; only data are described, but not objects of installed packages, such as loggers."""
+    """Describes a value to which code refers: data, but not objects of installed packages, such as loggers."""
     data = (bool, int, float, str, type(None), Tensor, np.ndarray, list, tuple, dict, set, frozenset, functools.partial)
     is_data = isinstance(item, (*data, *PLAIN, enum.Enum)) or not is_installed(type(item))
     return described(item, MAX_DEPTH // 2) if is_data else _name(type(item))

@@ -91,8 +91,7 @@ class Evaluation:
         target = batch_target(self.target, labels, batch)
         modules = {str(atom.layer) for atom in self.needed.activations} - {"input", "output"}
         with torch.inference_mode(False), torch.enable_grad(), module_outputs(self.model, modules) as outputs:
-            # Plans are not used, since their results differ by rounding errors: a resumed sweep must be identical bit
-            # by bit.
+            # A resumed sweep must be bitwise identical, so plans are not used: their results differ by rounding errors.
             mu = RelevanceMeasure(
                 self.model, inputs, target, composite=self.composite, output=self.output, against=self.against
             )
@@ -242,7 +241,7 @@ SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryErr
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns whether an error may be caused by single samples, so that the others can still be evaluated."""
+    """Returns whether individual samples may have caused an error, so that the others can still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

@@ -302,7 +302,7 @@ def is_of_channels(query: QueryInfo) -> bool:
 
 
 def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k: int, target: int | None) -> pa.Table:
-    """Reads the rows to be ranked, the same number for each group."""
+    """Reads the rows to be ranked, with the same number of rows for each group."""
     sizes = info.groups or ()
     if group is None or (isinstance(group, int) and len(sizes) == 2):
         return sweep.rows(info.name, group, COLUMNS)

@@ -50,8 +50,8 @@ def mean_flow(
         measures: A measure, or an iterable of measures, one per batch.
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        groups: Groups from :func:`~nrm_plugin.find_groups`, for all of their layers; or the numbers of the groups to
-            show, by layer name, while all others form the rest. The joint matrix of two wide, non-adjacent layers
+        groups: Groups from :func:`~nrm_plugin.find_groups`, which apply to all of their layers; or the groups to
+            show, by layer name, where all others form the rest. The joint matrix of two wide, non-adjacent layers
             requires one pass per group.
         top: Largest number of groups per layer, selected by absolute mean mass, or None for all. All groups have to be
             computed, because the selection depends on the mean.
@@ -119,7 +119,7 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """Renumbers the groups of a layer by their indices and names in the full partition."""
+    """Replaces the numbers and names of a layer's groups by those in the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 

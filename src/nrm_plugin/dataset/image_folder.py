@@ -20,7 +20,7 @@ from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Files with these extensions are treated as images, even if damaged; other files are identified by content."""
+"""Extensions of files that are treated as images even if they are damaged; other files are identified by content."""
 MAX_LISTED = 8
 """Number of subfolders or files listed in a message."""
 
@@ -121,7 +121,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yields the files in a folder and its subfolders; a link to a folder above is yielded itself."""
+    """Yields the files in a folder and its subfolders; a link to an enclosing folder is yielded, but not followed."""
     real = os.path.realpath(folder)
     if real in above:
         yield folder

@@ -60,7 +60,7 @@ def shown(text: object) -> str:
 
 
 def load_image(path: Path) -> LoadedImage:
-    """Reads an image file as 8-bit RGB, upright and on a white background; of several images, the first is read.
+    """Reads an image file (its first frame) as 8-bit RGB, upright and on a white background.
 
     Args:
         path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.
@@ -131,7 +131,7 @@ def _no_limit() -> Iterator[None]:
     Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as damaged EXIF data; relevant problems are reported in the notes
+            warnings.simplefilter("ignore")  # for example, damaged EXIF data; the notes report relevant problems
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -152,7 +152,7 @@ def _decoded(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
             f"{name} has {width} × {height} pixels, more than the limit of {LIMIT // 10**6} million. Resize it, or "
             "crop it to the relevant part."
         )
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO is a photograph with its preview
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photograph with previews
         notes.append("contains several images; this is the first")
     image.load()
     return image

@@ -55,7 +55,7 @@ _GENERATED = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
-    known: dict[int, Any] = {}  # for objects that modules share, such as a configuration
+    known: dict[int, Any] = {}  # objects that modules share, such as a configuration
     own: dict[str, Any] = {}
     others: list[Any] = []
     for name, module in model.named_modules():

@@ -80,7 +80,7 @@ class Preprocessing:
         return tensor
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """Returns a square image that contains the whole image in the part that the crop keeps."""
+        """Returns a square image whose centre crop shows the whole given image."""
         inner = self.size if self.fit == "squeeze" else max(image.size)
         whole = image.resize((inner, inner), Image.Resampling.BICUBIC) if self.fit == "squeeze" else image
         side = math.ceil(inner * int(self.transform.resize_size[0]) / self.size)

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from .sweep_layout import LOCKS, SweepError, path_inside
 
 PATIENCE = 60.0
-"""Seconds to wait for a process that creates or checks the manifest."""
+"""Seconds to wait while another process creates or checks the manifest."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Nearest:
         prototype: The nearest prototype.
         distance: Euclidean distance to the centre.
         difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
-        outlying: Share of the fitted samples that are further outlying, by likelihood for a mixture and by distance for
+        outlying: Share of the fitted samples that fit even worse, by likelihood for a mixture and by distance for
             k-means; 0 for a sample that fits worse than all of them.
     """
 
@@ -44,7 +44,7 @@ class Nearest:
     outlying: float
 
     def strongest(self, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the groups with the largest absolute difference, with their differences."""
+        """Returns the groups with the largest absolute differences, and these differences."""
         order = np.argsort(-np.abs(self.difference), kind="stable")[:top]
         return [(int(group), float(self.difference[group])) for group in order]
 
@@ -92,7 +92,7 @@ class Prototypes:
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the groups with the largest absolute relevance of a prototype, with their relevance."""
+        """Returns the groups with the largest absolute relevance in a prototype, and their relevance."""
         centre = self.centres[prototype]
         order = np.argsort(-np.abs(centre), kind="stable")[:top]
         return [(int(group), float(centre[group])) for group in order]
@@ -186,7 +186,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """Computes the fit of each sample: log-likelihood, or minus the distance to the nearest centre."""
+    """Computes how well each sample fits: its log-likelihood, or minus its distance to the nearest centre."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 

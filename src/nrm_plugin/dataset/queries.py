@@ -26,7 +26,7 @@ MAX_LABEL_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Labels:
-    """Integer labels of neurons, comparable and serializable.
+    """Integer labels of neurons, which can be compared and stored.
 
     Attributes:
         shape: Shape of the labels.
@@ -290,7 +290,7 @@ def check_queries(queries: Any) -> tuple[Query, ...]:
     return checked
 
 
-# -- inside ---------------------------------------------------------------------------------------------------------
+# -- internal -------------------------------------------------------------------------------------------------------
 
 
 def _check_layer(query: Query, layer: Any) -> None:

@@ -39,14 +39,14 @@ class TopSamples:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Returns all four tensors."""
+        """Returns the tensors of all four attributes."""
         return self.values, self.samples, self.targets, self.positions
 
     def __getitem__(self, index: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> TopSamples:
         return TopSamples(*(part[index] for part in self.parts))
 
     def where(self, is_ranked: Tensor) -> TopSamples:
-        """Returns a ranking with empty entries where the condition is false."""
+        """Returns a copy of the ranking, in which entries that do not satisfy the condition are empty."""
         empty = TopSamples.empty((), self.values.dtype)
         pairs = zip(self.parts, empty.parts, strict=True)
         return TopSamples(*(torch.where(is_ranked, part, other) for part, other in pairs))
@@ -134,7 +134,7 @@ class Ranking:
             part[:, rows] = new
 
     def _with_rows_for(self, present: Tensor, groups: int, dtype: torch.dtype) -> TopSamples:
-        """Returns the rankings by target, extended by empty rows for new targets."""
+        """Returns the rankings by target, with empty rows added for new targets."""
         new = [int(target) for target in present if int(target) not in self._rows]
         for target in new:
             self._rows[target] = len(self._rows)

@@ -28,7 +28,7 @@ INPUTS, LABEL, SAMPLE = "inputs", "label", "sample"
 
 
 class SweepBatches:
-    """A function of batches of columns that evaluates queries, and returns the rows of a sweep.
+    """A callable that evaluates queries on a batch of columns, and returns the rows of a sweep.
 
     Use it in ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.
@@ -104,7 +104,7 @@ class SweepBatches:
 
 
 def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """Returns inputs and labels of a batch of columns; inputs are cast to the model's dtype, since lists have none."""
+    """Returns inputs and labels of a batch of columns; floating-point inputs are cast to ``dtype``."""
     if INPUTS not in batch:
         raise SweepError(
             f"the batch has no column {INPUTS!r}; its columns are {', '.join(batch)}. Pass unpack=, a function that "

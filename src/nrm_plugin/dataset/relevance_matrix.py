@@ -61,7 +61,7 @@ class RelevanceMatrix:
         return f"RelevanceMatrix({up} groups of {self.upper!r} to {down} of {self.lower!r}, {self.samples} samples)"
 
     def apply(self, relevance: Tensor) -> Tensor:
-        """Returns the relevance of the lower groups as predicted by the mean conditionals, ``(N, K_lower)``.
+        """Predicts the relevance of the lower groups by the mean conditionals, ``(N, K_lower)``.
 
         Groups that never had relevance do not contribute.
 
@@ -78,7 +78,7 @@ class RelevanceMatrix:
         return relevance @ self.matrix.nan_to_num(0.0).to(relevance).T
 
     def then(self, below: RelevanceMatrix) -> RelevanceMatrix:
-        """Returns the product with a matrix of lower layers, as if the lower layer alone determined what follows.
+        """Returns the product with a matrix of lower layers, as if walks were a Markov chain over the groups.
 
         Args:
             below: A matrix whose upper groups are the lower groups of this one.

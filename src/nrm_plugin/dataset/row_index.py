@@ -110,7 +110,7 @@ def _samples(shard: Shard) -> int:
 
 
 def _columns(shards: Sequence[Shard], info: QueryInfo, first: int, last: int) -> dict[str, Any] | None:
-    """Reads ``value`` as ``(groups, samples)``, and the columns ``(samples,)``; returns None without rows."""
+    """Reads ``value`` as ``(groups, samples)`` and the other columns as ``(samples,)``; None if there are no rows."""
     groups = last - first + 1
     parts: dict[str, list[Any]] = {"sample": [], "target": [], "prediction": [], "value": []}
     for shard in shards:

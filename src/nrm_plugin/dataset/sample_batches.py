@@ -43,7 +43,7 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch after reading.
+    """A batch of samples after reading.
 
     Attributes:
         samples: Indices of the samples.
@@ -87,17 +87,17 @@ class DataSource:
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))
-        except (TypeError, ValueError):  # an object, such as a transform
+        except (TypeError, ValueError):  # it contains an object, such as a transform
             return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
-        """Returns the stamps of samples, which identify samples without reading them; empty if there are none."""
+        """Returns the stamps of samples, which identify them without reading; empty if the data set has none."""
         stamp = getattr(self.data, "stamp", None)
         return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by their content, which is the case with stamps or without a fingerprint."""
+        """Whether samples are identified by hashes: if the data set has stamps, or has no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -190,7 +190,7 @@ class ShardPlan:
         return last - first + 1
 
     def batches(self, shard: int) -> list[list[int]]:
-        """Returns the samples of each batch."""
+        """Returns the samples of each batch of a shard."""
         first, last = self.range(shard)
         return [
             list(range(start, min(start + self.batch_size, last + 1)))
@@ -272,7 +272,7 @@ class FaultTolerantCollate:
 
 
 def structure(sample: Any) -> Any:
-    """Returns types and shapes of a sample."""
+    """Returns the types and shapes of the parts of a sample."""
     if isinstance(sample, Mapping):
         return {key: structure(value) for key, value in sample.items()}
     if isinstance(sample, (list, tuple)):

@@ -185,7 +185,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the files of rows by shard number; if two ranks wrote the same shard, that of the lower rank."""
+    """Returns the file of rows of each shard, by number; the lower rank's file if two ranks wrote the same shard."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

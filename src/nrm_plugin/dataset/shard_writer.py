@@ -138,7 +138,7 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
-    """Returns the batches of a shard as one.
+    """Concatenates the batches of a shard.
 
     Raises:
         SweepError: If the groups of a query differ between batches.

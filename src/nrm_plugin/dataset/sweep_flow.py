@@ -146,7 +146,7 @@ def _layer(name: str, sums: Sums, queries: Sequence[QueryInfo], names: Names | N
 
 
 def _joint(upper: FlowLayer, lower: FlowLayer, joint: Array) -> Array:
-    """Extends joint relevance to ``(K_upper + 2, K_lower + 2)`` by marginals minus sums, for walks outside a layer."""
+    """Extends joint relevance to ``(K_upper + 2, K_lower + 2)``; off is marginals minus sums, and the rest is empty."""
     matrix = np.zeros((len(upper.groups) + 2, len(lower.groups) + 2))
     matrix[:-2, :-2] = joint
     matrix[:-2, -1] = np.array(upper.masses) - joint.sum(1)

@@ -60,7 +60,7 @@ class SweepJob:
 
     @property
     def value(self) -> str:
-        """The type of the values."""
+        """The Arrow type of stored values: ``"double"`` or ``"float"``."""
         return "double" if self.evaluation.is_double else "float"
 
     # -- existing shards ----------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class SweepJob:
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
-            of: Shards of which every byte is verified by checksums, not only the description.
+            of: Shards whose every byte is verified by checksums, not only their description.
 
         Raises:
             ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
@@ -240,7 +240,7 @@ class SweepJob:
 
 
 def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
-    """Returns the error for samples that differ from the stored samples of a sweep."""
+    """Returns the error that reports samples that differ from those of a stored sweep."""
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
         f"the data changed: sample {samples[0]}{more} differs from the one whose results are in {folder}. Choose "

@@ -156,7 +156,7 @@ class Manifest:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest of a folder, in one step."""
+        """Writes the manifest of a folder atomically."""
         entries = {"format": FORMAT, **asdict(self)}
         entries["checksum"] = json_checksum(entries)
         write_bytes(folder / MANIFEST, json.dumps(entries, indent=1, ensure_ascii=False).encode())

@@ -216,7 +216,7 @@ def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list
 
 @contextmanager
 def _recording_interruption(folder: Path) -> Iterator[None]:
-    """Context that sets the state of the manifest to interrupted on an error, with the failures so far."""
+    """Context that, on an error, records the interruption and the failures so far in the manifest."""
     try:
         yield
     except BaseException:
@@ -240,12 +240,12 @@ def summarized(folder: Path) -> Manifest:
 
 
 def complete(folder: Path, count: int, index: bool) -> None:
-    """Marks a sweep as complete, and sorts its rows.
+    """Marks a sweep as complete, and writes its index of sorted rows.
 
     Args:
         folder: The folder of the sweep.
         count: Number of samples.
-        index: Whether to sort.
+        index: Whether to write the index.
     """
     manifest = summarized(folder)
     is_indexed = is_intact(Sweep(folder, manifest))

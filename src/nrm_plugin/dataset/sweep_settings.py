@@ -25,7 +25,7 @@ PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
 """First version of the settings that identifies the model and the data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
-"""Settings of how samples are batched, which affect results only by rounding errors."""
+"""Settings for batching, which affect results only through rounding errors."""
 MAX_LISTED = 8
 """Largest number of differences listed in a message."""
 
@@ -42,7 +42,7 @@ def settings_of(
     unpack: Unpack | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Returns all settings that affect the results.
+    """Returns all settings of a sweep that affect its results.
 
     Args:
         evaluation: The evaluation of a batch.

@@ -1,4 +1,4 @@
-"""The start of a sweep: its folder is created, or the sweep in the folder is resumed."""
+"""The start of a sweep, in a new folder or as the continuation of a stored sweep."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _first_manifest(job: SweepJob, settings: dict[str, Any]) -> Manifest:
 
 
 def _check_shards(job: SweepJob, settings: dict[str, Any]) -> None:
-    """Raises :class:`SettingsError` unless all readable shards belong to this sweep, after the loss of its manifest."""
+    """Raises :class:`SettingsError` unless all readable shards belong to this sweep; used if the manifest is lost."""
     for path in shards_in(job.folder).values():
         try:
             is_of_another = Shard.read(path).settings != job.fingerprint

@@ -1,4 +1,4 @@
-"""Sums over the samples of a stored sweep for the queries that flows and the search for groups need."""
+"""Sums, over the samples of a stored sweep, of the queries that flows and the search for groups need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class StoredQueries(Protocol):
-    """A :class:`~nrm_plugin.dataset.Sweep`."""
+    """The part of a :class:`~nrm_plugin.dataset.Sweep` that sums use."""
 
     on_error: OnError
 
@@ -32,7 +32,7 @@ class StoredQueries(Protocol):
 def sums_of(
     sweep: StoredQueries, infos: Sequence[QueryInfo], target: int | None, selected: NDArray[np.int64] | None
 ) -> Sums:
-    """Returns the sums of some queries.
+    """Returns the sums of the values of some queries over samples.
 
     Args:
         sweep: The sweep.

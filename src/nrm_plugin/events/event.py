@@ -111,7 +111,7 @@ def _reject_operand(event: Event, other: object, sign: str) -> NoReturn:
 
 @dataclass(frozen=True, repr=False)
 class All(Event):
-    """The walks that belong to every part."""
+    """The walks that belong to all parts (``&``)."""
 
     parts: tuple[Event, ...]
 
@@ -128,7 +128,7 @@ class All(Event):
 
 @dataclass(frozen=True, repr=False)
 class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
-    """The walks that belong to at least one part."""
+    """The walks that belong to at least one part (``|``)."""
 
     parts: tuple[Event, ...]
 
@@ -145,7 +145,7 @@ class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
 
 @dataclass(frozen=True, repr=False)
 class Not(Event):
-    """The walks that do not belong to the part, including those that bypass it or are absorbed above it."""
+    """The walks that do not belong to the part, including those that bypass its taps or are absorbed above them."""
 
     part: Event
 

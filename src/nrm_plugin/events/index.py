@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import EventError, brief
 
 SHOWN = 12
-"""Largest number of neurons that are listed in the text of an event."""
+"""Largest number of neurons listed in the text of an event."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-r"""Attention: kernels of the fused function and of softmax, and the dimensions of heads and tokens in products.
+r"""Attention: kernels of fused attention and of softmax, and the dimensions of heads and tokens in products.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
@@ -35,8 +35,8 @@ def fused_attention(call: FunctionCall) -> Kernel:
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
-    The weights are computed by the function itself, which returns ``A`` if the values are the identity matrix, so that
-    masks, causality and groups of queries are treated as in torch.
+    The function itself computes the weights, since it returns ``A`` if the values are the identity matrix. Masks,
+    causality and grouped queries are therefore treated as in torch.
     """
     slot = call.argument(2, "value")
     if call.argument(4, "dropout_p", 0.0):
@@ -72,7 +72,7 @@ def decomposed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Computes ``scaled_dot_product_attention`` by separate operations, each with a kernel."""
+    """Computes ``scaled_dot_product_attention`` by separate operations, each of which has a kernel."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -103,7 +103,7 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""The kernel of softmax from its first-order Taylor expansion, with the constant term as a bias.
+    r"""Kernel of softmax by its first-order Taylor expansion, whose constant term is treated as a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
@@ -128,7 +128,7 @@ class SoftmaxKernel(Kernel):
 
 
 def is_decomposed(attention: str, value: Any) -> bool:
-    """Returns whether the fused function is decomposed, because the attention weights receive relevance."""
+    """Returns whether fused attention is decomposed, because its weights receive relevance."""
     return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
 
 
@@ -140,7 +140,7 @@ class Layout:
     """The dimensions of heads and tokens in a product of attention weights and values.
 
     Attributes:
-        shared: Dimensions of the output that weights and values share, from the left, as negative numbers: samples
+        shared: Dimensions of the output that weights and values share, from the left, as negative indices: samples
             first, heads last. A single dimension may be either of them.
         queries: Dimension of the query tokens in the output.
         keys: Index of each input that receives relevance, and the dimension of its key tokens.
@@ -152,7 +152,7 @@ class Layout:
 
 
 def layout(call: FunctionCall, output: Tensor) -> Layout | None:
-    """Returns the layout of the fused function or of a product with a gate, or None for any other call."""
+    """Returns the layout of fused attention or of a product with a gate, or None for any other call."""
     if call.name == FUSED:
         value = call.argument(2, "value")
         if not isinstance(value, Slot) or output.ndim < 2:

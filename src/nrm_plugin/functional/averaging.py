@@ -1,4 +1,4 @@
-"""Kernels of averages, sums and interpolations, by the composite's rule for average pooling.
+"""Kernels of averages, sums and interpolations, which use the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,7 +31,7 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns a kernel by the rule for average pooling; inputs after the first (points, boxes) receive no relevance."""
+    """Returns the kernel of the rule for average pooling; inputs such as points or boxes receive none."""
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
         return call.by_rule(PlainGradient())  # copies values without averaging
@@ -49,12 +49,12 @@ def rule_of_averages(call: FunctionCall) -> Hook:
 
 
 def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
-    r"""Returns the kernel of bicubic interpolation :math:`A X B^\top` (signed weights) as :math:`|A| X |B|^\top`."""
+    r"""Returns the kernel of bicubic interpolation :math:`A X B^\top` with absolute weights: :math:`|A| X |B|^\top`."""
     value = call.values[0]
     height, width = value.shape[-2:]
 
     def weights(unit: Tensor) -> Tensor:
-        # There is one channel per entry along one dimension, constant along the other, where weights sum to one.
+        # Each channel is a unit vector along one dimension and constant along the other, where weights sum to one.
         return call.run(unit.expand(len(unit), height, width).unsqueeze(0))[0].abs()  # type: ignore[no-any-return]
 
     with torch.no_grad():

@@ -25,7 +25,7 @@ from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, w
 
 NOT_HANDLED: Final = object()
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
-"""Functions that read the shape and the format of a tensor, and no values."""
+"""Functions that read only the shape and the format of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
@@ -56,7 +56,7 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
-    """Returns whether a function of computed values returned values that autograd does not track."""
+    """Returns whether the result of a function of computed values is not tracked by autograd."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if not all(isinstance(item, Tensor) for item in items):
         return call.leaves(result)
@@ -162,7 +162,7 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
-    # A torch.Tensor method that calls the method of its base class is observed again under its own name.
+    # A method of torch.Tensor that calls the method of its base class is observed a second time under the same name.
     if body is None or call.function in forward_pass.decomposing:
         return NOT_HANDLED
     forward_pass.decomposing.append(call.function)

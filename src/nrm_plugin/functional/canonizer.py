@@ -37,9 +37,9 @@ class Interception(Canonizer):
         normalization: How the residual of a function's kernel is treated.
         sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` for the plain gradient of layers without a rule.
-        fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
+        fuse: A function that is called with every new step of a layer, to fuse the step with adjacent steps.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
-        audited: Whether every layer is also a step, so that any other operation raises an error when relevance arrives.
+        audited: Whether every layer is also a step, so that relevance at any other operation raises an error.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -75,7 +75,7 @@ class Interception(Canonizer):
         self._weights: list[list[nn.Parameter]] = []
 
     def copy(self) -> Interception:
-        """Returns a new interception with the same settings."""
+        """Returns a new canonizer with the same settings."""
         settings = (self.composite, self.normalization, self.sums, self.uncovered, self.fuse, self.attention)
         return Interception(*settings, self.audited)
 
@@ -86,7 +86,7 @@ class Interception(Canonizer):
         return [instance]
 
     def register(self, root_module: nn.Module) -> None:
-        """Installs hooks that start and stop the mode on the root, and that track the running module on all."""
+        """Installs hooks that start and stop the mode (on the root) and track the running module (on all modules)."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
         start = self._start_hook(root_module)

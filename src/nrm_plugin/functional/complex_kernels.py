@@ -1,4 +1,4 @@
-r"""The kernel of complex-valued functions between real tensors, as a linear layer with a constant matrix.
+r"""Kernel of complex-valued functions between real tensors, which are linear layers with a constant matrix.
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
@@ -35,7 +35,7 @@ class Layout:
         shape: Shape of the tensor.
         order: Dimensions of the tensor, sorted: samples and positions first, then all others.
         folded: Number of dimensions that are samples or positions.
-        has_samples: Whether the first of these dimensions is the samples.
+        has_samples: Whether the first of these dimensions indexes samples.
     """
 
     shape: torch.Size
@@ -64,7 +64,7 @@ class Layout:
 
 
 class FoldedKernel(Kernel):
-    """The kernel of a layer over the concatenated features of several tensors.
+    """Kernel of a layer whose input consists of the concatenated features of several tensors.
 
     Args:
         inner: The kernel of the layer, with one input.
@@ -147,7 +147,7 @@ class _Probe:
         self._generator = torch.Generator().manual_seed(0)
 
     def linear(self, values: list[Tensor]) -> Tensor:
-        """Evaluates the function without its offset."""
+        """Evaluates the linear part of the function, without its offset."""
         result: Tensor = self.run(*(value.contiguous() for value in values)) - self.offset
         return result
 
@@ -168,9 +168,9 @@ class _Probe:
         return bool(((one - other).abs() <= self.tolerance * max(scale, 1e-30)).all())
 
     def shared_dimensions(self) -> list[tuple[int, int]]:
-        """Finds pairs of an input and an output dimension along which the function is the same at every position.
+        """Returns pairs of input and output dimensions along which the function acts identically at each position.
 
-        Such a function commutes with all matrices along these dimensions, which two random matrices generate.
+        Such a function commutes with every matrix along these dimensions; two random matrices suffice for the test.
         """
         ranks = {value.ndim for value in self.values}
         pairs: list[tuple[int, int]] = []
@@ -194,7 +194,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix ``(out, in)`` over the features, by one unit vector for each position."""
+        """Computes the matrix ``(out, in)`` of the features, with one unit vector per position in each call."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))

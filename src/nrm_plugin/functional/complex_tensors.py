@@ -1,7 +1,7 @@
-"""Complex tensors of a forward pass, which are not taps but expressions of the real tensors on which they depend.
+"""Complex tensors of a forward pass, which are not taps, but expressions in the real tensors on which they depend.
 
-All functions from real tensors through complex tensors to real tensors form one step. The kernel of the step is read
-by evaluating the expression on other real tensors.
+All functions from real tensors through complex tensors to real tensors form one step. Its kernel is determined
+by evaluating the expression at other real tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RealSource:
     """A real tensor on which complex tensors depend.
 
     Attributes:
-        tensor: The tensor, with its history.
+        tensor: The tensor, with its autograd graph.
         saved: The values of the tensor.
         version: Version counter of the tensor.
     """
@@ -33,13 +33,13 @@ class RealSource:
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether the tensor was overwritten, so that its history belongs to later values."""
+        """Whether the tensor was overwritten, so that its autograd graph belongs to later values."""
         return self.tensor._version != self.version
 
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """The result of a function, as a function of real sources.
+    """The result of a function, expressed as a function of real sources.
 
     Attributes:
         name: The first function that returned a complex tensor.

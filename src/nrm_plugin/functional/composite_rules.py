@@ -1,4 +1,4 @@
-"""The rule of a function in a composite: the rule of the equivalent module, or of the module that owns its weight."""
+"""The rule of a function in a composite: that of the equivalent module, or of the module that owns its weight."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class RuleLookup(Protocol):
         """Returns the rule of a module of the given kind."""
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns the rule of the module that owns a weight, else of a module of the kind of ``like``."""
+        """Returns the rule of the module that owns a weight, or else that of a module of the same kind as ``like``."""
 
 
 class NoRules:
-    """Lookup without a composite, where every function uses its default kernel."""
+    """Lookup without a composite; every function uses its default kernel."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns None."""
+        """Returns None, which selects the default kernel."""
         return None
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns the rule Absolute."""
+        """Returns Absolute, the default rule of functions with a weight."""
         return Absolute()
 
 
@@ -39,7 +39,7 @@ class CompositeRules:
     Args:
         composite: The composite.
         model: The model with the modules that own the weights.
-        uncovered: The rule of layers without a rule in the composite.
+        uncovered: The rule for layers to which the composite assigns none.
     """
 
     def __init__(self, composite: Composite, model: nn.Module, uncovered: Hook | None = None) -> None:
@@ -68,7 +68,7 @@ class CompositeRules:
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Looks up the owner by identity, then by memory (a slice of a weight), then by kind (a computed weight)."""
+        """Looks up the rule by the weight, then by its memory (for slices), then by ``like`` (for computed weights)."""
         memory = next(plain_tensors(weight)).untyped_storage().data_ptr()
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
         if rule is None and not isinstance(owner, type(like)):

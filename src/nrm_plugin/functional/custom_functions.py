@@ -1,7 +1,7 @@
-"""The ``autograd.Function`` classes of a model. They are found in the autograd graph, since no mode observes them.
+"""The ``autograd.Function`` classes of a model, which are found in the autograd graph, since no mode observes them.
 
 An elementwise function propagates relevance like an activation, through a step that is attached to its node. Two tests
-have to agree: no entry of the function's Jacobian, computed by its backward at the values of the pass, connects two
+must agree: no entry of the function's Jacobian, computed by its backward at the values of the pass, connects two
 elements, and no element of its output changes when another element of the input does. The second test requires the
 arguments of the call, which are read from the frame of ``Function.apply`` while the function runs.
 """
@@ -32,7 +32,7 @@ PROBES = 8
 """Number of probe vectors to which the backward of a function is applied."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Packages whose functions are already steps, or have a backward that must not be probed, such as checkpoints."""
+"""Packages whose functions are already steps, or whose backward must not be probed (checkpoints)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def _is_of_host(node: Any) -> bool:
 
 
 def _attach(node: Any, kernel: Kernel) -> None:
-    """Attaches a step to a node. If autograd runs the node, its gradient is replaced by the relevance of the step."""
+    """Attaches a step to a node: when autograd runs the node, the relevance of the step replaces its gradient."""
     output = _like(node, 0)
     step = FunctionStep(type(node)._forward_cls.__name__, output, lambda: kernel, Normalization("sink"), "elementwise")
     step.unsupported_call = node.name() if isinstance(kernel, UnknownKernel) else None
@@ -176,7 +176,7 @@ def _attach(node: Any, kernel: Kernel) -> None:
 
 
 def _reject(node: Any) -> None:
-    """Raises an error if autograd propagates relevance through a function with several outputs, as an audit does."""
+    """Makes the backward pass raise an error if relevance arrives at a function with several outputs."""
     error = _error(node, "returns several tensors that are used, or one other than the first")
 
     def check(below: tuple[Any, ...], above: tuple[Any, ...]) -> None:
@@ -187,7 +187,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """Returns a tensor without memory that has the shape of an output of a node."""
+    """Returns a tensor with the shape of an output of a node, without allocating memory for it."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -238,7 +238,7 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
     """Returns the reason why a function of one tensor cannot be treated as elementwise; empty if it can."""
     try:
         slope = _slope(node, live)
-    except (NotImplementedError, AssertionError) as error:  # the function is written for inference only
+    except (NotImplementedError, AssertionError) as error:  # the function has no usable backward
         fault = "" if calls else f"has a backward that raises {type(error).__name__}"
     except Exception as error:
         fault = f"has a backward that raises {type(error).__name__}: {error}"
@@ -273,7 +273,7 @@ def _slope(node: Any, live: int) -> Tensor | None:
 
 
 def _at_edge(node: Any, products: Any, live: int) -> Tensor | None:
-    """Returns the result of a backward for one edge; edges are the tensors among the arguments, in order."""
+    """Returns the gradient of one edge from the result of a backward; each tensor argument has an edge, in order."""
     parts = products if isinstance(products, tuple) else (products,)
     needed = [part for part, is_needed in zip(parts, node.needs_input_grad, strict=False) if is_needed]
     rank = sum(edge[0] is not None for edge in node.next_functions[:live])
@@ -294,7 +294,7 @@ def _forward_fault(node: Any, call: CustomCall) -> str:
     point = call.args[number].detach().clone()
     try:
         is_diagonal = is_elementwise(run, point, run(point.clone()))
-    except Exception as error:  # such as for a number of elements that the function does not accept
+    except Exception as error:  # for example, an unsupported number of elements
         return f"has a forward that raises {type(error).__name__} for values of its input alone"
     return "" if is_diagonal else "mixes elements: its output at one element changes with another element"
 

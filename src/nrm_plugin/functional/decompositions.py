@@ -1,4 +1,4 @@
-"""Functions that are written in Python as compositions of functions with kernels."""
+"""Functions rewritten in Python as compositions of functions that have kernels."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor
 def _mean_of_variance(
     input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any
 ) -> Tensor:
-    """Computes the mean over the dimensions of a variance."""
+    """Computes the mean over the dimensions in which a variance is taken."""
     return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
 
@@ -164,7 +164,7 @@ def _mean_of_variance(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Returns whether a functional layer has a bias, and the model computes its weight or bias."""
+    """Returns whether a functional layer has a bias, and its weight or bias is computed by the model."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Steps of differences: each call of a function, paired with the same call in the forward pass of the reference.
+"""Steps of difference measures: each function call is paired with the same call in the reference's forward pass.
 
 Source: docs/differences.md.
 """
@@ -41,7 +41,7 @@ def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
     constants: Any = [observed.slots, observed.keyword_slots]
     if observed.name.base == "where" and len(observed.slots) == 3:
         constants = _used_by_where(*observed.slots)
-    if observed.name.base in _OVERWRITERS:  # the previous content of a constant target is not an argument
+    if observed.name.base in _OVERWRITERS:  # the old content of the target does not matter
         constants = [observed.slots[1:], observed.keyword_slots]
     reference.meet(observed.name.base, observed.path, (), constants)
 
@@ -64,8 +64,8 @@ def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
 def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -> None:
     """Raises :class:`DifferenceError` unless a route copies the same entries as at the reference.
 
-    Constant indices are compared before the function runs; this check compares those that it computes, such as an
-    order.
+    Constant indices are compared before the function runs; this check compares the indices that the function computes,
+    such as a sort order.
     """
     items = output if isinstance(output, (list, tuple)) else (output,)
     nodes: set[Any] = {item.grad_fn for item in items if isinstance(item, Tensor)}
@@ -126,7 +126,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
-    """Returns the kernel of a function on differences; for a custom operation, its registered kernel on differences."""
+    """Returns the kernel of a function on differences, or the registered kernel of a custom operation."""
     try:
         own = KERNELS_BY_FUNCTION.get(observed.function)
     except TypeError:  # not hashable

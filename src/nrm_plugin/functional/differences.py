@@ -2,7 +2,7 @@ r"""Calls of functions at an input and at a reference, and the registry of their
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
-Relevance is multiplier times difference. Where a difference is zero, the relevance is zero as well, but only because
+Relevance is the multiplier times the difference. Where a difference is zero, relevance is zero, but only because
 the masses of the walks through the neuron cancel. Every kernel therefore replaces a zero difference by the same tiny
 number: the relevance is then smaller than any rounding error, and the next kernel divides it by this number.
 
@@ -33,7 +33,7 @@ class DifferenceCall:
         call: The call at the input.
         output: Its output.
         references: The inputs and the output of the same call at the reference.
-        passes: The pass of the reference.
+        passes: The forward pass at the reference.
         has_rules: Whether layers have rules on differences, which may leave relevance where the difference is zero.
     """
 
@@ -82,12 +82,12 @@ class DifferenceCall:
 
     @property
     def before(self) -> list[Tensor]:
-        """``δ`` of each input."""
+        """The difference ``δ`` of each input, as a tensor."""
         return [difference.delta for difference in self.differences]
 
     @property
     def after(self) -> Tensor:
-        """``δ`` of the output."""
+        """The difference ``δ`` of the output, as a tensor."""
         return self.difference.delta
 
     @cached_property
@@ -111,7 +111,7 @@ SECANTS: dict[str, SecantFactory] = {}
 
 
 def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
-    """Registers the kernel of differences of functions by name."""
+    """Registers the kernel that functions of the given names have on differences."""
 
     def decorate(factory: SecantFactory) -> SecantFactory:
         assert not SECANTS.keys() & set(names), "the module that is imported later would win"

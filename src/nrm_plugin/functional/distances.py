@@ -75,7 +75,7 @@ def _matrix_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Computes a matrix norm over entries, rows or columns; norms of singular values have no kernel."""
+    """Computes a matrix norm over entries, rows or columns; norms over singular values have no kernel."""
     if ord == "fro":
         return _norm(A, 2, dim, keepdim, dtype=dtype)
     if ord in ("nuc", 2, -2):

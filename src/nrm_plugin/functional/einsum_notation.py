@@ -1,4 +1,4 @@
-"""The arguments of ``torch.einsum`` in a single form: a subscript per operand, with one letter per dimension."""
+"""A uniform representation of calls of ``torch.einsum``: one subscript per operand, with one letter per dimension."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .function_kernels import HalvesKernel, SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
-"""Replacement for a denominator of a signed share that is exactly zero."""
+"""Replaces the denominator of a signed share if it is exactly zero."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "threshold": lambda: nn.Threshold(0.0, 0.0),
     "batch_norm": lambda: nn.BatchNorm2d(1),
 }
-"""Functions with an equivalent module, which have the rule of that module."""
+"""Functions with an equivalent module, whose rule they use."""
 
 ELEMENTWISE = (
     "log_softmax softmin dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d "
@@ -74,7 +74,7 @@ def elementwise(call: FunctionCall) -> Kernel:
 
 @kernel_of("add", "sub", "rsub")
 def addition(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of sums, which splits relevance by absolute contribution; a constant is a bias.
+    r"""Returns the kernel of sums, which splits relevance in proportion to absolute values; a constant is a bias.
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
     """
@@ -100,7 +100,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns |summand|; for a summand that is itself a sum and read only here, its total magnitude.
+    """Returns the magnitude of a summand; for a sum that is used only here, the total magnitude of its summands.
 
     Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
     """
@@ -114,7 +114,7 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: all to the signal; without a known gate, all to the larger tensor, or halves."""
+    """Returns the kernel of a product: all to the signal; without a known gate, to the larger tensor or in halves."""
     if len(call.inputs) == 1:
         return call.identity()
     if call.gates[0] != call.gates[1]:

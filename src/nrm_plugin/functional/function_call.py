@@ -29,8 +29,8 @@ class Settings:
         rules: The lookup of the composite's rule of a module or weight.
         normalization: How the residual of a kernel is treated.
         sums: Distribution of relevance in sums: ``"absolute"`` or ``"signed"``.
-        fuse: A function that receives every new step of a layer, to fuse it with adjacent steps.
-        attention: Relevance of attention weights in a product of two tensors: ``"value"`` for none, or ``"halves"``.
+        fuse: A function that is called with every new step of a layer, to fuse the step with adjacent steps.
+        attention: What attention weights receive in a product: ``"value"`` for no relevance, or ``"halves"``.
     """
 
     rules: RuleLookup = field(default_factory=NoRules)
@@ -117,13 +117,13 @@ class FunctionCall:
         """Returns an argument by position or keyword; a slot if the argument is an input."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(keyword, default)
 
-    # -- kernels that most functions need ---------------------------------------------------------------------------
+    # -- kernels for most functions ----------------------------------------------------------------------------------
 
     def identity(self, to: int = 0) -> Kernel:
-        """Returns a kernel that passes relevance unchanged to one input, elementwise; the other inputs receive none.
+        """Returns a kernel that passes relevance elementwise to one input; the other inputs receive none.
 
         Args:
-            to: Index of the input. Dimensions in which it was broadcast are summed over.
+            to: Index of the input. If it was broadcast, relevance is summed over the broadcast dimensions.
         """
         return BroadcastKernel(self.shapes, to)
 
@@ -149,7 +149,7 @@ class FunctionCall:
         return SplitKernel(tensors, self.shapes, None, is_stochastic)
 
     def route(self) -> Kernel:
-        """Returns a kernel that passes relevance to the copied entries by the gradient, for gathers and permutations.
+        """Returns a kernel that passes relevance to the entries that were copied, as for gathers and permutations.
 
         Outputs that are not copied from an input have a residual.
         """
@@ -165,7 +165,7 @@ class FunctionCall:
         return RouteKernel(gradient)
 
     def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
-        """Returns the kernel of a Zennit rule on a function linear in an input, treated as a layer without weights.
+        """Returns the kernel of a Zennit rule for a function linear in one input, treated as a layer without weights.
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.

@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, of which only some may receive relevance."""
+"""Kernels of functions with several inputs, some of which may receive no relevance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels.base import Kernel
 from ..kernels.vjp_kernel import VjpKernel
 
 _SMALLEST = 1e-30
-"""A number that is added to magnitudes, so that the shares of zeros are equal."""
+"""Added to magnitudes, so that shares are equal if all summands are zero."""
 
 
 class BroadcastKernel(Kernel):
@@ -74,7 +74,7 @@ class HalvesKernel(Kernel):
     def __init__(self, sizes: Callable[[], tuple[Tensor, Tensor]], shapes: list[torch.Size]) -> None:
         self._sizes, self.shapes = sizes, shapes
         first, second = sizes()
-        # If both summands are zero, the shares are equal; a search for zeros would dominate the run time.
+        # Shares are equal if both summands are zero. Searching for zeros would dominate the run time.
         raised = first + _SMALLEST
         self.share = raised / (second + _SMALLEST + raised)
 
@@ -92,7 +92,7 @@ class HalvesKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """The kernel of one input of a call; the other inputs receive no relevance.
+    """A kernel that passes all relevance to one input of a call by another kernel; the other inputs receive none.
 
     Args:
         inner: The kernel of that input.
@@ -159,7 +159,7 @@ class RouteKernel(VjpKernel):
 
 
 def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Returns relevance ``(K, *in)`` of each input, given by number, with zeros for all other inputs."""
+    """Returns the relevance ``(K, *in)`` of every input, with zeros for the inputs that ``parts`` lacks."""
     return tuple(
         parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
         for number, shape in enumerate(shapes)
@@ -173,7 +173,7 @@ def sum_to_shape(relevance: Tensor, shape: torch.Size) -> Tensor:
 
 
 def total_of(parts: Sequence[Tensor]) -> Tensor:
-    """Computes the sum of tensors."""
+    """Returns the sum of tensors."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part

@@ -1,4 +1,4 @@
-"""Gates: tensors that multiply a signal without carrying relevance, such as attention weights."""
+"""Gates: factors of a product that receive no relevance, such as attention weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
 PRESERVING = frozenset(
     "dropout alpha_dropout feature_dropout clone contiguous to float double type_as neg rsub mul matmul".split()
 )
-"""Functions of gates alone that return a gate."""
+"""Functions that return a gate if all of their arguments are gates."""
 
 
 class Gates:
@@ -56,7 +56,7 @@ class Gates:
             self._tag_all(output)
 
     def tag_result(self, name: str, inputs: Sequence[Tensor], output: object, with_constants: bool) -> None:
-        """Marks the output as a gate if the function returns a gate for these arguments.
+        """Marks the output of a function as a gate if the function returns a gate for these arguments.
 
         Args:
             name: Name of the function.

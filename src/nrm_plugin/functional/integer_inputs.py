@@ -1,7 +1,7 @@
-"""Integer inputs (ids), which are tracked by identity until the model uses them for lookups.
+"""Integer inputs (ids), which are tracked by object identity until the model uses them for lookups.
 
 Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input.
-Integers that do not originate from the inputs, such as positions, select constants, even if they are equal.
+Rows selected by other integers, such as positions, are constants, even if the integers are equal to ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
-    """The kind of an integer tensor, or of a float tensor without relevance; the largest among several arguments."""
+    """The kind of a tensor without relevance. If arguments differ in kind, the largest one applies to the result."""
 
     STRUCTURE = 1
     """Comparisons, positions and counts of ids, such as masks and degrees, which are constants."""
@@ -32,7 +32,7 @@ class Kind(enum.IntEnum):
 
 LOOKUPS = frozenset("embedding embedding_bag getitem index index_select gather take take_along_dim".split())
 _ELEMENTS = frozenset("gather take take_along_dim embedding embedding_bag".split())
-"""Functions that look up single elements, or only rows of a matrix."""
+"""Functions that look up single elements, or rows of a matrix."""
 _STRUCTURAL = frozenset(
     "argmax argmin argsort nonzero argwhere count_nonzero bincount histc scatter_add scatter_reduce index_add "
     "index_put index_fill index_reduce".split()
@@ -43,7 +43,7 @@ _JOINING = frozenset(
     "bincount histc count_nonzero nonzero argmax argmin argsort sort topk kthvalue cumsum cumprod cummax cummin diff "
     "quantile scatter_add index_add scatter_reduce".split()
 )
-"""Functions that may combine numbers of several samples."""
+"""Functions that may combine ids of several samples."""
 _PLACE_OF_DIM = {"topk": 2, "kthvalue": 2, "quantile": 2, "norm": 2}
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
 """Functions that use only the shape or type of their other arguments."""
@@ -79,7 +79,7 @@ class Ids:
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Returns the result of a call, with the rows selected by ids replaced by a tensor at which walks end.
+        """Returns the result of a call, with rows that ids select replaced by a tensor at which walks end.
 
         Args:
             call: The call of the function.
@@ -112,7 +112,7 @@ class Ids:
         return self._followed(call, kind, result, looked_up)
 
     def _may_join(self, call: ObservedCall, result: Any) -> bool:
-        """Returns whether a function of ids returns values that may belong to several samples, or Python objects."""
+        """Returns whether a function of ids returns Python objects, or may combine values of several samples."""
         if call.leaves(result):
             return True
         if call.name.base not in _JOINING:
@@ -146,7 +146,7 @@ class Ids:
         return max((kind for kind in kinds if kind is not None), default=None)
 
     def _is_lookup(self, call: ObservedCall) -> bool:
-        """Returns whether ids select entries or rows of a constant table; a table of whole matrices is a weight."""
+        """Returns whether ids select entries or rows of a constant table; a table of matrices counts as a weight."""
         name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
         tables = [tensor for tensor in arguments if tensor.is_floating_point()]
         are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())
@@ -193,7 +193,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """Returns how many dimensions of a table an index selects from."""
+    """Returns the number of dimensions of a table to which an index applies."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None

@@ -94,7 +94,7 @@ class InterceptedPass:
     def step(self, observed: ObservedCall, factory: KernelFactory) -> Any:
         """Runs a function that has a kernel, and returns the output of its step."""
         self._check_covered(observed)
-        if listener() is not None:  # a context of the composite may run in any mode, a measure may not
+        if listener() is not None:  # a context may run in training mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
         call = self.function_call(observed)
         output = call.run(*call.values)
@@ -102,7 +102,7 @@ class InterceptedPass:
             return self.complex_step(observed)
         output = output.detach()
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
-            output = output.clone()  # some operations return their input, but the output of a step has its own memory
+            output = output.clone()  # an operation may return its input, a step may not
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
         rows = str(factory.__module__).startswith(f"{__package__}.") and keeps_rows(call, output)
@@ -114,7 +114,7 @@ class InterceptedPass:
         """Returns an observed call with its inputs saved."""
         function, keyword_slots = observed.out_of_place()
         name = observed.name.base
-        knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # whose heads can be events
+        knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # events may refer to their heads
         inputs = tuple(
             CallInput(Saved(tensor), knows_gates and self.gates.holds(tensor), source_of(tensor.grad_fn))
             for tensor in observed.inputs
@@ -143,7 +143,7 @@ class InterceptedPass:
         layer: LayerCall | None = None,
         rows: bool = False,
     ) -> Tensor:
-        """Returns the output of a call as the output of a step, and notifies the listener."""
+        """Makes the output of a call the output of a step, and notifies the listener."""
         path, number = self._numbered(call.name)
         normalization = self.settings.normalization
         step: Step
@@ -175,7 +175,7 @@ class InterceptedPass:
         factory: SecantFactory,
         inputs: Sequence[Tensor],
     ) -> Tensor:
-        """Returns the output of a call as the output of a step of the difference to a reference."""
+        """Makes the output of a call the output of a step that propagates the difference from a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
         has_rules = has_any_rule(self.settings.rules)
         both = DifferenceCall(call, Saved(output), others, reference, has_rules)
@@ -183,7 +183,7 @@ class InterceptedPass:
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Returns the path of a function in the running module, and the index of the call."""
+        """Returns the path of a function within the running module, and the index of this call to it."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -244,7 +244,7 @@ class InterceptedPass:
         return self.linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
-        """Returns one output of a function without a kernel as a step that raises when relevance arrives."""
+        """Makes one output of a function without a kernel a step that raises an error when relevance arrives."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
             return output
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
@@ -274,7 +274,7 @@ class InterceptedPass:
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """Returns the result of a call, with the rows selected by input ids as further inputs."""
+        """Returns the result of a call, in which rows selected by input ids become additional inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
@@ -290,7 +290,7 @@ class InterceptedPass:
 
     @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Returns the output of an elementwise module as a step, if no mode observes its functions, or None otherwise.
+        """Makes the output of an elementwise module a step if no mode observes its functions; returns None otherwise.
 
         Examples are activations in TorchScript or with their own ``autograd.Function``.
         """
@@ -319,7 +319,7 @@ class InterceptedPass:
 
 
 def written(observed: ObservedCall, result: Any) -> Any:
-    """Writes a result to the target of the call if there is one, and returns it."""
+    """Returns a result, after writing it to the target of the call if there is one."""
     return result if observed.target is None else write(observed.target, result)
 
 

@@ -80,7 +80,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Prepares for a function that runs without gradients, as in the forward of an ``autograd.Function``."""
+        """Records a function that runs without gradients, as in the forward of an ``autograd.Function``."""
         note_untracked()
         self.forward_pass.custom_calls.observe(func, args)
         name = name_of(func)
@@ -95,7 +95,7 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".s
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:
-    """Returns whether a torch function returns neither a tensor nor values of one, so there is nothing to observe."""
+    """Returns whether a function reads no values of a tensor, so that it need not be observed."""
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__" if name == "__get__" else "__objclass__", None)
     if name == "__get__":

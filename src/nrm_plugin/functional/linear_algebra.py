@@ -1,4 +1,4 @@
-"""Functions of linear algebra, decomposed into matrix products and products of entries.
+"""Functions of linear algebra, decomposed into matrix products and elementwise products.
 
 The solution of a system with a constant matrix is a product with the constant inverse. The inverse of a computed matrix
 has no kernel.
@@ -105,7 +105,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Any:
 
 
 def _by_constant(solve: Callable[[Tensor], Tensor], matrix: Tensor, right: Tensor, left: bool = True) -> Any:
-    """Solves a linear system as a product of the right-hand side and the solution for the identity matrix."""
+    """Solves a linear system by multiplying the right-hand side by the inverse of its constant matrix."""
     if matrix.requires_grad:
         return NotImplemented
     with not_recorded():

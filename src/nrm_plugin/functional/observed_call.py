@@ -14,7 +14,7 @@ from .function_call import Slot
 from .registry import FunctionName, name_of
 
 _LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
-"""Functions that return values of a tensor as Python objects."""
+"""Functions that convert values of a tensor to Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
 """Functions that write to their first argument or to a copy of it, which autograd records."""
 
@@ -57,7 +57,7 @@ class ObservedCall:
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Returns whether the result has tensor values as Python objects; ``x.int()`` has the name of ``int(x)``."""
+        """Returns whether the result holds tensor values as Python objects, as for ``int(x)`` but not ``x.int()``."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
@@ -84,7 +84,7 @@ class ObservedCall:
 
     @property
     def has_constants(self) -> bool:
-        """Whether there are tensors without relevance or numbers among the arguments."""
+        """Whether any argument is a number, or a tensor without relevance."""
         values = (*self.args, *self.kwargs.values())
         count = sum(isinstance(value, Tensor) for value in values)
         return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
@@ -102,7 +102,7 @@ def _on_copy(function: Callable[..., Any], first: Any, *rest: Any, **options: An
 
 
 def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
-    """Replaces the tensors that carry relevance in an argument by slots, and adds the tensors to the inputs."""
+    """Replaces each tensor that carries relevance by a slot, and appends the tensor to ``inputs``."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point():
             inputs.append(value)
@@ -114,7 +114,7 @@ def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
 
 
 def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
-    """Returns the name of an equivalent function, if there is one for the given arguments, else the given name.
+    """Returns the name of an equivalent function if there is one for these arguments, and the given name otherwise.
 
     ``x.clamp(min=0)`` is equivalent to ReLU, and ``x.max(y)`` to a maximum.
     """

@@ -40,7 +40,7 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Returns the kernel, by the rule of a layer, of a function affine in its first input, with a constant weight.
+    """Returns the kernel of a function that is affine in its first input, by the rule of a layer with this weight.
 
     Args:
         call: The call.
@@ -61,7 +61,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: that of a linear layer if a factor is constant, else one that excludes gates."""
+    """Returns the kernel of a product: a linear layer if a factor is constant, else a split among non-gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -81,7 +81,7 @@ def contraction(call: FunctionCall) -> Kernel:
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
     """Returns the kernel of one factor of a product, with the other factors as constants."""
     values = call.values
-    if isinstance(rule, Absolute):  # by the magnitude of each product, including its constant factors
+    if isinstance(rule, Absolute):  # shares follow the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], changed_constants(call, constants_of(call), Tensor.abs)
 
     def run(source: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kerne
 
 @dataclass(frozen=True)
 class ConstantMatrix:
-    """A constant factor as the weight of a linear layer.
+    """A constant factor of a product, expressed as the weight of a linear layer.
 
     Attributes:
         weight: The weight, with one row per output.
@@ -111,7 +111,7 @@ class ConstantMatrix:
 def _contraction_with_constant(call: FunctionCall) -> Kernel:
     """Returns the kernel of a product with a constant, as a linear layer."""
     constants = constants_of(call)
-    if not constants:  # einsum of one tensor sums and transposes
+    if not constants:  # an einsum of one tensor is a sum or a transpose
         return pooling(call)
     if len(constants) > 1:
         call = _with_one_constant(call)
@@ -125,7 +125,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
     like = layer_like("linear")
     if matrix.is_layer:
         return kernel_of_layer(call, run, matrix.weight, None, like)
-    # It is not marked as a layer, since channel pairs cannot be read from weights of another layout.
+    # It is not marked as a layer, since channel pairs cannot be read from a weight in another layout.
     kernel = kernel_of_layer(call, run, matrix.weight, None, like, padding_mode="computed")
     return SingleInputKernel(kernel, 0, call.shapes)
 
@@ -154,7 +154,7 @@ def changed_constants(call: FunctionCall, constants: list[Tensor], change: Calla
 
 
 def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
-    """Returns the constant factor of a contraction as the weight of a layer."""
+    """Returns the constant factor of a contraction as the weight of a linear layer."""
     if call.name == "einsum":
         matrix = _matrix_of_einsum(call, constant)
         return ConstantMatrix(constant, lambda weight: weight, False) if matrix is None else matrix

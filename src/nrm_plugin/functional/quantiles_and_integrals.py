@@ -27,7 +27,7 @@ def _quantile(input: Tensor, q: Any, dim: int | None = None, keepdim: bool = Fal
 def _nanquantile(
     input: Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
 ) -> Any:
-    """Computes a quantile from the two adjacent sorted entries, weighted by distance."""
+    """Computes a quantile by linear interpolation between the two adjacent sorted entries."""
     quantiles = torch.as_tensor(q, dtype=input.dtype, device=input.device)
     if quantiles.requires_grad:
         return NotImplemented

@@ -28,7 +28,7 @@ State = tuple[Tensor | None, ...]
 
 @dataclass
 class Context:
-    """The place in a model where a recurrent function runs.
+    """The context in which a model calls a recurrent function.
 
     Attributes:
         path: Path of the module that called the function.
@@ -62,7 +62,7 @@ RECURRENCES: dict[str, Recurrence] = {}
 
 
 def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
-    """Registers a loop that replaces a function."""
+    """Registers a loop over time that replaces the recurrent function of the given name."""
 
     def decorate(body: Recurrence) -> Recurrence:
         RECURRENCES[name] = body
@@ -75,7 +75,7 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and the bias if it is a separate summand.
+    """Returns the contribution of the hidden state, and its bias if that is a separate summand.
 
     The bias is separate for a user-supplied initial state, so that it absorbs no relevance in samples with a zero
     state.
@@ -153,7 +153,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns the initial states (None for zeros), and whether any is user-supplied (a constant)."""
+    """Returns the initial states (None for zeros), and whether the user supplied any of them."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -219,10 +219,10 @@ class _Layers:
     def run(
         self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns outputs by time, and the final states, ``(layers · directions, N, features)`` each.
+        """Returns the output at each time step, and the final states, ``(layers · directions, N, features)`` each.
 
         Args:
-            context: The place in the model.
+            context: The context of the call.
             xs: Inputs by time, ``(N, features)`` each.
             initial: Initial states, ``(layers · directions, N, features)`` each.
             lengths: Length of each sample, or None if all samples have the length of the input.
@@ -270,7 +270,7 @@ class _Layers:
 
 
 def _of_running(is_running: Tensor, state: State, before: State) -> State:
-    """Returns the new state of samples that have not ended, and the old state of all others."""
+    """Returns the new state of samples whose sequence has not ended, and the old state of all others."""
     mask = is_running.unsqueeze(1)
     pairs = zip(state, before, strict=True)
     return tuple(new if new is None or old is None else torch.where(mask, new, old) for new, old in pairs)

@@ -1,4 +1,4 @@
-"""The registry of kernels, and of decompositions into functions with kernels, by function name.
+"""The registry of kernels, and of decompositions into functions that have kernels, by function name.
 
 A function is looked up by a name common to all its variants: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and
 ``operator.iadd`` on tensors are all ``add``.
@@ -62,7 +62,7 @@ _NAMESPACES = ("special_", "linalg_")
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
 """Namespaces of operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions whose arguments differ from those of the function of the same name outside of the namespace."""
+"""Functions whose arguments differ from those of the function without the namespace prefix."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function outside torch, which may share a name with torch, or None for torch."""
+    """Returns the namespace of a function outside torch (its name may also exist in torch), or None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -105,12 +105,12 @@ def _foreign_owner(function: Any) -> str | None:
 
 
 def kernel_of(*names: str) -> Callable[[Function], Function]:
-    """Registers the kernel of functions by name."""
+    """Registers a function as the factory of the kernels of functions with the given names."""
     return _registering(KERNELS, names)
 
 
 def decomposition_of(*names: str) -> Callable[[Function], Function]:
-    """Registers Python code that replaces functions by operations with kernels."""
+    """Registers Python code that replaces the functions of the given names by operations with kernels."""
     return _registering(DECOMPOSITIONS, names)
 
 
@@ -133,7 +133,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
     - ``call.identity()``: relevance passes to the first input, elementwise,
     - ``call.split(shares)``: each input receives its share, elementwise,
     - ``call.route()``: relevance passes to the entries that the function copied,
-    - ``call.by_rule(rule)``: a Zennit rule, for functions that are linear in their input.
+    - ``call.by_rule(rule)``: a Zennit rule is applied; for functions that are linear in their input.
 
     For any other linear map, return a subclass of :class:`nrm_plugin.functional.Kernel`.
 
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Returns whether a function is looked up by name, since its variants are different objects."""
+    """Returns whether a function belongs to torch, whose functions are looked up by name because of their variants."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",

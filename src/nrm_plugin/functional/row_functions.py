@@ -1,4 +1,4 @@
-"""Detection of function calls that map each row of their inputs to the same row of their output, for any values."""
+"""Detection of calls whose output rows depend only on the same rows of their inputs, whatever the values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OF_SAMPLES = {"linear": 2, "group_norm": 2, "instance_norm": 3} | {
     for kind in ("conv", "conv_transpose", "max_pool", "adaptive_max_pool", "fractional_max_pool")
     for dims in (1, 2, 3)
 }
-"""Functions that map each sample of a batch with at least this number of dimensions."""
+"""Functions that act on each sample separately if the input has at least this many dimensions."""
 _POOLS = frozenset(POOLS) - {*_ALONG, "grid_sample", "roi_align", "fold", "col2im"}
 
 
@@ -47,7 +47,7 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
     if name in _OF_SAMPLES:
         return len(values) == 1 and isinstance(call.argument(0, "input"), Slot) and output.ndim >= _OF_SAMPLES[name]
     if any(value.ndim != output.ndim for value in values):
-        return False  # broadcast, so that rows of the input are another dimension of the output
+        return False  # broadcasting moves the rows to another dimension of the output
     if name == FUSED:
         return output.ndim > 2
     if name in ("layer_norm", "native_layer_norm", "rms_norm"):
@@ -68,7 +68,7 @@ def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_inner(dim: Any, dims: int) -> bool:
-    """Returns whether dimensions are given and exclude the first one."""
+    """Returns whether dimensions are given that do not include the first one."""
     stored = dim if isinstance(dim, (tuple, list)) else [dim]
     return bool(stored) and all(isinstance(one, int) and one % dims != 0 for one in stored)
 

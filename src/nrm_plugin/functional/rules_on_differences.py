@@ -29,7 +29,7 @@ _PRODUCTS = ("matmul", "einsum", "tensordot")
 
 
 def on_differences(both: DifferenceCall) -> FunctionCall:
-    """Returns a call with the differences of its inputs as values."""
+    """Returns the call with the differences of its inputs in place of their values."""
     deltas = [delta.masked_fill(delta.abs() <= LEAST[delta.dtype], 0.0) for delta in both.before]
     pairs = zip(both.call.inputs, deltas, strict=True)
     return replace(both.call, inputs=tuple(replace(item, saved=Saved(delta, values=False)) for item, delta in pairs))
@@ -71,7 +71,7 @@ def _without_bias(call: FunctionCall) -> FunctionCall:
 
 
 def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
-    """Returns the kernel that a factory builds when the differences are passed as values."""
+    """Returns the kernel that a factory builds for differences in place of values."""
     return factory(on_differences(both))
 
 

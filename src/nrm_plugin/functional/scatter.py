@@ -1,4 +1,4 @@
-r"""Functions of graph networks: gathers, sums into nodes, segments and sparse products.
+r"""Functions of graph networks: gathers, scatter sums, segment reductions and sparse products.
 
 The relevance of a node is split among its messages by the composite's rule for average pooling, like the relevance of a
 mean among its entries. With the composites of this package,
@@ -118,7 +118,7 @@ KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
 def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
-    """Computes a sum; if nothing is added to a constant, the output is that constant."""
+    """Computes the sum of a constant and added entries; where none is added, the output is the constant itself."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
@@ -154,7 +154,7 @@ def _counts(like: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def _cropped(src: Tensor, index: Tensor) -> Tensor:
-    """Crops a source to the entries that are used with a smaller index."""
+    """Crops a source to the shape of a smaller index, as ``scatter`` does."""
     return src if src.shape == index.shape else src[tuple(slice(size) for size in index.shape)]
 
 
@@ -185,10 +185,10 @@ def _scatter_reduce(
 
 
 def _rival(constant: Tensor, signal: Tensor) -> Tensor:
-    """Returns a constant that competes with a signal in a maximum, and absorbs the relevance where it wins."""
+    """Returns a constant as a tensor in the signal's graph, to absorb the relevance where it is the maximum."""
     if not signal.numel():
         return constant
-    with not_recorded():  # routes, which autograd records
+    with not_recorded():  # autograd records these routes
         return torch.where(torch.zeros((), dtype=torch.bool, device=signal.device), signal.flatten()[0], constant)
 
 
@@ -242,7 +242,7 @@ _EMPTY = {"max": -math.inf, "min": math.inf, "mean": math.nan}
 
 
 def _lookup(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Runs a copying function on numbered entries, to find the source index of each output."""
+    """Runs a function that copies entries, after finding the source of each output by running it on entry numbers."""
     computed = [value for value in (*args, *kwargs.values()) if _carries(value)]
     numbers = _numbers_of(computed)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """Replaces a computed tensor with the numbers of its entries, and a constant with zeros."""
+    """Replaces a computed tensor by the numbers of its entries, and a constant by zeros."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value
@@ -329,7 +329,7 @@ def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -
 
 
 def _add_at(target: Tensor, positions: Tensor, value: Tensor) -> Tensor:
-    """Adds to entries of the flattened target."""
+    """Adds values to entries of the flattened target, out of place."""
     return _index_add(target.reshape(-1), 0, positions, value.reshape(-1)).reshape(target.shape)
 
 
@@ -355,13 +355,13 @@ _REDUCED = (
 
 
 def is_sparse_product(args: Sequence[Any]) -> bool:
-    """Returns whether one of two factors is a sparse matrix."""
+    """Returns whether either factor is a sparse matrix."""
     return any(isinstance(value, Tensor) and value.layout != torch.strided for value in args[:2])
 
 
 @decomposition_of("_sparse_mm", "spmm", "smm", "hspmm")
 def sum_of_messages(input: Tensor, mat2: Tensor, reduce: str = "sum") -> Tensor:
-    """Computes ``A x`` or ``x A`` with a sparse constant, as messages along its entries that are summed into nodes.
+    """Computes ``A x`` or ``x A`` for a sparse constant ``A``: a message per nonzero entry, summed at the nodes.
 
     The function requires memory for all messages; ``A`` may have any sparse layout.
     """

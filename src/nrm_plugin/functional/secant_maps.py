@@ -1,4 +1,4 @@
-r"""Secants of linear and multilinear functions, of softmax and of normalization layers, as functions of multipliers.
+r"""Secants of linear and multilinear functions, softmax and normalization layers, which propagate multipliers.
 
 .. math:: m_i = \sum_j \mathrm{slope}_{ij} m_j, \qquad R = \delta m
 
@@ -41,7 +41,7 @@ class MultiplierKernel(Kernel):
         """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers by absolute slopes; returns None if they are only known as a dense matrix."""
+        """Propagates multipliers by absolute slopes; returns None if these are known only as a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -59,13 +59,13 @@ class MultiplierKernel(Kernel):
 
 
 class PathKernel(MultiplierKernel):
-    """Kernel of a polynomial function: its mean Jacobian on the line segment between both points.
+    """Kernel of a polynomial function: its mean Jacobian on the line segment from reference to input.
 
-    The mean is exact by Gauss-Legendre quadrature, with one point for products of two inputs.
+    Gauss-Legendre quadrature computes the mean exactly; products of two inputs need only one point.
 
     Args:
         call: The call.
-        absolute: Function that returns the call with non-negative coefficients, whose slopes are then the absolute
+        absolute: Function that returns the call with absolute coefficients, whose slopes are then the absolute
             ones, or None if such a call is not known.
     """
 
@@ -77,7 +77,7 @@ class PathKernel(MultiplierKernel):
     def _jacobians(
         self, call: FunctionCall, change: Callable[[Tensor], Tensor]
     ) -> list[tuple[float, Tensor, list[Tensor]]]:
-        """Returns weight, output and inputs of the function at each point of the quadrature."""
+        """Returns the weight, output and inputs of the function at each quadrature point."""
         values, references = self.call.values, self.call.reference_values
         images = []
         for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:
@@ -110,7 +110,7 @@ def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -
 
 
 def polynomial(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a function of complex numbers, which must be linear, or a product of two inputs."""
+    """Returns the kernel of a complex-valued function that is linear or a product of two inputs."""
     kernel = PathKernel(call)
     columns = kernel.column_sum(call.after)
     scale = torch.finfo(call.after.dtype).eps ** 0.5 * call.outputs[0].abs().amax()
@@ -157,7 +157,7 @@ _PLACES = (
 
 
 def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
-    """Returns ``(a - b) / (log a - log b)`` of non-negative numbers, between them; zero if one is zero."""
+    """Returns ``(a - b) / (log a - log b)`` of two non-negative numbers; it lies between them, and is 0 if one is 0."""
     high, low = torch.maximum(one, two), torch.minimum(one, two)
     is_positive = high > 0
     gap = torch.where(is_positive, (high - low) / torch.where(is_positive, high, 1.0), 0.0)
@@ -200,7 +200,7 @@ class SoftmaxKernel(MultiplierKernel):
 
 
 def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
-    """Returns the slopes of log-sum-exp along dimensions; they are positive and sum to at most one."""
+    """Returns the slopes of log-sum-exp along the given dimensions, which are positive and sum to at most one."""
     totals = torch.logsumexp(one, dim, keepdim=True), torch.logsumexp(two, dim, keepdim=True)
     shift = torch.maximum(*totals)
     shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))

@@ -64,7 +64,7 @@ class StackedKernel(MaximumKernel):
 
 
 def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the slopes of the argmax at the input and of the argmax at the reference; both are in [0, 1]."""
+    """Returns the slopes of the entry largest at the input and of the entry largest at the reference, in [0, 1]."""
     at_first, at_second = (one[first], two[first]), (one[second], two[second])
     gain_first = (torch.maximum(at_first[0], at_second[1]) - at_second[1]).nan_to_num(0.0)
     gain_second = (torch.maximum(at_first[1], at_second[0]) - at_second[1]).nan_to_num(0.0)
@@ -100,7 +100,7 @@ def _of_one(call: DifferenceCall) -> Kernel:
 
 
 def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """Converts indices along a dimension, which is kept, to indices of the flattened tensor."""
+    """Converts indices along a dimension (with ``keepdim``) to indices of the flattened tensor."""
     numbers = torch.arange(shape.numel(), device=index.device).reshape(shape)
     return numbers.gather(dim, index)
 

@@ -22,7 +22,7 @@ from .weighted_functions import twin_of_call
 
 
 class LinearKernel(MultiplierKernel):
-    """Kernel of a layer with a constant weight, by its transposed map.
+    """Kernel of a layer with a constant weight, which propagates multipliers by its transposed map.
 
     Args:
         call: The call.

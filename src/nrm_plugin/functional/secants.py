@@ -72,7 +72,7 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of an elementwise function; with rules, a function of one tensor has the identity."""
+    """Returns the kernel of an elementwise function; with rules, it is the identity for functions of one tensor."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
@@ -103,7 +103,7 @@ secant_of("logaddexp", "logaddexp2")(elementwise)
 
 
 def averaged_slopes(call: DifferenceCall) -> list[Tensor]:
-    """Returns slopes by changing one input at a time from the reference, averaged over all orders."""
+    """Returns the slope of each input: inputs change from the reference one at a time, averaged over all orders."""
     numbers = range(len(call.values))
     totals: list[Tensor | None] = [None for _ in numbers]
     orders = list(itertools.permutations(numbers))
@@ -148,7 +148,7 @@ def product(call: DifferenceCall) -> Kernel:
 
 @secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a dtype conversion; the rounding error goes to the sink."""
+    """Returns the kernel of a dtype conversion; the sink absorbs the rounding error."""
     shares = [call.before[0] / call.after, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
     return SplitKernel(shares, call.shapes, None, False)
 

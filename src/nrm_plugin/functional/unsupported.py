@@ -1,4 +1,4 @@
-"""Operations without a kernel: errors when relevance arrives, and tests of their inputs and outputs."""
+"""Operations without a kernel: errors when relevance arrives, and tests of what autograd recorded for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """The kernel of an unknown operation, which raises an error when relevance arrives, but not for zeros at a gate.
+    """The kernel of an unknown operation, which raises an error when nonzero relevance arrives.
 
     Args:
         error: The error that is raised when relevance arrives.
@@ -79,7 +79,7 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
 
 
 def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
-    """Makes the backward pass raise an error if relevance arrives at a node that is neither a step nor a known route.
+    """Makes the backward pass raise an error if relevance reaches a node that is neither a step nor a known route.
 
     This is the audit of a forward pass without a recording.
 
@@ -95,7 +95,7 @@ def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
             continue
         visited.add(node)
         stack += [below for below, _ in node.next_functions]
-        # A custom function has a step, or already raises an error.
+        # A custom function already has a step, or a hook that raises an error.
         is_custom = isinstance(node, BackwardCFunction) and not _is_checkpoint(node)
         if not is_custom and not is_known(node):
             node.register_prehook(_raising(unknown_node_error(node)))

@@ -1,4 +1,4 @@
-"""Layers with weights that are called as functions; they have the rule of the module that owns the weight.
+"""Layers with weights that are called as functions, which use the rule of the module that owns the weight.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -26,7 +26,7 @@ kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight,
 
 
 def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts a functional call of a layer or batch normalization to a call of a module; returns None for others."""
+    """Converts the call of a functional layer or batch normalization to the call of a module, or None for others."""
     if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
@@ -83,7 +83,7 @@ def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 _NORM = nn.BatchNorm2d(1, device="meta").eval()
-"""The layer that is copied for functional batch normalizations, which is faster than constructing a new module."""
+"""Template for functional batch normalizations; copying it is faster than constructing a new module."""
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:

@@ -1,5 +1,5 @@
 """Kernels: the propagation of relevance through one call of a layer, as a normalized linear map.
 
-The package converts Zennit's rules to kernels, and makes each module call a step of the computation graph.
+Zennit's rules are converted to kernels, and every call of a module becomes a step of the computation graph.
 Imports: errors, model, rules.
 """

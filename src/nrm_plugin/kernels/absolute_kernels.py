@@ -1,4 +1,4 @@
-r"""Kernels of absolute values, :math:`\sum_j |T_{ij}| R_j`, from the branches of a rule or column by column."""
+r"""Propagation with the absolute values of a kernel, :math:`\sum_j |T_{ij}| R_j`, from branches or columns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .base import Kernel, vjp
 from .rule_branch import Branch, WeightedLayer
 
 DENSE_LIMIT = 4096
-"""Largest number of columns for which the kernel of absolute values is computed column by column."""
+"""Largest number of columns for which the absolute values of a kernel are computed column by column."""
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
-    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, which are computed in chunks.
+    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, a chunk of columns at a time.
 
     Args:
         kernel: Any kernel that does not mix samples.
@@ -81,7 +81,7 @@ def closed_absolute(
 
 @dataclass(frozen=True)
 class _Term:
-    r"""One summand :math:`a_i |w_{ij}| m_j` of a kernel: ``a``, ``m`` and the transpose of ``|w|``."""
+    r"""One term :math:`a_i |w_{ij}| m_j` of a kernel, given by ``a``, ``m`` and the transpose of ``|w|``."""
 
     input: Tensor
     factor: Tensor
@@ -89,10 +89,10 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Returns terms such that each entry of the kernel belongs to exactly one term, or None if there are none.
+    r"""Splits the kernel into terms that have no nonzero entry in common; returns None if this is not possible.
 
-    For positive and for negative weights, the modified weights of a rule are multiples of the weight. Branches with the
-    same factor are added first (ZBox); all other branches must be disjoint.
+    On the positive and on the negative weights, each modified weight of a rule is a multiple of the weight. Branches
+    with the same factor are added first, as in ZBox; the remaining branches must be disjoint.
     """
     terms = []
     for sign in (None,) if layer is None else (1.0, -1.0):
@@ -128,7 +128,7 @@ def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
 
 
 def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
-    """Returns the transposed layer with only its weights of one sign, as absolute values."""
+    """Returns the transpose of the layer, restricted to the absolute values of its weights of one sign."""
     leaf = like.detach().requires_grad_()
     with torch.enable_grad():
         image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))

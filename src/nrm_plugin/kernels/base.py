@@ -70,7 +70,7 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Reads the remaining parts of a rule that are needed for this relevance; None stands for any relevance.
+        """Reads the branches of a rule that this relevance requires, if any are missing; None stands for any relevance.
 
         Returns:
             Whether the column sums changed.
@@ -90,7 +90,7 @@ class Kernel(ABC):
 
 
 class IdentityKernel(Kernel):
-    """Passes relevance through unchanged: activations, dropout, batch normalization after fusion."""
+    """Passes relevance through unchanged, as for activations, dropout, and batch normalization after fusion."""
 
     is_stochastic = True
 

@@ -64,7 +64,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
 
 
 def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
-    """Defers a fold until the kernel is built. References are weak, since steps refer to their folds."""
+    """Defers a fusion until the kernel is built. References are weak, since steps refer to their fusions."""
     references = weakref.ref(first), weakref.ref(second)
 
     def run() -> None:
@@ -85,7 +85,7 @@ def _input_node(node: Any) -> Any:
 
 
 def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
-    """Returns the batch normalization in evaluation mode with the rule Pass of a step, or None for other steps."""
+    """Returns the batch normalization of a step in evaluation mode with the rule Pass, or None for other steps."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None

@@ -1,4 +1,4 @@
-"""Blocks of a tensor that fit into the cache of a processor."""
+"""Blocks of a tensor that fit into the processor cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joint relevance of the channels before and after a layer, from one weight gradient instead of a pass per channel."""
+"""Joint relevance of input and output channels of a layer, from one weight gradient instead of a pass per channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Branches of common rules on torch layers, computed in few operations.
+"""Branches of common rules on torch layers, computed with few operations.
 
 The factors of these rules are known functions of one or two outputs (images) of the layer. It is therefore not
 necessary to replace the parameters of the layer or to apply the gradient mapper of the rule.
@@ -57,12 +57,12 @@ def closed_branches(
 
 @dataclass(frozen=True)
 class _Image:
-    """The image of one branch.
+    """The image of one branch: the output of its modified layer at its modified input, without bias.
 
     Attributes:
-        values: The output without bias, ``(N, *out)``.
-        source, weight, maps: The modified input and weight, and the maps of the layer with this weight.
-        is_own: Whether the values are not read by anything else.
+        values: The image, ``(N, *out)``.
+        source, weight, maps: The modified input, the modified weight, and the linear map of the layer with this weight.
+        is_own: Whether nothing else reads the values.
     """
 
     values: Tensor
@@ -78,7 +78,7 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads one rule at one call.
+    """Reads the branches of one rule at one call.
 
     Attributes:
         call, rule, normalization: As in :func:`closed_branches`.
@@ -95,7 +95,7 @@ class _Reader:
     normalization: Normalization | None
 
     def single(self) -> tuple[list[Branch], Columns] | None:
-        """Reads a rule whose branches have the same factor, ``1 / (z + bias)`` with a stabilizer."""
+        """Reads a rule whose branches share the factor ``1 / (z + bias)``, with a stabilizer."""
         images = self._images()
         if images is None:
             return None
@@ -114,7 +114,7 @@ class _Reader:
     def _branch(
         self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
     ) -> Branch:
-        """Returns a branch, which recomputes its modified input each time if the input is large."""
+        """Returns a branch; a large modified input is recomputed whenever it is needed."""
         is_kept = source is self.call.input or source.numel() <= KEPT
         return Branch(
             source if is_kept else self.call.input,
@@ -139,7 +139,7 @@ class _Reader:
         return images
 
     def _source(self, modify: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the modified input; the input itself if the rule does not modify it, since its image is known."""
+        """Returns the modified input, or the same tensor if the rule does not modify it, since its image is known."""
         source = modify(self.call.input)
         return source if source is self.call.input else source.detach()
 
@@ -160,7 +160,7 @@ class _Reader:
         return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
 
     def _positive(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Writes the factors of a block in which image and bias are not negative."""
+        """Computes the factors of a block in which neither the image nor the bias is negative."""
         added = self.form.epsilon if bias is None else bias + self.form.epsilon
         if self.normalization is not None and self.normalization.restores(image, added):
             torch.reciprocal(image, out=out)  # the factor times the gain

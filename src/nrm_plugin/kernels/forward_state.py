@@ -100,7 +100,7 @@ class _Running(threading.local):
     Attributes:
         modules: The running modules that have a rule, outermost first; operations inside them are not steps.
         pauses: Number of open contexts of :func:`not_recorded`.
-        saved: The tensors saved by steps, by memory address.
+        saved: The tensors that steps have saved, by memory address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass, or None without a listener.
@@ -161,12 +161,12 @@ RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Returns whether operations are currently not recorded: inside a module with a rule, or while paused."""
+    """Returns whether operations are currently not recorded: inside a module with a rule or :class:`not_recorded`."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
 
 
 def is_in_module_step() -> bool:
-    """Returns whether results are currently not in the graph: inside a module that is a step, or while paused."""
+    """Returns whether results are currently not in the graph: inside a module step or :class:`not_recorded`."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
@@ -298,7 +298,7 @@ def next_node() -> int:
 
 @contextmanager
 def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[None]:
-    """Provides a fresh state for one forward pass, so that a pass that raises leaves nothing behind.
+    """Context with a new state for one forward pass, so that a pass that raises an error leaves no state behind.
 
     Args:
         listener: The object notified of every step; the model must be called with copies of its inputs made inside this

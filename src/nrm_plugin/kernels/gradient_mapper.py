@@ -1,4 +1,4 @@
-r"""The gradient mapper of a rule as factors :math:`m_k(1)`, known in closed form or obtained by applying it to ones."""
+r"""The gradient mapper of a rule as factors :math:`m_k(1)`, in closed form or by applying the mapper to ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
 
     Args:
         rule: The rule.
-        outputs: The outputs of all branches at one block.
+        outputs: Function that returns the outputs of all branches at one block.
         like: A tensor in the shape of the output, ``(N, *out)``.
     """
     first = next(iter(blocks(like)))
@@ -77,7 +77,7 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Returns whether each factor depends only on its own entry, unlike for a stabilizer scaled by the whole layer.
+    """Returns whether each factor depends only on its own entry, and not, for example, on the mean of the layer.
 
     Args:
         rule: The rule.

@@ -38,7 +38,7 @@ _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
-    """Returns a known rule's mapper in closed form, checked once against its own mapper, or None for other rules."""
+    """Returns the mapper of a known rule in closed form, compared once with the rule's own, or None for other rules."""
     if type(rule) not in _LEADERS:
         return None
     own = rule.gradient_mapper
@@ -50,7 +50,7 @@ def closed_mapper(rule: BasicHook) -> Mapper | None:
 
 
 def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
-    """Returns whether a mapper and a rule agree on the factors of some outputs, among them zero and negative values."""
+    """Returns whether a mapper and a rule agree on the factors of some outputs, including zero and negative values."""
     count = len(rule.input_modifiers)
     numbers = torch.sin(torch.arange(1.0, 1 + 24 * count, dtype=torch.float64) ** 2).reshape(count, 2, 3, 4)
     numbers[:, 0, 0] = 0

@@ -1,4 +1,4 @@
-"""Known rules: rules written only with Zennit's modifiers, and rules known to be linear in the relevance."""
+"""Properties of rules: whether a rule is defined only by Zennit's modifiers, and whether it is known to be linear."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlu
 
 
 def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
-    """Returns whether a rule is written only with the modifiers of Zennit's ``BasicHook``."""
+    """Returns whether a rule is defined only by the modifiers of Zennit's ``BasicHook``."""
     return isinstance(hook, BasicHook) and not overrides(hook, "backward", BasicHook)
 
 
@@ -22,7 +22,7 @@ def is_known_linear(hook: Hook) -> bool:
 
 
 def own_copy(hook: Hook) -> Hook:
-    """Returns a rule for one call: a copy, because a rule may have state, except for known rules, which have none."""
+    """Returns the rule for one call: a copy, since a rule may have state, or the rule itself if it is known."""
     return hook if is_known_linear(hook) else hook.copy()
 
 

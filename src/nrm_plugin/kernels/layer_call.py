@@ -98,7 +98,7 @@ def reads_image(rule: Hook) -> bool:
 
 
 def _reads_output(rule: Hook) -> bool:
-    """Returns whether a rule may read the unmodified output, in addition to the outputs of its modified layers."""
+    """Returns whether a rule may read the output of the unmodified layer as well as those of its modified layers."""
     return type(rule) not in (*LINEAR_RULES, Absolute, ConservingEpsilon, Relative) or type(rule) is Gamma
 
 
@@ -109,7 +109,7 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def without_values(call: LayerCall) -> LayerCall:
-    """Returns the record of a call without tensors of its size, for a kernel that reads no values."""
+    """Returns the record of a call without the values of its tensors, for a kernel that does not read them."""
     return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
 
 

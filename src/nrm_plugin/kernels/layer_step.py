@@ -36,7 +36,7 @@ class LayerStep(Step):
         folds: Functions by which fusion changes the call before the kernel is built.
         norms: The batch normalization layers that read the output of the layer.
         layer_below: For a batch normalization, the step of the layer whose output it reads.
-        feeds_fold: Whether the fold of a layer above may read the input of this step.
+        feeds_fold: Whether the fusion of a layer above may read the input of this step.
         has_dense_norm: Whether a dense layer and a batch normalization were fused in this step.
     """
 
@@ -63,7 +63,7 @@ class LayerStep(Step):
         self.layer_call = replace(without_values(self.layer_call), image=None)
 
     def fold(self) -> None:
-        """Fuses the layer with its batch normalization, so that the call is final."""
+        """Applies all deferred fusions with batch normalization; the call does not change afterwards."""
         self.fill()
         self._dequantize()
         while self.folds:
@@ -71,7 +71,7 @@ class LayerStep(Step):
 
     def _build(self) -> Kernel:
         self.fold()
-        call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # needed once
+        call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # the image is used only once
         # The column sums of a dense layer with a batch normalization are checked, so its kernel must provide them.
         kernel = read_rule(call, None if self.has_dense_norm else self.normalization)
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):

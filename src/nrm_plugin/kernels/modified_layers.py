@@ -33,7 +33,7 @@ class ModifiedLayer:
         image: The output without bias; a scalar if all entries are the same.
         bias: The bias, in a shape that broadcasts.
         maps: The linear map, or None if the input is zero or only the output is needed.
-        weight: Computes the modified weight.
+        weight: Function that computes the modified weight.
         is_own: Whether nothing else reads the image.
     """
 
@@ -63,7 +63,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
 
     Args:
         call: The call of the unmodified layer.
-        modify: Modifies the parameters.
+        modify: The parameter modifier of the rule.
         source: The modified input, ``(N, *in)``.
         sign: Sign of the branch; if 0, only the output is needed.
     """
@@ -115,7 +115,7 @@ def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
 
 
 def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Returns whether the call is that of a large linear layer with a built-in rule that modifies its weight."""
+    """Returns whether the layer is a large linear layer whose weight is modified by a built-in rule."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False

@@ -1,4 +1,4 @@
-"""Probes of a rule: its input modifiers and reducer are identified by applying them to a few numbers."""
+"""Identification of the input modifiers and the reducer of a rule, by applying them to a few numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KNOWN_SIGNS: dict[type, list[float]] = {}
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
-    """Returns the modified inputs; equal inputs share memory, such as an input after a ReLU and its positive part."""
+    """Returns the modified inputs; equal ones share memory, such as the output of a ReLU and its positive part."""
     known, sources = [inputs], []
     # The bounds of ZBox may have the shape of an image, unlike the probes, and are not parts of the input.
     positive = is_known_linear(rule) and not isinstance(rule, ZBox) and is_positive(inputs)
@@ -59,7 +59,7 @@ def is_zero(source: Tensor) -> bool:
 
 
 def _is_zero(source: Tensor) -> bool:
-    """Returns whether all entries are zero; for most tensors, the first few entries are decisive."""
+    """Returns whether all entries are zero; for most tensors, the first few entries decide."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -67,7 +67,7 @@ def _is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones), else None."""
+    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones), or None."""
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
         with audit():

@@ -44,30 +44,30 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
     restored = column_sum.clamp(min=torch.finfo(column_sum.dtype).tiny).reciprocal_()
     if not math.isfinite(limit):
         return restored.masked_fill_(column_sum < least_restored(column_sum.dtype, limit), 1)
-    # The gain is the minimum of both lines, which is cheaper than a comparison and a selection.
+    # The gain is the minimum of both expressions, which is cheaper than a comparison and a selection.
     return torch.minimum(restored, _line(column_sum, limit), out=restored)
 
 
 def _line(column_sum: Tensor, limit: float) -> Tensor:
-    """``1 + (G - 1) G c``, and 1 for negative ``c``: the gain of columns that are not restored."""
+    """Returns ``1 + (G - 1) G c``, or 1 for negative ``c``: the gain of columns that are not rescaled to one."""
     return torch.rsub(column_sum.clamp(min=0), 1, alpha=(1 - limit) * limit)
 
 
 def least_restored(dtype: torch.dtype, limit: float) -> float:
-    """Returns the smallest column sum that the gain raises to one."""
+    """Returns the smallest column sum that the gain rescales to one."""
     return max(1 / limit, torch.finfo(dtype).tiny)
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """Returns ``1 - g c``, the share that the sink absorbs; exactly 0 where the gain raises the column sum to one."""
+    """Returns ``1 - g c``, the share that the sink absorbs; exactly 0 where the gain rescales the column to one."""
     if not math.isfinite(limit):
         return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
-    # On the line the share falls to zero exactly where the gain restores the column; a comparison takes longer.
+    # With the linear gain, the share reaches zero exactly where columns are rescaled to one. A comparison is slower.
     return torch.addcmul(column_sum.new_ones(()), column_sum, _line(column_sum, limit), value=-1).clamp_(min=0)
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Returns whether to read values of a tensor to save work; on devices other than a CPU, a read synchronizes."""
+    """Returns whether values of a tensor may be read to save work; a read synchronizes devices other than a CPU."""
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
@@ -118,7 +118,7 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def restores(self, image: Tensor, added: Tensor | float) -> bool:
-        """Returns whether the gain scales all columns ``image / (image + added)`` to one, for non-negative terms."""
+        """Returns whether the gain rescales all columns ``image / (image + added)`` to one, for non-negative terms."""
         limit = float(self.gain_limit)
         if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
             return False
@@ -145,7 +145,7 @@ class Columns(ABC):
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
-        """Merges the columns of disjoint groups of branches; each column belongs to only one group."""
+        """Merges the columns of two groups of branches; each column belongs to only one of the groups."""
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:

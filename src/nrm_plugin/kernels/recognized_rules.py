@@ -17,7 +17,7 @@ from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
-"""Rules with positive denominators or with the unmodified layer, which are read in few operations."""
+"""Rules with positive denominators or an unmodified layer, whose branches are computed with few operations."""
 
 
 NEGLIGIBLE = 1e-20
@@ -38,7 +38,7 @@ class RuleForm:
 
 
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
-"""Modifiers and form, by the rule's gradient mapper, which all copies share; modifiers may be replaced later."""
+"""Modifiers and form by the gradient mapper of a rule, which its copies share; users may replace modifiers later."""
 
 
 def form_of(rule: BasicHook) -> RuleForm | None:
@@ -73,7 +73,7 @@ def _read(rule: BasicHook) -> RuleForm | None:
     probe = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 3.0]], dtype=torch.float64)
     sources = [modify(probe) for modify in own.input_modifiers]
     pairs = [(rule.reducer(sources, sources[::-1]), own.reducer(sources, sources[::-1]))]
-    if type(rule) in (Epsilon, ZPlus):  # the others have a floor, and only the sign of their input matters
+    if type(rule) in (Epsilon, ZPlus):  # other rules have a floor, and depend only on the sign of their input
         pairs += [
             (one(probe), other(probe)) for one, other in zip(rule.input_modifiers, own.input_modifiers, strict=True)
         ]

@@ -18,7 +18,7 @@ from ..model.value_reads import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
-"""The number that replaces a difference of zero."""
+"""The number that replaces a difference of zero, by dtype."""
 
 
 class Difference(NamedTuple):
@@ -82,14 +82,14 @@ class ReferencePass:
         self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Difference]] = {}
 
     def difference(self, value: Tensor, other: Tensor) -> Difference:
-        """Returns the difference of a tensor between input and reference, computed once for all steps that use it."""
+        """Returns the difference of a tensor between input and reference, computed only once for all steps."""
         key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
         if key not in self._deltas:
             self._deltas[key] = (value, other, difference(value, other))  # the memory must not be reused
         return self._deltas[key][2]
 
     def replay(self) -> None:
-        """Starts the pass of the inputs."""
+        """Starts the pass of the inputs, which reads the stored calls."""
         self._is_replayed = True
 
     def drop(self) -> None:

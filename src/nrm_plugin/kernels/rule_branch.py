@@ -54,7 +54,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """The unmodified layer with the weight that the branches of a rule modify.
+    """The unmodified layer, whose weight the branches of a rule modify.
 
     Attributes:
         weight: The weight of the layer.

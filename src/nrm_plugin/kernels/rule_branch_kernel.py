@@ -15,11 +15,11 @@ from .normalization import Columns
 from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
-"""The branches with nonzero sign and input, and their columns."""
+"""The branches whose sign and input are nonzero, and their columns."""
 
 
 class BranchKernel(Kernel):
-    r"""The kernel of a rule on an affine module, in Zennit's form of rules.
+    r"""The kernel of a rule on an affine module, as a sum of branches, the form in which Zennit defines rules.
 
     .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k

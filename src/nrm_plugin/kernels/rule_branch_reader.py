@@ -1,4 +1,4 @@
-"""Reading of a rule on one call of an affine layer as branches, the form in which Zennit writes rules."""
+"""Conversion of a rule at one call of an affine layer to branches, the form in which Zennit defines rules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization
 
     Args:
         call: The recorded call of the layer.
-        rule: The rule, written with modifiers.
+        rule: The rule, defined by modifiers.
         normalization: The normalization if the factors should include the gain, else None.
     """
     if not is_affine(call.module):
@@ -84,14 +84,14 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Reads branches of a rule that is known to have this form, because other branches were read before."""
+        """Reads branches of a rule that is known to have this form, since other branches have been read before."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """Reads the branches with these numbers; returns None if the rule is of a different form."""
+        """Reads the branches with the given indices; returns None if the rule is of a different form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)
@@ -151,7 +151,7 @@ class _BranchReader:
             yield _ColumnBlock(at, factors, _signed_sum(terms, output[at]))
 
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
-        """Writes the factors, multiplied by the gain if there is a normalization.
+        """Stores the factors, multiplied by the gain if there is a normalization, and returns the columns.
 
         Factors reuse the memory of the images: each block is read before it is overwritten.
         """

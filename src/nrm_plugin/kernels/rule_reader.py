@@ -1,4 +1,4 @@
-"""Reading of a Zennit rule on one call of a module as a kernel.
+"""Conversion of a Zennit rule at one call of a module to a kernel.
 
 Three forms are tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
 the function that propagates relevance, whose derivative gives the column sums.
@@ -31,7 +31,7 @@ class PlainGradient(Hook):
 
 
 def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:
-    """Reads the kernel of a rule at one call.
+    """Returns the kernel of a rule at one call.
 
     Args:
         call: The call.
@@ -56,7 +56,7 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
 
 
 def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Kernel:
-    """Reads the kernel of a rule on a module at an input, without a recorded call.
+    """Returns the kernel of a rule on a module at a given input, without a recorded call.
 
     Args:
         rule: The rule; it is copied.
@@ -66,7 +66,7 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
     """
     with torch.no_grad():
         output = module.forward(inputs)
-    # No forward pass that could write to them is running.
+    # No forward pass is running that could overwrite these tensors.
     saved = Saved(inputs, values=False), Saved(output, values=False)
     return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], shape_like(output), name, saved[1]))
 
@@ -113,7 +113,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """Returns the kernel of any rule written with modifiers, on any module."""
+    """Returns the kernel of any rule that is defined by modifiers, on any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():

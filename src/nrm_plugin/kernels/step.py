@@ -24,10 +24,10 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """An object that computes the tensors of a step again, which the step has dropped to save memory."""
+    """An object that recomputes the tensors that a step has dropped to save memory."""
 
     def fill(self, step: Step) -> None:
-        """Makes the tensors of a step available until other steps need theirs."""
+        """Recomputes the tensors of a step, which remain available until those of other steps are needed."""
 
 
 class Step(ABC):
@@ -49,8 +49,8 @@ class Step(ABC):
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend on the same row of the inputs alone.
         joined: Steps below whose tensors the kernel may read.
-        holder: Computes the tensors of the step again after :meth:`empty`; None if the step keeps them.
-        number: Number of the step for the holder.
+        holder: Recomputes the tensors of the step after :meth:`empty`; None if the step keeps them.
+        number: Index of the step in the holder.
     """
 
     def __init__(self, name: str, output: Tensor, normalization: Normalization, rule: str) -> None:
@@ -85,7 +85,7 @@ class Step(ABC):
             return self._built()
 
     def _built(self) -> Kernel:
-        """Builds the kernel unless it has been built already; must be called in the contexts of the step."""
+        """Returns the kernel, and builds it if necessary; must be called in the contexts of the step."""
         if self._kernel is None:
             with repeated(f"{self.name}:{self.call}"):
                 self._kernel = self._build()
@@ -96,7 +96,7 @@ class Step(ABC):
         self._kernel = self._scaling = None
 
     def fill(self) -> None:
-        """Makes the tensors of the step available if it has dropped them."""
+        """Recomputes the tensors of the step if it has dropped them."""
         if self.holder is not None and self._kernel is None:
             self.holder.fill(self)
 
@@ -271,7 +271,7 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """Returns a tensor that was written to in place, with the step as its history."""
+    """Returns a tensor that was modified in place, with the step as its history."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 

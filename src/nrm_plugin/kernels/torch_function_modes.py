@@ -1,4 +1,4 @@
-"""Torch function modes for modules with a rule, which avoid copies or record the weight without changing the output."""
+"""Torch function modes in which modules with a rule run, to avoid copies or to record the output without bias."""
 
 from __future__ import annotations
 

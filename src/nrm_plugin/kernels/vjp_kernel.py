@@ -1,4 +1,4 @@
-"""The kernel of a rule that is known only as a function of relevance."""
+"""The kernel of a rule that is given only as a function of relevance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Kernel
 
 
 class VjpKernel(Kernel):
-    """A function that propagates relevance, as a vector-Jacobian product does.
+    """A kernel given by a function that propagates relevance, such as a vector-Jacobian product.
 
     Args:
         function: ``(N, *out)`` to ``(N, *in)`` for each input; linear and differentiable.

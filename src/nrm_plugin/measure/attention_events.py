@@ -47,7 +47,7 @@ def head_count(recording: Recording, layer: str) -> int | None:
 
 
 def _part(atom: Atom, recording: Recording) -> Atom | Attended:
-    """Returns one head or one neuron of a site, named as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17``."""
+    """Returns the head or neuron with a site name such as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17``."""
     found = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
     if found is None or atom.side != "output" or recording.taps.calls_of(found[0]):
         return atom
@@ -83,7 +83,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Returns the mask of the selected heads, which have their own dimension or share one with the samples."""
+    """Returns the mask of the selected heads, which have a dimension of their own or share one with the samples."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -124,7 +124,7 @@ def _along(shape: torch.Size, dim: int, chosen: Tensor) -> Tensor:
 
 
 def _shortened(mask: Tensor) -> Tensor:
-    """Drops the sample dimension if the mask is the same for all samples."""
+    """Drops the sample dimension of a mask that is the same for all samples."""
     return mask[0] if len(mask) == 1 or bool((mask == mask[:1]).all()) else mask
 
 
@@ -158,7 +158,7 @@ def _expressions(steps: list[Step], most: int = 8) -> str:
 
 
 def _owner(step: Step) -> str:
-    """Returns the module that called the operation."""
+    """Returns the path of the module that called the operation."""
     return step.name.rpartition(".")[0]
 
 

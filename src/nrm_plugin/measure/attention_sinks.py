@@ -2,9 +2,8 @@ r"""Attention sinks: the share of the relevance through an attention layer that 
 
 .. math:: s_k = \sum_{q \ne k} \mu\big((q, k) \mid \text{attention}\big)
 
-Attention sinks are tokens, often the first one, to which most heads attend. The query in this module tells whether they
-also receive most of the relevance. Measuring sinks by relevance is new in this package; attention sinks themselves are
-described by Xiao et al., arXiv 2309.17453.
+Attention sinks are tokens, often the first one, to which most heads attend (Xiao et al., arXiv 2309.17453). The query
+here shows whether they also receive most of the relevance. Measuring sinks by relevance is new in this package.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from .masked_vectors import masked
 
 
 class Conditionals:
-    """``μ(event given j)`` for every neuron ``j`` of each tap.
+    """Computes ``μ(event given j)`` for every neuron ``j`` of each tap.
 
-    Values are propagated upwards, starting where a walk is known to belong to the event or not.
+    Values are propagated upwards from the points at which it is decided whether a walk belongs to the event.
 
     Args:
         diagram: The events.
@@ -42,7 +42,7 @@ class Conditionals:
             self._push(vertex, sorted(needed[vertex]))
 
     def value(self, place: Place, node: int) -> Tensor:
-        """Returns the values of a diagram node at one of the taps, ``(N, *shape)``."""
+        """Returns the conditional of a diagram node given each neuron of one of the taps, ``(N, *shape)``."""
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:
@@ -82,7 +82,7 @@ class Conditionals:
         return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
-        """Returns the values of a node after the tap at a buffer has been crossed, or None for zero."""
+        """Returns the conditional of a node once the tap at a buffer has been crossed, or None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self._ones(buffer)

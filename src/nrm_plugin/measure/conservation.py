@@ -1,6 +1,6 @@
 """Sink, bypass and variation of each tap, computed from the totals of a pass.
 
-At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated separately, so that the sum is a real check.
+At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated separately, so that their sum is a check.
 
 Source: docs/measure.md.
 """

@@ -23,24 +23,24 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 30
-"""Largest number of sweeps in which each member is considered for a move."""
+"""Largest number of sweeps over all members, each of which is considered for a move once per sweep."""
 SHAKEN = 0.3
 """Share of the members of a layer that are assigned to random groups at a restart."""
 LLOYD = 12
 """Number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3
-"""Smallest sum, relative to the absolute joint relevance, by which the module divides."""
+"""Smallest sum, relative to the absolute joint relevance, that is used as a divisor."""
 INDEPENDENT = 1e-5
 """Dependence up to this share of the absolute joint relevance is attributed to float32 rounding."""
 STILL = 1e-12
-"""Gains up to this share of the objective are rounding errors."""
+"""Gains up to this share of the objective are attributed to rounding errors."""
 
 
 def dependence(joint: Array) -> Array:
-    """Returns the dependence of two layers, ``(members, members)``; each row and column sums to 0.
+    """Returns the dependence between two layers, ``(members, members)``; each row and column sums to 0.
 
     Args:
-        joint: Joint relevance. If its entries cancel in the sum, the joint relevance itself is returned. If the layers
+        joint: Joint relevance. If its entries cancel in the sum, it is returned unchanged. If the layers
             are independent up to rounding, the result is zero; this holds for the output and any other layer when a
             single class is explained.
     """
@@ -147,7 +147,7 @@ class _Search:
                 return
 
     def _sweep(self, layer: int) -> int:
-        """Moves each member of a layer once, in random order; returns the number of moves."""
+        """Considers each member of a layer for a move once, in random order; returns the number of moves."""
         order = self.random.permutation(len(self.labels[layer]))
         return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
 

@@ -19,7 +19,7 @@ ROUNDING = 16
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns the start of a measure of differences.
+    r"""Returns the start vector of a measure of differences, and the explained difference.
 
     Args:
         recording: A recording with one reference or several references per sample.

@@ -1,4 +1,4 @@
-"""The decision diagram of events over a recording: the node that remains after each crossing and after each sink."""
+"""The decision diagram of events over a recording: how crossing a tap or ending in a sink changes its node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..recording.recording import Recording
 from .located_events import Locator
 
 Crossing = list[tuple[int, Tensor | None]]
-"""Pairs of a remaining node and the mask of its neurons; None stands for all neurons."""
+"""Pairs of a remaining node and the mask of neurons whose crossing leads to it; None stands for all neurons."""
 
 
 class DecisionDiagram:
@@ -76,7 +76,7 @@ class DecisionDiagram:
         return self.nodes.step(node, self.absorbed_level, 0)
 
     def cross(self, node: int, level: int) -> Crossing:
-        """Returns the nodes that remain after crossing the tap at a level, each with its mask of neurons."""
+        """Returns the nodes that remain after crossing the tap at a level, each with the mask of its neurons."""
         if (node, level) not in self._crossings:
             self._crossings[node, level] = self._cross(node, level)
         return self._crossings[node, level]
@@ -94,7 +94,7 @@ class DecisionDiagram:
         return list(remaining.items())
 
     def absorb(self, node: int, vertex: int) -> Crossing:
-        """Returns the node that remains when a walk is absorbed at a vertex: true or false."""
+        """Returns the nodes (true or false) that remain when a walk is absorbed at a vertex, each with its mask."""
         answer = 1 << len(self.nodes.levels) - 1
         level = self.levels.get(Sink(vertex))
         crossing = [(node, None)] if level is None else self.cross(node, level)
@@ -102,7 +102,7 @@ class DecisionDiagram:
 
 
 def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]]:
-    """Splits the neurons of a tap into cells on which every mask is constant, each with a bit set of these values."""
+    """Splits the neurons of a tap into cells on which every mask is constant, each with the bit set of its values."""
     cells = [(0, torch.ones_like(masks[0]))]
     for variable, mask in zip(variables, masks, strict=True):
         split = [(answers | 1 << variable, cell & mask) for answers, cell in cells]

@@ -1,4 +1,4 @@
-"""Masses and maps of events, from one pass that decides at each tap to which events a walk belongs."""
+"""Masses and maps of events, from one pass that decides, tap by tap, to which events a walk belongs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .memory_budget import in_chunks, width_of
 Pair = tuple[int, int]
 """``(event, diagram node)``."""
 Pairs = frozenset[Pair]
-"""The pairs that share one relevance vector."""
+"""Pairs that share one relevance vector."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EventResult:
 
     Attributes:
         mass: ``μ(event)``, ``(N,)``.
-        variation: Σ|μ| over the neurons at which the event was decided, ``(N,)``.
+        variation: Σ|μ| over the neurons at which membership in the event is decided, ``(N,)``.
         maps: ``μ(j & event)`` at each stored tap, ``(N, *shape)``.
     """
 
@@ -49,7 +49,7 @@ class EventPass:
 
     Attributes:
         mass: μ of each event, ``(E, N)``.
-        variation: Σ|μ| over the neurons at which each event was decided, ``(E, N)``.
+        variation: Σ|μ| over the neurons at which membership in each event is decided, ``(E, N)``.
     """
 
     def __init__(self, diagram: DecisionDiagram, start: Tensor, stored: Iterable[Place] = ()) -> None:
@@ -105,7 +105,7 @@ class EventPass:
         return result
 
     def _undecided(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
-        """Drops the vectors of walks that are decided and do not cross a stored tap below."""
+        """Drops the vectors of walks whose membership is decided and that cannot cross a stored tap below."""
         vertex = buffer.vertex
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():

@@ -106,7 +106,7 @@ def flow_graph(
         names: Names of the groups of each layer.
         sample: Index of the sample.
         joints: Returns the joint relevance of the nodes of each pair of layers, ``(N, K_upper, K_lower)``; by default,
-            the measure is asked for it.
+            it is computed by queries of the measure.
     """
     thresholds = Thresholds(top, min_mass, coverage)
     number = _sample_number(mu, sample)
@@ -138,7 +138,7 @@ def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
         chosen.sort(key=lambda layer: -order[layer])
         return [(layer, mu._tap(layer)) for layer in chosen]
     taps = {layer: mu._tap(layer) for layer in chosen}
-    if all(isinstance(layer, str) for layer in chosen):  # some are sites, whose order only the graph tells
+    if all(isinstance(layer, str) for layer in chosen):  # sites may be included; only the graph has their order
         below = {layer: sum(mu._is_below(other.place, tap) for other in taps.values()) for layer, tap in taps.items()}
         chosen.sort(key=lambda layer: -below[layer])
     return [(layer, taps[layer]) for layer in chosen]
@@ -195,7 +195,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """Returns the value for one layer; a mapping is looked up by layer name, with a default."""
+    """Returns the value for one layer, looked up by name with a default if the value is a mapping."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -235,7 +235,7 @@ def _shown(
 
 
 def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
-    """Returns the labels of each layer, or ``"channel"`` if it and its neighbour show all channels, to save passes."""
+    """Returns the labels of each layer, or ``"channel"`` to save passes if it and a neighbour show all channels."""
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
         neighbours = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]

@@ -24,7 +24,7 @@ from .partitions import Names, partition
 NodeMaps = Mapping[str, NDArray[np.float64]]
 """Heat maps, ``(H, W)``, by the key of a node."""
 Pairs = dict[tuple[str, str], float]
-"""Joint relevance of nodes in layers that are not neighbours, by their keys, the upper one first."""
+"""Joint relevance of nodes in non-adjacent layers, keyed by both nodes, the upper one first."""
 LOWEST = "input"
 
 
@@ -35,9 +35,9 @@ class MappedFlow:
     Attributes:
         graph: The flow.
         maps: The heat maps of the nodes, ``(H, W)`` in the size of the image.
-        pairs: Joint relevance of nodes in layers that are not neighbours.
+        pairs: Joint relevance of nodes in non-adjacent layers.
         layer: The layer whose positions the heat maps show.
-        positions: The number of its positions along the height and the width; empty for the input itself.
+        positions: The number of its positions along height and width; empty for the input itself.
     """
 
     graph: FlowGraph
@@ -63,13 +63,13 @@ def mapped_flow(
 ) -> MappedFlow:
     r"""Returns a flow with the heat maps of its nodes, from the same passes.
 
-    A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
-    flow but the input, and has at least 48 positions along each side: enough for a picture, at a fraction of the cost
-    of single pixels. All numbers are exact. Nodes of the input show their own pixels.
+    A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer below all layers of the flow
+    except the input, with at least 48 positions along each side. This suffices for a figure, at a fraction of the cost
+    of single pixels, and all values are exact. The heat map of a node of the input consists of its own pixels.
 
     Args:
         mu: The measure.
-        layers: This and the further arguments but the last are as in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
+        layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, like the arguments that follow except the last.
         over: The groups.
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
@@ -78,7 +78,7 @@ def mapped_flow(
         sample: Index of the sample.
         k: Number of groups of a layer.
         groups: Given groups.
-        lowest: The tap of the heat maps; None to choose one, ``"input"`` for single pixels.
+        lowest: The tap of the heat maps; None to choose it automatically, ``"input"`` for single pixels.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -114,9 +114,9 @@ def flow_maps(
 ) -> dict[str, NDArray[np.float64]]:
     r"""Returns the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
-    Heat maps are summed over colours and over the slices of a volume; a signal is an image of one row. The heat map of
-    a group of the input is the relevance of its own pixels. Inputs without positions have no heat maps, nor do the
-    walks that do not cross a layer.
+    Heat maps are summed over colours and over the slices of a volume; a one-dimensional signal is an image of one row.
+    The heat map of a group of input pixels is the relevance of these pixels. There is no heat map for inputs without
+    positions, and none for the walks off a layer.
 
     Args:
         mu: The measure of the graph.
@@ -143,10 +143,10 @@ def flow_maps(
 def flow_maps_and_pairs(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
-    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in layers that are not neighbours.
+    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in non-adjacent layers.
 
-    Both come from the same passes, one for each layer, with one vector for each node. :func:`mapped_flow` computes the
-    flow from them as well.
+    Both are computed in the same passes, one per layer with one vector per node. :func:`mapped_flow` also computes the
+    flow from these passes.
 
     Args:
         mu: As in :func:`flow_maps`.
@@ -171,7 +171,7 @@ def flow_maps_and_pairs(
 
 
 def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
-    """Returns the node of each neuron of a layer: its place among the shown groups, and their number for the rest."""
+    """Returns the node of each neuron of a layer: the index among the shown groups, or their number for the rest."""
     kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
     groups = partition(mu._tap(layer.name), kind, None)
     places = torch.full((max(groups.count, int(groups.labels.max())) + 1,), len(layer.groups), dtype=torch.long)
@@ -182,7 +182,7 @@ def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
 def _read(
     mu: RelevanceMeasure, graph: FlowGraph, labels: Sequence[Tensor], passes: FlowPasses, lowest: str, sample: int
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
-    """Returns the heat maps of the nodes, and the joint relevance of nodes in layers that are not neighbours."""
+    """Returns the heat maps of the nodes, and the joint relevance of nodes in non-adjacent layers."""
     sign, image = float(mu.sign[sample]), mu._tap(lowest)
     nodes = [_nodes(layer, own) for layer, own in zip(graph.layers, labels, strict=True)]
     maps: dict[str, NDArray[np.float64]] = {}
@@ -202,7 +202,7 @@ def _read(
 
 
 def _nodes(layer: FlowLayer, labels: Tensor) -> list[tuple[int, FlowNode]]:
-    """Returns the groups of a layer, and its rest, with their rows, without those that have no neuron."""
+    """Returns the groups of a layer and its rest, each with its row; nodes without neurons are omitted."""
     sizes = torch.bincount(labels.flatten(), minlength=len(layer.groups) + 1)
     return [(row, node) for row, node in enumerate(layer.nodes[:-1]) if sizes[row]]
 
@@ -216,7 +216,7 @@ def _pairs(
 ) -> Pairs:
     """Returns the joint relevance of the nodes of two layers.
 
-    The walks of a node that cross no neuron of the other layer are off that layer.
+    Walks through a node of one layer that cross no neuron of the other layer belong to the node off the other layer.
     """
     values = joint[np.ix_([row for row, _ in above], [row for row, _ in below])]
     leaving = np.array([node.mass for _, node in above]) - values.sum(1)
@@ -234,7 +234,7 @@ def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray
 
 
 def _heat_map(flat: Tensor) -> NDArray[np.float64]:
-    """Returns values ``positions`` as a heat map ``(H, W)``: volumes are summed over slices, a signal is one row."""
+    """Converts values at positions to a heat map ``(H, W)``; volumes are summed over slices, a signal is one row."""
     while flat.ndim > 2:
         flat = flat.sum(0)
     flat = flat if flat.ndim == 2 else flat.unsqueeze(0)

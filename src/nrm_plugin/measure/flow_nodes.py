@@ -107,10 +107,10 @@ class FlowEdge:
 
     @property
     def given_upper(self) -> float:
-        """μ(lower given upper); nan if the mass of the upper node is zero."""
+        """The conditional μ(lower given upper); nan if the mass of the upper node is zero."""
         return self.mass / self.upper.mass if self.upper.mass else math.nan
 
     @property
     def given_lower(self) -> float:
-        """μ(upper given lower); nan if the mass of the lower node is zero."""
+        """The conditional μ(upper given lower); nan if the mass of the lower node is zero."""
         return self.mass / self.lower.mass if self.lower.mass else math.nan

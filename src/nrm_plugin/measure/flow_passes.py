@@ -1,13 +1,13 @@
-r"""The passes of a flow: joint relevance of the nodes of all its layers, and where their relevance lies.
+r"""The passes of a flow: the joint relevance of the nodes of all its layers, and their heat maps.
 
-A downward pass for the nodes of a layer serves all layers below it. The passes stop at a **middle** tap, which every
-walk to the lowest layer crosses; from the lowest layer, whose groups are few, a transposed pass leads up to the same
-tap. Where they meet, a sum over neurons ``i`` is the joint relevance of a node ``A`` and a group ``B`` of the lowest
-layer,
+One downward pass for the nodes of a layer yields their joint relevance with the nodes of all layers below. Downward
+passes stop at a **middle** tap, which every walk to the lowest layer crosses. A transposed pass leads from the few
+groups of the lowest layer up to the same tap. There, the joint relevance of a node ``A`` and a group ``B`` of the
+lowest layer is a sum over neurons ``i``,
 
 .. math:: \mu(A \cap B) = \sum_i \mu(A \cap \{n_m = i\}) \; \mu(B \mid n_m = i)
 
-because walks form a Markov chain: below a neuron, relevance does not depend on the way up. So nothing is approximated.
+which is exact, because walks form a Markov chain: below a neuron, relevance does not depend on the walk above it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .layer_taps import separates
 from .memory_budget import in_chunks, width_of
 
 POSITIONS = 48
-"""Positions along each side of a tap that are enough for the heat maps of a flow."""
+"""Number of positions along each side of a tap that suffices for the heat maps of a flow."""
 
 
 class FlowPasses:
-    """Joint relevance of the nodes of the layers of a flow.
+    """Joint relevance of the nodes of a flow, across all of its layers.
 
     Args:
         mu: The measure.
@@ -40,9 +40,9 @@ class FlowPasses:
         maps: The tap whose positions the heat maps show; None for no heat maps.
 
     Attributes:
-        joints: By the numbers of an upper and a lower layer, ``(N, K_upper, K_lower)``.
-        maps: For each layer above the tap of the heat maps, or equal to it, the joint relevance of each node with each
-            position, ``(N, K, *positions)``.
+        joints: Joint relevance ``(N, K_upper, K_lower)``, by the indices of the upper and the lower layer.
+        maps: For each layer above or at the tap of the heat maps, the joint relevance of each node and each position,
+            ``(N, K, *positions)``.
     """
 
     def __init__(self, mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> None:
@@ -62,7 +62,7 @@ class FlowPasses:
             self._run(number)
 
     def _run(self, number: int) -> None:
-        """Runs the pass for the nodes of a layer, and sums what arrives at the layers below."""
+        """Runs the pass for the nodes of a layer, and sums the relevance that arrives at the layers below."""
         nodes, upper = self._nodes(number), self.taps[number]
         places = {self._stop.place} | {tap.place for tap in self.taps[number + 1 :]}
         below = [tap for tap in self._layers() if tap.place in places and tap.place != upper.place]
@@ -79,7 +79,7 @@ class FlowPasses:
             self.maps[number] = self._positions(rows, self._map_tap)
 
     def _layers(self) -> list[Tap]:
-        """Returns the layers at which vectors are summed, and the tap at which they stop."""
+        """Returns the layers at which vectors are summed, including the tap at which passes stop."""
         layers = self.taps[: -1 if self._is_split else None]
         return layers if any(tap.place == self._stop.place for tap in layers) else [*layers, self._stop]
 
@@ -88,13 +88,13 @@ class FlowPasses:
         return next((values for one, values in known if one.place == tap.place), self._at_stop)
 
     def _nodes(self, number: int) -> Tensor:
-        """Returns the relevance of a layer in each of its nodes, ``(K, N, *shape)``."""
+        """Returns the relevance of a layer restricted to each of its nodes, ``(K, N, *shape)``."""
         labels, relevance = self._labels[number], self._relevance[number]
         count = int(labels.max()) + 1
         return torch.stack([relevance * (labels == node) for node in range(count)])
 
     def _propagated(self, upper: Tap, below: Sequence[Tap], nodes: Tensor) -> dict[Any, Tensor]:
-        """Returns the relevance of nodes that arrives at lower taps, ``(K, N, *shape)`` each."""
+        """Propagates the relevance of nodes to lower taps, ``(K, N, *shape)`` each."""
 
         def run(some: Sequence[int]) -> list[list[Tensor]]:
             vectors = {node: upper.layout.fold(nodes[node]) for node in some}
@@ -106,7 +106,7 @@ class FlowPasses:
         return {tap.place: torch.stack(each) for tap, each in zip(below, zip(*rows, strict=True), strict=True)}
 
     def _transposed(self) -> Tensor:
-        r"""Returns :math:`\mu(B \mid i)` of each group ``B`` of the lowest layer, at the middle, ``(K, N, *shape)``."""
+        r"""Returns :math:`\mu(B \mid i)` at the middle for each group ``B`` of the lowest layer, ``(K, N, *shape)``."""
         lowest, stop, labels = self.taps[-1], self._stop, self._labels[-1]
         start = self.mu._start
 
@@ -136,8 +136,8 @@ class FlowPasses:
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
         """Returns the joint relevance of each node of a layer with each pixel, ``(N, K, *positions of the image)``.
 
-        The relevance of a position of another tap is spread evenly over its pixels. None if the layer is below the tap
-        of the heat maps, and is not the image.
+        If the heat maps belong to another tap, the relevance of each position is spread evenly over its pixels. The
+        result is None for a layer below that tap, except for the image itself.
         """
         if self.taps[number].place == image.place:
             return self._positions(self._nodes(number), image)
@@ -169,12 +169,12 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
 
 
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
-    """Returns the tap whose positions show where the relevance of the nodes of a flow lies, and its name.
+    """Returns the name of the tap at whose positions the heat maps of a flow are computed, and the tap.
 
-    It is a tap below all layers, or equal to the last one, that has the positions of the image, at least
-    :data:`POSITIONS` along each side, and that all walks from the layers to the image cross. Of the taps with the
-    fewest positions, those inside the fewest modules are preferred, and of these the uppermost. Without such a tap, and
-    if the image has no more than :data:`POSITIONS` positions along each side, it is the image itself.
+    Candidates are the last layer and the taps below all layers that have the aspect ratio of the image and at least
+    :data:`POSITIONS` positions along each side, and that all walks from the layers to the image cross. Among those of
+    the size of the uppermost candidate, the one nested in the fewest modules is chosen. If there is none, or the image
+    has no more than :data:`POSITIONS` positions along its shorter side, the result is the image itself.
 
     Args:
         mu: The measure.
@@ -192,12 +192,12 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
         is_under = tap.place == layers[-1].place or mu._is_below(tap.place, layers[-1])
         if is_under and all(separates(mu._recording, one, tap, lowest) for one in layers):
             found.append((name, tap))
-    # Among layers with as many positions, one that is not inside of a block has the name that readers know.
+    # Among layers of equal size, readers are most likely to know the name of one that is not inside a block.
     return min(found, key=lambda one: one[0].count("."), default=(image, lowest))
 
 
 def _has_positions(tap: Tap, image: Tap) -> bool:
-    """Returns whether a tap has enough positions, in the aspect ratio of the image."""
+    """Returns whether a tap has enough positions, and the aspect ratio of the image."""
     if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
         return False
     ratios = [whole / part for whole, part in zip(image.shape[2:], tap.shape[2:], strict=True)]
@@ -205,7 +205,7 @@ def _has_positions(tap: Tap, image: Tap) -> bool:
 
 
 def _stop(mu: Any, taps: Sequence[Tap], maps: Tap | None) -> Tap:
-    """Returns the tap at which downward passes stop: that of the heat maps, if it is below all layers but the last."""
+    """Returns the tap at which downward passes stop: that of the heat maps if only the last layer may be below it."""
     if maps is None:
         return taps[-1]
     above = taps[:-1] if mu._is_below(taps[-1].place, maps) else taps

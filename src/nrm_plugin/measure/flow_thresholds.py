@@ -15,7 +15,7 @@ from .flow_nodes import Array, FlowLayer
 TOP = 8
 """Default number of shown groups per layer."""
 NEGLIGIBLE = 1e-12
-"""Groups up to this absolute mass are not shown, since a stabilizer leaves such values in place of zeros."""
+"""Groups up to this absolute mass are not shown; stabilizers produce such values in place of zeros."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """Returns the matrix that sums the nodes of a layer to those of the smaller graph, ``(shown + 2, count + 2)``."""
+    """Returns the matrix that maps the nodes of a layer to those of a smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1

@@ -25,9 +25,9 @@ from .partitions import Names
 K = 8
 """Default number of groups of a layer."""
 ROUNDS = 1
-"""Number of refinements of each layer with exact joint relevance, after a search on an estimate."""
+"""Number of refinements of each layer by exact joint relevance after a search on an estimate."""
 FEW_RESTARTS = 2
-"""Largest number of restarts on an estimate, its accuracy does not justify more."""
+"""Largest number of restarts on an estimate, whose accuracy does not justify more."""
 RESTARTS = 30
 """Default number of restarts of the search."""
 
@@ -64,7 +64,7 @@ def find_groups(
     The exact joint relevance of non-adjacent layers requires one pass per member. If both layers have more than 64
     members, the search starts from an estimate based on the positions that the members share, or on a sketch of rank 8
     if they share none. It then moves members by their exact joint relevance with groups; κ is not known in this case
-    (nan). The parts of a large image are found at the positions of a layer that all walks cross.
+    (nan). Parts of a large image are found at the positions of a layer that all walks to the image cross.
 
     Args:
         measures: A measure of one or more samples, several measures, or a sweep that stores the joint relevance of
@@ -120,7 +120,7 @@ class _Sides:
     """The exact dependence of the members of a layer on the groups of the adjacent layers.
 
     Attributes:
-        found: Joint relevance of all members, exact or not.
+        found: Joint relevance of all members, exact or estimated.
         source: Exact joint relevance of groups.
         parts: The dependence of all members of each pair.
     """
@@ -183,7 +183,7 @@ def _count(k: int | Mapping[str, int | None], layer: str) -> int | None:
 
 
 def _apart(masses: Array, count: int | None) -> Labels | None:
-    """Returns a group for each member with mass, and one for all others, if at most ``count`` members have mass."""
+    """Puts each member with mass in its own group and the others in one, if at most ``count`` members have mass."""
     if count is None:
         return np.arange(masses.shape[1], dtype=np.int64)
     carriers = np.flatnonzero(np.abs(masses).max(0) > NEGLIGIBLE)
@@ -195,7 +195,7 @@ def _apart(masses: Array, count: int | None) -> Labels | None:
 
 
 def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels], names: Mapping[str, Names]) -> Groups:
-    """Returns found partitions with their groups numbered by absolute mass."""
+    """Returns partitions as groups that are numbered by decreasing absolute mass."""
     ordered = [_by_mass(each, own) for each, own in zip(found.masses, labels, strict=True)]
     sums = [group_sums(each.T, own).T for each, own in zip(found.masses, ordered, strict=True)]
     exact = found.are_exact or (True,) * len(parts)

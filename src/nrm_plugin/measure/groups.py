@@ -61,7 +61,7 @@ def check_over(over: Any) -> None:
 
 
 def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
-    """Returns the groups of each of several layers.
+    """Returns the grouping of each of several layers.
 
     Raises:
         ValueError: If the length of the list differs.
@@ -73,7 +73,7 @@ def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def pair_of(over: Any) -> tuple[Over, Over]:
-    """Returns the groups of the upper and of the lower tap."""
+    """Returns the grouping of the upper and of the lower tap."""
     pair = over if isinstance(over, tuple) and len(over) == 2 else (over, over)
     for one in pair:
         check_over(one)

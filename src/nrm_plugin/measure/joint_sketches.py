@@ -29,7 +29,7 @@ from .memory_budget import in_chunks, width_of
 FEW = 64
 """Largest number of members for which joint relevance is computed with one pass per member."""
 FEWER = 8
-"""The same for parts of an image, which are looked for at the positions of another layer."""
+"""As :data:`FEW`, for parts of an image whose joint relevance is computed at the positions of another layer."""
 RANK = 8
 """Rank of the approximation for layers with more members."""
 
@@ -37,8 +37,8 @@ RANK = 8
 class PairJoints:
     """Joint relevance of the members of consecutive layers of a measure.
 
-    Parts of an image are looked for at the positions of a layer that all walks cross on their way to the image, which
-    takes fewer and shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
+    Parts of an image are found at the positions of a layer that all walks to the image cross, which requires fewer and
+    shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
 
     Args:
         mu: The measure.
@@ -65,7 +65,7 @@ class PairJoints:
             self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
 
     def _move_image(self) -> bool:
-        """Replaces the image by a layer with its positions; returns whether there is such a layer."""
+        """Replaces the image by a layer with positions in the same arrangement, and returns whether there is one."""
         image = self.taps[-1]
         if image.place != self.mu._tap("input").place:
             return False
@@ -139,7 +139,7 @@ class PairJoints:
             return mixed
 
     def _above(self, pair: int, weights: Tensor) -> Tensor:
-        """Returns ``J w`` for weights ``(K, members below)``, ``(N, members above, K)``."""
+        """Returns ``J w``, ``(N, members above, K)``, for weights ``w`` of shape ``(K, members below)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         columns = columns.to(weights.device)
@@ -158,7 +158,7 @@ class PairJoints:
         return torch.stack(in_chunks(list(weights), self._width(pair), run, "joint relevance"), 2)
 
     def _below(self, pair: int, basis: Tensor) -> Tensor:
-        """Returns ``Qᵀ J`` for a basis ``(N, members above, K)``, ``(N, K, members below)``."""
+        """Returns ``Qᵀ J``, ``(N, K, members below)``, for a basis ``Q`` of shape ``(N, members above, K)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         rows = rows.to(basis.device)
@@ -176,7 +176,7 @@ class PairJoints:
 
 
 def _of_one_layer(relevance: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Returns the relevance of one layer in each pair of groups of its neurons, ``(N, groups, other groups)``."""
+    """Returns the relevance of each intersection of two groupings of one layer, ``(N, groups, other groups)``."""
     rows, columns = int(above.max()) + 1, int(below.max()) + 1
     sums = by_label(relevance.flatten(1), above * columns + below)
     return torch.nn.functional.pad(sums, (0, rows * columns - sums.shape[1])).view(-1, rows, columns)

@@ -93,7 +93,7 @@ def joint_matrix(
 
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
-    """Returns the relevance that arrives at the lower tap, ``K`` tensors in the layout that the model uses."""
+    """Propagates vectors to a lower tap, and returns ``K`` tensors in the layout that the model uses."""
     (arrived,), cost = propagated_to(recording, upper, [lower], vectors)
     return arrived, cost
 
@@ -101,7 +101,7 @@ def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[in
 def propagated_to(
     recording: Recording, upper: Tap, lowers: Sequence[Tap], vectors: Vectors[int]
 ) -> tuple[list[Tensor], Cost]:
-    """Returns the relevance that arrives at each of several lower taps, by one pass down to the last of them."""
+    """Propagates vectors to several lower taps in one pass that ends at the last of them."""
     collect = _Collect(recording, lowers)
     cost = pull(recording.graph, [(recording.graph.buffer(upper.place), vectors)], collect)
     like = next(iter(vectors.values()))
@@ -174,7 +174,7 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
     place, chain, linear = upper.place, [], 0
     while place != lower.place:
         vertex = recording.graph.vertices[place.vertex]
-        # Pooling has a second output, the positions, which propagates no relevance.
+        # The second output of max pooling, the indices, propagates no relevance.
         if place.number != 0 or len([edge for edge in vertex.edges if edge is not None]) != 1:
             return None
         is_linear = _is_linear(vertex, len(upper.shape))
@@ -214,7 +214,7 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
 
 
 class _Collect(Visitor[int]):
-    """Collects the relevance that arrives at taps, and stops a pass where none of them can be reached any more."""
+    """Collects the relevance that arrives at taps, and stops a pass below the last of them."""
 
     def __init__(self, recording: Recording, lowers: Sequence[Tap]) -> None:
         self.recording = recording

@@ -15,7 +15,7 @@ from .measure import RelevanceMeasure
 def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer per spatial resolution, from the last layer to the input.
 
-    Candidates are the layers with positions ``(N, C, H, W)`` that no walk bypasses. They are assigned to the power of
+    Candidates are the layers with positions ``(N, C, H, W)`` that no walk bypasses. Each is assigned to the power of
     two by which their grid is smaller than the image. For each power of two, the last layer with the smallest grid is
     chosen.
 

@@ -23,7 +23,7 @@ FORMAT = "nrm-plugin groups 1"
 
 
 class HasTaps(Protocol):
-    """A measure."""
+    """The part of a measure that :class:`Groups` uses."""
 
     def _tap(self, layer: Any) -> Tap: ...
 
@@ -94,14 +94,14 @@ class Groups:
         return sum(shares) / len(shares) if shares else math.nan
 
     def over(self, mu: HasTaps, layer: str) -> Tensor:
-        """Returns the group of each neuron of a layer, ``mu.shape(layer)[1:]``, for ``over=`` and events.
+        """Returns the group of each neuron of a layer, ``mu.shape(layer)[1:]``, for use as ``over=`` and in events.
 
         Args:
             mu: A measure of any inputs.
             layer: Name of the layer.
 
         Raises:
-            InputError: If the layer has no groups, or its members for these inputs differ from those that were grouped.
+            InputError: If the layer has no groups, or has other members for these inputs than those that were grouped.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))

@@ -75,7 +75,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """Returns all layers; the last one is named ``"output"``, which is the same tensor."""
+    """Returns all layers without aliases: the last layer is listed as ``"output"``, the same tensor."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

@@ -18,7 +18,7 @@ Layer = str | nn.Module | Atom
 
 
 def atom_of(layer: Any, side: Side = "output") -> Atom:
-    """Returns a layer as an atom.
+    """Returns the event that a walk crosses a layer in any neuron.
 
     Raises:
         EventError: If ``layer`` is an event, or consists of several layers.
@@ -33,13 +33,13 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """Returns one layer, or several layers in any collection, as a list, and whether it is a single layer."""
+    """Returns the layers as a list, and whether a single layer was given instead of a collection."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 
 
 def several_layers(layers: Any) -> list[Any]:
-    """Returns several layers in any collection as a list.
+    """Returns a collection of layers as a list.
 
     Raises:
         EventError: If a single layer is given.
@@ -88,7 +88,7 @@ def is_reached(recording: Recording, tap: Tap) -> bool:
 
 
 def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> bool:
-    """Returns whether a walk that has crossed a tap can still cross a place, or be absorbed in a sink."""
+    """Returns whether a walk that has crossed a tap can still reach a place: cross it, or be absorbed in it."""
     vertex, taps = tap.place.vertex, recording.taps
     if isinstance(place, Sink):
         return place.vertex >= vertex if isinstance(tap.place, Buffer) else place.vertex > vertex
@@ -100,9 +100,9 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
 
 
 def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
-    """Returns whether every walk that crosses an upper and a lower tap crosses the one between, or equal to the upper.
+    """Returns whether every walk that crosses an upper and a lower tap also crosses a middle tap.
 
-    Walks that are absorbed between the taps do not matter.
+    Walks absorbed between the taps are not considered. The middle tap may equal the upper or the lower one.
     """
     if middle.place in (upper.place, lower.place):
         return True

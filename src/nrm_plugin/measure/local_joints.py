@@ -1,11 +1,11 @@
-r"""An estimate of the joint relevance of two layers from their marginals, which takes no pass.
+r"""An estimate of the joint relevance of two layers from their marginals, without any pass.
 
-Walks seldom go far between two layers of an image network. If they stayed at their position ``p``, and the channels
-that a walk crosses there were independent, the joint relevance of two channels would be
+In image networks, most walks stay close to their position between two layers. If they stayed at their position ``p``
+exactly, and the channels that a walk crosses there were independent, the joint relevance of two channels would be
 
 .. math:: \tilde J_{ij} = \sum_p \frac{\mu(i, p) \, \mu(j, p)}{\mu(p)}
 
-The search for groups starts from it, and then moves members by exact joint relevance. Source: ours.
+The search for groups starts from this estimate, and then uses exact joint relevance. Source: new in this package.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ..recording.taps import Tap
 from .groups import Over, labels_of
 
 GRID = 7
-"""Most cells along each side of the grid on which the positions of two layers are compared."""
+"""Largest number of cells along each side of the grid on which the positions of two layers are compared."""
 CANCELLED = 1e-3
-"""Share of the absolute relevance of a cell below which its sum is no divisor."""
+"""Smallest relevance of a cell, as a share of its absolute relevance, that is used as a divisor."""
 
 
 def local_joint(
     upper: Tap, lower: Tap, above: Tensor, below: Tensor, parts: Over | None = None, count: int = 0
 ) -> Tensor | None:
-    """Returns the estimate of the joint relevance of the channels of two layers, ``(N, upper, lower)``.
+    """Returns an estimate of the joint relevance of the channels of two layers, ``(N, upper, lower)``.
 
-    None if the layers have no positions in common.
+    The result is None if the layers have no positions in common.
 
     Args:
         upper: The upper layer.
         lower: The lower layer.
         above: Marginal of the upper layer, ``(N, *shape)``.
         below: Marginal of the lower layer, ``(N, *shape)``.
-        parts: Part of the image of each neuron of the lower layer, in place of its channels.
+        parts: The part of the image to which each neuron of the lower layer belongs, to be used in place of channels.
         count: Number of parts.
     """
     one, other = _channels_first(upper, above), _channels_first(lower, below)
@@ -60,10 +60,10 @@ def _channels_first(tap: Tap, values: Tensor) -> Tensor:
 
 
 def at_positions(image: Tap, kind: Over, tap: Tap) -> Tensor | None:
-    """Returns the member of each neuron of a tap, for members that are parts of an image.
+    """Returns, for each neuron of a tap, the part of an image to which its position belongs.
 
-    The tap and the image have two dimensions of positions, and the member of a position is that of its central pixel.
-    None if the members are not made of whole positions.
+    The tap and the image have two dimensions of positions; a position belongs to the part that contains its central
+    pixel. The result is None if the parts separate the channels of a pixel.
     """
     labels = labels_of(image, kind)
     if labels.ndim != 3 or not bool((labels == labels[:1]).all()):

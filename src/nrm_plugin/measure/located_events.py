@@ -1,4 +1,4 @@
-"""Events over the places and masks of a recording instead of layer names and indices."""
+"""Events over the places and masks of a recording, in place of layer names and indices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """The walk crosses a place in one of the neurons of a mask, or is absorbed there in a sink.
+    """The walks that cross a place in one of the neurons of a mask or, for a sink, are absorbed there.
 
     Attributes:
         place: The place.
@@ -32,7 +32,7 @@ class Located(Event):
 
 
 class Locator:
-    """Looks up each atom of the events once, and shares equal masks at the same place.
+    """Converts events to located events; each atom is looked up once, and equal masks at a place are shared.
 
     Args:
         recording: The recording.

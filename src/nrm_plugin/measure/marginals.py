@@ -15,9 +15,9 @@ from .totals import Totals
 
 
 def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
-    """Returns ``μ(j)`` of each tap, ``(N, *shape)``, in separate memory.
+    """Returns ``μ(j)`` of each tap, ``(N, *shape)``, without shared memory.
 
-    Within a pass, the taps before and after a step that does not change the relevance share memory.
+    Within a pass, the taps before and after a step share memory if the step does not change the relevance.
     """
     used = {totals.start.untyped_storage().data_ptr()}
     maps = []
@@ -30,7 +30,7 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
 
 
 def copied(values: Tensor) -> Tensor:
-    """Copies a tensor, lazily (at the first write) where torch supports it."""
+    """Copies a tensor, lazily (on the first write) if torch supports this."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
     return copy

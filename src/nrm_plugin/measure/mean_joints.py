@@ -24,11 +24,11 @@ Members = Mapping[str, Any]
 boolean masks by name."""
 
 CELLS = 16
-"""Largest number of grid cells along each side into which positions are divided, to limit the number of members."""
+"""Largest number of cells along each side of the grid into which positions are divided to limit the members."""
 
 
 class Measure(Protocol):
-    """A :class:`~nrm_plugin.RelevanceMeasure`."""
+    """The queries of a :class:`~nrm_plugin.RelevanceMeasure` that mean joint relevance needs."""
 
     @property
     def sign(self) -> Tensor: ...

@@ -83,7 +83,7 @@ class RelevanceMeasure(Recorded):
         uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
         max_memory: Memory budget in bytes, of the tensors that the recording stores and of the relevance vectors of one
             pass. If a recording exceeds it, the model runs again in each pass, for one part of the recording after
-            another, with the same numbers. By default, the recording has no limit, and vectors take 128 MiB on a CPU,
+            another, with the same results. By default, the recording has no limit, and vectors take 128 MiB on a CPU,
             where a larger budget is slower, and 1 GiB otherwise.
 
     Raises:
@@ -155,8 +155,8 @@ class RelevanceMeasure(Recorded):
             layer: Tap name, module or ``at(…)``. A list of layers is computed in one pass.
             over: ``"channel"`` sums over all dimensions but samples and channels, ``"position"`` over channels. An
                 integer tensor with a label for every neuron sums over neurons with the same label, ``(N, groups)``.
-            given: The event of ``μ(n_l = i | event)``. For a list of events, one map per event is returned.
-            joint: The event of ``μ(n_l = i and event)``, which is not divided by the mass of the event.
+            given: The condition, for ``μ(n_l = i | event)``. For a list of events, one map per event is returned.
+            joint: An event for ``μ(n_l = i and event)``, which is not divided by the mass of the event.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, that is accepted as a divisor for ``given``.
 
         Returns:

@@ -18,7 +18,7 @@ from ..recording.recording import Recording
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
 """Default memory budget of one pass, in bytes. On a CPU, a larger budget saves less time than its allocation costs."""
 COPIES = 4
-"""Memory that a step needs per vector, in tensors of the size of the largest tap."""
+"""Memory that a step needs per vector, as a number of tensors of the size of the largest tap."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     Args:
         recording: The recording.
         max_memory: Memory budget in bytes.
-        places: The places at which vectors start to differ or end, between which they are stored, or None if unknown.
+        places: The places at which vectors start or end, between which they are kept in memory, or None if unknown.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
@@ -78,7 +78,7 @@ def in_chunks(
                 if len(chunk) == 1 or not _is_out_of_memory(error):
                     raise
                 chunk_results = []
-            if not chunk_results:  # outside of the handler, which would keep the allocated tensors alive
+            if not chunk_results:  # not in the handler, which keeps tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
                 warnings.warn(message, MemoryBudgetWarning, stacklevel=2)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a query, which runs in any gradient mode and raises if the model changed after the recording."""
+    """Decorator for queries: they run in any gradient mode, and raise if the model has changed since the recording."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -51,7 +51,7 @@ class QueryPasses:
     """Base class of the measure, which holds the recording and runs passes over it.
 
     Attributes:
-        cost: Number of kernels that the last query ran, and number of relevance vectors that they propagated.
+        cost: Number of kernels run by the last query, and number of relevance vectors that they propagated.
     """
 
     cost: Cost
@@ -80,7 +80,7 @@ class QueryPasses:
         return self._recording.samples.batched
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers a query with the given method of this class."""
+        """Answers a query by calling the given method of this class."""
         return method(self, *args, **kwargs)
 
     def _tap(self, layer: Layer) -> Tap:
@@ -94,7 +94,7 @@ class QueryPasses:
         return is_below(self._recording, place, tap)
 
     def _pass(self, stored: Sequence[Tap] = (), sums: bool = True) -> Totals:
-        """Returns a pass that stores the relevance of some taps; its sums answer all later queries of totals."""
+        """Returns a pass that stores the relevance of some taps, and whose sums answer all later queries of totals."""
         places = frozenset(tap.place for tap in stored)
         if self._shared is not None:
             known, wanted = self._shared

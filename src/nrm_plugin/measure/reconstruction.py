@@ -48,7 +48,7 @@ class Reconstruction:
 
     @property
     def pictures(self) -> Tensor:
-        """The former name of ``images``; deprecated.
+        """Deprecated name of ``images``.
 
         Examples:
             >>> import warnings
@@ -137,7 +137,7 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
 
 @contextmanager
 def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """Restricts the gradients of the layers to the chosen neurons, and appends outputs and masks to ``recorded``."""
+    """Context that restricts gradients to the chosen neurons, and appends outputs and masks to ``recorded``."""
     with ExitStack() as stack:
         for layer, atom in atoms.items():
 
@@ -177,7 +177,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
     low, high = torch.zeros_like(sizes).clone(), sizes.clone()
     model, images, mask = copy.deepcopy(model).cpu().double(), images.detach().cpu().double(), mask.cpu()
     whole = _reached(model, images, layer, mask, high)
-    # The first edge for which NaN in all rows above it (columns left, rows below, columns right) reaches the neurons.
+    # The first edge such that NaN in all rows above (columns left, rows below, columns right) reaches the neurons.
     while bool((low < high).any()):
         middle = (low + high) // 2
         is_reached = _reached(model, images, layer, mask, middle)

@@ -68,7 +68,7 @@ class Recorded(QueryPasses):
 
     @property
     def output(self) -> Tensor:
-        r""":math:`\sum_k s_k f_k / \sum s`, ``(N,)``; the measure multiplied by this value is the usual LRP relevance.
+        r"""The explained output :math:`\sum_k s_k f_k / \sum s`, ``(N,)``; multiply the measure by it for plain LRP.
 
         With ``against``, :math:`g = \sum_k s_k f_k`, which is negative if the outputs in the comparison exceed the
         target. The measure is still normalized to 1, so in this case positive relevance is evidence against the target.
@@ -107,7 +107,7 @@ class Recorded(QueryPasses):
 
     @property
     def parts(self) -> int:
-        """Number of parts of the recording, one of which is held at a time; 1 for a recording within ``max_memory``.
+        """Number of parts of the recording, of which one is held in memory at a time; 1 if ``max_memory`` suffices.
 
         Examples:
             >>> mu.parts, RelevanceMeasure(net, torch.randn(5, 3), target=1, max_memory=100).parts

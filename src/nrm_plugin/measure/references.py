@@ -1,4 +1,4 @@
-"""The reference of a measure of differences, and the composite that is used with it.
+"""The reference of a measure of differences, and the composite of such a measure.
 
 Source: docs/differences.md.
 """
@@ -51,7 +51,7 @@ def composite_of(
     uncovered: Uncovered | None,
     reference: Any,
 ) -> Normalized:
-    """Returns the composite of a measure: secant slopes if a reference but no composite is given."""
+    """Returns the composite of a measure; with a reference and without a composite, it propagates by secant slopes."""
     if reference is None:
         return normalize(composite, residual, gain_limit, uncovered)
     if composite is not None:

@@ -28,7 +28,7 @@ class OnDifferences(Normalized):
         given = composite or Normalized(Composite(module_map=_no_rule), residual="sink")
         settings = given.normalization
         super().__init__(given.composite, settings.residual, settings.gain_limit, given.uncovered, given.sums, "halves")
-        # Batch normalization is not fused, since its scale is treated like any other slope.
+        # Batch normalization is not fused, since its scale is a slope like any other.
         kept = [canonizer for canonizer in given.canonizers if not isinstance(canonizer, Interception)]
         functions = Interception(given.composite, settings, given.sums, attention="halves", audited=True)
         self.canonizers: list[Canonizer] = [*kept, functions]

@@ -1,4 +1,4 @@
-"""The start of a measure: weighted outputs, one number that compares outputs, or weighted differences."""
+"""The start of a measure: weighted outputs, a contrast of outputs, or weighted differences from a reference."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Outputs(Protocol):
         """Returns the differences between the outputs and those of the reference, ``(N, …)``."""
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
-        """Starts the measure, as :meth:`~nrm_plugin.recording.recording.Recording.started`."""
+        """As :meth:`~nrm_plugin.recording.recording.Recording.started`."""
 
 
 def every_one(outputs: Tensor, references: int) -> Tensor:
-    """Returns one row of outputs per sample from a recording that repeats each sample once per reference."""
+    """Returns one row of outputs per sample, where the recording repeats each sample once per reference."""
     return outputs if references == 1 else outputs[::references]
 
 
 def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
-    """Returns the start of a measure.
+    """Returns the start vector of a measure, and the number that it explains.
 
     Args:
         recording: The recording.

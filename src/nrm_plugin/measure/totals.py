@@ -81,7 +81,7 @@ class Totals:
             self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-        """Returns Σ and Σ|·| of a vector; they are computed only once for steps that do not change the vector."""
+        """Returns Σ and Σ|·| of a vector, which are reused after steps that do not change the vector."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
         self._last = (vector, *self._sum_pair(vector, place))
@@ -112,7 +112,7 @@ class Totals:
         total = vector.new_zeros(self.recording.samples.count)
         absolute = torch.zeros_like(total)
         single = self.recording.samples.count == 1
-        for at in blocks(vector):  # blocks that fit into the processor's cache
+        for at in blocks(vector):  # blocks that fit into the CPU cache
             part = vector[at] * share[at]
             rows = slice(None) if single else at[0]
             total[rows] += part.sum() if single else sample_sums(part)
@@ -131,7 +131,7 @@ def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None)
 def pass_totals(
     recording: Recording, start: Tensor, stored: Iterable[Place] = (), absolute: bool = False, sums: bool = True
 ) -> Totals:
-    """Propagates all relevance once.
+    """Propagates all relevance in one pass, and returns its totals.
 
     Args:
         recording: The recording.

@@ -1,4 +1,4 @@
-"""Affine layers: torch's layers, and functions wrapped as modules with or without weights."""
+"""Affine layers: torch's layers, and functions wrapped as modules, with or without weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _KINDS: dict[str, tuple[type[nn.Module], int]] = {
     "conv_transpose3d": (nn.ConvTranspose3d, 3),
 }
 LAYERS = frozenset(_KINDS)
-"""The functions of torch's layers with weights."""
+"""Functions of torch that apply a layer with a weight."""
 
 
 @functools.cache
 def _template(function: str) -> nn.Module:
-    """Creates a layer without storage once, since initializing weights takes longer than copying a layer."""
+    """Creates a layer without storage, once per function, since copying a layer is faster than initializing weights."""
     kind, arguments = _KINDS[function]
     return kind(*(1,) * arguments, device="meta")
 
@@ -62,7 +62,7 @@ class Weighted(nn.Module):
         groups: Number of groups of a convolution.
         is_transposed: Whether the first dimension of the weight indexes input channels.
         padding_mode: Padding mode of a convolution, as in torch.
-        twin: The torch layer that is equal up to its parameters, or None if there is no such layer.
+        twin: The equivalent torch layer (up to its parameters), or None if there is none.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ def is_affine(module: nn.Module) -> bool:
 def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
     """Reshapes a bias so that it broadcasts over the output of its layer."""
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
-    if last or bias.ndim > 1:  # a bias that depends on the position has the shape of the output
+    if last or bias.ndim > 1:  # a position-dependent bias has the shape of the output
         return bias
-    # The layer determines the dimensions, since the output may lack the batch.
+    # The layer determines the number of spatial dimensions, since the output may lack the batch dimension.
     spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else image.ndim - 2
     return bias.reshape(-1, *(1,) * spatial)

@@ -2,7 +2,7 @@
 
 Only products with a weight are computed in reduced precision: the layer itself, and the two maps of each branch of its
 rule. Relevance, column sums, gains and all other sums keep the dtype of the inputs. If the model itself uses a
-shorter format than float32, these quantities and all products of kernels are computed in float32.
+shorter format than float32, these quantities and all products in kernels are computed in float32.
 
 Source: new in this package.
 """
@@ -50,7 +50,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that read no values; for these, the format affects only the attribute dtype."""
+"""Functions that read no values; of their results, only the attribute dtype depends on the format."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 
@@ -86,7 +86,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
-    """Returns the dtype of the surrounding ``torch.autocast``, or None without autocast."""
+    """Returns the dtype of the enclosing ``torch.autocast``, or None without autocast."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)
@@ -95,7 +95,7 @@ def asked_for(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Context in which a surrounding ``torch.autocast`` is disabled."""
+    """Context in which an enclosing ``torch.autocast`` is disabled."""
     if not torch.amp.is_autocast_available(device.type):
         yield
         return

@@ -120,7 +120,7 @@ def check_unpatched() -> None:
 
 
 def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Raises :class:`ModelStateError` if a function is called in training mode, as for the equivalent module."""
+    """Raises :class:`ModelStateError` if a function is called in training mode, as :func:`check_model` for modules."""
     if name not in MODES:
         return
     at = MODES[name]

@@ -1,6 +1,6 @@
 """Subclasses of torch layers with their own forward, for example with "same" padding or weight standardization.
 
-A rule modifies the weight by which a layer multiplies. If a subclass computes this weight from its parameter, modifying
+A rule modifies the weight by which a layer multiplies. If a subclass computes this weight from a parameter, modifying
 the parameter would give a different rule: standardization, for example, turns the all-ones weights of Flat into zeros.
 """
 
@@ -26,7 +26,7 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 }
 _KINDS = tuple(_FUNCTIONS.values())
 _TOLERANCE = 1e-3
-"""Largest deviation of a module from an affine function, relative to its output."""
+"""Tolerance of the test for affine functions, relative to the output of the module."""
 
 
 def is_own_layer(module: nn.Module) -> bool:
@@ -51,7 +51,7 @@ class WeightRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """Returns the module as a function of the recorded weight, or None if the module is not affine.
+        """Returns the module as a layer with the recorded weight, or None if the module is not affine.
 
         Args:
             module: A copy of the module.
@@ -102,7 +102,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, false for activations or a weight that depends on ``x``."""
+    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for activations and weights that depend on ``x``."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

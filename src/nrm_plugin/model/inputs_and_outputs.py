@@ -71,7 +71,7 @@ class Call:
         self.items: list[str] | list[int] | list[None]
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            # Next to floating-point inputs, integers may be anything, such as edges; those used for lookups are ids.
+            # If there are floating-point inputs, integers may be edges, for example; only those looked up are ids.
             count = len(next(iter(given.values()))) if given and batched else None
             are_ids = {key: value for key, value in inputs.items() if _is_id(key, value)}
             fit = {key: value for key, value in are_ids.items() if count is None or value.shape[:1] == (count,)}
@@ -100,7 +100,7 @@ class Call:
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
 
     def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
-        """Returns the same call with other values of the inputs.
+        """Returns the same call with different inputs.
 
         Args:
             change: A function from an input, including integers, to its replacement.
@@ -140,7 +140,7 @@ class Call:
 
     @property
     def _needs_lookup(self) -> bool:
-        """Whether integer inputs that the model does not use for lookups are an error."""
+        """Whether it is an error if the model does not use its integer inputs for lookups."""
         return bool(self.indices) and not (self._keywords is not None and self.tensors)
 
     def _not_looked_up(self, read: str | None) -> InputError:
@@ -218,7 +218,7 @@ def _remedy_for_output(tensor: Tensor) -> str:
 
 
 def chosen_output(returned: Any, output: Output | None) -> Any:
-    """Returns the tensor at which a measure starts, unchecked."""
+    """Returns the tensor at which a measure starts, without checking it."""
     choices = _choices(returned)
     if output is None:
         tensors = [value for value in choices.values() if isinstance(value, Tensor)]
@@ -322,7 +322,7 @@ def is_index(value: Any) -> bool:
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns whether an input passed by keyword contains ids; the masks of transformers are integers as well."""
+    """Returns whether a keyword input contains ids, unlike the masks of transformers, which are integers as well."""
     return is_index(value) and "mask" not in key
 
 

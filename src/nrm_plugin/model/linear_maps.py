@@ -1,4 +1,4 @@
-"""The linear map of one affine layer and its transpose, for batches of vectors.
+"""The linear map of an affine layer and its transpose, applied to batches of vectors.
 
 ``up`` maps ``(K, N, *in)`` to ``(K, N, *out)``, and ``down`` is its transpose. Neither map includes a bias.
 """
@@ -42,7 +42,7 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Returns the maps of a linear layer, which compute the modified weight in blocks and never store it as a whole.
+    """Returns the maps of a linear layer with a modified weight, computed in blocks and never stored as a whole.
 
     In many networks, most weights belong to the classifier, and copying them for each rule would take longer than the
     layer itself.
@@ -89,7 +89,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 
 
 def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a layer with weights of one, whose outputs are the same in all channels.
+    """Returns the maps of a layer whose weights are all one, so that its output is the same in all channels.
 
     ``up`` returns one channel, which broadcasts. Returns None for groups, transposed layers, and layers that
     :func:`explicit_maps` does not support.
@@ -119,7 +119,7 @@ def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap 
 
 
 def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
-    """Returns the maps of a layer with weights of one whose windows are single entries."""
+    """Returns the maps of a layer whose weights are all one and whose windows contain a single position."""
 
     def down(relevance: Tensor) -> Tensor:
         single = relevance.sum(dim, keepdim=True)
@@ -129,7 +129,7 @@ def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
 
 
 def _is_even(weight: Tensor) -> bool:
-    """Returns whether all weights of an output channel are the same stored value."""
+    """Returns whether all weights of an output channel share one stored value, as in an expanded tensor."""
     inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
     return weight.stride(0) != 0 and bool(inner) and not any(inner)
 
@@ -164,7 +164,7 @@ def _even_linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
-    """Returns maps of a convolution with equal weights: the sum over a group's channels, convolved with ones."""
+    """Returns the maps of a convolution with equal weights: sums over the channels of a group, convolved with ones."""
     groups = options[-1]
     ones = weight.new_ones(groups, 1, *weight.shape[2:])
     per_group = weight.shape[0] // groups
@@ -210,13 +210,13 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
 
 
 FEW = 16
-"""Number of input channels up to which the run time of the backward pass of a convolution is constant."""
+"""Up to this number of input channels, the run time of a convolution's backward pass is about constant."""
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:
-    """Combines ``B`` transposed maps of the same outputs, ``(K, N, *out)`` to ``(K, N, B, *in)``.
+    """Returns a map that applies ``B`` transposed convolutions as a single one, ``(K, N, *out)`` to ``(K, N, B, *in)``.
 
-    Returns None unless all maps are convolutions with few input channels and the same options.
+    The result is None unless all maps are convolutions with the same options and few input channels in total.
     """
     known = [one.convolution for one in maps if one.convolution is not None]
     if len(known) < len(maps):
@@ -237,7 +237,7 @@ def side_by_side(maps: list[LinearMap]) -> Map | None:
 
 
 def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
-    """Returns stride, padding, dilation, transposed, output padding and groups, in aten's order of arguments."""
+    """Returns stride, padding, dilation, transposed, output padding and groups, in the order of aten's arguments."""
     if module.padding_mode != "zeros":
         return None
     transposed = issubclass(kind, nn.modules.conv._ConvTransposeNd)
@@ -257,7 +257,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Returns the maps and the image of any linear function, using automatic differentiation.
+    """Returns the maps of any linear function, by automatic differentiation, and its output at the given point.
 
     Args:
         run: The function, from ``(N, *in)`` to ``(N, *out)``.

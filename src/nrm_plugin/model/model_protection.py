@@ -1,4 +1,4 @@
-"""Protection of the user's model: its state is restored after recordings, and later changes of weights are detected."""
+"""Protection of the user's model: its state is restored after a recording, and later weight changes are detected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written. Quantized layers may convert
-    their weights once, at their first call, together with state that is outside of the module, and stay as they are.
+    their weights once, at their first call, together with state outside of the module; they are not restored.
     """
     with unwatched():
         every = list(model.modules())
@@ -50,7 +50,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Returns all parameters and buffers by name, each of them once, in one traversal of the modules."""
+    """Returns all parameters and buffers with their names, each once, from one traversal of the modules."""
     names: dict[Tensor, str] = {}  # tensors are hashed by identity
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -93,7 +93,7 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Number of writes to each tensor that a recording has undone."""
+"""For each tensor, the number of writes that a recording has undone."""
 
 
 def values_state(tensor: Tensor) -> tuple[int, int]:
@@ -103,7 +103,7 @@ def values_state(tensor: Tensor) -> tuple[int, int]:
 
 
 def note_restored(tensor: Tensor, version: int) -> None:
-    """Records that a tensor has been restored to the values that it had at a version, as counted by torch."""
+    """Records that a tensor has been restored to its values at an earlier version (torch's version counter)."""
     _RESTORED[tensor] = tensor._version - version + int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
 
 
@@ -148,7 +148,7 @@ class Fingerprint:
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both samples without nan, since nan never compares equal."""
+        """Returns the current and the stored sample without nan, since nan never compares equal."""
         flat = _stored(tensor.detach()).flatten()
         entries = flat[:: max(1, -(-flat.numel() // self._entries))]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

@@ -1,8 +1,8 @@
 """Quantized linear layers: their rules act on the dequantized weight, which the layer itself computes.
 
-A layer of torchao has a weight of a subclass of tensor, one of bitsandbytes a weight of integers in a format of its
-own, one of torch.ao a packed weight that is not a parameter. What they have in common is the map that they compute: its
-columns are the outputs at unit vectors, without the output at zero.
+The weight is a tensor subclass in torchao, integers in a format of its own in bitsandbytes, and a packed object that
+is not a parameter in torch.ao. In all cases, the columns of the dequantized weight are the outputs at unit vectors
+minus the output at zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import UnsupportedOperationError
 
 TOLERANCE = 0.1
-"""Largest deviation of a layer from its dequantized weight, relative to its output: layers that round their input."""
+"""Largest relative deviation of a layer from its dequantized weight, which occurs if the layer rounds its input."""
 ROWS = 256
 """Number of unit vectors in one call of a layer."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,10 +29,10 @@ def is_quantized(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        return callable(weight)  # packed
+        return callable(weight)  # a packed weight
     if type(weight) not in (Tensor, nn.Parameter):
         return not is_lazy(weight)
-    with torch._C.DisableTorchFunction():  # the recording observes functions, and reads of attributes
+    with torch._C.DisableTorchFunction():  # the recording must not observe this
         return weight.dtype not in _FLOATS
 
 
@@ -69,13 +69,13 @@ def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], s
 
 
 def packed_tensors(module: nn.Module) -> list[Tensor]:
-    """Returns the tensors of a quantized layer that are no plain real numbers."""
+    """Returns the tensors of a quantized layer that are not plain tensors of real numbers."""
     own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     return [tensor for tensor in own if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _FLOATS]
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yields the plain tensors that a tensor consists of: itself, or those that a wrapper holds."""
+    """Yields the plain tensors of which a tensor consists: the tensor itself, or those inside a wrapper subclass."""
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return

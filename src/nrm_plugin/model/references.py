@@ -28,7 +28,7 @@ def repeated(call: Call, count: int) -> Call:
 
 
 def several_calls(call: Call, references: Sequence[Any]) -> Call:
-    """Returns one call for several references per sample, in the order of :func:`repeated`."""
+    """Returns a single call for several references per sample, in the order of :func:`repeated`."""
     calls = [reference_call(call, reference) for reference in references]
     first = repeated(calls[0], len(calls))
     together = [*first.tensors, *first.indices.values()]
@@ -59,7 +59,7 @@ def reference_call(call: Call, reference: Any) -> Call:
 
 
 def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the reference of each input."""
+    """Returns the reference of each input, by the keyword or index of the input."""
     if isinstance(reference, Mapping):
         given = dict(reference)
     elif isinstance(reference, (tuple, list)):
@@ -76,7 +76,7 @@ def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
 
 
 def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
-    """Returns the reference of one input in its shape."""
+    """Returns the reference of one input, expanded to the shape of the input."""
     what = "reference=" if item is None else f"reference= of the input {item!r}"
     if not isinstance(value, Tensor):
         raise DifferenceError(f"{what} is {brief(value)}, expected a tensor of shape {tuple(tensor.shape)}.")

@@ -14,14 +14,14 @@ from ..errors import ModelStateError
 
 _EMBEDDINGS: tuple[Callable[..., Any], ...] = (F.embedding, F.embedding_bag)
 _NAMES = ("input", "weight", None, "max_norm", "norm_type")
-"""Names of the first arguments of both functions."""
+"""Names of the first arguments of both embedding functions."""
 
 
 class Tables:
     """The tables of one forward pass that torch would renormalize.
 
     Args:
-        changed: The tables that torch would have changed so far, by identity.
+        changed: The tables that torch would have changed so far, by object identity.
     """
 
     def __init__(self, changed: dict[int, Tensor]) -> None:
@@ -39,7 +39,7 @@ class Tables:
         """
         if function in _EMBEDDINGS:
             given = {**{name: value for name, value in zip(_NAMES, args, strict=False) if name}, **kwargs}
-            if given.get("max_norm") is not None and given["weight"].grad_fn is None:  # a computed table is no weight
+            if given.get("max_norm") is not None and given["weight"].grad_fn is None:  # not a computed table
                 new = {"weight": self._copy(given), "max_norm": None}
                 first = tuple(new.get(name or "", value) for name, value in zip(_NAMES, args, strict=False))
                 return (*first, *args[len(first) :]), {key: new.get(key, value) for key, value in kwargs.items()}
@@ -56,7 +56,7 @@ class Tables:
         return copy
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Checks that no table that torch would have changed in this pass was used to compute a tensor.
+        """Checks that a function did not use a table that torch would have changed in this pass.
 
         Args:
             args: Positional arguments of a function.

@@ -1,4 +1,4 @@
-"""Tensors that autograd saves for routes, such as indices and masks, in models that recompute them."""
+"""Tensors that autograd saves for routes (indices, masks), also in models that recompute activations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def saved_in_place() -> AbstractContextManager[Any]:
-    """Context in which autograd keeps the tensors that it saves, in spite of hooks of the model.
+    """Context in which autograd keeps the tensors that it saves, even if the model has hooks on saved tensors.
 
-    ``torch.utils.checkpoint`` does not keep them, and computes them again by a run of its function. This run is outside
-    of the forward pass that a composite or a recording follows, and does not save the same tensors.
+    ``torch.utils.checkpoint`` discards them and recomputes them by running its function again. This second run is not
+    part of the forward pass that a composite or a recording observes, and does not save the same tensors.
     """
     return nullcontext() if _top_hooks(True) is None else torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked)
 
@@ -26,7 +26,7 @@ def _packed(tensor: Tensor) -> tuple[Tensor, int]:
 
 def _unpacked(packed: tuple[Tensor, int]) -> Tensor:
     tensor, version = packed
-    if tensor._version != version:  # as autograd raises without hooks
+    if tensor._version != version:  # autograd raises this error if there are no hooks
         raise RuntimeError("a tensor saved by autograd has been modified by an inplace operation")
     return tensor
 

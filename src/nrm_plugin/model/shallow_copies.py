@@ -21,7 +21,7 @@ _HOOK_DICTS = (
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module with the same tensors, with its own dictionaries and without hooks.
+    """Returns a copy of a module that shares its tensors, but has its own dictionaries and no hooks.
 
     Zennit's ``ParamMod`` temporarily writes modified parameters into a module, which is safe for such a copy. A
     shallow copy does not suffice, since it shares the dictionary of parameters.
@@ -29,7 +29,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     copy: nn.Module = kind.__new__(kind)
     copy.__dict__ = dict(module.__dict__)
-    # Shared by all kinds of hooks, since nobody registers hooks on a copy.
+    # One dictionary serves all kinds of hooks, since no hook is ever registered on a copy.
     none: OrderedDict[int, object] = OrderedDict()
     copy.__dict__.update({key: none for key in _HOOK_DICTS if key in copy.__dict__})
     with torch._C.DisableTorchFunction():
@@ -39,7 +39,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
     _compute_parametrized(copy, module)
     forward = copy.__dict__.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
-        # A method that a canonizer bound to the module is bound to the copy, to read the parameters of the copy.
+        # A method that a canonizer bound to the module is bound to the copy, so that it reads the copy's parameters.
         copy.__dict__["forward"] = types.MethodType(forward.__func__, copy)
     return copy
 

@@ -21,18 +21,18 @@ MIN_TOTAL = 1e-6
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """Sums ``(N, …)`` over all dimensions but the batch. Unlike ``flatten(1)``, this also works for ``(N,)``."""
+    """Sums ``(N, …)`` over all dimensions except the batch. Unlike ``flatten(1)``, this also works for ``(N,)``."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
 def sample_norms(tensor: Tensor) -> Tensor:
-    """Sums the absolute values of ``(N, …)`` over all dimensions but the batch."""
+    """Sums the absolute values of ``(N, …)`` over all dimensions except the batch."""
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
     flat = tensor.reshape(len(tensor), -1)
     if flat.numel() <= 1 << 16:
         return flat.abs().sum(1)
-    # Each part fits into the processor's cache.
+    # Each part fits into the CPU cache.
     parts = [part.abs().sum(1) for part in torch.split(flat, max(1, (1 << 16) // len(flat)), 1)]
     return functools.reduce(torch.add, parts) if parts else flat.new_zeros(len(flat))
 
@@ -102,7 +102,7 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """The start vector of one of Captum's neuron selectors.
+    """The start vector that corresponds to a neuron selector of Captum.
 
     Args:
         selector: The selector.
@@ -158,7 +158,7 @@ def _is_index(entry: Any) -> bool:
 
 
 def _is_whole(entry: Any) -> bool:
-    """Returns whether an entry is an int; arrays have ``__index__`` as well, regardless of their content."""
+    """Returns whether an entry is an int; testing for ``__index__`` would accept arrays as well."""
     return isinstance(entry, (int, np.integer)) and not isinstance(entry, bool)
 
 

@@ -1,7 +1,7 @@
-"""Reads of values on which a computation depends, and the information about them that a trace of it needs.
+"""Value reads: the points at which a computation depends on values, and what a trace of it has to know about them.
 
-A trace repeats the tensor operations of a computation with other values. Every truth value that the computation read is
-then computed again and compared, unless the result did not depend on it.
+A trace repeats the tensor operations of a computation with other values. Every condition that the computation has read
+is then evaluated again and compared, unless the result did not depend on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Active(threading.local):
-    """The state of this thread.
+    """The thread-local state of traces and audits.
 
     Attributes:
         tracer: The tracer of the trace in progress, or None.
@@ -40,6 +40,12 @@ def is_traced() -> bool:
     return ACTIVE.tracer is not None
 
 
+def note_obstacle(reason: str) -> None:
+    """Notes why the operations of this thread cannot be repeated with other values; without a trace, nothing."""
+    if ACTIVE.tracer is not None:
+        ACTIVE.tracer.trace.obstacles.append(reason)
+
+
 @contextmanager
 def audit() -> Iterator[None]:
     """Context for checks of a model or a rule that need not be repeated for other inputs."""
@@ -55,7 +61,7 @@ def repeated(place: str = "") -> Iterator[None]:
     """Context inside an :func:`audit` for computations that are repeated for other inputs.
 
     Args:
-        place: The place at which the computation takes shortcuts.
+        place: Name of the step or layer, to which the names of shortcuts refer.
     """
     outer, ACTIVE.audits, ACTIVE.place = (ACTIVE.audits, ACTIVE.place), 0, place or ACTIVE.place
     try:
@@ -76,13 +82,13 @@ def untraced() -> Iterator[None]:
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Context for operations of this package in a trace, which do not read values outside of torch."""
+    """Context for operations of this package in a trace that read no values outside of torch."""
     return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Context of computations of this package that only check the model: neither traced nor watched."""
+    """Context for computations of this package that only check the model, and are neither traced nor observed."""
     with untraced(), torch._C.DisableTorchFunction():
         yield
 
@@ -125,4 +131,4 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     return found
 
 
-__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "repeated", "untraced", "unwatched"]
+__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "note_obstacle", "repeated", "untraced", "unwatched"]

@@ -92,7 +92,7 @@ def operation(node: Node) -> str:
 
 @functools.cache
 def _operation(name: str) -> str:
-    """Returns the operation in the name of a torch node; there are a few hundred of them."""
+    """Returns the operation in the name of a torch node; cached, since there are only a few hundred names."""
     name = name.rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name
@@ -112,7 +112,7 @@ def is_whole(node: Node) -> bool:
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Returns output ``number`` of a node, or the tensor that overwrote all of this output in place.
+    """Returns a node and an output number, replaced by those of the tensor that overwrote this output entirely.
 
     The node that torch adds around a module with a full backward hook is skipped, since it is an identity.
     """

@@ -1,4 +1,4 @@
-"""Export of a plan: outputs of a model and their relevance, as a program that requires only PyTorch."""
+"""Export of a plan as a program that returns outputs and their relevance, and requires only PyTorch."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def explained_model(
 
 
 def _predicted(outputs: Tensor) -> Tensor:
-    """Returns the start vector of the class of the largest output of each sample."""
+    """Returns the start vector of the predicted class, the one with the largest output, of each sample."""
     scores = outputs.reshape(len(outputs), -1)
     return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1).reshape(outputs.shape)
 
 
 class ExplainedModel(nn.Module):
-    """A program for outputs and relevance as a module without Python state.
+    """A module that computes outputs and relevance by a program, without Python state.
 
     Args:
         program: The program, without shortcuts.
@@ -185,7 +185,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Operations that compare a value read by a computation with the value on which the trace depends."""
+"""Operations whose results are values that the traced code has read, and their comparison with the expected value."""
 
 
 def _check_exportable(one: Operation) -> None:
@@ -197,7 +197,7 @@ def _check_exportable(one: Operation) -> None:
 
 
 def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
-    """Writes a module as a program of ``torch.export``, or as an ONNX file if the path ends in ``.onnx``.
+    """Saves a module as a ``torch.export`` program, or as an ONNX file if the path ends in ``.onnx``.
 
     Args:
         module: The module.

@@ -14,9 +14,9 @@ from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
 BLOCK = 1 << 15
-"""Number of entries of a weight that are computed at once."""
+"""Number of entries of a weight that are computed together."""
 CLOSE = 4
-"""Largest relative difference, in units of rounding, of weights that count as equal but are computed in another order.
+"""Largest relative difference between equal weights computed in a different order, in units of the machine epsilon.
 
 A newly initialized batch norm changes weights by half its ``eps``, which is 42 such units in float32, and these changes
 accumulate over layers.
@@ -30,9 +30,9 @@ def fused(
 
     Args:
         operations: The operations.
-        trace: The trace, in which new constants are numbered.
+        trace: The trace, in which new constants receive an index.
         constants: The constants, to which fused weights are added.
-        results: Numbers of the result tensors.
+        results: Indices of the result tensors.
     """
     uses = Counter(number for one in operations for number in one.reads) + Counter(results)
     made = {number: one for one in operations for number in one.results if number is not None}
@@ -69,7 +69,7 @@ class _Fusion:
 
     Args:
         values: Weight and bias of the layer, and scale, shift, mean and variance of the batch normalization.
-        eps: That of the batch normalization.
+        eps: The ``eps`` of the batch normalization.
     """
 
     def __init__(self, values: list[Tensor | None], eps: float) -> None:
@@ -84,14 +84,14 @@ class _Fusion:
         self._weight = weight
 
     def weight(self) -> Tensor:
-        """Returns the weight."""
+        """Returns the weight of the fused layer."""
         fused = torch.empty_like(self._weight)
         for rows in self._blocks():
             fused[rows] = self._rows(rows)
         return fused
 
     def is_close(self, other: Tensor) -> bool:
-        """Returns whether a weight is the weight of the fused layer, up to rounding."""
+        """Returns whether a weight equals the weight of the fused layer up to rounding."""
         if other.shape != self._weight.shape or other.dtype != self._weight.dtype:
             return False
         return all(self._are_close(other[rows], self._rows(rows)) for rows in self._blocks())
@@ -101,7 +101,7 @@ class _Fusion:
         return (self._weight[rows].double() * scale).to(self._weight.dtype)
 
     def _blocks(self) -> Iterator[slice]:
-        """Yields the output channels in blocks that fit into the cache of a processor, the first of them alone."""
+        """Yields blocks of output channels that fit into the processor cache; the first block is a single channel."""
         count, size = len(self._weight), max(1, self._weight[:1].numel())
         step = max(1, BLOCK // size) if self._weight.device.type == "cpu" else count
         yield slice(0, 1)
@@ -114,7 +114,7 @@ class _Fusion:
 
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
-    """Returns the convolutions without bias that the rules use, by input and settings."""
+    """Returns the convolutions without bias, which rules use, by input and settings."""
     found: dict[Any, list[Operation]] = {}
     for one in operations:
         if one.function is aten.convolution.default and one.args[2] is None and one.args[1].number in constants:

@@ -1,4 +1,4 @@
-"""Keys: the form of a call or a query, without the values of the tensors of the call."""
+"""Keys of calls and queries: their form, which does not include the values of the tensors of a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGEST = 1 << 20
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
-    """Returns the form of the arguments of a model, and the tensors among them.
+    """Returns a key for the form of the arguments of a model, and the tensors among them.
 
     Raises:
         TypeError: If an argument has no hashable equivalent.

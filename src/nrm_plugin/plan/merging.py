@@ -1,4 +1,4 @@
-"""Merging of operations: removes repeated computations and unnecessary copies."""
+"""Merging of operations, which removes repeated computations and unnecessary copies."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations that may return their first argument, by identity, since hashing PyTorch operations is slow."""
+"""Operations whose result may equal their first argument, by ``id``, since hashing PyTorch operations is slow."""
 
 
 class Merger:
-    """Merges the operations of a trace.
+    """Merges the operations of a trace that compute the same tensors.
 
     Args:
         trace: The trace.
-        constants: The constants.
-        results: The numbers of the result tensors.
+        constants: The constants, by index.
+        results: Indices of the result tensors.
     """
 
     def __init__(self, trace: Trace, constants: dict[int, Tensor], results: list[int]) -> None:
@@ -57,7 +57,7 @@ class Merger:
         self._given = {*trace.constants, *trace.placeholders}
 
     def merged(self, operations: list[Operation]) -> tuple[list[Operation], list[int]]:
-        """Returns the remaining operations, and the numbers of the results."""
+        """Returns the remaining operations, and the indices of the results."""
         memory = self.trace.memory
         self._writes = Counter(memory(number) for one in operations for number in one.writes)
         made = {number for one in operations for number in one.results if number is not None}
@@ -85,7 +85,7 @@ class Merger:
         return rest, [self._now(number) for number in self._results]
 
     def _is_same_view(self, number: int) -> bool:
-        """Returns whether a tensor is a view of another tensor that covers it completely and has the same shape."""
+        """Returns whether a tensor is a view of all entries of another tensor, in the same shape."""
         root = self.trace.memory(number)
         return root != number and self.trace.forms[root] == self.trace.forms[number]
 
@@ -95,7 +95,7 @@ class Merger:
         return number
 
     def _is_settled(self, one: Operation) -> bool:
-        """Returns whether an operation reads a value that is the same in every run."""
+        """Returns whether an operation returns a value that is the same in every run and need not be checked."""
         if one.expected is None:
             return False
         if one.function is aten.equal.default and one.args[0] == one.args[1]:
@@ -103,7 +103,7 @@ class Merger:
         return all(number in self.constants for number in one.reads)
 
     def _is_forwarded(self, one: Operation) -> bool:
-        """Replaces the result of an operation by its argument if the two are identical."""
+        """Replaces the result of an operation by its argument if both are equal; returns whether it did."""
         if one.function is aten.copy_.default:
             return self._is_moved(one)
         kind = _FORWARDED.get(id(one.function))
@@ -130,10 +130,10 @@ class Merger:
         return is_free and (kind == "copy" or (one.args[1] == 1 and not isinstance(one.args[1], Value)))
 
     def _is_moved(self, one: Operation) -> bool:
-        """Replaces a tensor that a copy overwrites completely by the source of the copy."""
+        """Replaces a tensor that a copy overwrites completely by the source of the copy; returns whether it did."""
         target, source = one.args[0], one.args[1]
         if target == source:
-            return True  # a tensor that was copied from this one, and replaced by it
+            return True  # the target is a copy of the source, and has been replaced by it
         if not isinstance(source, Value) or self.trace.forms[target.number][:2] != self.trace.forms[source.number][:2]:
             return False
         memory = self.trace.memory
@@ -158,7 +158,7 @@ class Merger:
         return self._writes[memory] > self._versions[memory]
 
     def _key(self, one: Operation) -> Any:
-        """Returns a key that determines the results of an operation, or None if the operation must not be merged."""
+        """Returns a key on which the results of an operation depend, or None if the operation must not be merged."""
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None

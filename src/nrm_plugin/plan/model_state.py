@@ -1,4 +1,4 @@
-"""The state of a model and a composite on which a plan depends."""
+"""State of a model and settings of a composite, on which a plan depends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENTRIES = 64
 
 
 class ModelState:
-    """A detector of changes of a model, based on the identity and version of everything that its modules contain.
+    """Detects changes of a model by the identities and versions of everything that its modules contain.
 
     Args:
         model: The model.
@@ -38,7 +38,7 @@ class ModelState:
         self._values = [torch.cat(views).clone() for views in self._entries]
 
     def changed(self) -> str:
-        """Returns a description of the change; empty if nothing has changed."""
+        """Returns a description of what has changed; empty if nothing has."""
         if not self._changed():
             return ""
         with _RECORDING:  # the changes may be hooks that another thread removes after its recording
@@ -95,7 +95,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns the attributes themselves; references prevent new objects from reusing their identities."""
+    """Returns the attributes themselves, since references prevent new objects from reusing their identities."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 

@@ -30,7 +30,7 @@ from .programs import Programs, memory_of
 MOST = 8
 """Largest number of call forms for which programs are stored."""
 IDLE = 8
-"""Number of successive recordings after which a plan is considered useless for a form of calls."""
+"""Number of successive recordings after which a plan is considered useless for calls of one form."""
 
 
 class Plan:
@@ -133,11 +133,11 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Lists, for each form of call, the queries that have programs, and why other queries are recorded every time.
+        """Returns a text that lists the queries with programs, and the reasons why others are recorded every time.
 
         Returns:
-            For each form, the shapes of its tensors; for each query, the number of operations, the memory of constants
-            that are not tensors of the model, and the values that each run compares.
+            For each form of call, the shapes of its tensors; for each query, the number of operations, the memory of
+            constants that are not tensors of the model, and the values that each run compares.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
@@ -159,7 +159,7 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes a program that returns outputs and their relevance and requires only PyTorch.
+        """Saves a program that returns outputs and their relevance, and requires only PyTorch.
 
         The program is loaded by ``torch.export.load(path).module()``. Its arguments are the tensors of a call in
         order, of the same shapes as ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the class
@@ -206,7 +206,7 @@ class Plan:
         return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
-        """Returns whether calls of a form can be planned, and whether their queries are repeated."""
+        """Returns whether calls of this form can be planned and repeat their queries."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
@@ -278,7 +278,7 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """A call of the model.
+    """A call of the model, with a key that identifies its form.
 
     Attributes:
         key: Key that is equal for calls of the same form.

@@ -55,7 +55,7 @@ LONGEST = 5
 
 
 class PlannedOutputs:
-    """The outputs from which a planned measure starts, when there is no recording.
+    """The outputs at which a planned measure starts, in place of a recording.
 
     Args:
         values: The outputs of shape ``(N, …)``, the outputs as the model returned them, and, if there is a reference,
@@ -87,20 +87,20 @@ class PlannedOutputs:
 
 
 class TracedRecording:
-    """A recording whose operations are traced.
+    """A recording of a model whose operations are traced.
 
     Args:
         settings: The settings.
         call: Function that creates the call of the model.
         tensors: The tensors of the call.
-        avoided: The shortcuts that must not be taken, or None for a recording without trace.
+        avoided: The shortcuts that must not be taken, or None for a recording without a trace.
 
     Attributes:
         tracer: The tracer, or None without a trace.
         recording: The recording.
-        outputs: Its outputs in the form ``(N, …)``, as the model returned them, and their differences to a reference.
+        outputs: Its outputs in the form ``(N, …)``, as the model returned them, and their differences from a reference.
         obstacle: Why the trace cannot be repeated for other inputs; empty if it can.
-        inputs: Numbers of the inputs in the trace.
+        inputs: Indices of the inputs in the trace.
         start: Relevance of the outputs in their own layout, once the recording has started.
         queries: The traced queries, once the recording has started.
     """
@@ -129,7 +129,7 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the trace can be compiled to a program, which takes too long for a trace of many queries."""
+        """Whether the trace may be compiled to a program; a trace of many queries would take too long."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
@@ -137,7 +137,7 @@ class TracedRecording:
         return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
 
     def begin(self, start: Sequence[Tensor]) -> None:
-        """Starts the measure with relevance of the outputs, ``(N, …)``, and the weights of compared outputs."""
+        """Starts the measure with relevance of the outputs, ``(N, …)``, and, for a contrast, the output weights."""
         if self.tracer is not None:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]
@@ -166,7 +166,7 @@ def uncollected() -> Iterator[None]:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Returns the random states outside of torch, whose draws do not appear in a trace."""
+    """Returns the states of random number generators outside of torch, whose numbers do not appear in a trace."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 
@@ -185,7 +185,7 @@ class _Traced:
 
 
 class PlannedMeasure(RelevanceMeasure):
-    """A measure that answers queries by the programs of a plan, and records the model for other queries.
+    """A measure that answers queries by running the programs of a plan; other queries record the model.
 
     Args:
         settings: The settings of the plan.
@@ -229,7 +229,7 @@ class PlannedMeasure(RelevanceMeasure):
             try:
                 outputs, state = latest.forward(self._tensors)
             except ChangedValueError as error:
-                self._call()  # raises an error if the inputs are invalid, which is no reason to drop a program
+                self._call()  # raises an error if the inputs are invalid; the program is then kept
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
@@ -241,7 +241,7 @@ class PlannedMeasure(RelevanceMeasure):
     def _record(self, is_traced: bool = True) -> TracedRecording:
         programs = self._programs
         programs.recordings += 1
-        self._totals_once = None  # of another recording, and therefore a constant for the trace of this one
+        self._totals_once = None  # computed from another recording, and thus a constant in the trace of this one
         avoided = programs.avoided if is_traced and not programs.obstacle else None
         with torch.enable_grad(), uncollected():
             return TracedRecording(self._settings, self._call, self._tensors, avoided)
@@ -253,7 +253,7 @@ class PlannedMeasure(RelevanceMeasure):
     # -- queries --------------------------------------------------------------------------------------------------
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._lock:  # queries from several threads share the state of the first stage and the trace
+        with self._lock:  # threads share the state of the first stage and the trace
             return self._answered(method, args, kwargs)
 
     def _answered(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -319,7 +319,7 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Answers a query from the recording, inside its trace if it has one, since later queries reuse its kernels."""
+        """Answers a query from the recording, and traces it if possible, since later queries reuse its kernels."""
         self._is_answering = True
         try:
             with nullcontext() if self._recorded is None else self._recorded.traced():
@@ -372,7 +372,7 @@ class PlannedMeasure(RelevanceMeasure):
         if self._recorded.start is None:
             self._recorded.begin(self._planned.start)
         if self._recorded.tracer is not ACTIVE.tracer:
-            self._recorded.tracer = None  # kernels that are built outside of the trace are not constants
+            self._recorded.tracer = None  # a trace would treat kernels that are built outside of it as constants
         return self._recorded.recording
 
     @property
@@ -398,7 +398,7 @@ class PlannedMeasure(RelevanceMeasure):
 
 
 def _names_events(key: Any) -> bool:
-    """Returns whether a query refers to neurons, which usually differ between inputs."""
+    """Returns whether a query contains events, whose neurons usually differ between inputs."""
     if isinstance(key, Atom):
         return key.index is not None
     if isinstance(key, tuple):

@@ -1,4 +1,4 @@
-"""Programs: simplified traces, as functions on tensors."""
+"""Programs: simplified traces that are compiled to functions of tensors."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class Program:
 
     Args:
         trace: The trace of both stages.
-        inputs: Numbers of the inputs.
-        outputs: Numbers of the tensors that the first stage returns.
-        start: Numbers of the tensors with which the second stage begins, such as relevance of the outputs.
-        results: For each query, numbers of the tensors that the second stage returns.
+        inputs: Indices of the inputs.
+        outputs: Indices of the tensors that the first stage returns.
+        start: Indices of the tensors with which the second stage begins, such as relevance of the outputs.
+        results: For each query, indices of the tensors that the second stage returns.
 
     Attributes:
-        operations, constants: The simplified operations, and the tensors that they read, by number.
+        operations, constants: The simplified operations, and the constant tensors that they read, by index.
         until: Number of operations of the first stage.
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.
-        inputs, outputs, start, results: As in the arguments, by numbers of the simplified operations.
+        inputs, outputs, start, results: As the arguments, with the indices of the simplified trace.
         obstacle: Why the operations cannot be replayed; empty if they can. If not empty, no other attribute is set.
     """
 
@@ -87,7 +87,7 @@ class Program:
         self.is_shareable = not any(used[at] in shared for places in self._overwritten for at in places)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
-        """Runs the first stage; returns the outputs, and the tensors that the second stage needs."""
+        """Runs the first stage; returns the outputs and the state, the tensors that the second stage needs."""
         with _plain(inputs[0].device):
             outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)
@@ -99,10 +99,10 @@ class Program:
         """Runs the second stage for one query.
 
         Args:
-            state: The state, a list which is emptied so that memory is freed as early as possible.
+            state: The state; the list is emptied, so that memory is freed as early as possible.
             start: The tensors with which the stage begins.
-            query: Number of the query.
-            is_kept: Whether other queries use the tensors of the state later.
+            query: Index of the query.
+            is_kept: Whether later queries need the tensors of the state.
         """
         with _plain(start[0].device):
             for at in self._overwritten[query] if is_kept else ():
@@ -113,7 +113,7 @@ class Program:
 
 
 def _bytes(form: Any) -> int:
-    """Returns the bytes of a tensor."""
+    """Returns the size of a tensor in bytes."""
     return int(math.prod(form[0]) * form[3].itemsize)
 
 
@@ -124,7 +124,7 @@ def _makers(operations: Sequence[Operation]) -> dict[int | None, int]:
 def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operation]:
     """Moves the operations that return the outputs to the earliest position at which they can run.
 
-    The simplification restores the shapes of all results at the end, after operations of the second stage.
+    Simplification restores the shapes of all results at the end, after the operations of the second stage.
     """
     for number in dict.fromkeys(outputs):
         made = _makers(operations)
@@ -138,14 +138,14 @@ def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operatio
 
 
 def _last_check(operations: list[Operation], start: set[int]) -> int:
-    """Returns the last comparison before an operation reads the start, since the outputs may depend on its value."""
+    """Returns the index of the last comparison before an operation reads the start; outputs may depend on it."""
     begin = next((index for index, one in enumerate(operations) if start & set(one.reads)), len(operations))
     checks = [i for i, one in enumerate(operations[:begin]) if one.expected is not None or one.shapes is not None]
     return max(checks, default=-1)
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:
-    """Runs a stage; shapes that depend on values may fail before they are compared."""
+    """Runs a stage; with values that have changed, an operation may raise an error before they are compared."""
     try:
         return stage(*args)
     except torch.OutOfMemoryError:
@@ -203,11 +203,11 @@ _DIRECT: dict[Any, Any] = {
     aten.addmm.default: torch.addmm,
     aten.copy_.default: Tensor.copy_,
 }
-"""Bindings of the same operations with less overhead per call."""
+"""Python functions for the same operations, with less overhead per call."""
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
-    """Raises :class:`ChangedValueError` if values are not as expected; values of tensors are read in one transfer."""
+    """Raises :class:`ChangedValueError` if a value is not as expected; all tensors are read in one transfer."""
     tensors = [found for found, _, _ in checks if isinstance(found, Tensor)]
     if any(one.dtype is not torch.bool for one in tensors):
         tensors = [one.double() for one in tensors]
@@ -225,7 +225,7 @@ def _is_same(found: Any, expected: Any) -> bool:
 
 
 class _Writer:
-    """Writes the source of a program."""
+    """Generates the Python source of a program."""
 
     def __init__(
         self,
@@ -245,13 +245,13 @@ class _Writer:
     def written(
         self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[list[int]]
     ) -> tuple[str, dict[str, Any]]:
-        """Returns the source of both stages and its names.
+        """Returns the source of both stages, and the namespace in which it runs.
 
         Args:
-            inputs: Numbers of tensors, as in :class:`Program`.
+            inputs: Indices of tensors, as in :class:`Program`.
             outputs: As in :class:`Program`.
             start: As in :class:`Program`.
-            results: Numbers of the results of each query.
+            results: Indices of the results of each query.
         """
         first, second = self.operations[: self.until], self.operations[self.until :]
         queries = [
@@ -277,7 +277,7 @@ class _Writer:
         return "\n".join(lines), self.scope
 
     def _separate(self, numbers: Sequence[int], start: Sequence[int]) -> str:
-        """Writes code that gives each result its own memory."""
+        """Returns code that gives each result its own memory."""
         used = {self.memory(number) for number in (*start, *self.passed)}
         parts = []
         for number in numbers:

@@ -1,4 +1,4 @@
-"""The programs of one form of calls."""
+"""The programs for calls of one form."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .tracer import Tracer
 Key = tuple[Hashable, ...]
 """A query: the name of its method, and its arguments."""
 MOST = 32
-"""Largest number of programs of one form of calls."""
+"""Largest number of programs for calls of one form."""
 FAILURES = 3
-"""Number of times that a model may read different values before it is recorded for every input."""
+"""Number of times that a value read by a model may change before the model is recorded for every input."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class QueryProgram:
     """The program of one query.
 
     Attributes:
-        program: The program, which the queries of one recording share.
-        number: Number of the query among them.
-        form: How its results are nested in the answer.
+        program: The program, which all queries of one recording share.
+        number: Index of the query in the program.
+        form: The nested structure of its results.
         cost: The cost of the query.
     """
 
@@ -41,7 +41,7 @@ class QueryProgram:
     cost: Cost
 
     def answer(self, results: Sequence[Tensor]) -> Any:
-        """Returns the answer of the query."""
+        """Returns the answer to the query, in which the results are nested."""
         return tree_unflatten(results, self.form)
 
 
@@ -50,9 +50,9 @@ class TracedQueries:
     """The queries of one recording, which share a program.
 
     Attributes:
-        tracer: Their trace.
-        inputs, outputs, start: Numbers of tensors of the trace, as in :class:`~nrm_plugin.plan.program.Program`.
-        results: Numbers of the results of each query.
+        tracer: The tracer of the recording and the queries.
+        inputs, outputs, start: Indices of tensors in the trace, as in :class:`~nrm_plugin.plan.program.Program`.
+        results: Indices of the results of each query.
         queries: The queries that have a program.
     """
 
@@ -78,7 +78,7 @@ class Programs:
         answers: Answers that do not depend on values, such as names and shapes.
         recordings: Number of calls recorded since a program last answered a query.
         latest: The most recently used program, which the next measure is expected to use.
-        asks_again: Whether each measure answers several queries, so that it keeps the state of the first stage.
+        asks_again: Whether a measure usually answers several queries, so that it keeps the state of the first stage.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Programs:
         self._failures = 0
 
     def find(self, key: Key) -> QueryProgram | None:
-        """Returns the program of a query."""
+        """Returns the program of a query, or None if there is none."""
         with self.lock:
             found = self._programs.get(key)
             if found is not None:
@@ -104,7 +104,7 @@ class Programs:
             return found
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
-        """Returns whether to trace a query: at once if other inputs will need it, otherwise when it is repeated."""
+        """Returns whether to trace a query: immediately if other inputs will need it, otherwise once it is repeated."""
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
@@ -117,7 +117,7 @@ class Programs:
         answer: Any,
         cost: Cost,
     ) -> None:
-        """Creates the program of a query from its trace, together with the earlier queries of the same recording."""
+        """Creates a program from the trace of a query and of the earlier queries of the same recording."""
         leaves, form = tree_flatten(answer)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return
@@ -158,7 +158,7 @@ class Programs:
             return [value for program in programs.values() for value in program.constants.values()]
 
     def lines(self, own: Container[int]) -> list[str]:
-        """Returns one line for each query.
+        """Returns one line of text for each query.
 
         Args:
             own: Addresses of the memory of the model.

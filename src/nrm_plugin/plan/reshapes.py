@@ -23,7 +23,7 @@ ELEMENTWISE = frozenset(
 
 
 _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.default, aten.amax.default]))
-"""Reductions of some dimensions, by identity: hashes of operations of PyTorch are slow."""
+"""Reductions over dimensions, by ``id``, since hashing PyTorch operations is slow."""
 
 
 class ViewRemover:
@@ -32,7 +32,7 @@ class ViewRemover:
     Elementwise operations read tensors before these are broadcast.
 
     Args:
-        trace: The trace, in which tensors created in a new shape are numbered.
+        trace: The trace, in which tensors that are created in a new shape receive an index.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -43,7 +43,7 @@ class ViewRemover:
         self._narrow: dict[int, int] = {}
 
     def rewritten(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
-        """Returns equivalent operations, and the numbers of the results."""
+        """Returns equivalent operations, and the indices of the results."""
         for one in operations:
             source = self._source(one)
             if source is not None and one.results[0] is not None:
@@ -60,7 +60,7 @@ class ViewRemover:
     # -- views ----------------------------------------------------------------------------------------------------
 
     def _source(self, one: Operation) -> int | None:
-        """Returns the tensor of which an operation returns a view of all entries in their order in memory."""
+        """Returns the argument of a view of all entries in memory order, or None for other operations."""
         if len(one.results) != 1 or one.results[0] is None or one.writes or one.shapes is not None:
             return None
         number = one.results[0]
@@ -75,7 +75,7 @@ class ViewRemover:
         return source if is_same and _is_contiguous(new) and _is_contiguous(old) else None
 
     def _made_view(self, number: int) -> int:
-        """Returns the number of a tensor in its original shape, and creates the view if necessary."""
+        """Returns the index of a tensor in its original shape, and creates the view if necessary."""
         root = self._root.get(number)
         if root is None:
             return number
@@ -125,7 +125,7 @@ class ViewRemover:
         )
 
     def _stripped_of_one(self, one: Operation) -> Operation | None:
-        """Returns a reduction over last dimensions or a broadcast without the leading dimension."""
+        """Returns a reduction over the last dimensions or a broadcast without the leading dimension."""
         number = one.results[0]
         if number is None or one.kwargs or len(one.args) < 2 or not isinstance(one.args[1], (list, tuple)):
             return None
@@ -147,7 +147,7 @@ class ViewRemover:
     # -- broadcasts -----------------------------------------------------------------------------------------------
 
     def _note_broadcast(self, number: int, source: int) -> None:
-        if self.trace.forms[source][0]:  # numbers without dimensions have other rules of type promotion
+        if self.trace.forms[source][0]:  # type promotion differs for tensors without dimensions
             self._narrow[number] = source
 
     def _unexpanded(self, one: Operation) -> Operation:
@@ -171,7 +171,7 @@ class ViewRemover:
         return replace(one, args=args, kwargs=kwargs, reads=UNKNOWN)
 
     def _without(self, number: int, ndim: int) -> int | None:
-        """Returns a tensor of the rank of the result without its leading dimension, or None if there is none."""
+        """Returns a tensor without its leading dimension, unless its rank is below ``ndim``; None if there is none."""
         form = self.trace.forms[number]
         if len(form[0]) < ndim:
             return self._made_view(number)
@@ -181,7 +181,7 @@ class ViewRemover:
         return root if self.trace.forms[root][0] == form[0][1:] else None
 
     def _new(self, number: int) -> int:
-        """Numbers a new tensor: the given one without its leading dimension."""
+        """Returns the index of a new tensor: the given one without its leading dimension."""
         trace = self.trace
         made, trace.count = trace.count, trace.count + 1
         shape, stride, *rest = trace.forms[number]

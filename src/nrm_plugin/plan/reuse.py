@@ -1,4 +1,4 @@
-"""Reuse of plans: the first measures are recorded, and a plan is used once inputs of the same form recur."""
+"""Automatic plans: the first measures are recorded, and a plan is used once inputs of the same form recur."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .plan import MOST, Plan
 PLAIN = 2
 """Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
 NEVER = 1 << 62
-"""Number of recordings after a plan that needed too much memory."""
+"""Number of recordings after a plan has needed too much memory."""
 PAID = 32
 """Number of measures after which a plan has certainly paid off."""
 MEMORY = 1 << 30
@@ -29,11 +29,11 @@ MEMORY = 1 << 30
 
 
 class Measures:
-    """Computes measures with the arguments of :class:`~nrm_plugin.RelevanceMeasure`, by a plan once a form recurs.
+    """Computes measures with the arguments of :class:`~nrm_plugin.RelevanceMeasure`, and plans them if inputs recur.
 
-    The first measures of inputs of one form are recorded. Later inputs of this form are planned, with the same results
-    up to rounding. A plan is dropped if the model or another setting changes, or if its constants need too much memory.
-    Each plan that is dropped early doubles the number of recordings before the next one.
+    The first measures of inputs of one form (shapes and dtypes) are recorded; later inputs of this form use a plan,
+    with the same results up to rounding. A plan is dropped if the model or another setting changes, or if its constants
+    need too much memory. Each plan that is dropped early doubles the number of recordings before the next one.
 
     Source: new in this package.
     """
@@ -98,7 +98,7 @@ class Measures:
         return self._plan
 
     def _plan_for(self, model: nn.Module, values: Any, settings: dict[str, Any], arguments: Any) -> Plan | None:
-        """Returns the plan for a call, or None if the call is recorded."""
+        """Returns the plan for a call, or None if the call is to be recorded."""
         given = (model, *settings.values())
         if not _are_same(given, self._settings) or (self._plan is not None and self._plan._has_changed()):
             self._drop()
@@ -114,7 +114,7 @@ class Measures:
         return self._plan
 
     def _is_too_large(self, plan: Plan) -> bool:
-        """Drops a plan that needs too much memory; no further plan is made until a setting changes."""
+        """Returns whether a plan needs too much memory, and drops it; the next plan follows when a setting changes."""
         if plan._count == self._measured:
             return False
         self._measured = plan._count
@@ -125,7 +125,7 @@ class Measures:
         return is_too_large
 
     def _is_repeated(self, form: Hashable) -> bool:
-        """Counts a call, and returns whether calls of its form are planned."""
+        """Counts a call, and returns whether calls of its form are to be planned."""
         self._seen[form] = self._seen.get(form, 0) + 1
         self._seen.move_to_end(form)
         while len(self._seen) > MOST:
@@ -151,7 +151,7 @@ _LOCK = threading.Lock()
 
 
 def measures_of(owner: Any) -> Measures:
-    """Returns the :class:`Measures` of an object, which are dropped with the object, and are not copied or stored."""
+    """Returns the :class:`Measures` of an object, which exist as long as it does, and are neither copied nor stored."""
     with _LOCK:
         found: Measures | None = _BY_OWNER.get(owner)
         if found is None:

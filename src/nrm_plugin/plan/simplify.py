@@ -23,17 +23,17 @@ STORED = 1 << 14
 
 
 class Simplifier:
-    """The operations of a trace on which some results depend, simplified.
+    """Simplifies the operations of a trace on which some results depend.
 
     Args:
         trace: The trace.
-        results: The numbers of the result tensors.
+        results: Indices of the result tensors.
 
     Attributes:
-        trace: A copy of the trace, in which the simplified operations number additional tensors.
+        trace: A copy of the trace, to which simplification adds tensors.
         operations: The remaining operations, in order.
-        constants: The constants that they read, by number.
-        results: The numbers of the result tensors.
+        constants: The constants that they read, by index.
+        results: Indices of the result tensors.
         obstacle: Why the operations cannot be replayed; empty if they can. If not empty, there are no operations.
     """
 
@@ -44,7 +44,7 @@ class Simplifier:
         operations = needed(trace.operations, results, self.trace.memory)
         self.obstacle = next(filter(None, map(self._overwritten, operations)), "")
         if not self.obstacle:
-            # A tensor like one that was drawn does not depend on the numbers: it is a constant after folding.
+            # A tensor that only has the shape of random numbers is a constant after folding.
             operations = needed(self._folded(operations), results, self.trace.memory)
             self.obstacle = next(
                 (f"the model draws random numbers ({o.function})" for o in operations if is_drawn(o)), ""
@@ -62,7 +62,7 @@ class Simplifier:
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
     def _overwritten(self, one: Operation) -> str:
-        """Returns why an operation cannot be replayed if it writes to an input or a weight."""
+        """Returns why an operation that writes to an input or a weight cannot be replayed; empty for others."""
         given = (self.trace.memory(number) for number in one.writes)
         if any(number in self.constants or number in self.trace.placeholders for number in given):
             return f"the model overwrites one of its inputs or weights ({one.function})"
@@ -76,7 +76,7 @@ class Simplifier:
     # -- constants ------------------------------------------------------------------------------------------------
 
     def _folded(self, operations: list[Operation]) -> list[Operation]:
-        """Computes everything that depends only on constants."""
+        """Computes all tensors that depend only on constants, and returns the remaining operations."""
         memory = self.trace.memory
         varying = {memory(number) for number in self.trace.placeholders}
         marked = [False] * len(operations)
@@ -123,7 +123,7 @@ class Simplifier:
                 self.constants[number] = item
 
     def _stored(self, number: int, one: Operation) -> Tensor:
-        """Returns a constant; a tensor without memory for a varying tensor of which only the shape is read."""
+        """Returns a constant; for a varying tensor of which only the shape is read, a tensor without memory."""
         if number in self.constants:
             return self.constants[number]
         assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"

@@ -1,4 +1,4 @@
-"""Traces: the tensor operations of a computation, as a flat list in which every tensor has a number."""
+"""Traces: the tensor operations of a computation, as a flat list in which every tensor has an index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Value:
-    """A tensor of a trace, by its number."""
+    """A tensor of a trace, given by its index."""
 
     __slots__ = ("number",)
 
@@ -37,16 +37,16 @@ class Operation:
 
     Attributes:
         function: The operation.
-        args, kwargs: Its arguments, in which tensors are a :class:`Value`.
-        results: The numbers of the tensors that it returned, None in the place of other results.
+        args, kwargs: Its arguments, with a :class:`Value` in place of each tensor.
+        results: Indices of the tensors that it returned, with None in place of other results.
         is_sequence: Whether the operation returned several tensors.
-        writes: Numbers of the tensors that it overwrote.
+        writes: Indices of the tensors that it overwrote.
         expected: A number or truth value that it returned, on which the computation may have depended, or None if it
             returned tensors.
         shapes: The shapes of its results, if they depend on values, or None otherwise.
-        origin: For such a value, the shortcut that was taken, or the line of code that read the value.
-        reads: Numbers of the tensors among the arguments.
-        query: Number of the query that ran it; 0 for the recording.
+        origin: For such a value or shape, the shortcut that was taken, or the line of code that read it.
+        reads: Indices of the tensors among the arguments.
+        query: Index of the query that ran it; 0 for the recording.
     """
 
     function: Any
@@ -66,7 +66,7 @@ class Operation:
             self.reads = tuple(numbers_in((*self.args, *self.kwargs.values())))
 
     def renamed(self, new: Callable[[int], int]) -> Operation:
-        """Returns the same operation on tensors of other numbers; new results keep theirs."""
+        """Returns the same operation with new indices for the tensors that it reads; its results keep theirs."""
         numbers = {number: new(number) for number in self.reads}
         if all(number == other for number, other in numbers.items()):
             return self
@@ -82,12 +82,12 @@ class Operation:
 
 
 def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:
-    """Returns the operations on which some results depend, or a value that the computation read.
+    """Returns the operations on which some results, or values that the computation has read, depend.
 
     Args:
         operations: The operations.
-        results: Numbers of the result tensors.
-        memory: Function that returns the memory of a tensor.
+        results: Indices of the result tensors.
+        memory: Function that returns the memory of a tensor, as :meth:`Trace.memory`.
     """
     live: set[int | None] = set(results)
     memories = {memory(number) for number in live if number is not None}
@@ -106,7 +106,7 @@ def needed(operations: Sequence[Operation], results: Iterable[int], memory: Call
 
 
 def numbers_in(values: Iterable[Any]) -> Iterator[int]:
-    """Yields the numbers of all values in nested arguments."""
+    """Yields the indices of all tensors in nested arguments."""
     for value in values:
         if value.__class__ is Value:
             yield value.number
@@ -129,12 +129,12 @@ class Trace:
 
     Attributes:
         operations: The operations, in order.
-        constants: Tensors that do not depend on placeholders, by number.
-        placeholders: Numbers of the tensors that differ between runs.
+        constants: Tensors that do not depend on placeholders, by index.
+        placeholders: Indices of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor.
         aliases: For each tensor, the first tensor whose memory it may share.
         count: Number of tensors.
-        obstacles: Reasons why the operations do not describe the computation for other values.
+        obstacles: Reasons why the operations cannot be replayed with other values.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -173,4 +173,4 @@ def draws(function: Any) -> bool:
 
 
 _DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw numbers only in training mode, in which no measure is computed."""
+"""Operations that draw random numbers only in training mode, in which no measure is computed."""

@@ -22,15 +22,15 @@ aten = torch.ops.aten
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """Memory of tensors of a trace.
+    """One block of memory, which tensors of a trace share.
 
     Attributes:
-        root: Number of its first tensor.
-        is_traced: Whether operations of the trace write it; else it is constant.
+        root: Index of its first tensor.
+        is_traced: Whether operations of the trace write to it; otherwise it is constant.
         views: The known tensors in this memory, by form.
         reference: A weak reference, which prevents the identity of the memory from being reused.
-        copy: Number of a flat tensor of the whole memory, which is created when a constant is overwritten.
-        is_overwritten: Whether a weight or buffer in it was overwritten; its constants are copies since then.
+        copy: Index of a flat tensor of the whole memory, which is created when a constant is overwritten.
+        is_overwritten: Whether a weight or buffer in it was overwritten; its constants have been copies since then.
     """
 
     root: int
@@ -44,13 +44,13 @@ class _Memory:
 class Tracer(TorchDispatchMode):
     """Context that appends the operations of this thread to a trace; it may be entered several times.
 
-    Operations on constants are run, but not appended: their results are constants. Operations that create tensors to be
-    filled are appended, since only a tensor with its final values is a constant.
+    Operations on constants are run, but not appended; their results are constants. Operations that create tensors to be
+    filled later are appended, since a tensor is a constant only once it has its final values.
 
     Attributes:
         trace: The trace.
         shortcut: Name of the shortcut whose condition is being read.
-        query: Number of the query that is being answered; 0 during the recording.
+        query: Index of the query that is being answered; 0 during the recording.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Tracer(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise, each operation would pass through two more functions
+        return False  # otherwise, each operation would call two additional functions
 
     def __enter__(self) -> Any:
         self._outer.append(ACTIVE.tracer)
@@ -91,14 +91,14 @@ class Tracer(TorchDispatchMode):
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def placeholder(self, tensor: Tensor) -> int:
-        """Declares a tensor that differs between runs."""
+        """Declares a tensor that differs between runs, and returns its index."""
         number = self._new(tensor, is_traced=True).number
         self.trace.placeholders.append(number)
         self._vary(number)
         return number
 
     def number(self, tensor: Tensor) -> int:
-        """Returns the number of a tensor; an unknown tensor is a constant."""
+        """Returns the index of a tensor; an unknown tensor is added as a constant."""
         return self._value(tensor).number
 
     def varies(self, tensor: Tensor) -> bool:
@@ -114,7 +114,7 @@ class Tracer(TorchDispatchMode):
         return self._memories.get(_identity(tensor)) if known is None else known[1]
 
     def _by_object(self, tensor: Tensor) -> tuple[Value, _Memory] | None:
-        """Returns the number and memory of a known object, unless it has been assigned other memory since."""
+        """Returns the index and the memory of a known tensor object, or None if its memory has been replaced since."""
         known = self._tensors.get(id(tensor))
         if known is None or known[0]() is not tensor:
             return None
@@ -131,7 +131,7 @@ class Tracer(TorchDispatchMode):
         return value
 
     def _known(self, tensor: Tensor) -> Value | None:
-        """Returns a tensor of the trace, or None for a tensor that is not known."""
+        """Returns the index of a tensor of the trace, or None for an unknown tensor."""
         known = self._by_object(tensor)
         if known is not None:
             return known[0]
@@ -147,7 +147,7 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _new(self, tensor: Tensor, is_traced: bool) -> Value:
-        """Assigns a number to a tensor."""
+        """Adds a tensor to the trace, and returns its index."""
         trace = self.trace
         value = Value(trace.count)
         trace.count += 1
@@ -181,7 +181,7 @@ class Tracer(TorchDispatchMode):
     # -- operations -----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # else the watch would see every attribute that is read here
+        with torch._C.DisableTorchFunction():  # otherwise, the watch would see every attribute that is read here
             return self._dispatched(function, args, kwargs or {})
 
     def _dispatched(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -200,7 +200,7 @@ class Tracer(TorchDispatchMode):
             written = facts.written(args, kwargs)
             for tensor in written:
                 self._make_writable(tensor)
-            found.clear()  # memory that was copied has other numbers
+            found.clear()  # tensors in copied memory have new indices
         reads: list[int] = []
         named = tuple([self._named(value, reads, found) for value in args])
         named_by_key = {key: self._named(value, reads, found) for key, value in kwargs.items()}
@@ -219,7 +219,7 @@ class Tracer(TorchDispatchMode):
         return all(at in self._fresh and at not in self._memories for at in identities)
 
     def _look_up(self, values: Iterable[Any], found: dict[int, Value]) -> bool:
-        """Finds known objects among the arguments; returns whether one is in memory that the trace writes."""
+        """Finds known tensors among the arguments; returns whether the trace writes to the memory of one of them."""
         is_traced = False
         for value in values:
             if isinstance(value, Tensor):
@@ -261,7 +261,7 @@ class Tracer(TorchDispatchMode):
             expected, origin = result, self.shortcut or _line()
         numbers = tuple([self._result(item, writes) for item in outputs])
         if expected is None and not writes and all(number is None for number in numbers):
-            return  # views that are known already
+            return  # the results are known views
         if varies:
             for number in (*numbers, *writes):
                 if number is not None:
@@ -275,7 +275,7 @@ class Tracer(TorchDispatchMode):
         )
 
     def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
-        """Returns the number of a result, or None if it is not a tensor, or a known view that was not written."""
+        """Returns the index of a result, or None if it is not a tensor, or is a known view that was not overwritten."""
         if not isinstance(item, Tensor):
             return None
         at = _identity(item)
@@ -297,7 +297,7 @@ class Tracer(TorchDispatchMode):
         for value in [] if old is None else old.views.values():
             shape, stride, offset, dtype, _ = self.trace.forms[value.number]
             self.trace.constants[value.number] = before.view(dtype).as_strided(shape, stride, offset)
-        if old is not None and at not in self._fresh:  # a weight or buffer: an obstacle if it is read later
+        if old is not None and at not in self._fresh:  # a weight or buffer, which must not be read later
             old.is_overwritten = True
             return
         constant = self._constant(before)
@@ -323,8 +323,8 @@ class _Facts:
     Attributes:
         function: The operation.
         writes: Position and name of the arguments that it overwrites.
-        is_recorded: Whether it is in the trace even if it reads only constants.
-        makes_memory: Whether its results may be in new memory.
+        is_recorded: Whether it is traced even if it reads only constants.
+        makes_memory: Whether its results may be in newly allocated memory.
         is_static: Whether it returns numbers that do not depend on values.
         is_shaped_by_values: Whether the shapes of its results depend on values.
     """
@@ -343,7 +343,7 @@ class _Facts:
 
 
 _FACTS: dict[int, _Facts] = {}
-"""Facts by the identity of the operation, since hashes of operations of PyTorch are slow."""
+"""Facts by the ``id`` of the operation, since hashing PyTorch operations is slow."""
 
 
 def _facts(function: Any) -> _Facts:
@@ -368,7 +368,7 @@ def _facts_of(function: Any) -> _Facts:
 
 
 def _line() -> str:
-    """Returns the lines of code that read a value."""
+    """Returns the lines of the call stack, outside of PyTorch, at which a value is read."""
     frame, lines = sys._getframe(1), list[str]()
     while frame is not None and len(lines) < 4:
         name = frame.f_code.co_filename
@@ -390,7 +390,7 @@ def _form(tensor: Tensor) -> Any:
 
 
 def _view(tensor: Tensor) -> Any:
-    """Returns what two tensors in the same memory have in common if they are the same."""
+    """Returns a key that is equal for tensors of the same entries in the same memory."""
     return (*_form(tensor), tensor.is_conj(), tensor.is_neg())
 
 
@@ -405,7 +405,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class EscapeWatch(TorchFunctionMode):
-    """Records where values leave torch; computations on these are not in the trace."""
+    """Records where values leave torch, since later computations with these values are not in the trace."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -425,7 +425,7 @@ class EscapeWatch(TorchFunctionMode):
 
 
 def _listed(args: Any) -> list[Any]:
-    """Returns the lists among the arguments, whose numbers torch reads without dispatch."""
+    """Returns the lists among the arguments, whose tensors torch reads without dispatch."""
     nested = [item for value in args if isinstance(value, tuple) for item in value]
     return [value for value in (*args, *nested) if isinstance(value, list)]
 

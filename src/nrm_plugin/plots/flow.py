@@ -43,8 +43,8 @@ def flow_figure(
 
     Red is positive and blue is negative, in shades that colour-blind readers can distinguish; the negative ribbons of a
     node are below its positive ribbons. Grey is the rest of a layer, hatched orange is relevance absorbed above the
-    layer, and dotted orange is relevance that bypasses it. Small rest and off nodes and very thin ribbons are not
-    drawn; the legend states their total.
+    layer, and dotted orange is relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are
+    not drawn; the legend states their total.
 
     Args:
         graph: The graph.
@@ -55,8 +55,8 @@ def flow_figure(
             the caption, and in grey beneath the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
-        maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
-        walks: The strongest walks over groups, as in the caption: the ribbons of those that it names are outlined.
+        maps_at: The layer whose positions the heat maps show, for the legend; by default, single pixels of the input.
+        walks: The strongest walks over groups; the ribbons of those that the caption names are outlined.
         signs: Descriptions of positive and negative relevance for the legend.
 
     Raises:
@@ -102,7 +102,7 @@ def scene_of(
     maps_at: str = "",
     walks: Walks = (),
 ) -> Scene:
-    """Returns the layout of a flow with its caption and legend."""
+    """Returns the layout of a flow, including its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
     return flow_scene(
         graph,

@@ -1,4 +1,4 @@
-"""Captions that describe a flow in sentences, based on its numbers."""
+"""Captions that describe the largest numbers of a flow in sentences."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .flow_columns import node_name
 from .ribbons import percent
 
 GROUP = re.compile(r"[A-Z]\d+")
-"""A name that the command gives to a group of channels; patches of the input have such names as well."""
+"""A name that the command assigns to a group of channels or a patch of the input."""
 NO_BREAK = "\u00a0"
 NAMED = 3
 """Largest number of nodes in a list."""
 NAMED_WALKS, LEAST_WALK = 2, 1e-3
-"""Largest number of walks that are named, and the least relevance of one."""
+"""Largest number of walks that are named, and smallest relevance of a named walk."""
 ENOUGH = 0.6
 """Share of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
@@ -40,7 +40,7 @@ THUMBNAILS = (
 
 
 Walks = Sequence[tuple[Sequence[str], float]]
-"""Walks over groups: the keys of their nodes, from the input up, and their masses; the strongest first."""
+"""Walks over groups, strongest first: the keys of their nodes, from the input up, and their masses."""
 
 
 def flow_caption(
@@ -50,10 +50,10 @@ def flow_caption(
 
     Args:
         graph: The graph.
-        target: Name of what is explained; by default, the name of the only node of the output.
+        target: Name of the explained output; by default, the name of the only node of the output.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
-        areas: Share of the image that nodes of the input cover, by their keys.
+        areas: Share of the image that each node of the input covers, by key.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -100,10 +100,10 @@ def key_text(
 
     Args:
         has_thumbnails: Whether nodes have thumbnails.
-        has_off: Whether walks off a layer are drawn.
-        signs: What positive and negative relevance mean.
+        has_off: Whether walks that do not cross a layer are drawn.
+        signs: Descriptions of positive and negative relevance.
         maps_at: The layer whose positions the thumbnails show; by default, single pixels.
-        graph: The graph, so that only what occurs in it is explained; by default everything is.
+        graph: The graph, so that the legend explains only what occurs in it; by default, it explains everything.
         walks: The walks that are named.
     """
     thumbnails = THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else "")
@@ -121,7 +121,7 @@ def _colors(graph: FlowGraph | None, signs: tuple[str, str]) -> str:
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
-    """Returns the name of a node for a sentence, with its layer unless this is the input or the output."""
+    """Returns the name of a node for use in a sentence, with its layer unless this is the input or the output."""
     name = node_name(node)
     return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
 
@@ -135,7 +135,7 @@ def _target(graph: FlowGraph) -> str:
 
 
 def _origin(graph: FlowGraph, target: str) -> str:
-    """Describes which nodes of the lowest layer receive most of the relevance of the strongest node above them."""
+    """Describes which nodes of the lowest layer receive most of the relevance of the strongest node above."""
     if len(graph.layers) < 2:
         strongest = _strongest(graph.layers[-1]) if graph.layers else None
         return f"{percent(strongest.mass)} of {target} passes through {named(strongest, graph)}." if strongest else ""
@@ -154,7 +154,7 @@ def _origin(graph: FlowGraph, target: str) -> str:
 
 
 def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float]) -> str:
-    """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
+    """Describes which nodes of the lowest layer receive most of the relevance, along any path."""
     lower = graph.layers[-1]
     nodes = lower.nodes[: len(lower.groups)]
     chosen = [nodes[place] for place in _leading(np.array([node.mass for node in nodes]))]
@@ -169,7 +169,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float]) -> str:
 
 
 def _leading(values: np.ndarray) -> list[int]:
-    """Returns the largest positive values that account for enough of all positive ones, at most a few."""
+    """Returns the indices of the few largest values that account for enough of the sum of all positive values."""
     order = np.argsort(-values)
     total = values.clip(min=0).sum()
     chosen: list[int] = []
@@ -197,18 +197,18 @@ def _ways(graph: FlowGraph) -> list[str]:
 
 
 def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
-    """Returns the names of the nodes of a walk, from the input up; their layers follow from the figure."""
+    """Returns the names of the nodes of a walk, from the input up, without their layers, which the figure shows."""
     names = {node.key: node_name(node) for node in graph.nodes}
     return f"{NO_BREAK}→ ".join(_unbroken(names[key]) for key in keys)
 
 
 def _unbroken(text: str) -> str:
-    """Returns a text that is not broken into lines."""
+    """Returns a text with non-breaking spaces, so that it stays on one line."""
     return text.replace(" ", NO_BREAK)
 
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
-    """Names the walks over groups that carry most."""
+    """Names the walks over groups that carry the most relevance."""
     said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= LEAST_WALK]
     if not said:
         return ""

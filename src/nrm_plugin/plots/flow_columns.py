@@ -1,4 +1,4 @@
-"""Selection of the nodes of a flow to draw, in an order with few crossings, and their names and colours."""
+"""Selection of the nodes of a flow that are drawn, their order, names and colours."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Array = NDArray[np.float64]
 MAX_GROUPS = 40
 """Largest number of groups of one layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
-"""The nodes rest and off of a layer are not drawn if their relevance is below this value."""
+"""Nodes for the rest of a layer, and for walks that do not cross it, are not drawn below this relevance."""
 NUMBERED = {"input": "group", "output": "output"}
-"""What the groups of a layer are, by layer name; in all other layers, they are channels."""
+"""What the groups of a layer consist of, by layer name; in all other layers, they consist of channels."""
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
-    """Returns the nodes of a layer to be drawn, each with its row in the joint relevance.
+    """Returns the nodes of a layer that are drawn, each with its row in the joint relevance.
 
     Args:
         layer: The layer.
-        joint_mass: The absolute joint relevance of each node, from which small rest and off nodes are found; by default
-            the absolute masses.
+        joint_mass: The absolute joint relevance of each node, by which small nodes are omitted; by default the absolute
+            masses.
 
     Raises:
         FlowError: If the layer has too many groups for a figure.
@@ -59,26 +59,26 @@ def drawn_columns(graph: FlowGraph) -> list[list[tuple[int, FlowNode]]]:
 
 
 def has_off(graph: FlowGraph) -> bool:
-    """Returns whether any off node is drawn."""
+    """Returns whether a node for walks that do not cross a layer is drawn."""
     return any(node.kind == "off" for column in drawn_columns(graph) for _, node in column)
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone (the role of a colour) of a node: its sign, or its kind."""
+    """Returns the tone of a node, which determines its colour: its sign or its kind."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
     return "rest" if node.kind == "rest" else "positive" if value >= 0 else "negative"
 
 
 def node_name(node: FlowNode) -> str:
-    """Returns the name of a node for display; a number is preceded by what it counts."""
+    """Returns the name of a node for display, such as ``channel 3`` for a node named by a number."""
     if node.kind != "group" or not node.label.isdecimal():
         return node.label
     return f"{NUMBERED.get(node.layer, 'channel')} {node.label}"
 
 
 def region_name(node: FlowNode) -> str:
-    """Returns the name of a region of the input for the photograph, where a number is sufficient."""
+    """Returns the name of a region of the input for display in the photograph, where a number is sufficient."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 

@@ -1,4 +1,4 @@
-"""Flow graphs as HTML pages: a single file with SVG and a small script, which requires neither network nor packages."""
+"""Flow graphs as HTML pages: a single file with SVG and a small script, without network access or packages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sankey(
     maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
 ) -> str:
-    """Returns a self-contained HTML page for light and dark backgrounds.
+    """Returns a flow graph as a self-contained HTML page for light and dark backgrounds.
 
     Hovering over a node or a ribbon shows its numbers. Clicking on a node, or pressing Enter, conditions on this node:
     every node whose joint relevance with it is known, from the graph or from ``pairs``, then shows its relevance given
@@ -59,8 +59,8 @@ def sankey(
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
         pairs: Joint relevance of nodes in non-adjacent layers, from
             :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
-        walks: Walks over the groups of all layers, as in :func:`~nrm_plugin.plots.flow_caption.flow_caption`: they are
-            listed, and drawn while the pointer or the focus is on them.
+        walks: Walks over the groups of all layers, as in :func:`~nrm_plugin.plots.flow_caption.flow_caption`. They are
+            listed, and each is drawn while the pointer or the focus is on its entry.
         maps_at: As in :func:`~nrm_plugin.plots.flow_figure`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
 
@@ -271,7 +271,7 @@ def _rounded(value: float) -> float:
 
 
 def _table(graph: FlowGraph) -> str:
-    """Returns all nodes and the largest edges as tables, for screen readers and for copying."""
+    """Returns HTML tables of all nodes and the largest edges, for screen readers and for copying."""
     nodes = [(node.layer, node_name(node), percent(node.mass)) for node in graph.nodes if np.isfinite(node.mass)]
     edges = sorted(graph.edges, key=lambda edge: -abs(edge.mass))[:200]
     rows = [

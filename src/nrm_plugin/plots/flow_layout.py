@@ -43,11 +43,11 @@ def flow_scene(
         graph: The graph.
         heading: The title.
         caption: The sentences below the title.
-        key: The legend below the flow; a note about ribbons that are not drawn is appended.
+        key: The legend below the flow, to which a note about ribbons that are not drawn is appended.
         width: Width in inches; by default 7.2, or more for more than four layers.
         thumbnails: The keys of the nodes with a thumbnail.
-        ratio: Ratio of the height of a thumbnail to its width.
-        photo_ratio: The same ratio for the photograph next to the caption, or None without a photograph.
+        ratio: Ratio of height to width of a thumbnail.
+        photo_ratio: Ratio of height to width of the photograph next to the caption, or None without a photograph.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -131,7 +131,7 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
 
 
 def layer_note(layer: FlowLayer) -> str:
-    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
+    """Describes the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
     if not layer.groups:
         return "no relevance crosses it"
     shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
@@ -145,19 +145,19 @@ def layer_note(layer: FlowLayer) -> str:
 
 @dataclass(frozen=True)
 class Stack:
-    """The ribbons at one side of a node: their positive and their negative relevance."""
+    """The total positive and negative relevance of the ribbons on one side of a node."""
 
     positive: float
     negative: float
 
     @property
     def total(self) -> float:
-        """The absolute relevance."""
+        """The total absolute relevance."""
         return self.positive + self.negative
 
 
 def _stacks(graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]]) -> list[list[tuple[Stack, Stack]]]:
-    """Returns the stacks of ribbons at the left and the right side of each node."""
+    """Returns the stacks of ribbons on the left and the right side of each node."""
     joints = [joint.T for joint in graph.joints[::-1]]
     result = []
     for number, column in enumerate(columns):
@@ -211,7 +211,7 @@ def _placed(
     sizes: Sizes,
     thumbnails: Mapping[str, object],
 ) -> list[DrawnNode]:
-    """Returns the nodes of a column, distributed over the height of the flow."""
+    """Returns the nodes of a column with their positions, distributed over the height of the flow."""
     own = [
         max(unit * max(left.total, right.total), least) for (left, right), least in zip(stacks, heights, strict=True)
     ]
@@ -280,7 +280,7 @@ def _labels(
 
 
 def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
-    """Breaks a name into at most so many lines that fit a width; the last one is shortened."""
+    """Breaks a name into at most ``count`` lines that fit a width; the last line is shortened if necessary."""
     lines = wrapped_lines(name, room, size) if count > 1 else [name]
     return [*lines[: count - 1], *([cut(" ".join(lines[count - 1 :]), room, size)] if len(lines) >= count else [])]
 
@@ -295,7 +295,7 @@ def _one_line(node: FlowNode) -> str:
 def _bands(
     graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
 ) -> tuple[list[Band], float]:
-    """Returns the ribbons, positive above negative ones at each node, and the relevance that is not drawn."""
+    """Returns the ribbons, with positive above negative ones at each node, and the relevance that is not drawn."""
     places = {node.node.key: node for node in nodes}
     bands: list[Band] = []
     omitted = 0.0

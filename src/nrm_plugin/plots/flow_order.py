@@ -1,4 +1,4 @@
-"""Ordering of the nodes in the columns of a flow such that few ribbons cross."""
+"""Ordering of the nodes in the columns of a flow, to reduce crossings of ribbons."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[in
 
 
 def _improved(widths: Sequence[Array], start: Sequence[Order], free: Sequence[int]) -> list[Order]:
-    """Returns the best orders of all sweeps from some orders, with swaps of neighbours."""
+    """Returns the orders with the fewest crossings among all sweeps from given orders, with swaps of neighbours."""
     orders = [order.copy() for order in start]
     best, least = [order.copy() for order in orders], total_crossings(widths, orders)
     for sweep in range(SWEEPS):
@@ -68,7 +68,7 @@ def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
 
 
 def crossings(widths: Array) -> float:
-    """Returns the crossings of two columns in the given order; positive ribbons lie above negative ones."""
+    """Returns the crossings between two columns in the given order, with positive ribbons above negative ones."""
     places = np.zeros((2 * widths.shape[0], 2 * widths.shape[1]))
     places[::2, ::2], places[1::2, 1::2] = widths.clip(min=0), -widths.clip(max=0)
     below = np.zeros_like(places)  # ribbons that start below and end above
@@ -79,7 +79,7 @@ def crossings(widths: Array) -> float:
 def _by_barycentre(
     widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
 ) -> Order:
-    """Returns the order of a column by the mean position of the neighbours in the adjacent, already sorted column."""
+    """Sorts a column by the mean position of the nodes in the previous column to which its ribbons lead."""
     places, total = np.zeros(len(orders[column])), np.zeros(len(orders[column]))
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
     for pair, side in sides[:1] if 0 <= sides[0][0] < len(widths) else sides[1:]:
@@ -96,7 +96,7 @@ def _by_barycentre(
 
 
 def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> None:
-    """Swaps neighbours in the columns while the number of crossings falls."""
+    """Swaps neighbours in the columns as long as this reduces crossings."""
     for column, order in [*enumerate(orders)] * ROUNDS:
         for _ in range(free[column]):
             gains = [_gain(widths, orders, column, place) for place in range(min(free[column], len(order)) - 1)]
@@ -107,7 +107,7 @@ def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> 
 
 
 def _gain(widths: Sequence[Array], orders: Sequence[Order], column: int, place: int) -> float:
-    """Returns the crossings that disappear if the nodes at a position and the next one are swapped."""
+    """Returns by how much crossings are reduced if the nodes at a position and the next one are swapped."""
     first, second = orders[column][place : place + 2]
     gain = 0.0
     for pair, side in ((column - 1, 1), (column, 0)):

@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text: position of its anchor on the middle of the line, size, and role."""
+    """A line of text, with the position of its vertically centred anchor, its size, and its role."""
 
     x: float
     y: float
@@ -51,11 +51,11 @@ class DrawnNode:
 
     Attributes:
         node: The node.
-        column: Number of its column, from the left.
+        column: Index of its column, from the left.
         box: The rectangle of all its parts.
         thumbnail: The position of its thumbnail, or None without a thumbnail.
-        bars: Stacks of ribbons at its sides, each with a tone: ``positive``, ``negative``, ``rest``, ``sink`` or
-            ``bypass``.
+        bars: Rectangles at its sides, to which ribbons attach, each with a tone: ``positive``, ``negative``, ``rest``,
+            ``sink`` or ``bypass``.
         labels: Its lines of text.
     """
 
@@ -74,7 +74,7 @@ class Band:
     Attributes:
         lower, upper: Keys of both nodes; the lower one is on the left.
         value: Joint relevance.
-        start, end: Ends of its centre line.
+        start, end: End points of its centre line.
         width: Its width.
         tone: As in :class:`DrawnNode`.
         strength: Its opacity.
@@ -120,7 +120,7 @@ class Sizes:
     Attributes:
         width: Width of the drawing.
         letters: Font size of the names of nodes.
-        ratio: Ratio of the height of a thumbnail to its width; 0 without thumbnails.
+        ratio: Ratio of height to width of a thumbnail; 0 without thumbnails.
         sides: Width of the thumbnails of each column.
         lines: Number of lines of text of the nodes of each column.
     """

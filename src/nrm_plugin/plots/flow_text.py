@@ -8,7 +8,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 HINTED = 1.06
-"""Factor by which small letters, which are aligned to pixels, are wider than their outlines."""
+"""Factor by which small letters are wider than their outlines, since they are aligned to pixels."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -21,7 +21,7 @@ def text_width(text: str, size: float, is_bold: bool = False) -> float:
 
 
 def cut(text: str, room: float, size: float, is_bold: bool = False) -> str:
-    """Shortens a text in the middle so that it fits a width."""
+    """Shortens a text in its middle so that it fits a width."""
     if text_width(text, size, is_bold) <= room:
         return text
     for kept in range(len(text) - 1, 1, -1):

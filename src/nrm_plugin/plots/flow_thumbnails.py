@@ -30,19 +30,19 @@ SHARP = 40
 INSIDE = 0.97
 """Share of the absolute relevance that the crop of the thumbnails contains along each axis."""
 OUTSIDE = 0.4
-"""Strength of the photograph outside the region of a node of the input."""
+"""Opacity of the photograph outside the region of a node of the input."""
 LEAST = 0.35
 """Smallest side of the crop, as a fraction of the side of the image."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """The explained image, together with the part of the image file that the model did not see.
+    """The explained image, together with the complete image of the file from which it was cropped.
 
     Attributes:
         image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
-        whole: The image of the file, ``(3, H, W)`` in [0, 1], or None if the model saw all of it.
-        seen: The part of the file that the model saw: left, top, right and bottom as fractions.
+        whole: The image of the file, ``(3, H, W)`` in [0, 1], or None if the model receives all of it.
+        seen: The part of the file that the model receives: left, top, right and bottom as fractions.
         regions: Boolean masks of the groups of the input, ``(H, W)``, by the keys of their nodes; drawn as outlines.
     """
 
@@ -84,7 +84,7 @@ class NodeThumbnails:
 
     @property
     def ratio(self) -> float:
-        """Ratio of the height of a thumbnail to its width."""
+        """Ratio of height to width of a thumbnail."""
         top, left, bottom, right = self.box
         return (bottom - top) / max(right - left, 1)
 
@@ -132,7 +132,7 @@ def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> P
 
 
 def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixels:
-    """Returns the photograph of the file, ``(H, W, 3)``, in which the part that the model did not see is dimmed.
+    """Returns the photograph of the file, ``(H, W, 3)``, dimmed outside the part that the model receives.
 
     A thin line marks the part shown by the thumbnails of the nodes, if it is smaller.
     """
@@ -225,7 +225,7 @@ def crop(weights: Array) -> Box:
 
 
 def _span(weights: Array) -> tuple[int, int]:
-    """Returns the range that contains the inner share of the weights, with a margin."""
+    """Returns the range that contains the share ``INSIDE`` of the weights, between equal tails, plus a margin."""
     shares = np.cumsum(weights) / weights.sum()
     outside = (1 - INSIDE) / 2
     start, end = int(np.searchsorted(shares, outside)), int(np.searchsorted(shares, 1 - outside)) + 1
@@ -244,7 +244,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _blurred(values: Array, radius: float) -> Array:
-    # Pillow blurs only bytes, which would lose small values, and a separable kernel is just as short.
+    # Pillow blurs only bytes, which would lose small values; a separable kernel takes no more code.
     reach = max(1, math.ceil(2.5 * radius))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(radius, 1e-6)) ** 2)
     kernel /= kernel.sum()
@@ -255,7 +255,7 @@ def _blurred(values: Array, radius: float) -> Array:
 
 
 def _border(mask: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
-    """Returns the pixels of a region that are near to its border or to the border of the image."""
+    """Returns the pixels of a region that are close to its border or to the border of the image."""
     inner = np.pad(mask, thickness)
     for axis in (0, 1):
         inner = np.logical_and.reduce([np.roll(inner, step, axis) for step in range(-thickness, thickness + 1)])
@@ -268,7 +268,7 @@ def _edge(mask: Array, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _nearest(mask: Array, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Returns a mask at another size."""
+    """Returns a mask resized to a shape, by nearest neighbours."""
     drawn = Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     result: NDArray[np.bool_] = np.asarray(drawn) > 127
     return result

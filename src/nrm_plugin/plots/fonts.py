@@ -1,4 +1,4 @@
-"""Lookup of installed fonts for letters that are missing in the standard font of a figure."""
+"""Lookup of installed fonts for characters that are missing in the standard font of a figure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 PLACEHOLDERS = "Last Resort"
-"""A matplotlib font that has a box for every letter."""
+"""A matplotlib font that has a placeholder box for every character."""
 
 
 def use_installed_fonts(figure: Figure) -> str:
-    """Adds fonts to the texts of a figure, so that as few letters as possible become boxes.
+    """Adds installed fonts to the texts of a figure, so that as few characters as possible are shown as boxes.
 
     Returns:
-        The letters that are in no installed font.
+        The characters that no installed font contains.
     """
     missing = ""
     for text in figure.findobj(Text):
@@ -34,14 +34,14 @@ def use_installed_fonts(figure: Figure) -> str:
 
 @functools.cache
 def font_with(letter: str) -> str:
-    """Returns the family of an installed font that has a letter; empty if there is none."""
+    """Returns the family of an installed font that contains a character; empty if there is none."""
     families: Iterable[tuple[str, str]] = ((font.name, font.fname) for font in fontManager.ttflist)
     return next((name for name, path in families if PLACEHOLDERS not in name and ord(letter) in letters_of(path)), "")
 
 
 @functools.cache
 def letters_of(path: str) -> frozenset[int]:
-    """Returns the code points of a font; empty if matplotlib cannot draw the font, such as one of coloured bitmaps."""
+    """Returns the code points of a font; empty if matplotlib cannot draw it, as for coloured bitmap fonts."""
     try:
         font = FT2Font(path)
         font.set_size(10, 72)

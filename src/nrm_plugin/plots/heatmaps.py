@@ -33,13 +33,13 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Budget:
-    """Mass, sink and bypass at every layer for one sample.
+    """Mass, sink and bypass of every layer, for one sample.
 
     Attributes:
         title: Name of the sample.
-        mass: Mass that crosses each layer.
-        sink: Mass that is absorbed above each layer.
-        bypass: Mass that bypasses each layer; mass, sink and bypass sum to 1.
+        mass: Mass of the walks that cross each layer.
+        sink: Mass of the walks that are absorbed above each layer.
+        bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
         reference: Additional sums to mark at each layer, such as those of plain Zennit.
         image: Image ``(C, H, W)`` to draw next to the title.
     """
@@ -53,13 +53,13 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
-    """Writes a figure on a background colour, and returns the path.
+    """Saves a figure with a background colour, and returns the path.
 
     Args:
         figure: The figure.
         path: The file.
-        paper: The background.
-        kind: Format, such as ``"png"``; by default the suffix of the file.
+        paper: The background colour.
+        kind: File format, such as ``"png"``; by default, the suffix of the file.
         dpi: Dots per inch.
 
     Raises:
@@ -116,7 +116,7 @@ def image_and_heat_map(
         heading: Title of the figure.
         limit: Absolute value of the darkest colours; by default the largest absolute value.
         cells: As in :func:`heat_map`.
-        shown: Image to show on the left instead of the one beneath the heat map.
+        shown: Image to show on the left; by default ``image``, which is also shown beneath the heat map.
     """
     values = _summed(values, cells)
     figure = _figure(7.2, 3.6 + 0.3 * bool(heading))
@@ -160,7 +160,7 @@ def heat_maps(
 
 
 def flow(columns: Sequence[Column], ribbons: Sequence[Ribbon], heading: str = "") -> Figure:
-    """Draws joint relevance of the nodes of two or more layers as ribbons between bars.
+    """Draws the joint relevance of nodes in two or more layers as ribbons between bars.
 
     Args:
         columns: The layers, from left to right.
@@ -182,7 +182,7 @@ def joint(
     titles: Sequence[str],
     heading: str = "",
 ) -> Figure:
-    """Draws an image and its heat map, the flow between channels, and joint heat maps.
+    """Draws an image and its heat map, a flow between channels, and joint heat maps.
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1].
@@ -241,7 +241,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
 
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
-    """Draws an image ``(C, H, W)`` with values in [0, 1]: one channel as dark on light, three channels as colours."""
+    """Draws an image ``(C, H, W)`` with values in [0, 1]: one channel in dark on light, three channels in colour."""
     pixels = _array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
@@ -325,7 +325,7 @@ def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: st
         draw_image(inset, budget.image)
 
 
-# -- inside ---------------------------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -342,7 +342,7 @@ def _title(axes: Axes, text: str, size: float = 10) -> None:
 
 
 def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
-    """Sums a heat map ``(H, W)`` over at most ``cells`` cells along each side, which preserves the total.
+    """Sums a heat map ``(H, W)`` over a grid of at most ``cells`` cells along each side, which preserves the total.
 
     Args:
         values: The heat map.
@@ -371,7 +371,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Returns whether a value exceeds the given limit, beyond which all colours are the same."""
+    """Returns whether a value exceeds the given limit, above which the colour no longer changes."""
     return limit is not None and _bound([_array(values) for values in maps]) > limit
 
 
@@ -404,7 +404,7 @@ def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: b
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=extend, extendfrac=0.03)
     bar.outline.set_visible(False)  # type: ignore[operator, unused-ignore]
     bar.ax.tick_params(length=0, labelsize=8.5, colors=INK)
-    # Values are rounded first, since the tick at zero may be 1e-19.
+    # Values are rounded, since the tick at zero may be 1e-19.
     digits = 3 - math.floor(math.log10(100 * limit))
     bar.locator = MaxNLocator(nbins=5, steps=[1, 2, 5, 10])
     bar.formatter = FuncFormatter(lambda value, _: _points(round(100 * value, digits)))

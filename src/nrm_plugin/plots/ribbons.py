@@ -1,4 +1,4 @@
-"""Flow plots on matplotlib axes: joint relevance of layers as ribbons between bars."""
+"""Flow plots on matplotlib axes: joint relevance of nodes in several layers as ribbons between bars."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Palette:
     off: str = "#e69f00"
 
     def of(self, value: float) -> str:
-        """Returns the colour of a relevance."""
+        """Returns the colour of a relevance value, by its sign."""
         return self.positive if value >= 0 else self.negative
 
 
@@ -49,13 +49,13 @@ DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c",
 ROW, GAP = 0.085, 0.025
 """Height of the label of a node, and distance between two nodes, as fractions of the plot."""
 VISIBLE = 0.012
-"""Smallest width of ribbons whose widths can be distinguished, as a fraction of the plot."""
+"""Smallest width of ribbons at which widths can be distinguished, as a fraction of the plot."""
 BAR = 0.022
 """Half the width of a bar, as a fraction of the distance between two columns."""
 
 
 ROUNDING = 1e-13
-"""Percentage that is smaller than the rounding of a sum of float64 numbers."""
+"""Percentage below the rounding error of a sum of float64 numbers."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Ribbon:
     Attributes:
         nodes: Position of the node in each column.
         value: Joint relevance, drawn as the width of the ribbon.
-        mark: A short name, for an opaque ribbon; empty for a pale ribbon.
-        start: Number of the first column of the ribbon.
+        mark: A short name to write on an opaque ribbon; empty for a pale ribbon.
+        start: Index of the first column of the ribbon.
         kind: Kind of the ribbon, as for the nodes of :class:`Column`.
         strength: Opacity of a ribbon without a mark.
     """
@@ -113,7 +113,7 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """Returns the factor for the height of labels at which the longest column fits; figures grow by its inverse."""
+    """Returns the factor on the height of labels with which the longest column fits; figures grow by its inverse."""
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
 
@@ -155,7 +155,7 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the height of each node of a column: that of its bar, or of its ribbons if signs cancel in the bar."""
+    """Returns the height of each node of a column: that of its bar or, if signs cancel in it, that of its ribbons."""
     return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
 
@@ -188,7 +188,7 @@ def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]
 
 
 def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
-    """Returns a round factor that widens the ribbons within the space of their nodes if all are very thin, else 1."""
+    """Returns a round factor that widens very thin ribbons within the space of their nodes; 1 for wider ribbons."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
         return 1
@@ -203,7 +203,7 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """Returns the heights at which ribbons cross their columns, stacked at a node in the order of the other ends."""
+    """Returns the heights at which ribbons cross their columns; a node stacks them in the order of their other ends."""
     lanes = [[0.0] * len(one.nodes) for one in ribbons]
     starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):
@@ -304,7 +304,7 @@ def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> Non
 def _draw_key(
     axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon], factor: int, palette: Palette, scale: float
 ) -> None:
-    """Draws a legend of heights and, if both signs are visible, of colours."""
+    """Draws a legend for heights and, if both signs are visible, for colours."""
     values = [*(value for column in columns for value in column.marginals), *(one.value for one in ribbons)]
     both = min(max(values, default=0), -min(values, default=0)) > 0.02 * max(map(abs, values), default=0)
     text = f"height: relevance{f', ribbons widened {factor} times' if factor > 1 else ''}"

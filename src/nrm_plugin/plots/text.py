@@ -1,4 +1,4 @@
-"""Text with tokens coloured by their relevance: a figure, and an HTML fragment without scripts.
+"""Text with tokens coloured by their relevance, as a figure or as an HTML fragment without scripts.
 
 Red is positive and blue negative, in shades that colour-blind readers can distinguish; zero is the colour of the
 background. Relevance is given in percent of the total of the sample.
@@ -142,14 +142,14 @@ def words_html(
     heading: str = "",
     whole: str = "of all relevance",
 ) -> str:
-    """Returns words that are ready to be shown as an HTML fragment; see :func:`text_html`.
+    """Returns coloured words as an HTML fragment; see :func:`text_html`.
 
     Args:
         maps: The words of each map, with their values.
         titles: One title per map.
         bound: Absolute relevance of the strongest colours.
-        is_cut: Whether a value exceeds it.
-        heading: A heading.
+        is_cut: Whether a value exceeds ``bound``.
+        heading: Heading of the fragment.
         whole: Description of the total to which shares refer.
     """
     parts = [f"<style>{_style()}</style>", '<div class="nrm-text">']
@@ -214,7 +214,7 @@ def _cells(text: str) -> int:
 
 
 def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]]:
-    """Splits words into lines, with the first column of each word; a word longer than a line is broken."""
+    """Splits words into lines, each word with its first column; a word longer than a line is broken."""
     lines: list[list[tuple[float, Word]]] = [[]]
     at = 0.0
     for word in words:
@@ -241,7 +241,7 @@ def _broken(word: Word, columns: int) -> list[Word]:
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """Returns the background colour of a token for a value between -1 and 1; the colour of the paper at zero."""
+    """Returns the background colour of a token for a value between -1 and 1, where 0 is the colour of the page."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)

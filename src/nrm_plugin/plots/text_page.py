@@ -1,4 +1,4 @@
-"""Explanations of texts as an HTML page without scripts."""
+"""HTML pages that show explanations of texts, without scripts."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
 
 
 def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
-    """Raises :class:`UnsupportedOperationError` for a vertex that is neither a step nor a known route.
+    """Raises :class:`UnsupportedOperationError` if a vertex is neither a step nor a known route.
 
     Such a vertex would silently lead to wrong numbers.
     """

@@ -51,12 +51,12 @@ _VIEWS = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """A node on top of an autograd graph, with the node attributes that the graph of a recording reads.
+    """A node on top of an autograd graph, with the attributes of autograd nodes that a :class:`Graph` reads.
 
     Attributes:
         step: The step.
         next_functions: The node that the step reads, and the index of its output.
-        shape, dtype, device: Those of the explained number.
+        shape, dtype, device: Those of the explained contrast.
     """
 
     step: Step
@@ -70,7 +70,7 @@ class Top:
         return [self]
 
     def name(self) -> str:
-        """The name of the operation."""
+        """Returns the name of the operation."""
         return NAME
 
 
@@ -117,7 +117,7 @@ class ContrastStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
-        read: Function that reads the kernel.
+        read: Function that returns the kernel.
         keeps_rows: Whether the samples are the rows of all tensors.
     """
 
@@ -139,7 +139,7 @@ class ContrastStep(Step):
 
 
 def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Returns the node of a contrast.
+    """Returns the node of a contrast, to be placed on top of the graph.
 
     Args:
         graph: The graph of a recording.
@@ -148,7 +148,7 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
         vector: The weights ``s``, in the form ``(N, …)``.
 
     Raises:
-        UnsupportedRuleError: If the rule of the layer is not written with Zennit's modifiers.
+        UnsupportedRuleError: If the rule of the layer is not defined by Zennit's modifiers.
         FoldingError: If no dimension of a tensor holds the samples.
     """
     layout = samples.layout(graph.output)
@@ -168,7 +168,7 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
 
 
 def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: bool) -> ContrastStep:
-    r"""Returns the step with the shares :math:`s_k f_k / g`."""
+    r"""Returns the step that distributes relevance by the shares :math:`s_k f_k / g`."""
 
     def read() -> Kernel:
         form = layout.shape(parts.shape)
@@ -196,7 +196,7 @@ class _Layer:
 
 
 def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
-    """Returns the layer with weights that computes the outputs, or None if another operation does."""
+    """Returns the layer with weights that computes the outputs, or None if a different operation computes them."""
     buffer = graph.output
     while True:
         vertex = graph.vertices[buffer.vertex]
@@ -230,7 +230,7 @@ def _is_weighted(step: LayerStep) -> bool:
 
 
 def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep:
-    """Returns the step with the rule of the layer on the weighted sum of its rows."""
+    """Returns the step that applies the rule of the layer to the weighted sum of the rows of its weight."""
     step, call = layer.step, layer.step.layer_call
     if not is_by_modifiers(call.rule) and type(call.rule) is not PlainGradient:
         raise UnsupportedRuleError(
@@ -274,7 +274,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
     Args:
         call: The recorded call of the layer.
         weights: The weights ``s``, in the layout of the output of the layer.
-        number: The explained number.
+        number: The explained contrast, ``g``.
         layout: The layout of its input.
         output_layout: The layout of its output.
     """
@@ -306,7 +306,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
 
 def _connected(mask: Tensor) -> Tensor:
-    """Returns the indices of the marked entries of each row, padded with the number of columns."""
+    """Returns the indices of the true entries of each row, padded with the number of columns."""
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return torch.where(mask.gather(1, order), order, mask.shape[1])
 

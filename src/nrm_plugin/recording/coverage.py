@@ -1,4 +1,4 @@
-"""Coverage: the rule or kernel of every step of a model, listed before any relevance is computed."""
+"""Coverage: a list of the rule or kernel of every step of a model, without computing relevance."""
 
 from __future__ import annotations
 

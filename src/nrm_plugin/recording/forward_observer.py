@@ -1,4 +1,4 @@
-"""Observation of one forward pass: the tensors that modules read and return, and where relevance starts and ends."""
+"""Observation of one forward pass: inputs and outputs of modules, and the tensors at which walks start and end."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
 
 
 class Observer:
-    """Hooks that enclose the hooks of the composite, and the tensors that they collect.
+    """Installs hooks around those of the composite, and collects the tensors of one forward pass.
 
     Args:
         indices: Integer inputs; relevance ends at the embedding rows that they select.
-        wanted: The tap inside the model at which the measure is to start, or None for the output of the model.
-        watcher: Is notified of steps and modules if memory is limited.
+        wanted: The tap inside the model at which the measure starts, or None for the output of the model.
+        watcher: The object that is notified of steps and modules if memory is limited, or None.
 
     Attributes:
-        modules: Name of each module, once the observer watches a model.
+        modules: Name of each module, after :meth:`watch`.
         containers: Names of modules that have children and to which the composite nevertheless assigns a rule.
         observed: Every labelled tensor that depends on the inputs.
         leaves: The tensors at which relevance ends.
@@ -59,7 +59,7 @@ class Observer:
         self._started: Tensor | None = None
 
     def watch(self, model: nn.Module, stack: ExitStack) -> None:
-        """Installs hooks: for inputs before a step detaches its input, for outputs after the step links its output.
+        """Installs hooks that see inputs before a step detaches them, and outputs after the step has linked them.
 
         Args:
             model: The model, with the modules that canonizers added.
@@ -77,7 +77,7 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf with the values of an input, and returns the tensor that replaces the input in the call."""
+        """Creates a leaf with the values of an input, and returns the tensor that is passed to the model instead."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
@@ -115,7 +115,7 @@ class Observer:
         return self._started
 
     def _end_within(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor with the same values at which walks end, while the model runs."""
+        """Returns a tensor with the same values, at which walks end, while the model runs."""
         with torch._C.DisableTorchFunction(), torch.enable_grad(), not_recorded():
             return self._end(tensor)
 
@@ -126,7 +126,7 @@ class Observer:
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step, output: Tensor) -> None:
-        """Numbers the step of a module; the step of a function already has a number."""
+        """Assigns a call index to the step of a module; the step of a function already has one."""
         if module is not None:
             step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
         if self._watcher is not None:
@@ -139,11 +139,11 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that there are untracked values, which may depend on several samples."""
+        """Records that some values are not tracked by autograd, and may depend on several samples."""
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:
-        """Stores where the model converted integer inputs to numbers that are not tensors."""
+        """Stores where the model converted integer inputs to Python or NumPy numbers."""
         self.read = self.read or where
 
     @without_torch_function

@@ -1,4 +1,4 @@
-"""The graph of a recording: vertices are autograd nodes, buffers their outputs, and edges the tensors that they read.
+"""The graph of a recording: vertices are autograd nodes, buffers are their outputs, and edges their inputs.
 
 A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route, which
 autograd computes itself. Vertices are numbered in the order in which a walk crosses them, output first.
@@ -29,7 +29,7 @@ _IN_ANY_FORMAT = frozenset(
     Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
     """.split()
 )
-"""Routes by which autograd passes relevance in float32, regardless of the format of the tensors."""
+"""Routes along which autograd passes relevance in float32, regardless of the format of the tensors."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -63,7 +63,7 @@ class Vertex:
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input, or None for a constant.
-        is_short: Whether the vertex is a route from or to a tensor in a format shorter than float32.
+        is_short: Whether the vertex is a route that reads or returns a tensor in a format shorter than float32.
         leaf: The leaf tensor if the graph ends at the vertex, and None otherwise.
     """
 
@@ -99,7 +99,7 @@ class Vertex:
         return self.step is None and self.index is None
 
     def route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
-        """Propagates a single relevance vector ``(*shape)`` along a route, as :meth:`pull`."""
+        """Propagates a single relevance vector ``(*shape)`` along a route; otherwise like :meth:`pull`."""
         return self._converted(self._route(relevance))
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
@@ -115,7 +115,7 @@ class Vertex:
         with torch.inference_mode(False), torch.enable_grad():
             seeds = self._seeds()
             parts = self._route(list(seeds))
-            # Called directly, a node does not sum over the dimensions in which an input was broadcast.
+            # When called directly, a node does not sum over the dimensions in which an input was broadcast.
             pairs = [
                 (part.sum_to_size(value.shape[1:]), value.to(part.dtype))
                 for part, value in zip(parts, values, strict=True)
@@ -130,7 +130,7 @@ class Vertex:
         return _columns(rows)
 
     def forget(self) -> None:
-        """Drops all computed tensors of a route, which are then computed again when needed."""
+        """Drops the cached tensors of a route, which are recomputed when needed."""
         self._constant_share = None
         self.__dict__.pop("index", None)
 
@@ -176,7 +176,7 @@ class Vertex:
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self) -> tuple[Tensor, ...] | None:
-        """Returns, for each output, 1 at the entries that are constants and 0 elsewhere, or None without constants."""
+        """Returns an indicator of the constant entries of each output, or None if there are no constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -203,11 +203,11 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Marks:
-    """Bit sets of marked places.
+    """The marked places below vertices and edges, as bit sets.
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including the marks of the edge itself and its buffer.
+        below_edge: The marks below each edge of each vertex, including those of the edge itself and of its buffer.
     """
 
     below_vertex: list[int]
@@ -262,7 +262,7 @@ class Graph:
         return device
 
     def marks_below(self, marks: Mapping[Place, int]) -> Marks:
-        """Returns the marked places that a walk can still cross, as bit sets.
+        """Returns the marked places that a walk can cross below each vertex and edge, as bit sets.
 
         Args:
             marks: The bits of each marked place.
@@ -281,22 +281,19 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Returns whether the result of a route depends on its argument.
-
-    If the argument is overwritten, the result does not depend on it, and it receives zero relevance.
-    """
+    """Returns whether the result of a route depends on the relevance, as it does unless the input was overwritten."""
     return part is not None and part.requires_grad
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """Stacks the relevance vectors of each edge, given the relevance of all edges for each vector."""
+    """Stacks the relevance vectors of each edge, given one row of edges for each vector."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 _Edges = dict[Any, list[tuple[Any, int]]]
-"""The nodes that each node reads, each with the index of the output; writes to whole tensors are not vertices."""
+"""For each node, the nodes that it reads, with the index of the output; writes to whole tensors are not vertices."""
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:

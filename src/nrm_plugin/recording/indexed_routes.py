@@ -1,6 +1,6 @@
 """0/1 routes in formats shorter than float32, represented by indices.
 
-autograd would round relevance to the format of the tensors, or reject relevance in float32. Instead, the route is
+Autograd would round relevance to the format of the tensors, or reject relevance in float32. Instead, a route is
 represented by the index of the entry from which each entry was copied, which is exact in any format.
 """
 

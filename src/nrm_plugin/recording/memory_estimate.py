@@ -60,7 +60,7 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time of each operation in seconds, and the time of a measure in units of a matrix product and of a sum of tensors."""
+"""Time of each operation in seconds, and time of a measure in units of a matrix product and of a sum of tensors."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _seconds(device: torch.device, flops: int, log: _Log, sizes: Counter[str]) -> float:
-    """Returns the estimated time of a measure, based on the time of a product and a sum on the device."""
+    """Returns the estimated time of a measure, from the measured times of a product and a sum on the device."""
     if device.type == "meta":
         return float("nan")
     a = torch.ones(384, 384, device=device)

@@ -1,4 +1,4 @@
-"""Copies of module outputs, made while a model runs; this includes the forward pass that a measure records."""
+"""Copies of the outputs of modules, made while a model runs, also during the forward pass of a measure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .taps import Nested, module_names
 
 @contextmanager
 def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Copies the outputs of modules inside this context: one entry per call, with detached tensors.
+    """Context in which the outputs of modules are copied, with one entry per call and detached tensors.
 
     Args:
         model: The network; the hooks are removed at the end.

@@ -1,12 +1,12 @@
-"""A recording within a memory limit: its steps lie in parts, of which one at a time holds its tensors.
+"""A recording within a memory limit: its steps are divided into parts, and only one part holds its tensors at a time.
 
-The model runs once for the structure of the recording. If the tensors of the steps exceed the limit, they are dropped.
-When a pass arrives at a step, the model runs again, and the steps of one part keep their tensors: consecutive steps
-within the limit. The outputs of some modules are kept, such as those of the blocks of a transformer; in a later run,
-these modules return them without running, unless they contain steps of the part. The structure, and with it the names
-of taps and the order of all sums, is always that of the first run.
+The first run of the model determines the structure of the recording. If the tensors of the steps exceed the limit, they
+are dropped. When a pass arrives at a step, the model runs again, and only the consecutive steps of one part keep their
+tensors. The outputs of some modules are kept, such as those of the blocks of a transformer; in later runs, these
+modules return them without running, unless they contain steps of the part. The structure, and with it the names of taps
+and the order of all sums, is always that of the first run.
 
-Kernels are dropped when relevance has passed them, and are then built again for further passes.
+Kernels are dropped after relevance has passed through them, and built again for further passes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..kernels.step import Step
 from .units import WORTH, Unit, are_kept, bytes_of, entries, is_container, kept, mapped, size_of, versions
 
 End = Callable[[Tensor], Tensor]
-"""A function that returns a tensor with the same values at which walks end."""
+"""A function that returns a tensor with the same values, at which walks end."""
 
 
 class PartRecorded(BaseException):
-    """Raised inside a run of the model when the wanted part is recorded; no error, so no model should handle it."""
+    """Raised to stop a run of the model once the part is recorded; not an ``Exception``, which a model might catch."""
 
 
 class Watcher(Protocol):
@@ -51,7 +51,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Open:
-    """A module that is running: its call, the number of its first step, and its arguments."""
+    """A module that is running: its call, the index of its first step, and its arguments."""
 
     module: nn.Module
     name: str
@@ -61,18 +61,18 @@ class _Open:
 
 
 class FirstRun:
-    """The first run of the model: drops all tensors once they exceed the limit.
+    """A watcher of the first run of the model, which drops all tensors once they exceed the limit.
 
     Args:
-        limit: Bytes.
-        drop: Called when the limit is exceeded.
-        reference: The first run of a reference, whose tensors count as well, with those of the differences.
+        limit: Memory limit in bytes.
+        drop: Function that is called when the limit is exceeded.
+        reference: The first run of a reference, whose tensors and differences also count, or None.
 
     Attributes:
         steps: The steps, in execution order.
         sizes: Bytes of each step.
         values: A few entries of the output of each step.
-        units: The calls whose outputs are kept, none inside another.
+        units: The calls whose outputs are kept; none is inside another.
         is_over: Whether the limit was exceeded.
     """
 
@@ -113,7 +113,7 @@ class FirstRun:
         if not is_container(module):
             return
         one = self._open.pop()
-        while one.module is not module:  # calls inside that raised, which the model has handled
+        while one.module is not module:  # inner calls that raised an error, which the model has handled
             one = self._open.pop()
         inside = sum(self.sizes[one.first :])
         is_written = any(tensor._version != version for tensor, version in one.args)
@@ -126,17 +126,17 @@ class FirstRun:
             self.units.append(unit)
 
     def apart(self, part: range) -> dict[tuple[str, int], Unit]:
-        """Returns the kept calls without a step of a part."""
+        """Returns the calls whose outputs are kept and that contain no step of a part."""
         return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
 
     def keep(self) -> None:
-        """Lets all steps keep their tensors, if the limit was not exceeded."""
+        """Lets all steps keep their tensors, since the limit was not exceeded."""
         for step in self.steps:
             step.holder = None
 
 
 class _Unfinished:
-    """The holder of steps during the first run, in which kernels are needed only before tensors are dropped."""
+    """The holder of steps during the first run; it recomputes nothing, since dropped tensors are not needed then."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -146,12 +146,12 @@ _UNFINISHED = _Unfinished()
 
 
 class Repeat:
-    """A later run of the model, in which the steps of one part keep their tensors.
+    """A watcher of a later run of the model, in which only the steps of one part keep their tensors.
 
     Args:
         first: The first run.
-        part: The numbers of the steps of the part.
-        units: The calls that do not run, by name and number of the call.
+        part: Indices of the steps of the part.
+        units: The calls that do not run, by name of the module and index of the call.
 
     Attributes:
         steps: The steps of the part in this run.
@@ -198,7 +198,7 @@ class Repeat:
             self._open.append((module, self._units.get((name, call)), end))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the innermost module, or returns the output that was kept of its call."""
+        """Runs the innermost module, or returns the kept output of its call."""
         _, unit, end = self._open[-1]
         if unit is None:
             return forward(*args, **kwargs)
@@ -212,15 +212,15 @@ class Repeat:
 
 
 class Parts:
-    """The parts of a recording, one of which holds its tensors.
+    """The parts of a recording, of which at most one holds its tensors.
 
     Args:
         first: The first run.
-        run: Runs the model again under a watcher, and before at the reference, if there is one, under another.
+        run: Function that runs the model again under a watcher, after the reference, if any, under another watcher.
 
     Attributes:
-        current: The part that holds its tensors, if there is one.
-        forget: Called when the tensors of a part are dropped.
+        current: The part that holds its tensors, or None.
+        forget: Function that is called when the tensors of a part are dropped.
     """
 
     def __init__(self, first: FirstRun, run: Callable[[Repeat, Repeat | None], object]) -> None:
@@ -235,11 +235,11 @@ class Parts:
 
     @functools.cached_property
     def ranges(self) -> list[range]:
-        """Numbers of the steps of each part, in execution order; to be read when the graph has counted all readers."""
+        """Indices of the steps of each part, in execution order; must not be read before the graph is built."""
         return divided(self._first)
 
     def fill(self, step: Step) -> None:
-        """Makes the tensors of a step available, and drops those of the steps of other parts."""
+        """Recomputes the tensors of the part to which a step belongs, and drops those of the other parts."""
         place = bisect.bisect_right([part.start for part in self.ranges], step.number) - 1
         part = self.ranges[place]
         if part == self.current:
@@ -247,14 +247,14 @@ class Parts:
         self.empty()
         run = self._recorded(part)
         if run is None and self._runs_units:
-            self._runs_units = False  # a module does more than to return its output
+            self._runs_units = False  # a module does more than return its output
             run = self._recorded(part)
         if run is None:
             raise StaleMeasureError(_CHANGED.format(name=step.name))
         for number, twin in zip(part, run.steps, strict=True):
             known = self._first.steps[number]
             twin.__dict__.update(name=known.name, call=known.call, uses=known.uses, number=number, holder=self)
-            known.__dict__ = twin.__dict__  # both are one step from now on
+            known.__dict__ = twin.__dict__  # from now on, both are the same step
         self._twins, self.current = run.steps, part
 
     def empty(self) -> None:
@@ -266,7 +266,7 @@ class Parts:
         self.forget()
 
     def _recorded(self, part: range) -> Repeat | None:
-        """Returns the run that recorded a part; None if the model computed something else."""
+        """Runs the model and returns the run that recorded a part, or None if the results differ from the first run."""
         firsts = [one for one in (self._first, self._first.reference) if one is not None]
         apart = [one.apart(part) if self._runs_units else {} for one in firsts]
         common = {key for key in apart[0] if all(key in units for units in apart)}
@@ -307,7 +307,7 @@ def divided(first: FirstRun) -> list[range]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Returns whether two runs of the model agree to the rounding of sums in another order."""
+    """Returns whether results of two runs agree, up to rounding in sums of a different order."""
     scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
     return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
 

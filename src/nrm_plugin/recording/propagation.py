@@ -23,7 +23,7 @@ Vectors = dict[Key, Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of passes: the number of applied kernels and of propagated relevance vectors (several per kernel)."""
+    """The cost of passes: the numbers of applied kernels and of propagated relevance vectors (several per kernel)."""
 
     steps: int = 0
     vectors: int = 0
@@ -57,16 +57,16 @@ class Visitor(Protocol[Key]):
 def pull(
     graph: Graph, start: Iterable[tuple[Buffer, Vectors[Key]]], visitor: Visitor[Key], absolute: bool = False
 ) -> Cost:
-    """Runs one downward pass.
+    """Runs one downward pass, which propagates relevance towards the inputs.
 
     Args:
         graph: The graph of a recording.
         start: The relevance at the start of the pass, for one or several buffers.
-        visitor: Receives every vector and may change it.
+        visitor: The object that receives every vector and may change it.
         absolute: Whether to use the absolute values of the kernels.
 
     Returns:
-        The cost.
+        The cost of the pass.
     """
     waiting: list[dict[int, Vectors[Key]]] = [{} for _ in graph.vertices]
     for buffer, vectors in start:
@@ -105,7 +105,7 @@ def _route(
     visitor: Visitor[Key],
     waiting: list[dict[int, Vectors[Key]]],
 ) -> None:
-    """Propagates a single vector along a route, without the dimension of several vectors."""
+    """Propagates a single vector along a route, without a leading dimension for several vectors."""
     vertex = graph.vertices[index]
     vectors = [arrived[number].get(key) if number in arrived else None for number in range(len(vertex.shapes))]
     if vertex.may_hold_constants:
@@ -142,9 +142,9 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Stacks tensors of one shape; rows of one tensor that follow each other in memory are not copied.
+    """Stacks tensors of the same shape, without a copy if they are consecutive rows of one tensor in memory.
 
-    A trace copies them, since its tensors may lie elsewhere when it is replayed.
+    A traced stack is always a copy, since the tensors may be elsewhere in memory when the trace is replayed.
     """
     first = rows[0]
     if len(rows) == 1:
@@ -176,7 +176,7 @@ def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
 
 
 def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool = False) -> tuple[Tensor | None, Cost]:
-    """Runs one upward pass, from values at the neurons of a tap to sums over the walks that start at a higher tap.
+    """Runs one upward pass, from values at the neurons of a tap to sums over the walks from each neuron above.
 
     Args:
         graph: The graph of a recording.

@@ -49,8 +49,8 @@ class Recording:
         composite: The normalized composite.
         output: The output at which the measure starts, if the model returns several, or a tap inside the model.
         reference: The reference, for a measure of the difference of outputs.
-        max_memory: Bytes above which the tensors of the recording are dropped, and computed again in parts; None for no
-            limit.
+        max_memory: Size in bytes above which the tensors of the recording are dropped, and recomputed in parts; None
+            for no limit.
 
     Attributes:
         parts: The parts of a recording that exceeds ``max_memory``, or None.
@@ -106,7 +106,7 @@ class Recording:
             self.structure = self._restructured()
 
     def _divided(self, first: FirstRun) -> Parts | None:
-        """Returns the parts of the recording; None if the first run has not exceeded the limit."""
+        """Returns the parts of the recording, or None if the first run has not exceeded the limit."""
         if not first.is_over:
             first.keep()
             return None
@@ -119,9 +119,9 @@ class Recording:
             vertex.forget()
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
-        r"""Converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
+        r"""Starts the measure; converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
 
-        The method also locates the samples in each tensor, unless they are known to be its rows, or there is only one.
+        The samples are located in each tensor, unless they are known to be its rows, or there is only one.
 
         Args:
             relevance: The relevance, ``(N, …)``.
@@ -132,7 +132,7 @@ class Recording:
             FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
         """
         start = self._layout.fold(relevance)
-        with exact(start.device):  # kernels built here are those of all queries
+        with exact(start.device):  # all queries use the kernels that are built here
             if self.samples.count > 1 and not self.samples.is_plain:
                 with audit():
                     find_samples(self, start, self._rerun)
@@ -177,7 +177,7 @@ class Recording:
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the difference between the output and that of the reference, without exact zeros, ``(N, …)``."""
+        """Returns the output minus that of the reference, ``(N, …)``, without exact zeros."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
@@ -210,7 +210,7 @@ def _run(
     reference: ReferencePass | None,
     watcher: Watcher | None = None,
 ) -> tuple[Tensor, Observer]:
-    """Runs the model under the hooks of the composite; returns the explained output and what was observed."""
+    """Runs the model under the hooks of the composite; returns the explained output and the observer of the run."""
     inner = output if isinstance(output, Atom) else None
     observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:
@@ -229,7 +229,7 @@ def _run(
             around.enter_context(block)
         with unwatched():
             for _, tensor in named_tensors(model):
-                if tensor.is_leaf:  # by its history, a computed buffer is a constant
+                if tensor.is_leaf:  # a computed buffer has a history, by which it is recognized as a constant
                     tensor.requires_grad_(False)
         with ExitStack() as stack:
             stack.enter_context(composite.context(model))
@@ -261,12 +261,12 @@ class Reference:
     count: int = 1
 
     def cloned(self) -> Reference:
-        """Returns the same reference with its own inputs."""
+        """Returns the same reference with a copy of its inputs."""
         return replace(self, call=self.call.changed(torch.clone, torch.clone))
 
 
 def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
-    """Returns the pass of a reference whose tensors are dropped once they exceed a limit, and its watcher."""
+    """Returns the pass of a reference, whose tensors are dropped once they exceed a limit, and its watcher."""
     first = FirstRun(limit, lambda: followed.drop())
     followed = ReferencePass(is_tangent, lambda: not first.is_over)
     return followed, first
@@ -274,7 +274,7 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Repeated runs of the model of a recording, which test how the model treats samples.
+    """Runs the model of a recording again, to test how it treats samples, or to recompute parts.
 
     Attributes:
         model, call, composite, output, reference, max_memory: As in :class:`Recording`.
@@ -301,7 +301,7 @@ class Rerun:
         return replace(self, calls_hooks=True)
 
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
-        """Runs the model as it ran for the recording, under a watcher, and before at the reference, under another."""
+        """Repeats the forward pass of the recording, and before it that of the reference, each under a watcher."""
         followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:
@@ -357,7 +357,7 @@ class Rerun:
         return preserved(self.model) if self.calls_hooks else _without_hooks(self.model)
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects two."""
+        """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects them."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])
@@ -373,7 +373,7 @@ class Rerun:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context in which the model has no hooks, since the user's hooks expect the values of the user's inputs."""
+    """Context in which the model has no hooks, since the user's hooks expect the user's inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()

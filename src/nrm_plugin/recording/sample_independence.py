@@ -32,13 +32,13 @@ TOLERANCE_OF_RULES = 1e-3
 
 
 ALONE = 16
-"""Largest number of samples on which the model runs alone."""
+"""Largest number of samples that are run alone."""
 SUSPECTS = 4
 """Largest number of samples to test by exchanges, among those whose output differs when run alone."""
 
 
 class Exchange(Enum):
-    """The values that replace the inputs of chosen samples."""
+    """The kind of values that replace the inputs of chosen samples."""
 
     OTHERS = "values of other samples, in another order"
     FAR = "large values, which thresholds notice"
@@ -49,7 +49,7 @@ class Exchange(Enum):
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
-"""Factors of the values of other samples; none of them is 1, so that equal samples are changed as well."""
+"""Factors by which values of other samples are multiplied; none is 1, so that equal samples also change."""
 
 
 class Run(Protocol):
@@ -92,9 +92,9 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
     with torch.inference_mode(False), torch.no_grad():
         if not _is_followed(recording.samples, noise):
-            noise = noise * (start != 0)  # the explained outputs may not depend on the operation without a kernel
+            noise = noise * (start != 0)  # perhaps the explained outputs do not depend on the operation without kernel
             if not _is_followed(recording.samples, noise):
-                return  # a query for anything below raises the same error
+                return  # every query below this operation raises the same error
     _check_rows_of_inputs(recording.samples)
     rerun = _with_needed_hooks(recording, rerun)
     are_known = rules_are_known(recording.graph)
@@ -107,7 +107,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
-    """Finds the samples above all operations without a kernel; returns whether every operation has a kernel."""
+    """Locates the samples above all operations without a kernel; returns whether every operation has a kernel."""
     try:
         samples.find(noise)
     except FoldingError:
@@ -170,10 +170,10 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _check_alone(recording: Run, rerun: Rerun) -> None:
-    """Raises an error if the output of a sample changes without the other samples, as by a threshold over all samples.
+    """Raises an error if the output of a sample changes when it is run alone, as with a threshold over all samples.
 
-    A model may also distinguish samples by their position in the batch: then the outputs do not follow samples that are
-    permuted, and only an exchange shows whether the other samples matter.
+    If a model distinguishes samples by their position in the batch, outputs do not follow a permutation of the samples;
+    then only an exchange shows whether they depend on other samples.
     """
     numbers, suspects = torch.arange(recording.samples.count), 0
     for number in range(0, len(numbers), -(-len(numbers) // ALONE)):
@@ -189,7 +189,7 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
 
 
 def _is_ordered(recording: Run, rerun: Rerun) -> bool:
-    """Returns whether the model is random, or its outputs do not follow a permutation of the samples."""
+    """Returns whether the outputs vary between equal runs, or do not follow a permutation of the samples."""
     count = recording.samples.count
     return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
 

@@ -15,8 +15,8 @@ PURE = 1e-3
 class Layout:
     """The dimension of a tensor that indexes the samples, alone or together with windows, heads or views.
 
-    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place. ``W = 1`` is
-    dropped. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest one, and the
+    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place, unless it is 1.
+    If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these numbers, and the
     form ``(N, …)`` is padded with zeros.
 
     Attributes:
@@ -24,7 +24,8 @@ class Layout:
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
-        slices: Size of the dimension if the form is padded; ``order`` is then ``slices`` at the padding.
+        slices: Size of the dimension if the form is padded; ``order`` equals ``slices`` at the padding.
+        is_assumed: Whether the sample of some slices is unknown, because no relevance arrives there.
     """
 
     dim: int | None
@@ -32,6 +33,7 @@ class Layout:
     parts: int = 1
     order: Tensor | None = None
     slices: int | None = None
+    is_assumed: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -53,7 +55,7 @@ class Layout:
             return dim
         dim %= max(ndim, 1)
         if dim == self.dim and self.parts == 1:
-            return -1  # the sample dimension, not of channels
+            return -1  # the dimension indexes samples, not channels
         return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def inner_of_parts(self, inner: torch.Size) -> torch.Size:
@@ -102,35 +104,59 @@ class Layout:
         return values.index_select(dim, self.order.argsort()[: self.slices].to(values.device))
 
 
-def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None) -> list[Layout]:
+def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: bool = False) -> list[Layout]:
     """Returns the layouts that fit a tensor, given the sample of each entry.
 
     Args:
         labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
         count: Number of samples.
         mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
+        is_last: Whether nothing else is known about the entries, so that samples without known entries are taken to
+            hold the unknown slices of a dimension, or no slices if every slice is known.
 
     Returns:
-        The layouts, those along the dimension with the most known slices first: none if no dimension divides among
-        samples, and several if so few entries are known that more than one layout fits. Samples have different numbers
-        of slices only if no dimension divides equally and the sample of each slice is known.
+        The layouts, starting with the dimension of the most known slices: none if no dimension divides among the
+        samples, and several if so few entries are known that more than one layout fits. Numbers of slices may differ
+        between samples only if no dimension divides equally and the sample of each slice is known.
     """
     found = _fitting(labels, count, None)
     if not found and mass is not None:
         found = _fitting(labels, count, mass)
-    return found or _padded(labels, count)
+    if not found:
+        found = _padded(labels, count)
+    if not found and is_last:
+        found = _assumed(labels, count) or _padded(labels, count, some_lack=True)
+    return found
 
 
-def _padded(labels: Tensor, count: int) -> list[Layout]:
-    """Returns the layout in which samples have different numbers of slices, each of a known sample.
+def _assumed(labels: Tensor, count: int) -> list[Layout]:
+    """Returns a layout in which the unknown slices of a dimension are assigned to the samples that lack slices."""
+    for dim, size in enumerate(labels.shape):
+        known = _samples_of_slices(labels, dim, count, None) if size and size % count == 0 else None
+        if known is None or bool((known >= 0).all()):
+            continue
+        missing = size // count - torch.bincount(known[known >= 0], minlength=count)
+        if bool((missing < 0).any()):
+            continue
+        complete = known.clone()
+        complete[known < 0] = torch.arange(count, device=known.device).repeat_interleave(missing).to(known.dtype)
+        return [Layout(dim, count, size // count, torch.argsort(complete, stable=True), is_assumed=True)]
+    return []
 
-    Several dimensions fit only if all entries belong to one sample; the first one is returned.
+
+def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]:
+    """Returns a layout in which samples have different numbers of slices, if the sample of each slice is known.
+
+    If all known entries belong to one sample, every dimension fits, and the entries of other samples may just be
+    unknown. Hence samples lack slices only if ``some_lack``; the first dimension is returned.
     """
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size else None
         if known is None or bool((known < 0).any()):
             continue
         numbers = torch.bincount(known, minlength=count)
+        if not some_lack and bool((numbers == 0).any()):
+            continue
         parts = int(numbers.max())
         order = torch.full((count, parts), size, device=known.device)
         order[torch.arange(parts, device=known.device) < numbers[:, None]] = torch.argsort(known, stable=True)
@@ -151,7 +177,8 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
         for complete in _completed(known, count):
             order = torch.argsort(complete, stable=True)
             is_sorted = torch.equal(order, torch.arange(size, device=order.device))
-            found.append((share, Layout(dim, count, size // count, None if is_sorted else order)))
+            layout = Layout(dim, count, size // count, None if is_sorted else order, is_assumed=share < 1)
+            found.append((share, layout))
         if share == 1 and not is_sparse:
             break
     return [layout for _, layout in sorted(found, key=lambda pair: -pair[0])]
@@ -172,7 +199,7 @@ def unreached(shape: torch.Size, count: int) -> Layout | None:
     for parts in (1, None):
         for dim, size in enumerate(shape):
             if size == count * (parts or size // count) and size:
-                return Layout(dim, count, size // count)
+                return Layout(dim, count, size // count, is_assumed=True)
     return None
 
 

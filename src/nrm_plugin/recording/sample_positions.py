@@ -1,10 +1,9 @@
 """The positions of the samples of a batch in each tensor of a recording.
 
 The first dimension of a tensor is not always the batch: attention over windows folds the windows into it, and other
-layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the
-output by a different power of two, and the factor by which an entry changes identifies its sample. No other module
-treats the first dimension of a
-tensor as samples.
+layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output
+by a different power of two, and the factor by which an entry changes identifies its sample. No other module assumes
+that the first dimension of a tensor indexes samples.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FoldingError
 from ..model.targets import sample_sums
-from ..model.value_reads import audit, untraced
+from ..model.value_reads import audit, is_traced, note_obstacle, untraced
 from .graph import Graph
 from .places import Buffer, Place, Sink
 from .propagation import Cost, Vectors, Visitor, pull, push
@@ -28,11 +27,11 @@ from .sample_layout import Layout, doubled, layouts_of, unreached
 BITS = 4
 """Number of bits of a sample index that one relevance vector encodes, as factors from 1 to 2¹⁵."""
 RATIO = 1e-3
-"""If a binary logarithm deviates from an integer by more than this, the entry belongs to several samples."""
+"""Deviation of a binary logarithm from an integer above which an entry belongs to several samples."""
 RANGE = 40
 """Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""A tensor mixes samples if more than this share of Σ|R| is in entries of several samples; less is rounding error."""
+"""Share of Σ|R| in entries of several samples above which a tensor mixes samples; less is rounding error."""
 
 
 class Samples:
@@ -47,7 +46,7 @@ class Samples:
             the position of a single sample is unknown.
 
     Attributes:
-        leaves: Relevance of the inputs for the vector that :meth:`find` propagates, by vertex.
+        leaves: Relevance of the inputs in the pass of :meth:`find`, by vertex.
         output_has_rows: Whether the rows of the output are the samples, as for the output of a model.
         inputs: The vertices of the inputs of the model, which have samples as rows.
         labels: The labels of each tensor.
@@ -114,7 +113,7 @@ class Samples:
         return self._plain if self.output_has_rows else self._of_output()
 
     def _of_one(self, buffer: Buffer) -> Layout:
-        """Returns the layout of a tensor of one sample: the dimension that doubles with two samples."""
+        """Returns the layout of a tensor of one sample, along the dimension that doubles with two samples."""
         shape = self.graph.shape(buffer)
         if buffer.vertex in self.rows:
             return self._plain
@@ -128,6 +127,10 @@ class Samples:
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
         """Returns the layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
+        if self.has_constant_layouts:
+            by_inputs = self._of_inputs(buffer)
+            if by_inputs is not None:
+                return self._repeatable(by_inputs[0] if len(by_inputs) == 1 else unreached(shape, self.count))
         for other in [other for other in self._several if self.graph.shape(other) == shape]:
             self._known(other)
         same = [
@@ -137,30 +140,48 @@ class Samples:
         ]
         if same:
             return self._layouts[min(same, key=lambda other: abs(other.vertex - buffer.vertex))]
-        return unreached(shape, self.count) or next(iter(self._of_inputs(buffer)), None)
+        return unreached(shape, self.count) or next(iter(self._of_inputs(buffer) or ()), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Returns the layout of a tensor with so few relevant entries that no layout or several layouts fit."""
-        by_inputs = self._of_inputs(buffer)
+        """Returns a layout for a tensor with so few relevant entries that no layout or several layouts fit."""
+        by_inputs = self._of_inputs(buffer, self._labels[buffer]) or []
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
-            return by_inputs[0]
-        return fitting[0] if fitting and fitting[0].is_plain else None
+            return self._repeatable(by_inputs[0])
+        return self._repeatable(fitting[0]) if fitting and (len(fitting) == 1 or fitting[0].is_plain) else None
+
+    @property
+    def has_constant_layouts(self) -> bool:
+        """Whether a trace takes the layouts as constants, so that they have to be right for all values."""
+        return self.are_fixed and is_traced()
+
+    def _repeatable(self, layout: Layout | None) -> Layout | None:
+        """Returns a layout, and notes in a trace that it need not be right for other values if it is assumed."""
+        if self.has_constant_layouts and layout is not None and layout.is_assumed:
+            note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
+        return layout
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
-        """Whether a layout puts each entry whose sample is known in the row of that sample."""
+        """Returns whether a layout assigns each entry whose sample is known to this sample."""
         form = layout.shape(labels.shape)
         rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (len(form) - 1))
         return bool(((labels == layout.fold(rows.expand(form))) | (labels < 0)).all())
 
     def _of_output(self) -> Layout | None:
         """Returns the layout of a tensor inside the model at which the measure starts."""
-        fitting = self._of_inputs(self.graph.output)
+        fitting = self._of_inputs(self.graph.output) or []
         if not fitting:
             self._raise_if_unsupported()
         return fitting[0] if fitting else None
 
-    def _of_inputs(self, buffer: Buffer) -> list[Layout]:
-        """Returns the layouts that fit a tensor, from the values of an input that arrive there."""
+    def _of_inputs(self, buffer: Buffer, known: Tensor | None = None) -> list[Layout] | None:
+        """Returns the layouts that fit a tensor, given the input values on which each of its entries depends.
+
+        Returns None if it depends on no inputs.
+
+        Args:
+            buffer: The tensor.
+            known: The sample of each entry, -1 if unknown, which completes what the values determine.
+        """
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.no_grad(), audit():
             for vertex in sorted(self.inputs):
@@ -174,15 +195,18 @@ class Samples:
                 with self.inspecting():
                     labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
                     if labels.are_known and not labels.are_mixed:
-                        return layouts_of(labels.samples, self.count, labels.mass)
-        return []
+                        found, mass = labels.samples, labels.mass
+                        if known is not None and bool(((found < 0) & (known >= 0)).any()):
+                            found, mass = torch.where(found < 0, known, found), torch.ones_like(mass)
+                        return layouts_of(found, self.count, mass, is_last=True)
+        return None
 
     def inspecting(self) -> AbstractContextManager[None]:
-        """Context in which positions are read off relevance; a trace takes fixed positions as constants."""
+        """Context in which positions are determined from relevance; fixed positions are constants in a trace."""
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
-        """Raises an error if values of the inputs do not arrive because an operation has no kernel."""
+        """Raises an error if an operation without a kernel separates the output from the inputs."""
         vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
         metadata = vertex.node._input_metadata[number]
         ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
@@ -204,7 +228,7 @@ class Samples:
         finder = _Finder(self)
         try:
             return pull(self.graph, [(self.graph.output, vectors)], finder)
-        finally:  # the samples above an operation without a kernel are known, even if the pass raises
+        finally:  # even if the pass raises, the samples above an operation without a kernel are known
             self._layouts.update(finder.layouts)
             self._several = finder.several
             self._labels, self.leaves = finder.labels, finder.leaves
@@ -212,7 +236,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Returns the sums over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
+        """Returns the sum over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -221,7 +245,7 @@ class Samples:
             return None
         labels = self._labels.get(self.buffer(place))
         if labels is None:
-            if self._known(place) is None and not bool(tensor.any()):  # such as a constant, which has no samples
+            if self._known(place) is None and not bool(tensor.any()):  # for example a constant, which has no samples
                 return tensor.new_zeros(self.count)
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
@@ -262,7 +286,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Scales all vectors by one power of two if values are very large, or very small, as after stabilizers."""
+    """Scales all vectors by a common power of two if values are very large, or very small, as after stabilizers."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
@@ -330,7 +354,7 @@ class _Finder(Visitor[int]):
         if labels.are_mixed:
             raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")
         if labels.are_known:
-            if len(fitting) == 1:
+            if len(fitting) == 1 and not (fitting[0].is_assumed and self.samples.has_constant_layouts):
                 self.layouts[buffer] = fitting[0]
             else:
                 self.several[buffer] = fitting

@@ -1,6 +1,6 @@
-"""Operations that keep the samples in the rows of a tensor, whatever its values are.
+"""Operations that keep the samples in the rows of a tensor, regardless of its values.
 
-All other operations are tested on values: see :mod:`~nrm_plugin.recording.sample_positions`.
+All other operations are tested numerically; see :mod:`~nrm_plugin.recording.sample_positions`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _FIXED = _FREE.union(
     upsamplenearestexact3d
     """.split()
 )
-"""Routes that move entries by the shapes of tensors and by numbers, and not by the values of a tensor."""
+"""Routes that depend only on the shapes of tensors and on numeric arguments, not on the values of a tensor."""
 ROUNDING = 1e-3
 """Largest difference that is taken as rounding, as a fraction of the largest entry."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
-"""Modules of ``torch.nn.modules`` whose layers have no weights between rows."""
+"""Modules of ``torch.nn.modules`` whose layers process each row independently."""
 
 
 def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) -> bool:
@@ -57,7 +57,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
     Args:
         graph: The graph.
         count: Number of samples.
-        looked_up: Leaves that are embeddings of inputs, which the model may have transposed before the lookup.
+        looked_up: Leaves that are embeddings of integer inputs, which the model may have transposed before.
     """
     if any(count in leaf.shape[1:-1] for leaf in looked_up):
         return False
@@ -91,7 +91,7 @@ def rules_are_known(graph: Graph) -> bool:
 
 
 def positions_are_fixed(graph: Graph) -> bool:
-    """Returns whether the positions of samples are proven not to depend on values, such as indices among the inputs."""
+    """Returns whether the positions of samples provably do not depend on values, such as indices among the inputs."""
     return all(
         operation(vertex.node).lower() in _FIXED
         if vertex.step is None
@@ -170,8 +170,8 @@ def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
     """Returns whether a route that does not depend on values maps each row to the same row.
 
     The backward pass of the route runs on ones, and on one random number per row. If each entry of an input reaches
-    only entries of its own row, the two results differ by the number of that row. Strides alone do not tell: rows need
-    not be contiguous, for example after a convolution in the format ``channels_last``.
+    only entries of its own row, the two results differ by the number of that row. Strides are not sufficient, since
+    rows need not be contiguous, for example after a convolution in the format ``channels_last``.
     """
     sources = [None if edge is None else graph.shape(edge) for edge in vertex.edges]
     shape, dtype = vertex.shapes[0], vertex.dtypes[0]
@@ -208,7 +208,7 @@ def _is_index_of_rows(node: Any) -> bool:
     """Returns whether an index keeps all rows of the first dimension in order."""
     try:
         used = [number for number, index in enumerate(node._saved_indices) if index is not None]
-    except RuntimeError:  # an index was overwritten, so that relevance raises an error where it arrives
+    except RuntimeError:  # an index was overwritten; an error is raised when relevance arrives here
         return False
     return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
 

@@ -64,7 +64,7 @@ class Structure:
 
 
 def _with_top(observed: Sequence[Observed], top: Top) -> list[Observed]:
-    """Replaces the output of the model by the explained number."""
+    """Replaces the output of the model by the explained contrast."""
     others = [seen for seen in observed if seen.label.name != OUTPUT]
     return [*others, Observed(Label(OUTPUT, "output", 0, None), top, 0, top.shape, None)]
 

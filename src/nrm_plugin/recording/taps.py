@@ -20,7 +20,7 @@ from .transformer_sites import SYNONYMS, sites
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Replacement names for child modules that are named like the input or output of the whole model."""
+"""Names of child modules that would otherwise be confused with the input or the output of the model."""
 
 Item = int | str
 """Index or key of a tensor in a container."""
@@ -82,7 +82,7 @@ class Tap:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape in the form ``(N, …)``, whichever dimension of the tensor indexes the samples."""
+        """The shape in the form ``(N, …)``, regardless of which dimension of the tensor indexes the samples."""
         return self.layout.shape(self.tensor_shape)
 
     @property
@@ -119,8 +119,8 @@ class Taps:
         graph: The graph.
         observed: The labelled tensors, in execution order.
         modules: Name of each module.
-        containers: Names of modules that have children and to which the composite nevertheless assigns a rule; nothing
-            inside them is a tap.
+        containers: Names of modules that have children and to which the composite nevertheless assigns a rule; there
+            are no taps inside them.
         samples: The samples of the recording.
 
     Attributes:
@@ -161,7 +161,7 @@ class Taps:
 
     @functools.cached_property
     def _labels(self) -> dict[int, Label]:
-        """One label for each tap."""
+        """One label of each tap, by the index of the tap."""
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
@@ -182,7 +182,7 @@ class Taps:
 
     @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:
-        """The vertex of each step, by name and index of the call."""
+        """The vertex of each step, by name and call index."""
         steps = ((number, vertex.step) for number, vertex in enumerate(self.graph.vertices))
         return {(step.name, step.call): number for number, step in steps if step is not None}
 
@@ -240,7 +240,7 @@ class Taps:
 
     @property
     def ends(self) -> list[str]:
-        """Names of the output taps at which walks end, one for each, in execution order."""
+        """One name for each output tap at which walks end, in execution order."""
         vertices = self.graph.vertices
         ends = [
             tap for tap in reversed(self.all) if any(_is_leaf(vertices, e) for e in vertices[tap.place.vertex].edges)
@@ -286,7 +286,7 @@ class Taps:
     def find(
         self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
     ) -> list[Tap]:
-        """Returns the taps of a layer name, side, call and item; several for ``call="any"``.
+        """Returns the taps with this layer name, side, call and item; several for ``call="any"``.
 
         Raises:
             UnknownLayerError: If no tap fits; the message lists similar names.
@@ -312,7 +312,7 @@ class Taps:
         return _outer(self._items(name, side, calls[0]))
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """Splits a name such as ``"lstm[0]"``, as in :attr:`layers`; names and keys may contain brackets themselves."""
+        """Splits a name such as ``"lstm[0]"`` into layer and item; both may contain brackets themselves."""
         if not name.endswith("]") or self.calls_of(name, side):
             return name, None
         for place in (place for place, sign in enumerate(name) if sign == "["):
@@ -350,7 +350,7 @@ class Taps:
         return name, _selected(name, calls, call)
 
     def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
-        """Returns the vertices of the steps of a layer, whose sinks are selected by ``at(layer, side="sink")``.
+        """Returns the vertices of the steps of a layer, whose sinks ``at(layer, side="sink")`` selects.
 
         Raises:
             UnknownLayerError: If the layer is not a step and therefore absorbs nothing.
@@ -415,7 +415,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items to which the name of a layer refers: those outside of any container, or else all items."""
+    """Returns the items to which the name of a layer refers: those that are not nested, or all items if all are."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
@@ -425,7 +425,7 @@ def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Fills in unknown channel dimensions from the nearest tap of the same shape, else of the same rank."""
+    """Infers unknown channel dimensions from the nearest tap of the same shape, or else of the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.tensor_channel_dim:

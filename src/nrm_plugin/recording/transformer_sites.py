@@ -22,10 +22,10 @@ from .places import Buffer, Edge, Place
 SYNONYMS = {"mlp.post": "mlp.neuron", "attn.z": "attn", "cross_attn.z": "cross_attn"}
 """Other spellings of the last part of a name."""
 PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\.(?P<neuron>\d+)")
-"""Names of one head or one neuron of a site."""
+"""Names that refer to one head or one neuron of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""The functions of layers; in a measure of a difference, every layer is recorded as a function."""
+"""Functions with weights; in a measure of a difference, every layer is recorded as a function."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
@@ -37,7 +37,7 @@ class Branch:
     Attributes:
         vertex: The vertex of the add.
         stream: The tensor to which the branch is added.
-        number: The edge of the add that reads the branch.
+        number: Index of the edge of the add that reads the branch.
         inner: The vertices on the paths from the branch to the stream.
         attention: The vertices of attention calls in the branch.
         crossing: The attention calls whose values come from a different stream.
@@ -133,7 +133,7 @@ class Structure:
             (buffer,) = vertex.edges  # type: ignore[assignment]
 
     def depends(self, vertex: int, on: int) -> bool:
-        """Returns whether a vertex is or depends on another one."""
+        """Returns whether a vertex is the vertex ``on`` or depends on it."""
         return vertex == on or bool(self.below[vertex] >> on & 1)
 
     def _residual(self, number: int, known: Mapping[int, Branch]) -> Branch | None:
@@ -168,7 +168,7 @@ class Structure:
     def scores(self, vertex: int, inner: Sequence[int]) -> tuple[Edge, Edge] | None:
         """Returns the edges of queries and keys: inputs of the fused function, or of the product below the weights.
 
-        None if the vertex is not an attention call, or its weights are not computed from a product inside the branch.
+        Returns None if the vertex is not an attention call, or its weights are not computed by a product in the branch.
         """
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is None:
@@ -197,7 +197,7 @@ class Structure:
     def _is_block(self, branch: Branch) -> bool:
         """Returns whether a branch has attention, weights or a convolution, unlike the sums in an activation function.
 
-        All readers of the stream on which the output depends are the add or lie in the branch.
+        In addition, the stream must be read only by the add and in the branch, as far as the output depends on it.
         """
         within = self.below[branch.vertex] | 1 << branch.vertex
         if self._readers[branch.stream.vertex] & ~within:
@@ -205,7 +205,7 @@ class Structure:
         return bool(branch.attention) or self.is_mixer(branch) or any(map(self.is_linear, branch.inner))
 
     def is_linear(self, vertex: int) -> bool:
-        """Returns whether a step is a product with weights, as a linear layer or a convolution."""
+        """Returns whether a step is a product with weights, such as a linear layer or a convolution."""
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is not None or sum(edge is not None for edge in edges) != 1:
             return False
@@ -214,7 +214,7 @@ class Structure:
         return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, branch: Branch) -> bool:
-        """Returns whether a branch without attention mixes tokens, by a convolution, a scan or products of tensors."""
+        """Returns whether a branch without attention mixes tokens by a convolution, a scan or products of tensors."""
         for vertex in branch.inner:
             step, node = self.step(vertex), self.graph.vertices[vertex].node
             if isinstance(step, LayerStep) and _weight_shape(step):
@@ -295,7 +295,7 @@ def _is_position(branches: Sequence[Branch], structure: Structure) -> bool:
 
 
 def _prefixes(streams: list[list[Block]], structure: Structure) -> Iterator[tuple[str, list[Block]]]:
-    """Yields the streams with the prefixes of their names: none for a single stream, else encoder and decoder."""
+    """Yields the streams with the prefixes of their names: none for a single stream, otherwise encoder and decoder."""
     if not streams:
         return
     *others, last = sorted(streams, key=lambda blocks: -blocks[-1].branches[-1].vertex)

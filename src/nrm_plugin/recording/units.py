@@ -1,4 +1,4 @@
-"""Calls of modules whose outputs are kept, so that the model can run again without running these modules."""
+"""Calls of modules whose outputs are kept, so that these modules need not run when the model runs again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..kernels.step import step_of
 from ..model.zero_one_routes import source_of
 
 WORTH = 4
-"""Bytes recorded inside a call for each byte of its outputs, from which on the outputs are kept."""
+"""Smallest ratio of the memory recorded inside a call to that of its outputs, for which the outputs are kept."""
 
 
 def size_of(tensor: Tensor) -> int:
-    """Returns the bytes of the entries of a tensor."""
+    """Returns the size of the entries of a tensor in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -28,8 +28,8 @@ class Unit:
 
     Attributes:
         name: Name of the module.
-        call: Number of the call.
-        first, stop: Numbers of the first step of the call, and of the first step after it.
+        call: Index of the call.
+        first, stop: Indices of the first step of the call, and of the first step after it.
         outputs: The output of the call, with tensors as :class:`~nrm_plugin.kernels.forward_state.Saved`.
     """
 
@@ -43,7 +43,7 @@ class Unit:
         """Returns the output of the call.
 
         Args:
-            passed: Returns the tensor that replaces a tensor of the output.
+            passed: Function that returns the tensor that replaces a tensor of the output.
         """
         return mapped(self.outputs, lambda saved: passed(saved.tensor))
 
@@ -58,13 +58,13 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def are_kept(output: Any, first: int, gates: Any) -> bool:
-    """Returns whether the outputs of a call can replace the call: they are results of its steps, and of nothing else.
+    """Returns whether the outputs of a call can replace the call, since they are results of its steps alone.
 
-    A gate, a view of an earlier tensor, or values that carry no relevance have properties beyond their values.
+    Gates, views of earlier tensors, and values that carry no relevance have properties that their values do not show.
 
     Args:
         output: The output of the call.
-        first: Number of the first step of the call.
+        first: Index of the first step of the call.
         gates: The gates of the forward pass.
     """
     if isinstance(output, Tensor):
@@ -79,20 +79,20 @@ def are_kept(output: Any, first: int, gates: Any) -> bool:
 
 
 def kept(tensor: Tensor) -> Saved:
-    """Returns a tensor, protected from later writes, without memory that belongs to other tensors."""
+    """Returns a tensor, protected from later writes, in memory that it does not share with other tensors."""
     own = tensor.detach()
     return Saved(own.clone() if own.untyped_storage().nbytes() > 2 * size_of(own) else own)
 
 
 def bytes_of(output: Any) -> int:
-    """Returns the bytes of all tensors in an output."""
+    """Returns the size of all tensors in an output in bytes."""
     sizes: list[int] = []
     mapped(output, lambda tensor: sizes.append(size_of(tensor)))
     return sum(sizes)
 
 
 def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
-    """Returns the tensors among the arguments of a call, with their versions."""
+    """Returns the tensors among the arguments of a call, with their version counters."""
     return [(value, value._version) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
@@ -103,7 +103,7 @@ def entries(tensor: Tensor) -> Tensor:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Returns whether a module has modules inside it."""
+    """Returns whether a module has child modules."""
     return any(child is not None for child in module._modules.values())
 
 

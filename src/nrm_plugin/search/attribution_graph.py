@@ -1,4 +1,4 @@
-r"""Attribution graphs over features, errors, inputs and outputs, with their influence, scores and export.
+r"""Attribution graphs over features, errors, inputs and outputs: influence, scores and export.
 
 Let :math:`\hat A` be the absolute edges, normalized such that the edges into each node sum to 1, and ``w`` the weights
 of the outputs. The influence of a node is the mass of the walks through it under a non-negative normalized measure:
@@ -102,14 +102,14 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
 
 
 def normalized_edges(edges: Tensor) -> Tensor:
-    """Returns absolute edges in double precision; the edges into each node sum to 1, or are 0."""
+    """Returns absolute edges in double precision, normalized such that the edges into each node sum to 1 or are 0."""
     sizes = edges.detach().double().abs()
     return sizes / sizes.sum(1, keepdim=True).clamp(min=1e-10)
 
 
 @dataclass(frozen=True, eq=False)
 class AttributionGraph:
-    """The direct relevance between outputs, features, errors and inputs, for one sample.
+    """A graph of the direct relevance between outputs, features, errors and inputs, for one sample.
 
     Returned by :func:`~nrm_plugin.attribution_graph`; graphs of other effects can be constructed directly.
 
@@ -209,7 +209,7 @@ class AttributionGraph:
         return digraph
 
     def to_graphml(self, path: str | Path | IO[bytes]) -> None:
-        """Writes GraphML, for Gephi, Cytoscape and similar tools. Requires networkx.
+        """Writes the graph as GraphML, for Gephi, Cytoscape and similar tools. Requires networkx.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -280,13 +280,13 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns for each node the share of the total influence held by the nodes with at least its influence."""
+    """Returns, for each node, the share of the total influence that is due to nodes with at least its influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 
 
 def _node_ids(nodes: Sequence[GraphNode]) -> list[str]:
-    """Returns the node ids that circuit-tracer uses; an error gets another id if it would share the id of a feature."""
+    """Returns the node ids of circuit-tracer; an error receives a different id if its own is that of a feature."""
     ids = [_node_id(node) for node in nodes]
     features = {name for node, name in zip(nodes, ids, strict=True) if node.kind != "error"}
     return [

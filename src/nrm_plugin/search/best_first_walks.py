@@ -16,7 +16,7 @@ from .walk_bounds import CompletionBounds, now
 BATCH = 8
 """Number of prefixes propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
-"""Share of the time budget that is spent on the bounds."""
+"""Share of the time budget for the computation of bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Prefix:
     relevance: Tensor
 
     def __lt__(self, other: Prefix) -> bool:
-        """Orders a heap by bound, largest first."""
+        """Orders a heap by bound, with the largest first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
@@ -51,7 +51,7 @@ class CompleteWalk:
     mass: float
 
     def __lt__(self, other: CompleteWalk) -> bool:
-        """Orders a heap by absolute mass, smallest first."""
+        """Orders a heap by absolute mass, with the smallest first."""
         return (abs(self.mass), self.groups) < (abs(other.mass), other.groups)
 
 
@@ -95,7 +95,7 @@ class BestFirstSearch:
         while self.prefixes and self.prefixes[0].bound > self._threshold() and not self._is_over():
             self._expand(self._most_promising())
             deepest = max((len(prefix.groups) for prefix in self.prefixes), default=0)
-            self._expand_largest(deepest, BATCH)  # under loose bounds, prefixes of large mass lead to better walks
+            self._expand_largest(deepest, BATCH)  # if bounds are loose, prefixes of large mass lead to better walks
 
     def _threshold(self) -> float:
         """Returns the absolute mass that a walk must exceed to be among the best ``k``."""
@@ -143,7 +143,7 @@ class BestFirstSearch:
             self._add_continuations(prefix.groups, relevance)
 
     def _add_continuations(self, groups: tuple[int, ...], relevance: Tensor) -> None:
-        """Adds all prefixes or walks that extend a prefix by one layer, given its relevance there."""
+        """Adds all prefixes or complete walks that extend a prefix by one layer, given its relevance at that layer."""
         level = len(groups)
         if level == self.chain.last:
             self._complete(groups, self.chain.sums(level, relevance)[:, None], 1)

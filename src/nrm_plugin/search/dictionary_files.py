@@ -69,7 +69,7 @@ def _of_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Dic
     is_transcoder = "transcoder" in kind
     encoder, decoder, bias = weights["W_enc"], weights["W_dec"], weights.get("b_enc")
     threshold = weights["threshold"].clamp(min=0) if "threshold" in weights else torch.zeros(())
-    if kind == "gated":  # the gate is open where the magnitude exceeds a threshold, since both use the same encoder
+    if kind == "gated":  # gate and magnitude use the same encoder, so the gate is a threshold on the magnitude
         scale = weights["r_mag"].exp()
         encoder, bias = encoder * scale, weights["b_mag"]
         threshold = (bias - weights["b_gate"] * scale).clamp(min=0)

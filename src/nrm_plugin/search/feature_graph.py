@@ -31,7 +31,7 @@ class _Tap:
     Attributes:
         name: Name of the tap.
         nodes: The nodes.
-        labels: Index of the node of each neuron, ``tap.shape[1:]``; neurons without a node have the number of nodes.
+        labels: Index of the node of each neuron, ``tap.shape[1:]``, or the number of nodes for neurons without a node.
         targets: Number of nodes with incoming edges: all but errors and inputs, which come last.
     """
 
@@ -41,7 +41,7 @@ class _Tap:
     targets: int
 
     def event(self, number: int) -> Event:
-        """The walks that cross one node."""
+        """Returns the event of the walks that cross one node."""
         return at(self.name)[self.labels == number]
 
     @property
@@ -59,7 +59,7 @@ def attribution_graph(
     input_layer: str | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
 ) -> AttributionGraph:
-    """Returns the direct relevance between the outputs, the most relevant features, the errors and the inputs.
+    """Returns the graph of direct relevance between outputs, the most relevant features, errors and inputs.
 
     The nodes are the outputs with nonzero weight, ``top`` features at their positions, one error at each layer and
     position, and the groups of the input. Each target requires one relevance vector per lower layer.
@@ -118,7 +118,7 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
 
 
 def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event], number: int) -> Tensor:
-    """Returns the mass of the walks from each target to each source without a node in between, ``(targets, K)``."""
+    """Returns the mass of the walks from each target to each source that cross no node in between, ``(targets, K)``."""
     events = [reduce(lambda event, tap: event & ~tap, between, target.event(k)) for k in range(target.targets)]
     if not events:
         return torch.zeros(0, len(source.nodes), dtype=torch.float64)

@@ -170,7 +170,7 @@ def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 
 def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
-    """Applies :meth:`Dictionary.activate`; the relevance of a feature is passed to its pre-activation."""
+    """Applies :meth:`Dictionary.activate`; the relevance of a feature passes to its pre-activation."""
     if has_torch_function((pre,)):
         active: Tensor = handle_torch_function(feature_activation, (pre,), pre, dictionary)
         return active
@@ -180,7 +180,7 @@ def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
 def reconstruction_error(
     values: Tensor, features: Sequence[Tensor], skip: Sequence[Tensor], decoder: nn.Linear, errors: Errors
 ) -> Tensor:
-    """Returns ``values`` minus their reconstruction; relevance of the error is passed to ``values`` or absorbed."""
+    """Returns ``values`` minus their reconstruction; relevance of the error passes to ``values`` or is absorbed."""
     relevant = (values, *features, *skip)
     if has_torch_function(relevant):
         error: Tensor = handle_torch_function(
@@ -192,7 +192,7 @@ def reconstruction_error(
 
 
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
-    """Returns ``values``, which equal ``total`` up to rounding; relevance is passed to ``total``.
+    """Returns ``values``, which equal ``total`` up to rounding; relevance passes to ``total``.
 
     Otherwise a rule would divide by the rounding error of a sum that should be zero.
     """
@@ -228,7 +228,7 @@ class _AbsorbingKernel(Kernel):
 
 
 def feature_groups(model: nn.Module, site: str) -> Tensor:
-    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, for ``over=``.
+    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, as an argument for ``over=``.
 
     Each feature is a group, the error is group ``F``, and the skip path, if there is one, is group ``F + 1``.
 
@@ -285,7 +285,7 @@ def _sites(model: nn.Module, site: str | None = None) -> dict[str, WithFeatures]
 
 
 def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Returns the share of relevance that reaches the input without crossing an error.
+    r"""Returns the share of relevance that reaches the input without crossing an error (replacement score).
 
     .. math:: \mu(\neg E \mid E \cup \text{survived}), \qquad E = \text{the walk crosses an error}
 
@@ -313,7 +313,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
 
 
 def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Returns the share of steps between nodes that do not end in an error.
+    r"""Returns the share of steps between nodes that do not end in an error (completeness score).
 
     The nodes are the output, the features, the errors and the input. A walk ends in the first error that it crosses:
 

@@ -23,7 +23,7 @@ MAX_COMBINATIONS = 200_000
 
 @dataclass(frozen=True)
 class TopSets:
-    """Sets of groups, one per layer, and the mass of the walks through all sets.
+    """Sets of groups, one per layer, and the mass of the walks that cross all of them.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
@@ -59,7 +59,7 @@ def top_sets(
     The search is greedy coordinate ascent: from the output to the input, the set of each layer is replaced by the
     groups with the largest joint relevance given the sets of the other layers, in one pass per layer, until no set
     changes. Each set is optimal given the others, but the combination need not be optimal. With ``exact=True``, all
-    sets of all layers but the last are tried; the best set of the last layer follows from them.
+    combinations of sets in all layers but the last are tried; the best set of the last layer follows from them.
 
     Args:
         mu: A measure of one sample.

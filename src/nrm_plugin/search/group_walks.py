@@ -1,4 +1,4 @@
-r"""The masses of all walks over groups of several layers, for groups few enough to enumerate all walks.
+r"""The masses of all walks over groups of several layers, if there are few enough groups to enumerate them.
 
 .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
@@ -53,15 +53,15 @@ class GroupWalks:
     masses: Array
 
     def strongest(self, count: int = 10) -> list[tuple[str, float]]:
-        """Returns the names, from the input up, and the masses of the walks with the largest absolute mass."""
+        """Returns the walks with the largest absolute mass, as names, from the input up, and masses."""
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
         return [(self.name([int(group) for group in walk]), float(self.masses[walk])) for walk in walks]
 
     def through_nodes(self, count: int = 10) -> list[tuple[tuple[str, ...], float]]:
-        """Returns the walks with the largest absolute mass, as the keys of their nodes in a flow from the input up.
+        """Returns the walks with the largest absolute mass, as node keys, from the input up, and masses.
 
-        A flow over the same groups has these nodes.
+        The keys are those of the nodes in a flow over the same groups.
         """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
@@ -131,7 +131,7 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
 
 
 def least_passes(counts: Sequence[int]) -> int:
-    """Returns the number of partial passes that all walks take, over layers with these numbers of groups."""
+    """Returns the number of partial passes required for all walks over layers with these numbers of groups."""
     return min(_passes(counts, level) for level in range(len(counts)))
 
 
@@ -151,7 +151,7 @@ def _one_hot(labels: Tensor, count: int, like: Tensor) -> Tensor:
 
 
 def _chunked(chain: LayerChain, level: int, rows: Tensor, step: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Applies a step to the nonzero rows, as many at a time as fit into memory."""
+    """Applies a function to the nonzero rows, with as many rows at a time as fit into memory."""
     used = rows.any(1).nonzero()[:, 0]
 
     def run(some: Sequence[int]) -> list[Tensor]:

@@ -29,8 +29,8 @@ class LayerChain:
 
     Attributes:
         labels: The group of each neuron, ``(n_m,)`` for each layer.
-        counts: The number of groups of each layer.
-        widths: The number of vectors that fit into memory while they are propagated to the next layer.
+        counts: Number of groups of each layer.
+        widths: For each layer, the number of vectors that fit into memory while they are propagated to the next layer.
 
     Raises:
         ValueError: If no layer is given, or the number of kinds differs from the number of layers.
@@ -89,7 +89,7 @@ class LayerChain:
         return total.index_add_(-1, self.labels[level], values)
 
     def shaped_labels(self) -> tuple[Tensor, ...]:
-        """Returns the :attr:`labels` in the shapes of the layers."""
+        """Returns :attr:`labels` in the shapes of the layers."""
         return tuple(labels.reshape(tap.shape[1:]) for labels, tap in zip(self.labels, self.taps, strict=True))
 
 
@@ -97,7 +97,7 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
     """Returns the kind of group for each of several layers.
 
     Raises:
-        ValueError: If a kind is unknown, or the number of kinds does not fit.
+        ValueError: If a kind is unknown, or the number of kinds differs from ``count``.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:

@@ -1,4 +1,4 @@
-"""Search for the walks of single neurons with the largest mass by max-product, for non-negative kernels."""
+"""Max-product search for the walks of single neurons with the largest mass, for non-negative kernels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class NeuronPath:
 
 
 class MaxProduct:
-    r"""The largest mass of a continuation from each neuron to an input, from one pass from the inputs to the output.
+    r"""The largest mass of a continuation from each neuron to an input, computed in one pass from inputs to output.
 
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
@@ -77,7 +77,7 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if fewer walks have mass or the time runs out."""
+        """Returns the ``k`` walks with the largest mass; fewer if fewer have nonzero mass or the time runs out."""
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
         heapq.heapify(prefixes)
@@ -102,7 +102,7 @@ class MaxProduct:
         return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
 
     def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
-        """Returns the best ``k`` continuations of a path in a tensor, and one more as a bound on all others."""
+        """Returns the best ``k`` continuations of a path in a tensor, and one more as a bound on all the others."""
         bounds, chosen = (masses * self.completions[place]).topk(min(len(masses), k + 1))
         crossed = {} if path is None else path.neurons
         paths = []

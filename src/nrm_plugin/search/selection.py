@@ -1,4 +1,4 @@
-r"""Selection of neurons, and the error of explanations that are restricted to them.
+r"""Selection of neurons, and the error of an explanation that is restricted to them.
 
 The measure is restricted to the walks through kept neurons at every chosen layer, and compared with the full measure by
 the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with those of
@@ -95,7 +95,7 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Computes the heat map and layer masses of the walks through kept neurons in every layer, and their errors.
+    r"""Computes the heat map and the layer masses of the walks through kept neurons of every layer, and their errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
@@ -170,7 +170,7 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The errors for one number of kept groups.
+    """A point of the error curve: the errors for one number of kept groups.
 
     Attributes:
         count: Number of groups kept in all chosen layers together.
@@ -316,7 +316,7 @@ class _GroupPool:
 
 
 def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
-    """Ranks groups in the order of elimination, the best ``last`` groups in one round; also returns the curve."""
+    """Ranks groups by the order of elimination, with the best ``last`` groups in one round; also returns the curve."""
     schedule = [round(pool.size * (last / pool.size) ** (step / rounds)) for step in range(1, rounds + 1)]
     kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.full.device)
     order = torch.zeros_like(kept, dtype=torch.long)
@@ -333,7 +333,7 @@ def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list
 
 
 def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
-    """Sorts kept groups by absolute joint relevance, with the largest group of each layer before all others."""
+    """Sorts kept groups by absolute joint relevance, with the strongest group of each layer before all others."""
     score = joint.abs().masked_fill(~kept, -1)
     for part in torch.split(score, pool.counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)

@@ -27,10 +27,10 @@ Mode = Literal["add", "remove"]
 def steered(
     model: nn.Module, layer: str, vector: Tensor, scale: float = 1.0, mode: Mode = "add", dim: int = -1
 ) -> Iterator[nn.Module]:
-    """Adds a vector to the output of a layer, or removes its direction, until the context ends.
+    """Context in which a vector is added to the output of a layer, or its direction is removed.
 
-    A forward hook is registered after all other hooks of the layer, and removed at the end, even if the body raises;
-    the model is not changed otherwise. If a layer returns a tuple, its first tensor is steered.
+    A forward hook is registered after all other hooks of the layer, and removed at the end, even after an error; the
+    model is not changed otherwise. If a layer returns a tuple, its first tensor is steered.
 
     Args:
         model: The network.

@@ -1,4 +1,4 @@
-r"""Relevant subspaces of a layer, which are fitted on a batch and queried as taps.
+r"""Relevant subspaces of a layer, which are fitted to a batch and queried as taps.
 
 The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
 :math:`U_k` decompose it into parts, one for each subspace:
@@ -31,8 +31,8 @@ from ..kernels.base import Kernel
 from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
-"""Neurons whose activation is below this share of the largest activation of the sample have no context, since rules
-that assign relevance to nearly silent neurons would make the context arbitrarily large."""
+"""Neurons with an activation below this share of the largest activation of the sample have no context, which rules that
+assign relevance to nearly silent neurons would make arbitrarily large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """Splits non-negative masses with the absolute values of the kernel."""
+        """Splits non-negative masses by the absolute values of the kernel."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -126,7 +126,7 @@ class Subspaces:
         return [self._along(values, columns @ columns.T, dims) for columns in self._columns(values)]
 
     def _along(self, values: Tensor, matrix: Tensor, dims: int) -> Tensor:
-        """Applies a matrix to the channels of the last ``dims`` dimensions."""
+        """Applies a matrix along the channel dimension, which is one of the last ``dims`` dimensions."""
         at = self.dim % dims - dims
         if values.shape[at] != len(matrix):
             raise InputError(
@@ -137,7 +137,7 @@ class Subspaces:
 
 
 def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``1 / a`` for neurons with a context (0 for others), and an indicator of neurons without a context."""
+    """Returns ``1 / a`` for neurons with a context and 0 for others, and an indicator of neurons without a context."""
     size = values.abs()
     silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
     return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)

@@ -17,11 +17,11 @@ from ..measure.memory_budget import DEFAULT
 from .layer_chain import LayerChain
 
 MIN_ROWS = 16
-"""Number of rows of a table that are computed even after the deadline."""
+"""Number of rows of a table of bounds that are computed even after the deadline."""
 OVERTIME = 0.5
-"""Accepted overrun of a table, as a fraction of its time, estimated from its first rows."""
+"""Accepted overrun of the time for a table of bounds, as a fraction of this time, estimated from its first rows."""
 NEGLIGIBLE = 1e-4
-"""Largest share of negative mass for which the kernels of a segment are treated as non-negative."""
+"""Largest share of negative mass for which the kernels between two layers are treated as non-negative."""
 
 
 def now() -> float:
@@ -31,7 +31,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Lumps:
-    """The groups of a layer, some of which are merged into lumps; no group carries more mass than its lump.
+    """The groups of a layer, some of them merged into lumps; the bound of a lump holds for each of its groups.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.
@@ -103,7 +103,7 @@ class CompletionBounds:
         self.tables.insert(0, table)
 
     def _lumps(self, level: int, affordable: float) -> Lumps:
-        """Merges the groups of the next layer into about ``affordable`` lumps; half of the lumps are single groups."""
+        """Merges the groups of the next layer into about ``affordable`` lumps, half of which are single groups."""
         labels, count = self.chain.labels[level + 1], self.chain.counts[level + 1]
         if max(affordable, MIN_ROWS) >= count:
             return Lumps(labels, count)

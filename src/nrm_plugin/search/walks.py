@@ -1,4 +1,4 @@
-r"""The walks with the most relevance, over groups of neurons in chosen layers, or over single neurons in all layers.
+r"""Search for the walks with the most relevance, over groups of neurons in chosen layers or over single neurons.
 
 A *group walk* consists of one group of neurons in each of several layers; its mass is the joint relevance of these
 groups. The search and its bound are new in this package, and based on the search for relevant walks of single neurons
