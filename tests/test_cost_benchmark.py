@@ -140,7 +140,8 @@ def test_the_stages_of_a_first_call_add_up_and_methods_are_restored():
     before = {name: getattr(*where) for name, where in STAGES.items()}
     found = stages(lambda: ways.all_marginals(ways.planned(net, model, x, ways.NRMDefault())(x, 3)))
     assert list(found) == [*STAGES, "rest"]
-    assert all(found[name] > 0 for name in STAGES)
+    several = {"second run, with two samples", "search for samples"}  # not needed here
+    assert {name for name in STAGES if found[name] == 0} == several
     assert {name: getattr(*where) for name, where in STAGES.items()} == before
     assert "forward pass" in page.stages_text(found, 1.0, "NRMDefault")
 
