@@ -269,9 +269,9 @@ def failures(rows: list[Row]) -> Iterator[str]:
         if "failed run" in row:
             yield f"{label_of(row)}: {row['failed run']}"
         for fault in row.get("faults", []):
-            yield f"{row['net']}: {fault}"
+            yield f"{named(row)}: {fault}"
         for composite, text in row.get("not planned", {}).items():
-            yield f"{row['net']}, {composite}, no plan: {text}"
+            yield f"{named(row)}, {composite}, no plan: {text}"
 
 
 def peak_failures(rows: list[Row]) -> Iterator[str]:
