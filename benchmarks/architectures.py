@@ -265,7 +265,7 @@ def tables(results: dict[str, Any]) -> str:
     ]
     parts = [
         ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
-        f"Excluded, because of their attention: {', '.join(left_out)}.",
+        f"Excluded because they use attention: {', '.join(left_out)}.",
         *([f"**Not run:** {', '.join(missing)}."] if missing else []),
         summary(rows),
     ]
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.render:
         chosen = [name for name in listed() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
-        print(f"excluded, because of their attention: {', '.join(name for name in chosen if has_attention(name))}")
+        print(f"excluded because they use attention: {', '.join(name for name in chosen if has_attention(name))}")
         print("  ".join(HEADER))
         for name in (name for name in chosen if not has_attention(name)):
             for row in run(name, options.composite, options.size):

@@ -3,6 +3,7 @@
 ``python -m benchmarks.differences`` measures all classification models of torchvision, further models of Hugging Face,
 and recurrent and graph networks, all with random weights, and writes the results as JSON and the table of
 ``docs/differences.md``. Families whose package is missing keep their results; ``--families`` selects some.
+``--variation`` measures only the variation on trained networks, and leaves the other results unchanged.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from benchmarks import tables
+from benchmarks import tables, variation
 from benchmarks.conservation import conservation_check, random_biases, store
 from nrm_plugin import RelevanceMeasure
 from nrm_plugin.errors import NRMError
@@ -183,9 +185,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--models", nargs="+", help="measure these models and print the rows, without storing them")
+    parser.add_argument("--variation", action="store_true", help="only the variation on trained networks")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     stored = tables.stored("differences")
+    if options.variation:
+        text = json.dumps(stored | {"variation": variation.measured()}, indent=1, ensure_ascii=False)
+        (tables.RESULTS / "differences.json").write_text(text + "\n")
+        tables.write("differences")
+        return
     for family in options.families:
         models_of, package = FAMILIES[family]
         if importlib.util.find_spec(package) is None:
@@ -199,7 +207,8 @@ def main() -> None:
             print(rows[-1], flush=True)
         stored["families"] = {**stored.get("families", {}), family: rows}
     if not options.models:
-        store("differences", {"families": stored["families"]}, "torchvision")
+        kept = {key: stored[key] for key in ("families", "variation") if key in stored}
+        store("differences", kept, "torchvision")
         tables.write("differences")
 
 

@@ -51,7 +51,7 @@ def recurrent() -> Iterator[tuple[str, RelevanceMeasure]]:
             RelevanceMeasure(Last(kind(FEATURES, HIDDEN, batch_first=True)).eval(), x, 1),
         )
     net = Last(nn.LSTM(FEATURES, HIDDEN, batch_first=True)).eval()
-    yield "LSTM, given states", RelevanceMeasure(net, x, 1, additional_forward_args=(state, state.flip(1)))
+    yield "LSTM, user-supplied states", RelevanceMeasure(net, x, 1, additional_forward_args=(state, state.flip(1)))
     both = nn.GRU(FEATURES, HIDDEN, 2, batch_first=True, bidirectional=True)
     yield "GRU, two layers, both directions, packed", RelevanceMeasure(Last(both, [10, 4, 7, 10]).eval(), x, 1)
 

@@ -233,7 +233,20 @@ def differences(results: Results) -> dict[str, str]:
         cells = f"{worst['error']:.0e} ({worst['model']})", f"{exact:.0e}", f"{sink:.0e}", f"{variation:.2g}"
         rows.append([family, len(held), sum(row["taps"] for row in held), *cells, failed])
     head = "| networks | measured | taps | largest error | in float64 | largest sink | median V | raise an error |"
-    return {"families": grid(head, rows)}
+    return {"families": grid(head, rows), "variation": variations(results["variation"])}
+
+
+def variations(nets: dict[str, list[Results]]) -> str:
+    """Median and maximum of the largest variation of a tap and of that of walks, by measure and network."""
+
+    def cell(row: Results) -> str:
+        return "; ".join(f"{short(row[kind][0])} ({short(row[kind][-1])})" for kind in ("taps", "walks"))
+
+    def short(number: float) -> str:
+        return f"{number:.1f}" if number < 100 else f"{number:,.0f}" if number < 1e5 else f"{number:.0e}"
+
+    rows = [[rows[0]["measure"], *map(cell, rows)] for rows in zip(*nets.values(), strict=True)]
+    return grid(f"| measure | {' | '.join(nets)} |", rows)
 
 
 def groups(results: Results) -> dict[str, str]:

@@ -121,7 +121,7 @@ class Planned(RelevanceMeasure, metaclass=_AlsoPlanned):
 
 @contextmanager
 def measures_are_planned(modules: list[Any]) -> Iterator[None]:
-    """Context in which the name ``RelevanceMeasure`` in some modules refers to planned measures."""
+    """Context manager that makes the name ``RelevanceMeasure`` in some modules refer to planned measures."""
     plain = RelevanceMeasure  # a local name, since the name is also replaced in this module
     changed = [module for module in (*modules, nrm_plugin) if vars(module).get("RelevanceMeasure") is plain]
     for module in changed:

@@ -166,6 +166,7 @@ CAUSES: dict[str, Callable[..., object]] = {
     "MissingExtraError": missing_extra,
     "MemoryBudgetWarning": out_of_memory,
     "BatchNormWarning": biased_norm,
+    "PrecisionWarning": lambda: RelevanceMeasure(chain(), X, 1, reference=X + 1e-5),
 }
 
 

@@ -95,7 +95,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             "errors": """NRMError InputError DifferenceError TargetError GradModeError ModelStateError UnknownLayerError
             HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError
             UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError
-            FoldingError MissingExtraError BatchNormWarning MemoryBudgetWarning"""
+            FoldingError MissingExtraError BatchNormWarning MemoryBudgetWarning PrecisionWarning"""
         },
     ),
 }

@@ -1,4 +1,4 @@
-"""The figure of docs/circuits.md: faithfulness of circuits against their share of the edges."""
+"""The figure of docs/circuits.md: faithfulness of circuits as a function of the fraction of edges they contain."""
 
 from __future__ import annotations
 

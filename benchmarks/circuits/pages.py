@@ -11,7 +11,7 @@ Results = dict[str, Any]
 
 def circuits(results: Results) -> dict[str, str]:
     """Differences from the reference measure, and scores of edges by net."""
-    head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | time | of edges |"
+    head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | passes, time | edges, time |"
     tables = {}
     for name, net in results["nets"].items():
         rows = []
@@ -28,10 +28,10 @@ def circuits(results: Results) -> dict[str, str]:
         if any(net["scores"][score][key][0] for net in nets)
     ]
     kinds = (f"{name}, {net['edges']:,} edges" for name, net in results["nets"].items())
-    tables["differences"] = grid(f"| CMD minus that of the reference measure | {' | '.join(kinds)} |", rows)
+    tables["differences"] = grid(f"| Δ CMD to the reference measure | {' | '.join(kinds)} |", rows)
     if "cost" in results:
         costs = ([job, *(f"{net[job]:.1f}" for net in results["cost"].values())] for job in results["cost"]["vgg16"])
-        tables["cost"] = grid(f"| passes of | {' | '.join(results['cost'])} |", costs)
+        tables["cost"] = grid(f"| method | {' | '.join(results['cost'])} |", costs)
     return tables
 
 

@@ -111,7 +111,7 @@ class Chance:
 
 @dataclass(frozen=True)
 class Joints:
-    """A measure with the marginals of all taps, and the number that it explains."""
+    """A measure with the marginals of all taps, and the scalar that it explains."""
 
     mu: RelevanceMeasure
     explained: Tensor

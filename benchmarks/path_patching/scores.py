@@ -1,4 +1,4 @@
-"""Predictions of path patching for every chain: joint relevance, and products of scores of single sets or edges.
+"""Predictions of path patching for every chain: joint relevance, and products of single-set scores or edges.
 
 All are in units of the output, ``(N, upper, lower)``.
 """

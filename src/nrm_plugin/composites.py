@@ -169,7 +169,7 @@ class Normalized(Composite):
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:
-        """Context in which forward passes and gradients are those of the plain model.
+        """Context manager that restores the forward passes and gradients of the plain model.
 
         Unlike in Zennit, outputs computed before the context still propagate relevance, since a step never runs the
         backward pass of its module.
@@ -317,7 +317,7 @@ class Named(Normalized):
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Arguments of Zennit's composite, by keyword.
+        rules: Arguments of Zennit's composite, keyed by keyword.
 
     Attributes:
         rules: Zennit's composite.

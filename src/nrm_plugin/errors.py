@@ -93,6 +93,10 @@ class BatchNormWarning(UserWarning):
     """Issued if the bias of a layer fused with its batch normalization absorbs most of the relevance."""
 
 
+class PrecisionWarning(UserWarning):
+    """Issued if an explained difference is hardly larger than the rounding errors of the outputs."""
+
+
 class MemoryBudgetWarning(UserWarning):
     """Issued if memory runs out during a query, which then continues in smaller chunks."""
 
@@ -117,7 +121,7 @@ def samples(flags: Sequence[bool]) -> str:
 
 
 SHOWN = 8
-"""Number of entries of a collection that a message shows."""
+"""Number of entries in a collection that a message shows."""
 
 
 def brief(value: object, length: int = 120) -> str:

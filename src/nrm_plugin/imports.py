@@ -61,7 +61,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
     """Returns a decorator that lets a function accept keyword arguments by their former names, with a warning.
 
     Args:
-        names: The current names, by former name.
+        names: The current names, keyed by former name.
     """
 
     def decorated(function: Callable[P, R]) -> Callable[P, R]:

@@ -186,7 +186,7 @@ class EvenMod(ParamMod):
         super().__init__(_evened(0), zero_params=zero_params)
 
     def __call__(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Context in which the weights of the module are replaced."""
+        """Context manager that replaces the weights of the module."""
         is_transposed = isinstance(module, ConvolutionTranspose) or getattr(module, "is_transposed", False)
         modifier = ParamMod(_evened(int(is_transposed)), zero_params=self.zero_params)
         return modifier(module)  # type: ignore[no-any-return]

@@ -155,6 +155,19 @@ def test_differences_of_an_operation_add_up(name):
     torch.testing.assert_close(*both, rtol=0, atol=0.05 * scale)
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_tangents_of_an_operation_are_its_gradient(name):
+    net = Head(OPERATIONS[name]).eval()
+    mu = RelevanceMeasure(net, X, 0, reference=X0, slopes="tangent")
+    leaf = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(leaf).sum(), leaf)
+    expected = gradient * (X - X0)
+    relevance = mu.marginal("input") * mu.output.reshape(3, 1, 1)
+    torch.testing.assert_close(relevance, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    total = relevance.flatten(1).sum(1) / mu.output + mu.sink("input")
+    torch.testing.assert_close(total, torch.ones(3).double(), rtol=0, atol=1e-11 * float(mu.variation("input").max()))
+
+
 MODULES = {
     "LSTM": lambda: nn.LSTM(6, 4, batch_first=True, bidirectional=True),
     "GRU": lambda: nn.GRU(6, 4, 2, batch_first=True),
@@ -304,6 +317,15 @@ def test_heads_of_attention_are_events():
     both = mu(attention.head(0) | attention.head(1))
     torch.testing.assert_close(heads.sum(0), both, rtol=0, atol=1e-11)
     assert bool((heads.abs() > 1e-6).all())
+
+
+def test_steep_slopes_at_constants_leave_no_mass_there_in_float32():
+    net = (
+        Head(lambda h: F.normalize(F.pad(h, (0, 0, 0, 2)), dim=-1)).float().eval()
+    )  # normalizes rows of zeros, by 1e12
+    mu = RelevanceMeasure(net, X.float(), 0, reference=X0.float())
+    assert bool((mu.sink("input").abs() < 1e-9).all())
+    torch.testing.assert_close(mu.marginal("input").flatten(1).sum(1), torch.ones(3), rtol=0, atol=1e-4)
 
 
 def test_formats_shorter_than_float32():

@@ -7,6 +7,7 @@ nrm_plugin.measure.recorded_properties, nrm_plugin.model.references, nrm_plugin.
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 
 import pytest
@@ -17,8 +18,15 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 from zennit.rules import Epsilon
 
-from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, RelevanceMeasure, at
-from nrm_plugin.errors import DifferenceError, InputError, NullEventError, TargetError, UnsupportedOperationError
+from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from nrm_plugin.errors import (
+    DifferenceError,
+    InputError,
+    NullEventError,
+    PrecisionWarning,
+    TargetError,
+    UnsupportedOperationError,
+)
 from tests.conftest import slow_but
 from tests.differences import draw, layer_norm, multipliers, slope, softmax
 
@@ -238,6 +246,40 @@ def test_one_linear_layer_under_a_rule_has_the_rule_of_the_difference_without_a_
     torch.testing.assert_close(mu.marginal("input"), parts / parts.sum(1, keepdim=True), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("composite", [NRMDefault, NRMAbsolute])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: nn.functional.max_pool1d(x.unsqueeze(1), 2).squeeze(1),
+        lambda x: x[:, ::2] * x[:, 1::2],
+        lambda x: torch.maximum(x[:, ::2], x[:, 1::2]),
+        lambda x: torch.einsum("na,na->na", x[:, ::2], x[:, 1::2]),
+    ],
+)
+def test_relevance_that_a_rule_leaves_where_there_is_no_difference_is_absorbed(operation, composite):
+    linear = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 1.0, -1.0]]))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(operation(x))
+
+    x, x0 = torch.tensor([[1.0, 3, 5, 1, 4, 1]]).double(), torch.tensor([[3.0, 1, 2, 1, 1.1, 1]]).double()
+    mu = RelevanceMeasure(Net().eval(), x, reference=x0, composite=composite())
+    (left,) = mu.marginal(at("linear", side="input"))[:, 0].abs()
+    assert 1e-9 < left < 1e-5, "the floor of the rule"
+    torch.testing.assert_close(mu.sink("input").abs(), left[None], rtol=1e-6, atol=0)
+    torch.testing.assert_close(mu.marginal("input").sum(1) + mu.sink("input"), torch.ones(1).double(), **TIGHT)
+    torch.testing.assert_close(mu.marginal("input")[0, :2], torch.zeros(2).double(), **TIGHT)
+    assert float(mu.variation("input")) < 6
+    assert float(mu.walk_variation()) < 6
+
+
 def test_forms_of_a_reference():
     net = mlp()
     whole = RelevanceMeasure(net, X, 1, reference=X0[:1].expand(3, 4))
@@ -254,7 +296,19 @@ def test_forms_of_a_reference():
     keyed = RelevanceMeasure(Two(), {"a": X, "b": X.cos()}, 1, reference={"b": X0.cos(), "a": X0})
     torch.testing.assert_close(pair.marginal(at("input", item=0)), keyed.marginal(at("input", item="a")), **TIGHT)
     mask = torch.tensor([[True, False, False, False]]).expand(3, 4)
-    RelevanceMeasure(Two(), {"a": X, "b": X, "mask": mask}, 1, reference={"b": X0, "a": X0})
+    masked = {"a": X, "b": X, "mask": mask}
+    expected = RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0})
+    for same in (mask, mask.clone(), mask[0], mask[:1]):
+        mu = RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": same})
+        assert torch.equal(mu.marginal("tanh"), expected.marginal("tanh"))
+    for other in (~mask, mask[:, :3], mask.long(), None):
+        with pytest.raises(DifferenceError, match="another value for 'mask' than the inputs"):
+            RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": other})
+    for given, message in (({"a": X0}, "no value for the input 'b'"), ({"a": X0, "b": X0, "c": X0}, "value for 'c'")):
+        with pytest.raises(DifferenceError, match=message):
+            RelevanceMeasure(Two(), {"a": X, "b": X}, 1, reference=given)
+    with pytest.raises(DifferenceError, match="more entries than the 2 inputs"):
+        RelevanceMeasure(Two(), (X, X), 1, reference=(X0, X0, mask))
 
 
 class Embedded(nn.Module):
@@ -280,6 +334,16 @@ def test_ids_have_a_reference_of_ids():
         RelevanceMeasure(net, ids, 1, reference=torch.tensor([[1, 0, 3, 0], [4, 5, 6, 1]]))
     with pytest.raises(DifferenceError, match="the reference of ids must be ids"):
         RelevanceMeasure(net, ids, 1, reference=other.double())
+    with pytest.raises(IndexError) as caught:
+        RelevanceMeasure(net, ids, 1, reference=ids + 9)
+    assert "at the reference" in caught.value.__notes__[0]
+    assert torch.equal(
+        LayerNRM(net, "embedding").attribute(ids[1:], 1, baselines=8.0),
+        LayerNRM(net, "embedding").attribute(ids[1:], 1, baselines=torch.full_like(ids[1:], 8)),
+    )
+    for number in (0.5, float("nan")):
+        with pytest.raises(InputError, match=rf"baselines= is {number}.* give an id"):
+            LayerNRM(net, "embedding").attribute(ids, 1, baselines=number)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +356,12 @@ def test_ids_have_a_reference_of_ids():
         (X0 * float("nan"), "nan or inf"),
         (0.0, "expected a tensor"),
         (X0.long(), "the reference of ids must be ids"),
+        (X0.to_sparse(), "is sparse"),
+        (X0.to("meta"), "is on device meta"),
+        (torch.nested.nested_tensor([X0[0], X0[1]], layout=torch.jagged), "is nested"),
+        ((), "has no value for the input. "),
+        ((X0, X0), "more entries than the 1 inputs.* is a list"),
+        ({"x": X0}, "a value for 'x', which is not among the inputs"),
     ],
 )
 def test_bad_references_are_errors_and_leave_the_model_as_it_is(reference, message):
@@ -310,6 +380,31 @@ def test_outputs_without_a_difference_are_errors():
         RelevanceMeasure(net, X, 1, reference=X0)
     with pytest.raises(TargetError, match="is the same for the input"):
         RelevanceMeasure(mlp(), X, start=torch.zeros(3), reference=X0)
+    exponential = Branches(lambda h: (1000 * h).exp())
+    with pytest.raises(InputError, match="output at the reference has nan or inf"):
+        RelevanceMeasure(exponential.eval(), 0 * X, reference=X0)
+
+
+def test_a_difference_of_few_digits_is_a_warning_that_says_how_many():
+    net, single = mlp(), mlp().float()
+    x, step = X.float(), (X0 - X).float()
+    for size, is_precise in ((1.0, True), (0.1, True), (2e-4, False), (1e-4, False)):
+        x0 = x + size * step
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mu = RelevanceMeasure(single, x, 1, reference=x0)
+        exact = RelevanceMeasure(net, x.double(), 1, reference=x0.double())
+        error = ((mu.output - exact.output) / exact.output).abs().max()
+        assert (not caught) == is_precise
+        if caught:
+            share = float(re.search(r"rounding error of (\S+) in float32", str(caught[0].message))[1])
+            assert caught[0].category is PrecisionWarning
+            assert caught[0].filename == __file__
+            assert share / 100 < error < 10 * share
+        else:
+            assert error < 1e-3
+    with pytest.raises(TargetError, match="is the same"):
+        RelevanceMeasure(single, x, 1, reference=x + 1e-6 * step)
 
 
 @pytest.mark.parametrize(
@@ -428,6 +523,9 @@ def test_other_classes_of_captum_take_baselines():
     torch.testing.assert_close(ruled, rules.marginal("input") * rules.output.reshape(3, 1, 1, 1), **TIGHT)
     with pytest.raises(InputError, match="2 entries for 1 inputs"):
         NRM(net).attribute(x, 1, baselines=(x0, x0))
+    for baselines in ("blur", lambda x: x, x0.numpy(), {"x": x0}, [[x0]]):
+        with pytest.raises(InputError, match=r"baselines= is .* expected a tensor or a number"):
+            NRM(net).attribute(x, 1, baselines=baselines)
 
 
 class Cube(torch.autograd.Function):

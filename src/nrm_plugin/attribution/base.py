@@ -84,10 +84,18 @@ def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
     if len(given) != len(inputs):
         raise InputError(f"baselines= has {len(given)} entries for {len(inputs)} inputs; give one per input.")
-    pairs = zip(given, inputs, strict=True)
-    return tuple(
-        torch.full_like(tensor, value) if isinstance(value, (int, float)) else value for value, tensor in pairs
-    )
+    return tuple(_baseline(value, tensor) for value, tensor in zip(given, inputs, strict=True))
+
+
+def _baseline(value: Any, tensor: Tensor) -> Tensor:
+    """Returns the baseline of one input as a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, (int, float)):
+        raise InputError(f"baselines= is {brief(value)}, expected a tensor or a number for each input.")
+    if is_index(tensor) and not float(value).is_integer():
+        raise InputError(f"baselines= is {value}, but the input contains ids, of dtype {tensor.dtype}; give an id.")
+    return torch.full_like(tensor, value)
 
 
 def rules_for(baselines: Any, composite: Normalized, has_rules: bool) -> Normalized | None:
@@ -141,7 +149,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Returns one minus the sum of mass, sink and bypass of the tensors of one layer, ``(N,)``."""
+    """Returns one minus the total mass, sink and bypass of the tensors of one layer, ``(N,)``."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)

@@ -105,7 +105,7 @@ class ConceptNRM:
             conditional: Whether to divide by the mass of the condition: ``μ(j | condition)`` instead of
                 ``μ(j & condition)``.
             unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before the sum over
-                channels; ``"measure"`` for relevance as a share of the explained outputs.
+                channels; ``"measure"`` for relevance as a fraction of the explained outputs.
             against: Another output, or ``"rest"`` for all other classes; the difference from it is explained, and each
                 condition must contain exactly one output. See :class:`~nrm_plugin.RelevanceMeasure`.
             baselines: Baselines in Captum's format; if given, the difference from the outputs at these is explained;

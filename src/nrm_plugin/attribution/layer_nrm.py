@@ -1,4 +1,4 @@
-"""Relevance of the neurons of layers, the counterpart of Captum's ``LayerLRP``."""
+"""Relevance of neurons in layers, the counterpart of Captum's ``LayerLRP``."""
 
 from __future__ import annotations
 
@@ -91,8 +91,7 @@ class LayerNRM(NRM, LayerAttribution):
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
             additional_forward_args: Additional arguments of the model.
             return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
-            attribute_to_layer_input: Whether to return the relevance of the inputs of the layers instead of their
-                outputs.
+            attribute_to_layer_input: Whether to return the relevance of layer inputs instead of layer outputs.
             verbose: Whether to print the rule of every step.
             against: The output or outputs to compare with; see :meth:`NRM.attribute`.
             given: The event on which relevance is conditioned.

@@ -63,7 +63,7 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
 
 
 def number(explanation: Any) -> str:
-    """Returns a description of the explained number, with its value."""
+    """Returns a description of the explained scalar, with its value."""
     kind = "change" if explanation.reference else "difference" if explanation.against else "output"
     return f"{kind} {explanation.output:.4g}"
 

@@ -67,7 +67,7 @@ class TextExplanation:
         against: The class or token that the target is compared with; empty if there is none.
         reference: The reference text, or the token that replaces every word in the reference; empty without a
             reference.
-        output: The explained number: an output, a difference of outputs, or the change of either from the reference.
+        output: The explained scalar: an output, a difference of outputs, or the change of either from the reference.
         predictions: The classes or tokens with the largest softmax values, with these values.
         tokens: Relevance of each token, ``(T,)``, on the CPU.
         words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target. Together with the
@@ -131,7 +131,7 @@ def explain_text(
     residual: Residual | None = None,
     gain_limit: float | None = None,
 ) -> TextExplanation:
-    """Explains the prediction of a transformers text model by the relevance of the words of the text.
+    """Explains the prediction of a transformers text model by the relevance of each word.
 
     The explained prediction depends on the model: the class of a text, the token behind the mask, the next token, or
     the first token that a decoder generates.
@@ -245,7 +245,7 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
 def _of_masks(
     measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
 ) -> tuple[str | None, RelevanceMeasure]:
-    """Returns the mask token, and the measure that explains the change of the prediction from a text of mask tokens.
+    """Returns the mask token and the measure that explains the change of the prediction from a text of mask tokens.
 
     If there is no mask token, if the prediction is the same for the masks, or if the model runs other operations for
     them, such as other experts, the measure explains the prediction itself.
@@ -278,7 +278,7 @@ def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Words:
-    """Relevance of the tokens of a text in a measure.
+    """Token relevance of a text in a measure.
 
     Attributes:
         mu: The measure.

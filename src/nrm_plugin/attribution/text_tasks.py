@@ -19,13 +19,13 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A text, and the prediction of the model for it.
+    """A text and the model's prediction for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
         text: The text.
-        inputs: Token ids at which walks end, by name of the model's argument.
+        inputs: Token ids at which walks end, keyed by model argument.
         others: Additional arguments of the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
         logits: The logits of the prediction, ``(K,)``.

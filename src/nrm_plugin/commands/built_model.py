@@ -1,4 +1,7 @@
-"""Models built by name, before their preprocessing is chosen."""
+"""The result of building a model from its name.
+
+It contains the model and the metadata of its weights, before preprocessing is chosen.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ class ModelError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model, and the metadata of its weights.
+    """A model with the metadata of its weights.
 
     Attributes:
         model: The model.
         weights: Where the weights come from, as text.
-        transforms: torchvision's preset of the preprocessing.
+        transforms: torchvision's preprocessing preset.
         categories: Class names; empty if unknown.
         notes: Messages to the user.
     """
@@ -40,7 +43,7 @@ class BuiltModel:
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Context in which random weights are the same in every call, without changing the caller's random state."""
+    """Context manager that makes random weights equal in every call, without changing the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         yield

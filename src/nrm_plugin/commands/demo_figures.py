@@ -117,7 +117,7 @@ def _classified(sample: Sample) -> str:
 
 
 def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, against: str = REST) -> list[Path]:
-    """Writes the flow of one digit from image patches to the predicted class, and its page.
+    """Writes the figure and the page of a flow, from the image patches of a digit to the predicted class.
 
     Args:
         model: The network.

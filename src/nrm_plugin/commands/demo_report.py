@@ -24,9 +24,9 @@ class Report:
         accuracy: Fraction of all held-out digits that the network classifies correctly.
         rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
         figures: Files of figures: three per digit, then the budgets of all digits.
-        flow: Figure of the flow of the first digit, and its page.
+        flow: Figure and page of the flow for the first digit.
         against: ``"rest"`` if the figures compare the digit with the other digits, else ``"none"``.
-        composite: Name of the composite of the rows.
+        composite: Name of the composite used for the rows.
     """
 
     samples: list[Sample]
@@ -66,7 +66,7 @@ def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Repor
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Context with a single thread, since the tensors of this network are too small to benefit from more."""
+    """Context manager with a single thread, since the tensors of this network are too small to benefit from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The digits of the demo, and the relevance of each layer in the measure and in plain Zennit."""
+"""The digits of the demo and the relevance of each layer in the measure and in plain Zennit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Row:
 
     Attributes:
         layer: Name of the tap.
-        plain: Sum of the relevance of plain Zennit, with an initial relevance of 1 at the output.
+        plain: Total relevance in plain Zennit, with an initial relevance of 1 at the output.
         mass: Mass that crosses the layer; ``mass + sink + bypass == 1``.
         sink: Mass that is absorbed above the layer.
         bypass: Mass that bypasses the layer.
@@ -72,7 +72,7 @@ class Row:
 
 @torch.no_grad()
 def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> tuple[list[Sample], float]:
-    """Returns the most confidently predicted digits of each kind, and the accuracy on all digits.
+    """Returns the most confidently predicted digits of each kind and the accuracy on all digits.
 
     Raises:
         DemoError: If no kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.

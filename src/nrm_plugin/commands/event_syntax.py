@@ -34,7 +34,7 @@ class Condition:
     Attributes:
         text: The given text.
         event: The event.
-        layers: Names of the layers of the event.
+        layers: Names of the layers in the event.
     """
 
     text: str

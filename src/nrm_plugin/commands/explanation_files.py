@@ -37,7 +37,7 @@ from .request import Request
 CLIPPED = 400
 """At most one pixel in this many may exceed the colour scale."""
 LEAST_LOST = 0.005
-"""If more than this share of relevance does not reach the pixels, the title mentions it."""
+"""If more than this fraction of relevance does not reach the pixels, the title mentions it."""
 LONGEST_HEADER = 10**8
 """Largest header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")
@@ -189,7 +189,7 @@ def totals_text(totals: Totals) -> str:
 
 
 def cells_of(cells: int | str, size: Sequence[int], layer: Sequence[int] | None = None) -> list[int]:
-    """Returns the number of cells of a heat map along each side.
+    """Returns the number of heat-map cells along each side.
 
     Args:
         cells: A number, or a name of :mod:`~nrm_plugin.commands.options`: ``AUTO``, ``PIXELS`` or ``LAYER_CELLS``.

@@ -19,14 +19,14 @@ MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORE
 """Parts of torch's messages; torch raises a plain RuntimeError if CPU memory is exhausted."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
-"""Options whose lower values reduce memory usage, by attribute."""
+"""Options whose lower values reduce memory usage, keyed by attribute."""
 
 _quieted: list[TextIO] = []
 
 
 @contextlib.contextmanager
 def quiet(is_quiet: bool) -> Iterator[None]:
-    """Context that suppresses the output of the command and of libraries, except on the stream of :func:`errors`."""
+    """Context manager that suppresses the output of the command and libraries, except the stream of :func:`errors`."""
     if not is_quiet:
         yield
         return
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """Context that records interrupts, since a module that is interrupted during its import may raise another error."""
+    """Context manager that records interrupts, since a module interrupted during its import may raise another error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

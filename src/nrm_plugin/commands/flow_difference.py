@@ -176,7 +176,7 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
 
 
 def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:
-    """Returns a mask for the output of each given class, by class name."""
+    """Returns a mask for the output of each given class, keyed by class name."""
     labels = torch.arange(mu.shape("output")[1:].numel()).reshape(mu.shape("output")[1:])
     return {class_name(loaded, target) or f"class {target}": labels == target for target in sorted(targets)}
 

@@ -1,4 +1,4 @@
-"""Options of a flow, and the grouping of the neurons of its layers."""
+"""Options of a flow, including how the neurons in its layers are grouped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NARROW = 5.0
 MOST_PATCHES = 16
 """Number of image patches along each side that are grouped if scikit-image is not installed."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
-"""Pattern for names of groups that consist of the largest channel and the number of other channels."""
+"""Pattern for group names that consist of the largest channel and the number of other channels."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class FlowOptions:
     """Options of a flow figure.
 
     Attributes:
-        top: Maximum number of channels of a layer.
+        top: Maximum number of channels per layer.
         coverage: Fraction of the absolute mass of each layer that the shown channels must cover, or None for no limit.
         patches: Number of image patches along each side.
         dark: Whether figures are for a dark background.
         width: Width of the figure in inches, or None for the default.
         kind: File type of the figure.
-        groups: Number of groups of channels of a layer, or a file of groups, or None for single channels.
+        groups: Number of channel groups of a layer, or a group file, or None for single channels.
         minus: Class or image file of a second flow, to subtract, or None for one flow.
     """
 
@@ -69,11 +69,11 @@ class FlowOptions:
 
 @dataclass(frozen=True)
 class Division:
-    """The grouping of the neurons of the layers of a flow.
+    """How the neurons in each layer of a flow are grouped.
 
     Attributes:
-        over: Groups of neurons by layer; the default is channels.
-        names: Names of the groups, by layer.
+        over: Neuron groups, keyed by layer; the default is channels.
+        names: Group names, keyed by layer.
         groups: The groups, if they were requested.
     """
 
@@ -85,7 +85,7 @@ class Division:
 def division(
     loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions, image: Tensor
 ) -> Division:
-    """Returns the grouping of the neurons of the layers of a flow.
+    """Returns how the neurons in each layer of a flow are grouped.
 
     Args:
         loaded: The model.
@@ -117,9 +117,9 @@ def groups_of(
     Args:
         mu: The measure.
         layers: The layers, in any order.
-        wanted: The number of groups of a layer, or the file of groups.
+        wanted: The number of groups of a layer, or the group file.
         image: The image, ``(C, H, W)`` in [0, 1].
-        names: Names of members, by layer.
+        names: Member names, keyed by layer.
 
     Raises:
         RequestError: If the file cannot be read.

@@ -139,7 +139,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
 def _flow(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
 ) -> tuple[MappedFlow, Division]:
-    """Returns the flow with its heat maps, and the grouping of the neurons of each layer."""
+    """Returns the flow with its heat maps, and how the neurons in each layer are grouped."""
     try:
         divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
         flow = mapped_flow(
@@ -203,7 +203,7 @@ def _write(
 
 
 def caption(flow: ImageFlow) -> str:
-    """Describes a flow, and the part of the image that the model did not see."""
+    """Describes a flow and the part of the image that the model did not see."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
     said = flow_caption(flow.graph, walks=flow.walks, areas=areas)
     return f"{_rank(flow)} {said} {unseen(flow.photo)}".strip()

@@ -17,9 +17,9 @@ NAMES = {
     "black": "a black image",
     "white": "a white image",
 }
-"""Descriptions of the references that are not files."""
+"""Descriptions of references that are not files."""
 BLUR = 1 / 8
-"""Standard deviation of the blur, as a fraction of the side of the image; better than 1 / 20 in docs/real.md."""
+"""Standard deviation of the blur, as a fraction of the image side; better than 1 / 20 in docs/real.md."""
 
 
 class ReferenceImageError(NRMError, ValueError):

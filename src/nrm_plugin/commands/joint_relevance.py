@@ -1,4 +1,4 @@
-"""Joint relevance of the most relevant channels of several layers, and its figure."""
+"""Joint relevance of the most relevant channels of several layers, and a function that plots it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ChannelJoint:
         layers: Names of the layers, from the output down.
         channels: The most relevant channels of each layer, in descending order.
         marginals: Marginals of these channels, ``(K,)`` for each layer.
-        sizes: Number of channels of each layer.
+        sizes: Number of channels in each layer.
         values: Joint relevance of one channel in each layer, ``(K, …, K)``, dimensionless.
     """
 

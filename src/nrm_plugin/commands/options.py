@@ -1,4 +1,4 @@
-"""Options shared by several commands, and the types of their values. This module does not import torch."""
+"""Options shared by several commands, and parsers for their values. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHANNELS = 7
 AUTO, PIXELS, LAYER_CELLS = "auto", "pixels", "layer"
 """Resolutions of heat maps: automatic (see :data:`MOST_CELLS`), single pixels, or the cells of the layer."""
 MOST_CELLS = 56
-"""Default number of cells of a heat map along each side, about what the eye can resolve in a figure."""
+"""Default number of heat-map cells along each side, about what the eye can resolve in a figure."""
 DEFAULT_RULES = "nrm_default"
 MISCLASSIFIED = "misread"
 """Name of the misclassified digits in the demo."""

@@ -34,7 +34,7 @@ PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
 TITLE = 34
 """Number of letters that fit above a heat map."""
 LETTERS = 21
-"""Number of letters of a heading per heat map in a row."""
+"""Number of heading letters per heat map in a row."""
 
 _noted: set[str] = set()
 """Letters missing from all fonts that have already been reported."""
@@ -186,7 +186,7 @@ def heading_lines(lines: Sequence[str], heat_maps: int) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Context with a temporary file that replaces the final file atomically once it is complete.
+    """Context manager with a temporary file that replaces the final file atomically once it is complete.
 
     Raises:
         OutputError: If the file cannot be written; the file is left unchanged.

@@ -60,7 +60,7 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
 
 @contextlib.contextmanager
 def _importable() -> Iterator[None]:
-    """Context in which modules of the current folder can be imported, as with ``python -m``."""
+    """Context manager that makes modules of the current folder importable, as with ``python -m``."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

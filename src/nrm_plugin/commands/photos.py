@@ -13,7 +13,7 @@ from .model_loading import LoadedModel
 LARGEST = 640
 """Largest side of photographs in figures, in pixels."""
 LEAST = 0.01
-"""Share of an image that the model did not see above which a note is shown."""
+"""A note is shown if the model did not see more than this fraction of an image."""
 
 
 def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:

@@ -215,7 +215,7 @@ def _similar_classes(key: str, folded: list[str], categories: Sequence[str]) -> 
 
 
 class failures_of_the_model:  # noqa: N801  (a context manager)
-    """Context that converts exceptions of the model to a one-line :class:`RequestError`."""
+    """Context manager that converts exceptions of the model to a one-line :class:`RequestError`."""
 
     def __init__(self, loaded: LoadedModel, inputs: Tensor) -> None:
         self._name, self._shape = loaded.name, tuple(inputs.shape)

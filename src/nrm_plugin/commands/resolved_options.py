@@ -90,7 +90,7 @@ def class_names(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Context in which warnings of the measure are printed without the line of code."""
+    """Context manager that prints warnings of the measure without the line of code."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"nrm-plugin: warning: {message}", file=sys.stderr)
         yield

@@ -113,7 +113,7 @@ def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Aga
 
 
 def _first_inputs(data: Any) -> Any:
-    """Returns the inputs of the first sample of the user's data set, or None for a folder of images."""
+    """Returns the first inputs of the user's data set, or None for an image folder."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
         return None
     with contextlib.suppress(Exception):  # any error that the user's data set raises is reported by the sweep itself

@@ -114,7 +114,7 @@ def _loaded(name: str, what: str, load: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Context without progress bars and advice from transformers; missing weights are reported as notes."""
+    """Context manager without progress bars and advice from transformers; missing weights are reported as notes."""
     logger = logging.getLogger("transformers")
     level = logger.level
     library.logging.set_verbosity_error()

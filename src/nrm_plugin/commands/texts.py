@@ -1,4 +1,4 @@
-"""Explanations of texts by the command ``explain-text``, and their output files."""
+"""Explanations of texts by the command ``explain-text``, written to output files."""
 
 from __future__ import annotations
 

@@ -176,7 +176,10 @@ def _timeout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """Context in which torch.hub reads only tensors; by default, it unpickles any object, even from existing files."""
+    """Context manager that restricts torch.hub to tensors.
+
+    By default, it unpickles any object, even from existing files.
+    """
     before = {name: os.environ.pop(name, None) for name in FORCED}
     os.environ[FORCED[0]] = "1"
     try:
@@ -188,7 +191,7 @@ def _weights_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Context without torchvision's warnings about weight initialization in future versions."""
+    """Context manager without torchvision's warnings about weight initialization in future versions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -143,7 +143,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Renames the entries of a state dict to the names of the model, without the prefixes of wrappers."""
+    """Renames the entries of a state dict to the model's names, without the prefixes that wrappers add."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:

@@ -12,7 +12,7 @@ LONGEST = 100
 
 
 class AtomicFile:
-    """A context that provides a temporary file and renames it when its content is complete and synced to disk.
+    """Context manager that provides a temporary file and renames it when its content is complete and synced to disk.
 
     Args:
         path: The final path, which is not changed if the context exits with an error.

@@ -39,7 +39,7 @@ class Requirements:
         marginals: Taps for which marginals are needed.
         joint_marginals: For each event, taps for which marginals joint with the event are needed.
         masses: Events for which masses are needed.
-        joint_matrices: Upper and lower taps between which joint matrices are needed, and their groups.
+        joint_matrices: Upper and lower taps between which joint matrices are needed, with their groups.
         activations: Layers for which activations are needed.
     """
 

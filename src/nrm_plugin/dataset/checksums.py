@@ -34,7 +34,7 @@ class Segments:
 
         Args:
             path: The file.
-            ends: Offsets of the ends of the parts, except the end of the file.
+            ends: Offset at which each part ends, except for the last one.
         """
         edges = (*ends, path.stat().st_size)
         return cls(edges, tuple(_hashes(path, pairwise((0, *edges)))))
@@ -56,7 +56,7 @@ class Segments:
 
         Args:
             path: The file.
-            numbers: Numbers of the parts, or None for all parts.
+            numbers: Indices of the parts, or None for all parts.
 
         Raises:
             ShardError: If the checksum of a part or the size of the file differs.
@@ -86,7 +86,7 @@ def _hashes(path: Path, parts: Iterable[tuple[int, int]]) -> Iterable[str]:
 
 
 def row_group_ends(metadata: Any) -> list[int]:
-    """Returns the offsets of the ends of the row groups of a Parquet file; the footer follows the last row group."""
+    """Returns the offset at which each row group of a Parquet file ends; the footer follows the last row group."""
     ends = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -100,7 +100,7 @@ def _end(column: Any) -> int:
 
 
 def to_bytes(entries: Mapping[str, Any]) -> bytes:
-    """Returns the content of a file of checksums, including a checksum of itself."""
+    """Returns the content of a checksum file, including a checksum of itself."""
     return json.dumps({**entries, "checksum": json_checksum(entries)}).encode()
 
 

@@ -1,4 +1,4 @@
-"""Comparison of the samples of a data set with the samples of a stored sweep, without the model."""
+"""Comparison of the samples in a data set with those of a stored sweep, without the model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_samples(
     Args:
         folder: The folder of the sweep.
         source: A data set with a length.
-        contents: The stored hashes, by sample.
+        contents: The stored hashes, keyed by sample.
         seed: Seed of the random states with which samples are read.
         on_error: ``"skip"`` to ignore samples that can no longer be read.
         progress: Whether to show a progress bar.

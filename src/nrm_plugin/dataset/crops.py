@@ -1,4 +1,4 @@
-"""Crops of reference examples to the receptive field of a channel, and masks of the pixels with relevance."""
+"""Reference examples cropped to the receptive field of a channel, with masks of the relevant pixels."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .evaluation import device_of
 from .examples import References, ReferencesError
 
 MASK_THRESHOLD = 0.2
-"""Threshold of the mask, as a fraction of the largest value of the smoothed heat map."""
+"""Threshold of the mask, as a fraction of the largest value in the smoothed heat map."""
 SMOOTHING = 1 / 60
-"""Standard deviation of the smoothing, as a fraction of the longer side of the image."""
+"""Standard deviation of the smoothing kernel, as a fraction of the longer image side."""
 PROBE_BATCH = 8
 """Number of positions whose receptive fields are computed in one batch."""
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name of the references of events, which do not belong to a layer."""
+"""Name for the references of events, which do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 
@@ -121,7 +121,7 @@ class FoundReferences:
     """References of several layers and events, both over all samples and per target.
 
     Args:
-        groups: The groups of each layer, by layer name.
+        groups: The groups of each layer, keyed by layer name.
         rankings: The ranking for each ``(name, by, target)``; target None for all targets.
         count: Number of ranked samples.
     """
@@ -296,7 +296,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Returns whether the groups of a query are the channels of one layer, and the query has no event."""
+    """Returns whether the groups of a query are the channels of one layer and the query has no event."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 
@@ -317,7 +317,7 @@ def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k:
 
 
 def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
-    """Returns each column as a matrix ``(groups, samples)``, and ``key``, the number of each pair of groups."""
+    """Returns each column as a matrix ``(groups, samples)``, and ``key``, the index of each pair of groups."""
     columns = {name: rows[name].to_numpy() for name in COLUMNS}
     key = columns["group"].astype(np.int64).clip(0) * width + columns["lower"].clip(0)
     order, count = np.argsort(key, kind="stable"), len(np.unique(key))

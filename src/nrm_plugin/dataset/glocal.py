@@ -1,4 +1,4 @@
-r"""Glocal flows: mean flows of classes or groups of samples, and their differences.
+r"""Glocal flows: mean flows of classes or sample groups, and differences between them.
 
 The mean flow of samples is the flow of the mean of their measures, which is itself a measure:
 
@@ -51,7 +51,7 @@ def mean_flow(
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         groups: Groups from :func:`~nrm_plugin.find_groups`, which apply to all of their layers; or the groups to
-            show, by layer name, where all others form the rest. The joint matrix of two wide, non-adjacent layers
+            show, keyed by layer name, where all others form the rest. The joint matrix of two wide, non-adjacent layers
             requires one pass per group.
         top: Largest number of groups per layer, selected by absolute mean mass, or None for all. All groups have to be
             computed, because the selection depends on the mean.
@@ -119,13 +119,13 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """Replaces the numbers and names of a layer's groups by those in the full partition."""
+    """Replaces the indices and names of a layer's groups by those in the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 
 
 class _MeanMeasure:
-    """The mean of the measures of a batch, with the interface of a measure of one sample.
+    """The mean measure of a batch, with the interface of a measure for one sample.
 
     Args:
         mu: The measures of the batch.

@@ -18,7 +18,7 @@ from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
 
 MOST = 16
-"""Largest number of rows, and of images in a row, of a figure."""
+"""Largest number of rows in a figure, and of images in a row."""
 
 
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
@@ -26,7 +26,7 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
 
     Args:
         graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups: ``graph.smaller(top=8)``.
-        first: Name of the first group of samples; its excess is red.
+        first: Name of the first sample group; its excess is red.
         second: Name of the second group; its excess is blue.
         heading: Title of the figure.
         dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.

@@ -126,7 +126,7 @@ def check_image_file(path: Path) -> None:
 
 @contextmanager
 def _no_limit() -> Iterator[None]:
-    """Context without Pillow's size limit; a later check accounts for JPEG files that are decoded at reduced size."""
+    """Context manager that lifts Pillow's size limit; a later check accounts for JPEG files decoded at reduced size."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:

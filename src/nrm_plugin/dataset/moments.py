@@ -1,4 +1,4 @@
-r"""Count, mean and sum of squared deviations of batches of numbers, by class, in double precision.
+r"""Count, mean and sum of squared deviations per class, accumulated over batches in double precision.
 
 torchmetrics provides means, but no class-wise variances that are merged across processes. Two sets of numbers are
 merged without cancellation between large sums:

@@ -72,7 +72,7 @@ class FolderLocks:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Context that holds the lock of the manifest, and acquires the lock of this rank, which is kept afterwards.
+        """Context manager that holds the manifest lock, and acquires the lock of this rank, which is kept afterwards.
 
         Raises:
             SweepError: If another process writes to the folder with the same rank, or locks are not supported.

@@ -12,7 +12,7 @@ STATM = Path("/proc/self/statm")
 
 
 class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
-    """A progress bar of samples that also shows the memory of the process and of the accelerator.
+    """A progress bar over samples that also shows the memory of the process and of the accelerator.
 
     Args:
         total: Number of samples, or None if unknown.

@@ -2,7 +2,7 @@
 
 Each explanation is a vector: the relevance of the channels of a layer. Clusters of similar explanations are found by a
 mixture of Gaussians or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster,
-and its coverage is the share of all samples that are members. A new sample is described by its nearest prototype
+and its coverage is the fraction of all samples that are members. A new sample is described by its nearest prototype
 and its difference from this prototype.
 """
 
@@ -34,7 +34,7 @@ class Nearest:
         prototype: The nearest prototype.
         distance: Euclidean distance to the centre.
         difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
-        outlying: Share of the fitted samples that fit even worse, by likelihood for a mixture and by distance for
+        outlying: Fraction of the fitted samples that fit even worse, by likelihood for a mixture and by distance for
             k-means; 0 for a sample that fits worse than all of them.
     """
 
@@ -92,7 +92,7 @@ class Prototypes:
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the groups with the largest absolute relevance in a prototype, and their relevance."""
+        """Returns the groups with the largest absolute relevance in a prototype, with their relevance."""
         centre = self.centres[prototype]
         order = np.argsort(-np.abs(centre), kind="stable")[:top]
         return [(int(group), float(centre[group])) for group in order]
@@ -201,7 +201,7 @@ def _vectors(values: Tensor | Array) -> Array:
 def vectors_of_sweep(
     sweep: Sweep | str | os.PathLike[str], query: str, target: int | None = None
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Reads the relevance of the groups of a query for each sample of a sweep; the model is not needed.
+    """Reads the group relevance of a query for each sample of a sweep; the model is not needed.
 
     Args:
         sweep: The sweep, or its folder.

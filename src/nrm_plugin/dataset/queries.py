@@ -112,7 +112,7 @@ class Marginal(Query):
         over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels of all neurons.
         joint: An event to which the walks must also belong.
         given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
-        min_ratio: Threshold, as a share of the total relevance, which is 1.
+        min_ratio: Threshold, as a fraction of the total relevance, which is 1.
     """
 
     layer: LayerSpec
@@ -124,7 +124,7 @@ class Marginal(Query):
 
 @dataclass(frozen=True)
 class Joint(Query):
-    """``μ(group of the upper layer and group of the lower layer)`` for all pairs of groups.
+    """``μ(upper group and lower group)`` for all pairs of groups in two layers.
 
     Args:
         upper: The tap nearer to the output.
@@ -144,7 +144,7 @@ class EventMass(Query):
     Args:
         event: The event.
         given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
-        min_ratio: Threshold, as a share of the total relevance, which is 1.
+        min_ratio: Threshold, as a fraction of the total relevance, which is 1.
     """
 
     event: Event
@@ -154,13 +154,13 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer: the share of the group's relevance that is in the event.
+    """``μ(event | group)`` for each group of a layer: the fraction of the group's relevance that is in the event.
 
     Args:
         event: The event.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
-        min_ratio: Threshold: the value is null if ``|μ(group)|`` is at most this share of the absolute mass of its
+        min_ratio: Threshold: the value is null if ``|μ(group)|`` is at most this fraction of the absolute mass of its
             neurons.
     """
 

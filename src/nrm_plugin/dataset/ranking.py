@@ -102,7 +102,7 @@ class Ranking:
             values: Finite values, ``(N, K)``.
             samples: Unique index of each sample, ``(N,)``.
             targets: Explained class of each sample, ``(N,)``; required to rank by target.
-            positions: Positions of the largest value of each group, ``(N, K)``.
+            positions: Position of the largest value in each group, ``(N, K)``.
         """
         if not len(values):
             return

@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster, and a function of batches for Ray Data and Hugging Face datasets."""
+"""Sweeps on a Ray cluster and a function of batches for Ray Data and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ class SweepBatches:
         """Evaluates a batch.
 
         Args:
-            batch: Columns, with the sample numbers in ``sample`` unless indices are given.
-            indices: The sample numbers.
+            batch: Columns, with the sample indices in ``sample`` unless indices are given.
+            indices: The sample indices.
 
         Returns:
             The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, of equal length; NaN for undefined values.
 
         Raises:
-            SweepError: If the sample numbers are missing.
+            SweepError: If the sample indices are missing.
         """
         if indices is None and SAMPLE not in batch:
             raise SweepError(

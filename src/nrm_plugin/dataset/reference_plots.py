@@ -20,7 +20,7 @@ FADED = 0.78
 CELL = 1.15
 """Side length of an image, in inches."""
 MOST = 16
-"""Largest number of rows, and of images in a row, of a figure."""
+"""Largest number of rows in a figure, and of images in a row."""
 
 
 def reference_figure(

@@ -62,7 +62,7 @@ def find_references(
         layers: Names of the layers.
         k: Number of samples per channel.
         by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
-        events: Events by name; samples are ranked by the mass of each event.
+        events: Events, keyed by name; samples are ranked by the mass of each event.
         target: The explained target: the label, the predicted class, or one class for all samples.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
             sign of the difference, so that large values are evidence for the target.

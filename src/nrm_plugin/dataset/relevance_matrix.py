@@ -24,12 +24,12 @@ FORMAT = "nrm-plugin relevance matrix 1"
 
 
 class RelevanceMatrix:
-    r"""Mean conditional relevance of the groups of a layer, given the groups of a layer above.
+    r"""Mean conditional relevance of the groups in a layer, given those in a layer above.
 
     Args:
         matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; NaN in the column of a group that
             never had relevance.
-        off: Mean share of the walks through each upper group that do not cross the lower layer, ``(K_upper,)``.
+        off: Mean fraction of the walks through each upper group that do not cross the lower layer, ``(K_upper,)``.
         weight: Mean absolute mass of each upper group, ``(K_upper,)``.
         samples: Number of samples.
         upper: Name of the upper layer; empty if unknown.

@@ -226,7 +226,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
 
 @contextmanager
 def seeded(seed: int, index: int) -> Iterator[None]:
-    """Context with the random state of one sample; the random state of the process is restored afterwards."""
+    """Context manager with the random state of one sample; the random state of the process is restored afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     number = (seed * 1_000_003 + index) % (1 << 32)
     try:

@@ -1,4 +1,4 @@
-"""Reading of shards: files of rows with a description in the footer."""
+"""Reading of shards: row files with a description in the footer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Shard:
 
     Attributes:
         path: The file.
-        rank, number: Rank of the process that wrote the shard, and number of the shard.
+        rank, number: Rank of the process that wrote the shard, and index of the shard.
         settings: Fingerprint of the settings of the sweep.
         first, last: First and last sample, inclusive.
         failed: Samples of this range without rows, with their errors.
@@ -112,7 +112,7 @@ class Shard:
             self.check_map_content()
 
     def check_map_content(self) -> None:
-        """Raises :class:`ShardError` if the file of maps is missing or differs from its checksum."""
+        """Raises :class:`ShardError` if the map file is missing or does not match its checksum."""
         try:
             if self.map_sums is not None:
                 self.map_sums.check(self.maps)
@@ -125,7 +125,7 @@ class Shard:
             raise ShardError(f"{self.path} belongs to another sweep, with different settings.")
 
     def check_maps(self) -> None:
-        """Raises :class:`ShardError` if the file of maps is missing or damaged."""
+        """Raises :class:`ShardError` if the map file is missing or damaged, or if its number of samples is wrong."""
         try:
             with safe_open(self.maps, "np") as file:
                 size = file.get_slice("sample").get_shape()[0]
@@ -136,7 +136,7 @@ class Shard:
 
     @property
     def maps(self) -> Path:
-        """Returns the file of maps.
+        """Returns the path of the map file.
 
         Raises:
             ShardError: If the file is a link to a path outside the folder.
@@ -185,7 +185,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the file of rows of each shard, by number; the lower rank's file if two ranks wrote the same shard."""
+    """Returns the row file of each shard, keyed by index; the lower rank's file if two ranks wrote the same shard."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16
 """Largest number of rows in a row group, unless a single group of neurons has more."""
 OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
-"""Pattern of an error of the operating system in a message of safetensors."""
+"""Pattern of an operating-system error in a safetensors message."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
 """Columns with few distinct values, which are dictionary-encoded."""
 
@@ -61,13 +61,13 @@ class ShardInfo:
     stamps: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the description as JSON, with failed samples by index."""
+        """Returns the description as JSON, with failed samples keyed by index."""
         failed = sorted(self.failed, key=lambda failure: failure.sample)
         return {**vars(self), "failed": [asdict(failure) for failure in failed]}
 
 
 def shard_name(rank: int, number: int) -> str:
-    """Returns the name of the files of a shard, without the extension."""
+    """Returns the file name of a shard, without the extension."""
     return f"part-{rank:04}-{number:06}"
 
 
@@ -79,18 +79,18 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes the maps and then the rows of a shard, so that a file of rows implies that its file of maps exists.
+    """Writes a shard, the maps before the rows, so that a row file never exists without its map file.
 
     Args:
         folder: The folder of the sweep.
-        rank: Rank of the process.
-        number: Number of the shard.
+        rank: Rank of the process that writes the shard.
+        number: Index of the shard.
         queries: The queries.
         batches: The results of each batch.
         info: The description of the shard.
 
     Raises:
-        OSError: If the disk is full or not writable.
+        OSError: If the folder is not writable or the disk is full.
         SweepError: If the groups of a query differ between batches.
     """
     parquet = extra("pyarrow.parquet", "dataset")

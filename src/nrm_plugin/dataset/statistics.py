@@ -1,4 +1,4 @@
-"""Mean and variance of relevance over a data set, by class and across processes, as torchmetrics metrics.
+"""Mean and variance of relevance over a data set, per class and across processes, as torchmetrics metrics.
 
 The metrics can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance,
 and ``compute`` merges the states of several processes.
@@ -21,7 +21,7 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    """Moments of values of a fixed shape, by class if there are classes."""
+    """Moments of values of a fixed shape, per class if there are classes."""
 
     is_differentiable = False
     higher_is_better = None
@@ -136,7 +136,7 @@ class ClasswiseRelevance(_Relevance):
 
 
 class JointRelevance(_Relevance):
-    r"""Count, mean and variance of the joint relevance of the groups of two layers.
+    r"""Count, mean and variance of joint relevance between the groups of two layers.
 
     .. math:: m_{ab} = \frac{1}{n} \sum_n \mu_n(a \cap b)
 

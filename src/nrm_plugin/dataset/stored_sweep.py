@@ -79,7 +79,7 @@ class Sweep:
 
     @cached_property
     def queries(self) -> dict[str, QueryInfo]:
-        """The queries by name, with their groups if a shard has been written."""
+        """The queries, keyed by name, with their groups if a shard has been written."""
         queries = {query.name: query for query in self.manifest.queries}
         if all(query.groups is not None for query in queries.values()):
             return queries
@@ -90,7 +90,7 @@ class Sweep:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The stored shards, by number.
+        """The stored shards, keyed by index.
 
         Raises:
             ShardError: If a file is damaged or belongs to a different sweep.

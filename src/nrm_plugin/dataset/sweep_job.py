@@ -45,7 +45,7 @@ class SweepJob:
         fingerprint: Hash of the settings.
         on_error: ``"raise"`` or ``"skip"``, for samples that fail and for damaged files.
         seed: Seed of the random states with which samples are read.
-        damaged: Damaged files that are replaced, by shard number.
+        damaged: Damaged files that are replaced, keyed by shard index.
     """
 
     evaluation: Evaluation
@@ -66,7 +66,7 @@ class SweepJob:
     # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
-        """Returns the shards that need not be evaluated, by number, and moves damaged files aside.
+        """Returns the shards that need not be evaluated, keyed by index, and moves damaged files aside.
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.

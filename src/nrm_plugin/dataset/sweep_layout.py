@@ -33,7 +33,7 @@ FORMAT = "nrm-plugin sweep 1"
 MANIFEST, ROWS, MAPS, BY_QUERY = "manifest.json", "rows", "maps", "by-query"
 LOCKS = "locks"
 SUMS = "_sums.json"
-"""File of the checksums of the index."""
+"""File with the checksums of the index."""
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
 """Metadata key of a Parquet file under which the description of the shard is stored as JSON."""
@@ -194,7 +194,7 @@ class Manifest:
 
 
 def json_checksum(entries: Mapping[str, Any]) -> str:
-    """Returns the hash of a JSON object, independent of the order of its keys."""
+    """Returns a hash of a JSON object that does not depend on the key order."""
     normal = json.loads(json.dumps(entries))  # tuples become lists, and keys become text
     return hashlib.blake2b(json.dumps(normal, sort_keys=True).encode(), digest_size=16).hexdigest()
 

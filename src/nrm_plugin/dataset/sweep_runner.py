@@ -216,7 +216,7 @@ def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list
 
 @contextmanager
 def _recording_interruption(folder: Path) -> Iterator[None]:
-    """Context that, on an error, records the interruption and the failures so far in the manifest."""
+    """Context manager that, on an error, records the interruption and the failures so far in the manifest."""
     try:
         yield
     except BaseException:

@@ -103,10 +103,10 @@ def _over(info: QueryInfo) -> tuple[Any, ...]:
 
 
 class Sums:
-    """Sums of the values of queries over samples, accumulated shard by shard.
+    """Sums of query values over samples, accumulated shard by shard.
 
     Args:
-        groups: Shape of each query, by name.
+        groups: Shape of each query, keyed by name.
     """
 
     def __init__(self, groups: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""The demo networks, and the weights and digits embedded in the package."""
+"""The demo networks and the weights and digits embedded in the package."""
 
 from importlib.resources import files
 

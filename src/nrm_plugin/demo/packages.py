@@ -35,7 +35,7 @@ class PackageError(NRMError, RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One version of a package, and the digest of its file.
+    """One version of a package, with the digest of its file.
 
     Attributes:
         name: Name in its registry.

@@ -1,6 +1,6 @@
 """Events: sets of walks, defined by formulas over the neurons that a walk crosses.
 
-The package also contains decision diagrams of events, and their conversion to JSON.
+The package also contains decision diagrams of events and their conversion to JSON.
 Imports: errors.
 """
 

@@ -34,7 +34,7 @@ class Diagram:
         self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
 
     def build(self, event: Event, variables: Mapping[Event, int]) -> int:
-        """Returns the node of an event, given the variable of each of its atoms."""
+        """Returns the node of an event, given the variable of each atom."""
         if isinstance(event, Not):
             return self._negate(self.build(event.part, variables))
         if isinstance(event, (All, Any_)):

@@ -1,4 +1,4 @@
-r"""Attention: kernels of fused attention and of softmax, and the dimensions of heads and tokens in products.
+r"""Attention: kernels of fused attention and softmax, and the head and token dimensions in products.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 

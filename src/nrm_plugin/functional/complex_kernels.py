@@ -24,7 +24,7 @@ from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 ENTRIES = 1 << 26
-"""Number of entries of the largest stored matrix."""
+"""Number of entries in the largest stored matrix."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Layout:
 
 
 class FoldedKernel(Kernel):
-    """Kernel of a layer whose input consists of the concatenated features of several tensors.
+    """Kernel of a layer whose input concatenates the features of several tensors.
 
     Args:
         inner: The kernel of the layer, with one input.
@@ -95,7 +95,7 @@ class FoldedKernel(Kernel):
 
 
 def complex_kernel(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a call of a function that is jointly affine in all of its inputs."""
+    """Returns the kernel of a call to a function that is jointly affine in its inputs."""
     with torch.no_grad():
         probe = _Probe(call)
         if not probe.is_affine():

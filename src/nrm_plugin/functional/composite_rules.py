@@ -61,7 +61,7 @@ class CompositeRules:
                         self._by_memory.setdefault(part.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of a module of the given kind, as if it were the last module of the model."""
+        """Returns the rule of a module of the given kind, as if it were the model's last module."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)

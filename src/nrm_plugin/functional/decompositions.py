@@ -164,7 +164,7 @@ def _mean_of_variance(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Returns whether a functional layer has a bias, and its weight or bias is computed by the model."""
+    """Returns whether a functional layer has a bias and the model computes its weight or bias."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 

@@ -1,4 +1,4 @@
-r"""Calls of functions at an input and at a reference, and the registry of their kernels.
+r"""Function calls at an input and a reference, and the registry of their kernels.
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
@@ -89,6 +89,16 @@ class DifferenceCall:
     def after(self) -> Tensor:
         """The difference ``δ`` of the output, as a tensor."""
         return self.difference.delta
+
+    @cached_property
+    def divisor(self) -> Tensor:
+        """The number by which relevance of the output is divided to obtain its multiplier.
+
+        Without rules, this is ``δ``. A rule may leave relevance where the difference is zero, for example if it adds a
+        floor to the inputs of a layer; such relevance has no multiplier. It is divided by infinity, and is absorbed.
+        """
+        is_zero = self.difference.is_zero
+        return self.after if is_zero is None or not self.has_rules else self.after.masked_fill(is_zero, torch.inf)
 
     @cached_property
     def differences(self) -> list[Difference]:

@@ -1,4 +1,4 @@
-"""Calls of functions on tensors that carry relevance, and the kernels of most functions."""
+"""Function calls on tensors that carry relevance, and the methods that return their kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .function_kernels import BroadcastKernel, RouteKernel, SingleInputKernel, S
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the steps of functions in all forward passes of a model.
+    """Settings of function steps, for all forward passes of a model.
 
     Attributes:
         rules: The lookup of the composite's rule of a module or weight.

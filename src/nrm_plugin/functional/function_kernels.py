@@ -40,7 +40,7 @@ class SplitKernel(Kernel):
     Args:
         shares: Shares of each input, which broadcast to the shape of the output.
         shapes: Shape of each input.
-        magnitude: Sum of the magnitudes of the summands, for a sum that contains this sum.
+        magnitude: Total magnitude of the summands, for a sum that contains this sum.
         is_stochastic: Whether the shares sum to one exactly.
     """
 
@@ -80,7 +80,7 @@ class HalvesKernel(Kernel):
 
     @functools.cached_property
     def magnitude(self) -> Tensor:
-        """Sum of the magnitudes of the summands, for a sum that contains this sum."""
+        """Total magnitude of the summands, for a sum that contains this sum."""
         first, second = self._sizes()
         return first + second
 

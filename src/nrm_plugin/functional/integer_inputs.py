@@ -79,12 +79,14 @@ class Ids:
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Returns the result of a call, with rows that ids select replaced by a tensor at which walks end.
+        """Tracks ids through a call, and returns its result.
+
+        Rows looked up by ids are replaced by a tensor at which walks end.
 
         Args:
             call: The call of the function.
             result: The result of the call.
-            looked_up: A function that returns this tensor, or None if walks cannot end there, as inside a step.
+            looked_up: Maps the looked-up rows to that tensor; None where walks cannot end, such as inside a step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)
@@ -173,7 +175,7 @@ class Ids:
             self._marked[id(tensor)] = tensor, kind
 
     def _mark_written(self, tensor: Tensor, kind: Kind) -> None:
-        """Marks a tensor to which ids were written, and its base if it is a view."""
+        """Marks a tensor to which ids were written and, if it is a view, its base."""
         for item in (tensor, tensor._base):
             if item is not None:
                 self._mark(item, max(kind, self.kind(item) or kind))

@@ -183,7 +183,7 @@ class InterceptedPass:
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Returns the path of a function within the running module, and the index of this call to it."""
+        """Returns the path of a function within the running module and the index of this call to it."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]

@@ -1,4 +1,4 @@
-"""Calls of functions as observed by an interception, before their kernel is known."""
+"""Function calls as observed by an interception, before their kernel is known."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def packs_in(args: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
 
 Recurrence = Callable[..., Any]
 RECURRENCES: dict[str, Recurrence] = {}
-"""Loops that replace functions, by name; their first argument is the context."""
+"""Loops that replace functions, keyed by name; their first argument is the context."""
 
 
 def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
@@ -75,7 +75,7 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and its bias if that is a separate summand.
+    """Returns the contribution of the hidden state and, if it is a separate summand, its bias.
 
     The bias is separate for a user-supplied initial state, so that it absorbs no relevance in samples with a zero
     state.

@@ -1,4 +1,4 @@
-"""The registry of kernels, and of decompositions into functions that have kernels, by function name.
+"""The registry of kernels, and of decompositions into functions that have kernels, keyed by function name.
 
 A function is looked up by a name common to all its variants: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and
 ``operator.iadd`` on tensors are all ``add``.

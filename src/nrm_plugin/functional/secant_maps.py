@@ -33,7 +33,7 @@ class MultiplierKernel(Kernel):
     """
 
     def __init__(self, call: DifferenceCall) -> None:
-        self.before, self.after = call.before, call.after
+        self.before, self.divisor = call.before, call.divisor
         self.is_stochastic = call.is_exact
 
     @abstractmethod
@@ -45,11 +45,11 @@ class MultiplierKernel(Kernel):
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
-        below = self.multipliers(relevance / self.after)
+        below = self.multipliers(relevance / self.divisor)
         return tuple(part * delta for part, delta in zip(below, self.before, strict=True))
 
     def pull_absolute(self, relevance: Tensor) -> Multipliers:
-        below = self.absolute_multipliers(relevance / self.after.abs())
+        below = self.absolute_multipliers(relevance / self.divisor.abs())
         if below is None:
             return dense_absolute(self, relevance)
         return tuple(part * delta.abs() for part, delta in zip(below, self.before, strict=True))

@@ -1,4 +1,4 @@
-"""Secants of layers with weights and of products of tensors.
+"""Secants of weighted layers and tensor products.
 
 Source: docs/differences.md.
 """
@@ -48,12 +48,12 @@ class LinearKernel(MultiplierKernel):
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         (value,) = values
         assert value is not None
-        return self.maps.up(value * self.before[0]) / self.after
+        return self.maps.up(value * self.before[0]) / self.divisor
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         (value,) = values
         assert value is not None
-        return self.absolute.up(value * self.before[0].abs()) / self.after.abs()
+        return self.absolute.up(value * self.before[0].abs()) / self.divisor.abs()
 
 
 @secant_of(*LAYERS)
@@ -77,7 +77,7 @@ def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap
 
 @secant_of("matmul", "einsum", "tensordot")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a product of tensors, of which some are constant."""
+    """Returns the kernel of a tensor product, some factors of which are constant."""
     return PathKernel(call, _with_absolute_constants)
 
 

@@ -65,7 +65,7 @@ def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
 
 def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
     """Returns the kernel of an elementwise function with the given slopes, which broadcast to the output."""
-    after = call.after.reciprocal()
+    after = call.divisor.reciprocal()
     shares = [slope * before * after for slope, before in zip(slopes, call.before, strict=True)]
     return SplitKernel(shares, call.shapes, None, call.is_exact)
 
@@ -84,9 +84,9 @@ def elementwise(call: DifferenceCall) -> Kernel:
 
 
 def _propagated_share(call: DifferenceCall) -> Tensor | None:
-    """Returns the share of relevance that a function of one tensor propagates, or None for all of it.
+    """Returns the fraction of relevance that a function of one tensor propagates, or None for all of it.
 
-    The slope is the quotient of both differences, so the share is 1 where the output differs, and 0 where only the
+    The slope is the quotient of both differences, so the fraction is 1 where the output differs, and 0 where only the
     input does. Where neither differs, the slope is the derivative.
     """
     is_same, is_constant = call.differences[0].is_zero, call.difference.is_zero
@@ -149,7 +149,7 @@ def product(call: DifferenceCall) -> Kernel:
 @secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
     """Returns the kernel of a dtype conversion; the sink absorbs the rounding error."""
-    shares = [call.before[0] / call.after, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
+    shares = [call.before[0] / call.divisor, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
     return SplitKernel(shares, call.shapes, None, False)
 
 

@@ -131,7 +131,7 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
     """Returns whether a function is elementwise, tested by changing half of the elements at a time.
 
-    Each mask separates half of all pairs of elements, so the chance of missing a dependence is 1/1024.
+    Each mask separates half of all pairs of elements, so a dependence is missed with probability 1/1024.
     """
     other = 1 - 2 * source
     changed = run(other.clone())

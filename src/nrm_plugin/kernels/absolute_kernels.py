@@ -128,7 +128,7 @@ def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
 
 
 def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
-    """Returns the transpose of the layer, restricted to the absolute values of its weights of one sign."""
+    """Returns the transposed layer with the absolute values of its weights of one sign."""
     leaf = like.detach().requires_grad_()
     with torch.enable_grad():
         image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))

@@ -35,7 +35,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 def fuse(step: LayerStep, source: Tensor) -> None:
-    """Prepares the fusion of a new step with the steps of its input, if one of the three forms applies.
+    """Prepares fusing a new step with the steps of its input, if one of the three forms applies.
 
     Fusion is deferred until the kernel of the layer is built, since all readers of the layer are known only then. A
     batch normalization is fused into the layer below if nothing else reads that layer, and into the layer above
@@ -132,7 +132,7 @@ def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
 
 
 def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
-    """Fuses layer → BN."""
+    """Folds a batch norm into the layer that precedes it."""
     affine = _affine(norm) if norm.is_identity else None
     if affine is None:
         return
@@ -151,7 +151,7 @@ def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
 
 
 def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
-    """Fuses BN → layer, or BN → ReLU → layer; the layer then reads the input of the batch normalization."""
+    """Folds a batch norm into the layer that follows it, also across a ReLU; the layer then reads the norm's input."""
     affine = None if norm.is_identity else _affine(norm)
     if affine is None:
         return

@@ -100,14 +100,14 @@ class _Running(threading.local):
     Attributes:
         modules: The running modules that have a rule, outermost first; operations inside them are not steps.
         pauses: Number of open contexts of :func:`not_recorded`.
-        saved: The tensors that steps have saved, by memory address.
+        saved: The tensors that steps have saved, keyed by memory address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require gradients outside of this pass.
         first_node: Number of the first autograd node of this pass, or None without a listener.
         given: Identities of the parameters among the inputs of the model, without a listener.
-        made: Leaves that the model created, by identity, or None if such leaves carry relevance.
+        made: Leaves that the model created, keyed by identity, or None if such leaves carry relevance.
         depending: For each autograd node seen in this pass, whether it depends on an input of the model.
-        renormalized: The embedding tables that torch would have renormalized in this pass, by identity.
+        renormalized: The embedding tables that torch would have renormalized in this pass, keyed by identity.
         reference: The pass of the reference, if a difference is explained, or None otherwise.
     """
 
@@ -171,7 +171,7 @@ def is_in_module_step() -> bool:
 
 
 class not_recorded:  # noqa: N801  # a class, since a generator takes three times as long to enter
-    """Context in which operations are not recorded."""
+    """Context manager that pauses recording: operations inside it are not recorded."""
 
     __slots__ = ()
 
@@ -298,7 +298,7 @@ def next_node() -> int:
 
 @contextmanager
 def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[None]:
-    """Context with a new state for one forward pass, so that a pass that raises an error leaves no state behind.
+    """Context manager with a new state for one forward pass, so that a pass that raises leaves no state behind.
 
     Args:
         listener: The object notified of every step; the model must be called with copies of its inputs made inside this

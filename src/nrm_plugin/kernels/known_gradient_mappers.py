@@ -34,7 +34,7 @@ _LEADERS: dict[type, tuple[int, ...]] = {
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
-"""Known mappers, by the rule's gradient mapper, which is shared by all copies of a rule."""
+"""Known mappers, keyed by the rule's gradient mapper, which is shared by all copies of a rule."""
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:

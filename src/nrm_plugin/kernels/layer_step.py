@@ -126,4 +126,4 @@ class LayerStep(Step):
 
 
 Fuse = Callable[[LayerStep, Tensor], None]
-"""A function of a new step and its input, which prepares the fusion of the step with the steps of its input."""
+"""A function of a new step and its input, which prepares fusing the step with those of its input."""

@@ -13,7 +13,7 @@ from ..model.value_reads import audit, holds
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
-"""Signs of the branches of known rules, by type, since all instances have the same signs."""
+"""Branch signs of known rules, keyed by type, since all instances have the same signs."""
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:

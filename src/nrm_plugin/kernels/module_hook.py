@@ -47,7 +47,7 @@ from .step import link, link_in_place
 from .torch_function_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 
 Arguments = dict[int | str, Tensor]
-"""Tensors among the arguments of a module, by index or keyword."""
+"""Tensors among the arguments of a module, keyed by index or keyword."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class RuleForm:
 
 
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
-"""Modifiers and form by the gradient mapper of a rule, which its copies share; users may replace modifiers later."""
+"""Modifiers and form, keyed by gradient mapper, which copies of a rule share; users may replace modifiers later."""
 
 
 def form_of(rule: BasicHook) -> RuleForm | None:

@@ -17,8 +17,8 @@ from ..model.autocast import working_dtype
 from ..model.value_reads import holds
 from .forward_state import Saved
 
-LEAST = {torch.float32: 1e-18, torch.float64: 1e-100}
-"""The number that replaces a difference of zero, by dtype."""
+LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}
+"""The number that replaces a difference of zero, keyed by dtype."""
 
 
 class Difference(NamedTuple):
@@ -63,7 +63,7 @@ class ReferenceCall:
 
 
 class ReferencePass:
-    """The calls of functions in the forward pass of the reference, in order.
+    """The function calls in the forward pass of the reference, in order.
 
     First, the pass of the reference stores its calls. After :meth:`replay`, the pass of the inputs reads them, and an
     error is raised where the two passes differ.
@@ -87,6 +87,11 @@ class ReferencePass:
         if key not in self._deltas:
             self._deltas[key] = (value, other, difference(value, other))  # the memory must not be reused
         return self._deltas[key][2]
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the pass of the inputs has started."""
+        return self._is_replayed
 
     def replay(self) -> None:
         """Starts the pass of the inputs, which reads the stored calls."""

@@ -61,7 +61,7 @@ class WeightedLayer:
         rerun: Function ``(input, weight) -> output`` that runs the layer without its bias.
         is_injective: Whether each input entry contributes to each output entry through at most one weight, so that
             absolute values may be taken factor by factor; false if padding repeats entries.
-        groups: Number of groups of a convolution.
+        groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.
     """
 

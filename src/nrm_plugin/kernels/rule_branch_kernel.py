@@ -15,7 +15,7 @@ from .normalization import Columns
 from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
-"""The branches whose sign and input are nonzero, and their columns."""
+"""The branches whose sign and input are nonzero, with their columns."""
 
 
 class BranchKernel(Kernel):

@@ -169,7 +169,7 @@ class _ColumnBlock:
 
     Attributes:
         at: The block of ``(N, *out)``.
-        factors: ``m_k(1)`` in the block, by number of the first branch with this factor.
+        factors: ``m_k(1)`` in the block, keyed by the index of the first branch with this factor.
         column_sum: ``c`` in the block.
     """
 

@@ -41,7 +41,7 @@ class Step(ABC):
 
     Attributes:
         normalization: The normalization of columns.
-        call: Index of the call of the module or function.
+        call: Call index of the module or function.
         dtype: The dtype of relevance at the output.
         device: The device of the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
@@ -184,7 +184,7 @@ class Step(ABC):
 
     @contextmanager
     def _short_lived(self) -> Iterator[None]:
-        """Context that drops the kernel at its end if memory is limited."""
+        """Context manager that drops the kernel at its end if memory is limited."""
         try:
             yield
         finally:

@@ -34,7 +34,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 
 def head_count(recording: Recording, layer: str) -> int | None:
-    """Returns the number of heads of an attention call, given by its site or tap name, or None for any other layer."""
+    """Returns the number of heads in an attention call, given by its site or tap name, or None for any other layer."""
     name, calls = recording.taps.called(layer, "output", None)
     steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
     step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)

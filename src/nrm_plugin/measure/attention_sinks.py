@@ -1,4 +1,4 @@
-r"""Attention sinks: the share of the relevance through an attention layer that each key token receives from others.
+r"""Attention sinks: how much relevance each key token of an attention layer receives from other tokens.
 
 .. math:: s_k = \sum_{q \ne k} \mu\big((q, k) \mid \text{attention}\big)
 

@@ -1,8 +1,8 @@
-r"""Partitions of the members of several layers that preserve most of the dependence between the layers.
+r"""Partitions of layer members that preserve most of the dependence between layers.
 
 For the joint relevance ``J`` of the members (channels, positions, neurons) of two layers, with row sums ``r``, column
-sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence ``D`` and the share ``κ`` of it that a
-pair of partitions preserves are
+sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence ``D`` and the fraction ``κ`` of it that
+a pair of partitions preserves are
 
 .. math:: D = J - \frac{r c^\top}{Z}, \qquad
           \kappa = \frac{\sum_{gh} |\sum_{i \in g, j \in h} D_{ij}|}{\sum_{ij} |D_{ij}|} \in [0, 1]
@@ -25,15 +25,15 @@ Labels = NDArray[np.int64]
 SWEEPS = 30
 """Largest number of sweeps over all members, each of which is considered for a move once per sweep."""
 SHAKEN = 0.3
-"""Share of the members of a layer that are assigned to random groups at a restart."""
+"""Fraction of the members of a layer that are assigned to random groups at a restart."""
 LLOYD = 12
 """Number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3
 """Smallest sum, relative to the absolute joint relevance, that is used as a divisor."""
 INDEPENDENT = 1e-5
-"""Dependence up to this share of the absolute joint relevance is attributed to float32 rounding."""
+"""Dependence up to this fraction of the absolute joint relevance is attributed to float32 rounding."""
 STILL = 1e-12
-"""Gains up to this share of the objective are attributed to rounding errors."""
+"""Gains up to this fraction of the objective are attributed to rounding errors."""
 
 
 def dependence(joint: Array) -> Array:
@@ -52,7 +52,7 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Returns the share κ of the dependence that two partitions preserve, between 0 and 1; nan without dependence."""
+    """Returns the fraction κ of the dependence that two partitions preserve, in [0, 1]; nan without dependence."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 
@@ -75,9 +75,9 @@ def find_partitions(
 
     Args:
         dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
-        counts: Largest number of groups of each layer.
+        counts: Largest number of groups in each layer.
         restarts: Number of restarts.
-        seed: Random seed of the starts and of the order of moves.
+        seed: Random seed for the initial partitions and the order of moves.
         fixed: The given partition of each layer, or None for layers whose partition is searched.
 
     Returns:
@@ -100,8 +100,8 @@ class _Search:
     """Partitions that are improved in place.
 
     Attributes:
-        pairs: The dependence of each pair of consecutive layers, scaled to an absolute sum of 1.
-        counts: Number of groups of each layer.
+        pairs: The dependence between each two consecutive layers, scaled to an absolute sum of 1.
+        counts: Number of groups in each layer.
         labels: Group of each member, for each layer.
         free: The layers whose partitions are searched.
         random: Random number generator.
@@ -168,9 +168,9 @@ def refined(
 
     Args:
         labels: The group of each member, for each layer.
-        counts: Number of groups of each layer.
+        counts: Number of groups in each layer.
         free: The layers whose members are moved.
-        grouped: Function that returns the dependence of each member of a layer on the groups of the adjacent layers,
+        grouped: Function that returns the dependence of each layer member on the groups of adjacent layers,
             ``(members, adjacent groups)``.
     """
     better = [own.copy() for own in labels]

@@ -5,21 +5,25 @@ Source: docs/differences.md.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import TargetError, samples
+from ..errors import PrecisionWarning, TargetError, samples
 from ..kernels.reference_pass import LEAST
+from ..model.autocast import SHORT
 from ..model.targets import MIN_TOTAL, sample_sums
 
 ROUNDING = 16
-"""A difference of outputs must exceed this multiple of the rounding error of the outputs."""
+"""A difference between outputs must exceed this multiple of their rounding error."""
+PRECISE = 1e-3
+"""A warning is issued if the rounding error of the outputs exceeds this fraction of their difference."""
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns the start vector of a measure of differences, and the explained difference.
+    r"""Returns the start vector of a measure of differences and the explained difference.
 
     Args:
         recording: A recording with one reference or several references per sample.
@@ -28,6 +32,9 @@ def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``, averaged over
         references.
+
+    Warns:
+        PrecisionWarning: If the difference of a sample has fewer than three digits in float32 or float64.
 
     Raises:
         TargetError: If the weighted differences of a sample are zero, or cancel.
@@ -44,14 +51,26 @@ def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tensor) -> None:
-    rounding = ROUNDING * torch.finfo(outputs.dtype).eps * sample_sums((vector * outputs).abs())
+    rounding = (torch.finfo(outputs.dtype).eps * sample_sums((vector * outputs).abs())).to(total.dtype)
     least = 2 * LEAST[total.dtype] * sample_sums(vector.abs())
-    bad = total.abs() <= MIN_TOTAL * sample_sums(parts.abs()) + rounding.to(total.dtype) + least
+    bad = total.abs() <= MIN_TOTAL * sample_sums(parts.abs()) + ROUNDING * rounding + least
+    is_short = outputs.dtype in SHORT
+    imprecise = bad if is_short else bad | (rounding > PRECISE * total.abs())
+    if not bool(imprecise.any()):
+        return
     if bool(bad.any()):
         raise TargetError(
             f"the explained output is the same for the input and the reference ({samples(bad.tolist())}): the "
             "weighted differences are 0, or cancel, so nothing can be normalized. Choose another reference or target."
         )
+    share = float((rounding / total.abs()).max())
+    warnings.warn(
+        f"the outputs at the input and at the reference are so similar ({samples(imprecise.tolist())}) that their "
+        f"difference has a relative rounding error of {share:.0e} in {str(outputs.dtype).removeprefix('torch.')}, and "
+        "so do all masses. Compute in float64, `model.double()` and `inputs.double()`, or choose another reference.",
+        PrecisionWarning,
+        stacklevel=5,
+    )
 
 
 __all__ = ["difference_start"]

@@ -102,10 +102,10 @@ def flow_graph(
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
-        coverage: Share of the absolute mass of each layer to show.
-        names: Names of the groups of each layer.
+        coverage: Fraction of the absolute mass to show in each layer.
+        names: Group names in each layer.
         sample: Index of the sample.
-        joints: Returns the joint relevance of the nodes of each pair of layers, ``(N, K_upper, K_lower)``; by default,
+        joints: Returns the joint relevance between the nodes of each two layers, ``(N, K_upper, K_lower)``; by default,
             it is computed by queries of the measure.
     """
     thresholds = Thresholds(top, min_mass, coverage)
@@ -153,7 +153,7 @@ def with_groups(
     groups: Groups | None,
     top: int | None = None,
 ) -> tuple[Any, Mapping[str, Names] | None, int | None]:
-    """Returns the grouping of the neurons of each layer, the names of the groups, and how many groups to show.
+    """Returns how the neurons in each layer are grouped, the group names, and how many groups to show.
 
     If groups are requested, all of them are shown.
 
@@ -161,8 +161,8 @@ def with_groups(
         mu: The measure.
         layers: Layers and their taps.
         over: How neurons are grouped; ``"groups"`` uses ``groups``, or searches for groups if none are given.
-        names: Names of the members of each layer.
-        k: Number of groups of a layer.
+        names: Member names in each layer.
+        k: Number of groups in a layer.
         groups: Given groups; they apply to all of their layers.
         top: Largest number of groups to show per layer, or None for no limit.
     """
@@ -213,7 +213,7 @@ def _shown(
         groups: All groups of its neurons.
         masses: Mass of each group, followed by the mass of the neurons without a group if there are any.
         thresholds: The thresholds that select the shown groups.
-        number: The sample.
+        number: Index of the sample.
     """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]
     masses = np.pad(masses, (0, groups.count - len(masses)))

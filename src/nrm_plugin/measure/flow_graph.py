@@ -26,7 +26,7 @@ class FlowGraph:
 
     Attributes:
         layers: The layers, from the output down.
-        joints: The joint relevance of all nodes of each pair of consecutive layers, ``(K_upper + 2, K_lower + 2)``:
+        joints: The joint relevance between all nodes of each two consecutive layers, ``(K_upper + 2, K_lower + 2)``:
             first the groups, then rest and off. Each row sums to the mass of the upper node, and each column to the
             mass of the lower node.
         carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
@@ -104,10 +104,10 @@ class FlowGraph:
         """Returns the graph with fewer groups; removed groups are added exactly to the rest of their layer.
 
         Args:
-            top: Number of groups of each layer.
+            top: Number of groups in each layer.
             min_mass: Smallest absolute mass of a group.
-            coverage: Share of the absolute mass of the shown groups of each layer; the smallest number of groups that
-                reach it is kept.
+            coverage: Fraction of the absolute mass that the shown groups cover in each layer; the smallest number of
+                groups that reaches it is kept.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

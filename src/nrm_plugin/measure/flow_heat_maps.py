@@ -22,9 +22,9 @@ from .measure import RelevanceMeasure
 from .partitions import Names, partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
-"""Heat maps, ``(H, W)``, by the key of a node."""
+"""Heat maps, ``(H, W)``, keyed by node."""
 Pairs = dict[tuple[str, str], float]
-"""Joint relevance of nodes in non-adjacent layers, keyed by both nodes, the upper one first."""
+"""Joint relevance of two nodes in non-adjacent layers, keyed by both nodes, the upper one first."""
 LOWEST = "input"
 
 
@@ -65,7 +65,7 @@ def mapped_flow(
 
     A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer below all layers of the flow
     except the input, with at least 48 positions along each side. This suffices for a figure, at a fraction of the cost
-    of single pixels, and all values are exact. The heat map of a node of the input consists of its own pixels.
+    of single pixels, and all values are exact. The heat map of an input node consists of its own pixels.
 
     Args:
         mu: The measure.
@@ -73,10 +73,10 @@ def mapped_flow(
         over: The groups.
         top: Largest number of shown groups per layer.
         min_mass: Smallest absolute mass of a shown group.
-        coverage: Share of the absolute mass of each layer that is shown.
+        coverage: Fraction of the absolute mass that is shown in each layer.
         names: Names of the groups.
         sample: Index of the sample.
-        k: Number of groups of a layer.
+        k: Number of groups in a layer.
         groups: Given groups.
         lowest: The tap of the heat maps; None to choose it automatically, ``"input"`` for single pixels.
 
@@ -115,7 +115,7 @@ def flow_maps(
     r"""Returns the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
     Heat maps are summed over colours and over the slices of a volume; a one-dimensional signal is an image of one row.
-    The heat map of a group of input pixels is the relevance of these pixels. There is no heat map for inputs without
+    The heat map of a group of input pixels is their relevance. There is no heat map for inputs without
     positions, and none for the walks off a layer.
 
     Args:
@@ -126,7 +126,7 @@ def flow_maps(
         lowest: The tap of the heat maps.
 
     Returns:
-        The heat maps, ``(H, W)``, by the key of the node. Each sums to the share of the group's walks that reach the
+        The heat maps, ``(H, W)``, keyed by node. Each sums to the fraction of the group's walks that reach the
         input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
         values are evidence for the target.
 
@@ -182,7 +182,7 @@ def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
 def _read(
     mu: RelevanceMeasure, graph: FlowGraph, labels: Sequence[Tensor], passes: FlowPasses, lowest: str, sample: int
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
-    """Returns the heat maps of the nodes, and the joint relevance of nodes in non-adjacent layers."""
+    """Returns the heat maps of the nodes and the joint relevance of nodes in non-adjacent layers."""
     sign, image = float(mu.sign[sample]), mu._tap(lowest)
     nodes = [_nodes(layer, own) for layer, own in zip(graph.layers, labels, strict=True)]
     maps: dict[str, NDArray[np.float64]] = {}
@@ -228,7 +228,10 @@ def _pairs(
 
 
 def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
-    """Returns the heat map of a node given its joint relevance with positions; zero if the node has no mass."""
+    """Returns the conditional heat map of a node: its joint relevance with each position, divided by its mass.
+
+    The map is zero if the node has no mass.
+    """
     mass = abs(node.mass) if mu.explains_difference else node.mass
     return _heat_map(joint / mass if mass else 0 * joint)
 

@@ -45,7 +45,7 @@ class FlowLayer:
 
     @property
     def nodes(self) -> list[FlowNode]:
-        """Groups, rest and off, in the order of the rows and columns of the joint relevance."""
+        """Groups, rest and off, in the order in which joint relevance has rows and columns."""
         shown = zip(self.groups, self.labels, self.masses, strict=True)
         return [
             *(FlowNode(self.name, "group", group, label, mass) for group, label, mass in shown),

@@ -1,4 +1,4 @@
-r"""The passes of a flow: the joint relevance of the nodes of all its layers, and their heat maps.
+r"""The passes of a flow: the joint relevance between nodes in all layers, and the heat maps of the nodes.
 
 One downward pass for the nodes of a layer yields their joint relevance with the nodes of all layers below. Downward
 passes stop at a **middle** tap, which every walk to the lowest layer crosses. A transposed pass leads from the few
@@ -27,11 +27,11 @@ from .layer_taps import separates
 from .memory_budget import in_chunks, width_of
 
 POSITIONS = 48
-"""Number of positions along each side of a tap that suffices for the heat maps of a flow."""
+"""Number of positions along each tap side that suffices for the heat maps of a flow."""
 
 
 class FlowPasses:
-    """Joint relevance of the nodes of a flow, across all of its layers.
+    """Joint relevance between the nodes of a flow, across all layers.
 
     Args:
         mu: The measure.
@@ -134,7 +134,7 @@ class FlowPasses:
         self.joints[upper, lower] = self.mu._mixed(rows)
 
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
-        """Returns the joint relevance of each node of a layer with each pixel, ``(N, K, *positions of the image)``.
+        """Returns the joint relevance of each node of a layer and each pixel, ``(N, K, *image positions)``.
 
         If the heat maps belong to another tap, the relevance of each position is spread evenly over its pixels. The
         result is None for a layer below that tap, except for the image itself.
@@ -169,7 +169,7 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
 
 
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
-    """Returns the name of the tap at whose positions the heat maps of a flow are computed, and the tap.
+    """Returns the tap at whose positions the heat maps of a flow are computed, preceded by its name.
 
     Candidates are the last layer and the taps below all layers that have the aspect ratio of the image and at least
     :data:`POSITIONS` positions along each side, and that all walks from the layers to the image cross. Among those of
@@ -197,7 +197,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
 
 
 def _has_positions(tap: Tap, image: Tap) -> bool:
-    """Returns whether a tap has enough positions, and the aspect ratio of the image."""
+    """Returns whether a tap has enough positions and the aspect ratio of the image."""
     if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
         return False
     ratios = [whole / part for whole, part in zip(image.shape[2:], tap.shape[2:], strict=True)]

@@ -1,4 +1,4 @@
-"""Selection of the groups of a layer that a flow graph shows, and merging of the others."""
+"""Selection of the groups that a flow graph shows in each layer; the others are merged."""
 
 from __future__ import annotations
 

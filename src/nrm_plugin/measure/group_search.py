@@ -1,4 +1,4 @@
-"""Search for groups of the members of several layers that preserve most of the dependence between the layers."""
+"""Search for groups of layer members that preserve most of the dependence between layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .mean_joints import MeanJoints, Measure, Members, mean_joints, signed_sum
 from .partitions import Names
 
 K = 8
-"""Default number of groups of a layer."""
+"""Default number of groups in a layer."""
 ROUNDS = 1
 """Number of refinements of each layer by exact joint relevance after a search on an estimate."""
 FEW_RESTARTS = 2
@@ -70,13 +70,13 @@ def find_groups(
         measures: A measure of one or more samples, several measures, or a sweep that stores the joint relevance of
             these layers.
         layers: Two or more layers, each below the previous one.
-        k: Largest number of groups per layer, or a dictionary of these by layer name, where None makes each member its
+        k: Largest number of groups per layer, or a dictionary of these keyed by layer, where None makes each member its
             own group.
-        members: What is grouped in each layer, by layer name: ``"channel"`` (the default), ``"position"``,
+        members: What is grouped in each layer, keyed by layer name: ``"channel"`` (the default), ``"position"``,
             ``"neuron"``, an integer label for every neuron, such as heads ``torch.arange(768) // 64`` or segments of an
-            image, or boolean masks by name. The default for the input is its positions, in a grid of at most 16 × 16
-            cells.
-        names: Names of members, by layer, such as ``{"output": classes}``. A group is named after its member with the
+            image, or boolean masks keyed by name. The default for the input is its positions, in a grid of at most
+            16 × 16 cells.
+        names: Member names, keyed by layer, such as ``{"output": classes}``. A group is named after its member with the
             largest mass.
         restarts: Number of restarts from the best groups found so far, with some members assigned to other groups.
         seed: Seed of the search.
@@ -117,7 +117,7 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """The exact dependence of the members of a layer on the groups of the adjacent layers.
+    """The exact dependence of layer members on the groups of the adjacent layers.
 
     Attributes:
         found: Joint relevance of all members, exact or estimated.

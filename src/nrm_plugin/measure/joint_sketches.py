@@ -1,4 +1,4 @@
-r"""Joint relevance of layers with many members, exact or in low-rank form, for the search for groups.
+r"""Joint relevance between layers with many members, exact or in low-rank form, for the group search.
 
 The joint relevance ``J`` of two distant layers requires one partial pass per member. A low-rank approximation is enough
 for the search: :math:`Y = J \Omega` requires one transposed pass per random vector, and with an orthonormal basis ``Q``
@@ -35,7 +35,7 @@ RANK = 8
 
 
 class PairJoints:
-    """Joint relevance of the members of consecutive layers of a measure.
+    """Joint relevance between the members of consecutive layers.
 
     Parts of an image are found at the positions of a layer that all walks to the image cross, which requires fewer and
     shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
@@ -46,7 +46,7 @@ class PairJoints:
         kinds: The members of each layer.
 
     Attributes:
-        counts: Number of members of each layer.
+        counts: Number of members in each layer.
         relevance: Marginal of each layer, ``(N · references, *shape)``.
     """
 
@@ -76,7 +76,7 @@ class PairJoints:
         return members is not None
 
     def labels(self, place: int, groups: Tensor) -> Tensor:
-        """Returns the group of each neuron of a layer, given the group of each member."""
+        """Returns the group of each neuron in a layer, given the group of each member."""
         return groups[labels_of(self.taps[place], self.kinds[place])]
 
     def masses(self, place: int) -> Tensor:
@@ -97,7 +97,7 @@ class PairJoints:
         return self._estimate(pair, is_image), False
 
     def _estimate(self, pair: int, is_image: bool) -> Tensor:
-        """Returns an estimate of the joint relevance of the members of a pair, ``(N, upper, lower)``."""
+        """Returns an estimate of joint relevance between the members of two layers, ``(N, upper, lower)``."""
         upper, lower = self.taps[pair : pair + 2]
         kind = self.kinds[pair + 1]
         if upper.place == lower.place:
@@ -176,7 +176,7 @@ class PairJoints:
 
 
 def _of_one_layer(relevance: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Returns the relevance of each intersection of two groupings of one layer, ``(N, groups, other groups)``."""
+    """Returns the relevance of each intersection between two groupings of one layer, ``(N, groups, other groups)``."""
     rows, columns = int(above.max()) + 1, int(below.max()) + 1
     sums = by_label(relevance.flatten(1), above * columns + below)
     return torch.nn.functional.pad(sums, (0, rows * columns - sums.shape[1])).view(-1, rows, columns)

@@ -1,4 +1,4 @@
-"""Joint relevance of all groups of a tap with all groups of a lower tap.
+"""Joint relevance of all groups of a tap and all groups of a lower tap.
 
 Source: docs/measure.md.
 """

@@ -1,4 +1,4 @@
-"""Groups of the members of several layers, which can be stored, named and applied to other inputs."""
+"""Groups of layer members, which can be stored, named and applied to other inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HasTaps(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """A partition of the members (channels, positions, neurons) of each of several layers.
+    """A partition of the members (channels, positions, neurons) of each layer, for several layers.
 
     Returned by :func:`~nrm_plugin.find_groups`. Groups are found on some inputs, but can be applied to any input of the
     model.
@@ -82,7 +82,7 @@ class Groups:
 
     @property
     def kappa(self) -> float:
-        """The share of the dependence that the groups preserve, averaged over dependent pairs of consecutive layers.
+        """The fraction of the dependence that the groups preserve, averaged over dependent pairs of consecutive layers.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -141,7 +141,7 @@ class Groups:
         return at(layer)[labels == group]
 
     def named(self, names: Mapping[str, Sequence[str] | Mapping[int, str]]) -> Groups:
-        """Returns a copy with other names, given for each layer as a list or by group number.
+        """Returns a copy with other names, given for each layer as a list or keyed by group index.
 
         Raises:
             InputError: If a layer or group does not exist.
@@ -213,7 +213,7 @@ class Groups:
         }  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Returns the labels of all layers, and the members that are given as labels."""
+        """Returns the labels of all layers, and those members that are given as labels."""
         own = {f"labels/{layer}": labels for layer, labels in zip(self.layers, self.labels, strict=True)}
         kinds = zip(self.layers, self.members, strict=True)
         return own | {f"members/{layer}": kind for layer, kind in kinds if isinstance(kind, Tensor)}

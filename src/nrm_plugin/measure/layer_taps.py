@@ -1,4 +1,4 @@
-"""Lookup of the taps of the layers in a query, and the order of taps along walks."""
+"""Finds the taps of the layers in a query, and orders taps along walks."""
 
 from __future__ import annotations
 

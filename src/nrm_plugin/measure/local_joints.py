@@ -1,4 +1,4 @@
-r"""An estimate of the joint relevance of two layers from their marginals, without any pass.
+r"""An estimate of joint relevance between two layers from their marginals, without any pass.
 
 In image networks, most walks stay close to their position between two layers. If they stayed at their position ``p``
 exactly, and the channels that a walk crosses there were independent, the joint relevance of two channels would be
@@ -18,15 +18,15 @@ from ..recording.taps import Tap
 from .groups import Over, labels_of
 
 GRID = 7
-"""Largest number of cells along each side of the grid on which the positions of two layers are compared."""
+"""Largest number of cells along each grid side when the positions of two layers are compared."""
 CANCELLED = 1e-3
-"""Smallest relevance of a cell, as a share of its absolute relevance, that is used as a divisor."""
+"""Smallest relevance of a cell, as a fraction of its absolute relevance, that is used as a divisor."""
 
 
 def local_joint(
     upper: Tap, lower: Tap, above: Tensor, below: Tensor, parts: Over | None = None, count: int = 0
 ) -> Tensor | None:
-    """Returns an estimate of the joint relevance of the channels of two layers, ``(N, upper, lower)``.
+    """Returns an estimate of joint relevance between the channels of two layers, ``(N, upper, lower)``.
 
     The result is None if the layers have no positions in common.
 

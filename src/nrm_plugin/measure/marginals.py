@@ -1,4 +1,4 @@
-"""Relevance of every neuron of one or several taps: marginal, joint with events, or conditional on events."""
+"""Relevance of every neuron in one or several taps: marginal, joint with events, or conditional on events."""
 
 from __future__ import annotations
 

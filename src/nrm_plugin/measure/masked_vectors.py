@@ -1,4 +1,4 @@
-"""Sums of relevance vectors, and their restriction to the neurons of a mask."""
+"""Sums of relevance vectors, and vectors restricted to the neurons of a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joint relevance of the members of consecutive layers, averaged over the samples of one or several measures."""
+"""Joint relevance between the members of consecutive layers, averaged over samples and measures."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .partitions import partition, patches
 
 Array = NDArray[np.float64]
 Members = Mapping[str, Any]
-"""The members of layers by name: ``"channel"``, ``"position"``, ``"neuron"``, an integer label for every neuron, or
-boolean masks by name."""
+"""The members of each layer, keyed by layer name: ``"channel"``, ``"position"``, ``"neuron"``, an integer label for
+every neuron, or boolean masks keyed by name."""
 
 CELLS = 16
-"""Largest number of cells along each side of the grid into which positions are divided to limit the members."""
+"""Largest number of cells along each grid side into which positions are divided to limit the members."""
 
 
 class Measure(Protocol):

@@ -1,4 +1,4 @@
-"""The relevance measure of a model for given inputs, and its queries."""
+"""The relevance measure of a model for given inputs; its methods are the queries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RelevanceMeasure(Recorded):
             outputs.
         against: Outputs to compare the target with, so that their difference is explained: ``"rest"`` for all other
             classes, weighted by their softmax; another target; or a function of the outputs that returns a target or
-            the weights of all outputs. The explained number is the weighted sum :math:`\sum_k s_k f_k`, which may be
+            the weights of all outputs. The explained scalar is the weighted sum :math:`\sum_k s_k f_k`, which may be
             negative. It is fused with the last layer, and becomes the tap ``"output"``, ``(N, 1)``.
         reference: A reference :math:`x^0`, so that the change :math:`\sum_k s_k (f_k(x) - f_k(x^0))` is explained. It
             has the form of the inputs, or is a single sample for all of them. Without a composite, every operation
@@ -331,7 +331,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
-        """Returns the joint relevance of the channels of all pairs of consecutive layers, ``(N, upper, lower)`` each.
+        """Returns the joint relevance between the channels of consecutive layers, ``(N, upper, lower)`` for each pair.
 
         All layers share one pass. If two layers are separated by a single linear layer, and otherwise only by
         operations that preserve channels (ReLU, max pooling), the joint relevance of all their channels costs one
@@ -365,23 +365,23 @@ class RelevanceMeasure(Recorded):
         k: int = K,
         groups: Groups | None = None,
     ) -> FlowGraph:
-        """Returns the flow of relevance between groups of neurons of some layers, as a graph of joint relevance.
+        """Returns the flow of relevance between neuron groups in several layers, as a graph of joint relevance.
 
         All masses are multiplied by :attr:`sign`, which is -1 if the explained difference of outputs is negative.
 
         Args:
             layers: The layers, in any order; for any two of them, one must be below the other.
-            over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks by name; or
-                a dictionary of these by layer name, with channels as the default. ``"groups"`` divides the channels of
-                a layer into ``k`` groups that preserve most of the dependence between layers
+            over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks keyed by
+                name; or a dictionary of these keyed by layer name, with channels as the default. ``"groups"`` divides
+                the channels of a layer into ``k`` groups that preserve most of the dependence between layers
                 (:func:`~nrm_plugin.find_groups`), so that there is no rest.
             top: Number of groups to show per layer, the largest by absolute mass, or None for no limit. The other
                 neurons form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
-            coverage: Share of the absolute mass of each layer to show, such as 0.9, with as few groups as possible.
-            names: Names of the groups of each layer, as lists or dictionaries, such as ``{"output": classes}``.
+            coverage: Fraction of the absolute mass to show in each layer, such as 0.9, with as few groups as possible.
+            names: Group names in each layer, as lists or dictionaries, such as ``{"output": classes}``.
             sample: Index of the sample; required if the measure has several samples.
-            k: Number of groups of a layer for ``over="groups"``.
+            k: Number of groups in a layer for ``over="groups"``.
             groups: Groups returned by :func:`~nrm_plugin.find_groups`, which apply to all of their layers.
 
         Raises:

@@ -18,7 +18,7 @@ from ..recording.recording import Recording
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
 """Default memory budget of one pass, in bytes. On a CPU, a larger budget saves less time than its allocation costs."""
 COPIES = 4
-"""Memory that a step needs per vector, as a number of tensors of the size of the largest tap."""
+"""Memory that a step needs per vector, in multiples of the largest tap."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

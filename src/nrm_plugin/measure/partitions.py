@@ -15,7 +15,7 @@ from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]
 Regions = Mapping[str, Tensor]
-"""Boolean masks by region name; neurons outside of all masks form the rest."""
+"""Boolean masks, keyed by region name; neurons outside of all masks form the rest."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
 
     Args:
         tap: The tap.
-        over: A kind of group, labels, or masks by name.
+        over: A kind of group, labels, or masks keyed by name.
         names: Names of the groups by number. The defaults are the numbers, or the coordinates of positions and neurons.
     """
     if isinstance(over, Mapping):
@@ -53,7 +53,7 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
 
 
 def _namer(tap: Tap, over: Over, names: Names | None) -> Callable[[int], str]:
-    """Returns a function that maps the number of a group to its name."""
+    """Returns a function that maps a group index to its name."""
     if names is not None:
         given = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         return lambda group: given.get(group, str(group))

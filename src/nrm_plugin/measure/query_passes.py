@@ -111,7 +111,7 @@ class QueryPasses:
 
     @contextmanager
     def _sharing(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Context in which queries share one pass that stores the relevance of some layers."""
+        """Context manager that lets queries share one pass, which stores the relevance of some layers."""
         self._shared = (None, frozenset(self._tap(layer).place for layer in layers))
         try:
             yield

@@ -137,7 +137,7 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
 
 @contextmanager
 def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """Context that restricts gradients to the chosen neurons, and appends outputs and masks to ``recorded``."""
+    """Context manager that restricts gradients to the chosen neurons, and appends outputs and masks to ``recorded``."""
     with ExitStack() as stack:
         for layer, atom in atoms.items():
 

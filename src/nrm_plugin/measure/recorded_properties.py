@@ -1,4 +1,4 @@
-"""Properties of a measure that require no pass: taps and their shapes, outputs, and the explained number."""
+"""Properties of a measure that require no pass: taps and their shapes, outputs, and the explained scalar."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Recorded(QueryPasses):
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites of a transformer, such as ``blocks.1.attn.v``. Every site is also the name of a tap.
+        """Names of transformer sites, such as ``blocks.1.attn.v``. Every site is also the name of a tap.
 
         ``blocks.1.attn.head.3`` and ``blocks.1.mlp.neuron.17`` are events: one head of ``blocks.1.attn``, and one
         neuron of ``blocks.1.mlp``. Sites are derived from the recording; a model without residual connections has none.
@@ -107,7 +107,7 @@ class Recorded(QueryPasses):
 
     @property
     def parts(self) -> int:
-        """Number of parts of the recording, of which one is held in memory at a time; 1 if ``max_memory`` suffices.
+        """Number of recording parts, of which one is held in memory at a time; 1 if ``max_memory`` suffices.
 
         Examples:
             >>> mu.parts, RelevanceMeasure(net, torch.randn(5, 3), target=1, max_memory=100).parts

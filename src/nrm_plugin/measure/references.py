@@ -1,4 +1,4 @@
-"""The reference of a measure of differences, and the composite of such a measure.
+"""The reference and the composite of a measure of differences.
 
 Source: docs/differences.md.
 """

@@ -44,7 +44,7 @@ def every_one(outputs: Tensor, references: int) -> Tensor:
 
 
 def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
-    """Returns the start vector of a measure, and the number that it explains.
+    """Returns the start vector of a measure and the scalar that the measure explains, one per sample.
 
     Args:
         recording: The recording.
@@ -53,7 +53,7 @@ def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
-        The start vector, in the layout of the tensor where the measure starts, and the explained number, ``(N,)``.
+        The start vector, in the layout of the tensor where the measure starts, and the explained scalar, ``(N,)``.
 
     Raises:
         TargetError: If an argument does not fit the outputs.

@@ -27,10 +27,10 @@ class Totals:
         recording: The recording.
         start: The relevance of the outputs.
         stored: Taps whose relevance is stored.
-        mass: ``Σ_j μ(j)``, by tap.
-        absolute: ``Σ_j |μ(j)|``, by tap.
-        sinks: Absorbed mass, by ``(vertex, kind)``.
-        absolute_sinks: Sum of the absolute values of the absorbed mass, by ``(vertex, kind)``.
+        mass: ``Σ_j μ(j)``, keyed by tap.
+        absolute: ``Σ_j |μ(j)|``, keyed by tap.
+        sinks: Absorbed mass, keyed by ``(vertex, kind)``.
+        absolute_sinks: Total absolute absorbed mass, keyed by ``(vertex, kind)``.
         branches: Relevance that each vertex with several edges propagates along each of them.
         maps: Relevance of the taps in ``stored``.
         cost: Number of kernels run and of vectors propagated.

@@ -59,7 +59,7 @@ class Weighted(nn.Module):
         weight: The weight.
         bias: The bias, or None.
         bias_dim: The dimension of the output to which the bias belongs.
-        groups: Number of groups of a convolution.
+        groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.
         padding_mode: Padding mode of a convolution, as in torch.
         twin: The equivalent torch layer (up to its parameters), or None if there is none.

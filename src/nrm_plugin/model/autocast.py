@@ -77,7 +77,7 @@ def current() -> torch.dtype | None:
 
 @contextmanager
 def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Context in which layers with a weight run in the given dtype."""
+    """Context manager that makes layers with a weight run in the given dtype."""
     outer, _CURRENT.dtype = _CURRENT.dtype, dtype
     try:
         yield
@@ -95,7 +95,7 @@ def asked_for(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Context in which an enclosing ``torch.autocast`` is disabled."""
+    """Context manager that disables an enclosing ``torch.autocast``."""
     if not torch.amp.is_autocast_available(device.type):
         yield
         return
@@ -104,7 +104,7 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Returns values in reduced precision, and the scale by which they are divided (None for 1).
+    """Returns values in reduced precision and the scale by which they are divided (None for 1).
 
     Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so scaling back is
     exact.

@@ -18,7 +18,7 @@ from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Layers that are random in training mode, by package, with the attribute that stores the drop rate."""
+"""Layers that are random in training mode, keyed by package, with the attribute that stores the drop rate."""
 
 MODES = {
     "batch_norm": 5,
@@ -80,7 +80,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 @contextmanager
 def check_drawn(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Context that raises :class:`ModelStateError` if a model in training mode draws random numbers in any layer."""
+    """Context manager that raises :class:`ModelStateError` if any layer draws random numbers in training mode."""
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     before = _random_state(device) if training else None
     yield
@@ -154,7 +154,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Context in which modules compiled by ``module.compile()`` run without compilation, with hooks of their layers."""
+    """Handle that disables compilation by ``module.compile()`` until it is removed, so that hooks of layers run."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]

@@ -49,7 +49,7 @@ class Call:
     Attributes:
         tensors: The tensors to which relevance is propagated, ``(N, …)`` each, or ``(…)`` if not ``batched``.
         items: Keyword or index of each tensor, or None for a single positional tensor.
-        indices: Copies of integer inputs, by keyword or index (None for a single positional input). The model is
+        indices: Copies of integer inputs, keyed by keyword or index (None for a single positional input). The model is
             called with these copies and may overwrite them.
 
     Raises:
@@ -69,6 +69,7 @@ class Call:
         self._positional: tuple[Any, ...] = ()
         self.indices: dict[Any, Tensor]
         self.items: list[str] | list[int] | list[None]
+        self._others: list[str] = []
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
             # If there are floating-point inputs, integers may be edges, for example; only those looked up are ids.
@@ -81,7 +82,8 @@ class Call:
             doubled = inputs.keys() & self._kwargs.keys()
             if doubled:
                 raise InputError(f"{sorted(doubled)} are given both in inputs and in additional_forward_kwargs.")
-            self._kwargs.update({key: value for key, value in inputs.items() if key not in given} | self.indices)
+            self._others = [key for key in inputs if key not in given and key not in fit]
+            self._kwargs.update({key: inputs[key] for key in self._others} | self.indices)
             self.items = self._keywords = list(given)
             self.tensors = tuple(given.values())
             check_inputs([*self.tensors, *self.indices.values()], [*given, *self.indices], batched)
@@ -98,6 +100,11 @@ class Call:
     def batch(self) -> int:
         """The number of samples."""
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The entries of a mapping that receive no relevance, such as masks, by keyword."""
+        return {key: self._kwargs[key] for key in self._others}
 
     def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
         """Returns the same call with different inputs.
@@ -123,7 +130,7 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool], read: Callable[[], str | None]) -> Iterator[None]:
-        """Context for a run of the model; raises :class:`InputError` if the model looks up none of the integer inputs.
+        """Context manager for a model run; raises :class:`InputError` if none of the integer inputs is looked up.
 
         Args:
             are_looked_up: A function that returns, after the run, whether integers were looked up.
@@ -163,7 +170,9 @@ class Call:
         return model(*self._args, **dict(zip(self._keywords, tensors, strict=True)), **self._kwargs)
 
 
-def explained_output(returned: Any, output: Output | None, batch: int, batched: bool = True) -> Tensor:
+def explained_output(
+    returned: Any, output: Output | None, batch: int, batched: bool = True, what: str = "the model's output"
+) -> Tensor:
     """Returns the tensor ``(N, …)`` at which a measure starts.
 
     Args:
@@ -171,6 +180,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
         output: The choice of a tensor, or None if only one tensor is returned.
         batch: Number of samples.
         batched: Whether the first dimension is the batch.
+        what: Name of the output for error messages.
 
     Raises:
         InputError: If the chosen tensor does not exist, or several tensors are returned and none is chosen.
@@ -201,7 +211,7 @@ def explained_output(returned: Any, output: Output | None, batch: int, batched: 
         raise InputError(NOT_JOINED)
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(
-            f"the model's output has nan or inf entries ({_infinite(tensor)}). Inputs and parameters are finite, so "
+            f"{what} has nan or inf entries ({_infinite(tensor)}). Inputs and parameters are finite, so "
             "look for a division by zero, a logarithm or an overflow in the model."
         )
     return tensor

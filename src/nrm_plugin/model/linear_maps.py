@@ -50,7 +50,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
     Args:
         weight: The weight, ``(out, in)``.
         modify: The elementwise modification of a rule.
-        entries: Number of entries of the weight in one block.
+        entries: Number of weight entries in one block.
     """
     rows = max(1, entries // weight.shape[1])
     starts = range(0, weight.shape[0], rows)
@@ -257,7 +257,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Returns the maps of any linear function, by automatic differentiation, and its output at the given point.
+    """Returns the maps of any linear function, found by automatic differentiation, with its output at a point.
 
     Args:
         run: The function, from ``(N, *in)`` to ``(N, *out)``.

@@ -17,7 +17,7 @@ from .value_reads import unwatched
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Context that restores, on exit, all state that a recording may change.
+    """Context manager that restores, on exit, all state that a recording may change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written. Quantized layers may convert
@@ -60,7 +60,7 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""Attributes of a module, and the contents of the non-empty dictionaries among them."""
+"""Attributes of a module, with the contents of the non-empty dictionaries among them."""
 
 
 def _state(module: nn.Module) -> _State:
@@ -121,7 +121,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class Fingerprint:
-    """A detector of in-place changes of parameters and buffers, using version counters and a sample of the entries.
+    """Detects in-place changes of parameters and buffers, using version counters and a sample of their entries.
 
     Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
     entry. For small tensors, all entries are sampled.

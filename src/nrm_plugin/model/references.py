@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +51,44 @@ def reference_call(call: Call, reference: Any) -> Call:
         DifferenceError: If the reference does not fit the inputs, or equals them.
     """
     inputs = dict(zip(call.items, call.tensors, strict=True)) | call.indices
-    same = call.indices if call.tensors and isinstance(reference, Mapping) else {}
-    given = {**same, **_by_item(reference, {item: value for item, value in inputs.items() if item not in same})}
+    if isinstance(reference, Mapping):
+        reference = _of_inputs(call, reference, inputs)
+    given = _by_item(reference, inputs)
     fitted = {item: _fitted(given[item], tensor, item, call.batched) for item, tensor in inputs.items()}
     _check_apart(inputs, fitted, call.batched)
     by_identity = {id(tensor): fitted[item] for item, tensor in inputs.items()}
     return call.changed(lambda tensor: by_identity[id(tensor)])
+
+
+def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
+    """Returns the entries of a reference that belong to inputs which receive relevance; others must be unchanged."""
+    for key, value in reference.items():
+        if key in inputs:
+            continue
+        if key not in call.others:
+            raise DifferenceError(
+                f"the reference has a value for {key!r}, which is not among the inputs {[*inputs, *call.others]}. "
+                f"{_FORM}"
+            )
+        if not _is_same(value, call.others[key], call.batched):
+            raise DifferenceError(
+                f"the reference has another value for {key!r} than the inputs, but {key!r} receives no relevance, so "
+                "the difference of the outputs would not be explained completely. Choose a reference with the same "
+                "value, such as the same padding mask."
+            )
+    same = call.indices if call.tensors else {}
+    return {**same, **{key: value for key, value in reference.items() if key in inputs}}
+
+
+def _is_same(value: Any, own: Any, batched: bool) -> bool:
+    """Returns whether an argument of the reference, or of one reference for all samples, is that of the inputs."""
+    if value is own or not (isinstance(value, Tensor) and isinstance(own, Tensor)):
+        return value is own or (type(value) is type(own) and bool(np.array_equal(value, own)))
+    kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (value, own)]
+    if kinds[0] != kinds[1] or value.layout != torch.strided:
+        return False
+    is_one = batched and value.shape in (own.shape[1:], (1, *own.shape[1:]))
+    return torch.equal(value.expand(own.shape) if is_one else value, own)
 
 
 def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
@@ -63,23 +96,32 @@ def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
     if isinstance(reference, Mapping):
         given = dict(reference)
     elif isinstance(reference, (tuple, list)):
-        given = dict(enumerate(reference)) if len(inputs) > 1 else dict(zip(inputs, reference, strict=False))
+        given = dict(enumerate(reference) if len(inputs) > 1 else zip([*inputs, 1], reference, strict=False))
     else:
         given = {next(iter(inputs)): reference}
     missing = [item for item in inputs if item not in given]
     if missing:
+        name = "the input" if missing[0] is None else f"the input {missing[0]!r}"
+        raise DifferenceError(f"the reference is {brief(reference)} and has no value for {name}. {_FORM}")
+    if len(given) > len(inputs):
         raise DifferenceError(
-            f"reference= is {brief(reference)} and has no value for the input {missing[0]!r}. Give it in the form of "
-            "the inputs: a tensor, a tuple of tensors, or a mapping with the same keys."
+            f"the reference is {brief(reference)}, which has more entries than the {len(inputs)} inputs. {_FORM} A "
+            "mixture over several references is a list."
         )
     return given
 
 
+_FORM = "Give it in the form of the inputs: a tensor, a tuple of tensors, or a mapping with the same keys."
+
+
 def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
     """Returns the reference of one input, expanded to the shape of the input."""
-    what = "reference=" if item is None else f"reference= of the input {item!r}"
+    what = "the reference" if item is None else f"the reference of the input {item!r}"
     if not isinstance(value, Tensor):
         raise DifferenceError(f"{what} is {brief(value)}, expected a tensor of shape {tuple(tensor.shape)}.")
+    if value.is_nested or value.layout != torch.strided or value.device.type == "meta":
+        kind = "nested" if value.is_nested else "on device meta" if value.device.type == "meta" else "sparse"
+        raise DifferenceError(f"{what} is {kind}, expected a dense tensor with values, of shape {tuple(tensor.shape)}.")
     if is_index(tensor) != is_index(value):
         raise DifferenceError(
             f"{what} has dtype {value.dtype}, the input {tensor.dtype}: the reference of ids must be ids, and that of "
@@ -109,8 +151,8 @@ def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor],
         same &= (tensor == references[item]).reshape(count, -1).all(1).cpu()
     if bool(same.any()):
         raise DifferenceError(
-            f"reference= equals the input ({samples(same.tolist())}), so there is no difference to explain. Choose a "
-            "reference that lacks what is to be explained, or remove these samples."
+            f"the reference equals the input ({samples(same.tolist())}), so there is no difference to explain. Choose "
+            "a reference that lacks what is to be explained, or remove these samples."
         )
 
 

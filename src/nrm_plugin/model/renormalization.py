@@ -21,7 +21,7 @@ class Tables:
     """The tables of one forward pass that torch would renormalize.
 
     Args:
-        changed: The tables that torch would have changed so far, by object identity.
+        changed: The tables that torch would have changed so far, keyed by object identity.
     """
 
     def __init__(self, changed: dict[int, Tensor]) -> None:

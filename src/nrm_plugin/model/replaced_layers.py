@@ -17,7 +17,7 @@ def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], wha
 
     Args:
         model: The network.
-        replacements: Functions from a layer to its replacement, by layer name.
+        replacements: Functions that return the replacement of a layer, keyed by layer name.
         what: Description of the replacement for messages, such as ``"subspaces"``.
 
     Raises:

@@ -12,7 +12,7 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def saved_in_place() -> AbstractContextManager[Any]:
-    """Context in which autograd keeps the tensors that it saves, even if the model has hooks on saved tensors.
+    """Context manager that makes autograd keep the tensors that it saves, whatever hooks on saved tensors are set.
 
     ``torch.utils.checkpoint`` discards them and recomputes them by running its function again. This second run is not
     part of the forward pass that a composite or a recording observes, and does not save the same tensors.

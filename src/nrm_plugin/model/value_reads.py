@@ -48,7 +48,7 @@ def note_obstacle(reason: str) -> None:
 
 @contextmanager
 def audit() -> Iterator[None]:
-    """Context for checks of a model or a rule that need not be repeated for other inputs."""
+    """Context manager for checks of a model or a rule that need not be repeated for other inputs."""
     ACTIVE.audits += 1
     try:
         yield
@@ -58,7 +58,7 @@ def audit() -> Iterator[None]:
 
 @contextmanager
 def repeated(place: str = "") -> Iterator[None]:
-    """Context inside an :func:`audit` for computations that are repeated for other inputs.
+    """Context manager inside an :func:`audit` for computations that are repeated for other inputs.
 
     Args:
         place: Name of the step or layer, to which the names of shortcuts refer.
@@ -72,7 +72,7 @@ def repeated(place: str = "") -> Iterator[None]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Context for computations that only check the model and whose results are not otherwise used."""
+    """Context manager for computations that only check the model and whose results are not otherwise used."""
     outer, ACTIVE.tracer = ACTIVE.tracer, None
     try:
         with _disable_current_modes() if outer is not None else nullcontext():
@@ -82,20 +82,20 @@ def untraced() -> Iterator[None]:
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Context for operations of this package in a trace that read no values outside of torch."""
+    """Context manager for operations of this package in a trace that read no values outside of torch."""
     return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Context for computations of this package that only check the model, and are neither traced nor observed."""
+    """Context manager for computations that only check the model, and are neither traced nor observed."""
     with untraced(), torch._C.DisableTorchFunction():
         yield
 
 
 @contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
-    """Context in which a trace does not take the given shortcuts."""
+    """Context manager that keeps a trace from taking the given shortcuts."""
     outer = ACTIVE.avoided
     ACTIVE.avoided = shortcuts
     try:

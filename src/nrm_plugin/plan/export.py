@@ -108,10 +108,10 @@ class ExplainedModel(nn.Module):
             _check_exportable(one)
 
     def forward(self, *tensors: Tensor) -> dict[str, Any]:
-        """Returns outputs, targets, relevance by layer, and whether the relevance is valid.
+        """Returns outputs, targets, relevance keyed by layer, and whether the relevance is valid.
 
         Args:
-            tensors: The tensors of a call of the model, and the target of each sample, ``(N,)``, int64; a negative
+            tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; a negative
                 target is replaced by the class of the largest output.
         """
         *inputs, target = tensors
@@ -154,7 +154,7 @@ class ExplainedModel(nn.Module):
 
 
 def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor in its own memory, and the permutation that restores its strides.
+    """Returns a constant as a contiguous tensor in its own memory and the permutation that restores its strides.
 
     ``torch.export.save`` stores each memory once, as one contiguous tensor.
     """
@@ -185,7 +185,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Operations whose results are values that the traced code has read, and their comparison with the expected value."""
+"""Operations whose results the traced code has read as values, with the comparison to the expected value."""
 
 
 def _check_exportable(one: Operation) -> None:

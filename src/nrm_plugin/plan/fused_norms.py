@@ -14,7 +14,7 @@ from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
 BLOCK = 1 << 15
-"""Number of entries of a weight that are computed together."""
+"""Number of weight entries that are computed together."""
 CLOSE = 4
 """Largest relative difference between equal weights computed in a different order, in units of the machine epsilon.
 

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_flatten
 from ..events.event import Event
 
 _LARGEST = 1 << 20
-"""Largest number of entries of tensors in a query, such as labels of neurons, that are compared by value."""
+"""Largest number of tensor entries in a query, such as neuron labels, that are compared by value."""
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
-    """Returns a key for the form of the arguments of a model, and the tensors among them.
+    """Returns a key for the form of a model's arguments, and the tensors among them.
 
     Raises:
         TypeError: If an argument has no hashable equivalent.

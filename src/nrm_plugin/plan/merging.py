@@ -36,7 +36,7 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations whose result may equal their first argument, by ``id``, since hashing PyTorch operations is slow."""
+"""Operations whose result may equal their first argument, given by ``id``, since hashing PyTorch operations is slow."""
 
 
 class Merger:
@@ -44,7 +44,7 @@ class Merger:
 
     Args:
         trace: The trace.
-        constants: The constants, by index.
+        constants: The constants, keyed by index.
         results: Indices of the result tensors.
     """
 
@@ -57,7 +57,7 @@ class Merger:
         self._given = {*trace.constants, *trace.placeholders}
 
     def merged(self, operations: list[Operation]) -> tuple[list[Operation], list[int]]:
-        """Returns the remaining operations, and the indices of the results."""
+        """Returns the remaining operations and the indices of the results."""
         memory = self.trace.memory
         self._writes = Counter(memory(number) for one in operations for number in one.writes)
         made = {number for one in operations for number in one.results if number is not None}

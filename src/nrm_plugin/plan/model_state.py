@@ -14,7 +14,7 @@ from ..model.model_protection import values_state
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64
-"""Number of entries of each tensor that are compared by value, since writes through ``.data`` change no version."""
+"""Number of entries per tensor that are compared by value, since writes through ``.data`` change no version."""
 
 
 class ModelState:
@@ -87,7 +87,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the identities of the attributes of a module and of the items in its containers."""
+    """Returns the identities of a module's attributes and of the items in its containers."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]

@@ -1,4 +1,4 @@
-"""The plan of a model: measures of many inputs of the same shapes, at the cost of one or two gradients."""
+"""The plan of a model: measures for many inputs of the same shapes, at the cost of one or two gradients."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Returns a text that lists the queries with programs, and the reasons why others are recorded every time.
+        """Returns a text that lists the queries with programs and the reasons why others are recorded every time.
 
         Returns:
             For each form of call, the shapes of its tensors; for each query, the number of operations, the memory of
@@ -217,7 +217,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Memory of the constants of all programs in bytes, excluding tensors of the model.
+        """Memory that the constants of all programs take, in bytes, without tensors of the model.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
@@ -240,7 +240,7 @@ class Plan:
 
         try:
             key, tensors = call_key((inputs, args, None if kwargs is None else dict(kwargs), reference))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last for nested tensors, which have no shape
             key, tensors = object(), []
         return _Form(key, tensors, call, self._settings_for(reference))
 

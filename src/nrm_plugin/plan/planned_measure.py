@@ -37,7 +37,7 @@ class Settings:
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        references: Number of references of each sample, or None for a measure of outputs.
+        references: Number of references per sample, or None for a measure of outputs.
         state: The state of the model.
     """
 
@@ -51,7 +51,7 @@ class Settings:
 
 
 LONGEST = 5
-"""Largest length of the trace of a recording and its queries, as a multiple of the length of the recording alone."""
+"""Largest length of a trace with queries, as a multiple of its length after the recording alone."""
 
 
 class PlannedOutputs:
@@ -133,7 +133,7 @@ class TracedRecording:
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
-        """Context in which operations are appended to the trace."""
+        """Context manager that appends operations to the trace."""
         return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
 
     def begin(self, start: Sequence[Tensor]) -> None:
@@ -152,7 +152,7 @@ class TracedRecording:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Context without garbage collection of reference cycles.
+    """Context manager without garbage collection of reference cycles.
 
     A trace creates many objects, so the garbage collector would traverse all objects of the process several times.
     """

@@ -46,7 +46,7 @@ class Program:
 
     Attributes:
         operations, constants: The simplified operations, and the constant tensors that they read, by index.
-        until: Number of operations of the first stage.
+        until: Number of operations in the first stage.
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.
         inputs, outputs, start, results: As the arguments, with the indices of the simplified trace.
@@ -156,7 +156,7 @@ def _run(stage: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
-    """Context in which operations run exactly as traced, regardless of the modes of the caller."""
+    """Context manager that runs operations exactly as traced, regardless of the modes of the caller."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -245,13 +245,13 @@ class _Writer:
     def written(
         self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[list[int]]
     ) -> tuple[str, dict[str, Any]]:
-        """Returns the source of both stages, and the namespace in which it runs.
+        """Returns the source code of both stages and the namespace in which it runs.
 
         Args:
             inputs: Indices of tensors, as in :class:`Program`.
             outputs: As in :class:`Program`.
             start: As in :class:`Program`.
-            results: Indices of the results of each query.
+            results: Result indices of each query.
         """
         first, second = self.operations[: self.until], self.operations[self.until :]
         queries = [

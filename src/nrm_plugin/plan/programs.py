@@ -17,7 +17,7 @@ from .program import ChangedValueError, Program
 from .tracer import Tracer
 
 Key = tuple[Hashable, ...]
-"""A query: the name of its method, and its arguments."""
+"""A query: the name of its method and its arguments."""
 MOST = 32
 """Largest number of programs for calls of one form."""
 FAILURES = 3
@@ -52,7 +52,7 @@ class TracedQueries:
     Attributes:
         tracer: The tracer of the recording and the queries.
         inputs, outputs, start: Indices of tensors in the trace, as in :class:`~nrm_plugin.plan.program.Program`.
-        results: Indices of the results of each query.
+        results: Result indices of each query.
         queries: The queries that have a program.
     """
 
@@ -70,15 +70,16 @@ class TracedQueries:
 
 
 class Programs:
-    """The programs for calls of one form (shapes and other arguments), by query.
+    """The cached programs for calls of the same form (equal shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: The shortcuts whose conditions did not hold for some inputs.
-        obstacle: Why calls of this form must be recorded every time; empty if they need not be.
-        answers: Answers that do not depend on values, such as names and shapes.
-        recordings: Number of calls recorded since a program last answered a query.
+        avoided: Shortcuts that are no longer taken, because their conditions failed for some inputs.
+        obstacle: Why calls of this form cannot be replayed and must be recorded each time; empty if they can.
+        answers: Cached answers that do not depend on values, such as names and shapes.
+        recordings: Number of recordings since a program last answered a query.
         latest: The most recently used program, which the next measure is expected to use.
-        asks_again: Whether a measure usually answers several queries, so that it keeps the state of the first stage.
+        asks_again: Whether several queries of one measure have been seen, in which case the state of the first stage
+            is kept for the next one.
     """
 
     def __init__(self) -> None:
@@ -117,7 +118,7 @@ class Programs:
         answer: Any,
         cost: Cost,
     ) -> None:
-        """Creates a program from the trace of a query and of the earlier queries of the same recording."""
+        """Creates a program from the trace of a query and the earlier queries of its recording."""
         leaves, form = tree_flatten(answer)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return

@@ -23,7 +23,7 @@ ELEMENTWISE = frozenset(
 
 
 _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.default, aten.amax.default]))
-"""Reductions over dimensions, by ``id``, since hashing PyTorch operations is slow."""
+"""Reductions over dimensions, given by ``id``, since hashing PyTorch operations is slow."""
 
 
 class ViewRemover:
@@ -43,7 +43,7 @@ class ViewRemover:
         self._narrow: dict[int, int] = {}
 
     def rewritten(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
-        """Returns equivalent operations, and the indices of the results."""
+        """Returns equivalent operations and the indices of the results."""
         for one in operations:
             source = self._source(one)
             if source is not None and one.results[0] is not None:

@@ -19,7 +19,7 @@ from .reshapes import ViewRemover
 from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
-"""Largest number of entries of a filled tensor that is stored instead of created in each run."""
+"""Largest number of entries for which a filled tensor is stored instead of created in each run."""
 
 
 class Simplifier:
@@ -32,7 +32,7 @@ class Simplifier:
     Attributes:
         trace: A copy of the trace, to which simplification adds tensors.
         operations: The remaining operations, in order.
-        constants: The constants that they read, by index.
+        constants: The constants that they read, keyed by index.
         results: Indices of the result tensors.
         obstacle: Why the operations cannot be replayed; empty if they can. If not empty, there are no operations.
     """

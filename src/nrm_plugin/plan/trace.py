@@ -129,7 +129,7 @@ class Trace:
 
     Attributes:
         operations: The operations, in order.
-        constants: Tensors that do not depend on placeholders, by index.
+        constants: Tensors that do not depend on placeholders, keyed by index.
         placeholders: Indices of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor.
         aliases: For each tensor, the first tensor whose memory it may share.

@@ -27,7 +27,7 @@ class _Memory:
     Attributes:
         root: Index of its first tensor.
         is_traced: Whether operations of the trace write to it; otherwise it is constant.
-        views: The known tensors in this memory, by form.
+        views: The known tensors in this memory, keyed by form.
         reference: A weak reference, which prevents the identity of the memory from being reused.
         copy: Index of a flat tensor of the whole memory, which is created when a constant is overwritten.
         is_overwritten: Whether a weight or buffer in it was overwritten; its constants have been copies since then.
@@ -42,7 +42,7 @@ class _Memory:
 
 
 class Tracer(TorchDispatchMode):
-    """Context that appends the operations of this thread to a trace; it may be entered several times.
+    """Context manager that appends the operations of this thread to a trace; it may be entered several times.
 
     Operations on constants are run, but not appended; their results are constants. Operations that create tensors to be
     filled later are appended, since a tensor is a constant only once it has its final values.
@@ -343,7 +343,7 @@ class _Facts:
 
 
 _FACTS: dict[int, _Facts] = {}
-"""Facts by the ``id`` of the operation, since hashing PyTorch operations is slow."""
+"""Facts, keyed by the ``id`` of the operation, since hashing PyTorch operations is slow."""
 
 
 def _facts(function: Any) -> _Facts:

@@ -158,7 +158,7 @@ def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, p
 
 
 def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
-    """Writes the names of the nodes of the input into their regions."""
+    """Writes the names of the input nodes into their regions."""
     names = {node.key: region_name(node) for node in graph.nodes}
     for key, (x, y) in region_places(photo).items():
         axes.text(

@@ -20,7 +20,7 @@ NAMED = 3
 NAMED_WALKS, LEAST_WALK = 2, 1e-3
 """Largest number of walks that are named, and smallest relevance of a named walk."""
 ENOUGH = 0.6
-"""Share of the positive relevance of a node for which the listed nodes below it account."""
+"""Fraction of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
 KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
@@ -50,10 +50,10 @@ def flow_caption(
 
     Args:
         graph: The graph.
-        target: Name of the explained output; by default, the name of the only node of the output.
+        target: Name of the explained output; by default, the name of the only output node.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
-        areas: Share of the image that each node of the input covers, by key.
+        areas: Fraction of the image that each input node covers, keyed by node.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -135,7 +135,7 @@ def _target(graph: FlowGraph) -> str:
 
 
 def _origin(graph: FlowGraph, target: str) -> str:
-    """Describes which nodes of the lowest layer receive most of the relevance of the strongest node above."""
+    """Describes which nodes in the lowest layer receive most relevance from the strongest node above."""
     if len(graph.layers) < 2:
         strongest = _strongest(graph.layers[-1]) if graph.layers else None
         return f"{percent(strongest.mass)} of {target} passes through {named(strongest, graph)}." if strongest else ""
@@ -169,7 +169,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float]) -> str:
 
 
 def _leading(values: np.ndarray) -> list[int]:
-    """Returns the indices of the few largest values that account for enough of the sum of all positive values."""
+    """Returns the indices of the few largest values that account for enough of the positive sum."""
     order = np.argsort(-values)
     total = values.clip(min=0).sum()
     chosen: list[int] = []
@@ -197,7 +197,7 @@ def _ways(graph: FlowGraph) -> list[str]:
 
 
 def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
-    """Returns the names of the nodes of a walk, from the input up, without their layers, which the figure shows."""
+    """Returns the node names along a walk, from the input up, without their layers, which the figure shows."""
     names = {node.key: node_name(node) for node in graph.nodes}
     return f"{NO_BREAK}→ ".join(_unbroken(names[key]) for key in keys)
 

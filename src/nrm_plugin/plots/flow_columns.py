@@ -1,4 +1,4 @@
-"""Selection of the nodes of a flow that are drawn, their order, names and colours."""
+"""Which nodes of a flow are drawn, and their order, names and colours."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .flow_order import column_orders
 
 Array = NDArray[np.float64]
 MAX_GROUPS = 40
-"""Largest number of groups of one layer in a figure."""
+"""Largest number of groups per layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
 """Nodes for the rest of a layer, and for walks that do not cross it, are not drawn below this relevance."""
 NUMBERED = {"input": "group", "output": "output"}
-"""What the groups of a layer consist of, by layer name; in all other layers, they consist of channels."""
+"""What the groups of a layer consist of, keyed by layer name; in all other layers, they consist of channels."""
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
@@ -78,7 +78,7 @@ def node_name(node: FlowNode) -> str:
 
 
 def region_name(node: FlowNode) -> str:
-    """Returns the name of a region of the input for display in the photograph, where a number is sufficient."""
+    """Returns the name of an input region for display in the photograph, where a number is sufficient."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 

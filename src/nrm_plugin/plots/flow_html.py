@@ -25,7 +25,7 @@ from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, pai
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Pairs = Mapping[tuple[str, str], float]
-"""Joint relevance of two nodes in any two layers, by their keys, with the upper node first."""
+"""Joint relevance of two nodes in any two layers, keyed by both nodes, the upper one first."""
 WIDTH = 12.0
 """Width of the drawing in inches, on which font sizes are based; the page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -161,7 +161,7 @@ def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
 
 
 def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGraph) -> str:
-    """Returns the photograph with the names of the nodes of the input in their regions."""
+    """Returns the photograph with the names of the input nodes in their regions."""
     pixels = photo_pixels(photo, thumbnails)
     height, width = pixels.shape[:2]
     names = {node.key: escape(region_name(node)) for node in graph.nodes}

@@ -93,7 +93,7 @@ def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | Non
 def _header(
     sizes: Sizes, heading: str, caption: str, photo_ratio: float | None
 ) -> tuple[Box | None, list[Label], float]:
-    """Returns the position of the photograph, the lines of title and caption, and the height of both."""
+    """Returns the position of the photograph, the title and caption lines, and the height of both."""
     labels: list[Label] = []
     photo = None
     left, y = MARGIN, MARGIN
@@ -131,7 +131,7 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
 
 
 def layer_note(layer: FlowLayer) -> str:
-    """Describes the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
+    """Describes how many groups of a layer are shown, and their mass, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
     if not layer.groups:
         return "no relevance crosses it"
     shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
@@ -184,7 +184,7 @@ def _rows(sizes: Sizes, column: int, node: FlowNode, thumbnails: Mapping[str, ob
 def _unit(
     stacks: Sequence[Sequence[tuple[Stack, Stack]]], heights: Sequence[Sequence[float]], sizes: Sizes
 ) -> tuple[float, float]:
-    """Returns the points per unit of relevance, and the height of the flow."""
+    """Returns the points per unit of relevance and the height of the flow."""
 
     def filled(column: int, unit: float) -> float:
         both = zip(stacks[column], heights[column], strict=True)
@@ -295,7 +295,7 @@ def _one_line(node: FlowNode) -> str:
 def _bands(
     graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
 ) -> tuple[list[Band], float]:
-    """Returns the ribbons, with positive above negative ones at each node, and the relevance that is not drawn."""
+    """Returns the ribbons and the relevance not drawn; at each node, positive ribbons lie above negative ones."""
     places = {node.node.key: node for node in nodes}
     bands: list[Band] = []
     omitted = 0.0
@@ -333,7 +333,7 @@ def _tone(kinds: Collection[str], value: float) -> str:
 
 
 def _tops(values: Array, unit: float) -> Array:
-    """Returns the upper ends of the ribbons at the nodes of one side, relative to the middle of the node.
+    """Returns the upper ribbon ends at the nodes of one side, relative to the node centre.
 
     The ribbons of a node are stacked in the order of their other ends, with positive ribbons above negative ones.
     """
@@ -346,7 +346,7 @@ def _tops(values: Array, unit: float) -> Array:
 
 
 def _middle(node: DrawnNode, side: int) -> float:
-    """Returns the vertical position of the middle of the bars of a node."""
+    """Returns the vertical centre of the bars of a node."""
     x = node.box.right - BAR if side else node.box.x
     parts = [box for box, _ in node.bars if abs(box.x - x) < 1e-6]
     if not parts:

@@ -1,4 +1,4 @@
-"""Ordering of the nodes in the columns of a flow, to reduce crossings of ribbons."""
+"""Node order in the columns of a flow, chosen to reduce ribbon crossings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SWEEPS = 12
 
 
 def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[int]]:
-    """Returns the order of the nodes of each column, from the top, using barycentre sweeps and swaps of neighbours.
+    """Returns the node order in each column, from the top, found by barycentre sweeps and neighbour swaps.
 
     At each node, positive ribbons lie above negative ones. A sweep sorts each column by the mean position of the other
     ends of its ribbons. Neighbours are then swapped as long as this reduces crossings. The result is never worse than
@@ -62,7 +62,7 @@ def _shuffled(order: Order, free: int, generator: np.random.Generator) -> Order:
 
 
 def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
-    """Returns the sum over all pairs of crossing ribbons of the product of their widths."""
+    """Returns the product of both widths, summed over all pairs of crossing ribbons."""
     pairs = zip(widths, orders, orders[1:], strict=False)
     return sum(crossings(width[np.ix_(left, right)]) for width, left, right in pairs)
 

@@ -1,4 +1,4 @@
-"""Parts of the drawing of a flow, with positions in points from the upper left corner."""
+"""Parts of a flow drawing, with positions in points from the upper left corner."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the parts of a drawing, in points.
+    """Dimensions of a flow drawing; lengths are in points.
 
     Attributes:
         width: Width of the drawing.
-        letters: Font size of the names of nodes.
-        ratio: Ratio of height to width of a thumbnail; 0 without thumbnails.
-        sides: Width of the thumbnails of each column.
-        lines: Number of lines of text of the nodes of each column.
+        letters: Font size of node names.
+        ratio: Height-to-width ratio of the thumbnails; 0 if there are none.
+        sides: Thumbnail width in each column.
+        lines: Number of text lines per node in each column.
     """
 
     width: float
@@ -138,7 +138,7 @@ class Sizes:
         return (self.width - 2 * MARGIN - nodes) / max(len(self.sides) - 1, 1)
 
     def text(self, column: int) -> float:
-        """Returns the height of the lines of text of a node."""
+        """Returns the height of the text lines of a node."""
         return self.lines[column] * LINE * self.letters + 1
 
     def node(self, column: int) -> float:

@@ -28,11 +28,11 @@ PIXELS = 120
 SHARP = 40
 """Images with at most this many pixels along each side are not blurred, so that pixels stay visible."""
 INSIDE = 0.97
-"""Share of the absolute relevance that the crop of the thumbnails contains along each axis."""
+"""Fraction of the absolute relevance that the crop of the thumbnails contains along each axis."""
 OUTSIDE = 0.4
-"""Opacity of the photograph outside the region of a node of the input."""
+"""Opacity of the photograph outside the region of an input node."""
 LEAST = 0.35
-"""Smallest side of the crop, as a fraction of the side of the image."""
+"""Smallest side of the crop, as a fraction of the image side."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Photo:
         image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
         whole: The image of the file, ``(3, H, W)`` in [0, 1], or None if the model receives all of it.
         seen: The part of the file that the model receives: left, top, right and bottom as fractions.
-        regions: Boolean masks of the groups of the input, ``(H, W)``, by the keys of their nodes; drawn as outlines.
+        regions: Boolean masks of the input groups, ``(H, W)``, keyed by node; drawn as outlines.
     """
 
     image: Tensor | Array
@@ -68,11 +68,11 @@ class NodeThumbnails:
 
     Attributes:
         box: The part of the input that all thumbnails show.
-        values: Colour values between -1 and 1, ``(H, W)``, by node key; 1 is the darkest colour of the layer.
+        values: Colour values between -1 and 1, ``(H, W)``, keyed by node; 1 is the darkest colour of the layer.
         grey: The same part of the photograph, ``(H, W)`` in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
-        edges: Outline of the region of each node of the input, as pixels ``(H, W)``, by node key.
-        inside: Pixels of the region of each node of the input, by node key; other pixels are faded.
+        edges: Outline of the region of each input node, as pixels ``(H, W)``, keyed by node.
+        inside: Pixels in the region of each input node, keyed by node; other pixels are faded.
     """
 
     box: Box
@@ -84,7 +84,7 @@ class NodeThumbnails:
 
     @property
     def ratio(self) -> float:
-        """Ratio of height to width of a thumbnail."""
+        """Height-to-width ratio of a thumbnail."""
         top, left, bottom, right = self.box
         return (bottom - top) / max(right - left, 1)
 
@@ -225,7 +225,7 @@ def crop(weights: Array) -> Box:
 
 
 def _span(weights: Array) -> tuple[int, int]:
-    """Returns the range that contains the share ``INSIDE`` of the weights, between equal tails, plus a margin."""
+    """Returns the range that contains the fraction ``INSIDE`` of the weights, between equal tails, plus a margin."""
     shares = np.cumsum(weights) / weights.sum()
     outside = (1 - INSIDE) / 2
     start, end = int(np.searchsorted(shares, outside)), int(np.searchsorted(shares, 1 - outside)) + 1

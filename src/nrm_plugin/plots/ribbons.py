@@ -1,4 +1,4 @@
-"""Flow plots on matplotlib axes: joint relevance of nodes in several layers as ribbons between bars."""
+"""Flow plots on matplotlib axes: joint relevance between nodes is drawn as ribbons between bars."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LIGHT = Palette()
 DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c", "#f0b73f")
 
 ROW, GAP = 0.085, 0.025
-"""Height of the label of a node, and distance between two nodes, as fractions of the plot."""
+"""Height of a node label, and distance between two nodes, as fractions of the plot."""
 VISIBLE = 0.012
 """Smallest width of ribbons at which widths can be distinguished, as a fraction of the plot."""
 BAR = 0.022
@@ -79,7 +79,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Ribbon:
-    """Joint relevance of one node in each of several columns of a flow plot.
+    """Joint relevance of nodes in a flow plot, one in each of several columns.
 
     Attributes:
         nodes: Position of the node in each column.
@@ -155,7 +155,10 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the height of each node of a column: that of its bar or, if signs cancel in it, that of its ribbons."""
+    """Returns the height of each node in a column: that of its bar, or of its stacked ribbons if these are taller.
+
+    They are taller if signs cancel.
+    """
     return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
 

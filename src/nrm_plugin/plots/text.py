@@ -31,7 +31,7 @@ OPENING = ("Ġ", "▁")
 """Prefixes of a token that begins a word."""
 BREAKS = {"Ċ": "↵", "\n": "↵", "\t": "→"}
 LINE, LETTER, FONT = 1.9, 0.602, 10.5
-"""Height of a line and width of a letter in units of the font size, and font size in points."""
+"""Line height and letter width in units of the font size, and font size in points."""
 
 
 @dataclass(frozen=True)

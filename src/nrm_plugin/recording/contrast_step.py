@@ -230,7 +230,7 @@ def _is_weighted(step: LayerStep) -> bool:
 
 
 def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep:
-    """Returns the step that applies the rule of the layer to the weighted sum of the rows of its weight."""
+    """Returns the step that applies the layer's rule to the weighted sum of its weight rows."""
     step, call = layer.step, layer.step.layer_call
     if not is_by_modifiers(call.rule) and type(call.rule) is not PlainGradient:
         raise UnsupportedRuleError(
@@ -273,7 +273,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
     Args:
         call: The recorded call of the layer.
-        weights: The weights ``s``, in the layout of the output of the layer.
+        weights: The weights ``s``, in the layout of the layer output.
         number: The explained contrast, ``g``.
         layout: The layout of its input.
         output_layout: The layout of its output.
@@ -306,7 +306,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
 
 def _connected(mask: Tensor) -> Tensor:
-    """Returns the indices of the true entries of each row, padded with the number of columns."""
+    """Returns the column indices of true entries in each row, padded with the number of columns."""
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return torch.where(mask.gather(1, order), order, mask.shape[1])
 

@@ -1,4 +1,4 @@
-"""Coverage: a list of the rule or kernel of every step of a model, without computing relevance."""
+"""Coverage: a list of the rule or kernel at every step of a model, without computing relevance."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Returns each layer that shares a parameter with an earlier layer, and the name of the earlier layer."""
+    """Returns, for each layer that shares a parameter with an earlier layer, the name of the earlier layer."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Observation of one forward pass: inputs and outputs of modules, and the tensors at which walks start and end."""
+"""Observation of one forward pass: module inputs and outputs, and the tensors at which walks start and end."""
 
 from __future__ import annotations
 

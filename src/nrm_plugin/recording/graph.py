@@ -207,7 +207,7 @@ class Marks:
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including those of the edge itself and of its buffer.
+        below_edge: The marks below each edge of each vertex, including those on the edge itself and its buffer.
     """
 
     below_vertex: list[int]

@@ -29,7 +29,7 @@ class IndexedRoute:
 
     @property
     def size(self) -> int:
-        """The total number of entries of all inputs."""
+        """The total number of entries in all inputs."""
         return sum(shape.numel() for shape in self.shapes if shape is not None)
 
     def pull(self, relevance: Sequence[Tensor | None]) -> Parts:

@@ -1,4 +1,4 @@
-r"""Estimates of the memory and time of a measure from the shapes of a forward pass, without running the model.
+r"""Estimates the memory and time that a measure needs from the shapes of a forward pass, without running the model.
 
 The forward pass runs on tensors without values. The peak of one recording and one pass of all marginals is estimated as
 
@@ -47,7 +47,7 @@ COEFFICIENTS = {
     "largest": 2.22,
     "input": 4.62,
 }
-"""Peak memory per byte of the results of each kind of operation."""
+"""Peak memory per result byte, for each kind of operation."""
 
 KINDS = {
     "convolution": "convolution",
@@ -60,7 +60,7 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time of each operation in seconds, and time of a measure in units of a matrix product and of a sum of tensors."""
+"""Time per operation in seconds, and time of a measure in units of a matrix product and of a tensor sum."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class MemoryEstimate:
         inputs: Bytes of the inputs.
         seconds: Time on the device of the model; only the order of magnitude is reliable.
         flops: Multiplications and additions of one forward pass.
-        bytes_by_kind: Bytes of the results of the operations of each kind.
+        bytes_by_kind: Bytes of the results per kind of operation.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -139,7 +139,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """A mode that adds up the bytes of the results of operations, by kind."""
+    """A mode that adds up the result bytes for each kind of operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -196,7 +196,7 @@ def _kind(name: str) -> str:
 
 @contextmanager
 def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
-    """Context in which the log adds up the weights of the linear layers that are called."""
+    """Context manager that adds the weights of called linear layers to the log."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         log.called += _bytes(module.weight)  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Context in which torch's attention layers run as separate operations, as in a recording."""
+    """Context manager that makes torch's attention layers run as separate operations, as in a recording."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -16,10 +16,10 @@ from .taps import Nested, module_names
 
 @contextmanager
 def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Context in which the outputs of modules are copied, with one entry per call and detached tensors.
+    """Context manager that copies the outputs of modules, with one entry per call and detached tensors.
 
     Args:
-        model: The network; the hooks are removed at the end.
+        model: The network; the hooks are removed on exit.
         layers: Names of modules.
 
     Raises:
@@ -41,7 +41,7 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
 
 
 def tensors_of(output: Any) -> dict[int | str, Tensor]:
-    """Returns the tensors in the output of a module, by position in a tuple, key of a mapping or field of a dataclass.
+    """Returns the tensors in a module output, keyed by tuple position, mapping key or dataclass field.
 
     Tensors in nested containers have keys joined by dots, as :class:`Nested`.
     """

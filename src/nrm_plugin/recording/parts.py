@@ -146,12 +146,12 @@ _UNFINISHED = _Unfinished()
 
 
 class Repeat:
-    """A watcher of a later run of the model, in which only the steps of one part keep their tensors.
+    """A watcher of a later run, in which only the steps of one part keep their tensors.
 
     Args:
         first: The first run.
-        part: Indices of the steps of the part.
-        units: The calls that do not run, by name of the module and index of the call.
+        part: Step indices of the part.
+        units: The calls that do not run, keyed by module name and call index.
 
     Attributes:
         steps: The steps of the part in this run.
@@ -235,7 +235,7 @@ class Parts:
 
     @functools.cached_property
     def ranges(self) -> list[range]:
-        """Indices of the steps of each part, in execution order; must not be read before the graph is built."""
+        """Step indices of each part, in execution order; must not be read before the graph is built."""
         return divided(self._first)
 
     def fill(self, step: Step) -> None:

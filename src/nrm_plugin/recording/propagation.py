@@ -23,7 +23,12 @@ Vectors = dict[Key, Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of passes: the numbers of applied kernels and of propagated relevance vectors (several per kernel)."""
+    """Cost of one or more passes.
+
+    Attributes:
+        steps: Number of kernels applied.
+        vectors: Number of relevance vectors propagated through them; a kernel may propagate several at once.
+    """
 
     steps: int = 0
     vectors: int = 0

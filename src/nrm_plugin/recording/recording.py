@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composites import Normalized
+from ..errors import NRMError
 from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
@@ -33,7 +34,7 @@ from .taps import OUTPUT, Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16
-"""Largest number of entries of a buffer that is restored if the run wrote to it."""
+"""Largest number of entries in a buffer that is restored if the run wrote to it."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -88,7 +89,8 @@ class Recording:
             followed = ReferencePass(reference.is_tangent)
             if max_memory is not None:
                 followed, first = _limited(followed.is_tangent, max_memory)
-            other, _ = _run(model, reference.call, composite, output, followed, first)
+            with _noted("The model raised this error at the reference."):
+                other, _ = _run(model, reference.call, composite, output, followed, first)
             self._other = other.detach()
             followed.replay()
             if max_memory is not None:
@@ -193,7 +195,7 @@ class Recording:
 
     @property
     def taps(self) -> Taps:
-        """The taps, by name and by place."""
+        """The taps, keyed by name and by place."""
         return self.structure.taps
 
     @property
@@ -241,7 +243,8 @@ def _run(
             reference.finish()
     if isinstance(output, Atom):
         returned, output = observer.inner_output(output), None
-    explained: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None)
+    what = "the model's output" if reference is None or reference.is_replayed else "the model's output at the reference"
+    explained: Tensor = explained_output(returned, output, call.batch, call.batched and inner is None, what)
     observer.see(Label(OUTPUT, "output", 0, None), explained)
     return explained, observer
 
@@ -372,8 +375,20 @@ class Rerun:
 
 
 @contextmanager
+def _noted(note: str) -> Iterator[None]:
+    """Context that adds a note to errors of the model, but not to errors of this package."""
+    try:
+        yield
+    except NRMError:
+        raise
+    except Exception as error:
+        error.add_note(note)
+        raise
+
+
+@contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context in which the model has no hooks, since the user's hooks expect the user's inputs."""
+    """Context manager that removes the hooks of the model, since the user's hooks expect the user's inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()
@@ -383,7 +398,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Context that restores buffers that the model writes in place, such as running averages, but not large caches."""
+    """Context manager that restores small buffers that the model writes in place, such as running averages."""
     with unwatched():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
         small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
@@ -416,7 +431,7 @@ def _device(call: Call) -> torch.device:
 
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
-    """Context in which layers run in the reduced precision of autocast, and other operations in float32 or float64."""
+    """Context manager that runs layers in the precision of autocast, and other operations in float32 or float64."""
     with layers_in(asked_for(device) or current()), exact(device):
         yield
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Largest share of the mass of a slice that may belong to other samples, due to rounding."""
+"""Largest fraction of the mass of a slice that may belong to other samples, due to rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +59,13 @@ class Layout:
         return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def inner_of_parts(self, inner: torch.Size) -> torch.Size:
-        """Removes the dimension of the parts from the shape ``inner`` of a sample."""
+        """Removes the part dimension from the shape ``inner`` of a sample."""
         if self.dim is None or self.parts == 1:
             return inner
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
     def in_all_parts(self, values: Tensor) -> Tensor:
-        """Repeats values for each part if they lack the dimension of the parts."""
+        """Repeats values for each part if they lack the part dimension."""
         if self.dim is None or self.parts == 1:
             return values.clone()
         repeated = values.unsqueeze(self.dim)

@@ -1,4 +1,4 @@
-"""The positions of the samples of a batch in each tensor of a recording.
+"""Where the samples of a batch are located in each tensor of a recording.
 
 The first dimension of a tensor is not always the batch: attention over windows folds the windows into it, and other
 layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output
@@ -31,11 +31,11 @@ RATIO = 1e-3
 RANGE = 40
 """Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""Share of Σ|R| in entries of several samples above which a tensor mixes samples; less is rounding error."""
+"""Fraction of Σ|R| in entries of several samples above which a tensor mixes samples; less is rounding error."""
 
 
 class Samples:
-    """The samples of a recording, and the layout of each of its tensors.
+    """The samples of a recording and the layout of each tensor.
 
     Args:
         graph: The graph.
@@ -202,7 +202,7 @@ class Samples:
         return None
 
     def inspecting(self) -> AbstractContextManager[None]:
-        """Context in which positions are determined from relevance; fixed positions are constants in a trace."""
+        """Context manager for determining positions from relevance; fixed positions are constants in a trace."""
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
@@ -275,7 +275,7 @@ class Samples:
 
 
 def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> Vectors[int]:
-    """Returns the values (key -1) and, for every 4 bits of the sample number, the values scaled by a power of two."""
+    """Returns the values (key -1) and, for every 4 bits of the sample index, the values scaled by a power of two."""
     form = layout.shape(shape)
     rows = torch.arange(count, device=values.device).reshape(-1, *(1,) * (len(form) - 1))
     vectors: Vectors[int] = {-1: values}

@@ -26,7 +26,7 @@ class Structure:
         batched: Whether the inputs have a sample dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
-        top: The node of a contrast of outputs, if the measure starts there instead of at ``output``.
+        top: The node of an output contrast, if the measure starts there instead of at ``output``.
 
     Raises:
         InputError: If the output depends on none of the inputs.

@@ -1,4 +1,4 @@
-"""Taps: the tensors of a recording at which relevance is read, and their lookup by layer name."""
+"""Taps: the tensors of a recording at which relevance is read. They are looked up by layer name."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Taps:
 
     Attributes:
         all: All taps.
-        index: Position in ``all``, by place.
+        index: Position in ``all``, keyed by place.
         fused: Names of the layers whose output is fused with a contrast.
     """
 
@@ -156,12 +156,12 @@ class Taps:
 
     @functools.cached_property
     def sites(self) -> dict[str, Tap]:
-        """The tap of each site of a transformer by its name, in the order of the forward pass."""
+        """The tap at each transformer site, keyed by site name, in the order of the forward pass."""
         return {name: self.at(place) for name, place in sites(self.graph).items() if place in self.index}
 
     @functools.cached_property
     def _labels(self) -> dict[int, Label]:
-        """One label of each tap, by the index of the tap."""
+        """One label of each tap, keyed by tap index."""
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
@@ -182,7 +182,7 @@ class Taps:
 
     @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:
-        """The vertex of each step, by name and call index."""
+        """The vertex of each step, keyed by name and call index."""
         steps = ((number, vertex.step) for number, vertex in enumerate(self.graph.vertices))
         return {(step.name, step.call): number for number, step in steps if step is not None}
 
@@ -332,7 +332,7 @@ class Taps:
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """Returns the name of a layer, and the calls of the layer that ``call`` selects."""
+        """Returns the name of a layer and those of its calls that ``call`` selects."""
         site = self.site(layer, side)
         if site is not None:
             return site.name, [site.call]

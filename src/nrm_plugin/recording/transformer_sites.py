@@ -37,7 +37,7 @@ class Branch:
     Attributes:
         vertex: The vertex of the add.
         stream: The tensor to which the branch is added.
-        number: Index of the edge of the add that reads the branch.
+        number: Index of the add's edge that reads the branch.
         inner: The vertices on the paths from the branch to the stream.
         attention: The vertices of attention calls in the branch.
         crossing: The attention calls whose values come from a different stream.
@@ -77,11 +77,11 @@ def sites(graph: Graph) -> dict[str, Place]:
 
 
 class Structure:
-    """Reachability in the graph, and its residual adds.
+    """Which vertices lie below which others in the graph, and which of them are residual adds.
 
     Attributes:
         below: The vertices below each vertex, as bit sets.
-        branches: The residual adds by vertex, in the order of the forward pass.
+        branches: The residual adds, keyed by vertex, in the order of the forward pass.
     """
 
     def __init__(self, graph: Graph) -> None:

@@ -29,7 +29,7 @@ class Unit:
     Attributes:
         name: Name of the module.
         call: Index of the call.
-        first, stop: Indices of the first step of the call, and of the first step after it.
+        first, stop: Index of the first step in the call, and of the first step after it.
         outputs: The output of the call, with tensors as :class:`~nrm_plugin.kernels.forward_state.Saved`.
     """
 
@@ -64,7 +64,7 @@ def are_kept(output: Any, first: int, gates: Any) -> bool:
 
     Args:
         output: The output of the call.
-        first: Index of the first step of the call.
+        first: Index of the first step in the call.
         gates: The gates of the forward pass.
     """
     if isinstance(output, Tensor):

@@ -20,10 +20,10 @@ FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 def ablation(
     model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Context in which the activations of all neurons that are not kept are replaced.
+    """Context manager that replaces the activations of all neurons that are not kept.
 
     Args:
-        model: The network; the hooks are removed at the end.
+        model: The network; the hooks are removed on exit.
         kept: Masks of the kept outputs by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
             channels are in dimension 1.
         fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` receives the

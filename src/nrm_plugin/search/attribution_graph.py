@@ -29,7 +29,7 @@ _TYPES = {
     "input": "embedding",
     "output": "logit",
 }
-"""Names of the kinds of nodes in circuit-tracer's files."""
+"""Names of node kinds in circuit-tracer's files."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class AttributionGraph:
         return influence(self.edges, self.weights)
 
     def replacement(self) -> float:
-        """Returns the influence of the inputs as a share of the influence of inputs and errors (replacement score).
+        """Returns the replacement score: the influence of the inputs, as a fraction of that of inputs and errors.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -170,7 +170,7 @@ class AttributionGraph:
         return inputs / (inputs + errors)
 
     def completeness(self) -> float:
-        """Returns the share of edges that do not start at an error, weighted by the influence of their targets.
+        """Returns the completeness score: the fraction of a node's inputs that are not errors, averaged by influence.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -280,7 +280,7 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns, for each node, the share of the total influence that is due to nodes with at least its influence."""
+    """Returns, for each node, the fraction of the total influence that is due to nodes with at least its influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 

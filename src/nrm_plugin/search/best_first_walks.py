@@ -16,7 +16,7 @@ from .walk_bounds import CompletionBounds, now
 BATCH = 8
 """Number of prefixes propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
-"""Share of the time budget for the computation of bounds."""
+"""Fraction of the time budget that is spent on computing bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Prefix:
         bound: Upper bound on the absolute mass of any completion.
         number: Creation index.
         mass: Absolute joint relevance of the groups.
-        relevance: Relevance of each neuron of the last layer of the prefix, restricted to walks through the groups
+        relevance: Relevance of each neuron in the prefix's last layer, restricted to walks through the groups
             above, ``(n,)``.
     """
 
@@ -45,7 +45,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class CompleteWalk:
-    """One group in every layer, and the signed joint relevance of these groups."""
+    """One group in every layer and the signed joint relevance of these groups."""
 
     groups: tuple[int, ...]
     mass: float
@@ -124,7 +124,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """Removes and returns the prefix with the largest bound, and the next best prefixes of the same length."""
+        """Removes and returns the prefix with the largest bound and the next best prefixes of the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):

@@ -99,10 +99,10 @@ def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | C
 
     Args:
         folder: The folder that contains the files.
-        site: Name of the MLP of a layer, with ``{}`` in place of the layer index, such as ``"model.layers.{}.mlp"``.
+        site: Name of an MLP, with ``{}`` in place of the layer index, such as ``"model.layers.{}.mlp"``.
 
     Returns:
-        Dictionaries by layer name, or a crosscoder; both can be passed to :func:`~nrm_plugin.with_features`.
+        Dictionaries, keyed by layer name, or a crosscoder; both can be passed to :func:`~nrm_plugin.with_features`.
 
     Raises:
         InputError: If there are no such files, or ``config.yaml`` refers to hooks other than the input of the MLPs.

@@ -31,7 +31,7 @@ class _Tap:
     Attributes:
         name: Name of the tap.
         nodes: The nodes.
-        labels: Index of the node of each neuron, ``tap.shape[1:]``, or the number of nodes for neurons without a node.
+        labels: Node index of each neuron, ``tap.shape[1:]``; neurons without a node have the number of nodes.
         targets: Number of nodes with incoming edges: all but errors and inputs, which come last.
     """
 
@@ -72,7 +72,7 @@ def attribution_graph(
         inputs: Groups of the input: ``"position"``, ``"channel"``, ``"neuron"`` or labels.
         input_layer: The tap of the input nodes; by default ``"input"``, or, if the inputs are integers, the first tap,
             which is their embedding.
-        names: Names of the nodes: ``{"input": tokens, "output": classes}``, and of features by layer.
+        names: Names of the nodes: ``{"input": tokens, "output": classes}``, and feature names, keyed by layer.
 
     Raises:
         InputError: If the sample does not exist, or ``top`` is not positive.
@@ -132,7 +132,7 @@ def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event
 def _taps(
     mu: RelevanceMeasure, model: nn.Module, top: int, number: int, names: Mapping[str, Sequence[str]]
 ) -> list[_Tap]:
-    """Returns the nodes of the output and of the layers with features, by tap, from the output down."""
+    """Returns the nodes of the output and of the layers with features, one entry per tap, from the output down."""
     sites = ordered_sites(mu, model)
     counts = {site: len(module.dictionary) for site, module in sites.items()}
     maps = mu.marginal([f"{site}.features" for site in sites])

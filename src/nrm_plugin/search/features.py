@@ -44,8 +44,8 @@ def with_features(
 
     Args:
         model: The network.
-        dictionaries: Dictionaries by layer name, or a crosscoder. If a layer returns a tuple, its first tensor is
-            reconstructed; channels are in the last dimension.
+        dictionaries: Dictionaries, keyed by layer name, or a crosscoder. If a layer returns a tuple, its first tensor
+            is reconstructed; channels are in the last dimension.
         errors: ``"pass"`` to propagate the relevance of the error through the layer, ``"absorb"`` to absorb it, as in
             attribution graphs.
 
@@ -192,9 +192,9 @@ def reconstruction_error(
 
 
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
-    """Returns ``values``, which equal ``total`` up to rounding; relevance passes to ``total``.
+    """Returns ``values``, but passes relevance to ``total``, which equals it up to rounding.
 
-    Otherwise a rule would divide by the rounding error of a sum that should be zero.
+    If ``total`` were returned, a sum that should be zero could be a rounding error by which a rule would then divide.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -285,7 +285,7 @@ def _sites(model: nn.Module, site: str | None = None) -> dict[str, WithFeatures]
 
 
 def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Returns the share of relevance that reaches the input without crossing an error (replacement score).
+    r"""Returns the replacement score: the fraction of relevance that reaches the input without crossing an error.
 
     .. math:: \mu(\neg E \mid E \cup \text{survived}), \qquad E = \text{the walk crosses an error}
 
@@ -294,8 +294,8 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        The share, ``(N,)``. If no mass is negative and all features are nodes, this equals the replacement score of an
-        attribution graph.
+        The fraction, ``(N,)``. If no mass is negative and all features are nodes, this equals the replacement score of
+        an attribution graph.
 
     Raises:
         CancellationError: If the mass of these walks cancels.
@@ -313,7 +313,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
 
 
 def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Returns the share of steps between nodes that do not end in an error (completeness score).
+    r"""Returns the completeness score: the fraction of steps between nodes that do not end in an error.
 
     The nodes are the output, the features, the errors and the input. A walk ends in the first error that it crosses:
 
@@ -327,7 +327,7 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        The share, ``(N,)``. If no mass is negative, all features are nodes and nothing is absorbed, this equals the
+        The fraction, ``(N,)``. If no mass is negative, all features are nodes and nothing is absorbed, this equals the
         completeness score of an attribution graph.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Search for sets of groups, one set per layer, with the largest joint relevance."""
+"""Search for the group sets, one per layer, with the largest joint relevance."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..measure.measure import RelevanceMeasure
 from .layer_chain import LayerChain, check_one_sample, intersection
 
 MAX_COMBINATIONS = 200_000
-"""The largest number of combinations for an exact search."""
+"""Largest number of combinations for an exact search."""
 
 
 @dataclass(frozen=True)
 class TopSets:
-    """Sets of groups, one per layer, and the mass of the walks that cross all of them.
+    """Group sets, one per layer, with the mass of the walks that cross all of them.
 
     Attributes:
         layers: Names of the layers, from the output to the input.

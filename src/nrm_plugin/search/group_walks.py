@@ -36,7 +36,7 @@ class GroupWalks:
 
     Attributes:
         layers: Names of the layers, from the output to the input.
-        names: Names of the groups of each layer.
+        names: Group names in each layer.
         masses: Joint relevance of one group in each layer, with one dimension per layer. Summed over all but two
             adjacent dimensions, it gives the ribbons of a flow.
 
@@ -74,7 +74,7 @@ class GroupWalks:
         ]
 
     def name(self, walk: Sequence[int]) -> str:
-        """Returns the names of the groups of a walk, from the input up."""
+        """Returns the group names along a walk, from the input up."""
         return " → ".join(reversed([names[group] for names, group in zip(self.names, walk, strict=True)]))
 
 
@@ -113,7 +113,7 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
 
     Args:
         chain: The layers.
-        counts: Number of groups of each layer; the last groups may be empty.
+        counts: Number of groups in each layer; the last groups may be empty.
     """
     middle = min(range(chain.last + 1), key=lambda level: _passes(counts, level))
     rows = chain.first().unsqueeze(0)

@@ -29,7 +29,7 @@ class LayerChain:
 
     Attributes:
         labels: The group of each neuron, ``(n_m,)`` for each layer.
-        counts: Number of groups of each layer.
+        counts: Number of groups in each layer.
         widths: For each layer, the number of vectors that fit into memory while they are propagated to the next layer.
 
     Raises:

@@ -26,7 +26,7 @@ class NeuronPath:
     Attributes:
         place: The tensor at which the path ends.
         neuron: Flat index of the last neuron, in this tensor.
-        mass: Product of the entry of the start vector and the kernel entries of the path.
+        mass: Product of the start-vector entry and the kernel entries along the path.
         bound: Mass of the best completion, exact up to rounding.
         number: Creation index.
         neurons: Flat index of the neuron at every named tap of the path, from the output to the input.

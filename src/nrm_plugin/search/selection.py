@@ -1,4 +1,4 @@
-r"""Selection of neurons, and the error of an explanation that is restricted to them.
+r"""Selection of neurons and the error of an explanation that is restricted to them.
 
 The measure is restricted to the walks through kept neurons at every chosen layer, and compared with the full measure by
 the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with those of
@@ -95,7 +95,7 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Computes the heat map and the layer masses of the walks through kept neurons of every layer, and their errors.
+    r"""Computes the heat map and the layer masses of walks through kept neurons of every layer, with their errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
@@ -194,7 +194,7 @@ class Selection:
     """The kept groups of each sample.
 
     Attributes:
-        kept: Mask of the kept groups of each layer, ``(N, groups)``.
+        kept: Mask of the kept groups in each layer, ``(N, groups)``.
         count: Number of groups kept in all layers together, ``(N,)``.
         order: Rank of each group, ``(N, all groups)``, layer after layer; 0 for the group that is eliminated last.
         curve: Errors for several numbers of kept groups, in descending order.

@@ -27,17 +27,17 @@ Mode = Literal["add", "remove"]
 def steered(
     model: nn.Module, layer: str, vector: Tensor, scale: float = 1.0, mode: Mode = "add", dim: int = -1
 ) -> Iterator[nn.Module]:
-    """Context in which a vector is added to the output of a layer, or its direction is removed.
+    """Context manager that adds a vector to the output of a layer, or removes its direction from it.
 
-    A forward hook is registered after all other hooks of the layer, and removed at the end, even after an error; the
-    model is not changed otherwise. If a layer returns a tuple, its first tensor is steered.
+    A forward hook is registered after all other hooks of the layer. It is removed on exit, even if an error is raised,
+    and nothing else in the model changes. If a layer returns a tuple, its first tensor is steered.
 
     Args:
         model: The network.
         layer: Name of the layer, as in ``model.named_modules()``.
         vector: A direction in the space of channels, ``(C,)``, which is applied at every position, or values that
             broadcast to the output of the layer, for one sample ``(…)`` or for all, ``(N, …)``.
-        scale: Factor of the added vector, or share of the direction that is removed.
+        scale: Factor of the added vector, or fraction of the direction that is removed.
         mode: ``"add"``, or ``"remove"`` for the projection onto the complement of the vector. A vector ``(C,)`` is
             projected out at each position, other vectors over all neurons of a sample.
         dim: Dimension of the channels in the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.

@@ -31,17 +31,17 @@ from ..kernels.base import Kernel
 from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
-"""Neurons with an activation below this share of the largest activation of the sample have no context, which rules that
+"""Neurons with an activation below this fraction of the sample's largest activation have no context, which rules that
 assign relevance to nearly silent neurons would make arbitrarily large."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of the channels of a layer, and their complement (the rest).
+    r"""Orthogonal subspaces of a layer's channels, with their complement (the rest).
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
-        sizes: Number of columns of each subspace; their sum is ``d``.
+        sizes: Number of columns in each subspace; their sum is ``d``.
         dim: Dimension of the channels in the layer's output: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
@@ -157,7 +157,7 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
     Args:
         values: Activations of a layer, ``(N, …)``.
         relevance: Relevance of the same neurons, such as ``mu.marginal(layer)``.
-        sizes: Number of directions of each subspace, in order of relevance; a single number for one subspace.
+        sizes: Number of directions per subspace, in order of relevance; a single number for one subspace.
         dim: Dimension of the channels.
 
     Raises:
@@ -198,9 +198,9 @@ def drsa(
     Args:
         values: Activations of a layer, ``(N, …)``.
         relevance: Relevance of the same neurons.
-        sizes: Number of directions of each subspace.
+        sizes: Number of directions per subspace.
         dim: Dimension of the channels.
-        steps: Number of steps of the ascent.
+        steps: Number of ascent steps.
         restarts: Number of random starts; the best result is returned.
         seed: Seed of the starts.
 
@@ -291,7 +291,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
 
     Args:
         model: The network.
-        subspaces: Subspaces by name of the layer; each layer must return a single tensor.
+        subspaces: Subspaces, keyed by layer name; each layer must return a single tensor.
 
     Raises:
         UnknownLayerError: If the model does not contain the layer.

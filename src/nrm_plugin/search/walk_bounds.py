@@ -17,11 +17,11 @@ from ..measure.memory_budget import DEFAULT
 from .layer_chain import LayerChain
 
 MIN_ROWS = 16
-"""Number of rows of a table of bounds that are computed even after the deadline."""
+"""Number of rows in a bound table that are computed even after the deadline."""
 OVERTIME = 0.5
-"""Accepted overrun of the time for a table of bounds, as a fraction of this time, estimated from its first rows."""
+"""Accepted overrun of the time for a bound table, as a fraction of this time, estimated from its first rows."""
 NEGLIGIBLE = 1e-4
-"""Largest share of negative mass for which the kernels between two layers are treated as non-negative."""
+"""Largest fraction of negative mass for which the kernels between two layers are treated as non-negative."""
 
 
 def now() -> float:
@@ -43,7 +43,7 @@ class Lumps:
 
 
 class CompletionBounds:
-    """Upper bounds on the share of relevance that the groups below each layer can carry, computed from the input up.
+    """Upper bounds on the fraction of relevance that the groups below each layer can carry, computed from the input up.
 
     If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 

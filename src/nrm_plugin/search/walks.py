@@ -32,7 +32,7 @@ from .walk_bounds import now
 
 @dataclass(frozen=True)
 class GroupWalk:
-    """One group in each layer, and the mass of the walks through all of these groups.
+    """One group in each layer and the mass of the walks through all of these groups.
 
     Attributes:
         groups: Index of the channel (position, neuron, label) in each layer, from the output to the input, or None for
@@ -60,7 +60,7 @@ class TopWalks:
         missed: Upper bound on the absolute mass of every walk that is not in ``walks``.
         expanded: Number of prefixes that were propagated to the next layer.
         seconds: Duration of the search, in seconds.
-        names: For ``over="groups"``, the names of the groups of each layer.
+        names: For ``over="groups"``, the group names in each layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -133,7 +133,7 @@ def top_walks(
     expansions: int | None = None,
     groups: Groups | None = None,
 ) -> TopWalks:
-    r"""Returns the ``k`` group walks with the largest absolute mass, and an upper bound on all other walks.
+    r"""Returns the ``k`` group walks with the largest absolute mass and an upper bound on all other walks.
 
     .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
