@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.architectures`` measures all classification, segmentation and video models without attention,
 writes the results as JSON, and renders the tables of ``docs/architectures.md``. ``--models`` and ``--composite`` select
-a subset and leave the other results unchanged; ``--render`` only rewrites the page.
+a subset and leave the other results unchanged, and ``--before`` what was not measured since a time; figures that change
+are printed. ``--render`` only rewrites the page.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torchvision import models
 from zennit.composites import EpsilonPlusFlat
 from zennit.core import Composite
 
+from benchmarks.reruns import add_option, by_size, changes, dated, is_due
 from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
 
 ROOT = Path(__file__).parents[1]
@@ -204,10 +206,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def stored(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a file by model and composite; none if it does not exist."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return {(row["model"], row["composite"]): row for row in rows}
+
+
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the rows of the same model and composite; other processes may have added rows in the meantime."""
-    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    merged = {(row["model"], row["composite"]): row for row in [*known, *rows]}
+    merged = stored(path) | {(row["model"], row["composite"]): row for row in rows}
     order = list(listed())
     ordered = sorted(
         merged.values(), key=lambda row: (order.index(row["model"]), list(COMPOSITES).index(row["composite"]))
@@ -320,15 +327,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="height and width of the images (default: by number of parameters)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write, or to read with --render")
     parser.add_argument("--render", action="store_true", help="only rewrite the page from the JSON")
+    add_option(parser)
     options = parser.parse_args(arguments)
     if not options.render:
         chosen = [name for name in listed() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
         print(f"excluded because they use attention: {', '.join(name for name in chosen if has_attention(name))}")
         print("  ".join(HEADER))
-        for name in (name for name in chosen if not has_attention(name)):
-            for row in run(name, options.composite, options.size):
-                save(options.out, [row])
+        known = stored(options.out)
+        names = [name for name in chosen if not has_attention(name)]
+        for name in by_size(names, known.values()) if options.before else names:
+            due = [key for key in options.composite if is_due(known.get((name, key)), options.before)]
+            for row in run(name, due, options.size) if due else ():
+                save(options.out, [dated(row)])
                 print(f"{row['composite']:>22}  " + "  ".join(line(row)), flush=True)
+                for change in changes(known.get((name, row["composite"])), compact(row)):
+                    print(f"{'changed':>22}  {change}", flush=True)
             gc.collect()
     if options.out == RESULTS:
         render(json.loads(options.out.read_text(encoding="utf-8")))

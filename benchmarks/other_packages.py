@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.other_packages`` measures every model of ``other_models.py`` with an installed package, writes
 the results as JSON, and renders the tables of ``docs/other-packages.md``. ``--packages`` and ``--models`` select a
-subset and leave the other results unchanged; ``--render`` only rewrites the page. None of the packages is a dependency:
-install those of interest. Nothing is downloaded, weights are as initialized by the builders.
+subset and leave the other results unchanged, and ``--before`` what was not measured since a time; figures that change
+are printed. ``--render`` only rewrites the page. None of the packages is a dependency: install those of interest.
+Nothing is downloaded, weights are as initialized by the builders.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from zennit.core import Composite
 
 from benchmarks.architectures import compact, environment, markdown, message, most
 from benchmarks.other_models import PACKAGES, Case
+from benchmarks.reruns import add_option, by_size, changes, dated, is_due
 from nrm_plugin import NRMDefault, RelevanceMeasure
 
 ROOT = Path(__file__).parents[1]
@@ -147,8 +149,8 @@ def measured(model: nn.Module, inputs: tuple[Tensor, ...], output: Any, composit
     }
 
 
-def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
-    """Yields the rows of one model."""
+def run(package: str, name: str, case: Case, composites: Sequence[str] = tuple(COMPOSITES)) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one model; one row if it cannot be built."""
     build, shapes, output = case
     row: dict[str, Any] = {
         "package": package,
@@ -165,7 +167,7 @@ def run(package: str, name: str, case: Case) -> Iterator[dict[str, Any]]:
     except Exception as error:
         yield {**row, "composite": "NRMDefault", "failed": f"cannot be built: {reason(error)}"}
         return
-    for composite in COMPOSITES:
+    for composite in composites:
         try:
             yield {**row, "composite": composite, **measured(model, inputs, output, COMPOSITES[composite])}
         except Exception as error:
@@ -196,10 +198,15 @@ def faults(row: dict[str, Any]) -> list[str]:
 # -- results --------------------------------------------------------------------------------------------------------
 
 
+def stored(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The rows of a file by package, model and composite; none if it does not exist."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return {(row["package"], row["model"], row["composite"]): row for row in rows}
+
+
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the rows of the same package, model and composite."""
-    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    merged = {(row["package"], row["model"], row["composite"]): row for row in [*known, *rows]}
+    merged = stored(path) | {(row["package"], row["model"], row["composite"]): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in merged.values())
     path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
@@ -276,13 +283,25 @@ def render(results: dict[str, Any]) -> None:
     PAGE.write_text(before + start + "\n" + tables(results) + "\n\n" + end + rest.split(end)[1], encoding="utf-8")
 
 
+def print_row(row: dict[str, Any], old: dict[str, Any] | None) -> None:
+    """Prints the figures of a row, and which of them changed."""
+    keys = ("error", "difference", "residual", "constants", "variation", "seconds")
+    shown = row.get("failed") or " ".join(f"{key} {row[key]:.2g}" for key in keys)
+    name = f"{row['package']}/{row['model']} {row['composite']}"
+    print(f"{name}: {shown} {' '.join(faults(row)).upper()}", flush=True)
+    for change in changes(old, compact(row)):
+        print(f"{name}: changed: {change}", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and render, or only render."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.other_packages", description=main.__doc__)
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES), choices=list(PACKAGES))
     parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns (default: all)")
+    parser.add_argument("--composite", nargs="+", default=list(COMPOSITES), choices=list(COMPOSITES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
     parser.add_argument("--render", action="store_true", help="only rewrite the page from the JSON")
+    add_option(parser)
     options = parser.parse_args(arguments)
     if options.render:
         return render(json.loads(options.out.read_text(encoding="utf-8")))
@@ -293,16 +312,15 @@ def main(arguments: list[str] | None = None) -> None:
         except PackageNotFoundError:
             print(f"{package} is not installed", flush=True)
             continue
-        for name, case in PACKAGES[package]().items():
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in options.models):
-                continue
-            for row in run(package, name, case):
-                save(options.out, [row])
-                shown = row.get("failed") or " ".join(
-                    f"{key} {row[key]:.2g}"
-                    for key in ("error", "difference", "residual", "constants", "variation", "seconds")
-                )
-                print(f"{package}/{name} {row['composite']}: {shown} {' '.join(faults(row)).upper()}", flush=True)
+        known = stored(options.out)
+        cases = PACKAGES[package]()
+        chosen = [name for name in cases if any(fnmatch.fnmatch(name, pattern) for pattern in options.models)]
+        own = [row for row in known.values() if row["package"] == package]
+        for name in by_size(chosen, own) if options.before else chosen:
+            due = [key for key in options.composite if is_due(known.get((package, name, key)), options.before)]
+            for row in run(package, name, cases[name], due) if due else ():
+                save(options.out, [dated(row)])
+                print_row(row, known.get((package, name, row["composite"])))
             gc.collect()
     if options.out == RESULTS:
         render(json.loads(options.out.read_text(encoding="utf-8")))

@@ -262,7 +262,8 @@ def groups(results: Results) -> dict[str, str]:
          share(figures["times the best other"]))
         for label, figures in rows
     )  # fmt: skip
-    sets = ("groups", "alone", "random")
+    names = ("groups", "same mass", "alone", "random")
+    sets = [name for name in names if all(name in figures["ablation"] for _, figures in rows)]
     ablated = (
         (label, *(share(figures["ablation"][name]["correlation"]) for name in sets),
          *(f"{figures['ablation'][name]['difference']['mean']:.2f}" for name in sets))
@@ -285,7 +286,7 @@ def groups(results: Results) -> dict[str, str]:
             kept,
         ),
         "ablated": grid(
-            "| network, composite | r: groups | r: alone | r: random | Δ: groups | Δ: alone | Δ: random |",
+            f"| network, composite | {' | '.join(f'{kind}: {name}' for kind in 'rΔ' for name in sets)} |",
             ablated,
         ),
         "halves": grid(

@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nrm_plugin import (
     NRM,
@@ -42,6 +43,14 @@ LAYOUTS: dict[str, Callable[[int], Layout]] = {
     ),
     "windows": lambda n: (lambda h: h.reshape(n * LENGTH, 1, WIDTH), lambda h: h.reshape(n, LENGTH, WIDTH)),
     "batch in the middle": lambda n: (lambda h: h.transpose(0, 1).unsqueeze(0), lambda h: h[0].transpose(0, 1)),
+    "one long sequence": lambda n: (
+        lambda h: h.reshape(1, n * LENGTH, WIDTH),
+        lambda h: h.reshape(n, LENGTH, WIDTH),
+    ),
+    "one long sequence per head": lambda n: (
+        lambda h: h.reshape(1, n * LENGTH, 1, WIDTH).expand(-1, -1, 2, -1).transpose(1, 2),
+        lambda h: h.mean(1).reshape(n, LENGTH, WIDTH),
+    ),
     "reversed": lambda n: (lambda h: h.flip(0), lambda h: h.flip(0)),
     "padded windows": lambda n: (
         lambda h: nn.functional.pad(h, (0, 0, 0, 1)).reshape(n * 2, -1, WIDTH),
@@ -109,6 +118,7 @@ def test_every_query_of_a_batch_has_the_values_of_its_samples(case, layer):
         lambda mu: mu.marginal("input", joint=[event])[0],
         lambda mu: mu(event),
         lambda mu: mu(at(name)[..., 3]),
+        lambda mu: mu(at(name)[0]),
         lambda mu: mu(event & below),
         lambda mu: mu(~at(name)),
         lambda mu: mu.conditional(below, name),
@@ -309,6 +319,77 @@ def test_views_in_the_batch_come_after_the_samples(count):
     torch.testing.assert_close(mu(at("conv")[mask]), row[1])  # a mask may distinguish them
 
 
+def _grouped(h: Tensor) -> Tensor:
+    """A convolution with one group for each sample."""
+    weight = torch.linspace(-1, 1, 6 * 6).reshape(6, 6, 1).to(h).repeat(len(h), 1, 1)
+    return functional.conv1d(h.reshape(1, -1, 1), weight, groups=len(h)).reshape(len(h), 6)
+
+
+CONCATENATED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "grouped convolution": (_grouped, lambda h: h @ torch.linspace(-1, 1, 36).reshape(6, 6).to(h).t()),
+    "one row": (lambda h: h.reshape(1, -1).tanh().reshape(len(h), -1), torch.tanh),
+    "one dimension": (lambda h: h.flatten().tanh().view_as(h), torch.tanh),
+    "one row of tokens": (
+        lambda h: h.reshape(1, -1, 3).tanh().reshape(len(h), 6),
+        lambda h: h.view(len(h), 2, 3).tanh().flatten(1),
+    ),
+}
+"""Functions in which all samples lie along one dimension with other entries, and the same with samples as rows."""
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", CONCATENATED)
+def test_an_index_selects_the_same_neurons_if_the_samples_are_concatenated(name, count):
+    """It selected all channels of a grouped convolution of several samples, and one of a single sample."""
+    torch.manual_seed(0)
+    concatenated, rows = (Rows(function).double().eval() for function in CONCATENATED[name])
+    rows.load_state_dict(concatenated.state_dict())
+    x = torch.rand(count, 3, dtype=torch.double)
+    mu, expected = (RelevanceMeasure(net, x, 1, composite=NRMAbsolute()) for net in (concatenated, rows))
+    layer, other = (m.layers[m.layers.index("relu") + 1] for m in (mu, expected))
+    inner = expected.shape(other)[1:]
+    assert mu.shape(layer)[1:].numel() == inner.numel()
+    for neuron in range(inner.numel()):
+        place = torch.unravel_index(torch.tensor(neuron), inner)
+        index = tuple(int(number) for number in place)
+        in_layer = index if len(mu.shape(layer)) == len(inner) + 1 else (*index, 0)
+        torch.testing.assert_close(mu(at(layer)[in_layer]), expected(at(other)[index]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        mu.marginal(layer, over="channel"), expected.marginal(other, over="channel"), atol=1e-6, rtol=1e-6
+    )
+
+
+LOOPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "dot product": (lambda row: row @ torch.linspace(-1, 1, 6).to(row), lambda h: h @ torch.linspace(-1, 1, 6).to(h)),
+    "sum": (lambda row: row.sum(), lambda h: h.sum(1)),
+    "largest": (lambda row: row.max(), lambda h: h.amax(1)),
+    "norm": (lambda row: torch.linalg.vector_norm(row), lambda h: torch.linalg.vector_norm(h, dim=1)),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_number_of_one_sample_is_a_tap(name):
+    """A loop over the samples computes tensors without dimensions, at which every query raised FoldingError."""
+    one, several = LOOPS[name]
+    looped = Rows(lambda h: torch.stack([one(row) for row in h])[:, None].expand(-1, 6) * h.sigmoid())
+    batched = Rows(lambda h: several(h)[:, None].expand(-1, 6) * h.sigmoid())
+    batched.load_state_dict(looped.state_dict())
+    x = torch.rand(3, 3, dtype=torch.double)
+    mu, expected = (RelevanceMeasure(net.double().eval(), x, 1, composite=NRMAbsolute()) for net in (looped, batched))
+    assert_same(mu.marginal("input"), [expected.marginal("input")])
+    assert set(mu.marginal(mu.layers)) == set(mu.layers)
+    numbers = [layer for layer in mu.layers if mu.shape(layer) == (3,) and layer != "stack"]
+    for layer in mu.layers:
+        mass = mu.marginal(layer).reshape(3, -1).sum(1) + mu.sink(layer) + mu.bypass(layer)
+        torch.testing.assert_close(mass, torch.ones(3, dtype=torch.double), atol=1e-6, rtol=0)
+    if name != "largest":  # which only routes relevance
+        assert len(numbers) >= 3
+    for layer in numbers:
+        assert torch.equal(mu(at(layer)), mu.marginal(layer))
+        assert torch.equal(mu.marginal("input", joint=at(layer)).sum(1) != 0, mu.marginal(layer) != 0)
+        assert int((mu.marginal(layer) != 0).sum()) == 1
+
+
 class Uneven(nn.Module):
     """A layer of tokens of which samples have different numbers, in one tensor without padding."""
 
@@ -403,6 +484,9 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "halves": lambda h: h + torch.cat([h[2:], h[:2]]),
     "written": _written,
     "mirrored": lambda h: h + h.flip(0),
+    "norms over the batch": lambda h: torch.renorm(h, 2, 1, 0.5),
+    "number of values": lambda h: h * len(torch.unique((h * 2).round())),
+    "number of runs": lambda h: h / (1 + torch.unique_consecutive((h * 2).round().flatten()).shape[0]),
     "reordered output": lambda h: h.flip(0),
 }
 
@@ -508,6 +592,7 @@ PERMUTING: dict[str, Callable[[Tensor], Tensor]] = {
     "sorted channels": lambda h: h.sort(1)[0],
     "mask": lambda h: torch.where(h > 0.3, h, 0.1 * h),
     "largest channel": lambda h: h / (1 + h.max(1, keepdim=True)[0]),
+    "norm of each sample": lambda h: torch.renorm(h, 2, 0, 0.5),
 }
 
 

@@ -83,7 +83,7 @@ def test_weights_of_an_onnx_file_are_read(tmp_path):
 
 
 def toy_net(classes=4):
-    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
+    layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
     model.eval().requires_grad_(False)
     half = torch.full((3, 1, 1), 0.5)
@@ -381,7 +381,9 @@ def test_results_of_other_networks_and_sections_are_kept(tmp_path, monkeypatch):
 def test_methods_of_the_comparison_exist():
     assert set(run.COMPARED) <= set(methods.METHODS)
     assert run.methods_of("EfficientNet-Lite2") == run.COMPARED
-    assert run.methods_of("VGG16") == tuple(methods.METHODS)
+    assert run.methods_of("VGG16") == run.COMPARED
+    assert run.methods_of("Fashion-MNIST, VGG")[:2] == run.COMPARED[:2] == run.DRAWN
+    assert sorted(run.methods_of("Fashion-MNIST, VGG")) == sorted(methods.METHODS)
 
 
 @pytest.mark.parametrize("name", ["GradCAM", "HiResCAM", "LayerCAM"])

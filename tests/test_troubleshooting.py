@@ -60,6 +60,14 @@ def differentiated() -> None:
     relevance.sum().backward()
 
 
+def deriving() -> None:
+    class Force(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(x.pow(3).sum(), x, create_graph=True)[0]
+
+    RelevanceMeasure(nn.Sequential(chain(), Force()), X, 1)
+
+
 def in_training() -> None:
     RelevanceMeasure(nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 3)), X, 1)
 
@@ -181,7 +189,7 @@ def changed_between_runs() -> object:
 OTHERS: dict[str, list[Callable[..., object]]] = {
     "TargetError": [lambda: RelevanceMeasure(chain(), X)],
     "ModelStateError": [in_a_context],
-    "UnsupportedOperationError": [differentiated],
+    "UnsupportedOperationError": [deriving, differentiated],
     "StaleMeasureError": [changed_between_runs],
 }
 

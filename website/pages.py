@@ -58,7 +58,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
             cell_sums profile_figure sankey save_sankey text_figure text_html text_page""",
             "measure": "profile flow_maps",
             "measure.flow_heat_maps": "mapped_flow MappedFlow flow_maps_and_pairs",
-            "measure.layer_averages": "layer_average layers_by_resolution",
+            "measure.layer_averages": "layer_map layer_average late_layers layers_by_resolution blurred",
         },
     ),
     "data-sets": (

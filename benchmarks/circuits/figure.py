@@ -36,7 +36,7 @@ def draw(results: dict[str, Any]) -> None:
         axis.set_xscale("log")
         axis.set_xlim(0.005, 1)
         axis.set_title(f"{name}, {net['edges']:,} edges", fontsize=10)
-        axis.set_xlabel("share k of the edges, largest |score| first", fontsize=9)
+        axis.set_xlabel("fraction k of the edges, largest |score| first", fontsize=9)
     row[0][0].set_ylabel("faithfulness f of the circuit", fontsize=9)
     handles, labels = row[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(DRAWN), fontsize=9)

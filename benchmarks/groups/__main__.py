@@ -85,21 +85,35 @@ def of_case(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
 
 
 def ablation(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
-    """Correlation over sets of the mass with the relative change of the output, and the mean absolute difference."""
+    """Correlation over sets of the mass with the relative change of the output, and the mean absolute difference.
+
+    Correlations are those of as many sets as there are groups; for several random sets of a group, their mean.
+    """
     found: dict[str, Any] = {}
-    for name in ("groups", "alone", "random"):
-        pairs = [
-            (part[f"{name} {place} mass"], part[f"{name} {place} change"])
-            for part in parts for place, _ in enumerate(layers)
-        ]  # fmt: skip
-        each = [np.corrcoef(mass, change)[0, 1] for mass, change in pairs]
-        by_input = np.array(each).reshape(len(parts), len(layers)).mean(1)
-        differences = np.array([np.abs(mass - change).mean() for mass, change in pairs])
+    for name in ("groups", "same mass", "alone", "random"):
+        by_input = np.array([[_predicted(part, name, place) for place, _ in enumerate(layers)] for part in parts])
+        correlations, differences = by_input.mean(1).T
         found[name] = {
-            "correlation": interval(by_input.tolist()),
-            "difference": interval(differences.reshape(len(parts), len(layers)).mean(1).tolist()),
-        }
+            "correlation": interval(correlations.tolist()), "difference": interval(differences.tolist()),
+        }  # fmt: skip
+        if name == "same mass":
+            groups = found["groups"]["each"]
+            found["groups minus same mass"] = {
+                "correlation": interval((groups[0] - correlations).tolist()),
+                "difference": interval((groups[1] - differences).tolist()),
+            }
+        found[name]["each"] = (correlations, differences)
+    for figures in found.values():
+        figures.pop("each", None)
     return found
+
+
+def _predicted(part: Arrays, name: str, place: int) -> tuple[float, float]:
+    """Correlation of mass and change over the sets of one layer, and their mean absolute difference."""
+    count = len(part[f"groups {place} mass"])
+    masses, changes = (part[f"{name} {place} {kind}"].reshape(-1, count) for kind in ("mass", "change"))
+    each = [np.corrcoef(mass, change)[0, 1] for mass, change in zip(masses, changes, strict=True)]
+    return float(np.nanmean(each)), float(np.abs(masses - changes).mean())
 
 
 def halves(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, float]:

@@ -17,12 +17,14 @@ from .nets import Case
 
 COMPOSITES: dict[str, Callable[[], Composite]] = {"default": NRMDefault, "NRMAbsolute": NRMAbsolute}
 K = 8
+DRAWS = 5
+"""Random sets for each group."""
 Arrays = dict[str, np.ndarray]
 
 
 def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
-    """Returns the joints, masses, activations and ablations of one input; read from the file if it exists."""
-    if not file.exists():
+    """Returns the joints, masses, activations and ablations of one input; read from a file that has all of them."""
+    if not _is_complete(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = _measured(case, number, composite)
         partial = file.with_suffix(".part.npz")
@@ -30,6 +32,13 @@ def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
         partial.replace(file)
     with np.load(file) as stored:
         return dict(stored)
+
+
+def _is_complete(file: Path) -> bool:
+    if not file.exists():
+        return False
+    with np.load(file) as stored:
+        return "same mass 0 mass" in stored
 
 
 def _measured(case: Case, number: int, composite: str) -> Arrays:
@@ -51,15 +60,46 @@ def _measured(case: Case, number: int, composite: str) -> Arrays:
         arrays[f"mass {place}"] = mass.numpy()
         arrays[f"activation {place}"] = _by_channel(mu, _activation(case, layer, x), layer)[0].numpy()
         labels = {"groups": groups.labels[place], **_sets_alone(mass, groups.labels[place])}
-        for name, own in labels.items():
-            count = int(own.max()) + 1
-            inside = torch.nn.functional.one_hot(own, count).T  # (sets, channels)
+        sets = {name: torch.nn.functional.one_hot(own).T for name, own in labels.items()}  # (sets, channels)
+        sets["same mass"] = same_mass(mass, sets["groups"])
+        for name, inside in sets.items():
             shape = [1] * len(mu.shape(layer))
-            shape[0], shape[mu.channel_dim(layer) % len(shape)] = count, len(own)
+            shape[0], shape[mu.channel_dim(layer) % len(shape)] = inside.shape
             ablated = case.ablated(layer, x, 1 - inside.reshape(shape).float())[:, target]
             arrays[f"{name} {place} mass"] = (inside.double() @ mass).numpy()
             arrays[f"{name} {place} change"] = ((outputs[0, target] - ablated) / outputs[0, target]).numpy()
     return arrays
+
+
+def same_mass(mass: torch.Tensor, groups: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> torch.Tensor:
+    """Random sets with the sizes of groups and, as nearly as possible, their masses, ``(draws * groups, channels)``.
+
+    A random set is changed by the exchange of two channels that brings its mass closest to that of the group, until no
+    exchange brings it closer. Which channels it has depends on their own masses only.
+
+    Args:
+        mass: Mass of each channel, ``(channels,)``.
+        groups: The channels of each group, ``(groups, channels)``, 0 or 1.
+        draws: Number of sets for each group.
+        seed: Seed of the random sets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.zeros((draws * len(groups), len(mass)), dtype=groups.dtype)
+    for row, group in enumerate(groups.repeat(draws, 1)):
+        wanted, size = float((group * mass).sum()), int(group.sum())
+        order = torch.randperm(len(mass), generator=generator)
+        chosen, others = order[:size].clone(), order[size:].clone()
+        while len(others) and size:
+            missing = wanted - float(mass[chosen].sum())
+            change = mass[others][:, None] - mass[chosen][None]  # (others, chosen)
+            left = (missing - change).abs()
+            best = int(left.argmin())
+            if float(left.flatten()[best]) >= abs(missing) - 1e-12:
+                break
+            out, into = best % size, best // size
+            chosen[out], others[into] = others[into].clone(), chosen[out].clone()
+        found[row, chosen] = 1
+    return found
 
 
 def _sets_alone(mass: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -20,15 +20,16 @@ from .networks import Network, efficientnet_lite
 FILE = Path(__file__).parents[2] / "docs/images/real.png"
 SHOWN = (("zebra", "firetruck"), ("tiger", "violin"), ("pink_flamingo", "badger"), ("elephant", "747"))
 """Names of the photographs of each row, left and right."""
+LATE_LAYERS = "reference blur, last two resolutions, against the rest"
 COLUMNS = (
-    ("default", 0, "{}"),
-    ("default, against the rest", 0, "{},\nagainst the rest"),
-    ("default, against the rest", 1, "{},\nagainst the rest"),
+    (LATE_LAYERS, 0, "{},\nlate layers"),
+    (LATE_LAYERS, 1, "{},\nlate layers"),
+    ("default, against the rest", 0, "{},\npixels"),
     ("GradCAM", 0, "{},\nGradCAM"),
 )
 """Method, explained object and title of each heat map."""
 SMOOTHED = 7
-"""Side of the square of pixels over which a heat map is averaged for the figure."""
+"""Side of the square over which the relevance of pixels is averaged for the figure."""
 
 
 def image_of(net: Network, names: tuple[str, str]) -> tuple[Tensor, list[int]]:
@@ -56,7 +57,8 @@ def drawn(net: Network) -> Figure:
         targets = torch.tensor([classes[which] for _, classes in rows])
         method = METHODS[name]
         heat = heat_map(method, Question(net, inputs, targets, plain, inputs, method.against))
-        heat = nn.functional.avg_pool2d(heat[:, None], SMOOTHED, stride=1, padding=SMOOTHED // 2)[:, 0]
+        if name == "default, against the rest":
+            heat = nn.functional.avg_pool2d(heat[:, None], SMOOTHED, stride=1, padding=SMOOTHED // 2)[:, 0]
         for row, (image, _), one, target in zip(axes, rows, heat, targets.tolist(), strict=True):
             draw_heat_map(row[column], one, image, limit=float(one.abs().quantile(0.995)))
             row[column].set_title(title.format(net.classes[target].split(" (")[0]), fontsize=9)

@@ -21,10 +21,9 @@ from zennit.core import Composite
 
 from nrm_plugin import ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, Plan, RelevanceMeasure
 from nrm_plugin.composites import Normalized
-from nrm_plugin.measure.layer_averages import layer_average, layers_by_resolution
+from nrm_plugin.measure.layer_averages import blurred, late_layers, layer_average
 from nrm_plugin.model.contrast import contrast_vector
 
-from .metrics import blurred
 from .networks import Network, batch_norms
 
 BATCH = 4
@@ -110,13 +109,12 @@ class Measured:
     Args:
         composite: Function that returns the composite for a network, or None for the measure against a reference.
         reference: None, ``"grey"`` or ``"blur"``.
-        resolutions: Number of resolutions, counted from the output, whose last layers are averaged; None for the
-            relevance of the input.
+        is_averaged: Whether the relevance of the late layers is averaged, in place of the relevance of the input.
     """
 
     composite: Callable[[Network], Composite] | None
     reference: str | None = None
-    resolutions: int | None = None
+    is_averaged: bool = False
     _plans: dict[str, Plan] = field(default_factory=dict)
     _layers: dict[str, list[str]] = field(default_factory=dict)
 
@@ -126,14 +124,14 @@ class Measured:
         if question.net.name not in self._plans:
             model, composite = question.net.model, None if self.composite is None else self.composite(question.net)
             self._plans = {question.net.name: Plan(model, question.inputs, composite=composite, **further)}
-            if self.resolutions is not None:
+            if self.is_averaged:
                 mu = RelevanceMeasure(model, question.inputs[:1], 0, composite=composite,
                                       **{key: value[:1] for key, value in further.items()})  # fmt: skip
-                self._layers = {question.net.name: layers_by_resolution(mu)[: self.resolutions]}
+                self._layers = {question.net.name: late_layers(mu)}
         mu = self._plans[question.net.name](
             question.inputs, question.targets.tolist(), against=question.against, **further
         )
-        if self.resolutions is not None:
+        if self.is_averaged:
             return layer_average(mu, self._layers[question.net.name])
         sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
         return mu.marginal("input") * sign
@@ -285,9 +283,9 @@ def _ours(
     composite: Callable[[Network], Composite] | None,
     against: str | None,
     reference: str | None = None,
-    resolutions: int | None = None,
+    is_averaged: bool = False,
 ) -> Method:
-    return Method(Measured(composite, reference, resolutions), against, is_ours=True)
+    return Method(Measured(composite, reference, is_averaged), against, is_ours=True)
 
 
 OURS = {
@@ -302,11 +300,11 @@ METHODS: dict[str, Method] = {
     "default, ε = 0 in the classifier, against the rest": _ours(OURS["default, ε = 0 in the classifier"], "rest"),
     "EpsilonPlusFlat, against the rest": _ours(OURS["EpsilonPlusFlat"], "rest"),
     "EpsilonGammaBox, against the rest": _ours(OURS["EpsilonGammaBox"], "rest"),
-    "default, last two resolutions, against the rest": _ours(OURS["default"], "rest", resolutions=2),
+    "default, last two resolutions, against the rest": _ours(OURS["default"], "rest", is_averaged=True),
     "EpsilonPlusFlat, last two resolutions, against the rest": _ours(
-        OURS["EpsilonPlusFlat"], "rest", resolutions=2
+        OURS["EpsilonPlusFlat"], "rest", is_averaged=True
     ),
-    "reference blur, last two resolutions, against the rest": _ours(None, "rest", "blur", 2),
+    "reference blur, last two resolutions, against the rest": _ours(None, "rest", "blur", True),
     "reference grey, against the rest": _ours(None, "rest", "grey"),
     "reference blur, against the rest": _ours(None, "rest", "blur"),
     "default": _ours(OURS["default"], None),

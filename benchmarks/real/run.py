@@ -25,8 +25,8 @@ from .stored import stored
 
 Values = dict[str, Tensor]
 """Values by metric, ``(N,)``."""
-EXPENSIVE, FEW = 20, 16
-"""Number of gradients above which a method counts as expensive, and number of images that it then explains."""
+EXPENSIVE, FEW, FEW_OF_PAIRS = 20, 30, 10
+"""Number of gradients above which a method counts as expensive, and numbers of images of both kinds for it."""
 CHUNK = 8
 """Images whose results are stored together."""
 BASELINES = 64
@@ -58,20 +58,21 @@ SIZES = {
     "EfficientNet-Lite0": Size(1000, 50, ("plain",)),
     "EfficientNet-Lite1": Size(1000, 50, ("plain",)),
     "EfficientNet-Lite2": Size(1000, 50, ("plain",)),
-    "VGG16": Size(8, 10, ("plain",)),
+    "VGG16": Size(32, 16, ("plain",)),
     "Fashion-MNIST, VGG": Size(200, 200, ("plain", "blur", "noise", "neighbours")),
     "Fashion-MNIST, residual": Size(200, 200, ("plain", "blur", "noise", "neighbours")),
 }
 
 
+DRAWN = "reference blur, last two resolutions, against the rest", "default, against the rest"
+"""The two heat maps that ``nrm-plugin explain`` draws; the others are compared with the first one."""
 COMPARED = (
-    "default, against the rest", "EpsilonPlusFlat, against the rest", "reference blur, against the rest",
-    "reference blur, last two resolutions, against the rest",
-    "EpsilonPlusFlat, last two resolutions, against the rest", "GradCAM", "GradCAM, signed, against the rest",
+    *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "EpsilonPlusFlat, against the rest",
+    "reference blur, against the rest", "EpsilonPlusFlat, last two resolutions, against the rest",
     "HiResCAM", "LayerCAM", "DeepLift", "InputXGradient", "IntegratedGradients, 20 steps",
     "IntegratedGradients, 200 steps", "expected gradients",
 )  # fmt: skip
-"""Methods of the comparison on networks trained on ImageNet; the first is what ``nrm-plugin explain`` shows."""
+"""Methods of the comparison on networks for photographs."""
 
 
 class Task:
@@ -93,7 +94,7 @@ class Task:
         """Returns heat maps of a method, ``(N, H, W)``, and processor seconds for each image."""
         method = METHODS[name]
         if method.gradients > EXPENSIVE:
-            scenes = scenes.first(FEW)
+            scenes = scenes.first(FEW if kind == "single" else FEW_OF_PAIRS)
         parts = [self._maps(method, f"{self.net.name} {kind} {name}", part) for part in scenes.parts(CHUNK)]
         heat, seconds = zip(*parts, strict=True)
         return torch.cat(heat), float(np.median(seconds))
@@ -190,7 +191,9 @@ def groups(key: str, count: int) -> Tensor:
 
 def methods_of(net: str) -> tuple[str, ...]:
     """Returns the methods that are measured on a network."""
-    return COMPARED if net.startswith("EfficientNet") else tuple(METHODS)
+    if not net.startswith("Fashion-MNIST"):
+        return COMPARED
+    return (*DRAWN, *(name for name in METHODS if name not in DRAWN))
 
 
 def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None = None) -> dict[str, Any]:

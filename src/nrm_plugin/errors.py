@@ -168,6 +168,17 @@ def autocast_outside(name: str, kind: str) -> str:
     )
 
 
+def derivative_inside(path: str = "") -> str:
+    """Returns the message for a model that differentiates in its forward pass, as for the forces of an energy."""
+    where = f" in {path!r}" if path else ""
+    return (
+        f"the model computes a derivative in its forward pass{where}, by torch.autograd or backward(). There, autograd "
+        "propagates relevance in place of gradients, so that the derivative would be wrong. Measure the model without "
+        "it, such as an energy without forces; or compute it in a separate module, and assign a rule to this module in "
+        "the composite's layer_map."
+    )
+
+
 def extra(module: str, name: str) -> ModuleType:
     """Imports an optional dependency.
 

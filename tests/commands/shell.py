@@ -42,6 +42,14 @@ def grey():
     return Net(1)
 
 
+def deep():
+    """Grids of 16 × 16 and 8 × 8 for images of 32 × 32."""
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
+    )
+
+
 class Cancelling(nn.Module):
     """Channel 0 is evidence for the left half and against the right half; channel 1 for both; channel 2 is dead."""
 

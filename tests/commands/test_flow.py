@@ -167,6 +167,17 @@ def test_a_bad_image_does_not_stop_the_others(here, capsys):
     assert Path("nrm-flow/noise-flow.png").exists()
 
 
+def test_captions_say_what_the_model_predicts_and_what_the_whole_is(here):
+    layers = ("--layers", "a", "input", "--classes", "names.txt")
+    assert run("noise.png", *OWN, *layers) == 0
+    said = json.loads(Path("nrm-flow/noise-flow.json").read_text())["caption"]
+    assert said.startswith("The model predicts this class, with a softmax of 30%; the next is “bird” with 27%. ")
+    assert "100% is its score minus that of the others, 0.225." in said
+    assert run("noise.png", *OWN, *layers, "--target", "dog", "--against", "none") == 0
+    said = json.loads(Path("nrm-flow/noise-2-flow.json").read_text())["caption"]
+    assert said.startswith("The model does not predict this class: its softmax of 25% has rank 3. Of ")
+
+
 def test_an_infinite_gain_limit_is_stored(here):
     assert run("noise.png", *OWN, "--layers", "a", "input", "--gain-limit", "inf") == 0
     assert json.loads(Path("nrm-flow/noise-flow.json").read_text())["settings"]["gain_limit"] == "inf"

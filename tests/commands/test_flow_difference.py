@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from nrm_plugin import FlowGraph, RelevanceMeasure, at
+from nrm_plugin.commands import flow_difference
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.model_loading import load
 from nrm_plugin.dataset.images import load_image
+from nrm_plugin.measure import flow_heat_maps, flow_passes
 from tests.commands.test_flow import OWN, here  # noqa: F401  (a fixture)
 
 LAYERS = ("--layers", "output", "a", "stem", "input", "--patches", "2")
@@ -55,7 +57,7 @@ def test_two_classes_are_compared_by_their_outputs_alone(here):  # noqa: F811
     assert set(graph.layers[0].labels) == {"class 1", "class 2"}
     assert [layer.others for layer in graph.layers[1:3]] == [3, 3]
     stored = json.loads(Path("nrm-flow/noise-difference.json").read_text())
-    assert "More for class 1: " in stored["caption"]
+    assert stored["caption"].startswith("The softmax is 25% for class 1 and 27% for class 2. More for class 1: ")
     assert stored["settings"]["minus"] == "class 2"
     assert {path.suffix for path in Path("nrm-flow").iterdir()} == {".json", ".png", ".html"}
 
@@ -73,3 +75,35 @@ def test_groups_of_both_flows_are_the_same(here):  # noqa: F811
     assert [(len(layer.groups), layer.others) for layer in graph.layers[1:3]] == [(2, 0), (2, 0)]
     for layer in graph.layers:
         assert sum(layer.masses) + layer.rest + layer.sink + layer.bypass == pytest.approx(0, abs=1e-5)
+
+
+def test_heat_maps_are_differences_of_joint_relevance_with_the_positions_of_a_layer(here, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(flow_passes, "POSITIONS", 5)
+    drawn, draw = {}, flow_difference.flow_figure
+    monkeypatch.setattr(flow_difference, "flow_figure", lambda *args, **more: drawn.update(more) or draw(*args, **more))
+    graph = difference("--target", "1", "--minus", "2", "--against", "3")
+    first, second = measure("noise.png", 1, against=3), measure("noise.png", 2, against=3)
+    assert first.shape(drawn["maps_at"])[1:] == (6, 14, 14)
+    cells = np.arange(16) * 14 // 16
+    nodes = [node for node in graph.layers[1].nodes if node.kind == "group"]
+    for node in nodes:
+        event = at("a").channel(int(node.label.removeprefix("channel ")))
+        asked = [mu.sign * mu.marginal(drawn["maps_at"], joint=event)[0].sum(0) for mu in (first, second)]
+        found = np.zeros((14, 14))
+        np.add.at(found, (cells[:, None], cells), drawn["maps"][node.key])
+        np.testing.assert_allclose(found, (asked[0] - asked[1]).numpy(), atol=1e-6)
+    assert len(nodes) == 3
+    regions = drawn["image"].regions
+    assert regions.keys() == {node.key for node in graph.layers[-1].nodes if node.kind == "group"}
+    assert all(mask.shape == (16, 16) and mask.sum() == 64 for mask in regions.values())
+
+
+def test_each_flow_takes_one_pass_per_layer(here, monkeypatch):  # noqa: F811
+    def no_pass(*args, **more):
+        raise AssertionError("joint relevance was computed apart from the shared passes")
+
+    monkeypatch.setattr(RelevanceMeasure, "joints", no_pass)
+    calls, passes = [], flow_heat_maps.flow_passes
+    monkeypatch.setattr(flow_heat_maps, "flow_passes", lambda *args: calls.append(args) or passes(*args))
+    difference("--target", "1", "--minus", "2")
+    assert len(calls) == 2

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nrm_plugin import FlowGraph, Groups
+from nrm_plugin import FlowGraph, Groups, patches
 from nrm_plugin.commands import flow_groups
 from nrm_plugin.commands.cli import main
 from tests.commands.test_flow import OWN, here  # noqa: F401
@@ -47,3 +47,22 @@ def test_stored_groups_are_applied_and_wrong_files_are_named(here, capsys, monke
     assert "was not written by Groups.save()" in capsys.readouterr().err
     assert run(*LAYERS, "--groups", "nothing.safetensors") != 0
     sys.modules.pop("flow_nets", None)
+
+
+@pytest.mark.parametrize("has_superpixels", [False, True])
+def test_an_image_alone_with_one_output_has_parts_of_its_own(here, monkeypatch, has_superpixels):  # noqa: F811
+    asked = []
+    monkeypatch.setattr(flow_groups, "find_spec", lambda name: has_superpixels or None)
+    monkeypatch.setattr(
+        flow_groups,
+        "segments",
+        lambda image, count=16, *more: asked.append(count) or patches(image.shape[-2:], round(count**0.5)),
+    )
+    assert run("--layers", "input", "output", "--groups", "4") == 0
+    graph = FlowGraph.from_json((here / "out/noise-flow.json").read_text())
+    assert sorted(graph.layers[1].labels) == ["part 1", "part 2", "part 3", "part 4"]
+    assert sum(graph.layers[1].masses) + graph.layers[1].sink == pytest.approx(1, abs=1e-4)
+    assert asked == ([16, 4] if has_superpixels else [])
+    caption = json.loads((here / "out/noise-flow.json").read_text())["caption"]
+    assert "25% of the area" in caption
+    assert any(f"({place}, " in caption for place in ("upper left", "upper right", "lower left", "lower right"))

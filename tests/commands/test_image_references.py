@@ -13,8 +13,7 @@ from nrm_plugin import RelevanceMeasure
 from nrm_plugin.commands.image_references import ReferenceImageError, reference_image, reference_words
 from nrm_plugin.commands.model_loading import load
 from nrm_plugin.composites import NRMDefault
-from nrm_plugin.measure.layer_averages import layer_average
-from tests.commands.shell import OWN, SIZE, explain, fails
+from tests.commands.shell import OWN, SIZE, explain
 
 
 def inputs_of(loaded) -> torch.Tensor:
@@ -68,38 +67,3 @@ def test_the_command_explains_the_difference_to_the_reference(here: Path, option
     with safetensors.safe_open("nrm-explained/china-relevance.safetensors", "pt") as file:
         assert file.metadata()["reference"] == "mean"
         assert file.metadata()["composite"] == ("secants" if composite is None else "nrm_default")
-
-
-@pytest.mark.parametrize(
-    ("options", "reference", "composite"),
-    [
-        (["--reference", "mean"], "mean", None),
-        ([], "blur", None),
-        (["--composite", "nrm_default"], None, NRMDefault()),
-    ],
-)
-def test_averages_over_layers_are_those_of_python(here: Path, options, reference, composite, capsys):
-    explain("china.png", *OWN, "--target", "2", "--averaged", *options)
-    loaded = load("own_nets:make", size=SIZE)
-    inputs = inputs_of(loaded)
-    image = None if reference is None else references(loaded, inputs)[reference]
-    mu = RelevanceMeasure(loaded.model, inputs, 2, against="rest", reference=image, composite=composite)
-    stored = safetensors.torch.load_file("nrm-explained/china-relevance.safetensors")
-    torch.testing.assert_close(stored["averaged"], layer_average(mu, ["5", "4"])[0], atol=1e-6, rtol=1e-3)
-    torch.testing.assert_close(stored["relevance"], mu.sign * mu.marginal("input")[0], atol=1e-5, rtol=1e-3)
-    assert "heat map: mean over 5 and 4" in capsys.readouterr().out
-    with safetensors.safe_open("nrm-explained/china-relevance.safetensors", "pt") as file:
-        about = file.metadata()
-    assert about["averaged"] == "True"
-    assert about.get("reference") == reference
-    averaged = Path("nrm-explained/china-relevance.png").read_bytes()
-    explain("china.png", *OWN, "--target", "2", *options)
-    assert Path("nrm-explained/china-2-relevance.png").read_bytes() != averaged
-
-
-def test_averages_need_a_layer_with_positions(here: Path, capsys):
-    Path("flat.py").write_text(
-        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))\n"
-    )
-    message = fails(capsys, "explain", "china.png", "--model", "flat:make", "--size", "8", "--averaged")
-    assert "--averaged needs a layer with positions that no relevance bypasses; flat:make has none" in message

@@ -168,6 +168,59 @@ def test_bags_of_rows_are_inputs(mode: str) -> None:
     compared(model, IDS, functional.embedding_bag(IDS, TABLE, mode=mode), model.rest)
 
 
+class Weighted(nn.Module):
+    """A bag of rows with weights that are an input as well, or the same written out."""
+
+    def __init__(self, is_bag: bool, **options: Any) -> None:
+        super().__init__()
+        self.table, self.rest, self.is_bag, self.options = nn.Parameter(TABLE.clone()), Rest(), is_bag, options
+
+    def forward(self, ids: Tensor, weights: Tensor) -> Tensor:
+        if self.is_bag:
+            bag = functional.embedding_bag(ids, self.table, mode="sum", per_sample_weights=weights, **self.options)
+            return self.rest(bag)
+        rows = functional.embedding(ids, self.table) * weights[..., None]
+        if "padding_idx" in self.options:
+            rows = rows * (ids != self.options["padding_idx"])[..., None]
+        return self.rest(rows.sum(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}])
+def test_weights_of_a_bag_may_be_an_input_beside_the_ids(options: dict[str, Any]) -> None:
+    """The message said that the ids select no rows."""
+    weights = drawn(3, 4, seed=3).abs() + 0.1
+    bag, rows = (RelevanceMeasure(Weighted(is_bag, **options).eval(), (IDS, weights), 1) for is_bag in (True, False))
+    assert torch.equal(bag.outputs, bag.outputs)
+    torch.testing.assert_close(bag.outputs, rows.outputs)
+    for layer in ("rest.a", "rest.b"):
+        torch.testing.assert_close(bag.marginal(layer), rows.marginal(layer))
+    (looked_up,) = [layer for layer in bag.layers if layer.endswith("embedding")]
+    (expected,) = [layer for layer in rows.layers if layer.endswith("embedding")]
+    torch.testing.assert_close(bag.marginal(looked_up), rows.marginal(expected))
+    total = bag(at(looked_up)) + bag(at("input")) + bag.sink("rest.a")
+    torch.testing.assert_close(bag(at("rest.a")) + bag.sink("rest.a"), total, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_a_table_of_a_bag_may_be_computed_from_the_inputs(mode: str) -> None:
+    class Computed(nn.Module):
+        def __init__(self, is_bag: bool) -> None:
+            super().__init__()
+            self.rest, self.is_bag = Rest(), is_bag
+
+        def forward(self, table: Tensor) -> Tensor:
+            table = table[0].tanh()
+            if self.is_bag:
+                return self.rest(functional.embedding_bag(IDS[:1], table, mode=mode))
+            rows = table[IDS[:1]]
+            return self.rest(rows.sum(1) if mode == "sum" else rows.mean(1))
+
+    x = drawn(1, 40, 6, seed=4)
+    bag, rows = (RelevanceMeasure(Computed(is_bag).eval(), x, 1) for is_bag in (True, False))
+    torch.testing.assert_close(bag.outputs, rows.outputs)
+    torch.testing.assert_close(bag.marginal("input"), rows.marginal("input"), atol=1e-6, rtol=1e-6)
+
+
 class Own(nn.Module):
     """An embedding of the user's own: scaled, with positions and token types that are constants."""
 
@@ -358,7 +411,7 @@ def test_degrees_of_a_graph_are_constants() -> None:
 
 def test_integers_that_are_looked_up_nowhere_raise() -> None:
     for look in (lambda t, w: t.double() @ w[:4], lambda t, w: (t == 2).double() @ w[:4], lambda t, w: t @ w[:4]):
-        with pytest.raises(InputError, match="an index looks up"):
+        with pytest.raises(InputError, match=r"F\.one_hot looks up"):
             RelevanceMeasure(Model(look).eval(), IDS, 1)
 
 

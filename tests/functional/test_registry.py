@@ -42,7 +42,7 @@ REGISTERED = {
     },
     "kernels by function": {"scatter": 3},
     "decompositions": {
-        "decompositions": 21,
+        "decompositions": 23,
         "distances": 9,
         "linear_algebra": 17,
         "quantiles_and_integrals": 6,

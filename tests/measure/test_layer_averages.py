@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from nrm_plugin import NRMAbsolute, RelevanceMeasure
 from nrm_plugin.errors import InputError
-from nrm_plugin.measure.layer_averages import layer_average, layers_by_resolution
+from nrm_plugin.measure.layer_averages import blurred, late_layers, layer_average, layer_map, layers_by_resolution
 
 
 class Skip(nn.Module):
@@ -76,3 +77,96 @@ def test_layers_without_positions_are_errors():
         layer_average(measure(), ["8"])
     with pytest.raises(InputError, match="has no spatial positions"):
         layers_by_resolution(RelevanceMeasure(nn.Linear(3, 2), torch.rand(2, 3), target=0))
+
+
+# -- the map of late layers -----------------------------------------------------------------------------------------
+
+
+def deep_net():
+    """Grids of 16, 8, 4 and 2 positions along each side."""
+    torch.manual_seed(0)
+    blocks = [layer for below, above in ((3, 4), (4, 5), (5, 6), (6, 7)) for layer in _block(below, above)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(28, 3)).double().eval()
+
+
+def _block(below: int, above: int):
+    return nn.Conv2d(below, above, 3, 2, 1), nn.ReLU(), nn.Conv2d(above, above, 3, padding=1), nn.ReLU()
+
+
+def test_late_layers_are_on_the_two_coarsest_grids_of_at_least_four_positions():
+    mu = RelevanceMeasure(deep_net(), torch.rand(2, 3, 32, 32, dtype=torch.float64), target=0)
+    assert layers_by_resolution(mu) == ["15", "11", "7", "3", "input"]
+    assert late_layers(mu) == ["11", "7"]
+    assert late_layers(measure()) == []  # a single grid of at least 4 × 4
+
+
+def test_the_map_of_late_layers_is_the_average_of_slopes_from_the_blurred_images():
+    model, images = deep_net(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    mu = RelevanceMeasure(model, images, [0, 2], against="rest", reference=blurred(images))
+    expected = layer_average(mu, ["11", "7"])
+    torch.testing.assert_close(layer_map(model, images, [0, 2]), expected)
+    # another comparison, another reference, and rules
+    grey = torch.zeros_like(images)
+    mu = RelevanceMeasure(model, images, [0, 2], against=1, reference=grey, composite=NRMAbsolute())
+    found = layer_map(model, images, [0, 2], against=1, reference=grey, composite=NRMAbsolute())
+    torch.testing.assert_close(found, layer_average(mu, ["11", "7"]))
+    assert not torch.allclose(found, expected)
+
+
+def test_images_are_blurred_by_a_gaussian_of_an_eighth_of_the_shorter_side():
+    images = torch.rand(1, 2, 16, 24, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (torch.arange(-6.0, 7.0, dtype=torch.float64) / 2) ** 2)
+    weights = weights / weights.sum()
+    padded = nn.functional.pad(images, (6, 6, 6, 6), mode="reflect")
+    rows = sum(weight * padded[:, :, number : number + 16] for number, weight in enumerate(weights))
+    expected = sum(weight * rows[..., number : number + 24] for number, weight in enumerate(weights))
+    torch.testing.assert_close(blurred(images), expected)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        VisionTransformer(32, 8, 1, 2, 8, 16, num_classes=3),
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 3)),
+    ],
+    ids=["ViT", "MLP"],
+)
+def test_models_without_late_layers_are_errors(model):
+    images = torch.rand(2, 3, 32, 32)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    assert late_layers(RelevanceMeasure(model.eval(), images, target=0)) == []
+    with pytest.raises(InputError, match="a map of layers needs layers with positions"):
+        layer_map(model, images, target=0)
+
+
+def test_an_average_does_not_sum_masses_and_stops_at_the_lowest_layer():
+    mu = RelevanceMeasure(deep_net(), torch.rand(2, 3, 32, 32, dtype=torch.float64), target=0)
+    whole = mu.marginal(["11", "7"])
+    steps = mu.cost.steps
+    with mu._without_sums():
+        part = mu.marginal(["11", "7"])
+    assert 0 < mu.cost.steps < steps
+    for name in whole:
+        torch.testing.assert_close(part[name], whole[name])
+    late = RelevanceMeasure(deep_net(), torch.rand(2, 3, 32, 32, dtype=torch.float64), target=0)
+    layer_average(late, ["11", "7"])
+    assert late._totals_once is None
+    total = late.marginal("input").sum((1, 2, 3)) + late.sink("input")
+    torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
+
+
+def test_channels_may_be_the_last_dimension():
+    # the attention of Swin has the shape (N, heads, tokens, tokens), which is no grid
+    model = SwinTransformer([4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=3).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    mu = RelevanceMeasure(model, torch.rand(2, 3, 32, 64, dtype=torch.float64), target=0)
+    assert late_layers(mu) == ["norm", "features.2.pad"]
+    assert mu.shape("features.2.pad") == (2, 8, 16, 8)
+    relevance = mu.marginal("features.2.pad").sum(3)
+    share = relevance / relevance.abs().sum((1, 2), keepdim=True)
+    heat = layer_average(mu, ["features.2.pad"])
+    assert heat.shape == (2, 32, 64)
+    torch.testing.assert_close(heat[:, 0, 0], share[:, 0, 0] / 16)
+    torch.testing.assert_close(heat[:, -1, -1], share[:, -1, -1] / 16)

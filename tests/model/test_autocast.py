@@ -173,3 +173,93 @@ def test_relevance_of_a_composite_by_itself_is_not_shortened() -> None:
     with torch.autocast("cpu", torch.bfloat16):  # of the backward pass alone
         (inside,) = torch.autograd.grad(output[:, 1].sum(), x, retain_graph=True)
     assert inside.equal(torch.autograd.grad(output[:, 1].sum(), x)[0])
+
+
+class Inner(nn.Module):
+    """A model that runs a part of its layers under autocast itself, in float32 without a format."""
+
+    def __init__(self, kind: str, short: torch.dtype | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.conv, self.norm = nn.Conv1d(1, 8, 6), nn.LayerNorm(8)
+        self.kind, self.short = kind, short
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.short, enabled=self.short is not None):
+            hidden = getattr(self, self.kind)(x)
+        return self.c(hidden.float().relu())
+
+    def layers(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+    def functions(self, x: Tensor) -> Tensor:
+        first = nn.functional.linear(x, self.a.weight, self.a.bias).relu()
+        return nn.functional.linear(first, self.b.weight, self.b.bias)
+
+    def skip(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).relu()
+        return self.norm(hidden + self.b(hidden))
+
+    def convolution(self, x: Tensor) -> Tensor:
+        return self.b(self.conv(x[:, None])[:, :, 0].relu())
+
+
+@pytest.mark.parametrize("short", FORMATS)
+@pytest.mark.parametrize("kind", ["layers", "functions", "skip", "convolution"])
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_a_model_may_use_autocast_inside(name: str, kind: str, short: torch.dtype) -> None:
+    """It raised an error whose remedy did not apply. Relevance is that of float32 for the rounded activations."""
+    x = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    model, exact = Inner(kind, short).eval(), Inner(kind, None).eval()
+    mu, plain = (RelevanceMeasure(one, x, 1, composite=COMPOSITES[name]) for one in (model, exact))
+    assert torch.equal(mu.outputs, model(x))
+    assert mu.layers == plain.layers
+    for layer in mu.layers:
+        values = mu.marginal(layer)
+        assert values.dtype == torch.float32
+        error = (values.flatten(1).sum(1) + mu.sink(layer) + mu.bypass(layer) - 1).abs()
+        assert (error <= 1e-5 * mu.variation(layer)).all(), layer
+    difference = (mu.marginal("input") - plain.marginal("input")).abs().flatten(1).sum(1)
+    assert (difference <= 16 * FORMATS[short] * plain.walk_variation()).all()
+    alone = torch.cat(
+        [RelevanceMeasure(model, one[None], 1, composite=COMPOSITES[name]).marginal("input") for one in x]
+    )
+    torch.testing.assert_close(mu.marginal("input"), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_and_functions_agree_under_autocast_inside() -> None:
+    x = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    layers, functions = (
+        RelevanceMeasure(Inner(kind, torch.bfloat16).eval(), x, 1, composite=NRMAbsolute())
+        for kind in ("layers", "functions")
+    )
+    torch.testing.assert_close(layers.marginal("input"), functions.marginal("input"))
+    torch.testing.assert_close(layers.joint("output", "input"), functions.joint("output", "input"))
+
+
+@pytest.mark.parametrize("short", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_tensors_of_eight_bits_inside_have_relevance_in_float32(short: torch.dtype) -> None:
+    """Their sums are not implemented: every query raised NotImplementedError."""
+
+    class Rounded(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.function = nn.Linear(6, 8), nn.Linear(8, 3), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.function(self.a(x)).relu())
+
+    def straight_through(h: Tensor) -> Tensor:
+        return h + (h.detach().to(short).float() - h).detach()
+
+    x = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    for composite in (NRMDefault(), NRMAbsolute()):
+        mu, expected = (
+            RelevanceMeasure(Rounded(function).eval(), x, 1, composite=composite)
+            for function in (lambda h: h.to(short).float(), straight_through)
+        )
+        torch.testing.assert_close(mu.marginal("input"), expected.marginal("input"))
+        torch.testing.assert_close(mu.marginal("to").flatten(1).sum(1) + mu.sink("to"), torch.ones(3))
+        assert mu.marginal("to").dtype == torch.float32

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from nrm_plugin.measure.flow_graph import FlowError
 from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.measure.layer_profile import profile
-from nrm_plugin.plots.flow import flow_figure, profile_figure
+from nrm_plugin.plots.flow import flow_figure, profile_figure, walk_bands
 from nrm_plugin.plots.flow_layout import HAIRLINE, flow_scene
 from nrm_plugin.plots.flow_thumbnails import Photo
 from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
@@ -116,6 +117,7 @@ def test_ribbons_of_a_node_fill_its_bars_and_negative_ones_are_below(full):
             assert signs == sorted(signs, reverse=True)
 
 
+MAPPED = {node.key: None for node in made_graph([1, 12, 12]).nodes if node.kind == "group"}
 GRAPHS = [[1, 12, 12], [1, 8, 8, 8, 12], [1, 6, 6, 6, 6, 12], [12, 12], [3], [1, 40, 40]]
 
 
@@ -138,6 +140,16 @@ def test_nothing_overlaps_and_nothing_is_cut_off(counts, width):
     inner = [Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1) for box in images]
     assert not [1 for one, other in itertools.combinations(inner, 2) if one.overlaps(other)]
     assert not [1 for one in small for other in inner if one.overlaps(other)]
+
+
+def test_channels_are_abbreviated_where_their_names_do_not_fit():
+    graph = made_graph([1, 12, 12], label="")
+    graph = replace(graph, layers=tuple(replace(one, labels=tuple(map(str, one.groups))) for one in graph.layers))
+    columns = {width: flow_scene(graph, width=width, thumbnails=MAPPED) for width in (2.2, 12)}
+    texts = {width: {label.text for node in scene.nodes for label in node.labels} for width, scene in columns.items()}
+    assert any(text.startswith("ch.\u00a0") for text in texts[2.2])
+    assert not any(text.startswith("ch.\u00a0") for text in texts[12])
+    assert not any(text.startswith("cha…") for text in texts[2.2])
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -212,3 +224,41 @@ def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     with pytest.raises(FlowError, match=r"0 shows 4096 groups, but a figure can show 40\. Show fewer"):
         flow_figure(graph)
     assert len([node for node in flow_scene(graph.smaller(top=5)).nodes if node.node.kind == "group"]) == 5 + 5
+
+
+def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons():
+    graph = made_graph([1, 2, 2])
+    scene = flow_scene(graph)
+    ribbons = {(band.lower, band.upper): band for band in scene.bands}
+    keys = [
+        (f"{graph.layers[2].name}/{a}", f"{graph.layers[1].name}/{b}", f"{graph.layers[0].name}/0")
+        for a, b in itertools.product(range(2), range(2))
+    ]
+    walk = max(keys, key=lambda each: min(ribbons[pair].width for pair in itertools.pairwise(each) if pair in ribbons))
+    widths = [ribbons[pair].width for pair in itertools.pairwise(walk)]
+    mass = 0.4 * min(widths) / scene.unit
+    assert mass > 0.02
+    bands = walk_bands(scene, [(walk, mass), (walk, mass), (walk, mass)])
+    assert [band.width for band in bands] == pytest.approx([0.4 * min(widths)] * 4)  # at most two walks are named
+    for first, second in zip(bands[:2], bands[2:], strict=True):
+        ribbon = ribbons[first.lower, first.upper]
+        assert first.start[1] - first.width / 2 == pytest.approx(ribbon.start[1] - ribbon.width / 2)
+        assert second.end[1] - second.width / 2 == pytest.approx(first.end[1] + first.width / 2)
+    assert walk_bands(scene, [(walk, 0.01)]) == []
+    (widest, _) = walk_bands(scene, [(walk, 2.0)])
+    assert widest.width == pytest.approx(widths[0])  # never wider than its ribbon
+    figure = flow_figure(graph, walks=[(walk, mass)])
+    assert sum(patch.get_linewidth() == 0.5 and not patch.get_fill() for patch in shapes(figure, PathPatch)) == 2
+
+
+def test_negative_relevance_of_a_rest_is_not_grey():
+    graph = made_graph([1, 3])
+    joint = np.zeros((3, 5))
+    joint[0] = [0.8, 0.3, 0.1, -0.2, 0.0]
+    layers = (replace(graph.layers[0], masses=(1.0,), rest=0.0, sink=0.0),
+              replace(graph.layers[1], masses=(0.8, 0.3, 0.1), rest=-0.2, sink=0.0))  # fmt: skip
+    scene = flow_scene(FlowGraph(layers, (joint,)))
+    (band,) = (band for band in scene.bands if band.value < 0)
+    assert band.tone == "negative"
+    rest = next(node for node in scene.nodes if node.node.kind == "rest")
+    assert {tone for _, tone in rest.bars} == {"negative"}

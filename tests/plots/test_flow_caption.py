@@ -8,7 +8,7 @@ import numpy as np
 
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
-from nrm_plugin.plots.flow_caption import flow_caption, key_text
+from nrm_plugin.plots.flow_caption import difference_caption, flow_caption, named_walks
 from nrm_plugin.plots.flow_text import wrapped_lines
 
 
@@ -28,8 +28,8 @@ JOINTS = (
 def test_the_caption_says_the_largest_numbers():
     said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
     assert said == (
-        "65% of “zebra” comes from legs and head by way of group 1 of conv. Against it: group 2 of conv with −10%. "
-        "The other 7 of conv hold 30%. Biases and stabilizers absorb 10% above the input."
+        "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. Against it: group 2 of conv with −10%. "
+        "The other 7 of conv have 30%. Biases and stabilizers absorb 10% above the input."
     )
 
 
@@ -42,22 +42,37 @@ def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
     ]
     said = flow_caption(graph, walks=walks).replace("\u00a0", " ")
     assert said.startswith(
-        "Of “zebra”, 50% comes from legs. Of 6 walks, the strongest are legs → group 1 → zebra: 40%; "
-        "head → group 1 → zebra: 25%; an even share would be 17%. Against it:"
+        "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. The strongest of 6 walks from a part to "
+        "the output are legs → group 1 → zebra (40%) and head → group 1 → zebra (25%); each would have 17% if all had "
+        "the same. Against it:"
     )
-    one = flow_caption(graph, walks=walks[:1], areas={"input/0": 0.1})
-    assert "50% comes from legs (10% of the area)." in one.replace("\u00a0", " ")
-    assert "the strongest is legs → group 1 → zebra: 40%;" in one.replace("\u00a0", " ")
+    one = flow_caption(graph, walks=walks[:1], areas={"input/0": 0.1}, places={"input/0": "bottom"})
+    assert "50% comes from legs (bottom, 10% of the area);" in one.replace("\u00a0", " ")
+    assert "The strongest of 6 walks from a part to the output is legs → group 1 → zebra (40%);" in one.replace(
+        "\u00a0", " "
+    )
     lines = wrapped_lines(one, 60, 7)
     assert not any(line.startswith("→") or line == "group" for line in lines)
+    spread = [(keys, 0.04 * mass) for keys, mass in walks]
+    assert "No single walk stands out: the strongest of 6 from a part to the output has 1.6%." in flow_caption(
+        graph, walks=spread
+    )
+    assert (len(named_walks(walks)), len(named_walks(spread))) == (2, 0)
     weak = [(keys, 1e-4 * mass) for keys, mass in walks]
     assert "walk" not in flow_caption(graph, walks=weak)
 
 
-def test_two_layers_name_the_source_without_a_way():
+def test_two_layers_name_the_source():
     joint = np.array([[0.7, 0.2, 0.05, 0.05, 0.0], [0.0] * 5, [0.0] * 5])
     graph = FlowGraph((TOP, LOWEST), (joint,))
-    assert flow_caption(graph).startswith("70% of “zebra” comes from legs.")
+    assert flow_caption(graph).startswith("Of “zebra”, 50% comes from legs;")
+
+
+def test_relevance_passes_through_a_lowest_layer_that_is_hidden():
+    upper = FlowGraph((TOP, MIDDLE), JOINTS[:1])
+    assert flow_caption(upper).replace("\u00a0", " ").startswith("Of “zebra”, 80% passes through group 1 of conv.")
+    channels = layer("conv", ("3", "8"), (0.4, 0.2), rest=0.4)
+    assert "The other 7 channels of conv have 40%." in flow_caption(FlowGraph((channels,), ()))
 
 
 def test_hidden_layers_name_the_widest_way_and_bypass():
@@ -66,13 +81,23 @@ def test_hidden_layers_name_the_widest_way_and_bypass():
     middle[0, 0] = 0.55
     graph = FlowGraph((TOP, upper, MIDDLE, LOWEST), (np.array([[0.6, 0.4, 0, 0]] + [[0.0] * 4] * 2), middle, JOINTS[1]))
     said = flow_caption(graph)
-    assert "The widest way up is group 1 of conv → group 3 of block: 55%." in said
+    assert "The widest ribbon is group 1 of conv → group 3 of block: 55%." in said
     assert "20% bypasses block." in said
 
 
 def test_every_number_of_a_caption_is_one_of_the_graph():
     said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
-    assert re.findall(r"[−\d]+%", said) == ["65%", "−10%", "30%", "10%"]
+    assert re.findall(r"[−\d]+%", said) == ["50%", "25%", "−10%", "30%", "10%"]
+
+
+def test_the_largest_groups_and_all_that_speak_against_are_named():
+    middle = layer("conv", ("A1", "A2", "A3", "A4"), (0.9, 0.5, -0.3, -0.1))
+    said = flow_caption(FlowGraph((TOP, middle), (np.array([[0.9, 0.5, -0.3, -0.1, 0, 0]] + [[0.0] * 6] * 2),)))
+    assert "In conv" not in said  # it is the lowest layer, of which all parts are named
+    graph = FlowGraph((TOP, middle, LOWEST), (np.zeros((3, 6)), np.zeros((6, 5))))
+    said = flow_caption(graph)
+    assert "In conv, A1 (90%) and A2 (50%) carry most." in said
+    assert "Against it: A3 of conv with −30% and A4 of conv with −10%." in said
 
 
 def test_a_graph_without_relevance_has_no_caption():
@@ -80,20 +105,13 @@ def test_a_graph_without_relevance_has_no_caption():
     assert flow_caption(FlowGraph((nothing,), ())) == "Biases and stabilizers absorb 100% above the input."
 
 
-def test_the_key_explains_what_is_drawn():
-    assert "hatched" in key_text(False, True)
-    assert "hatched" not in key_text(True, False)
-    assert "Thumbnails" in key_text(True, False)
-    assert "traced down to conv" in key_text(True, False, maps_at="conv")
-    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
-    assert "blue evidence against" in key_text(False, False, graph=graph)
-    positive = FlowGraph((TOP, LOWEST), (np.abs(np.ones((3, 5))),))
-    assert "no ribbon is evidence against" in key_text(False, False, graph=positive)
-    assert "outlined" in key_text(False, False, graph=graph, walks=[(("input/0",), 0.4)])
-
-
-def test_only_groups_of_channels_are_explained_as_such():
-    grouped = FlowGraph((TOP, layer("conv", ("A1", "A2"), (0.8, -0.1), rest=0.3), LOWEST), JOINTS)
-    patched = FlowGraph((TOP, MIDDLE, layer("input", ("A1", "B1", "A2"), (0.5, 0.3, -0.05), rest=0.15)), JOINTS)
-    assert "groups of channels" in key_text(False, False, graph=grouped)
-    assert "groups of channels" not in key_text(False, False, graph=patched)
+def test_a_difference_names_parts_of_the_image_apart_from_other_nodes():
+    middle = layer("conv", ("B1", "B2"), (0.3, -0.2))
+    lowest = layer("input", ("part 1", "part 2", "part 3"), (0.25, -0.1, 0.001))
+    graph = FlowGraph((layer("output", ("zebra", "horse"), (1.0, -1.0)), middle, lowest), JOINTS)
+    assert difference_caption(graph, "zebra", "horse", {"input/0": "top"}) == (
+        "More for zebra: part 1 (top, 25%) in the image; B1 of conv (30%) in the network. "
+        "More for horse: part 2 (10%) in the image; B2 of conv (20%) in the network."
+    )
+    same = FlowGraph((layer("output", ("zebra",), (0.0,)),), ())
+    assert difference_caption(same, "zebra", "horse") == "The flows hardly differ."

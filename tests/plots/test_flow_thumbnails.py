@@ -12,6 +12,7 @@ from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots.flow_thumbnails import (
     Photo,
     crop,
+    is_cropped,
     node_thumbnails,
     painted,
     photo_pixels,
@@ -119,3 +120,22 @@ def test_regions_are_outlined_and_placed_in_the_file():
 def test_maps_without_two_dimensions_have_no_thumbnails():
     assert node_thumbnails(graph(0.5), {}) is None
     assert node_thumbnails(graph(0.5), {"a/0": np.ones((1, 24))}) is None
+
+
+def test_the_crop_contains_relevance_of_both_signs():
+    both = np.zeros((100, 100))
+    both[10:20, 10:20], both[80:90, 80:90] = 1.0, -1.0
+    thumbnails = node_thumbnails(graph(0.5, -0.5), {"a/0": both, "a/1": -both})
+    assert thumbnails is not None
+    top, left, bottom, right = thumbnails.box
+    assert max(top, left) <= 10
+    assert min(bottom, right) >= 90
+    assert is_cropped(thumbnails) == (thumbnails.box != (0, 0, 100, 100))
+    assert not is_cropped(None)
+
+
+def test_a_crop_is_noticed():
+    one = np.zeros((100, 100))
+    one[40:50, 40:50] = 1.0
+    assert is_cropped(node_thumbnails(graph(1.0), {"a/0": one}))
+    assert not is_cropped(node_thumbnails(graph(1.0), {"a/0": np.ones((100, 100))}))

@@ -112,6 +112,16 @@ def test_maps_of_a_grid_have_a_common_scale():
     assert [axes.get_title() for axes in figure.axes][:4] == ["image", "a", "b", "c"]
 
 
+def test_maps_beside_an_image_have_scales_of_their_own():
+    figure = heatmaps.image_and_heat_map(COLORS, [VALUES, 3 * VALUES], ("image", "a", "b"), limit=[None, 0.9])
+    for shown, factor in zip(maps_of(figure), (1, 3), strict=True):
+        np.testing.assert_allclose(shown, factor * VALUES)
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["image", "a", "b"]
+    assert [axes.images[-1].get_clim()[1] for axes in panels[1:]] == pytest.approx([0.4, 0.9])
+    assert [axes._colorbar.extend for axes in figure.axes if hasattr(axes, "_colorbar")] == ["neither", "both"]
+
+
 def test_images_of_one_channel_are_grey_and_of_three_channels_coloured():
     figure = heatmaps.image_and_heat_map(GREY, VALUES)
     assert figure.axes[0].images[0].get_cmap().name == "Greys"

@@ -120,3 +120,37 @@ def test_the_channels_are_followed() -> None:
         dim = layout.channel_dim(channels, other.ndim)
         assert unfolded.shape[dim] == 5
         assert layout.channel_dim(channels - other.ndim, other.ndim) == dim
+
+
+def test_a_first_dimension_of_size_1_is_dropped_if_all_samples_are_concatenated() -> None:
+    values = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)  # (N, T, H, C)
+    cases = [
+        (values.reshape(1, 6, 4, 5), 3, 3, values),  # (1, N · T, H, C)
+        (values.reshape(1, 6, 4, 5).transpose(1, 2), 3, 3, values.transpose(1, 2)),  # (1, H, N · T, C)
+        (values.reshape(1, 24, 5), 1, 1, values.reshape(2, 12, 5)),  # as many groups as samples, of T · H channels
+        (values.reshape(1, 120), 1, 1, values.reshape(2, 60)),
+    ]
+    for other, channels, expected_channels, expected in cases:
+        (layout,) = layouts_of(other // 60, 2)
+        assert torch.equal(layout.unfold(other), expected)
+        assert layout.shape(other.shape) == expected.shape
+        assert torch.equal(layout.fold(expected), other)
+        assert torch.equal(layout.fold(layout.unfold(other[None], 1), 1)[0], other)
+        assert layout.channel_dim(channels, other.ndim) == expected_channels
+        inner = expected.shape[1:]
+        assert not layout.has_views(channels)
+        assert layout.inner_of_views(inner, channels) == inner
+    (windows,) = layouts_of(values.reshape(6, 4, 5) // 60, 2)
+    assert windows.has_views(2)
+    assert windows.inner_of_views(torch.Size((3, 4, 5)), 2) == (4, 5)
+    assert not windows.has_views(0)  # (N · C, …): the parts are channels
+
+
+def test_a_tensor_without_dimensions_belongs_to_one_sample() -> None:
+    (layout,) = layouts_of(torch.tensor(1), 3)
+    assert layout.shape(torch.Size(())) == (3,)
+    assert layout.unfold(torch.tensor(5.0)).tolist() == [0, 5, 0]
+    assert layout.unfold(torch.tensor([5.0, 7.0]), 1).tolist() == [[0, 5, 0], [0, 7, 0]]
+    assert float(layout.fold(torch.tensor([1.0, 2.0, 3.0]))) == 2
+    assert layout.fold(torch.tensor([[1.0, 2.0, 3.0]] * 2), 1).tolist() == [2, 2]
+    assert layouts_of(torch.tensor(-1), 3) == []

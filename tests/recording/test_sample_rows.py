@@ -168,3 +168,25 @@ def test_linear_layers_that_mix_samples_are_not_proven(kind):
         patch.setattr(structure, "all_keep_rows", observed)
         RelevanceMeasure(with_head(kind(4, 2)), torch.randn(N, 3), 1, composite=NRMDefault())
     assert seen == [False]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_the_samples_of_a_recurrent_layer_are_its_rows(kind: str) -> None:
+    runs: list[int] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = getattr(nn, kind)(3, 4, num_layers=2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(len(x))
+            return self.head(self.rnn(x)[0][:, -1])
+
+    net = Net().eval()
+    for count in (1,) if kind == "GRU" else (1, N):  # a detached gate of a GRU might join samples
+        runs.clear()
+        mu = RelevanceMeasure(net, torch.randn(count, 5, 3), 1)
+        assert mu._recording.samples.is_plain
+        assert mu.marginal(mu.layers)["rnn"].shape == (count, 5, 4)
+        assert runs == [count]  # no second run locates the samples

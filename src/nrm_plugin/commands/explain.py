@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from .options import (
     CHANNELS,
     add_against,
-    add_averaged,
     add_cells,
     add_computation,
     add_fit,
+    add_map,
     add_model,
     add_out,
     add_reference,
@@ -27,20 +27,21 @@ if TYPE_CHECKING:
     from .request import Request
 
 DESCRIPTION = """\
-Which pixels are evidence for a class? Explains images with a torchvision classifier or your own model by the
-normalized relevance measure: the total relevance is 1, red pixels are positive evidence, blue pixels negative. What is
-explained is the difference of the class from the other classes, unless --against says otherwise."""
+Which parts of an image are evidence for a class? Explains images with a torchvision classifier or your own model by the
+normalized relevance measure: the total relevance is 1, red is positive evidence, blue is negative. One heat map shows
+where the evidence is, coarsely, by the relevance of late layers; the other one shows the relevance of the pixels. What
+is explained is the difference of the class from the other classes, unless --against says otherwise."""
 
 EXAMPLES = """\
 examples:
   nrm-plugin explain cat.jpg --model vgg16
-      the predicted class and its heat map; the weights are downloaded once
+      the predicted class and its heat maps; the weights are downloaded once
   nrm-plugin explain *.jpg --model resnet50 --target "tiger cat" --out cats
       one class, by name or index, in many images
   nrm-plugin explain cat.jpg --model vgg16 --target tabby --against "tiger cat"
       what makes it one class rather than another; --against none explains the output of the class alone
-  nrm-plugin explain cat.jpg --model resnet50 --averaged
-      where the evidence is, averaged over late layers: coarse, as in GradCAM
+  nrm-plugin explain cat.jpg --model resnet50 --map layers
+      only the coarse heat map, which is faster; --map pixels: only the fine-grained one
   nrm-plugin explain cat.jpg --model vgg16 --weights vgg16-397923af.pth
       without a connection: a state dict or safetensors file; --weights none tries the command with random weights
   nrm-plugin layers --model vgg16
@@ -53,7 +54,7 @@ examples:
       your own model: a function without arguments that returns a module, here a greyscale model
 
 files for each image NAME
-  NAME-relevance.png           the preprocessed image and its heat map
+  NAME-relevance.png           the preprocessed image and its heat maps
   NAME-relevance.safetensors   all numbers; model, weights, rules and versions are in the metadata
   NAME-LAYER.png, .csv         with --layer: heat maps of the most relevant channels, mass of every channel
   NAME-given.png               with --given: the conditional heat maps
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(query)
     add_against(query, "rest, if there are several classes")
     add_reference(query)
-    add_averaged(query)
+    add_map(query)
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
                        help="list the most relevant channels of this layer; may be repeated")  # fmt: skip
     query.add_argument("--given", action="append", default=[], metavar="EVENT",

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..dataset.images import LoadedImage
 from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
-from ..measure.layer_averages import layer_average, layers_by_resolution
+from ..measure.layer_averages import late_layers, layer_average
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow_thumbnails import Photo
 from .event_syntax import Condition
 from .model_loading import LoadedModel
+from .options import BOTH, OF_LAYERS
 from .photos import photo
-from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
-
-RESOLUTIONS = 2
-"""Number of resolutions over which a heat map is averaged, counted from the output; chosen in docs/real.md."""
+from .request import SECANTS, Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,18 @@ class ConditionalExplanation:
 
 
 @dataclass(frozen=True)
-class Average:
-    """Relevance averaged over layers.
+class LayerMap:
+    """Relevance averaged over late layers.
 
     Attributes:
         layers: The layers, starting with the last one.
         relevance: ``(H, W)``, interpolated to the pixels; positive values are evidence for the class.
+        reference: Name or file of its reference image, or None without one.
     """
 
     layers: list[str]
     relevance: Tensor
+    reference: str | None
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class Explanation:
         given: The requested conditions.
         photo: The image for figures, including the part that the model did not see.
         reference: Name or file of the reference image, or None without one.
-        average: The mean over late layers, or None if it is not requested.
+        layer_map: The mean over late layers, or None if it is not requested, or does not exist for this model.
+        shows_pixels: Whether the relevance of the pixels is to be drawn.
+        notes: What differs from the request, and why.
     """
 
     source: LoadedImage
@@ -120,7 +122,9 @@ class Explanation:
     given: list[ConditionalExplanation]
     photo: Photo
     reference: str | None = None
-    average: Average | None = None
+    layer_map: LayerMap | None = None
+    shows_pixels: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> Explanation:
@@ -136,10 +140,26 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         NRMError: If the model cannot be measured with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
+    result = _of_one_measure(loaded, source, inputs, request)
+    if request.layers_reference is None or result.notes:
+        return result
+    apart = replace(request, composite=SECANTS, reference=request.layers_reference)
+    try:
+        return replace(result, layer_map=_layer_map(measure_of(loaded, inputs, apart), apart.reference))
+    except NRMError as error:
+        layer_map = _layer_map(measure_of(loaded, inputs, request), request.reference)
+        note = f"the coarse heat map is not compared with the blurred image: {error}"
+        return replace(result, layer_map=layer_map, notes=(note,))
+
+
+def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request) -> Explanation:
     mu = measure_of(loaded, inputs, request)
     check_layers(mu, loaded, [*request.layers, *(name for given in request.given for name in given.layers)])
     relevance = float(mu.sign) * mu.marginal("input")[0]
     against = compared_with(loaded, request, mu.outputs)
+    is_mapped = request.map in (BOTH, OF_LAYERS)
+    notes = _without_layers(loaded, request) if is_mapped and not _has_late_layers(loaded, mu, inputs) else ()
+    is_apart = notes or request.layers_reference is not None
     return Explanation(
         source,
         loaded.preprocessing.inverse(inputs).cpu(),
@@ -153,17 +173,36 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         [_conditional(mu, condition, against) for condition in request.given],
         photo(loaded, source, inputs),
         request.reference,
-        _average(mu, loaded) if request.averaged else None,
+        _layer_map(mu, request.reference) if is_mapped and not is_apart else None,
+        request.map != OF_LAYERS,
+        notes,
     )
 
 
-def _average(mu: RelevanceMeasure, loaded: LoadedModel) -> Average:
-    layers = layers_by_resolution(mu)[:RESOLUTIONS]
-    if layers[0] == "input":
-        raise RequestError(
-            f"--averaged needs a layer with positions that no relevance bypasses; {loaded.name} has none. Leave it out."
-        )
-    return Average(layers, layer_average(mu, layers)[0].cpu())
+def _layer_map(mu: RelevanceMeasure, reference: str | None) -> LayerMap | None:
+    """Returns the map of layers, or None if the model has no late layers with positions."""
+    layers = late_layers(mu)
+    return LayerMap(layers, layer_average(mu, layers)[0].cpu(), reference) if layers else None
+
+
+def _has_late_layers(loaded: LoadedModel, mu: RelevanceMeasure, inputs: Tensor) -> bool:
+    """Returns whether a model has late layers; stored, since a planned measure would have to record the model."""
+    shape = tuple(inputs.shape)
+    if shape not in loaded.has_late_layers:
+        loaded.has_late_layers[shape] = bool(late_layers(mu))
+    return loaded.has_late_layers[shape]
+
+
+def _without_layers(loaded: LoadedModel, request: Request) -> tuple[str, ...]:
+    """Returns a note about a model without late layers.
+
+    Raises:
+        RequestError: If only the map of layers is requested.
+    """
+    reason = f"{loaded.name} has no late layers with positions, which all relevance crosses, on two grids"
+    if request.map == OF_LAYERS:
+        raise RequestError(f"--map layers: {reason}. Use --map pixels.")
+    return (f"no coarse heat map: {reason}",)
 
 
 def _totals(mu: RelevanceMeasure, layer: str, relevance: Tensor) -> Totals:

@@ -17,9 +17,11 @@ from ..plots.flow_thumbnails import photo_pixels
 from ..plots.heatmaps import Values, cell_sums, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .explanation import ConditionalExplanation, Explanation, LayerExplanation, Totals
+from .image_references import reference_words
 from .model_loading import LoadedModel
 from .options import AUTO, LAYER_CELLS, MOST_CELLS, PIXELS
 from .output_files import (
+    TITLE,
     explained_title,
     free_stem,
     heading_lines,
@@ -95,6 +97,8 @@ def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict
     """Returns all settings that affect the results, as metadata for the file; lists and dictionaries become JSON."""
     about = image_settings(loaded, request, result.source.path, result.source.digest, result.target, result.against)
     about["given"] = [condition.text for condition in request.given]
+    if result.layer_map is not None:
+        about["layer_map"] = {"layers": result.layer_map.layers, "reference": result.layer_map.reference or "none"}
     return {key: json.dumps(value) if isinstance(value, list | dict) else str(value) for key, value in about.items()}
 
 
@@ -109,8 +113,8 @@ def tensors(result: Explanation) -> dict[str, Tensor]:
         "bypass": number(result.totals.bypass),
         **({} if result.difference is None else {"difference": number(result.difference)}),
     }
-    if result.average is not None:
-        named["averaged"] = result.average.relevance
+    if result.layer_map is not None:
+        named["layer_map"] = result.layer_map.relevance
     for layer in result.layers:
         named[f"layer/{layer.name}/relevance"] = layer.relevance
         named[f"layer/{layer.name}/channels"] = layer.mass
@@ -168,16 +172,27 @@ def _overview(loaded: LoadedModel, result: Explanation, cells: int | str) -> Fig
     left = f"{short(result.source.path.name)}\n{short(loaded.name)}"
     left += ", random weights" if weights_title(loaded) else ""
     left += "\n(the model saw the frame)" if result.photo.whole is not None else ""
-    explained = _explained(loaded, result).replace(" rather than ", "\nrather than ")
-    explained = explained.replace(", compared with ", ",\ncompared with ")
-    pixels, about = result.relevance.sum(0), totals_text(result.totals)
-    if result.average is not None:
-        names = " and ".join(short(name, 30) for name in result.average.layers)
-        pixels, about = result.average.relevance, f"mean over {names}"
-    sums = cell_sums(pixels, cells_of(cells, pixels.shape))
-    right = f"relevance for {explained}\n{about}"
+    drawn = _drawn(result)
+    sums = [cell_sums(values, cells_of(cells, values.shape)) for _, values in drawn]
+    heading = heading_lines([f"relevance for {_explained(loaded, result)}"], len(sums), TITLE)
     shown = np.moveaxis(photo_pixels(result.photo), -1, 0) / 255 if result.photo.whole is not None else None
-    return image_and_heat_map(result.image, sums, (left, right), limit=color_limit([sums]), shown=shown)
+    limits = [color_limit([one]) for one in sums]
+    titles = [left, *(title for title, _ in drawn)]
+    return image_and_heat_map(result.image, sums, titles, heading, limits, shown=shown)
+
+
+def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
+    """Returns the heat maps, ``(H, W)`` each, with titles that say what they are."""
+    drawn = []
+    if result.layer_map is not None:
+        # The heading names the reference of all results.
+        own = "" if result.layer_map.reference == result.reference else reference_words(result.layer_map.reference)
+        title = f"where the evidence is, by late layers{short(own)}".replace(", compared", ",\ncompared")
+        drawn.append((title, result.layer_map.relevance))
+    if result.shows_pixels:
+        title = f"the evidence, pixel by pixel\n{wrapped(totals_text(result.totals), TITLE)}"
+        drawn.append((title, result.relevance.sum(0)))
+    return drawn
 
 
 def totals_text(totals: Totals) -> str:

@@ -14,15 +14,17 @@ from ..dataset.glocal import difference
 from ..dataset.images import LoadedImage, load_image, shown
 from ..errors import NRMError
 from ..measure.flow_graph import FlowGraph
-from ..measure.flow_heat_maps import NodeMaps, flow_maps
+from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, partition
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import difference_caption
 from ..plots.flow_html import save_sankey
+from ..plots.flow_places import place_name
+from ..plots.ribbons import percent
 from . import messages
-from .flow_groups import FlowOptions, division
+from .flow_groups import FlowOptions, Regions, division, regions_of
 from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
@@ -73,7 +75,7 @@ def explain_difference(
     if request.against is None:
         request = replace(request, against=NONE)
     first, second = sides(loaded, image, request, options.minus or "")
-    graph, maps = flow_difference(loaded, first, second, options)
+    graph, maps, maps_at, regions = flow_difference(loaded, first, second, options)
     settings: dict[str, Any] = image_settings(
         loaded, request, image.path, image.digest, first.target, compared_with(loaded, request, first.mu.outputs)
     )
@@ -84,11 +86,16 @@ def explain_difference(
     heading = f"{short(image.path.name)}: flow of relevance for {short(first.name)} minus that for {short(second.name)}"
     is_one_image = first.image is second.image
     inputs = loaded.preprocessing(image.image)
+    places = {key: place_name(mask, maps.get(key)) for key, mask in regions.items()}
     parts: dict[str, Any] = {
         "maps": maps,
-        "image": photo(loaded, image, inputs) if is_one_image else None,
-        "caption": difference_caption(graph, first.name, second.name),
-        "signs": (f"more for {first.name}", f"more for {second.name}"),
+        "image": replace(photo(loaded, image, inputs), regions=regions) if is_one_image else None,
+        "caption": f"{_softmax(first, second)}{difference_caption(graph, first.name, second.name, places)}",
+        "signs": tuple(
+            f"more evidence for {one.name}, or less for {other.name}"
+            for one, other in ((first, second), (second, first))
+        ),
+        "maps_at": maps_at,
     }
     drawn = flow_figure(graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
@@ -102,6 +109,15 @@ def explain_difference(
         *messages.files([figure, numbers, page]),
     ]
     return Printed([shown(line) for line in lines])
+
+
+def _softmax(*both: Side) -> str:
+    """Says how large the softmax of both explained outputs is; empty for models with one output."""
+    if both[0].mu.outputs.numel() < 2:
+        return ""
+    shares = [float(side.mu.outputs.flatten().double().softmax(0)[side.target]) for side in both]
+    said = [f"{percent(share)} for {side.name}" for share, side in zip(shares, both, strict=True)]
+    return f"The softmax is {' and '.join(said)}. "
 
 
 def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str) -> tuple[Side, Side]:
@@ -145,8 +161,16 @@ def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tupl
     return mu, explained_class(loaded, request.target, mu.outputs)
 
 
-def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: FlowOptions) -> tuple[FlowGraph, NodeMaps]:
+def flow_difference(
+    loaded: LoadedModel, first: Side, second: Side, options: FlowOptions
+) -> tuple[FlowGraph, NodeMaps, str, Regions]:
     """Returns the difference between two flows over the same groups, and between their joint heat maps.
+
+    The numbers and heat maps of each flow come from the same passes.
+
+    Returns:
+        The graph; the heat maps by the keys of its nodes; the layer whose positions they show, empty for pixels; and
+        the regions of the nodes of the input, ``(H, W)``.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.
@@ -165,14 +189,16 @@ def flow_difference(loaded: LoadedModel, first: Side, second: Side, options: Flo
         layer: given for layer, given in {**divided.names, **names}.items() if not isinstance(over.get(layer), dict)
     }
     try:
-        graphs = [side.mu.flow(layers, over, top=None, names=names) for side in (first, second)]
-        graph = _counted(difference(*graphs), first.mu, over).smaller(top=max(options.top, options.count))
-        pairs = zip((first, second), graphs, strict=True)
-        joints = [_joint_maps(side.mu, flow, over) for side, flow in pairs]
+        flows = [mapped_flow(side.mu, layers, over, top=None, names=names) for side in (first, second)]
     except NRMError as error:
         raise RequestError(f"--layers {' '.join(map(shown, layers))}: {error}") from error
+    graph = _counted(difference(flows[0].graph, flows[1].graph), first.mu, over)
+    graph = graph.smaller(top=max(options.top, options.count))
+    joints = [_joint_maps(side.mu, flow) for side, flow in zip((first, second), flows, strict=True)]
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
-    return graph, {key: joints[0][key] - joints[1][key] for key in keys}
+    maps = {key: joints[0][key] - joints[1][key] for key in keys}
+    regions = regions_of(graph, over)
+    return graph, maps, flows[0].layer if flows[0].positions else "", regions
 
 
 def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:
@@ -195,10 +221,10 @@ def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) ->
     return replace(graph, layers=tuple(layers))
 
 
-def _joint_maps(mu: RelevanceMeasure, graph: FlowGraph, over: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the joint relevance of each node with the pixels."""
-    masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in graph.nodes}
-    return {key: masses[key] * values for key, values in flow_maps(mu, graph, over).items()}
+def _joint_maps(mu: RelevanceMeasure, flow: MappedFlow) -> dict[str, np.ndarray]:
+    """Returns the joint relevance of each node with the positions."""
+    masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in flow.graph.nodes}
+    return {key: masses[key] * values for key, values in flow.maps.items()}
 
 
 def _differing(first: RelevanceMeasure, second: RelevanceMeasure, layer: str) -> dict[str, torch.Tensor]:

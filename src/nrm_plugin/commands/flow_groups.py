@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.images import shown
+from ..measure.connected_parts import connected_parts
 from ..measure.flow import ordered_taps
+from ..measure.flow_graph import FlowGraph
 from ..measure.group_search import find_groups
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
@@ -24,10 +31,14 @@ from .output_files import class_name
 from .request import Request, RequestError, compared_with, explained_class
 
 INPUT = "input"
+Regions = Mapping[str, NDArray[np.bool_]]
+"""Regions of the image, ``(H, W)``, by the key of a node."""
 NARROW = 5.0
 """Width in inches below which a figure is drawn with a higher resolution."""
 MOST_PATCHES = 16
 """Number of image patches along each side that are grouped if scikit-image is not installed."""
+COMPACT = 40.0
+"""Compactness of a few superpixels, which would merge to even fewer if they followed colours closely."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
 """Pattern for group names that consist of the largest channel and the number of other channels."""
 
@@ -128,12 +139,14 @@ def groups_of(
     if isinstance(wanted, Path):
         return _with_short_names(_stored(wanted))
     ordered = [layer for layer, _ in ordered_taps(mu, layers)]
-    members = {INPUT: _members_of_the_input(image)} if INPUT in ordered else None
-    groups = _with_short_names(find_groups(mu, ordered, wanted, members, names=names))
     if INPUT not in ordered:
-        return groups
-    count = len(groups.names[groups.layers.index(INPUT)])
-    return groups.named({INPUT: [f"part {number}" for number in range(1, count + 1)]})
+        return _with_short_names(find_groups(mu, ordered, wanted, names=names))
+    members = _members_of_the_input(image)
+    groups = _connected(mu, find_groups(mu, ordered, wanted, {INPUT: members}, names=names), members)
+    if _count(groups) == 1:  # the layer above is a single number, on which all parts of the image depend alike
+        counts = {layer: None if layer == INPUT else wanted for layer in ordered}
+        groups = find_groups(mu, ordered, counts, {INPUT: _few_parts(image, wanted)}, names=names)
+    return _with_short_names(groups).named({INPUT: [f"part {number}" for number in range(1, _count(groups) + 1)]})
 
 
 def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups) -> dict[str, Tensor]:
@@ -144,11 +157,53 @@ def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups
     return labels
 
 
+def regions_of(graph: FlowGraph, over: Mapping[str, Any]) -> Regions:
+    """Returns the region of each group of the input that a flow shows, ``(H, W)``, by the key of its node.
+
+    Args:
+        graph: The flow.
+        over: For the input, the group of each pixel, ``(H, W)``.
+    """
+    patched = [node for node in graph.nodes if node.layer == INPUT and node.kind == "group"]
+    return {node.key: (over[INPUT] == node.group).numpy() for node in patched}
+
+
 def _members_of_the_input(image: Tensor) -> Tensor:
     if find_spec("skimage") is not None:
         return segments(image)
     size = image.shape[-2:]
     return patches(size, min(MOST_PATCHES, *size))
+
+
+def _connected(mu: RelevanceMeasure, groups: Groups, members: Tensor) -> Groups:
+    """Returns groups in which those of the input are connected regions, numbered by relevance."""
+    number = groups.layers.index(INPUT)
+    masses = mu.marginal(INPUT, over=members)[0].double().cpu()
+    labels = connected_parts(groups.labels[number].cpu(), members.cpu(), masses.abs())
+    sums = torch.zeros(int(labels.max()) + 1, dtype=masses.dtype).index_add(0, labels, masses)
+    order = sums.abs().argsort(descending=True, stable=True)
+    return replace(
+        groups,
+        labels=(*groups.labels[:number], order.argsort()[labels], *groups.labels[number + 1 :]),
+        masses=(*groups.masses[:number], tuple(sums[order].tolist()), *groups.masses[number + 1 :]),
+        kappas=tuple(
+            math.nan if INPUT in pair else kappa
+            for pair, kappa in zip(pairwise(groups.layers), groups.kappas, strict=True)
+        ),
+    )
+
+
+def _few_parts(image: Tensor, count: int) -> Tensor:
+    """Returns about as many superpixels, or patches, as are given."""
+    if find_spec("skimage") is not None:
+        return segments(image, count, COMPACT)
+    size = image.shape[-2:]
+    return patches(size, min(max(1, round(count**0.5)), *size))
+
+
+def _count(groups: Groups) -> int:
+    """Returns the number of groups of the input."""
+    return len(groups.names[groups.layers.index(INPUT)])
 
 
 def _with_short_names(groups: Groups) -> Groups:

@@ -20,16 +20,19 @@ from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import Walks, flow_caption
-from ..plots.flow_html import Pairs, save_sankey
+from ..plots.flow_html import save_sankey
+from ..plots.flow_notes import Pairs
+from ..plots.flow_places import place_name
 from ..plots.flow_thumbnails import Photo
 from ..plots.layer_profile import profile_figure
 from ..plots.ribbons import percent
 from ..search.group_walks import group_walks, least_passes
 from . import messages
-from .flow_groups import Division, FlowOptions, division
+from .flow_groups import Division, FlowOptions, division, regions_of
 from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
+    class_name,
     explained_title,
     image_settings,
     json_stem,
@@ -44,7 +47,9 @@ from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
-"""Largest number of partial passes for walks over groups, and number of walks listed on the page."""
+"""Most partial passes for walks over groups, and the number of walks on the page."""
+LEAST_NEXT = 0.01
+"""Softmax of the second class from which on a caption names it."""
 LEAST_PROFILE = 0.01
 """A figure of all layers is drawn if at least this much relevance is lost at a layer."""
 
@@ -66,6 +71,7 @@ class ImageFlow:
         maps_at: The layer whose positions the heat maps show; empty for single pixels.
         walks: The strongest walks over the groups, if there are not too many to compute all of them.
         profile: Profile of the layers, compared with plain LRP.
+        next_class: Name of the class with the largest output except the explained one.
     """
 
     outputs: Tensor
@@ -80,6 +86,7 @@ class ImageFlow:
     maps_at: str
     walks: Walks
     profile: Sequence[ProfileRow]
+    next_class: str = ""
 
 
 def explain_flow(
@@ -126,13 +133,12 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
     target = explained_class(loaded, request.target, mu.outputs)
     against = compared_with(loaded, request, mu.outputs)
     difference = None if against is None else float(mu.output)
-    patched = [node for node in graph.nodes if node.layer == "input" and node.kind == "group"]
-    regions = {node.key: (divided.over["input"] == node.group).numpy() for node in patched}
+    regions = regions_of(graph, divided.over)
     return ImageFlow(
         mu.outputs.flatten(), target, against, difference, graph, flow.maps, flow.pairs,
         replace(shown_image, regions=regions), divided.groups,
         flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
-        profile(mu, request.layers, plain),
+        profile(mu, request.layers, plain), _next_class(loaded, mu.outputs.flatten(), target),
     )  # fmt: skip
 
 
@@ -185,7 +191,7 @@ def _write(
     target = f"{explained_title(loaded, flow.target, flow.against, request.reference)}{weights_title(loaded)}"
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
-    parts |= {"maps_at": flow.maps_at, "walks": flow.walks}
+    parts |= {"maps_at": flow.maps_at, "walks": flow.walks, "pairs": flow.pairs}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
@@ -194,7 +200,7 @@ def _write(
     more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
-        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), pairs=flow.pairs, **parts)
+        save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), **parts)
     for path in stored:
         assert flow.groups is not None
         with writing(path) as temporary:
@@ -205,17 +211,37 @@ def _write(
 def caption(flow: ImageFlow) -> str:
     """Describes a flow and the part of the image that the model did not see."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
-    said = flow_caption(flow.graph, walks=flow.walks, areas=areas)
-    return f"{_rank(flow)} {said} {unseen(flow.photo)}".strip()
+    places = {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
+    said = flow_caption(flow.graph, walks=flow.walks, areas=areas, places=places)
+    return " ".join(filter(None, (_rank(flow), _whole(flow), said, unseen(flow.photo))))
 
 
 def _rank(flow: ImageFlow) -> str:
-    """Describes the softmax and the rank of the explained class; empty for models with one output."""
+    """Says how large the softmax of the explained class is; empty for models with one output."""
     if len(flow.outputs) < 2:
         return ""
     share = percent(float(torch.softmax(flow.outputs.double(), 0)[flow.target]))
     rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
-    return f"Its softmax is {share}, the largest." if rank == 1 else f"Its softmax is {share}, on rank {rank}."
+    if rank == 1:
+        second = float(flow.outputs.double().softmax(0).sort(descending=True).values[1])
+        is_close = bool(flow.next_class) and second >= LEAST_NEXT
+        after = f"; the next is {flow.next_class} with {percent(second)}" if is_close else ""
+        return f"The model predicts this class, with a softmax of {share}{after}."
+    return f"The model does not predict this class: its softmax of {share} has rank {rank}."
+
+
+def _whole(flow: ImageFlow) -> str:
+    """Says which number the relevance divides, if this is a difference of outputs."""
+    if flow.difference is None or flow.difference <= 0:
+        return ""
+    others = "the others" if isinstance(flow.against, str) else "the other"
+    return f"100% is its score minus that of {others}, {flow.difference:.3g}."
+
+
+def _next_class(loaded: LoadedModel, outputs: Tensor, target: int) -> str:
+    """Returns the name of the class with the largest output except the explained one."""
+    order = [index for index in outputs.argsort(descending=True).tolist() if index != target]
+    return f"“{class_name(loaded, order[0])}”" if order and class_name(loaded, order[0]) else ""
 
 
 def _is_whole(row: ProfileRow) -> bool:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from ..dataset.images import ImageError, load_image, shown
 from ..errors import NRMError
+from ..measure.layer_averages import blurred
 from .model_loading import LoadedModel
 
+BLUR = "blur"
 NAMES = {
-    "blur": "the blurred image",
+    BLUR: "the blurred image",
     "mean": "its mean colour",
     "black": "a black image",
     "white": "a white image",
 }
 """Descriptions of references that are not files."""
-BLUR = 1 / 8
-"""Standard deviation of the blur, as a fraction of the image side; better than 1 / 20 in docs/real.md."""
 
 
 class ReferenceImageError(NRMError, ValueError):
@@ -37,11 +36,8 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
     Raises:
         ReferenceImageError: If it is neither a known name nor an image file.
     """
-    if name == "blur":
-        deviation = BLUR * inputs.shape[-1]
-        side = 2 * min(round(3 * deviation), inputs.shape[-1] - 1) + 1
-        blurred: Tensor = gaussian_blur(inputs, [side, side], [deviation, deviation])
-        return blurred
+    if name == BLUR:
+        return blurred(inputs)
     if name == "mean":
         return inputs.mean((2, 3), keepdim=True).expand_as(inputs).contiguous()
     if name in ("black", "white"):

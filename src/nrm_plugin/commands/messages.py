@@ -51,9 +51,11 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
     yield from unseen(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
-    yield f"  relevance {_totals(result.totals, 'at the pixels')}"
-    if result.average is not None:
-        yield f"  heat map: mean over {' and '.join(result.average.layers)}"
+    if result.layer_map is not None:
+        about = f"{' and '.join(result.layer_map.layers)}{reference_words(result.layer_map.reference)}"
+        yield f"  coarse heat map: mean over {about}"
+    yield f"  {'fine heat map: ' if result.shows_pixels else ''}relevance {_totals(result.totals, 'at the pixels')}"
+    yield from (f"  note: {note}" for note in result.notes)
     for layer in result.layers:
         yield f"  {layer.name}: {_totals(layer.totals, 'crosses it')}, variation {layer.totals.variation:.3g}"
         yield from _columns([f"channel {channel:<5} {_percent(float(layer.mass[channel]))}" for channel in layer.top])

@@ -27,6 +27,7 @@ class LoadedModel:
         categories: Class names; empty if unknown.
         notes: Messages to the user.
         rules: The composites of all requests so far, by the settings of a request.
+        has_late_layers: Whether the model has layers for a coarse heat map, by the shape of the inputs so far.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LoadedModel:
     categories: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rules: dict[Any, Normalized] = field(default_factory=dict, compare=False, repr=False)
+    has_late_layers: dict[tuple[int, ...], bool] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parameter(self) -> Tensor:

@@ -14,6 +14,8 @@ AUTO, PIXELS, LAYER_CELLS = "auto", "pixels", "layer"
 """Resolutions of heat maps: automatic (see :data:`MOST_CELLS`), single pixels, or the cells of the layer."""
 MOST_CELLS = 56
 """Default number of heat-map cells along each side, about what the eye can resolve in a figure."""
+BOTH, OF_LAYERS, OF_PIXELS = "both", "layers", "pixels"
+"""Heat maps of ``explain``: that of late layers, which is coarse, that of the pixels, or both."""
 DEFAULT_RULES = "nrm_default"
 MISCLASSIFIED = "misread"
 """Name of the misclassified digits in the demo."""
@@ -64,12 +66,12 @@ def add_reference(group: Any) -> None:
                        "white one, or another image (default: no reference)")  # fmt: skip
 
 
-def add_averaged(group: Any) -> None:
-    """Adds the option for averages over layers."""
-    group.add_argument("--averaged", action="store_true",
-                       help="draw the mean over late layers of two resolutions in place of the pixels: coarser, but "
-                       "ahead in benchmarks; compares with the blurred image unless --reference or --composite is "
-                       "given")  # fmt: skip
+def add_map(group: Any) -> None:
+    """Adds the option for the heat maps to draw."""
+    group.add_argument("--map", choices=(BOTH, OF_LAYERS, OF_PIXELS), default=BOTH,
+                       help="layers: the mean over late layers, coarse, of the difference from the blurred image, "
+                       "unless --reference or --composite is given; pixels: the relevance of the pixels, fine-grained "
+                       "(default: %(default)s)")  # fmt: skip
 
 
 def add_target(group: Any) -> None:

@@ -119,7 +119,7 @@ def image_settings(
         "layers": list(request.layers),
         "preparation": loaded.preprocessing.settings,
         **({} if request.reference is None else {"reference": request.reference}),
-        **({"averaged": "True"} if request.averaged else {}),
+        **({} if request.map is None else {"map": request.map}),
     }
 
 
@@ -175,9 +175,9 @@ def wrapped(text: str, width: int = 24) -> str:
     return "\n".join([*first, "…"] if len(lines) > 3 else first)
 
 
-def heading_lines(lines: Sequence[str], heat_maps: int) -> str:
-    """Wraps lines to fit above an image and the given number of heat maps."""
-    width = LETTERS * (min(3, heat_maps) + 1)
+def heading_lines(lines: Sequence[str], heat_maps: int, letters: int = LETTERS) -> str:
+    """Wraps lines to fit above an image and the given number of heat maps, with space for ``letters`` above each."""
+    width = letters * (min(3, heat_maps) + 1)
     return "\n".join(textwrap.fill(line, width, break_long_words=True) for line in lines)
 
 

@@ -55,7 +55,9 @@ class Request:
         device: The device on which to compute.
         channels: Number of channels per layer for which heat maps are drawn.
         reference: Name or file of the reference image, or None without one.
-        averaged: Whether the heat map is the mean over late layers of two resolutions.
+        map: Heat maps to draw: one of :data:`~nrm_plugin.commands.options.BOTH` and others, or None if the command has
+            no such choice.
+        layers_reference: Reference image of the map of layers, if it has one that the other results do not have.
     """
 
     target: str | None = None
@@ -68,7 +70,8 @@ class Request:
     device: str = "cpu"
     channels: int = CHANNELS
     reference: str | None = None
-    averaged: bool = False
+    map: str | None = None
+    layers_reference: str | None = None
 
 
 def check_device(name: str) -> torch.device:

@@ -12,8 +12,9 @@ from pathlib import Path
 from ..dataset.images import shown
 from .composite_names import check_composite_name
 from .event_syntax import parse
+from .image_references import BLUR
 from .model_loading import LoadedModel, load
-from .options import CHANNELS, DEFAULT_RULES
+from .options import BOTH, CHANNELS, DEFAULT_RULES, OF_LAYERS
 from .request import SECANTS, Request, RequestError
 
 
@@ -25,9 +26,10 @@ def request_of(options: argparse.Namespace) -> Request:
         CompositeError: If no composite has this name.
         ConditionError: If an event does not follow the grammar.
     """
-    averaged, reference = getattr(options, "averaged", False), getattr(options, "reference", None)
-    if averaged and not options.composite:
-        reference = reference or "blur"
+    drawn, reference = getattr(options, "map", None), getattr(options, "reference", None)
+    layers_reference = None if options.composite or reference else BLUR if drawn == BOTH else None
+    if drawn == OF_LAYERS and not options.composite:
+        reference = reference or BLUR
     composite = options.composite or (SECANTS if reference else DEFAULT_RULES)
     if composite == SECANTS:
         _check_no_rules(options)
@@ -46,7 +48,8 @@ def request_of(options: argparse.Namespace) -> Request:
         device=options.device,
         channels=getattr(options, "channels", CHANNELS),
         reference=reference,
-        averaged=averaged,
+        map=drawn,
+        layers_reference=layers_reference,
     )
 
 

@@ -91,7 +91,7 @@ class SweepBatches:
         """
         if indices is None and SAMPLE not in batch:
             raise SweepError(
-                f"the batch has no column {SAMPLE!r} of sample numbers; its columns are {', '.join(batch)}. Add it, or "
+                f"the batch has no column {SAMPLE!r} of sample indices; its columns are {', '.join(batch)}. Add it, or "
                 "set with_indices=True for Hugging Face datasets."
             )
         sample = [int(number) for number in (batch[SAMPLE] if indices is None else indices)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.forward_state import before_writing, note_untracked, write
 from ..model.affine_layers import LAYERS
+from ..model.value_reads import without_modes
 from .attention import FUSED, decomposed_attention, is_decomposed
 from .decompositions import DECOMPOSITIONS, is_computed_layer, product_and_bias, python_body
 from .difference_steps import NO_KERNEL, check_constants, check_route, difference_step, reference_pass
@@ -24,6 +25,8 @@ from .registry import KERNELS, kernel_factory_of
 from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
 
 NOT_HANDLED: Final = object()
+OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
+"""Functions of computed values whose results depend on them by their shape, which autograd does not track."""
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
 """Functions that read only the shape and the format of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
@@ -49,8 +52,9 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
-            if call.inputs and call.name.base not in FILLS and _leaves_the_graph(call, result):
-                note_untracked()
+            with without_modes():
+                if call.inputs and call.name.base not in FILLS and _leaves_the_graph(call, result):
+                    note_untracked()
             return result
     raise AssertionError("the last handler applies to every call")
 
@@ -58,6 +62,8 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
     """Returns whether the result of a function of computed values is not tracked by autograd."""
     items = result if isinstance(result, (list, tuple)) else (result,)
+    if call.name.base in OF_UNKNOWN_SHAPE:
+        return True
     if not all(isinstance(item, Tensor) for item in items):
         return call.leaves(result)
     return not all(item.requires_grad for item in items)

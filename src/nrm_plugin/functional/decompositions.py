@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import UnsupportedOperationError
 from .registry import DECOMPOSITIONS, decomposition_of
@@ -161,6 +162,44 @@ def _mean_of_variance(
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
+
+
+@decomposition_of("embedding")
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *options: Any,
+    **more: Any,
+) -> Any:
+    """Looks up rows of a computed table."""
+    return NotImplemented if input.is_floating_point() or max_norm is not None else weight[input]
+
+
+@decomposition_of("embedding_bag")
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """Looks up the rows and sums them, if the weights of the rows or the table are computed."""
+    if input.is_floating_point() or offsets is not None or mode == "max":  # torch.embedding_bag has the table first
+        return NotImplemented
+    rows = functional.embedding(input, weight)
+    used = torch.ones_like(input) if padding_idx is None else (input != padding_idx).to(input.dtype)
+    rows = rows if padding_idx is None else rows * used.unsqueeze(-1)
+    rows = rows if per_sample_weights is None else rows * per_sample_weights.unsqueeze(-1)
+    total = rows.sum(1)
+    return total if mode == "sum" else total / used.sum(1, keepdim=True).clamp(min=1)
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:

@@ -31,6 +31,7 @@ from ..kernels.reference_pass import ReferencePass
 from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.affine_layers import LAYERS, layer_like
 from ..model.checks import check_function
+from ..model.value_reads import without_modes
 from ..model.zero_one_routes import source_of
 from .attention import layout
 from .complex_kernels import complex_kernel
@@ -96,11 +97,16 @@ class InterceptedPass:
         self._check_covered(observed)
         if listener() is not None:  # a context may run in training mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
-        call = self.function_call(observed)
+        with without_modes():
+            call = self.function_call(observed)
         output = call.run(*call.values)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return self.complex_step(observed)
-        output = output.detach()
+        with without_modes():
+            return self._linked_step(call, output.detach(), observed, factory)
+
+    def _linked_step(self, call: FunctionCall, output: Tensor, observed: ObservedCall, factory: KernelFactory) -> Any:
+        """Returns the output of a call that has been run as the output of its step."""
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # an operation may return its input, a step may not
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..errors import UnsupportedOperationError, derivative_inside
 from ..kernels.forward_state import (
     RUNNING,
     before_writing,
     constants_detached,
     is_foreign,
     is_inside_step,
+    is_transformed,
     known_leaves,
     note_leaves,
     note_untracked,
 )
 from ..model.renormalization import Tables
 from ..model.saved_tensors import saved_in_place
+from ..model.value_reads import without_modes
 from .call_handlers import handle
 from .function_call import Settings
 from .intercepted_pass import InterceptedPass
@@ -59,7 +62,11 @@ class InterceptionMode(TorchFunctionMode):
 
     def _result(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward_pass = self.forward_pass
+        if is_transformed():
+            return func(*args, **kwargs)
         is_inside = is_inside_step()
+        if func in _DERIVATIVES and not is_inside:
+            raise UnsupportedOperationError(derivative_inside(forward_pass.path))
         if is_inside or not torch.is_grad_enabled():
             if not is_inside:
                 self._before_untracked(func, args)
@@ -69,15 +76,22 @@ class InterceptionMode(TorchFunctionMode):
             return forward_pass.with_ids(ObservedCall.of(func, args, kwargs, forward_pass.path), result)
         if _reads_no_values(func):
             return func(*args, **kwargs)
+        with without_modes():
+            call = self._observed(func, args, kwargs)
+        return forward_pass.with_ids(call, handle(call, forward_pass))
+
+    def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
+        """Returns the call of a function, with tensors that are constants for relevance detached."""
+        path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
             kwargs = {key: constants_detached(value) for key, value in kwargs.items()}
-        call = ObservedCall.of(func, args, kwargs, forward_pass.path)
+        call = ObservedCall.of(func, args, kwargs, path)
         if len(call.inputs) > 1 and any(is_foreign(tensor, is_exact=True) for tensor in call.inputs):
             args = constants_detached(args, is_exact=True)
             kwargs = {key: constants_detached(value, is_exact=True) for key, value in kwargs.items()}
-            call = ObservedCall.of(func, args, kwargs, forward_pass.path)
-        return forward_pass.with_ids(call, handle(call, forward_pass))
+            call = ObservedCall.of(func, args, kwargs, path)
+        return call
 
     def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Records a function that runs without gradients, as in the forward of an ``autograd.Function``."""
@@ -92,6 +106,10 @@ _FORMS = frozenset("dim size stride numel nelement element_size is_floating_poin
 """Methods of a tensor that read only its shape or format."""
 _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".split())
 """Attributes of a tensor that depend only on its shape, format and device."""
+
+
+_DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
+"""Functions that would read relevance, which steps propagate in place of gradients."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:

@@ -211,6 +211,14 @@ def _is_subclass(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def is_transformed() -> bool:
+    """Returns whether a transform of ``torch.func`` runs, such as ``vmap`` or ``grad``; nothing inside of it is a step.
+
+    Relevance raises an error where it arrives at the results of the transform; constants may come from one.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def listener() -> Listener | None:
     """Returns the listener of the forward pass of this thread."""
     return RUNNING.listener

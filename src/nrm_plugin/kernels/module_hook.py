@@ -32,6 +32,7 @@ from .forward_state import (
     is_foreign,
     is_inside_step,
     is_saved,
+    is_transformed,
     leave_mode,
     listener,
     not_recorded,
@@ -134,6 +135,9 @@ class StepHook(Hook):
     @without_torch_function
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Detaches the arguments of the module (forward pre-hook)."""
+        if is_transformed():
+            RUNNING.modules.append(RunningModule(self, module, None))
+            return None
         floating = _floating(args, kwargs)
         computed = {key: tensor for key, tensor in floating.items() if tensor.requires_grad and not is_foreign(tensor)}
         if len(computed) > 1:
@@ -144,7 +148,7 @@ class StepHook(Hook):
             RUNNING.modules.append(RunningModule(self, module, None))
             return None
         device = next(iter(computed.values())).device
-        if asked_for(device) is not None:
+        if asked_for(device) is not None and listener() is None:  # a measure has its relevance in float32
             raise InputError(autocast_outside(self.name, type(module).__name__))
         if len(computed) > 1 and is_own_layer(module):
             return None  # the functions inside are steps with the rule of the module, each with its own input

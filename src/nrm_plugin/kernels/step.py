@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedOperationError
+from ..errors import UnsupportedOperationError, derivative_inside
 from ..model.autocast import InFloat32, exact, is_short, working_dtype
 from ..model.value_reads import repeated
 from .base import Kernel
@@ -248,6 +248,10 @@ class Link(torch.autograd.Function):
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_propagated(ctx, relevance)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedOperationError(derivative_inside())
+
 
 class LinkInPlace(torch.autograd.Function):
     """Links a tensor that was modified in place to its earlier state; the gradient is relevance."""
@@ -261,6 +265,10 @@ class LinkInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_propagated(ctx, relevance)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedOperationError(derivative_inside())
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -321,3 +329,7 @@ class Origin(torch.autograd.Function):
             "are constants, so the gradient would be incomplete. For relevance in a loss, use the composite without "
             "Normalized, whose rules Zennit differentiates; detach() the relevance if it needs no gradient."
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedOperationError(derivative_inside())

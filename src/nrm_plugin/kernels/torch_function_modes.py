@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from zennit.core import Hook
 
 from ..model.affine_layers import WEIGHTED, broadcast, is_affine
-from ..model.autocast import current
+from ..model.autocast import asked_for, current
 from ..model.custom_layers import WeightRecorder, is_own_layer
 from ..model.quantized import is_quantized
 from .forward_state import Saved, without_torch_function
@@ -77,11 +77,19 @@ def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
     """Returns the mode for a module with this rule, or None if the module runs without a mode."""
     if is_quantized(module):
         return None
+    if is_affine(module) and _is_rounded(module):  # the model rounds the output, which has no exact part without bias
+        return None
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
     if is_own_layer(module) and is_by_modifiers(rule):
         return WeightRecorder()
     return OutOfPlace() if is_torch_activation(module) and getattr(module, "inplace", False) else None
+
+
+def _is_rounded(layer: nn.Module) -> bool:
+    """Returns whether the model itself runs a layer under autocast, inside its forward pass."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and asked_for(weight.device) is not None
 
 
 def seen_image(mode: Mode | None, rule: Hook) -> Image | None:

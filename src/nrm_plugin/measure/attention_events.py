@@ -10,8 +10,8 @@ from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, at
 from ..events.index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
+from ..recording.module_names import OUTPUT
 from ..recording.recording import Recording
-from ..recording.taps import OUTPUT
 from ..recording.transformer_sites import PART
 
 

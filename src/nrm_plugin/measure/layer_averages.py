@@ -2,22 +2,113 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
 
 from ..errors import InputError
+from ..model.contrast import REST
+from .layer_taps import separates
 from .measure import RelevanceMeasure
+
+BLUR = 1 / 8
+"""Standard deviation of the blur of a reference, as a fraction of the shorter side of the image."""
+RESOLUTIONS = 2
+"""Number of resolutions over which :func:`layer_map` averages, counted from the output; chosen in docs/real.md."""
+LEAST = 4
+"""Least positions along each side of the layers of :func:`layer_map`; fewer do not locate anything."""
+SAME_SHAPE = 1.5
+"""Largest ratio of the aspect ratios of a grid of positions and of the image."""
+
+
+def layer_map(
+    model: nn.Module, images: Tensor, target: Any = None, *, against: Any = REST, reference: Any = None, **settings: Any
+) -> Tensor:
+    """Returns coarse heat maps that locate the evidence for a class, as Grad-CAM does.
+
+    This is the map of layers of ``nrm-plugin explain``: :func:`layer_average` over the :func:`late_layers` of the
+    measure against a reference.
+
+    Args:
+        model: A classifier of images, in evaluation mode.
+        images: ``(N, C, H, W)``.
+        target: The class, as in :class:`~nrm_plugin.RelevanceMeasure`.
+        against: What the class is compared with; by default the other classes, weighted by their softmax.
+        reference: The images with which the images are compared; by default :func:`blurred` images.
+        settings: Further arguments of :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Returns:
+        Heat maps ``(N, H, W)``. Positive values are evidence for the class.
+
+    Raises:
+        InputError: If the model has no late layers, or if an image equals its reference.
+        NRMError: As in :class:`~nrm_plugin.RelevanceMeasure`.
+
+    Examples:
+        >>> net = nn.Sequential(
+        ...     nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+        ... )
+        >>> layer_map(net, torch.rand(5, 3, 16, 16), target=1).shape
+        torch.Size([5, 16, 16])
+
+    Source: new in this package; compared with Grad-CAM in docs/real.md.
+    """
+    reference = blurred(images) if reference is None else reference
+    mu = RelevanceMeasure(model, images, target, against=against, reference=reference, **settings)
+    layers = late_layers(mu)
+    if not layers:
+        raise InputError(
+            f"a map of layers needs layers with positions, which all relevance crosses, on {RESOLUTIONS} grids of at "
+            f"least {LEAST} × {LEAST} that are coarser than the image, as in convolutional networks; this model has "
+            'none. The relevance of the pixels is RelevanceMeasure(model, images, target).marginal("input").'
+        )
+    return layer_average(mu, layers)
+
+
+def blurred(images: Tensor) -> Tensor:
+    """Returns images ``(N, C, H, W)`` blurred by a Gaussian with a deviation of an eighth of the shorter side.
+
+    Examples:
+        >>> blurred(torch.rand(5, 3, 8, 8)).shape
+        torch.Size([5, 3, 8, 8])
+    """
+    short = min(images.shape[2:])
+    side = 2 * min(round(3 * BLUR * short), short - 1) + 1
+    # One axis after the other: torchvision's kernel for both has side × side weights.
+    across = gaussian_blur(images, [side, 1], [BLUR * short, 1.0])
+    result: Tensor = gaussian_blur(across, [1, side], [1.0, BLUR * short])
+    return result
+
+
+def late_layers(mu: RelevanceMeasure) -> list[str]:
+    """Returns the layers of :func:`layers_by_resolution` on the two coarsest grids of at least 4 × 4, the last first.
+
+    The list is empty if the model does not have positions on two such grids that are coarser than the image. Vision
+    transformers, for example, have only one such layer, which embeds the patches.
+
+    Raises:
+        InputError: If the inputs are not images.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Flatten(), nn.Linear(64, 2))
+        >>> late_layers(RelevanceMeasure(net, torch.rand(5, 3, 16, 16), target=1))
+        ['1', '0']
+    """
+    layers = list(itertools.islice(_last_layers(mu, LEAST), RESOLUTIONS))
+    return layers if len(layers) == RESOLUTIONS else []
 
 
 def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer per spatial resolution, from the last layer to the input.
 
-    Candidates are the layers with positions ``(N, C, H, W)`` that no walk bypasses. Each is assigned to the power of
-    two by which their grid is smaller than the image. For each power of two, the last layer with the smallest grid is
-    chosen.
+    Candidates are the layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses, on a grid
+    with the aspect ratio of the image, unlike the weights of attention. Each is assigned to the power of two by which
+    its grid is smaller than the image. For each power of two, the last layer with the smallest grid is chosen.
 
     Args:
         mu: The measure of images ``(N, C, H, W)``.
@@ -25,17 +116,33 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     Raises:
         InputError: If the inputs are not images.
     """
-    height = _grid(mu, "input")[0]
-    chosen: dict[int, tuple[int, str]] = {}
-    for name in mu.layers:
-        shape = mu.shape(name)
-        if len(shape) != 4 or name == "output" or min(shape[2:]) < 2:
+    return [*_last_layers(mu), "input"]
+
+
+def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
+    """Yields the layers of :func:`layers_by_resolution` with ``least`` positions along each side, not the input."""
+    (height, width), count = _grid(mu, "input"), mu._tap("input").tensor_shape[0]
+    by_octave: dict[int, list[tuple[int, int, str]]] = {}
+    for place, name in enumerate(mu.layers):
+        # Shapes of tensors are known, but samples in other dimensions than the first may take another recording.
+        tap = mu._tap(name)
+        shape, channels = tap.tensor_shape, tap.tensor_channel_dim % 4
+        if name in ("input", "output") or len(shape) != 4 or shape[0] != count or channels == 0:
             continue
-        octave, size = round(math.log2(height / shape[2])), math.prod(shape[2:])
-        is_smaller = octave not in chosen or size <= chosen[octave][0]
-        if name == "input" or (octave > 0 and is_smaller and not mu.bypass(name).any()):
-            chosen[octave] = size, name
-    return [chosen[octave][1] for octave in sorted(chosen, reverse=True)]
+        rows, columns = (size for dim, size in enumerate(shape) if dim not in (0, channels))
+        if min(rows, columns) < least or abs(math.log(height * columns / (width * rows))) > math.log(SAME_SHAPE):
+            continue
+        octave = round(math.log2(height / rows))
+        if octave > 0:
+            by_octave.setdefault(octave, []).append((rows * columns, -place, name))
+    for _, candidates in sorted(by_octave.items(), reverse=True):
+        separating = (name for _, _, name in sorted(candidates) if _is_crossed_by_all(mu, name))
+        yield from itertools.islice(separating, 1)
+
+
+def _is_crossed_by_all(mu: RelevanceMeasure, name: str) -> bool:
+    """Returns whether all walks from the output to the input cross a layer, whatever their relevance is."""
+    return separates(mu._recording, mu._tap("output"), mu._tap(name), mu._tap("input"))
 
 
 def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> Tensor:
@@ -49,7 +156,8 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
 
     Args:
         mu: The measure of images ``(N, C, H, W)``.
-        layers: Layers with positions ``(N, C, H, W)``; by default those of :func:`layers_by_resolution`.
+        layers: Layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``; by default those of
+            :func:`layers_by_resolution`.
 
     Returns:
         Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if an explained difference is
@@ -67,9 +175,12 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
     names = layers_by_resolution(mu) if layers is None else list(layers)
     size = _grid(mu, "input")
     maps = []
-    for name, marginal in mu.marginal(names).items():
+    for name in names:
         _grid(mu, name)
-        relevance = marginal.sum(1, keepdim=True)
+    with mu._without_sums():
+        marginals = mu.marginal(names)
+    for name, marginal in marginals.items():
+        relevance = marginal.sum(mu.channel_dim(name)).unsqueeze(1)
         share = relevance / relevance.abs().sum((2, 3), keepdim=True).clamp(min=torch.finfo(relevance.dtype).tiny)
         per_pixel = relevance.shape[2] * relevance.shape[3] / math.prod(size)
         maps.append(nn.functional.interpolate(share, size, mode="bilinear", align_corners=False)[:, 0] * per_pixel)
@@ -77,7 +188,8 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
 
 
 def _grid(mu: RelevanceMeasure, name: str) -> tuple[int, int]:
-    shape = mu.shape(name)
+    shape, channels = mu.shape(name), mu.channel_dim(name)
     if len(shape) != 4:
         raise InputError(f"layer {name!r} has no spatial positions: expected shape (N, C, H, W), got {tuple(shape)}.")
-    return shape[2], shape[3]
+    rows, columns = (size for dim, size in enumerate(shape) if dim not in (0, channels))
+    return rows, columns

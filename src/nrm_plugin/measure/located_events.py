@@ -113,6 +113,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
     Raises:
         EventError: If the index does not fit the tap.
     """
+    in_tensor = channel_dim % max(len(shape), 1)
     channel_dim, shape = layout.channel_dim(channel_dim, len(shape)), layout.shape(shape)
     inner = torch.Size(shape[1:])
     if atom.index is None:
@@ -123,8 +124,8 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         if value.shape == inner:
             return value.clone().unsqueeze(0)
-        if value.shape == layout.inner_of_parts(inner):
-            return layout.in_all_parts(value).unsqueeze(0)
+        if value.shape == layout.inner_of_views(inner, in_tensor):
+            return layout.in_all_views(value, in_tensor).unsqueeze(0)
         if value.shape == shape:
             return value.clone()
         raise EventError(
@@ -132,7 +133,8 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
             f"{tuple(inner)}, with one mask for each of the {shape[0]} samples {tuple(shape)}. For a mask over "
             "channels use `at(layer).channel(mask)`."
         )
-    return layout.in_all_parts(_selected(atom, layout.inner_of_parts(inner))).unsqueeze(0)
+    selected = _selected(atom, layout.inner_of_views(inner, in_tensor))
+    return layout.in_all_views(selected, in_tensor).unsqueeze(0)
 
 
 def _channels(atom: Atom, shape: torch.Size, channel_dim: int) -> Tensor:

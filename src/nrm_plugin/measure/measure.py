@@ -15,6 +15,7 @@ from ..events.event import Atom, Event
 from ..kernels.normalization import Residual
 from ..model.checks import unwrapped
 from ..model.inputs_and_outputs import Call, Inputs, Output
+from ..model.value_reads import uncollected
 from ..recording.propagation import Cost
 from ..recording.recording import Recording
 from . import conservation
@@ -126,7 +127,8 @@ class RelevanceMeasure(Recorded):
         self.composite = composite_of(composite, residual, gain_limit, uncovered, reference)
         call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
         call, recorded = reference_of(call, reference, slopes)
-        self._recording = Recording(unwrapped(model), call, self.composite, output, recorded, self._max_memory)
+        with uncollected():
+            self._recording = Recording(unwrapped(model), call, self.composite, output, recorded, self._max_memory)
         if self._recording.parts is not None:
             self._one_query = threading.RLock()
         self._start, self._output = start_of(self._recording, target, start, against)

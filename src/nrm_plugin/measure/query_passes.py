@@ -60,6 +60,7 @@ class QueryPasses:
     _max_memory: int | None
     _one_query: AbstractContextManager[Any] = nullcontext()
     _totals_once: Totals | None = None
+    _has_sums = True
     _shared: tuple[Totals | None, frozenset[Place]] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -118,6 +119,15 @@ class QueryPasses:
         finally:
             self._shared = None
 
+    @contextmanager
+    def _without_sums(self) -> Iterator[None]:
+        """Context in which passes for relevance stop at the lowest tap, and do not sum masses for later queries."""
+        self._has_sums = False
+        try:
+            yield
+        finally:
+            self._has_sums = True
+
     @property
     def _totals(self) -> Totals:
         return self._totals_once or self._pass()
@@ -129,7 +139,8 @@ class QueryPasses:
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
-            totals = self._pass(taps, sums=not is_traced())  # a traced query is independent of others
+            has_sums = self._has_sums and not is_traced()  # a traced query is independent of others
+            totals = self._pass(taps, sums=has_sums)
             maps = [self._mixed(values) for values in separate_maps(totals, taps)]
         else:
             maps = self._event_maps(taps, joint if given is None else given, given is not None, min_ratio)

@@ -59,14 +59,18 @@ class Totals:
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():
             self._enter(buffer, vector)
-        return vectors
+        return self._further(vectors)
 
     def at_edge(self, edge: Edge, vectors: Vectors[str]) -> Vectors[str]:
         for vector in vectors.values():
             self._enter(edge, vector)
             if self.has_sums and len(self.recording.graph.vertices[edge.vertex].edges) > 1:
                 self.branches[edge] = self.mass[edge] if edge in self.mass else self._sum(vector, edge)
-        return vectors
+        return self._further(vectors)
+
+    def _further(self, vectors: Vectors[str]) -> Vectors[str]:
+        """Returns the relevance that is propagated further: none if all stored taps have it, and nothing is summed."""
+        return vectors if self.has_sums or not self.stored or len(self.maps) < len(self.stored) else {}
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
         for vector in vectors.values() if self.has_sums else ():

@@ -21,17 +21,22 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""The formats shorter than float32 that a model may use."""
+"""The formats shorter than float32 in which a model may compute, and that its inputs and outputs may have."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of relevance at a tensor of the given dtype: float32 for shorter formats."""
-    return torch.float32 if dtype in SHORT else dtype
+    return torch.float32 if is_short_format(dtype) else dtype
+
+
+def is_short_format(dtype: torch.dtype) -> bool:
+    """Returns whether a floating-point format is shorter than float32, such as those of 8 bits inside a model."""
+    return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
 
 
 def is_short(tensor: Tensor) -> bool:
     """Returns whether the model computed a tensor in a format shorter than float32."""
-    return tensor.dtype in SHORT
+    return is_short_format(tensor.dtype)
 
 
 class InFloat32(TorchFunctionMode):
@@ -158,6 +163,7 @@ __all__ = [
     "current",
     "exact",
     "is_short",
+    "is_short_format",
     "layers_in",
     "lowered",
     "shortened",

@@ -346,9 +346,9 @@ def _none_floating(inputs: Mapping[Any, Any]) -> str:
 
 def _not_floating(tensor: Tensor) -> str:
     return (
-        f"has dtype {tensor.dtype}; relevance requires real floating-point inputs, or integers that an nn.Embedding "
-        "or an index looks up. Convert with `.float()` (ids with `.long()`), or pass the output of the embedding. "
-        "Pass masks, lengths and graphs as additional_forward_args."
+        f"has dtype {tensor.dtype}; relevance requires real floating-point inputs, or integers that an nn.Embedding, "
+        "an index or F.one_hot looks up. Convert with `.float()` (ids with `.long()`), or pass the output of the "
+        "embedding. Pass masks, lengths and graphs as additional_forward_args."
     )
 
 

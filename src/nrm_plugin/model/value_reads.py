@@ -6,6 +6,7 @@ is then evaluated again and compared, unless the result did not depend on it.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -94,6 +95,21 @@ def unwatched() -> Iterator[None]:
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """Context without garbage collection of reference cycles.
+
+    A recording creates many objects, so the garbage collector would traverse all objects of the process several times.
+    """
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+
+
+@contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
     """Context manager that keeps a trace from taking the given shortcuts."""
     outer = ACTIVE.avoided
@@ -131,4 +147,15 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     return found
 
 
-__all__ = ["ACTIVE", "audit", "avoiding", "holds", "is_traced", "note_obstacle", "repeated", "untraced", "unwatched"]
+__all__ = [
+    "ACTIVE",
+    "audit",
+    "avoiding",
+    "holds",
+    "is_traced",
+    "note_obstacle",
+    "repeated",
+    "uncollected",
+    "untraced",
+    "unwatched",
+]

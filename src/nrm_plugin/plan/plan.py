@@ -20,11 +20,12 @@ from ..measure.memory_budget import check_memory
 from ..measure.references import Slopes, composite_of, reference_of
 from ..model.checks import check_module
 from ..model.inputs_and_outputs import Call, Inputs, Output
+from ..model.value_reads import uncollected
 from ..recording.recording import Reference
 from .export import explained_model, save
 from .keys import call_key, shapes_of
 from .model_state import ModelState, hooked, settings
-from .planned_measure import PlannedMeasure, Settings, TracedRecording, uncollected
+from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .programs import Programs, memory_of
 
 MOST = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import DEFAULT
 from ..measure.start import every_one, start_of
 from ..model.inputs_and_outputs import Call, Output
-from ..model.value_reads import ACTIVE, avoiding
+from ..model.value_reads import ACTIVE, avoiding, uncollected
 from ..recording.propagation import Cost
 from ..recording.recording import Recording, Reference
 from .keys import frozen
@@ -148,21 +147,6 @@ class TracedRecording:
             self._length = len(self.tracer.trace.operations)
         if self.tracer is not None and self.tracer.trace.obstacles:
             self.obstacle = self.tracer.trace.obstacles[0]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Context manager without garbage collection of reference cycles.
-
-    A trace creates many objects, so the garbage collector would traverse all objects of the process several times.
-    """
-    is_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_enabled:
-            gc.enable()
 
 
 def _random_states() -> tuple[Any, ...]:

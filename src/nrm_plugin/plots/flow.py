@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,14 +16,18 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
-from .flow_caption import NAMED_WALKS, SIGNS, Walks, flow_caption, key_text
+from .flow_caption import Walks, flow_caption, named_walks
 from .flow_columns import has_off, region_name
+from .flow_key import SIGNS, key_text
 from .flow_layout import flow_scene
+from .flow_notes import Pairs, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
-from .flow_thumbnails import NodeThumbnails, Photo, node_thumbnails, painted, photo_pixels, region_places
+from .flow_thumbnails import NodeThumbnails, Photo, is_cropped, node_thumbnails, painted, photo_pixels, region_places
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
+SMALLEST = 5.0
+"""Smallest font size of names in the photograph, in points."""
 HATCHES = {"sink": "//////", "bypass": "......"}
 
 
@@ -38,6 +43,7 @@ def flow_figure(
     maps_at: str = "",
     walks: Walks = (),
     signs: tuple[str, str] = SIGNS,
+    pairs: Pairs | None = None,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
 
@@ -55,9 +61,11 @@ def flow_figure(
             the caption, and in grey beneath the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
-        maps_at: The layer whose positions the heat maps show, for the legend; by default, single pixels of the input.
-        walks: The strongest walks over groups; the ribbons of those that the caption names are outlined.
+        maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
+        walks: The strongest walks over groups, as in the caption: those that it names are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
+        pairs: Joint relevance of nodes in layers that are not neighbours, as in :func:`~nrm_plugin.plots.sankey`: the
+            part of the image that stands out in a group of channels is named below the group.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -71,16 +79,17 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, scene.width)
     axes.set_ylim(scene.height, 0)
     axes.set_axis_off()
-    outlined = {pair for keys, _ in walks[:NAMED_WALKS] for pair in pairwise(keys)}
     for band in sorted(scene.bands, key=lambda band: -band.width):
-        _draw_band(axes, band, palette, (band.lower, band.upper) in outlined)
+        _draw_band(axes, band, palette)
+    for band in walk_bands(scene, walks):
+        _draw_band(axes, band, palette, is_edged=True)
     for node in scene.nodes:
         _draw_node(axes, node, thumbnails, palette)
     if scene.photo is not None and photo is not None:
@@ -101,18 +110,21 @@ def scene_of(
     signs: tuple[str, str] = SIGNS,
     maps_at: str = "",
     walks: Walks = (),
+    pairs: Pairs | None = None,
 ) -> Scene:
     """Returns the layout of a flow, including its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
+    notes = {} if pairs is None else standing_out(graph, pairs)
     return flow_scene(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks),
+        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks, is_cropped(thumbnails), bool(notes)),
         width,
         shown,
         thumbnails.ratio if thumbnails else 1.0,
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
+        notes,
     )
 
 
@@ -132,14 +144,31 @@ def curve(band: Band) -> list[tuple[float, float]]:
     return over + under
 
 
-def _draw_band(axes: Axes, band: Band, palette: Palette, is_outlined: bool) -> None:
+def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
+    """Returns the bands of the walks that the caption names, at the upper edges of the ribbons, in their own widths."""
+    ribbons = {(band.lower, band.upper): band for band in scene.bands}
+    filled = dict.fromkeys(ribbons, 0.0)
+    bands = []
+    for keys, mass in named_walks(walks):
+        for pair in pairwise(keys):
+            if pair in ribbons:
+                ribbon = ribbons[pair]
+                width = min(mass * scene.unit, ribbon.width - filled[pair])
+                shift = filled[pair] + width / 2 - ribbon.width / 2
+                start, end = ((x, y + shift) for x, y in (ribbon.start, ribbon.end))
+                filled[pair] += width
+                bands.append(replace(ribbon, value=mass, start=start, end=end, width=width, strength=0.9))
+    return bands
+
+
+def _draw_band(axes: Axes, band: Band, palette: Palette, is_edged: bool = False) -> None:
     points = curve(band)
     path = Curve([*points, points[0]], [1, 4, 4, 4, 2, 4, 4, 4, 79])
     axes.add_patch(
         PathPatch(path, facecolor=color_of(band.tone, palette), edgecolor="none", alpha=band.strength, zorder=2)
     )
-    if is_outlined:
-        axes.add_patch(PathPatch(path, fill=False, edgecolor=palette.ink, linewidth=0.7, zorder=2.5))
+    if is_edged:
+        axes.add_patch(PathPatch(path, fill=False, edgecolor=palette.ink, linewidth=0.5, zorder=2.5))
 
 
 def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, palette: Palette) -> None:
@@ -163,8 +192,9 @@ def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
     for key, (x, y) in region_places(photo).items():
         axes.text(
             box.x + x * box.width, box.y + y * box.height, names.get(key, ""), color="white",
-            fontsize=0.055 * box.width,
-            ha="center", va="center", zorder=7, path_effects=[withStroke(linewidth=1.2, foreground="#222222")],
+            fontsize=max(0.055 * box.width, SMALLEST),
+            ha="center", va="center", zorder=7, path_effects=[withStroke(linewidth=1.8, foreground="#111111")],
+            weight="bold",
             parse_math=False,
         )  # fmt: skip
 

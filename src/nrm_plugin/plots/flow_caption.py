@@ -3,48 +3,34 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import node_name
+from .flow_columns import NUMBERED, node_name
+from .flow_notes import is_group
 from .ribbons import percent
 
-GROUP = re.compile(r"[A-Z]\d+")
-"""A name that the command assigns to a group of channels or a patch of the input."""
 NO_BREAK = "\u00a0"
 NAMED = 3
 """Largest number of nodes in a list."""
-NAMED_WALKS, LEAST_WALK = 2, 1e-3
-"""Largest number of walks that are named, and smallest relevance of a named walk."""
+NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.02, 1e-3
+"""Largest number of walks that are named, the least relevance of one, and that of one whose relevance is said."""
 ENOUGH = 0.6
 """Fraction of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
-KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
-GROUPS = (
-    "A1, A2, … are groups of channels that act together in this image; they are numbered by relevance, and ordered so "
-    "that few ribbons cross."
-)
-WALKS = "The shares of walks are measured along the whole way; their ribbons are outlined."
-SIGNS = ("evidence for", "evidence against")
-OFF = (
-    "Orange is relevance that does not cross a layer: hatched if it is absorbed above, dotted if it bypasses the layer."
-)
-THUMBNAILS = (
-    "Thumbnails show relevance per area{}, on one colour scale per layer: a large pale part may carry more than a "
-    "small strongly coloured one."
-)
-
-
 Walks = Sequence[tuple[Sequence[str], float]]
 """Walks over groups, strongest first: the keys of their nodes, from the input up, and their masses."""
 
 
 def flow_caption(
-    graph: FlowGraph, target: str = "", walks: Walks = (), areas: Mapping[str, float] | None = None
+    graph: FlowGraph,
+    target: str = "",
+    walks: Walks = (),
+    areas: Mapping[str, float] | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> str:
     """Describes a flow by its largest numbers: the origin of the relevance, its main path, and negative evidence.
 
@@ -54,6 +40,7 @@ def flow_caption(
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
         areas: Fraction of the image that each input node covers, keyed by node.
+        places: Where in the image each input node lies, such as "upper left", keyed by node.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -62,62 +49,39 @@ def flow_caption(
         True
     """
     target = target or _target(graph)
-    ways = (
-        [_parts(graph, target, areas or {}), _strongest_walks(graph, walks)]
-        if walks
-        else [_origin(graph, target), *_ways(graph)]
-    )
-    sentences = [*ways, _against(graph, target), *_elsewhere(graph)]
+    ways = [_strongest_walks(graph, walks)] if walks else _ways(graph)
+    parts = _parts(graph, target, areas or {}, places or {})
+    sentences = [parts, _largest_groups(graph), *ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def difference_caption(graph: FlowGraph, first: str, second: str) -> str:
-    """Describes the difference between two flows by the nodes that differ most.
+def difference_caption(graph: FlowGraph, first: str, second: str, places: Mapping[str, str] | None = None) -> str:
+    """Describes the difference between two flows by the parts of the image, and the other nodes, that differ most.
 
     Args:
         graph: The first flow minus the second.
         first: Name of the first flow, whose excess is red.
         second: Name of the second flow, whose excess is blue.
+        places: As in :func:`flow_caption`.
     """
+    places = places or {}
     nodes = [node for layer in graph.layers if layer.name != "output" for node in layer.nodes if node.kind == "group"]
     sentences = []
     for name, sign in ((first, 1), (second, -1)):
-        most = sorted((node for node in nodes if sign * node.mass >= WORTH_SAYING), key=lambda node: -sign * node.mass)
-        parts = [f"{named(node, graph)} ({percent(abs(node.mass)).removesuffix('%')} points)" for node in most[:NAMED]]
-        sentences += [f"More for {name}: {_listed(parts)}."] if parts else []
+        clauses = []
+        for where, is_input in (("in the image", True), ("in the network", False)):
+            own = [node for node in nodes if (node.layer == "input") == is_input and sign * node.mass >= WORTH_SAYING]
+            most = sorted(own, key=lambda node: -sign * node.mass)[:NAMED]
+            notes = [", ".join(filter(None, (places.get(node.key, ""), percent(abs(node.mass))))) for node in most]
+            parts = [f"{named(node, graph)} ({note})" for node, note in zip(most, notes, strict=True)]
+            clauses += [f"{_listed(parts)} {where}"] if parts else []
+        sentences += [f"More for {name}: {'; '.join(clauses)}."] if clauses else []
     return " ".join(sentences) or "The flows hardly differ."
 
 
-def key_text(
-    has_thumbnails: bool,
-    has_off: bool,
-    signs: tuple[str, str] = SIGNS,
-    maps_at: str = "",
-    graph: FlowGraph | None = None,
-    walks: Walks = (),
-) -> str:
-    """Returns the legend of a flow.
-
-    Args:
-        has_thumbnails: Whether nodes have thumbnails.
-        has_off: Whether walks that do not cross a layer are drawn.
-        signs: Descriptions of positive and negative relevance.
-        maps_at: The layer whose positions the thumbnails show; by default, single pixels.
-        graph: The graph, so that the legend explains only what occurs in it; by default, it explains everything.
-        walks: The walks that are named.
-    """
-    thumbnails = THUMBNAILS.format(f", traced down to {maps_at}" if maps_at else "")
-    is_grouped = graph is not None and any(GROUP.fullmatch(node.label) for node in graph.nodes if node.layer != "input")
-    parts = [KEY.format(_colors(graph, signs)), *([GROUPS] if is_grouped else []), *([WALKS] if walks else [])]
-    return " ".join([*parts, *([OFF] if has_off else []), *([thumbnails] if has_thumbnails else [])])
-
-
-def _colors(graph: FlowGraph | None, signs: tuple[str, str]) -> str:
-    """Describes the colours that occur in a graph."""
-    least = min((float(joint.min()) for joint in graph.joints), default=0.0) if graph is not None else -1.0
-    has_rest = graph is None or any(layer.others for layer in graph.layers)
-    against = f", blue {signs[1]}" if least < -LEAST_WALK else f"; no ribbon is {signs[1]}"
-    return f"red is {signs[0]}{', grey the rest of a layer' if has_rest else ''}{against}"
+def named_walks(walks: Walks) -> Walks:
+    """Returns the walks that a caption names: the strongest, unless the relevance is spread over very many."""
+    return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if mass >= NAMED_WALK]
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
@@ -134,38 +98,35 @@ def _target(graph: FlowGraph) -> str:
     return "all relevance"
 
 
-def _origin(graph: FlowGraph, target: str) -> str:
-    """Describes which nodes in the lowest layer receive most relevance from the strongest node above."""
-    if len(graph.layers) < 2:
-        strongest = _strongest(graph.layers[-1]) if graph.layers else None
-        return f"{percent(strongest.mass)} of {target} passes through {named(strongest, graph)}." if strongest else ""
-    upper, lower = graph.layers[-2:]
-    above = _strongest(upper)
-    if above is None:
+def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Mapping[str, str]) -> str:
+    """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
+    if not graph.layers:
         return ""
-    row = graph.joints[-1][upper.nodes.index(above)][: len(lower.groups)]
-    chosen = _leading(row)
-    if not chosen:
-        return ""
-    total = percent(float(row[chosen].sum()))
-    sources = _listed([named(lower.nodes[place], graph) for place in chosen])
-    way = "" if upper.name == "output" else f" by way of {named(above, graph)}"
-    return f"{total} of {target} comes from {sources}{way}."
-
-
-def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float]) -> str:
-    """Describes which nodes of the lowest layer receive most of the relevance, along any path."""
     lower = graph.layers[-1]
     nodes = lower.nodes[: len(lower.groups)]
     chosen = [nodes[place] for place in _leading(np.array([node.mass for node in nodes]))]
-    if not chosen:
+    verb = "comes from" if lower.name == "input" else "passes through"
+    link = verb.split()[1]
+    sources = []
+    for node in chosen:
+        notes = [places.get(node.key, ""), f"{round(100 * areas[node.key])}% of the area" if node.key in areas else ""]
+        said = ", ".join(note for note in notes if note)
+        sources.append(f"{percent(node.mass)} {link} {_unbroken(named(node, graph))}{f' ({said})' if said else ''}")
+    if not sources:
         return ""
-    covers = [f" ({round(100 * areas[node.key])}% of the area)" if node.key in areas else "" for node in chosen]
-    sources = [
-        f"{percent(node.mass)} from {_unbroken(named(node, graph))}{cover}"
-        for node, cover in zip(chosen, covers, strict=True)
-    ]
-    return f"Of {target}, {_listed(sources).replace(' from ', ' comes from ', 1)}."
+    others = [node.mass for node in nodes if node not in chosen]
+    more = f"; the other {len(others)} shown together have {percent(sum(others))}" if len(others) > 1 else ""
+    return f"Of {target}, {_listed(sources).replace(f' {link} ', f' {verb} ', 1)}{more}."
+
+
+def _largest_groups(graph: FlowGraph) -> str:
+    """Names the largest groups of the uppermost layer that has groups of channels."""
+    for layer in graph.layers[:-1]:
+        groups = [node for node in layer.nodes if is_group(node.label, layer.name)]
+        most = sorted((node for node in groups if node.mass >= WORTH_SAYING), key=lambda node: -node.mass)[:NAMED]
+        if len(most) > 1:
+            return f"In {layer.name}, {_listed([f'{node.label} ({percent(node.mass)})' for node in most])} carry most."
+    return ""
 
 
 def _leading(values: np.ndarray) -> list[int]:
@@ -192,7 +153,7 @@ def _ways(graph: FlowGraph) -> list[str]:
         if groups[above, below] >= WORTH_SAYING:
             one, other = upper.nodes[above], lower.nodes[below]
             share = percent(float(groups[above, below]))
-            sentences.append(f"The widest way up is {named(other, graph)} → {named(one, graph)}: {share}.")
+            sentences.append(f"The widest ribbon is {named(other, graph)} → {named(one, graph)}: {share}.")
     return sentences
 
 
@@ -208,21 +169,26 @@ def _unbroken(text: str) -> str:
 
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
-    """Names the walks over groups that carry the most relevance."""
-    said = [f"{walk_name(graph, keys)}: {percent(mass)}" for keys, mass in walks[:NAMED_WALKS] if mass >= LEAST_WALK]
-    if not said:
+    """Names the walks over groups that carry most."""
+    if not walks or walks[0][1] < LEAST_WALK:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)
-    even = f"an even share would be {percent(1 / count)}"
-    return f"Of {count} walks, the strongest {'is' if len(said) == 1 else 'are'} {'; '.join(said)}; {even}."
+    lowest = "a part" if graph.layers[-1].name == "input" else f"a group of {graph.layers[-1].name}"
+    said = [f"{walk_name(graph, keys)} ({percent(mass)})" for keys, mass in named_walks(walks)]
+    if not said:
+        most = percent(walks[0][1])
+        return f"No single walk stands out: the strongest of {count} from {lowest} to the output has {most}."
+    verb = "is" if len(said) == 1 else "are"
+    even = f"each would have {percent(1 / count)} if all had the same"
+    return f"The strongest of {count} walks from {lowest} to the output {verb} {_listed(said)}; {even}."
 
 
 def _against(graph: FlowGraph, target: str) -> str:
     groups = [node for layer in graph.layers[1:] for node in layer.nodes if node.kind == "group"]
-    worst = min(groups, key=lambda node: node.mass, default=None)
-    if worst is None or worst.mass > -WORTH_SAYING:
-        return ""
-    return f"Against it: {named(worst, graph)} with {percent(worst.mass)}."
+    against = sorted((node for node in groups if node.mass <= -WORTH_SAYING), key=lambda node: node.mass)
+    worst = [node for node in against if node.layer == against[0].layer][:NAMED]
+    said = [f"{named(node, graph)} with {percent(node.mass)}" for node in worst]
+    return f"Against it: {_listed(said)}." if said else ""
 
 
 def _elsewhere(graph: FlowGraph) -> list[str]:
@@ -230,7 +196,9 @@ def _elsewhere(graph: FlowGraph) -> list[str]:
     sentences = []
     rest = max(graph.layers, key=lambda layer: abs(layer.rest), default=None)
     if rest is not None and rest.others and abs(rest.rest) >= 0.1:
-        sentences.append(f"The other {rest.others} of {rest.name} hold {percent(rest.rest)}.")
+        are_channels = rest.name not in NUMBERED and any(label.isdecimal() for label in rest.labels)
+        others = f"{rest.others} channels" if are_channels else f"{rest.others}"
+        sentences.append(f"The other {others} of {_layer_text(rest)} have {percent(rest.rest)}.")
     lowest = graph.layers[-1] if graph.layers else None
     if lowest is not None and abs(lowest.sink) >= WORTH_SAYING:
         sentences.append(f"Biases and stabilizers absorb {percent(lowest.sink)} above {_layer_text(lowest)}.")
@@ -253,4 +221,4 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-__all__ = ["SIGNS", "Walks", "difference_caption", "flow_caption", "key_text", "walk_name"]
+__all__ = ["Walks", "difference_caption", "flow_caption", "named_walks", "walk_name"]

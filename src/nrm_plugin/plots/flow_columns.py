@@ -63,11 +63,21 @@ def has_off(graph: FlowGraph) -> bool:
     return any(node.kind == "off" for column in drawn_columns(graph) for _, node in column)
 
 
+def has_rests(graph: FlowGraph) -> bool:
+    """Returns whether any rest node is drawn."""
+    return any(node.kind == "rest" for column in drawn_columns(graph) for _, node in column)
+
+
+def is_difference(graph: FlowGraph) -> bool:
+    """Returns whether the masses of each layer add up to 0, as those of the difference of two flows."""
+    return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
+
+
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
     """Returns the tone of a node, which determines its colour: its sign or its kind."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
-    return "rest" if node.kind == "rest" else "positive" if value >= 0 else "negative"
+    return "negative" if value < 0 else "rest" if node.kind == "rest" else "positive"
 
 
 def node_name(node: FlowNode) -> str:
@@ -82,4 +92,15 @@ def region_name(node: FlowNode) -> str:
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 
-__all__ = ["MAX_GROUPS", "drawn_columns", "drawn_nodes", "has_off", "node_name", "region_name", "tone_of"]
+__all__ = [
+    "MAX_GROUPS",
+    "NUMBERED",
+    "drawn_columns",
+    "drawn_nodes",
+    "has_off",
+    "has_rests",
+    "is_difference",
+    "node_name",
+    "region_name",
+    "tone_of",
+]

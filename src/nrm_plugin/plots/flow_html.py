@@ -18,14 +18,14 @@ from torch import Tensor
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow import curve, scene_of
-from .flow_caption import SIGNS, Walks, flow_caption, walk_name
+from .flow_caption import Walks, flow_caption, walk_name
 from .flow_columns import node_name, region_name
+from .flow_key import SIGNS
+from .flow_notes import Pairs
 from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
 from .ribbons import DARK, LIGHT, Palette, percent
 
-Pairs = Mapping[tuple[str, str], float]
-"""Joint relevance of two nodes in any two layers, keyed by both nodes, the upper one first."""
 WIDTH = 12.0
 """Width of the drawing in inches, on which font sizes are based; the page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -70,7 +70,7 @@ def sankey(
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
-    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at)
+    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs)
     said = flow_caption(graph, walks=walks) if caption is None else caption
     data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import drawn_columns, node_name, tone_of
+from .flow_columns import drawn_columns, is_difference, node_name, tone_of
 from .flow_parts import BAR, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
@@ -20,6 +20,8 @@ from .ribbons import percent
 Array = NDArray[np.float64]
 HAIRLINE = 0.3
 """Width of the thinnest ribbon that is drawn, in points."""
+NARROW = 5.0
+"""Width in inches below which long columns make a figure higher, so that thumbnails stay legible."""
 GAP = 9.0
 """Space between two nodes, in points."""
 
@@ -36,6 +38,7 @@ def flow_scene(
     thumbnails: Mapping[str, object] | None = None,
     ratio: float = 1.0,
     photo_ratio: float | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Scene:
     """Lays out a flow.
 
@@ -46,15 +49,17 @@ def flow_scene(
         key: The legend below the flow, to which a note about ribbons that are not drawn is appended.
         width: Width in inches; by default 7.2, or more for more than four layers.
         thumbnails: The keys of the nodes with a thumbnail.
-        ratio: Ratio of height to width of a thumbnail.
-        photo_ratio: Ratio of height to width of the photograph next to the caption, or None without a photograph.
+        ratio: Ratio of the height of a thumbnail to its width.
+        photo_ratio: The same ratio for the photograph next to the caption, or None without a photograph.
+        notes: Notes below the names of nodes, by their keys.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
     """
     thumbnails = thumbnails or {}
     columns = drawn_columns(graph)
-    sizes = _sizes(columns, width, ratio if thumbnails else 0.0)
+    notes = notes or {}
+    sizes = _sizes(columns, width, ratio if thumbnails else 0.0, notes)
     photo, labels, top = _header(sizes, heading, caption, photo_ratio)
     labels += _column_headings(graph, sizes, top)
     top += 2 * LINE * sizes.letters + 8
@@ -64,7 +69,9 @@ def flow_scene(
     nodes = [
         node
         for number, column in enumerate(columns)
-        for node in _placed(graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails)
+        for node in _placed(
+            graph, number, column, stacks[number], heights[number], unit, room, top, sizes, thumbnails, notes
+        )
     ]
     bands, omitted = _bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
@@ -75,7 +82,9 @@ def flow_scene(
     return Scene(sizes.width, bottom + MARGIN, photo, tuple(labels), tuple(nodes), tuple(bands), unit, omitted)
 
 
-def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | None, ratio: float) -> Sizes:
+def _sizes(
+    columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | None, ratio: float, notes: Mapping[str, str]
+) -> Sizes:
     count, longest = max(len(columns), 1), max((len(column) for column in columns), default=1)
     points = 72 * (max(7.2, 1.9 * count, 0.8 * longest) if width is None else width)
     letters = float(np.clip(points / (14.5 * count), 5.0, 7.2))
@@ -83,11 +92,13 @@ def _sizes(columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | Non
     for column in columns:  # a long column has smaller thumbnails
         widest = max((text_width(_one_line(node), letters) for _, node in column), default=0.0)
         largest = float(np.clip(0.44 * points / count, 20, 84))
-        longer = 1.1 * points / max(len(column), 1) - 2 * LINE * letters - GAP
+        tall = 1.1 if points > 72 * NARROW else 1.35
+        longer = tall * points / max(len(column), 1) - 2 * LINE * letters - GAP
         sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44)) if ratio else 0.6 * largest)
-        longest_name = max((text_width(node_name(node), letters) for _, node in column), default=0.0)
+        longest_name = max((text_width(_fitting(node, sides[-1], letters), letters) for _, node in column), default=0.0)
         lines.append(1 if widest < 0.8 * sides[-1] else 2 if longest_name < sides[-1] else 3)
-    return Sizes(points, letters, ratio, tuple(sides), tuple(lines))
+    noted = tuple(int(any(node.key in notes for _, node in column)) for column in columns)
+    return Sizes(points, letters, ratio, tuple(sides), tuple(lines), noted)
 
 
 def _header(
@@ -98,12 +109,14 @@ def _header(
     photo = None
     left, y = MARGIN, MARGIN
     if photo_ratio is not None:
-        side = float(np.clip(0.22 * sizes.width, 52, 110))
+        side = float(np.clip(0.22 * sizes.width, 72, 110))
         long = side / max(1.0, photo_ratio)
         photo = Box(MARGIN, MARGIN, long, long * photo_ratio)
         left = photo.right + 10
     big, small = min(10.5, 1.4 * sizes.letters + 0.5), 1.08 * sizes.letters
     for text, size, is_bold in ((heading, big, True), (caption, small, False)):
+        if text and not is_bold and photo is not None and sizes.width < 72 * NARROW:  # below the photograph
+            left, y = MARGIN, max(y, photo.bottom + 4)
         for line in wrapped_lines(text, sizes.width - left - MARGIN, size, is_bold):
             tone = "ink"
             labels.append(Label(left, y + 0.5 * LINE * size, line, size, "start", tone, is_bold))
@@ -125,15 +138,20 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
             x, anchor = sizes.width - MARGIN, "end"
         size = 1.1 * sizes.letters
         labels.append(Label(x, top + 4, cut(layer.name, room, size, True), size, anchor, "ink", True))
-        note = cut(layer_note(layer), room, 0.9 * sizes.letters)
+        note = cut(layer_note(layer, is_difference(graph)), room, 0.9 * sizes.letters)
         labels.append(Label(x, top + 4 + LINE * size, note, 0.9 * sizes.letters, anchor, "pale"))
     return labels
 
 
-def layer_note(layer: FlowLayer) -> str:
-    """Describes how many groups of a layer are shown, and their mass, such as ``3 of 6: 80%`` or ``all 6: 100%``."""
+def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
+    """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``.
+
+    The masses of a difference of two flows add up to nothing, so that they are omitted.
+    """
     if not layer.groups:
         return "no relevance crosses it"
+    if is_difference:
+        return f"{len(layer.groups)} of {len(layer.groups) + layer.others}" if layer.others else ""
     shown, share = len(layer.groups), percent(round(sum(layer.masses), 5))
     if not layer.others:
         return share if shown == 1 else f"all {shown}: {share}"
@@ -210,6 +228,7 @@ def _placed(
     top: float,
     sizes: Sizes,
     thumbnails: Mapping[str, object],
+    notes: Mapping[str, str],
 ) -> list[DrawnNode]:
     """Returns the nodes of a column with their positions, distributed over the height of the flow."""
     own = [
@@ -228,6 +247,8 @@ def _placed(
         thumbnail = inner if node.key in thumbnails else None
         is_between = any(bar.bottom > inner.bottom for bar, _ in bars)
         labels = _labels(graph, number, node, box, inner.bottom + 1, sizes, is_between)
+        if node.key in notes:
+            labels = (*labels, _note(notes[node.key], labels[-1], sizes, number, is_between))
         nodes.append(DrawnNode(node, number, box, thumbnail, bars, labels))
         y += height + GAP + space
     return nodes
@@ -266,7 +287,8 @@ def _labels(
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
     if is_between:
         room = sizes.sides[number] - 1
-        texts = {1: [_one_line(node)], 2: [node_name(node)], 3: node_name(node).split()}[sizes.lines[number]]
+        fitting = _fitting(node, room, size)
+        texts = {1: [_one_line(node)], 2: [fitting], 3: fitting.split()}[sizes.lines[number]]
         widest = max((text_width(text, size) for text in texts), default=0.0)
         size *= float(np.clip(room / max(widest, 1e-6), 0.75, 1.0))
     elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
@@ -274,15 +296,29 @@ def _labels(
     tone = "ink" if node.kind != "group" or node.mass >= 0 else "negative"
     if sizes.lines[number] == 1:
         return (Label(x, y + 0.5 * LINE * size, _one_line(node), size, anchor, tone, True),)
-    name = _name_lines(node_name(node), sizes.lines[number] - 1, room, size)
+    name = _name_lines(_fitting(node, room, size), sizes.lines[number] - 1, room, size)
     labels = [Label(x, y + (row + 0.5) * LINE * size, text, size, anchor) for row, text in enumerate(name)]
     return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
+
+
+def _note(text: str, above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
+    """Returns the label with a note, below another label."""
+    size = 0.9 * above.size
+    room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
+    size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # widths are not quite linear
+    return Label(above.x, above.y + LINE * above.size, cut(text, room, size), size, above.anchor, "pale")
 
 
 def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
     """Breaks a name into at most ``count`` lines that fit a width; the last line is shortened if necessary."""
     lines = wrapped_lines(name, room, size) if count > 1 else [name]
     return [*lines[: count - 1], *([cut(" ".join(lines[count - 1 :]), room, size)] if len(lines) >= count else [])]
+
+
+def _fitting(node: FlowNode, room: float, size: float) -> str:
+    """Returns the name of a node, in which "channel" is abbreviated if it does not fit a width."""
+    name = node_name(node)
+    return name if text_width(name, size) <= room else name.replace("channel ", "ch.\u00a0")
 
 
 def _one_line(node: FlowNode) -> str:
@@ -329,7 +365,7 @@ def _bands(
 
 
 def _tone(kinds: Collection[str], value: float) -> str:
-    return "rest" if "rest" in kinds else "positive" if value >= 0 else "negative"
+    return "negative" if value < 0 else "rest" if "rest" in kinds else "positive"
 
 
 def _tops(values: Array, unit: float) -> Array:

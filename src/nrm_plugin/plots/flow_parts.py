@@ -123,6 +123,7 @@ class Sizes:
         ratio: Height-to-width ratio of the thumbnails; 0 if there are none.
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
+        notes: Number of further lines per node in each column, for notes.
     """
 
     width: float
@@ -130,6 +131,7 @@ class Sizes:
     ratio: float
     sides: tuple[float, ...]
     lines: tuple[int, ...]
+    notes: tuple[int, ...]
 
     @property
     def gap(self) -> float:
@@ -139,7 +141,7 @@ class Sizes:
 
     def text(self, column: int) -> float:
         """Returns the height of the text lines of a node."""
-        return self.lines[column] * LINE * self.letters + 1
+        return (self.lines[column] + self.notes[column]) * LINE * self.letters + 1
 
     def node(self, column: int) -> float:
         """Returns the width of a node with its two bars."""

@@ -49,7 +49,7 @@ class Photo:
     image: Tensor | Array
     whole: Tensor | Array | None = None
     seen: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
-    regions: Mapping[str, Array] = field(default_factory=dict)
+    regions: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def colors(self) -> Array:
@@ -100,7 +100,7 @@ def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None
         return None
     size = next(iter(maps.values())).shape
     weights = {node.key: abs(node.mass) for node in nodes}
-    box = crop(sum((weights[key] * _share(values) for key, values in maps.items()), np.zeros(size)))
+    box = crop(sum((weights[key] * np.abs(_share(values)) for key, values in maps.items()), np.zeros(size)))
     smooth = {key: smoothed(_share(values)[box[0] : box[2], box[1] : box[3]]) for key, values in maps.items()}
     values: dict[str, Array] = {}
     for layer in graph.layers:
@@ -146,7 +146,7 @@ def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixe
     colors = np.where(inside[..., None], colors, 0.35 * colors + 0.55)
     if not inside.all():
         colors = np.where(_border(inside, 3)[..., None], (0.9, 0.62, 0.0), colors)
-    if thumbnails is not None and thumbnails.box != (0, 0, *thumbnails.size):
+    if thumbnails is not None and is_cropped(thumbnails):
         rows = [top + round(end * (bottom - top) / thumbnails.size[0]) for end in thumbnails.box[::2]]
         places = [left + round(end * (right - left) / thumbnails.size[1]) for end in thumbnails.box[1::2]]
         part = np.zeros((height, width), bool)
@@ -159,6 +159,11 @@ def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixe
         colors = np.where(_border(part, 1)[..., None], 1.0, colors)
     result: Pixels = (255 * colors.clip(0, 1)).round().astype(np.uint8)
     return result
+
+
+def is_cropped(thumbnails: NodeThumbnails | None) -> bool:
+    """Returns whether thumbnails show only a part of the input."""
+    return thumbnails is not None and thumbnails.box != (0, 0, *thumbnails.size)
 
 
 def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
@@ -180,7 +185,7 @@ def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
 
 def opacity(values: Array) -> Array:
     """Returns the opacity of the colours of a heat map with values between -1 and 1."""
-    result: Array = 0.9 * np.abs(values) ** 1.1
+    result: Array = 0.9 * np.abs(values) ** 0.8
     return result
 
 
@@ -263,12 +268,12 @@ def _border(mask: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
     return result
 
 
-def _edge(mask: Array, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def _edge(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     return _border(_nearest(mask, shape), 2)
 
 
-def _nearest(mask: Array, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Returns a mask resized to a shape, by nearest neighbours."""
+def _nearest(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Returns a mask at another size."""
     drawn = Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     result: NDArray[np.bool_] = np.asarray(drawn) > 127
     return result
@@ -298,4 +303,4 @@ def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
     return np.asarray(sharp, dtype=float) / 255
 
 
-__all__ = ["NodeThumbnails", "Photo", "node_thumbnails", "painted", "photo_pixels", "region_places"]
+__all__ = ["NodeThumbnails", "Photo", "is_cropped", "node_thumbnails", "painted", "photo_pixels", "region_places"]

@@ -100,33 +100,36 @@ def heat_map(
 
 def image_and_heat_map(
     image: Values,
-    values: Values,
-    titles: tuple[str, str] = ("image", "relevance"),
+    values: Values | Sequence[Values],
+    titles: Sequence[str] = ("image", "relevance"),
     heading: str = "",
-    limit: float | None = None,
+    limit: float | Sequence[float | None] | None = None,
     cells: int | Sequence[int] | None = None,
     shown: Values | None = None,
 ) -> Figure:
-    """Draws an image and its signed heat map, side by side.
+    """Draws an image and its signed heat maps, side by side.
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1], and one or three channels.
-        values: Heat map ``(H, W)``, dimensionless.
-        titles: Titles of the image and of the heat map.
+        values: Heat map ``(H, W)``, dimensionless; or a list of several, each with its own colour scale.
+        titles: Titles of the image and of each heat map.
         heading: Title of the figure.
-        limit: Absolute value of the darkest colours; by default the largest absolute value.
+        limit: Absolute value of the darkest colours, by default the largest absolute value; or one for each heat map.
         cells: As in :func:`heat_map`.
-        shown: Image to show on the left; by default ``image``, which is also shown beneath the heat map.
+        shown: Image to show on the left; by default ``image``, which is also shown beneath the heat maps.
     """
-    values = _summed(values, cells)
-    figure = _figure(7.2, 3.6 + 0.3 * bool(heading))
+    several = [values] if isinstance(values, Tensor | np.ndarray) else values
+    maps = [_summed(one, cells) for one in several]
+    limits = list(limit) if isinstance(limit, Sequence) else [limit] * len(maps)
+    figure = _figure(3.6 * (1 + len(maps)), 3.6 + 0.3 * bool(heading))
     _heading(figure, heading)
-    left, right = figure.subplots(1, 2)
+    left, *others = figure.subplots(1, 1 + len(maps))
     draw_image(left, image if shown is None else shown)
-    drawn = draw_heat_map(right, values, image, limit)
-    _title(left, titles[0], 11)
-    _title(right, titles[1], 11)
-    _color_bar(figure, drawn, [right], _exceeds([values], limit))
+    for axes, title in zip((left, *others), titles, strict=True):
+        _title(axes, title, 11)
+    for axes, one, bound in zip(others, maps, limits, strict=True):
+        drawn = draw_heat_map(axes, one, image, bound)
+        _color_bar(figure, drawn, [axes], _exceeds([one], bound))
     return figure
 
 

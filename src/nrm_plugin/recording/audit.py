@@ -13,7 +13,8 @@ from ..kernels.step import step_of
 from ..model.inputs_and_outputs import NOT_JOINED
 from ..model.zero_one_routes import is_route_node, operation
 from .graph import Graph
-from .taps import INPUT, OUTPUT, Observed
+from .module_names import INPUT, OUTPUT
+from .taps import Observed
 
 
 def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:

@@ -17,9 +17,10 @@ from ..kernels.module_hook import StepHook
 from ..kernels.step import Step
 from ..model.zero_one_routes import written
 from .audit import check_covered
+from .module_names import INPUT, OUTPUT, first_name, module_names, name_of
 from .module_outputs import tensors_of
 from .parts import Watcher
-from .taps import INPUT, OUTPUT, Item, Label, Observed, module_names, name_of
+from .taps import Item, Label, Observed
 
 
 class Observer:
@@ -191,7 +192,10 @@ class Observer:
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
         """Stores the tensor at which the measure starts, protected from later writes by the model."""
         wanted = self._wanted
-        if wanted is None or (name_of(wanted.layer, self.modules), wanted.side) != (label.name or OUTPUT, label.side):
+        if wanted is None or wanted.side != label.side:
+            return
+        name = name_of(wanted.layer, self.modules)
+        if (label.name or OUTPUT) not in (name, first_name(name, self.modules)):
             return
         if (wanted.call or 0) == label.call and wanted.item in (None, label.item) and self._started is None:
             with not_recorded():

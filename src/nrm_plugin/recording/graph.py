@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ..kernels.step import Step, step_of
-from ..model.autocast import SHORT, working_dtype
+from ..model.autocast import is_short_format, working_dtype
 from ..model.value_reads import holds
 from ..model.zero_one_routes import is_whole, operation, written
 from .indexed_routes import IndexedRoute, indexed_route
@@ -344,6 +344,6 @@ def _vertex(node: Any, read: list[tuple[Any, int]], position: dict[Any, int]) ->
         shapes,
         tuple(working_dtype(one) for one in formats),
         tuple(None if one is None else working_dtype(one) for one in below),
-        step is None and any(one in SHORT for one in (*formats, *below)),
+        step is None and any(one is not None and is_short_format(one) for one in (*formats, *below)),
         leaf,
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UnknownLayerError, unknown_layer
 from ..kernels.forward_state import without_torch_function
-from .taps import Nested, module_names
+from .module_names import first_name, module_names
+from .taps import Nested
 
 
 @contextmanager
@@ -25,18 +26,20 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
     Raises:
         UnknownLayerError: If no module has this name.
     """
-    modules = {name: module for module, name in module_names(model).items()}
+    names = module_names(model)
+    modules = {name: module for module, name in names.items()}
     outputs: dict[str, list[Any]] = {layer: [] for layer in layers}
     with ExitStack() as stack:
         for layer, calls in outputs.items():
-            if layer not in modules:
+            name = layer if layer in modules else first_name(layer, names)
+            if name not in modules:
                 raise UnknownLayerError(unknown_layer(layer, [name for name in modules if name]))
 
             @without_torch_function
             def store(module: nn.Module, args: Any, output: Any, calls: list[Any] = calls) -> None:
                 calls.append(_copied(output))
 
-            stack.callback(modules[layer].register_forward_hook(store).remove)
+            stack.callback(modules[name].register_forward_hook(store).remove)
         yield outputs
 
 

@@ -25,12 +25,13 @@ from ..model.value_reads import audit, untraced, unwatched, without_modes
 from .contrast_step import contrast_top
 from .forward_observer import Observer
 from .graph import Graph
+from .module_names import OUTPUT
 from .parts import FirstRun, PartRecorded, Parts, Repeat, Watcher
 from .sample_independence import find_samples
 from .sample_layout import Layout
 from .sample_positions import Samples
 from .structure import Structure
-from .taps import OUTPUT, Label, Taps
+from .taps import Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16

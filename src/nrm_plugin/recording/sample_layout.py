@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,12 +19,18 @@ class Layout:
     If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these numbers, and the
     form ``(N, …)`` is padded with zeros.
 
+    A first dimension of size 1 is dropped if the samples share another dimension with ``W > 1`` slices:
+    ``(1, N · W, …)`` has the form ``(N, W, …)``. Such a tensor concatenates all samples in one, as for attention over
+    one long sequence, or for a grouped convolution with one group per sample; with ``N = 1``, its rows are the samples.
+
     Attributes:
         dim: The dimension, or None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices of the dimension that belong to one sample.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
         slices: Size of the dimension if the form is padded; ``order`` equals ``slices`` at the padding.
+        drops_first: Whether the first dimension, of size 1, is dropped.
+        is_scalar: Whether the tensor is one number of one sample, without dimensions.
         is_assumed: Whether the sample of some slices is unknown, because no relevance arrives there.
     """
 
@@ -33,7 +39,24 @@ class Layout:
     parts: int = 1
     order: Tensor | None = None
     slices: int | None = None
+    drops_first: bool = False
+    is_scalar: bool = False
     is_assumed: bool = False
+
+    @classmethod
+    def along(
+        cls,
+        dim: int,
+        shape: torch.Size,
+        count: int,
+        parts: int,
+        order: Tensor | None = None,
+        slices: int | None = None,
+        is_assumed: bool = False,
+    ) -> Layout:
+        """Returns the layout of a tensor with samples along a dimension; the other arguments are the attributes."""
+        drops_first = dim > 0 and parts > 1 and shape[0] == 1
+        return cls(dim, count, parts, order, slices, drops_first, is_assumed=is_assumed)
 
     @property
     def is_plain(self) -> bool:
@@ -46,7 +69,7 @@ class Layout:
             return shape
         if self.dim is None:
             return torch.Size((1, *shape))
-        inner = [*shape[: self.dim], *([self.parts] if self.parts > 1 else []), *shape[self.dim + 1 :]]
+        inner = [*shape[self.drops_first : self.dim], *([self.parts] if self.parts > 1 else []), *shape[self.dim + 1 :]]
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
@@ -54,19 +77,27 @@ class Layout:
         if self.is_plain:
             return dim
         dim %= max(ndim, 1)
-        if dim == self.dim and self.parts == 1:
-            return -1  # the dimension indexes samples, not channels
-        return dim + 1 if self.dim is None or self.parts > 1 or dim < self.dim else dim
+        if (dim == self.dim and self.parts == 1) or (dim == 0 and self.drops_first):
+            return -1  # the dimension indexes samples, or nothing
+        return dim + 1 - self.drops_first if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
-    def inner_of_parts(self, inner: torch.Size) -> torch.Size:
-        """Removes the part dimension from the shape ``inner`` of a sample."""
-        if self.dim is None or self.parts == 1:
+    def has_views(self, channel_dim: int) -> bool:
+        """Returns whether the parts are views, windows or heads, to all of which an index applies.
+
+        Otherwise they are an ordinary dimension: channels, given as the dimension in the tensor, or tokens of samples
+        that are concatenated in one.
+        """
+        return self.dim is not None and self.parts > 1 and not self.drops_first and channel_dim != self.dim
+
+    def inner_of_views(self, inner: torch.Size, channel_dim: int) -> torch.Size:
+        """Removes the dimension of the views, if there are any, from the shape ``inner`` of a sample."""
+        if self.dim is None or not self.has_views(channel_dim):
             return inner
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
-    def in_all_parts(self, values: Tensor) -> Tensor:
-        """Repeats values for each part if they lack the part dimension."""
-        if self.dim is None or self.parts == 1:
+    def in_all_views(self, values: Tensor, channel_dim: int) -> Tensor:
+        """Repeats values for each view if they lack the dimension of the views."""
+        if self.dim is None or not self.has_views(channel_dim):
             return values.clone()
         repeated = values.unsqueeze(self.dim)
         return repeated.expand(*values.shape[: self.dim], self.parts, *values.shape[self.dim :]).clone()
@@ -78,6 +109,7 @@ class Layout:
         if self.dim is None:
             return values.unsqueeze(lead)
         dim = self.dim + lead
+        values = values.unsqueeze(dim) if self.is_scalar else values
         if self.slices is not None:
             zeros = values.new_zeros(*values.shape[:dim], 1, *values.shape[dim + 1 :])
             values = torch.cat([values, zeros], dim)
@@ -85,7 +117,8 @@ class Layout:
             values = values.index_select(dim, self.order.to(values.device))
         if self.parts > 1:
             values = values.reshape(*values.shape[:dim], self.count, self.parts, *values.shape[dim + 1 :])
-        return values.movedim(dim, lead)
+        values = values.movedim(dim, lead)
+        return values.squeeze(lead + 1) if self.drops_first else values
 
     def fold(self, values: Tensor, lead: int = 0) -> Tensor:
         """Inverts :meth:`unfold`; a first dimension of size 1 is expanded to all samples."""
@@ -94,6 +127,7 @@ class Layout:
         if self.dim is None:
             return values.squeeze(lead)
         dim = self.dim + lead
+        values = values.unsqueeze(lead + 1) if self.drops_first else values
         if values.shape[lead] != self.count:
             values = values.expand(*values.shape[:lead], self.count, *values.shape[lead + 1 :])
         values = values.movedim(lead, dim)
@@ -101,7 +135,8 @@ class Layout:
             values = values.flatten(dim, dim + 1)
         if self.order is None:
             return values
-        return values.index_select(dim, self.order.argsort()[: self.slices].to(values.device))
+        values = values.index_select(dim, self.order.argsort()[: self.slices].to(values.device))
+        return values.squeeze(dim) if self.is_scalar else values
 
 
 def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: bool = False) -> list[Layout]:
@@ -140,7 +175,8 @@ def _assumed(labels: Tensor, count: int) -> list[Layout]:
             continue
         complete = known.clone()
         complete[known < 0] = torch.arange(count, device=known.device).repeat_interleave(missing).to(known.dtype)
-        return [Layout(dim, count, size // count, torch.argsort(complete, stable=True), is_assumed=True)]
+        order = torch.argsort(complete, stable=True)
+        return [Layout.along(dim, labels.shape, count, size // count, order, is_assumed=True)]
     return []
 
 
@@ -150,6 +186,8 @@ def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]
     If all known entries belong to one sample, every dimension fits, and the entries of other samples may just be
     unknown. Hence samples lack slices only if ``some_lack``; the first dimension is returned.
     """
+    if not labels.ndim:
+        return [replace(layout, is_scalar=True) for layout in _padded(labels.reshape(1), count, some_lack=True)]
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size else None
         if known is None or bool((known < 0).any()):
@@ -160,7 +198,7 @@ def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]
         parts = int(numbers.max())
         order = torch.full((count, parts), size, device=known.device)
         order[torch.arange(parts, device=known.device) < numbers[:, None]] = torch.argsort(known, stable=True)
-        return [Layout(dim, count, parts, order.flatten(), size)]
+        return [Layout.along(dim, labels.shape, count, parts, order.flatten(), size)]
     return []
 
 
@@ -177,7 +215,9 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
         for complete in _completed(known, count):
             order = torch.argsort(complete, stable=True)
             is_sorted = torch.equal(order, torch.arange(size, device=order.device))
-            layout = Layout(dim, count, size // count, None if is_sorted else order, is_assumed=share < 1)
+            layout = Layout.along(
+                dim, labels.shape, count, size // count, None if is_sorted else order, is_assumed=share < 1
+            )
             found.append((share, layout))
         if share == 1 and not is_sparse:
             break
@@ -191,7 +231,7 @@ def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
     changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
     if len(changed) != 1 or shape_of_two[changed[0]] != 2 * shape[changed[0]]:
         return None
-    return Layout(changed[0], 1, shape[changed[0]])
+    return Layout.along(changed[0], shape, 1, shape[changed[0]])
 
 
 def unreached(shape: torch.Size, count: int) -> Layout | None:
@@ -199,7 +239,7 @@ def unreached(shape: torch.Size, count: int) -> Layout | None:
     for parts in (1, None):
         for dim, size in enumerate(shape):
             if size == count * (parts or size // count) and size:
-                return Layout(dim, count, size // count, is_assumed=True)
+                return Layout.along(dim, shape, count, size // count, is_assumed=True)
     return None
 
 

@@ -103,7 +103,8 @@ def positions_are_fixed(graph: Graph) -> bool:
 def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
     step = vertex.step
     if isinstance(step, LayerStep):
-        return is_known_linear(step.layer_call.rule) and _is_layer_of_rows(step.layer_call)
+        call = step.layer_call
+        return is_known_linear(call.rule) and (step.keeps_rows or _is_layer_of_rows(call))
     return _is_route_of_rows(graph, vertex) if step is None else step.keeps_rows
 
 
@@ -177,6 +178,8 @@ def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
     shape, dtype = vertex.shapes[0], vertex.dtypes[0]
     if vertex.is_short or any(source is not None and source[:1] != shape[:1] for source in sources):
         return False  # in a short format, autograd would round the random numbers
+    if shape[0] == 1:
+        return True  # there is only one row
     with untraced(), torch.inference_mode(False), torch.no_grad():
         numbers = torch.rand(shape[0], generator=torch.Generator().manual_seed(0), dtype=dtype) + 0.5
         ones = torch.ones(shape, dtype=dtype, device=vertex.node._input_metadata[0].device)

@@ -11,9 +11,10 @@ from .audit import check_joined, check_known
 from .contrast_step import Top
 from .forward_observer import Observer
 from .graph import Graph
+from .module_names import OUTPUT
 from .sample_positions import Samples
 from .sample_rows import all_keep_rows, positions_are_fixed, vertices_of_rows
-from .taps import OUTPUT, Label, Observed, Taps
+from .taps import Label, Observed, Taps
 
 
 class Structure:

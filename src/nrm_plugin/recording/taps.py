@@ -13,22 +13,14 @@ from torch import nn
 
 from ..errors import HookedContainerError, UnknownLayerError, brief, unknown_layer
 from .graph import Graph, Marks, Vertex
+from .module_names import first_name, name_of
 from .places import Buffer, Edge, Place
 from .sample_layout import Layout
 from .sample_positions import Samples
 from .transformer_sites import SYNONYMS, sites
 
-INPUT, OUTPUT = "input", "output"
-RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Names of child modules that would otherwise be confused with the input or the output of the model."""
-
 Item = int | str
 """Index or key of a tensor in a container."""
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
-    return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
 class Nested(str):
@@ -96,22 +88,6 @@ class Tap:
         return self.place.order
 
 
-def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """Returns the name of a layer given by name or as a module; the name of the model itself is ``"output"``.
-
-    Raises:
-        UnknownLayerError: If the module belongs to a different model.
-    """
-    if isinstance(layer, str):
-        return layer
-    if layer not in modules:
-        raise UnknownLayerError(
-            f"the given {type(layer).__name__} is not a module of the measured model. Pass one of "
-            "`model.modules()`, not a copy of it, or its name."
-        )
-    return modules[layer] or OUTPUT
-
-
 class Taps:
     """The taps of a recording, in the order in which a walk crosses them.
 
@@ -146,6 +122,8 @@ class Taps:
         self._items_of: dict[tuple[str, str], dict[int, list[Item | None]]] = {}
         for label in self._labelled:
             self._items_of.setdefault((label.name, label.side), {}).setdefault(label.call, []).append(label.item)
+        self._calls = {key: sorted(items) for key, items in self._items_of.items()}
+        self._names = {label.name for label in self._labelled}
         self.index: dict[Place, int] = {tap.place: number for number, tap in enumerate(self.all)}
         _infer_channels(self.all, 1 if samples.batched else -1)
 
@@ -181,9 +159,17 @@ class Taps:
         return None if tap is None else self._labels[id(tap)]
 
     @functools.cached_property
+    def _outputs(self) -> dict[tuple[int, str], list[Label]]:
+        """The labels of each tap as an output of a layer, in the order of calls, by tap and name of the layer."""
+        found: dict[tuple[int, str], list[Label]] = {}
+        for label in sorted((one for one in self._labelled if one.side == "output"), key=lambda one: one.call):
+            found.setdefault((id(self._labelled[label]), label.name), []).append(label)
+        return found
+
+    @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:
         """The vertex of each step, keyed by name and call index."""
-        steps = ((number, vertex.step) for number, vertex in enumerate(self.graph.vertices))
+        steps = enumerate(vertex.step for vertex in self.graph.vertices)
         return {(step.name, step.call): number for number, step in steps if step is not None}
 
     def __iter__(self) -> Iterator[Tap]:
@@ -245,25 +231,22 @@ class Taps:
         ends = [
             tap for tap in reversed(self.all) if any(_is_leaf(vertices, e) for e in vertices[tap.place.vertex].edges)
         ]
-        names = [next(self._names_of(tap), None) for tap in ends if isinstance(tap.place, Buffer)]
-        return [name for name in names if name is not None]
+        names = [next(self._names_of(tap), "") for tap in ends if isinstance(tap.place, Buffer)]
+        return list(filter(None, names))
 
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
             if any(name.startswith(f"{other.removeprefix('.')}.") for other in tap.names):
                 continue  # a function inside a layer that returns the same tensor would be a redundant alias
-            calls = self.calls_of(name)
-            for call in calls:
-                items = self._items(name, "output", call)
-                for item in items:
-                    if self._labelled.get(Label(name, "output", call, item)) is tap:
-                        is_alone = _outer(items) == [item]
-                        bracket = "" if is_alone else f"[{_shown(item, items)}]"
-                        yield name + (f":{call}" if len(calls) > 1 else "") + bracket
+            for label in self._outputs.get((id(tap), name), ()):
+                items = self._items(name, "output", label.call)
+                bracket = "" if _outer(items) == [label.item] else f"[{_shown(label.item, items)}]"
+                yield name + (f":{label.call}" if len(self.calls_of(name)) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
-        """Returns the name of a layer given by name or as a module."""
-        return name_of(layer, self.modules)
+        """Returns the name of a layer given by name or as a module; a module may be registered under several names."""
+        name = name_of(layer, self.modules)
+        return name if name in self._names else first_name(name, self.modules)
 
     def name_at(self, vertex: int) -> str:
         """Returns a name for a vertex: that of its step, its tap, or the nearest tap above, in this order."""
@@ -276,7 +259,7 @@ class Taps:
 
     def calls_of(self, name: str, side: str = "output") -> list[int]:
         """Returns the calls of a layer that have taps."""
-        return sorted(self._items_of.get((name, side), ()))
+        return self._calls.get((name, side), [])
 
     def _items(self, name: str, side: str, call: int) -> list[Item | None]:
         return list(self._items_of.get((name, side), {}).get(call, ()))
@@ -442,4 +425,4 @@ def _infer_channels(taps: Sequence[Tap], default: int) -> None:
         taps[number].tensor_channel_dim = dim
 
 
-__all__ = ["INPUT", "OUTPUT", "Item", "Label", "Nested", "Observed", "Tap", "Taps", "module_names", "name_of"]
+__all__ = ["Item", "Label", "Nested", "Observed", "Tap", "Taps"]

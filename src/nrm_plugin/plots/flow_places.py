@@ -1,0 +1,60 @@
+"""Words for where in an image a region lies."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+THIRDS = (
+    ("upper left", "top", "upper right"),
+    ("left", "centre", "right"),
+    ("lower left", "bottom", "lower right"),
+)
+EDGES = "along the edges"
+TOUCHED = 0.5
+"""Share of a side of the image that a region along this side covers."""
+MOST = 0.5
+"""Share of the relevance of a region in one ninth of the image that determines where the region lies."""
+
+
+def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None = None) -> str:
+    """Returns where in the image a region lies: "upper left", "centre", …, or "along the edges".
+
+    This is the ninth of the image with more than half of the relevance of the region. Without such a ninth, it is
+    "along the edges" if the region covers most of at least three sides of the image, and else its centre of mass.
+
+    Args:
+        region: The region, ``(H, W)``.
+        relevance: Relevance of the pixels, ``(H, W)``; by default, that of all pixels is the same.
+
+    Examples:
+        >>> region = np.zeros((9, 9), bool)
+        >>> region[:3, :3] = True
+        >>> place_name(region), place_name(~region)
+        ('upper left', 'along the edges')
+    """
+    region = np.asarray(region, dtype=bool)
+    if not region.any():
+        return ""
+    weights = region.astype(float)
+    if relevance is not None and relevance.shape == region.shape and (np.abs(relevance) * region).any():
+        weights *= np.abs(relevance)
+    weights /= weights.sum()
+    rows, columns = (np.arange(length) * 3 // length for length in region.shape)
+    ninths = np.zeros((3, 3))
+    np.add.at(ninths, (rows[:, None], columns), weights)
+    sides = (region[0], region[-1], region[:, 0], region[:, -1])
+    if ninths.max() > MOST:
+        place = divmod(int(ninths.argmax()), 3)
+    elif sum(float(side.mean()) >= TOUCHED for side in sides) >= 3:
+        return EDGES
+    else:
+        centers = [
+            float((weights.sum(1 - axis) * (np.arange(length) + 0.5)).sum()) / length
+            for axis, length in enumerate(region.shape)
+        ]
+        place = min(int(3 * centers[0]), 2), min(int(3 * centers[1]), 2)
+    return THIRDS[place[0]][place[1]]
+
+
+__all__ = ["EDGES", "place_name"]

@@ -1,0 +1,59 @@
+"""Names of modules as taps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..errors import UnknownLayerError
+
+INPUT, OUTPUT = "input", "output"
+RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
+"""Names of child modules that would otherwise be confused with the input or the output of the model."""
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Returns the name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
+    return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
+
+
+def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
+    """Returns the name of a layer given by name or as a module; the name of the model itself is ``"output"``.
+
+    Raises:
+        UnknownLayerError: If the module belongs to a different model.
+    """
+    if isinstance(layer, str):
+        return layer
+    if layer not in modules:
+        raise UnknownLayerError(
+            f"the given {type(layer).__name__} is not a module of the measured model. Pass one of "
+            "`model.modules()`, not a copy of it, or its name."
+        )
+    return modules[layer] or OUTPUT
+
+
+def first_name(name: str, modules: Mapping[nn.Module, str]) -> str:
+    """Returns a name with the first name of a module in place of another one under which it is registered as well.
+
+    Examples are shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` of T5, and shared blocks. The name
+    may continue with a function inside the module, or with the index of a call.
+    """
+    if name in RESERVED:
+        return name
+    module = next((module for module, known in modules.items() if not known), None)
+    parts, stem = name.split("."), ""
+    for number, part in enumerate(parts):
+        child = None if module is None else module._modules.get(part)
+        call = ""
+        if child is None and module is not None:
+            part, colon, index = part.rpartition(":")
+            child, call = module._modules.get(part), colon + index
+        if child is None or child not in modules:
+            return ".".join([stem, *parts[number:]]) if stem else name
+        module, stem = child, modules[child] + call
+    return stem
+
+
+__all__ = ["INPUT", "OUTPUT", "RESERVED", "first_name", "module_names", "name_of"]

@@ -1,0 +1,53 @@
+"""The legend of a flow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from nrm_plugin.measure.flow_graph import FlowGraph
+from nrm_plugin.plots.flow_key import key_text
+from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE, TOP, layer
+
+
+def test_the_key_explains_what_is_drawn():
+    assert "hatched" in key_text(False, True)
+    assert "hatched" not in key_text(True, False)
+    assert "Thumbnails" in key_text(True, False)
+    assert "at the resolution of conv" in key_text(True, False, maps_at="conv")
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    assert "blue evidence against it" in key_text(False, False, graph=graph)
+    assert "cancel" in key_text(False, False, graph=graph)
+    positive = FlowGraph((TOP, LOWEST), (np.abs(np.ones((3, 5))),))
+    assert "cancel" not in key_text(False, False, graph=positive)
+    assert "Less than 0.5%" in key_text(False, False, graph=graph)
+    assert "Less than 0.5%" not in key_text(False, True, graph=graph)
+    assert "named walks" in key_text(False, False, graph=graph, walks=[(("input/0",), 0.4)])
+    assert "named walks" not in key_text(False, False, graph=graph, walks=[(("input/0",), 0.01)])
+
+
+def test_shares_above_all_relevance_and_differences_are_explained():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    assert "more than 100%" in key_text(False, False, graph=graph)
+    assert "more than 100%" not in key_text(False, False, graph=FlowGraph((TOP,), ()))
+    less = FlowGraph((layer("output", ("zebra", "horse"), (1.0, -1.0)),), ())
+    assert "differences between shares" in key_text(False, False, graph=less)
+    assert "more than 100%" not in key_text(False, False, graph=less)
+    assert "white frame" in key_text(True, False, is_cropped=True)
+    assert "white frame" not in key_text(True, False)
+
+
+def test_a_rest_that_is_not_drawn_is_not_explained():
+    empty = layer("input", ("legs",), (1.0,))
+    hidden = replace(empty, others=3)
+    joint = (np.array([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]),)
+    assert "grey" not in key_text(False, False, graph=FlowGraph((TOP, hidden), joint))
+    assert "grey" in key_text(False, False, graph=FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
+
+
+def test_only_groups_of_channels_are_explained_as_such():
+    grouped = FlowGraph((TOP, layer("conv", ("A1", "A2"), (0.8, -0.1), rest=0.3), LOWEST), JOINTS)
+    patched = FlowGraph((TOP, MIDDLE, layer("input", ("A1", "B1", "A2"), (0.5, 0.3, -0.05), rest=0.15)), JOINTS)
+    assert "groups of channels" in key_text(False, False, graph=grouped)
+    assert "groups of channels" not in key_text(False, False, graph=patched)

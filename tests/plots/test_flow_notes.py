@@ -1,0 +1,78 @@
+"""Parts of the image that stand out in groups of channels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nrm_plugin.measure.flow_graph import FlowGraph
+from nrm_plugin.measure.flow_nodes import FlowLayer
+from nrm_plugin.plots import flow_figure
+from nrm_plugin.plots.flow_html import sankey
+from nrm_plugin.plots.flow_notes import is_group, standing_out
+
+
+def layer(name: str, labels: tuple[str, ...], masses: tuple[float, ...]) -> FlowLayer:
+    return FlowLayer(name, tuple(range(len(labels))), labels, masses, 0.0, 0, 0.0, 0.0)
+
+
+def joint(rows: list[list[float]]) -> np.ndarray:
+    return np.pad(np.array(rows), ((0, 2), (0, 2)))
+
+
+@pytest.fixture
+def graph() -> FlowGraph:
+    """Group A1 draws on part 1 most, A2 on part 2, and B1, against the class, on part 2."""
+    layers = (
+        layer("output", ("zebra",), (1.0,)),
+        layer("upper", ("B1", "B2"), (-0.2, 1.2)),
+        layer("lower", ("A1", "A2"), (0.4, 0.6)),
+        layer("input", ("part 1", "part 2"), (0.6, 0.4)),
+    )
+    joints = (joint([[-0.2, 1.2]]), joint([[-0.1, -0.1], [0.5, 0.7]]), joint([[0.34, 0.06], [0.26, 0.34]]))
+    return FlowGraph(layers, joints)
+
+
+PAIRS = {
+    ("upper/0", "input/0"): -0.05, ("upper/0", "input/1"): -0.15,
+    ("upper/1", "input/0"): 0.65, ("upper/1", "input/1"): 0.55,
+}  # fmt: skip
+
+
+def with_layer(graph: FlowGraph, number: int, **changes) -> FlowGraph:
+    layers = list(graph.layers)
+    layers[number] = replace(layers[number], **changes)
+    return replace(graph, layers=tuple(layers))
+
+
+def test_the_part_whose_share_of_a_group_exceeds_its_share_of_all_relevance_is_named(graph):
+    assert standing_out(graph, PAIRS) == {"lower/0": "part 1: 85%", "lower/1": "part 2: 57%", "upper/0": "part 2: 75%"}
+    assert standing_out(graph, {}).keys() == {"lower/0", "lower/1"}  # no joint relevance with the upper layer
+
+
+def test_small_groups_channels_and_flows_that_end_elsewhere_have_no_notes(graph):
+    assert "upper/0" not in standing_out(with_layer(graph, 1, masses=(-0.009, 1.009)), PAIRS)
+    assert "upper/0" not in standing_out(graph, {**PAIRS, ("upper/0", "input/1"): -0.3})  # more than all of the group
+    assert "lower/0" not in standing_out(with_layer(graph, 2, labels=("3", "5")), PAIRS)
+    assert standing_out(with_layer(graph, 3, name="stem"), PAIRS) == {}
+    assert standing_out(FlowGraph(graph.layers[2:], graph.joints[2:]), PAIRS) == {}
+    assert [is_group("A1", "lower"), is_group("A1", "input"), is_group("channel 1", "lower")] == [True, False, False]
+
+
+@pytest.mark.parametrize("width", [None, 3.3])
+def test_notes_are_drawn_below_their_groups_and_explained(graph, width):
+    maps = {node.key: np.ones((60, 60)) for node in graph.nodes if node.kind == "group"}
+    drawn = flow_figure(graph, width=width, maps=maps, pairs=PAIRS).axes[0].texts
+    found = [text.get_text() for text in drawn]
+    assert {"part 1: 85%", "part 2: 57%", "part 2: 75%"} <= {*found}
+    note = next(text for text in drawn if text.get_text() == "part 1: 85%")
+    name = next(text for text in drawn if text.get_text().split(" ")[0] == "A1")
+    assert note.get_position()[0] == name.get_position()[0]
+    assert 0 < note.get_position()[1] - name.get_position()[1] < 20
+    assert "Below a group" in " ".join(found)
+    plain = [text.get_text() for text in flow_figure(graph, width=width).axes[0].texts]
+    assert not any("85%" in text for text in plain)
+    assert "Below a group" not in " ".join(plain)
+    assert "part 1: 85%" in sankey(graph, pairs=PAIRS)
