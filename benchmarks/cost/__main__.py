@@ -5,14 +5,14 @@ the results as JSON with the environment, writes the tables of docs/cost.md and 
 ``make bench`` installs timm, transformers and LXT and runs it. Nets whose package is not installed are
 skipped. ``--nets`` selects nets and leaves the other results unchanged; ``--missing`` measures only what has no stored
 result, so that an interrupted run continues; ``--quick`` measures times with one thread only; ``--times``,
-``--peaks`` and ``--timm`` measure one of the three parts; ``--print`` and ``--render`` only print and only write the
-stored results.
+``--batches``, ``--peaks`` and ``--timm`` measure one of the four parts; ``--print`` and ``--render`` only print and
+only write the stored results.
 
 Each net is measured in its own process. Results are compared first: a plan with a recorded measure at every tap, and
 Zennit's relevance with ``residual="sink"`` where every operation is a module with a rule. Computations alternate within
 each round; times are processor times, ratios refer to the plain gradient of the same round, and medians and ranges are
 stored. Peak memory is that of one process for each computation and batch size. Models of timm are compared in float32
-only, and their first call is timed once.
+only, and their first call and recorded measure are timed once.
 
 ``--profile NET`` prints the operators with the largest own time, the share outside of operators, and the stages of the
 first call.
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cost import page, timm_models
-from benchmarks.cost.nets import NETS, Net
+from benchmarks.cost.nets import BATCHED, BATCHES, NETS, Net
 from benchmarks.cost.stages import stages
 from benchmarks.cost.timing import (
     RETURNING,
@@ -68,19 +68,21 @@ from benchmarks.cost.ways import (
     check,
     differences,
     faults,
+    held,
     message,
     planned,
-    recorded,
     without_rule,
 )
 from benchmarks.speed import environment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/cost.json"
-WAYS = [PLAIN, ZENNIT_FIRST, *(f"{way}, {name}" for way in (RECORDED, PLANNED) for name in COMPOSITES)]
+WAYS = [PLAIN, ZENNIT_FIRST, *(f"{PLANNED}, {name}" for name in COMPOSITES)]
 """The computations whose peak memory is measured."""
 SECONDS = 20.0
 """Time for which short computations are repeated."""
+SECONDS_OF_TIMM = 900.0
+"""Longest time for a model of timm."""
 
 
 def net_of(name: str) -> Net:
@@ -91,7 +93,9 @@ def net_of(name: str) -> Net:
 # -- in a process of its own ------------------------------------------------------------------------------------------
 
 
-def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[str, Any]:
+def one(
+    name: str, counts: list[int], rounds: int, light: bool = False, batch: int = 1, seconds: float = SECONDS
+) -> dict[str, Any]:
     """Compares all computations of one net, and times them with each number of threads.
 
     Args:
@@ -99,31 +103,35 @@ def one(name: str, counts: list[int], rounds: int, light: bool = False) -> dict[
         counts: The numbers of threads.
         rounds: Number of rounds.
         light: Whether to omit everything that is not in the table of timm.
+        batch: Number of samples.
+        seconds: Time for which short computations are repeated.
     """
     torch.set_num_threads(counts[0])
     net = net_of(name)
-    model, x = net.made(), net.inputs()
-    row: dict[str, Any] = {"net": name, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    model, x = net.made(), net.inputs(batch)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    row: dict[str, Any] = {"net": name, "batch": batch, "parameters": parameters}
     row["without rule"] = without_rule(model)
     ways = Ways(net, model, x)
-    row["differences"] = differences(ways, exact=not light)
+    exact = not light
+    row["differences"] = forked(differences, ways, exact) if net.is_large else differences(ways, exact)
     row["faults"] = faults(row["differences"])
     if row["faults"]:  # times of different results are not comparable
         return {"rows": [{**row, "threads": count} for count in counts]}
     work, row["failed"] = ways.runnable(list(COMPOSITES), (PLAIN, ZENNIT, ZENNIT_FIRST) if light else None)
     explained = {name: plan.explain() for name, plan in ways.plans.items()}
     row["not planned"] = {name: text for name, text in explained.items() if text.startswith("recorded every time")}
-    return {"rows": [{**row, **timed(name, work, count, rounds, light)} for count in counts]}
+    return {"rows": [timed(row, work, count, rounds, light, seconds) for count in counts]}
 
 
-def timed(net: str, work: Work, count: int, rounds: int, light: bool) -> dict[str, Any]:
+def timed(of: dict[str, Any], work: Work, count: int, rounds: int, light: bool, seconds: float) -> dict[str, Any]:
     """Times with ``count`` threads; with one thread, also the profiles of computations that miss a target."""
     torch.set_num_threads(count)
-    firsts = [f"{FIRST}, {name}" for name in COMPOSITES] if light else ()
-    row: dict[str, Any] = {"net": net, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
+    firsts = [f"{way}, {name}" for way in (FIRST, RECORDED) for name in COMPOSITES] if light else ()
+    row: dict[str, Any] = {**of, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
     if light:
         work = {name: run for name, run in work.items() if not name.startswith(AGAIN)}
-    row |= summary(alternated(work, rounds, 0.0 if light else SECONDS, once=firsts))
+    row |= summary(alternated(work, rounds, 0.0 if light else seconds, once=firsts))
     if count == 1 and not light:
         slow = [name for name in COMPOSITES if any(key.startswith("plan") for key in page.missed(row, name))]
         row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in slow}
@@ -157,7 +165,7 @@ def peaks_of(name: str) -> dict[str, Any]:
 
 
 def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
-    """Returns the peak of one computation; for a plan, of its first and of its second call.
+    """Returns the peak of one computation; for a plan, of its first and of its second call, and what it holds.
 
     A copy of the net runs first with one sample, so that imports and initializations are not counted.
     """
@@ -176,7 +184,10 @@ def peak(net: Net, model: nn.Module, way: str, batch: int) -> dict[str, float]:
     x = x.clone()
     reset()
     plan(x, TARGET).marginal("input")
-    return {f"{FIRST}, {composite}": round_to(first), way: round_to(resident()[1] - before)}
+    found = {f"{FIRST}, {composite}": first, way: resident()[1] - before} | {
+        f"{what}, {composite}": size / 2**20 for what, size in held(plan).items()
+    }
+    return {name: round_to(value) for name, value in found.items()}
 
 
 def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:
@@ -184,22 +195,18 @@ def once(net: Net, model: nn.Module, x: Tensor, way: str) -> None:
     if way in (PLAIN, ZENNIT_FIRST):
         check(Ways(net, model, x).others()[way]())
         return
-    kind, _, composite = way.partition(", ")
-    if kind == RECORDED:
-        recorded(net, model, x, COMPOSITES[composite]()).marginal("input")
-    else:
-        planned(net, model, x, COMPOSITES[composite]())(x, TARGET).marginal("input")
+    planned(net, model, x, COMPOSITES[way.removeprefix(f"{PLANNED}, ")]())(x, TARGET).marginal("input")
 
 
-def spawned(*options: object, seconds: float = 3600, **variables: str) -> dict[str, Any]:
+def spawned(*options: object, **variables: str) -> dict[str, Any]:
     """Runs this module in another process and parses its last line."""
     command = [sys.executable, "-m", "benchmarks.cost", *map(str, options)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=seconds
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=3600
         )
     except subprocess.TimeoutExpired:
-        return {"failed run": f"more than {seconds:.0f} s"}
+        return {"failed run": "more than an hour"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed run": message(RuntimeError(lines[-1])).removeprefix("RuntimeError: ")}
@@ -220,21 +227,50 @@ def chosen(patterns: list[str], names: list[str]) -> Iterator[str]:
                 print(f"{name}: skipped, because {net_of(name).package} is not installed", flush=True)
 
 
-def measured(names: list[str], options: argparse.Namespace, key: str, light: bool = False) -> None:
+def measured(names: list[str], options: argparse.Namespace) -> None:
     """Times all nets, and stores the results one by one."""
-    counts, rounds = ([1], min(options.rounds, 3)) if light or options.quick else (options.threads, options.rounds)
-    for name in missing(names, counts, options, key, "threads"):
-        common = ("--rounds", rounds, *(("--light",) if light else ()), *limit_of(options))
-        found = spawned("--one", name, "--threads", *counts, *common, seconds=900 if light else 3600)
+    counts, rounds = ([1], min(options.rounds, 3)) if options.quick else (options.threads, options.rounds)
+    for name in missing(names, counts, options, "rows", "threads"):
+        found = spawned("--one", name, "--threads", *counts, "--rounds", rounds, *limits_of(options))
         for row in found.get("rows") or [{"net": name, "threads": count, **found} for count in counts]:
-            store(options.out, key, [row], ("net", "threads"))
+            store(options.out, "rows", [row], ("net", "threads"))
             print(page.line(row), flush=True)
+
+
+def of_timm(names: list[str], options: argparse.Namespace) -> None:
+    """Times the models of timm with one thread, each in a forked process, since imports take long."""
+    for name in missing(names, [1], options, "timm", "threads"):
+        try:
+            (row,) = forked(lightly, name, min(options.rounds, 3), options.memory, seconds=SECONDS_OF_TIMM)
+        except RuntimeError as error:
+            row = {"net": name, "threads": 1, "failed run": str(error)}
+        store(options.out, "timm", [row], ("net", "threads"))
+        print(page.line(row), flush=True)
+
+
+def lightly(name: str, rounds: int, memory: float | None) -> list[dict[str, Any]]:
+    """Returns the row of one model of timm, measured in this process."""
+    limit_memory(memory)
+    warnings.simplefilter("ignore")
+    rows: list[dict[str, Any]] = one(name, [1], rounds, light=True)["rows"]
+    return rows
+
+
+def batches(names: list[str], options: argparse.Namespace) -> None:
+    """Times nets with more than one sample, with one thread."""
+    for batch in BATCHES:
+        for name in missing(names, [batch], options, "batches", "batch"):
+            sizes = ("--threads", 1, "--rounds", options.rounds, "--batch", batch)
+            found = spawned("--one", name, *sizes, *limits_of(options))
+            for row in found.get("rows") or [{"net": name, "threads": 1, "batch": batch, **found}]:
+                store(options.out, "batches", [row], ("net", "batch"))
+                print(page.line(row), flush=True)
 
 
 def peaks(names: list[str], options: argparse.Namespace) -> None:
     """Measures the peak memory of all nets."""
     for name in missing(names, [1], options, "peaks", "batch"):
-        found = spawned("--peak", name, *limit_of(options), **RETURNING)
+        found = spawned("--peak", name, *limits_of(options), **RETURNING)
         for row in found.get("rows", []):
             store(options.out, "peaks", [row], ("net", "batch"))
         print(name, found.get("failed run") or [row["MiB"] for row in found["rows"]], flush=True)
@@ -247,9 +283,10 @@ def missing(names: list[str], numbers: list[int], options: argparse.Namespace, k
     return (name for name in names if not all((name, number) in known for number in numbers))
 
 
-def limit_of(options: argparse.Namespace) -> tuple[object, ...]:
-    """Returns the option that limits the memory of a process."""
-    return () if options.memory is None else ("--memory", options.memory)
+def limits_of(options: argparse.Namespace) -> tuple[object, ...]:
+    """Returns the options that limit the memory of a process, and the time for which it repeats computations."""
+    given = {"--memory": options.memory, "--seconds": None if options.seconds == SECONDS else options.seconds}
+    return tuple(part for name, value in given.items() if value is not None for part in (name, value))
 
 
 def store(path: Path, key: str, rows: list[dict[str, Any]], by: tuple[str, ...]) -> None:
@@ -296,8 +333,12 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=["*"], help="names or patterns (default: all)")
     parser.add_argument("--threads", nargs="+", type=int, default=threads(), help="(default: 1 and all)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time for which short computations are repeated (default: 20)"
+    )
     parser.add_argument("--quick", action="store_true", help="three rounds with one thread, no peak memory")
     parser.add_argument("--times", action="store_true", help="only times of nets")
+    parser.add_argument("--batches", action="store_true", help="only times with more than one sample")
     parser.add_argument("--peaks", action="store_true", help="only peak memory")
     parser.add_argument("--timm", action="store_true", help="only one small model of each module of timm")
     parser.add_argument("--missing", action="store_true", help="only what has no stored result")
@@ -307,14 +348,14 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the tables of docs/cost.md")
     parser.add_argument("--profile", metavar="NET", help="print the profile of one net")
     parser.add_argument("--one", metavar="NET", help=argparse.SUPPRESS)
-    parser.add_argument("--light", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--peak", metavar="NET", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.one or args.peak:
         limit_memory(args.memory)
     if args.one:
-        print(json.dumps(one(args.one, args.threads, args.rounds, args.light)))
+        print(json.dumps(one(args.one, args.threads, args.rounds, batch=args.batch, seconds=args.seconds)))
     elif args.peak:
         print(json.dumps(peaks_of(args.peak)))
     elif args.profile:
@@ -326,20 +367,22 @@ def main() -> None:
         if args.out == RESULTS and not args.print:
             page.write(results)
         if not args.render:
-            print(page.tables(results))
+            print(page.overview(results), page.tables(results), sep="\n\n")
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the measurements that the options select."""
-    is_all = not (args.times or args.peaks or args.timm)
+    is_all = not (args.times or args.batches or args.peaks or args.timm)
     names = list(chosen(args.nets, list(NETS)))
     if is_all or args.times:
-        measured(names, args, "rows")
+        measured(names, args)
+    if args.batches or (is_all and not args.quick):
+        batches([name for name in names if name in BATCHED], args)
     if args.peaks or (is_all and not args.quick):
         peaks(names, args)
     if args.timm or (is_all and not args.quick):
         models = list(chosen(args.nets, [f"timm/{name}" for name in timm_models.NAMES]))
-        measured(models, args, "timm", light=True)
+        of_timm(models, args)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Net:
         is_batched: Whether the first dimension of the inputs counts samples.
         all_rules: Whether every operation, after the canonizer, is a module with a rule, so that Zennit's relevance has
             to equal the measure with ``residual="sink"``.
+        is_large: Whether results are compared in a process of their own, whose memory is free again afterwards.
     """
 
     build: Callable[[], nn.Module]
@@ -44,6 +45,7 @@ class Net:
     package: str = "torch"
     is_batched: bool = True
     all_rules: bool = False
+    is_large: bool = False
 
     @property
     def is_installed(self) -> bool:
@@ -194,11 +196,17 @@ NETS: dict[str, Net] = {
     "ConvNeXt-atto": image(of_timm, "convnext_atto"),
     "GhostNetV3-0.5": image(of_timm, "ghostnetv3_050"),
     "BERT-base, 128 tokens": Net(bert, (128, 768), package="transformers"),
-    f"decoder, {TOKENS} tokens": Net(Decoder, (TOKENS, WIDTH)),
+    f"decoder, {TOKENS} tokens": Net(Decoder, (TOKENS, WIDTH), is_large=True),
     f"LSTM, {STEPS} steps": Net(Recurrent, (STEPS, 64)),
     f"GCN, {NODES:,} nodes": Net(partial(Graph, NODES), (NODES, 64), is_batched=False),
     f"{LAYERS} tiny layers": Net(partial(tiny, LAYERS), (16,), all_rules=True),
 }
+BATCHED = (
+    *("ResNet-50 64", "ResNet-18 224", "DeiT-tiny", "MobileNetV2", "MobileNetV3-small", "ConvNeXt-atto"),
+    *("GhostNetV3-0.5", "500 tiny layers"),
+)
+"""The nets that are also timed with more than one sample."""
+BATCHES = (2, 8)
 
 
 def double(model: nn.Module) -> nn.Module:

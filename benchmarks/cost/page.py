@@ -12,12 +12,14 @@ from benchmarks.cost.ways import (
     AGAIN,
     CAPTUM,
     COMPOSITES,
+    CONSTANTS,
     DYNAMIC_LRP,
     FIRST,
     LXT,
     PLAIN,
     PLANNED,
     RECORDED,
+    STATE,
     ZENNIT,
     ZENNIT_FIRST,
 )
@@ -56,11 +58,27 @@ class Figure:
         """Whether the target is exceeded, or the number is not finite."""
         return self.value is not None and self.target is not None and not self.value <= self.target
 
+    @property
+    def factor(self) -> float | None:
+        """The number as a multiple of its target."""
+        return None if self.value is None or self.target is None else self.value / self.target
+
     def __str__(self) -> str:
         if self.value is None:
             return ""
         target = "" if self.target is None else f" / {self.target:g}"
         return f"{self.value:.3g}{target}{' ✗' if self.is_missed else ''}"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A figure of one net."""
+
+    figure: Figure
+    net: str
+
+    def __str__(self) -> str:
+        return f"{self.figure} ({self.net})"
 
 
 def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
@@ -74,7 +92,7 @@ def ratio(row: Row, way: str, reference: str = PLAIN) -> float | None:
 
 def figures(row: Row, composite: str) -> dict[str, Figure]:
     """Returns the numbers of one net, number of threads and composite, by column."""
-    plan, first = TARGETS.get(row["net"], (None, None))
+    plan, first = TARGETS.get(row["net"], (None, None)) if row.get("batch", 1) == 1 else (None, None)
     planned, called = f"{PLANNED}, {composite}", f"{FIRST}, {composite}"
     of_zennit, first_of_zennit = (None, None) if row.get("without rule") else (OF_ZENNIT, FIRST_OF_ZENNIT)
     return {
@@ -130,7 +148,8 @@ def table(rows: list[Row], of: Callable[[Row, str], dict[str, Figure]], names: s
 def usable(rows: list[Row]) -> list[Row]:
     """Returns the rows with times, in the order of the targets."""
     order = list(TARGETS)
-    return sorted((row for row in rows if "ratios" in row), key=lambda row: order.index(row["net"]))
+    timed = (row for row in rows if "ratios" in row)
+    return sorted(timed, key=lambda row: (order.index(row["net"]), row.get("batch", 1)))
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -140,24 +159,81 @@ def tables(results: dict[str, Any]) -> str:
     parts.append(", ".join(f"{key} {value}" for key, value in place.items()) + ". ✗: target missed.")
     for count in sorted({row["threads"] for row in rows}):
         of_count = [row for row in usable(rows) if row["threads"] == count]
-        parts.append(f"### Time, {count} thread{'s' * (count > 1)}")
+        parts.append(f"### Time, {threads_of(count)}")
         parts.append(table(of_count, figures, "net", lambda row: row["net"]))
         parts.append(loads(of_count))
+    if of_batch := usable(results.get("batches", [])):
+        parts += ["### Time of batches, 1 thread", table(of_batch, figures, "net|batch", batch_of), loads(of_batch)]
     if "peaks" in results:
         order = list(TARGETS)
         sorted_rows = sorted(results["peaks"], key=lambda row: (order.index(row["net"]), row["batch"]))
         parts += [
             "### Peak memory",
-            table(sorted_rows, memory, "net|batch", lambda row: f"{row['net']} | {row['batch']}"),
+            table(sorted_rows, memory, "net|batch", batch_of),
         ]
     if "timm" in results:
         parts += ["### timm", timm_table(results["timm"]), loads(results["timm"])]
-    notes = [*failures(rows), *failures(results.get("timm", [])), *peak_failures(results.get("peaks", []))]
+    measured = [*rows, *results.get("batches", []), *results.get("timm", [])]
+    notes = [*failures(measured), *peak_failures(results.get("peaks", []))]
     parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
     parts += ["### Not measured", "\n".join(f"- {text}" for text in notes) or "Nothing."]
-    if rows or "timm" in results:
-        parts += ["### Agreement before timing", agreement([*rows, *results.get("timm", [])])]
+    if measured:
+        parts += ["### Agreement before timing", agreement(measured)]
     return "\n\n".join(parts)
+
+
+def overview(results: dict[str, Any]) -> str:
+    """Returns how many rows hold each target, and the row that misses it by the largest factor."""
+    rows = usable(results.get("rows", []))
+    kinds: list[tuple[str, list[Row], Callable[[Row, str], dict[str, Figure]]]] = [
+        (f"time, {threads_of(count)}", [row for row in rows if row["threads"] == count], figures)
+        for count in sorted({row["threads"] for row in rows})
+    ]
+    kinds.append(("time of batches, 1 thread", usable(results.get("batches", [])), figures))
+    kinds.append(("peak memory", results.get("peaks", []), memory))
+    lines = []
+    for kind, some, of in kinds:
+        found: dict[str, list[Named]] = {}
+        for row in some:
+            for composite in COMPOSITES:
+                for column, figure in of(row, composite).items():
+                    found.setdefault(column, []).append(Named(figure, f"{named(row)}, {composite}"))
+        lines += [[kind, column, *held_by(some)] for column, some in found.items()]
+    of_timm: dict[str, list[Named]] = {}
+    for composite, column, count, median, worst in timm_figures(results.get("timm", [])):
+        of_timm.setdefault(f"{column}, median of {count}", []).append(Named(median, composite))
+        of_timm.setdefault(f"{column}, worst of {count}", []).append(Named(worst.figure, f"{worst.net}, {composite}"))
+    lines += [["timm", column, *held_by(some)] for column, some in of_timm.items()]
+    return grid("| | figure | targets that hold | largest miss |", [line for line in lines if line[2] != "0 of 0"])
+
+
+def held_by(figures: list[Named]) -> tuple[str, str]:
+    """Returns how many figures hold their target, and the largest miss."""
+    factors = {one: one.figure.factor for one in figures}
+    known = {one: factor for one, factor in factors.items() if factor is not None}
+    wrong = [one for one in known if one.figure.is_missed]
+    largest = max(wrong, key=lambda one: known[one], default=None)
+    return f"{len(known) - len(wrong)} of {len(known)}", "" if largest is None else str(largest)
+
+
+def threads_of(count: int) -> str:
+    """Returns the number of threads in words."""
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def named(row: Row) -> str:
+    """Returns the net, with its batch size if that is not one."""
+    return f"{row['net']}, batch {row['batch']}" if row.get("batch", 1) > 1 else str(row["net"])
+
+
+def batch_of(row: Row) -> str:
+    """Returns the cells of the net and of its batch size."""
+    return f"{row['net']} | {row['batch']}"
+
+
+def label_of(row: Row) -> str:
+    """Returns the net with its batch size, if that is not one, and the number of threads."""
+    return f"{named(row)}, {threads_of(row['threads'])}"
 
 
 def loads(rows: list[Row]) -> str:
@@ -168,9 +244,14 @@ def loads(rows: list[Row]) -> str:
 
 def timm_table(rows: list[Row]) -> str:
     """Returns the medians and worst figures over the models of timm."""
+    return grid("| composite | figure | models | median | worst |", timm_figures(rows))
+
+
+def timm_figures(rows: list[Row]) -> list[tuple[str, str, int, Figure, Named]]:
+    """Returns the number of models, the median and the worst figure, for each composite and column."""
     targets = {"plan": (TIMM_MEDIAN, TIMM_WORST), "first call": (TIMM_FIRST, None), "recorded": (None, None)}
     targets |= {"marginals again": (None, None), "Zennit": (None, None), "plan : Zennit": (OF_ZENNIT, 1.0)}
-    lines = []
+    lines: list[tuple[str, str, int, Figure, Named]] = []
     for composite in COMPOSITES:
         for column, (median, worst) in targets.items():
             values = {row["net"].removeprefix("timm/"): figures(row, composite)[column].value for row in rows}
@@ -178,19 +259,19 @@ def timm_table(rows: list[Row]) -> str:
             if found:
                 largest = max(found, key=lambda name: found[name])
                 middle = Figure(statistics.median(found.values()), median)
-                lines.append([composite, column, len(found), middle, f"{Figure(found[largest], worst)} ({largest})"])
-    return grid("| composite | figure | models | median | worst |", lines)
+                lines.append((composite, column, len(found), middle, Named(Figure(found[largest], worst), largest)))
+    return lines
 
 
 def failures(rows: list[Row]) -> Iterator[str]:
     """Yields the rows without times, or without a plan."""
     for row in rows:
         if "failed run" in row:
-            yield f"{row['net']}, {row['threads']} threads: {row['failed run']}"
+            yield f"{label_of(row)}: {row['failed run']}"
         for fault in row.get("faults", []):
-            yield f"{row['net']}: {fault}"
+            yield f"{named(row)}: {fault}"
         for composite, text in row.get("not planned", {}).items():
-            yield f"{row['net']}, {composite}, no plan: {text}"
+            yield f"{named(row)}, {composite}, no plan: {text}"
 
 
 def peak_failures(rows: list[Row]) -> Iterator[str]:
@@ -215,16 +296,25 @@ def agreement(rows: list[Row]) -> str:
 
 def misses(results: dict[str, Any]) -> Iterator[str]:
     """Every exceeded target: by how much, and where the time goes."""
-    for row in usable(results.get("rows", [])):
+    for row in [*usable(results.get("rows", [])), *usable(results.get("batches", []))]:
         for composite in COMPOSITES:
             if exceeded := missed(row, composite):
-                label = f"{row['net']}, {composite}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
-                yield f"**{label}**: {listed(exceeded)}.{reasons(row, composite, exceeded)}"
+                yield f"**{label_of(row)}, {composite}**: {listed(exceeded)}.{reasons(row, composite, exceeded)}"
     for row in results.get("peaks", []):
         for composite in COMPOSITES:
             exceeded = {name: figure for name, figure in memory(row, composite).items() if figure.is_missed}
             if exceeded:
-                yield f"**{row['net']}, {composite}, batch {row['batch']}, peak memory**: {listed(exceeded)}."
+                label = f"{row['net']}, batch {row['batch']}, {composite}, peak memory"
+                yield f"**{label}**: {listed(exceeded)}.{held(row, composite)}"
+
+
+def held(row: Row, composite: str) -> str:
+    """Returns what a plan holds, as multiples of the peak of a plain gradient."""
+    found, plain = row["MiB"], row["MiB"].get(PLAIN, 0)
+    if f"{STATE}, {composite}" not in found or plain <= 0:
+        return ""
+    constants, state = (found[f"{what}, {composite}"] / plain for what in (CONSTANTS, STATE))
+    return f" Of it, constants {constants:.2g}, tensors that the forward pass leaves for the relevance {state:.2g}."
 
 
 def listed(figures: dict[str, Figure]) -> str:
@@ -281,7 +371,7 @@ def stages_text(parts: dict[str, float], plain: float, composite: str) -> str:
 
 def line(row: Row) -> str:
     """Returns one row for the terminal, while others are measured."""
-    label = f"{row['net']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    label = label_of(row)
     if "ratios" not in row:
         return f"{label}: {row.get('failed run') or '; '.join(row['faults'])}"
     shown = {name: f"{value[0]:.2f} ({value[1]:.2f}–{value[2]:.2f})" for name, value in row["ratios"].items()}
@@ -299,6 +389,8 @@ def write(results: dict[str, Any]) -> None:
 
 
 def rendered(results: dict[str, Any], page: str) -> str:
-    """Returns the page with the tables of these results."""
-    head, rest = page.split("<!-- measured -->")
-    return f"{head}<!-- measured -->\n{tables(results)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    """Returns the page with the overview and the tables of these results."""
+    for mark, text in (("overview", overview(results)), ("measured", tables(results))):
+        head, rest = page.split(f"<!-- {mark} -->")
+        page = f"{head}<!-- {mark} -->\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +12,18 @@ from nrm_plugin.plan.model_state import ModelState
 from nrm_plugin.plan.planned_measure import PlannedMeasure, TracedRecording
 from nrm_plugin.plan.program import Program
 from nrm_plugin.plan.simplify import Simplifier
+from nrm_plugin.recording import recording
+from nrm_plugin.recording.recording import Rerun
 
 REST = "rest"
-STAGES: dict[str, tuple[type, str]] = {
+STAGES: dict[str, tuple[Any, str]] = {
     "state of the model": (ModelState, "__init__"),
     "forward pass and graph, traced": (TracedRecording, "__init__"),
     "rules and query, traced": (PlannedMeasure, "_computed"),
     "simplification": (Simplifier, "__init__"),
     "source": (Program, "__init__"),
+    "second run, with two samples": (Rerun, "shapes_of_two"),
+    "search for samples": (recording, "find_samples"),
 }
 """The method of each stage. A stage does not include stages that it calls."""
 
@@ -26,6 +31,7 @@ STAGES: dict[str, tuple[type, str]] = {
 def stages(run: Callable[[], object]) -> dict[str, float]:
     """Returns the processor seconds of each stage in one run."""
     found: dict[str, float] = dict.fromkeys((*STAGES, REST), 0.0)
+    gc.collect()  # otherwise, a stage would include the collection of earlier objects
     with _timed(found):
         started = time.process_time()
         run()

@@ -100,11 +100,11 @@ def reset() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def forked(run: Callable[..., Any], *arguments: object) -> Any:
+def forked(run: Callable[..., Any], *arguments: object, seconds: float | None = None) -> Any:
     """Returns the result of a function in a forked process.
 
     Raises:
-        RuntimeError: With the message of the process, if the function raises there.
+        RuntimeError: With the message of the process, if the function raises there or takes longer than ``seconds``.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -112,7 +112,11 @@ def forked(run: Callable[..., Any], *arguments: object) -> Any:
     process.start()
     sender.close()
     try:
-        result, error = receiver.recv()
+        if receiver.poll(seconds):
+            result, error = receiver.recv()
+        else:
+            process.kill()
+            result, error = None, f"more than {seconds:.0f} s"
     except EOFError:
         result, error = None, "the process ended without a result"
     process.join()
@@ -131,7 +135,7 @@ def _sent(sender: Any, run: Callable[..., Any], arguments: tuple[object, ...]) -
 # -- profiles ---------------------------------------------------------------------------------------------------------
 
 
-def profile(run: Callable[[], object], seconds: float = 1.0, top: int = 12) -> dict[str, Any]:
+def profile(run: Callable[[], object], seconds: float = 0.2, top: int = 12) -> dict[str, Any]:
     """Returns the shares of the wall-clock time of single tensor operators, and of the time outside of all operators.
 
     The latter is Python, autograd's engine and the dispatcher. The profiler adds to each call of an operator, so that

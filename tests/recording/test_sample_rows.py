@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nrm_plugin import NRMDefault, RelevanceMeasure
+from nrm_plugin.errors import NRMError
+from nrm_plugin.recording import structure
 from nrm_plugin.recording.graph import Graph
 from nrm_plugin.recording.sample_rows import all_keep_rows
 
@@ -108,6 +112,62 @@ def test_values_that_leave_the_graph_may_join_samples():
 
     net = Net(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
     assert RelevanceMeasure(net, torch.randn(N, 3), 1)._recording.samples.may_mix
+
+
+class Own(nn.Linear):
+    """A linear layer with its own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class Renamed(nn.Linear):
+    """A linear layer with the code of torch."""
+
+
+class Centred(nn.Linear):
+    """A layer that subtracts the mean over samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+class Reversed(nn.Linear):
+    """A layer that reverses the order of samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(0))
+
+
+def with_head(head: nn.Linear) -> nn.Module:
+    torch.manual_seed(0)
+    nn.init.normal_(head.weight)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), head).eval()
+
+
+@pytest.mark.parametrize("kind", [Own, Renamed])
+@pytest.mark.parametrize("shape", [(N, 3), (N, 5, 3)])
+def test_linear_layers_with_their_own_class_keep_the_samples_in_rows(kind, shape):
+    net, x = with_head(kind(4, 2)), torch.randn(shape)
+    target = 1 if len(shape) == 2 else (2, 1)
+    mu = RelevanceMeasure(net, x, target, composite=NRMDefault())
+    assert mu._recording.samples.is_plain
+    alone = [RelevanceMeasure(net, one[None], target, composite=NRMDefault()).marginal("input") for one in x]
+    torch.testing.assert_close(mu.marginal("input"), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", [Centred, Reversed])
+def test_linear_layers_that_mix_samples_are_not_proven(kind):
+    seen = []
+
+    def observed(graph: Graph, *args: Any) -> bool:
+        seen.append(all_keep_rows(graph, *args))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch, suppress(NRMError):
+        patch.setattr(structure, "all_keep_rows", observed)
+        RelevanceMeasure(with_head(kind(4, 2)), torch.randn(N, 3), 1, composite=NRMDefault())
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

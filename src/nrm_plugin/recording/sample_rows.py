@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kernels.known_rules import is_known_linear
 from ..kernels.layer_call import LayerCall
 from ..kernels.layer_step import LayerStep
+from ..model.affine_layers import Weighted
 from ..model.trace_guards import untraced
 from ..model.zero_one_routes import operation
 from .graph import Graph, Vertex
@@ -43,6 +44,8 @@ _FIXED = _FREE.union(
     """.split()
 )
 """Routes that depend only on the shapes of tensors and on numeric arguments, not on the values of a tensor."""
+ROUNDING = 1e-3
+"""Largest difference that is taken as rounding, as a fraction of the largest entry."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
 """Modules of ``torch.nn.modules`` whose layers process each row independently."""
@@ -118,10 +121,28 @@ def _is_layer_of_rows(call: LayerCall) -> bool:
         return len(call.module.normalized_shape) < dims
     if isinstance(call.module, nn.modules.conv._ConvNd):
         return dims == len(call.module.kernel_size) + 2
+    if isinstance(call.module, Weighted):
+        return _scales_with_rows(call.module, call.input)
     if kind.__module__ == "zennit.layer":
         return int(getattr(call.module, "dim", 0)) % dims != 0
-    is_linear = path == "linear" and isinstance(call.module, (nn.Linear, nn.Identity))
+    is_linear = kind.forward is nn.Linear.forward or (path == "linear" and isinstance(call.module, nn.Identity))
     return is_linear or (path in _FAMILIES and not isinstance(call.module, nn.MultiheadAttention))
+
+
+def _scales_with_rows(layer: Weighted, source: Tensor) -> bool:
+    r"""Returns whether a linear layer with its own code maps each row to the same row.
+
+    A linear map :math:`A` does so if and only if it commutes with every scaling :math:`D` of rows. One random scaling
+    of random rows :math:`x` is sufficient: if row :math:`i` of :math:`ADx - DAx`, which is
+    :math:`\sum_{j \ne i} (d_j - d_i) A_{ij} x_j`, is zero, then so are its :math:`A_{ij}`, with probability one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with untraced(), torch.inference_mode(False), torch.no_grad():
+        numbers = torch.rand(len(source), generator=generator).to(source) + 0.5
+        noise = torch.randn(source.shape, generator=generator).to(source)
+        plain, scaled = (layer.function(rows, layer.weight, None) for rows in (noise, _scaled_rows(noise, numbers)))
+        off = (_scaled_rows(plain, numbers) - scaled).abs().max() if len(plain) == len(source) else torch.inf
+        return bool(off <= ROUNDING * scaled.abs().max())
 
 
 def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
