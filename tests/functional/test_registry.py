@@ -43,7 +43,7 @@ REGISTERED = {
     "kernels by function": {"scatter": 3},
     "decompositions": {
         "decompositions": 23,
-        "distances": 9,
+        "distance_decompositions": 9,
         "linear_algebra": 17,
         "quantiles_and_integrals": 6,
         "reductions": 1,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..composites import Normalized
 from ..dataset.preprocessing import Preprocessing, preprocessing
-from .own_models import own_model
 from .torchvision_models import DEFAULT, torchvision_model
+from .user_models import own_model
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ..dataset.image_folder import PreprocessedImageFolder
 from ..dataset.images import shown
 from ..dataset.sweep_layout import SweepError
 from .model_loading import LoadedModel
-from .own_models import imported
+from .user_models import imported
 
 SAMPLES = "samples.csv"
 """The file of a sweep that lists the file names of its samples."""

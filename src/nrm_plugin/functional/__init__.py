@@ -7,7 +7,7 @@ from ..kernels.base import Kernel
 from . import (  # noqa: F401  (register what they hold)
     averaging,
     decompositions,
-    distances,
+    distance_decompositions,
     elementwise,
     linear_algebra,
     quantiles_and_integrals,

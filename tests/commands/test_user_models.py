@@ -16,7 +16,7 @@ import torch
 from nrm_plugin.commands.built_model import ModelError
 from nrm_plugin.commands.cli import main
 from nrm_plugin.commands.model_loading import load
-from nrm_plugin.commands.own_models import imported
+from nrm_plugin.commands.user_models import imported
 from tests.commands.shell import NETS, OWN, PHOTO, SIZE, explain, fails, own_net, prepared, result
 
 
