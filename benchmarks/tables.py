@@ -295,6 +295,22 @@ def groups(results: Results) -> dict[str, str]:
     }
 
 
+TEXT_METHODS = {
+    "secants to masks": "secants, mask reference",
+    "secants to <s>": "secants, `<s>` reference",
+    "secants to <unk>": "secants, `<unk>` reference",
+    "secants to spaces": "secants, space reference",
+    "secants to spaces, float64": "secants, space reference, float64",
+    "IntegratedGradients, <unk>": "IntegratedGradients, `<unk>`",
+    "one character drawn anew": "single-character ablation",
+}
+"""The names of methods in the tables of texts, where they differ from those in the results."""
+
+
+def _method(name: str) -> str:
+    return TEXT_METHODS.get(name, name)
+
+
 def real_text(results: Results) -> dict[str, str]:
     """Returns the table of explanations of a text classifier."""
 
@@ -302,7 +318,7 @@ def real_text(results: Results) -> dict[str, str]:
         return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
     keys = ("SRG", "SRG, difference", "ABPC", "ABPC, difference")
-    cells = ([row["method"], *(cell(row[key]) for key in keys)] for row in results["rows"])
+    cells = ([_method(row["method"]), *(cell(row[key]) for key in keys)] for row in results["rows"])
     return {"films": grid("| method | SRG | SRG, minus NRMDefault | ABPC | ABPC, minus NRMDefault |", cells)}
 
 
@@ -314,14 +330,15 @@ def real_decoders(results: Results) -> dict[str, str]:
 
     totals = [
         (
-            net["net"], method, row["taps"], row["sites"], f"{row['error']:.0e}", f"{row['error at sites']:.0e}",
-            small(row["residual"], 1), small(row["constants"], 1), f"{row['variation at the input']:.2f}",
+            net["net"], _method(method), row["taps"], row["sites"], f"{row['error']:.0e}",
+            f"{row['error at sites']:.0e}", small(row["residual"], 1), small(row["constants"], 1),
+            f"{row['variation at the input']:.2f}",
         )
         for net in results["nets"]
         for method, row in net["totals"].items()
     ]  # fmt: skip
     keys = ("SRG", "SRG, difference", "correlation", "last eight")
-    rows = [(net["net"], row["method"], *(cell(row[key]) for key in keys)) for net in results["nets"]
+    rows = [(net["net"], _method(row["method"]), *(cell(row[key]) for key in keys)) for net in results["nets"]
             for row in net["rows"]]  # fmt: skip
     head = "| decoder | method | SRG | SRG, minus NRMDefault | correlation with ablation | share of the last eight |"
     return {
@@ -333,7 +350,7 @@ def real_decoders(results: Results) -> dict[str, str]:
 
 
 def memory(results: Results) -> dict[str, str]:
-    """Returns tables of peaks within limits, and of errors of short formats."""
+    """Returns tables of peaks within limits, and of errors in half precision."""
     gradient = results["gradient"]
     rows = [["plain gradient", 1, "", f"{gradient['peak']:.0f}", f"{gradient['pass']:.0f}", "", ""]]
     for row in results["rows"]:

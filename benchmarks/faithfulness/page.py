@@ -39,6 +39,10 @@ CASCADES = {
 }
 FLIPS = ("logit", "same", "deletion", "insertion", "ROAD")
 """Prefixes of the metrics that ablate channels or pixels."""
+LABELS = {"precision, half as many": "precision at k/2", "precision = recall": "R-precision"}
+"""The names of metrics on the page, where they differ from those in the results."""
+KINDS = {"latent": "channels", "input": "pixels", "planted": "edges"}
+"""The scores of each part of the results."""
 
 Results = dict[str, Any]
 
@@ -85,19 +89,17 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Result
 
 def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Results]]:
     """Yields the kind of scores, net, comparison, metric and best other method, for each metric."""
-    kinds = {"latent": "channels", "input": "pixels", "planted": "edges"}
     for part, name, comparison, result in comparisons(results):
         for key in comparison.better:
-            yield kinds[part], name, comparison, key, {**result["best"][key], "default": DEFAULTS[part]}
+            yield KINDS[part], name, comparison, key, {**result["best"][key], "default": DEFAULTS[part]}
 
 
 def counts(results: Results) -> str:
     """Numbers of metrics in which the default composite is better than, tied with or worse than the best other one."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
-        group = (
-            f"{kind}, transformer" if "transformer" in name else f"{kind}, other networks" if kind != "edges" else kind
-        )
+        networks = "transformer" if "transformer" in name else "convolutional networks"
+        group = kind if kind == "edges" else f"{kind}, {networks}"
         counted.setdefault(group, Counter())[verdict(best["ahead"][best["default"]])] += 1
     counted["all"] = sum(counted.values(), Counter())
     words = ("better", "tied", "worse")
@@ -117,7 +119,7 @@ def verdicts(results: Results) -> str:
     for kind, name, comparison, key, best in compared(results):
         ahead = best["ahead"][best["default"]]
         word = _emphasized(verdict(ahead))
-        lines.append([kind, name, key + _arrow(comparison, key), best["other"], _signed(ahead), word])
+        lines.append([kind, name, _label(comparison, key), best["other"], _signed(ahead), word])
     return markdown(["scores of", "network", "metric", "best other", "difference of NRMDefault", "verdict"], lines)
 
 
@@ -228,7 +230,7 @@ def methods(name: str, result: Results, comparison: Comparison) -> str:
         lines.append([shown.replace("|", r"\|"), *(_cell(values[key]) + " ★" * (best[key] == row) for key in keys)])
     about = f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f} %" if "samples" in result else ""
     head = f"**{name}**" + (f" ({about})" if about else "")
-    return head + "\n\n" + markdown(["method", *(key + _arrow(comparison, key) for key in keys)], lines)
+    return head + "\n\n" + markdown(["method", *(_label(comparison, key) for key in keys)], lines)
 
 
 def planted_tables(result: Results) -> str:
@@ -251,7 +253,7 @@ def pairs(results: Results) -> str:
             one, other = pair.split(" : ")
             words = Counter(verdict(ahead) for ahead in values.values())
             most = sorted(values, key=lambda key: -abs(values[key][0]))[:2]
-            shown = "; ".join(f"{key}{_arrow(comparison, key)}: {_signed(values[key])}" for key in most)
+            shown = "; ".join(f"{_label(comparison, key)}: {_signed(values[key])}" for key in most)
             counts = " / ".join(str(words[word]) for word in ("better", "tied", "worse"))
             lines.append([name, one, other, counts, shown])
     return markdown(["network", "ours", "compared with", "better / tied / worse", "largest differences"], lines)
@@ -263,9 +265,12 @@ def where(results: Results) -> str:
     packages = ("python", "torch", "torchvision", "zennit", "captum", "quantus", "zennit-crp")
     named = ", ".join(f"{name} {place[name]}" for name in packages)
     spent = results["time"]
-    parts = "; ".join(
-        f"{key}: {clock} s, {own} s" for key, (clock, own) in spent["seconds of clock and processor"].items()
-    )
+    named_parts = {
+        ", ".join([KINDS.get(part, part), *rest]): seconds
+        for key, seconds in spent["seconds of clock and processor"].items()
+        for part, *rest in [key.split(", ")]
+    }
+    parts = "; ".join(f"{name}: {clock} s, {own} s" for name, (clock, own) in named_parts.items())
     return (
         f"{settings['samples']} samples for each network, seed {settings['seed']}, {settings['resamples']} bootstrap "
         f"resamples; {named}; {place['processes']} processes of one thread each, on {place['processor']}. The whole "
@@ -279,14 +284,17 @@ def agreement(results: Results) -> str:
     """Returns the agreement of pixel flipping with Quantus."""
     differences = [net["differences to Quantus"] for net in results["input"].values()]
     logit, softmax = (max(net[key] for net in differences) for key in ("logit", "softmax"))
-    return (
-        f"Pixel flipping was compared with Quantus on the first {pixels.COMPARED} samples of each network. The "
-        f"largest difference between two curves is {logit:.0e} in logits and {softmax:.0e} in softmax outputs.\n"
+    found = (
+        f"largest difference between two curves is {logit:.0e} in logits and {softmax:.0e} in softmax outputs"
+        if logit or softmax
+        else "curves are identical, for logits and for softmax outputs"
     )
+    samples = f"the first {pixels.COMPARED} samples of each network"
+    return f"Pixel flipping was compared with Quantus on {samples}. The {found}.\n"
 
 
-def _arrow(comparison: Comparison, key: str) -> str:
-    return " ↑" if comparison.better[key] > 0 else " ↓"
+def _label(comparison: Comparison, key: str) -> str:
+    return LABELS.get(key, key) + (" ↑" if comparison.better[key] > 0 else " ↓")
 
 
 def _cell(values: list[float]) -> str:
@@ -366,7 +374,7 @@ def draw(results: Results) -> None:
                 mean, low, high = net["methods"][method][key]
                 colour = "C3" if method in pixels.COMPARISON.ours else "0.3"
                 axis.errorbar(mean, height, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt=".", color=colour)
-            axis.set_title(key + _arrow(pixels.COMPARISON, key), fontsize=9)
+            axis.set_title(_label(pixels.COMPARISON, key), fontsize=9)
             axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=7)
             axis.grid(axis="x", color="0.9")
         for method, colour in CASCADES.items():
