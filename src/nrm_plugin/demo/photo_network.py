@@ -43,7 +43,7 @@ def efficientnet_lite(number: int, folder: Path) -> nn.Module:
     """Returns an EfficientNet-Lite in evaluation mode; the features after the last activation are ``_avg_pooling.0``.
 
     Args:
-        number: Index of the photograph, 0 to 4.
+        number: Variant of the network, 0 for Lite0 to 4 for Lite4.
         folder: Folder that contains the weights in a single ``.pth`` file.
     """
     (weights,) = folder.rglob("*.pth")

@@ -312,7 +312,7 @@ def group_norm(call: DifferenceCall) -> Kernel:
 
 @secant_of("instance_norm")
 def instance_norm(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of normalization over the positions of each channel."""
+    """Returns the secant kernel of instance normalization, over the positions of each channel."""
     value, options = call.values[0], call.call
     if not options.argument(5, "use_input_stats", True):  # elementwise, by constant statistics
         return PathKernel(call)

@@ -151,7 +151,10 @@ _LOCK = threading.Lock()
 
 
 def measures_of(owner: Any) -> Measures:
-    """Returns the :class:`Measures` of an object, which exist as long as it does, and are neither copied nor stored."""
+    """Returns the :class:`Measures` instance that belongs to an object, created on first use.
+
+    It lives as long as the object and is not copied or pickled with it.
+    """
     with _LOCK:
         found: Measures | None = _BY_OWNER.get(owner)
         if found is None:

@@ -237,7 +237,10 @@ _OVER_FEATURES = (
 
 
 def _channel_dim(module: nn.Module) -> int | None:
-    """Returns the channel dimension: the last dimension for layers over features, 1 for layers over images."""
+    """Returns the channel dimension of a layer's output.
+
+    It is -1 for channels-last layers, 1 for convolutions, norms and max pooling, and None if unknown.
+    """
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:
         return own

@@ -231,7 +231,7 @@ class AttributionGraph:
             folder: Folder of the graphs, which is created if necessary.
             slug: Name of the graph and of its file.
             tokens: The text of each input position.
-            scan: Name of the dictionaries.
+            scan: Name of the dictionaries (transcoders), stored as ``scan`` in the file.
 
         Returns:
             The path of the file.
