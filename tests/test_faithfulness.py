@@ -492,3 +492,10 @@ def test_the_page_is_generated_from_the_committed_results():
         omitted = {"Captum LRP"} if "transformer" in name else set()  # it has no rule for a norm
         assert set(net["methods"]) | omitted == set(pixels.explainers(pixels.Setting.of(small_net()))), name
         assert set(net["best"]) == set(pixels.COMPARISON.better)
+
+
+@pytest.mark.parametrize(("logit", "words"), [(0.0, "curves are identical"), (2e-7, "2e-07 in logits")])
+def test_the_curves_are_identical_only_without_any_difference(logit: float, words: str):
+    differences = [{"logit": value, "softmax": 0.0} for value in (0.0, logit)]
+    nets = {str(number): {"differences to Quantus": row} for number, row in enumerate(differences)}
+    assert words in page.agreement({"input": nets})
