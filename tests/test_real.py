@@ -218,6 +218,10 @@ def test_forward_passes_with_fused_batch_norms_give_the_outputs_of_the_model():
     net = dataclasses.replace(toy_net(), model=model)
     torch.testing.assert_close(net.logits(inputs), expected.detach())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.fast.modules())
+    # also its gradients, although it was first needed in inference mode
+    inputs.requires_grad_()
+    expected_gradient, gradient = (torch.autograd.grad(one(inputs)[:, 2].sum(), inputs)[0] for one in (model, net.fast))
+    torch.testing.assert_close(gradient, expected_gradient)
     torch.testing.assert_close(model(inputs), expected)
 
 
@@ -300,8 +304,11 @@ def test_metrics_do_not_depend_on_the_parts_that_are_stored(monkeypatch):
 
 def test_expensive_methods_explain_few_images(monkeypatch):
     monkeypatch.setattr(run, "FEW", 3)
-    found = task(monkeypatch, 5).values("expected gradients")
-    assert len(found["SRG, plain"]) == 3
+    asked = task(monkeypatch, 5)
+    for name in ("expected gradients", "IntegratedGradients, 20 steps"):
+        assert len(asked.values(name)["SRG, plain"]) == 3
+    for name in ("DeepLift", "reference blur, against the rest"):
+        assert len(asked.maps(name, "single", asked.single)[0]) == 5
 
 
 def test_an_image_is_no_baseline_of_itself(monkeypatch):

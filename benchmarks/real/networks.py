@@ -56,14 +56,15 @@ class Network:
 
     @cached_property
     def fast(self) -> nn.Module:
-        """A copy of the model for forward passes: batch norms are fused, and channels come last in memory."""
-        model = copy.deepcopy(self.model)
-        for (convolution,), norm in batch_norms(model):
-            parent, _, place = norm.rpartition(".")
-            fused = fuse_conv_bn_eval(model.get_submodule(convolution), model.get_submodule(norm))
-            setattr(model.get_submodule(parent), convolution.rpartition(".")[2], fused)
-            setattr(model.get_submodule(parent), place, nn.Identity())
-        return model.to(memory_format=torch.channels_last)
+        """A copy of the model for passes without layers: batch norms are fused, and channels come last in memory."""
+        with torch.inference_mode(False):  # weights of inference mode have no gradients of the inputs
+            model = copy.deepcopy(self.model)
+            for (convolution,), norm in batch_norms(model):
+                parent, _, place = norm.rpartition(".")
+                fused = fuse_conv_bn_eval(model.get_submodule(convolution), model.get_submodule(norm))
+                setattr(model.get_submodule(parent), convolution.rpartition(".")[2], fused)
+                setattr(model.get_submodule(parent), place, nn.Identity())
+            return model.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def _passed(self, inputs: Tensor, batch: int) -> Tensor:

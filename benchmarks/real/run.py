@@ -25,7 +25,7 @@ from .stored import stored
 
 Values = dict[str, Tensor]
 """Values by metric, ``(N,)``."""
-EXPENSIVE, FEW, FEW_OF_PAIRS = 20, 30, 10
+EXPENSIVE, FEW, FEW_OF_PAIRS = 10, 24, 8
 """Number of gradients above which a method counts as expensive, and numbers of images of both kinds for it."""
 CHUNK = 8
 """Images whose results are stored together."""
