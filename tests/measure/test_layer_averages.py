@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from nrm_plugin import NRMAbsolute, RelevanceMeasure
@@ -98,6 +99,72 @@ def test_late_layers_are_on_the_two_coarsest_grids_of_at_least_four_positions():
     assert layers_by_resolution(mu) == ["15", "11", "7", "3", "input"]
     assert late_layers(mu) == ["11", "7"]
     assert late_layers(measure()) == []  # a single grid of at least 4 × 4
+
+
+class Pooled(nn.Module):
+    """Applies a function to the last features."""
+
+    def __init__(self, pool) -> None:
+        super().__init__()
+        self.features, self.pool, self.head = deep_net()[:12], pool, nn.Linear(6, 3).double()
+
+    def forward(self, x):
+        return self.head(self.pool(self.features(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("is_compared", [False, True])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2),
+        nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(4), nn.Identity()),
+        nn.Sequential(nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(4), nn.Dropout()),
+        lambda x: nn.functional.max_pool2d(x, 2),
+        lambda x: nn.functional.avg_pool2d(x, 2)[:, :, :, :],
+    ],
+    ids=["max", "averages", "maxima", "max_pool2d", "avg_pool2d"],
+)
+def test_layers_that_only_pool_are_not_layers_of_their_own_grid(pool, is_compared):
+    # features.11 has the grid 8 × 8, its pooling the grid 4 × 4
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    settings = {"reference": blurred(images)} if is_compared else {}
+    mu = RelevanceMeasure(Pooled(pool).eval(), images, target=0, **settings)
+    assert [mu.shape(name)[2] for name in late_layers(mu)] == [8, 16]
+    assert layers_by_resolution(mu)[0] == late_layers(mu)[0] != "pool"
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.Sequential(nn.MaxPool2d(2), nn.ReLU()),
+        nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(6, 6, 1).double(), nn.MaxPool2d(3, 1, 1)),
+        lambda x: torch.cat([nn.functional.max_pool2d(x, 2), x[:, :, ::2, ::2] * 2], 1)[:, :6],
+    ],
+    ids=["ReLU", "a pooling with stride 1", "a branch"],
+)
+def test_layers_that_pool_and_compute_are_layers_of_their_own_grid(pool):
+    mu = RelevanceMeasure(Pooled(pool).eval(), torch.rand(2, 3, 64, 64, dtype=torch.float64), target=0)
+    last, _ = late_layers(mu)
+    assert mu.shape(last)[2] == 4
+    assert mu.layers[mu.layers.index(last) + 1] == "mean"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_compared", [False, True])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("vgg16", ["features.29", "features.22"]),
+        ("alexnet", ["features.11", "features.4"]),
+        ("resnet18", ["layer4", "layer3"]),
+        ("efficientnet_b0", ["features", "features.6.0.block.0"]),
+        ("densenet121", ["relu", "features.transition3.conv"]),
+    ],
+)
+def test_late_layers_of_networks_are_their_last_computations(name, layers, is_compared):
+    model, images = models.get_model(name, weights=None).eval(), torch.rand(1, 3, 224, 224)
+    settings = {"reference": blurred(images)} if is_compared else {}
+    assert late_layers(RelevanceMeasure(model, images, target=0, **settings)) == layers
 
 
 def test_the_map_of_late_layers_is_the_average_of_slopes_from_the_blurred_images():

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from ..errors import InputError
 from ..model.contrast import REST
-from .layer_taps import separates
+from .layer_taps import is_only_pooled, separates
 from .measure import RelevanceMeasure
 
 BLUR = 1 / 8
@@ -108,7 +108,8 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
 
     Candidates are the layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses, on a grid
     with the aspect ratio of the image, unlike the weights of attention. Each is assigned to the power of two by which
-    its grid is smaller than the image. For each power of two, the last layer with the smallest grid is chosen.
+    its grid is smaller than the image. For each power of two, the last layer with the smallest grid is chosen. Layers
+    that only pool a layer with a larger grid are not chosen, such as the last pooling of VGG16.
 
     Args:
         mu: The measure of images ``(N, C, H, W)``.
@@ -136,8 +137,9 @@ def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
         if octave > 0:
             by_octave.setdefault(octave, []).append((rows * columns, -place, name))
     for _, candidates in sorted(by_octave.items(), reverse=True):
-        separating = (name for _, _, name in sorted(candidates) if _is_crossed_by_all(mu, name))
-        yield from itertools.islice(separating, 1)
+        names = (name for _, _, name in sorted(candidates))
+        computed = (name for name in names if not is_only_pooled(mu._recording, mu._tap(name)))
+        yield from itertools.islice((name for name in computed if _is_crossed_by_all(mu, name)), 1)
 
 
 def _is_crossed_by_all(mu: RelevanceMeasure, name: str) -> bool:

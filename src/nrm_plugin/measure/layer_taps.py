@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import EventError, brief
 from ..events.event import Atom, Event, Side, at
+from ..kernels.layer_step import LayerStep
+from ..model.affine_layers import Weighted
+from ..model.zero_one_routes import operation
+from ..recording.graph import Vertex
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.recording import Recording
 from ..recording.taps import Tap
@@ -120,3 +124,35 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
                 return False
             waiting.append(read)
     return True
+
+
+def is_only_pooled(recording: Recording, tap: Tap) -> bool:
+    """Returns whether the values of a tap are those of tensors of other sizes, only pooled and rearranged."""
+    graph, seen = recording.graph, set()
+    waiting = [graph.buffer(tap.place)]
+    while waiting:
+        buffer = waiting.pop()
+        vertex = graph.vertices[buffer.vertex]
+        if buffer.vertex in seen:
+            continue
+        seen.add(buffer.vertex)
+        is_pooling = _is_pooling(vertex)
+        if vertex.leaf is not None or (vertex.step is not None and not is_pooling):
+            return False
+        for read in vertex.edges:
+            if read is not None and not (is_pooling and graph.shape(read) != graph.shape(buffer)):
+                waiting.append(read)
+    return True
+
+
+def _is_pooling(vertex: Vertex) -> bool:
+    """Returns whether a vertex is a pooling operation, or dropout, which is an identity; of a module or a function."""
+    step = vertex.step
+    if step is None:
+        name = operation(vertex.node)
+    elif isinstance(step, LayerStep) and not isinstance(step.layer_call.module, Weighted):
+        name = type(step.layer_call.module).__name__
+    else:
+        name = step.name.rpartition(".")[2]
+    name = name.lower()
+    return ("pool" in name and "unpool" not in name) or "dropout" in name
