@@ -175,9 +175,12 @@ def test_captions_say_what_the_model_predicts_and_what_the_whole_is(here):
     assert run("noise.png", *OWN, *layers) == 0
     said = json.loads(Path("nrm-flow/noise-flow.json").read_text())["caption"]
     assert said.startswith("The model predicts this class, with a softmax of 30%; the next is “bird” with 27%. ")
-    assert "100% is its score minus that of the others, 0.225." in said
-    assert run("noise.png", *OWN, *layers, "--target", "dog", "--against", "none") == 0
+    assert "100% is its score minus the softmax-weighted mean of the other scores, 0.225." in said
+    assert run("noise.png", *OWN, *layers, "--against", "dog") == 0
     said = json.loads(Path("nrm-flow/noise-2-flow.json").read_text())["caption"]
+    assert "100% is its score minus that of “dog”, 0.1" in said
+    assert run("noise.png", *OWN, *layers, "--target", "dog", "--against", "none") == 0
+    said = json.loads(Path("nrm-flow/noise-3-flow.json").read_text())["caption"]
     assert said.startswith("The model does not predict this class: its softmax of 25% has rank 3. Of ")
 
 

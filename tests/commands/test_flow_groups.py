@@ -32,6 +32,15 @@ def test_a_number_of_groups_shows_all_relevance_and_stores_the_groups(here, caps
     groups = Groups.load(here / "out/noise-groups.safetensors")
     assert groups.layers == ("output", "a", "stem", "input")
     assert "noise-groups.safetensors" in capsys.readouterr().out
+    page = (here / "out/noise-flow.html").read_text()
+    for layer in ("a", "stem"):
+        counts = groups.labels[groups.layers.index(layer)].bincount().tolist()
+        names = [name for name in groups.names[groups.layers.index(layer)] if len(name) == 2]
+        assert names
+        for name in names:
+            count = counts[int(name[1:]) - 1]
+            assert f"<td>{name} · {count}\u00a0channel{'' if count == 1 else 's'}</td>" in page
+    assert "part 1 ·" not in page
 
 
 @pytest.mark.medium

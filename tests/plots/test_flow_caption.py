@@ -16,6 +16,10 @@ def layer(name: str, labels: tuple[str, ...], masses: tuple[float, ...], rest=0.
     return FlowLayer(name, tuple(range(len(labels))), labels, masses, rest, 7 if rest else 0, sink, bypass)
 
 
+def clean(text: str) -> str:
+    return text.replace("\u00a0", " ")
+
+
 TOP = layer("output", ("zebra",), (1.0,))
 MIDDLE = layer("conv", ("group 1", "group 2"), (0.8, -0.1), rest=0.3)
 LOWEST = layer("input", ("legs", "head", "sky"), (0.5, 0.3, -0.05), rest=0.15, sink=0.1)
@@ -29,7 +33,7 @@ def test_the_caption_says_the_largest_numbers():
     said = flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
     assert said == (
         "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. Against it: group 2 of conv with −10%. "
-        "The other 7 of conv have 30%. Biases and stabilizers absorb 10% above the input."
+        "The other 7 of conv have 30%. 10% is lost to biases and constants above the input."
     )
 
 
@@ -42,19 +46,17 @@ def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
     ]
     said = flow_caption(graph, walks=walks).replace("\u00a0", " ")
     assert said.startswith(
-        "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. The strongest of 6 walks from a part to "
-        "the output are legs → group 1 → zebra (40%) and head → group 1 → zebra (25%); each would have 17% if all had "
-        "the same. Against it:"
+        "Of “zebra”, 50% comes from legs; the other 2 shown together have 25%. The strongest of 6 walks (paths through "
+        "one node of each layer) from a part to the output are legs → group 1 → zebra (40%) and head → group 1 → zebra "
+        "(25%); an even split would give each 17%. Against it:"
     )
     one = flow_caption(graph, walks=walks[:1], areas={"input/0": 0.1}, places={"input/0": "bottom"})
     assert "50% comes from legs (bottom, 10% of the area);" in one.replace("\u00a0", " ")
-    assert "The strongest of 6 walks from a part to the output is legs → group 1 → zebra (40%);" in one.replace(
-        "\u00a0", " "
-    )
+    assert "from a part to the output is legs → group 1 → zebra (40%);" in one.replace("\u00a0", " ")
     lines = wrapped_lines(one, 60, 7)
     assert not any(line.startswith("→") or line == "group" for line in lines)
     spread = [(keys, 0.04 * mass) for keys, mass in walks]
-    assert "No single walk stands out: the strongest of 6 from a part to the output has 1.6%." in flow_caption(
+    assert "No single walk (path through one node of each layer) stands out: the strongest of 6 from" in flow_caption(
         graph, walks=spread
     )
     assert (len(named_walks(walks)), len(named_walks(spread))) == (2, 0)
@@ -81,8 +83,47 @@ def test_hidden_layers_name_the_widest_way_and_bypass():
     middle[0, 0] = 0.55
     graph = FlowGraph((TOP, upper, MIDDLE, LOWEST), (np.array([[0.6, 0.4, 0, 0]] + [[0.0] * 4] * 2), middle, JOINTS[1]))
     said = flow_caption(graph)
-    assert "The widest ribbon is group 1 of conv → group 3 of block: 55%." in said
+    assert "The widest ribbon between the shown groups of conv and block is group 1 → group 3: 55%." in clean(said)
     assert "20% bypasses block." in said
+
+
+def test_the_widest_ribbon_may_be_negative_and_joins_channels():
+    upper, lower = layer("block", ("3", "4"), (0.6, 0.4)), layer("conv", ("366", "8"), (0.8, 0.2))
+    joint = np.array([[0.3, 0.2, 0, 0], [-0.5, 0.1, 0, 0], [0.9, 0, 0, 0], [0, 0, 0, 0]])
+    graph = FlowGraph((TOP, upper, lower, LOWEST), (np.zeros((3, 4)), joint, JOINTS[1]))
+    said = clean(flow_caption(graph))
+    assert "between the shown channels of conv and block is channel 366 → channel 4: −50%." in said
+
+
+def test_ribbons_that_are_narrower_than_a_named_walk_are_explained():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    walks = [(("input/0", "conv/0", "output/0"), 0.5), (("input/1", "conv/0", "output/0"), 0.25)]
+    said = clean(flow_caption(graph, walks=walks))
+    assert "The ribbon legs → group 1 (40%) is narrower, since other walks through it are negative" in said
+    both = clean(flow_caption(graph, walks=[walks[0], (walks[1][0], 0.3)]))
+    assert "The ribbons legs → group 1 (40%) and head → group 1 (25%) are narrower" in both
+    assert "narrower" not in flow_caption(graph, walks=[(walks[0][0], 0.4), walks[1]])
+
+
+def test_few_channels_are_said_before_the_ribbons():
+    few = layer("conv", ("3", "8"), (0.1, 0.05), rest=0.85)
+    more = layer("conv", ("3", "8"), (0.2, 0.05), rest=0.75)
+    said = flow_caption(FlowGraph((TOP, few, LOWEST), JOINTS))
+    start = "The 2 shown channels of conv carry 15%; groups of channels show all of it: --groups. Against it"
+    assert start.removesuffix(" Against it") in said
+    assert "The other 7" not in said
+    said = flow_caption(FlowGraph((TOP, more, LOWEST), JOINTS))
+    assert "--groups" not in said
+    assert "The other 7 channels of conv have 75%." in said
+
+
+def test_the_part_with_most_relevance_per_area_is_named_if_it_is_another_one():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    areas = {"input/0": 0.5, "input/1": 0.1, "input/2": 0.4}
+    assert "Relevance is densest in head: 3 times its share of the area." in flow_caption(graph, areas=areas)
+    assert "densest" not in flow_caption(graph, areas={**areas, "input/0": 0.05})  # it is the largest
+    assert "densest" not in flow_caption(graph, areas={**areas, "input/0": 0.6, "input/1": 0.25})  # about alike
+    assert "densest" not in flow_caption(graph)
 
 
 def test_every_number_of_a_caption_is_one_of_the_graph():
@@ -102,7 +143,7 @@ def test_the_largest_groups_and_all_that_speak_against_are_named():
 
 def test_a_graph_without_relevance_has_no_caption():
     nothing = FlowLayer("input", (), (), (), 0.0, 0, 1.0, 0.0)
-    assert flow_caption(FlowGraph((nothing,), ())) == "Biases and stabilizers absorb 100% above the input."
+    assert flow_caption(FlowGraph((nothing,), ())) == "100% is lost to biases and constants above the input."
 
 
 def test_a_difference_names_parts_of_the_image_apart_from_other_nodes():
@@ -111,7 +152,7 @@ def test_a_difference_names_parts_of_the_image_apart_from_other_nodes():
     graph = FlowGraph((layer("output", ("zebra", "horse"), (1.0, -1.0)), middle, lowest), JOINTS)
     assert difference_caption(graph, "zebra", "horse", {"input/0": "top"}) == (
         "More for zebra: part 1 (top, 25%) in the image; B1 of conv (30%) in the network. "
-        "More for horse: part 2 (10%) in the image; B2 of conv (20%) in the network."
+        "More for horse: part 2 (−10%) in the image; B2 of conv (−20%) in the network."
     )
     same = FlowGraph((layer("output", ("zebra",), (0.0,)),), ())
     assert difference_caption(same, "zebra", "horse") == "The flows hardly differ."

@@ -41,6 +41,10 @@ PAIRS = {
 }  # fmt: skip
 
 
+def maps_of(graph: FlowGraph) -> dict[str, np.ndarray]:
+    return {node.key: np.ones((60, 60)) for node in graph.nodes if node.kind == "group"}
+
+
 def with_layer(graph: FlowGraph, number: int, **changes) -> FlowGraph:
     layers = list(graph.layers)
     layers[number] = replace(layers[number], **changes)
@@ -48,8 +52,43 @@ def with_layer(graph: FlowGraph, number: int, **changes) -> FlowGraph:
 
 
 def test_the_part_whose_share_of_a_group_exceeds_its_share_of_all_relevance_is_named(graph):
-    assert standing_out(graph, PAIRS) == {"lower/0": "part 1: 85%", "lower/1": "part 2: 57%", "upper/0": "part 2: 75%"}
+    said = {"lower/0": "most: part 1 85%", "lower/1": "most: part 2 57%", "upper/0": "most: part 2 75%"}
+    assert standing_out(graph, PAIRS) == {key: (note, note[len("most: ") :]) for key, note in said.items()}
     assert standing_out(graph, {}).keys() == {"lower/0", "lower/1"}  # no joint relevance with the upper layer
+
+
+@pytest.fixture
+def uneven(graph) -> FlowGraph:
+    """Group A2 draws on part 1 most, as all relevance does, but more on part 2 than this does."""
+    joints = (*graph.joints[:2], joint([[0.38, 0.02], [0.33, 0.27]]))
+    return with_layer(replace(graph, joints=joints), 3, masses=(0.71, 0.29))
+
+
+def test_the_largest_source_is_named_before_a_part_that_stands_out(uneven):
+    assert standing_out(uneven, {})["lower/1"] == (
+        "most: part 1 55%, high: part 2 45%", "most: part 1, high: part 2", "most: part 1 55%", "part 1 55%",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "said"), [(20, True), (3.3, False)])
+def test_notes_use_the_longest_version_that_fits(uneven, width, said):
+    drawn = flow_figure(uneven, width=width, pairs=PAIRS, maps=maps_of(uneven)).axes[0].texts
+    found = [text.get_text() for text in drawn]
+    assert any("high: part 2" in text for text in found) == said
+    assert ("“High” is" in " ".join(found)) == said
+    assert ("part 1 55%" in found) != said
+
+
+@pytest.mark.parametrize(("width", "name"), [(12, "A1 · 41\u00a0channels"), (6, "A1 · 41\u00a0ch."), (2.2, "A1")])
+def test_numbers_of_channels_are_written_where_they_fit(graph, width, name):
+    counts = {"lower/0": 41, "lower/1": 1}
+    drawn = flow_figure(graph, width=width, counts=counts, maps=maps_of(graph)).axes[0].texts
+    found = [text.get_text() for text in drawn]
+    assert any(text == name or text.startswith(f"{name}  ") for text in found)
+    assert any("A2 · 1\u00a0channel" in text for text in found) == ("channels" in name)
+    page = sankey(graph, counts=counts)
+    assert "<td>A1 · 41\u00a0channels</td>" in page
+    assert "<td>B1</td>" in page
 
 
 def test_small_groups_channels_and_flows_that_end_elsewhere_have_no_notes(graph):
@@ -63,11 +102,11 @@ def test_small_groups_channels_and_flows_that_end_elsewhere_have_no_notes(graph)
 
 @pytest.mark.parametrize("width", [None, 3.3])
 def test_notes_are_drawn_below_their_groups_and_explained(graph, width):
-    maps = {node.key: np.ones((60, 60)) for node in graph.nodes if node.kind == "group"}
-    drawn = flow_figure(graph, width=width, maps=maps, pairs=PAIRS).axes[0].texts
+    drawn = flow_figure(graph, width=width, maps=maps_of(graph), pairs=PAIRS).axes[0].texts
     found = [text.get_text() for text in drawn]
-    assert {"part 1: 85%", "part 2: 57%", "part 2: 75%"} <= {*found}
-    note = next(text for text in drawn if text.get_text() == "part 1: 85%")
+    most = "most: " if width is None else ""
+    assert {f"{most}part 1 85%", f"{most}part 2 57%", f"{most}part 2 75%"} <= {*found}
+    note = next(text for text in drawn if text.get_text() == f"{most}part 1 85%")
     name = next(text for text in drawn if text.get_text().split(" ")[0] == "A1")
     assert note.get_position()[0] == name.get_position()[0]
     assert 0 < note.get_position()[1] - name.get_position()[1] < 20
@@ -75,4 +114,4 @@ def test_notes_are_drawn_below_their_groups_and_explained(graph, width):
     plain = [text.get_text() for text in flow_figure(graph, width=width).axes[0].texts]
     assert not any("85%" in text for text in plain)
     assert "Below a group" not in " ".join(plain)
-    assert "part 1: 85%" in sankey(graph, pairs=PAIRS)
+    assert "most: part 1 85%" in sankey(graph, pairs=PAIRS)

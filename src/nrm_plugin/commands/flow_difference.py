@@ -21,10 +21,11 @@ from ..measure.partitions import Names, partition
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import difference_caption
 from ..plots.flow_html import save_sankey
+from ..plots.flow_notes import Counts
 from ..plots.flow_places import place_name
 from ..plots.ribbons import percent
 from . import messages
-from .flow_groups import FlowOptions, Regions, division, regions_of
+from .flow_groups import FlowOptions, Regions, channel_counts, division, regions_of
 from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
@@ -75,7 +76,7 @@ def explain_difference(
     if request.against is None:
         request = replace(request, against=NONE)
     first, second = sides(loaded, image, request, options.minus or "")
-    graph, maps, maps_at, regions = flow_difference(loaded, first, second, options)
+    graph, maps, maps_at, regions, counts = flow_difference(loaded, first, second, options)
     settings: dict[str, Any] = image_settings(
         loaded, request, image.path, image.digest, first.target, compared_with(loaded, request, first.mu.outputs)
     )
@@ -96,6 +97,7 @@ def explain_difference(
             for one, other in ((first, second), (second, first))
         ),
         "maps_at": maps_at,
+        "counts": counts,
     }
     drawn = flow_figure(graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
@@ -163,14 +165,14 @@ def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tupl
 
 def flow_difference(
     loaded: LoadedModel, first: Side, second: Side, options: FlowOptions
-) -> tuple[FlowGraph, NodeMaps, str, Regions]:
+) -> tuple[FlowGraph, NodeMaps, str, Regions, Counts]:
     """Returns the difference between two flows over the same groups, and between their joint heat maps.
 
     The numbers and heat maps of each flow come from the same passes.
 
     Returns:
-        The graph; the heat maps by the keys of its nodes; the layer whose positions they show, empty for pixels; and
-        the regions of the nodes of the input, ``(H, W)``.
+        The graph; the heat maps by the keys of its nodes; the layer whose positions they show, empty for pixels;
+        the regions of the nodes of the input, ``(H, W)``; and the numbers of channels of groups of channels.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.
@@ -198,7 +200,7 @@ def flow_difference(
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
     maps = {key: joints[0][key] - joints[1][key] for key in keys}
     regions = regions_of(graph, over)
-    return graph, maps, flows[0].layer if flows[0].positions else "", regions
+    return graph, maps, flows[0].layer if flows[0].positions else "", regions, channel_counts(graph, divided.groups)
 
 
 def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:

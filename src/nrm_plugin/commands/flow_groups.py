@@ -25,6 +25,7 @@ from ..measure.group_search import find_groups
 from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, patches, segments
+from ..plots.flow_notes import Counts, is_group
 from ..plots.heatmaps import DPI
 from .model_loading import LoadedModel
 from .output_files import class_name
@@ -166,6 +167,22 @@ def regions_of(graph: FlowGraph, over: Mapping[str, Any]) -> Regions:
     """
     patched = [node for node in graph.nodes if node.layer == INPUT and node.kind == "group"]
     return {node.key: (over[INPUT] == node.group).numpy() for node in patched}
+
+
+def channel_counts(graph: FlowGraph, groups: Groups | None) -> Counts:
+    """Returns the number of channels of each node of a flow that is a group of channels, by the key of the node."""
+    if groups is None:
+        return {}
+    sizes = {
+        layer: torch.bincount(labels.flatten()).tolist()
+        for layer, labels, kind in zip(groups.layers, groups.labels, groups.members, strict=True)
+        if kind == "channel"
+    }
+    return {
+        node.key: sizes[node.layer][node.group]
+        for node in graph.nodes
+        if node.layer in sizes and node.group is not None and is_group(node.label, node.layer)
+    }
 
 
 def _members_of_the_input(image: Tensor) -> Tensor:

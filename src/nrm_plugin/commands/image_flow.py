@@ -28,7 +28,7 @@ from ..plots.layer_profile import profile_figure
 from ..plots.ribbons import percent
 from ..search.group_walks import group_walks, least_passes
 from . import messages
-from .flow_groups import Division, FlowOptions, division, regions_of
+from .flow_groups import Division, FlowOptions, channel_counts, division, regions_of
 from .image_loop import Printed
 from .model_loading import LoadedModel
 from .output_files import (
@@ -72,6 +72,7 @@ class ImageFlow:
         walks: The strongest walks over the groups, if there are not too many to compute all of them.
         profile: Profile of the layers, compared with plain LRP.
         next_class: Name of the class with the largest output except the explained one.
+        rival: Name of the class that the explained one is compared with, if this is a single one.
     """
 
     outputs: Tensor
@@ -87,6 +88,7 @@ class ImageFlow:
     walks: Walks
     profile: Sequence[ProfileRow]
     next_class: str = ""
+    rival: str = ""
 
 
 def explain_flow(
@@ -139,6 +141,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
         replace(shown_image, regions=regions), divided.groups,
         flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
         profile(mu, request.layers, plain), _next_class(loaded, mu.outputs.flatten(), target),
+        _class(loaded, against) if isinstance(against, int) else "",
     )  # fmt: skip
 
 
@@ -192,6 +195,7 @@ def _write(
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     parts |= {"maps_at": flow.maps_at, "walks": flow.walks, "pairs": flow.pairs}
+    parts |= {"counts": channel_counts(flow.graph, flow.groups)}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
@@ -234,8 +238,16 @@ def _whole(flow: ImageFlow) -> str:
     """Says which number the relevance divides, if this is a difference of outputs."""
     if flow.difference is None or flow.difference <= 0:
         return ""
-    others = "the others" if isinstance(flow.against, str) else "the other"
-    return f"100% is its score minus that of {others}, {flow.difference:.3g}."
+    others = f"that of {flow.rival}"
+    if isinstance(flow.against, str):
+        others = "the softmax-weighted mean of the other scores"
+    return f"100% is its score minus {others}, {flow.difference:.3g}."
+
+
+def _class(loaded: LoadedModel, index: int) -> str:
+    """Returns the name of a class in quotation marks, or its number."""
+    name = class_name(loaded, index)
+    return f"“{name}”" if name else f"class {index}"
 
 
 def _next_class(loaded: LoadedModel, outputs: Tensor, target: int) -> str:

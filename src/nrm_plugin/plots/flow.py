@@ -20,9 +20,18 @@ from .flow_caption import Walks, flow_caption, named_walks
 from .flow_columns import has_off, region_name
 from .flow_key import SIGNS, key_text
 from .flow_layout import flow_scene
-from .flow_notes import Pairs, standing_out
+from .flow_notes import Counts, Pairs, standing_out
 from .flow_parts import Band, Box, DrawnNode, Label, Scene
-from .flow_thumbnails import NodeThumbnails, Photo, is_cropped, node_thumbnails, painted, photo_pixels, region_places
+from .flow_thumbnails import (
+    NodeThumbnails,
+    Photo,
+    has_blue,
+    is_cropped,
+    node_thumbnails,
+    painted,
+    photo_pixels,
+    region_places,
+)
 from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
@@ -44,6 +53,7 @@ def flow_figure(
     walks: Walks = (),
     signs: tuple[str, str] = SIGNS,
     pairs: Pairs | None = None,
+    counts: Counts | None = None,
 ) -> Figure:
     """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
 
@@ -65,7 +75,8 @@ def flow_figure(
         walks: The strongest walks over groups, as in the caption: those that it names are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in layers that are not neighbours, as in :func:`~nrm_plugin.plots.sankey`: the
-            part of the image that stands out in a group of channels is named below the group.
+            part of the image on which a group of channels draws most is named below the group.
+        counts: Number of channels of each group of channels, by the key of its node; written where it fits.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -79,7 +90,7 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs, counts)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -111,6 +122,7 @@ def scene_of(
     maps_at: str = "",
     walks: Walks = (),
     pairs: Pairs | None = None,
+    counts: Counts | None = None,
 ) -> Scene:
     """Returns the layout of a flow, including its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
@@ -119,12 +131,23 @@ def scene_of(
         graph,
         heading.replace(r"\$", "$"),
         flow_caption(graph, walks=walks) if caption is None else caption.replace(r"\$", "$"),
-        key_text(bool(shown), has_off(graph), signs, maps_at, graph, walks, is_cropped(thumbnails), bool(notes)),
+        key_text(
+            bool(shown),
+            has_off(graph),
+            signs,
+            maps_at,
+            graph,
+            walks,
+            is_cropped(thumbnails),
+            bool(notes),
+            has_blue(thumbnails),
+        ),
         width,
         shown,
         thumbnails.ratio if thumbnails else 1.0,
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
         notes,
+        counts,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,6 +22,11 @@ ENOUGH = 0.6
 """Fraction of the positive relevance of a node for which the listed nodes below it account."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
+DENSE = 1.25
+"""Ratio of relevance to area from which a part of the image is said to be the densest."""
+FEW = 0.25
+"""Share of relevance below which the caption says first that the shown channels of a layer carry little."""
+PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
 Walks = Sequence[tuple[Sequence[str], float]]
 """Walks over groups, strongest first: the keys of their nodes, from the input up, and their masses."""
 
@@ -49,9 +55,10 @@ def flow_caption(
         True
     """
     target = target or _target(graph)
-    ways = [_strongest_walks(graph, walks)] if walks else _ways(graph)
-    parts = _parts(graph, target, areas or {}, places or {})
-    sentences = [parts, _largest_groups(graph), *ways, _against(graph, target), *_elsewhere(graph)]
+    ways = [_strongest_walks(graph, walks), *_narrow_ribbons(graph, walks)] if walks else _ways(graph)
+    parts = [_parts(graph, target, areas or {}, places or {}), _densest(graph, areas or {})]
+    layers = [_few_channels(graph), _largest_groups(graph)]
+    sentences = [*parts, *layers, *ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -72,7 +79,7 @@ def difference_caption(graph: FlowGraph, first: str, second: str, places: Mappin
         for where, is_input in (("in the image", True), ("in the network", False)):
             own = [node for node in nodes if (node.layer == "input") == is_input and sign * node.mass >= WORTH_SAYING]
             most = sorted(own, key=lambda node: -sign * node.mass)[:NAMED]
-            notes = [", ".join(filter(None, (places.get(node.key, ""), percent(abs(node.mass))))) for node in most]
+            notes = [", ".join(filter(None, (places.get(node.key, ""), percent(node.mass)))) for node in most]
             parts = [f"{named(node, graph)} ({note})" for node, note in zip(most, notes, strict=True)]
             clauses += [f"{_listed(parts)} {where}"] if parts else []
         sentences += [f"More for {name}: {'; '.join(clauses)}."] if clauses else []
@@ -119,6 +126,47 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
     return f"Of {target}, {_listed(sources).replace(f' {link} ', f' {verb} ', 1)}{more}."
 
 
+def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
+    """Names the part of the image with most relevance per area, unless it is the part with most relevance."""
+    nodes = graph.layers[-1].nodes[: len(graph.layers[-1].groups)] if graph.layers else []
+    known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and node.mass >= WORTH_SAYING]
+    if len(known) < 2:
+        return ""
+    densest = max(known, key=lambda node: node.mass / areas[node.key])
+    ratio = densest.mass / areas[densest.key]
+    if densest is max(known, key=lambda node: node.mass) or ratio < DENSE:
+        return ""
+    return f"Relevance is densest in {_unbroken(named(densest, graph))}: {ratio:.2g} times its share of the area."
+
+
+def _few_channels(graph: FlowGraph) -> str:
+    """Says how little the shown channels of layers carry, if this is less than a quarter."""
+    few = [layer for layer in graph.layers[::-1] if _shows_few(layer)]
+    if not few:
+        return ""
+    said = [f"the {len(layer.groups)} shown channels of {layer.name} carry {_share(layer)}" for layer in few]
+    text = _listed(said)
+    return f"{text[:1].upper()}{text[1:]}; groups of channels show all of it: --groups."
+
+
+def _shows_few(layer: FlowLayer) -> bool:
+    """Returns whether the shown channels of a layer carry so little that the caption says it first."""
+    return (
+        bool(layer.others)
+        and _members(layer) == "channels"
+        and sum(layer.masses) < FEW * (sum(layer.masses) + layer.rest)
+    )
+
+
+def _share(layer: FlowLayer) -> str:
+    return percent(round(sum(layer.masses), 5))
+
+
+def _members(layer: FlowLayer) -> str:
+    """Returns what the shown groups of a layer are."""
+    return "channels" if layer.name not in NUMBERED and any(map(str.isdecimal, layer.labels)) else "groups"
+
+
 def _largest_groups(graph: FlowGraph) -> str:
     """Names the largest groups of the uppermost layer that has groups of channels."""
     for layer in graph.layers[:-1]:
@@ -142,18 +190,22 @@ def _leading(values: np.ndarray) -> list[int]:
 
 
 def _ways(graph: FlowGraph) -> list[str]:
-    """Describes the widest ribbon between each pair of hidden layers."""
+    """Describes the widest ribbon between the shown groups of each pair of hidden layers."""
     sentences = []
     for number, joint in enumerate(graph.joints):
         upper, lower = graph.layers[number : number + 2]
         groups = joint[: len(upper.groups), : len(lower.groups)]
         if upper.name == "output" or lower is graph.layers[-1] or not groups.size:
             continue
-        above, below = np.unravel_index(int(groups.argmax()), groups.shape)
-        if groups[above, below] >= WORTH_SAYING:
-            one, other = upper.nodes[above], lower.nodes[below]
-            share = percent(float(groups[above, below]))
-            sentences.append(f"The widest ribbon is {named(other, graph)} → {named(one, graph)}: {share}.")
+        above, below = np.unravel_index(int(np.abs(groups).argmax()), groups.shape)
+        if abs(groups[above, below]) >= WORTH_SAYING:
+            ribbon = f"{node_name(lower.nodes[below])}{NO_BREAK}→ {node_name(upper.nodes[above])}"
+            kinds = {_members(layer) for layer in (lower, upper)}
+            members = kinds.pop() if len(kinds) == 1 else "nodes"
+            sentences.append(
+                f"The widest ribbon between the shown {members} of {lower.name} and {upper.name} is {ribbon}: "
+                f"{percent(float(groups[above, below]))}."
+            )
     return sentences
 
 
@@ -177,10 +229,27 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
     said = [f"{walk_name(graph, keys)} ({percent(mass)})" for keys, mass in named_walks(walks)]
     if not said:
         most = percent(walks[0][1])
-        return f"No single walk stands out: the strongest of {count} from {lowest} to the output has {most}."
+        return f"No single walk ({PATH}) stands out: the strongest of {count} from {lowest} to the output has {most}."
     verb = "is" if len(said) == 1 else "are"
-    even = f"each would have {percent(1 / count)} if all had the same"
-    return f"The strongest of {count} walks from {lowest} to the output {verb} {_listed(said)}; {even}."
+    even = f"an even split would give each {percent(1 / count)}"
+    return f"The strongest of {count} walks ({PATHS}) from {lowest} to the output {verb} {_listed(said)}; {even}."
+
+
+def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
+    """Explains why a named walk carries more than a ribbon on its way: other walks through the ribbon are negative."""
+    ribbons = {(edge.lower.key, edge.upper.key): edge.mass for edge in graph.edges}
+    narrow = {
+        pair: ribbons.get(pair, 0.0)
+        for keys, mass in named_walks(walks)
+        for pair in pairwise(keys)
+        if percent(mass) != percent(ribbons.get(pair, 0.0)) and mass > ribbons.get(pair, 0.0)
+    }
+    if not narrow:
+        return []
+    said = [f"{walk_name(graph, pair)} ({percent(mass)})" for pair, mass in narrow.items()]
+    if len(said) == 1:
+        return [f"The ribbon {said[0]} is narrower, since other walks through it are negative and cancel part of it."]
+    return [f"The ribbons {_listed(said)} are narrower, since other walks through them are negative and cancel part."]
 
 
 def _against(graph: FlowGraph, target: str) -> str:
@@ -195,13 +264,12 @@ def _elsewhere(graph: FlowGraph) -> list[str]:
     """Describes how much relevance passes through the rest of a layer, is absorbed, or bypasses a layer."""
     sentences = []
     rest = max(graph.layers, key=lambda layer: abs(layer.rest), default=None)
-    if rest is not None and rest.others and abs(rest.rest) >= 0.1:
-        are_channels = rest.name not in NUMBERED and any(label.isdecimal() for label in rest.labels)
-        others = f"{rest.others} channels" if are_channels else f"{rest.others}"
+    if rest is not None and rest.others and abs(rest.rest) >= 0.1 and not _shows_few(rest):
+        others = f"{rest.others} channels" if _members(rest) == "channels" else f"{rest.others}"
         sentences.append(f"The other {others} of {_layer_text(rest)} have {percent(rest.rest)}.")
     lowest = graph.layers[-1] if graph.layers else None
     if lowest is not None and abs(lowest.sink) >= WORTH_SAYING:
-        sentences.append(f"Biases and stabilizers absorb {percent(lowest.sink)} above {_layer_text(lowest)}.")
+        sentences.append(f"{percent(lowest.sink)} is lost to biases and constants above {_layer_text(lowest)}.")
     around = max(graph.layers, key=lambda layer: abs(layer.bypass), default=None)
     if around is not None and abs(around.bypass) >= WORTH_SAYING:
         sentences.append(f"{percent(around.bypass)} bypasses {_layer_text(around)}.")

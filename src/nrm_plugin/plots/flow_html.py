@@ -21,7 +21,7 @@ from .flow import curve, scene_of
 from .flow_caption import Walks, flow_caption, walk_name
 from .flow_columns import node_name, region_name
 from .flow_key import SIGNS
-from .flow_notes import Pairs
+from .flow_notes import Counts, Pairs, counted
 from .flow_parts import Band, DrawnNode, Label, Scene
 from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, painted, photo_pixels, region_places
 from .ribbons import DARK, LIGHT, Palette, percent
@@ -43,6 +43,7 @@ def sankey(
     walks: Walks = (),
     maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
+    counts: Counts | None = None,
 ) -> str:
     """Returns a flow graph as a self-contained HTML page for light and dark backgrounds.
 
@@ -63,6 +64,7 @@ def sankey(
             listed, and each is drawn while the pointer or the focus is on its entry.
         maps_at: As in :func:`~nrm_plugin.plots.flow_figure`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
+        counts: As in :func:`~nrm_plugin.plots.flow_figure`.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -70,7 +72,7 @@ def sankey(
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
-    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs)
+    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts)
     said = flow_caption(graph, walks=walks) if caption is None else caption
     data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
@@ -89,7 +91,7 @@ def sankey(
         *(_band(number, band, names) for number, band in enumerate(scene.bands)),
         "</g>",
         *(_node(node, thumbnails) for node in scene.nodes),
-        f"</svg>\n{_table(graph)}\n</main>",
+        f"</svg>\n{_table(graph, counts or {})}\n</main>",
         '<div id="tip" hidden></div>',
         f'<script type="application/json" id="data">{data}</script>',
         f"<script>\n{_resource('flow_page.js')}</script>\n</body>\n</html>\n",
@@ -109,12 +111,22 @@ def save_sankey(
     walks: Walks = (),
     maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
+    counts: Counts | None = None,
 ) -> Path:
     """Writes the page of :func:`sankey` to a file, and returns its path."""
     path = Path(path)
     path.write_text(
         sankey(
-            graph, heading, maps, image=image, caption=caption, pairs=pairs, walks=walks, maps_at=maps_at, signs=signs
+            graph,
+            heading,
+            maps,
+            image=image,
+            caption=caption,
+            pairs=pairs,
+            walks=walks,
+            maps_at=maps_at,
+            signs=signs,
+            counts=counts,
         ),
         encoding="utf-8",
     )
@@ -270,9 +282,10 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _table(graph: FlowGraph) -> str:
+def _table(graph: FlowGraph, counts: Counts) -> str:
     """Returns HTML tables of all nodes and the largest edges, for screen readers and for copying."""
-    nodes = [(node.layer, node_name(node), percent(node.mass)) for node in graph.nodes if np.isfinite(node.mass)]
+    nodes = [(node.layer, node_name(counted(node, counts)), percent(node.mass)) for node in graph.nodes
+             if np.isfinite(node.mass)]  # fmt: skip
     edges = sorted(graph.edges, key=lambda edge: -abs(edge.mass))[:200]
     rows = [
         (f"{edge.lower.layer}, {node_name(edge.lower)}", f"{edge.upper.layer}, {node_name(edge.upper)}",

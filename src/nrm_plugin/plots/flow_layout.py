@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import drawn_columns, is_difference, node_name, tone_of
+from .flow_notes import HIGH, HIGHS, Counts, counted
 from .flow_parts import BAR, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
@@ -24,6 +25,10 @@ NARROW = 5.0
 """Width in inches below which long columns make a figure higher, so that thumbnails stay legible."""
 GAP = 9.0
 """Space between two nodes, in points."""
+SMALLER = 0.8
+"""Factor by which the letters of a note may be smaller so that its long version fits."""
+Column = Sequence[tuple[int, FlowNode]]
+Notes = Mapping[str, Sequence[str]]
 
 
 # -- the scene ------------------------------------------------------------------------------------------------------
@@ -38,7 +43,8 @@ def flow_scene(
     thumbnails: Mapping[str, object] | None = None,
     ratio: float = 1.0,
     photo_ratio: float | None = None,
-    notes: Mapping[str, str] | None = None,
+    notes: Notes | None = None,
+    counts: Counts | None = None,
 ) -> Scene:
     """Lays out a flow.
 
@@ -51,7 +57,8 @@ def flow_scene(
         thumbnails: The keys of the nodes with a thumbnail.
         ratio: Ratio of the height of a thumbnail to its width.
         photo_ratio: The same ratio for the photograph next to the caption, or None without a photograph.
-        notes: Notes below the names of nodes, by their keys.
+        notes: Notes below the names of nodes, by their keys: versions of each, with the longest first.
+        counts: Number of channels of groups, by the keys of their nodes; written where it fits.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -60,6 +67,9 @@ def flow_scene(
     columns = drawn_columns(graph)
     notes = notes or {}
     sizes = _sizes(columns, width, ratio if thumbnails else 0.0, notes)
+    if counts:
+        columns = [_counted(column, counts, sizes, number) for number, column in enumerate(columns)]
+        sizes = _sizes(columns, width, ratio if thumbnails else 0.0, notes)
     photo, labels, top = _header(sizes, heading, caption, photo_ratio)
     labels += _column_headings(graph, sizes, top)
     top += 2 * LINE * sizes.letters + 8
@@ -76,15 +86,27 @@ def flow_scene(
     bands, omitted = _bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
     note = f"Ribbons thinner than a hairline, together {percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
-    for line in wrapped_lines(f"{key} {note}".strip(), sizes.width - 2 * MARGIN, 0.9 * sizes.letters):
+    is_high = any(HIGH in label.text for node in nodes for label in node.labels)
+    sentences = " ".join(filter(None, (key, HIGHS if is_high else "", note)))
+    for line in wrapped_lines(sentences, sizes.width - 2 * MARGIN, 0.9 * sizes.letters):
         labels.append(Label(MARGIN, bottom + 5, line, 0.9 * sizes.letters, "start", "pale"))
         bottom += LINE * 0.9 * sizes.letters
     return Scene(sizes.width, bottom + MARGIN, photo, tuple(labels), tuple(nodes), tuple(bands), unit, omitted)
 
 
-def _sizes(
-    columns: Sequence[Sequence[tuple[int, FlowNode]]], width: float | None, ratio: float, notes: Mapping[str, str]
-) -> Sizes:
+def _counted(
+    column: list[tuple[int, FlowNode]], counts: Counts, sizes: Sizes, number: int
+) -> list[tuple[int, FlowNode]]:
+    """Returns a column whose labels include the numbers of channels, if all of them fit below thumbnails."""
+    for unit in ("channels", "ch."):
+        longer = [(row, counted(node, counts, unit)) for row, node in column]
+        widest = max((text_width(node_name(node), sizes.letters) for _, node in longer), default=0.0)
+        if widest < sizes.sides[number]:
+            return longer
+    return column
+
+
+def _sizes(columns: Sequence[Column], width: float | None, ratio: float, notes: Notes) -> Sizes:
     count, longest = max(len(columns), 1), max((len(column) for column in columns), default=1)
     points = 72 * (max(7.2, 1.9 * count, 0.8 * longest) if width is None else width)
     letters = float(np.clip(points / (14.5 * count), 5.0, 7.2))
@@ -228,7 +250,7 @@ def _placed(
     top: float,
     sizes: Sizes,
     thumbnails: Mapping[str, object],
-    notes: Mapping[str, str],
+    notes: Notes,
 ) -> list[DrawnNode]:
     """Returns the nodes of a column with their positions, distributed over the height of the flow."""
     own = [
@@ -301,10 +323,11 @@ def _labels(
     return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
 
 
-def _note(text: str, above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
-    """Returns the label with a note, below another label."""
+def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
+    """Returns the label with the longest version of a note that fits, below another label."""
     size = 0.9 * above.size
     room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
+    text = next((text for text in texts if SMALLER * text_width(text, size) <= 0.98 * room), texts[-1])
     size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # widths are not quite linear
     return Label(above.x, above.y + LINE * above.size, cut(text, room, size), size, above.anchor, "pale")
 

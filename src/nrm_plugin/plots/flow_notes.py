@@ -1,18 +1,24 @@
-"""Notes below groups of channels: the part of the image that stands out in each."""
+"""Notes on groups of channels: the parts of the image on which each draws most, and its number of channels."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
-from ..measure.flow_graph import FlowGraph
+from ..measure.flow_graph import FlowGraph, FlowNode
 from .flow_columns import node_name
 from .ribbons import percent
 
+Counts = Mapping[str, int]
+"""Number of channels of each group of channels, by the key of its node."""
 Pairs = Mapping[tuple[str, str], float]
 """Joint relevance of two nodes in any two layers, by their keys, with the upper node first."""
 GROUP = re.compile(r"[A-Z]\d+")
 """A name that the command gives to a group of channels; patches of the input have such names as well."""
+HIGH = ", high: "
+HIGHS = "“High” is a part with a clearly larger share of the group than of all relevance."
+"""Start of the words about a second part in a note, and the sentence in the legend that explains them."""
 LEAST_SHARE, LEAST_RATIO, LEAST_MASS = 0.15, 1.25, 0.01
 """A part stands out if it has at least this share of the relevance of the group, which is at least so many times its
 share of all relevance, in groups with at least this absolute mass."""
@@ -23,32 +29,46 @@ def is_group(label: str, layer: str) -> bool:
     return layer not in ("input", "output") and GROUP.fullmatch(label) is not None
 
 
-def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, str]:
-    r"""Returns, for each group of channels in which one stands out, the part of the image, such as "part 1: 40%".
+def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
+    """Returns a node whose label includes its number of channels, if known, such as "A1 · 41 channels"."""
+    if node.key not in counts:
+        return node
+    count = counts[node.key]
+    return replace(node, label=f"{node.label} · {count}\u00a0{'channel' if (count, unit) == (1, 'channels') else unit}")
 
-    It is the part ``B`` whose share :math:`\mu(B \mid A)` of the relevance of the group ``A`` exceeds its share
-    :math:`\mu(B)` of all relevance most.
+
+def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
+    r"""Returns notes on the groups of channels whose relevance is spread over the image unlike all relevance.
+
+    A part ``B`` of the image stands out in a group ``A`` if its share :math:`\mu(B \mid A)` of the relevance of the
+    group clearly exceeds its share :math:`\mu(B)` of all relevance. A note names the part with the largest share, and
+    the part that stands out most if it is another one: "most: part 1 31%, high: part 3 25%".
 
     Args:
         graph: A flow whose lowest layer is the input.
         pairs: Joint relevance of nodes in layers that are not neighbours.
 
     Returns:
-        The notes, by the key of the node.
+        The notes, by the key of the node: versions of each, with the longest first.
     """
     if len(graph.layers) < 3 or graph.layers[-1].name != "input":
         return {}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)
     parts = [node for node in graph.layers[-1].nodes if node.kind == "group" and node.mass > 0]
-    notes = {}
+    notes: dict[str, tuple[str, ...]] = {}
     for node in (node for layer in graph.layers for node in layer.nodes if is_group(node.label, layer.name)):
         if abs(node.mass) < LEAST_MASS:
             continue
         shares = {part: joint.get((node.key, part.key), 0.0) / node.mass for part in parts}
-        most = max(parts, key=lambda part: shares[part] - part.mass, default=None)
-        if most is not None and max(LEAST_SHARE, LEAST_RATIO * most.mass) <= shares[most] <= 1:
-            notes[node.key] = f"{node_name(most)}: {percent(shares[most])}"
+        high = max(parts, key=lambda part: shares[part] - part.mass, default=None)
+        if high is None or not max(LEAST_SHARE, LEAST_RATIO * high.mass) <= shares[high] <= 1:
+            continue
+        most = max(parts, key=shares.__getitem__)
+        said, other = f"{node_name(most)} {percent(shares[most])}", f"{HIGH}{node_name(high)}"
+        longer = (f"most: {said}{other} {percent(shares[high])}", f"most: {node_name(most)}{other}")
+        if shares[most] <= 1:
+            notes[node.key] = (*(() if most is high else longer), f"most: {said}", said)
     return notes
 
 
-__all__ = ["Pairs", "is_group", "standing_out"]
+__all__ = ["HIGH", "HIGHS", "Counts", "Pairs", "counted", "is_group", "standing_out"]

@@ -31,6 +31,8 @@ INSIDE = 0.97
 """Fraction of the absolute relevance that the crop of the thumbnails contains along each axis."""
 OUTSIDE = 0.4
 """Opacity of the photograph outside the region of an input node."""
+PALE = 0.03
+"""Colour value below which a colour can hardly be seen."""
 LEAST = 0.35
 """Smallest side of the crop, as a fraction of the image side."""
 
@@ -164,6 +166,11 @@ def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixe
 def is_cropped(thumbnails: NodeThumbnails | None) -> bool:
     """Returns whether thumbnails show only a part of the input."""
     return thumbnails is not None and thumbnails.box != (0, 0, *thumbnails.size)
+
+
+def has_blue(thumbnails: NodeThumbnails | None) -> bool:
+    """Returns whether thumbnails visibly show negative relevance."""
+    return thumbnails is not None and any(float(values.min()) < -PALE for values in thumbnails.values.values())
 
 
 def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
@@ -303,4 +310,13 @@ def _grey(photo: Photo, box: Box, shape: tuple[int, ...]) -> Array:
     return np.asarray(sharp, dtype=float) / 255
 
 
-__all__ = ["NodeThumbnails", "Photo", "is_cropped", "node_thumbnails", "painted", "photo_pixels", "region_places"]
+__all__ = [
+    "NodeThumbnails",
+    "Photo",
+    "has_blue",
+    "is_cropped",
+    "node_thumbnails",
+    "painted",
+    "photo_pixels",
+    "region_places",
+]
