@@ -21,8 +21,8 @@ def own_cache(tmp_path, monkeypatch):
 def wheel(content=b"weights"):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("toy/weights.bin", content)
-        archive.writestr("toy_module.py", "ANSWER = 42")
+        for name, data in {"toy/weights.bin": content, "toy_module.py": "ANSWER = 42"}.items():
+            archive.writestr(zipfile.ZipInfo(name), data)  # without the time, so that equal contents have equal hashes
     return file.getvalue()
 
 
