@@ -21,7 +21,7 @@ from zennit.composites import EpsilonPlusFlat
 
 from nrm_plugin import NRMDefault
 from nrm_plugin.dataset import Joint, Maps, Marginal, Sink, Sweep, SweepError, sweep
-from nrm_plugin.dataset.descriptions import digest
+from nrm_plugin.dataset.fingerprints import digest
 from nrm_plugin.dataset.model_identity import model_fingerprint
 from nrm_plugin.dataset.sweep_layout import SettingsError
 from nrm_plugin.dataset.sweep_settings import SettingsWarning

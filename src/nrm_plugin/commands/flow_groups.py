@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.images import shown
-from ..measure.connected_parts import connected_parts
+from ..measure.contiguous_groups import connected_parts
 from ..measure.flow import ordered_taps
 from ..measure.flow_graph import FlowGraph
 from ..measure.group_search import find_groups

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .descriptions import described, digest, hashed, is_installed, package_version, tensor_bytes, user_code
+from .fingerprints import described, digest, hashed, is_installed, package_version, tensor_bytes, user_code
 
 MODULE_STATE = frozenset(vars(nn.Module()))
 """Attributes of every module."""

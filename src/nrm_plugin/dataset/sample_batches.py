@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
-from .descriptions import content_hash, described
+from .fingerprints import content_hash, described
 from .sweep_layout import SweepError
 
 BATCH = 16

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from .descriptions import content_hash
 from .evaluation import BatchResults, Evaluation, is_due_to_samples
+from .fingerprints import content_hash
 from .queries import Maps
 from .sample_batches import (
     DataSource,

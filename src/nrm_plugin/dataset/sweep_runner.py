@@ -18,8 +18,8 @@ from ..events.event import Atom
 from ..kernels.normalization import Residual
 from ..model.inputs_and_outputs import Output
 from .content_check import check_samples, contents_to_compare
-from .descriptions import digest
 from .evaluation import Evaluation, Target, Unpack, check_target
+from .fingerprints import digest
 from .processes import FolderLocks, ProcessRank
 from .progress import Progress
 from .queries import Query, check_queries

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import default_collate
 
 from ..composites import Normalized
-from .descriptions import described, digest
 from .evaluation import Evaluation, Unpack, device_of, dtype_of
+from .fingerprints import described, digest
 from .model_identity import model_fingerprint
 from .sample_batches import DataSource
 from .sweep_layout import SettingsError

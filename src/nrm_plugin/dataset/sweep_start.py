@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .descriptions import digest
 from .evaluation import device_of
+from .fingerprints import digest
 from .processes import FolderLocks
 from .shard_file import Shard, shards_in
 from .shard_writer import remove_unfinished

@@ -1,4 +1,4 @@
-"""Objects and code that behave differently have different descriptions, and equal ones equal descriptions."""
+"""Objects and code that behave differently have different fingerprints, and equal ones equal fingerprints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from nrm_plugin import NRMDefault
-from nrm_plugin.dataset.descriptions import content_hash, described, digest, is_installed, package_version, user_code
+from nrm_plugin.dataset.fingerprints import content_hash, described, digest, is_installed, package_version, user_code
 
 SOURCE = """
 import functools, math, torch
@@ -170,7 +170,7 @@ def test_installed_code_is_known_by_its_version() -> None:
 @pytest.mark.slow
 def test_descriptions_are_the_same_in_another_process() -> None:
     program = (
-        "from tests.dataset.test_descriptions import *; from nrm_plugin.dataset.descriptions import digest\n"
+        "from tests.dataset.test_fingerprints import *; from nrm_plugin.dataset.fingerprints import digest\n"
         "print(digest([described(outer()), described(NRMDefault()), described({'a', 'b', 'c'})]))"
     )
     root = Path(__file__).parents[2]

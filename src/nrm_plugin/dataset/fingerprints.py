@@ -1,4 +1,4 @@
-"""Descriptions of objects, including user code, as JSON, which are equal for objects with the same behaviour.
+"""Fingerprints of objects, including user code: JSON that is equal for objects with the same behaviour.
 
 Code of installed packages is identified by the version of the package, and all other code by its bytecode and the
 objects to which it refers.

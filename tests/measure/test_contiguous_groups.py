@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nrm_plugin.measure.connected_parts import connected_parts
+from nrm_plugin.measure.contiguous_groups import connected_parts
 from nrm_plugin.measure.partitions import patches
 
 GRID = patches((12, 12), 4)
