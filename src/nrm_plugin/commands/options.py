@@ -49,7 +49,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     """Adds the option for images that are not square."""
     parser.add_argument("--fit", choices=("crop", "pad", "squeeze"), default="crop",
                         help="of an image that is not square, the model sees the centre (crop), all with a margin in "
-                        "the mean colour (pad), or all in another shape (squeeze) (default: %(default)s)")  # fmt: skip
+                        "the mean colour (pad), or all stretched to a square (squeeze) "
+                        "(default: %(default)s)")  # fmt: skip
 
 
 def add_cells(parser: Any) -> None:

@@ -14,7 +14,7 @@ from torchvision.models import ResNet18_Weights
 from ..errors import NRMError
 
 STANDARD: Callable[..., Any] = ResNet18_Weights.IMAGENET1K_V1.transforms
-"""Preprocessing of most networks: resize to 256, center crop of 224, mean and standard deviation of ImageNet."""
+"""Preprocessing of most networks: resize to 256, centre crop of 224, mean and standard deviation of ImageNet."""
 
 
 class PreprocessingError(NRMError, ValueError):
@@ -26,9 +26,9 @@ class Preprocessing:
     """A conversion of images to inputs of a model.
 
     Attributes:
-        transform: torchvision's preset: resize, center crop, scale to [0, 1], normalize by mean and standard deviation.
+        transform: torchvision's preset: resize, centre crop, scale to [0, 1], normalize by mean and standard deviation.
         fit: ``"crop"`` for the centre square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
-            colour; or ``"squeeze"`` for the whole image with a changed aspect ratio.
+            colour; or ``"squeeze"`` for the whole image stretched to a square.
     """
 
     transform: Any

@@ -167,7 +167,7 @@ def _scatter_reduce(
         raise UnsupportedOperationError(_PRODUCTS.format(name="scatter_reduce", reduce=reduce))
     counts = _counts(input, dim, index)
     if not src.requires_grad:
-        src = _rival(src, input)
+        src = _attach_constant(src, input)
     source = _cropped(src, index)
     if reduce in ("sum", "mean"):
         total = scatter_add_to_zeros(source, dim, index, input.shape)
@@ -179,13 +179,16 @@ def _scatter_reduce(
     if include_self:
         if not source.numel():
             return input
-        own = input if input.requires_grad else _rival(input, source)
+        own = input if input.requires_grad else _attach_constant(input, source)
         return scatter_extremum(source, own, dim, index, input.shape, reduce)
     return torch.where(counts > 0, scatter_extremum(source, None, dim, index, input.shape, reduce), input)
 
 
-def _rival(constant: Tensor, signal: Tensor) -> Tensor:
-    """Returns a constant as a tensor in the signal's graph, to absorb the relevance where it is the maximum."""
+def _attach_constant(constant: Tensor, signal: Tensor) -> Tensor:
+    """Attaches a constant to the signal's autograd graph, so that it can absorb relevance.
+
+    For a maximum, it absorbs relevance wherever it wins.
+    """
     if not signal.numel():
         return constant
     with not_recorded():  # autograd records these routes

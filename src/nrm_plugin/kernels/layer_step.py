@@ -79,7 +79,7 @@ class LayerStep(Step):
         return kernel
 
     def _dequantize(self) -> None:
-        """Replaces a quantized layer by one with its dequantized weight."""
+        """Replaces a quantized layer with its dequantized copy."""
         call = self.layer_call
         if type(call.rule) is not Pass and is_quantized(call.module):
             self.layer_call = replace(

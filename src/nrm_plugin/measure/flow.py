@@ -235,7 +235,11 @@ def _shown(
 
 
 def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
-    """Returns the labels of each layer, or ``"channel"`` to save passes if it and a neighbour show all channels."""
+    """Returns the ``over`` argument for each layer.
+
+    It is the labels of the layer, or ``"channel"`` where the layer and an adjacent one both show all channels, which
+    saves passes.
+    """
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
         neighbours = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]

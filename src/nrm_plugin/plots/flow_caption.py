@@ -221,7 +221,7 @@ def _unbroken(text: str) -> str:
 
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
-    """Names the walks over groups that carry most."""
+    """Returns a sentence that names the walks with the most relevance."""
     if not walks or walks[0][1] < LEAST_WALK:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)

@@ -272,7 +272,7 @@ class Taps:
         """Returns the taps with this layer name, side, call and item; several for ``call="any"``.
 
         Raises:
-            UnknownLayerError: If no tap fits; the message lists similar names.
+            UnknownLayerError: If no tap matches; the message lists similar names.
         """
         site = self.site(layer, side)
         if site is not None:
