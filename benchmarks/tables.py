@@ -116,7 +116,9 @@ def selection(results: Results) -> dict[str, str]:
             shown = ["{:.2f} ({:.2f}–{:.2f})".format(*row["probability"]) for row in of_method]
             cells.append([name, *shown, f"{of_method[0]['seconds']:.1f}"])
         columns = " | ".join(f"{kept}, {fill}" for kept, fill in places)
-        tables[net["net"]] = grid(f"| channels retained of {sum(net['channels'])}, fill | {columns} | seconds |", cells)
+        tables[net["net"]] = grid(
+            f"| channels retained (of {sum(net['channels'])}), ablation | {columns} | seconds |", cells
+        )
     return tables
 
 
@@ -249,6 +251,10 @@ def variations(nets: dict[str, list[Results]]) -> str:
     return grid(f"| measure | {' | '.join(nets)} |", rows)
 
 
+SET_NAMES = {"alone": "by mass"}
+"""The names of sets in the table of ablations, where they differ from those in the results."""
+
+
 def groups(results: Results) -> dict[str, str]:
     """Dependence retained by groups, ablations, and transfer of groups from one half of the inputs to the other."""
 
@@ -269,6 +275,7 @@ def groups(results: Results) -> dict[str, str]:
          *(f"{figures['ablation'][name]['difference']['mean']:.2f}" for name in sets))
         for label, figures in rows
     )  # fmt: skip
+    columns = (f"{kind}: {SET_NAMES.get(name, name)}" for kind in "rΔ" for name in sets)
     split = (
         (
             label,
@@ -282,11 +289,12 @@ def groups(results: Results) -> dict[str, str]:
     )
     return {
         "kept": grid(
-            "| network, composite | groups | strongest, rest | k-means of activations | random | times best other |",
+            "| network, composite | groups | strongest, rest | k-means of activations | random "
+            "| ratio to best alternative |",
             kept,
         ),
         "ablated": grid(
-            f"| network, composite | {' | '.join(f'{kind}: {name}' for kind in 'rΔ' for name in sets)} |",
+            f"| network, composite | {' | '.join(columns)} |",
             ablated,
         ),
         "halves": grid(
