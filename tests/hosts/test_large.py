@@ -103,7 +103,7 @@ def test_a_device_map(max_memory):
     dispatched = dispatch_model(model, {**blocks, **rest}, main_device="cpu", force_hooks=True)
     mu = measure(dispatched, max_memory=max_memory)
     assert {*whole.layers} <= {*mu.layers}  # and the moves between devices
-    torch.testing.assert_close(mu.marginal(whole.layers), whole.marginal(whole.layers), rtol=0, atol=1e-7)
+    torch.testing.assert_close(mu.marginal(whole.layers), whole.marginal(whole.layers), rtol=1e-6, atol=1e-7)
 
 
 def test_offloaded_weights_are_an_error():
