@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
 
-from nrm_plugin.commands import flow, reference_examples
-from nrm_plugin.commands.cli import COMMANDS, main, module_of, parser
+from nrm_plugin.commands import flow, references
+from nrm_plugin.commands.cli import COMMANDS, main, parser
 from nrm_plugin.commands.image_flow import FlowOptions
 from nrm_plugin.dataset import reference_plots
 from nrm_plugin.plots import flow_columns
@@ -63,7 +64,7 @@ def test_help_and_version_do_not_import_torch(argv: list[str]):
 
 def test_every_command_has_a_module():
     for name in COMMANDS:
-        module = module_of(name)
+        module = importlib.import_module(f"nrm_plugin.commands.{name.replace('-', '_')}")
         assert module.DESCRIPTION
         assert "nrm-plugin" in module.EXAMPLES
         assert callable(module.add_arguments)
@@ -72,7 +73,7 @@ def test_every_command_has_a_module():
 
 def test_limits_of_options_are_those_of_the_figures():
     """They are repeated in modules that do not import torch."""
-    assert reference_examples.MOST_IMAGES == reference_plots.MOST
+    assert references.MOST_IMAGES == reference_plots.MOST
     assert flow.MOST_CHANNELS == flow_columns.MAX_GROUPS
     assert (default("flow", "--layers", "a").top, default("flow", "--layers", "a").patches) == (
         FlowOptions.top,

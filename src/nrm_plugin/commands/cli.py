@@ -29,10 +29,8 @@ COMMANDS = {
     "sweep": "query every image of a folder or a data set and store the results",
     "references": "list the images of a sweep in which a channel has the most relevance",
 }
-"""One line of help for each command. The module of the command defines ``DESCRIPTION``, ``EXAMPLES``,
-``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
-MODULES = {"references": "reference_examples"}
-"""The module of a command in this package, if it is not the name of the command with ``_`` for ``-``."""
+"""One line of help for each command. The module of the same name in this package, with ``_`` for ``-``, defines
+``DESCRIPTION``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
 
 EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with examples. Start with: nrm-plugin demo"
 UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
@@ -48,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Adds the arguments of the command and parses them; called by the parser of all commands."""
         if self._command:
-            module = module_of(self._command)
+            module: Any = importlib.import_module(f".{self._command.replace('-', '_')}", __package__)
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
             module.add_arguments(self)
             self.set_defaults(run=module.run)
@@ -63,11 +61,6 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(unknown[1], COMMANDS, n=1) if unknown else []
         hint = f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
-
-
-def module_of(command: str) -> Any:
-    """Returns the module of a command."""
-    return importlib.import_module(f".{MODULES.get(command, command.replace('-', '_'))}", __package__)
 
 
 def parser() -> Parser:
