@@ -224,10 +224,11 @@ def _rank(flow: ImageFlow) -> str:
     """Says how large the softmax of the explained class is; empty for models with one output."""
     if len(flow.outputs) < 2:
         return ""
-    share = percent(float(torch.softmax(flow.outputs.double(), 0)[flow.target]))
+    softmax = flow.outputs.double().softmax(0)
+    share = percent(float(softmax[flow.target]))
     rank = 1 + int((flow.outputs > flow.outputs[flow.target]).sum())
     if rank == 1:
-        second = float(flow.outputs.double().softmax(0).sort(descending=True).values[1])
+        second = float(softmax.topk(2).values[1])
         is_close = bool(flow.next_class) and second >= LEAST_NEXT
         after = f"; the next is {flow.next_class} with {percent(second)}" if is_close else ""
         return f"The model predicts this class, with a softmax of {share}{after}."
@@ -253,7 +254,8 @@ def _class(loaded: LoadedModel, index: int) -> str:
 def _next_class(loaded: LoadedModel, outputs: Tensor, target: int) -> str:
     """Returns the name of the class with the largest output except the explained one."""
     order = [index for index in outputs.argsort(descending=True).tolist() if index != target]
-    return f"“{class_name(loaded, order[0])}”" if order and class_name(loaded, order[0]) else ""
+    name = class_name(loaded, order[0]) if order else ""
+    return f"“{name}”" if name else ""
 
 
 def _is_whole(row: ProfileRow) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import PrecisionWarning, TargetError, samples
 from ..kernels.reference_pass import LEAST
-from ..model.autocast import SHORT
+from ..model.autocast import is_short
 from ..model.targets import MIN_TOTAL, sample_sums
 
 ROUNDING = 16
@@ -54,8 +54,7 @@ def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tens
     rounding = (torch.finfo(outputs.dtype).eps * sample_sums((vector * outputs).abs())).to(total.dtype)
     least = 2 * LEAST[total.dtype] * sample_sums(vector.abs())
     bad = total.abs() <= MIN_TOTAL * sample_sums(parts.abs()) + ROUNDING * rounding + least
-    is_short = outputs.dtype in SHORT
-    imprecise = bad if is_short else bad | (rounding > PRECISE * total.abs())
+    imprecise = bad if is_short(outputs) else bad | (rounding > PRECISE * total.abs())
     if not bool(imprecise.any()):
         return
     if bool(bad.any()):
