@@ -12,7 +12,8 @@ from ..errors import InputError
 from ..imports import renamed_arguments
 from ..measure.flow_graph import FlowGraph
 from ..plots.flow import flow_figure
-from ..plots.flow_caption import difference_caption
+from ..plots.flow_columns import without_output
+from ..plots.flow_finding import difference_finding
 from ..plots.heatmaps import Values, draw_image
 from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
@@ -24,6 +25,8 @@ MOST = 16
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
     """Draws the difference between two mean flows as ribbons between bars, with the input on the left.
 
+    The output is left out if two other layers remain, since both flows hold all of its relevance.
+
     Args:
         graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups: ``graph.smaller(top=8)``.
         first: Name of the first sample group; its excess is red.
@@ -34,8 +37,8 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
     Raises:
         FlowError: If a layer has too many groups.
     """
-    return flow_figure(graph, heading, dark, caption=difference_caption(graph, first, second),
-                       signs=(f"more for {first}", f"more for {second}"))  # fmt: skip
+    finding, signs = difference_finding(graph, first, second), (f"more for {first}", f"more for {second}")
+    return flow_figure(without_output(graph), heading, dark, caption="", finding=finding, signs=signs)
 
 
 @renamed_arguments(found="prototypes", pictures="images")

@@ -124,6 +124,7 @@ class Sizes:
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
         notes: Number of further lines per node in each column, for notes.
+        bare: Whether the channels of each column are named by their numbers alone, because there is no room for more.
     """
 
     width: float
@@ -132,6 +133,7 @@ class Sizes:
     sides: tuple[float, ...]
     lines: tuple[int, ...]
     notes: tuple[int, ...]
+    bare: tuple[bool, ...]
 
     @property
     def gap(self) -> float:
