@@ -45,7 +45,7 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """Raised if a tap is inside a container that has a rule of its own, and is therefore a single step."""
+    """Raised if a tap is inside a container that has its own rule, and is therefore a single step."""
 
 
 class EventError(NRMError, ValueError):
@@ -77,7 +77,7 @@ class UnsupportedOperationError(NRMError, TypeError):
 
 
 class UncoveredLayerError(UnsupportedOperationError):
-    """Raised if the composite assigns no rule to a layer whose Jacobian has entries other than 0 and 1."""
+    """Raised if the composite assigns no rule to a layer, unless the Jacobian of the layer has only 0/1 entries."""
 
 
 class StorageError(NRMError, TypeError):

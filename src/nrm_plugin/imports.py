@@ -119,8 +119,8 @@ _DEPTH = _Depth()
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
     """Wraps the loader of a module so that importing it also registers the composites with Zennit.
 
-    Registration is deferred to the end of the outermost import, since modules of this package that import Zennit are
-    only partially initialized before.
+    Registration is deferred to the end of the outermost import; until then, modules of this package that import Zennit
+    are only partially initialized.
     """
     if spec is not None and spec.loader is not None:
         execute = spec.loader.exec_module

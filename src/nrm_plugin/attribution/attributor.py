@@ -29,7 +29,7 @@ class NRMAttributor(Attributor):
         residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
         baseline_fn: Function from the input to a baseline, as in Zennit's ``IntegratedGradients``. If given, the
             measure explains the difference between the outputs at input and baseline; see ``reference`` of
-            :class:`~nrm_plugin.RelevanceMeasure`. Without a composite, relevance then propagates along the secant
+            :class:`~nrm_plugin.RelevanceMeasure`. Unless a composite is given, relevance then propagates along secant
             slopes between baseline and input, and nothing is absorbed.
 
     Examples:
@@ -62,11 +62,11 @@ class NRMAttributor(Attributor):
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Registers no hooks, since the measure registers its own while it runs the model."""
+        """Does nothing, since the measure registers hooks itself while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Removes no hooks, since none were registered."""
+        """Does nothing, since no hooks were registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
         """Returns the model output ``(N, …)``, and the measure started from a function of it.

@@ -159,7 +159,7 @@ class ConceptNRM:
 
 
 def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]:
-    """Returns the keyword arguments for a measure that explains the chosen outputs."""
+    """Returns the arguments of a :class:`~nrm_plugin.RelevanceMeasure` that explains the chosen outputs."""
     if against is None:
         return {"start": functools.partial(_start, chosen)}
     if chosen is None or len(chosen) != 1:

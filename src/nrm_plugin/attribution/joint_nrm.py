@@ -1,4 +1,4 @@
-"""Joint relevance of two layers, with Captum's arguments."""
+"""Joint relevance of two layers, with the interface of a Captum attribution method."""
 
 from __future__ import annotations
 

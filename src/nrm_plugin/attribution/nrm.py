@@ -147,7 +147,7 @@ class NRM(GradientAttribution):
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
             baselines: Baselines in Captum's format, a tensor or number for each input. If given, explains the
                 difference from the output at the baselines; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
-                Without a composite, nothing is then absorbed.
+                Nothing is then absorbed unless a composite is given.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that

@@ -1,4 +1,4 @@
-"""The command ``demo``."""
+"""Arguments and entry point of ``nrm-plugin demo``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of the demo. ``docs/images/demo.png`` is ``6-joint.png`` as written by ``nrm-plugin demo``."""
+"""Figures of the demo. ``docs/images/demo.png`` is the figure ``6-joint.png`` written by ``nrm-plugin demo``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``explain``."""
+"""Arguments and entry point of ``nrm-plugin explain``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``explain-text``."""
+"""Arguments and entry point of ``nrm-plugin explain-text``."""
 
 from __future__ import annotations
 

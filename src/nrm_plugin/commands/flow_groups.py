@@ -144,7 +144,7 @@ def groups_of(
         return _with_short_names(find_groups(mu, ordered, wanted, names=names))
     members = _members_of_the_input(image)
     groups = _connected(mu, find_groups(mu, ordered, wanted, {INPUT: members}, names=names), members)
-    if _count(groups) == 1:  # the layer above is a single number, on which all parts of the image depend alike
+    if _count(groups) == 1:  # the layer above has a single neuron, on which all parts of the image depend alike
         counts = {layer: None if layer == INPUT else wanted for layer in ordered}
         groups = find_groups(mu, ordered, counts, {INPUT: _few_parts(image, wanted)}, names=names)
     return _with_short_names(groups).named({INPUT: [f"part {number}" for number in range(1, _count(groups) + 1)]})

@@ -221,7 +221,7 @@ def caption(flow: ImageFlow) -> str:
 
 
 def _rank(flow: ImageFlow) -> str:
-    """Describes the softmax and rank of the explained class; empty for models with one output."""
+    """Describes the softmax value and rank of the explained class; empty for models with one output."""
     if len(flow.outputs) < 2:
         return ""
     softmax = flow.outputs.double().softmax(0)

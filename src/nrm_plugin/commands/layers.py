@@ -1,4 +1,4 @@
-"""The command ``layers``."""
+"""Arguments and entry point of ``nrm-plugin layers``."""
 
 from __future__ import annotations
 

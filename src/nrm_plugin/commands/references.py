@@ -1,4 +1,4 @@
-"""The command ``references``."""
+"""Arguments and entry point of ``nrm-plugin references``."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
-    """Returns whether there are several classes; the model is run only if the class names are unknown."""
+    """Returns whether there are several classes, running the model only if the class names are unknown."""
     count = len(loaded.categories) or output_count(loaded, inputs) or 1
     return count > 1
 

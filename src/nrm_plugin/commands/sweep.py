@@ -1,4 +1,4 @@
-"""The command ``sweep``, which queries all images of a data set (not a hyperparameter sweep)."""
+"""Arguments and entry point of ``nrm-plugin sweep``, which queries all images of a data set."""
 
 from __future__ import annotations
 

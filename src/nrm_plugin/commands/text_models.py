@@ -106,7 +106,7 @@ def _loaded(name: str, what: str, load: Any) -> Any:
         return load()
     except MemoryError:
         raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and those of the hub's client
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and errors of the hub's client
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         hint = "" if Path(name).exists() else f" There is no folder {shown(name)} either: check the path."
         raise TextModelError(f"cannot load the {what} of {shown(name)}: {shown(reason)}{hint}") from error

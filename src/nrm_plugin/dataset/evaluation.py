@@ -237,7 +237,7 @@ def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, mu: R
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)
-"""Errors unrelated to individual samples, except for their subclasses :class:`InputError` and :class:`TargetError`."""
+"""Error types that are not caused by individual samples, except :class:`InputError` and :class:`TargetError`."""
 
 
 def is_due_to_samples(error: BaseException) -> bool:

@@ -152,7 +152,7 @@ class FoundReferences:
         Args:
             name: Name of the layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Restricts the samples to those whose explained class is this one.
+            target: Explained class to which the samples are restricted, or None for all samples.
 
         Raises:
             ReferencesError: If the layer was not ranked, or no sample has this target.
@@ -238,7 +238,7 @@ def references(
         group: A group, or a pair of an upper and a lower group for joint relevance. Defaults to all groups.
         k: Number of samples per group.
         by: ``"relevance"``, or ``"activation"`` for queries of activations.
-        target: Restricts the samples to those whose explained class is this one.
+        target: Explained class to which the samples are restricted, or None for all samples.
 
     Returns:
         The references, with ties broken by sample index. Positions are known if the sweep has a ``Peak`` query for the

@@ -205,7 +205,7 @@ def vectors_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query with one value per group, or of a layer with a ``Marginal`` query.
-        target: Restricts the samples to those whose explained class is this one.
+        target: Explained class to which the samples are restricted, or None for all samples.
 
     Returns:
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.

@@ -147,7 +147,7 @@ class JointRelevance(_Relevance):
         groups: Number of groups of each layer, ``(K_upper, K_lower)``.
         classes: Number of classes, each with its own matrix, or None to pool all samples.
         upper: Name of the layer nearer to the output, or ``at(layer)``; only required to update with measures.
-        lower: Layer nearer to the input, likewise.
+        lower: Layer nearer to the input, in the same form.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
         correction: As in :class:`ClasswiseRelevance`.
         kwargs: Arguments of ``torchmetrics.Metric``.

@@ -146,7 +146,7 @@ class Sweep:
         Args:
             layers: Names of the layers, from the output to the input. The sweep must contain the queries of
                 :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-            target: Restricts the samples to those whose explained class is this one.
+            target: Explained class to which the samples are restricted, or None for all samples.
 
         Raises:
             FlowError: If a query is missing, or there are no samples.
@@ -215,7 +215,7 @@ class Sweep:
             group: The group, or None for a query with one value per sample.
             k: Number of samples.
             lower: For a joint matrix, restricts the rows to this group of the lower layer.
-            target: Restricts the rows to samples whose explained class is this one.
+            target: Explained class to which the rows are restricted, or None for all samples.
             largest: If False, returns the smallest values instead, in increasing order.
 
         Returns:

@@ -37,8 +37,8 @@ def sums_of(
     Args:
         sweep: The sweep.
         infos: The queries.
-        target: Restricts the samples to those whose explained class is this one.
-        selected: Restricts the samples to these indices.
+        target: Explained class to which the samples are restricted, or None for all samples.
+        selected: Indices to which the samples are restricted, or None for all samples.
     """
     sums = Sums({info.name: info.groups or () for info in infos})
     for shard in sweep.shards:
@@ -56,7 +56,7 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
     Args:
         sweep: The sweep, with the queries of :func:`~nrm_plugin.dataset.glocal.flow_queries`.
         layers: The layers, from the output to the input.
-        target: Restricts the samples to those whose explained class is this one.
+        target: Explained class to which the samples are restricted, or None for all samples.
 
     Raises:
         FlowError: If a query is missing, or there are no samples.

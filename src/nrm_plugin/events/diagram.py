@@ -1,8 +1,8 @@
 """Ordered decision diagrams of events.
 
-The variables are ordered as a walk crosses the taps, from the output to the input, and each crossing decides the atoms
-of that tap. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live
-node at each tap; the maximum number of these vectors is the width of the diagram. The width can be 2 even if the
+Variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all of its
+atoms. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live node at
+each tap, and the maximum number of these vectors is the width of the diagram. The width can be 2 even if the
 disjunctive normal form of the formula has exponential size.
 """
 
@@ -34,7 +34,7 @@ class Diagram:
         self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
 
     def build(self, event: Event, variables: Mapping[Event, int]) -> int:
-        """Returns the node of an event.
+        """Adds an event to the diagram, and returns its node.
 
         Args:
             event: The event.

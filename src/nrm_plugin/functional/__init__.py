@@ -4,7 +4,7 @@ Imports: errors, model, rules, kernels.
 """
 
 from ..kernels.base import Kernel
-from . import (  # noqa: F401  (register what they hold)
+from . import (  # noqa: F401  (imported to register kernels)
     averaging,
     decompositions,
     distance_decompositions,

@@ -203,7 +203,7 @@ def _embedding_bag(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Returns whether a functional layer has a bias, and its weight or bias is computed by the model."""
+    """Returns whether a functional layer has a bias, and a weight or bias that is computed by the model."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 

@@ -15,7 +15,7 @@ from ..kernels.base import Kernel
 from ..kernels.forward_state import RUNNING
 from ..kernels.reference_pass import ReferencePass
 from ..model.zero_one_routes import operation
-from . import secant_maxima, secant_products  # noqa: F401  (register what they hold)
+from . import secant_maxima, secant_products  # noqa: F401  (imported to register kernels)
 from .differences import SECANTS, DifferenceCall, SecantFactory
 from .function_call import Slot
 from .function_kernels import BroadcastKernel

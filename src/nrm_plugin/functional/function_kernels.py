@@ -92,7 +92,7 @@ class HalvesKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """Kernel of one input of a call. The other inputs receive no relevance.
+    """Wraps the kernel of one input of a call; the other inputs receive no relevance.
 
     Args:
         inner: Kernel of that input.

@@ -52,7 +52,7 @@ from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, unco
 from .weighted_functions import channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
-"""Routes that have no tap."""
+"""Routes that are not recorded as taps."""
 
 
 class InterceptedPass:
@@ -149,7 +149,7 @@ class InterceptedPass:
         layer: LayerCall | None = None,
         rows: bool = False,
     ) -> Tensor:
-        """Links the output of a call to a new step, and notifies the listener."""
+        """Creates the step of a call, links it to the output, and notifies the listener."""
         path, number = self._numbered(call.name)
         normalization = self.settings.normalization
         step: Step
@@ -181,7 +181,7 @@ class InterceptedPass:
         factory: SecantFactory,
         inputs: Sequence[Tensor],
     ) -> Tensor:
-        """Links the output of a call to a step that propagates the difference from a reference."""
+        """Creates and links the step of a call that propagates the difference from a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
         has_rules = has_any_rule(self.settings.rules)
         both = DifferenceCall(call, Saved(output), others, reference, has_rules)

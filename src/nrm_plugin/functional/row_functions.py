@@ -56,7 +56,7 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
     if name == "normalize":
         return _is_inner(call.argument(2, "dim", 1), output.ndim)
     if name == "renorm":
-        dim = call.argument(2, "dim")  # each slice along this dimension has a norm of its own
+        dim = call.argument(2, "dim")  # each slice along this dimension has its own norm
         return isinstance(dim, int) and dim % output.ndim == 0
     return name in _ELEMENTWISE or name in _POOLS
 

@@ -68,7 +68,7 @@ class CompositeRules:
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns the rule of a weight, found by identity, by memory (for slices) or by ``like`` (if computed)."""
+        """Looks up the rule of a weight by identity, by memory (for slices) or by ``like`` (for computed weights)."""
         memory = next(plain_tensors(weight)).untyped_storage().data_ptr()
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
         if rule is None and not isinstance(owner, type(like)):

@@ -148,7 +148,7 @@ def _scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
 
 
 def _counts(like: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Counts the entries that are added at each position."""
+    """Counts how many entries are added at each position."""
     ones = torch.ones(index.shape, dtype=like.dtype, device=like.device)
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device).scatter_add(dim, index, ones)
 

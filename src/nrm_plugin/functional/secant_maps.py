@@ -77,7 +77,7 @@ class PathKernel(MultiplierKernel):
     def _jacobians(
         self, call: FunctionCall, change: Callable[[Tensor], Tensor]
     ) -> list[tuple[float, Tensor, list[Tensor]]]:
-        """Returns the weight, output and inputs of the function at each quadrature node."""
+        """Evaluates the function at each quadrature node, and returns weights, outputs and inputs."""
         values, references = self.call.values, self.call.reference_values
         images = []
         for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:
@@ -110,7 +110,7 @@ def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -
 
 
 def polynomial(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a function with complex intermediates that is linear, or a product of two inputs."""
+    """Returns the kernel of a function with complex intermediate values that is linear or a product of two inputs."""
     kernel = PathKernel(call)
     columns = kernel.column_sum(call.after)
     scale = torch.finfo(call.after.dtype).eps ** 0.5 * call.outputs[0].abs().amax()

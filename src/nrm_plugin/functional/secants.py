@@ -103,7 +103,7 @@ secant_of("logaddexp", "logaddexp2")(elementwise)
 
 
 def averaged_slopes(call: DifferenceCall) -> list[Tensor]:
-    """Computes the slope of each input as inputs change from the reference one at a time, averaged over all orders."""
+    """Computes the slope of each input by changing inputs one at a time, averaged over all orders."""
     numbers = range(len(call.values))
     totals: list[Tensor | None] = [None for _ in numbers]
     orders = list(itertools.permutations(numbers))
