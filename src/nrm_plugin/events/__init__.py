@@ -1,7 +1,6 @@
-"""Events: sets of walks, defined by formulas over the neurons that a walk crosses.
+"""Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
 
-The package also contains decision diagrams of events and their conversion to JSON.
-Imports: errors.
+The package also provides decision diagrams of events and their conversion to JSON. Imports: errors.
 """
 
 from .event import ABSORBED, Absorbed, All, Any_, Atom, Attended, Event, Not, at
