@@ -141,7 +141,7 @@ def input_relevance(
     if not known:
         raise InputError(
             "the inputs have no relevance: the model converts them to integers and uses these for lookups. Attribute "
-            "to the rows that it looks up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
+            f"to the rows that it looks up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
         )
     marginals = measure.marginal(known, given=given, joint=joint)
     pairs = zip(taps, inputs, strict=True)

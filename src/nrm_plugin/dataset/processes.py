@@ -76,7 +76,7 @@ class FolderLocks:
         """Context manager that holds the manifest lock, and acquires the lock of this rank until the process ends.
 
         Raises:
-            SweepError: If another process writes to the folder with the same rank.
+            SweepError: If another process writes to the folder with the same rank, or if its file system has no locks.
         """
         try:
             path_inside(self.folder, LOCKS).mkdir(parents=True, exist_ok=True)
@@ -87,6 +87,10 @@ class FolderLocks:
             raise SweepError(
                 f"another process writes to {self.folder}. Wait for it to end, or choose another folder. Use torchrun "
                 "to start several processes for one sweep."
+            ) from error
+        except NotImplementedError as error:
+            raise SweepError(
+                f"the file system of {self.folder} does not support file locks. Choose a folder on another file system."
             ) from error
 
     def are_others_running(self) -> bool:
