@@ -1,4 +1,4 @@
-"""Copies of models in which some layers are replaced. Weights are shared, and the given model is not modified."""
+"""Copies of models in which some layers are replaced, with shared weights; the given model is not modified."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Replacement = Callable[[nn.Module], nn.Module]
 
 
 def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], what: str) -> nn.Module:
-    """Returns a copy of a model in which some layers are replaced; all other modules and all parameters are shared.
+    """Returns a copy of a model in which some layers are replaced, and all other modules and parameters are shared.
 
     Args:
         model: The network.
-        replacements: Functions that return the replacement of a layer, keyed by layer name.
-        what: Description of the replacement for messages, such as ``"subspaces"``.
+        replacements: Functions that map a layer to its replacement, keyed by layer name.
+        what: Description of the replacement for error messages, such as ``"subspaces"``.
 
     Raises:
         UnknownLayerError: If the model does not contain a layer.
@@ -48,7 +48,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """Returns the first tensor of a value, or of a tuple, list or mapping, or None without a tensor."""
+    """Returns the given tensor, or the first tensor in a tuple, list or mapping, or None if there is none."""
     if isinstance(values, Tensor):
         return values
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, (tuple, list)) else ()
@@ -56,10 +56,10 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def with_first_tensor(values: Any, tensor: Tensor) -> Any:
-    """Returns a value, or a tuple or list, with another first tensor.
+    """Replaces the first tensor in a tuple or list, or the tensor itself.
 
     Raises:
-        InputError: If the value is of another type.
+        InputError: If the value is neither a tensor nor a tuple or list.
     """
     if isinstance(values, Tensor):
         return tensor
