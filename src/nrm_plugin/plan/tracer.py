@@ -220,7 +220,7 @@ class Tracer(TorchDispatchMode):
         return all(at in self._fresh and at not in self._memories for at in identities)
 
     def _look_up(self, values: Iterable[Any], found: dict[int, Value]) -> bool:
-        """Finds known tensors among the arguments; returns whether the trace writes to the memory of one of them."""
+        """Collects the known tensors among the arguments; returns whether any is in memory that the trace writes to."""
         is_traced = False
         for value in values:
             if isinstance(value, Tensor):

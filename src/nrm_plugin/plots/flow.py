@@ -159,7 +159,7 @@ def color_of(tone: str, palette: Palette) -> str:
 
 
 def curve(band: Band) -> list[tuple[float, float]]:
-    """Returns the corners and control points of a ribbon: along its upper side, then back along its lower side."""
+    """Returns the corners and Bézier control points of a ribbon: along its upper edge, then back along its lower."""
     (x, start), (right, end) = band.start, band.end
     middle, half = (x + right) / 2, band.width / 2
     over = [(x, start - half), (middle, start - half), (middle, end - half), (right, end - half)]

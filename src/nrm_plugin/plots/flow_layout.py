@@ -328,7 +328,7 @@ def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_betw
     size = 0.9 * above.size
     room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
     text = next((text for text in texts if SMALLER * text_width(text, size) <= 0.98 * room), texts[-1])
-    size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # text width is not linear in font size
+    size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # widths are not linear in size
     return Label(above.x, above.y + LINE * above.size, cut(text, room, size), size, above.anchor, "pale")
 
 

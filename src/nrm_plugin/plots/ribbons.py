@@ -213,7 +213,7 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """Returns the heights at which ribbons cross their columns; a node stacks them in the order of their other ends."""
+    """Returns the heights at which ribbons cross columns; nodes stack ribbons in the order of their other ends."""
     lanes = [[0.0] * len(one.nodes) for one in ribbons]
     starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):
