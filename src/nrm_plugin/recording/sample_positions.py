@@ -237,7 +237,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Returns the sum over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
+        """Sums a tensor at a place over the entries of each sample, ``(N,)``; None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
