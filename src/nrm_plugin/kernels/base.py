@@ -70,10 +70,10 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Reads any missing branches of the rule that are needed to propagate the given relevance.
+        """Computes any missing branches of the rule that are needed to propagate the given relevance.
 
         Args:
-            relevance: Relevance at the output, ``(K, N, *out)``, or None to read all branches.
+            relevance: Relevance at the output, ``(K, N, *out)``, or None to compute all branches.
 
         Returns:
             Whether the column sums have changed.

@@ -142,9 +142,9 @@ class _Reader:
         return images
 
     def _source(self, modify: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the modified input, which is the input tensor itself if the rule does not modify it.
+        """Returns the modified input, or the input tensor itself if the rule does not modify it.
 
-        The output of the layer at the unmodified input is already known.
+        In the latter case, the output of the layer is already known.
         """
         source = modify(self.call.input)
         return source if source is self.call.input else source.detach()

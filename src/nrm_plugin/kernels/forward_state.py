@@ -47,13 +47,13 @@ def protected(value: Any) -> Any:
 
 
 def protect_weights(module: nn.Module) -> None:
-    """Protects the weights of a module that a step created from in-place operations on memory they share."""
+    """Protects the weights of a module created by a step from in-place operations on shared memory."""
     for weight in module.parameters():
         _protect(weight, weight)
 
 
 def is_saved(tensor: Tensor) -> bool:
-    """Returns whether a step has saved a tensor with the storage of this tensor."""
+    """Returns whether a step has saved a tensor that shares storage with ``tensor``."""
     return any(saved() is not None for saved in RUNNING.saved.get(tensor.untyped_storage().data_ptr(), ()))
 
 

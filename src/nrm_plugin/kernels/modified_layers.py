@@ -52,7 +52,7 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Returns memory for a factor with the shape of ``like``: that of the image if it may be overwritten."""
+        """Returns memory for a factor with the shape of ``like``, reusing that of the image if possible."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)

@@ -19,7 +19,7 @@ _KNOWN_SIGNS: dict[type, list[float]] = {}
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
     """Returns the modified inputs of a rule; equal inputs share memory, as when all activations are nonnegative."""
     known, sources = [inputs], []
-    # The bounds of ZBox may have the shape of an image, which does not fit the probe, and are not parts of the input.
+    # The bounds of ZBox may have the shape of an image, which does not match the probe, and are not parts of the input.
     positive = is_known_linear(rule) and not isinstance(rule, ZBox) and is_positive(inputs)
     for modifier in rule.input_modifiers:
         part = _part(modifier, inputs) if positive else ""

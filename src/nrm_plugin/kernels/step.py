@@ -296,7 +296,7 @@ def step_of(node: Any) -> Step | None:
 
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
-    """Returns the relevance at each input, linked to the origin of the kernel if a graph of the gradient is created."""
+    """Returns the relevance at each input, attached to the origin of the kernel under ``create_graph=True``."""
     with exact(relevance.device):
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)

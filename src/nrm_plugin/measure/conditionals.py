@@ -29,7 +29,7 @@ class Conditionals:
     Args:
         diagram: The decision diagram of the events.
         places: The taps.
-        nodes: The diagram nodes at which walks may be after crossing a tap.
+        nodes: The nodes of the diagram that a walk may have reached after crossing a tap.
         like: A tensor with the dtype of the relevance.
     """
 

@@ -68,7 +68,7 @@ class DecisionDiagram:
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """Returns true or false if the outcome at a node is decided below a vertex, and the node itself otherwise."""
+        """Returns the terminal node if nothing below a vertex can change the outcome, and the node itself otherwise."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:

@@ -174,7 +174,7 @@ class FlowGraph:
 
     @classmethod
     def from_json(cls, source: str | Path) -> FlowGraph:
-        """Reads a graph from the JSON string that :meth:`to_json` returns, or from a path to a file of it.
+        """Reads a graph from a JSON string written by :meth:`to_json`, or from a file that contains one.
 
         Raises:
             FlowError: If the source is not the JSON of a flow graph.

@@ -50,7 +50,7 @@ class Locator:
         """Returns the same formula over :class:`Located` atoms and ``ABSORBED``.
 
         Raises:
-            EventError: If an index does not fit its tap.
+            EventError: If an index does not match the shape of its tap.
             UnknownLayerError: If no tap has this name.
         """
         return event.mapped(self._located)

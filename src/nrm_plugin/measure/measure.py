@@ -89,7 +89,7 @@ class RelevanceMeasure(Recorded):
 
     Raises:
         TypeError: If settings are passed in addition to a ``Normalized`` composite.
-        InputError, TargetError, ModelStateError, GradModeError: If an argument does not fit the model.
+        InputError, TargetError, ModelStateError, GradModeError: If an argument is invalid for the model.
         UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: If the rules do not support the model.
 
     Examples:
@@ -390,7 +390,7 @@ class RelevanceMeasure(Recorded):
 
         Raises:
             FlowError, InputError: If a threshold is out of range or the sample does not exist.
-            EventError: If a layer is not below the previous layer, or groups do not fit.
+            EventError: If a layer is not below the previous layer, or groups do not match their layer.
 
         Examples:
             >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)

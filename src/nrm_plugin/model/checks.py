@@ -36,7 +36,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def check_module(model: Any) -> None:
-    """Raises :class:`InputError` if the model is not a module, whose layers can be hooked."""
+    """Raises :class:`InputError` if the model is not a ``torch.nn.Module``."""
     if isinstance(model, nn.Module):
         return
     what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that contains its layers."

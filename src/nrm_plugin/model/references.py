@@ -81,7 +81,7 @@ def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Te
 
 
 def _is_same(value: Any, own: Any, batched: bool) -> bool:
-    """Returns whether an argument of the reference, possibly that of a single sample, equals the one of the inputs."""
+    """Returns whether an argument of the reference, which may be that of a single sample, equals that of the inputs."""
     if value is own or not (isinstance(value, Tensor) and isinstance(own, Tensor)):
         return value is own or (type(value) is type(own) and bool(np.array_equal(value, own)))
     kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (value, own)]

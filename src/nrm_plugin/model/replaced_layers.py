@@ -56,7 +56,7 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def with_first_tensor(values: Any, tensor: Tensor) -> Any:
-    """Replaces the first tensor in a tuple or list, or the tensor itself.
+    """Returns a tuple or list with its first tensor replaced, or the replacement if the value is a tensor.
 
     Raises:
         InputError: If the value is neither a tensor nor a tuple or list.

@@ -83,7 +83,7 @@ def untraced() -> Iterator[None]:
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Context manager that disables torch function modes in a trace, for operations whose values stay in torch."""
+    """Context manager that bypasses ``__torch_function__`` in a trace, where no values are read outside torch."""
     return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
 
 

@@ -68,7 +68,7 @@ _DICTS = (dict, OrderedDict)
 
 
 def hooked(model: nn.Module) -> str:
-    """Returns a description of the first hook of the user in a model, or an empty string if there is none.
+    """Returns a description of the first user hook in a model, or an empty string if there is none.
 
     Such hooks must run in every forward pass. Hooks of PyTorch itself, such as those of weight norm, only compute
     tensors and are ignored.

@@ -173,7 +173,7 @@ class Plan:
         - ``"target"``: the explained class of each sample, ``(N,)``;
         - ``"relevance"``: the marginal of each layer, ``(N, *shape)``, keyed by layer name;
         - ``"is_valid"``: ``(N,)``, False if the target is not a class, the relevance is not finite, or a value on which
-        the model branches differs from that at ``inputs``. The relevance of such a sample must not be used.
+          the model branches differs from that at ``inputs``. The relevance of such a sample must not be used.
 
         Args:
             path: Path of the file, which by convention ends in ``.pt2``. If it ends in ``.onnx``, PyTorch's ONNX

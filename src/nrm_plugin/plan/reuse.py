@@ -19,7 +19,7 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form that are recorded before a plan is created, which takes as long as several."""
+"""Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
 NEVER = 1 << 62
 """Number of recordings that prevents further plans after one has needed too much memory."""
 PAID = 32

@@ -57,10 +57,10 @@ def flow_figure(
 ) -> Figure:
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
-    Positive relevance is red and negative relevance is blue, in shades that are distinguishable with colour blindness;
-    at each node, negative ribbons are below positive ones. Grey is the rest of a layer, hatched orange is relevance
-    absorbed above the layer, and dotted orange is relevance that bypasses it. Small nodes of these three kinds and very
-    thin ribbons are not drawn; the legend states their total.
+    Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; at each node, negative
+    ribbons are below positive ones. Grey is the rest of a layer, hatched orange is relevance absorbed above the layer,
+    and dotted orange is relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are not
+    drawn; the legend states their total.
 
     Args:
         graph: The graph.

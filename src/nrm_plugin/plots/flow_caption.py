@@ -87,7 +87,7 @@ def difference_caption(graph: FlowGraph, first: str, second: str, places: Mappin
 
 
 def named_walks(walks: Walks) -> Walks:
-    """Returns the walks to be named in a caption: the strongest ones, if they are strong enough."""
+    """Returns the walks to be named in a caption: at most :data:`NAMED_WALKS`, of mass :data:`NAMED_WALK` or more."""
     return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if mass >= NAMED_WALK]
 
 

@@ -1,8 +1,8 @@
 """Figures of heat maps, joint relevance, and the mass, sink and bypass of layers.
 
 Functions return a new matplotlib ``Figure`` or draw on given axes, without the global state of pyplot. Positive
-relevance is red and negative relevance is blue, in shades that are distinguishable with colour blindness. Colour bars
-show relevance as a percentage of the total of the sample.
+relevance is red and negative relevance is blue, in colour-blind-friendly shades. Colour bars show relevance as a
+percentage of the total of the sample.
 """
 
 from __future__ import annotations

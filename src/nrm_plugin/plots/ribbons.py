@@ -23,8 +23,7 @@ class Palette:
     """Colours of a plot.
 
     Attributes:
-        positive, negative: Colours of relevance: red and blue, in shades that are distinguishable with colour
-            blindness.
+        positive, negative: Colours of relevance: red and blue, in colour-blind-friendly shades.
         ink, pale: Colours of text.
         paper: Background colour.
         other: Colour of the rest of a layer, outside the shown groups.

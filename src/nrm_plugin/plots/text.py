@@ -1,7 +1,7 @@
 """Text whose tokens are coloured by relevance, as a figure or as an HTML fragment without scripts.
 
-Positive relevance is red and negative relevance is blue, in shades that are distinguishable with colour blindness; zero
-has the background colour. Relevance is shown as a percentage of the total of the sample.
+Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; zero has the background
+colour. Relevance is shown as a percentage of the total of the sample.
 """
 
 from __future__ import annotations

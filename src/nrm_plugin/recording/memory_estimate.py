@@ -4,7 +4,7 @@ The forward pass runs on tensors without values. The peak of one recording and o
 
 .. math:: \sum_k c_k \,\mathrm{bytes}_k
 
-where ``bytes_k`` is the size of the results of all operations of kind ``k``. The non-negative coefficients minimize the
+where ``bytes_k`` is the size of the results of all operations of kind ``k``. The nonnegative coefficients minimize the
 mean relative error over 37 pairs of a network and an input size on a CPU, on which the largest error is 15.5 %;
 docs/features.md lists the errors on other networks. The method is new in this package.
 """

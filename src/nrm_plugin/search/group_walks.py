@@ -88,7 +88,7 @@ def group_walks(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups | No
     Args:
         mu: A measure of one sample.
         layers: The layers, in any order; for any two of them, one must be below the other.
-        groups: Groups of these layers; by default, they are searched on this measure.
+        groups: Groups of these layers; by default, they are found by a search on this measure.
         k: Number of groups per layer if ``groups`` is not given.
 
     Returns:

@@ -164,7 +164,7 @@ def top_walks(
         budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
             it; without ``layers``, they are always completed.
         expansions: Number of expanded prefixes after which the search stops, for reproducible results.
-        groups: The groups for ``over="groups"``; by default, they are searched on this measure.
+        groups: The groups for ``over="groups"``; by default, they are found by a search on this measure.
 
     Raises:
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
