@@ -17,7 +17,7 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """The event that a walk crosses a place in a neuron of the mask or, for a sink, is absorbed there.
+    """The event that a walk crosses a place at a neuron of the mask or, for a sink, is absorbed there.
 
     Attributes:
         place: The place.

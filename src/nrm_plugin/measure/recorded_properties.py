@@ -72,8 +72,7 @@ class Recorded(QueryPasses):
         r"""The explained output :math:`\sum_k s_k f_k / \sum s`, ``(N,)``; multiply the measure by it for plain LRP.
 
         With ``against``, this is :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs exceed the
-        target. Since the measure is normalized to 1 even then, positive relevance is evidence against the target in
-        this case.
+        target. Since the measure is still normalized to 1, positive relevance is then evidence against the target.
 
         Examples:
             >>> mu.output.shape

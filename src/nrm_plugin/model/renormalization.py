@@ -76,7 +76,7 @@ class Tables:
 
 
 def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
-    """Raises :class:`ModelStateError` if a value is a table that torch would have changed."""
+    """Raises :class:`ModelStateError` if a value is an embedding table that torch would have renormalized."""
     if any(id(value) in changed for value in values):
         raise ModelStateError(
             "the model also uses the table of an embedding with max_norm as the weight of another layer, so torch "
@@ -86,7 +86,7 @@ def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
 
 
 class TablesUnwritten(TorchFunctionMode):
-    """Torch function mode in which embedding tables are not changed."""
+    """Torch function mode that prevents embeddings with ``max_norm`` from renormalizing their tables in place."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 class EveryShortcut(frozenset[str]):
-    """The set of all shortcuts, used to avoid every shortcut so that a program is valid for all values."""
+    """A set that contains every shortcut, so that a trace takes none of them and is valid for all values."""
 
     def __contains__(self, shortcut: object) -> bool:
         return True

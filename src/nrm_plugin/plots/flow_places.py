@@ -14,7 +14,7 @@ EDGES = "along the edges"
 TOUCHED = 0.5
 """Smallest fraction of a side of the image that a region along this side covers."""
 MOST = 0.5
-"""If one ninth of the image has more than this share of the relevance of a region, it is the location."""
+"""Fraction of the relevance of a region above which a single ninth of the image is named as its location."""
 
 
 def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None = None) -> str:

@@ -135,9 +135,9 @@ def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> P
 
 
 def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixels:
-    """Renders the photograph of the file, ``(H, W, 3)``, dimmed outside the input of the model.
+    """Renders a photograph, ``(H, W, 3)``, and dims the part that the model does not receive.
 
-    If the thumbnails show a smaller crop, a thin line marks it.
+    If the thumbnails show a smaller crop, its border is drawn as a thin line.
     """
     colors = _resized(photo.file, 3 * PIXELS)
     height, width = colors.shape[:2]
