@@ -33,7 +33,7 @@ class GradModeError(NRMError, RuntimeError):
 
 
 class ModelStateError(NRMError, RuntimeError):
-    """Raised if the model cannot be recorded, for example in training mode or with hooks of another composite."""
+    """Raised if the model cannot be recorded, for example in training mode or with hooks from another composite."""
 
 
 class UnknownLayerError(NRMError, KeyError):

@@ -78,7 +78,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """Returns the path of a module in the settings of stored sweeps, which does not change when the module is moved."""
+    """Returns the path under which stored sweeps refer to a module; it does not change when the module is moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 

@@ -66,7 +66,7 @@ class JointNRM:
             over: ``"channel"`` or ``"neuron"``.
             unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
             against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
-            baselines: If given, explains the change of the output from its value at the baselines; see
+            baselines: If given, the relevance explains the change in the output relative to the baselines; see
                 :meth:`NRM.attribute`.
 
         Returns:

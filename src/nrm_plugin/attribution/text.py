@@ -75,7 +75,7 @@ class TextExplanation:
         decoder: Relevance of the decoder's start token.
         absorbed: Relevance absorbed by constants and rules.
         variation: Sum of the absolute relevance of all tokens; the larger it is, the more relevance cancels, and the
-            larger are rounding errors.
+            larger the rounding errors.
         layers: The most relevant units of each requested layer.
         given: One row for each condition.
         measure: The measure, for further queries.
@@ -140,27 +140,27 @@ def explain_text(
         tokenizer: The tokenizer of the model.
         text: The text. For a masked language model, it contains a mask token.
         target: Name or index of a class, or a token. Defaults to the most likely one.
-        against: Contrast of the target: ``"rest"`` for all other classes or tokens, weighted by their softmax; another
-            class or token; or None to explain the output itself.
+        against: What to contrast the target with: ``"rest"`` for all other classes or tokens, weighted by their
+            softmax; another class or token; or None to explain the output itself.
         reference: Another text with the same number of tokens, or a token that replaces all tokens except special
-            tokens. The change of the prediction from this reference is explained, and nothing is absorbed. The default,
-            ``"auto"``, uses the tokenizer's mask token if it has one, no rules are given, and the two predictions can
-            be compared: they must differ, and a mixture of experts must use the same experts for both. None explains
-            the prediction itself with the rules of the composite.
+            tokens. The measure then explains how the prediction changes relative to this reference, and nothing is
+            absorbed. The default, ``"auto"``, uses the tokenizer's mask token, provided that it has one, that no rules
+            are given, and that the two predictions can be compared: they must differ, and a mixture of experts must use
+            the same experts for both. None explains the prediction itself with the rules of the composite.
         position: Index of the token whose prediction is explained, if the model predicts several.
         layers: Layers or sites, such as ``blocks.1.attn``, for which the most relevant heads or channels are listed.
         given: Events or names, such as ``blocks.1.attn.head.3``, for which the conditional relevance of the words is
             computed.
-        composite: As in :class:`~nrm_plugin.RelevanceMeasure`; if this or one of the next two arguments is given, the
-            default of ``reference`` is None.
+        composite: As in :class:`~nrm_plugin.RelevanceMeasure`; if this or one of the next two arguments is given,
+            ``reference`` defaults to None.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
         InputError: If the model, the text or the position is invalid.
-        TargetError: If a class or token is unknown.
+        TargetError: If ``target`` or ``against`` is not a known class or token.
         DifferenceError: If the reference does not match the text.
-        UnknownLayerError: If a layer is unknown.
+        UnknownLayerError: If the model has no layer with one of the given names.
 
     Examples:
         >>> explanation = explain_text(model, tokenizer, "a dull film", "negative")
@@ -222,7 +222,7 @@ def explain_text(
 
 
 def _name(task: Task, chosen: int, compared: int | str | None) -> str:
-    """Returns the name of the contrast, or an empty string; with two classes, the rest is the other class."""
+    """Returns the name of the contrast, or an empty string; for two classes, the rest is the other class."""
     if compared is None:
         return ""
     if isinstance(compared, str) and len(task.logits) != 2:
@@ -244,10 +244,10 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
 def _of_masks(
     measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
 ) -> tuple[str | None, RelevanceMeasure]:
-    """Returns the mask token, and a measure that explains the change of the prediction from a text of mask tokens.
+    """Returns the mask token, and a measure that explains how the prediction changes relative to mask tokens.
 
     If there is no mask token, the prediction is the same for both texts, or the model runs different operations on them
-    (such as other experts), the measure explains the prediction itself, and the token is None.
+    (such as different experts), the measure explains the prediction itself, and the token is None.
     """
     if mask:
         with contextlib.suppress(DifferenceError, TargetError, UnsupportedOperationError):

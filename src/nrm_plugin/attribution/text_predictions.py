@@ -24,7 +24,7 @@ class Task:
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
-        text: The text.
+        text: The text with its tokens and words.
         inputs: Token ids keyed by model argument; walks end at their embeddings.
         others: Additional keyword arguments of the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
@@ -112,7 +112,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
     """Tokenizes a text, and infers the prediction task by running the model.
 
     Raises:
-        InputError: If the model does not return logits of a class or of tokens, or ``position`` is missing or invalid.
+        InputError: If the model does not return logits for classes or tokens, or ``position`` is missing or invalid.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens, others = tokenized(tokenizer, text, device)

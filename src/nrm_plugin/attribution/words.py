@@ -34,7 +34,7 @@ class Tokens:
     """A text with its tokens and words.
 
     Attributes:
-        text: The text.
+        text: The original text.
         ids: Token ids, ``(1, T)``.
         tokens: Token strings, ``T`` of them.
         words: Words in order; each token is part of exactly one word.
@@ -67,12 +67,12 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
     """Merges the tokens of a text into words.
 
     Args:
-        text: The text.
-        ids: The ids of the tokens.
-        tokens: The tokens.
+        text: The original text.
+        ids: Token ids, one per token.
+        tokens: Token strings, as returned by the tokenizer.
         special: Ids of special tokens.
         encoding: Encoding of a fast tokenizer, with ``word_ids`` and ``offsets``. None for other tokenizers, which mark
-            word boundaries by ``##``, ``Ġ`` or ``▁``.
+            word boundaries with ``##``, ``Ġ`` or ``▁``.
     """
     are_special = [number in special for number in ids]
     if encoding is None:
