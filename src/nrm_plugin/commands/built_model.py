@@ -24,8 +24,8 @@ class BuiltModel:
     """A model and the metadata of its weights.
 
     Attributes:
-        model: The model.
-        weights: Description of the origin of the weights.
+        model: The model, with its weights loaded.
+        weights: Description of where the weights come from.
         transforms: torchvision's preprocessing preset.
         categories: Class names; empty if unknown.
         notes: Messages to the user.

@@ -59,7 +59,7 @@ class ConditionalExplanation:
     """Explanation conditional on an event.
 
     Attributes:
-        condition: The condition.
+        condition: The condition, with its text and its event.
         mass: Mass of the event.
         relevance: Input relevance given the event, ``(C, H, W)``; if the class is contrasted with others, it has the
             sign of the mass. None if the mass is zero or nearly cancels.
@@ -96,8 +96,8 @@ class Explanation:
         image: The preprocessed image, ``(3, S, S)`` in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        against: The contrast of the explained class.
-        difference: The explained difference of outputs, or None without a contrast.
+        against: What the explained class is contrasted with.
+        difference: The explained difference between outputs, or None without a contrast.
         relevance: Relevance of the inputs, ``(C, S, S)``. Like the relevance of layers and the totals, it is multiplied
             by the sign of the difference, so that positive relevance is evidence for the class.
         totals: Relevance totals at the inputs.
@@ -132,12 +132,12 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
 
     Args:
         loaded: The model, on the device given in the request.
-        source: The image.
-        request: The request.
+        source: The image to explain.
+        request: Target, layers, conditions, rules and device.
 
     Raises:
         RequestError: If the target, the layers or the conditions do not match the model, or if the model fails.
-        NRMError: If the model cannot be measured with these rules.
+        NRMError: If no measure of the model can be constructed with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
     result = _of_one_measure(loaded, source, inputs, request)

@@ -53,9 +53,9 @@ def write(
     """Writes the output files of one image.
 
     Args:
-        loaded: The model.
-        request: The request.
-        result: The explanation.
+        loaded: The explained model.
+        request: The request that led to the explanation.
+        result: The explanation to write.
         out: Output folder.
         taken: File names already used, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
         cells: Resolution of the heat maps; see :func:`cells_of`.

@@ -51,9 +51,9 @@ class Side:
     """One of two flows to compare.
 
     Attributes:
-        image: The image.
+        image: The explained image.
         request: The request, including the class.
-        mu: The measure.
+        mu: The measure for the class and the image.
         target: The explained class.
         name: Label that distinguishes the two flows.
     """
@@ -68,7 +68,7 @@ class Side:
 def explain_difference(
     loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
-    """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
+    """Writes the difference between two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
 
     By default, each flow explains a single output without a contrast, since the difference from other classes would be
     negative for a class that is not predicted, and the two flows would not be comparable.

@@ -41,7 +41,7 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """A parameter, for the device and dtype of the model; an empty tensor if there are none."""
+        """Any parameter of the model, to determine its device and dtype; an empty tensor if the model has none."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property
@@ -63,8 +63,8 @@ def load(
 
     Args:
         name: Name of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
-        weights: Name of torchvision weights, a file, or or ``"none"`` for random weights. None uses torchvision's
-            default, or keeps the weights of the user's own model.
+        weights: Name of a torchvision weights entry, path to a checkpoint file, or ``"none"`` for random weights. None
+            uses torchvision's default, or keeps the weights of the user's own model.
         size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.

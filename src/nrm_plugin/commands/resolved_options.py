@@ -54,7 +54,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def _check_no_rules(options: argparse.Namespace) -> None:
-    """Raises :class:`RequestError` if options of rules are given without a composite."""
+    """Raises :class:`RequestError` if options for rules are given without a composite."""
     given = {"--gain-limit": options.gain_limit is not None, "--residual sink": options.residual == "sink"}
     for name in (name for name, is_given in given.items() if is_given):
         raise RequestError(

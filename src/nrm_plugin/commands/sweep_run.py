@@ -96,10 +96,10 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
 
 
 def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Against:
-    """Returns the contrast of the explained class.
+    """Returns what the explained class is contrasted with.
 
     Raises:
-        RequestError: If the contrast does not exist, or is the explained class.
+        RequestError: If the contrast does not exist, or is identical to the explained class.
     """
     if options.against in (None, NONE):
         return None

@@ -51,7 +51,7 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
 
     Raises:
         MissingExtraError: If transformers is not installed.
-        TextModelError: If a file is missing, the name is unknown, or the model has no head.
+        TextModelError: If a file is missing, the name is unknown, or the model has no prediction head.
     """
     library = extra("transformers", "text")
     folder = Path(name)

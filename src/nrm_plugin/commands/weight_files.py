@@ -157,10 +157,10 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Returns the number of classes of the weights if they otherwise match the model, or None.
+    """Returns the number of classes implied by the weights if they otherwise match the model; None if not.
 
     Args:
-        state: The weights.
+        state: The weights, as a state dict.
         model: The model with its default number of classes.
     """
     own = model.state_dict()
@@ -185,9 +185,9 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
     """Loads weights into a model, which may be on the meta device.
 
     Args:
-        model: The model.
-        state: The weights.
-        name: Name of the model.
+        model: The model to fill.
+        state: The weights, as a state dict.
+        name: Name of the model, for error messages.
         where: Name of the weight file, for error messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluation of several queries of a measure in as few passes as possible."""
+"""Evaluation of several queries on a measure in as few passes as possible."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Requirements:
     """Distinct quantities of a measure that a set of queries requires.
 
     Args:
-        queries: The queries.
+        queries: The queries to evaluate.
 
     Attributes:
         marginals: Taps whose marginals are required.
-        joint_marginals: For each event, the taps whose marginals joint with the event are required.
+        joint_marginals: For each event, the taps at which marginals joint with this event are required.
         masses: Events whose masses are required.
         joint_matrices: Upper tap, lower tap and groups of the required joint matrices.
         activations: Layers whose activations are required.
@@ -80,11 +80,11 @@ class Requirements:
 
 
 class QueryResults:
-    """Results of queries of a measure, multiplied by its sign so that they can be summed over samples.
+    """Results of queries on a measure, multiplied by its sign so that they can be summed over samples.
 
     Args:
-        mu: The measure.
-        needed: The requirements of the queries.
+        mu: The measure of the batch.
+        needed: The quantities that the queries require.
         activations: Activations of the required layers, ``(N, *shape)`` each.
     """
 

@@ -89,10 +89,10 @@ def crops(
     Args:
         model: The network.
         data: Indexable data set of images ``(C, H, W)`` or pairs ``(image, label)``.
-        references: The references.
+        references: The references to crop, of one layer or of the events.
         groups: Groups of the references to crop. Defaults to all groups.
         k: Number of crops per group. Defaults to all references.
-        events: Events keyed by name, for references of events.
+        events: Events keyed by name; required for references of events.
         layer: Layer of the channels, if it differs from the name of the references.
         against: As in the search for the references.
         whole: Whether to return whole images. This skips the computation of receptive fields, which dominates the run
@@ -109,7 +109,7 @@ def crops(
 
     Raises:
         ReferencesError: If a group has no references, or an event is missing.
-        InputError: If samples are not images.
+        InputError: If the samples are not images.
 
     Examples:
         >>> from nrm_plugin.dataset.reference_search import find_references

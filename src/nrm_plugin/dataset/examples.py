@@ -245,8 +245,9 @@ def references(
         layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or the query is a ``Maps`` query, which has no rows.
-        SweepError: If the folder contains no sweep, or a file is damaged.
+        ReferencesError: If the query, group or target is unknown, or the query is of type ``Maps`` and therefore has no
+            rows.
+        SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -277,7 +278,8 @@ def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
 
 
 def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
-    """Returns the query with the given name, or the query of type ``kind`` without an event at the layer of this name.
+    """Returns the query with the given name, or the query of type ``kind`` without an event for the layer with this
+    name.
 
     Args:
         name: Name of a query or layer.
@@ -286,7 +288,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
         what: Description of the candidates, for the error message.
 
     Raises:
-        ReferencesError: If no candidate matches.
+        ReferencesError: If none of the candidates matches.
     """
     plain = [query for query in candidates if query.kind == kind and query.layers == (name,) and not query.has_event]
     named = [query for query in candidates if query.name == name] or plain

@@ -1,4 +1,4 @@
-"""Fingerprints of objects, including user code: JSON values that are equal for objects with the same behaviour.
+"""Fingerprints of objects, including user code: JSON values that are identical for objects with the same behaviour.
 
 Code in installed packages is identified by the package version, and all other code by its bytecode and the objects to
 which it refers.
@@ -39,7 +39,7 @@ Function = types.FunctionType
 
 
 def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """Describes an object as a JSON value, which is equal for objects with the same behaviour, even across processes.
+    """Describes an object as a JSON value that is identical for objects with the same behaviour, even across processes.
 
     A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
     package are named by their path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).

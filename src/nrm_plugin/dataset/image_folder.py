@@ -34,7 +34,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     requires a subfolder for each class and ignores the class names of the model.
 
     Args:
-        folder: The folder.
+        folder: The folder with the images.
         preprocess: Conversion of images to model inputs.
         categories: Class names of the model, if known.
 
@@ -46,7 +46,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         fingerprint: Hash of the file names and labels.
 
     Raises:
-        SweepError: If the folder does not exist or contains no images, or a subfolder cannot be read.
+        SweepError: If the folder does not exist or does not contain any images, or a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:

@@ -97,7 +97,7 @@ class Preprocessing:
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inputs of black and white pixels, ``(1, C, 1, 1)`` each, on the device of ``like``."""
+        """Returns the inputs for black and for white pixels, ``(1, C, 1, 1)`` each, on the device of ``like``."""
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
@@ -109,7 +109,7 @@ def preprocessing(
     std: Sequence[float] | None = None,
     fit: str = "crop",
 ) -> Preprocessing:
-    """Creates the preprocessing of torchvision weights, with optional changes.
+    """Creates the preprocessing for torchvision weights, with optional changes.
 
     Args:
         make: Factory of the preset: ``transforms`` of torchvision weights.

@@ -109,7 +109,7 @@ class Marginal(Query):
 
     Args:
         layer: Name of a tap, or ``at(…)``.
-        over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels of all neurons.
+        over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels for all neurons.
         joint: Event for joint relevance.
         given: Event to condition on. Values are null if ``|μ(given)| ≤ min_ratio``.
         min_ratio: Threshold on ``|μ(given)|``, as a fraction of the total relevance, which is 1.
@@ -142,7 +142,7 @@ class EventMass(Query):
     """``μ(event)`` or ``μ(event | given)``, one value per sample.
 
     Args:
-        event: The event.
+        event: The event whose mass is computed.
         given: Event to condition on. The value is null if ``|μ(given)| ≤ min_ratio``.
         min_ratio: Threshold on ``|μ(given)|``, as a fraction of the total relevance, which is 1.
     """
@@ -157,7 +157,7 @@ class Conditional(Query):
     """``μ(event | group)`` for each group of a layer, the fraction of the group's relevance in the event.
 
     Args:
-        event: The event.
+        event: The event whose share of the relevance of each group is computed.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
         min_ratio: Values are null if ``|μ(group)|`` is at most this fraction of the total absolute mass of its neurons.

@@ -59,7 +59,7 @@ def find_references(
         model: The network, in evaluation mode.
         data: Data set of ``(input, label)``, data loader without shuffling, or iterable of such batches. Samples are
             numbered in iteration order.
-        layers: Names of the layers.
+        layers: Names of the layers whose channels are ranked.
         k: Number of samples per channel.
         by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
         events: Events keyed by name; samples are ranked by the mass of each event.
@@ -80,10 +80,10 @@ def find_references(
         show_progress: Whether to show a progress bar.
 
     Raises:
-        ReferencesError: If the loader shuffles, a batch has another format, or neither layers nor events are given.
+        ReferencesError: If the loader shuffles, a batch has a different format, or neither layers nor events are given.
         InputError: If an argument is invalid.
         TargetError: If targets do not match the outputs.
-        UnknownLayerError: If there is no layer of a given name.
+        UnknownLayerError: If the model has no layer with one of the given names.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -114,7 +114,7 @@ def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor
 
     Raises:
         InputError: If the model is not a classifier.
-        ReferencesError: If labels are missing, or their number differs.
+        ReferencesError: If labels are missing, or their number does not match that of the outputs.
         TargetError: If a class is negative.
     """
     if outputs.ndim != 2:

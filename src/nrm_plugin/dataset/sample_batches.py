@@ -118,7 +118,7 @@ def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> D
 
     Raises:
         SweepError: If ``data`` is neither a data set nor a loader, an argument is invalid, or the loader yields only a
-            subset.
+            subset of its data set.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

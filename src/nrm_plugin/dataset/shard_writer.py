@@ -84,7 +84,7 @@ def write_shard(
         folder: The sweep folder.
         rank: Rank of the process that writes the shard.
         number: Index of the shard.
-        queries: The queries.
+        queries: The queries of the sweep.
         batches: Results of each batch.
         info: Description of the shard.
 

@@ -34,7 +34,7 @@ class SampleError(SweepError):
 
 @dataclass(frozen=True)
 class SweepJob:
-    """The settings and data to evaluate any shard of a sweep.
+    """The settings and data needed to evaluate any shard of a sweep.
 
     Attributes:
         evaluation: Evaluation of a batch.

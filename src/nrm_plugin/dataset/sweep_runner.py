@@ -80,10 +80,10 @@ def sweep(
             data set of a ``DataLoader`` is read in index order, regardless of the sampler. An ``IterableDataset`` is
             numbered in iteration order; to resume, it is read again from the beginning and must yield the same samples
             in the same order.
-        queries: The queries, such as ``[Marginal("features.28"), Sink("features.28")]``.
+        queries: The queries to evaluate, such as ``[Marginal("features.28"), Sink("features.28")]``.
         out: Folder for the results, created if missing.
-        target: ``"prediction"``, ``"label"``, a class index, a function that returns the targets of a batch, or None
-            for a model with a single output.
+        target: ``"prediction"``, ``"label"``, a class index, a function that returns the targets of a given batch, or
+            None for a model with a single output.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -114,7 +114,8 @@ def sweep(
     Raises:
         SweepError: If the folder contains a sweep with different settings or samples (listed in the message), another
             process writes to the folder, or a sample or shard fails.
-        NRMError: If the model cannot be measured with this composite, or a query does not match the model.
+        NRMError: If no measure of the model can be constructed with this composite, or a query does not match the
+            model.
         MissingExtraError: If pyarrow or Ray is not installed.
     """
     arrow()
@@ -232,7 +233,7 @@ def _recording_interruption(folder: Path) -> Iterator[None]:
 
 
 def summarized(folder: Path) -> Manifest:
-    """Returns the manifest, updated by the groups, ranks, failed samples and damaged files recorded in the shards."""
+    """Returns the manifest, updated with the groups, ranks, failed samples and damaged files recorded in the shards."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(

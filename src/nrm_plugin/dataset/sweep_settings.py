@@ -87,7 +87,7 @@ def settings_of(
 
 
 def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Checks that the settings of a stored sweep equal those of a call.
+    """Checks that the settings of a stored sweep match those of a call.
 
     Args:
         folder: The sweep folder.
