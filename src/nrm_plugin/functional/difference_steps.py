@@ -31,13 +31,13 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 def reference_pass() -> ReferencePass | None:
-    """Returns the forward pass at the reference, or None if no difference is explained."""
+    """Returns the forward pass at the reference, or None when not explaining a difference."""
     reference: ReferencePass | None = RUNNING.reference
     return reference
 
 
 def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
-    """Raises :class:`DifferenceError` unless the constants of a call equal those at the reference."""
+    """Raises :class:`DifferenceError` unless the constants of a call match those at the reference."""
     constants: Any = [observed.slots, observed.keyword_slots]
     if observed.name.base == "where" and len(observed.slots) == 3:
         constants = _used_by_where(*observed.slots)
@@ -126,7 +126,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
-    """Returns the kernel factory of a function on differences; the user's own kernels take precedence."""
+    """Returns the factory for a function's kernel on differences; the user's own kernels take precedence."""
     try:
         own = KERNELS_BY_FUNCTION.get(observed.function)
     except TypeError:  # not hashable

@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, some of which may receive no relevance."""
+"""Kernels for functions with several inputs, some of which may receive no relevance."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class SplitKernel(Kernel):
 
 
 class HalvesKernel(Kernel):
-    r"""Kernel of a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
+    r"""Kernel for a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
 
     Args:
         sizes: Function that returns the magnitude of each summand.
@@ -92,10 +92,10 @@ class HalvesKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """Wraps the kernel of one input of a call; the other inputs receive no relevance.
+    """Wraps the kernel for one input of a call; the other inputs receive no relevance.
 
     Args:
-        inner: Kernel of that input.
+        inner: Kernel for that input.
         number: Index of that input.
         shapes: Shape of each input.
     """

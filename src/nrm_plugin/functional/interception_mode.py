@@ -81,7 +81,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
-        """Returns the observed call of a function, with tensors that receive no relevance detached."""
+        """Returns the observed call for a function, with tensors that receive no relevance detached."""
         path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
@@ -94,7 +94,7 @@ class InterceptionMode(TorchFunctionMode):
         return call
 
     def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Records a function that runs without gradients, as inside the forward of an ``autograd.Function``."""
+        """Records a function that runs without gradients, such as those inside ``autograd.Function.forward``."""
         note_untracked()
         self.forward_pass.custom_calls.observe(func, args)
         name = name_of(func)

@@ -124,11 +124,11 @@ def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Fun
 
 
 def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
-    """Registers or replaces the kernel of functions.
+    """Registers or replaces the kernel for one or several functions.
 
     The decorated function is called when relevance first reaches a call of one of the functions. It receives the
     :class:`~nrm_plugin.functional.FunctionCall`, and returns a kernel with one input for each of ``call.values``, the
-    tensors that receive relevance. Four methods of the call provide the kernels of most functions:
+    tensors that receive relevance. Four methods of the call provide the kernels for most functions:
 
     - ``call.identity()``: relevance passes to the first input, elementwise,
     - ``call.split(shares)``: each input receives its share, elementwise,
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Returns whether a function is one of torch's, which are looked up by name because of their variants."""
+    """Returns whether a function belongs to torch; such functions are looked up by name because of their variants."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",

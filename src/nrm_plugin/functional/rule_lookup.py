@@ -1,4 +1,4 @@
-"""Lookup of the rule of a function: that of the equivalent module, or of the module that owns its weight."""
+"""Lookup of the rule for a function: that for the equivalent module, or for the module that owns the weight."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class RuleLookup(Protocol):
     """Interface for the lookup of rules."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of modules of this type."""
+        """Returns the rule for modules of this type."""
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns the rule of the module that owns a weight, or else of modules of the type of ``like``."""
+        """Returns the rule for the module that owns a weight, or else for modules of the type of ``like``."""
 
 
 class NoRules:
@@ -29,7 +29,7 @@ class NoRules:
         return None
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns :class:`~nrm_plugin.rules.Absolute`, the default rule of functions with a weight."""
+        """Returns :class:`~nrm_plugin.rules.Absolute`, the default rule for functions with a weight."""
         return Absolute()
 
 
@@ -37,7 +37,7 @@ class CompositeRules:
     """Rule lookup in a composite.
 
     Args:
-        composite: The composite.
+        composite: The composite in which rules are looked up.
         model: The model whose modules own the weights.
         uncovered: Rule for layers to which the composite assigns none.
     """
@@ -50,7 +50,7 @@ class CompositeRules:
         self._by_memory: dict[int, tuple[nn.Module, Hook | None]] = {}
         self._by_kind: dict[type[nn.Module], Hook | None] = {}
         for name, module in model.named_modules():
-            # Rules are looked up for all modules in order, so that the first layer gets the rule of first layers.
+            # Rules are looked up for all modules in order, so that the first layer gets the rule for first layers.
             rule = composite.module_map(self._ctx, name, module)
             if isinstance(module, nn.MultiheadAttention):  # an activation in Zennit, but its weights are linear layers
                 rule = None
@@ -61,14 +61,14 @@ class CompositeRules:
                         self._by_memory.setdefault(part.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of modules of this type, as if the module came last in the model."""
+        """Returns the rule for modules of this type, as if the module came last in the model."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Looks up the rule of a weight by identity, by memory (for slices) or by ``like`` (for computed weights)."""
+        """Looks up the rule for a weight by identity, by memory (for slices) or by ``like`` (for computed weights)."""
         memory = next(plain_tensors(weight)).untyped_storage().data_ptr()
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
         if rule is None and not isinstance(owner, type(like)):

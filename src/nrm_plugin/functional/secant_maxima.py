@@ -1,7 +1,7 @@
-r"""Secant kernels of maxima and max pooling.
+r"""Secant kernels for maxima and max pooling.
 
-Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference of the maxima is
-divided between these two entries: either may switch from the reference to the input first, and both orders are
+Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference between the maxima
+is divided between these two entries: either may switch from the reference to the input first, and both orders are
 averaged. If entry ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
@@ -25,10 +25,10 @@ from .secant_maps import MultiplierKernel, Multipliers
 
 
 class MaximumKernel(MultiplierKernel):
-    """Kernel of maxima over groups of entries.
+    """Kernel for maxima over groups of entries.
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
         pair: The entries at input and reference, ``(*in)``.
         places: Argmax of each group at input and reference, ``(*out)``, as indices into the flattened entries.
         sign: -1 for minima.
@@ -56,7 +56,7 @@ class MaximumKernel(MultiplierKernel):
 
 
 class StackedKernel(MaximumKernel):
-    """Kernel of the elementwise maximum of two tensors, with broadcasting."""
+    """Kernel for the elementwise maximum of two tensors, with broadcasting."""
 
     def spread(self, below: Tensor) -> Multipliers:
         shapes = (delta.shape for delta in self.before)
@@ -81,7 +81,7 @@ def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @secant_of("maximum", "minimum")
 def extremum(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of the elementwise maximum or minimum of two tensors, one of which may be constant."""
+    """Returns the kernel for the elementwise maximum or minimum of two tensors, one of which may be constant."""
     sign = 1.0 if call.name == "maximum" else -1.0
     if len(call.values) == 1:
         return _of_one(call)
@@ -110,7 +110,7 @@ def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 @secant_of("max", "min", "amax", "amin")
 def along_dimensions(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of the maximum or minimum along dimensions."""
+    """Returns the kernel for the maximum or minimum along dimensions."""
     sign = 1.0 if call.name.endswith("max") else -1.0
     value, dims = call.values[0], call.call.argument(1, "dim")
     dims = list(range(value.ndim)) if dims is None or dims == () else [dims] if isinstance(dims, int) else list(dims)
@@ -121,7 +121,7 @@ def along_dimensions(call: DifferenceCall) -> Kernel:
 
 
 def _argmax(values: Tensor, dims: list[int]) -> Tensor:
-    """Returns the argmax along several dimensions as a flat index, in the shape of the other dimensions."""
+    """Returns the argmax along several dimensions as a flat index, with the shape of the other dimensions."""
     kept = [dim for dim in range(values.ndim) if dim not in dims]
     numbers = torch.arange(values.numel(), device=values.device).reshape(values.shape)
     rows = values.permute(*kept, *dims).flatten(len(kept)) if dims else values.unsqueeze(-1)
@@ -145,7 +145,7 @@ _POOLS: dict[str, tuple[Any, int]] = {
 
 @secant_of(*_POOLS, *(f"{name}_with_indices" for name in _POOLS))
 def pooling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of max pooling."""
+    """Returns the kernel for max pooling."""
     function, dims = _POOLS[call.name.removesuffix("_with_indices")]
     pair = call.values[0], call.reference_values[0]
     options = {key: value for key, value in call.call.kwargs.items() if key not in ("input", "self", "return_indices")}

@@ -19,7 +19,7 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """Kernel of an unknown operation, which raises an error if nonzero relevance reaches it.
+    """Kernel for an unknown operation, which raises an error if nonzero relevance reaches it.
 
     Args:
         error: The error to raise.
@@ -60,7 +60,7 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
     """Returns the error for relevance at an autograd node that is neither a step nor a known route.
 
     Args:
-        node: The node.
+        node: The node that relevance has reached.
         where: Location in the model, such as ``", in 'layer1'"``.
     """
     if _is_checkpoint(node):

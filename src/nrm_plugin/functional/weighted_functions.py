@@ -117,7 +117,7 @@ def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:
 
 @kernel_of("deform_conv2d")
 def deformable_convolution(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a convolution with computed offsets, from the rule of the module that owns the weight."""
+    """Returns the kernel for a convolution with computed offsets, from the rule for the module that owns the weight."""
     weight, bias, fixed = call.args[1], call.args[4], tuple(call.values[1:])
     if not isinstance(call.args[0], Slot) or isinstance(weight, Slot):
         return UnknownKernel(UnsupportedOperationError(_COMPUTED_WEIGHT), call.shapes)
