@@ -81,7 +81,7 @@ class Kernel(ABC):
         return False
 
     def column_sum(self, like: Tensor) -> Tensor:
-        """Computes the column sums ``c``, in the shape of the output ``like``, by pushing ones through the kernel."""
+        """Computes the column sums ``c``, with the shape of the output ``like``, by pushing ones through the kernel."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
             # The zeros at a gate have no grad_fn.

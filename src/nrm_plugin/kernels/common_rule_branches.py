@@ -41,7 +41,7 @@ def closed_branches(
 
     Args:
         call: The recorded call of the layer.
-        rule: The rule.
+        rule: The rule of the layer.
         normalization: The normalization if the factors should include the gain, else None.
 
     Returns:

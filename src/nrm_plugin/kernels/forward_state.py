@@ -20,7 +20,7 @@ class Saved:
     """A tensor that a step needs in the backward pass, protected from later in-place operations.
 
     Args:
-        tensor: The tensor.
+        tensor: The tensor to save.
         values: Whether its values are needed; if False, the tensor is not copied before an in-place operation.
     """
 
@@ -108,7 +108,7 @@ class _Running(threading.local):
         made: Leaves that the model created, keyed by id, or None if such leaves may receive relevance.
         depending: For each autograd node visited in this pass, whether it depends on an input of the model.
         renormalized: The embedding tables that torch would have renormalized in this pass, keyed by id.
-        reference: The forward pass of the reference if a difference is explained, and None otherwise.
+        reference: The forward pass at the reference when explaining a difference, and None otherwise.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Listener(Protocol):
     """Interface of an object that is notified of the steps and functions of a forward pass.
 
     Attributes:
-        indices: The integer inputs; these are the tensor objects that are passed to the model.
+        indices: The integer inputs, as the same tensor objects that are passed to the model.
         inputs: The leaf tensors of the floating-point inputs.
         gates: The gates of the forward pass.
     """
@@ -311,8 +311,8 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
 
     Args:
         listener: The object notified of every step, or None for a pass without recording. With a listener, the model
-            must be called with copies of its inputs that are made inside this context.
-        reference: The :class:`~nrm_plugin.kernels.reference_pass.ReferencePass` if a difference is explained.
+            must be called on copies of its inputs made inside this context.
+        reference: The :class:`~nrm_plugin.kernels.reference_pass.ReferencePass` when explaining a difference.
     """
     outer = dict(RUNNING.__dict__)
     first_node = None

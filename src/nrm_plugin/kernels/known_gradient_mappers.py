@@ -53,7 +53,7 @@ def closed_mapper(rule: BasicHook) -> Mapper | None:
 
 
 def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
-    """Returns whether the closed form and the mapper of a rule give equal factors, including where outputs are zero."""
+    """Returns whether the closed form and the mapper of a rule give the same factors, even where outputs are zero."""
     count = len(rule.input_modifiers)
     numbers = torch.sin(torch.arange(1.0, 1 + 24 * count, dtype=torch.float64) ** 2).reshape(count, 2, 3, 4)
     numbers[:, 0, 0] = 0

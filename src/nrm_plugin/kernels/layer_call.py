@@ -39,7 +39,7 @@ class LayerCall:
     """One call of a layer with a rule.
 
     Attributes:
-        rule: The rule.
+        rule: The rule applied to the layer.
         module: A copy of the layer, which may be modified.
         run: Function that runs a module on a given first input.
         saved_input: The first input, ``(N, *in)``.

@@ -36,7 +36,7 @@ class LayerStep(Step):
         folds: Deferred fusions, to be applied before the kernel is built.
         norms: The batch-norm layers that read the output of the layer.
         layer_below: For a batch normalization, the step of the layer whose output it reads.
-        feeds_fold: Whether the layer above may be fused with this step, and then reads its input.
+        feeds_fold: Whether the layer above may be fused with this step. If so, that layer reads the input of this step.
         has_dense_norm: Whether a linear layer and a batch normalization were fused in this step.
     """
 
@@ -79,7 +79,7 @@ class LayerStep(Step):
         return kernel
 
     def _dequantize(self) -> None:
-        """Replaces a quantized layer by a dequantized copy."""
+        """Replaces a quantized layer with a dequantized copy."""
         call = self.layer_call
         if type(call.rule) is not Pass and is_quantized(call.module):
             self.layer_call = replace(
@@ -88,15 +88,15 @@ class LayerStep(Step):
 
     @property
     def is_identity(self) -> bool:
-        """Whether this is a batch normalization that is fused into the layer below, because it is its only consumer."""
+        """Whether this is a batch normalization fused into the layer below, as the only consumer of its output."""
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
         """Sets the weight and bias of the copied layer, whose output then differs from that of the model.
 
         Args:
-            weight: The weight.
-            bias: The bias.
+            weight: The new weight.
+            bias: The new bias.
             factor: The factor by which the output without bias changes, if known.
         """
         call = self.layer_call

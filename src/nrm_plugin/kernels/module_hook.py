@@ -1,4 +1,4 @@
-"""The hook that makes each call of a module a step.
+"""The hook that turns each call of a module into a step.
 
 A module runs on a detached input, and its output is linked to the original input by the kernel of its rule. The
 backward function of the module is never called, and each call of a reused module has its own kernel.
@@ -82,7 +82,7 @@ class OpenCall:
 
 
 class StepHook(Hook):
-    """A Zennit hook that makes each call of a module a step, with the rule of another hook.
+    """A Zennit hook that turns each call of a module into a step, using the rule of another hook.
 
     Args:
         rule: The hook that the composite assigns to the module.
@@ -108,11 +108,11 @@ class StepHook(Hook):
         self._checked: weakref.WeakSet[Hook] = weakref.WeakSet() if checked is None else checked
 
     def copy(self) -> StepHook:
-        """Returns a hook with the same rule, to be registered at another module."""
+        """Returns a hook with the same rule, to be registered on another module."""
         return StepHook(self.rule, self.normalization, self.name, self._checked, self.fuse)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
-        """Registers the hook at a module and returns the handles that remove it."""
+        """Registers the hook on a module and returns the handles that remove it."""
         return RemovableHandleList(
             [
                 RemovableHandle(self),

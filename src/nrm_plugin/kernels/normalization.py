@@ -37,7 +37,7 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
         limit: ``G``, at least 1; ``math.inf`` gives ``1/c`` for every positive ``c``.
 
     Returns:
-        ``g``, in the shape of ``column_sum``.
+        ``g``, with the shape of ``column_sum``.
 
     Source: docs/measure.md, "One step".
     """
@@ -157,7 +157,7 @@ class Columns(ABC):
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
-        """Returns the column sums of the kernel, in the shape of ``like``."""
+        """Returns the column sums of the kernel, with the shape of ``like``."""
 
 
 @dataclass(frozen=True)

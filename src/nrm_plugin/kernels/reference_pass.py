@@ -1,4 +1,4 @@
-"""The forward pass of the reference, whose function calls are matched with those of the forward pass of the inputs.
+"""The forward pass at the reference, whose function calls are matched with those of the forward pass at the inputs.
 
 Source: docs/differences.md.
 """
@@ -25,7 +25,8 @@ class Difference(NamedTuple):
     """The difference between a tensor and its reference.
 
     Attributes:
-        delta: ``δ``, with zeros and differences of equal infinities replaced by a tiny number, see :data:`LEAST`.
+        delta: ``δ``, with zeros and differences between equal infinities replaced with a tiny number, see
+            :data:`LEAST`.
         is_zero: Mask of the entries whose difference is zero, or None if there are none.
     """
 
@@ -47,7 +48,7 @@ def difference(value: Tensor, reference: Tensor) -> Difference:
 
 @dataclass(frozen=True)
 class ReferenceCall:
-    """One function call in the forward pass of the reference.
+    """One function call in the forward pass at the reference.
 
     Attributes:
         name: Name of the function.
@@ -63,14 +64,15 @@ class ReferenceCall:
 
 
 class ReferencePass:
-    """The sequence of function calls in the forward pass of the reference.
+    """The sequence of function calls in the forward pass at the reference.
 
-    The calls are stored during the forward pass of the reference. After :meth:`replay`, they are compared with the
-    calls in the forward pass of the inputs, and an error is raised where the two passes differ.
+    The calls are stored during the forward pass at the reference. After :meth:`replay`, they are compared with the
+    calls in the forward pass at the inputs, and an error is raised where the two passes differ.
 
     Args:
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        is_wanted: Returns whether the tensors of the next step are needed; if not, only their shapes are stored.
+        is_wanted: Function that returns whether the tensors of the next step are needed; if not, only their shapes are
+            stored.
     """
 
     def __init__(self, is_tangent: bool = False, is_wanted: Callable[[], bool] = lambda: True) -> None:
@@ -90,11 +92,11 @@ class ReferencePass:
 
     @property
     def is_replayed(self) -> bool:
-        """Whether the forward pass of the inputs has started."""
+        """Whether the forward pass at the inputs has started."""
         return self._is_replayed
 
     def replay(self) -> None:
-        """Starts the forward pass of the inputs, which is compared with the stored calls."""
+        """Starts the forward pass at the inputs, which is compared with the stored calls."""
         self._is_replayed = True
 
     def drop(self) -> None:
@@ -103,11 +105,11 @@ class ReferencePass:
         self._deltas.clear()
 
     def close(self) -> None:
-        """Frees all stored calls when the forward pass of the inputs ends, possibly early."""
+        """Frees all stored calls when the forward pass at the inputs ends, possibly early."""
         self._calls.clear()
 
     def meet(self, name: str, where: str, tensors: Sequence[Tensor], constants: Any = ()) -> tuple[Saved, ...]:
-        """Stores a call of the reference, or matches a call of the inputs with it.
+        """Stores a call of the pass at the reference, or matches a call of the pass at the inputs with the stored one.
 
         Args:
             name: Name of the function.
@@ -116,7 +118,7 @@ class ReferencePass:
             constants: All other arguments.
 
         Returns:
-            The tensors of this call in the forward pass of the reference.
+            The tensors of this call in the forward pass at the reference.
 
         Raises:
             DifferenceError: If the call, a shape, or a constant differs between the two passes.
@@ -140,7 +142,7 @@ class ReferencePass:
         return other.tensors
 
     def finish(self) -> None:
-        """Raises :class:`DifferenceError` if the forward pass of the reference has further calls."""
+        """Raises :class:`DifferenceError` if the forward pass at the reference has further calls."""
         if not self._is_replayed:
             return
         if self._number < len(self._calls):
@@ -157,7 +159,7 @@ def _without_values(saved: Saved) -> Saved:
 
 
 def _kept(value: Any) -> Any:
-    """Replaces the tensors in nested arguments by :class:`Saved` objects."""
+    """Replaces the tensors in nested arguments with :class:`Saved` objects."""
     if isinstance(value, Tensor):
         return Saved(value)
     if isinstance(value, (list, tuple)):
@@ -170,7 +172,7 @@ def _kept(value: Any) -> Any:
 
 
 def _difference(one: Any, two: Any) -> str:
-    """Describes the first difference between the constants of two calls; returns an empty string if they are equal."""
+    """Describes the first difference between the constants of two calls; returns an empty string if there is none."""
     if isinstance(one, Saved) and isinstance(two, Saved):
         return _difference_of_tensors(one.tensor, two.tensor)
     if isinstance(one, list) and isinstance(two, list):

@@ -73,7 +73,7 @@ class WeightedLayer:
 
 
 def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
-    """Propagates relevance through branches with equal factors, in a single convolution if possible."""
+    """Propagates relevance through branches with the same factor, in a single convolution if possible."""
     down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
     if down is None:
         return functools.reduce(torch.add, (branch.pull(relevance) for branch in branches))

@@ -1,4 +1,4 @@
-"""The kernel of a rule on an affine layer, as a sum over branches."""
+"""The kernel for a rule on an affine layer, as a sum over branches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ReadBranches = tuple[list[Branch], Columns]
 
 
 class BranchKernel(Kernel):
-    r"""The kernel of a rule on an affine module, as a sum over branches, the form in which Zennit defines rules.
+    r"""The kernel for a rule on an affine module, as a sum over branches, the form in which Zennit defines rules.
 
     .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k

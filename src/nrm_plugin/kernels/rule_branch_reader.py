@@ -27,7 +27,7 @@ _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
 
 
 def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization | None) -> BranchKernel | None:
-    """Builds the kernel of a rule as a sum over branches.
+    """Builds the kernel for a rule as a sum over branches.
 
     Args:
         call: The recorded call of the layer.
@@ -87,7 +87,7 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Computes further branches of a rule that is known to have this form from its first branches."""
+        """Computes further branches of a rule whose first branches have shown that it has this form."""
         branches = self.read(chosen)
         assert branches is not None
         return branches

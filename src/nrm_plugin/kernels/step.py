@@ -27,7 +27,7 @@ class Holder(Protocol):
     """Interface of an object that recomputes tensors which a step has freed to save memory."""
 
     def fill(self, step: Step) -> None:
-        """Recomputes the tensors of a step, which remain available until those of another step are requested."""
+        """Recomputes the tensors of a step; they remain available until those of another step are requested."""
 
 
 class Step(ABC):
@@ -79,7 +79,7 @@ class Step(ABC):
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel of the rule, which is already normalized if its columns are a :class:`Deficit`."""
+        """The kernel for the rule; it is already normalized if its columns are a :class:`Deficit`."""
         if self._kernel is not None:
             return self._kernel
         self.fill()

@@ -1,4 +1,4 @@
-"""The kernel of a rule that is given as an arbitrary linear function of the relevance."""
+"""The kernel for a rule that is given as an arbitrary linear function of the relevance."""
 
 from __future__ import annotations
 
