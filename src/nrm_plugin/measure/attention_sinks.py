@@ -21,7 +21,7 @@ def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None)
     The diagonal of the attention matrix is excluded, so the shares sum to the mass that moves between tokens.
 
     Args:
-        mu: The measure.
+        mu: A measure of a model with attention.
         layer: A layer that computes self-attention exactly once.
         tokens: Number of tokens. By default, the size of the first dimension of ``layer`` after the samples.
 

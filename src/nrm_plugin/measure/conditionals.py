@@ -28,7 +28,7 @@ class Conditionals:
 
     Args:
         diagram: The decision diagram of the events.
-        places: The taps.
+        places: The taps at which conditional masses are required.
         nodes: The nodes of the diagram that a walk may have reached after crossing a tap.
         like: A tensor with the dtype of the relevance.
     """

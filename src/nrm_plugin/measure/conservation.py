@@ -35,7 +35,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
 
     Args:
         totals: The totals of a pass.
-        taps: The taps.
+        taps: The taps above which absorbed mass is counted.
         kind: The kind of absorbed mass, or None for both.
         absolute: Whether to sum absolute values instead.
     """

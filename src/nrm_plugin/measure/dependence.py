@@ -40,7 +40,7 @@ def dependence(joint: Array) -> Array:
     """Computes the dependence ``D`` between two layers, ``(members, members below)``, whose rows and columns sum to 0.
 
     If the layers are independent up to rounding, the result is zero. For example, the output is independent of all
-    other layers if a single class is explained.
+    other layers if the measure explains a single class.
 
     Args:
         joint: Joint relevance, ``(members, members below)``. It is returned unchanged if its entries cancel in the sum.
@@ -70,8 +70,8 @@ def find_partitions(
 ) -> list[Labels]:
     """Finds partitions of all layers that preserve much of the dependence between consecutive layers.
 
-    The search starts from k-means clusters. Single members are moved to the group that increases the sum of κ over the
-    pairs most, until no move increases it. The search is then restarted from the best partitions found so far, with
+    The search starts from k-means clusters. Single members are then moved to the group that most increases the sum of κ
+    over the pairs, until no move increases it. The search is then restarted from the best partitions found so far, with
     some members of one layer assigned to random groups.
 
     Args:
@@ -188,7 +188,7 @@ def refined(
 
 
 def move_members(values: Array, labels: Labels, count: int, order: Labels) -> int:
-    r"""Moves single members to the group that increases :math:`\sum_g \|\sum_{i \in g} v_i\|_1` most.
+    r"""Moves single members to the group that most increases :math:`\sum_g \|\sum_{i \in g} v_i\|_1`.
 
     Args:
         values: A vector ``v`` for each member, ``(members, n)``.

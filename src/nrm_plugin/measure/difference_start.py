@@ -1,4 +1,6 @@
-r"""The initial relevance of a measure of differences, :math:`\mu(n_L = k) = s_k \Delta f_k / \sum_k s_k \Delta f_k`.
+r"""The initial relevance of a measure that explains a difference.
+
+.. math:: \mu(n_L = k) = s_k \Delta f_k / \sum_k s_k \Delta f_k
 
 Source: docs/differences.md.
 """
@@ -23,7 +25,7 @@ PRECISE = 1e-3
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Computes the start vector of a measure of differences and the explained difference.
+    r"""Computes the start vector of a measure that explains a difference, and this difference.
 
     Args:
         recording: A recording with one or several references per sample.

@@ -1,4 +1,4 @@
-"""The decision diagram of events over a recording, and its transitions when a walk crosses a tap or is absorbed."""
+"""The decision diagram for events over a recording, and its transitions when a walk crosses a tap or is absorbed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Crossing = list[tuple[int, Tensor | None]]
 
 
 class DecisionDiagram:
-    """The shared decision diagram of several events over one recording.
+    """The shared decision diagram for several events over one recording.
 
     Args:
-        recording: The recording.
-        events: The events.
+        recording: The recording of the forward pass.
+        events: The events to decide.
 
     Attributes:
         roots: The root node of each event.

@@ -157,9 +157,9 @@ def event_results(
     """Computes the mass, variation and maps of events, with as many events per pass as fit into memory.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: The relevance of the outputs.
-        events: The events.
+        events: The events to evaluate.
         places: The taps for which a map of each event is computed.
         max_memory: Memory budget in bytes, or None for the default of the device.
 

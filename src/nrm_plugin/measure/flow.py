@@ -97,7 +97,7 @@ def flow_graph(
     """Computes the flow of relevance through several layers.
 
     Args:
-        mu: The measure.
+        mu: The measure whose flow is computed.
         layers: Layers and their taps, each below the previous layer.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         top: Maximum number of groups shown per layer.
@@ -158,7 +158,7 @@ def with_groups(
     If groups are requested or given, all of them are shown.
 
     Args:
-        mu: The measure.
+        mu: The measure to query.
         layers: Layers and their taps.
         over: How neurons are grouped; ``"groups"`` uses ``groups``, or searches for groups if none are given.
         names: Names of the members in each layer.
@@ -207,7 +207,7 @@ def _shown(
     """Selects the groups of a layer that pass the thresholds.
 
     Args:
-        mu: The measure.
+        mu: The measure to query.
         layer: The layer.
         tap: The tap of the layer.
         groups: All groups of its neurons.
@@ -237,8 +237,8 @@ def _shown(
 def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
     """Returns the ``over`` argument of the joint query for each layer.
 
-    This is the labels of the layer, or ``"channel"`` if the layer and an adjacent one both show all channels, which
-    requires fewer passes.
+    The argument is the labels of the layer, or ``"channel"`` if the layer and an adjacent one both show all channels;
+    the latter requires fewer passes.
     """
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):

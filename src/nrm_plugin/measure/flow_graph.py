@@ -101,7 +101,7 @@ class FlowGraph:
     def smaller(
         self, top: int | None = None, min_mass: float | None = None, coverage: float | None = None
     ) -> FlowGraph:
-        """Returns a graph with fewer groups, where the mass of the removed groups is added to the rest of their layer.
+        """Returns a graph with fewer groups; the mass of the removed groups is added to the rest of their layer.
 
         Args:
             top: Maximum number of groups in each layer.

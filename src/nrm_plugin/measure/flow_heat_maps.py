@@ -34,7 +34,7 @@ class MappedFlow:
 
     Attributes:
         graph: The flow graph.
-        maps: The heat maps of the nodes, ``(H, W)``, in the size of the image.
+        maps: The heat maps of the nodes, ``(H, W)``, at the resolution of the image.
         pairs: Joint relevance of nodes in non-adjacent layers.
         layer: The layer at whose positions the heat maps are computed.
         positions: The number of these positions along height and width; empty for the input itself.
@@ -68,17 +68,17 @@ def mapped_flow(
     much less than single pixels. All values are exact. The heat map of a group of input pixels is their relevance.
 
     Args:
-        mu: The measure.
-        layers: The layers. This and all arguments except ``lowest`` are as in
+        mu: The measure whose flow is computed.
+        layers: The layers of the flow. This and all arguments except ``lowest`` are as in
             :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        over: The groups.
+        over: How the neurons of each layer are grouped.
         top: Maximum number of groups shown per layer.
         min_mass: Smallest absolute mass of a shown group.
         coverage: Fraction of the absolute mass that is shown in each layer.
         names: Names of the groups.
         sample: Index of the sample.
-        k: Number of groups in a layer.
-        groups: Existing groups.
+        k: Number of groups per layer for ``over="groups"``.
+        groups: Groups returned by :func:`~nrm_plugin.find_groups`.
         lowest: The tap at whose positions heat maps are computed: ``"input"`` for single pixels, or None to choose it
             automatically.
 
@@ -116,20 +116,20 @@ def flow_maps(
 ) -> dict[str, NDArray[np.float64]]:
     r"""Computes the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
-    Heat maps are summed over colours and over the slices of a volume; a one-dimensional signal is treated as an image
-    with one row. The heat map of a group of input pixels is their relevance. There are no heat maps if the inputs have
-    no positions, and none for the walks off a layer.
+    Heat maps are summed over the colour channels and over the slices of a volume; a one-dimensional signal is treated
+    as an image with one row. The heat map of a group of input pixels is their relevance. There are no heat maps if the
+    inputs have no positions, and none for the walks off a layer.
 
     Args:
-        mu: The measure of the graph.
-        graph: The graph; its layers are names of taps.
-        over: The groups, as passed for the graph.
-        sample: The sample, as passed for the graph.
-        lowest: The tap of the heat maps.
+        mu: The measure from which the graph was computed.
+        graph: The flow graph; its layers must be names of taps.
+        over: How the neurons of each layer are grouped, as in the computation of the graph.
+        sample: Index of the sample, as in the computation of the graph.
+        lowest: The tap at whose positions the heat maps are computed.
 
     Returns:
         The heat maps, ``(H, W)``, keyed by node. Each sums to the fraction of the mass of the node that reaches the
-        input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
+        input. If the measure explains a difference between outputs, each map has the sign of its node, so that positive
         values are evidence for the target.
 
     Examples:

@@ -23,7 +23,8 @@ class FlowError(NRMError, ValueError):
 class FlowLayer:
     """One layer of a flow graph.
 
-    The sum of all masses, ``sum(masses) + rest + sink + bypass``, is 1, or -1 if a negative difference is explained.
+    The sum of all masses, ``sum(masses) + rest + sink + bypass``, is 1, or -1 if the measure explains a negative
+    difference.
 
     Attributes:
         name: Name of the tap.

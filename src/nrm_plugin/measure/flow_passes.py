@@ -34,7 +34,7 @@ class FlowPasses:
     """Computes the joint relevance between the nodes of a flow, for all pairs of layers.
 
     Args:
-        mu: The measure.
+        mu: The measure whose flow is computed.
         taps: The layers, from the output to the input.
         labels: For each layer, the node of each neuron.
         maps: The tap at whose positions heat maps are computed, or None for no heat maps.
@@ -181,9 +181,9 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
     or the image has no more than :data:`POSITIONS` positions along its shorter side, the image itself is used.
 
     Args:
-        mu: The measure.
+        mu: The measure whose flow is computed.
         layers: The layers of the flow above the image.
-        image: Name of the image.
+        image: Name of the tap that contains the image.
 
     Returns:
         The name of the tap and the tap.

@@ -57,7 +57,7 @@ def find_groups(
     .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
 
     The search maximizes the sum of κ over pairs of consecutive layers. Starting from k-means clusters, single members
-    are moved to the group that increases this sum most, until no move increases it. If at most ``k`` members of a layer
+    are moved to the group that most increases this sum, until no move increases it. If at most ``k`` members of a layer
     have nonzero mass, as in the output, each of them forms its own group. Groups are sorted by decreasing absolute
     mass. The result is deterministic for a given seed.
 
@@ -83,7 +83,7 @@ def find_groups(
         seed: Random seed of the search.
 
     Raises:
-        InputError: If ``k`` is below 1 or ``restarts`` below 0, or there is no measure.
+        InputError: If ``k`` is below 1, ``restarts`` is below 0, or no measure is given.
         EventError: If a layer is not below the previous one.
 
     Examples:

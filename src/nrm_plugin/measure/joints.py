@@ -57,7 +57,7 @@ def joint_matrix(
     """Computes the joint relevance of two taps by partial passes, one for each group of the tap with fewer groups.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         upper: The upper tap, which walks cross first.
         lower: The lower tap.
         relevance: Marginal of the upper tap, ``(N, *shape)``.
@@ -120,7 +120,7 @@ def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
     """Computes the joint relevance of all channel pairs across a linear step, ``(N, K_upper, K_lower)``.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         vertex: Index of a step whose kernel consists of branches with weights.
         relevance: Marginal at the output of the step, ``(N, *out)``.
     """
@@ -146,7 +146,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
     channel of the step crosses the same channel of the tap. Otherwise, the result is None.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         upper: The upper tap, which walks cross first.
         lower: The lower tap.
         relevance: Marginal of the upper tap, ``(N, *shape)``.

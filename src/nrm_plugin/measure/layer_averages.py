@@ -36,7 +36,7 @@ def layer_map(
 
     Args:
         model: A classifier of images, in evaluation mode.
-        images: ``(N, C, H, W)``.
+        images: Input images, ``(N, C, H, W)``.
         target: The class, as in :class:`~nrm_plugin.RelevanceMeasure`.
         against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
         reference: The reference images; by default, :func:`blurred` versions of ``images``.
@@ -46,7 +46,7 @@ def layer_map(
         Heat maps ``(N, H, W)``. Positive values are evidence for the class.
 
     Raises:
-        InputError: If the model has no late layers, or if an image equals its reference.
+        InputError: If the model has no late layers, or if an image is identical to its reference.
         NRMError: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
@@ -71,7 +71,7 @@ def layer_map(
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Blurs images ``(N, C, H, W)`` by a Gaussian with a standard deviation of an eighth of the shorter side.
+    """Blurs images ``(N, C, H, W)`` with a Gaussian with a standard deviation of an eighth of the shorter side.
 
     Examples:
         >>> blurred(torch.rand(5, 3, 8, 8)).shape
@@ -113,7 +113,7 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     the output of a larger layer, such as the last pooling of VGG16, are excluded.
 
     Args:
-        mu: The measure of images ``(N, C, H, W)``.
+        mu: A measure of images ``(N, C, H, W)``.
 
     Raises:
         InputError: If the inputs are not images.
@@ -162,13 +162,13 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
     interpolation and rescaled to preserve their sum.
 
     Args:
-        mu: The measure of images ``(N, C, H, W)``.
+        mu: A measure of images ``(N, C, H, W)``.
         layers: Layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``; by default those of
             :func:`layers_by_resolution`.
 
     Returns:
-        Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if an explained difference is
-        negative.
+        Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if the measure explains a negative
+        difference.
 
     Raises:
         InputError: If the inputs or a layer have no positions.

@@ -101,7 +101,7 @@ class Groups:
             layer: Name of the layer.
 
         Raises:
-            InputError: If the layer has no groups, or its members for these inputs are not those that were grouped.
+            InputError: If the layer has no groups, or its members for these inputs differ from those that were grouped.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -144,7 +144,7 @@ class Groups:
         """Returns a copy in which groups are renamed, by a list or a dictionary keyed by group index for each layer.
 
         Raises:
-            InputError: If a layer or group does not exist.
+            InputError: If one of the layers or groups does not exist.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))

@@ -18,7 +18,7 @@ class ProfileRow:
         mass: Mass of the walks that cross the tap.
         sink: Mass of the walks that are absorbed above the tap.
         bypass: Mass of the walks that bypass the tap.
-        variation: Tap variation, at least 1; values above 1 mean that the tap has neurons of opposite sign.
+        variation: Tap variation, at least 1; values above 1 mean that the relevance of its neurons has mixed signs.
         plain: Total relevance of plain LRP with the same rules and an initial relevance of 1 at the output, or None if
             not computed.
     """
@@ -37,7 +37,7 @@ def profile(
     """Computes the profile of a measure, with one row per layer, from the output to the input.
 
     Args:
-        mu: The measure.
+        mu: The measure to summarize.
         layers: Names of taps; by default, all taps.
         plain: A measure of the same model and inputs with the same rules and ``residual="sink"``. Its marginals are the
             relevance of plain LRP with an initial relevance of 1 at the output.

@@ -106,7 +106,7 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
 def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
     """Returns whether every walk that crosses both an upper and a lower tap also crosses a middle tap.
 
-    Walks absorbed between the taps are not considered. The middle tap may equal the upper or the lower one.
+    Walks absorbed between the taps are not considered. The middle tap may be identical to the upper or the lower one.
     """
     if middle.place in (upper.place, lower.place):
         return True

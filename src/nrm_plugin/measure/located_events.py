@@ -32,10 +32,10 @@ class Located(Event):
 
 
 class Locator:
-    """Converts events to located events, where equal atoms and equal masks are shared.
+    """Converts events to located events, in which identical atoms and masks are shared.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
 
     Attributes:
         at: The located atoms at each place.
@@ -105,7 +105,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
     with the samples, the index applies to all of them; a mask may have an additional dimension for them.
 
     Args:
-        atom: The atom.
+        atom: The atom whose neurons are selected.
         shape: Shape of the tensor.
         channel_dim: Channel dimension of the tensor.
         layout: Layout of the tensor.

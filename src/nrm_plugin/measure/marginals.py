@@ -42,7 +42,7 @@ def event_maps(
     """Returns ``μ(j & event)`` or ``μ(j given event)`` for every neuron ``j`` of each tap, ``(E, N, *shape)``.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         results: The result of each event, with one map per tap.
         taps: The taps.
         is_given: Whether to divide by the mass of the event.

@@ -61,7 +61,7 @@ class MeanJoints:
 def mean_joints(
     measures: Iterable[Measure], layers: Sequence[tuple[str, Any]], members: Members | None = None
 ) -> tuple[MeanJoints, PairJoints | None]:
-    """Computes the mean joint relevance of consecutive layers over all samples of measures.
+    """Computes the mean joint relevance of consecutive layers over all samples of the given measures.
 
     Args:
         measures: Measures of one or more samples each.
@@ -72,7 +72,7 @@ def mean_joints(
         The mean joint relevance; and, if there is only one measure, its source of joint relevance, else None.
 
     Raises:
-        InputError: If there is no measure.
+        InputError: If no measure is given.
     """
     kinds: list[Over] = []
     totals: list[Array] = []

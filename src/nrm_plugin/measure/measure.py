@@ -59,29 +59,31 @@ class RelevanceMeasure(Recorded):
         residual: What happens to relevance that a rule does not propagate: ``"redistribute"`` (the default) or
             ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
-        start: A signed vector of weights of the outputs, or a function that computes it from the outputs; replaces the
-            target.
-        against: Outputs to compare the target with, so that their difference is explained: ``"rest"`` for all other
-            classes, weighted by their softmax; another target; or a function of the outputs that returns a target or
-            the weights of all outputs. The explained scalar is the weighted sum :math:`\sum_k s_k f_k`, which may be
-            negative. The sum is fused with the last layer and becomes the tap ``"output"``, ``(N, 1)``.
-        reference: A reference :math:`x^0`, so that the difference :math:`\sum_k s_k (f_k(x) - f_k(x^0))` is explained.
-            It has the same form as the inputs, or is a single sample that is used for all of them. Without a composite,
-            every operation propagates relevance by its slope between reference and input, and nothing is absorbed; with
-            a composite, its rules are applied to differences. The start vector may sum to 0. A list of references
-            defines the mixture :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
+        start: A vector of signed weights for the outputs, or a function that computes it from the outputs. It replaces
+            the target.
+        against: Outputs to contrast the target with. If given, the measure explains the difference between the target
+            and these outputs: ``"rest"`` for all other classes, weighted by their softmax; another target; or a
+            function of the outputs that returns a target or the weights of all outputs. The explained scalar is the
+            weighted sum :math:`\sum_k s_k f_k`, which may be negative. The sum is fused with the last layer and becomes
+            the tap ``"output"``, ``(N, 1)``.
+        reference: A reference (baseline input) :math:`x^0`. If given, the measure explains the difference
+            :math:`\sum_k s_k (f_k(x) - f_k(x^0))`. The reference has the same form as the inputs, or is a single sample
+            that is used for all of them. Without a composite, every operation propagates relevance along its slope
+            between reference and input, and nothing is absorbed; with a composite, its rules are applied to
+            differences. The start vector may sum to 0. A list of references defines the mixture
+            :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
         slopes: ``"secant"`` for slopes between reference and input, or ``"tangent"`` for derivatives at the input,
             whose linearization error is absorbed.
         additional_forward_args: Additional positional arguments of the model, as a tuple or a single argument.
         additional_forward_kwargs: Additional keyword arguments of the model.
         output: The tensor to explain if the model returns several: a key, an index, or a function of the returned
-            value. The default is the only tensor, ``"logits"`` or ``"out"``. If it is a tap ``at(layer)``, this tap is
-            explained as if it were the output of the model.
+            value. The default is the only tensor, ``"logits"`` or ``"out"``. If a tap ``at(layer)`` is given, the
+            measure explains this tap as if it were the output of the model.
         batched: False if the first dimension of the inputs does not index samples but, for example, the nodes of a
             graph or the time steps of a sequence, which together form one sample. Events and targets then index tensors
             as the model does, ``at("conv1")[node, feature]``, and results have an additional first dimension of size
             one.
-        uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
+        uncovered: Treatment of layers without a rule: ``"error"`` (the default) or ``"gradient"``.
         max_memory: Memory budget in bytes for the tensors stored in the recording, and for the relevance vectors of one
             pass. If the recording exceeds the budget, each pass reruns the model and processes the recording part by
             part, with the same results. By default, the recording is not limited, and vectors are limited to 128 MiB on
@@ -158,9 +160,9 @@ class RelevanceMeasure(Recorded):
             over: ``"channel"`` sums over all dimensions except samples and channels, and ``"position"`` over channels.
                 An integer tensor with a label for every neuron sums over neurons with the same label, to
                 ``(N, groups)``.
-            given: The condition, to compute ``μ(n_l = i | event)``. For a list of events, one map per event is
-                returned.
-            joint: An event, to compute ``μ(n_l = i and event)`` without dividing by the mass of the event.
+            given: The event to condition on, for ``μ(n_l = i | event)``. A list of events yields one map per event.
+            joint: An event to intersect with, for ``μ(n_l = i and event)``, which is not divided by the mass of the
+                event.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, that is accepted as a divisor for ``given``.
 
         Returns:
@@ -169,7 +171,7 @@ class RelevanceMeasure(Recorded):
             bypass sum to 1.
 
         Raises:
-            UnknownLayerError: If no tap has this name; the message lists similar names.
+            UnknownLayerError: If there is no tap with one of the given names; the message lists similar names.
             NullEventError, CancellationError: If the mass of ``given`` is zero or cancels.
 
         Examples:
@@ -238,7 +240,7 @@ class RelevanceMeasure(Recorded):
     def variation(self, layer: Layer) -> Tensor:
         r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
-        Values above 1 mean that the tap has neurons of opposite sign.
+        Values above 1 mean that the relevance of the neurons has mixed signs.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -273,7 +275,7 @@ class RelevanceMeasure(Recorded):
 
         Args:
             event: An event, or a list of events, evaluated in one pass.
-            given: The condition.
+            given: The event to condition on.
             min_ratio: Smallest ``|μ(B)|``, relative to its variation, that is accepted as a divisor; by default 1e-3 in
                 float32 and 1e-8 in float64. With 0, every nonzero divisor is accepted.
 
@@ -299,7 +301,7 @@ class RelevanceMeasure(Recorded):
         The query requires one transposed pass. It is also defined for neurons with ``μ(j) = 0``.
 
         Args:
-            event: An event over lower taps.
+            event: An event over taps below ``layer``.
             layer: The tap, or None for a dictionary with all taps above the event.
 
         Raises:
@@ -371,7 +373,7 @@ class RelevanceMeasure(Recorded):
     ) -> FlowGraph:
         """Computes the flow of relevance between groups of neurons in several layers, as a graph of joint relevance.
 
-        All masses are multiplied by :attr:`sign`, which is -1 if the explained difference of outputs is negative.
+        All masses are multiplied by :attr:`sign`, which is -1 if the measure explains a negative difference.
 
         Args:
             layers: The layers, in any order; for any two of them, one must be below the other.
@@ -390,7 +392,7 @@ class RelevanceMeasure(Recorded):
 
         Raises:
             FlowError, InputError: If a threshold is out of range or the sample does not exist.
-            EventError: If a layer is not below the previous layer, or groups do not match their layer.
+            EventError: If neither of two layers is below the other, or the groups do not match their layer.
 
         Examples:
             >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)

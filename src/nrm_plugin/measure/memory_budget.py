@@ -42,7 +42,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     """Returns the number of vectors that fit into the memory budget, at least one.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         max_memory: Memory budget in bytes, or None for the default of the device.
         places: The places at which vectors start or end; they occupy memory only between these. None if unknown.
     """
@@ -60,7 +60,7 @@ def in_chunks(
     """Applies ``run`` to all items in chunks of ``width``, which is halved whenever memory runs out.
 
     Args:
-        items: The items.
+        items: The items to process.
         width: Number of items per call.
         run: Function that returns one result per item.
         what: Label of the progress bar, which appears after a few seconds.

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorator for queries, which then run in any gradient mode and raise an error if the model has changed."""
+    """Decorator that lets queries run in any gradient mode, and raises an error if the model has changed."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -92,7 +92,7 @@ class Recorded(QueryPasses):
 
     @property
     def sign(self) -> Tensor:
-        """The sign of the explained difference, ``(N,)``, or 1 if no difference is explained.
+        """The sign of the explained difference, ``(N,)``, or 1 if the measure does not explain a difference.
 
         After multiplication by the sign, positive relevance is evidence for the target, even if the explained
         difference is negative. Multiply maps by it before plotting or summing them, as flows, sweeps and the commands

@@ -22,7 +22,7 @@ class OnDifferences(Normalized):
     The steps are the functions inside modules, which use the rules of their modules.
 
     Args:
-        composite: The composite with the rules, or None to propagate by the secant slope of every operation.
+        composite: The composite with the rules, or None to propagate along the secant slopes of all operations.
     """
 
     def __init__(self, composite: Normalized | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The initial relevance of a measure: weighted outputs, a contrast of outputs, or differences from a reference."""
+"""The initial relevance of a measure: weighted outputs, a contrast between outputs, or differences from a reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Outputs(Protocol):
         """Returns the outputs in the shape returned by the model."""
 
     def differences(self) -> Tensor:
-        """Returns the differences between the outputs and those of the reference, ``(N, …)``."""
+        """Returns the differences between the outputs and the outputs at the reference, ``(N, …)``."""
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         """See :meth:`~nrm_plugin.recording.recording.Recording.started`."""
@@ -47,7 +47,7 @@ def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple
     """Computes the start vector of a measure and the scalar that it explains for each sample.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         target: As in :class:`~nrm_plugin.RelevanceMeasure`.
         start: As in :class:`~nrm_plugin.RelevanceMeasure`.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.

@@ -26,7 +26,7 @@ class Totals:
     Sums have shape ``(N,)``, or are None if the samples cannot be distinguished within a tensor.
 
     Attributes:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: The relevance of the outputs.
         stored: The taps whose relevance is stored.
         mass: ``Σ_j μ(j)``, keyed by tap.
@@ -140,7 +140,7 @@ def pass_totals(
     """Propagates all relevance in one pass, and returns its totals.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: The relevance of the outputs.
         stored: The taps whose relevance is stored.
         absolute: Whether to propagate with the absolute values of all kernels.
