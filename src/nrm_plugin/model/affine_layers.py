@@ -39,7 +39,7 @@ class Weightless(nn.Module):
     """A module without weights that applies a linear function to one tensor.
 
     Args:
-        function: Linear function from ``(N, *in)`` to ``(N, *out)``.
+        function: Linear function that maps ``(N, *in)`` to ``(N, *out)``.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -57,8 +57,8 @@ class Weighted(nn.Module):
     Args:
         function: Maps ``(source, weight, bias or None)`` to the output. It must be linear in both ``source`` and
             ``weight``, and add the bias.
-        weight: The weight.
-        bias: The bias, or None.
+        weight: The weight passed to ``function``.
+        bias: The bias passed to ``function``, or None.
         bias_dim: The dimension of the output along which the bias is added.
         groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.

@@ -30,7 +30,7 @@ MODES = {
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside a wrapper that is not a module itself, such as that of nnsight, or the model."""
+    """Returns the module inside a wrapper that is not itself a module, such as nnsight's, or else the model."""
     inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -50,7 +50,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
     Raises:
         InputError: If the device or dtype of the model differs from that of the inputs.
-        ModelStateError: If the model is in training mode, has hooks of a composite, is compiled, or has invalid
+        ModelStateError: If the model is in training mode, still has hooks from a composite, is compiled, or has invalid
             weights.
     """
     check_untransformed(tensors)
@@ -97,7 +97,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
-    """Raises :class:`ModelStateError` if a layer has hooks of a composite, since two composites would interfere."""
+    """Raises :class:`ModelStateError` if a layer still has hooks from a composite: two composites would interfere."""
     for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):

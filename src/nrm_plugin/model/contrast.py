@@ -20,14 +20,14 @@ r"""Smallest :math:`|g|`, relative to :math:`\sum |s f|`, that can be explained.
 
 
 def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = True) -> Tensor:
-    r"""Computes the weights ``s`` of the outputs, in their shape ``(N, …)``.
+    r"""Computes the weights ``s`` of the outputs, with the shape of the outputs, ``(N, …)``.
 
     Args:
         outputs: The outputs, ``(N, …)``; a single sample without a batch dimension is passed as ``(1, …)``.
-        target: A target of :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
+        target: A target as accepted by :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
         against: ``"rest"`` for :math:`s = e_c - \sum_{k \neq c} p_k e_k`, where ``p`` is the softmax over the other
-            classes, treated as a constant; a target, for the difference of two outputs; or a function of the outputs
-            that returns one of these or, as floating-point numbers, the complete weights ``s``, in which case
+            classes, treated as a constant; a target, for the difference between two outputs; or a function of the
+            outputs that returns one of these or, as floating-point numbers, the complete weights ``s``, in which case
             ``target`` must be None.
         batched: Whether the first dimension of the model's outputs is the batch.
 

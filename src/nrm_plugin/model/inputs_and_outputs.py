@@ -1,4 +1,4 @@
-"""The call of a model with its inputs, and the selection of the output to explain."""
+"""The call to a model with its inputs, and the selection of the output to explain."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOT_JOINED = (
 
 
 class Call:
-    """A call of a model: the input tensors that receive relevance, and all other arguments.
+    """A call to a model: the input tensors that receive relevance, and all other arguments.
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
@@ -162,7 +162,7 @@ class Call:
         return InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """Calls the model with the given values of :attr:`tensors`, and returns its return value."""
+        """Calls the model with the given values of :attr:`tensors`, and returns the result."""
         if self._keywords is None:
             explained, indices = iter(tensors), iter(self.indices.values())
             values = [next(indices if is_index(tensor) else explained) for tensor in self._positional]
@@ -177,7 +177,7 @@ def explained_output(
 
     Args:
         returned: The model's return value.
-        output: The selection of a tensor, or None if only one tensor is returned.
+        output: The tensor to select, or None if only one tensor is returned.
         batch: Number of samples.
         batched: Whether the first dimension is the batch.
         what: Name of the output, for error messages.

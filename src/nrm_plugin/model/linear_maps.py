@@ -263,7 +263,7 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
     """Derives the maps of an arbitrary linear function by automatic differentiation.
 
     Args:
-        run: The function, from ``(N, *in)`` to ``(N, *out)``.
+        run: The function, which maps ``(N, *in)`` to ``(N, *out)``.
         inputs: The point of differentiation, ``(N, *in)``.
 
     Returns:

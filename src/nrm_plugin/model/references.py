@@ -1,4 +1,4 @@
-"""The call of a model with a reference in place of the inputs.
+"""The call to a model with a reference in place of the inputs.
 
 Source: docs/differences.md.
 """
@@ -48,7 +48,7 @@ def reference_call(call: Call, reference: Any) -> Call:
             all samples. A mapping may omit inputs that do not receive relevance, such as masks.
 
     Raises:
-        DifferenceError: If the reference does not match the inputs, or equals them.
+        DifferenceError: If the reference does not match the inputs, or is identical to them.
     """
     inputs = dict(zip(call.items, call.tensors, strict=True)) | call.indices
     if isinstance(reference, Mapping):
@@ -81,7 +81,7 @@ def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Te
 
 
 def _is_same(value: Any, own: Any, batched: bool) -> bool:
-    """Returns whether an argument of the reference, which may be that of a single sample, equals that of the inputs."""
+    """Returns whether an argument of the reference, possibly for a single sample, is the same as that of the inputs."""
     if value is own or not (isinstance(value, Tensor) and isinstance(own, Tensor)):
         return value is own or (type(value) is type(own) and bool(np.array_equal(value, own)))
     kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (value, own)]
@@ -144,7 +144,7 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
 
 
 def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor], batched: bool) -> None:
-    """Raises :class:`DifferenceError` if a sample equals its reference."""
+    """Raises :class:`DifferenceError` if a sample is identical to its reference."""
     count = len(next(iter(inputs.values()))) if batched else 1
     same = torch.ones(count, dtype=torch.bool)
     for item, tensor in inputs.items():

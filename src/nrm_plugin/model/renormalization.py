@@ -30,7 +30,7 @@ class Tables:
     def passed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments of a function, with a table that torch would overwrite replaced by a renormalized copy.
+        """Returns the arguments of a function, replacing a table that torch would overwrite with a renormalized copy.
 
         Args:
             function: Any function; only the arguments of embeddings with ``max_norm`` are replaced.

@@ -1,4 +1,4 @@
-"""Copies of models in which some layers are replaced, with shared weights; the given model is not modified."""
+"""Copies of models with some layers replaced and all weights shared; the given model is not modified."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Replacement = Callable[[nn.Module], nn.Module]
 
 
 def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], what: str) -> nn.Module:
-    """Returns a copy of a model in which some layers are replaced, and all other modules and parameters are shared.
+    """Returns a copy of a model with some layers replaced; it shares all other modules and parameters with the model.
 
     Args:
         model: The network.
@@ -21,7 +21,7 @@ def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], wha
         what: Description of the replacement for error messages, such as ``"subspaces"``.
 
     Raises:
-        UnknownLayerError: If the model does not contain a layer.
+        UnknownLayerError: If one of the layers is not in the model.
         InputError: If one of the layers contains another.
     """
     known = dict(model.named_modules())

@@ -41,7 +41,7 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
     """Evaluates a target that is given as a function; other targets are returned unchanged.
 
     Args:
-        target: A target of :func:`start_vector`, or a function that computes it from the outputs.
+        target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.
         outputs: The model's outputs.
         batched: Whether the first dimension of the outputs is the batch. If it is not, and the output is a single row
             of scores ``(1, C)`` for a whole graph, the target may be just a class index.
@@ -64,14 +64,14 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """Computes the unnormalized start vector ``s``, in the shape of the output ``(N, …)`` and in float32 or float64.
+    """Computes the unnormalized start vector ``s``, with the shape of the output ``(N, …)`` and in float32 or float64.
 
     Args:
         output: The model's output, ``(N, …)``.
         target: As in Captum: None if there is one output per sample, an int or a tuple for all samples, or a list or
             tensor with one entry per sample.
-        start: A signed vector of weights of the outputs, with or without the batch dimension, or a function that
-            computes it from the outputs; replaces the target.
+        start: A vector of signed weights for the outputs, with or without the batch dimension, or a function that
+            computes it from the outputs. It replaces the target.
 
     Raises:
         TargetError: If both target and start are given, or one of them does not match the output.
@@ -102,10 +102,10 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """Function that computes the start vector for a neuron selector of Captum.
+    """Function that computes the start vector for one of Captum's neuron selectors.
 
     Args:
-        selector: The neuron selector.
+        selector: Neuron selector in Captum's format.
 
     Attributes:
         activation: Sum of the selected activations, ``(N,)``; set when the start vector is computed.
