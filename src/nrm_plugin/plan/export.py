@@ -46,9 +46,9 @@ def explained_model(
 
     Args:
         settings: The settings of the plan.
-        call: Function that creates the call of the model.
+        call: Function that creates the call to the model.
         tensors: The tensors of the call.
-        layers: The layers.
+        layers: The layers whose marginals are traced.
 
     Returns:
         The module, and example arguments.
@@ -113,7 +113,7 @@ class ExplainedModel(nn.Module):
 
         Args:
             tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; negative targets are
-                replaced by the class with the largest output.
+                replaced with the class with the largest output.
         """
         *inputs, target = tensors
         program = self._program

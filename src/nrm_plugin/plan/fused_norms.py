@@ -29,7 +29,7 @@ def fused(
     """Fuses each batch normalization into the preceding convolution, if the convolution has no other consumer.
 
     Args:
-        operations: The operations.
+        operations: The operations of a program.
         trace: The trace, in which new constants are assigned an index.
         constants: The constants, to which fused weights are added.
         results: Indices of the result tensors.

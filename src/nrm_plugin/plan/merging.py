@@ -40,10 +40,10 @@ _FORWARDED = {
 
 
 class Merger:
-    """Merges operations of a trace that compute equal tensors.
+    """Merges operations of a trace that compute identical tensors.
 
     Args:
-        trace: The trace.
+        trace: The trace to simplify.
         constants: The constants, keyed by index.
         results: Indices of the result tensors.
     """
@@ -95,7 +95,7 @@ class Merger:
         return number
 
     def _is_settled(self, one: Operation) -> bool:
-        """Returns whether an operation returns a value that is equal in every run, so that it need not be verified."""
+        """Returns whether an operation returns the same value in every run, so that it need not be verified."""
         if one.expected is None:
             return False
         if one.function is aten.equal.default and one.args[0] == one.args[1]:
@@ -103,7 +103,7 @@ class Merger:
         return all(number in self.constants for number in one.reads)
 
     def _is_forwarded(self, one: Operation) -> bool:
-        """Replaces the result of an operation by its argument if they are equal; returns whether it did."""
+        """Replaces the result of an operation with its argument if the two are identical; returns whether it did."""
         if one.function is aten.copy_.default:
             return self._is_moved(one)
         kind = _FORWARDED.get(id(one.function))
@@ -130,10 +130,10 @@ class Merger:
         return is_free and (kind == "copy" or (one.args[1] == 1 and not isinstance(one.args[1], Value)))
 
     def _is_moved(self, one: Operation) -> bool:
-        """Replaces a tensor that a copy overwrites entirely by the source of the copy; returns whether it did."""
+        """Replaces a tensor that a copy overwrites entirely with the source of the copy; returns whether it did."""
         target, source = one.args[0], one.args[1]
         if target == source:
-            return True  # the target is a copy of the source and was replaced by it
+            return True  # the target is a copy of the source and was replaced with it
         if not isinstance(source, Value) or self.trace.forms[target.number][:2] != self.trace.forms[source.number][:2]:
             return False
         memory = self.trace.memory

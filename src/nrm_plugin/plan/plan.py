@@ -104,7 +104,7 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> RelevanceMeasure:
-        """Returns the measure of the model on the given inputs.
+        """Returns the measure for the given inputs.
 
         Inputs of a new shape are recorded first, and so are all inputs after the model has changed.
 
@@ -165,9 +165,9 @@ class Plan:
     ) -> None:
         """Exports a program that returns outputs and their relevance, and depends only on PyTorch.
 
-        The program is loaded by ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in order
-        and with the same shapes as in ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the
-        class with the largest output. It returns a dictionary:
+        The program can be loaded with ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in
+        order and with the same shapes as in ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects
+        the class with the largest output. It returns a dictionary:
 
         - ``"outputs"``: the outputs of the model;
         - ``"target"``: the explained class of each sample, ``(N,)``;
@@ -179,13 +179,13 @@ class Plan:
             path: Path of the file, which by convention ends in ``.pt2``. If it ends in ``.onnx``, PyTorch's ONNX
                 exporter is used, which requires the packages onnx and onnxscript.
             inputs: Example inputs with the shapes of later inputs.
-            layers: Names of the layers, or ``at(…)``.
+            layers: Names of the layers whose relevance is returned, or ``at(…)``.
             additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
             additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
         Raises:
-            InputError: If the outputs are not ``(N, K)`` or ``(N,)``.
-            UnknownLayerError: If no tap has one of the names.
+            InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
+            UnknownLayerError: If there is no tap with one of the given names.
             UnsupportedOperationError: If shapes in the model depend on input values, or the model draws random numbers.
             MissingExtraError: If onnx or onnxscript is required but not installed.
 
@@ -282,10 +282,10 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """A call of the model, and a key that identifies its form.
+    """A call to the model, and a key that identifies its form.
 
     Attributes:
-        key: Key that is equal for calls of the same form.
+        key: Key that is the same for all calls of this form.
         tensors: The tensors among the arguments.
         call: Function that creates the call.
         settings: The settings of the measure.

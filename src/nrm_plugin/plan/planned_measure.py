@@ -36,7 +36,7 @@ class Settings:
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        references: Number of references per sample, or None for a measure of outputs.
+        references: Number of references per sample, or None if the measure explains outputs without a reference.
         state: The state of the model.
     """
 
@@ -58,7 +58,7 @@ class PlannedOutputs:
 
     Args:
         values: The outputs in the form ``(N, …)``, the outputs as returned by the model, and, if there is a reference,
-            the differences from its outputs.
+            the differences from the outputs at the reference.
         is_batched: Whether the inputs have a sample dimension.
         references: Number of references per sample.
 
@@ -89,14 +89,14 @@ class TracedRecording:
     """A recording of a model, together with a trace of its operations.
 
     Args:
-        settings: The settings.
-        call: Function that creates the call of the model.
+        settings: The settings of the plan.
+        call: Function that creates the call to the model.
         tensors: The tensors of the call.
         avoided: The shortcuts that must not be taken, or None for a recording without a trace.
 
     Attributes:
         tracer: The tracer, or None without a trace.
-        recording: The recording.
+        recording: The recording of the forward pass.
         outputs: The outputs in the form ``(N, …)``, as returned by the model, and their differences from a reference.
         obstacle: Why the trace cannot be replayed for other inputs; empty if it can.
         inputs: Indices of the inputs in the trace.
@@ -174,7 +174,7 @@ class PlannedMeasure(RelevanceMeasure):
     Args:
         settings: The settings of the plan.
         programs: The programs for calls of this form.
-        call: Function that creates the call of the model.
+        call: Function that creates the call to the model.
         tensors: The tensors of the call.
         target, start, against: As in :class:`~nrm_plugin.RelevanceMeasure`.
         recorded: An existing recording of this call, if there is one.

@@ -70,7 +70,7 @@ class TracedQueries:
 
 
 class Programs:
-    """Cache of the programs for calls of the same form (equal shapes and non-tensor arguments), keyed by query.
+    """Cache of the programs for calls of the same form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
         avoided: Shortcuts that are no longer taken, because their conditions failed for some inputs.

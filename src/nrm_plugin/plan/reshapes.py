@@ -27,7 +27,7 @@ _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.
 
 
 class ViewRemover:
-    """Rewrites operations so that they read tensors in the shape in which these were created, and before broadcasting.
+    """Rewrites operations so that they read tensors in the shape in which they were created, and before broadcasting.
 
     Args:
         trace: The trace, in which tensors that are created in a new shape are assigned an index.

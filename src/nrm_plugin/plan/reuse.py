@@ -62,7 +62,7 @@ class Measures:
         output: Output | Atom | None = None,
         batched: bool = True,
     ) -> RelevanceMeasure:
-        """Returns the measure of a model on the given inputs.
+        """Returns the measure of a model for the given inputs.
 
         Args:
             model: As in :class:`~nrm_plugin.RelevanceMeasure`.

@@ -26,7 +26,7 @@ class Simplifier:
     """Simplifies the operations of a trace that are needed to compute given results.
 
     Args:
-        trace: The trace.
+        trace: The trace to simplify.
         results: Indices of the result tensors.
 
     Attributes:

@@ -85,7 +85,7 @@ def needed(operations: Sequence[Operation], results: Iterable[int], memory: Call
     """Returns the operations that are needed to compute some results, or values that the computation has read.
 
     Args:
-        operations: The operations.
+        operations: The operations to filter.
         results: Indices of the result tensors.
         memory: Function that returns the memory of a tensor, see :meth:`Trace.memory`.
     """

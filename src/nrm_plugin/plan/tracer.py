@@ -395,7 +395,7 @@ def _form(tensor: Tensor) -> Any:
 
 
 def _view(tensor: Tensor) -> Any:
-    """Returns a key that is equal for tensors with the same entries in the same memory."""
+    """Returns a key that is the same for all tensors with the same entries in the same memory."""
     return (*_form(tensor), tensor.is_conj(), tensor.is_neg())
 
 
