@@ -63,7 +63,7 @@ def flow_figure(
     drawn; the legend states their total.
 
     Args:
-        graph: The graph.
+        graph: The flow graph.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, to be drawn as thumbnails.
@@ -74,8 +74,8 @@ def flow_figure(
         maps_at: The layer at whose positions the heat maps are computed, for the legend; by default, single pixels.
         walks: The strongest walks over groups; those named in the caption are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
-        pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. Below each group
-            of channels, the image part that contributes most to it is named.
+        pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
+            names, below each group of channels, the image part that contributes most to it.
         counts: Number of channels of each group, keyed by node; shown where there is enough space.
 
     Raises:

@@ -41,7 +41,7 @@ def flow_caption(
     """Describes the main results of a flow: where relevance comes from, its strongest walks, and negative evidence.
 
     Args:
-        graph: The graph.
+        graph: The flow graph.
         target: Name of the explained output; by default, the name of the output node with the largest mass.
         walks: The strongest walks over the groups of all layers, as from
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
@@ -216,7 +216,7 @@ def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """Replaces spaces by non-breaking spaces."""
+    """Replaces spaces with non-breaking spaces."""
     return text.replace(" ", NO_BREAK)
 
 

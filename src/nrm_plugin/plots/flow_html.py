@@ -53,7 +53,7 @@ def sankey(
     for screen readers.
 
     Args:
-        graph: The graph.
+        graph: The flow graph.
         heading: Title of the page.
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, to be drawn as thumbnails.
         image: As in :func:`~nrm_plugin.plots.flow_figure`.

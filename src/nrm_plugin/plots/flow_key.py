@@ -58,7 +58,7 @@ def key_text(
         has_off: Whether nodes for walks off a layer are drawn.
         signs: Descriptions of positive and negative relevance.
         maps_at: The layer at whose positions the heat maps are computed; by default, single pixels.
-        graph: The graph, so that only elements which occur in it are explained; by default, all are explained.
+        graph: The flow graph. If given, the legend explains only the elements that occur in it.
         walks: The strongest walks, as in the caption.
         is_cropped: Whether thumbnails show only a part of the photograph.
         has_notes: Whether image parts are named below groups.

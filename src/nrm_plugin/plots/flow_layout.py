@@ -49,7 +49,7 @@ def flow_scene(
     """Computes the layout of a flow.
 
     Args:
-        graph: The graph.
+        graph: The flow graph.
         heading: The title.
         caption: The text below the title.
         key: The legend below the flow, to which a note about omitted ribbons is appended.
@@ -168,7 +168,7 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
 def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
     """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``.
 
-    For the difference of two flows, masses sum to zero and are omitted.
+    For the difference between two flows, masses sum to zero and are omitted.
     """
     if not layer.groups:
         return "no relevance crosses it"

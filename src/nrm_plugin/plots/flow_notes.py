@@ -39,7 +39,7 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 
 
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
-    r"""Returns notes on the groups of channels whose relevance is distributed over the image unlike all relevance.
+    r"""Returns notes on the groups of channels whose relevance is spread over the image differently from all relevance.
 
     A part ``B`` of the image stands out in a group ``A`` if its share :math:`\mu(B \mid A)` of the relevance of the
     group clearly exceeds its share :math:`\mu(B)` of all relevance. A note names the part with the largest share and,

@@ -50,7 +50,7 @@ class DrawnNode:
     """A drawn node of a flow.
 
     Attributes:
-        node: The node.
+        node: The node of the flow graph.
         column: Index of its column, from the left.
         box: Bounding box of all its elements.
         thumbnail: Position of its thumbnail, or None without a thumbnail.

@@ -41,7 +41,7 @@ class Budget:
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
         bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
-        reference: Sums to compare with at each layer, such as those of plain Zennit, marked by diamonds.
+        reference: Sums to compare with at each layer, such as those of plain Zennit, marked with diamonds.
         image: Image ``(C, H, W)`` to draw next to the title.
     """
 
@@ -57,7 +57,7 @@ def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = No
     """Saves a figure with the given background colour, and returns the path.
 
     Args:
-        figure: The figure.
+        figure: The figure to save.
         path: Path of the file.
         paper: The background colour.
         kind: File format, such as ``"png"``; by default, it is inferred from the suffix of the path.
@@ -165,7 +165,7 @@ def heat_maps(
 
 
 def flow(columns: Sequence[Column], ribbons: Sequence[Ribbon], heading: str = "") -> Figure:
-    """Draws joint relevance of nodes in two or more layers as ribbons between bars.
+    """Draws the joint relevance of nodes in two or more layers as ribbons between bars.
 
     Args:
         columns: The layers, from left to right.

@@ -39,7 +39,7 @@ class Palette:
     off: str = "#e69f00"
 
     def of(self, value: float) -> str:
-        """Returns the colour for a relevance value, given by its sign."""
+        """Returns the colour for a relevance value, which depends on its sign."""
         return self.positive if value >= 0 else self.negative
 
 
