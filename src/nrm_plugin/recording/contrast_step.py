@@ -1,4 +1,4 @@
-r"""The step of a contrast: a weighted sum of the outputs, fused with the linear layer that computes them.
+r"""The step for a contrast: a weighted sum of the outputs, fused with the linear layer that computes them.
 
 For outputs :math:`f = W a + b` with weights ``s``, the contrast :math:`g = \sum_k s_k f_k` is a linear layer with one
 output per sample, weight :math:`\sum_k s_k w_k` and bias :math:`\sum_k s_k b_k`, to which the rule of the layer is
@@ -75,7 +75,7 @@ class Top:
 
 
 class ColumnKernel(Kernel):
-    """The kernel of a step with a single output per sample, stored as one column.
+    """The kernel for a step with a single output per sample, stored as one column.
 
     Args:
         column: The relevance that each input entry receives per unit of output relevance, in the layout of the input.
@@ -113,7 +113,7 @@ class ColumnKernel(Kernel):
 
 
 class ContrastStep(Step):
-    """The step of a contrast.
+    """The step for a contrast.
 
     Args:
         name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
@@ -139,7 +139,7 @@ class ContrastStep(Step):
 
 
 def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Creates the node of a contrast, to be placed on top of the graph.
+    """Creates the node for a contrast, to be placed on top of the graph.
 
     Args:
         graph: The graph of a recording.
@@ -186,7 +186,7 @@ class _Layer:
         step: The step of the layer.
         vertex: Index of its vertex.
         source: The input of the layer.
-        weights: The weights ``s``, in the shape of the output of the layer.
+        weights: The weights ``s``, with the shape of the output of the layer.
     """
 
     step: LayerStep
@@ -273,7 +273,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
     Args:
         call: The recorded call of the layer.
-        weights: The weights ``s``, in the shape of the output of the layer.
+        weights: The weights ``s``, with the shape of the output of the layer.
         number: The contrast ``g``.
         layout: The layout of the input.
         output_layout: The layout of the output.

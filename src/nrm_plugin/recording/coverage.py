@@ -28,7 +28,7 @@ class Row:
         name: Layer name, or module path and function.
         call: Index of the call.
         operation: Module type or function.
-        rule: The rule of the composite, or the kernel of the function.
+        rule: The rule that the composite assigns, or the kernel of the function.
         shape: Shape of the output.
         note: Remarks, such as whether the step is uncovered or fused, or its layer reused or tied.
     """
@@ -47,7 +47,7 @@ class Coverage:
 
     Attributes:
         rows: The steps.
-        constants: Operations that combine computed values with constants, which can absorb mass.
+        constants: Operations that combine computed values with constants; the constants can absorb mass.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

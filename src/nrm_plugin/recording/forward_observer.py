@@ -149,7 +149,7 @@ class Observer:
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Replaces rows selected by integer inputs by a leaf, at which relevance ends as at any other input."""
+        """Replaces rows selected by integer inputs with a leaf, at which relevance ends as at any other input."""
         self.has_lookups = True
         passed = self._end_within(rows)
         self.see(Label(name, "output", call, None), passed, -1)
@@ -215,7 +215,7 @@ def _own_view(value: Any) -> Any:
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:
-    """Returns the step hook that a composite has registered at a module, or None."""
+    """Returns the step hook that a composite has registered on a module, or None."""
     for hook in module._forward_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepHook):

@@ -35,7 +35,7 @@ def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
 
 
 def first_name(name: str, modules: Mapping[nn.Module, str]) -> str:
-    """Replaces the name of a module that is registered under several names by the first of them.
+    """Replaces the name of a module that is registered under several names with the first of them.
 
     Examples are shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` of T5, and shared blocks. The name
     may continue with a function inside the module, or with the index of a call.

@@ -24,7 +24,7 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
         layers: Names of modules.
 
     Raises:
-        UnknownLayerError: If no module has this name.
+        UnknownLayerError: If there is no module with one of the given names.
     """
     names = module_names(model)
     modules = {name: module for module, name in names.items()}

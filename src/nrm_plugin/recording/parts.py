@@ -1,4 +1,4 @@
-"""Recording with limited memory, which is divided into parts of which only one stores its tensors at a time.
+"""Recording with limited memory: it is divided into parts, of which only one stores its tensors at a time.
 
 The first run of the model determines the structure of the recording. If the tensors of the steps exceed the limit, they
 are freed. When a pass arrives at a step, the model is run again, and only the consecutive steps of one part keep their
@@ -69,7 +69,7 @@ class FirstRun:
     Args:
         limit: Memory limit in bytes.
         drop: Function that is called when the limit is exceeded.
-        reference: The first run of a reference, whose tensors and differences are also counted, or None.
+        reference: The first run at the reference, whose tensors and differences are also counted, or None.
 
     Attributes:
         steps: The steps, in execution order.
@@ -154,7 +154,7 @@ class Repeat:
     Args:
         first: The first run.
         part: Step indices of the part.
-        units: The calls that are replaced by their stored outputs, keyed by module name and call index.
+        units: The calls that are replaced with their stored outputs, keyed by module name and call index.
 
     Attributes:
         steps: The steps of the part in this run.
@@ -219,8 +219,8 @@ class Parts:
 
     Args:
         first: The first run.
-        run: Function that runs the model again under a watcher, preceded by the reference, if any, under a second
-            watcher.
+        run: Function that runs the model again under a watcher, preceded by the run at the reference, if any, under a
+            second watcher.
 
     Attributes:
         current: The part that stores its tensors, or None.

@@ -46,24 +46,24 @@ class Recording:
     """Records one forward pass of a model under a composite.
 
     Args:
-        model: Any module.
-        call: The call of the model.
+        model: The model to record.
+        call: The arguments with which the model is called.
         composite: The normalized composite.
-        output: Selection of the output to explain, if the model returns several tensors, or a tap inside the model.
-        reference: The reference, for a measure of differences.
+        output: The output to explain if the model returns several tensors, or a tap inside the model.
+        reference: The reference (baseline input), if the measure explains a difference.
         max_memory: Memory limit in bytes. If the tensors of the recording exceed it, they are freed and recomputed in
             parts. None for no limit.
 
     Attributes:
         parts: The parts of a recording that exceeds ``max_memory``, or None.
-        structure: The graph, the taps and the samples, which do not depend on values.
+        structure: The value-independent part of the recording: graph, taps and samples.
         output: The explained output, attached to the autograd graph.
-        fingerprint: State of the weights at the time of the forward pass.
+        fingerprint: State of the weights during the forward pass.
         references: Number of references per sample; each of them is a separate sample of the recording.
 
     Raises:
-        InputError: If a measure cannot start at this output.
-        ModelStateError: If the model is in training mode, or has hooks of another composite.
+        InputError: If the output is not a valid starting point for a measure.
+        ModelStateError: If the model is in training mode, or still has hooks from another composite registered.
         GradModeError: If gradients are disabled.
         UncoveredLayerError: If a layer has no rule.
         UnsupportedOperationError: If an operation has no kernel.
@@ -181,12 +181,13 @@ class Recording:
     def least(self) -> float:
         """The largest mass that is treated as zero.
 
-        With a reference, it is positive, since neurons that equal their reference are assigned a tiny difference.
+        With a reference, it is positive, since neurons with the same value as at the reference are assigned a tiny
+        difference.
         """
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the output minus that of the reference, ``(N, …)``, with zeros replaced by tiny numbers."""
+        """Returns the output minus the output at the reference, ``(N, …)``, with zeros replaced with tiny numbers."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
@@ -258,10 +259,10 @@ def _run(
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of a measure of differences.
+    """The reference of a measure that explains a difference.
 
     Attributes:
-        call: The call of the model with the reference as inputs.
+        call: The call to the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
         count: Number of references per sample, which are consecutive rows of the call.
     """
@@ -276,7 +277,7 @@ class Reference:
 
 
 def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
-    """Returns the forward pass of a reference, whose tensors are freed once they exceed a limit, and its watcher."""
+    """Returns the forward pass at a reference, whose tensors are freed once they exceed a limit, and its watcher."""
     first = FirstRun(limit, lambda: followed.drop())
     followed = ReferencePass(is_tangent, lambda: not first.is_over)
     return followed, first
@@ -289,7 +290,7 @@ class Rerun:
     Attributes:
         model, call, composite, output, reference, max_memory: As in :class:`Recording`.
         form: The autocast dtype of layers at the time of the recording, or None.
-        calls_hooks: Whether hooks of the user are called.
+        calls_hooks: Whether the user's hooks are called.
     """
 
     model: nn.Module
@@ -303,15 +304,15 @@ class Rerun:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether the model has hooks of the user, which may change its output."""
+        """Whether the user has registered hooks on the model, which may change its output."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def with_hooks(self) -> Rerun:
-        """Returns a copy that calls hooks of the user in each run."""
+        """Returns a copy that calls the user's hooks in each run."""
         return replace(self, calls_hooks=True)
 
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
-        """Repeats the forward pass of the recording, preceded by that of the reference, each under a watcher."""
+        """Repeats the forward pass of the recording, preceded by that at the reference, each under a watcher."""
         followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:
@@ -395,7 +396,7 @@ def _noted(note: str) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context manager that removes all hooks of the model, since hooks of the user expect the original inputs."""
+    """Context manager that removes all hooks of the model, since the user's hooks expect the original inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()

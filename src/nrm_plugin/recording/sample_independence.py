@@ -81,9 +81,9 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     """Locates the samples in each tensor of a recording.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: Relevance of the outputs.
-        rerun: Runs the model of the recording again.
+        rerun: Object that runs the model of the recording again.
 
     Raises:
         FoldingError: If the samples depend on each other.
@@ -139,7 +139,7 @@ def _extremes(recording: Run) -> tuple[Exchange, Exchange]:
 
 
 def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
-    """Returns runs that call hooks of the user only if the output depends on them."""
+    """Returns runs that call the user's hooks only if the output depends on them."""
     if not rerun.has_hooks:
         return rerun
     try:
@@ -267,7 +267,7 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 
 
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
-    """Replaces the inputs of the selected samples by the values of an exchange."""
+    """Replaces the inputs of the selected samples with the values of an exchange."""
     plain, inner = tensor.detach(), list(range(1, tensor.ndim))
     if exchange is Exchange.COPIES:
         other = plain[~chosen.to(tensor.device)][:1]

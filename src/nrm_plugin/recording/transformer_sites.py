@@ -25,7 +25,7 @@ PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\
 """Pattern of the names of single heads or neurons of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""Pattern of the names of functions with weights, as which all layers are recorded in a measure of differences."""
+"""Pattern of the names of functions with weights, as which all layers are recorded when explaining a difference."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
@@ -133,7 +133,7 @@ class Structure:
             (buffer,) = vertex.edges  # type: ignore[assignment]
 
     def depends(self, vertex: int, on: int) -> bool:
-        """Returns whether a vertex equals the vertex ``on`` or depends on it."""
+        """Returns whether a vertex is the vertex ``on`` or depends on it."""
         return vertex == on or bool(self.below[vertex] >> on & 1)
 
     def _residual(self, number: int, known: Mapping[int, Branch]) -> Branch | None:
