@@ -75,7 +75,7 @@ def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[st
     If a module is called several times, its last output is returned.
 
     Raises:
-        UnknownLayerError: If no module has this name.
+        UnknownLayerError: If there is no module with one of the given names.
         InputError: If a module is not called, or does not return a tensor.
 
     Examples:

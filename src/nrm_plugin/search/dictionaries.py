@@ -40,8 +40,8 @@ class Dictionary:
             values give JumpReLU, and ``-math.inf`` disables the threshold.
         k: Maximum number of active features at each position, or None for no limit.
         skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None without one.
-        reads: ``"output"`` for an autoencoder of the output of a layer, or ``"input"`` for a transcoder from its input
-            to its output.
+        reads: ``"output"`` for an autoencoder that reconstructs the output of a layer, or ``"input"`` for a transcoder
+            from the input of a layer to its output.
 
     Raises:
         InputError: If shapes do not match, or a weight is not finite.

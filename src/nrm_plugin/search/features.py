@@ -2,7 +2,7 @@ r"""Dictionary features as taps, with the reconstruction error as additional neu
 
 .. math:: y = W_D^\top f + b_D + e = (W_D^\top \;|\; I) \begin{pmatrix} f \\ e \end{pmatrix} + b_D
 
-The layer is replaced by this sum, which is a linear layer, so that any rule can be applied to it. Features and error
+The layer is replaced with this sum, which is a linear layer, so that any rule can be applied to it. Features and error
 are neurons of one tap, so their masses sum to the mass of the layer, except for the relevance that the rule assigns to
 the bias. Relevance of the features propagates through the encoder, and relevance of the error through the original
 layer. The construction is new in this package.
@@ -35,12 +35,13 @@ Errors = Literal["pass", "absorb"]
 def with_features(
     model: nn.Module, dictionaries: Mapping[str, Dictionary] | Crosscoder, errors: Errors = "pass"
 ) -> nn.Module:
-    """Returns a copy of a model in which the features of some layers are taps, with shared weights and equal outputs.
+    """Returns a copy of a model that exposes the features of some layers as taps.
 
-    A layer ``"mlp"`` is replaced by ``"mlp.layer"``, the layer itself, ``"mlp.encoder"``, ``"mlp.features"`` and
-    ``"mlp.decoder"``. The tap ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d``
-    neurons of the error and, if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` remains the output of the
-    layer. Composites that map names to rules must use ``"mlp.layer"``. The given model is not modified.
+    The copy shares the model's weights and produces the same outputs. A layer ``"mlp"`` is replaced with
+    ``"mlp.layer"``, the layer itself, ``"mlp.encoder"``, ``"mlp.features"`` and ``"mlp.decoder"``. The tap
+    ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d`` neurons of the error and,
+    if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` remains the output of the layer. Composites that map
+    names to rules must use ``"mlp.layer"``. The given model is not modified.
 
     Args:
         model: The network.
@@ -50,7 +51,7 @@ def with_features(
             in attribution graphs.
 
     Raises:
-        UnknownLayerError: If the model does not contain a layer.
+        UnknownLayerError: If one of the layers is not in the model.
         InputError: If one of the layers contains another or, during the forward pass, if widths do not match.
 
     Examples:
@@ -336,7 +337,8 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         >>> completeness(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
         torch.Size([5])
 
-    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation by events is new in this package.
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation in terms of events is new in this
+    package.
     """
     sites = ordered_sites(mu, model)
     errors = reconstruction_errors(model)

@@ -56,14 +56,14 @@ def top_sets(
 
     .. math:: \max_{S_1, \dots, S_L} \mu(n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L), \qquad |S_m| = s_m
 
-    The search is coordinate ascent: from the output to the input, the set of each layer is replaced by the groups with
-    the largest joint relevance with the sets of the other layers, in one pass per layer, until the joint relevance no
-    longer increases. Each set is optimal given the others, but the combination need not be optimal. With
+    The search is coordinate ascent: from the output to the input, the set of each layer is replaced with the groups
+    that have the largest joint relevance with the sets of the other layers, in one pass per layer, until the joint
+    relevance no longer increases. Each set is optimal given the others, but the combination need not be optimal. With
     ``exact=True``, all combinations of sets in all layers except the last are enumerated, each of which determines the
     best set in the last layer.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: Taps, each below the previous one.
         size: Number of groups per layer, the same for all layers or one per layer.
         over: The kind of group, as in :func:`top_walks`.

@@ -86,7 +86,7 @@ def group_walks(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups | No
     """Computes the mass of every walk over the groups of several layers.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: The layers, in any order; for any two of them, one must be below the other.
         groups: Groups of these layers; by default, they are found by a search on this measure.
         k: Number of groups per layer if ``groups`` is not given.
@@ -140,7 +140,7 @@ def least_passes(counts: Sequence[int]) -> int:
 
 
 def _passes(counts: Sequence[int], middle: int) -> int:
-    """Returns the number of partial passes if the downward and the transposed passes meet at the given layer."""
+    """Returns the number of partial passes needed when the downward and transposed passes meet at the given layer."""
     down = sum(math.prod(counts[: level + 1]) for level in range(middle))
     return down + sum(math.prod(counts[level + 1 :]) for level in range(middle, len(counts) - 1))
 

@@ -23,7 +23,7 @@ class LayerChain:
     """A chain of layers from the output to the input, with groups of their neurons; all tensors are flattened.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: Taps, each below the previous one.
         over: The kind of groups, for all layers or for each.
 

@@ -50,7 +50,7 @@ class MaxProduct:
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
 
     Attributes:
         completions: :math:`V` of each tensor, flattened.

@@ -35,7 +35,7 @@ def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
     Returns the walk of single neurons with the largest mass.
 
     Args:
-        mu: A measure of one sample, with nonnegative kernels.
+        mu: A single-sample measure, with nonnegative kernels.
         chunk: Ignored; the ``max_memory`` of the measure limits the memory.
 
     Raises:

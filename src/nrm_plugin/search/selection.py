@@ -31,8 +31,8 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
-    The error is zero if and only if all values are equal. Since its unit is squared relevance, errors are comparable
-    only between maps of the same size.
+    The error is zero if and only if all values are identical. Since its unit is squared relevance, errors are
+    comparable only between maps of the same size.
 
     Args:
         full: Values of the full measure, ``(N, …)``.
@@ -100,7 +100,7 @@ def restriction(
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
     Args:
-        mu: The measure.
+        mu: The measure to restrict.
         kept: Boolean masks over the channels of each layer, ``(C,)`` or ``(N, C)``, or over its neurons, ``(*shape)``
             or ``(N, *shape)``, keyed by layer name.
         at_layer: The layer of the heat map.
@@ -238,7 +238,7 @@ def select_neurons(
     smaller set in this order. Other sets are not considered.
 
     Args:
-        mu: The measure.
+        mu: The measure whose neurons are selected.
         layers: One or more layers, in any order, which are restricted jointly.
         budget: Total number of groups to keep in all layers.
         error: ``{"mse": limit}`` or ``{"smape": limit}`` for the heat map of the input.
@@ -305,7 +305,7 @@ class _GroupPool:
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """Computes the joint relevance of each group with the kept groups, and the errors of these.
+        """Computes the joint relevance of each group with the kept groups, and the errors of the restriction to these.
 
         Returns:
             The joint relevance, ``(N, all groups)``, and a point of the error curve.

@@ -46,7 +46,7 @@ def steered(
         The model.
 
     Raises:
-        UnknownLayerError: If the model does not contain the layer.
+        UnknownLayerError: If the layer is not in the model.
         InputError: If the vector is not finite, if a zero vector is to be removed, or, during the forward pass, if
             shapes do not match.
 

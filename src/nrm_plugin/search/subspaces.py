@@ -284,19 +284,19 @@ def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
 
 
 def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.Module:
-    """Returns a copy of a model in which the subspaces of some layers are taps, with shared weights and equal outputs.
+    """Returns a copy of a model that exposes the subspaces of some layers as taps.
 
-    A layer ``"conv"`` is replaced by ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``,
-    ``(N, K + 1, *shape)``, with one channel per subspace and a last channel for the rest. The tap ``"conv"`` remains
-    the output of the layer. Composites that map names to rules must use ``"conv.layer"``. Parameters are shared, and
-    the given model is not modified.
+    The copy shares the model's weights and produces the same outputs. A layer ``"conv"`` is replaced with
+    ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``, ``(N, K + 1, *shape)``, with one channel per subspace
+    and a last channel for the rest. The tap ``"conv"`` remains the output of the layer. Composites that map names to
+    rules must use ``"conv.layer"``. The given model is not modified.
 
     Args:
         model: The network.
         subspaces: Subspaces, keyed by layer name; each layer must return a single tensor.
 
     Raises:
-        UnknownLayerError: If the model does not contain a layer.
+        UnknownLayerError: If one of the layers is not in the model.
         InputError: If one of the layers contains another.
 
     Examples:

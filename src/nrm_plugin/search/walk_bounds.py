@@ -48,7 +48,7 @@ class CompletionBounds:
     If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 
     Args:
-        chain: The layers.
+        chain: The layers and their groups.
         deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:

@@ -156,11 +156,11 @@ def top_walks(
     seconds for small networks and hours for VGG16.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: One or more taps, each below the previous one; or None for all taps, which requires ``over="neuron"``.
         k: Number of walks.
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; ``"groups"`` for
-            groups that preserve most of the dependence between the layers, whose walks are all enumerated.
+            groups that preserve most of the dependence between the layers; all walks over these groups are enumerated.
         budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
             it; without ``layers``, they are always completed.
         expansions: Number of expanded prefixes after which the search stops, for reproducible results.
