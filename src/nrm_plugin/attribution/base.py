@@ -130,7 +130,7 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Computes the marginal of each input, in the shape of the input; zero for inputs that do not affect the output.
+    """Computes the marginal of each input, with the shape of the input; zero for inputs that do not affect the output.
 
     Raises:
         InputError: If the inputs affect the output only as indices of lookups.

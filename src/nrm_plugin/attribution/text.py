@@ -66,7 +66,8 @@ class TextExplanation:
         target: Name of the explained class or token.
         against: Class or token that the target is contrasted with; empty if there is none.
         reference: Reference text, or the token that replaces every word; empty without a reference.
-        output: The explained scalar: an output, a difference of outputs, or the change of either from the reference.
+        output: The explained scalar: an output, a difference between outputs, or the change of either relative to the
+            reference.
         predictions: The most likely classes or tokens and their softmax values.
         tokens: Relevance of each token, ``(T,)``, on the CPU.
         words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target. Together with the
@@ -280,7 +281,7 @@ class Words:
     """Relevance of the tokens and words of a text.
 
     Attributes:
-        mu: The measure.
+        mu: The measure to query.
         ends: Names of the taps of the tokens, at which walks end.
         task: The prediction task.
     """

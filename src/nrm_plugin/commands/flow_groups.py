@@ -127,7 +127,7 @@ def groups_of(
     """Reads or computes the groups of each layer of a flow; input groups consist of superpixels or patches.
 
     Args:
-        mu: The measure.
+        mu: The measure to query.
         layers: The layers, in any order.
         wanted: Number of groups per layer, or a group file.
         image: Image ``(C, H, W)`` in [0, 1].

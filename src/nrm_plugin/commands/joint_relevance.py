@@ -61,7 +61,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
     """Computes the joint relevance of the ``count`` channels with the largest absolute relevance in each layer.
 
     Args:
-        mu: A measure of a single sample.
+        mu: A single-sample measure.
         layers: At least two taps, each above or below the others, in any order.
         count: Number of channels per layer; all channels if a layer has fewer.
 

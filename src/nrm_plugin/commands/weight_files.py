@@ -53,7 +53,7 @@ def read_state(path: Path) -> State:
         path: A safetensors file, or a state dict or checkpoint saved by ``torch.save``.
 
     Raises:
-        WeightsError: If the file is missing, cannot be read, or contains no state dict.
+        WeightsError: If the file is missing, cannot be read, or does not contain a state dict.
     """
     name = shown(path)
     head = _check_file(path, name)

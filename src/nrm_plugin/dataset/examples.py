@@ -155,7 +155,7 @@ class FoundReferences:
             target: Explained class to which the samples are restricted, or None for all samples.
 
         Raises:
-            ReferencesError: If the layer was not ranked, or no sample has this target.
+            ReferencesError: If the layer was not ranked, or there are no samples with this target.
         """
         top = self._rankings.get((name, by, target))
         if top is not None:
@@ -278,8 +278,7 @@ def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
 
 
 def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
-    """Returns the query with the given name, or the query of type ``kind`` without an event for the layer with this
-    name.
+    """Returns the query with the given name, or that of type ``kind`` without an event for the layer with this name.
 
     Args:
         name: Name of a query or layer.

@@ -125,7 +125,7 @@ def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> Flo
 
 
 class _MeanMeasure:
-    """Mean measure of a batch, with the interface of a measure of one sample.
+    """Mean measure of a batch, with the interface of a single-sample measure.
 
     Args:
         mu: The measure of the batch.

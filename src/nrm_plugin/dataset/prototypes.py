@@ -212,7 +212,8 @@ def vectors_of_sweep(
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.
 
     Raises:
-        ReferencesError: If the query is unknown, no sample has this target, or conditional values are undefined.
+        ReferencesError: If the query is unknown, there are no samples with this target, or conditional values are
+            undefined.
         SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
