@@ -1,4 +1,4 @@
-"""The command ``nrm-plugin`` and its subcommands, whose modules are imported only when they are run.
+"""The command ``nrm-plugin`` and its subcommands; the module of a subcommand is imported only when it is run.
 
 Neither this module nor the argument parsers import torch, so that ``--help`` and ``--version`` are fast.
 """

@@ -70,7 +70,7 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Resolution in dots per inch, doubled for narrow figures, which have small letters."""
+        """Resolution in dots per inch, doubled for narrow figures, since their letters are small."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property

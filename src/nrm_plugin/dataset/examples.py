@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name of the references of events, which are not part of a layer."""
+"""Name of the references of events, since events do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 

@@ -90,7 +90,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 
 def content_hash(sample: Any) -> str:
-    """Hashes a sample of a data set by its tensors, arrays, images, numbers and strings."""
+    """Hashes a sample of a data set from its tensors, arrays, images, numbers and strings."""
     return digest(_content(sample))
 
 

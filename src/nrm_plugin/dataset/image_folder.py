@@ -86,7 +86,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:
-        """Returns the size and modification time of a file, which is considered unchanged if both are equal."""
+        """Returns the size and modification time of a file; the file counts as unchanged if both are the same."""
         try:
             status = self.paths[index].stat()
         except OSError:

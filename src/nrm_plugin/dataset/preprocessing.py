@@ -26,7 +26,7 @@ class Preprocessing:
     """Converts images to model inputs.
 
     Attributes:
-        transform: torchvision's preset: resize, centre crop, scale to [0, 1], and normalize by mean and standard
+        transform: torchvision's preset: resize, centre crop, scale to [0, 1], and normalize with mean and standard
             deviation.
         fit: ``"crop"`` for the centre square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
             colour; or ``"squeeze"`` for the whole image stretched to a square.

@@ -67,8 +67,8 @@ def find_references(
         against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
             sign of the difference, so that large values are evidence for the target.
         unit: ``"measure"`` for ``μ``, a fraction of the total relevance; ``"output"`` for the usual LRP score, ``μ``
-            times the explained output; ``"layer"`` for the LRP score divided by the sum of the absolute scores of all
-            channels of the layer, and activations normalized in the same way, which is the default of zennit-crp.
+            times the explained output; ``"layer"``, the default of zennit-crp, for the LRP score divided by the sum of
+            the absolute scores of all channels of the layer, with activations normalized in the same way.
         reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
         per_target: Whether to rank the samples of each target as well.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.

@@ -70,7 +70,7 @@ class SweepJob:
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
-            of: Indices of the shards to verify completely by their checksums, rather than only by their footers.
+            of: Indices of the shards to verify completely, using their checksums rather than only their footers.
 
         Raises:
             ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.

@@ -31,7 +31,7 @@ MAX_LISTED = 8
 
 
 class SettingsWarning(UserWarning):
-    """Issued when resuming a sweep of an earlier version, whose settings do not identify code and data."""
+    """Issued when resuming a sweep of an earlier version, since its settings do not identify code and data."""
 
 
 def settings_of(
@@ -91,8 +91,8 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
 
     Args:
         folder: The sweep folder.
-        stored: The stored settings. Settings not recorded by an earlier version are not compared, which issues a
-            warning.
+        stored: The stored settings. Settings that an earlier version did not record are not compared; in this case, a
+            warning is issued.
         settings: The settings of the call.
 
     Raises:

@@ -32,8 +32,7 @@ FUSED = "scaled_dot_product_attention"
 
 @kernel_of(FUSED)
 def fused_attention(call: FunctionCall) -> Kernel:
-    r"""Returns a kernel that propagates all relevance to the values, in proportion to the absolute values of the
-    contributions.
+    r"""Returns a kernel that propagates all relevance to the values, in proportion to their absolute contributions.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 

@@ -170,7 +170,7 @@ class _Probe:
     def shared_dimensions(self) -> list[tuple[int, int]]:
         """Returns pairs of input and output dimensions along which the function acts identically at each position.
 
-        The function commutes with every matrix along such a pair of dimensions, which is tested with two random
+        The function commutes with every matrix along such a pair of dimensions; this is tested with two random
         matrices.
         """
         ranks = {value.ndim for value in self.values}

@@ -1,4 +1,4 @@
-"""Steps of difference measures, which pair each function call with the same call at the reference.
+"""Steps for explaining a difference: each function call is paired with the same call at the reference.
 
 Source: docs/differences.md.
 """

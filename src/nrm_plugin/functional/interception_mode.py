@@ -109,7 +109,7 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".s
 
 
 _DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""Functions that would read relevance, which steps propagate in place of gradients."""
+"""Functions that would read relevance, since steps propagate relevance in place of gradients."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:

@@ -53,7 +53,7 @@ def secant(
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Computes the derivative of an elementwise function, which is set to zero where it is not finite."""
+    """Computes the derivative of an elementwise function, replacing values that are not finite with zero."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         output = function(leaf)

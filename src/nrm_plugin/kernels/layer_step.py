@@ -1,4 +1,4 @@
-"""The step of a layer, whose call batch-norm fusion may modify before the kernel is built."""
+"""The step of a layer. Batch-norm fusion may modify the recorded call before the kernel is built."""
 
 from __future__ import annotations
 

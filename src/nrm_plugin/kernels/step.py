@@ -307,7 +307,7 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradient."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, since it has no gradient."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 

@@ -61,7 +61,7 @@ class SeparateBias(TorchFunctionMode):
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Runs an in-place activation out of place, which avoids a copy of its input."""
+    """Runs an in-place activation out of place, to avoid a copy of its input."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

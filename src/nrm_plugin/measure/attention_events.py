@@ -83,7 +83,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Returns the mask of the selected heads, which have a separate dimension or share one with the samples."""
+    """Returns the mask of the selected heads; heads have their own dimension or share one with the samples."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):

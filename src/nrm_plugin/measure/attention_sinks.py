@@ -3,7 +3,7 @@ r"""Attention sinks: how much relevance each key token of an attention layer rec
 .. math:: s_k = \sum_{q \ne k} \mu\big((q, k) \mid \text{attention}\big)
 
 Attention sinks are tokens, often the first one, to which most heads attend (Xiao et al., arXiv 2309.17453). This module
-measures whether they also receive most of the relevance, which is new in this package.
+measures whether they also receive most of the relevance. The measurement is new in this package.
 """
 
 from __future__ import annotations

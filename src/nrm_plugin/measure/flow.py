@@ -34,7 +34,7 @@ from .layer_taps import atom_of, several_layers
 from .partitions import Names, Partition, partition
 
 GROUPS = "groups"
-"""Value of ``over`` that requests groups of channels which preserve the dependence between layers."""
+"""Value of ``over`` that requests groups of channels that preserve the dependence between layers."""
 
 
 class Measure(Protocol):

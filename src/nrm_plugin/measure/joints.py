@@ -54,7 +54,7 @@ def joint_matrices(
 def joint_matrix(
     recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """Computes the joint relevance of two taps by partial passes, one for each group of the tap with fewer groups.
+    """Computes the joint relevance of two taps with partial passes, one for each group of the tap with fewer groups.
 
     Args:
         recording: The recording of the forward pass.

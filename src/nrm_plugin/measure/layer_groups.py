@@ -141,7 +141,7 @@ class Groups:
         return at(layer)[labels == group]
 
     def named(self, names: Mapping[str, Sequence[str] | Mapping[int, str]]) -> Groups:
-        """Returns a copy in which groups are renamed, by a list or a dictionary keyed by group index for each layer.
+        """Returns a copy with renamed groups, given a list or a dictionary (keyed by group index) for each layer.
 
         Raises:
             InputError: If one of the layers or groups does not exist.

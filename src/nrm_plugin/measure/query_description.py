@@ -1,4 +1,4 @@
-"""Description of a query by its formula, its meaning in words, and its cost."""
+"""Description of a query: its formula, its meaning in words, and its cost."""
 
 from __future__ import annotations
 

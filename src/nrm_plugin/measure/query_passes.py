@@ -112,7 +112,7 @@ class QueryPasses:
 
     @contextmanager
     def _sharing(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Context manager in which queries share one pass, which stores the relevance of the given layers."""
+        """Context manager in which queries share one pass that stores the relevance of the given layers."""
         self._shared = (None, frozenset(self._tap(layer).place for layer in layers))
         try:
             yield

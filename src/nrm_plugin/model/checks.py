@@ -154,7 +154,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Handle that disables compilation by ``module.compile()`` until it is removed, so that hooks of layers run."""
+    """Handle that disables compilation with ``module.compile()`` until it is removed, so that hooks of layers run."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]

@@ -17,7 +17,7 @@ from .checks import check_untransformed
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
-"""Selection of an output: a key or attribute, an index, or a function of the model's return value."""
+"""How an output is selected: a key or attribute, an index, or a function of the model's return value."""
 
 Change = Callable[[Tensor], Tensor]
 """A function that maps a tensor to its replacement."""
@@ -130,7 +130,7 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool], read: Callable[[], str | None]) -> Iterator[None]:
-        """Context manager for running the model, which raises :class:`InputError` if integer inputs are not looked up.
+        """Context manager for running the model that raises :class:`InputError` if integer inputs are not looked up.
 
         Args:
             are_looked_up: Function that returns, after the run, whether any integer input was looked up.
@@ -338,7 +338,7 @@ def is_index(value: Any) -> bool:
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns whether a keyword input contains ids, which excludes the integer masks of transformers by their name."""
+    """Returns whether a keyword input contains ids; integer masks, as used by transformers, are excluded by name."""
     return is_index(value) and "mask" not in key
 
 

@@ -44,8 +44,8 @@ def reference_call(call: Call, reference: Any) -> Call:
     Args:
         call: The call with the inputs.
         reference: The reference in the form of the inputs: a tensor, a tuple of tensors, or a mapping. Each tensor has
-            the shape of the input, or that of a single sample, with or without the sample dimension, which is used for
-            all samples. A mapping may omit inputs that do not receive relevance, such as masks.
+            the shape of the input, or that of a single sample, with or without the sample dimension; a single sample is
+            used for all samples. A mapping may omit inputs that do not receive relevance, such as masks.
 
     Raises:
         DifferenceError: If the reference does not match the inputs, or is identical to them.

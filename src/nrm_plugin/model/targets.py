@@ -21,7 +21,7 @@ MIN_TOTAL = 1e-6
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """Sums ``(N, …)`` over all dimensions except the first, which also works for ``(N,)``, unlike ``flatten(1)``."""
+    """Sums ``(N, …)`` over all dimensions except the first; unlike ``flatten(1)``, this also works for ``(N,)``."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 

@@ -89,7 +89,7 @@ def without_modes() -> AbstractContextManager[Any]:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Context manager for computations that only check the model, which are neither traced nor observed."""
+    """Context manager for computations that only check the model; they are neither traced nor observed."""
     with untraced(), torch._C.DisableTorchFunction():
         yield
 

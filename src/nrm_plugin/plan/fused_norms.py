@@ -117,7 +117,7 @@ class _Fusion:
 
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
-    """Returns the convolutions without bias, which are used by rules, keyed by input and options."""
+    """Returns the convolutions without bias that rules use, keyed by input and options."""
     found: dict[Any, list[Operation]] = {}
     for one in operations:
         if one.function is aten.convolution.default and one.args[2] is None and one.args[1].number in constants:

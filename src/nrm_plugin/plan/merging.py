@@ -1,4 +1,4 @@
-"""Merging of operations, which removes repeated computations and unnecessary copies."""
+"""Merging of operations, to remove repeated computations and unnecessary copies."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the trace may be compiled to a program, which would take too long if it contained many queries."""
+        """Whether the trace may be compiled to a program; with many queries, compilation would take too long."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
@@ -150,7 +150,7 @@ class TracedRecording:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Returns the states of the random number generators of Python and NumPy, whose use does not appear in a trace."""
+    """Returns the states of the random number generators of Python and NumPy, since their use is not traced."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 

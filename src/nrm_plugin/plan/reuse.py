@@ -19,7 +19,7 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
+"""Number of measures of one form that are recorded before a plan is created, since a plan costs several recordings."""
 NEVER = 1 << 62
 """Number of recordings that prevents further plans after one has needed too much memory."""
 PAID = 32
@@ -152,7 +152,7 @@ _LOCK = threading.Lock()
 
 
 def measures_of(owner: Any) -> Measures:
-    """Returns the :class:`Measures` instance associated with an object, which is created on first use.
+    """Returns the :class:`Measures` instance associated with an object, creating it on first use.
 
     It has the lifetime of the object, and is not copied or pickled with it.
     """

@@ -146,7 +146,7 @@ class Trace:
     obstacles: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
-        """Returns the index of the first tensor with which a tensor may share memory, which identifies the memory."""
+        """Returns the index of the first tensor that may share memory with a tensor; it identifies the memory."""
         while number in self.aliases:
             number = self.aliases[number]
         return number

@@ -98,7 +98,7 @@ class Tracer(TorchDispatchMode):
         return number
 
     def number(self, tensor: Tensor) -> int:
-        """Returns the index of a tensor, which is added as a constant if it is unknown."""
+        """Returns the index of a tensor, adding an unknown tensor as a constant."""
         return self._value(tensor).number
 
     def varies(self, tensor: Tensor) -> bool:

@@ -63,7 +63,7 @@ def flow_caption(
 
 
 def difference_caption(graph: FlowGraph, first: str, second: str, places: Mapping[str, str] | None = None) -> str:
-    """Describes the difference between two flows by the image parts and other nodes that differ most.
+    """Describes the difference between two flows in terms of the image parts and other nodes that differ most.
 
     Args:
         graph: The first flow minus the second.

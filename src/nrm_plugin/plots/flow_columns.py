@@ -73,7 +73,7 @@ def is_difference(graph: FlowGraph) -> bool:
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone of a node, which determines its colour by the sign of its value or its kind."""
+    """Returns the tone of a node, which determines its colour, from the sign of its value or from its kind."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
     return "negative" if value < 0 else "rest" if node.kind == "rest" else "positive"

@@ -39,7 +39,7 @@ class Observer:
         indices: The integer inputs.
         inputs: The leaves of the floating-point inputs.
         gates: The gates of the forward pass.
-        has_lookups: Whether the model has looked up rows by integer inputs.
+        has_lookups: Whether the model has looked up rows with integer inputs.
         has_untracked: Whether some values depend on the inputs without being tracked by autograd.
         read: Where the model first converted integer inputs to Python or NumPy numbers, or None.
     """

@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex, whose relevance is what this vertex contributes to the relevance of the tensor."""
+    """Input ``number`` of a vertex. Its relevance is what this vertex contributes to the relevance of the tensor."""
 
     vertex: int
     number: int

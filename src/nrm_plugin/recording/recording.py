@@ -304,7 +304,7 @@ class Rerun:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether the user has registered hooks on the model, which may change its output."""
+        """Whether the user has registered hooks on the model; these may change its output."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def with_hooks(self) -> Rerun:

@@ -4,7 +4,7 @@ r"""The attribution graph of a measure: outputs, features, errors and inputs, co
 
 Walks may pass through features that are not nodes, so that no relevance is lost by the selection of nodes. If no mass
 is negative, the influence of a node therefore equals the mass of the walks through it that do not cross an error above
-it. The graph follows circuit-tracer; the definition of its edges by the measure is new in this package.
+it. The graph follows circuit-tracer; the definition of its edges in terms of the measure is new in this package.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 r"""Selection of neurons, and the error of an explanation that is restricted to them.
 
 The measure is restricted to the walks through kept neurons in every selected layer, and compared with the full measure
-by the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with those of
-smallest joint relevance. The method is new in this package, and based on the neuron selection of arXiv 2412.05686.
+in terms of the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with
+those of smallest joint relevance. The method is new in this package, and based on the neuron selection of arXiv
+2412.05686.
 
 Source: docs/critical-paths.md.
 """

@@ -1,4 +1,4 @@
-r"""Relevant subspaces of a layer, which are fitted on a batch and queried as taps.
+r"""Relevant subspaces of a layer: fitted on a batch, and queried as taps.
 
 The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
 :math:`U_k` decompose it into parts, one for each subspace:
