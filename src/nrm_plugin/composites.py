@@ -318,7 +318,7 @@ class Named(Normalized):
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Keyword arguments of Zennit's composite.
+        rules: Keyword arguments for Zennit's composite.
 
     Attributes:
         rules: The class of Zennit's composite.

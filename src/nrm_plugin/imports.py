@@ -50,7 +50,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
     Args:
         what: The deprecated name, as written by the user.
-        instead: The replacement.
+        instead: The replacement to name in the warning.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."

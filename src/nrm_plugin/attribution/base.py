@@ -1,4 +1,4 @@
-"""Shared helpers of the Captum classes: input formats, units and convergence deltas.
+"""Shared helpers for the Captum classes: input formats, units and convergence deltas.
 
 Captum's private helpers are imported only here, since their location depends on the version of Captum.
 """
@@ -159,7 +159,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Returns the attributions, or a tuple that also contains those of ``delta`` and ``sink`` that are not None."""
+    """Returns the attributions, or a tuple of the attributions and of ``delta`` and ``sink`` where these are given."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

@@ -100,7 +100,7 @@ class ConceptNRM:
                 condition is applied to every sample. If a condition selects several outputs, they are weighted by their
                 values, as in zennit-crp.
             layer: Layer whose relevance is returned: a name, module or ``at(…)``.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             conditional: Whether to divide by the mass of the condition: ``μ(j | condition)`` instead of
                 ``μ(j & condition)``.
             unit: ``"output"`` for relevance in units of the explained outputs, as in zennit-crp's heat maps before the

@@ -89,13 +89,13 @@ class NeuronNRM(NRM, NeuronAttribution):
             neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
                 ``(N, …)`` that returns one number per sample. If several neurons are selected, they are weighted by
                 their activations.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             attribute_to_neuron_input: Whether to select neurons of the layer's input instead of its output.
             verbose: Whether to print the rule applied at each step.
             against: A second selector. If given, the relevance explains the difference between the two selected
                 activations.
             given: Event to condition on.
-            joint: Event for joint relevance.
+            joint: Event with which joint relevance is computed.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the activation of the neurons;
                 ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.

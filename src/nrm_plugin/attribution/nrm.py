@@ -132,7 +132,7 @@ class NRM(GradientAttribution):
             target: The output to explain, in Captum's format: an int or a tensor with one int for all samples, or a
                 list or tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples,
                 or None if each sample has a single output.
-            additional_forward_args: Additional arguments of the model, a single one or a tuple. They receive no
+            additional_forward_args: Additional arguments for the model, a single one or a tuple. They receive no
                 relevance.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 the sum of attributions, sink and bypass, which is zero up to rounding errors.
@@ -141,7 +141,7 @@ class NRM(GradientAttribution):
                 explain the difference between the target and this contrast; see :class:`~nrm_plugin.RelevanceMeasure`.
                 With ``unit="output"``, relevance sums to this difference, which may be negative.
             given: Event to condition on.
-            joint: Event for joint relevance.
+            joint: Event with which joint relevance is computed.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the explained output of each
                 sample; ``"measure"`` for relevance that sums to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.

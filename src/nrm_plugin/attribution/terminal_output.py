@@ -63,7 +63,7 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
 
 
 def number(explanation: Any) -> str:
-    """Formats the explained scalar with its value, for example ``difference 2.31``."""
+    """Formats the kind and the value of the explained scalar, for example ``difference 2.31``."""
     kind = "change" if explanation.reference else "difference" if explanation.against else "output"
     return f"{kind} {explanation.output:.4g}"
 

@@ -282,7 +282,7 @@ class Words:
 
     Attributes:
         mu: The measure to query.
-        ends: Names of the taps of the tokens, at which walks end.
+        ends: Names of the token taps, at which walks end.
         task: The prediction task.
     """
 

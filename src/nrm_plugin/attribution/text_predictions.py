@@ -19,14 +19,14 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A text and the prediction of a model for it.
+    """A text and a model's prediction for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
         text: The text with its tokens and words.
         inputs: Token ids keyed by model argument; walks end at their embeddings.
-        others: Additional keyword arguments of the model.
+        others: Additional keyword arguments for the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
         logits: Logits of the prediction, ``(K,)``.
         labels: Names of the classes; empty if the classes are the tokens of the tokenizer.

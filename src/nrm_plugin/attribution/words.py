@@ -17,7 +17,7 @@ class Word:
     """A word of a text, or a special token.
 
     Attributes:
-        text: The word as in the text, or the special token.
+        text: The word as it appears in the text, or the special token.
         tokens: Positions of its tokens.
         is_spaced: Whether a space precedes the word.
         is_special: Whether it is a special token of the tokenizer, such as a mask.
@@ -70,7 +70,7 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
         text: The original text.
         ids: Token ids, one per token.
         tokens: Token strings, as returned by the tokenizer.
-        special: Ids of special tokens.
+        special: Ids of the special tokens.
         encoding: Encoding of a fast tokenizer, with ``word_ids`` and ``offsets``. None for other tokenizers, which mark
             word boundaries with ``##``, ``Ġ`` or ``▁``.
     """

@@ -40,7 +40,7 @@ UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that prints errors as a single line, and imports the selected command when it is parsed."""
+    """Argument parser that prints errors on a single line, and imports the selected command when it is parsed."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """Builds the parser of ``nrm-plugin`` with all subcommands."""
+    """Builds the parser for ``nrm-plugin`` with all subcommands."""
     root = Parser(prog="nrm-plugin", description="The normalized relevance measure of neural networks.", epilog=EPILOG)
     version = importlib.import_module("nrm_plugin").__version__
     root.add_argument("--version", action="version", version=f"nrm-plugin {version}")

@@ -20,7 +20,7 @@ def explain_photo(photo: Path | None, out: Path) -> int:
     """Explains a photograph with heat maps and a flow, printing the commands it runs, and returns the exit status.
 
     Args:
-        photo: Image file. Defaults to the photograph in the package.
+        photo: Image file. Defaults to the photograph bundled with the package.
         out: Output folder.
 
     Raises:

@@ -103,11 +103,11 @@ class Explanation:
         totals: Relevance totals at the inputs.
         layers: Explanations of the requested layers.
         given: Explanations conditional on the requested events.
-        photo: The image for figures, including the part outside the crop of the model.
+        photo: The image for figures, including the part that the model's crop leaves out.
         reference: Name or file of the reference image, or None if there is none.
         layer_map: Relevance map averaged over late layers; None if not requested, or if the model has no such layers.
         shows_pixels: Whether to plot the relevance of the pixels.
-        notes: Deviations from the request, with the reason.
+        notes: Deviations from the request, with their reasons.
     """
 
     source: LoadedImage

@@ -101,7 +101,7 @@ def division(
 
     Args:
         loaded: The model.
-        mu: The measure of the image.
+        mu: The measure for the image.
         request: The request, with the layers.
         options: Options of the flow figure.
         image: Image ``(C, H, W)`` in [0, 1].

@@ -69,7 +69,7 @@ class ImageFlow:
         photo: The image, with the patches of the nodes.
         groups: The groups; None unless requested.
         maps_at: Layer whose positions the heat maps show; empty for single pixels.
-        walks: The strongest walks over groups, if computing all of them does not take too many passes.
+        walks: The strongest walks over groups; empty if computing all walks would take too many passes.
         profile: Layer profile, compared with plain LRP.
         next_class: Name of the class with the largest output other than the explained class.
         rival: Name of the contrast, if it is a single class.

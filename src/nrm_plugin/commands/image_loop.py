@@ -1,4 +1,4 @@
-"""Processing of several images, in which a failing image does not stop the others."""
+"""Processing of several images; an image that fails does not stop the others."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class LoadedModel:
         model: The model in evaluation mode, float32.
         preprocessing: Conversion of images to inputs.
         categories: Class names; empty if unknown.
-        notes: Messages to the user.
+        notes: Messages for the user.
         rules: Cache of composites, keyed by the settings of a request.
         has_late_layers: Cache of whether the model has layers for a coarse heat map, keyed by input shape.
     """
@@ -46,7 +46,7 @@ class LoadedModel:
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The inputs of a black and a white image, on the device and in the dtype of the model."""
+        """The inputs for a black and a white image, on the device and in the dtype of the model."""
         return self.preprocessing.bounds(self.parameter)
 
 
@@ -68,7 +68,7 @@ def load(
         size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
-        categories: Class names that replace those of the weights.
+        categories: Class names to use instead of those stored with the weights.
         fit: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
 
     Raises:

@@ -70,7 +70,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
         stem: Preferred prefix, such as the name of the image.
         ends: Suffixes of the file names, starting with that of the file that contains the settings.
         taken: Prefixes used in this call; the new one is added.
-        is_same: Returns whether an existing settings file is from the same query and may be overwritten.
+        is_same: Function that returns whether an existing settings file is from the same query and may be overwritten.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"

@@ -42,7 +42,7 @@ class RequestError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of the computation for every image.
+    """Settings of the computation, shared by all images.
 
     Attributes:
         target: Index or name of the explained class, or None for the predicted class.

@@ -33,7 +33,7 @@ class TextModel:
         name: Folder or name given by the user.
         model: The model with its prediction head, in evaluation mode.
         tokenizer: The tokenizer.
-        notes: Messages to the user.
+        notes: Messages for the user.
     """
 
     name: str
@@ -47,7 +47,7 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
 
     Args:
         name: A folder with ``config.json``, weights and tokenizer, or a model name on the Hugging Face Hub.
-        device: Device of the model.
+        device: Device on which to run the model.
 
     Raises:
         MissingExtraError: If transformers is not installed.

@@ -143,7 +143,7 @@ def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
 
 
 def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any]:
-    """Infers arguments of the model builder from the weights."""
+    """Infers arguments for the model builder from the weights."""
     arguments: dict[str, Any] = {}
     if name.startswith("vit") and official is not None:
         arguments["image_size"] = official.meta["min_size"][0]

@@ -143,7 +143,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Removes the key prefixes of wrappers from a state dict, unless the model has them as well."""
+    """Removes key prefixes added by wrappers from a state dict, unless the model's own keys have them as well."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:

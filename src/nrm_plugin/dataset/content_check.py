@@ -43,7 +43,7 @@ def check_samples(
         folder: The folder of the sweep.
         source: A data set with a length.
         contents: The stored hashes, keyed by sample.
-        seed: Seed of the random states in which samples are read.
+        seed: Seed for the random states in which samples are read.
         on_error: ``"skip"`` ignores samples that can no longer be read, ``"raise"`` raises an error.
         progress: Whether to show a progress bar.
 

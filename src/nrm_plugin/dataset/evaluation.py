@@ -173,7 +173,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
     Args:
         target: As in :class:`Evaluation`.
         labels: Labels of the batch, or None.
-        batch: The batch, passed to a target function.
+        batch: The batch, which is passed to a target function.
 
     Raises:
         SweepError: If the target is ``"label"``, but there are no labels.

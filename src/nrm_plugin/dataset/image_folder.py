@@ -35,7 +35,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Args:
         folder: The folder with the images.
-        preprocess: Conversion of images to model inputs.
+        preprocess: The preprocessing that converts images to model inputs.
         categories: Class names of the model, if known.
 
     Attributes:

@@ -44,7 +44,7 @@ class LoadedImage:
         path: Path of the file.
         image: The upright image in RGB mode.
         digest: SHA-256 of the file.
-        notes: Notes to the user on conversions.
+        notes: Notes for the user about conversions.
     """
 
     path: Path
@@ -94,7 +94,7 @@ def load_image(path: Path) -> LoadedImage:
 
 
 def is_image(path: Path) -> bool:
-    """Returns whether the header of a file is that of an image, regardless of the file name."""
+    """Returns whether the header of a file identifies it as an image, regardless of the file name."""
     try:
         with _no_limit(), Image.open(path):
             return True

@@ -113,9 +113,10 @@ def preprocessing(
 
     Args:
         make: Factory of the preset: ``transforms`` of torchvision weights.
-        size: Length to which the shorter side is resized, and side length of the centre crop. Defaults to the values of
-            the weights.
-        mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to that of the weights.
+        size: Length to which the shorter side is resized, and side length of the centre crop. Defaults to the values
+            that the weights specify.
+        mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to the values that the weights
+            specify.
         std: Standard deviation of each channel, with as many values as ``mean``.
         fit: As in :class:`Preprocessing`.
 

@@ -141,7 +141,7 @@ def find_prototypes(
         method: ``"mixture"`` of Gaussians, or ``"kmeans"``.
         samples: Sample indices in the data set. Defaults to 0 to N - 1.
         covariance: ``covariance_type`` of scikit-learn's ``GaussianMixture``; a full covariance requires many samples.
-        seed: Seed of the initialization.
+        seed: Seed for the initialization.
 
     Raises:
         MissingExtraError: If scikit-learn is not installed.

@@ -154,7 +154,7 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer, the fraction of the group's relevance in the event.
+    """``μ(event | group)`` for each group of a layer, the fraction of the group's relevance that belongs to the event.
 
     Args:
         event: The event whose share of the relevance of each group is computed.

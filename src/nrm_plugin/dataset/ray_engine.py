@@ -154,7 +154,7 @@ def run(
     Args:
         job: The sweep job. All machines must be able to access its folder.
         numbers: Indices of the shards.
-        on_progress: Callback with the number of new samples, called after each shard.
+        on_progress: Callback that receives the number of new samples after each shard.
         concurrency: Number of workers, or minimum and maximum. Defaults to the number that fits on the cluster.
         num_gpus: GPUs per worker, possibly a fraction.
         num_cpus: CPUs per worker, and threads of its model.

@@ -57,8 +57,8 @@ def find_references(
 
     Args:
         model: The network, in evaluation mode.
-        data: Data set of ``(input, label)``, data loader without shuffling, or iterable of such batches. Samples are
-            numbered in iteration order.
+        data: A data set of ``(input, label)`` pairs, a data loader without shuffling, or an iterable of such batches.
+            Samples are numbered in iteration order.
         layers: Names of the layers whose channels are ranked.
         k: Number of samples per channel.
         by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.

@@ -209,7 +209,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
 
     Args:
         data: The data set.
-        seed: Seed of the random states.
+        seed: Seed for the random states.
         is_hashed: Whether to hash samples; otherwise the hash is an empty string.
     """
 

@@ -44,7 +44,7 @@ class SweepJob:
         folder: The sweep folder.
         fingerprint: Hash of the settings.
         on_error: ``"raise"`` or ``"skip"``, for failing samples and damaged files.
-        seed: Seed of the random states in which samples are read.
+        seed: Seed for the random states in which samples are read.
         damaged: Damaged files to replace, keyed by shard index.
     """
 
@@ -114,7 +114,7 @@ class SweepJob:
         Args:
             numbers: Indices of the shards.
             rank: Rank of this process.
-            on_progress: Callback with the number of new samples, called after each batch.
+            on_progress: Callback that receives the number of new samples after each batch.
 
         Raises:
             SampleError: If samples fail, and ``on_error`` is ``"raise"``.

@@ -73,7 +73,7 @@ def sweep(
     yields the same rows as an uninterrupted sweep. Under ``torchrun``, the shards are divided among the processes.
 
     Args:
-        model: The network, in evaluation mode and on its device.
+        model: The network, in evaluation mode and on the device to use.
         data: A data set with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
             again and compared by hash, unless the data set has a method ``stamp(index)`` that returns the same value as
             before. Without such a method, a string attribute ``fingerprint`` is compared instead, if there is one. The

@@ -48,8 +48,8 @@ def settings_of(
         evaluation: Evaluation of a batch.
         source: The data source.
         shard_batches: Number of batches per shard.
-        seed: Seed of the random states in which samples are read.
-        unpack: Function given by the user, or None.
+        seed: Seed for the random states in which samples are read.
+        unpack: The user's function for splitting batches, or None.
         device: Device type. Defaults to that of the model.
     """
     model, composite, target = evaluation.model, evaluation.composite, evaluation.target

@@ -24,10 +24,10 @@ from .masked_vectors import masked
 class Conditionals:
     """Computes ``μ(event given j)`` for every neuron ``j`` of each tap.
 
-    Values are propagated upwards from the points at which it is decided whether a walk belongs to the event.
+    Values are propagated upwards from the points at which the membership of a walk in the event is decided.
 
     Args:
-        diagram: The decision diagram of the events.
+        diagram: The decision diagram for the events.
         places: The taps at which conditional masses are required.
         nodes: The nodes of the diagram that a walk may have reached after crossing a tap.
         like: A tensor with the dtype of the relevance.

@@ -92,8 +92,8 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 
     Args:
         absolute: Totals of a pass with the absolute values of all kernels.
-        signed: Totals of an ordinary pass to compute the variation of the measure conditioned on survival, or None for
-            that of the measure.
+        signed: Totals of an ordinary pass, to compute the variation of the measure conditioned on survival; None for
+            the variation of the measure itself.
     """
     total = surviving_mass(absolute)
     if signed is not None:

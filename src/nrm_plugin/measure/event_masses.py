@@ -43,7 +43,7 @@ class EventPass:
     """A pass from the output to the inputs that drops walks as soon as their membership in all events is decided.
 
     Args:
-        diagram: The decision diagram of the events.
+        diagram: The decision diagram for the events.
         start: The relevance of the outputs.
         stored: The taps for which a map of each event is computed.
 

@@ -106,7 +106,7 @@ def flow_graph(
         names: Names of the groups in each layer.
         sample: Index of the sample.
         joints: Function that returns the joint relevance between the nodes of consecutive layers,
-            ``(N, K_upper, K_lower)``; by default, it is computed by queries of the measure.
+            ``(N, K_upper, K_lower)``; by default, it is obtained from queries on the measure.
     """
     thresholds = Thresholds(top, min_mass, coverage)
     number = _sample_number(mu, sample)

@@ -49,7 +49,7 @@ def find_groups(
     restarts: int = RESTARTS,
     seed: int = 0,
 ) -> Groups:
-    r"""Finds groups in all layers jointly, such that they preserve most of the dependence between the layers.
+    r"""Finds groups in all layers jointly, so that they preserve most of the dependence between the layers.
 
     For the mean joint relevance ``J`` of two layers with row sums ``r``, column sums ``c`` and total ``Z``, the
     partitions should preserve a large share of the dependence :math:`D = J - r c^\top / Z`,
@@ -68,7 +68,7 @@ def find_groups(
     walks to the image cross.
 
     Args:
-        measures: A measure of one or more samples, several measures, or a sweep that stores the joint relevance of
+        measures: A measure with one or more samples, several measures, or a sweep that stores the joint relevance of
             these layers.
         layers: Two or more layers, each below the previous one.
         k: Maximum number of groups per layer, or a dictionary keyed by layer name, in which None makes each member its
@@ -80,7 +80,7 @@ def find_groups(
         names: Member names, keyed by layer, such as ``{"output": classes}``. A group is named after its member with the
             largest mass.
         restarts: Number of restarts from the best groups found so far, with some members assigned to random groups.
-        seed: Random seed of the search.
+        seed: Random seed for the search.
 
     Raises:
         InputError: If ``k`` is below 1, ``restarts`` is below 0, or no measure is given.

@@ -31,16 +31,16 @@ def layer_map(
 ) -> Tensor:
     """Computes coarse heat maps that localize the evidence for a class, comparable to Grad-CAM.
 
-    The map is the :func:`layer_average` over the :func:`late_layers` of a measure against a reference, as in the
-    command ``nrm-plugin explain``.
+    The map is the :func:`layer_average` over the :func:`late_layers` of a measure with a reference, as in the command
+    ``nrm-plugin explain``.
 
     Args:
-        model: A classifier of images, in evaluation mode.
+        model: An image classifier, in evaluation mode.
         images: Input images, ``(N, C, H, W)``.
         target: The class, as in :class:`~nrm_plugin.RelevanceMeasure`.
         against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
         reference: The reference images; by default, :func:`blurred` versions of ``images``.
-        settings: Further keyword arguments of :class:`~nrm_plugin.RelevanceMeasure`.
+        settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
         Heat maps ``(N, H, W)``. Positive values are evidence for the class.
@@ -113,7 +113,7 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     the output of a larger layer, such as the last pooling of VGG16, are excluded.
 
     Args:
-        mu: A measure of images ``(N, C, H, W)``.
+        mu: A measure with images ``(N, C, H, W)`` as inputs.
 
     Raises:
         InputError: If the inputs are not images.
@@ -162,7 +162,7 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
     interpolation and rescaled to preserve their sum.
 
     Args:
-        mu: A measure of images ``(N, C, H, W)``.
+        mu: A measure with images ``(N, C, H, W)`` as inputs.
         layers: Layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``; by default those of
             :func:`layers_by_resolution`.
 

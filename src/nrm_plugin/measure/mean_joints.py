@@ -64,7 +64,7 @@ def mean_joints(
     """Computes the mean joint relevance of consecutive layers over all samples of the given measures.
 
     Args:
-        measures: Measures of one or more samples each.
+        measures: Measures with one or more samples each.
         layers: Names of the layers, from the output to the input, and the corresponding layers of the measures.
         members: The members of each layer; by default channels, or grid cells of the image for the input.
 

@@ -1,4 +1,4 @@
-"""The relevance measure of a model on given inputs, with one method for each query."""
+"""The relevance measure of a model for given inputs, with one method for each query."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class RelevanceMeasure(Recorded):
             :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
         slopes: ``"secant"`` for slopes between reference and input, or ``"tangent"`` for derivatives at the input,
             whose linearization error is absorbed.
-        additional_forward_args: Additional positional arguments of the model, as a tuple or a single argument.
-        additional_forward_kwargs: Additional keyword arguments of the model.
+        additional_forward_args: Additional positional arguments for the model, as a tuple or a single argument.
+        additional_forward_kwargs: Additional keyword arguments for the model.
         output: The tensor to explain if the model returns several: a key, an index, or a function of the returned
             value. The default is the only tensor, ``"logits"`` or ``"out"``. If a tap ``at(layer)`` is given, the
             measure explains this tap as if it were the output of the model.

@@ -132,7 +132,7 @@ def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tenso
     """Returns labels that divide an image into superpixels, to be used as ``over=`` or ``members=``.
 
     Args:
-        image: ``(C, H, W)`` with values in [0, 1].
+        image: Image, ``(C, H, W)``, with values in [0, 1].
         count: Approximate number of superpixels.
         compactness: Weight of spatial proximity relative to colour similarity; larger values give more compact
             superpixels.

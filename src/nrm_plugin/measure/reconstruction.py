@@ -74,7 +74,7 @@ class Reconstruction:
 def reconstruct(
     model: nn.Module, images: Tensor, neurons: Event, method: Method = "deconvnet", strongest: bool = True
 ) -> Reconstruction:
-    r"""Reconstructs the input patterns of selected neurons by deconvolution or guided backpropagation.
+    r"""Reconstructs the input patterns that activate selected neurons, by deconvolution or guided backpropagation.
 
     The activations of the selected neurons are propagated back to the input: through transposed convolutions, through
     max pooling to the position of the maximum, and through ReLUs by

@@ -1,4 +1,4 @@
-"""Composites for measures against a reference.
+"""Composites for measures with a reference.
 
 Source: docs/differences.md.
 """

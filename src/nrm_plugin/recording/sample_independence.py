@@ -198,7 +198,7 @@ def _is_ordered(recording: Run, rerun: Rerun) -> bool:
 def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
     """Returns whether the outputs differ if the model is run on the selected rows of its inputs.
 
-    Additional arguments of the model are passed unchanged, or restricted to the selected rows.
+    Additional arguments for the model are passed unchanged, or restricted to the selected rows.
     """
     count, layout = recording.samples.count, recording.samples.layout(recording.graph.output)
     expected = layout.unfold(recording.output.detach())[rows]

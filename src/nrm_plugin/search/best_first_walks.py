@@ -60,7 +60,7 @@ class BestFirstSearch:
 
     Args:
         chain: The layers and their groups.
-        k: Number of walks.
+        k: Number of walks to return.
         begin: Time at which the budget starts.
         budget: Time limit in seconds.
         expansions: Number of expanded prefixes after which the search stops, or None for no limit.

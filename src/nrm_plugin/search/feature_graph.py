@@ -65,7 +65,7 @@ def attribution_graph(
     and position, and the groups of the input. Each output and feature requires one relevance vector per lower layer.
 
     Args:
-        mu: A measure of the model.
+        mu: A measure of ``model``.
         model: The model returned by :func:`~nrm_plugin.with_features`.
         top: Number of features, selected by absolute mass.
         sample: Index of the sample; required if the measure has several samples.

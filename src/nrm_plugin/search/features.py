@@ -291,7 +291,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
     .. math:: \mu(\neg E \mid E \cup \text{survived}), \qquad E = \text{the walk crosses an error}
 
     Args:
-        mu: A measure of the model.
+        mu: A measure of ``model``.
         model: The model returned by :func:`with_features`.
 
     Returns:
@@ -299,7 +299,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         an attribution graph.
 
     Raises:
-        CancellationError: If the mass of these walks cancels.
+        CancellationError: If the mass of the walks in the condition cancels.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -324,7 +324,7 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
     above it.
 
     Args:
-        mu: A measure of the model.
+        mu: A measure of ``model``.
         model: The model returned by :func:`with_features`.
 
     Returns:

@@ -77,7 +77,7 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if no others have mass or the time is up."""
+        """Returns the ``k`` walks with the largest mass, or fewer if no other walks have mass or time runs out."""
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
         heapq.heapify(prefixes)

@@ -28,7 +28,7 @@ METRICS: tuple[Metric, ...] = ("mse", "smape")
 
 
 def mse(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the mean squared error of each sample, ``(N,)``.
+    r"""Computes the mean squared error for each sample, ``(N,)``.
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
@@ -37,7 +37,7 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
     Args:
         full: Values of the full measure, ``(N, …)``.
-        restricted: Values of the restricted measure, of the same shape.
+        restricted: Values of the restricted measure, with the same shape.
 
     Examples:
         >>> mse(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.0]]))
@@ -47,7 +47,7 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
 
 def smape(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the symmetric mean absolute percentage error of each sample, ``(N,)``, between 0 and 200.
+    r"""Computes the symmetric mean absolute percentage error for each sample, ``(N,)``, between 0 and 200.
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
@@ -56,7 +56,7 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
     Args:
         full: Values of the full measure, ``(N, …)``.
-        restricted: Values of the restricted measure, of the same shape.
+        restricted: Values of the restricted measure, with the same shape.
 
     Examples:
         >>> smape(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]))

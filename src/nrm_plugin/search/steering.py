@@ -37,7 +37,7 @@ def steered(
         layer: Name of the layer, as in ``model.named_modules()``.
         vector: A direction in the space of channels, ``(C,)``, which is applied at every position; or values that
             broadcast to the output of the layer, ``(…)`` or ``(N, …)``.
-        scale: Factor of the added vector, or the fraction of the direction to remove.
+        scale: Factor by which the added vector is multiplied, or the fraction of the direction to remove.
         mode: ``"add"``, or ``"remove"`` to project onto the orthogonal complement of the vector. A vector ``(C,)`` is
             projected out at each position, and other vectors over all neurons of a sample.
         dim: Channel dimension of the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.

@@ -91,7 +91,7 @@ class Subspaces:
 
         The last part is the rest, which consists of the relevance of directions outside all subspaces and all relevance
         of silent neurons. Neurons are silent, and have no context :math:`c = R / a`, if their absolute activation is at
-        most 1e-4 times the largest of the sample.
+        most 1e-4 times the largest in the sample.
 
         Args:
             values: Activations, ``(N, *shape)``.
@@ -109,7 +109,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """Splits nonnegative masses by the absolute values of the kernel."""
+        """Splits nonnegative masses like :meth:`split`, but with the absolute values of the kernel."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -192,7 +192,7 @@ def drsa(
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
     where :math:`a_n` are activations, :math:`c_n` are contexts (relevance divided by activation), and
-    :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}` are power means: the mean over samples favours few large values, and
+    :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}` are power means: the mean over samples favours a few large values, and
     the mean over subspaces favours the use of all subspaces. The objective is maximized by gradient ascent; after each
     step, the basis is projected onto the matrices with orthonormal columns. The decreasing step size and the selection
     of the best of several restarts are new in this package.
@@ -204,7 +204,7 @@ def drsa(
         dim: Channel dimension.
         steps: Number of ascent steps.
         restarts: Number of random initializations; the best result is returned.
-        seed: Random seed of the initializations.
+        seed: Random seed for the initializations.
 
     Raises:
         InputError: If the tensors differ in shape, or have fewer channels than directions.

@@ -158,7 +158,7 @@ def top_walks(
     Args:
         mu: A single-sample measure.
         layers: One or more taps, each below the previous one; or None for all taps, which requires ``over="neuron"``.
-        k: Number of walks.
+        k: Number of walks to return.
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; ``"groups"`` for
             groups that preserve most of the dependence between the layers; all walks over these groups are enumerated.
         budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
