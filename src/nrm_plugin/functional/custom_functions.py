@@ -37,7 +37,7 @@ _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
 
 @dataclass(frozen=True, eq=False)
 class CustomCall:
-    """A call of ``Function.apply``.
+    """A call to ``Function.apply``.
 
     Attributes:
         function: The function class.
@@ -60,7 +60,7 @@ def _own(value: Any) -> Any:
 
 @dataclass
 class CustomCalls:
-    """Calls of ``Function.apply`` in a forward pass.
+    """Calls to ``Function.apply`` in a forward pass.
 
     Attributes:
         calls: The calls, in order.

@@ -30,7 +30,8 @@ class Settings:
         normalization: How the residual of a kernel is treated.
         sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
         fuse: Function called with every new step of a layer; it may fuse the step with adjacent ones.
-        attention: ``"value"`` if attention weights receive no relevance, ``"halves"`` if they receive half of it.
+        attention: ``"value"`` if attention weights receive no relevance, ``"halves"`` if they receive half of the
+            relevance.
     """
 
     rules: RuleLookup = field(default_factory=NoRules)

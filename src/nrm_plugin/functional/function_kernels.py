@@ -146,7 +146,7 @@ class RouteKernel(VjpKernel):
     """Kernel that passes relevance to the entries that were copied, split among ties as in autograd.
 
     Args:
-        function: Gradient of the operation, from ``(N, *out)`` to ``(N, *in)`` for each input.
+        function: Gradient of the operation, which maps ``(N, *out)`` to ``(N, *in)`` for each input.
         is_stochastic: Whether every output is copied from an input, without constants.
     """
 

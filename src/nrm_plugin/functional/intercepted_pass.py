@@ -65,7 +65,7 @@ class InterceptedPass:
     Attributes:
         gates: The gates found in this pass.
         complex_tensors: Complex tensors, as expressions of real tensors.
-        custom_calls: Calls of ``autograd.Function`` classes.
+        custom_calls: Calls to ``autograd.Function`` classes.
         module_paths: Paths of the running modules, outermost first.
         packs: Orders of the packed sequences passed to modules.
         decomposing: Functions that are currently replaced with their Python bodies.

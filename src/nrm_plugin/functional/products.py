@@ -43,7 +43,7 @@ def kernel_of_layer(
     """Returns the kernel for a function that is affine in its first input, given by the rule for the layer's weight.
 
     Args:
-        call: The call of the function.
+        call: The call to the function.
         run: Function of input, weight and bias.
         weight: The weight, with one row per output.
         bias: The bias, or None.

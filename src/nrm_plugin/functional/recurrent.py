@@ -28,7 +28,7 @@ State = tuple[Tensor | None, ...]
 
 @dataclass
 class Context:
-    """Context of a call of a recurrent function.
+    """Context of a call to a recurrent function.
 
     Attributes:
         path: Path of the module that called the function.

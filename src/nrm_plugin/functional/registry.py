@@ -126,7 +126,7 @@ def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Fun
 def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
     """Registers or replaces the kernel for one or several functions.
 
-    The decorated function is called when relevance first reaches a call of one of the functions. It receives the
+    The decorated function is called when relevance first reaches a call to one of the functions. It receives the
     :class:`~nrm_plugin.functional.FunctionCall`, and returns a kernel with one input for each of ``call.values``, the
     tensors that receive relevance. Four methods of the call provide the kernels for most functions:
 
@@ -138,7 +138,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
     For any other linear map, return a subclass of :class:`nrm_plugin.functional.Kernel`.
 
     Args:
-        functions: Functions as called by the model, such as ``torch.add`` or a custom operator. For functions of torch,
+        functions: Functions as called by the model, such as ``torch.add`` or a custom operator. For torch functions,
             the kernel applies to all variants (method, operator, in place).
 
     Raises:
@@ -173,7 +173,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
-    """Returns the kernel factory of a function, or None if it has no kernel."""
+    """Returns the kernel factory for a function, or None if it has no kernel."""
     try:
         factory = KERNELS_BY_FUNCTION.get(function)
     except TypeError:  # not hashable

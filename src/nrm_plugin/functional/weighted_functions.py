@@ -87,7 +87,7 @@ _NORM = nn.BatchNorm2d(1, device="meta").eval()
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts ``F.batch_norm`` to a call of ``nn.BatchNorm2d``, or returns None if it uses batch statistics."""
+    """Converts ``F.batch_norm`` to a call to ``nn.BatchNorm2d``, or returns None if it uses batch statistics."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
     weight_at, mean_at = (1, 3) if swapped else (3, 1)
