@@ -85,7 +85,7 @@ class RunningModule:
 
     Attributes:
         hook: The hook of the module.
-        module: The module.
+        module: The module that is running.
         call: The record of the call, or None if the call is not recorded as a step.
     """
 
@@ -289,7 +289,7 @@ def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
 
 
 def constants_detached(value: Any, is_exact: bool = False) -> Any:
-    """Detaches all foreign tensors in an argument of a function; an argument without any is returned unchanged."""
+    """Detaches all foreign tensors in an argument of a function; an argument without foreign tensors is unchanged."""
     if isinstance(value, Tensor):
         return value.detach() if is_foreign(value, is_exact) else value
     if type(value) in (list, tuple):

@@ -35,7 +35,7 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
     """Constructs the factors of any rule by applying its gradient mapper to ones.
 
     Args:
-        rule: The rule.
+        rule: The rule whose gradient mapper is applied.
         outputs: Function that returns the outputs of all branches at one block.
         like: A tensor with the shape of the output, ``(N, *out)``.
 
@@ -83,7 +83,7 @@ def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> 
     """Returns whether each factor depends only on the same entry of the outputs, and not, for example, on their mean.
 
     Args:
-        rule: The rule.
+        rule: The rule to test.
         outputs: The outputs of all branches at a few entries.
         factors: The factors of these entries, computed from a larger block of outputs.
     """

@@ -205,7 +205,7 @@ class StepHook(Hook):
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Links the output of the module to its input (forward hook); ``output`` is None if the module raised."""
+        """Links the output of the module to its input (forward hook); ``output`` is None if the module failed."""
         call = self._last_call(module)
         if call is not None and call.mode is not None:
             call.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]

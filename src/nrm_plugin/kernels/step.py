@@ -24,7 +24,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """Interface of an object that recomputes tensors which a step has freed to save memory."""
+    """Interface of an object that recomputes tensors that a step has freed to save memory."""
 
     def fill(self, step: Step) -> None:
         """Recomputes the tensors of a step; they remain available until those of another step are requested."""
@@ -237,7 +237,7 @@ class FunctionStep(Step):
 
 
 class Link(torch.autograd.Function):
-    """Autograd function that links the output of a step to its inputs, with relevance as gradient."""
+    """Autograd function that links the output of a step to its inputs; its gradient is the relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
@@ -256,7 +256,8 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Autograd function that links a tensor modified in place to its previous version, with relevance as gradient."""
+    """Autograd function that links a tensor modified in place to its previous version; its gradient is the relevance.
+    """
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ class VjpKernel(Kernel):
     """A kernel given by a linear function of the relevance, such as a vector-Jacobian product.
 
     Args:
-        function: Maps relevance ``(N, *out)`` to ``(N, *in)`` for each input; must be linear and differentiable.
+        function: Function that maps relevance ``(N, *out)`` to ``(N, *in)`` for each input. It must be linear and
+            differentiable.
     """
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
