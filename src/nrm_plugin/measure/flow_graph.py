@@ -32,7 +32,7 @@ class FlowGraph:
         carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
 
     Raises:
-        FlowError: If a joint relevance is nan or infinite.
+        FlowError: If a joint relevance is NaN or infinite.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

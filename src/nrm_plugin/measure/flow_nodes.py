@@ -110,10 +110,10 @@ class FlowEdge:
 
     @property
     def given_upper(self) -> float:
-        """The conditional mass μ(lower given upper); nan if the mass of the upper node is zero."""
+        """The conditional mass μ(lower given upper); NaN if the mass of the upper node is zero."""
         return self.mass / self.upper.mass if self.upper.mass else math.nan
 
     @property
     def given_lower(self) -> float:
-        """The conditional mass μ(upper given lower); nan if the mass of the lower node is zero."""
+        """The conditional mass μ(upper given lower); NaN if the mass of the lower node is zero."""
         return self.mass / self.lower.mass if self.lower.mass else math.nan

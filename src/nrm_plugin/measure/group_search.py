@@ -64,7 +64,7 @@ def find_groups(
     The exact joint relevance of non-adjacent layers requires one pass per member. If both layers have more than 64
     members, the search starts from an estimate based on the positions that the layers have in common, or on a sketch of
     rank 8 if there are none. Members are then moved based on their exact joint relevance with groups; κ is not computed
-    in this case (nan). For parts of a large image, joint relevance is computed at the positions of a layer that all
+    in this case (NaN). For parts of a large image, joint relevance is computed at the positions of a layer that all
     walks to the image cross.
 
     Args:

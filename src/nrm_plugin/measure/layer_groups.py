@@ -42,7 +42,7 @@ class Groups:
             with the member of every neuron.
         names: For each layer, the name of each group.
         masses: For each layer, the mean mass of each group over the samples on which the groups were found.
-        kappas: For each pair of consecutive layers, the fraction of the dependence that the groups preserve; nan if the
+        kappas: For each pair of consecutive layers, the fraction of the dependence that the groups preserve; NaN if the
             layers are independent or the joint relevance of all members was not computed.
         examples: For each layer and group, the index of the sample in which the group has the largest absolute mass;
             empty if only means are known, as for a sweep.
@@ -82,7 +82,7 @@ class Groups:
 
     @property
     def kappa(self) -> float:
-        """The mean of :attr:`kappas` over pairs of consecutive layers, ignoring nan.
+        """The mean of :attr:`kappas` over pairs of consecutive layers, ignoring NaN.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
