@@ -55,8 +55,8 @@ class Weighted(nn.Module):
     """A module that applies a function of its input, weight and bias.
 
     Args:
-        function: Maps ``(source, weight, bias or None)`` to the output. It must be linear in both ``source`` and
-            ``weight``, and add the bias.
+        function: Function that maps ``(source, weight, bias or None)`` to the output. It must be linear in both
+            ``source`` and ``weight``, and add the bias.
         weight: The weight passed to ``function``.
         bias: The bias passed to ``function``, or None.
         bias_dim: The dimension of the output along which the bias is added.

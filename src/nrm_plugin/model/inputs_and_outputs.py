@@ -359,7 +359,7 @@ def _not_floating(tensor: Tensor) -> str:
 
 
 def _infinite(tensor: Tensor) -> str:
-    """Lists the samples with infinite or nan entries, for error messages."""
+    """Lists the samples with infinite or NaN entries, for error messages."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 

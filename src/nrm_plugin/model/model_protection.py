@@ -121,7 +121,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class Fingerprint:
-    """Detects in-place changes of parameters and buffers from their version counters and a sample of their entries.
+    """Detects in-place changes to parameters and buffers from their version counters and a sample of their entries.
 
     Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
     entry. All entries of small tensors are sampled.
@@ -148,7 +148,7 @@ class Fingerprint:
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the current and the stored sample with nan replaced, since nan does not compare equal to itself."""
+        """Returns the current and the stored sample with NaN replaced, since NaN does not compare equal to itself."""
         flat = _stored(tensor.detach()).flatten()
         entries = flat[:: max(1, -(-flat.numel() // self._entries))]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

@@ -92,7 +92,7 @@ def _is_same(value: Any, own: Any, batched: bool) -> bool:
 
 
 def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the reference of each input, keyed by the keyword or index of the input."""
+    """Returns the reference for each input, keyed by the keyword or index of the input."""
     if isinstance(reference, Mapping):
         given = dict(reference)
     elif isinstance(reference, (tuple, list)):
@@ -115,7 +115,7 @@ _FORM = "Give it in the form of the inputs: a tensor, a tuple of tensors, or a m
 
 
 def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
-    """Validates the reference of one input and expands it to the shape of the input."""
+    """Validates the reference for one input and expands it to the shape of the input."""
     what = "the reference" if item is None else f"the reference of the input {item!r}"
     if not isinstance(value, Tensor):
         raise DifferenceError(f"{what} is {brief(value)}, expected a tensor of shape {tuple(tensor.shape)}.")

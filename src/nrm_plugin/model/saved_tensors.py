@@ -1,4 +1,4 @@
-"""Access to tensors that autograd saves for routes (indices, masks), also if the model recomputes activations."""
+"""Access to tensors that autograd saves for routes (indices, masks), even if the model recomputes activations."""
 
 from __future__ import annotations
 

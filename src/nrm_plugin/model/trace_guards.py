@@ -98,8 +98,8 @@ def unwatched() -> Iterator[None]:
 def uncollected() -> Iterator[None]:
     """Context manager that disables garbage collection of reference cycles.
 
-    A recording creates many objects, so that the garbage collector would traverse all objects of the process several
-    times.
+    A recording creates many objects, so the garbage collector would otherwise traverse all objects of the process
+    several times.
     """
     is_enabled = gc.isenabled()
     gc.disable()
