@@ -201,7 +201,7 @@ def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
     """Saves a module as a ``torch.export`` program, or as an ONNX file if the path ends in ``.onnx``.
 
     Args:
-        module: The module.
+        module: The module to save.
         tensors: Example arguments of the module: tensors of a call, and targets.
         path: Path of the file.
 

@@ -48,7 +48,7 @@ def frozen(value: Any) -> Hashable:
     """Converts an argument to a hashable equivalent.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If the argument has no hashable equivalent.
     """
     if value is None or isinstance(value, (bool, int, float, str, Event, nn.Module)):
         return (type(value).__name__, value)

@@ -18,10 +18,10 @@ _ENTRIES = 64
 
 
 class ModelState:
-    """Detects changes of a model from the ids and versions of all objects that its modules contain.
+    """Detects changes to a model from the ids and versions of all objects that its modules contain.
 
     Args:
-        model: The model.
+        model: The model to watch.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -29,7 +29,7 @@ MEMORY = 1 << 30
 
 
 class Measures:
-    """Factory of measures that creates a plan if inputs of the same form recur.
+    """Factory for measures that creates a plan if inputs of the same form recur.
 
     It takes the arguments of :class:`~nrm_plugin.RelevanceMeasure`. The first measures for inputs of one form (shapes
     and dtypes) are recorded; later inputs of this form use a plan, with the same results up to rounding. A plan is
@@ -171,7 +171,7 @@ def _are_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
 
 
 def _form(values: Any) -> Hashable | None:
-    """Returns a key of the form of a call, or None for calls that must always be recorded."""
+    """Returns a key for the form of a call, or None for calls that must always be recorded."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None  # a mode of the caller may change the computation of the model
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -36,7 +36,7 @@ class Operation:
     """One operation of a trace.
 
     Attributes:
-        function: The operation.
+        function: The called operator.
         args, kwargs: Its arguments, with a :class:`Value` in place of each tensor.
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
@@ -87,7 +87,7 @@ def needed(operations: Sequence[Operation], results: Iterable[int], memory: Call
     Args:
         operations: The operations to filter.
         results: Indices of the result tensors.
-        memory: Function that returns the memory of a tensor, see :meth:`Trace.memory`.
+        memory: Function that returns the memory of a tensor; see :meth:`Trace.memory`.
     """
     live: set[int | None] = set(results)
     memories = {memory(number) for number in live if number is not None}

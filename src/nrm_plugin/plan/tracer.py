@@ -48,7 +48,7 @@ class Tracer(TorchDispatchMode):
     to be filled later are appended, since a tensor is constant only once it has its final values.
 
     Attributes:
-        trace: The trace.
+        trace: The trace to which operations are appended.
         shortcut: Name of the shortcut whose condition is being evaluated.
         query: Index of the query in progress; 0 during the recording.
     """
