@@ -43,7 +43,7 @@ def flow_caption(
     Args:
         graph: The flow graph.
         target: Name of the explained output; by default, the name of the output node with the largest mass.
-        walks: The strongest walks over the groups of all layers, as from
+        walks: The strongest walks over the groups of all layers, as returned by
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
         areas: Fraction of the image that each input node covers, keyed by node.
         places: Location of each input node in the image, such as "upper left", keyed by node.
@@ -87,7 +87,7 @@ def difference_caption(graph: FlowGraph, first: str, second: str, places: Mappin
 
 
 def named_walks(walks: Walks) -> Walks:
-    """Returns the walks to be named in a caption: at most :data:`NAMED_WALKS`, of mass :data:`NAMED_WALK` or more."""
+    """Returns the walks to be named in a caption: at most :data:`NAMED_WALKS`, with mass :data:`NAMED_WALK` or more."""
     return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if mass >= NAMED_WALK]
 
 

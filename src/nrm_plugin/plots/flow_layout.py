@@ -185,7 +185,7 @@ def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Stack:
-    """Total positive and negative relevance of the ribbons at one side of a node."""
+    """Total positive and negative relevance of the ribbons on one side of a node."""
 
     positive: float
     negative: float
@@ -197,7 +197,7 @@ class Stack:
 
 
 def _stacks(graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]]) -> list[list[tuple[Stack, Stack]]]:
-    """Returns the stacks of ribbons at the left and the right side of each node."""
+    """Returns the stacks of ribbons on the left and the right side of each node."""
     joints = [joint.T for joint in graph.joints[::-1]]
     result = []
     for number, column in enumerate(columns):
@@ -405,7 +405,7 @@ def _tops(values: Array, unit: float) -> Array:
 
 
 def _middle(node: DrawnNode, side: int) -> float:
-    """Returns the vertical centre of the bar at one side of a node."""
+    """Returns the vertical centre of the bar on one side of a node."""
     x = node.box.right - BAR if side else node.box.x
     parts = [box for box, _ in node.bars if abs(box.x - x) < 1e-6]
     if not parts:

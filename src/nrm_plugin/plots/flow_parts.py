@@ -54,7 +54,7 @@ class DrawnNode:
         column: Index of its column, from the left.
         box: Bounding box of all its elements.
         thumbnail: Position of its thumbnail, or None without a thumbnail.
-        bars: Rectangles at its sides, to which ribbons are attached, each with a tone: ``positive``, ``negative``,
+        bars: Rectangles on its sides, to which ribbons are attached, each with a tone: ``positive``, ``negative``,
             ``rest``, ``sink`` or ``bypass``.
         labels: Its lines of text.
     """

@@ -41,7 +41,7 @@ class Budget:
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
         bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
-        reference: Sums to compare with at each layer, such as those of plain Zennit, marked with diamonds.
+        reference: Sums for comparison at each layer, such as those of plain Zennit, marked with diamonds.
         image: Image ``(C, H, W)`` to draw next to the title.
     """
 
@@ -86,7 +86,7 @@ def heat_map(
         values: Relevance ``(H, W)``, dimensionless.
         title: Title of the figure.
         image: Image ``(C, H, W)``, shown in low contrast behind the heat map.
-        limit: Absolute value of the darkest colours; by default the largest absolute value.
+        limit: Absolute value shown in the darkest colours; by default the largest absolute value.
         cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
             sum over each cell, which preserves the total. By default, pixels are shown.
     """
@@ -115,8 +115,8 @@ def image_and_heat_map(
         values: Heat map ``(H, W)``, dimensionless; or a list of several, each with its own colour scale.
         titles: Titles of the image and of each heat map.
         heading: Title of the figure.
-        limit: Absolute value of the darkest colours, for all heat maps or for each; by default, its largest absolute
-            value.
+        limit: Absolute value shown in the darkest colours, for all heat maps or for each; by default, the largest
+            absolute value of each heat map.
         cells: As in :func:`heat_map`.
         shown: Image to show on the left; by default ``image``, which is also shown behind the heat maps.
     """
@@ -152,7 +152,7 @@ def heat_maps(
         heading: Title of the figure.
         image: Image ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
         columns: Number of columns.
-        limit: Absolute value of the darkest colours; by default the largest absolute value of all maps.
+        limit: Absolute value shown in the darkest colours; by default the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
     """
     maps = [_summed(values, cells) for values in maps]
@@ -350,7 +350,7 @@ def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
     """Sums a heat map ``(H, W)`` over a grid of at most ``cells`` cells along each side, which preserves the total.
 
     Args:
-        values: The heat map.
+        values: The heat map to sum.
         cells: Maximum number of cells along each side, as one number or a pair.
     """
     wanted = [cells, cells] if isinstance(cells, int) else list(cells)

@@ -70,7 +70,7 @@ def text_figure(
         values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map per head.
         titles: One title per map.
         special: Tokens that are not text, such as ``tokenizer.all_special_tokens``, drawn in italics with a frame.
-        limit: Absolute relevance of the strongest colours; by default the largest absolute value.
+        limit: Absolute relevance shown in the strongest colours; by default the largest absolute value.
         width: Width in inches; longer lines are broken.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
@@ -147,7 +147,7 @@ def words_html(
     Args:
         maps: The words of each map, with their values.
         titles: One title per map.
-        bound: Absolute relevance of the strongest colours.
+        bound: Absolute relevance shown in the strongest colours.
         is_cut: Whether any value exceeds ``bound``.
         heading: Heading of the fragment.
         whole: Description of the total that percentages refer to.
@@ -172,7 +172,7 @@ def _checked(
     """Validates the arguments of a plot.
 
     Returns:
-        The words of each map, the absolute relevance of the strongest colours, and whether any value exceeds it.
+        The words of each map, the absolute relevance shown in the strongest colours, and whether any value exceeds it.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as of tokenizer.convert_ids_to_tokens(ids).")
