@@ -54,7 +54,7 @@ class Top:
     """A node on top of an autograd graph, with the attributes of autograd nodes that a :class:`Graph` accesses.
 
     Attributes:
-        step: The step.
+        step: The step for the contrast.
         next_functions: The node that the step reads, and the index of its output.
         shape, dtype, device: Those of the contrast.
     """

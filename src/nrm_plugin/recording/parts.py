@@ -30,7 +30,7 @@ End = Callable[[Tensor], Tensor]
 
 
 class PartRecorded(BaseException):
-    """Raised to stop a run of the model when the part is recorded.
+    """Raised to stop a run of the model once the part has been recorded.
 
     It is not an ``Exception``, which the model might catch.
     """

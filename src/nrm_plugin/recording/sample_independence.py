@@ -170,7 +170,7 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _check_alone(recording: Run, rerun: Rerun) -> None:
-    """Raises an error if the output of a sample depends on others when compared with an individual run.
+    """Raises an error if the outputs of individual runs show that a sample depends on others.
 
     This detects, for example, thresholds over all samples. If a model treats samples differently depending on their
     position in the batch, outputs do not follow a permutation of the samples; in this case, only an exchange shows

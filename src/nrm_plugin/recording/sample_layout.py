@@ -148,7 +148,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
     Args:
         labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
         count: Number of samples.
-        mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
+        mass: Weight of each entry, by default the same for all; entries of negligible weight are ignored.
         is_last: Whether no further information is available. In this case, samples without known entries are assigned
             the unknown slices of a dimension, or no slices if all slices are known.
 

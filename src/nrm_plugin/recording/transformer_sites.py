@@ -122,7 +122,7 @@ class Structure:
         return self.graph.vertices[edges[0].vertex].leaf is None
 
     def undivided(self, buffer: Buffer) -> Buffer:
-        """Returns the tensor from which a buffer was obtained by views or as a part."""
+        """Returns the tensor of which a buffer is a view or a part."""
         while True:
             buffer = self.source(buffer)
             vertex = self.graph.vertices[buffer.vertex]
@@ -215,7 +215,7 @@ class Structure:
         return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, branch: Branch) -> bool:
-        """Returns whether a branch without attention mixes tokens by a convolution, a scan or products of tensors."""
+        """Returns whether a branch without attention mixes tokens with a convolution, a scan or products of tensors."""
         for vertex in branch.inner:
             step, node = self.step(vertex), self.graph.vertices[vertex].node
             if isinstance(step, LayerStep) and _weight_shape(step):
