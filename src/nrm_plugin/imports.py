@@ -147,7 +147,7 @@ class _Package(types.ModuleType):
 
 
 def install() -> None:
-    """Installs the finder once, and registers the composites if Zennit's registry is already imported."""
+    """Installs the finder once and registers the composites if Zennit's registry is already imported."""
     sys.modules[PACKAGE].__class__ = _Package
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

@@ -118,7 +118,7 @@ def _painted(text: str, value: float) -> str:
 
 
 def _wrapped(parts: Sequence[str], width: int, head: str = "") -> Iterator[str]:
-    """Joins parts with commas, and wraps the result into lines with a hanging indent."""
+    """Joins parts with commas and wraps the result into lines with a hanging indent."""
     line = head
     for number, part in enumerate(parts):
         text = _shortened(part, width - 5) + ("," if number < len(parts) - 1 else "")

@@ -109,7 +109,7 @@ class Task:
 
 
 def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -> Task:
-    """Tokenizes a text, and infers the prediction task by running the model.
+    """Tokenizes a text and infers the prediction task by running the model.
 
     Raises:
         InputError: If the model does not return logits for classes or tokens, or ``position`` is missing or invalid.

@@ -112,7 +112,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bool) -> int:
-    """Prints why a command stopped, and returns its exit status."""
+    """Prints why a command stopped and returns its exit status."""
     if options.debug:
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):

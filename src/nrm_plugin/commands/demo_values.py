@@ -74,7 +74,7 @@ class Row:
 
 @torch.no_grad()
 def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> tuple[list[Sample], float]:
-    """Selects the most confidently predicted digits of each kind, and computes the accuracy on all digits.
+    """Selects the most confidently predicted digits of each kind and computes the accuracy on all digits.
 
     Raises:
         DemoError: If no kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explains the texts, and returns the exit status."""
+    """Explains the texts and returns the exit status."""
     from .output_files import check_folder
     from .request import check_device
     from .resolved_options import one_line_warnings, request_of

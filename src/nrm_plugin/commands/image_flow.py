@@ -94,7 +94,7 @@ class ImageFlow:
 def explain_flow(
     loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
-    """Computes the flow of relevance for one image, and writes its files.
+    """Computes the flow of relevance for one image and writes its files.
 
     Args:
         loaded: The model, on the device given in the request.

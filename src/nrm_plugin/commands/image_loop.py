@@ -98,7 +98,7 @@ def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def print_problems(problems: list[str], command: str) -> int:
-    """Prints the failures to stderr, and returns the exit status."""
+    """Prints the failures to stderr and returns the exit status."""
     if problems:
         print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=errors())
     for problem in problems:

@@ -157,7 +157,7 @@ def weights_title(loaded: LoadedModel) -> str:
 
 
 def short(text: str, length: int = TITLE) -> str:
-    """Truncates a text in the middle, and escapes dollar signs for matplotlib."""
+    """Truncates a text in the middle and escapes dollar signs for matplotlib."""
     clean = shown(text)
     half = (length - 1) // 2
     clean = clean if len(clean) <= length else f"{clean[:half]}…{clean[-half:]}"
@@ -205,7 +205,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dark: bool = False, dpi: int = DPI) -> None:
-    """Saves a figure, and prints a note about characters that no installed font contains."""
+    """Saves a figure and prints a note about characters that no installed font contains."""
     missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
     if missing:
         _noted.update(missing)

@@ -64,7 +64,7 @@ def _check_no_rules(options: argparse.Namespace) -> None:
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """Loads the model given by the options, and prints notes about it if ``notes`` is set."""
+    """Loads the model given by the options and prints notes about it if ``notes`` is set."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(
         options.model, weights, options.size, options.mean, options.std, categories, getattr(options, "fit", "crop")

@@ -78,7 +78,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the sweep, and returns the exit status."""
+    """Runs the sweep and returns the exit status."""
     from .sweep_run import sweep_data
 
     return sweep_data(options)

@@ -35,7 +35,7 @@ LISTED = 20
 
 
 def sweep_data(options: argparse.Namespace) -> int:
-    """Runs a sweep, and returns the exit status.
+    """Runs a sweep and returns the exit status.
 
     Raises:
         NRMError: If options conflict with each other, with the model, or with the stored results.

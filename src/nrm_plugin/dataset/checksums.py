@@ -30,7 +30,7 @@ class Segments:
 
     @classmethod
     def of(cls, path: Path, ends: Sequence[int] = ()) -> Segments:
-        """Splits a file into segments, and hashes each of them.
+        """Splits a file into segments and hashes each of them.
 
         Args:
             path: The file to hash.

@@ -37,7 +37,7 @@ def check_samples(
     on_error: OnError = "raise",
     progress: bool = False,
 ) -> None:
-    """Reads samples, and compares their hashes with those stored in a sweep.
+    """Reads samples and compares their hashes with those stored in a sweep.
 
     Args:
         folder: The folder of the sweep.

@@ -80,7 +80,7 @@ def crops(
     uncovered: Uncovered | None = None,
     show_progress: bool = False,
 ) -> dict[int | str, list[Crop]]:
-    r"""Crops reference examples to receptive fields, and computes their conditional heat maps.
+    r"""Crops reference examples to receptive fields and computes their conditional heat maps.
 
     The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask
     selects the pixels where the smoothed heat map is at least 0.2 times its maximum; if the total relevance within the
@@ -165,7 +165,7 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Returns the position with the largest relevance of a channel in each sample, ``(N,)``."""
+    """Returns the position at which a channel has the largest relevance in each sample, ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
     return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
 

@@ -57,7 +57,7 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path) -> Shard:
-        """Reads the footer of a row file, and verifies its checksum.
+        """Reads the footer of a row file and verifies its checksum.
 
         Raises:
             ShardError: If the file is damaged.

@@ -67,7 +67,7 @@ def sweep(
     engine_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Evaluates queries on every sample of a data set, and stores the results.
+    """Evaluates queries on every sample of a data set and stores the results.
 
     Completed shards are kept if a sweep is killed, fails or is interrupted by Ctrl-C: the same call resumes it, and
     yields the same rows as an uninterrupted sweep. Under ``torchrun``, the shards are divided among the processes.
@@ -246,7 +246,7 @@ def summarized(folder: Path) -> Manifest:
 
 
 def complete(folder: Path, count: int, index: bool) -> None:
-    """Marks a sweep as complete, and writes its index.
+    """Marks a sweep as complete and writes its index.
 
     Args:
         folder: The sweep folder.

@@ -34,7 +34,7 @@ class Diagram:
         self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
 
     def build(self, event: Event, variables: Mapping[Event, int]) -> int:
-        """Adds an event to the diagram, and returns its node.
+        """Adds an event to the diagram and returns its node.
 
         Args:
             event: The event to add.

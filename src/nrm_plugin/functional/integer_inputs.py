@@ -79,7 +79,7 @@ class Ids:
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Tracks ids through a call, and returns its result.
+        """Tracks ids through a call and returns its result.
 
         Rows looked up by ids are replaced with tensors at which walks end.
 

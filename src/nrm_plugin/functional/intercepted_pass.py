@@ -106,7 +106,7 @@ class InterceptedPass:
             return self._linked_step(call, output.detach(), observed, factory)
 
     def _linked_step(self, call: FunctionCall, output: Tensor, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Records the output of a call as a step, and returns the output of the step."""
+        """Records the output of a call as a step and returns the output of the step."""
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # an operation may return its input, a step may not
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None

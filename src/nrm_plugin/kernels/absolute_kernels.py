@@ -57,7 +57,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """Computes ``Σ_j |T_ij| R_j`` in closed form from the branches of a rule, if there is a closed form.
+    """Computes ``Σ_j |T_ij| R_j`` in closed form from the branches of a rule, where a closed form exists.
 
     Args:
         branches: All branches of a rule.

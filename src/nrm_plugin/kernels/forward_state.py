@@ -68,7 +68,7 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into ``target`` in place, and returns the tensor that has the autograd history of the result."""
+    """Copies a result into ``target`` in place and returns the tensor that has the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)

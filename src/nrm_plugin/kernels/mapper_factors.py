@@ -62,7 +62,7 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
 
 
 def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """Applies the gradient mapper of a rule to relevance, and returns one tensor per branch."""
+    """Applies the gradient mapper of a rule to relevance and returns one tensor per branch."""
     result = rule.gradient_mapper(relevance, outputs)
     return [result] if isinstance(result, Tensor) else list(result)
 

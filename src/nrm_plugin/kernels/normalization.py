@@ -197,7 +197,7 @@ class Deficit(Columns):
 
 
 class ColumnWriter:
-    """Accumulates the columns of a kernel block by block, and returns the gain of each block.
+    """Accumulates the columns of a kernel block by block and returns the gain of each block.
 
     Args:
         like: A tensor with the shape of the output.

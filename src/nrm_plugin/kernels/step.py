@@ -256,8 +256,7 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Autograd function that links a tensor modified in place to its previous version; its gradient is the relevance.
-    """
+    """Like :class:`Link`, but links a tensor modified in place to its previous version."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:

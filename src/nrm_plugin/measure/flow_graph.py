@@ -159,7 +159,7 @@ class FlowGraph:
         return {"format": FORMAT, "layers": layers, "joints": joints, "carried": self.carried}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Serializes the graph to JSON, and writes it to a file if a path is given.
+        """Serializes the graph to JSON and writes it to a file if a path is given.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

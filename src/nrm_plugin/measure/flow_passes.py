@@ -62,7 +62,7 @@ class FlowPasses:
             self._run(number)
 
     def _run(self, number: int) -> None:
-        """Runs the pass for the nodes of a layer, and aggregates the relevance that arrives at the layers below."""
+        """Runs the pass for the nodes of a layer and aggregates the relevance that arrives at the layers below."""
         nodes, upper = self._nodes(number), self.taps[number]
         places = {self._stop.place} | {tap.place for tap in self.taps[number + 1 :]}
         below = [tap for tap in self._layers() if tap.place in places and tap.place != upper.place]

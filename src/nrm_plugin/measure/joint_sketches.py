@@ -65,7 +65,7 @@ class PairJoints:
             self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
 
     def _move_image(self) -> bool:
-        """Replaces the image with a layer of the same spatial layout, and returns whether there is one."""
+        """Replaces the image with a layer of the same spatial layout and returns whether there is one."""
         image = self.taps[-1]
         if image.place != self.mu._tap("input").place:
             return False

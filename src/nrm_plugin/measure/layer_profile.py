@@ -75,7 +75,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """Returns all layers without aliases; the last layer is listed as ``"output"`` if it is the same tensor."""
+    """Returns all layers without aliases; the last layer is listed as ``"output"`` if it is the output tensor."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

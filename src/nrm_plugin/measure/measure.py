@@ -377,9 +377,9 @@ class RelevanceMeasure(Recorded):
 
         Args:
             layers: The layers, in any order; for any two of them, one must be below the other.
-            over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks keyed by
-                name; or a dictionary of these keyed by layer name, with channels as the default. ``"groups"`` divides
-                the channels of a layer into ``k`` groups that preserve most of the dependence between layers
+            over: How neurons are grouped: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks
+                keyed by name; or a dictionary of these keyed by layer name, with channels as the default. ``"groups"``
+                divides the channels of a layer into ``k`` groups that preserve most of the dependence between layers
                 (:func:`~nrm_plugin.find_groups`), so that there is no rest.
             top: Maximum number of groups to show per layer, by absolute mass, or None for no limit. All other neurons
                 form one node, the rest.

@@ -137,7 +137,7 @@ def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None)
 def pass_totals(
     recording: Recording, start: Tensor, stored: Iterable[Place] = (), absolute: bool = False, sums: bool = True
 ) -> Totals:
-    """Propagates all relevance in one pass, and returns its totals.
+    """Propagates all relevance in one pass and returns its totals.
 
     Args:
         recording: The recording of the forward pass.

@@ -46,7 +46,7 @@ class Program:
 
     Attributes:
         operations: The simplified operations.
-        constants: The constant tensors that they read, keyed by index.
+        constants: The constant tensors that the operations read, keyed by index.
         until: Number of operations in the first stage.
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.

@@ -32,7 +32,7 @@ class Simplifier:
     Attributes:
         trace: A copy of the trace, to which simplification adds tensors.
         operations: The remaining operations, in order.
-        constants: The constants that they read, keyed by index.
+        constants: The constants that the operations read, keyed by index.
         results: Indices of the result tensors.
         obstacle: Why the operations cannot be replayed; empty if they can. If it is not empty, there are no operations.
     """
@@ -76,7 +76,7 @@ class Simplifier:
     # -- constants ------------------------------------------------------------------------------------------------
 
     def _folded(self, operations: list[Operation]) -> list[Operation]:
-        """Evaluates all operations on constants, and returns the remaining operations."""
+        """Evaluates all operations on constants and returns the remaining operations."""
         memory = self.trace.memory
         varying = {memory(number) for number in self.trace.placeholders}
         marked = [False] * len(operations)

@@ -114,7 +114,7 @@ class Tracer(TorchDispatchMode):
         return self._memories.get(_identity(tensor)) if known is None else known[1]
 
     def _by_object(self, tensor: Tensor) -> tuple[Value, _Memory] | None:
-        """Returns the index and memory of a known tensor object, or None if its memory has been replaced since."""
+        """Returns the index and memory of a known tensor object, or None if its memory has since been replaced."""
         known = self._tensors.get(id(tensor))
         if known is None or known[0]() is not tensor:
             return None
@@ -148,7 +148,7 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _new(self, tensor: Tensor, is_traced: bool) -> Value:
-        """Adds a tensor to the trace, and returns its index."""
+        """Adds a tensor to the trace and returns its index."""
         trace = self.trace
         value = Value(trace.count)
         trace.count += 1

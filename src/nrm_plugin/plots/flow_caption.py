@@ -106,7 +106,7 @@ def _target(graph: FlowGraph) -> str:
 
 
 def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Mapping[str, str]) -> str:
-    """States which nodes of the lowest layer have most of the relevance."""
+    """States which nodes of the lowest layer carry most of the relevance."""
     if not graph.layers:
         return ""
     lower = graph.layers[-1]

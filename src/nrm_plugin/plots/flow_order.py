@@ -65,7 +65,7 @@ def _shuffled(order: Order, free: int, generator: np.random.Generator) -> Order:
 
 
 def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
-    """Returns the product of the widths of two crossing ribbons, summed over all crossings."""
+    """Returns the product of the widths of the two crossing ribbons, summed over all crossings."""
     pairs = zip(widths, orders, orders[1:], strict=False)
     return sum(crossings(width[np.ix_(left, right)]) for width, left, right in pairs)
 

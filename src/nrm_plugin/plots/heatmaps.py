@@ -54,7 +54,7 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
-    """Saves a figure with the given background colour, and returns the path.
+    """Saves a figure with the given background colour and returns the path.
 
     Args:
         figure: The figure to save.

@@ -24,7 +24,7 @@ from .taps import Item, Label, Observed
 
 
 class Observer:
-    """Registers hooks around those of the composite, and collects tensors during one forward pass.
+    """Registers hooks around those of the composite and collects tensors during one forward pass.
 
     Args:
         indices: Integer inputs; relevance ends at the embedding rows that they select.
@@ -78,7 +78,7 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf from an input, and returns the tensor to be passed to the model in its place."""
+        """Creates a leaf from an input and returns the tensor to be passed to the model in its place."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)

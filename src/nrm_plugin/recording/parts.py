@@ -152,7 +152,7 @@ class Repeat:
     """Watcher of a later run, in which only the steps of one part keep their tensors.
 
     Args:
-        first: The first run.
+        first: The first run of the model.
         part: Step indices of the part.
         units: The calls that are replaced with their stored outputs, keyed by module name and call index.
 
@@ -218,7 +218,7 @@ class Parts:
     """The parts of a recording, of which at most one stores its tensors.
 
     Args:
-        first: The first run.
+        first: The first run of the model.
         run: Function that runs the model again under a watcher, preceded by the run at the reference, if any, under a
             second watcher.
 

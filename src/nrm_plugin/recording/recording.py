@@ -122,7 +122,7 @@ class Recording:
             vertex.forget()
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
-        r"""Prepares the recording for queries, and converts the initial relevance to the layout of the output.
+        r"""Prepares the recording for queries and converts the initial relevance to the layout of the output.
 
         Unless samples are known to be the rows of all tensors, or there is only one, they are located in each tensor.
 
@@ -148,7 +148,7 @@ class Recording:
         return start
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
-        """Places the contrast on top of the outputs, and returns its relevance."""
+        """Places the contrast on top of the outputs and returns its relevance."""
         top = contrast_top(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
         self.structure = self._restructured(top)
@@ -337,7 +337,7 @@ class Rerun:
             return Recording(self.model, call, self.composite, self.output, reference, self.max_memory)
 
     def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
-        """Runs the model on modified inputs without recording, and returns the output."""
+        """Runs the model on modified inputs without recording and returns the output."""
         if isinstance(self.output, Atom):
             return self.recording(change, others).output.detach()
         call = self.call.changed(change, others)

@@ -171,8 +171,9 @@ def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
     """Returns whether a route that does not depend on values maps each row to the same row.
 
     The backward function of the route is evaluated on ones, and on one random number per row. If each entry of an input
-    contributes only to its own row, the two results differ by the number of that row. Strides do not suffice for this
-    test, since rows need not be contiguous, for example after a convolution in ``channels_last`` format.
+    contributes only to its own row, the two results differ by that number as a factor in each row. Strides do not
+    suffice for this test, since rows need not be contiguous, for example after a convolution in ``channels_last``
+    format.
     """
     sources = [None if edge is None else graph.shape(edge) for edge in vertex.edges]
     shape, dtype = vertex.shapes[0], vertex.dtypes[0]
