@@ -45,7 +45,7 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """Raised if a tap is inside a container that has its own rule, and is therefore a single step."""
+    """Raised if a tap is inside a container that has its own rule and is therefore a single step."""
 
 
 class EventError(NRMError, ValueError):

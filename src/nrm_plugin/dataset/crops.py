@@ -96,7 +96,7 @@ def crops(
         layer: Layer of the channels, if it differs from the name of the references.
         against: As in the search for the references.
         whole: Whether to return whole images. This skips the computation of receptive fields, which dominates the run
-            time of large networks: about thirty forward passes in double precision per distinct position.
+            time for large networks: about thirty forward passes in double precision per distinct position.
         to_image: Function that converts a model input to an image in [0, 1], such as the inverse normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.

@@ -97,7 +97,7 @@ class DataSource:
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by hashes: if the data set has stamps, or has no fingerprint."""
+        """Whether samples are identified by hashes, as they are if the data set has stamps or no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )

@@ -75,7 +75,7 @@ class Event:
         raise NotImplementedError
 
     def mapped(self, replace: Callable[[Event], Event]) -> Event:
-        """Replaces each atom of the formula with ``replace(atom)``.
+        """Returns the event with each atom of its formula replaced with ``replace(atom)``.
 
         Examples:
             >>> (at("conv")[3] & ~at("fc")).mapped(lambda atom: atom | at("skip"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Kernel(ABC):
-    """Base class of kernels: the linear map of one call, before normalization."""
+    """Base class of kernels. A kernel is the linear map that a call applies to relevance, before normalization."""
 
     is_stochastic = False
     """Whether every column sums to exactly one, so that no gain is applied and nothing is absorbed."""

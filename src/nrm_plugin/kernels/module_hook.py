@@ -291,7 +291,7 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 def _has_backward_hooks(module: nn.Module) -> bool:
     """Returns whether the module has full backward hooks that receive relevance.
 
-    They do in a context, but not in a measure.
+    Hooks receive relevance in a context, but not in a measure.
     """
     if listener() is not None:
         return False

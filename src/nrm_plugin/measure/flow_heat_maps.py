@@ -118,7 +118,7 @@ def flow_maps(
 
     Heat maps are summed over the colour channels and over the slices of a volume; a one-dimensional signal is treated
     as an image with one row. The heat map of a group of input pixels is their relevance. There are no heat maps if the
-    inputs have no positions, and none for the walks off a layer.
+    inputs have no positions, and none for the walks that do not cross a layer.
 
     Args:
         mu: The measure from which the graph was computed.

@@ -110,7 +110,7 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     Candidates are the layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses and that have
     the aspect ratio of the image, unlike attention weights. They are grouped by the power of two by which they are
     smaller than the image. In each group, the last layer with the smallest resolution is chosen. Layers that only pool
-    the output of a larger layer, such as the last pooling of VGG16, are excluded.
+    the output of a larger layer, such as the last pooling layer of VGG16, are excluded.
 
     Args:
         mu: A measure with images ``(N, C, H, W)`` as inputs.

@@ -127,7 +127,7 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
 
 
 def is_only_pooled(recording: Recording, tap: Tap) -> bool:
-    """Returns whether a tap is obtained from larger tensors by pooling and rearranging entries only."""
+    """Returns whether a tap is obtained from larger tensors only by pooling and rearranging entries."""
     graph, seen = recording.graph, set()
     waiting = [graph.buffer(tap.place)]
     while waiting:

@@ -97,7 +97,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
-    """Raises :class:`ModelStateError` if a layer still has hooks from a composite: two composites would interfere."""
+    """Raises :class:`ModelStateError` if a layer still has hooks from a composite; two composites would interfere."""
     for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):

@@ -76,7 +76,7 @@ def flow_figure(
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
             names, below each group of channels, the image part that contributes most to it.
-        counts: Number of channels of each group, keyed by node; shown where there is enough space.
+        counts: Number of channels in each group, keyed by node; shown where there is enough space.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.

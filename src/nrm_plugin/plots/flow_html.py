@@ -113,7 +113,7 @@ def save_sankey(
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
 ) -> Path:
-    """Writes the page of :func:`sankey` to a file, and returns the path."""
+    """Writes the page returned by :func:`sankey` to a file and returns the path."""
     path = Path(path)
     path.write_text(
         sankey(

@@ -43,7 +43,7 @@ class Photo:
 
     Attributes:
         image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
-        whole: The image of the file, ``(3, H, W)`` in [0, 1], or None if it is the input of the model.
+        whole: The image in the file, ``(3, H, W)`` in [0, 1], or None if it is the input of the model.
         seen: The part of the file that is the input of the model: left, top, right and bottom as fractions.
         regions: Boolean masks of the input groups, ``(H, W)``, keyed by node; drawn as outlines.
     """
@@ -60,7 +60,7 @@ class Photo:
 
     @property
     def file(self) -> Array:
-        """The image of the file, ``(H, W, 3)``."""
+        """The image in the file, ``(H, W, 3)``."""
         return _colors(self.image if self.whole is None else self.whole)
 
 

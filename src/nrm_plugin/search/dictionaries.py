@@ -39,7 +39,8 @@ class Dictionary:
         threshold: Threshold up to which pre-activations are set to zero, a number or ``(F,)``. 0 gives ReLU, positive
             values give JumpReLU, and ``-math.inf`` disables the threshold.
         k: Maximum number of active features at each position, or None for no limit.
-        skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None without one.
+        skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None if there
+            is none.
         reads: ``"output"`` for an autoencoder that reconstructs the output of a layer, or ``"input"`` for a transcoder
             from the input of a layer to its output.
 

@@ -112,7 +112,7 @@ class TopWalks:
         return intersection([~atom if group is None else atom[labels == group] for atom, labels, group in parts])
 
     def neurons(self, number: int) -> dict[str, tuple[int, ...]]:
-        """Returns the index of the neuron in each layer that a walk crosses, such as (channel, row, column).
+        """Returns the index of the neuron that a walk crosses in each layer, such as (channel, row, column).
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -160,7 +160,8 @@ def top_walks(
         layers: One or more taps, each below the previous one; or None for all taps, which requires ``over="neuron"``.
         k: Number of walks to return.
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; ``"groups"`` for
-            groups that preserve most of the dependence between the layers; all walks over these groups are enumerated.
+            groups that preserve most of the dependence between the layers, in which case all walks over these groups
+            are enumerated.
         budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
             it; without ``layers``, they are always completed.
         expansions: Number of expanded prefixes after which the search stops, for reproducible results.
