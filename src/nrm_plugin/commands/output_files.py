@@ -82,7 +82,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
 
 
 def json_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], settings: Mapping[str, Any]) -> str:
-    """Applies :func:`free_stem` to JSON results, which are from the same query if their ``"settings"`` are equal."""
+    """Applies :func:`free_stem` to JSON results, which belong to the same query if their ``"settings"`` are equal."""
     return free_stem(out, stem, ends, taken, lambda path: _stored_settings(path) == json.loads(json.dumps(settings)))
 
 

@@ -102,7 +102,7 @@ def _check_file(path: Path, name: str) -> bytes:
 
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
-    """Returns the entries of a zip archive; empty for other files, such as safetensors or files of torch before 1.6."""
+    """Returns the entries of a zip archive; empty for other files, such as safetensors or those of torch before 1.6."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()

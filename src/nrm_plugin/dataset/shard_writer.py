@@ -183,7 +183,7 @@ def _table(
     names: Sequence[str],
     value: str,
 ) -> pa.Table:
-    """Creates the rows of values ``(groups, lower, samples)``."""
+    """Creates the rows for values ``(groups, lower, samples)``."""
     pa = arrow()
     repeats, count = len(groups) * len(lowers), len(results.sample)
     queries = np.full(values.size, names.index(name), np.int32)

@@ -281,7 +281,7 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """Attaches a step to the autograd graph: returns a tensor modified in place with the step as its ``grad_fn``."""
+    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place; returns the tensor."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 

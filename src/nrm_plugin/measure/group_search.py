@@ -231,7 +231,7 @@ def _by_mass(masses: Array, labels: Labels) -> Labels:
 
 
 def _names(masses: Array, labels: Labels, kind: Over, names: Names | None) -> tuple[str, ...]:
-    """Names each group after its member with the largest absolute mass and the number of other members."""
+    """Names each group after its member with the largest absolute mass, followed by the number of other members."""
     given = dict(enumerate(names)) if names is not None and not isinstance(names, Mapping) else names or {}
     called = []
     for group in range(int(labels.max()) + 1):

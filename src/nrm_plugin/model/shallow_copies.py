@@ -45,7 +45,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 def _compute_parametrized(copy: nn.Module, module: nn.Module) -> None:
-    """Stores computed weights as parameters, since a rule modifies the weight that the layer multiplies with."""
+    """Stores computed weights as parameters, since a rule modifies the weight that the layer uses."""
     if parametrize.is_parametrized(module):
         del copy._modules["parametrizations"]
         for name in module.parametrizations:  # type: ignore[union-attr]
