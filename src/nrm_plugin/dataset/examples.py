@@ -152,7 +152,7 @@ class FoundReferences:
         Args:
             name: Name of the layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Explained class to which the samples are restricted, or None for all samples.
+            target: Restricts the samples to this explained class. Defaults to all samples.
 
         Raises:
             ReferencesError: If the layer was not ranked, or there are no samples with this target.
@@ -233,12 +233,12 @@ def references(
     """Reads reference examples from a complete sweep, without the model.
 
     Args:
-        sweep: The sweep, or its folder.
-        query: Name of a query, or of a layer.
+        sweep: The sweep, or the path of its folder.
+        query: Name of a query or a layer.
         group: A group, or a pair of an upper and a lower group for joint relevance. Defaults to all groups.
         k: Number of samples per group.
-        by: ``"relevance"``, or ``"activation"`` for queries of activations.
-        target: Explained class to which the samples are restricted, or None for all samples.
+        by: ``"relevance"``, or ``"activation"`` for activation queries.
+        target: Restricts the samples to this explained class. Defaults to all samples.
 
     Returns:
         The references, with ties broken by sample index. Positions are known if the sweep has a ``Peak`` query for the

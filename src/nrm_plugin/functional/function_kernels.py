@@ -16,7 +16,7 @@ _SMALLEST = 1e-30
 
 
 class BroadcastKernel(Kernel):
-    """Kernel that passes all relevance to one input, summed over the dimensions in which it was broadcast.
+    """Kernel that passes all relevance to one input, summed over the dimensions along which that input was broadcast.
 
     Args:
         shapes: Shape of each input.

@@ -17,7 +17,10 @@ _KNOWN_SIGNS: dict[type, list[float]] = {}
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
-    """Returns the modified inputs of a rule; identical inputs share memory, as when all activations are nonnegative."""
+    """Returns the modified inputs of a rule.
+
+    Identical inputs share memory, for example when all activations are nonnegative.
+    """
     known, sources = [inputs], []
     # The bounds of ZBox may have the shape of an image, which does not match the probe, and are not parts of the input.
     positive = is_known_linear(rule) and not isinstance(rule, ZBox) and is_positive(inputs)

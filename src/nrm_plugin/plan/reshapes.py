@@ -172,9 +172,10 @@ class ViewRemover:
         return replace(one, args=args, kwargs=kwargs, reads=UNKNOWN)
 
     def _without(self, number: int, ndim: int) -> int | None:
-        """Returns the index of a tensor without its leading dimension, or None if it does not exist in the trace.
+        """Returns the index of the tensor that equals tensor ``number`` with its leading dimension dropped, or None.
 
-        Tensors with fewer than ``ndim`` dimensions are returned unchanged.
+        None means that the trace contains no such tensor. If tensor ``number`` has fewer than ``ndim`` dimensions,
+        returns ``number``.
         """
         form = self.trace.forms[number]
         if len(form[0]) < ndim:

@@ -186,7 +186,7 @@ class _Layer:
         step: The step of the layer.
         vertex: Index of its vertex.
         source: The input of the layer.
-        weights: The weights ``s``, with the shape of the output of the layer.
+        weights: The weights ``s``, with the same shape as the layer's output.
     """
 
     step: LayerStep
@@ -266,15 +266,15 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
 
 
 def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layout, output_layout: Layout) -> Weighted:
-    r"""Returns the layer with one output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
+    r"""Returns a layer with a single output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
 
-    The layer reads only entries that are connected to an explained output, since rules such as Flat replace the
-    weights.
+    The layer reads only entries that are connected to an explained output. Zero weights would not exclude the others,
+    because rules such as Flat replace the weights.
 
     Args:
         call: The recorded call of the layer.
-        weights: The weights ``s``, with the shape of the output of the layer.
-        number: The contrast ``g``.
+        weights: The weights ``s``, with the same shape as the layer's output.
+        number: The value of the contrast ``g``.
         layout: The layout of the input.
         output_layout: The layout of the output.
     """

@@ -402,7 +402,7 @@ def _outer(items: Sequence[Item | None]) -> list[Item | None]:
 
 
 def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
-    """Formats an item for a name; a key that looks like a position of the same layer is quoted."""
+    """Formats an item for a tap name, with quotes around keys that could be mistaken for a position."""
     return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
 
 

@@ -139,7 +139,7 @@ class Subspaces:
 
 
 def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``1 / a``, with zeros for silent neurons, and an indicator of silent neurons."""
+    """Returns ``1 / a``, with zeros for silent neurons, and a mask of the silent neurons."""
     size = values.abs()
     silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
     return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)
