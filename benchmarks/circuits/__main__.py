@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.quick:
-        measure(options.nets, 1, 20, 1)
+        measure(options.nets, 1, 20, 3)
         return
     if not options.render:
         results = json.loads(RESULTS.read_text()) if options.cost else measure(list(NETS), SEEDS, PAIRS)

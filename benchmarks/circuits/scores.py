@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from zennit.composites import LayerMapComposite
 from zennit.rules import Epsilon, Norm, Pass
 from zennit.types import Activation, AvgPool, Linear
@@ -15,7 +15,7 @@ from zennit.types import Activation, AvgPool, Linear
 from benchmarks.circuits.circuit import Edges, Task, Trace, masked, metric, trace
 from benchmarks.circuits.nets import TANGENTS
 from benchmarks.circuits.slopes import RelP, Secants, Tangents
-from nrm_plugin import Normalized, RelevanceMeasure
+from nrm_plugin import Normalized, Plan, RelevanceMeasure
 
 STEPS = 8
 Multipliers = dict[str, Tensor]
@@ -136,6 +136,22 @@ def reference_measure(task: Task, slopes: Literal["secant", "tangent"] = "secant
     return Joints(mu, task.whole - task.empty)
 
 
+class PlannedMeasure:
+    """The measure against the corrupted input by a plan, which is kept for further pairs of the same net and number."""
+
+    def __init__(self) -> None:
+        self.plans: dict[tuple[nn.Module, torch.Size], Plan] = {}
+
+    def __call__(self, task: Task) -> Joints:
+        clean, corrupted = task.pairs[:2]
+        key = task.net, clean.shape
+        if key not in self.plans:
+            self.plans = {key: Plan(task.net, clean, reference=corrupted)}
+        mu = self.plans[key](clean, start=contrast(task), reference=corrupted)
+        mu.marginal(mu.layers)
+        return Joints(mu, task.whole - task.empty)
+
+
 def lrp_0(task: Task) -> Joints:
     """LRP-0 at the clean input; for the difference of two logits, relevance starts at the value of each logit."""
     rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
@@ -165,9 +181,10 @@ class Score:
         return self.passes(task).edges(task)
 
 
-REFERENCE, PLAIN = "reference measure", "the same, plain code"
+REFERENCE, PLANNED, PLAIN = "reference measure", "the same, planned", "the same, plain code"
 SCORES = {
     REFERENCE: Score(reference_measure, 2, 1),
+    PLANNED: Score(PlannedMeasure(), 2, 1),
     PLAIN: Score(secants, 2, 1),
     "EAP": Score(attribution_patching, 2, 1),
     "EAP-IG, 8 steps": Score(integrated_gradients, 2 + STEPS, STEPS),

@@ -1,6 +1,6 @@
-"""Normalized relevance measure for Zennit and Captum.
+"""Normalized relevance measures for Zennit and Captum.
 
-The public names are listed in ``__init__.pyi`` and imported when they are first used.
+Public names are declared in ``__init__.pyi`` and imported lazily.
 """
 
 import lazy_loader

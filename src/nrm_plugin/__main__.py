@@ -1,4 +1,4 @@
-"""Runs the command ``nrm-plugin`` as ``python -m nrm_plugin``."""
+"""Entry point of ``python -m nrm_plugin``, which runs the command ``nrm-plugin``."""
 
 import sys
 

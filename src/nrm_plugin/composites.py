@@ -1,4 +1,4 @@
-"""Normalization of Zennit composites, and the composites of this package."""
+"""The wrapper ``Normalized`` for Zennit composites, and the composites of this package."""
 
 from __future__ import annotations
 
@@ -45,30 +45,32 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Modules that run as loops over time; the rule of the module is applied to the linear maps inside the loop."""
+"""Recurrent modules. Their rule is applied to the linear maps of every time step."""
 
 
 class Normalized(Composite):
-    """A Zennit composite with normalized rules: all relevance is propagated or absorbed by a sink.
+    """Wraps a Zennit composite and normalizes its rules: all relevance is either propagated or absorbed by a sink.
 
-    The composite is used like any other: in a context, in an attributor, or nested in ``MixedComposite``. The gradient
-    of an output in its context is relevance under the normalized kernels. With ``create_graph=True``, this relevance
-    can be differentiated with respect to the start vector; derivatives with respect to inputs and weights raise
-    ``UnsupportedOperationError``, as does relevance at an operation without a kernel. In a measure, only the inputs
-    receive relevance, and all other tensors are constants. In a context, other leaves that require a gradient and
-    existed before the call receive relevance as well, except for parameters; leaves created by the model are constants
-    if an input requires a gradient. A context does not distinguish samples: if the samples of a batch depend on each
-    other, relevance is that of the whole batch, as in a measure with ``batched=False``.
+    It can be used like any Zennit composite: as a context, in an attributor, or inside a ``MixedComposite``. Within its
+    context, gradients of an output are its relevance under the normalized kernels. With ``create_graph=True``, this
+    relevance can be differentiated with respect to the start vector; derivatives with respect to inputs or weights
+    raise ``UnsupportedOperationError``, as does relevance that reaches an operation without a kernel.
+
+    In a measure, only the inputs receive relevance, and all other tensors are constants. In a context, other leaf
+    tensors that require a gradient and were created before the forward pass receive relevance as well, except
+    parameters; leaves created by the model are constants if an input requires a gradient. A context does not separate
+    samples: if the samples of a batch depend on each other, relevance is that of the whole batch, as in a measure with
+    ``batched=False``.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
-        residual: ``"redistribute"`` or ``"sink"``.
-        gain_limit: Largest gain ``G`` of a column.
-        sums: Distribution of relevance in ``a + b``: ``"absolute"`` (also called ``"ratio"``) or ``"signed"``.
-        uncovered: Treatment of layers without a rule: ``"error"`` raises an error when a measure is constructed;
-            ``"gradient"`` uses the plain gradient, as in Zennit.
-        attention: ``"value"`` propagates all relevance to the values, with the attention weights as constants;
-            ``"halves"`` propagates half of it to the weights, and through softmax to queries and keys, by the rules of
+        residual: Treatment of the relevance that a rule does not propagate: ``"redistribute"`` or ``"sink"``.
+        gain_limit: Upper bound ``G`` on the gain of a column.
+        sums: How the sum ``a + b`` distributes relevance: ``"absolute"`` (alias ``"ratio"``) or ``"signed"``.
+        uncovered: Treatment of layers without a rule: ``"error"`` raises when a measure is constructed; ``"gradient"``
+            uses the plain gradient, as in Zennit.
+        attention: ``"value"`` treats attention weights as constants and propagates all relevance to the values;
+            ``"halves"`` propagates half of it to the weights, and through the softmax to queries and keys, as in
             AttnLRP.
 
     Raises:
@@ -113,7 +115,7 @@ class Normalized(Composite):
         super().__init__(module_map=self.mapping, canonizers=[*kept, functions])
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """Returns the hook of a module, or None if the module is not a step.
+        """Returns the hook for a module, or None if the module is not a step.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -133,14 +135,14 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """Returns the module types whose inner functions are steps, although Zennit treats them as activations."""
+        """Returns the module types that are decomposed into functions, although Zennit maps them as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
-        """Registers hooks on a module, as in Zennit.
+        """Registers the hooks of the composite on a module and its submodules.
 
         Raises:
-            ModelStateError: If the module already has hooks of another composite; one of the two would silently have no
+            ModelStateError: If the module still has hooks from another composite; one of the two would silently have no
                 effect.
             UnsupportedRuleError: If another package has patched Zennit.
         """
@@ -157,7 +159,7 @@ class Normalized(Composite):
             raise
 
     def remove(self) -> None:
-        """Removes hooks and canonizers in reverse order, so that each canonizer restores the previous state."""
+        """Removes hooks and canonizers in reverse order of registration, so that each restores the previous state."""
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
@@ -169,10 +171,10 @@ class Normalized(Composite):
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:
-        """Context manager that restores the forward passes and gradients of the plain model.
+        """Context manager in which the model has its original forward and backward passes.
 
-        Unlike in Zennit, outputs computed before the context still propagate relevance, since a step never runs the
-        backward pass of its module.
+        Unlike in Zennit, outputs computed before entering the context still propagate relevance, since a step never
+        runs the backward pass of its module.
 
         Examples:
             >>> rules, net, x = Normalized(NRMDefault()), nn.Linear(3, 1), torch.randn(5, 3, requires_grad=True)
@@ -214,13 +216,13 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _is_compound_norm(module: nn.Module) -> bool:
-    """Returns whether a batch normalization includes an activation or other operations, which are then steps."""
+    """Returns whether a batch-norm module also computes an activation or other operations, which are separate steps."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and type(module).forward is not norm.forward
 
 
 def register(name: str) -> Any:
-    """Registers a composite class under a name in Zennit. Unlike Zennit, raises an error if the name is taken."""
+    """Registers a composite class with Zennit under ``name``. Unlike Zennit, raises an error if the name is taken."""
 
     def decorate(composite: type[Composite]) -> type[Composite]:
         known = COMPOSITES.get(name)
@@ -241,16 +243,15 @@ class _Depthwise(type):
 
 
 class Depthwise(metaclass=_Depthwise):
-    """Convolutions that do not mix channels (depthwise convolutions), as a type for layer maps."""
+    """Type of depthwise convolutions, for use in layer maps."""
 
 
 @register("nrm_default")
 class NRMDefault(SpecialFirstLayerMapComposite):
-    """Default composite: Flat in the first convolution, ConservingEpsilon in other convolutions and linear layers.
+    """Default composite: Flat for the first convolution, ConservingEpsilon for other convolutions and linear layers.
 
-    Depthwise convolutions, sums and average pooling use :class:`~nrm_plugin.rules.Absolute`; the rule of the other
-    layers is :class:`~nrm_plugin.rules.ConservingEpsilon`. Every column sums to one, so that only constants absorb
-    relevance.
+    Depthwise convolutions, sums and average pooling use :class:`~nrm_plugin.rules.Absolute`. Every column sums to one,
+    so only constants absorb relevance.
 
     Args:
         epsilon: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
@@ -288,7 +289,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """Composite with the rule Absolute in all layers. No walk is negative, so the variation is 1 at every tap.
+    """Composite with the rule Absolute in all layers. No walk has negative mass, so the variation is 1 at every tap.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
@@ -313,14 +314,14 @@ class NRMAbsolute(LayerMapComposite):
 
 
 class Named(Normalized):
-    """Base class of the normalized versions of Zennit's composites.
+    """Base class of the normalized variants of Zennit's composites.
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Arguments of Zennit's composite, keyed by keyword.
+        rules: Keyword arguments for Zennit's composite.
 
     Attributes:
-        rules: Zennit's composite.
+        rules: The class of Zennit's composite.
 
     Examples:
         >>> from zennit.composites import COMPOSITES
@@ -343,52 +344,51 @@ class Named(Normalized):
 
 @register("nrm_epsilon_plus")
 class NRMEpsilonPlus(Named):
-    """Normalized version of Zennit's ``EpsilonPlus``; its arguments are those of :class:`Named`."""
+    """Normalized variant of Zennit's ``EpsilonPlus``; see :class:`Named` for the arguments."""
 
     rules = EpsilonPlus
 
 
 @register("nrm_epsilon_plus_flat")
 class NRMEpsilonPlusFlat(Named):
-    """Normalized version of Zennit's ``EpsilonPlusFlat``; its arguments are those of :class:`Named`."""
+    """Normalized variant of Zennit's ``EpsilonPlusFlat``; see :class:`Named` for the arguments."""
 
     rules = EpsilonPlusFlat
 
 
 @register("nrm_epsilon_alpha2_beta1")
 class NRMEpsilonAlpha2Beta1(Named):
-    """Normalized version of Zennit's ``EpsilonAlpha2Beta1``; its arguments are those of :class:`Named`."""
+    """Normalized variant of Zennit's ``EpsilonAlpha2Beta1``; see :class:`Named` for the arguments."""
 
     rules = EpsilonAlpha2Beta1
 
 
 @register("nrm_epsilon_alpha2_beta1_flat")
 class NRMEpsilonAlpha2Beta1Flat(Named):
-    """Normalized version of Zennit's ``EpsilonAlpha2Beta1Flat``; its arguments are those of :class:`Named`."""
+    """Normalized variant of Zennit's ``EpsilonAlpha2Beta1Flat``; see :class:`Named` for the arguments."""
 
     rules = EpsilonAlpha2Beta1Flat
 
 
 @register("nrm_epsilon_gamma_box")
 class NRMEpsilonGammaBox(Named):
-    """Normalized version of Zennit's ``EpsilonGammaBox``; its arguments are those of :class:`Named`."""
+    """Normalized variant of Zennit's ``EpsilonGammaBox``; see :class:`Named` for the arguments."""
 
     rules = EpsilonGammaBox
 
 
 @register("nrm_excitation_backprop")
 class NRMExcitationBackprop(Named):
-    """Normalized version of Zennit's ``ExcitationBackprop``; its arguments are those of :class:`Named`."""
+    """Normalized variant of Zennit's ``ExcitationBackprop``; see :class:`Named` for the arguments."""
 
     rules = ExcitationBackprop
 
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """Composite with Relative in layers with weights and average pooling, and Absolute in sums of skip connections.
+    """Composite with Relative for layers with weights and average pooling, and Absolute for sums.
 
-    The composite conserves relevance only up to a factor, so the measure should be conditioned on survival,
-    ``given=~ABSORBED``.
+    Relevance is conserved only up to a factor, so queries should be conditioned on survival, ``given=~ABSORBED``.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
@@ -427,10 +427,11 @@ class NRMRelative(Normalized):
 def normalize(
     composite: Composite | None, residual: Residual | None, gain_limit: float | None, uncovered: Uncovered | None
 ) -> Normalized:
-    """Returns a normalized composite with the given settings.
+    """Normalizes a composite with the given settings; None selects :class:`NRMDefault`.
 
     Raises:
-        TypeError: If settings are passed for a composite that is already normalized.
+        TypeError: If ``composite`` is not a composite, or if settings are given for a composite that is already
+            normalized.
     """
     settings = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
     given = {key: value for key, value in settings.items() if value is not None}

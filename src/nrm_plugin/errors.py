@@ -1,4 +1,7 @@
-"""Exceptions. Messages name the argument or layer, the given value, the cause of the error, and a remedy."""
+"""Exceptions and warnings.
+
+Messages name the argument or layer, the given value, the cause of the error, and a remedy.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class NRMError(Exception):
 
 
 class InputError(NRMError, ValueError):
-    """Raised if inputs are invalid: empty, non-finite, or of a wrong type, dtype or device."""
+    """Raised for invalid inputs: empty, non-finite, or of the wrong type, dtype or device."""
 
 
 class DifferenceError(InputError):
@@ -30,11 +33,11 @@ class GradModeError(NRMError, RuntimeError):
 
 
 class ModelStateError(NRMError, RuntimeError):
-    """Raised if the state of the model prevents recording (training mode, hooks of another composite)."""
+    """Raised if the model cannot be recorded, for example in training mode or with hooks from another composite."""
 
 
 class UnknownLayerError(NRMError, KeyError):
-    """Raised if no tap of the measure has the given name."""
+    """Raised if a measure has no tap with the given name."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would escape line breaks in the message.
@@ -42,7 +45,7 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """Raised if a tap is inside a container to which a rule is assigned, so that the container is a single step."""
+    """Raised if a tap is inside a container that has its own rule and is therefore a single step."""
 
 
 class EventError(NRMError, ValueError):
@@ -50,19 +53,19 @@ class EventError(NRMError, ValueError):
 
 
 class NullEventError(NRMError, ZeroDivisionError):
-    """Raised if the event of a condition contains no walk with nonzero mass."""
+    """Raised if the conditioning event contains no walk with nonzero mass."""
 
 
 class CancellationError(NRMError, ZeroDivisionError):
-    """Raised if positive and negative mass cancel in the event of a condition."""
+    """Raised if positive and negative mass nearly cancel in the conditioning event."""
 
 
 class StaleMeasureError(NRMError, RuntimeError):
-    """Raised if a parameter was modified in place after the measure had been constructed."""
+    """Raised if a parameter was modified in place after the measure was constructed."""
 
 
 class UnsupportedRuleError(NRMError, TypeError):
-    """Raised if a rule cannot be expressed as a linear kernel on its module."""
+    """Raised if a rule cannot be expressed as a linear kernel."""
 
 
 class NonlinearRuleError(UnsupportedRuleError):
@@ -74,35 +77,35 @@ class UnsupportedOperationError(NRMError, TypeError):
 
 
 class UncoveredLayerError(UnsupportedOperationError):
-    """Raised if the composite assigns no rule to a layer that is not a 0/1 route."""
+    """Raised if the composite assigns no rule to a layer, unless the Jacobian of the layer has only 0/1 entries."""
 
 
 class StorageError(NRMError, TypeError):
-    """Raised if a measure is copied or stored; the results of its queries can be stored instead."""
+    """Raised on an attempt to copy or pickle a measure; store the results of its queries instead."""
 
 
 class FoldingError(NRMError, ValueError):
-    """Raised if the entries of a tensor cannot be assigned to samples, for example because samples are mixed."""
+    """Raised if tensor entries cannot be assigned to samples, for example because the model mixes samples."""
 
 
 class MissingExtraError(NRMError, ImportError):
-    """Raised if an optional dependency is needed but not installed."""
+    """Raised if an optional dependency is required but not installed."""
 
 
 class BatchNormWarning(UserWarning):
-    """Issued if the bias of a layer fused with its batch normalization absorbs most of the relevance."""
+    """Issued if the bias of a layer fused with batch normalization absorbs most of the relevance."""
 
 
 class PrecisionWarning(UserWarning):
-    """Issued if an explained difference is hardly larger than the rounding errors of the outputs."""
+    """Issued if the explained difference is barely larger than the rounding error of the outputs."""
 
 
 class MemoryBudgetWarning(UserWarning):
-    """Issued if memory runs out during a query, which then continues in smaller chunks."""
+    """Issued if a query runs out of memory and continues in smaller chunks."""
 
 
 def unknown_layer(name: str, known: Iterable[str]) -> str:
-    """Returns the message for an unknown tap name, with similar names."""
+    """Returns the error message for an unknown tap name, with close matches."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     listing = ", ".join(repr(item) for item in (near or names[:8]))
@@ -114,22 +117,22 @@ def unknown_layer(name: str, known: Iterable[str]) -> str:
 
 
 def samples(flags: Sequence[bool]) -> str:
-    """Returns the indices of the flagged samples as text: ``samples 0, 3``."""
+    """Formats the indices of the flagged samples, as in ``samples 0, 3``."""
     indices = [str(index) for index, flag in enumerate(flags) if flag]
     more = ", …" if len(indices) > 10 else ""
     return f"sample{'s' if len(indices) != 1 else ''} {', '.join(indices[:10])}{more}"
 
 
 SHOWN = 8
-"""Number of entries in a collection that a message shows."""
+"""Maximum number of collection entries shown in a message."""
 
 
 def brief(value: object, length: int = 120) -> str:
-    """Returns a value as text for a message: its repr if that is short, or else its class, shape or first entries.
+    """Formats a value for an error message: its repr if short, otherwise its class, shape or first entries.
 
     Args:
-        value: Any value from the user.
-        length: Largest number of characters.
+        value: Any value given by the user.
+        length: Maximum length in characters.
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -160,7 +163,7 @@ def _brief_entries(values: Collection[object], length: int) -> str:
 
 
 def autocast_outside(name: str, kind: str) -> str:
-    """Returns the message for a layer under torch.autocast when Zennit's hooks propagate the relevance of the model."""
+    """Returns the error message for a layer that runs under ``torch.autocast`` in the context of a composite."""
     return (
         f"layer {name!r} ({kind}) runs under torch.autocast, which would propagate relevance in half precision, too "
         "imprecise for its sums. Call the model outside of torch.autocast, or construct a RelevanceMeasure inside "
@@ -169,7 +172,7 @@ def autocast_outside(name: str, kind: str) -> str:
 
 
 def derivative_inside(path: str = "") -> str:
-    """Returns the message for a model that differentiates in its forward pass, as for the forces of an energy."""
+    """Returns the error message for a model that calls autograd in its forward pass, for example to compute forces."""
     where = f" in {path!r}" if path else ""
     return (
         f"the model computes a derivative in its forward pass{where}, by torch.autograd or backward(). There, autograd "

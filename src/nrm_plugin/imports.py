@@ -1,4 +1,4 @@
-"""Import hooks: deprecated module paths, and the registration of this package's composites with Zennit.
+"""Import hooks for deprecated module paths and for registering composites with Zennit.
 
 This module does not import torch, so that ``nrm-plugin --version`` starts fast.
 """
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 PACKAGE = "nrm_plugin"
 REMOVED = "0.3"
-"""The version that removes the deprecated paths."""
+"""Version in which deprecated paths will be removed."""
 MOVED = {
     "coverage": "recording.coverage",
     "dataset.maximization": "dataset.reference_search",
@@ -34,23 +34,23 @@ MOVED = {
     "sankey": "plots.flow_html",
     "text_plots": "plots.text",
 }
-"""The current module for each deprecated path; both are relative to the package."""
+"""Current path of each deprecated module, relative to the package."""
 STORED = {
     "events.event": "events",
     "functional.canonizer": "functional.interception",
     "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
-"""The module path that the settings of stored sweeps use, for each module whose current path differs."""
+"""Path of each moved module in the settings of stored sweeps, relative to the package."""
 REGISTRY = "zennit.composites"
 
 
 def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
-    """Emits a deprecation warning that refers to the line that calls the calling function.
+    """Emits a :class:`DeprecationWarning` at the line that called the deprecated function.
 
     Args:
-        what: The deprecated name, as the user writes it.
-        instead: The replacement.
+        what: The deprecated name, as written by the user.
+        instead: The replacement to name in the warning.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
@@ -58,7 +58,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator that lets a function accept keyword arguments by their former names, with a warning.
+    """Decorator that accepts keyword arguments under their former names, with a deprecation warning.
 
     Args:
         names: The current names, keyed by former name.
@@ -78,13 +78,13 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """Returns the path of a module in the settings of stored sweeps, which stay resumable after a module is moved."""
+    """Returns the path under which stored sweeps refer to a module; it does not change when the module is moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """An importer that finds modules by deprecated paths, and registers composites with Zennit's registry."""
+    """Finder and loader of deprecated module paths, which also registers the composites with Zennit."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -100,7 +100,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Copies the names of the replacement module."""
+        """Fills the deprecated module with the names of its replacement."""
         path = f"{PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
         warn_deprecated(f"the module {module.__name__}", path)
         replacement = importlib.import_module(path)
@@ -108,7 +108,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Depth(threading.local):
-    """Number of nested imports in progress in a thread."""
+    """Per-thread number of nested imports in progress."""
 
     value = 0
 
@@ -117,10 +117,10 @@ _DEPTH = _Depth()
 
 
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """Wraps a module spec so that importing Zennit's registry also imports this package's composites.
+    """Wraps the loader of a module so that importing it also registers the composites with Zennit.
 
-    Registration waits for the outermost import, because until then modules of this package that import Zennit are only
-    partly initialized.
+    Registration is deferred to the end of the outermost import; until then, modules of this package that import Zennit
+    are only partially initialized.
     """
     if spec is not None and spec.loader is not None:
         execute = spec.loader.exec_module
@@ -139,7 +139,7 @@ def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> impo
 
 
 class _Package(types.ModuleType):
-    """A package in which a deprecated module cannot replace the public function of the same name (``coverage``)."""
+    """Package type that keeps deprecated modules from shadowing public functions of the same name (``coverage``)."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, types.ModuleType) and name in MOVED):
@@ -147,7 +147,7 @@ class _Package(types.ModuleType):
 
 
 def install() -> None:
-    """Adds the finder, once, and registers the composites if Zennit's registry is already imported."""
+    """Installs the finder once and registers the composites if Zennit's registry is already imported."""
     sys.modules[PACKAGE].__class__ = _Package
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

@@ -1,4 +1,4 @@
-"""Additional rules, implemented as Zennit rules."""
+"""LRP rules that Zennit does not provide."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from zennit.types import ConvolutionTranspose
 
 
 class Absolute(BasicHook):
-    r"""Distributes relevance in proportion to absolute contributions.
+    r"""Distributes relevance in proportion to the absolute values of the contributions.
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
-    The shares are never negative, so that walks do not cancel; the bias receives no relevance. On modules without
-    weights (average pooling, sums), relevance is distributed in proportion to absolute inputs. If all inputs of a
-    neuron are zero, the weights alone determine the shares, so that no column is zero.
+    The shares are non-negative, so walks do not cancel, and the bias receives no relevance. On modules without weights
+    (average pooling, sums), relevance is distributed in proportion to the absolute values of the inputs. If all inputs
+    of a neuron are zero, the shares are proportional to the absolute values of the weights, so that no column vanishes.
 
     Args:
-        stabilizer: A number added to the denominator, or a callable, as in Zennit's rules.
-        zero_params: Names of further parameters to set to zero, as in Zennit's rules.
-        floor: A number added to every absolute input, as a multiple of the mean absolute input of the sample.
+        stabilizer: Value added to the denominator, or a callable, as in Zennit's rules.
+        zero_params: Names of additional parameters to set to zero, as in Zennit's rules.
+        floor: Value added to the absolute value of every input, as a multiple of the mean absolute value of the inputs
+            of the sample.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -55,22 +56,22 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""LRP-ε without absorption: the relevance that ε absorbs is redistributed in proportion to the absolute inputs.
+    r"""LRP-ε that redistributes the relevance absorbed by ε in proportion to the absolute values of the inputs.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
 
     with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, where
-    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. The rule equals LRP-0 without
-    bias if :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`. Every
-    column sums to one. If all inputs of a neuron are zero, their shares are equal. On modules without weights, such as
-    average pooling, :math:`m_j` is the output of the module at :math:`|a_i|`.
+    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. The rule is identical to LRP-0
+    without bias if :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`.
+    Every column sums to one. If all inputs of a neuron are zero, their shares are equal. On modules without weights,
+    such as average pooling, :math:`m_j` is the output of the module at :math:`|a_i|`.
 
     Args:
         epsilon: The parameter ε; 0 gives LRP-0 without bias.
-        stabilizer: A number added to the denominator, or a callable, as in Zennit's rules.
-        zero_params: Names of further parameters to set to zero, as in Zennit's rules.
-        floor: Lower bound of :math:`|a_i|`, as a multiple of its mean over the sample.
+        stabilizer: Value added to the denominator, or a callable, as in Zennit's rules.
+        zero_params: Names of additional parameters to set to zero, as in Zennit's rules.
+        floor: Lower bound on :math:`|a_i|`, as a multiple of its mean over the sample.
 
     Raises:
         ValueError: If ``epsilon`` is negative.
@@ -113,18 +114,17 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Distributes relevance by contributions times one factor per layer, which replaces the denominators of neurons.
+    r"""Multiplies contributions by one factor per layer instead of dividing them by one denominator per neuron.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
 
     The sums run over the neurons of the layer, for each sample. Relevance :math:`R_j = c z_j` propagates to a total of
-    :math:`c \sum_j |z_j|`, so that it is conserved if no :math:`z_j` is negative; other relevance is conserved up to a
-    factor. Use the measure conditional on survival: ``residual="sink"``, as in
-    :class:`~nrm_plugin.NRMRelative`, and ``given=~ABSORBED``. In this measure, :math:`\lambda` cancels along a chain of
-    layers, and makes branches comparable where they join. The rule has no parameters. It does not divide by small
-    numbers, since inputs and sums are scaled by the largest value in their layer. A layer whose outputs are all zero
-    propagates no relevance.
+    :math:`c \sum_j |z_j|`, so it is conserved if no :math:`z_j` is negative, and otherwise only up to a factor. Use the
+    measure with ``residual="sink"``, as in :class:`~nrm_plugin.NRMRelative`, and condition it on survival,
+    ``given=~ABSORBED``. Then :math:`\lambda` cancels along a chain of layers, and makes branches comparable where they
+    join. The rule has no hyperparameters and never divides by small numbers, since inputs and sums are scaled by the
+    largest value in their layer. A layer whose outputs are all zero propagates no relevance.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -149,12 +149,12 @@ class Relative(BasicHook):
         )
 
     def copy(self) -> Relative:
-        """Returns a new instance."""
+        """Returns a copy of the rule."""
         return type(self)()
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Returns the largest absolute entry of each sample, ``(N, 1, …)``, clamped to a positive minimum."""
+    """Returns the largest absolute value in each sample, ``(N, 1, …)``, clamped to a positive minimum."""
     dims = tuple(range(1, values.ndim)) or (0,)
     return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -164,7 +164,7 @@ def _in_units(source: Tensor) -> Tensor:
 
 
 def _factor(z: Tensor) -> Tensor:
-    r"""Computes :math:`\sum |z_j| / \sum z_j^2` of each sample; 0 if all :math:`z_j` are zero."""
+    r"""Computes :math:`\sum |z_j| / \sum z_j^2` for each sample; 0 if all :math:`z_j` are zero."""
     unit, dims = _largest(z), tuple(range(1, z.ndim)) or (0,)
     sums = z.abs() / unit
     squares = sums.square().sum(dims, keepdim=True)
@@ -176,7 +176,7 @@ def _kept(parameter: Tensor, name: str) -> Tensor:
 
 
 class EvenMod(ParamMod):
-    """A parameter modifier that replaces the weights of each output channel with their mean absolute value.
+    """Parameter modifier that replaces the weights of each output channel with their mean absolute value.
 
     Args:
         zero_params: Names of parameters to set to zero.
@@ -186,21 +186,21 @@ class EvenMod(ParamMod):
         super().__init__(_evened(0), zero_params=zero_params)
 
     def __call__(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Context manager that replaces the weights of the module."""
+        """Returns a context in which the weights of ``module`` are modified."""
         is_transposed = isinstance(module, ConvolutionTranspose) or getattr(module, "is_transposed", False)
         modifier = ParamMod(_evened(int(is_transposed)), zero_params=self.zero_params)
         return modifier(module)  # type: ignore[no-any-return]
 
 
 def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
-    """Returns the modifier of a weight with output channels along dimension ``outputs``."""
+    """Returns a modifier for weights whose output channels are in dimension ``outputs``."""
 
     def even(parameter: Tensor, name: str) -> Tensor:
         others = [dim for dim in range(parameter.ndim) if dim != outputs]
         if not others:
             return parameter.abs()
-        # The mean is computed in pieces that fit into the cache, since the classifier of many networks is large. All
-        # pieces share one buffer, since separate allocations would fragment the memory.
+        # The mean is computed in cache-sized chunks, since the classifiers of many networks are large. All chunks share
+        # one buffer, since separate allocations would fragment memory.
         width = max(1, (1 << 17) * parameter.shape[outputs] // parameter.numel())
         total = parameter.new_empty([1 if dim in others else size for dim, size in enumerate(parameter.shape)])
         memory = torch.empty_like(parameter.narrow(outputs, 0, min(width, parameter.shape[outputs])))
@@ -215,13 +215,13 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
 
 
 def mean_sizes(weight: Tensor) -> Tensor:
-    """Returns the mean absolute weight of each output channel, ``(out,)``, of a layer that is not transposed."""
+    """Returns the mean absolute weight of each output channel, ``(out,)``, for layers that are not transposed."""
     even: Tensor = _evened(0)(weight, "weight")
     return even.as_strided((len(even),), (even.stride(0),))
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns the floor of each sample, a positive value, ``(N, 1, …)``."""
+    """Returns the (positive) lower bound imposed on the input magnitudes of each sample, ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares

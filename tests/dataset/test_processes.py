@@ -91,3 +91,12 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert sweep(net(), Data(4), [Sink("4")], tmp_path, **OPTIONS).is_complete
+
+
+def test_a_file_system_without_locks_is_rejected(tmp_path, monkeypatch):
+    def acquire(*_: object, **options: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.BaseFileLock.acquire", acquire)
+    with pytest.raises(SweepError, match="does not support file locks"):
+        sweep(net(), Data(4), [Sink("4")], tmp_path, **OPTIONS)

@@ -1,4 +1,4 @@
-"""A Zennit attributor that returns the measure."""
+"""Zennit attributor for relevance measures."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .base import rules_for
 
 
 class NRMAttributor(Attributor):
-    """A Zennit attributor that returns the output of the model and the measure instead of a heat map.
+    """Zennit attributor that returns the model output and the measure instead of a heat map.
 
     Args:
         model: The network, in evaluation mode.
         composite: A Zennit composite, or None for the default of this package.
-        attr_output: The start of the measure, as in Zennit: a tensor in the shape of the output, or a function of the
-            output. The default is the output itself.
+        attr_output: Start vector of the measure, as in Zennit: a tensor with the shape of the output, or a function of
+            the output. Defaults to the output itself.
         residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        baseline_fn: Function from the input to a baseline, as in Zennit's ``IntegratedGradients``. The measure then
-            explains the difference between the outputs at the input and at the baseline; see ``reference`` of
-            :class:`~nrm_plugin.RelevanceMeasure`. Without a composite, every operation propagates by its slope between
-            baseline and input, and nothing is absorbed.
+        baseline_fn: Function that maps the input to a baseline, as in Zennit's ``IntegratedGradients``. If given, the
+            measure explains the difference between the outputs at input and baseline; see ``reference`` of
+            :class:`~nrm_plugin.RelevanceMeasure`. Unless a composite is given, relevance then propagates along secant
+            slopes between baseline and input, and nothing is absorbed.
 
     Examples:
         >>> import torch
@@ -62,21 +62,21 @@ class NRMAttributor(Attributor):
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Registers no hooks, since the measure registers its own while it runs the model."""
+        """Does nothing, since the measure registers hooks itself while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Removes no hooks, since none were registered."""
+        """Does nothing, since no hooks were registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
-        """Returns the output ``(N, …)``, and the measure that starts at a function of the output.
+        """Returns the model output ``(N, …)`` and the measure whose start vector is a function of that output.
 
         Args:
-            input: Inputs ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.
-            attr_output_fn: Function from the output to the start vector.
+            input: Inputs ``(N, …)``, or any other inputs accepted by :class:`~nrm_plugin.RelevanceMeasure`.
+            attr_output_fn: Function that maps the output to the start vector.
 
         Raises:
-            TargetError: If the start vector sums to zero, or does not fit the output.
+            TargetError: If the start vector sums to zero, or does not match the output.
 
         Examples:
             >>> import torch

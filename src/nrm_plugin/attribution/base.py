@@ -1,6 +1,6 @@
-"""Shared functions of the Captum classes: input formats, units and convergence deltas.
+"""Shared helpers for the Captum classes: input formats, units and convergence deltas.
 
-Only this module imports Captum's private helpers, since their location depends on the version of Captum.
+Captum's private helpers are imported only here, since their location depends on the version of Captum.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..model.targets import sample_sums
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Wrappers that are removed from a model; the model then runs on one device."""
+"""Wrappers that are removed from a model, which then runs on a single device."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside a wrapper, or the model itself."""
+    """Returns the wrapped model, or ``model`` itself if it is not wrapped."""
     inner: nn.Module = model.module if isinstance(model, WRAPPERS) else model
     return inner
 
@@ -44,13 +44,13 @@ def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], b
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
-    """Returns the values as a tuple if the inputs were given as a tuple, and the single value otherwise."""
+    """Unpacks ``values`` unless the inputs were given as a tuple."""
     return _format_output(was_tuple, values)
 
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of ``attribute`` that select what is returned. Each field has the name and meaning of its argument."""
+    """Arguments of ``attribute`` that determine what it returns; see ``attribute`` for the fields."""
 
     given: Event | None
     joint: Event | None
@@ -60,7 +60,7 @@ class Request:
 
 
 def check_device_ids(device_ids: Any) -> None:
-    """Raises :class:`TypeError` if ``device_ids`` is a composite."""
+    """Raises :class:`TypeError` if a composite was passed as ``device_ids``."""
     if isinstance(device_ids, Composite):
         raise TypeError(
             "the third argument is device_ids, as in Captum's layer and neuron methods; name the composite: "
@@ -69,7 +69,7 @@ def check_device_ids(device_ids: Any) -> None:
 
 
 def check_floating(inputs: tuple[Tensor, ...]) -> None:
-    """Raises :class:`InputError` for integer inputs, such as token ids; only the embeddings of ids have relevance."""
+    """Raises :class:`InputError` for integer inputs such as token ids, which receive no relevance."""
     if any(is_index(value) for value in inputs):
         raise InputError(
             "an input has an integer dtype, and integers receive no relevance. Attribute to its embedding, "
@@ -78,7 +78,7 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
 
 
 def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """Converts Captum's baselines, which may be numbers, to the reference of a measure; None without baselines."""
+    """Converts Captum's baselines (tensors or numbers) to the ``reference`` of a measure; None without baselines."""
     if baselines is None:
         return None
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
@@ -88,7 +88,7 @@ def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
 
 
 def _baseline(value: Any, tensor: Tensor) -> Tensor:
-    """Returns the baseline of one input as a tensor."""
+    """Converts the baseline of one input to a tensor."""
     if isinstance(value, Tensor):
         return value
     if not isinstance(value, (int, float)):
@@ -99,12 +99,12 @@ def _baseline(value: Any, tensor: Tensor) -> Tensor:
 
 
 def rules_for(baselines: Any, composite: Normalized, has_rules: bool) -> Normalized | None:
-    """Returns the composite, or None (secant slopes) if baselines but no composite were given."""
+    """Returns the composite, or None (secant slopes) if baselines were given without a composite."""
     return composite if baselines is None or has_rules else None
 
 
 def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
-    """Converts relevance ``(N, …)`` to units of the explained output ``(N,)``, or leaves it in units of the measure.
+    """Scales relevance ``(N, …)`` by the explained output ``(N,)`` if ``unit`` is ``"output"``.
 
     Raises:
         ValueError: If the unit is unknown.
@@ -115,12 +115,12 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
 
 
 def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
-    """Returns relevance ``(N, …)`` without the batch dimension if the inputs have none."""
+    """Removes the batch dimension of relevance ``(N, …)`` if the inputs have none."""
     return values if measure._is_batched else values.squeeze(0)
 
 
 def input_taps(measure: RelevanceMeasure) -> list[Atom]:
-    """Returns the taps of the inputs on which the explained output depends."""
+    """Returns the taps of the inputs that affect the explained output."""
     try:
         return measure.taps_of("input")
     except UnknownLayerError:
@@ -130,10 +130,10 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Returns the marginal of each input, in the shape of the input; zero if the output does not depend on the input.
+    """Computes the marginal of each input, with the shape of the input; zero for inputs that do not affect the output.
 
     Raises:
-        InputError: If the output depends on the inputs only through lookups of embedding rows.
+        InputError: If the inputs affect the output only as indices of lookups.
     """
     taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
     recorded = set(input_taps(measure))
@@ -141,7 +141,7 @@ def input_relevance(
     if not known:
         raise InputError(
             "the inputs have no relevance: the model converts them to integers and uses these for lookups. Attribute "
-            "to the rows that it looks up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
+            f"to the rows that it looks up, LayerNRM(model, {measure.layers[0]!r}).attribute(…)."
         )
     marginals = measure.marginal(known, given=given, joint=joint)
     pairs = zip(taps, inputs, strict=True)
@@ -149,7 +149,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Returns one minus the total mass, sink and bypass of the tensors of one layer, ``(N,)``."""
+    """Computes the convergence delta of a layer, ``(N,)``: one minus its total mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
@@ -159,7 +159,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Returns the attributions, in a tuple together with the delta and the sink if these are given."""
+    """Returns the attributions, or a tuple of the attributions and of ``delta`` and ``sink`` where these are given."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

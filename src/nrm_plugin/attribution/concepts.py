@@ -1,4 +1,4 @@
-"""Conditional and joint relevance in the format of zennit-crp (Concept Relevance Propagation)."""
+"""Conditional and joint relevance with the interface of zennit-crp (Concept Relevance Propagation)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from .base import Layer, Unit, as_tuple, in_unit, reference_of, rules_for, unwra
 
 Condition = Mapping[str, Any]
 OUTPUT = "y"
-"""The key under which a condition lists the explained outputs."""
+"""Key of the explained outputs in a condition."""
 
 
 def condition_event(condition: Condition) -> Event | None:
-    """Returns the event of a condition: the walks that cross one of the given channels in each of its layers.
+    """Converts a condition to an event: the walks that cross one of the given channels in each layer of the condition.
 
     Args:
-        condition: A mapping from layer names to channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is
-            ignored.
+        condition: Mapping from layer names to channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is ignored.
 
     Returns:
-        The event, or None if the condition contains no layer and is therefore satisfied by all walks.
+        The event, or None if the condition names no layer, in which case every walk satisfies it.
 
     Raises:
         EventError: If the condition is not a mapping, or its channels are not a list of numbers.
@@ -53,7 +52,7 @@ class ConceptNRM:
     """Conditional and joint relevance with the interface of zennit-crp's ``CondAttribution``.
 
     Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions may
-    refer to different layers, in any order. Conditions on the same outputs share one forward pass per sample.
+    refer to different layers, in any order. Conditions with the same outputs share one forward pass.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
@@ -93,23 +92,24 @@ class ConceptNRM:
         against: Any = None,
         baselines: Any = None,
     ) -> Tensor:
-        """Computes the relevance of each neuron of a layer under each condition.
+        """Computes the relevance of each neuron of a layer for each condition.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every
-                condition is applied to every sample. If a condition has several outputs, they are weighted by their
+                condition is applied to every sample. If a condition selects several outputs, they are weighted by their
                 values, as in zennit-crp.
-            layer: The layer of the returned relevance: a name, module or ``at(…)``.
-            additional_forward_args: Additional arguments of the model.
+            layer: Layer whose relevance is returned: a name, module or ``at(…)``.
+            additional_forward_args: Additional arguments for the model.
             conditional: Whether to divide by the mass of the condition: ``μ(j | condition)`` instead of
                 ``μ(j & condition)``.
-            unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before the sum over
-                channels; ``"measure"`` for relevance as a fraction of the explained outputs.
-            against: Another output, or ``"rest"`` for all other classes; the difference from it is explained, and each
-                condition must contain exactly one output. See :class:`~nrm_plugin.RelevanceMeasure`.
-            baselines: Baselines in Captum's format; if given, the difference from the outputs at these is explained;
-                see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
+            unit: ``"output"`` for relevance in units of the explained outputs, as in zennit-crp's heat maps before the
+                sum over channels; ``"measure"`` for relevance as a fraction of the explained outputs.
+            against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the relevance
+                explains the difference between the two; each condition must then contain exactly one output. See
+                :class:`~nrm_plugin.RelevanceMeasure`.
+            baselines: Baselines in Captum's format. If given, the relevance explains how the outputs differ from those
+                at the baselines; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
             Relevance ``(conditions, N, *shape)``.
@@ -117,7 +117,7 @@ class ConceptNRM:
         Raises:
             EventError: If no condition is given, a condition is invalid, or ``against`` is given and a condition does
                 not contain exactly one output.
-            UnknownLayerError: If no layer has this name.
+            UnknownLayerError: If the model has no layer with one of the given names.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -160,7 +160,7 @@ class ConceptNRM:
 
 
 def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]:
-    """Returns the keyword arguments with which a measure explains the chosen outputs."""
+    """Returns the arguments of a :class:`~nrm_plugin.RelevanceMeasure` that explains the chosen outputs."""
     if against is None:
         return {"start": functools.partial(_start, chosen)}
     if chosen is None or len(chosen) != 1:
@@ -171,7 +171,7 @@ def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]
 
 
 def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """Returns the mask of the chosen outputs, ``(N, K)``; ``chosen`` is None for all outputs."""
+    """Returns a mask of the chosen outputs, ``(N, K)``; None selects all outputs."""
     if chosen is None:
         return torch.ones_like(outputs)
     out_of_range = [number for number in chosen if not -outputs.shape[1] <= number < outputs.shape[1]]
@@ -183,7 +183,7 @@ def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
 
 
 def _start(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """Returns the start vector of the chosen outputs, weighted by their values; a single output has mass 1."""
+    """Returns the start vector: the mask of a single output, or the values of several outputs."""
     mask = _mask(chosen, outputs)
     return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * outputs
 

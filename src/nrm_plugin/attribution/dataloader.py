@@ -1,4 +1,4 @@
-"""Attribution over a data loader; Captum's ``DataLoaderAttribution`` accepts only ``FeatureAblation``."""
+"""Attribution over the batches of a data loader."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Reduce = Literal["mean", "sum"]
 
 
 class DataLoaderNRM:
-    """A wrapper that applies an attribution method of this package to the batches of a data loader.
+    """Applies an attribution method of this package to the batches of a data loader.
 
-    Captum's ``DataLoaderAttribution`` accepts only ``FeatureAblation``, because it ablates features of the whole data
-    set. Relevance requires one pass per batch, hence this separate class. The roles of the parts of a batch are given
-    by Captum's ``InputRole``.
+    Captum's ``DataLoaderAttribution`` supports only ``FeatureAblation``, since it ablates features across the whole
+    data set. Relevance instead requires one pass per batch. As in Captum, an ``InputRole`` specifies how each part of a
+    batch is used.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
@@ -63,16 +63,16 @@ class DataLoaderNRM:
         show_progress: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Computes attributions of all samples, or their sum or mean over samples.
+        """Computes the attributions of all samples, or their sum or mean.
 
         Args:
-            dataloader: An iterable of batches, which are tensors, or tuples or lists of parts with roles.
+            dataloader: Iterable of batches: tensors, or tuples or lists of tensors.
             input_roles: As in Captum's ``InputRole``: 0 for explained inputs, 1 for additional arguments of the model,
-                2 for parts that are not passed to the model. None if all parts are explained.
-            target: As in ``attr_method.attribute``, or a function from a batch to its target. Not supported by
-                ``NeuronNRM``, which takes a ``neuron_selector=`` instead.
-            reduce: None concatenates the attributions of all samples; ``"sum"`` and ``"mean"`` accumulate them batch by
-                batch.
+                2 for parts that are not passed to the model. By default, all parts are explained inputs.
+            target: As in ``attr_method.attribute``, or a function that maps a batch to its target. Not supported by
+                ``NeuronNRM``, which takes ``neuron_selector=`` instead.
+            reduce: ``"sum"`` or ``"mean"`` over samples, accumulated batch by batch. By default, the attributions of
+                all samples are concatenated.
             show_progress: Whether to show a progress bar.
             kwargs: Additional arguments of ``attr_method.attribute``.
 
@@ -116,7 +116,7 @@ class DataLoaderNRM:
 
 
 def _by_role(batch: Any, roles: tuple[int, ...] | None) -> tuple[Any, tuple[Any, ...] | None]:
-    """Returns the explained inputs, nested as in the batch, and the additional arguments of the model."""
+    """Splits a batch into the explained inputs and the additional arguments of the model."""
     if isinstance(batch, Tensor):
         if roles not in (None, (0,)):
             raise ValueError(f"input_roles={roles} has {len(roles)} roles, but a batch is a single tensor.")
@@ -142,5 +142,5 @@ def _leaves(form: Any) -> Iterator[Tensor]:
 
 
 def _like(form: Any, parts: Iterator[Tensor]) -> Any:
-    """Arranges tensors in the nested tuples and lists of ``form``."""
+    """Packs tensors into the nested tuples and lists of ``form``."""
     return next(parts) if isinstance(form, Tensor) else type(form)(_like(part, parts) for part in form)

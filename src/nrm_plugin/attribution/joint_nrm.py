@@ -1,4 +1,4 @@
-"""Joint relevance of two layers, with Captum's arguments."""
+"""Joint relevance of two layers, with the interface of a Captum attribution method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class JointNRM:
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
         upper: The layer nearer to the output: a module, its name or ``at(…)``.
-        lower: A layer below the upper layer.
+        lower: A layer below ``upper``.
         composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
 
     Examples:
@@ -62,11 +62,13 @@ class JointNRM:
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             over: ``"channel"`` or ``"neuron"``.
-            unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
-            against: The output or outputs to compare with; see :meth:`NRM.attribute`.
-            baselines: Baselines; the change of the output from its value there is explained; see :meth:`NRM.attribute`.
+            unit: ``"output"`` to multiply the joint relevance by the explained output, or ``"measure"`` to leave it
+                unscaled.
+            against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
+            baselines: If given, the relevance explains the change in the output relative to the baselines; see
+                :meth:`NRM.attribute`.
 
         Returns:
             Joint relevance ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.

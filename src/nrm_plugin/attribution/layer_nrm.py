@@ -1,4 +1,4 @@
-"""Relevance of neurons in layers, the counterpart of Captum's ``LayerLRP``."""
+"""Relevance of layers, the counterpart of Captum's ``LayerLRP``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class LayerNRM(NRM, LayerAttribution):
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
-        layer: A module, its name or ``at(…)``; a list of layers, which are computed in one pass; or None for every
-            layer of the measure.
-        device_ids: Accepted as in Captum's layer methods, but ignored, since the model runs on one device.
+        layer: A module, its name or ``at(…)``; a list of layers, computed in a single pass; or None for all layers of
+            the measure.
+        device_ids: Accepted for compatibility with Captum, but ignored; the model runs on one device.
         composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
 
     Examples:
@@ -82,23 +82,24 @@ class LayerNRM(NRM, LayerAttribution):
     ) -> Any:
         """Computes the relevance of each neuron of the layers.
 
-        Samples are always the first dimension of the result, even for layers in which they are another dimension, such
-        as time-first or windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
+        The batch is always the first dimension of the result, even for layers with another layout, such as time-first
+        or windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integer inputs receive no relevance, but the
-                embeddings that they select do.
+                embeddings that they index do.
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
             attribute_to_layer_input: Whether to return the relevance of layer inputs instead of layer outputs.
-            verbose: Whether to print the rule of every step.
-            against: The output or outputs to compare with; see :meth:`NRM.attribute`.
-            given: The event on which relevance is conditioned.
-            joint: The event with which joint relevance is computed.
+            verbose: Whether to print the rule applied at each step.
+            against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
+            given: Event to condition on.
+            joint: Event with which joint relevance is computed.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
-            baselines: Baselines; the change of the output from its value there is explained; see :meth:`NRM.attribute`.
+            baselines: If given, the relevance explains the change in the output relative to the baselines; see
+                :meth:`NRM.attribute`.
 
         Returns:
             A tensor for a single layer (a tuple if the layer returns several tensors), or a list for several layers. If

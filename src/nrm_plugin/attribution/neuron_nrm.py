@@ -1,4 +1,4 @@
-"""Relevance of the inputs for neurons inside the network, the counterpart of Captum's ``NeuronGradient``."""
+"""Relevance of inputs to neurons inside the network, the counterpart of Captum's ``NeuronGradient``."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .nrm import NRM
 
 
 class NeuronNRM(NRM, NeuronAttribution):
-    """Normalized relevance of the inputs for neurons inside the network, as a Captum attribution method.
+    """Normalized relevance of the inputs to neurons inside the network, as a Captum attribution method.
 
-    The measure starts at the selected neurons, so there is no target.
+    The measure starts at the selected neurons, so no target is needed.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
         layer: A module, its name or ``at(…)``.
-        device_ids: Accepted as in Captum's neuron methods, but ignored, since the model runs on one device.
+        device_ids: Accepted for compatibility with Captum, but ignored; the model runs on one device.
         composite, residual, gain_limit, uncovered, batched: As in :class:`NRM`.
 
     Examples:
@@ -82,23 +82,25 @@ class NeuronNRM(NRM, NeuronAttribution):
         return_sink: bool = False,
         baselines: Any = None,
     ) -> Any:
-        """Computes the relevance of each input entry for the selected neurons.
+        """Computes the relevance of each input entry to the selected neurons.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
-                ``(N, …)`` that returns one number per sample. Several neurons are weighted by their activations.
-            additional_forward_args: Additional arguments of the model.
-            attribute_to_neuron_input: Whether to select among the inputs of the layer instead of its outputs.
-            verbose: Whether to print the rule of every step.
-            against: A second selector, to explain the difference between the activations that both select.
-            given: The event on which relevance is conditioned.
-            joint: The event with which joint relevance is computed.
-            unit: ``"output"`` for relevance that sums, with sink and bypass, to the activation of the neurons;
+                ``(N, …)`` that returns one number per sample. If several neurons are selected, they are weighted by
+                their activations.
+            additional_forward_args: Additional arguments for the model.
+            attribute_to_neuron_input: Whether to select neurons of the layer's input instead of its output.
+            verbose: Whether to print the rule applied at each step.
+            against: A second selector. If given, the relevance explains the difference between the two selected
+                activations.
+            given: Event to condition on.
+            joint: Event with which joint relevance is computed.
+            unit: ``"output"`` for relevance whose sum, including sink and bypass, is the activation of the neurons;
                 ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
-            baselines: Baselines; the change of the activation from its value there is explained.
+            baselines: If given, the relevance explains the change in the activation relative to the baselines.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
@@ -143,5 +145,5 @@ class NeuronNRM(NRM, NeuronAttribution):
 
 
 def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
-    """Returns the weight of each activation in the difference between the two selected activations."""
+    """Returns the weight of each activation in the difference between two selections."""
     return neurons.slope(values) - others.slope(values)

@@ -1,4 +1,4 @@
-"""Relevance of the inputs, the counterpart of Captum's ``LRP``."""
+"""Relevance of inputs, the counterpart of Captum's ``LRP``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class NRM(GradientAttribution):
             shape of the inputs, and deltas and sinks have one entry.
 
     Raises:
-        InputError: If ``model`` is a function instead of a module, so that its layers cannot be recorded.
+        InputError: If ``model`` is a function rather than a module, since the layers of a function cannot be recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -132,22 +132,22 @@ class NRM(GradientAttribution):
             target: The output to explain, in Captum's format: an int or a tensor with one int for all samples, or a
                 list or tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples,
                 or None if each sample has a single output.
-            additional_forward_args: Additional arguments of the model, as a single argument or a tuple. They receive no
+            additional_forward_args: Additional arguments for the model, a single one or a tuple. They receive no
                 relevance.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 the sum of attributions, sink and bypass, which is zero up to rounding errors.
-            verbose: Whether to print the rule of every step.
-            against: Another output, or ``"rest"`` for all other classes. If given, the difference between the target
-                and these is explained; see :class:`~nrm_plugin.RelevanceMeasure`. In the unit ``"output"``, relevance
-                sums to this difference, which may be negative.
-            given: The event on which relevance is conditioned.
-            joint: The event with which joint relevance is computed.
-            unit: ``"output"`` for relevance that sums, with sink and bypass, to the explained output of each sample;
-                ``"measure"`` for relevance that sums to 1.
+            verbose: Whether to print the rule applied at each step.
+            against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the attributions
+                explain the difference between the target and this contrast; see :class:`~nrm_plugin.RelevanceMeasure`.
+                With ``unit="output"``, relevance sums to this difference, which may be negative.
+            given: Event to condition on.
+            joint: Event with which joint relevance is computed.
+            unit: ``"output"`` for relevance whose sum, including sink and bypass, is the explained output of each
+                sample; ``"measure"`` for relevance that sums to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
-            baselines: Baselines in Captum's format, a tensor or number for each input. If given, the difference from
-                the output at the baselines is explained; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
-                Without a composite, nothing is absorbed.
+            baselines: Baselines in Captum's format, a tensor or number for each input. If given, the attributions
+                explain how the output differs from that at the baselines; see ``reference`` of
+                :class:`~nrm_plugin.RelevanceMeasure`. In this case, nothing is absorbed unless a composite is given.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
@@ -176,7 +176,7 @@ class NRM(GradientAttribution):
         against: Any = None,
         baselines: Any = None,
     ) -> RelevanceMeasure:
-        """Returns the measure behind the attributions, for queries such as sinks, joint or conditional relevance.
+        """Returns the measure that underlies the attributions, for queries such as sinks and joint relevance.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -204,7 +204,7 @@ class NRM(GradientAttribution):
             )
 
     def attribute_future(self) -> None:
-        """Raises an error, since this method is not available, as in Captum's LRP.
+        """Not supported, as in Captum's ``LRP``.
 
         Raises:
             NotImplementedError: Always.
@@ -218,7 +218,7 @@ class NRM(GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True, because relevance is a contribution and not a sensitivity.
+        """True, since relevance is a contribution rather than a sensitivity.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs
@@ -227,7 +227,7 @@ class NRM(GradientAttribution):
         return True
 
     def has_convergence_delta(self) -> bool:
-        """Returns True, since sink and bypass account for all relevance.
+        """Returns True, since sink and bypass account for all relevance that does not reach the inputs.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).has_convergence_delta()
@@ -255,7 +255,7 @@ class NRM(GradientAttribution):
     # -- internal ---------------------------------------------------------------------------------------------
 
     def _layer(self, layer: Any) -> Any:
-        """Converts a layer of the given model to the corresponding layer without the ``DataParallel`` wrapper."""
+        """Maps a layer of a ``DataParallel`` model to the corresponding layer of the unwrapped model."""
         if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:
@@ -274,7 +274,7 @@ class NRM(GradientAttribution):
     def _in_form(
         self, measure: RelevanceMeasure, output: Tensor, inputs: tuple[Tensor, ...], was_tuple: bool, request: Request
     ) -> Any:
-        """Returns the relevance of the inputs in Captum's format, with the delta and the sink if requested."""
+        """Computes input relevance in Captum's format, with the delta and the sink if requested."""
         relevance = input_relevance(measure, inputs, request.given, request.joint)
         attributions = as_given(tuple(in_unit(part, output, request.unit) for part in relevance), was_tuple)
         taps = input_taps(measure)

@@ -1,4 +1,4 @@
-"""Output of text explanations as lines for a terminal, with or without colours."""
+"""Terminal output of text explanations, with or without colours."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from .words import Tokens, Word
 
 LISTED = 12
-"""Number of words in the table."""
+"""Maximum number of words in a table."""
 SHADES = {1: (217, 173, 167, 131, 124), -1: (189, 152, 110, 67, 25)}
-"""Background colours, in a terminal with 256 colours, for positive and negative relevance, from weak to strong."""
+"""256-colour codes of the background for positive (1) and negative (-1) relevance, from weak to strong."""
 REST = "the rest"
-"""Name of the outputs that a target is compared with, unless a single output is given."""
+"""Name of the contrast if a target is compared with all other outputs."""
 KINDS = {"class": "class", "mask": "token behind the mask", "next": "next token", "token": "class of the token"}
 
 
 def lines(explanation: Any, width: int = 80, color: bool = False) -> list[str]:
-    """Returns an explanation as lines of at most ``width`` columns, not counting colour codes."""
+    """Formats an explanation as lines of at most ``width`` columns (at least 40), not counting colour codes."""
     return [line.rstrip() if not color else line for line in _lines(explanation, max(width, 40), color)]
 
 
@@ -63,13 +63,13 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
 
 
 def number(explanation: Any) -> str:
-    """Returns a description of the explained scalar, with its value."""
+    """Formats the kind and the value of the explained scalar, for example ``difference 2.31``."""
     kind = "change" if explanation.reference else "difference" if explanation.against else "output"
     return f"{kind} {explanation.output:.4g}"
 
 
 def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
-    """Yields the text in lines; if ``color`` is set, words are coloured by their relevance."""
+    """Yields the text in lines of at most ``width`` columns, with words coloured by relevance if ``color`` is set."""
     largest = text.largest(values)
     line, at = "", 0
     for word, value in zip(text.words, values.tolist(), strict=True):
@@ -86,7 +86,7 @@ def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[s
 
 
 def _used(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
-    """Yields the text in colours or, without colours, the most relevant words with their relevance."""
+    """Yields the text coloured by relevance or, without colours, a list of the most relevant words."""
     if color:
         yield from colored(text, values, width, True)
         return
@@ -118,7 +118,7 @@ def _painted(text: str, value: float) -> str:
 
 
 def _wrapped(parts: Sequence[str], width: int, head: str = "") -> Iterator[str]:
-    """Joins parts by commas, and wraps them into lines, of which all but the first are indented."""
+    """Joins parts with commas and wraps the result into lines with a hanging indent."""
     line = head
     for number, part in enumerate(parts):
         text = _shortened(part, width - 5) + ("," if number < len(parts) - 1 else "")
@@ -145,7 +145,7 @@ def _printable(text: str) -> str:
 
 
 def _cells(text: str) -> int:
-    """Returns the number of columns of a text; wide East Asian characters take two."""
+    """Returns the display width of a text in columns; wide East Asian characters take two."""
     return sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text

@@ -1,4 +1,4 @@
-"""Explanations of text models of the transformers library: which words are evidence for a class or a token."""
+"""Explanations of text models from the transformers library in terms of the relevance of words."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from .text_predictions import Task, task_of, tokenized
 from .words import Tokens, Word
 
 BEST = 5
-"""Number of predictions, and of units per layer, in an explanation."""
+"""Number of predictions, and of units per layer, that an explanation lists."""
 AUTO = "auto"
-"""The reference consists of mask tokens in place of the words, if the tokenizer has one and no rules are given."""
+"""Default of ``reference``: the mask token, if the tokenizer has one and no rules are given."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Relevance of the words, conditional on one event or joint with one unit of a layer.
+    """Word relevance conditional on an event, or joint with a unit of a layer.
 
     Attributes:
-        title: The condition or the unit.
-        mass: Mass of the condition or the unit.
-        relevance: Relevance of each word, ``(words,)``, on the CPU. For a unit, this is joint relevance; for a
-            condition, conditional relevance, which sums to 1 together with the absorbed relevance (to -1 if the
-            condition counts against the target). None if the mass of the condition is zero or nearly cancels.
-        problem: The reason why ``relevance`` is None.
+        title: Name of the condition or unit.
+        mass: Mass of the condition or unit.
+        relevance: Relevance of each word, ``(words,)``, on the CPU: joint relevance for a unit, and conditional
+            relevance for a condition. Together with the absorbed relevance, conditional relevance sums to 1, or to -1
+            if the condition counts against the target. None if the mass of the condition is zero or nearly cancels.
+        problem: Reason why ``relevance`` is None.
     """
 
     title: str
@@ -58,26 +58,26 @@ class Row:
 
 @dataclass(frozen=True)
 class TextExplanation:
-    """The explanation of one text. ``print`` displays it in a terminal; ``plots.text_page`` converts it to HTML.
+    """Explanation of one text. ``print`` formats it for a terminal, and ``plots.text_page`` converts it to HTML.
 
     Attributes:
         text: The text, with its tokens and words.
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.
         target: Name of the explained class or token.
-        against: The class or token that the target is compared with; empty if there is none.
-        reference: The reference text, or the token that replaces every word in the reference; empty without a
+        against: Class or token that the target is contrasted with; empty if there is none.
+        reference: Reference text, or the token that replaces every word; empty without a reference.
+        output: The explained scalar: an output, a difference between outputs, or the change of either relative to the
             reference.
-        output: The explained scalar: an output, a difference of outputs, or the change of either from the reference.
-        predictions: The classes or tokens with the largest softmax values, with these values.
+        predictions: The most likely classes or tokens and their softmax values.
         tokens: Relevance of each token, ``(T,)``, on the CPU.
         words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target. Together with the
-            absorbed relevance, it sums to 1, or to -1 if ``output`` is negative, that is, if the target scores lower
-            than what it is compared with, or its lead is smaller than for the reference.
-        decoder: Relevance of the start token of a decoder.
-        absorbed: Relevance that is absorbed by constants or rules.
+            absorbed relevance, it sums to 1, or to -1 if ``output`` is negative: the target scores lower than the
+            contrast, or its lead is smaller than for the reference.
+        decoder: Relevance of the decoder's start token.
+        absorbed: Relevance absorbed by constants and rules.
         variation: Sum of the absolute relevance of all tokens; the larger it is, the more relevance cancels, and the
-            larger are rounding errors.
-        layers: The most relevant units of each layer.
+            larger the rounding errors.
+        layers: The most relevant units of each requested layer.
         given: One row for each condition.
         measure: The measure, for further queries.
 
@@ -104,7 +104,7 @@ class TextExplanation:
     measure: RelevanceMeasure | None = field(default=None, repr=False, compare=False)
 
     def lines(self, width: int = 80, color: bool = False) -> list[str]:
-        """Returns the explanation as lines for a terminal of the given width, with colours if ``color``.
+        """Formats the explanation as lines for a terminal, with colours if ``color`` is set.
 
         Examples:
             >>> max(map(len, explanation.lines(width=60))) <= 60
@@ -131,37 +131,37 @@ def explain_text(
     residual: Residual | None = None,
     gain_limit: float | None = None,
 ) -> TextExplanation:
-    """Explains the prediction of a transformers text model by the relevance of each word.
+    """Explains a prediction of a text model from the transformers library in terms of the relevance of each word.
 
-    The explained prediction depends on the model: the class of a text, the token behind the mask, the next token, or
-    the first token that a decoder generates.
+    The explained prediction depends on the model: the class of the text, the masked token, the next token, or the first
+    token generated by a decoder.
 
     Args:
-        model: A model with a head, in evaluation mode.
-        tokenizer: Its tokenizer.
+        model: A model with a prediction head, in evaluation mode.
+        tokenizer: The tokenizer of the model.
         text: The text. For a masked language model, it contains a mask token.
-        target: Name or index of the class, or the token; by default, the most likely one.
-        against: What the target is compared with: ``"rest"`` for all other classes or tokens, weighted by their
-            softmax; a single one of them; or None to explain the output alone.
-        reference: The reference from which the change of the prediction is explained; nothing is absorbed. It is
-            another text with the same number of tokens, or a token that replaces every token except special tokens. The
-            default, ``"auto"``, is the tokenizer's mask token, if it has one, no rules are given, and both predictions
-            can be compared: they must differ, and a mixture of experts must use the same experts for both. With None,
-            the prediction itself is explained by the rules of the composite.
+        target: Name or index of a class, or a token. Defaults to the most likely one.
+        against: What to contrast the target with: ``"rest"`` for all other classes or tokens, weighted by their
+            softmax; another class or token; or None to explain the output itself.
+        reference: Another text with the same number of tokens, or a token that replaces all tokens except special
+            tokens. The measure then explains how the prediction changes relative to this reference, and nothing is
+            absorbed. The default, ``"auto"``, uses the tokenizer's mask token, provided that it has one, that no rules
+            are given, and that the two predictions can be compared: they must differ, and a mixture of experts must use
+            the same experts for both. None explains the prediction itself with the rules of the composite.
         position: Index of the token whose prediction is explained, if the model predicts several.
-        layers: Layers or sites, such as ``blocks.1.attn``, whose most relevant heads or channels are listed.
+        layers: Layers or sites, such as ``blocks.1.attn``, for which the most relevant heads or channels are listed.
         given: Events or names, such as ``blocks.1.attn.head.3``, for which the conditional relevance of the words is
             computed.
-        composite: As in :class:`~nrm_plugin.RelevanceMeasure`; if this or one of the next two arguments is given, the
-            default of ``reference`` is None.
+        composite: As in :class:`~nrm_plugin.RelevanceMeasure`; if this or one of the next two arguments is given,
+            ``reference`` defaults to None.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
         InputError: If the model, the text or the position is invalid.
-        TargetError: If a class or token is unknown.
+        TargetError: If ``target`` or ``against`` is not a known class or token.
         DifferenceError: If the reference does not match the text.
-        UnknownLayerError: If a layer is unknown.
+        UnknownLayerError: If the model has no layer with one of the given names.
 
     Examples:
         >>> explanation = explain_text(model, tokenizer, "a dull film", "negative")
@@ -223,7 +223,7 @@ def explain_text(
 
 
 def _name(task: Task, chosen: int, compared: int | str | None) -> str:
-    """Returns the name of what the target is compared with; with two classes, the name of the other one."""
+    """Returns the name of the contrast, or an empty string; for two classes, the rest is the other class."""
     if compared is None:
         return ""
     if isinstance(compared, str) and len(task.logits) != 2:
@@ -245,10 +245,10 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
 def _of_masks(
     measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
 ) -> tuple[str | None, RelevanceMeasure]:
-    """Returns the mask token and the measure that explains the change of the prediction from a text of mask tokens.
+    """Returns the mask token, and a measure that explains how the prediction changes relative to mask tokens.
 
-    If there is no mask token, if the prediction is the same for the masks, or if the model runs other operations for
-    them, such as other experts, the measure explains the prediction itself.
+    If there is no mask token, the prediction is the same for both texts, or the model runs different operations on them
+    (such as different experts), the measure explains the prediction itself, and the token is None.
     """
     if mask:
         with contextlib.suppress(DifferenceError, TargetError, UnsupportedOperationError):
@@ -257,7 +257,7 @@ def _of_masks(
 
 
 def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
-    """Returns the ids of the reference, which is another text, or one token in place of all but special tokens."""
+    """Returns the inputs of the reference: another text, or one token in place of all but special tokens."""
     ids = task.text.ids
     alone = tokenizer.encode(reference, add_special_tokens=False)
     other, _ = tokenized(tokenizer, reference, ids.device)
@@ -278,12 +278,12 @@ def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Words:
-    """Token relevance of a text in a measure.
+    """Relevance of the tokens and words of a text.
 
     Attributes:
-        mu: The measure.
-        ends: Names of the taps at which walks end at the tokens.
-        task: The task.
+        mu: The measure to query.
+        ends: Names of the token taps, at which walks end.
+        task: The prediction task.
     """
 
     mu: RelevanceMeasure
@@ -291,13 +291,13 @@ class Words:
     task: Task
 
     def relevance(self, **of: Any) -> Tensor:
-        """Returns the relevance of the tokens, ``(…, T)`` on the CPU; positive values are evidence for the target."""
+        """Returns the relevance of tokens, ``(…, T)`` on the CPU; positive values are evidence for the target."""
         maps = self.mu.marginal(self.ends, over="position", **of)
         summed = torch.stack(list(maps.values())).sum(0)
         return float(self.mu.sign) * summed[..., 0, :].cpu()
 
     def units(self, layer: str) -> Iterable[Row]:
-        """Yields the most relevant heads of an attention call, or the most relevant channels of any other layer."""
+        """Yields the most relevant heads of an attention layer, or channels of any other layer."""
         heads = head_count(self.mu._recording, layer)
         count = self.mu.shape(layer)[self.mu.channel_dim(layer)] if heads is None else heads
         kind = "channel" if heads is None else "head"
@@ -311,7 +311,7 @@ class Words:
             yield from (Row(f"{kind} {unit}", float(mass[unit]), row) for unit, row in zip(order, rows, strict=True))
 
     def given(self, condition: Event | str) -> Row:
-        """Returns the relevance of the words, conditional on an event."""
+        """Returns the relevance of words conditional on an event."""
         event = at(condition) if isinstance(condition, str) else condition
         title = condition if isinstance(condition, str) else str(condition)
         mass = float(self.mu.sign) * float(self.mu(event))

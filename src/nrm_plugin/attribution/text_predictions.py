@@ -1,4 +1,4 @@
-"""The prediction task of a text model of the transformers library: a class, a masked token, or the next token."""
+"""Prediction tasks of text models from the transformers library: classes, masked tokens and next tokens."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A text and the model's prediction for it.
+    """A text and a model's prediction for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
-        text: The text.
-        inputs: Token ids at which walks end, keyed by model argument.
-        others: Additional arguments of the model.
+        text: The text with its tokens and words.
+        inputs: Token ids keyed by model argument; walks end at their embeddings.
+        others: Additional keyword arguments for the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
-        logits: The logits of the prediction, ``(K,)``.
+        logits: Logits of the prediction, ``(K,)``.
         labels: Names of the classes; empty if the classes are the tokens of the tokenizer.
         tokenizer: The tokenizer.
     """
@@ -43,7 +43,7 @@ class Task:
     tokenizer: Any
 
     def output(self, returned: Any) -> Tensor:
-        """Returns the logits of the prediction, ``(1, K)``, from the return value of the model."""
+        """Extracts the logits of the prediction, ``(1, K)``, from the return value of the model."""
         logits: Tensor = returned["logits"] if isinstance(returned, dict) else returned
         return logits if self.position is None else logits[:, self.position]
 
@@ -56,11 +56,11 @@ class Task:
         return decoded if decoded.strip() and "\ufffd" not in decoded else token
 
     def index(self, wanted: Any, argument: str) -> int:
-        """Returns the index of a class or token given by the user.
+        """Returns the output index of a class or token.
 
         Args:
-            wanted: A name, or an index.
-            argument: The name of the argument, for messages.
+            wanted: Name or index.
+            argument: Name of the argument, for error messages.
 
         Raises:
             TargetError: If there is no such class, or the word is not a single token.
@@ -89,7 +89,7 @@ class Task:
         )
 
     def _token(self, wanted: str, argument: str) -> int:
-        """Returns the id of a word that continues the text: after a space, if the tokenizer encodes spaces."""
+        """Returns the id of a word that is a single token; the token with a leading space takes precedence."""
         known = self.tokenizer.get_vocab()
         for spelling in (f"Ġ{wanted}", f"▁{wanted}", wanted):
             if spelling in known and not wanted.startswith((" ", "Ġ", "▁")):
@@ -109,10 +109,10 @@ class Task:
 
 
 def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -> Task:
-    """Tokenizes a text, and determines the prediction task by running the model once.
+    """Tokenizes a text and infers the prediction task by running the model.
 
     Raises:
-        InputError: If the model does not return logits of a class or of tokens, or the position is missing.
+        InputError: If the model does not return logits for classes or tokens, or ``position`` is missing or invalid.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens, others = tokenized(tokenizer, text, device)
@@ -154,10 +154,10 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
 
 
 def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, dict[str, Tensor]]:
-    """Returns a text as tokens, and the other outputs of the tokenizer, such as masks.
+    """Tokenizes a text; also returns the other outputs of the tokenizer, such as the attention mask.
 
     Raises:
-        InputError: If the text has no tokens.
+        InputError: If the text is not a string, has no tokens, or has more tokens than the model accepts.
     """
     if not isinstance(text, str):
         raise InputError(f"text is {brief(text)}, expected a string.")
@@ -201,7 +201,7 @@ def _labels(config: Any, count: int) -> tuple[str, ...]:
 
 
 def _looks_ahead(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any], logits: Tensor) -> bool:
-    """Returns whether the prediction at the first token depends on the last token, as in masked language models."""
+    """Returns whether the logits of the first token depend on the last token, as in masked language models."""
     ids = inputs["input_ids"]
     if ids.shape[1] < 2:
         return False

@@ -17,10 +17,10 @@ class Word:
     """A word of a text, or a special token.
 
     Attributes:
-        text: The word as in the text; the token itself if it is special.
+        text: The word as it appears in the text, or the special token.
         tokens: Positions of its tokens.
         is_spaced: Whether a space precedes the word.
-        is_special: Whether it is a token added by the tokenizer, or a mask.
+        is_special: Whether it is a special token of the tokenizer, such as a mask.
     """
 
     text: str
@@ -31,13 +31,13 @@ class Word:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text, as tokens and as words.
+    """A text with its tokens and words.
 
     Attributes:
-        text: The text.
-        ids: The ids, ``(1, T)``.
-        tokens: The tokens.
-        words: The words, in order; each token belongs to one of them.
+        text: The original text.
+        ids: Token ids, ``(1, T)``.
+        tokens: Token strings, ``T`` of them.
+        words: Words in order; each token is part of exactly one word.
     """
 
     text: str
@@ -46,9 +46,9 @@ class Tokens:
     words: tuple[Word, ...]
 
     def largest(self, values: Tensor) -> float:
-        """Returns the largest absolute value of any word, which sets the colour scale; 1 if all values are zero.
+        """Returns the largest absolute value of any word, which limits the colour scale; 1 if all values are zero.
 
-        Special tokens are considered only if the values of all words are zero, since a class token often has most of
+        Special tokens are ignored unless the values of all words are zero, since a class token often receives most of
         the relevance.
         """
         texts = [number for number, word in enumerate(self.words) if not word.is_special]
@@ -56,7 +56,7 @@ class Tokens:
         return own or float(values.abs().max()) or 1.0
 
     def of_words(self, values: Tensor) -> Tensor:
-        """Sums values of tokens ``(…, T)`` over the tokens of each word, ``(…, words)``."""
+        """Sums token values ``(…, T)`` over the tokens of each word, and returns ``(…, words)``."""
         result = values.new_zeros(*values.shape[:-1], len(self.words))
         for number, word in enumerate(self.words):
             result[..., number] = values[..., list(word.tokens)].sum(-1)
@@ -67,12 +67,12 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
     """Merges the tokens of a text into words.
 
     Args:
-        text: The text.
-        ids: The ids of the tokens.
-        tokens: The tokens.
-        special: Ids of special tokens.
-        encoding: The encoding of a fast tokenizer, with ``word_ids`` and ``offsets``, or None for other tokenizers,
-            which mark by ``##``, ``Ġ`` or ``▁`` which tokens form a word.
+        text: The original text.
+        ids: Token ids, one per token.
+        tokens: Token strings, as returned by the tokenizer.
+        special: Ids of the special tokens.
+        encoding: Encoding of a fast tokenizer, with ``word_ids`` and ``offsets``. None for other tokenizers, which mark
+            word boundaries with ``##``, ``Ġ`` or ``▁``.
     """
     are_special = [number in special for number in ids]
     if encoding is None:

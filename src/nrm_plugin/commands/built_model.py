@@ -1,7 +1,4 @@
-"""The result of building a model from its name.
-
-It contains the model and the metadata of its weights, before preprocessing is chosen.
-"""
+"""Models built by name, before their preprocessing is chosen."""
 
 from __future__ import annotations
 
@@ -24,14 +21,14 @@ class ModelError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model with the metadata of its weights.
+    """A model and the metadata of its weights.
 
     Attributes:
-        model: The model.
-        weights: Where the weights come from, as text.
+        model: The model, with its weights loaded.
+        weights: Description of where the weights come from.
         transforms: torchvision's preprocessing preset.
         categories: Class names; empty if unknown.
-        notes: Messages to the user.
+        notes: Messages for the user.
     """
 
     model: nn.Module
@@ -43,7 +40,7 @@ class BuiltModel:
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Context manager that makes random weights equal in every call, without changing the caller's random state."""
+    """Context manager that seeds the initialization of weights, and restores the random state of the caller."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         yield

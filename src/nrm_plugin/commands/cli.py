@@ -1,6 +1,6 @@
-"""The command ``nrm-plugin``, with a table of its subcommands, whose modules are imported only when they run.
+"""The command ``nrm-plugin`` and its subcommands; the module of a subcommand is imported only when it is run.
 
-Neither this module nor the arguments of a command import torch, so that ``--help`` and ``--version`` are fast.
+Neither this module nor the argument parsers import torch, so that ``--help`` and ``--version`` are fast.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ COMMANDS = {
     "sweep": "query every image of a folder or a data set and store the results",
     "references": "list the images of a sweep in which a channel has the most relevance",
 }
-"""One line of help for each command. The module of the same name in this package, with ``_`` for ``-``, defines
-``DESCRIPTION``, ``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status."""
+"""Summary of each command for ``--help``.
+
+The module of the same name in this package, with ``_`` for ``-``, defines ``DESCRIPTION``, ``EXAMPLES``,
+``add_arguments(parser)`` and ``run(options)``, which returns the exit status.
+"""
 
 EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with examples. Start with: nrm-plugin demo"
 UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line, without usage, and adds the arguments of the selected command."""
+    """Argument parser that prints errors on a single line, and imports the selected command when it is parsed."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Adds the arguments of the command and parses them; called by the parser of all commands."""
+        """Adds the arguments of the selected command before parsing."""
         if self._command:
             module: Any = importlib.import_module(f".{self._command.replace('-', '_')}", __package__)
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
@@ -64,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """Returns the parser of all commands."""
+    """Builds the parser for ``nrm-plugin`` with all subcommands."""
     root = Parser(prog="nrm-plugin", description="The normalized relevance measure of neural networks.", epilog=EPILOG)
     version = importlib.import_module("nrm_plugin").__version__
     root.add_argument("--version", action="version", version=f"nrm-plugin {version}")
@@ -75,10 +78,10 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs a command.
 
     Args:
-        argv: The arguments; by default the arguments of the process.
+        argv: Command-line arguments. Defaults to ``sys.argv[1:]``.
 
     Returns:
         The exit status: 0 on success; 1 if some images could not be explained, or if an error stopped the command; 2 if
@@ -109,7 +112,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bool) -> int:
-    """Prints the reason why a command stopped, and returns the exit status."""
+    """Prints why a command stopped and returns its exit status."""
     if options.debug:
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Lookup of composites by their names in Zennit's registry."""
+"""Lookup of composites by name in Zennit's registry."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """Raised if no composite has the given name, or if it requires arguments for which there is no option."""
+    """Raised if a composite is unknown, or requires arguments for which there is no option."""
 
 
 def composite_names() -> list[str]:
-    """Returns the names of all composites except normalized forms of other composites."""
+    """Returns the names of all registered composites, except normalized variants of other composites."""
     return sorted(name for name, kind in COMPOSITES.items() if _plain(kind) is kind)
 
 
 def check_composite_name(name: str) -> None:
-    """Raises :class:`CompositeError` unless Zennit's registry knows the name; the message lists similar names."""
+    """Raises :class:`CompositeError` with close matches if Zennit's registry does not contain ``name``."""
     if name not in COMPOSITES:
         near = difflib.get_close_matches(name, COMPOSITES, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -32,14 +32,14 @@ def check_composite_name(name: str) -> None:
 
 
 def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
-    """Returns a composite by name.
+    """Constructs a composite by name.
 
     Args:
-        name: Name in Zennit's registry.
-        bounds: Lowest and highest inputs, ``(1, C, 1, 1)`` each, for composites with a box rule.
+        name: Name of the composite in Zennit's registry.
+        bounds: Lowest and highest input values, ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:
-        CompositeError: If the name is unknown, or the composite requires different arguments.
+        CompositeError: If the name is unknown, or the composite has other required arguments.
     """
     check_composite_name(name)
     kind = _plain(COMPOSITES[name])
@@ -58,5 +58,5 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
 
 def _plain(kind: type[Composite]) -> type[Composite]:
-    """Returns the class that a registered normalized composite wraps, since commands normalize every composite."""
+    """Returns the composite class inside a normalized one, since the commands normalize every composite themselves."""
     return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind

@@ -1,4 +1,4 @@
-"""The command ``demo``."""
+"""Arguments and entry point of ``nrm-plugin demo``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Adds the arguments of ``demo``."""
     parser.add_argument("--digits", nargs="+", type=_digit, default=DIGITS, metavar="N",
                         help=f"0 to 9, or '{MISCLASSIFIED}' for a misclassified digit; of each kind the digit with the "
                         f"most confident prediction, then the next one (default: {' '.join(DIGITS)})")  # fmt: skip
@@ -56,7 +56,7 @@ def _digit(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explains digits or a photograph; returns the exit status."""
+    """Explains digits or a photograph and returns the exit status."""
     started = time.perf_counter()
     from .output_files import check_folder
 
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _table(report: Report) -> Iterator[str]:
-    """Yields one line per layer, with means over the digits."""
+    """Yields the lines of the table: one per layer, averaged over the digits."""
     count = len(report.samples)
     mean = f", mean over these {count} digits" if count > 1 else ""
     names = _columns(report.rows)
@@ -89,7 +89,7 @@ def _table(report: Report) -> Iterator[str]:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Returns the names of the columns; bypass only if it is nonzero."""
+    """Returns the column names; ``bypass`` is included only if it is nonzero."""
     return [name for name in COLUMNS if name != "bypass" or any(bool(row.bypass.any()) for row in rows)]
 
 

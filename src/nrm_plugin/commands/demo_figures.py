@@ -1,4 +1,4 @@
-"""Figures of the demo. ``docs/images/demo.png`` is ``6-joint.png`` as written by ``nrm-plugin demo``."""
+"""Figures of the demo. ``docs/images/demo.png`` is the figure ``6-joint.png`` written by ``nrm-plugin demo``."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ CHANNELS, CONDITIONS, PATCHES = 6, 7, 4
 
 
 def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, against: str = REST) -> list[Path]:
-    """Writes three figures of one digit: joint relevance of two layers, pixels, channels.
+    """Saves three figures for one digit: joint relevance of two layers, pixel relevance, and channels.
 
     Args:
-        model: The network.
-        sample: The digit.
-        image: The image of the digit, ``(1, 16, 16)``.
-        out: Folder of the figures.
-        against: ``"rest"`` to compare the digit with the other digits, or ``"none"``.
+        model: The digit classifier.
+        sample: The digit to explain.
+        image: Image of the digit, ``(1, 16, 16)``.
+        out: Output folder.
+        against: ``"rest"`` to contrast the digit with the other digits, or ``"none"``.
     """
     mu = _measure(model, image[None], sample, against)
     relevance = mu.marginal("input")[0].sum(0)
@@ -56,7 +56,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
 
 
 def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
-    """Returns the measure of a digit; the explained difference is positive, since the predicted class is explained."""
+    """Returns the measure for the predicted digit, whose output exceeds those of the other digits."""
     return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
 
 
@@ -65,12 +65,12 @@ def _explained(sample: Sample, against: str) -> str:
 
 
 def _two_lines(title: str) -> str:
-    """Breaks a title into two lines, since in one line it would overlap the colour bar."""
+    """Breaks a title into two lines, since a single line would overlap the colour bar."""
     return title.replace(" rather than ", "\nrather than ")
 
 
 def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
-    """Draws conditional heat maps of the most relevant channels."""
+    """Plots conditional heat maps of the most relevant channels."""
     mass = mu.marginal(UPPER, over="channel")[0]
     top = mass.abs().argsort(descending=True, stable=True)[:CONDITIONS].tolist()
     maps = mu.marginal("input", given=[at(UPPER).channel(channel) for channel in top])[:, 0].sum(1)
@@ -81,14 +81,14 @@ def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
 
 
 def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor, composite: str, out: Path) -> Path:
-    """Writes a figure with the relevance of each layer for every digit.
+    """Saves a figure of the relevance at each layer, with one panel per digit.
 
     Args:
-        rows: Relevance of each layer, ``(N,)`` per layer.
-        samples: ``N`` digits.
-        images: The images of the digits, ``(N, 1, 16, 16)``.
-        composite: Name of the composite.
-        out: Folder of the figures.
+        rows: One row per layer, with tensors of shape ``(N,)``.
+        samples: The ``N`` digits.
+        images: Images of the digits, ``(N, 1, 16, 16)``.
+        composite: Name of the composite, for the title.
+        out: Output folder.
     """
 
     def values(column: str, number: int) -> list[float]:
@@ -117,13 +117,13 @@ def _classified(sample: Sample) -> str:
 
 
 def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, against: str = REST) -> list[Path]:
-    """Writes the figure and the page of a flow, from the image patches of a digit to the predicted class.
+    """Saves the flow from image patches to the predicted class as a figure and as an HTML page.
 
     Args:
-        model: The network.
-        sample: The digit.
-        image: The image of the digit, ``(1, 1, 16, 16)``.
-        out: Folder of the figures.
+        model: The digit classifier.
+        sample: The digit to explain.
+        image: Image of the digit, ``(1, 1, 16, 16)``.
+        out: Output folder.
         against: As in :func:`save_sample`.
     """
     mu = _measure(model, image, sample, against)

@@ -1,4 +1,4 @@
-"""The demo on a photograph: the commands ``explain`` and ``flow`` with a network that is fetched by name."""
+"""Photograph demo: runs ``explain`` and ``flow`` on a photograph with a downloaded network."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CLASSES = "classes.txt"
 
 
 def explain_photo(photo: Path | None, out: Path) -> int:
-    """Explains a photograph by a heat map and a flow, and prints the commands it runs; returns the exit status.
+    """Explains a photograph with heat maps and a flow, printing the commands it runs, and returns the exit status.
 
     Args:
-        photo: The photograph; by default that of the package.
-        out: Folder of the results.
+        photo: Image file. Defaults to the photograph bundled with the package.
+        out: Output folder.
 
     Raises:
         PackageError: If a package cannot be downloaded.
@@ -42,7 +42,7 @@ def explain_photo(photo: Path | None, out: Path) -> int:
 
 
 def _commands(image: Path, classes: Path, out: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields each command with its arguments."""
+    """Yields the name and arguments of each command."""
     three = (",".join([f"{value}"] * 3) for value in (MEAN, STD))
     values = [f"{SIDE}", *three, f"{classes}", f"{out}"]
     options = [

@@ -21,11 +21,11 @@ class Report:
 
     Attributes:
         samples: The digits.
-        accuracy: Fraction of all held-out digits that the network classifies correctly.
+        accuracy: Accuracy of the network on all held-out digits.
         rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
-        figures: Files of figures: three per digit, then the budgets of all digits.
-        flow: Figure and page of the flow for the first digit.
-        against: ``"rest"`` if the figures compare the digit with the other digits, else ``"none"``.
+        figures: Figure files: three per digit, then the layer budgets of all digits.
+        flow: Figure and HTML page of the flow for the first digit.
+        against: ``"rest"`` if the figures contrast each digit with the other digits, ``"none"`` otherwise.
         composite: Name of the composite used for the rows.
     """
 
@@ -39,11 +39,12 @@ class Report:
 
 
 def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Report:
-    """Explains held-out digits and writes figures.
+    """Explains held-out digits and saves the figures.
 
     Args:
-        kinds: ``"0"`` to ``"9"``, or ``"misread"``; a repeated kind selects additional digits.
-        out: An existing folder.
+        kinds: ``"0"`` to ``"9"`` for a digit, or ``"misread"`` for a misclassified one; a repeated entry selects the
+            next digit.
+        out: Output folder, which must exist.
         against: ``"rest"`` or ``"none"``.
 
     Raises:
@@ -66,7 +67,7 @@ def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Repor
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Context manager with a single thread, since the tensors of this network are too small to benefit from more."""
+    """Context manager that limits torch to one thread, since the tensors are too small to benefit from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

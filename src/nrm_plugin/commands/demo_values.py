@@ -1,4 +1,4 @@
-"""The digits of the demo and the relevance of each layer in the measure and in plain Zennit."""
+"""Digits of the demo, and the relevance of each layer in the measure and in plain Zennit."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ LAYERS = (
     "classifier.3", "classifier.0", "features.12", "features.10", "features.7", "features.5", "features.2",
     "features.0", "input",
 )  # fmt: skip
-"""Layers of the table, from the output down; layers between them pass relevance through unchanged."""
+"""Layers of the table, from the output to the input; the layers in between pass relevance on unchanged."""
 TABLE_COMPOSITE = EpsilonPlus
-"""Composite of the table and the budgets: one of Zennit's, since the default of this package absorbs no relevance.
-All other figures use the default."""
+"""Composite of the table and the layer budgets.
+
+It is one of Zennit's composites, since the default composite absorbs no relevance. All other figures use the default.
+"""
 
 
 class DemoError(NRMError, ValueError):
-    """Raised if the test set contains no digits of the requested kind."""
+    """Raised if the requested digits are invalid, or more of them are requested than are held out."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ class Sample:
     """A held-out digit.
 
     Attributes:
-        name: First part of the file names.
+        name: Prefix of the file names.
         index: Index among the held-out digits.
-        label: Class of the digit.
-        predicted: The predicted class, which is explained.
+        label: True class.
+        predicted: Predicted class, which is the class to explain.
     """
 
     name: str
@@ -51,15 +53,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """Per-layer quantities, each a dimensionless tensor of shape ``(N,)``.
+    """Relevance quantities of one layer, each a dimensionless tensor of shape ``(N,)``.
 
     Attributes:
         layer: Name of the tap.
-        plain: Total relevance in plain Zennit, with an initial relevance of 1 at the output.
-        mass: Mass that crosses the layer; ``mass + sink + bypass == 1``.
-        sink: Mass that is absorbed above the layer.
-        bypass: Mass that bypasses the layer.
-        variation: Variation of the measure, at least 1.
+        plain: Total relevance in plain Zennit, for an initial relevance of 1 at the output.
+        mass: Mass of the walks that cross the layer; ``mass + sink + bypass == 1``.
+        sink: Mass absorbed above the layer.
+        bypass: Mass of the walks that bypass the layer.
+        variation: Tap variation, at least 1.
     """
 
     layer: str
@@ -72,7 +74,7 @@ class Row:
 
 @torch.no_grad()
 def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> tuple[list[Sample], float]:
-    """Returns the most confidently predicted digits of each kind and the accuracy on all digits.
+    """Selects the most confidently predicted digits of each kind and computes the accuracy on all digits.
 
     Raises:
         DemoError: If no kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
@@ -98,12 +100,12 @@ def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str
 
 
 def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[Row]:
-    """Computes plain Zennit's relevance and the measure of each layer, both with :data:`TABLE_COMPOSITE`.
+    """Computes plain Zennit's relevance and the measure at each layer, both with :data:`TABLE_COMPOSITE`.
 
     Args:
-        model: The network.
-        images: The images of the digits, ``(N, 1, 16, 16)``.
-        target: Class to explain, one for each image.
+        model: The digit classifier.
+        images: Images of the digits, ``(N, 1, 16, 16)``.
+        target: Explained class of each image.
     """
     mu = RelevanceMeasure(model, images, list(target), composite=TABLE_COMPOSITE())
     plain = plain_sums(model, images, target, TABLE_COMPOSITE(), LAYERS)
@@ -117,14 +119,14 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 def plain_sums(
     model: nn.Module, images: Tensor, target: Sequence[int], composite: Composite, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Returns the sum of plain Zennit's relevance at each layer, ``(N,)``, for an initial relevance of 1 at the target.
+    """Computes plain Zennit's total relevance at each layer, ``(N,)``, for an initial relevance of 1 at the target.
 
     Args:
         model: The network.
         images: Inputs, ``(N, …)``.
-        target: Class to explain, one for each image.
-        composite: The composite.
-        layers: Names of modules, and ``"input"``.
+        target: Explained class of each image.
+        composite: The composite, without normalization.
+        layers: Module names or ``"input"``.
     """
     model = copy.deepcopy(model)  # Zennit 1.0 replaces parameters of the model
     inputs = images.clone().requires_grad_()

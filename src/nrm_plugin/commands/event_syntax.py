@@ -1,4 +1,4 @@
-"""Parser for events written as text, such as ``features.28[3,7] & ~features.14[5]``. Text is never evaluated as code.
+"""Parser for event expressions such as ``features.28[3,7] & ~features.14[5]``, which are never evaluated as code.
 
 - ``union``: one or more ``intersection``, separated by ``|``
 - ``intersection``: one or more ``part``, separated by ``&``
@@ -24,16 +24,16 @@ DEEPEST = 50
 
 
 class ConditionError(NRMError, ValueError):
-    """Raised if a text cannot be parsed as an event."""
+    """Raised if an event expression cannot be parsed."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """An event together with the text it was parsed from.
+    """An event and the expression from which it was parsed.
 
     Attributes:
-        text: The given text.
-        event: The event.
+        text: The expression as given by the user.
+        event: The event that the expression denotes.
         layers: Names of the layers in the event.
     """
 
@@ -43,11 +43,11 @@ class Condition:
 
 
 def parse(text: str) -> Condition:
-    """Parses an event.
+    """Parses an event expression.
 
     Args:
-        text: Names of layers with channels in brackets, combined by ``&``, ``|``, ``~`` and parentheses. Brackets list
-            channels, as in ``at(layer).channel([…])``.
+        text: Layer names with optional channels in brackets, combined with ``&``, ``|``, ``~`` and parentheses.
+            Brackets select channels, as in ``at(layer).channel([…])``.
 
     Raises:
         ConditionError: If the text does not follow the grammar; the message shows the position.
@@ -69,7 +69,7 @@ class _Reader:
         self.advance()
 
     def advance(self) -> None:
-        """Moves to the next token."""
+        """Advances to the next token."""
         self.start = self._end + len(self.text[self._end :]) - len(self.text[self._end :].lstrip())
         token = TOKEN.match(self.text, self._end)
         if token is None and self.text[self._end :].strip():
@@ -80,7 +80,7 @@ class _Reader:
         self._end = token.end() if token else len(self.text)
 
     def fail(self, why: str, got: str = "", place: int | None = None) -> None:
-        """Raises :class:`ConditionError` for the current token, or for the given text and position."""
+        """Raises :class:`ConditionError` at the current token, or for the given text and position."""
         got = got or self.sign or self.atom or "the end"
         place = self.start if place is None else place
         raise ConditionError(

@@ -1,4 +1,4 @@
-"""The command ``explain``."""
+"""Arguments and entry point of ``nrm-plugin explain``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ exit status: 0; 1 if some images could not be explained; 2 if none can be explai
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Adds the arguments of ``explain``."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, TIFF, GIF, …")
     add_model(parser)
     add_fit(parser)
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explains the images; returns the exit status."""
+    """Explains the images and returns the exit status."""
     from .image_loop import explain_each
 
     return explain_each(

@@ -1,4 +1,4 @@
-"""The command ``explain-text``."""
+"""Arguments and entry point of ``nrm-plugin explain-text``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ exit status: 0; 1 if some texts could not be explained; 2 if none can be explain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Adds the arguments of ``explain-text``."""
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text in quotes; - for one text per line of stdin")
     parser.add_argument("--model", required=True, metavar="FOLDER|NAME",
                         help="folder with config.json, weights and tokenizer; or a name of the hub")  # fmt: skip
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explains the texts; returns the exit status."""
+    """Explains the texts and returns the exit status."""
     from .output_files import check_folder
     from .request import check_device
     from .resolved_options import one_line_warnings, request_of
@@ -137,7 +137,7 @@ def _columns() -> int:
 
 
 def is_colored(choice: str) -> bool:
-    """Returns whether to print colours: as requested, or by default if the terminal supports them."""
+    """Returns whether to print colours: as requested, or if the terminal supports them for ``"auto"``."""
     if choice != "auto":
         return choice == "always"
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

@@ -1,4 +1,4 @@
-"""Computation of the explanation of one image. This module neither prints nor writes files."""
+"""Explanation of one image. This module neither prints nor writes files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .request import SECANTS, Against, Request, RequestError, check_layers, comp
 
 @dataclass(frozen=True)
 class Totals:
-    """Relevance at one tap; mass, sink and bypass sum to 1, or to -1 for a negative difference.
+    """Relevance totals at one tap; mass, sink and bypass sum to 1, or to -1 for a negative difference.
 
     Attributes:
         mass, sink, bypass, variation: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -35,14 +35,14 @@ class Totals:
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """The explanation of one layer.
+    """Explanation of one layer.
 
     Attributes:
         name: Name of the tap.
-        relevance: Relevance of each neuron, without the batch dimension.
+        relevance: Relevance of each neuron, without batch dimension.
         mass: Mass of each channel, ``(C,)``.
-        totals: Totals of the layer.
-        top: The channels with the largest absolute mass.
+        totals: Relevance totals at the layer.
+        top: Channels with the largest absolute mass.
         heat_maps: Joint relevance of each of these channels with the pixels, ``(len(top), H, W)``.
     """
 
@@ -56,14 +56,14 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class ConditionalExplanation:
-    """The explanation under one condition.
+    """Explanation conditional on an event.
 
     Attributes:
-        condition: The condition.
+        condition: The condition, with its text and its event.
         mass: Mass of the event.
-        relevance: Relevance of the inputs given the event, ``(C, H, W)``, with the sign of the mass if the class is
-            compared with others, or None if the mass is zero or nearly cancels.
-        problem: The reason why the relevance is undefined.
+        relevance: Input relevance given the event, ``(C, H, W)``; if the class is contrasted with others, it has the
+            sign of the mass. None if the mass is zero or nearly cancels.
+        problem: Reason why the relevance is undefined.
     """
 
     condition: Condition
@@ -74,12 +74,12 @@ class ConditionalExplanation:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Relevance averaged over late layers.
+    """Relevance map averaged over late layers.
 
     Attributes:
-        layers: The layers, starting with the last one.
-        relevance: ``(H, W)``, interpolated to the pixels; positive values are evidence for the class.
-        reference: Name or file of its reference image, or None without one.
+        layers: The layers, from the last to the first.
+        relevance: Map ``(H, W)``, interpolated to pixels; positive values are evidence for the class.
+        reference: Name or file of the reference image, or None if there is none.
     """
 
     layers: list[str]
@@ -89,25 +89,25 @@ class LayerMap:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The explanation of one image; tensors are on the CPU.
+    """Explanation of one image; tensors are on the CPU.
 
     Attributes:
         source: The image file.
         image: The preprocessed image, ``(3, S, S)`` in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        against: What the class is compared with.
-        difference: The explained difference of outputs, or None if the class is not compared with others.
+        against: What the explained class is contrasted with.
+        difference: The explained difference between outputs, or None without a contrast.
         relevance: Relevance of the inputs, ``(C, S, S)``. Like the relevance of layers and the totals, it is multiplied
             by the sign of the difference, so that positive relevance is evidence for the class.
-        totals: Totals at the inputs.
-        layers: The requested layers.
-        given: The requested conditions.
-        photo: The image for figures, including the part that the model did not see.
-        reference: Name or file of the reference image, or None without one.
-        layer_map: The mean over late layers, or None if it is not requested, or does not exist for this model.
-        shows_pixels: Whether the relevance of the pixels is to be drawn.
-        notes: What differs from the request, and why.
+        totals: Relevance totals at the inputs.
+        layers: Explanations of the requested layers.
+        given: Explanations conditional on the requested events.
+        photo: The image for figures, including the part that the model's crop leaves out.
+        reference: Name or file of the reference image, or None if there is none.
+        layer_map: Relevance map averaged over late layers; None if not requested, or if the model has no such layers.
+        shows_pixels: Whether to plot the relevance of the pixels.
+        notes: Deviations from the request, with their reasons.
     """
 
     source: LoadedImage
@@ -131,13 +131,13 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
     """Explains one image.
 
     Args:
-        loaded: The model, on the device of the request.
-        source: The image.
-        request: The request.
+        loaded: The model, on the device given in the request.
+        source: The image to explain.
+        request: Target, layers, conditions, rules and device.
 
     Raises:
         RequestError: If the target, the layers or the conditions do not match the model, or if the model fails.
-        NRMError: If the model cannot be measured with these rules.
+        NRMError: If no measure of the model can be constructed with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
     result = _of_one_measure(loaded, source, inputs, request)
@@ -180,13 +180,16 @@ def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, re
 
 
 def _layer_map(mu: RelevanceMeasure, reference: str | None) -> LayerMap | None:
-    """Returns the map of layers, or None if the model has no late layers with positions."""
+    """Computes the relevance map of late layers, or returns None if the model has no late layers with positions."""
     layers = late_layers(mu)
     return LayerMap(layers, layer_average(mu, layers)[0].cpu(), reference) if layers else None
 
 
 def _has_late_layers(loaded: LoadedModel, mu: RelevanceMeasure, inputs: Tensor) -> bool:
-    """Returns whether a model has late layers; stored, since a planned measure would have to record the model."""
+    """Returns whether a model has late layers.
+
+    The result is cached, since a planned measure would otherwise have to record the model.
+    """
     shape = tuple(inputs.shape)
     if shape not in loaded.has_late_layers:
         loaded.has_late_layers[shape] = bool(late_layers(mu))
@@ -194,10 +197,10 @@ def _has_late_layers(loaded: LoadedModel, mu: RelevanceMeasure, inputs: Tensor) 
 
 
 def _without_layers(loaded: LoadedModel, request: Request) -> tuple[str, ...]:
-    """Returns a note about a model without late layers.
+    """Returns a note that the model has no late layers.
 
     Raises:
-        RequestError: If only the map of layers is requested.
+        RequestError: If only the map of late layers is requested.
     """
     reason = f"{loaded.name} has no late layers with positions, which all relevance crosses, on two grids"
     if request.map == OF_LAYERS:

@@ -1,4 +1,4 @@
-"""Output files of one explanation: heat maps as PNG, numbers and all settings as safetensors, channels as CSV."""
+"""Output files of one explanation: heat maps as PNG, numbers and settings as safetensors, channels as CSV."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""At most one pixel in this many may exceed the colour scale."""
+"""At most one in this number of pixels may exceed the colour scale."""
 LEAST_LOST = 0.005
-"""If more than this fraction of relevance does not reach the pixels, the title mentions it."""
+"""Fraction of relevance lost before the pixels above which the title mentions it."""
 LONGEST_HEADER = 10**8
-"""Largest header size of a safetensors file, in bytes."""
+"""Maximum header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")
-"""Metadata that may differ between two runs with the same settings."""
+"""Metadata that may differ between runs with the same settings."""
 HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
 
 
 def write(
     loaded: LoadedModel, request: Request, result: Explanation, out: Path, taken: set[str], cells: int | str = AUTO
 ) -> list[Path]:
-    """Writes the files of one image.
+    """Writes the output files of one image.
 
     Args:
-        loaded: The model.
-        request: The request.
-        result: The explanation.
-        out: Folder of the output files.
-        taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
+        loaded: The explained model.
+        request: The request that led to the explanation.
+        result: The explanation to write.
+        out: Output folder.
+        taken: File names already used, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
         cells: Resolution of the heat maps; see :func:`cells_of`.
 
     Returns:
@@ -86,7 +86,7 @@ def write(
 
 
 def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
-    """Returns the kinds of files written for a layer; no figure is written if no channel has relevance."""
+    """Returns the suffixes of the files written for a layer; no figure is written if no channel has relevance."""
     return ("png", "csv") if layer.top else ("csv",)
 
 
@@ -94,7 +94,7 @@ def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
 
 
 def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
-    """Returns all settings that affect the results, as metadata for the file; lists and dictionaries become JSON."""
+    """Returns all settings that affect the results as metadata strings; lists and dictionaries are encoded as JSON."""
     about = image_settings(loaded, request, result.source.path, result.source.digest, result.target, result.against)
     about["given"] = [condition.text for condition in request.given]
     if result.layer_map is not None:
@@ -103,7 +103,7 @@ def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict
 
 
 def tensors(result: Explanation) -> dict[str, Tensor]:
-    """Returns the results for one image, by their names in the file."""
+    """Returns the result tensors of one image, keyed by their names in the file."""
     number = result.outputs.new_tensor
     named = {
         "image": result.image,
@@ -147,7 +147,7 @@ def _save_tensors(numbers: dict[str, Tensor], path: Path, about: dict[str, str])
 
 
 def _save_table(layer: LayerExplanation, path: Path) -> None:
-    """Writes all channels, in descending order of absolute mass."""
+    """Writes the mass of each channel, in descending order of absolute mass."""
     with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["channel", "mass"])
@@ -159,9 +159,9 @@ def _save_table(layer: LayerExplanation, path: Path) -> None:
 
 
 def color_limit(maps: Sequence[Values]) -> float | None:
-    """Chooses the value of the darkest colour for heat maps ``(H, W)``, so that extreme pixels do not hide all others.
+    """Computes a colour limit for heat maps ``(H, W)`` that is robust to extreme pixels.
 
-    At most one in :data:`CLIPPED` pixels exceeds this value. Returns None if the value is zero.
+    At most one in :data:`CLIPPED` pixels exceeds this limit. Returns None if the limit is zero.
     """
     values = torch.stack([torch.as_tensor(one) for one in maps]).abs().flatten() if maps else torch.zeros(1)
     inside = values.sort().values[: max(1, len(values) - len(values) // CLIPPED)]
@@ -182,7 +182,7 @@ def _overview(loaded: LoadedModel, result: Explanation, cells: int | str) -> Fig
 
 
 def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
-    """Returns the heat maps, ``(H, W)`` each, with titles that say what they are."""
+    """Returns the heat maps ``(H, W)`` with their titles."""
     drawn = []
     if result.layer_map is not None:
         # The heading names the reference of all results.
@@ -196,7 +196,7 @@ def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
 
 
 def totals_text(totals: Totals) -> str:
-    """Describes in words how much relevance reaches the pixels."""
+    """Describes how much relevance reaches the pixels, and how much is absorbed or bypasses them."""
     lost = ((totals.sink, "is absorbed on the way"), (totals.bypass, "bypasses them"))
     parts = [f"{percent(value)} {words}" for value, words in lost if abs(value) >= LEAST_LOST]
     reached = percent(totals.mass) if parts else "all of it" if totals.mass > 0 else "all of it, against the class,"
@@ -204,12 +204,12 @@ def totals_text(totals: Totals) -> str:
 
 
 def cells_of(cells: int | str, size: Sequence[int], layer: Sequence[int] | None = None) -> list[int]:
-    """Returns the number of heat-map cells along each side.
+    """Returns the number of heat-map cells along each dimension.
 
     Args:
-        cells: A number, or a name of :mod:`~nrm_plugin.commands.options`: ``AUTO``, ``PIXELS`` or ``LAYER_CELLS``.
+        cells: Number of cells, or ``AUTO``, ``PIXELS`` or ``LAYER_CELLS`` of :mod:`~nrm_plugin.commands.options`.
         size: Size of the map in pixels.
-        layer: Size of the layer of the map, or None for the input.
+        layer: Spatial size of the layer, or None for the input.
     """
     if isinstance(cells, int):
         return [cells] * len(size)

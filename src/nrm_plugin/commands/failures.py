@@ -1,4 +1,4 @@
-"""Error messages of commands: one line on stderr, even with ``--quiet`` and after Ctrl-C. Does not import torch."""
+"""Error messages of the commands: one line on stderr, not suppressed by ``--quiet``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import TextIO
 FAILED, INTERRUPTED = 1, 130
 """Exit statuses after an error other than invalid options, and after an interrupt."""
 MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
-"""Parts of torch's messages; torch raises a plain RuntimeError if CPU memory is exhausted."""
+"""Matches torch's out-of-memory messages, which are plain RuntimeErrors for CPU memory."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
-"""Options whose lower values reduce memory usage, keyed by attribute."""
+"""Options that reduce memory usage if lowered, keyed by attribute."""
 
 _quieted: list[TextIO] = []
 
 
 @contextlib.contextmanager
 def quiet(is_quiet: bool) -> Iterator[None]:
-    """Context manager that suppresses the output of the command and libraries, except the stream of :func:`errors`."""
+    """Context manager that suppresses all output to stdout and stderr, except through :func:`errors`."""
     if not is_quiet:
         yield
         return
@@ -39,12 +39,12 @@ def quiet(is_quiet: bool) -> Iterator[None]:
 
 
 def errors() -> TextIO:
-    """Returns the stream for errors, which ``--quiet`` does not silence."""
+    """Returns the error stream, which ``--quiet`` does not suppress."""
     return _quieted[-1] if _quieted else sys.stderr
 
 
 def line(error: BaseException, options: argparse.Namespace) -> str:
-    """Returns the message of an error in one line."""
+    """Formats an error as a one-line message."""
     from ..dataset.images import shown
     from ..errors import NRMError
 
@@ -58,7 +58,7 @@ def line(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether an error, or one of its causes, was due to exhausted memory."""
+    """Returns whether an error, or one of its causes, is an out-of-memory error."""
     if error is None:
         return False
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """Context manager that records interrupts, since a module interrupted during its import may raise another error."""
+    """Context manager that records interrupts, since interrupting an import may raise an unrelated error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

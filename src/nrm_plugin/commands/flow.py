@@ -1,4 +1,4 @@
-"""The command ``flow``, for images or, with ``--from``, for the mean over a stored sweep."""
+"""Arguments and entry point of ``nrm-plugin flow``, for images or, with ``--from``, the mean over a stored sweep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .options import (
 )
 
 MOST_CHANNELS = 40
-"""Largest number of channels per layer in a figure; equal to :data:`nrm_plugin.plots.flow_columns.MAX_GROUPS`."""
+"""Maximum number of channels per layer in a figure; equals :data:`nrm_plugin.plots.flow_columns.MAX_GROUPS`."""
 
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
@@ -53,7 +53,7 @@ exit status: 0; 1 if some images could not be explained; 2 if none can be explai
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Adds the arguments of ``flow``."""
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="an image, as for explain")
     add_model(parser, required=False)
     add_fit(parser)
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plots the flow of images or of a sweep; returns the exit status."""
+    """Plots the flow of images or of a sweep and returns the exit status."""
     from .damaged_sweeps import read_stored
     from .sweep_flow import print_mean_flow
 

@@ -1,4 +1,4 @@
-"""The difference between two flows: for two classes of an image, or for one class in two images."""
+"""Difference between two flows: of two classes in one image, or of one class in two images."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ from .photos import photo, side_by_side
 from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 CHANNELS = 16
-"""Number of channels per layer for which both flows are computed: those whose relevance differs most."""
+"""Number of channels per layer, those whose relevance differs most, for which both flows are computed."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two flows that are compared.
+    """One of two flows to compare.
 
     Attributes:
-        image: The image.
-        request: The request, with the class.
-        mu: The measure.
+        image: The explained image.
+        request: The request, including the class.
+        mu: The measure for the class and the image.
         target: The explained class.
-        name: Label that distinguishes this flow from the other.
+        name: Label that distinguishes the two flows.
     """
 
     image: LoadedImage
@@ -70,10 +70,10 @@ class Side:
 def explain_difference(
     loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
-    """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
+    """Writes the difference between two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
 
-    By default, single outputs are explained without comparison, so that both flows are shares of positive totals; the
-    difference between a class and the others is negative if the class is not predicted.
+    By default, each flow explains a single output without a contrast, since the difference from other classes would be
+    negative for a class that is not predicted, and the two flows would not be comparable.
     """
     if request.against is None:
         request = replace(request, against=NONE)
@@ -134,7 +134,7 @@ def _heading(loaded: LoadedModel, first: Side, second: Side) -> str:
 
 
 def _softmax(*both: Side) -> str:
-    """Says how large the softmax of both explained outputs is; empty for models with one output."""
+    """Describes the softmax values of both explained outputs; empty for models with one output."""
     if both[0].mu.outputs.numel() < 2:
         return ""
     shares = [float(side.mu.outputs.flatten().double().softmax(0)[side.target]) for side in both]
@@ -143,10 +143,10 @@ def _softmax(*both: Side) -> str:
 
 
 def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str) -> tuple[Side, Side]:
-    """Returns both flows to compare: ``minus`` is an image file, or a class of the same image.
+    """Returns the two flows to compare; ``minus`` is an image file, or another class of the same image.
 
     Raises:
-        RequestError: If both flows are the same, or ``minus`` is neither an image nor a class.
+        RequestError: If ``minus`` is the explained class, or neither an image nor a class.
     """
     other = load_image(Path(minus)) if Path(minus).is_file() else None
     mu, target = _measured(loaded, image, request)
@@ -185,13 +185,11 @@ def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tupl
 def flow_difference(
     loaded: LoadedModel, first: Side, second: Side, options: FlowOptions
 ) -> tuple[FlowGraph, NodeMaps, str, Regions, Counts]:
-    """Returns the difference between two flows over the same groups, and between their joint heat maps.
-
-    The numbers and heat maps of each flow come from the same passes.
+    """Computes the difference between two flows over the same groups, and between their joint heat maps.
 
     Returns:
-        The graph; the heat maps by the keys of its nodes; the layer whose positions they show, empty for pixels;
-        the regions of the nodes of the input, ``(H, W)``; and the numbers of channels of groups of channels.
+        The graph; heat maps keyed by node; the layer whose positions they show, empty for pixels; regions of the input
+        nodes, ``(H, W)``; and the number of channels of each channel group.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.
@@ -223,7 +221,7 @@ def flow_difference(
 
 
 def _classes(loaded: LoadedModel, mu: RelevanceMeasure, targets: set[int]) -> dict[str, torch.Tensor]:
-    """Returns a mask for the output of each given class, keyed by class name."""
+    """Returns a mask of the output of each class, keyed by class name."""
     labels = torch.arange(mu.shape("output")[1:].numel()).reshape(mu.shape("output")[1:])
     return {class_name(loaded, target) or f"class {target}": labels == target for target in sorted(targets)}
 
@@ -233,7 +231,7 @@ def _group_names(groups: Groups) -> dict[str, Names]:
 
 
 def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:
-    """Returns a graph whose number of other groups includes the channels outside of all groups."""
+    """Adds the channels outside all groups to the number of other groups of each layer."""
     layers = []
     for layer in graph.layers:
         kind = over.get(layer.name)
@@ -243,13 +241,13 @@ def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) ->
 
 
 def _joint_maps(mu: RelevanceMeasure, flow: MappedFlow) -> dict[str, np.ndarray]:
-    """Returns the joint relevance of each node with the positions."""
+    """Converts conditional heat maps to joint relevance of each node with the positions."""
     masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in flow.graph.nodes}
     return {key: masses[key] * values for key, values in flow.maps.items()}
 
 
 def _differing(first: RelevanceMeasure, second: RelevanceMeasure, layer: str) -> dict[str, torch.Tensor]:
-    """Returns a mask for each of the channels whose relevance differs most, by channel name."""
+    """Returns masks of the channels whose relevance differs most, keyed by channel name."""
     masses = [float(mu.sign) * mu.marginal(layer, over="channel")[0].flatten() for mu in (first, second)]
     order = (masses[0] - masses[1]).abs().argsort(descending=True, stable=True)[:CHANNELS].tolist()
     labels = partition(first._tap(layer), "channel", None).labels

@@ -1,4 +1,4 @@
-"""Options of a flow, including how the neurons in its layers are grouped."""
+"""Options of a flow, and the grouping of neurons in its layers."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from .request import Request, RequestError, compared_with, explained_class
 
 INPUT = "input"
 Regions = Mapping[str, NDArray[np.bool_]]
-"""Regions of the image, ``(H, W)``, by the key of a node."""
+"""Regions of the image, ``(H, W)``, keyed by node."""
 NARROW = 5.0
-"""Width in inches below which a figure is drawn with a higher resolution."""
+"""Figure width in inches below which the resolution is doubled."""
 MOST_PATCHES = 16
-"""Number of image patches along each side that are grouped if scikit-image is not installed."""
+"""Maximum number of image patches along each side that are grouped if scikit-image is not installed."""
 COMPACT = 40.0
-"""Compactness of a few superpixels, which would merge to even fewer if they followed colours closely."""
+"""Compactness of SLIC for few superpixels; lower values would merge them to even fewer."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
-"""Pattern for group names that consist of the largest channel and the number of other channels."""
+"""Matches group names that consist of the largest channel and the number of other channels."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class FlowOptions:
 
     Attributes:
         top: Maximum number of channels per layer.
-        coverage: Fraction of the absolute mass of each layer that the shown channels must cover, or None for no limit.
+        coverage: Fraction of the absolute mass of each layer that its channels must cover, or None for no limit.
         patches: Number of image patches along each side.
-        dark: Whether figures are for a dark background.
+        dark: Whether to plot for a dark background.
         width: Width of the figure in inches, or None for the default.
         kind: File type of the figure.
-        groups: Number of channel groups of a layer, or a group file, or None for single channels.
-        minus: Class or image file of a second flow, to subtract, or None for one flow.
+        groups: Number of channel groups per layer, a group file, or None for single channels.
+        minus: Class or image file of a second flow to subtract, or None.
     """
 
     top: int = 8
@@ -70,23 +70,23 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Dots per inch, which are higher for narrow figures because their letters are small."""
+        """Resolution in dots per inch, doubled for narrow figures, since their letters are small."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property
     def count(self) -> int:
-        """Number of groups to find."""
+        """Number of groups to compute; 0 for single channels or groups from a file."""
         return self.groups if isinstance(self.groups, int) else 0
 
 
 @dataclass(frozen=True)
 class Division:
-    """How the neurons in each layer of a flow are grouped.
+    """Grouping of the neurons in each layer of a flow.
 
     Attributes:
-        over: Neuron groups, keyed by layer; the default is channels.
-        names: Group names, keyed by layer.
-        groups: The groups, if they were requested.
+        over: Neuron groups keyed by layer. Other layers are grouped by channel.
+        names: Group names keyed by layer.
+        groups: Groups of channels or input regions; None unless requested.
     """
 
     over: Mapping[str, Any]
@@ -97,18 +97,18 @@ class Division:
 def division(
     loaded: LoadedModel, mu: RelevanceMeasure, request: Request, options: FlowOptions, image: Tensor
 ) -> Division:
-    """Returns how the neurons in each layer of a flow are grouped.
+    """Groups the neurons in each layer of a flow.
 
     Args:
         loaded: The model.
-        mu: The measure.
+        mu: The measure for the image.
         request: The request, with the layers.
-        options: The options.
-        image: The image, ``(C, H, W)`` in [0, 1].
+        options: Options of the flow figure.
+        image: Image ``(C, H, W)`` in [0, 1].
 
     Raises:
         RequestError: If there are more patches than pixels, or the file of groups cannot be read.
-        InputError: If the file contains no groups, or if they do not match the model.
+        InputError: If the file does not contain groups, or the groups do not match the model.
     """
     height, width = mu.shape(INPUT)[-2:]
     if options.patches > min(height, width):
@@ -124,18 +124,18 @@ def division(
 def groups_of(
     mu: RelevanceMeasure, layers: Sequence[str], wanted: int | Path, image: Tensor, names: Mapping[str, Names]
 ) -> Groups:
-    """Returns the groups of the layers of a flow; those of the input consist of superpixels, or of patches.
+    """Reads or computes the groups of each layer of a flow; input groups consist of superpixels or patches.
 
     Args:
-        mu: The measure.
+        mu: The measure to query.
         layers: The layers, in any order.
-        wanted: The number of groups of a layer, or the group file.
-        image: The image, ``(C, H, W)`` in [0, 1].
-        names: Member names, keyed by layer.
+        wanted: Number of groups per layer, or a group file.
+        image: Image ``(C, H, W)`` in [0, 1].
+        names: Names of the group members, keyed by layer.
 
     Raises:
         RequestError: If the file cannot be read.
-        InputError: If the file contains no groups, or if they do not match.
+        InputError: If the file does not contain groups, or the groups do not match the model.
     """
     if isinstance(wanted, Path):
         return _with_short_names(_stored(wanted))
@@ -144,14 +144,14 @@ def groups_of(
         return _with_short_names(find_groups(mu, ordered, wanted, names=names))
     members = _members_of_the_input(image)
     groups = _connected(mu, find_groups(mu, ordered, wanted, {INPUT: members}, names=names), members)
-    if _count(groups) == 1:  # the layer above is a single number, on which all parts of the image depend alike
+    if _count(groups) == 1:  # all parts of the image depend in the same way on the only neuron of the layer above
         counts = {layer: None if layer == INPUT else wanted for layer in ordered}
         groups = find_groups(mu, ordered, counts, {INPUT: _few_parts(image, wanted)}, names=names)
     return _with_short_names(groups).named({INPUT: [f"part {number}" for number in range(1, _count(groups) + 1)]})
 
 
 def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups) -> dict[str, Tensor]:
-    """Returns the group of each neuron of each layer that has groups; for the input, of each pixel, ``(H, W)``."""
+    """Returns the group label of each neuron in the grouped layers; for the input, of each pixel, ``(H, W)``."""
     labels = {layer: groups.over(mu, layer) for layer in layers if layer in groups.layers}
     if INPUT in labels and labels[INPUT].ndim > 2:
         labels[INPUT] = labels[INPUT].select(mu.channel_dim(INPUT) - 1, 0)
@@ -159,18 +159,18 @@ def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups
 
 
 def regions_of(graph: FlowGraph, over: Mapping[str, Any]) -> Regions:
-    """Returns the region of each group of the input that a flow shows, ``(H, W)``, by the key of its node.
+    """Returns the region ``(H, W)`` of each input group that a flow shows, keyed by node.
 
     Args:
         graph: The flow.
-        over: For the input, the group of each pixel, ``(H, W)``.
+        over: Group labels keyed by layer; those of the input have shape ``(H, W)``.
     """
     patched = [node for node in graph.nodes if node.layer == INPUT and node.kind == "group"]
     return {node.key: (over[INPUT] == node.group).numpy() for node in patched}
 
 
 def channel_counts(graph: FlowGraph, groups: Groups | None) -> Counts:
-    """Returns the number of channels of each node of a flow that is a group of channels, by the key of the node."""
+    """Returns the number of channels of each channel group in a flow, keyed by node."""
     if groups is None:
         return {}
     sizes = {
@@ -193,7 +193,7 @@ def _members_of_the_input(image: Tensor) -> Tensor:
 
 
 def _connected(mu: RelevanceMeasure, groups: Groups, members: Tensor) -> Groups:
-    """Returns groups in which those of the input are connected regions, numbered by relevance."""
+    """Splits the input groups into connected regions, numbered by relevance."""
     number = groups.layers.index(INPUT)
     masses = mu.marginal(INPUT, over=members)[0].double().cpu()
     labels = connected_parts(groups.labels[number].cpu(), members.cpu(), masses.abs())
@@ -211,7 +211,7 @@ def _connected(mu: RelevanceMeasure, groups: Groups, members: Tensor) -> Groups:
 
 
 def _few_parts(image: Tensor, count: int) -> Tensor:
-    """Returns about as many superpixels, or patches, as are given."""
+    """Returns labels of about ``count`` superpixels, or patches if scikit-image is not installed."""
     if find_spec("skimage") is not None:
         return segments(image, count, COMPACT)
     size = image.shape[-2:]
@@ -219,14 +219,14 @@ def _few_parts(image: Tensor, count: int) -> Tensor:
 
 
 def _count(groups: Groups) -> int:
-    """Returns the number of groups of the input."""
+    """Returns the number of input groups."""
     return len(groups.names[groups.layers.index(INPUT)])
 
 
 def _with_short_names(groups: Groups) -> Groups:
-    """Returns groups with numbers instead of names that list channels, which would not fit below a thumbnail.
+    """Replaces group names that list channels with short ones, since they would not fit below a thumbnail.
 
-    Each layer has its own letter, starting at the input, so that names are unique: A1, A2, …, B1, …
+    Names are unique: each layer has its own letter, starting at the input, as in A1, A2, …, B1, …
     """
     short = {
         layer: [number for number, name in enumerate(names) if LISTED.fullmatch(name)]
@@ -240,13 +240,13 @@ def _with_short_names(groups: Groups) -> Groups:
 
 
 def patch_names(count: int) -> dict[int, str]:
-    """Returns names of ``count`` × ``count`` patches, as on a map: letters for columns, numbers from 1 for rows."""
+    """Returns names of ``count`` × ``count`` patches: letters for columns, numbers from 1 for rows."""
     letters = [chr(65 + column % 26) * (1 + column // 26) for column in range(count)]
     return {number: f"{letters[number % count]}{number // count + 1}" for number in range(count**2)}
 
 
 def _class_names(loaded: LoadedModel, mu: RelevanceMeasure, request: Request) -> dict[str, Names]:
-    """Returns the names of the classes; a fused difference is one number, named after the explained class."""
+    """Returns the class names of the output. A fused difference is a single number, named after the explained class."""
     count = mu.shape("output")[1:].numel()
     if count == 1 and compared_with(loaded, request, mu.outputs) is not None:
         target = explained_class(loaded, request.target, mu.outputs)

@@ -1,4 +1,4 @@
-"""The flow of relevance for one image: a figure, a page, its numbers and the layer profile."""
+"""Flow of relevance for one image: the figure, the HTML page, the numbers and the layer profile."""
 
 from __future__ import annotations
 
@@ -48,32 +48,32 @@ from .photos import photo, unseen
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
-"""Most partial passes for walks over groups, and the number of walks on the page."""
+"""Maximum number of partial passes for walks over groups, and number of walks listed on the page."""
 LEAST_NEXT = 0.01
-"""Softmax of the second class from which on a caption names it."""
+"""Softmax of the second class above which a caption mentions it."""
 LEAST_PROFILE = 0.01
-"""A figure of all layers is drawn if at least this much relevance is lost at a layer."""
+"""Fraction of relevance lost at a layer above which the layer profile is plotted."""
 
 
 @dataclass(frozen=True)
 class ImageFlow:
-    """The flow for one image.
+    """Flow of relevance for one image.
 
     Attributes:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        against: What the class is compared with.
-        difference: The explained difference of outputs, or None if the class is not compared with others.
+        against: What the explained class is contrasted with.
+        difference: The explained difference between outputs, or None without a contrast.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
-        groups: The groups, if they were requested.
-        maps_at: The layer whose positions the heat maps show; empty for single pixels.
-        walks: The strongest walks over the groups, if there are not too many to compute all of them.
-        profile: Profile of the layers, compared with plain LRP.
-        next_class: Name of the class with the largest output except the explained one.
-        rival: Name of the class that the explained one is compared with, if this is a single one.
+        groups: The groups; None unless requested.
+        maps_at: Layer whose positions the heat maps show; empty for single pixels.
+        walks: The strongest walks over groups; empty if computing all walks would take too many passes.
+        profile: Layer profile, compared with plain LRP.
+        next_class: Name of the class with the largest output other than the explained class.
+        rival: Name of the contrast, if it is a single class.
         name: Name of the explained class.
     """
 
@@ -97,19 +97,19 @@ class ImageFlow:
 def explain_flow(
     loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
-    """Writes the flow of relevance for one image.
+    """Computes the flow of relevance for one image and writes its files.
 
     Args:
-        loaded: The model, on the device of the request.
-        image: The image.
-        request: The request, with the layers of the flow.
-        options: Options of the figure.
-        out: An existing folder.
-        taken: Used file names, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
+        loaded: The model, on the device given in the request.
+        image: The image to explain.
+        request: The request, including the layers of the flow.
+        options: Options of the flow figure.
+        out: Output folder, which must exist.
+        taken: File names already used, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Raises:
         RequestError: If the target, the layers or the patches do not match the model, or if the model fails.
-        NRMError: If the model cannot be measured with these rules.
+        NRMError: If no measure of the model can be constructed with these rules.
         OSError: If a file cannot be written.
     """
     flow = image_flow(loaded, image, request, options)
@@ -152,7 +152,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
 def _flow(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
 ) -> tuple[MappedFlow, Division]:
-    """Returns the flow with its heat maps, and how the neurons in each layer are grouped."""
+    """Returns the flow with its heat maps, and the grouping of the neurons in each layer."""
     try:
         divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
         flow = mapped_flow(
@@ -167,7 +167,7 @@ def _flow(
 
 
 def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
-    """Returns the strongest walks over groups, unless the masses of all walks would take too many passes."""
+    """Returns the strongest walks over groups, or an empty list if computing them takes too many passes."""
     if groups is None or not all(layer.name in groups.layers and not layer.others for layer in graph.layers):
         return []
     counts = [len(groups.names[groups.layers.index(layer.name)]) for layer in graph.layers]
@@ -185,7 +185,7 @@ def _write(
     out: Path,
     taken: set[str],
 ) -> list[Path]:
-    """Writes figure, numbers, profile and page."""
+    """Writes the figure, the numbers, the HTML page, and the layer profile and groups if applicable."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
     settings |= {} if options.groups is None else {"groups": shown(options.groups)}
@@ -218,7 +218,7 @@ def _write(
 
 
 def caption(flow: ImageFlow) -> str:
-    """Describes a flow and the part of the image that the model did not see."""
+    """Returns the caption of a flow, including the part of the image that the model did not see."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
     said = flow_caption(flow.graph, flow.name, walks=flow.walks, areas=areas, places=_places(flow))
     return " ".join(filter(None, (_rank(flow), _whole(flow), said, unseen(flow.photo))))
@@ -234,7 +234,7 @@ def _places(flow: ImageFlow) -> dict[str, str]:
 
 
 def _rank(flow: ImageFlow) -> str:
-    """Says how large the softmax of the explained class is; empty for models with one output."""
+    """Describes the softmax value and rank of the explained class; empty for models with one output."""
     if len(flow.outputs) < 2:
         return ""
     softmax = flow.outputs.double().softmax(0)
@@ -249,7 +249,7 @@ def _rank(flow: ImageFlow) -> str:
 
 
 def _whole(flow: ImageFlow) -> str:
-    """Says which number the relevance divides, if this is a difference of outputs."""
+    """Describes the difference between outputs that corresponds to 100 %; empty without a positive difference."""
     if flow.difference is None or flow.difference <= 0:
         return ""
     others = f"that of {flow.rival}"
@@ -259,19 +259,19 @@ def _whole(flow: ImageFlow) -> str:
 
 
 def _class(loaded: LoadedModel, index: int) -> str:
-    """Returns the name of a class in quotation marks, or its number."""
+    """Returns the class name in quotation marks, or the class index."""
     name = class_name(loaded, index)
     return f"“{name}”" if name else f"class {index}"
 
 
 def _next_class(loaded: LoadedModel, outputs: Tensor, target: int) -> str:
-    """Returns the name of the class with the largest output except the explained one."""
+    """Returns the name of the class with the largest output other than the explained class."""
     order = [index for index in outputs.argsort(descending=True).tolist() if index != target]
     name = class_name(loaded, order[0]) if order else ""
     return f"“{name}”" if name else ""
 
 
 def _is_whole(row: ProfileRow) -> bool:
-    """Returns whether no relevance is absorbed above a layer or bypasses it, in the measure and in plain LRP."""
+    """Returns whether all relevance crosses a layer, in the measure and in plain LRP."""
     parts = (row.sink, row.bypass, abs(row.mass) - 1, abs(row.plain or row.mass) - 1)
     return max(map(abs, parts)) < LEAST_PROFILE

@@ -1,4 +1,4 @@
-"""Commands over several images, in which a failing file does not stop the others."""
+"""Processing of several images; an image that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ COMMON = (
     OutputError, RequestError, ReferenceImageError, CompositeError, ModelStateError, UnsupportedOperationError,
     UnsupportedRuleError,
 )  # fmt: skip
-"""Errors that would occur for every other image as well, unless an image has already been explained."""
+"""Errors that stop the command unless an image has been explained before, since they affect all images."""
 
 
 @dataclass(frozen=True)
 class Printed:
-    """The output of a command for one image.
+    """Output of a command for one image.
 
     Attributes:
         lines: Lines for stdout.
-        problems: Failures, which are listed on stderr at the end.
+        problems: Failures, listed on stderr at the end.
     """
 
     lines: list[str]
@@ -39,15 +39,15 @@ class Printed:
 
 
 Explain = Callable[[LoadedModel, LoadedImage, Request, Path, set[str]], Printed]
-"""A function that explains an image and writes files to a folder, using a new name that it adds to the set."""
+"""Function that explains an image and writes files to a folder, adding their stem to the set of used stems."""
 
 
 def explain_each(options: argparse.Namespace, explain: Explain) -> int:
-    """Explains the images of a command one by one; the files of each image are written before the next is read.
+    """Explains images one by one, writing the files of each image before reading the next.
 
     Args:
-        options: The options of the command.
-        explain: The function to apply to each image.
+        options: The parsed options of the command.
+        explain: Function applied to each image.
 
     Returns:
         The exit status: 1 if some images could not be explained.
@@ -86,7 +86,7 @@ def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callabl
 
 
 def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
-    """Returns the readable image files without repetition, and messages about the others."""
+    """Returns the readable image files without duplicates, and error messages for the others."""
     present, problems = [], []
     for path in dict.fromkeys(images):
         try:
@@ -98,7 +98,7 @@ def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def print_problems(problems: list[str], command: str) -> int:
-    """Prints the failures, and returns the exit status."""
+    """Prints the failures to stderr and returns the exit status."""
     if problems:
         print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=errors())
     for problem in problems:

@@ -1,4 +1,4 @@
-"""The reference image with which the explained image is compared."""
+"""Reference images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ NAMES = {
     "black": "a black image",
     "white": "a white image",
 }
-"""Descriptions of references that are not files."""
+"""Descriptions of the references that are not files."""
 
 
 class ReferenceImageError(NRMError, ValueError):
-    """Raised if a reference is neither a name nor an image file."""
+    """Raised if a reference is neither a known name nor an image file."""
 
 
 def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
-    """Returns the reference of a preprocessed image, in the format of the inputs.
+    """Returns the reference for a preprocessed image, with the shape of the inputs.
 
     Args:
         loaded: The model.
@@ -34,7 +34,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
         name: One of :data:`NAMES`, or an image file.
 
     Raises:
-        ReferenceImageError: If it is neither a known name nor an image file.
+        ReferenceImageError: If ``name`` is neither a known name nor an image file.
     """
     if name == BLUR:
         return blurred(inputs)
@@ -51,5 +51,5 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
 
 
 def reference_words(name: str | None) -> str:
-    """Returns the description of a reference for a title; empty without a reference."""
+    """Describes a reference for a title; empty without a reference."""
     return "" if name is None else f", compared with {NAMES.get(name) or shown(Path(name).name)}"

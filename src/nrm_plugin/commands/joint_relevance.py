@@ -1,4 +1,4 @@
-"""Joint relevance of the most relevant channels of several layers, and a function that plots it."""
+"""Joint relevance of the most relevant channels of several layers, and its figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..plots.heatmaps import joint as draw_joint
 from ..plots.ribbons import Column, Ribbon, percent
 
 CHUNK = 12
-"""Number of events per pass; for VGG16, each event needs as much memory as a backward pass."""
+"""Number of events per pass; in VGG16, each event requires as much memory as a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class ChannelJoint:
     .. math:: J_{ab\dots} = \mu(n_{l_1} \in a, n_{l_2} \in b, \dots)
 
     Attributes:
-        layers: Names of the layers, from the output down.
-        channels: The most relevant channels of each layer, in descending order.
+        layers: Names of the layers, from the output to the input.
+        channels: The most relevant channels of each layer, in descending order of relevance.
         marginals: Marginals of these channels, ``(K,)`` for each layer.
         sizes: Number of channels in each layer.
-        values: Joint relevance of one channel in each layer, ``(K, …, K)``, dimensionless.
+        values: Joint relevance of one channel per layer, ``(K, …, K)``, dimensionless.
     """
 
     layers: tuple[str, ...]
@@ -41,12 +41,12 @@ class ChannelJoint:
     values: Tensor
 
     def strongest(self, count: int) -> list[tuple[int, ...]]:
-        """Returns the indices of the largest absolute entries of ``values``, in descending order."""
+        """Returns the indices of the ``count`` largest absolute entries of ``values``, in descending order."""
         order = self.values.abs().flatten().argsort(descending=True, stable=True)[:count]
         return [tuple(map(int, torch.unravel_index(place, self.values.shape))) for place in order]
 
     def event(self, place: Sequence[int]) -> Event:
-        """Returns the event with joint relevance ``values[place]``; a shorter index omits lower layers."""
+        """Returns the event whose mass is ``values[place]``; a shorter index omits the lower layers."""
         first, *rest = (
             at(layer).channel(channels[index])
             for layer, channels, index in zip(self.layers, self.channels, place, strict=False)
@@ -58,16 +58,16 @@ class ChannelJoint:
 
 
 def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> ChannelJoint:
-    """Computes joint relevance of the ``count`` channels with the largest absolute relevance in each layer.
+    """Computes the joint relevance of the ``count`` channels with the largest absolute relevance in each layer.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: At least two taps, each above or below the others, in any order.
         count: Number of channels per layer; all channels if a layer has fewer.
 
     Raises:
         ValueError: If fewer than two layers are given, a layer is repeated, or the measure contains several samples.
-        UnknownLayerError: If no tap has this name.
+        UnknownLayerError: If there is no tap with one of the given names.
     """
     if len(layers) < 2 or len(set(layers)) < len(layers):
         raise ValueError(f"joint relevance needs two or more different layers, got {', '.join(layers) or 'none'}.")
@@ -93,21 +93,21 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
 
 
 def joint_heat_maps(mu: RelevanceMeasure, events: Sequence[Event]) -> Tensor:
-    """Computes ``μ(pixel ∩ event)``, summed over colours, ``(E, H, W)``, for a measure of one sample."""
+    """Computes ``μ(pixel ∩ event)`` for a single-sample measure, summed over the colour channels, ``(E, H, W)``."""
     return torch.cat([mu.marginal("input", joint=part)[:, 0].sum(1) for part in _chunks(events)])
 
 
 def joint_figure(
     mu: RelevanceMeasure, image: Tensor, pixels: Tensor, joint: ChannelJoint, marks: int = 4, heading: str = ""
 ) -> Figure:
-    """Draws the image, the flow between channels, and joint heat maps of the strongest combinations.
+    """Plots the image, the flow between channels, and joint heat maps of the strongest channel combinations.
 
     Args:
-        mu: The measure of ``joint``.
-        image: ``(C, H, W)`` with values in [0, 1].
+        mu: The measure from which ``joint`` was computed.
+        image: Image ``(C, H, W)`` in [0, 1].
         pixels: Pixel relevance, ``(H, W)``.
-        joint: Joint relevance.
-        marks: Number of combinations with a label and a heat map.
+        joint: Joint relevance of the channels.
+        marks: Number of combinations to label and show as heat maps.
         heading: Title of the figure.
     """
     strongest = joint.strongest(marks)

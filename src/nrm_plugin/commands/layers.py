@@ -1,4 +1,4 @@
-"""The command ``layers``."""
+"""Arguments and entry point of ``nrm-plugin layers``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Adds the arguments of ``layers``."""
     add_model(parser, "none, as the list does not depend on them")
     add_composite(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the layers; returns the exit status."""
+    """Prints the layers and returns the exit status."""
     from .composite_names import check_composite_name
     from .messages import table
     from .resolved_options import model_of, one_line_warnings
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
-    """Returns name, shape without batch, operation, rule and note of each tap, none of which depends on the weights.
+    """Returns the name, shape without batch dimension, operation, rule and note of each tap.
 
     Raises:
         RequestError: If the model fails, or the number of outputs differs from the number of class names.

@@ -1,4 +1,4 @@
-"""Terminal output of the commands. Apart from names, it is ASCII, so that every terminal can display it."""
+"""Terminal output of the commands. Except for names, it is ASCII, so that every terminal can display it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .output_files import class_name
 from .request import SECANTS, Against, Request
 
 BEST = 5
-"""Number of listed classes."""
+"""Number of classes listed."""
 
 
 def heading(loaded: LoadedModel, request: Request) -> str:
-    """Returns a line about the model, the rules and the device, which are the same for all images of a call."""
+    """Returns the header line with the model, the rules and the device, common to all images of a run."""
     model = f"{shown(loaded.name)} (weights: {loaded.weights})"
     words = reference_words(request.reference)
     if request.composite == SECANTS:
@@ -40,14 +40,14 @@ def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int
 
 
 def unseen(shown_image: Photo) -> Iterator[str]:
-    """Yields a line about the part of an image that the model did not see, if there is one."""
+    """Yields a line about the part of an image that the model did not see, if any."""
     text = photos.unseen(shown_image)
     if text:
         yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}; --fit pad shows the model all of it"
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the lines about one explanation."""
+    """Yields the lines about an explanation."""
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
     yield from unseen(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
@@ -68,12 +68,12 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
 
 
 def files(paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the lines about the written files."""
+    """Yields a line for each written file."""
     yield from (f"  -> {shown(path)}" for path in paths)
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> Iterator[str]:
-    """Yields a table: rows under their headings, in columns."""
+    """Yields the lines of a table with left-aligned columns."""
     lines = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
@@ -94,7 +94,7 @@ def layers(graph: FlowGraph) -> Iterator[str]:
 
 
 def difference(loaded: LoadedModel, target: int, against: Against, value: float | None) -> Iterator[str]:
-    """Yields a line about the explained difference of outputs, if there is one."""
+    """Yields a line about the explained difference between outputs, if any."""
     if against is None or value is None:
         return
     name = _name(loaded, target)
@@ -108,7 +108,7 @@ def _name(loaded: LoadedModel, index: int) -> str:
 
 
 def classes(loaded: LoadedModel, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
-    """Yields lines about the classes with the largest outputs, the explained class, and the one to compare with."""
+    """Yields lines about the classes with the largest outputs, the explained class, and the contrast."""
     softmax = torch.softmax(outputs.double(), 0)
     best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
     listed = list(dict.fromkeys([*best, target, *([against] if isinstance(against, int) else [])]))

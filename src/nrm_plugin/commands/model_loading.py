@@ -1,4 +1,4 @@
-"""Loading of models by name: torchvision's models with weights, or the user's own models."""
+"""Loading of models by name: torchvision models or the user's own."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .user_models import own_model
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to be explained, with its preprocessing and metadata.
+    """A model ready to be explained, with its preprocessing and metadata.
 
     Attributes:
-        name: The given name.
+        name: Name given by the user.
         weights: Origin of the weights.
         model: The model in evaluation mode, float32.
-        preprocessing: The conversion of images to inputs.
+        preprocessing: Conversion of images to inputs.
         categories: Class names; empty if unknown.
-        notes: Messages to the user.
-        rules: The composites of all requests so far, by the settings of a request.
-        has_late_layers: Whether the model has layers for a coarse heat map, by the shape of the inputs so far.
+        notes: Messages for the user.
+        rules: Cache of composites, keyed by the settings of a request.
+        has_late_layers: Cache of whether the model has layers for a coarse heat map, keyed by input shape.
     """
 
     name: str
@@ -41,12 +41,12 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """A parameter with the device and dtype of the model; an empty tensor if there are no parameters."""
+        """Any parameter of the model, to determine its device and dtype; an empty tensor if the model has none."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The inputs for black and white, on the device and in the dtype of the model."""
+        """The inputs for a black and a white image, on the device and in the dtype of the model."""
         return self.preprocessing.bounds(self.parameter)
 
 
@@ -63,18 +63,18 @@ def load(
 
     Args:
         name: Name of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
-        weights: Name of torchvision weights, a file, or ``"none"``, or None for torchvision's default, or for the
-            weights that the user's own factory returns.
+        weights: Name of a torchvision weights entry, path to a checkpoint file, or ``"none"`` for random weights. None
+            uses torchvision's default, or keeps the weights of the user's own model.
         size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
-        categories: Class names, which replace those of the weights.
+        categories: Class names to use instead of those stored with the weights.
         fit: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
 
     Raises:
         ModelError: If the model does not exist, is not a classifier, or cannot be built.
-        WeightsError: If the weights do not exist, cannot be downloaded, or belong to a different model.
-        PreprocessingError: If the size, mean and standard deviation are not valid for any image.
+        WeightsError: If the weights do not exist, cannot be downloaded, or do not match the model.
+        PreprocessingError: If the size, mean or standard deviation is invalid.
     """
     if ":" in name:
         built = own_model(name, weights)

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 CHANNELS = 7
-"""Default number of channels of a layer that ``explain`` plots."""
+"""Default number of channels per layer that ``explain`` plots."""
 AUTO, PIXELS, LAYER_CELLS = "auto", "pixels", "layer"
-"""Resolutions of heat maps: automatic (see :data:`MOST_CELLS`), single pixels, or the cells of the layer."""
+"""Heat-map resolutions: automatic (see :data:`MOST_CELLS`), single pixels, or the positions of the layer."""
 MOST_CELLS = 56
-"""Default number of heat-map cells along each side, about what the eye can resolve in a figure."""
+"""Default number of heat-map cells along each side, about the limit of what the eye resolves in a figure."""
 BOTH, OF_LAYERS, OF_PIXELS = "both", "layers", "pixels"
-"""Heat maps of ``explain``: that of late layers, which is coarse, that of the pixels, or both."""
+"""Choices of ``--map``: both heat maps, only the coarse one of late layers, or only the pixel-wise one."""
 DEFAULT_RULES = "nrm_default"
 MISCLASSIFIED = "misread"
-"""Name of the misclassified digits in the demo."""
+"""Name of misclassified digits in the demo."""
 PER_CHANNEL = ("--mean", "--std")
 DOWNLOADED = "torchvision's default, downloaded once"
 
@@ -46,7 +46,7 @@ def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, requir
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
-    """Adds the option for images that are not square."""
+    """Adds ``--fit``, the preprocessing of images that are not square."""
     parser.add_argument("--fit", choices=("crop", "pad", "squeeze"), default="crop",
                         help="of an image that is not square, the model sees the centre (crop), all with a margin in "
                         "the mean colour (pad), or all stretched to a square (squeeze) "
@@ -54,21 +54,21 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cells(parser: Any) -> None:
-    """Adds the option for the resolution of heat maps."""
+    """Adds ``--cells``, the resolution of heat maps."""
     parser.add_argument("--cells", type=cells, default=AUTO, metavar="N|pixels|layer",
                         help="draw sums over N × N cells, single pixels, or the cells of the layer of --layer; the "
                         f"numbers are the same (default: {MOST_CELLS}, and the cells of a layer)")  # fmt: skip
 
 
 def add_reference(group: Any) -> None:
-    """Adds the option for a reference."""
+    """Adds ``--reference``."""
     group.add_argument("--reference", metavar="blur|mean|black|white|FILE",
                        help="explain the difference to the blurred image, an image of its mean colour, a black or a "
                        "white one, or another image (default: no reference)")  # fmt: skip
 
 
 def add_map(group: Any) -> None:
-    """Adds the option for the heat maps to draw."""
+    """Adds ``--map``, the choice of heat maps."""
     group.add_argument("--map", choices=(BOTH, OF_LAYERS, OF_PIXELS), default=BOTH,
                        help="layers: the mean over late layers, coarse, of the difference from the blurred image, "
                        "unless --reference or --composite is given; pixels: the relevance of the pixels, fine-grained "
@@ -76,13 +76,13 @@ def add_map(group: Any) -> None:
 
 
 def add_target(group: Any) -> None:
-    """Adds the option for the class to explain."""
+    """Adds ``--target``, the explained class."""
     group.add_argument("--target", metavar="CLASS",
                        help="index or name of the class to explain (default: the predicted class)")  # fmt: skip
 
 
 def add_against(group: Any, default: str) -> None:
-    """Adds the option for the classes to compare with; ``default`` describes the default."""
+    """Adds ``--against``, the contrast for the explained class; ``default`` describes its default."""
     group.add_argument("--against", metavar="rest|none|CLASS",
                        help="explain the difference of the class from the other classes, weighted by their softmax "
                        "(rest), or from one class; none: the output of the class alone (default: "
@@ -90,7 +90,7 @@ def add_against(group: Any, default: str) -> None:
 
 
 def add_composite(parser: Any, default: str | None = DEFAULT_RULES) -> None:
-    """Adds the option for the rules; without a default, they depend on the reference."""
+    """Adds ``--composite``. If ``default`` is None, the default depends on the reference."""
     parser.add_argument("--composite", default=default, metavar="RULES",
                         help="name of a composite in Zennit's registry, such as nrm_absolute, epsilon_plus_flat or "
                         f"epsilon_gamma_box; an unknown name lists them all (default: {DEFAULT_RULES}"
@@ -110,7 +110,7 @@ def add_computation(parser: argparse.ArgumentParser, rules: str | None = DEFAULT
 
 
 def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Adds the option for the folder of the results."""
+    """Adds ``--out``, the output folder, with the given default."""
     parser.add_argument("--out", type=Path, default=Path(folder), metavar="DIR",
                         help="folder for the results; created if missing (default: %(default)s)")  # fmt: skip
 
@@ -130,7 +130,7 @@ def whole_number(most: int, what: str = "number", least: int = 1) -> Callable[[s
 
 
 def fraction(text: str) -> float:
-    """Parses a number above 0 and up to 1."""
+    """Parses a fraction in (0, 1]."""
     value = _real(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction above 0 and up to 1, such as 0.9")
@@ -138,12 +138,12 @@ def fraction(text: str) -> float:
 
 
 def groups(text: str) -> int | Path:
-    """Parses a number of groups, or the path of a file."""
+    """Parses a number of groups, or the path of a group file."""
     return whole_number(40, least=2)(text) if text.isdecimal() else Path(text)
 
 
 def inches(text: str) -> float:
-    """Parses the width of a figure, from 2 to 40 inches."""
+    """Parses a figure width from 2 to 40 inches."""
     value = _real(text)
     if not 2 <= value <= 40:
         raise argparse.ArgumentTypeError(f"{text!r} is not a width from 2 to 40 inches, such as 3.3")
@@ -151,7 +151,7 @@ def inches(text: str) -> float:
 
 
 def cells(text: str) -> int | str:
-    """Parses a resolution of heat maps."""
+    """Parses a heat-map resolution."""
     if text in (AUTO, PIXELS, LAYER_CELLS):
         return text
     if text.isascii() and text.isdecimal() and 1 <= int(text) <= 8192:
@@ -160,7 +160,7 @@ def cells(text: str) -> int | str:
 
 
 def gain_limit(text: str) -> float:
-    """Parses a number of at least 1, or infinity."""
+    """Parses a gain limit, at least 1 and possibly infinite."""
     value = _real(text)
     if not value >= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
@@ -168,7 +168,7 @@ def gain_limit(text: str) -> float:
 
 
 def joined(words: Sequence[str]) -> list[str]:
-    """Returns the arguments, with space-separated numbers after ``--mean`` or ``--std`` joined into one word."""
+    """Joins space-separated numbers after ``--mean`` or ``--std`` into a single argument."""
     result: list[str] = []
     for word in words:
         name, _, values = (result[-1] if result else "").partition("=")
@@ -180,13 +180,13 @@ def joined(words: Sequence[str]) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """Returns the numbers in a text; none if the text contains anything else."""
+    """Splits a text into numbers; returns an empty list if any part is not a number."""
     parts = text.replace(",", " ").split()
     return parts if not any(math.isnan(_real(part)) for part in parts) else []
 
 
 def channel_values(text: str) -> tuple[float, ...]:
-    """Parses one number, or three for red, green and blue."""
+    """Parses one value, or three values for red, green and blue."""
     values = tuple(_real(part) for part in text.replace(",", " ").split())
     if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three, such as 0.5 or 0.485,0.456,0.406")

@@ -1,4 +1,4 @@
-"""Output files of commands: file names that never overwrite other results, settings, headings and figures."""
+"""Output files of the commands: file names that never overwrite other results, settings, headings and figures."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from .weight_files import NONE
 
 PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
 TITLE = 34
-"""Number of letters that fit above a heat map."""
+"""Number of characters that fit above a heat map."""
 LETTERS = 21
-"""Number of heading letters per heat map in a row."""
+"""Number of heading characters per heat map in a row."""
 
 _noted: set[str] = set()
-"""Letters missing from all fonts that have already been reported."""
+"""Characters already reported as missing from all fonts."""
 
 
 class OutputError(NRMError, OSError):
-    """Raised if a result cannot be written; no partial file remains."""
+    """Raised if a result cannot be written. No partial file is left behind."""
 
 
 def check_folder(folder: Path) -> None:
-    """Creates a folder and tests whether it is writable, so that errors are reported before the computation.
+    """Creates a folder and checks that it is writable, so that errors are raised before the computation.
 
     Raises:
         OSError: If the folder cannot be created or written to.
@@ -63,14 +63,14 @@ def check_folder(folder: Path) -> None:
 
 
 def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[Path], bool]) -> str:
-    """Returns a prefix for file names such that only results of the same query are overwritten.
+    """Returns a file name prefix such that only results of the same query are overwritten.
 
     Args:
-        out: Folder of the output files.
+        out: Output folder.
         stem: Preferred prefix, such as the name of the image.
-        ends: The remaining parts of the file names; the first one belongs to the file with the settings.
-        taken: Stems used in this call; the new stem is added.
-        is_same: Function that returns whether a file with settings belongs to the same query and may be replaced.
+        ends: Suffixes of the file names, starting with that of the file that contains the settings.
+        taken: Prefixes used in this call; the new one is added.
+        is_same: Function that returns whether an existing settings file is from the same query and may be overwritten.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"
@@ -82,7 +82,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
 
 
 def json_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], settings: Mapping[str, Any]) -> str:
-    """Returns :func:`free_stem` for results in JSON, where the same query has the same ``"settings"``."""
+    """Applies :func:`free_stem` to JSON results, which belong to the same query if their ``"settings"`` are equal."""
     return free_stem(out, stem, ends, taken, lambda path: _stored_settings(path) == json.loads(json.dumps(settings)))
 
 
@@ -94,7 +94,7 @@ def _stored_settings(path: Path) -> object:
 
 
 def name_part(layer: str) -> str:
-    """Converts the name of a layer to a part of a file name that is valid on any system."""
+    """Converts a layer name to a part of a file name that is valid on any system."""
     return re.sub(r"[^\w.\-]", "_", layer)
 
 
@@ -124,7 +124,7 @@ def image_settings(
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of all packages that affect the results."""
+    """Returns the versions of Python and of the packages that affect the results."""
     return {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
 
 
@@ -132,18 +132,18 @@ def versions() -> dict[str, str]:
 
 
 def class_name(loaded: LoadedModel, index: int) -> str:
-    """Returns the name of a class; empty if unknown."""
+    """Returns the name of a class, or an empty string if unknown."""
     return shown(loaded.categories[index]) if index < len(loaded.categories) else ""
 
 
 def target_title(loaded: LoadedModel, index: int) -> str:
-    """Returns the name of a class for the heading of a figure."""
+    """Returns the class name for a figure heading."""
     name = class_name(loaded, index)
     return f"“{short(name)}”" if name else f"class {index}"
 
 
 def explained_title(loaded: LoadedModel, index: int, against: Against, reference: str | None = None) -> str:
-    """Returns the heading of a figure: a class and what it is compared with."""
+    """Returns a figure heading with the class, its contrast and the reference."""
     target, end = target_title(loaded, index), short(reference_words(reference), 60)
     if against is None:
         return f"{target}{end}"
@@ -152,12 +152,12 @@ def explained_title(loaded: LoadedModel, index: int, against: Against, reference
 
 
 def weights_title(loaded: LoadedModel) -> str:
-    """Returns a note for the heading of a figure if the weights are random."""
+    """Returns a note for figure headings if the weights are random, otherwise an empty string."""
     return "  (random weights)" if loaded.weights == NONE else ""
 
 
 def short(text: str, length: int = TITLE) -> str:
-    """Shortens a text in the middle if it is too long, and escapes dollar signs for matplotlib."""
+    """Truncates a text in the middle and escapes dollar signs for matplotlib."""
     clean = shown(text)
     half = (length - 1) // 2
     clean = clean if len(clean) <= length else f"{clean[:half]}…{clean[-half:]}"
@@ -165,7 +165,7 @@ def short(text: str, length: int = TITLE) -> str:
 
 
 def wrapped(text: str, width: int = 24) -> str:
-    """Wraps a text to at most three lines above a heat map, broken at spaces and commas."""
+    """Wraps a text above a heat map to at most three lines, broken at spaces and commas."""
     lines = [""]
     for word in re.findall(r"[^\s,]*[\s,]*", text):
         if lines[-1] and len(lines[-1] + word.rstrip()) > width:
@@ -176,7 +176,7 @@ def wrapped(text: str, width: int = 24) -> str:
 
 
 def heading_lines(lines: Sequence[str], heat_maps: int, letters: int = LETTERS) -> str:
-    """Wraps lines to fit above an image and the given number of heat maps, with space for ``letters`` above each."""
+    """Wraps heading lines to the width of an image and its heat maps, with ``letters`` characters for each."""
     width = letters * (min(3, heat_maps) + 1)
     return "\n".join(textwrap.fill(line, width, break_long_words=True) for line in lines)
 
@@ -186,10 +186,10 @@ def heading_lines(lines: Sequence[str], heat_maps: int, letters: int = LETTERS) 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Context manager with a temporary file that replaces the final file atomically once it is complete.
+    """Context manager that yields a temporary file, which replaces ``path`` atomically once it is complete.
 
     Raises:
-        OutputError: If the file cannot be written; the file is left unchanged.
+        OutputError: If the file cannot be written. An existing file is left unchanged.
     """
     try:
         with AtomicFile(path) as temporary:
@@ -205,7 +205,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dark: bool = False, dpi: int = DPI) -> None:
-    """Writes a figure, and prints a note if letters are replaced by boxes because no installed font has them."""
+    """Saves a figure and prints a note about characters that no installed font contains."""
     missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
     if missing:
         _noted.update(missing)
@@ -220,7 +220,7 @@ def save_figure(figure: Figure, path: Path, dark: bool = False, dpi: int = DPI) 
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON in one line, without NaN."""
+    """Writes JSON on a single line. NaN is not allowed."""
     text = json.dumps(content, allow_nan=False)
     with writing(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")

@@ -14,13 +14,13 @@ from ..plots.ribbons import percent
 from .model_loading import LoadedModel
 
 LARGEST = 640
-"""Largest side of photographs in figures, in pixels."""
+"""Maximum side length of photographs in figures, in pixels."""
 LEAST = 0.01
-"""A note is shown if the model did not see more than this fraction of an image."""
+"""Unseen fraction of an image above which a note is shown."""
 
 
 def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
-    """Returns an image for figures.
+    """Prepares an image for figures.
 
     Args:
         loaded: The model.
@@ -58,7 +58,7 @@ def side_by_side(first: Photo, second: Photo, regions: Mapping[str, NDArray[np.b
 
 
 def unseen(shown: Photo) -> str:
-    """Describes how much of an image the model did not see; empty if it saw all of it."""
+    """Describes how much of an image the model saw; empty if it saw all of it."""
     left, top, right, bottom = shown.seen
     share = 1 - (right - left) * (bottom - top)
     if share < LEAST:

@@ -1,4 +1,4 @@
-"""Reference examples of the channels of a stored sweep, as a list, as JSON, and as a figure."""
+"""Reference examples of channels in a stored sweep, listed in the terminal, as JSON, and as a figure."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .resolved_options import model_of, request_of
 from .sweep_data import SAMPLES, data_of
 
 Rows = dict[int | str, list[Crop]]
-"""The crops of each channel."""
+"""Crops keyed by channel."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The references of the listed channels.
+    """References of the listed channels.
 
     Attributes:
-        sweep: The sweep with the references.
+        sweep: The stored sweep.
         references: References of all channels of the query.
         groups: The listed channels.
-        files: File names of the samples; empty if the sweep has none.
+        files: File names of the samples; empty if the sweep does not store them.
     """
 
     sweep: Sweep
@@ -54,7 +54,7 @@ class Listing:
         return self.files[sample] if 0 <= sample < len(self.files) else None
 
     def entry(self, group: int | str) -> dict[str, Any]:
-        """Returns the references of one channel for JSON."""
+        """Returns the references of a channel as a JSON object."""
         samples = self.references.of(group)
         row = self.references.row(group)
         values = {
@@ -65,7 +65,7 @@ class Listing:
         return {"group": group, "samples": samples, **values, **files}
 
     def line(self, group: int | str) -> str:
-        """Returns the references of one channel for the terminal."""
+        """Formats the references of a channel as a line."""
         entry = self.entry(group)
         cells = [
             f"{self.file(sample) or f'sample {sample}'} ({_value(value, self.references.by)})"
@@ -74,17 +74,17 @@ class Listing:
         return f"  {group}: {', '.join(cells)}"
 
     def title(self, preposition: str = ", of") -> str:
-        """Returns a title with query, ranking and class."""
+        """Returns a title with the ranking criterion and the class."""
         target = self.references.target
         return f"by {self.references.by}" + ("" if target is None else f"{preposition} class {target}")
 
 
 def print_references(options: argparse.Namespace) -> int:
-    """Prints references, writes their files, and returns the exit status.
+    """Prints references, writes their output files, and returns the exit status.
 
     Raises:
-        RequestError: If the model, the rules or the data differ from those of the sweep, or the class is unknown.
-        NRMError: If the sweep lacks the query or the channels.
+        RequestError: If the model, the rules or the data do not match the sweep, or the class is unknown.
+        NRMError: If the sweep does not contain the query or the channels.
     """
     if (options.model is None) != (options.data is None):
         raise RequestError("a figure requires both --model and --data: the model and the data of the sweep.")
@@ -116,7 +116,7 @@ def _target(text: str | None, loaded: LoadedModel | None) -> int | None:
 
 
 def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> list[int | str]:
-    """Returns the requested channels, or those with the largest mean over their references."""
+    """Returns the requested channels, by default those with the largest mean over their references."""
     if requested is None:
         order = ranked.values.nanmean(1).argsort(descending=True, stable=True)[:count].tolist()
         return [ranked.groups[row] for row in order]
@@ -174,7 +174,7 @@ def _crops(options: argparse.Namespace, listing: Listing, loaded: LoadedModel, r
 
 
 def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, composite: str) -> None:
-    """Raises :class:`RequestError` unless model, rules and data are the same as in the sweep."""
+    """Raises :class:`RequestError` unless the model, the rules and the data match the sweep."""
     settings = sweep.manifest.settings
     if not is_same_model(settings, loaded.model):
         raise RequestError(f"{shown(loaded.name)} (weights: {loaded.weights}) is not the model of the sweep.")
@@ -196,7 +196,7 @@ def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, 
 
 
 def _check_images(listing: Listing, data: Any) -> None:
-    """Compares the shown samples with the samples of the sweep.
+    """Checks that the shown samples have not changed since the sweep.
 
     Raises:
         SettingsError: If the samples have changed.

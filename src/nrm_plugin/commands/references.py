@@ -1,4 +1,4 @@
-"""The command ``references``."""
+"""Arguments and entry point of ``nrm-plugin references``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from .options import add_computation, add_model, add_out, whole_number
 
 MOST_IMAGES = 16
-"""Largest number of rows and columns of a figure; equal to :data:`nrm_plugin.dataset.reference_plots.MOST`."""
+"""Maximum number of rows and columns in a figure; equals :data:`nrm_plugin.dataset.reference_plots.MOST`."""
 
 DESCRIPTION = """\
 What does a channel represent? Lists the images of a sweep in which each channel has the most relevance, and with
@@ -32,7 +32,7 @@ exit status: 0; 1 stopped by an error, such as a damaged file; 2 nothing done be
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Adds the arguments of ``references``."""
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="folder of nrm-plugin sweep")
     query = parser.add_argument_group("query")
     query.add_argument("--query", required=True, metavar="LAYER|QUERY",
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Lists reference examples; returns the exit status."""
+    """Lists reference examples and returns the exit status."""
     from .damaged_sweeps import read_stored
     from .reference_files import print_references
 

@@ -1,4 +1,4 @@
-"""The request of a command (target, layers, conditions, rules and device), and its validation for a model."""
+"""Requests (target, layers, conditions, rules and device), and their validation against a model."""
 
 from __future__ import annotations
 
@@ -25,39 +25,38 @@ from .model_loading import LoadedModel
 from .options import CHANNELS
 
 MOST_CLASSES = 2**31
-"""Largest index of a class, since indices are stored in 32 bits."""
+"""Upper bound on class indices, which are stored in 32 bits."""
 SECANTS = "secants"
-"""Name used in place of a composite for secant slopes between an image and its reference."""
+"""Name that selects secant slopes between an image and its reference instead of a composite."""
 NONE = "none"
-"""The output of the class alone is explained, without a comparison."""
+"""Value of ``against`` that explains the output of a class without a contrast."""
 Against = int | str | None
-"""What a class is compared with: another class, :data:`~nrm_plugin.model.contrast.REST`, or nothing."""
+"""Contrast of the explained class: another class, :data:`~nrm_plugin.model.contrast.REST`, or None."""
 INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
-"""Pattern of a class index, as opposed to a class name."""
+"""Matches class indices, as opposed to class names."""
 
 
 class RequestError(NRMError, ValueError):
-    """Raised if a request does not fit the model, regardless of the image."""
+    """Raised if a request does not match the model, regardless of the image."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compute for every image.
+    """Settings of the computation, shared by all images.
 
     Attributes:
-        target: Index or name of the class to explain, or None for the predicted class.
-        against: ``"rest"``, ``"none"``, or index or name of the class to compare with, or None for ``"rest"`` if there
+        target: Index or name of the explained class, or None for the predicted class.
+        against: Index or name of a class to contrast with, ``"rest"`` or ``"none"``. None selects ``"rest"`` if there
             are several classes.
         layers: Layers whose channels are listed.
-        given: Conditions, with one heat map each.
+        given: Conditions, each with its own heat map.
         composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
         residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        device: The device on which to compute.
-        channels: Number of channels per layer for which heat maps are drawn.
+        device: Device of the computation.
+        channels: Number of channels per layer with a heat map.
         reference: Name or file of the reference image, or None without one.
-        map: Heat maps to draw: one of :data:`~nrm_plugin.commands.options.BOTH` and others, or None if the command has
-            no such choice.
-        layers_reference: Reference image of the map of layers, if it has one that the other results do not have.
+        map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None if the command has no choice.
+        layers_reference: Reference image used only for the map of late layers, or None.
     """
 
     target: str | None = None
@@ -75,10 +74,10 @@ class Request:
 
 
 def check_device(name: str) -> torch.device:
-    """Returns the device of the given name.
+    """Returns a device by name, after checking that it is usable.
 
     Raises:
-        RequestError: If the device does not exist on this machine.
+        RequestError: If the device is not available.
     """
     try:
         device = torch.device(name)
@@ -95,7 +94,7 @@ def check_device(name: str) -> torch.device:
 
 
 def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor) -> int:
-    """Returns the class to explain for one image.
+    """Returns the index of the explained class for one image.
 
     Args:
         loaded: The model.
@@ -103,7 +102,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the model's outputs are not those of a classifier, or the class is unknown.
+        RequestError: If the model is not a classifier, or the class is unknown.
     """
     if outputs.ndim > 2 or outputs.numel() == 0:
         raise RequestError(
@@ -115,15 +114,15 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
 
 def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Against:
-    """Returns what the explained class of one image is compared with.
+    """Returns what the explained class of one image is contrasted with.
 
     Args:
         loaded: The model.
-        request: The request.
+        request: The request, including the requested contrast.
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the class to compare with is unknown, or is the explained class.
+        RequestError: If the contrast is unknown, or identical to the explained class.
     """
     count = outputs.numel()
     if request.against == NONE or (request.against is None and count == 1):
@@ -141,7 +140,7 @@ def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Aga
 
 
 def check_class_names(loaded: LoadedModel, count: int) -> None:
-    """Raises :class:`RequestError` if the number of class names, if any, differs from the number of outputs."""
+    """Raises :class:`RequestError` if class names are known, but their number differs from that of the outputs."""
     if len(loaded.categories) not in (0, count):
         raise RequestError(
             f"there are {len(loaded.categories)} class names, but {loaded.name} has {count} outputs. --classes takes a "
@@ -150,11 +149,11 @@ def check_class_names(loaded: LoadedModel, count: int) -> None:
 
 
 def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
-    """Returns the number of outputs for one sample, or None if the model rejects the sample, or is not a classifier.
+    """Returns the number of outputs, or None if the model fails on the inputs or is not a classifier.
 
     Args:
         loaded: The model.
-        inputs: Inputs of one sample; by default a black image.
+        inputs: Inputs of one sample. Defaults to a black image.
     """
     parameter = next(loaded.model.parameters(), torch.empty(0))
     size = loaded.preprocessing.size
@@ -168,16 +167,16 @@ def output_count(loaded: LoadedModel, inputs: Any = None) -> int | None:
 
 
 def target_of(requested: str, categories: Sequence[str], count: int | None, option: str = "--target") -> int:
-    """Returns the index of a class.
+    """Converts the index or name of a class to its index.
 
     Args:
-        requested: An index, or a name, regardless of case.
+        requested: Index, or case-insensitive name.
         categories: Class names; empty if unknown.
         count: Number of classes, or None if unknown.
-        option: The option with the class, for messages.
+        option: Name of the command-line option, for error messages.
 
     Raises:
-        RequestError: If the class is unknown; the message lists similar names.
+        RequestError: If the class is unknown or its name is ambiguous; the message lists similar names.
     """
     indices = "" if count is None else f", 0 to {count - 1}"
     if INDEX.fullmatch(requested):
@@ -218,7 +217,7 @@ def _similar_classes(key: str, folded: list[str], categories: Sequence[str]) -> 
 
 
 class failures_of_the_model:  # noqa: N801  (a context manager)
-    """Context manager that converts exceptions of the model to a one-line :class:`RequestError`."""
+    """Context manager that converts exceptions raised by the model to a one-line :class:`RequestError`."""
 
     def __init__(self, loaded: LoadedModel, inputs: Tensor) -> None:
         self._name, self._shape = loaded.name, tuple(inputs.shape)
@@ -237,11 +236,10 @@ class failures_of_the_model:  # noqa: N801  (a context manager)
 
 
 def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> RelevanceMeasure:
-    """Returns the measure of one preprocessed image.
+    """Returns the measure for one preprocessed image.
 
     Raises:
-        RequestError: If the target does not match the model, if the model fails, or if the composite has no rule for
-            one of its layers.
+        RequestError: If the target does not match the model, the model fails, or the composite has no rule for a layer.
     """
 
     def target(outputs: Tensor) -> int | None:
@@ -276,15 +274,15 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
-    """Returns whether there are several classes; the model is run only if their names are not known."""
+    """Returns whether there are several classes, running the model only if the class names are unknown."""
     count = len(loaded.categories) or output_count(loaded, inputs) or 1
     return count > 1
 
 
 def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized | None:
-    """Returns the composite of a request: the same object for all images, so that measures can share a plan.
+    """Returns the composite of a request, or None for secant slopes to a reference.
 
-    For secant slopes to a reference, the result is None.
+    Composites are cached, since measures of different images share a plan only if they use the same object.
     """
     if request.composite == SECANTS:
         return None
@@ -296,7 +294,7 @@ def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized 
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:
-    """Raises :class:`RequestError`, with similar names, if the model has no layer of a given name."""
+    """Raises :class:`RequestError` with close matches if the model lacks one of the named layers."""
     for name in names:
         calls = [layer for layer in mu.layers if layer.startswith(f"{name}:")]
         if name in mu.layers:

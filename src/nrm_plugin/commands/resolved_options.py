@@ -1,4 +1,4 @@
-"""Conversion of command-line options to objects: the request, the loaded model, and class names."""
+"""Conversion of command-line options to requests, loaded models and class names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .request import SECANTS, Request, RequestError
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    """Returns the request of a command.
+    """Converts command-line options to a request.
 
     Raises:
-        RequestError: If two options are contradictory.
-        CompositeError: If no composite has this name.
-        ConditionError: If an event does not follow the grammar.
+        RequestError: If two options conflict.
+        CompositeError: If the composite is unknown.
+        ConditionError: If an event cannot be parsed.
     """
     drawn, reference = getattr(options, "map", None), getattr(options, "reference", None)
     layers_reference = None if options.composite or reference else BLUR if drawn == BOTH else None
@@ -54,7 +54,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def _check_no_rules(options: argparse.Namespace) -> None:
-    """Raises :class:`RequestError` if options for rules are given without rules."""
+    """Raises :class:`RequestError` if options for rules are given without a composite."""
     given = {"--gain-limit": options.gain_limit is not None, "--residual sink": options.residual == "sink"}
     for name in (name for name, is_given in given.items() if is_given):
         raise RequestError(
@@ -64,7 +64,7 @@ def _check_no_rules(options: argparse.Namespace) -> None:
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """Loads the model with its weights, and prints notes about it if ``notes`` is set."""
+    """Loads the model given by the options and prints notes about it if ``notes`` is set."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(
         options.model, weights, options.size, options.mean, options.std, categories, getattr(options, "fit", "crop")
@@ -75,10 +75,10 @@ def model_of(options: argparse.Namespace, weights: str | None, notes: bool = Tru
 
 
 def class_names(path: Path) -> list[str]:
-    """Reads the class names in a file, one per line.
+    """Reads class names from a file, one per line.
 
     Raises:
-        RequestError: If the file cannot be read, or is not text in UTF-8.
+        RequestError: If the file cannot be read, or is not UTF-8.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -93,7 +93,7 @@ def class_names(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Context manager that prints warnings of the measure without the line of code."""
+    """Context manager that prints warnings on a single line, without the source code."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"nrm-plugin: warning: {message}", file=sys.stderr)
         yield

@@ -1,4 +1,4 @@
-"""The command ``sweep``: queries of all images of a data set, not a search over settings."""
+"""Arguments and entry point of ``nrm-plugin sweep``, which queries all images of a data set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MANY = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
+    """Adds the arguments of ``sweep``."""
     parser.add_argument("data", metavar="FOLDER|DATASET",
                         help="a folder of images, with one subfolder for each class if there are labels; or a data set "
                         "or a function that returns one, as package.module:name or file.py:name")  # fmt: skip
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """Adds options for batches, workers, failed samples and machines."""
+    """Adds options for batching, data loading, failed samples and distributed execution."""
     group = parser.add_argument_group("execution")
     group.add_argument("--batch-size", type=whole_number(MANY), default=16, metavar="N",
                        help="images in a batch (default: %(default)s)")  # fmt: skip
@@ -78,7 +78,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the sweep; returns the exit status."""
+    """Runs the sweep and returns the exit status."""
     from .sweep_run import sweep_data
 
     return sweep_data(options)

@@ -1,4 +1,4 @@
-"""The data of a sweep: a folder of images, or the user's own data set."""
+"""Data of a sweep: a folder of images, or the user's own data set."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .model_loading import LoadedModel
 from .user_models import imported
 
 SAMPLES = "samples.csv"
-"""The file of a sweep that lists the file names of its samples."""
+"""Name of the file in a sweep folder that lists the file names of the samples."""
 
 
 def data_of(name: str, loaded: LoadedModel) -> Any:
-    """Returns a folder of images, or the user's own data set.
+    """Opens an image folder, or imports the user's own data set.
 
     Raises:
         ModelError: If the module, file or name does not exist.
-        SweepError: If the folder does not exist, or calling the function failed.
+        SweepError: If the folder does not exist, or the user's function fails.
     """
     if not name:
         raise SweepError("the name of the folder or data set is empty.")

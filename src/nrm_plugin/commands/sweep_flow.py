@@ -1,4 +1,4 @@
-"""The mean flow of relevance over a stored sweep, or the difference between two classes."""
+"""Mean flow of relevance over a stored sweep, or its difference between two classes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .resolved_options import class_names
 
 @dataclass(frozen=True)
 class Classes:
-    """The samples of a sweep that are averaged.
+    """Selection of the samples of a sweep to average.
 
     Attributes:
-        target: The explained class of the samples, or None for all samples.
-        minus: The class whose mean flow is subtracted, or None for no difference.
+        target: Explained class of the samples, or None for all samples.
+        minus: Class whose mean flow is subtracted, or None.
         categories: Class names; empty if unknown.
     """
 
@@ -37,7 +37,7 @@ class Classes:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Classes:
-        """Returns the selection given by the options."""
+        """Creates the selection from command-line options."""
         categories = class_names(options.classes) if options.classes else []
         count = len(categories) or None
         given = (options.target, options.minus)
@@ -45,7 +45,7 @@ class Classes:
         return cls(target, minus, categories)
 
     def name(self, target: int) -> str:
-        """Returns the name of a class; its index if the name is unknown."""
+        """Returns the name of a class, or its index if the name is unknown."""
         return shown(self.categories[target]) if target < len(self.categories) else str(target)
 
     def title(self, preposition: str) -> str:
@@ -58,8 +58,8 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     """Prints the mean flow of a sweep, writes its files, and returns the exit status.
 
     Raises:
-        RequestError: If options are contradictory, or the class is unknown.
-        FlowError: If the sweep does not contain the queries that this flow needs.
+        RequestError: If options conflict, or the class is unknown.
+        FlowError: If the sweep does not contain the queries required for this flow.
     """
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]
     if given:
@@ -81,7 +81,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
 
 
 def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
-    """Raises :class:`RequestError` if the number of class names differs from the number of outputs, where known."""
+    """Raises :class:`RequestError` if the number of class names differs from that of the outputs, where known."""
     for query in sweep.queries.values():
         groups = query.groups or ()
         for layer, count in zip(query.layers, groups, strict=False):
@@ -117,7 +117,7 @@ def _mean(sweep: Sweep, layers: Sequence[str], target: int | None, classes: Clas
 
 
 def _compared(sweep: Sweep, classes: Classes) -> str:
-    """Returns what the classes of a sweep are compared with, for a heading."""
+    """Describes, for a heading, what the classes in a sweep are contrasted with."""
     against = sweep.manifest.settings.get("against")
     if against is None:
         return ""

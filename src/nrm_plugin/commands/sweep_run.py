@@ -29,16 +29,16 @@ from .resolved_options import model_of, one_line_warnings, request_of
 from .sweep_data import SAMPLES, data_of
 
 SKIPPED = 3
-"""Exit status: complete except for skipped samples."""
+"""Exit status of a sweep that is complete except for skipped samples."""
 LISTED = 20
-"""Largest number of skipped samples that are printed."""
+"""Maximum number of skipped samples to print."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:
-    """Runs a sweep over the data; returns the exit status.
+    """Runs a sweep and returns the exit status.
 
     Raises:
-        NRMError: If options contradict each other, the model, or the stored results.
+        NRMError: If options conflict with each other, with the model, or with the stored results.
     """
     arrow()  # raises before a model is loaded
     with one_line_warnings():
@@ -66,7 +66,7 @@ def sweep_data(options: argparse.Namespace) -> int:
 
 
 def queries_of(options: argparse.Namespace) -> list[Query]:
-    """Returns the queries that the options select."""
+    """Returns the queries selected by the options."""
     layers = list(dict.fromkeys(options.layers))
     queries: list[Query] = []
     for layer in layers:
@@ -79,10 +79,10 @@ def queries_of(options: argparse.Namespace) -> list[Query]:
 
 
 def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
-    """Returns the explained target; checks the class names and, if labels are explained, the labels of a folder.
+    """Returns the explained target, after checking the class names and, for ``"label"``, the labels of an image folder.
 
     Raises:
-        RequestError: If the number of names differs from the number of outputs, or the class does not exist.
+        RequestError: If the number of class names differs from that of the outputs, or the class does not exist.
         SweepError: If images have no label.
     """
     is_class = text not in ("prediction", "label")
@@ -96,10 +96,10 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
 
 
 def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Against:
-    """Returns what each class is compared with.
+    """Returns what the explained class is contrasted with.
 
     Raises:
-        RequestError: If the class does not exist, or is itself the explained class.
+        RequestError: If the contrast does not exist, or is identical to the explained class.
     """
     if options.against in (None, NONE):
         return None
@@ -113,7 +113,7 @@ def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Aga
 
 
 def _first_inputs(data: Any) -> Any:
-    """Returns the first inputs of the user's data set, or None for an image folder."""
+    """Returns the first inputs of the user's data set, or None for image folders and data sets without indexing."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
         return None
     with contextlib.suppress(Exception):  # any error that the user's data set raises is reported by the sweep itself
@@ -132,7 +132,7 @@ def _swept(
     target: Target,
     against: Against,
 ) -> Sweep:
-    """Runs the sweep, and writes the list of sample files even if it fails."""
+    """Runs the sweep. The list of sample files is written even if the sweep fails."""
     on_ray = {"concurrency": options.concurrency, "num_gpus": options.gpus} if options.engine == "ray" else None
     try:
         return sweep(
@@ -164,7 +164,7 @@ def _swept(
 
 
 def summary(stored: Sweep) -> str:
-    """Returns one line about the stored results."""
+    """Summarizes the stored results in one line."""
     if not stored.is_complete:
         return f"This process has finished; others are still writing to {shown(stored.path)}."
     count = (stored.manifest.samples or 0) - len(stored.manifest.failed)

@@ -1,4 +1,4 @@
-"""Loading of transformers models with their tokenizers, from a local folder or by name."""
+"""Loading of models and tokenizers with transformers, from a local folder or by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..dataset.images import shown
 from ..errors import NRMError, extra
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
-"""Suffixes of ``AutoModel`` classes, in the order in which they are tried if the folder does not specify a class."""
+"""Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
 
 
 class TextModelError(NRMError, OSError):
@@ -27,13 +27,13 @@ class TextModelError(NRMError, OSError):
 
 @dataclass(frozen=True)
 class TextModel:
-    """A text model with its tokenizer.
+    """A text model and its tokenizer.
 
     Attributes:
-        name: The given name or folder.
-        model: The model in evaluation mode, with its head.
+        name: Folder or name given by the user.
+        model: The model with its prediction head, in evaluation mode.
         tokenizer: The tokenizer.
-        notes: Messages to the user.
+        notes: Messages for the user.
     """
 
     name: str
@@ -47,11 +47,11 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
 
     Args:
         name: A folder with ``config.json``, weights and tokenizer, or a model name on the Hugging Face Hub.
-        device: The device.
+        device: Device on which to run the model.
 
     Raises:
         MissingExtraError: If transformers is not installed.
-        TextModelError: If the folder lacks a file, or the name is unknown.
+        TextModelError: If a file is missing, the name is unknown, or the model has no prediction head.
     """
     library = extra("transformers", "text")
     folder = Path(name)
@@ -81,7 +81,7 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
 
 
 def _class_of(library: Any, config: Any, name: str) -> Any:
-    """Returns the class that saved the model, or the first ``AutoModel`` class that accepts its configuration."""
+    """Returns the class that saved the model, or the first ``AutoModel`` class that supports its configuration."""
     for architecture in getattr(config, "architectures", None) or ():
         kind = getattr(library, architecture, None)
         if kind is not None:
@@ -106,7 +106,7 @@ def _loaded(name: str, what: str, load: Any) -> Any:
         return load()
     except MemoryError:
         raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and those of the hub's client
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and errors of the hub's client
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         hint = "" if Path(name).exists() else f" There is no folder {shown(name)} either: check the path."
         raise TextModelError(f"cannot load the {what} of {shown(name)}: {shown(reason)}{hint}") from error
@@ -114,7 +114,7 @@ def _loaded(name: str, what: str, load: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Context manager without progress bars and advice from transformers; missing weights are reported as notes."""
+    """Context manager that silences transformers. Missing weights are reported as notes instead."""
     logger = logging.getLogger("transformers")
     level = logger.level
     library.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Explanations of texts by the command ``explain-text``, written to output files."""
+"""Explanations of several texts, and their output files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .text_models import TextModel
 
 @dataclass(frozen=True)
 class Texts:
-    """Explanations of texts by one model for one request.
+    """Explains texts with the same model and request.
 
     Attributes:
-        loaded: The model.
-        request: The request.
-        options: The options of the command.
+        loaded: The model and its tokenizer.
+        request: Settings shared by all texts.
+        options: The parsed options of the command.
     """
 
     loaded: TextModel
@@ -37,7 +37,7 @@ class Texts:
     options: argparse.Namespace
 
     def explained(self, text: str, **changed: Any) -> TextExplanation:
-        """Returns the explanation of one text."""
+        """Explains one text. ``changed`` overrides arguments of :func:`~nrm_plugin.attribution.text.explain_text`."""
         request = self.request
         rules: dict[str, Any] = {"composite": None, "residual": None, "gain_limit": None}
         if request.composite != SECANTS:
@@ -65,7 +65,7 @@ class Texts:
         return TextExplanation(**{**vars(result), "given": given})
 
     def sites(self, text: str) -> Iterator[str]:
-        """Yields the names of the sites with their shapes."""
+        """Yields the site names and their shapes, one per line."""
         mu = self.explained(text, layers=(), given=()).measure
         assert mu is not None
         if not mu.sites:
@@ -83,7 +83,7 @@ class Texts:
 
 
 def reference_of(options: argparse.Namespace) -> str | None:
-    """Returns the reference: as given, or masks by default, unless rules are given."""
+    """Returns the requested reference; by default :data:`AUTO`, or None if rules are given."""
     if options.reference is None:
         has_rules = options.composite or options.residual == "sink" or options.gain_limit is not None
         return None if has_rules else AUTO
@@ -91,10 +91,10 @@ def reference_of(options: argparse.Namespace) -> str | None:
 
 
 def texts_of(given: Sequence[str]) -> list[str]:
-    """Returns the texts; ``-`` stands for the lines of stdin.
+    """Returns the texts, replacing ``-`` with the lines of stdin.
 
     Raises:
-        RequestError: If there is no text.
+        RequestError: If all texts are empty.
     """
     texts = [line.rstrip("\n") for text in given for line in (sys.stdin if text == "-" else [text])]
     found = [text for text in texts if text.strip()]
@@ -106,7 +106,7 @@ def texts_of(given: Sequence[str]) -> list[str]:
 def write(
     results: Sequence[TextExplanation], loaded: TextModel, request: Request, options: argparse.Namespace
 ) -> list[Path]:
-    """Writes the page and the numbers of all texts; returns the paths."""
+    """Writes the HTML page and the numbers of all texts, and returns the paths."""
     page, numbers = options.out / "texts.html", options.out / "texts.json"
     with writing(page) as temporary:
         temporary.write_text(text_page(results, f"Relevance of words, {shown(loaded.name)}"), encoding="utf-8")

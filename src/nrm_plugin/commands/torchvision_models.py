@@ -1,4 +1,4 @@
-"""Loading of torchvision's classifiers by name, with downloaded or random weights, or weights from a file."""
+"""Loading of torchvision classifiers by name, with downloaded weights, random weights, or weights from a file."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from .weight_files import NONE, SUFFIXES, WeightsError, classes_of, fill, read_s
 
 DEFAULT = "DEFAULT"
 TIMEOUT = 30
-"""Seconds without data after which a download fails."""
+"""Download timeout in seconds without data."""
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-"""Environment variables of torch that restrict files to tensors, and that lift this restriction."""
+"""Environment variables of torch that enforce, or disable, ``weights_only`` loading."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-"""Old parameter names in torchvision's files for DenseNet, with dots in the names of submodules."""
+"""Matches parameter names in torchvision's old DenseNet files, with dots inside submodule names."""
 
 
 def torchvision_model(name: str, weights: str) -> BuiltModel:
-    """Returns one of torchvision's classifiers.
+    """Builds a torchvision classifier.
 
     Args:
-        name: Name in :func:`torchvision.models.list_models`.
-        weights: Name of torchvision weights, a file, or ``"none"``.
+        name: Model name, as listed by :func:`torchvision.models.list_models`.
+        weights: Name of a torchvision weights entry, path to a checkpoint file, or ``"none"``.
 
     Raises:
-        ModelError: If torchvision has no classifier of this name.
-        WeightsError: If the weights do not exist, cannot be downloaded, or belong to a different model.
+        ModelError: If torchvision has no classifier with this name.
+        WeightsError: If the weights do not exist, cannot be downloaded, or do not match the model.
     """
     check_torchvision_name(name)
     available = get_model_weights(name)
@@ -62,7 +62,7 @@ def torchvision_model(name: str, weights: str) -> BuiltModel:
 
 
 def check_torchvision_name(name: str) -> None:
-    """Raises :class:`ModelError` unless torchvision has a classifier of this name; the message lists similar names."""
+    """Raises :class:`ModelError` with close matches unless torchvision has a classifier with this name."""
     classifiers = list_models(module=torchvision.models)
     if name in classifiers:
         return
@@ -126,7 +126,7 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
-    """Returns a model with the weights of a file, including classes and preprocessing for a torchvision file."""
+    """Builds a model with weights from a file; torchvision's own files also set class names and preprocessing."""
     state = read_state(path)
     official = next((item for item in available if Path(urlsplit(item.url).path).name == path.name), None)
     if name.startswith("densenet"):
@@ -143,7 +143,7 @@ def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
 
 
 def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any]:
-    """Returns the arguments of a model builder that the weights imply."""
+    """Infers arguments for the model builder from the weights."""
     arguments: dict[str, Any] = {}
     if name.startswith("vit") and official is not None:
         arguments["image_size"] = official.meta["min_size"][0]
@@ -156,7 +156,7 @@ def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any
 
 
 def _without_storage(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Builds a model without weights, since drawing random weights for VGG16 takes longer than reading a file."""
+    """Builds a model on the meta device, since initializing VGG16 randomly takes longer than reading a file."""
     try:
         with torch.device("meta"), _without_warnings():
             return _built(name, **arguments)
@@ -176,9 +176,9 @@ def _timeout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """Context manager that restricts torch.hub to tensors.
+    """Context manager in which torch.hub loads only tensors.
 
-    By default, it unpickles any object, even from existing files.
+    By default, torch.hub unpickles arbitrary objects, even from cached files.
     """
     before = {name: os.environ.pop(name, None) for name in FORCED}
     os.environ[FORCED[0]] = "1"
@@ -191,7 +191,7 @@ def _weights_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Context manager without torchvision's warnings about weight initialization in future versions."""
+    """Context manager that suppresses torchvision's warnings about weight initialization."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

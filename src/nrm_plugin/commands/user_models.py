@@ -1,4 +1,4 @@
-"""Loading of the user's own models and data sets: ``package.module:name`` or ``file.py:name``."""
+"""Import of the user's own models and data sets, given as ``package.module:name`` or ``file.py:name``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .weight_files import NONE, fill, read_state, without_prefixes
 
 
 def imported(name: str, option: str = "--model") -> Any:
-    """Imports the object named by ``package.module:name`` or ``file.py:name``.
+    """Imports an object given as ``package.module:name`` or ``file.py:name``.
 
     Args:
-        name: Module or file, and the name of the object in it.
-        option: The option with the name, for messages.
+        name: Module or file, followed by the name of the object.
+        option: Name of the command-line option, for error messages.
 
     Raises:
-        ModelError: If the module, file or name does not exist.
+        ModelError: If the module, file or object does not exist.
     """
     module, _, attribute = name.rpartition(":")
     with _importable():
@@ -37,15 +37,15 @@ def imported(name: str, option: str = "--model") -> Any:
 
 
 def own_model(name: str, weights: str | None) -> BuiltModel:
-    """Returns the user's own model: the named object, or the result of calling it.
+    """Builds the user's own model: the imported module, or the return value of an imported function.
 
     Args:
         name: As in :func:`imported`.
-        weights: A file, or None or ``"none"`` for the weights that the model already has.
+        weights: A weight file. None or ``"none"`` keeps the weights of the model.
 
     Raises:
-        ModelError: If the model does not exist, or building it failed.
-        WeightsError: If the file does not contain the weights of the model.
+        ModelError: If the model does not exist, or cannot be built.
+        WeightsError: If the weights in the file do not match the model.
     """
     with seeded(), _importable():
         factory = imported(name)
@@ -60,7 +60,7 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
 
 @contextlib.contextmanager
 def _importable() -> Iterator[None]:
-    """Context manager that makes modules of the current folder importable, as with ``python -m``."""
+    """Context manager that adds the current folder to ``sys.path``, as ``python -m`` does."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -144,7 +144,7 @@ def _called(factory: Any, name: str) -> nn.Module:
 
 
 def _one_line(error: Exception) -> str:
-    """Formats an error of the user's code in one line, with file and line number."""
+    """Formats an error raised by the user's code in one line, with file name and line number."""
     # The message of a syntax error contains the position; its frames belong to the import system.
     frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

@@ -1,4 +1,4 @@
-"""Reading of weight files, without running code from them, and matching them to a model."""
+"""Reading of weight files without executing code, and matching of their entries to a model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..dataset.images import shown
 from ..errors import NRMError
 
 NESTS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys of a checkpoint under which training scripts store the state dict."""
+"""Checkpoint keys under which training scripts store the state dict."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """Key prefixes added by data parallelism, compilation and training frameworks."""
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
-"""The value that stands for random weights instead of a file."""
+"""Value of ``--weights`` that selects random weights."""
 HEAD = 512
-"""Number of leading bytes by which the type of a file is recognized."""
+"""Number of leading bytes used to detect the file type."""
 PAGE = "a page of HTML, such as an error of the server; download the file again"
 KINDS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run: git lfs pull"),
@@ -37,23 +37,23 @@ KINDS = (
     (b"\x1f\x8b", "compressed by gzip; unpack it"),
     (b"\x93numpy", "an array of NumPy; save a state dict: torch.save(model.state_dict(), FILE)"),
 )
-"""First bytes of other file types, in lower case."""
+"""Leading bytes of other file types in lower case, and their descriptions."""
 
 State = dict[str, Tensor]
 
 
 class WeightsError(NRMError, ValueError):
-    """Raised if the weights cannot be read or downloaded, or belong to a different model."""
+    """Raised if weights cannot be read or downloaded, or do not match the model."""
 
 
 def read_state(path: Path) -> State:
-    """Reads the state dict in a file.
+    """Reads a state dict from a file.
 
     Args:
-        path: A ``.safetensors`` file, or a file of ``torch.save`` with a state dict or a checkpoint.
+        path: A safetensors file, or a state dict or checkpoint saved by ``torch.save``.
 
     Raises:
-        WeightsError: If the file is missing, cannot be read, or contains no state dict.
+        WeightsError: If the file is missing, cannot be read, or does not contain a state dict.
     """
     name = shown(path)
     head = _check_file(path, name)
@@ -79,7 +79,7 @@ def read_state(path: Path) -> State:
 
 
 def _check_file(path: Path, name: str) -> bytes:
-    """Returns the first bytes of a file; raises an error if the file cannot contain weights."""
+    """Returns the leading bytes of a file, after checking that it may contain weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
@@ -102,7 +102,7 @@ def _check_file(path: Path, name: str) -> bytes:
 
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
-    """Returns the entries of an archive; empty for other files, such as safetensors or files of torch before 1.6."""
+    """Returns the entries of a zip archive; empty for other files, such as safetensors or those of torch before 1.6."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
@@ -111,7 +111,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
-    """Describes a file without a state dict, and what to do with it; empty if the file may contain one."""
+    """Describes a file without a state dict, with a remedy; empty if the file may contain one."""
     if any(entry.endswith("/archive_format") for entry in entries):
         return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
     if head.startswith(b"PK\x03\x04") and not entries:
@@ -143,7 +143,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Renames the entries of a state dict to the model's names, without the prefixes that wrappers add."""
+    """Removes key prefixes added by wrappers from a state dict, unless the model's own keys have them as well."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -157,10 +157,10 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Returns the number of classes of the weights if that is the only difference from the model, or None otherwise.
+    """Returns the number of classes implied by the weights if they otherwise match the model; None if not.
 
     Args:
-        state: The weights.
+        state: The weights, as a state dict.
         model: The model with its default number of classes.
     """
     own = model.state_dict()
@@ -171,27 +171,27 @@ def classes_of(state: State, model: nn.Module) -> int | None:
     if len(counts) != 1:
         return None
     ((_, count, rest_agrees),) = counts
-    # By repeating a row, a file can claim more rows than it stores, and a model of that size would be built.
+    # A file that repeats a row can have more rows than it stores, for which a large model would be built.
     is_stored = all(state[key].numel() <= _stored(state[key]) for key in differing)
     return int(count[0]) if rest_agrees and count and is_stored else None
 
 
 def _stored(tensor: Tensor) -> int:
-    """Returns the number of stored entries."""
+    """Returns the number of entries in the storage of a tensor; 0 for layouts that are not strided."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() if tensor.layout == torch.strided else 0
 
 
 def fill(model: nn.Module, state: State, name: str, where: str) -> None:
-    """Writes weights into a model, which may have no storage yet.
+    """Loads weights into a model, which may be on the meta device.
 
     Args:
-        model: The model.
-        state: The weights.
-        name: Name of the model.
-        where: The file of the weights.
+        model: The model to fill.
+        state: The weights, as a state dict.
+        name: Name of the model, for error messages.
+        where: Name of the weight file, for error messages.
 
     Raises:
-        WeightsError: If the weights belong to a different model; the message summarizes the differences.
+        WeightsError: If the weights do not match the model; the message summarizes the differences.
     """
     own = model.state_dict()
     # Checkpoints of old torch versions lack the batch counters, which only training reads.

@@ -1,4 +1,4 @@
-"""Activations for ranking reference samples: outputs of modules, recorded while a measure runs the model."""
+"""Module outputs used to rank reference samples by activation, recorded while a measure runs the model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import InputError
 
 
 def single_activations(outputs: Mapping[str, list[Any]]) -> dict[str, Tensor]:
-    """Returns the single tensor that each module returned in the last forward pass, and clears the lists.
+    """Returns the output tensor of each module in the last forward pass and clears the recorded lists.
 
     Raises:
-        InputError: If a module was not called exactly once, or does not return a tensor.
+        InputError: If a module was not called exactly once, or does not return a single tensor.
     """
     activations = {}
     for layer, calls in outputs.items():

@@ -1,4 +1,4 @@
-"""Files that are replaced atomically, so that readers see either the old or the new content, never a part of it."""
+"""Atomic file replacement: readers see either the old or the new content, never a partial file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import platform
 from pathlib import Path
 
 LONGEST = 100
-"""Longest file name, in bytes, that a temporary name contains; longer names are replaced by their hash."""
+"""Maximum length of a file name, in bytes, that is included in the temporary name; longer ones are hashed."""
 
 
 class AtomicFile:
-    """Context manager that provides a temporary file and renames it when its content is complete and synced to disk.
+    """Context manager that yields a temporary file and renames it once its content is synced to disk.
 
     Args:
-        path: The final path, which is not changed if the context exits with an error.
+        path: The final path, which is left unchanged if an error is raised in the context.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Blocks until the content of a file or folder is on disk."""
+    """Blocks until a file or folder is written to disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

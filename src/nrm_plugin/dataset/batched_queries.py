@@ -1,4 +1,4 @@
-"""Evaluation of several queries of one measure in as few passes as possible."""
+"""Evaluation of several queries on a measure in as few passes as possible."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from .queries import (
 
 
 class Requirements:
-    """The distinct quantities that queries require from a measure.
+    """Distinct quantities of a measure that a set of queries requires.
 
     Args:
-        queries: The queries.
+        queries: The queries to evaluate.
 
     Attributes:
-        marginals: Taps for which marginals are needed.
-        joint_marginals: For each event, taps for which marginals joint with the event are needed.
-        masses: Events for which masses are needed.
-        joint_matrices: Upper and lower taps between which joint matrices are needed, with their groups.
-        activations: Layers for which activations are needed.
+        marginals: Taps whose marginals are required.
+        joint_marginals: For each event, the taps at which marginals joint with this event are required.
+        masses: Events whose masses are required.
+        joint_matrices: Upper tap, lower tap and groups of the required joint matrices.
+        activations: Layers whose activations are required.
     """
 
     def __init__(self, queries: Iterable[Query]) -> None:
@@ -80,11 +80,11 @@ class Requirements:
 
 
 class QueryResults:
-    """The results of queries for one measure, multiplied by its sign, so that results of samples can be added.
+    """Results of queries on a measure, multiplied by its sign so that they can be summed over samples.
 
     Args:
-        mu: The measure.
-        needed: The requirements of the queries.
+        mu: The measure of the batch.
+        needed: The quantities that the queries require.
         activations: Activations of the required layers, ``(N, *shape)`` each.
     """
 
@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of one query, ``(N, *groups)``; NaN where a quotient is undefined."""
+        """Returns the result of a query, ``(N, *groups)``, with NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class QueryResults:
         return peaks.to(values.dtype if values.dtype == torch.float64 else torch.float32)
 
     def _signed(self, values: Tensor) -> Tensor:
-        """Multiplies values ``(N, …)`` by the sign of each sample."""
+        """Multiplies values ``(N, …)`` by the sign of the explained output of each sample."""
         if not bool((self._signs < 0).any()):
             return values
         return values * self._signs.reshape(-1, *(1,) * (values.ndim - 1))
@@ -184,7 +184,7 @@ class QueryResults:
         return moved.reshape(*moved.shape[:2], -1)
 
     def _reduced(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """Sums values over channels or over positions, and keeps all other dimensions."""
+        """Sums values over all dimensions except the channels or the positions."""
         if values.ndim == 1:
             return values
         channels = self.mu.channel_dim(layer)
@@ -192,7 +192,7 @@ class QueryResults:
         return values.sum(rest) if rest else values
 
     def _summed(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """Sums values over groups, to ``(N, groups)``."""
+        """Sums values over the neurons of each group and returns ``(N, groups)``."""
         if isinstance(over, Labels):
             labels = over.tensor.expand(values.shape[1:])
             return by_label(values.flatten(1), labels)
@@ -215,12 +215,12 @@ METHODS: dict[type[Query], Callable[[QueryResults, Any], Tensor]] = {
 
 
 def tap(layer: LayerSpec) -> Atom:
-    """Returns the tap of a layer as an event without an index."""
+    """Converts a layer to its tap."""
     return layer if isinstance(layer, Atom) else at(layer)
 
 
 def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tuple[Atom, ...], list[Event]]:
-    """Groups events for which marginals of the same taps are needed, so that they share a pass."""
+    """Groups events whose marginals are required at the same taps, so that they share passes."""
     events: dict[tuple[Atom, ...], list[Event]] = {}
     for event, layers in marginals.items():
         events.setdefault(tuple(layers), []).append(event)
@@ -228,7 +228,7 @@ def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tupl
 
 
 def _quotient(numerator: Tensor, denominator: Tensor, is_undefined: Tensor) -> Tensor:
-    """Divides two tensors; the result is NaN where the quotient is undefined."""
+    """Divides two tensors, with NaN where the quotient is undefined."""
     return (numerator / denominator).masked_fill(is_undefined, torch.nan)
 
 
@@ -239,7 +239,7 @@ def _with_tensors(over: Any) -> Any:
 
 
 def _chains(matrices: Iterable[tuple[Atom, Atom, Any]]) -> Iterable[tuple[Sequence[Atom], Any]]:
-    """Combines pairs of layers into chains in which each layer is below the previous one."""
+    """Merges pairs of layers into chains, in which each layer is below the previous one."""
     remaining = dict.fromkeys(matrices)
     while remaining:
         upper, lower, over = next(iter(remaining))

@@ -1,4 +1,4 @@
-"""Checksums of stored files. Every byte belongs to a segment, which is verified before its content is used."""
+"""Checksums of stored files. Every byte is part of a segment that is verified before its content is used."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from .sweep_layout import ShardError, json_checksum
 
 BLOCK = 1 << 20
-"""Number of bytes that are read at a time."""
+"""Number of bytes read at a time."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The consecutive parts of a file, with a hash of each.
+    """Consecutive segments of a file and their hashes.
 
     Attributes:
-        ends: Offset of the end of each part; the last one is the size of the file.
-        hashes: Hash of the bytes of each part.
+        ends: End offset of each segment; the last one is the file size.
+        hashes: Hash of each segment.
     """
 
     ends: tuple[int, ...]
@@ -30,11 +30,11 @@ class Segments:
 
     @classmethod
     def of(cls, path: Path, ends: Sequence[int] = ()) -> Segments:
-        """Divides a file into segments, and computes their hashes.
+        """Splits a file into segments and hashes each of them.
 
         Args:
-            path: The file.
-            ends: Offset at which each part ends, except for the last one.
+            path: The file to hash.
+            ends: End offset of each segment but the last.
         """
         edges = (*ends, path.stat().st_size)
         return cls(edges, tuple(_hashes(path, pairwise((0, *edges)))))
@@ -48,18 +48,18 @@ class Segments:
         return cls(ends, hashes)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the segments as JSON."""
+        """Converts the segments to JSON."""
         return {"ends": list(self.ends), "hashes": list(self.hashes)}
 
     def check(self, path: Path, numbers: Iterable[int] | None = None) -> None:
-        """Compares parts of a file with their hashes.
+        """Verifies segments of a file.
 
         Args:
-            path: The file.
-            numbers: Indices of the parts, or None for all parts.
+            path: The file to verify.
+            numbers: Indices of the segments, or None for all.
 
         Raises:
-            ShardError: If the checksum of a part or the size of the file differs.
+            ShardError: If the hash of a segment or the file size differs.
         """
         size = path.stat().st_size
         if size != self.ends[-1]:
@@ -86,7 +86,7 @@ def _hashes(path: Path, parts: Iterable[tuple[int, int]]) -> Iterable[str]:
 
 
 def row_group_ends(metadata: Any) -> list[int]:
-    """Returns the offset at which each row group of a Parquet file ends; the footer follows the last row group."""
+    """Returns the end offset of each row group of a Parquet file; the footer follows the last one."""
     ends = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -100,12 +100,12 @@ def _end(column: Any) -> int:
 
 
 def to_bytes(entries: Mapping[str, Any]) -> bytes:
-    """Returns the content of a checksum file, including a checksum of itself."""
+    """Serializes checksums, including a checksum of the checksums themselves."""
     return json.dumps({**entries, "checksum": json_checksum(entries)}).encode()
 
 
 def read_sums(path: Path) -> dict[str, Any] | None:
-    """Reads a file of checksums; returns None if the file does not exist.
+    """Reads a checksum file, or returns None if it does not exist.
 
     Raises:
         ShardError: If the file is damaged.

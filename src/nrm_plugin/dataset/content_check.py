@@ -1,4 +1,4 @@
-"""Comparison of the samples in a data set with those of a stored sweep, without the model."""
+"""Comparison of the samples of a data set with those of a stored sweep, without running the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sweep_layout import OnError
 def contents_to_compare(source: DataSource, shards: Iterable[Shard]) -> dict[int, str]:
     """Returns the stored hashes of samples whose stamp has changed or is unknown.
 
-    Failed samples, and samples in a sweep from an earlier version, have no hash and are not compared.
+    Failed samples and samples stored by earlier versions have no hash and are not compared.
     """
     contents: dict[int, str] = {}
     for shard in shards:
@@ -37,14 +37,14 @@ def check_samples(
     on_error: OnError = "raise",
     progress: bool = False,
 ) -> None:
-    """Reads samples and compares their hashes with the hashes in a sweep.
+    """Reads samples and compares their hashes with those stored in a sweep.
 
     Args:
         folder: The folder of the sweep.
         source: A data set with a length.
         contents: The stored hashes, keyed by sample.
-        seed: Seed of the random states with which samples are read.
-        on_error: ``"skip"`` to ignore samples that can no longer be read.
+        seed: Seed for the random states in which samples are read.
+        on_error: ``"skip"`` ignores samples that can no longer be read, ``"raise"`` raises an error.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -72,7 +72,7 @@ def check_samples(
 
 
 def _nothing(samples: Sequence[Any]) -> None:
-    """Returns None instead of a batch, which the comparison does not need."""
+    """Collate function that discards the samples, since only their hashes are compared."""
 
 
 __all__ = ["check_samples", "contents_to_compare"]

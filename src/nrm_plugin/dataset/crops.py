@@ -24,15 +24,15 @@ from .evaluation import device_of
 from .examples import References, ReferencesError
 
 MASK_THRESHOLD = 0.2
-"""Threshold of the mask, as a fraction of the largest value in the smoothed heat map."""
+"""Mask threshold, as a fraction of the maximum of the smoothed heat map."""
 SMOOTHING = 1 / 60
 """Standard deviation of the smoothing kernel, as a fraction of the longer image side."""
 PROBE_BATCH = 8
-"""Number of positions whose receptive fields are computed in one batch."""
+"""Number of positions per batch when computing receptive fields."""
 
 
 class IndexableDataset(Protocol):
-    """A data set with samples that can be read by index."""
+    """Data set whose samples are accessible by index."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -45,11 +45,11 @@ class Crop:
         sample: Index of the sample in the data set.
         value: Relevance or activation of the group.
         target: The explained class.
-        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``; bottom and right
-            are exclusive.
-        image: The image within the box, ``(C, h, w)``.
-        heat: Joint relevance of each pixel and the group, ``(h, w)``, summed over colour channels.
-        mask: The pixels with relevance, ``(h, w)``.
+        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, with exclusive
+            bottom and right.
+        image: The cropped image, ``(C, h, w)``.
+        heat: Joint relevance of each pixel with the group, summed over the colour channels, ``(h, w)``.
+        mask: Mask of the relevant pixels, ``(h, w)``.
     """
 
     sample: int
@@ -80,24 +80,24 @@ def crops(
     uncovered: Uncovered | None = None,
     show_progress: bool = False,
 ) -> dict[int | str, list[Crop]]:
-    r"""Crops reference examples, and computes their conditional heat maps.
+    r"""Crops reference examples to receptive fields and computes their conditional heat maps.
 
     The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask
-    contains the pixels where the smoothed heat map exceeds 0.2 times its maximum; for a channel with negative evidence,
-    the sign is reversed.
+    selects the pixels where the smoothed heat map is at least 0.2 times its maximum; if the total relevance within the
+    crop is negative, the sign of the heat map is reversed first.
 
     Args:
         model: The network.
-        data: The samples by index, which are images ``(C, H, W)`` or pairs ``(image, label)``.
-        references: The references.
-        groups: The selected groups of the references; by default all groups.
-        k: Number of crops per group; by default all.
-        events: The events, for references of events.
-        layer: The layer of the channels, if it differs from the name of the references.
-        against: As in the search that found the references.
+        data: Indexable data set of images ``(C, H, W)`` or pairs ``(image, label)``.
+        references: The references to crop, of one layer or of the events.
+        groups: Groups of the references to crop. Defaults to all groups.
+        k: Number of crops per group. Defaults to all references.
+        events: Events keyed by name; required for references of events.
+        layer: Layer of the channels, if it differs from the name of the references.
+        against: As in the search for the references.
         whole: Whether to return whole images. This skips the computation of receptive fields, which dominates the run
-            time for large networks: about thirty runs of the network in double precision for each distinct position.
-        to_image: A function from an input of the model to an image in [0, 1], such as the inverse normalization.
+            time for large networks: about thirty forward passes in double precision per distinct position.
+        to_image: Function that converts a model input to an image in [0, 1], such as the inverse normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -105,11 +105,11 @@ def crops(
         show_progress: Whether to show a progress bar.
 
     Returns:
-        Crops of each group, in decreasing order.
+        Crops keyed by group, in decreasing order of value.
 
     Raises:
         ReferencesError: If a group has no references, or an event is missing.
-        InputError: If samples are not images.
+        InputError: If the samples are not images.
 
     Examples:
         >>> from nrm_plugin.dataset.reference_search import find_references
@@ -165,7 +165,7 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Returns the position of the largest relevance of a channel, ``(N,)``."""
+    """Returns the position at which a channel has the largest relevance in each sample, ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
     return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
 
@@ -178,7 +178,7 @@ def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat:
 
 
 def relevance_mask(heat: Tensor, share: float) -> Tensor:
-    """Returns the pixels at which a smoothed heat map ``(H, W)`` reaches a fraction of its maximum; all if it is 0."""
+    """Returns a mask of the pixels at which the smoothed heat map ``(H, W)`` is at least ``share`` of its maximum."""
     sigma = max(heat.shape) * SMOOTHING
     size = 2 * math.ceil(2 * sigma) + 1
     size = min(size, 2 * min(heat.shape) - 1)
@@ -190,7 +190,7 @@ def relevance_mask(heat: Tensor, share: float) -> Tensor:
 
 
 class _ReceptiveFields:
-    """The receptive fields of positions in a layer, each of which is computed only once."""
+    """Cache of the receptive fields of positions in a layer."""
 
     def __init__(self, model: nn.Module, layer: str, whole: bool) -> None:
         self.model, self.layer, self.whole = model, layer, whole

@@ -1,4 +1,4 @@
-"""Evaluation of a batch: one measure, its targets and predictions, and the results of all queries."""
+"""Evaluation of a batch: its measure, targets and predictions, and the results of all queries."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]
 LABELS = ("label", "labels")
 NO_CLASS = -1
-"""Placeholder for a missing target or prediction."""
+"""Placeholder for targets or predictions that are not a class."""
 
 
 @dataclass(frozen=True)
 class BatchResults:
-    """The results of the queries for a batch.
+    """Results of the queries for a batch.
 
     Attributes:
-        sample: Indices in the data set, ``(n,)``.
+        sample: Sample indices in the data set, ``(n,)``.
         target: Explained classes, ``(n,)``; -1 if the target is not a class.
-        prediction: Classes with the largest output, ``(n,)``; -1 if the outputs are not classes.
-        values: Results of each query, ``(n, *groups)``.
+        prediction: Predicted classes, ``(n,)``; -1 if the model is not a classifier.
+        values: Results keyed by query name, ``(n, *groups)``.
     """
 
     sample: NDArray[np.int64]
@@ -47,15 +47,15 @@ class BatchResults:
 
 
 class Evaluation:
-    """The function that a sweep applies to every batch.
+    """Evaluates the queries of a sweep on a batch.
 
     Args:
         model: The network, in evaluation mode.
-        queries: The queries.
-        composite: The rules.
-        target: ``"prediction"``, ``"label"``, a class, a function that returns the targets of a batch, or None for a
-            model with a single output.
-        unpack: Function that returns the inputs and labels of a batch; by default :func:`unpacked`.
+        queries: The queries of the sweep.
+        composite: The normalized composite.
+        target: ``"prediction"``, ``"label"``, a class, a function that returns the targets of a given batch, or None
+            for a model with a single output.
+        unpack: Function that splits a batch into inputs and labels. Defaults to :func:`unpacked`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.
     """
@@ -77,14 +77,14 @@ class Evaluation:
         self.is_double = dtype_of(model) == torch.float64
 
     def __call__(self, sample: Sequence[int], batch: Any) -> BatchResults:
-        """Evaluates one batch.
+        """Evaluates a batch.
 
         Args:
             sample: Indices of the samples in the data set.
-            batch: The collated batch.
+            batch: The batch, as collated by the data loader.
 
         Raises:
-            NRMError: If the measure fails for these inputs, or a query does not fit the model.
+            NRMError: If the measure cannot be computed for these inputs, or a query does not match the model.
         """
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
@@ -110,7 +110,7 @@ class Evaluation:
 
 
 def check_target(target: Any) -> None:
-    """Raises :class:`SweepError` unless the target is valid."""
+    """Raises :class:`SweepError` unless ``target`` is valid."""
     is_class = isinstance(target, int) and not isinstance(target, bool) and target >= 0
     if not (target in (None, "prediction", "label") or is_class or callable(target)):
         raise SweepError(
@@ -123,8 +123,8 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
     """Splits a batch into inputs and labels.
 
     Args:
-        batch: A tensor; a pair ``(inputs, labels)``; or a mapping that contains the labels under ``label`` or
-            ``labels``, and keyword arguments of the model otherwise.
+        batch: A tensor, a pair ``(inputs, labels)``, or a mapping of keyword arguments for the model, in which
+            ``label`` or ``labels`` are the labels.
 
     Raises:
         SweepError: If the batch has none of these forms.
@@ -144,7 +144,7 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """Moves inputs to a device, including those inside tuples and mappings."""
+    """Moves tensors, including those in nested tuples, lists and mappings, to a device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -158,25 +158,25 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of a model."""
+    """Returns the device of the first parameter or buffer of a model; the CPU if there are none."""
     return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Returns the floating-point dtype of a model."""
+    """Returns the dtype of the first floating-point parameter or buffer of a model."""
     return next((item.dtype for item in _tensors(model) if item.is_floating_point()), torch.get_default_dtype())
 
 
 def batch_target(target: Target, labels: Any, batch: Any) -> Any:
-    """Returns the target of the measure for a batch.
+    """Resolves the target of the measure for a batch.
 
     Args:
         target: As in :class:`Evaluation`.
         labels: Labels of the batch, or None.
-        batch: The batch, for a target function.
+        batch: The batch, which is passed to a target function.
 
     Raises:
-        SweepError: If the target is the label, and labels are missing.
+        SweepError: If the target is ``"label"``, but there are no labels.
     """
     if target == "prediction":
         return predicted_classes
@@ -191,10 +191,10 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
 
 
 def predicted_classes(outputs: Tensor) -> Tensor:
-    """Returns the classes with the largest output, ``(N,)``.
+    """Returns the predicted classes, ``(N,)``.
 
     Raises:
-        SweepError: If the outputs are not those of a classifier.
+        SweepError: If the model is not a classifier.
     """
     if not _has_classes(outputs):
         raise SweepError(
@@ -209,7 +209,7 @@ def _has_classes(outputs: Tensor) -> bool:
 
 
 def _classes(targets: Any, count: int) -> NDArray[np.int32]:
-    """Returns the targets as one class index per sample; a target with several coordinates is not a class."""
+    """Converts targets to one class index per sample, or -1 if a target has several coordinates."""
     try:
         numbers = torch.as_tensor(NO_CLASS if targets is None else targets).detach().cpu().to(torch.int32)
     except (TypeError, ValueError, RuntimeError):
@@ -237,11 +237,11 @@ def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, mu: R
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)
-"""Errors that do not depend on the samples, except :class:`InputError` and :class:`TargetError`."""
+"""Error types that are not caused by individual samples, except :class:`InputError` and :class:`TargetError`."""
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns whether individual samples may have caused an error, so that the others can still be evaluated."""
+    """Returns whether an error may be due to individual samples, so that other samples can still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

@@ -1,10 +1,10 @@
-r"""Reference examples: the samples with the largest relevance or activation of a group.
+r"""Reference examples: the samples in which a group has the largest relevance or activation.
 
 .. math:: \text{references}(g) = \operatorname{top}_k \mu_n(g)
 
-For the channels of a layer, this is relevance maximization (Achtibat et al., 2023). References are found in one pass
-over the data (:func:`~nrm_plugin.dataset.reference_search.find_references`), or read from a stored sweep
-(:func:`references`).
+For the channels of a layer, this is relevance maximization (Achtibat et al., 2023). References are computed in one pass
+over the data by :func:`~nrm_plugin.dataset.reference_search.find_references`, or read from a stored sweep by
+:func:`references`.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ if TYPE_CHECKING:
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name for the references of events, which do not belong to a layer."""
+"""Name of the references of events, since events do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 
 
 class ReferencesError(NRMError, ValueError):
-    """Raised if reference examples cannot be found, read or drawn."""
+    """Raised if reference examples cannot be computed, read or plotted."""
 
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Reference examples of groups, in decreasing order.
+    """Reference examples of groups, in decreasing order of value.
 
     Attributes:
-        name: The layer, or the query of a sweep.
+        name: Name of the layer, or of the query in a sweep.
         by: ``"relevance"`` or ``"activation"``.
-        groups: The group of each row: index of the channel, or name of the event.
+        groups: Group of each row: a channel index or the name of an event.
         samples: Indices in the data set, ``(K, k)``; -1 in empty entries.
         values: Relevance or activation, ``(K, k)``; NaN in empty entries.
         targets: Explained classes, ``(K, k)``; -1 if unknown.
-        positions: Positions of the largest value in the group, as flat (row-major) indices, ``(K, k)``; -1 if unknown.
-        target: The class to which the references are restricted, or None for all.
-        layer: The layer with these channels, if ``name`` is the name of a query.
+        positions: Position of the largest value within the group, as a flat (row-major) index, ``(K, k)``; -1 if
+            unknown.
+        target: Explained class to which the references are restricted, or None.
+        layer: Layer of the channels, if ``name`` is the name of a query.
     """
 
     name: str
@@ -85,7 +86,7 @@ class References:
         )
 
     def row(self, group: int | str) -> int:
-        """Returns the row of a group.
+        """Returns the row index of a group.
 
         Raises:
             ReferencesError: If the group is unknown.
@@ -98,7 +99,7 @@ class References:
         return self.groups.index(group)
 
     def of(self, group: int | str) -> list[int]:
-        """Returns the samples of one group, in decreasing order.
+        """Returns the sample indices of a group, in decreasing order of value.
 
         Raises:
             ReferencesError: If the group is unknown.
@@ -118,11 +119,11 @@ class References:
 
 
 class FoundReferences:
-    """References of several layers and events, both over all samples and per target.
+    """References of several layers and events, over all samples and per target.
 
     Args:
-        groups: The groups of each layer, keyed by layer name.
-        rankings: The ranking for each ``(name, by, target)``; target None for all targets.
+        groups: Groups of each layer, keyed by layer name.
+        rankings: Rankings keyed by ``(name, by, target)``; target None ranks all samples.
         count: Number of ranked samples.
     """
 
@@ -142,19 +143,19 @@ class FoundReferences:
 
     @property
     def targets(self) -> list[int]:
-        """Returns the targets that have their own references."""
+        """Targets for which samples were ranked separately."""
         return sorted({target for _, _, target in self._rankings if target is not None})
 
     def of(self, name: str = EVENTS, by: By = "relevance", target: int | None = None) -> References:
-        """Returns the references of one layer, or of the events.
+        """Returns the references of a layer or of the events.
 
         Args:
-            name: The layer.
+            name: Name of the layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Restricts the samples to explanations of this class.
+            target: Restricts the samples to this explained class. Defaults to all samples.
 
         Raises:
-            ReferencesError: If the references were not ranked, or no sample has this target.
+            ReferencesError: If the layer was not ranked, or there are no samples with this target.
         """
         top = self._rankings.get((name, by, target))
         if top is not None:
@@ -165,7 +166,7 @@ class FoundReferences:
         raise ReferencesError(f"{name!r} by {by} was not ranked; these were: {self._names()}.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all references to a safetensors file.
+        """Saves all references as a safetensors file.
 
         Examples:
             >>> from nrm_plugin.dataset.reference_search import find_references
@@ -186,7 +187,7 @@ class FoundReferences:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FoundReferences:
-        """Reads a file written by :meth:`save`.
+        """Loads references from a file written by :meth:`save`.
 
         Raises:
             ReferencesError: If the file was not written by :meth:`save`.
@@ -215,10 +216,10 @@ KINDS: dict[By, tuple[str, ...]] = {
     "relevance": ("Marginal", "Joint", "EventMass", "Conditional", "Sink", "Bypass", "Variation"),
     "activation": ("Activation",),
 }
-"""Kinds of queries that can rank samples; the name of a layer selects the first kind."""
+"""Query types that can rank samples; a layer name selects a query of the first type."""
 
 COLUMNS = ("sample", "target", "group", "lower", "value")
-"""Columns used to rank samples."""
+"""Columns of a sweep that are required for ranking."""
 
 
 def references(
@@ -229,23 +230,24 @@ def references(
     by: By = "relevance",
     target: int | None = None,
 ) -> References:
-    """Reads reference examples from a finished sweep, without the model.
+    """Reads reference examples from a complete sweep, without the model.
 
     Args:
-        sweep: The sweep, or its folder.
-        query: Name of a query, or of a layer with a query.
-        group: One group, or for joint relevance a pair of an upper and a lower group, or None for all groups.
+        sweep: The sweep, or the path of its folder.
+        query: Name of a query or a layer.
+        group: A group, or a pair of an upper and a lower group for joint relevance. Defaults to all groups.
         k: Number of samples per group.
-        by: ``"activation"`` for a query of activations.
-        target: Restricts the samples to explanations of this class.
+        by: ``"relevance"``, or ``"activation"`` for activation queries.
+        target: Restricts the samples to this explained class. Defaults to all samples.
 
     Returns:
         The references, with ties broken by sample index. Positions are known if the sweep has a ``Peak`` query for the
         layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or if it is a ``Maps`` query, which has no rows.
-        SweepError: If the folder contains no sweep, or a file is damaged.
+        ReferencesError: If the query, group or target is unknown, or the query is of type ``Maps`` and therefore has no
+            rows.
+        SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -276,16 +278,16 @@ def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
 
 
 def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
-    """Finds the query with a given name, or the query of a kind, without an event, at the layer with this name.
+    """Returns the query with the given name, or that of type ``kind`` without an event for the layer with this name.
 
     Args:
         name: Name of a query or layer.
         candidates: Queries of a sweep.
-        kind: Kind of query that the name of a layer selects.
-        what: Description of the candidates for the message.
+        kind: Query type selected by the name of a layer.
+        what: Description of the candidates, for the error message.
 
     Raises:
-        ReferencesError: If no candidate has this name.
+        ReferencesError: If none of the candidates matches.
     """
     plain = [query for query in candidates if query.kind == kind and query.layers == (name,) and not query.has_event]
     named = [query for query in candidates if query.name == name] or plain
@@ -296,13 +298,13 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Returns whether the groups of a query are the channels of one layer and the query has no event."""
+    """Returns whether the groups of a query are the channels of a layer, without an event."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 
 
 def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k: int, target: int | None) -> pa.Table:
-    """Reads the rows to be ranked, with the same number of rows for each group."""
+    """Reads the rows to rank, with the same number of rows for each group."""
     sizes = info.groups or ()
     if group is None or (isinstance(group, int) and len(sizes) == 2):
         return sweep.rows(info.name, group, COLUMNS)
@@ -317,7 +319,7 @@ def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k:
 
 
 def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
-    """Returns each column as a matrix ``(groups, samples)``, and ``key``, the index of each pair of groups."""
+    """Reshapes each column to ``(groups, samples)``, and adds ``key``, the flat index of a pair of groups."""
     columns = {name: rows[name].to_numpy() for name in COLUMNS}
     key = columns["group"].astype(np.int64).clip(0) * width + columns["lower"].clip(0)
     order, count = np.argsort(key, kind="stable"), len(np.unique(key))
@@ -328,7 +330,7 @@ def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
 def _with_positions(
     sweep: Sweep, info: QueryInfo, ranked: References, group: int | tuple[int, int] | None
 ) -> References:
-    """Adds the layer, and the positions of the largest values if the sweep has a ``Peak`` query."""
+    """Adds the layer to references, and the positions of the largest values if the sweep has a ``Peak`` query."""
     ranked = replace(ranked, layer=info.layers[0])
     peaks = [query for query in sweep.queries.values() if query.kind == "Peak" and query.layers == info.layers
              and query.spec.get("of") == ranked.by]  # fmt: skip

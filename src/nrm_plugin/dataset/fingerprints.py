@@ -1,7 +1,7 @@
-"""Fingerprints of objects, including user code: JSON that is equal for objects with the same behaviour.
+"""Fingerprints of objects, including user code: JSON values that are identical for objects with the same behaviour.
 
-Code of installed packages is identified by the version of the package, and all other code by its bytecode and the
-objects to which it refers.
+Code in installed packages is identified by the package version, and all other code by its bytecode and the objects to
+which it refers.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from torch import Tensor
 from ..imports import PACKAGE, stored_path
 
 MAX_DEPTH = 12
-"""Depth up to which nested objects are described."""
+"""Maximum depth of nested objects in a fingerprint."""
 TRANSIENT = ("handles", "hook_refs", "stored_tensors", "__weakref__")
-"""Attributes of a registered hook that are not settings."""
+"""Hook attributes that are run-time state, not settings."""
 PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice, Path, np.generic)
-"""Types whose objects are described by their text."""
+"""Types described by their string representation."""
 NOT_BEHAVIOUR = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__slots__",
                  "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}  # fmt: skip
-"""Entries of a class that do not affect its behaviour."""
+"""Class attributes that do not affect behaviour."""
 
 Function = types.FunctionType
 
 
 def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """Returns the state of an object as JSON, which is equal for the same behaviour, even across processes.
+    """Describes an object as a JSON value that is identical for objects with the same behaviour, even across processes.
 
-    A function is described by its name, code, defaults and closure, and a tensor by its hash. Classes and functions of
-    this package keep the module path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).
+    A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
+    package are named by their path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).
     """
     if value is None or isinstance(value, (bool, int, str)):
         return f"{type(value).__name__}.{value.name}" if isinstance(value, enum.Enum) else value
@@ -73,24 +73,24 @@ def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
 
 
 def digest(settings: Any) -> str:
-    """Returns the hash of a JSON value."""
+    """Hashes a JSON value."""
     return hashed(json.dumps(settings, sort_keys=True).encode())
 
 
 def hashed(content: Any) -> str:
-    """Returns the hash of bytes."""
+    """Hashes bytes."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """Returns the values of a tensor as bytes."""
+    """Returns the raw bytes of a tensor."""
     dense = tensor.detach()
     dense = dense.to_dense() if dense.layout != torch.strided else dense
     return dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if dense.numel() else b""
 
 
 def content_hash(sample: Any) -> str:
-    """Returns the hash of a sample of a data set, based on its tensors, arrays, images, numbers and texts."""
+    """Hashes a sample of a data set from its tensors, arrays, images, numbers and strings."""
     return digest(_content(sample))
 
 
@@ -162,7 +162,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_installed(value: type | Function) -> bool:
-    """Returns whether a class or function belongs to Python or an installed package, identified by its version."""
+    """Returns whether a class or function is part of Python or an installed package, which has a version."""
     return _is_installed(value.__module__ or "builtins")
 
 
@@ -189,7 +189,7 @@ def _distributions() -> Mapping[str, list[str]]:
 
 
 def package_version(module: str) -> str:
-    """Returns the version of the package of a module; ``"?"`` if unknown."""
+    """Returns the version of the package that contains a module, or ``"?"`` if unknown."""
     top = module.partition(".")[0]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(top)
@@ -199,7 +199,7 @@ def package_version(module: str) -> str:
 
 
 def user_code(value: type | Function) -> dict[str, str]:
-    """Returns hashes of the code of a class or function, and of the user's objects to which it refers."""
+    """Hashes the code of a class or function, and of the user's objects to which it refers, keyed by name."""
     hashes: dict[str, str] = {}
     _visit(value, hashes, set())
     return dict(sorted(hashes.items()))
@@ -210,7 +210,7 @@ def _code_entry(kind: type) -> dict[str, Any]:
 
 
 def _visit(value: Any, hashes: dict[str, str], seen: set[int]) -> None:
-    """Adds the hash of a user's class or function, and of the objects to which it refers, to ``hashes``."""
+    """Adds the hashes of a user's class or function, and of the objects to which it refers, to ``hashes``."""
     value = _unwrapped(value)
     if not isinstance(value, (type, Function)) or id(value) in seen or is_installed(value):
         return
@@ -260,7 +260,7 @@ def _visit_or_note(name: str, item: Any, constants: dict[str, Any], hashes: dict
 
 
 def _constant(item: Any) -> Any:
-    """Describes a value to which code refers: data, but not objects of installed packages, such as loggers."""
+    """Describes a value to which code refers: data by content, other objects of installed packages by type."""
     data = (bool, int, float, str, type(None), Tensor, np.ndarray, list, tuple, dict, set, frozenset, functools.partial)
     is_data = isinstance(item, (*data, *PLAIN, enum.Enum)) or not is_installed(type(item))
     return described(item, MAX_DEPTH // 2) if is_data else _name(type(item))
@@ -275,7 +275,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _referenced(function: Function) -> Iterator[tuple[str, Any]]:
-    """Yields the global names, and the names in the user's modules, that a function uses."""
+    """Yields the globals, and the members of the user's modules, to which a function refers."""
     names = sorted(set(_names(function.__code__)))
     for name in names:
         item = function.__globals__.get(name)
@@ -294,7 +294,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _code(code: types.CodeType, doc: str | None = None) -> Any:
-    """Describes instructions, names and constants, without line numbers and docstring."""
+    """Describes the instructions, names and constants of a code object, without line numbers and docstring."""
     constants = [
         _code(item) if isinstance(item, types.CodeType) else sorted(map(repr, item)) if isinstance(item, frozenset)
         else repr(None if item == doc else item) for item in code.co_consts

@@ -1,11 +1,11 @@
-r"""Glocal flows: mean flows of classes or sample groups, and differences between them.
+r"""Glocal flows: mean flows over classes or groups of samples, and differences between them.
 
-The mean flow of samples is the flow of the mean of their measures, which is itself a measure:
+The mean flow over samples is the flow of their mean measure, which is itself a normalized measure:
 
 .. math:: \bar\mu(A \cap B) = \sum_n w_n \mu_n(A \cap B), \qquad \sum_n w_n = 1, \qquad \bar\mu(\Omega) = 1
 
-Hence every cut still sums to 1. The difference between two mean flows is signed, and its cuts sum to 0. Mean flows are
-new in this package.
+Hence every cut sums to 1. The difference between two mean flows is signed, and its cuts sum to 0. Mean flows are new in
+this package.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ def mean_flow(
     coverage: float | None = None,
     names: Mapping[str, Names] | None = None,
 ) -> FlowGraph:
-    """Computes the mean flow of all samples of measures.
+    """Computes the mean flow over all samples of one or several measures.
 
     Args:
         measures: A measure, or an iterable of measures, one per batch.
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        groups: Groups from :func:`~nrm_plugin.find_groups`, which apply to all of their layers; or the groups to
-            show, keyed by layer name, where all others form the rest. The joint matrix of two wide, non-adjacent layers
-            requires one pass per group.
-        top: Largest number of groups per layer, selected by absolute mean mass, or None for all. All groups have to be
-            computed, because the selection depends on the mean.
-        min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
-        coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
+        groups: Groups from :func:`~nrm_plugin.find_groups`, applied to all of their layers; or the indices of the
+            groups to show, keyed by layer name, while all others are merged into the rest. The joint matrix of two
+            wide, non-adjacent layers requires one pass per group.
+        top: Maximum number of groups per layer, selected by absolute mean mass, or None for all. All groups are
+            computed, since the selection depends on the mean.
+        min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
+        coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
         names: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
 
     Returns:
-        The graph; ``carried`` is None if it has fewer groups than were computed.
+        The graph. ``carried`` is None if groups were removed by ``top``, ``min_mass`` or ``coverage``.
 
     Raises:
         FlowError, InputError, EventError: As raised by :meth:`~nrm_plugin.RelevanceMeasure.flow`, or if no measure
@@ -119,16 +119,16 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """Replaces the indices and names of a layer's groups by those in the full partition."""
+    """Replaces the group indices and names of a layer with those of the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 
 
 class _MeanMeasure:
-    """The mean measure of a batch, with the interface of a measure for one sample.
+    """Mean measure of a batch, with the interface of a single-sample measure.
 
     Args:
-        mu: The measures of the batch.
+        mu: The measure of the batch.
     """
 
     batch = 1
@@ -165,11 +165,11 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
     """Computes the weighted mean of graphs with the same groups.
 
     Args:
-        graphs: The graphs.
-        weights: One weight per graph, such as numbers of samples; weights are divided by their sum.
+        graphs: Flow graphs with the same groups in each layer.
+        weights: One weight per graph, such as its number of samples; weights are divided by their sum.
 
     Raises:
-        FlowError: If no graphs are given, their groups differ, or weights are negative or all zero.
+        FlowError: If no graphs are given, their groups differ, or the weights are negative or all zero.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import mixed
@@ -185,7 +185,7 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
 
 
 def difference(first: FlowGraph, second: FlowGraph) -> FlowGraph:
-    """Subtracts the second graph from the first; the result is signed, and every cut sums to 0.
+    """Subtracts the second graph from the first. The result is signed, and every cut sums to 0.
 
     For mean flows of two sets of samples, the result shows the channels and edges in which they differ. Compute both
     flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,

@@ -19,18 +19,18 @@ from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
 
 MOST = 16
-"""Largest number of rows in a figure, and of images in a row."""
+"""Maximum number of rows in a figure, and of images per row."""
 
 
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
-    """Draws the difference between two mean flows as ribbons between bars, with the input on the left.
+    """Plots the difference between two mean flows as ribbons between bars, with the input on the left.
 
     The output is left out if two other layers remain, since both flows hold all of its relevance.
 
     Args:
-        graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups: ``graph.smaller(top=8)``.
-        first: Name of the first sample group; its excess is red.
-        second: Name of the second group; its excess is blue.
+        graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups, as returned by ``graph.smaller(top=8)``.
+        first: Name of the first flow, whose excess is red.
+        second: Name of the second flow, whose excess is blue.
         heading: Title of the figure.
         dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
 
@@ -51,16 +51,17 @@ def prototypes_figure(
     dark: bool = False,
     names: Callable[[int], str] = str,
 ) -> Figure:
-    """Draws one row per prototype: its coverage, the members nearest to its centre, and its most relevant groups.
+    """Plots one row per prototype: its coverage, the members nearest to its centre, and its most relevant groups.
 
     Args:
         prototypes: The prototypes.
-        images: Images ``(C, H, W)`` in [0, 1] by sample index, at least of the members ``prototypes.of(number)[:k]``.
+        images: Images ``(C, H, W)`` in [0, 1], keyed by sample index, including the members
+            ``prototypes.of(number)[:k]`` of each prototype.
         k: Number of members per prototype.
         top: Number of groups per prototype.
         heading: Title of the figure.
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        names: A function that returns the name of a group.
+        names: Function that returns the name of a group.
 
     Raises:
         InputError: If an image is missing, or there are too many prototypes or members.

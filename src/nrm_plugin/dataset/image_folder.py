@@ -1,4 +1,4 @@
-"""A folder of images as a data set."""
+"""Folder of images as a data set."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""Extensions of files that are treated as images even if they are damaged; other files are identified by content."""
+"""File extensions that are treated as images even if the file is damaged; other files are identified by content."""
 MAX_LISTED = 8
-"""Number of subfolders or files listed in a message."""
+"""Maximum number of subfolders or files listed in a message."""
 
 
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
-    """The images in a folder and its subfolders, sorted by name, as inputs of a model with labels.
+    """Data set of the images in a folder and its subfolders, sorted by name.
 
-    Each top-level subfolder corresponds to the class of the same name. If no subfolder has the name of a class, and
-    either class names are unknown or there are as many as subfolders, the subfolders are the classes in sorted order.
-    Images in any other subfolder, and outside all subfolders, have the label -1. torchvision's ``ImageFolder`` requires
-    a subfolder for each class, and ignores the classes of the model.
+    Each top-level subfolder corresponds to the class of the same name. If no subfolder has the name of a class, and the
+    class names are unknown or as many as the subfolders, the subfolders are numbered as classes in sorted order. Images
+    in other subfolders, or outside of subfolders, have the label -1. In contrast, torchvision's ``ImageFolder``
+    requires a subfolder for each class and ignores the class names of the model.
 
     Args:
-        folder: The folder with the files.
-        preprocess: A function from images to inputs.
+        folder: The folder with the images.
+        preprocess: The preprocessing that converts images to model inputs.
         categories: Class names of the model, if known.
 
     Attributes:
-        paths: The files in order.
-        left_out: Files that were not used, and links to a folder that contains them.
-        labels: The classes of the files.
+        paths: The image files in order.
+        left_out: Files that are not images, and links to an enclosing folder.
+        labels: Class index of each file; -1 if unknown.
         unknown: Subfolders that are not classes of the model.
-        fingerprint: Hash of names and labels.
+        fingerprint: Hash of the file names and labels.
 
     Raises:
-        SweepError: If the folder does not exist or contains no images, or a subfolder cannot be read.
+        SweepError: If the folder does not exist or does not contain any images, or a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
@@ -73,7 +73,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
 
     def note(self) -> str:
-        """Returns the files that were left out, in one sentence; empty if there are none."""
+        """Describes the files that were left out in one sentence; empty if there are none."""
         names = [shown(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
         more = len(self.left_out) - len(names)
         listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
@@ -82,11 +82,11 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """Returns the settings of the conversion of images to inputs."""
+        """Settings of the preprocessing."""
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:
-        """Returns size and modification time of a file, which is considered unchanged if both are the same."""
+        """Returns the size and modification time of a file; the file counts as unchanged if both are the same."""
         try:
             status = self.paths[index].stat()
         except OSError:
@@ -94,7 +94,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return f"{status.st_size} {status.st_mtime_ns}"
 
     def check_labels(self) -> None:
-        """Raises :class:`SweepError` if images have no label, because their subfolder is not a class of the model."""
+        """Raises :class:`SweepError` if images have no label since their subfolder is not a class of the model."""
         if self.unknown:
             listed = ", ".join(shown(name) + self._near(name) for name in self.unknown[:MAX_LISTED])
             more = f" and {len(self.unknown) - MAX_LISTED} more" if len(self.unknown) > MAX_LISTED else ""
@@ -116,12 +116,12 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return text.getvalue().encode("utf-8", "surrogateescape")
 
     def write_list(self, path: Path) -> None:
-        """Writes the file and label of each sample as CSV."""
+        """Writes the file name and label of each sample as CSV."""
         write_bytes(path, self._csv())
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yields the files in a folder and its subfolders; a link to an enclosing folder is yielded, but not followed."""
+    """Yields the files in a folder and its subfolders. Links to an enclosing folder are yielded, but not followed."""
     real = os.path.realpath(folder)
     if real in above:
         yield folder

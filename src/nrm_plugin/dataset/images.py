@@ -1,4 +1,4 @@
-"""Image files of any format as RGB pixels, with notes about conversions."""
+"""Reading of image files as RGB, with notes on conversions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import NRMError
 
 LIMIT = 178_956_970
-"""Largest number of decoded pixels, as in Pillow."""
+"""Maximum number of decoded pixels, as in Pillow."""
 LARGE = LIMIT // 2
 """Number of pixels above which JPEG files are decoded at reduced size to save memory."""
 REDUCED = 2048
-"""Smallest side length after reduction, which is far larger than the input size of models."""
+"""Minimum side length after reduction, far larger than the input size of models."""
 MAX_ASPECT = 200
-"""Largest aspect ratio; beyond it, the longer side of a resized image could exhaust the memory."""
+"""Maximum aspect ratio, beyond which resizing could exhaust memory."""
 DARK = 4096
-"""A 16-bit image whose pixels are all below this value is assumed to have at most 12 bits."""
+"""Pixel value below which a 16-bit image is reported as dark, since it probably has only 12 bits."""
 
 URL = re.compile(r"[a-zA-Z]{2,}:/")
 
@@ -41,10 +41,10 @@ class LoadedImage:
     """A decoded image file.
 
     Attributes:
-        path: The given path.
-        image: The pixels, in mode RGB and upright.
+        path: Path of the file.
+        image: The upright image in RGB mode.
         digest: SHA-256 of the file.
-        notes: Conversions that are reported to the user.
+        notes: Notes for the user about conversions.
     """
 
     path: Path
@@ -54,16 +54,16 @@ class LoadedImage:
 
 
 def shown(text: object) -> str:
-    """Converts a text to printable form, without control characters and undecodable bytes."""
+    """Makes a text printable by escaping control characters and undecodable bytes."""
     clean = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
     return clean.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def load_image(path: Path) -> LoadedImage:
-    """Reads an image file (its first frame) as 8-bit RGB, upright and on a white background.
+    """Reads the first frame of an image file as upright 8-bit RGB, on a white background.
 
     Args:
-        path: PNG, JPEG, WebP, TIFF, GIF, BMP or another format that Pillow reads.
+        path: File in PNG, JPEG, WebP, TIFF, GIF, BMP or another format supported by Pillow.
 
     Raises:
         ImageError: If the file does not exist, is not an image, is damaged or too large, or its value range is unknown.
@@ -94,7 +94,7 @@ def load_image(path: Path) -> LoadedImage:
 
 
 def is_image(path: Path) -> bool:
-    """Returns whether a file is an image by its header, regardless of its name."""
+    """Returns whether the header of a file identifies it as an image, regardless of the file name."""
     try:
         with _no_limit(), Image.open(path):
             return True
@@ -126,7 +126,7 @@ def check_image_file(path: Path) -> None:
 
 @contextmanager
 def _no_limit() -> Iterator[None]:
-    """Context manager that lifts Pillow's size limit; a later check accounts for JPEG files decoded at reduced size."""
+    """Context manager that lifts Pillow's size limit, since large JPEG files are decoded at reduced size."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -179,7 +179,7 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """Converts 16-bit greyscale to 8 bits, since Pillow would clip at 255."""
+    """Scales 16-bit or floating-point greyscale to 8 bits, since Pillow would clip values at 255."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):

@@ -1,4 +1,4 @@
-"""Relevance matrices over a data set, as a torchmetrics metric that merges the states of several processes."""
+"""Relevance matrices over a data set, as a torchmetrics metric that synchronizes across processes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    r"""Mean conditional relevance of the groups in a layer, given those in a layer above.
+    r"""Mean conditional relevance of the groups in a layer given the groups in a layer above.
 
     .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}
 
-    Sums are computed in double precision, and do not depend on batches and processes up to rounding errors. The device
-    must support double precision.
+    Sums are accumulated in double precision, which the device must support. Up to rounding errors, they do not depend
+    on how samples are split into batches and processes.
 
     Args:
-        groups: Numbers of groups ``(K_upper, K_lower)``.
-        upper: Name of the layer nearer to the output, or ``at(layer)``.
-        lower: The layer nearer to the input.
-        over: The groups, as in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
-        kwargs: Arguments of ``torchmetrics.Metric``.
+        groups: Number of groups of each layer, ``(K_upper, K_lower)``.
+        upper: Layer nearer to the output, a name or ``at(layer)``.
+        lower: Layer nearer to the input, a name or ``at(layer)``.
+        over: As in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
+        kwargs: Additional arguments for ``torchmetrics.Metric``.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.
@@ -68,10 +68,11 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         self.add_state("samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, mu: RelevanceMeasure) -> None:
-        """Adds the samples of a measure.
+        """Adds the samples of a measure to the metric.
 
         Raises:
-            InputError: If the numbers of groups differ, or relevance is not finite; the batch is then not counted.
+            InputError: If the number of groups does not match, or relevance is not finite. In both cases, the batch is
+                not counted.
         """
         lower = at(self.lower) if isinstance(self.lower, str) else self.lower
         joint = mu.joint(self.upper, self.lower, over=self.over).double()
@@ -89,7 +90,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         self.samples += len(mass)
 
     def compute(self) -> RelevanceMatrix:
-        """Returns the matrix for all samples so far, over all processes."""
+        """Computes the matrix over all samples added so far by all processes."""
         shares = (self.joint / self.mass.unsqueeze(1)).masked_fill((self.mass == 0).unsqueeze(1), torch.nan)
         names = [layer if isinstance(layer, str) else str(layer.layer) for layer in (self.upper, self.lower)]
         count = int(self.samples)

@@ -1,4 +1,4 @@
-"""The identity of a model: its structure, tensors, and the code and attributes of its modules."""
+"""Fingerprint of a model: its structure, tensors, and the code and attributes of its modules."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import nn
 from .fingerprints import described, digest, hashed, is_installed, package_version, tensor_bytes, user_code
 
 MODULE_STATE = frozenset(vars(nn.Module()))
-"""Attributes of every module."""
+"""Attributes that every module has."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Returns hashes of all parts of a model that affect its outputs.
+    """Hashes everything in a model that affects its outputs.
 
     Returns:
-        A mapping with ``class``, ``structure`` (the text of the model) and ``tensors`` (parameters and buffers);
-        ``code``, with a hash for each class and function of the user, and the versions of all other packages; and
-        ``attributes``, by name for modules of the user's classes, with one hash for all other modules.
+        A mapping with ``class``; ``structure``, a hash of the model's repr; ``tensors``, a hash of the parameters and
+        buffers; ``code``, with a hash of each user-defined class and function and the versions of all other packages;
+        and ``attributes``, keyed by name for user-defined modules, with a single hash for all other modules.
     """
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -51,7 +51,7 @@ def _code(model: nn.Module) -> dict[str, str]:
 
 
 _GENERATED = (torch.fx.GraphModule, torch.jit.ScriptModule)
-"""Classes of modules with generated code."""
+"""Module classes with generated code."""
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> Any:
-    """Returns a number or short text unchanged, and any other value as a hash."""
+    """Returns numbers and short strings unchanged, and the hash of any other value."""
     is_short = value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= 40)
     return value if is_short else digest(value)
 

@@ -1,6 +1,6 @@
-r"""Count, mean and sum of squared deviations per class, accumulated over batches in double precision.
+r"""Class-wise count, mean and sum of squared deviations, accumulated over batches in double precision.
 
-torchmetrics provides means, but no class-wise variances that are merged across processes. Two sets of numbers are
+torchmetrics provides means, but no class-wise variances that can be merged across processes. Two sets of samples are
 merged without cancellation between large sums:
 
 .. math:: n = n_a + n_b, \quad \delta = m_b - m_a, \quad
@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 COUNT, MEAN, SQUARES = range(3)
-"""Indices in the last dimension of a state."""
+"""Indices into the last dimension of a state."""
 
 
 class Moments(NamedTuple):
-    """Mean and variance of relevance over samples.
+    """Class-wise mean and variance of relevance over samples.
 
     Attributes:
-        samples: Numbers of samples, ``(classes,)``; a scalar without classes.
+        samples: Number of samples per class, ``(classes,)``; a scalar without classes.
         mean: Mean relevance, ``(classes, *groups)``, dimensionless; NaN for a class without samples.
-        variance: Variance, of the same shape; NaN for a class with too few samples.
+        variance: Variance of the same shape; NaN for a class with too few samples.
     """
 
     samples: Tensor
@@ -36,15 +36,15 @@ class Moments(NamedTuple):
 
 
 def empty(classes: int, groups: tuple[int, ...]) -> Tensor:
-    """Returns the initial state, without samples, ``(classes, *groups, 3)``."""
+    """Returns the state for no samples, ``(classes, *groups, 3)``."""
     return torch.zeros((classes, *groups, 3), dtype=torch.float64)
 
 
 def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Computes the state of one batch.
+    """Computes the state of a batch.
 
     Args:
-        values: Numbers, ``(N, *groups)``.
+        values: Values to accumulate, ``(N, *groups)``.
         target: Class of each sample, ``(N,)``.
         classes: Number of classes.
     """
@@ -58,7 +58,7 @@ def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def merged(states: Tensor) -> Tensor:
-    """Merges states ``(several, …, 3)`` into the state of all their samples."""
+    """Merges states ``(several, …, 3)`` into the state of all of their samples."""
     total = states[0]
     for state in states[1:]:
         count = total[..., COUNT] + state[..., COUNT]
@@ -75,7 +75,7 @@ def moments(state: Tensor, correction: int = 1) -> Moments:
 
     Args:
         state: A state, ``(classes, *groups, 3)``.
-        correction: The number subtracted from the count in the denominator of the variance.
+        correction: Number subtracted from the count in the denominator of the variance, as in :func:`torch.var`.
     """
     count = state[..., COUNT]
     mean = state[..., MEAN].masked_fill(count == 0, torch.nan)

@@ -1,4 +1,4 @@
-"""Preprocessing: conversion of images to inputs of a model, and back."""
+"""Conversion of images to model inputs, and back."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from torchvision.models import ResNet18_Weights
 from ..errors import NRMError
 
 STANDARD: Callable[..., Any] = ResNet18_Weights.IMAGENET1K_V1.transforms
-"""Preprocessing of most networks: resize to 256, centre crop of 224, mean and standard deviation of ImageNet."""
+"""Default preprocessing: resize to 256, centre crop of 224, mean and standard deviation of ImageNet."""
 
 
 class PreprocessingError(NRMError, ValueError):
-    """Raised if settings for preprocessing are invalid."""
+    """Raised if preprocessing settings are invalid."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A conversion of images to inputs of a model.
+    """Converts images to model inputs.
 
     Attributes:
-        transform: torchvision's preset: resize, centre crop, scale to [0, 1], normalize by mean and standard deviation.
+        transform: torchvision's preset: resize, centre crop, scale to [0, 1], and normalize with mean and standard
+            deviation.
         fit: ``"crop"`` for the centre square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
             colour; or ``"squeeze"`` for the whole image stretched to a square.
     """
@@ -46,12 +47,12 @@ class Preprocessing:
 
     @property
     def size(self) -> int:
-        """Height and width of an input."""
+        """Height and width of the inputs."""
         return int(self.transform.crop_size[0])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Returns all settings that affect an input."""
+        """All settings that affect the inputs."""
         return {
             "resize": int(self.transform.resize_size[0]),
             "size": self.size,
@@ -62,7 +63,7 @@ class Preprocessing:
         }
 
     def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Returns the part of an image that the model sees: left, top, right, bottom, in [0, 1].
+        """Returns the part of an image that the model sees, as (left, top, right, bottom) in [0, 1].
 
         Args:
             size: Width and height of the image.
@@ -74,13 +75,13 @@ class Preprocessing:
         return (0.5 - halves[0], 0.5 - halves[1], 0.5 + halves[0], 0.5 + halves[1])
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Converts an image in mode RGB to an input ``(1, C, S, S)``."""
+        """Converts an RGB image to an input ``(1, C, S, S)``."""
         image = image if self.fit == "crop" else self._fitted(image)
         tensor: Tensor = self.transform(image if len(self.mean) == 3 else image.convert("L"))[None]
         return tensor
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """Returns a square image whose centre crop shows the whole given image."""
+        """Pads or stretches an image to a square whose centre crop contains the whole image."""
         inner = self.size if self.fit == "squeeze" else max(image.size)
         whole = image.resize((inner, inner), Image.Resampling.BICUBIC) if self.fit == "squeeze" else image
         side = math.ceil(inner * int(self.transform.resize_size[0]) / self.size)
@@ -96,7 +97,7 @@ class Preprocessing:
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inputs for black and white, ``(1, C, 1, 1)`` each, on the device of ``like``."""
+        """Returns the inputs for black and for white pixels, ``(1, C, 1, 1)`` each, on the device of ``like``."""
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
@@ -108,18 +109,19 @@ def preprocessing(
     std: Sequence[float] | None = None,
     fit: str = "crop",
 ) -> Preprocessing:
-    """Returns the preprocessing of torchvision weights, with the given changes.
+    """Creates the preprocessing for torchvision weights, with optional changes.
 
     Args:
-        make: The ``transforms`` of the weights.
-        size: The length to which the shorter side is resized, and the side length of the centre crop, or None for the
-            value of the weights.
-        mean: Mean of each channel: three for RGB, one for greyscale, or None for the value of the weights.
-        std: Standard deviation of each channel, in the same form.
+        make: Factory of the preset: ``transforms`` of torchvision weights.
+        size: Length to which the shorter side is resized, and side length of the centre crop. Defaults to the values
+            that the weights specify.
+        mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to the values that the weights
+            specify.
+        std: Standard deviation of each channel, with as many values as ``mean``.
         fit: As in :class:`Preprocessing`.
 
     Raises:
-        PreprocessingError: If mean and standard deviation do not both have one or three channels, or a deviation is not
+        PreprocessingError: If ``mean`` and ``std`` do not both have one or three values, or a standard deviation is not
             positive.
     """
     changes: dict[str, Any] = {} if size is None else {"crop_size": size, "resize_size": size}

@@ -1,4 +1,4 @@
-"""The processes of a sweep: their ranks, and locks on its folder."""
+"""Processes of a sweep: their ranks, and locks on the sweep folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from filelock import FileLock, Timeout
 from .sweep_layout import LOCKS, SweepError, path_inside
 
 PATIENCE = 60.0
-"""Seconds to wait while another process creates or checks the manifest."""
+"""Timeout in seconds while another process creates or checks the manifest."""
 
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """The rank of this process among the processes of a sweep.
+    """Rank of this process among the processes of a sweep.
 
     Attributes:
         rank: Rank of this process.
@@ -31,7 +31,7 @@ class ProcessRank:
 
     @classmethod
     def current(cls) -> ProcessRank:
-        """Reads the rank from ``torch.distributed`` or the environment of ``torchrun``; by default a single process."""
+        """Reads the rank from ``torch.distributed`` or from the environment of ``torchrun``; otherwise rank 0 of 1."""
         if _is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -39,7 +39,7 @@ class ProcessRank:
         return cls(0, 1)
 
     def barrier(self) -> None:
-        """Waits for the other processes, if ``torch.distributed`` is initialized."""
+        """Synchronizes all processes if ``torch.distributed`` is initialized."""
         if self.world_size > 1 and _is_initialized():
             torch.distributed.barrier()
 
@@ -50,14 +50,15 @@ def _is_initialized() -> bool:
 
 @dataclass(frozen=True)
 class FolderLocks:
-    """Locks on the folder of a sweep: one per rank, held until the process ends, and one for the manifest.
+    """Locks on a sweep folder: one per rank, held until the process ends, and one for the manifest.
 
-    The operating system releases the locks whenever a process ends. Lock files are not removed, since a process could
+    The operating system releases locks when their process ends. Lock files are never removed, since a process could
     otherwise lock a file that another process has just replaced.
 
     Attributes:
-        folder: The folder with the files.
-        process: This process.
+        folder: The sweep folder.
+        process: Rank of this process.
+        held: Stack of the locks held by this process.
     """
 
     folder: Path
@@ -72,10 +73,11 @@ class FolderLocks:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Context manager that holds the manifest lock, and acquires the lock of this rank, which is kept afterwards.
+        """Context manager that holds the manifest lock, and acquires the lock of this rank until the process ends.
 
         Raises:
-            SweepError: If another process writes to the folder with the same rank, or locks are not supported.
+            SweepError: If another process writes to the folder with the same rank, or if the file system of the folder
+                does not support locks.
         """
         try:
             path_inside(self.folder, LOCKS).mkdir(parents=True, exist_ok=True)
@@ -87,9 +89,13 @@ class FolderLocks:
                 f"another process writes to {self.folder}. Wait for it to end, or choose another folder. Use torchrun "
                 "to start several processes for one sweep."
             ) from error
+        except NotImplementedError as error:
+            raise SweepError(
+                f"the file system of {self.folder} does not support file locks. Choose a folder on another file system."
+            ) from error
 
     def are_others_running(self) -> bool:
-        """Returns whether any other rank still holds its lock."""
+        """Returns whether any other rank holds its lock."""
         for path in (self.folder / LOCKS).glob("rank-*"):
             if path.name != self._name(self.process.rank):
                 try:

@@ -1,4 +1,4 @@
-"""Progress bar of a sweep, which also shows memory usage."""
+"""Progress bar of a sweep that shows memory usage."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ STATM = Path("/proc/self/statm")
 
 
 class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
-    """A progress bar over samples that also shows the memory of the process and of the accelerator.
+    """Progress bar over samples that shows the memory usage of the process and the GPU.
 
     Args:
         total: Number of samples, or None if unknown.
-        done: Number of stored samples.
-        is_shown: Whether the bar is shown.
-        what: Description of the activity, if it is not the evaluation of samples.
+        done: Number of samples already stored.
+        is_shown: Whether to show the progress bar.
+        what: Description of the activity, or None when samples are evaluated.
     """
 
     def __init__(self, total: int | None, done: int, is_shown: bool, what: str | None = None) -> None:
         super().__init__(desc=what, total=total, initial=done, unit="sample", disable=not is_shown, dynamic_ncols=True)
 
     def update(self, n: float | None = 1) -> bool | None:
-        """Adds samples and refreshes the memory."""
+        """Advances the bar by ``n`` samples and updates the memory usage."""
         if not self.disable:
             self.set_postfix_str(f"memory {memory()}", refresh=False)
         is_refreshed: bool | None = super().update(n)
@@ -33,9 +33,9 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
 
 
 def resident() -> int | None:
-    """Returns the memory of this process in bytes, or its peak if the system does not report the current value.
+    """Returns the resident memory of this process in bytes, or its peak if the current value is not available.
 
-    The result is None on systems without the module ``resource``, such as Windows.
+    Returns None on systems without the module ``resource``, such as Windows.
     """
     try:
         import resource
@@ -48,7 +48,7 @@ def resident() -> int | None:
 
 
 def memory() -> str:
-    """Returns the memory of this process, and of a used accelerator, as text."""
+    """Formats the memory usage of this process, and of the GPU if it is in use."""
     held = resident()
     text = "unknown" if held is None else f"{held / 2**30:.1f} GiB"
     if torch.cuda.is_available() and torch.cuda.memory_allocated():

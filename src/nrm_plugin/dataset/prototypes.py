@@ -1,9 +1,9 @@
 """Prototypes: clusters of similar explanations, such as the typical explanations of a class.
 
-Each explanation is a vector: the relevance of the channels of a layer. Clusters of similar explanations are found by a
-mixture of Gaussians or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster,
-and its coverage is the fraction of all samples that are members. A new sample is described by its nearest prototype
-and its difference from this prototype.
+Each explanation is a vector, the relevance of the channels of a layer. Explanations are clustered by a Gaussian mixture
+or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its coverage is the
+fraction of all samples that are members. A new sample is described by the nearest prototype and by how it differs from
+this prototype.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Covariance = Literal["diag", "full", "tied", "spherical"]
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """The assignment of a sample to a prototype.
+    """Assignment of a sample to a prototype.
 
     Attributes:
-        prototype: The nearest prototype.
+        prototype: Index of the prototype.
         distance: Euclidean distance to the centre.
         difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
-        outlying: Fraction of the fitted samples that fit even worse, by likelihood for a mixture and by distance for
-            k-means; 0 for a sample that fits worse than all of them.
+        outlying: Fraction of the fitted samples that fit worse, by likelihood for a mixture and by distance for
+            k-means; 0 if the sample fits worse than all of them.
     """
 
     prototype: int
@@ -44,7 +44,7 @@ class Nearest:
     outlying: float
 
     def strongest(self, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the groups with the largest absolute differences, and these differences."""
+        """Returns the ``top`` groups with the largest absolute differences, with their differences."""
         order = np.argsort(-np.abs(self.difference), kind="stable")[:top]
         return [(int(group), float(self.difference[group])) for group in order]
 
@@ -55,9 +55,9 @@ class Prototypes:
 
     Attributes:
         centres: Relevance of each prototype, ``(P, K)``.
-        members: Prototype of each sample, ``(N,)``.
+        members: Index of the prototype to which each sample belongs, ``(N,)``.
         samples: Sample indices in the data set, ``(N,)``.
-        distances: Distance of each sample to its centre, ``(N,)``.
+        distances: Euclidean distance from each sample to the centre of its prototype, ``(N,)``.
     """
 
     centres: Array
@@ -75,15 +75,15 @@ class Prototypes:
 
     @property
     def coverage(self) -> Array:
-        """The fraction of the samples that belong to each prototype, ``(P,)``."""
+        """Fraction of the samples that are members of each prototype, ``(P,)``."""
         coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
         return coverage
 
     def of(self, prototype: int) -> list[int]:
-        """Returns the samples of a prototype, by increasing distance to its centre.
+        """Returns the members of a prototype, in order of increasing distance to its centre.
 
         Raises:
-            InputError: If the prototype is unknown.
+            InputError: If there is no prototype with this index.
         """
         if not 0 <= prototype < len(self.centres):
             raise InputError(f"no prototype {prototype}; {len(self.centres)} were found, counted from 0.")
@@ -92,7 +92,7 @@ class Prototypes:
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the groups with the largest absolute relevance in a prototype, with their relevance."""
+        """Returns the ``top`` groups with the largest absolute relevance in a prototype, with their relevance."""
         centre = self.centres[prototype]
         order = np.argsort(-np.abs(centre), kind="stable")[:top]
         return [(int(group), float(centre[group])) for group in order]
@@ -104,7 +104,7 @@ class Prototypes:
             vectors: Relevance of the same groups, ``(N, K)``.
 
         Raises:
-            InputError: If the number of groups differs, or values are not finite.
+            InputError: If the number of groups does not match, or values are not finite.
         """
         values = _vectors(vectors)
         if values.shape[1] != self.centres.shape[1]:
@@ -129,19 +129,19 @@ def find_prototypes(
     covariance: Covariance = "diag",
     seed: int = 0,
 ) -> Prototypes:
-    """Finds clusters of explanations, such as the explanations of one class.
+    """Clusters explanations, for example those of one class.
 
-    Vectors are divided by the square root of their mean variance, so that the constant that scikit-learn adds to
-    variances is negligible.
+    Vectors are divided by the square root of their mean variance, so that scikit-learn's regularization of the
+    covariance is negligible.
 
     Args:
-        vectors: Relevance of groups for each sample, ``(N, K)``, such as ``mu.marginal(layer, over="channel")``, or
-            from :func:`vectors_of_sweep`.
+        vectors: Relevance of the groups in each sample, ``(N, K)``, from ``mu.marginal(layer, over="channel")`` or
+            :func:`vectors_of_sweep`.
         count: Number of prototypes.
         method: ``"mixture"`` of Gaussians, or ``"kmeans"``.
-        samples: Sample indices in the data set; by default 0 to N - 1.
-        covariance: ``covariance_type`` of scikit-learn's mixture; a full covariance needs many samples.
-        seed: Seed of the initialization.
+        samples: Sample indices in the data set. Defaults to 0 to N - 1.
+        covariance: ``covariance_type`` of scikit-learn's ``GaussianMixture``; a full covariance requires many samples.
+        seed: Seed for the initialization.
 
     Raises:
         MissingExtraError: If scikit-learn is not installed.
@@ -186,7 +186,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """Computes how well each sample fits: its log-likelihood, or minus its distance to the nearest centre."""
+    """Computes the goodness of fit for each sample: its log-likelihood, or minus its distance to the nearest centre."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 
@@ -201,19 +201,20 @@ def _vectors(values: Tensor | Array) -> Array:
 def vectors_of_sweep(
     sweep: Sweep | str | os.PathLike[str], query: str, target: int | None = None
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Reads the group relevance of a query for each sample of a sweep; the model is not needed.
+    """Reads the relevance of the groups in each sample of a sweep, without the model.
 
     Args:
         sweep: The sweep, or its folder.
-        query: Name of a query with a value per group, or of a layer with a ``Marginal`` query.
-        target: Restricts the samples to explanations of this class.
+        query: Name of a query with one value per group, or of a layer with a ``Marginal`` query.
+        target: Explained class to which the samples are restricted, or None for all samples.
 
     Returns:
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.
 
     Raises:
-        ReferencesError: If the query is unknown, no sample has this target, or values of a conditional are undefined.
-        SweepError: If the folder contains no sweep, or a file is damaged.
+        ReferencesError: If the query is unknown, there are no samples with this target, or conditional values are
+            undefined.
+        SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     queries = sweep.queries.values()

@@ -1,4 +1,4 @@
-"""The queries of a sweep: small immutable objects with a name, which can be stored as JSON."""
+"""Queries of a sweep: named, immutable objects that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ LayerSpec = str | Atom
 Reduce = Literal["max", "mean", "sum"]
 MIN_RATIO = 1e-3
 MAX_LABEL_BYTES = 1 << 28
-"""Size limit for labels that are read from a file; the widest layers of VGG16 need 13 million bytes."""
+"""Maximum size in bytes of labels read from a file; the widest layers of VGG16 require 13 million bytes."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Integer labels of neurons, which can be compared and stored.
+    """Hashable, serializable integer labels of neurons.
 
     Attributes:
         shape: Shape of the labels.
-        data: Bytes of the labels, as int32.
+        data: The labels as int32 bytes.
     """
 
     shape: tuple[int, ...]
@@ -38,14 +38,14 @@ class Labels:
 
     @classmethod
     def of(cls, labels: Tensor) -> Labels:
-        """Converts an integer tensor to labels."""
+        """Creates labels from an integer tensor."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise SweepError(f"over= takes integer labels, got {labels.dtype}. Use labels.long().")
         return cls(tuple(labels.shape), labels.detach().cpu().int().numpy().tobytes())
 
     @property
     def tensor(self) -> Tensor:
-        """Returns the labels as a tensor."""
+        """The labels as an int64 tensor."""
         return torch.from_numpy(np.frombuffer(self.data, np.int32).copy()).long().reshape(self.shape)
 
 
@@ -54,10 +54,10 @@ Over = str | Labels
 
 @dataclass(frozen=True)
 class Query:
-    """A quantity that is computed for each sample.
+    """Base class of the quantities that a sweep computes for each sample.
 
     Attributes:
-        name: Name of the query in the rows; by default derived from the query.
+        name: Name of the query in the rows. Defaults to a name derived from its arguments.
     """
 
     name: str = field(default="", kw_only=True)
@@ -89,30 +89,30 @@ class Query:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of the layers, from the upper to the lower."""
+        """Names of the layers, from the upper to the lower."""
         names = [item.name for item in fields(self) if item.name in ("layer", "upper", "lower")]
         return tuple(_text(getattr(self, name)) for name in names)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the query as JSON, which :func:`from_json` reads."""
+        """Converts the query to JSON; :func:`from_json` restores it."""
         return {"kind": type(self).__name__} | {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
 
     def info(self, groups: Sequence[int] | None = None) -> QueryInfo:
-        """Returns the entry of the query in a manifest."""
+        """Returns the manifest entry of the query."""
         shape = None if groups is None else tuple(groups)
         return QueryInfo(self.name, type(self).__name__, self.layers, shape, self.to_json())
 
 
 @dataclass(frozen=True)
 class Marginal(Query):
-    """``μ(group)``, ``μ(group and joint)``, or ``μ(group | given)`` for each group of a layer.
+    """``μ(group)``, ``μ(group & joint)`` or ``μ(group | given)`` for each group of a layer.
 
     Args:
         layer: Name of a tap, or ``at(…)``.
-        over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels of all neurons.
-        joint: An event to which the walks must also belong.
-        given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
-        min_ratio: Threshold, as a fraction of the total relevance, which is 1.
+        over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels for all neurons.
+        joint: Event for joint relevance.
+        given: Event to condition on. Values are null if ``|μ(given)| ≤ min_ratio``.
+        min_ratio: Threshold on ``|μ(given)|``, as a fraction of the total relevance, which is 1.
     """
 
     layer: LayerSpec
@@ -124,12 +124,12 @@ class Marginal(Query):
 
 @dataclass(frozen=True)
 class Joint(Query):
-    """``μ(upper group and lower group)`` for all pairs of groups in two layers.
+    """``μ(upper group & lower group)`` for all pairs of groups in two layers.
 
     Args:
-        upper: The tap nearer to the output.
-        lower: A tap below the upper tap.
-        over: As in :class:`Marginal`, or a pair for the two layers.
+        upper: Tap nearer to the output.
+        lower: Tap below ``upper``.
+        over: As in :class:`Marginal`, or a pair with one value per layer.
     """
 
     upper: LayerSpec
@@ -139,12 +139,12 @@ class Joint(Query):
 
 @dataclass(frozen=True)
 class EventMass(Query):
-    """``μ(event)`` or ``μ(event | given)``, a single number per sample.
+    """``μ(event)`` or ``μ(event | given)``, one value per sample.
 
     Args:
-        event: The event.
-        given: The event of the condition. The value is null if ``|μ(given)| ≤ min_ratio``.
-        min_ratio: Threshold, as a fraction of the total relevance, which is 1.
+        event: The event whose mass is computed.
+        given: Event to condition on. The value is null if ``|μ(given)| ≤ min_ratio``.
+        min_ratio: Threshold on ``|μ(given)|``, as a fraction of the total relevance, which is 1.
     """
 
     event: Event
@@ -154,14 +154,13 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer: the fraction of the group's relevance that is in the event.
+    """``μ(event | group)`` for each group of a layer, the fraction of the group's relevance that belongs to the event.
 
     Args:
-        event: The event.
+        event: The event whose share of the relevance of each group is computed.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
-        min_ratio: Threshold: the value is null if ``|μ(group)|`` is at most this fraction of the absolute mass of its
-            neurons.
+        min_ratio: Values are null if ``|μ(group)|`` is at most this fraction of the total absolute mass of its neurons.
     """
 
     event: Event
@@ -172,28 +171,28 @@ class Conditional(Query):
 
 @dataclass(frozen=True)
 class Sink(Query):
-    """The mass absorbed above a layer, a single number per sample."""
+    """Mass absorbed above a layer, one value per sample."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Bypass(Query):
-    """The mass of the walks that bypass a layer, a single number per sample."""
+    """Mass of the walks that bypass a layer, one value per sample."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Variation(Query):
-    """The tap variation of a layer, a single number per sample."""
+    """Tap variation of a layer, one value per sample."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Activation(Query):
-    """The activation of a layer, reduced to one number per channel.
+    """Activation of each channel of a layer, reduced over positions.
 
     Args:
         layer: Name of a module, ``"input"`` or ``"output"``.
@@ -211,7 +210,7 @@ class Activation(Query):
 
 @dataclass(frozen=True)
 class Peak(Query):
-    """The position of the largest relevance or activation of a channel, as a flat (row-major) index.
+    """Position of the largest relevance or activation in each channel, as a flat (row-major) index.
 
     Args:
         layer: Name of a tap, or of a module for activations.
@@ -229,13 +228,14 @@ class Peak(Query):
 
 @dataclass(frozen=True)
 class Maps(Query):
-    """``μ(neuron)`` of a layer as one tensor per sample, such as heat maps, optionally joint with or given an event.
+    """``μ(neuron)`` for each neuron of a layer as one tensor per sample, such as a heat map.
 
     Args:
         layer: Name of a tap.
         joint: As in :class:`Marginal`.
-        given: As in :class:`Marginal`; an undefined map contains NaN.
-        over: None for every neuron, or ``"position"`` for the sum over channels.
+        given: As in :class:`Marginal`, but undefined maps contain NaN.
+        over: None or ``"neuron"`` for all neurons, or one of the groupings of :class:`Marginal`, such as ``"position"``
+            for the sum over channels.
         min_ratio: As in :class:`Marginal`.
     """
 
@@ -253,10 +253,10 @@ QUERIES: dict[str, type[Query]] = {
 
 
 def from_json(data: Any) -> Query:
-    """Restores a query from the JSON of :meth:`Query.to_json`.
+    """Restores a query from the output of :meth:`Query.to_json`.
 
     Raises:
-        SweepError: If the data are not a query.
+        SweepError: If the data do not represent a query.
     """
     if not isinstance(data, Mapping) or data.get("kind") not in QUERIES:
         raise SweepError(f"this is not a query: {data!r}. Kinds are {', '.join(QUERIES)}.")
@@ -269,10 +269,10 @@ def from_json(data: Any) -> Query:
 
 
 def check_queries(queries: Any) -> tuple[Query, ...]:
-    """Checks the queries of a sweep, and returns them as a tuple.
+    """Validates the queries of a sweep and returns them as a tuple.
 
     Raises:
-        SweepError: If no query is given, an object is not a query, or two queries have the same name.
+        SweepError: If there are no queries, an object is not a query, or a name is repeated or reserved.
     """
     checked = tuple(queries) if isinstance(queries, (list, tuple)) else (queries,)
     for query in checked:

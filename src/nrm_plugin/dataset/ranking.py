@@ -1,4 +1,4 @@
-"""Rankings of the k samples with the largest values of each group, updated batch by batch with constant memory."""
+"""Top-k rankings of samples for each group, updated batch by batch in constant memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 NO_SAMPLE = torch.iinfo(torch.int64).max
-"""Index of an empty entry, which sorts after all samples."""
+"""Sample index of empty entries, chosen so that they sort after all samples."""
 
 
 @dataclass
 class TopSamples:
-    """The ``k`` samples with the largest values of each row, in decreasing order; ties are broken by sample index.
+    """The ``k`` samples with the largest values in each row, in decreasing order; ties are broken by sample index.
 
     Attributes:
         values: Values, ``(…, k)``; minus infinity in empty entries.
-        samples: Indices of the samples.
-        targets: Explained classes; -1 if unknown.
-        positions: Positions of the largest value within the group; -1 if unknown.
+        samples: Sample indices, ``(…, k)``.
+        targets: Explained classes, ``(…, k)``; -1 if unknown.
+        positions: Position of the largest value within the group, ``(…, k)``; -1 if unknown.
     """
 
     values: Tensor
@@ -29,7 +29,7 @@ class TopSamples:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TopSamples:
-        """Returns a ranking with empty entries."""
+        """Creates a ranking in which all entries are empty."""
         return cls(
             torch.full(shape, -torch.inf, dtype=dtype),
             torch.full(shape, NO_SAMPLE),
@@ -39,24 +39,24 @@ class TopSamples:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Returns the tensors of all four attributes."""
+        """The tensors of all four attributes."""
         return self.values, self.samples, self.targets, self.positions
 
     def __getitem__(self, index: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> TopSamples:
         return TopSamples(*(part[index] for part in self.parts))
 
     def where(self, is_ranked: Tensor) -> TopSamples:
-        """Returns a copy of the ranking, in which entries that do not satisfy the condition are empty."""
+        """Returns a copy in which entries that do not satisfy ``is_ranked`` are empty."""
         empty = TopSamples.empty((), self.values.dtype)
         pairs = zip(self.parts, empty.parts, strict=True)
         return TopSamples(*(torch.where(is_ranked, part, other) for part, other in pairs))
 
     def joined(self, others: TopSamples, dim: int) -> TopSamples:
-        """Concatenates two rankings."""
+        """Concatenates two rankings along ``dim``."""
         return TopSamples(*(torch.cat(pair, dim) for pair in zip(self.parts, others.parts, strict=True)))
 
     def merged(self, others: TopSamples) -> TopSamples:
-        """Returns the top ``k`` of two rankings; all dimensions but the last are equal."""
+        """Merges two rankings and keeps the top ``k``; all dimensions but the last must match."""
         both = self.joined(others, -1)
         # Entries are sorted by sample, and then stably by value.
         order = both.samples.argsort(dim=-1, stable=True)
@@ -66,13 +66,13 @@ class TopSamples:
 
 
 class Ranking:
-    """The samples with the largest values of each group, both over all samples and per target.
+    """Top-k samples of each group, over all samples and optionally per target.
 
-    The ranking stores ``k`` samples per group and target.
+    Memory is proportional to ``k`` per group and target.
 
     Args:
-        k: Number of samples.
-        by_target: Whether to rank for each target as well.
+        k: Number of samples per group.
+        by_target: Whether to rank the samples of each target as well.
 
     Examples:
         >>> ranking = Ranking(2)
@@ -90,19 +90,19 @@ class Ranking:
 
     @property
     def targets(self) -> list[int]:
-        """Returns the targets seen so far."""
+        """The targets seen so far."""
         return sorted(self._rows)
 
     def add(
         self, values: Tensor, samples: Tensor, targets: Tensor | None = None, positions: Tensor | None = None
     ) -> None:
-        """Merges a batch into the ranking.
+        """Adds a batch to the ranking.
 
         Args:
             values: Finite values, ``(N, K)``.
             samples: Unique index of each sample, ``(N,)``.
             targets: Explained class of each sample, ``(N,)``; required to rank by target.
-            positions: Position of the largest value in each group, ``(N, K)``.
+            positions: Position of the largest value within each group, ``(N, K)``.
         """
         if not len(values):
             return
@@ -121,7 +121,7 @@ class Ranking:
     def _add_by_target(self, batch: TopSamples, targets: Tensor) -> None:
         groups, present = len(batch.values), torch.unique(targets)
         stored = self._with_rows_for(present, groups, batch.values.dtype)
-        # Samples are arranged in rows by target, so the most frequent target determines the number of columns.
+        # Samples are arranged in one row per target, so the most frequent target determines the number of columns.
         row = torch.searchsorted(present, targets)
         order = row.argsort(stable=True)
         counts = row.bincount(minlength=len(present))
@@ -134,7 +134,7 @@ class Ranking:
             part[:, rows] = new
 
     def _with_rows_for(self, present: Tensor, groups: int, dtype: torch.dtype) -> TopSamples:
-        """Returns the rankings by target, with empty rows added for new targets."""
+        """Returns the rankings by target, after adding empty rows for new targets."""
         new = [int(target) for target in present if int(target) not in self._rows]
         for target in new:
             self._rows[target] = len(self._rows)
@@ -144,10 +144,10 @@ class Ranking:
         return self._by_target
 
     def of(self, target: int | None) -> TopSamples:
-        """Returns the ranking for one target, or over all samples if the target is None, ``(K, k)``.
+        """Returns the ranking ``(K, k)`` for a target, or over all samples if ``target`` is None.
 
         Raises:
-            KeyError: If no sample of this target was added, or no samples at all.
+            KeyError: If no sample with this target was added.
         """
         if target is not None and self._by_target is not None:
             return self._by_target[:, self._rows[target]]

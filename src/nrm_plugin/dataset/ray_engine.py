@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster and a function of batches for Ray Data and Hugging Face datasets."""
+"""Sweeps on a Ray cluster, and evaluation of batches for Ray Data and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -28,27 +28,26 @@ INPUTS, LABEL, SAMPLE = "inputs", "label", "sample"
 
 
 class SweepBatches:
-    """A callable that evaluates queries on a batch of columns, and returns the rows of a sweep.
+    """Callable that evaluates queries on a batch of columns and returns the rows of a sweep.
 
     Use it in ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.
 
     Args:
-        model: The network in evaluation mode, or a function without arguments that returns it and is called once per
-            worker.
-        queries: The queries; ``Maps`` queries are not supported.
+        model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
+        queries: The queries to evaluate; ``Maps`` queries are not supported.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
         composite: As in :func:`~nrm_plugin.dataset.sweep`.
         residual: As in :func:`~nrm_plugin.dataset.sweep`.
         gain_limit: As in :func:`~nrm_plugin.dataset.sweep`.
         output: As in :func:`~nrm_plugin.dataset.sweep`.
         against: As in :func:`~nrm_plugin.dataset.sweep`.
-        unpack: A function from a batch of columns to ``(inputs, labels)``; by default the columns ``inputs`` and
-        ``label``.
-        device: The device; by default the device of the model.
+        unpack: Function that converts a batch of columns to ``(inputs, labels)``. By default, these are the columns
+            ``inputs`` and ``label``.
+        device: Device of the model. Defaults to its current device.
 
     Raises:
-        SweepError: If there is a ``Maps`` query, which has no rows.
+        SweepError: If one of the queries is of type ``Maps`` and therefore has no rows.
     """
 
     def __init__(
@@ -80,11 +79,11 @@ class SweepBatches:
         """Evaluates a batch.
 
         Args:
-            batch: Columns, with the sample indices in ``sample`` unless indices are given.
-            indices: The sample indices.
+            batch: Columns, including ``sample`` unless ``indices`` are given.
+            indices: Sample indices.
 
         Returns:
-            The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, of equal length; NaN for undefined values.
+            The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, with NaN for undefined values.
 
         Raises:
             SweepError: If the sample indices are missing.
@@ -104,7 +103,7 @@ class SweepBatches:
 
 
 def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """Returns inputs and labels of a batch of columns; floating-point inputs are cast to ``dtype``."""
+    """Converts columns to inputs and labels; floating-point inputs are cast to ``dtype``."""
     if INPUTS not in batch:
         raise SweepError(
             f"the batch has no column {INPUTS!r}; its columns are {', '.join(batch)}. Pass unpack=, a function that "
@@ -119,11 +118,11 @@ def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 class _Worker:
-    """A worker that evaluates shards with one model.
+    """Ray worker that evaluates shards with its own copy of the model.
 
     Args:
-        job: The sweep.
-        is_on_gpu: Whether the model runs on the GPU.
+        job: The sweep job.
+        is_on_gpu: Whether to run the model on the GPU.
     """
 
     def __init__(self, job: SweepJob, is_on_gpu: bool) -> None:
@@ -150,13 +149,13 @@ def run(
     num_gpus: float | None = None,
     num_cpus: float = 1,
 ) -> None:
-    """Evaluates and writes shards on Ray workers with one model each; shards of failed workers are evaluated again.
+    """Evaluates shards on Ray workers, each with its own model; shards of failed workers are evaluated again.
 
     Args:
-        job: The sweep, in a folder that all machines can access.
+        job: The sweep job. All machines must be able to access its folder.
         numbers: Indices of the shards.
-        on_progress: A function that is called after each shard.
-        concurrency: Number of workers, or minimum and maximum; by default the number of slots.
+        on_progress: Callback that receives the number of new samples after each shard.
+        concurrency: Number of workers, or minimum and maximum. Defaults to the number that fits on the cluster.
         num_gpus: GPUs per worker, possibly a fraction.
         num_cpus: CPUs per worker, and threads of its model.
 

@@ -1,4 +1,4 @@
-"""Figures of reference examples, with one row per channel."""
+"""Figures of reference examples, one row per channel."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .crops import Crop
 
 Style = Literal["mask", "plain", "heat", "both"]
 FADED = 0.78
-"""Opacity with which pixels without relevance are covered."""
+"""Opacity of the overlay on pixels without relevance."""
 CELL = 1.15
-"""Side length of an image, in inches."""
+"""Side length of an image in inches."""
 MOST = 16
-"""Largest number of rows in a figure, and of images in a row."""
+"""Maximum number of rows in a figure, and of images per row."""
 
 
 def reference_figure(
@@ -31,19 +31,19 @@ def reference_figure(
     labels: Mapping[int | str, str] | None = None,
     unit: str = "%",
 ) -> Figure:
-    """Draws reference examples of channels, in decreasing order from the left.
+    """Plots reference examples of channels, in decreasing order from left to right.
 
     Args:
-        rows: Crops of each channel, from :func:`~nrm_plugin.dataset.crops.crops`.
-        style: ``"mask"`` fades pixels that are not relevant for the channel, ``"plain"`` shows the crops, ``"heat"``
+        rows: Crops keyed by channel, from :func:`~nrm_plugin.dataset.crops.crops`.
+        style: ``"mask"`` fades pixels that are not relevant to the channel, ``"plain"`` shows the crops, ``"heat"``
             overlays the conditional heat maps, and ``"both"`` shows crops with heat maps below them.
         heading: Title of the figure.
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        labels: Labels of the rows; by default the channel index.
-        unit: ``"%"`` if values are shares of relevance; otherwise values are printed as numbers with this suffix.
+        labels: Row labels keyed by channel. Defaults to the channel indices.
+        unit: ``"%"`` if values are fractions of relevance; otherwise the suffix of printed values.
 
     Raises:
-        InputError: If there are no crops or too many, or the style is unknown.
+        InputError: If there are no crops, or too many of them, or the style is unknown.
     """
     if style not in ("mask", "plain", "heat", "both"):
         raise InputError(f"style={style!r} is unknown; choose 'mask', 'plain', 'heat' or 'both'.")

@@ -1,4 +1,4 @@
-"""Relevance maximization: search for reference examples of channels and events in one pass over data."""
+"""Relevance maximization: reference examples of channels and events in one pass over the data."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ def find_references(
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> FoundReferences:
-    r"""Finds the samples in which each channel of some layers has the largest relevance, in one pass over the data.
+    r"""Finds the samples in which each channel has the largest relevance or activation, in one pass over the data.
 
     Memory is proportional to ``k`` per channel and target, regardless of the number of samples. Ties are broken by
     sample index.
 
     Args:
         model: The network, in evaluation mode.
-        data: A data set of ``(input, label)``, a loader without shuffling, or an iterable of such batches. Samples are
-            numbered in iteration order.
-        layers: Names of the layers.
+        data: A data set of ``(input, label)`` pairs, a data loader without shuffling, or an iterable of such batches.
+            Samples are numbered in iteration order.
+        layers: Names of the layers whose channels are ranked.
         k: Number of samples per channel.
         by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
-        events: Events, keyed by name; samples are ranked by the mass of each event.
-        target: The explained target: the label, the predicted class, or one class for all samples.
+        events: Events keyed by name; samples are ranked by the mass of each event.
+        target: Explained class: the label, the prediction, or one class for all samples.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
             sign of the difference, so that large values are evidence for the target.
-        unit: ``"measure"`` for shares ``μ`` of the total relevance; ``"output"`` for the usual LRP score, ``μ`` times
-            the explained output; ``"layer"`` for the LRP score divided by the sum of the absolute scores of all
-            channels of the layer, and activations normalized in the same way, which is the default of zennit-crp.
+        unit: ``"measure"`` for ``μ``, a fraction of the total relevance; ``"output"`` for the usual LRP score, ``μ``
+            times the explained output; ``"layer"``, the default of zennit-crp, for the LRP score divided by the sum of
+            the absolute scores of all channels of the layer, with activations normalized in the same way.
         reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
         per_target: Whether to rank the samples of each target as well.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -76,15 +76,14 @@ def find_references(
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
         batch_size: Number of samples per batch, if ``data`` is a data set.
-        device: Device of the model; by default the device of its parameters.
+        device: Device of the inputs. Defaults to that of the model.
         show_progress: Whether to show a progress bar.
 
     Raises:
-        ReferencesError: If the loader shuffles, the batches have a different form, or neither layers nor events are
-            given.
+        ReferencesError: If the loader shuffles, a batch has a different format, or neither layers nor events are given.
         InputError: If an argument is invalid.
         TargetError: If targets do not match the outputs.
-        UnknownLayerError: If no layer has this name.
+        UnknownLayerError: If the model has no layer with one of the given names.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -111,7 +110,13 @@ def find_references(
 
 
 def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
-    """Returns the explained class of each sample of a classifier, ``(N,)``."""
+    """Returns the explained class of each sample, ``(N,)``.
+
+    Raises:
+        InputError: If the model is not a classifier.
+        ReferencesError: If labels are missing, or their number does not match that of the outputs.
+        TargetError: If a class is negative.
+    """
     if outputs.ndim != 2:
         raise InputError(f"references require a classifier with outputs (N, classes), got {tuple(outputs.shape)}.")
     if target == "label":
@@ -128,7 +133,7 @@ def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor
 
 
 class _Search:
-    """The rankings of all layers and events, updated batch by batch."""
+    """Rankings of all layers and events, updated batch by batch."""
 
     def __init__(
         self,
@@ -196,7 +201,7 @@ class _Search:
         self.count += mu.batch
 
     def _scores(self, values: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """Returns the score of each channel, and the position of its largest value, ``(N, C)`` each."""
+        """Returns the score of each channel and the position of its largest value, ``(N, C)`` each."""
         flat = values.movedim(channel_dim, 1).flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
         largest, positions = flat.max(-1)
         score = flat.sum(-1) if self.reduce == "sum" else largest

@@ -1,11 +1,11 @@
-r"""Relevance matrices: mean conditionals between the groups of two layers, which can be stored and applied.
+r"""Relevance matrices: mean conditional relevance between the groups of two layers.
 
 .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}, \qquad
           \sum_i T_{ij} + \mathrm{off}_j = 1
 
-The mean weights samples by the mass of ``j``, so that samples in which ``j`` hardly occurs, and the conditional is
-unstable, contribute little. The walks through ``j`` that do not cross the lower layer are counted in ``off``. The
-choice of weights is new in this package.
+Samples are weighted by the absolute mass of ``j``, so that samples in which it is small, and the conditional unstable,
+contribute little. Walks through ``j`` that do not cross the lower layer are counted in ``off``. The weighting is new in
+this package.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ FORMAT = "nrm-plugin relevance matrix 1"
 
 
 class RelevanceMatrix:
-    r"""Mean conditional relevance of the groups in a layer, given those in a layer above.
+    r"""Mean conditional relevance of the groups in a layer given the groups in a layer above.
 
     Args:
-        matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; NaN in the column of a group that
-            never had relevance.
-        off: Mean fraction of the walks through each upper group that do not cross the lower layer, ``(K_upper,)``.
+        matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; columns of groups without relevance
+            are NaN.
+        off: Mean fraction of the mass of each upper group that is carried by walks that do not cross the lower layer,
+            ``(K_upper,)``.
         weight: Mean absolute mass of each upper group, ``(K_upper,)``.
         samples: Number of samples.
         upper: Name of the upper layer; empty if unknown.
         lower: Name of the lower layer.
 
     Raises:
-        InputError: If the shapes do not fit.
+        InputError: If the shapes do not match.
 
     Examples:
         >>> one = RelevanceMatrix(torch.tensor([[0.5, 0.0], [0.3, 1.0]]), torch.tensor([0.2, 0.0]), torch.ones(2), 10)
@@ -61,15 +62,15 @@ class RelevanceMatrix:
         return f"RelevanceMatrix({up} groups of {self.upper!r} to {down} of {self.lower!r}, {self.samples} samples)"
 
     def apply(self, relevance: Tensor) -> Tensor:
-        """Predicts the relevance of the lower groups by the mean conditionals, ``(N, K_lower)``.
+        """Predicts the relevance of the lower groups from that of the upper groups, ``(N, K_lower)``.
 
-        Groups that never had relevance do not contribute.
+        Groups without relevance in the data do not contribute.
 
         Args:
             relevance: Relevance of the upper groups, ``(N, K_upper)``.
 
         Raises:
-            InputError: If the number of groups differs.
+            InputError: If the number of groups does not match.
         """
         if relevance.ndim != 2 or relevance.shape[1] != self.matrix.shape[1]:
             raise InputError(
@@ -78,13 +79,13 @@ class RelevanceMatrix:
         return relevance @ self.matrix.nan_to_num(0.0).to(relevance).T
 
     def then(self, below: RelevanceMatrix) -> RelevanceMatrix:
-        """Returns the product with a matrix of lower layers, as if walks were a Markov chain over the groups.
+        """Multiplies by the matrix for the layers below, assuming that walks form a Markov chain over the groups.
 
         Args:
-            below: A matrix whose upper groups are the lower groups of this one.
+            below: Matrix whose upper groups are the lower groups of this matrix.
 
         Raises:
-            InputError: If the groups differ.
+            InputError: If the upper layer or groups of ``below`` are not the lower layer and groups of this matrix.
         """
         if below.matrix.shape[1] != self.matrix.shape[0] or (self.lower and below.upper not in ("", self.lower)):
             raise InputError(
@@ -98,14 +99,14 @@ class RelevanceMatrix:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the matrix as a safetensors file."""
+        """Saves the matrix as a safetensors file."""
         about = {"format": FORMAT, "samples": self.samples, "upper": self.upper, "lower": self.lower}
         tensors = {"matrix": self.matrix, "off": self.off, "weight": self.weight}
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"nrm": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> RelevanceMatrix:
-        """Reads a matrix from a file.
+        """Loads a matrix written by :meth:`save`.
 
         Raises:
             InputError: If the file does not contain a relevance matrix.

@@ -1,4 +1,4 @@
-"""The index of a sweep: the rows of each query sorted by group and value, for fast access to top samples."""
+"""Index of a sweep: the rows of each query sorted by group and value, for fast access to the top samples."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_SORTED = 1 << 22
-"""Largest number of rows that are sorted together, unless a single group has more."""
+"""Maximum number of rows sorted at once, unless a single group has more."""
 CHUNK = 1 << 15
-"""Largest number of rows in a row group, unless a single group of neurons has more."""
+"""Maximum number of rows in a row group, unless a single neuron group has more."""
 CODED = ["query", "group", "lower", "target", "prediction"]
 """Columns with few distinct values, which are dictionary-encoded."""
 
 
 def write_index(sweep: Sweep) -> Path:
-    """Writes one file per query, with the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
+    """Writes the index, with one file per query and the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
-    Rows are sorted by group and by decreasing value, with null values last. Joint matrices are omitted: they have so
-    many rows that sorting may take longer than computing the measure, and the rows of one group are contiguous in each
-    shard anyway.
+    Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted: they have so many
+    rows that sorting could take longer than computing the measure, and the rows of a group are contiguous in each shard
+    anyway.
 
     Args:
         sweep: A complete sweep.
@@ -77,12 +77,12 @@ def write_index(sweep: Sweep) -> Path:
 
 
 def remove_index(folder: Path) -> None:
-    """Removes the index of a folder if it exists."""
+    """Removes the index of a sweep folder if it exists."""
     shutil.rmtree(folder / BY_QUERY, ignore_errors=True)
 
 
 def is_intact(sweep: Sweep) -> bool:
-    """Returns whether the sweep has an undamaged index."""
+    """Returns whether the index of a sweep exists and is undamaged."""
     try:
         sums = read_sums(path_inside(sweep.path, f"{BY_QUERY}/{SUMS}")) or {}
         if sums.pop("settings", None) != sweep.manifest.fingerprint:
@@ -95,7 +95,7 @@ def is_intact(sweep: Sweep) -> bool:
 
 
 def _sorted(shards: Sequence[Shard], info: QueryInfo, layout: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
-    """Yields sorted tables of consecutive groups, with the number of rows per row group."""
+    """Yields sorted tables of consecutive groups, and the row-group size of each."""
     count = max(1, sum(_samples(shard) for shard in shards))
     groups = (*(info.groups or ()), 1)[0]
     step = max(1, MAX_SORTED // count)

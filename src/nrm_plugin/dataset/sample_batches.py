@@ -1,4 +1,4 @@
-"""Batches of a data set without failing samples; they are the same in every run and in every process."""
+"""Batches of a data set without failed samples, identical in every run and every process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .sweep_layout import SweepError
 
 BATCH = 16
 FULL_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)
-"""Samplers that yield all samples, in any order."""
+"""Samplers that yield every sample, in any order."""
 WORKER_OPTIONS = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
 LOADER_OPTIONS = ("collate_fn", "pin_memory", *WORKER_OPTIONS)
 
@@ -34,7 +34,7 @@ class FailedSample:
 
     Attributes:
         sample: Index of the sample in the data set.
-        why: The error in one line.
+        why: The error message, in one line.
     """
 
     sample: int
@@ -43,13 +43,13 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch of samples after reading.
+    """A batch as read from a data set.
 
     Attributes:
-        samples: Indices of the samples.
+        samples: Sample indices.
         batch: The collated samples, or None if no sample could be read.
         failed: Samples that could not be read.
-        content: Hash of each sample in the batch.
+        content: Hash of each sample, keyed by sample index.
     """
 
     samples: list[int]
@@ -60,14 +60,14 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, with options for reading.
+    """A data set and the options for reading it.
 
     Attributes:
         data: The data set.
         batch_size: Number of samples per batch.
-        num_workers: Number of processes that read.
+        num_workers: Number of worker processes.
         options: Other arguments of ``DataLoader``.
-        loader: The loader of an iterable data set.
+        loader: Data loader of an iterable data set, otherwise None.
     """
 
     data: Any
@@ -78,12 +78,12 @@ class DataSource:
 
     @property
     def count(self) -> int | None:
-        """Returns the number of samples, or None for an iterable data set."""
+        """Number of samples, or None for an iterable data set."""
         return None if self.loader is not None else len(self.data)
 
     @property
     def preparation(self) -> Any:
-        """Returns the data set's description of its preprocessing, or None if there is none."""
+        """The data set's description of its preprocessing, or None if it has none."""
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))
@@ -91,33 +91,34 @@ class DataSource:
             return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
-        """Returns the stamps of samples, which identify them without reading; empty if the data set has none."""
+        """Returns the stamps by which samples are identified without reading them; empty if the data set has none."""
         stamp = getattr(self.data, "stamp", None)
         return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by hashes: if the data set has stamps, or has no fingerprint."""
+        """Whether samples are identified by hashes, as they are if the data set has stamps or no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        """The function that collates samples."""
+        """Function that collates samples."""
         return self.options.get("collate_fn") or default_collate
 
 
 def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> DataSource:
-    """Returns the source for a data set or loader.
+    """Creates a data source from a data set or data loader.
 
     Args:
-        data: A data set, or a loader with a data set, which is read in index order.
-        batch_size: Number of samples per batch; by default as in the loader.
-        num_workers: Number of processes that read; by default as in the loader.
+        data: A data set, or a data loader, whose data set is read in index order.
+        batch_size: Number of samples per batch. Defaults to that of the loader, or to 16.
+        num_workers: Number of worker processes. Defaults to that of the loader, or to 0.
 
     Raises:
-        SweepError: If the object is neither a data set nor a loader, or the loader yields a subset.
+        SweepError: If ``data`` is neither a data set nor a loader, an argument is invalid, or the loader yields only a
+            subset of its data set.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -161,14 +162,14 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The assignment of samples to batches, and of batches to shards.
+    """Assignment of samples to batches and shards.
 
-    The shards do not depend on the batch size, so that a sweep can be resumed with a different batch size.
+    Shards do not depend on the batch size, so that a sweep can be resumed with a different batch size.
 
     Attributes:
         count: Number of samples.
-        batch_size: Samples per batch; the last batch of a shard may be smaller.
-        shard_size: Samples per shard.
+        batch_size: Number of samples per batch; the last batch of a shard may be smaller.
+        shard_size: Number of samples per shard.
     """
 
     count: int
@@ -181,7 +182,7 @@ class ShardPlan:
         return math.ceil(self.count / self.shard_size)
 
     def range(self, shard: int) -> tuple[int, int]:
-        """Returns the first and last sample of a shard."""
+        """Returns the indices of the first and last sample of a shard."""
         return shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size) - 1
 
     def size(self, shard: int) -> int:
@@ -190,7 +191,7 @@ class ShardPlan:
         return last - first + 1
 
     def batches(self, shard: int) -> list[list[int]]:
-        """Returns the samples of each batch of a shard."""
+        """Returns the sample indices of each batch of a shard."""
         first, last = self.range(shard)
         return [
             list(range(start, min(start + self.batch_size, last + 1)))
@@ -202,14 +203,14 @@ class ShardPlan:
 
 
 class IndexedDataset(Dataset[tuple[int, Any, str]]):
-    """A data set that returns each sample with its index and hash, or a :class:`FailedSample` if reading it fails.
+    """Wraps a data set to return each sample with its index and hash, or a :class:`FailedSample` if reading fails.
 
-    Each sample is read with its own random state, so that random transforms are reproducible.
+    Random states are seeded for each sample, so that random transforms are reproducible.
 
     Args:
         data: The data set.
-        seed: Seed of the random states.
-        is_hashed: Whether samples are hashed; otherwise the hash is empty.
+        seed: Seed for the random states.
+        is_hashed: Whether to hash samples; otherwise the hash is an empty string.
     """
 
     def __init__(self, data: Any, seed: int, is_hashed: bool = False) -> None:
@@ -226,7 +227,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
 
 @contextmanager
 def seeded(seed: int, index: int) -> Iterator[None]:
-    """Context manager with the random state of one sample; the random state of the process is restored afterwards."""
+    """Context manager that seeds all random generators for one sample, and restores their states afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     number = (seed * 1_000_003 + index) % (1 << 32)
     try:
@@ -242,10 +243,10 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """A collate function that omits failed samples, and samples whose structure differs from that of most others.
+    """Collate function that omits failed samples, and samples whose structure differs from that of the majority.
 
     Attributes:
-        collate: The collate function of the loader.
+        collate: Collate function for the remaining samples.
     """
 
     collate: Callable[[list[Any]], Any]
@@ -272,7 +273,7 @@ class FaultTolerantCollate:
 
 
 def structure(sample: Any) -> Any:
-    """Returns the types and shapes of the parts of a sample."""
+    """Returns the nested types and shapes of the parts of a sample."""
     if isinstance(sample, Mapping):
         return {key: structure(value) for key, value in sample.items()}
     if isinstance(sample, (list, tuple)):
@@ -282,13 +283,13 @@ def structure(sample: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns type and message of an error in one line."""
+    """Formats the type and message of an error in one line of at most 500 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:500]
 
 
 def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) -> Iterator[LoadedBatch]:
-    """Reads batches of a data set in the given order; workers read ahead of time."""
+    """Loads batches of a data set in the given order; workers prefetch batches."""
     options = {key: value for key, value in source.options.items() if key != "collate_fn"}
     loader: Iterable[LoadedBatch] = DataLoader(
         IndexedDataset(source.data, seed, source.is_hashed),
@@ -302,7 +303,7 @@ def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) ->
 
 
 def reload(source: DataSource, samples: Sequence[int], seed: int) -> LoadedBatch:
-    """Reads samples again as one batch."""
+    """Reads samples again, as a single batch."""
     indexed = IndexedDataset(source.data, seed, source.is_hashed)
     return FaultTolerantCollate(source.collate)([indexed[index] for index in samples])
 

@@ -1,4 +1,4 @@
-"""Reading of shards: row files with a description in the footer."""
+"""Reading of shards: Parquet files whose footers describe their content."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of rows, as described in its footer.
+    """A shard, as described in the footer of its row file.
 
     Attributes:
-        path: The file.
+        path: The row file.
         rank, number: Rank of the process that wrote the shard, and index of the shard.
-        settings: Fingerprint of the settings of the sweep.
-        first, last: First and last sample, inclusive.
-        failed: Samples of this range without rows, with their errors.
+        settings: Fingerprint of the sweep settings.
+        first, last: Indices of the first and last sample, inclusive.
+        failed: Samples in this range without rows, with their errors.
         replaces: Damaged files that the shard replaces, with their errors.
         groups: Groups of each query, as in :class:`~nrm_plugin.dataset.QueryInfo`.
-        chunks: ``(query, first group, last group)`` of each row group of the file.
+        chunks: ``(query, first group, last group)`` of each row group.
         value: ``"float"`` or ``"double"``.
         content, stamps: Hash and stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
-            for a sweep from an earlier version.
-        sums: Checksums of the rows, or None for a sweep from an earlier version.
-        map_sums: Checksums of the maps.
+            for sweeps of earlier versions.
+        sums: Checksums of the row file, or None for sweeps of earlier versions.
+        map_sums: Checksums of the map file, or None without maps.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path) -> Shard:
-        """Reads the footer of a file, and verifies its checksum.
+        """Reads the footer of a row file and verifies its checksum.
 
         Raises:
             ShardError: If the file is damaged.
@@ -105,7 +105,11 @@ class Shard:
             raise ShardError(f"{path} is damaged: {error}.") from error
 
     def check_content(self) -> None:
-        """Verifies every byte by the checksums; raises :class:`ShardError` if a file is damaged."""
+        """Verifies every byte of the row and map files.
+
+        Raises:
+            ShardError: If a file is damaged.
+        """
         if self.sums is not None:
             self.sums.check(self.path)
         if self.map_sums is not None:
@@ -120,12 +124,12 @@ class Shard:
             raise ShardError(f"{self.maps} is damaged: {error}.") from error
 
     def check_settings(self, fingerprint: str) -> None:
-        """Raises :class:`ShardError` if the shard belongs to a sweep with other settings."""
+        """Raises :class:`ShardError` if the shard is from a sweep with different settings."""
         if self.settings != fingerprint:
             raise ShardError(f"{self.path} belongs to another sweep, with different settings.")
 
     def check_maps(self) -> None:
-        """Raises :class:`ShardError` if the map file is missing or damaged, or if its number of samples is wrong."""
+        """Raises :class:`ShardError` if the map file is missing or damaged, or has the wrong number of samples."""
         try:
             with safe_open(self.maps, "np") as file:
                 size = file.get_slice("sample").get_shape()[0]
@@ -136,7 +140,7 @@ class Shard:
 
     @property
     def maps(self) -> Path:
-        """Returns the path of the map file.
+        """Path of the map file.
 
         Raises:
             ShardError: If the file is a link to a path outside the folder.
@@ -149,7 +153,7 @@ class Shard:
         groups: tuple[int, int] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """Reads the rows of one query and of an inclusive range of groups; by default all rows.
+        """Reads rows, optionally only those of a query or of an inclusive range of groups.
 
         Raises:
             ShardError: If the file is damaged.
@@ -185,7 +189,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the row file of each shard, keyed by index; the lower rank's file if two ranks wrote the same shard."""
+    """Returns the row file of each shard, keyed by index; the one of the lowest rank if a shard has several files."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

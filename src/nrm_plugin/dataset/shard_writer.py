@@ -1,4 +1,4 @@
-"""Writing of shards. Each file is renamed to its final name only when it is complete and synced to disk."""
+"""Writing of shards. Files are renamed to their final names once they are complete and synced to disk."""
 
 from __future__ import annotations
 
@@ -29,26 +29,25 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK = 1 << 16
-"""Largest number of rows in a row group, unless a single group of neurons has more."""
+"""Maximum number of rows in a row group, unless a single neuron group has more."""
 OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
-"""Pattern of an operating-system error in a safetensors message."""
+"""Matches operating-system errors in safetensors messages."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
 """Columns with few distinct values, which are dictionary-encoded."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """The description of a shard in its file.
+    """Description of a shard, stored in its row file.
 
     Attributes:
-        settings: Fingerprint of the settings.
-        first, last: First and last sample, inclusive.
+        settings: Fingerprint of the sweep settings.
+        first, last: Indices of the first and last sample, inclusive.
         failed: Samples without rows.
         replaces: Damaged files that the shard replaces.
         value: ``"float"`` or ``"double"``.
-        content: Hash of each sample from the first to the last, empty for a failed sample; or of each batch of an
-            iterable data set.
-        stamps: Stamp of each sample, which identifies the sample without reading it.
+        content: Hash of each sample in the range, empty for failed samples; or of each batch of an iterable data set.
+        stamps: Stamp of each sample, by which it is identified without reading it.
     """
 
     settings: str
@@ -61,13 +60,13 @@ class ShardInfo:
     stamps: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the description as JSON, with failed samples keyed by index."""
+        """Converts the description to JSON, with failed samples sorted by index."""
         failed = sorted(self.failed, key=lambda failure: failure.sample)
         return {**vars(self), "failed": [asdict(failure) for failure in failed]}
 
 
 def shard_name(rank: int, number: int) -> str:
-    """Returns the file name of a shard, without the extension."""
+    """Returns the file name of a shard without extension."""
     return f"part-{rank:04}-{number:06}"
 
 
@@ -79,15 +78,15 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes a shard, the maps before the rows, so that a row file never exists without its map file.
+    """Writes a shard. Maps are written before rows, so that a row file never exists without its map file.
 
     Args:
-        folder: The folder of the sweep.
+        folder: The sweep folder.
         rank: Rank of the process that writes the shard.
         number: Index of the shard.
-        queries: The queries.
-        batches: The results of each batch.
-        info: The description of the shard.
+        queries: The queries of the sweep.
+        batches: Results of each batch.
+        info: Description of the shard.
 
     Raises:
         OSError: If the folder is not writable or the disk is full.
@@ -122,7 +121,7 @@ def write_shard(
 
 
 def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes a safetensors file, with errors that distinguish a full disk from an invalid tensor.
+    """Writes a safetensors file, converting I/O errors of safetensors to :class:`OSError`.
 
     Raises:
         OSError: If the file cannot be written.
@@ -138,7 +137,7 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
-    """Concatenates the batches of a shard.
+    """Concatenates the results of the batches of a shard.
 
     Raises:
         SweepError: If the groups of a query differ between batches.
@@ -163,7 +162,7 @@ def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> B
 
 
 def tables(results: BatchResults, name: str, names: Sequence[str], value: str) -> Iterator[tuple[int, pa.Table]]:
-    """Yields the rows of a query by group, lower group and sample, as tables of whole groups with their first group."""
+    """Yields ``(first group, table)`` for consecutive groups of a query, with rows by group, lower group and sample."""
     values = results.values[name]
     groups = values.shape[1] if values.ndim > 1 else 1
     by_group = np.moveaxis(values.reshape(len(values), groups, -1), 0, 2)
@@ -184,7 +183,7 @@ def _table(
     names: Sequence[str],
     value: str,
 ) -> pa.Table:
-    """Returns the rows for values ``(groups, lower, samples)``."""
+    """Creates the rows for values ``(groups, lower, samples)``."""
     pa = arrow()
     repeats, count = len(groups) * len(lowers), len(results.sample)
     queries = np.full(values.size, names.index(name), np.int32)
@@ -201,7 +200,7 @@ def _table(
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the incomplete files of processes of this machine that no longer run."""
+    """Removes incomplete files left by processes of this machine that are no longer running."""
     mark = f".{platform.node()}."
     for path in (path for inner in (folder, folder / ROWS, folder / MAPS) for path in inner.glob(".*.tmp")):
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]

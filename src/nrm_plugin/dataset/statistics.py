@@ -1,7 +1,7 @@
-"""Mean and variance of relevance over a data set, per class and across processes, as torchmetrics metrics.
+"""Class-wise mean and variance of relevance over a data set, as torchmetrics metrics.
 
 The metrics can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance,
-and ``compute`` merges the states of several processes.
+and ``compute`` merges the states of all processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    """Moments of values of a fixed shape, per class if there are classes."""
+    """Base class of metrics that accumulate moments of values of a fixed shape, optionally per class."""
 
     is_differentiable = False
     higher_is_better = None
@@ -69,28 +69,28 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
         return values, labels.long()
 
     def compute(self) -> Moments:
-        """Returns the number of samples, mean and variance so far, over all processes."""
+        """Computes the number of samples, mean and variance over all samples added so far by all processes."""
         result = moments(self.moments, self.correction)
         return result if self.classes is not None else Moments(*(part[0] for part in result))
 
 
 class ClasswiseRelevance(_Relevance):
-    r"""Count, mean and variance of the relevance of groups, for each class.
+    r"""Class-wise count, mean and variance of the relevance of groups.
 
     .. math:: m_{ck} = \frac{1}{n_c} \sum_{n:\, t_n = c} \mu_n(k), \qquad
               v_{ck} = \frac{1}{n_c - 1} \sum_{n:\, t_n = c} (\mu_n(k) - m_{ck})^2
 
-    Sums are computed in double precision, merged without cancellation, and do not depend on batches and processes up to
-    rounding errors. The device must support double precision.
+    Sums are accumulated in double precision, which the device must support, and merged without cancellation. Up to
+    rounding errors, they do not depend on how samples are split into batches and processes.
 
     Args:
         groups: Number of groups ``K``, such as the channels of a layer.
-        classes: Number of classes, or None for all samples together.
-        layer: Name of the layer, or ``at(layer)``; only needed to update with measures.
+        classes: Number of classes, or None to pool all samples.
+        layer: Name of the layer, or ``at(layer)``; only required to update with measures.
         over: Groups of the layer, as in :meth:`~nrm_plugin.RelevanceMeasure.marginal`.
         correction: Number subtracted from the count in the denominator of the variance: 1 for the unbiased estimate, 0
             for the variance of the samples.
-        kwargs: Arguments of ``torchmetrics.Metric``.
+        kwargs: Additional arguments for ``torchmetrics.Metric``.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.
@@ -119,14 +119,14 @@ class ClasswiseRelevance(_Relevance):
         self.layer, self.over = layer, over
 
     def update(self, relevance: RelevanceMeasure | Tensor, target: Any = None) -> None:
-        """Adds a batch.
+        """Adds a batch to the metric.
 
         Args:
             relevance: A measure, or relevance of the groups ``(N, K)``.
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: If the batch does not match; it is then not counted.
+            InputError: If the batch does not match the metric; in this case, it is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.layer is None:
@@ -136,21 +136,21 @@ class ClasswiseRelevance(_Relevance):
 
 
 class JointRelevance(_Relevance):
-    r"""Count, mean and variance of joint relevance between the groups of two layers.
+    r"""Class-wise count, mean and variance of the joint relevance between the groups of two layers.
 
     .. math:: m_{ab} = \frac{1}{n} \sum_n \mu_n(a \cap b)
 
-    The mean of joint matrices is the joint matrix of a measure: its sums over ``b`` are the mean marginals of the upper
-    groups.
+    The mean of joint matrices is the joint matrix of the mean measure; without bypass and absorption between the
+    layers, its sums over ``b`` are the mean marginals of the upper groups.
 
     Args:
-        groups: Numbers of groups ``(K_upper, K_lower)``.
-        classes: Number of classes, with a matrix for each, or None for all samples together.
-        upper: Name of the layer nearer to the output, or ``at(layer)``; only needed to update with measures.
-        lower: The layer nearer to the input.
-        over: The groups, as in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
+        groups: Number of groups of each layer, ``(K_upper, K_lower)``.
+        classes: Number of classes, each with its own matrix, or None to pool all samples.
+        upper: Name of the layer nearer to the output, or ``at(layer)``; only required to update with measures.
+        lower: The layer nearer to the input, given in the same way.
+        over: As in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
         correction: As in :class:`ClasswiseRelevance`.
-        kwargs: Arguments of ``torchmetrics.Metric``.
+        kwargs: Additional arguments for ``torchmetrics.Metric``.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.
@@ -180,14 +180,14 @@ class JointRelevance(_Relevance):
         self.upper, self.lower, self.over = upper, lower, over
 
     def update(self, relevance: RelevanceMeasure | Tensor, target: Any = None) -> None:
-        """Adds a batch.
+        """Adds a batch to the metric.
 
         Args:
             relevance: A measure, or joint relevance ``(N, K_upper, K_lower)``.
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: If the batch does not match; it is then not counted.
+            InputError: If the batch does not match the metric; in this case, it is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.upper is None or self.lower is None:

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 
 class Sweep:
-    """A stored sweep, complete or not, as returned by :meth:`open`.
+    """A stored sweep, complete or not. Use :meth:`open` to open one.
 
     Attributes:
         path: Folder of the sweep.
         manifest: Manifest of the sweep.
-        bad_shards: Files that were skipped because they could not be read.
+        bad_shards: Damaged files that were skipped.
     """
 
     def __init__(self, path: Path, manifest: Manifest, on_error: OnError = "raise") -> None:
@@ -58,10 +58,11 @@ class Sweep:
 
         Args:
             path: The folder of the sweep.
-            on_error: ``"raise"``, or ``"skip"`` to skip damaged files and list them in ``bad_shards``.
+            on_error: ``"raise"`` raises an error for damaged files, ``"skip"`` skips them and lists them in
+                ``bad_shards``.
 
         Raises:
-            SweepError: If the folder contains no sweep.
+            SweepError: If the folder does not contain a sweep.
             MissingExtraError: If pyarrow is not installed.
         """
         if on_error not in ("raise", "skip"):
@@ -74,12 +75,12 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards have been evaluated; some samples may have failed."""
+        """Whether all shards have been evaluated; samples may have failed."""
         return self.manifest.state == "complete"
 
     @cached_property
     def queries(self) -> dict[str, QueryInfo]:
-        """The queries, keyed by name, with their groups if a shard has been written."""
+        """Queries keyed by name. Their groups are None until a shard has been written."""
         queries = {query.name: query for query in self.manifest.queries}
         if all(query.groups is not None for query in queries.values()):
             return queries
@@ -90,10 +91,10 @@ class Sweep:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The stored shards, keyed by index.
+        """The stored shards, in order.
 
         Raises:
-            ShardError: If a file is damaged or belongs to a different sweep.
+            ShardError: If a file is damaged or is from a different sweep.
         """
         shards: list[Shard] = []
         for path in shards_in(self.path).values():
@@ -111,7 +112,7 @@ class Sweep:
         return shards
 
     def _check_coverage(self, shards: Sequence[Shard]) -> None:
-        """Reports samples that are missing from all shards of a complete sweep."""
+        """Reports samples of a complete sweep that are in none of its shards."""
         expected = 0
         for first, last in (*((shard.first, shard.last) for shard in shards), (self.manifest.samples or 0, 0)):
             if first != expected:
@@ -140,27 +141,27 @@ class Sweep:
         return self.queries[name]
 
     def mean_joints(self, layers: Sequence[str], target: int | None = None) -> MeanJoints:
-        """Returns the mean joint relevance of consecutive layers, for :func:`~nrm_plugin.find_groups`.
+        """Computes the mean joint relevance of consecutive layers, as input to :func:`~nrm_plugin.find_groups`.
 
         Args:
-            layers: The layers, from the output to the input, with the queries of
+            layers: Names of the layers, from the output to the input. The sweep must contain the queries of
                 :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-            target: Restricts the samples to explanations of this class.
+            target: Explained class to which the samples are restricted, or None for all samples.
 
         Raises:
-            FlowError: If a query is missing, or there is no sample.
+            FlowError: If a query is missing, or there are no samples.
         """
         return joints_of_sweep(self, layers, target)
 
     def rows(
         self, query: str | None = None, group: int | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Reads rows in the order of the shards, sorted within each shard by query, group, lower group and sample.
+        """Reads rows, ordered by shard and then by query, group, lower group and sample.
 
         Args:
             query: Name of a query, or None for all.
-            group: A group of the query, or None for all.
-            columns: Names of columns, or None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
+            group: Group of the query, or None for all.
+            columns: Column names, or None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
             SweepError: If the query or column is unknown, or a shard is damaged.
@@ -183,7 +184,7 @@ class Sweep:
         return schema(self.manifest.value).empty_table().select(names if columns is None else list(columns))
 
     def samples(self) -> pa.Table:
-        """Reads ``sample``, ``target`` and ``prediction`` of all samples that did not fail, sorted by sample."""
+        """Reads ``sample``, ``target`` and ``prediction`` of all samples that did not fail, ordered by sample."""
         pa = arrow()
         with_rows = [query for query in self.queries.values() if not query.is_map and query.groups is not None]
         if with_rows:
@@ -211,17 +212,17 @@ class Sweep:
 
         Args:
             query: Name of a query.
-            group: The group, or None for a query with one number per sample.
+            group: The group, or None for a query with one value per sample.
             k: Number of samples.
             lower: For a joint matrix, restricts the rows to this group of the lower layer.
-            target: Restricts the rows to samples with this target.
-            largest: Whether to return the largest values; if False, the smallest values, in increasing order.
+            target: Explained class to which the rows are restricted, or None for all samples.
+            largest: If False, returns the smallest values instead, in increasing order.
 
         Returns:
             At most ``k`` rows. Ties are broken by sample index, and null values are excluded.
 
         Raises:
-            SweepError: If the query is unknown, or it has no rows.
+            SweepError: If the query is unknown or has no rows.
         """
         compute = extra("pyarrow.compute", "dataset")
         info = self.query(query)
@@ -260,11 +261,11 @@ class Sweep:
         return table.filter(compute.equal(table["group"], group))
 
     def maps(self, query: str, samples: Collection[int]) -> Tensor:
-        """Reads stored maps of some samples, ``(len(samples), *shape)``.
+        """Reads the stored maps of samples, ``(len(samples), *shape)``.
 
         Args:
             query: Name of a ``Maps`` query.
-            samples: The samples, in this order.
+            samples: Sample indices, in the order of the result.
 
         Raises:
             SweepError: If no ``Maps`` query has this name, or a sample failed or has not been evaluated yet.

@@ -1,4 +1,4 @@
-"""The mean flow of the samples of a stored sweep, without the model."""
+"""Mean flow over the samples of a stored sweep, without the model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .sweep_sums import Sums, flow_queries_of, sums_of
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-3
-"""Largest deviation from 1 in the sum of a cut of a stored sweep."""
+"""Maximum deviation from 1 of the sum over a cut."""
 
 
 def flow_queries(layers: Sequence[str], over: Mapping[str, Any] | None = None) -> list[Query]:
     """Returns the queries that a sweep must contain for :func:`flow_of_sweep`.
 
     Args:
-        layers: The layers, from the output to the input.
-        over: Groups of layers, as in ``Marginal``; by default channels.
+        layers: Names of the layers, from the output to the input.
+        over: Groups keyed by layer, as in ``Marginal``. Defaults to channels.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import flow_queries
@@ -58,27 +58,27 @@ def flow_of_sweep(
     names: Mapping[str, Names] | None = None,
     groups: Groups | None = None,
 ) -> FlowGraph:
-    """Computes the mean flow of samples of a sweep; the model is not needed.
+    """Computes the mean flow over samples of a sweep, without the model.
 
-    The sweep needs the marginals, sink and bypass of each layer and the joint relevance of consecutive layers
-    (:func:`flow_queries`). The mass of walks through a group of one layer and no group of the next layer is the
-    marginal minus the sum of the joint relevance.
+    The sweep must contain the marginals, sink and bypass of each layer, and the joint relevance of consecutive layers;
+    see :func:`flow_queries`. The mass of the walks through a group of one layer and no group of the next layer is
+    computed as the marginal minus the sum of joint relevance.
 
     Args:
         sweep: The sweep, or its folder.
-        layers: The layers, from the output to the input.
-        target: Restricts the samples to explanations of this class.
-        samples: Restricts the flow to these samples.
+        layers: Names of the layers, from the output to the input.
+        target: Explained class to which the samples are restricted, or None for all samples.
+        samples: Indices to which the samples are restricted, or None for all samples.
         top: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         coverage: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         names: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
-        groups: Groups of the stored channels from :func:`~nrm_plugin.find_groups`, for all of their layers.
+        groups: Groups of the stored channels from :func:`~nrm_plugin.find_groups`, applied to all of their layers.
 
     Raises:
         InputError: If the members of the groups differ from those of the sweep.
         FlowError: If a query or sample is missing, or a cut does not sum to 1.
-        SweepError: If the folder contains no sweep, or a file is damaged.
+        SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     check_thresholds(top, min_mass, coverage)
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
@@ -101,7 +101,7 @@ def flow_of_sweep(
 
 
 def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
-    """Converts a flow over all members of its layers to a flow over groups of members.
+    """Aggregates a flow over single channels into a flow over groups of them.
 
     Raises:
         InputError: If the members of the groups differ from the nodes of a layer.
@@ -127,7 +127,7 @@ def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
 
 
 def reduced(graph: FlowGraph, top: int | None, min_mass: float | None, coverage: float | None) -> FlowGraph:
-    """Returns the graph with fewer groups, as in :meth:`FlowGraph.smaller`; unchanged without thresholds."""
+    """Applies :meth:`FlowGraph.smaller`; returns the graph unchanged if there are no thresholds."""
     return graph if top is min_mass is coverage is None else graph.smaller(top, min_mass, coverage)
 
 
@@ -146,7 +146,7 @@ def _layer(name: str, sums: Sums, queries: Sequence[QueryInfo], names: Names | N
 
 
 def _joint(upper: FlowLayer, lower: FlowLayer, joint: Array) -> Array:
-    """Extends joint relevance to ``(K_upper + 2, K_lower + 2)``; off is marginals minus sums, and the rest is empty."""
+    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)`` with an empty rest and with all other walks."""
     matrix = np.zeros((len(upper.groups) + 2, len(lower.groups) + 2))
     matrix[:-2, :-2] = joint
     matrix[:-2, -1] = np.array(upper.masses) - joint.sum(1)

@@ -1,4 +1,4 @@
-"""Evaluation of the shards of a sweep, one by one, in any order and by any process."""
+"""Evaluation of the shards of a sweep, in any order and by any process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .shard_writer import ShardInfo, write_shard
 from .sweep_layout import OnError, SettingsError, ShardError, SweepError
 
 OnProgress = Callable[[int], object]
-"""A function that is called with the number of evaluated samples."""
+"""Callback with the number of newly evaluated samples."""
 
 
 class SampleError(SweepError):
@@ -34,18 +34,18 @@ class SampleError(SweepError):
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A sweep, with all settings and data to evaluate any of its shards.
+    """The settings and data needed to evaluate any shard of a sweep.
 
     Attributes:
-        evaluation: The evaluation of a batch.
-        source: The data.
-        plan: The samples of each shard, or None for an iterable data set.
-        shard_batches: Batches per shard.
-        folder: The folder of the sweep.
+        evaluation: Evaluation of a batch.
+        source: The data source.
+        plan: Assignment of samples to shards, or None for an iterable data set.
+        shard_batches: Number of batches per shard.
+        folder: The sweep folder.
         fingerprint: Hash of the settings.
-        on_error: ``"raise"`` or ``"skip"``, for samples that fail and for damaged files.
-        seed: Seed of the random states with which samples are read.
-        damaged: Damaged files that are replaced, keyed by shard index.
+        on_error: ``"raise"`` or ``"skip"``, for failing samples and damaged files.
+        seed: Seed for the random states in which samples are read.
+        damaged: Damaged files to replace, keyed by shard index.
     """
 
     evaluation: Evaluation
@@ -60,17 +60,17 @@ class SweepJob:
 
     @property
     def value(self) -> str:
-        """The Arrow type of stored values: ``"double"`` or ``"float"``."""
+        """Arrow type of stored values: ``"double"`` or ``"float"``."""
         return "double" if self.evaluation.is_double else "float"
 
     # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
-        """Returns the shards that need not be evaluated, keyed by index, and moves damaged files aside.
+        """Returns the finished shards, keyed by index, and moves damaged files aside.
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
-            of: Shards whose every byte is verified by checksums, not only their description.
+            of: Indices of the shards to verify completely, using their checksums rather than only their footers.
 
         Raises:
             ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
@@ -109,12 +109,12 @@ class SweepJob:
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def run(self, numbers: Sequence[int], rank: int, on_progress: OnProgress) -> None:
-        """Evaluates and writes shards.
+        """Evaluates shards and writes their results.
 
         Args:
             numbers: Indices of the shards.
             rank: Rank of this process.
-            on_progress: A function that is called after each batch.
+            on_progress: Callback that receives the number of new samples after each batch.
 
         Raises:
             SampleError: If samples fail, and ``on_error`` is ``"raise"``.
@@ -128,13 +128,13 @@ class SweepJob:
             self._evaluate_shard(number, rank, of_shard, self.plan.range(number)[0], on_progress)
 
     def run_stream(self, done: dict[int, Shard], on_progress: OnProgress) -> int:
-        """Evaluates an iterable data set, and skips its finished shards.
+        """Evaluates an iterable data set, skipping finished shards.
 
         Returns:
             The number of samples.
 
         Raises:
-            SweepError: If the number of samples of a finished shard differs from the data set.
+            SweepError: If the samples of finished shards differ from those of the data set.
         """
         assert self.source.loader is not None
         batches, sample, number = iter(self.source.loader), 0, 0
@@ -215,7 +215,7 @@ class SweepJob:
             return self._without_failing(loaded, error)
 
     def _without_failing(self, loaded: LoadedBatch, error: Exception) -> tuple[BatchResults | None, list[FailedSample]]:
-        """Evaluates each sample separately to find failing samples, and then all other samples together."""
+        """Evaluates each sample separately to find the failing ones, and then the remaining samples together."""
         failed = [failure for sample in loaded.samples for failure in self._failure_of(sample)]
         indices = {failure.sample for failure in failed}
         remaining = [sample for sample in loaded.samples if sample not in indices]
@@ -240,7 +240,7 @@ class SweepJob:
 
 
 def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
-    """Returns the error that reports samples that differ from those of a stored sweep."""
+    """Creates the error for samples that differ from those of a stored sweep."""
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
         f"the data changed: sample {samples[0]}{more} differs from the one whose results are in {folder}. Choose "

@@ -1,12 +1,12 @@
-"""The files of a sweep.
+"""File layout of a sweep folder.
 
 - ``manifest.json``: the queries, the settings and the state
-- ``rows/part-RRRR-NNNNNN.parquet``: shard ``N``, written by rank ``R``: one row per sample, query and group
+- ``rows/part-RRRR-NNNNNN.parquet``: shard ``N``, written by rank ``R``, with one row per sample, query and group
 - ``maps/part-RRRR-NNNNNN.safetensors``: tensors of the same samples, if there are queries for maps
 - ``by-query/NNNN.parquet``: the rows of one query, sorted by group and decreasing value; written when the sweep is
-  complete, and not for joint matrices
-- ``rows/_part-RRRR-NNNNNN.json``, ``by-query/_sums.json``: checksums of these files; readers of Parquet ignore names
-  that start with an underscore
+  complete, except for joint matrices
+- ``rows/_part-RRRR-NNNNNN.json``, ``by-query/_sums.json``: checksums of these files; Parquet readers ignore names that
+  start with an underscore
 - ``locks/``: empty files that running processes lock
 
 A shard is identified by its number, regardless of the rank that wrote it. Files whose names start with a dot are
@@ -33,12 +33,12 @@ FORMAT = "nrm-plugin sweep 1"
 MANIFEST, ROWS, MAPS, BY_QUERY = "manifest.json", "rows", "maps", "by-query"
 LOCKS = "locks"
 SUMS = "_sums.json"
-"""File with the checksums of the index."""
+"""Name of the file with the checksums of the index."""
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
-"""Metadata key of a Parquet file under which the description of the shard is stored as JSON."""
+"""Parquet metadata key of the shard description, which is JSON."""
 SCALAR = -1
-"""``group`` of a query with one number per sample, and ``lower`` of a query without a lower layer."""
+"""Value of ``group`` for queries with one value per sample, and of ``lower`` for queries without a lower layer."""
 
 REBUILT = "The same sweep with on_error='skip' writes it again; the stored rows are kept."
 
@@ -51,11 +51,11 @@ class SweepError(NRMError, ValueError):
 
 
 class SettingsError(SweepError):
-    """Raised if the folder contains a sweep with different settings."""
+    """Raised if the folder contains a sweep with different settings or data."""
 
 
 class ShardError(SweepError):
-    """Raised if a file of a sweep is damaged or belongs to a different sweep."""
+    """Raised if a file of a sweep is damaged or is from a different sweep."""
 
 
 class ManifestError(ShardError):
@@ -63,7 +63,7 @@ class ManifestError(ShardError):
 
 
 def arrow() -> Any:
-    """Imports pyarrow with its Parquet module.
+    """Imports pyarrow and its Parquet module.
 
     Raises:
         MissingExtraError: If pyarrow is not installed.
@@ -75,12 +75,12 @@ def arrow() -> Any:
 def schema(value: str = "float") -> pa.Schema:
     """Returns the Arrow schema of the result rows.
 
-    ``sample`` is the index in the data set; ``target`` is the explained class and ``prediction`` the class with the
-    largest output, -1 if undefined; ``group`` is the channel, position or label of a layer, and ``lower`` the group in
-    the lower layer of a joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
+    ``sample`` is the index in the data set, ``target`` the explained class and ``prediction`` the predicted class, or
+    -1 if undefined. ``group`` is a channel, position, neuron or label, and ``lower`` the group in the lower layer of a
+    joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
 
     Args:
-        value: ``"float"`` or ``"double"``, the precision of stored values.
+        value: Type of stored values, ``"float"`` or ``"double"``.
     """
     pa = arrow()
     return pa.schema(
@@ -98,15 +98,15 @@ def schema(value: str = "float") -> pa.Schema:
 
 @dataclass(frozen=True)
 class QueryInfo:
-    """The entry of a query in the manifest of a sweep.
+    """Manifest entry of a query.
 
     Attributes:
-        name: Unique name in the sweep.
+        name: Name, unique in the sweep.
         kind: Name of the query's class, such as ``"Marginal"``.
         layers: Names of the layers, from the upper to the lower; empty for events.
-        groups: Numbers of groups: ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for one number, or the
-            shape of a map, or None until a shard is written.
-        spec: The query as JSON, which ``dataset.queries.from_json`` reads.
+        groups: Number of groups ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for a single value, or the
+            shape of a map; None until a shard is written.
+        spec: The query as JSON; ``dataset.queries.from_json`` restores it.
     """
 
     name: str
@@ -122,26 +122,25 @@ class QueryInfo:
 
     @property
     def has_event(self) -> bool:
-        """Whether the relevance is joint with an event or given an event."""
+        """Whether the relevance is joint with, or conditional on, an event."""
         return any(self.spec.get(key) is not None for key in ("joint", "given"))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a sweep in its folder.
+    """Description of a sweep, stored in its folder.
 
     Attributes:
-        settings: All settings that affect numbers: versions, fingerprint of the model, composite, data, queries. A
-            sweep with different settings is a different sweep.
-        fingerprint: Hash of the settings, stored in each shard.
+        settings: All settings that affect results: versions, model fingerprint, composite, data and queries.
+        fingerprint: Hash of the settings, also stored in each shard.
         queries: The queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
-        samples: Number of samples, or None for an iterable data set until it ends.
+        samples: Number of samples, or None for an iterable data set that is not finished.
         value: ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, as ``{"sample": 3, "why": "…"}``.
         bad_shards: Damaged files that were evaluated again, as ``{"file": "…", "why": "…"}``.
-        environment: Threads and device, which are not settings.
+        environment: Number of threads and device, which are not settings.
     """
 
     settings: Mapping[str, Any]
@@ -156,17 +155,18 @@ class Manifest:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest of a folder atomically."""
+        """Writes the manifest to a folder atomically."""
         entries = {"format": FORMAT, **asdict(self)}
         entries["checksum"] = json_checksum(entries)
         write_bytes(folder / MANIFEST, json.dumps(entries, indent=1, ensure_ascii=False).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Reads the manifest of a folder.
+        """Reads the manifest of a sweep folder.
 
         Raises:
-            SweepError: If the folder has no manifest, or a manifest of a different format.
+            SweepError: If the folder has no manifest, or its manifest has another format.
+            ManifestError: If the manifest is damaged or was edited.
         """
         path = path_inside(folder, MANIFEST)
         try:
@@ -194,7 +194,7 @@ class Manifest:
 
 
 def json_checksum(entries: Mapping[str, Any]) -> str:
-    """Returns a hash of a JSON object that does not depend on the key order."""
+    """Hashes a JSON object, regardless of the order of its keys."""
     normal = json.loads(json.dumps(entries))  # tuples become lists, and keys become text
     return hashlib.blake2b(json.dumps(normal, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -204,7 +204,7 @@ def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """Returns the path of a file in the folder of a sweep, which may come from an untrusted source.
+    """Returns the path of a file in a sweep folder. The folder may come from an untrusted source.
 
     Raises:
         ShardError: If the file is a link to a path outside the folder.

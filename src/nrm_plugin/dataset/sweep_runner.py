@@ -67,45 +67,46 @@ def sweep(
     engine_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Evaluates queries for every sample of a data set, and stores the results.
+    """Evaluates queries on every sample of a data set and stores the results.
 
-    Completed shards remain valid: if a sweep is killed, fails or is interrupted by Ctrl-C, the same call resumes it and
-    yields the same rows as an uninterrupted sweep. Under ``torchrun`` the shards are divided among the processes.
+    Completed shards are kept if a sweep is killed, fails or is interrupted by Ctrl-C: the same call resumes it, and
+    yields the same rows as an uninterrupted sweep. Under ``torchrun``, the shards are divided among the processes.
 
     Args:
-        model: The network, in evaluation mode and on its device.
-        data: A data set with a length, with samples numbered by index. When a sweep is resumed, samples are read again
-            and compared by hash, unless a method ``stamp(index)`` of the data set returns an unchanged value; without
-            such a method, a string attribute ``fingerprint`` is compared instead. The data set of a ``DataLoader`` is
-            read in index order, regardless of the sampler. An ``IterableDataset`` is numbered in iteration order; to
-            resume, it is read again from the beginning and must yield the same samples in the same order.
-        queries: The queries, such as ``[Marginal("features.28"), Sink("features.28")]``.
+        model: The network, in evaluation mode and on the device to use.
+        data: A data set with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
+            again and compared by hash, unless the data set has a method ``stamp(index)`` that returns the same value as
+            before. Without such a method, a string attribute ``fingerprint`` is compared instead, if there is one. The
+            data set of a ``DataLoader`` is read in index order, regardless of the sampler. An ``IterableDataset`` is
+            numbered in iteration order; to resume, it is read again from the beginning and must yield the same samples
+            in the same order.
+        queries: The queries to evaluate, such as ``[Marginal("features.28"), Sink("features.28")]``.
         out: Folder for the results, created if missing.
-        target: The explained target: ``"prediction"``, ``"label"``, the index of a class, a function that returns the
-            targets of a batch, or None for a model with a single output.
+        target: ``"prediction"``, ``"label"``, a class index, a function that returns the targets of a given batch, or
+            None for a model with a single output.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`. All masses are multiplied by the sign of the difference,
             so that positive values are evidence for the target in every sample.
-        unpack: A function from a batch to inputs and labels; by default a batch is inputs, ``(inputs, labels)``, or a
-            mapping with ``"label"`` or ``"labels"``.
-        batch_size: Number of samples per batch; by default the batch size of the loader, or 16. A sweep can be resumed
-            with a different batch size, which changes results only by rounding.
-        num_workers: Number of processes that read samples; by default as in the loader, or none.
+        unpack: Function that splits a batch into inputs and labels. By default, a batch is a tensor of inputs, a pair
+            ``(inputs, labels)``, or a mapping with ``"label"`` or ``"labels"``.
+        batch_size: Number of samples per batch. Defaults to that of the loader, or 16. A sweep can be resumed with a
+            different batch size, which changes results only by rounding errors.
+        num_workers: Number of worker processes that read samples. Defaults to that of the loader, or 0.
         shard: Number of samples per shard, rounded up to whole batches; if a process is killed, at most one shard is
             lost. A resumed sweep keeps its shard size.
         seed: Seed from which the random state of each sample is derived.
-        resume: Whether to resume a sweep in the folder; if False, an existing sweep is an error.
+        resume: Whether to resume a sweep in the folder. If False, an existing sweep raises an error.
         retry_failed: Whether to evaluate shards with failed samples again.
         on_error: ``"raise"`` to stop at the first sample that cannot be read or evaluated, or at a damaged file;
             ``"skip"`` to skip and list such samples, and to evaluate damaged files again.
-        index: Whether to also store the rows sorted by group and value when the sweep is complete, for
+        index: Whether to also store the rows sorted by group and value once the sweep is complete, for
             :meth:`Sweep.top`.
-        engine: ``"local"``, or ``"ray"`` for the machines of a Ray cluster.
-        engine_options: For Ray: ``concurrency``, and ``num_gpus`` and ``num_cpus`` of each worker.
-        progress: Whether to show a progress bar with rate, remaining time and memory.
+        engine: ``"local"``, or ``"ray"`` for a Ray cluster.
+        engine_options: Options of Ray: ``concurrency``, and ``num_gpus`` and ``num_cpus`` per worker.
+        progress: Whether to show a progress bar.
 
     Returns:
         The stored sweep, which is complete unless other processes are still running.
@@ -113,7 +114,8 @@ def sweep(
     Raises:
         SweepError: If the folder contains a sweep with different settings or samples (listed in the message), another
             process writes to the folder, or a sample or shard fails.
-        NRMError: If the measure fails for this model and composite, or a query does not fit the model.
+        NRMError: If no measure of the model can be constructed with this composite, or a query does not match the
+            model.
         MissingExtraError: If pyarrow or Ray is not installed.
     """
     arrow()
@@ -174,7 +176,11 @@ def _run(
     retry_failed: bool,
     progress: bool,
 ) -> int | None:
-    """Evaluates the missing shards of this process; returns the number of samples if no shard is missing, else None."""
+    """Evaluates the missing shards of this process.
+
+    Returns:
+        The number of samples, or None if shards of other processes are missing.
+    """
     if job.plan is None:
         manifest, done = Manifest.read(job.folder), job.done(retry_failed, of=range(sys.maxsize))
         if manifest.state == "complete" and not job.damaged and not retry_failed and not job.source.is_hashed:
@@ -216,7 +222,7 @@ def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list
 
 @contextmanager
 def _recording_interruption(folder: Path) -> Iterator[None]:
-    """Context manager that, on an error, records the interruption and the failures so far in the manifest."""
+    """Context manager that records interruptions, and the samples failed so far, in the manifest."""
     try:
         yield
     except BaseException:
@@ -227,7 +233,7 @@ def _recording_interruption(folder: Path) -> Iterator[None]:
 
 
 def summarized(folder: Path) -> Manifest:
-    """Returns the manifest with the groups, ranks, failed samples and damaged files stored in the shards."""
+    """Returns the manifest, updated with the groups, ranks, failed samples and damaged files recorded in the shards."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(
@@ -240,12 +246,12 @@ def summarized(folder: Path) -> Manifest:
 
 
 def complete(folder: Path, count: int, index: bool) -> None:
-    """Marks a sweep as complete, and writes its index of sorted rows.
+    """Marks a sweep as complete and writes its index.
 
     Args:
-        folder: The folder of the sweep.
+        folder: The sweep folder.
         count: Number of samples.
-        index: Whether to write the index.
+        index: Whether to write the index of sorted rows.
     """
     manifest = summarized(folder)
     is_indexed = is_intact(Sweep(folder, manifest))

@@ -1,4 +1,4 @@
-"""The settings of a sweep that affect its results, as comparable JSON."""
+"""Settings of a sweep that affect its results, as comparable JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""First version of the settings that identifies the model and the data."""
+"""Version of the settings since which the model and the data are identified."""
 NOT_COMPARED = ("batch_size", "shard_batches")
-"""Settings for batching, which affect results only through rounding errors."""
+"""Batching settings, which affect results only through rounding errors."""
 MAX_LISTED = 8
-"""Largest number of differences listed in a message."""
+"""Maximum number of differences listed in a message."""
 
 
 class SettingsWarning(UserWarning):
-    """Issued if a sweep from an earlier version is continued, although its settings do not identify code and data."""
+    """Issued when resuming a sweep of an earlier version, since its settings do not identify code and data."""
 
 
 def settings_of(
@@ -45,12 +45,12 @@ def settings_of(
     """Returns all settings of a sweep that affect its results.
 
     Args:
-        evaluation: The evaluation of a batch.
-        source: The data.
-        shard_batches: Batches per shard.
-        seed: Seed of the random states with which samples are read.
-        unpack: The user's function, or None.
-        device: Type of the device; by default the device of the model.
+        evaluation: Evaluation of a batch.
+        source: The data source.
+        shard_batches: Number of batches per shard.
+        seed: Seed for the random states in which samples are read.
+        unpack: The user's function for splitting batches, or None.
+        device: Device type. Defaults to that of the model.
     """
     model, composite, target = evaluation.model, evaluation.composite, evaluation.target
     against = evaluation.against
@@ -87,11 +87,12 @@ def settings_of(
 
 
 def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Compares the settings of a sweep with the settings of a call.
+    """Checks that the settings of a stored sweep match those of a call.
 
     Args:
-        folder: The folder of the sweep.
-        stored: The stored settings. Settings that an earlier version did not record are not compared, with a warning.
+        folder: The sweep folder.
+        stored: The stored settings. Settings that an earlier version did not record are not compared; in this case, a
+            warning is issued.
         settings: The settings of the call.
 
     Raises:
@@ -127,14 +128,14 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Returns whether settings identify the given model; settings from an earlier version do not identify its code."""
+    """Returns whether the stored settings identify a model; those of earlier versions do not identify its code."""
     now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
     before: dict[str, Any] = stored["model"]
     return {key: value for key, value in now.items() if key in before} == before
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Returns the settings that differ, as ``name (was old, now new)``; long values are omitted."""
+    """Lists the settings that differ, as ``name (was old, now new)``; long values are omitted."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = dict.fromkeys([*old, *new])
         parts = [differences(old.get(key), new.get(key), f"{name}.{key}" if name else key) for key in keys]

@@ -1,4 +1,4 @@
-"""The start of a sweep, in a new folder or as the continuation of a stored sweep."""
+"""Start of a sweep, in a new folder or as the resumption of a stored sweep."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from .sweep_settings import check_same
 
 
 def begin(job: SweepJob, settings: dict[str, Any], resume: bool, locks: FolderLocks) -> SweepJob:
-    """Creates the folder and its manifest, or checks that it contains the same sweep.
+    """Creates the sweep folder and its manifest, or checks that the folder contains the same sweep.
 
     Args:
-        job: The sweep.
+        job: The sweep job.
         settings: The settings of the sweep.
-        resume: Whether the folder may contain a sweep.
-        locks: The locks of the folder; the lock of this rank is kept afterwards.
+        resume: Whether the folder may already contain a sweep.
+        locks: Locks of the folder; the lock of this rank remains acquired.
 
     Returns:
-        The sweep with the stored shards.
+        The job, with the shard size and fingerprint of the stored shards.
 
     Raises:
         SweepError: If the folder contains a different sweep, is in use or cannot be written to.
@@ -79,7 +79,7 @@ def _resumed_or_new(job: SweepJob, settings: dict[str, Any], resume: bool, locks
 
 
 def _read(folder: Path) -> Manifest:
-    """Reads the manifest, and checks that its settings have the hash stored in the shards.
+    """Reads the manifest and checks its settings against their fingerprint.
 
     Raises:
         ManifestError: If the manifest is missing, damaged, or was edited.
@@ -108,7 +108,7 @@ def _first_manifest(job: SweepJob, settings: dict[str, Any]) -> Manifest:
 
 
 def _check_shards(job: SweepJob, settings: dict[str, Any]) -> None:
-    """Raises :class:`SettingsError` unless all readable shards belong to this sweep; used if the manifest is lost."""
+    """Raises :class:`SettingsError` unless all readable shards are from this sweep; used if the manifest is damaged."""
     for path in shards_in(job.folder).values():
         try:
             is_of_another = Shard.read(path).settings != job.fingerprint
@@ -122,7 +122,7 @@ def _check_shards(job: SweepJob, settings: dict[str, Any]) -> None:
 
 
 def _with_stored_shards(job: SweepJob, stored: Manifest) -> SweepJob:
-    """Returns the sweep with the shard size and fingerprint of its shards."""
+    """Returns the job with the shard size and fingerprint of the stored shards."""
     size = stored.settings["batch_size"] * stored.settings["shard_batches"]
     plan = None if job.plan is None else replace(job.plan, shard_size=size)
     batches = stored.settings["shard_batches"] if plan is None else job.shard_batches

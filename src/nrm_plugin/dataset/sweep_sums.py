@@ -1,4 +1,4 @@
-"""Sums, over the samples of a stored sweep, of the queries that flows and the search for groups need."""
+"""Sums of query results over the samples of a stored sweep, as required for flows and the search for groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class StoredQueries(Protocol):
-    """The part of a :class:`~nrm_plugin.dataset.Sweep` that sums use."""
+    """The part of the interface of :class:`~nrm_plugin.dataset.Sweep` that is needed to compute sums."""
 
     on_error: OnError
 
@@ -32,13 +32,13 @@ class StoredQueries(Protocol):
 def sums_of(
     sweep: StoredQueries, infos: Sequence[QueryInfo], target: int | None, selected: NDArray[np.int64] | None
 ) -> Sums:
-    """Returns the sums of the values of some queries over samples.
+    """Sums the values of queries over samples.
 
     Args:
-        sweep: The sweep.
-        infos: The queries.
-        target: Restricts the samples to explanations of this class.
-        selected: Restricts the sums to these samples.
+        sweep: The stored sweep.
+        infos: Manifest entries of the queries.
+        target: Explained class to which the samples are restricted, or None for all samples.
+        selected: Indices to which the samples are restricted, or None for all samples.
     """
     sums = Sums({info.name: info.groups or () for info in infos})
     for shard in sweep.shards:
@@ -51,15 +51,15 @@ def sums_of(
 
 
 def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | None = None) -> MeanJoints:
-    """Returns the mean joint relevance of consecutive layers over the samples of a sweep.
+    """Computes the mean joint relevance of consecutive layers over the samples of a sweep.
 
     Args:
         sweep: The sweep, with the queries of :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-        layers: The layers, from the output to the input.
-        target: Restricts the samples to explanations of this class.
+        layers: Names of the layers, from the output to the input.
+        target: Explained class to which the samples are restricted, or None for all samples.
 
     Raises:
-        FlowError: If a query is missing, or there is no sample.
+        FlowError: If a query is missing, or there are no samples.
     """
     queries = flow_queries_of(sweep, layers)
     sums = sums_of(sweep, [info for infos in queries.values() for info in infos], target, None)
@@ -73,7 +73,11 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
 
 
 def flow_queries_of(sweep: StoredQueries, layers: Sequence[str]) -> dict[Any, list[QueryInfo]]:
-    """Returns the queries for each layer and for each pair of consecutive layers."""
+    """Returns the queries of each layer and of each pair of consecutive layers.
+
+    Raises:
+        FlowError: If a query is missing.
+    """
     queries: dict[Any, list[QueryInfo]] = {}
     missing: list[str] = []
 
@@ -103,10 +107,10 @@ def _over(info: QueryInfo) -> tuple[Any, ...]:
 
 
 class Sums:
-    """Sums of query values over samples, accumulated shard by shard.
+    """Sums of query results over samples, accumulated shard by shard.
 
     Args:
-        groups: Shape of each query, keyed by name.
+        groups: Shape of the result of each query, keyed by name.
     """
 
     def __init__(self, groups: Mapping[str, tuple[int, ...]]) -> None:
@@ -136,5 +140,5 @@ class Sums:
         return mean
 
     def total(self, queries: Sequence[QueryInfo]) -> float:
-        """Returns the sum of the means of some queries."""
+        """Returns the sum of the mean results of queries, over all of their groups."""
         return sum(float(self.mean(info.name).sum()) for info in queries)

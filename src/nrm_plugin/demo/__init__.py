@@ -1,4 +1,4 @@
-"""A small trained network and held-out digits, included in the package; a network for photographs, fetched by name.
+"""A small trained network and held-out digits, bundled with the package, and a downloadable network for photographs.
 
 Imports: errors.
 """

@@ -1,4 +1,4 @@
-"""The demo networks and the weights and digits embedded in the package."""
+"""Demo networks, and the weights and digits bundled with the package."""
 
 from importlib.resources import files
 
@@ -11,7 +11,7 @@ DATA = "digits_test.safetensors"
 
 
 class DigitsVGG(nn.Module):
-    """A small VGG: three blocks of two 3x3 convolutions and max pooling, followed by two linear layers.
+    """Small VGG with three blocks of two 3x3 convolutions and max pooling, followed by two linear layers.
 
     Taps: ``features.0``, ``.2``, ``.5``, ``.7``, ``.10``, ``.12`` (convolutions), ``classifier.0`` and
     ``.3`` (linear).
@@ -26,16 +26,16 @@ class DigitsVGG(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        """Computes the logits ``(N, 10)`` for images ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 
 
 class DigitsCNN(nn.Module):
-    """A second architecture, for comparison: 5x5 kernels, average pooling, one linear layer, no dropout.
+    """CNN for comparison, with 5x5 kernels, average pooling, a single linear layer and no dropout.
 
-    The package does not include its weights: train them with ``python -m benchmarks.train_demo --net cnn5`` and read
-    them with ``safetensors.torch.load_model``.
+    Its weights are not bundled: train them with ``python -m benchmarks.train_demo --net cnn5`` and load them with
+    ``safetensors.torch.load_model``.
     """
 
     def __init__(self) -> None:
@@ -45,16 +45,16 @@ class DigitsCNN(nn.Module):
         self.classifier = nn.Linear(40 * 2 * 2, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        """Computes the logits ``(N, 10)`` for images ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """Converts digits to the size and range of the networks' inputs.
+    """Resizes and scales digits for use as inputs of the demo networks.
 
     Args:
-        images: Digits ``(N, 8, 8)``, grey levels 0 to 16 of any dtype.
+        images: Digits ``(N, 8, 8)`` of any dtype, with grey levels from 0 to 16.
 
     Returns:
         Images ``(N, 1, 16, 16)``, float32 in [0, 1], interpolated bilinearly.
@@ -64,8 +64,8 @@ def enlarge(images: Tensor) -> Tensor:
 
 
 def load_model() -> DigitsVGG:
-    """Returns the trained :class:`DigitsVGG` in evaluation mode. The random state is not changed."""
-    # The model is built without storage, so that no initial weights are drawn from the caller's generator.
+    """Loads the trained :class:`DigitsVGG` in evaluation mode, without changing the random state."""
+    # Building on the meta device draws no initial weights from the caller's generator.
     with torch.device("meta"):
         model = DigitsVGG()
     model.load_state_dict(_embedded(WEIGHTS), strict=True, assign=True)
@@ -73,7 +73,7 @@ def load_model() -> DigitsVGG:
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """Returns the digits that were held out from training.
+    """Loads the digits held out from training.
 
     Returns:
         Images ``(450, 1, 16, 16)``, float32 in [0, 1], and labels ``(450,)``, int64.
@@ -83,12 +83,12 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def _embedded(name: str) -> dict[str, Tensor]:
-    """Reads the tensors of a safetensors file in this package, which may be zipped."""
+    """Reads a safetensors file of the package, which may be zipped."""
     return safetensors.torch.load(files("nrm_plugin.demo").joinpath(name).read_bytes())
 
 
 def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """Returns two 3x3 convolutions with ReLU and a max pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """Returns two 3x3 convolutions with ReLU and max pooling, from ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
     return [
         nn.Conv2d(channels_in, channels_out, 3, padding=1),
         nn.ReLU(inplace=True),
@@ -99,5 +99,5 @@ def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 def _cnn_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """Returns a 5x5 convolution with ReLU and an average pooling, ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """Returns a 5x5 convolution with ReLU and average pooling, from ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
     return [nn.Conv2d(channels_in, channels_out, 5, padding=2), nn.ReLU(inplace=True), nn.AvgPool2d(2)]

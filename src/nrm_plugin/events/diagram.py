@@ -1,9 +1,9 @@
-"""Ordered decision diagrams of events over taps.
+"""Ordered decision diagrams for events.
 
-A walk crosses the taps from the output down, and each crossing decides the atoms of that tap. Each node of the diagram
-is a formula that remains to be decided. A pass propagates one relevance vector per live node at each tap; the largest
-number of these vectors is the width of the diagram. The width can be 2 even if the disjunctive normal form of the
-formula has exponential size.
+Variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all of its
+atoms. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live node at
+each tap, and the maximum number of these vectors is the width of the diagram. The width can be 2 even if the
+disjunctive normal form of the formula has exponential size.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FALSE, TRUE = 0, 1
 
 @dataclass
 class Diagram:
-    """A reduced ordered decision diagram with shared nodes and one root per event.
+    """Reduced ordered decision diagram with shared nodes and one root per event.
 
-    Variables are numbered in the order in which a walk crosses them; ``levels[v]`` is the tap of variable ``v``. Nodes
-    are numbered as well: 0 is false, and 1 is true.
+    Variables are numbered in the order in which a walk crosses them, and ``levels[v]`` is the tap of variable ``v``.
+    Nodes are numbered as well: 0 is false, and 1 is true.
     """
 
     levels: Sequence[int]
@@ -34,7 +34,12 @@ class Diagram:
         self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
 
     def build(self, event: Event, variables: Mapping[Event, int]) -> int:
-        """Returns the node of an event, given the variable of each atom."""
+        """Adds an event to the diagram and returns its node.
+
+        Args:
+            event: The event to add.
+            variables: Index of the variable that represents each atom.
+        """
         if isinstance(event, Not):
             return self._negate(self.build(event.part, variables))
         if isinstance(event, (All, Any_)):
@@ -46,17 +51,17 @@ class Diagram:
         return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
-        """Returns the index of the first tap that decides an atom of the node; terminal nodes come after all taps."""
+        """Returns the index of the first tap that affects a node; terminal nodes come after all taps."""
         variable = self._nodes[node][0]
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
     def step(self, node: int, level: int, answers: int) -> int:
-        """Returns the node that remains after a walk has crossed tap ``level``, given which of its variables are true.
+        """Returns the node reached after a walk has crossed tap ``level``.
 
         Args:
             node: The node before the crossing.
-            level: The crossed tap; atoms of higher taps that were not crossed are false.
-            answers: Bit set of the variables that are true.
+            level: Index of the crossed tap. Atoms of higher taps that were not crossed count as false.
+            answers: Bit set of the true variables.
         """
         while node > TRUE and self.level(node) <= level:
             variable, low, high = self._nodes[node]
@@ -83,7 +88,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """Returns the largest number of undecided nodes that are live at one tap, over all roots."""
+        """Returns the maximum number of undecided nodes that are live at one tap, over all roots."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

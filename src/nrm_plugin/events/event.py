@@ -1,6 +1,6 @@
-"""Events: sets of walks, defined by a formula over the neurons that a walk crosses.
+"""Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
 
-An event does not depend on a model. Its atoms refer to taps by name, which a measure looks up when it evaluates the
+Events do not depend on a model. Their atoms refer to taps by name; the names are resolved when a measure evaluates the
 event.
 """
 
@@ -20,10 +20,9 @@ SIDES: tuple[Side, ...] = ("input", "output", "sink")
 
 
 class Event:
-    """A set of walks; ``&``, ``|``, ``~`` and ``-`` combine events.
+    """A set of walks. Events are combined with ``&``, ``|``, ``~`` and ``-``.
 
-    The tests verify these laws: ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``,
-    ``a - b == a & ~b``.
+    Events satisfy the laws ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``, ``a - b == a & ~b``.
 
     Examples:
         >>> either = at("conv")[3] | at("conv")[5]
@@ -43,7 +42,7 @@ class Event:
     def __sub__(self, other: object) -> Event:
         return self & ~_checked_operand(self, other, "-")
 
-    # Called only if the left operand is not an event, to raise the same error.
+    # Called only if the left operand is not an event; raises the same error.
     def __rand__(self, other: object) -> NoReturn:
         _reject_operand(self, other, "&")
 
@@ -67,7 +66,7 @@ class Event:
         )
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
-        """Returns the atoms of the formula, from left to right, with repetitions.
+        """Yields the atoms of the formula from left to right, including duplicates.
 
         Examples:
             >>> list((at("conv")[3] & ~at("fc")).atoms())
@@ -76,7 +75,7 @@ class Event:
         raise NotImplementedError
 
     def mapped(self, replace: Callable[[Event], Event]) -> Event:
-        """Returns the formula with each atom replaced by the result of ``replace``.
+        """Returns the event with each atom of its formula replaced with ``replace(atom)``.
 
         Examples:
             >>> (at("conv")[3] & ~at("fc")).mapped(lambda atom: atom | at("skip"))
@@ -111,7 +110,7 @@ def _reject_operand(event: Event, other: object, sign: str) -> NoReturn:
 
 @dataclass(frozen=True, repr=False)
 class All(Event):
-    """The walks that belong to all parts (``&``)."""
+    """Intersection of events (``&``)."""
 
     parts: tuple[Event, ...]
 
@@ -128,7 +127,7 @@ class All(Event):
 
 @dataclass(frozen=True, repr=False)
 class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
-    """The walks that belong to at least one part (``|``)."""
+    """Union of events (``|``)."""
 
     parts: tuple[Event, ...]
 
@@ -145,7 +144,7 @@ class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
 
 @dataclass(frozen=True, repr=False)
 class Not(Event):
-    """The walks that do not belong to the part, including those that bypass its taps or are absorbed above them."""
+    """Complement of an event (``~``), including the walks that bypass its taps or are absorbed above them."""
 
     part: Event
 
@@ -164,7 +163,7 @@ class Not(Event):
 
 @dataclass(frozen=True, repr=False)
 class Absorbed(Event):
-    """The walks that end in the sink of any step, residual or constant."""
+    """The walks absorbed in any step, by the residual or by constants."""
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         yield self
@@ -186,11 +185,11 @@ def _name(layer: str | nn.Module) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Atom(Event):
-    """The walks that cross a tap in one of the indexed neurons, or in any neuron without an index.
+    """The walks that cross a tap in one of the indexed neurons, or in any of its neurons if there is no index.
 
-    Created by :func:`at`. ``side="output"`` is the tensor that the module returned. ``side="input"`` is its input, and
-    selects only the walks through this call, not those through other readers of the tensor. ``side="sink"`` selects the
-    walks absorbed in this step at the indexed neurons of its output.
+    Created by :func:`at`. ``side="output"`` refers to the tensor that the module returned. ``side="input"`` refers to
+    its input, and selects only walks through this call, not through other consumers of the tensor. ``side="sink"``
+    selects the walks absorbed in this step at the indexed output neurons.
     """
 
     layer: str | nn.Module
@@ -207,20 +206,20 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """Returns the neurons of the given channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
+        """Selects channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
     def head(self, index: Any) -> Attended:
-        """Returns the walks through one or several attention heads of this layer."""
+        """Returns the event that a walk passes through one of the given attention heads of this layer."""
         return Attended(self).head(index)
 
     def token(self, index: Any) -> Attended:
-        """Returns the walks through the attention output of this layer at the given tokens."""
+        """Returns the event that a walk crosses the attention output of this layer at one of the given tokens."""
         return Attended(self).token(index)
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """Returns the walks that pass through the attention from a query token to a key token."""
+        """Returns the event that a walk passes through the attention from a query token to a key token."""
         return Attended(self).pair(query, key)
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
@@ -239,11 +238,11 @@ class Atom(Event):
 
 @dataclass(frozen=True, repr=False)
 class Attended(Event):
-    """The walks through the attention of a layer, for selected heads, query tokens and key tokens.
+    """The walks through the attention of a layer, restricted to given heads, query tokens and key tokens.
 
     Created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer is a module that
-    computes attention exactly once, by a fused function or by products and a softmax, or the tap of this operation.
-    None stands for all heads, queries or keys.
+    computes attention exactly once, by a fused function or by matrix products and a softmax, or the tap of this
+    operation. None selects all heads, queries or keys.
     """
 
     atom: Atom
@@ -259,15 +258,15 @@ class Attended(Event):
             )
 
     def head(self, index: Any) -> Attended:
-        """Restricts the event to one or several heads: an int, a slice, a list or a boolean mask."""
+        """Restricts the event to attention heads, given as an int, slice, list or boolean mask."""
         return replace(self, heads=self._chosen("head", self.heads, index))
 
     def token(self, index: Any) -> Attended:
-        """Restricts the event to one or several query tokens."""
+        """Restricts the event to query tokens."""
         return replace(self, queries=self._chosen("token", self.queries, index))
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """Restricts the event to some query tokens and some key tokens."""
+        """Restricts the event to query tokens and key tokens."""
         return replace(self.token(query), keys=self._chosen("pair", self.keys, key))
 
     def _chosen(self, what: str, known: Index | None, value: Any) -> Index:
@@ -296,19 +295,19 @@ def at(
     call: int | Literal["any"] | None = None,
     item: int | str | None = None,
 ) -> Atom:
-    """Returns the neurons of a tap: ``at("features.28")[3]`` is the event that a walk crosses channel 3 of this layer.
+    """Returns the event that a walk crosses a tap: ``at("features.28")[3]`` selects channel 3 of this layer.
 
     Args:
-        layer: A name as in ``model.named_modules()``, ``"input"`` or ``"output"`` of the whole model, or a module. Use
-            ``".input"`` and ``".output"`` for child modules with these two names.
+        layer: A module, or its name as in ``model.named_modules()``. ``"input"`` and ``"output"`` refer to the input
+            and the output of the model; child modules with these names are ``".input"`` and ``".output"``.
         side: ``"output"``, ``"input"`` or ``"sink"``.
-        call: Index of the call if the module is called several times; ``"any"`` for at least one of the calls.
-        item: Index, key or field of the tensor if the layer returns a tuple, mapping or dataclass; ``"features.0"`` if
-            these are nested.
+        call: Index of the call if the module is called several times, or ``"any"`` for at least one of the calls.
+        item: Index, key or field of a tensor if the layer returns a tuple, mapping or dataclass, joined by dots if
+            these are nested, as in ``"features.0"``.
 
     Returns:
-        The event that a walk crosses the tap in any neuron. Index it with ints, slices, lists, tuples or a boolean mask
-        over the dimensions after the batch dimension (or over all dimensions, with one mask per sample).
+        The event that a walk crosses the tap in any neuron. It can be indexed by ints, slices, lists, tuples, or a
+        boolean mask over the dimensions after the batch dimension (or over all dimensions, for one mask per sample).
 
     Raises:
         EventError: If an argument is invalid.

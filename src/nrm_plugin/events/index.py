@@ -1,4 +1,4 @@
-"""The indices in the brackets of ``at(layer)[…]``: validation, equality and text."""
+"""Indices in ``at(layer)[…]``: validation, equality and formatting."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import EventError, brief
 
 SHOWN = 12
-"""Largest number of neurons listed in the text of an event."""
+"""Maximum number of neurons listed when an event is printed."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The index of ``at(layer)[…]``; two indices are equal if they contain the same numbers."""
+    """Index in ``at(layer)[…]``; two indices are equal if they contain the same numbers."""
 
     key: Hashable
     value: Any
@@ -32,7 +32,7 @@ class Index:
 
 
 def key_of(value: Any) -> Hashable:
-    """Returns a key that is equal for indices with the same numbers."""
+    """Returns a hashable key that is the same for all indices with the same numbers."""
     if isinstance(value, Tensor):
         return ("tensor", str(value.dtype), tuple(value.shape), value.numpy().tobytes())
     if isinstance(value, slice):
@@ -43,7 +43,11 @@ def key_of(value: Any) -> Hashable:
 
 
 def checked_index(atom: object, value: Any) -> Any:
-    """Returns an index that consists of ints, slices, ellipses, integer or boolean tensors, and tuples of these."""
+    """Converts an index to ints, slices, ellipses, integer or boolean tensors, and tuples of these.
+
+    Raises:
+        EventError: If the index is invalid.
+    """
     if isinstance(value, tuple):
         if sum(item is Ellipsis for item in value) > 1:
             raise EventError(f"{atom}[…]: an index can contain only one `...`.")
@@ -74,7 +78,7 @@ def _checked_slice(atom: object, value: slice) -> slice:
 
 
 def _checked_tensor(atom: object, value: Any) -> Tensor:
-    """Returns an index as a tensor of integers or booleans on the CPU."""
+    """Converts an index to an integer or boolean tensor on the CPU."""
     if isinstance(value, list):
         kinds = {isinstance(item, bool) for item in value}
         if len(kinds) > 1:
@@ -105,7 +109,7 @@ def _checked_tensor(atom: object, value: Any) -> Tensor:
 
 
 def shown_in_call(value: Any) -> str:
-    """Returns the text of an index as an argument, with slices written without colons."""
+    """Formats an index as a function argument, as in ``slice(1, 3)``."""
     if not isinstance(value, slice):
         return show(value)
     bounds = [value.start, value.stop] + ([] if value.step is None else [value.step])
@@ -113,7 +117,7 @@ def shown_in_call(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Returns the text of an index as written in brackets."""
+    """Formats an index as written in brackets."""
     if isinstance(value, tuple):
         return ", ".join(show(item) for item in value)
     if isinstance(value, slice):

@@ -1,4 +1,4 @@
-"""Conversion of events to and from JSON, for files that store queries. No text is evaluated as code.
+"""Conversion of events to and from JSON, for files that store queries. Strings are never evaluated as code.
 
 - ``{"at": "features.28", "index": [3, 7], "channel": true}``, with ``side``, ``call`` and ``item`` if given
 - ``{"attention": "blocks.3.attn", "heads": 2, "queries": 5, "keys": 0}``, where all but the first are optional
@@ -18,13 +18,13 @@ from .event import ABSORBED, SIDES, Absorbed, All, Any_, Atom, Attended, Event, 
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
-    """Returns an event as JSON, from which :func:`event_from_json` restores an equal event.
+    """Converts an event to JSON; :func:`event_from_json` reconstructs an equal event.
 
     Args:
-        event: The event, with layers given by name.
+        event: The event. Its layers must be given by name.
 
     Raises:
-        EventError: If a layer is given as a module, whose name depends on the model.
+        EventError: If a layer is given as a module, since its name cannot be determined without the model.
 
     Examples:
         >>> event_to_json(at("conv").channel([3, 7]) & ~at("fc"))
@@ -58,13 +58,13 @@ def event_to_json(event: Event) -> dict[str, Any]:
 
 
 def event_from_json(data: Any) -> Event:
-    """Restores an event from the JSON of :func:`event_to_json`.
+    """Reconstructs an event from the output of :func:`event_to_json`.
 
     Args:
         data: The parsed JSON.
 
     Raises:
-        EventError: If the data are not an event.
+        EventError: If the data do not represent an event.
 
     Examples:
         >>> event_from_json({"any": [{"at": "conv", "index": 3}, {"absorbed": True}]})

@@ -1,10 +1,10 @@
-"""Kernels of functions and operators (``a + b``, attention, ``F.linear``), and the canonizer that applies them.
+"""Kernels for functions and operators such as ``a + b``, ``F.linear`` and attention, and their interception.
 
 Imports: errors, model, rules, kernels.
 """
 
 from ..kernels.base import Kernel
-from . import (  # noqa: F401  (register what they hold)
+from . import (  # noqa: F401  (imported to register kernels)
     averaging,
     decompositions,
     distance_decompositions,

@@ -1,9 +1,10 @@
-r"""Attention: kernels of fused attention and softmax, and the head and token dimensions in products.
+r"""Kernels for fused attention and softmax, and the head and token dimensions of attention products.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
-By default, the weights ``A`` are constants, and all relevance is propagated to the values. ``attention="halves"``
-propagates one half to the weights, and from there to queries and keys, as in AttnLRP (arXiv 2402.05602).
+By default, the weights ``A`` are treated as constants, and all relevance is propagated to the values. With
+``attention="halves"``, half of it is propagated to the weights, and on to queries and keys, as in AttnLRP (arXiv
+2402.05602).
 
 Source: docs/attention.md.
 """
@@ -31,12 +32,12 @@ FUSED = "scaled_dot_product_attention"
 
 @kernel_of(FUSED)
 def fused_attention(call: FunctionCall) -> Kernel:
-    r"""Returns a kernel that propagates all relevance to the values, in proportion to absolute contributions.
+    r"""Returns a kernel that propagates all relevance to the values, in proportion to their absolute contributions.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
-    The function itself computes the weights, since it returns ``A`` if the values are the identity matrix. Masks,
-    causality and grouped queries are therefore treated as in torch.
+    The weights are computed by the function itself, which returns ``A`` if the values are the identity matrix. Masks,
+    causality and grouped queries are therefore handled as in torch.
     """
     slot = call.argument(2, "value")
     if call.argument(4, "dropout_p", 0.0):
@@ -72,7 +73,7 @@ def decomposed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Computes ``scaled_dot_product_attention`` by separate operations, each of which has a kernel."""
+    """Computes ``scaled_dot_product_attention`` with elementary operations, each of which has a kernel."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -93,7 +94,7 @@ def decomposed_attention(
 
 @kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
-    """Returns the kernel of softmax: the elementwise identity, or the AttnLRP rule if ``attention="halves"``."""
+    """Returns the kernel for softmax: the elementwise identity, or the AttnLRP rule for ``attention="halves"``."""
     if call.settings.attention != "halves":
         return call.identity()
     dim = call.argument(1, "dim")
@@ -103,12 +104,12 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Kernel of softmax by its first-order Taylor expansion, whose constant term is treated as a bias.
+    r"""Kernel for softmax from its first-order Taylor expansion, with the constant term as a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
     Args:
-        source: Scores ``x``; scores that a mask set to minus infinity receive no relevance.
+        source: Scores ``x``. Masked scores (minus infinity) receive no relevance.
         output: Output ``s``.
         dim: Dimension along which ``s`` sums to one.
 
@@ -128,7 +129,7 @@ class SoftmaxKernel(Kernel):
 
 
 def is_decomposed(attention: str, value: Any) -> bool:
-    """Returns whether fused attention is decomposed, because its weights receive relevance."""
+    """Returns whether fused attention is decomposed, so that its weights can receive relevance."""
     return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
 
 
@@ -137,11 +138,11 @@ def is_decomposed(attention: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """The dimensions of heads and tokens in a product of attention weights and values.
+    """Head and token dimensions of a product of attention weights and values.
 
     Attributes:
-        shared: Dimensions of the output that weights and values share, from the left, as negative indices: samples
-            first, heads last. A single dimension may be either of them.
+        shared: Output dimensions shared by weights and values, from left to right, as negative indices: samples first,
+            heads last. A single dimension may be either of them.
         queries: Dimension of the query tokens in the output.
         keys: Index of each input that receives relevance, and the dimension of its key tokens.
     """
@@ -152,7 +153,7 @@ class Layout:
 
 
 def layout(call: FunctionCall, output: Tensor) -> Layout | None:
-    """Returns the layout of fused attention or of a product with a gate, or None for any other call."""
+    """Returns the layout of fused attention or of a product with a gate, or None for other calls."""
     if call.name == FUSED:
         value = call.argument(2, "value")
         if not isinstance(value, Slot) or output.ndim < 2:
@@ -190,7 +191,10 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 
 
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
-    """Returns the subscripts of both operands and the output of an ``einsum``, without dots, or None if implicit."""
+    """Returns the subscripts of the operands and the output of an ``einsum``, or None for other forms.
+
+    Ellipses become Greek letters. Returns None for implicit outputs, and unless there are exactly two operands.
+    """
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:
         return None

@@ -1,4 +1,4 @@
-"""Kernels of averages, sums and interpolations, which use the composite's rule for average pooling.
+"""Kernels for averages, sums and interpolation, which use the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,7 +31,10 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns the kernel of the rule for average pooling; inputs such as points or boxes receive none."""
+    """Returns the kernel given by the rule for average pooling.
+
+    Other inputs, such as grid points or boxes, receive no relevance.
+    """
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
         return call.by_rule(PlainGradient())  # copies values without averaging
@@ -44,12 +47,12 @@ def pooling(call: FunctionCall) -> Kernel:
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
-    """Returns the composite's rule for average pooling, or Absolute if it has none."""
+    """Returns the composite's rule for average pooling, or :class:`~nrm_plugin.rules.Absolute` if there is none."""
     return call.settings.rules.of_module(nn.AvgPool2d(1)) or Absolute()
 
 
 def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
-    r"""Returns the kernel of bicubic interpolation :math:`A X B^\top` with absolute weights: :math:`|A| X |B|^\top`."""
+    r"""Returns the kernel for bicubic interpolation :math:`A X B^\top` with weights :math:`|A|` and :math:`|B|`."""
     value = call.values[0]
     height, width = value.shape[-2:]
 
@@ -64,5 +67,5 @@ def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:
-    """Returns whether a call is ``torch.stack([a, b]).sum(dim)``, which is a sum like ``a + b``."""
+    """Returns whether a call is ``torch.stack([a, b]).sum(dim)``, which is equivalent to ``a + b``."""
     return call.name == "sum" and "Stack" in str(getattr(call.inputs[0].producer, "name", lambda: "")())

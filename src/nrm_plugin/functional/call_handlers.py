@@ -1,6 +1,6 @@
-"""Handlers of intercepted calls. They are tried in order, and the first one that applies is used.
+"""Handlers of intercepted calls, tried in order until one applies.
 
-A handler returns the return value of the call, or ``NOT_HANDLED``.
+A handler returns the result of the call, or ``NOT_HANDLED``.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, w
 
 NOT_HANDLED: Final = object()
 OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
-"""Functions of computed values whose results depend on them by their shape, which autograd does not track."""
+"""Functions whose results have a data-dependent shape, and are not tracked by autograd."""
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
-"""Functions that read only the shape and the format of a tensor, not its values."""
+"""Functions that use only the shape and format of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
 @dataclass(frozen=True)
 class Handler:
-    """A handler of intercepted calls.
+    """Handler of intercepted calls.
 
     Attributes:
-        name: The kind of call.
-        reason: Why calls of this kind are handled separately.
-        run: A function that returns the return value of the call, or ``NOT_HANDLED``.
+        name: Type of call.
+        reason: Why such calls are handled separately.
+        run: Function that returns the result of the call, or ``NOT_HANDLED``.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Handler:
 
 
 def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    """Returns the result of the first handler that applies; the last handler always applies."""
+    """Returns the result of the first handler that applies to a call. The last handler applies to every call."""
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
@@ -228,7 +228,7 @@ HANDLERS: tuple[Handler, ...] = (
         _route_or_unknown,
     ),
 )
-"""The handlers in order of precedence."""
+"""Handlers in order of precedence."""
 
 
 __all__ = ["HANDLERS", "NOT_HANDLED", "Handler", "handle"]

@@ -1,4 +1,4 @@
-"""The canonizer that assigns kernels to functions while a model runs."""
+"""Canonizer that intercepts functions and assigns kernels to them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from .unsupported import raise_on_arrival
 
 
 class Interception(Canonizer):
-    """A canonizer that assigns the kernels of the registry to functions while a model runs.
+    """Canonizer that intercepts the function calls of a model and applies the registered kernels.
 
-    ``Normalized`` applies it automatically; a plain Zennit composite can use it as well:
+    ``Normalized`` applies it automatically. It can also be used with a plain Zennit composite, as in
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:
-        composite: The composite with the rules of functions that have an equivalent module, or None for default
+        composite: Composite with the rules for functions that have an equivalent module, or None for the default
             kernels.
-        normalization: How the residual of a function's kernel is treated.
-        sums: ``"absolute"`` (also called ``"ratio"``, after arXiv 2407.09115) or ``"signed"``.
-        uncovered: ``"gradient"`` for the plain gradient of layers without a rule.
-        fuse: A function that is called with every new step of a layer, to fuse the step with adjacent steps.
+        normalization: How the residual of a kernel is treated.
+        sums: How sums distribute relevance: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
+        uncovered: ``"gradient"`` uses the plain gradient for layers without a rule.
+        fuse: Function called with every new step of a layer; it may fuse the step with adjacent ones.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
-        audited: Whether every layer is also a step, so that relevance at any other operation raises an error.
+        audited: Whether all layers are steps as well, so that relevance that reaches any other operation raises an
+            error.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -75,18 +76,18 @@ class Interception(Canonizer):
         self._weights: list[list[nn.Parameter]] = []
 
     def copy(self) -> Interception:
-        """Returns a new canonizer with the same settings."""
+        """Returns a copy with the same settings."""
         settings = (self.composite, self.normalization, self.sums, self.uncovered, self.fuse, self.attention)
         return Interception(*settings, self.audited)
 
     def apply(self, root_module: nn.Module) -> list[Interception]:
-        """Starts to intercept the forward passes of a module."""
+        """Registers a copy of the canonizer on a module."""
         instance = self.copy()
         instance.register(root_module)
         return [instance]
 
     def register(self, root_module: nn.Module) -> None:
-        """Installs hooks that start and stop the mode (on the root) and track the running module (on all modules)."""
+        """Registers hooks that start and stop the interception, and track the module that is running."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
         start = self._start_hook(root_module)
@@ -97,7 +98,7 @@ class Interception(Canonizer):
         self._handles.append(root_module.register_forward_hook(self._stop_hook(), always_call=True))
 
     def remove(self) -> None:
-        """Removes the hooks."""
+        """Removes the hooks and stops forward passes that were interrupted."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -163,14 +164,14 @@ class Interception(Canonizer):
         return Settings(rules, self.normalization, self.sums, self.fuse, self.attention)
 
     def _notice(self, given: Iterable[Tensor]) -> None:
-        """Records where relevance may end: at inputs that require a gradient; if there are none, at any leaf."""
+        """Records where relevance may end: at inputs that require a gradient or, if there are none, at any leaf."""
         if listener() is not None:
             return
         self._first_node = next_node()
         RUNNING.made = {} if any(tensor.requires_grad for tensor in given) else None
 
     def _start(self, root_module: nn.Module, settings: Settings) -> None:
-        # Weights are constants; with requires_grad, they would be treated as tensors that carry relevance.
+        # Weights are constants; with requires_grad, they would be treated as tensors that receive relevance.
         weights = [weight for weight in root_module.parameters() if weight.requires_grad and weight.is_leaf]
         for weight in weights:
             weight.requires_grad_(False)
@@ -181,7 +182,7 @@ class Interception(Canonizer):
         mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _stop(self) -> None:
-        """Ends the innermost forward pass."""
+        """Stops the interception of the innermost forward pass."""
         if not self._modes:
             return
         mode = self._modes.pop()

@@ -1,9 +1,9 @@
-r"""Kernel of complex-valued functions between real tensors, which are linear layers with a constant matrix.
+r"""Kernel for affine functions between real tensors that have complex intermediate results, such as an FFT filter.
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
-The matrix is computed by applying the functions to unit vectors. Dimensions along which the functions act identically
-at each position, such as samples and channels, are identified first and excluded from the matrix.
+The matrix is computed by applying the function to unit vectors. Dimensions along which it acts identically at each
+position, such as samples and channels, are detected first and excluded from the matrix.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -24,17 +24,17 @@ from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 ENTRIES = 1 << 26
-"""Number of entries in the largest stored matrix."""
+"""Maximum number of entries of a matrix."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The conversion of a tensor to ``(samples, positions, features)``, and back.
+    """Conversion of a tensor to ``(samples, positions, features)`` and back.
 
     Attributes:
         shape: Shape of the tensor.
-        order: Dimensions of the tensor, sorted: samples and positions first, then all others.
-        folded: Number of dimensions that are samples or positions.
+        order: Permutation of the dimensions: samples and positions first, then all others.
+        folded: Number of sample and position dimensions.
         has_samples: Whether the first of these dimensions indexes samples.
     """
 
@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def features(self) -> int:
-        """The number of features at each position."""
+        """Number of features at each position."""
         return math.prod(self.shape[dim] for dim in self.order[self.folded :])
 
     def fold(self, tensor: Tensor) -> Tensor:
@@ -57,17 +57,17 @@ class Layout:
         return moved.reshape(len(tensor), samples, positions, self.features)
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        """Inverts :meth:`fold`."""
+        """Inverse of :meth:`fold`."""
         sizes = [self.shape[dim] for dim in self.order]
         inverse = [self.order.index(dim) + 1 for dim in range(len(self.order))]
         return tensor.reshape(len(tensor), *sizes).permute(0, *inverse)
 
 
 class FoldedKernel(Kernel):
-    """Kernel of a layer whose input concatenates the features of several tensors.
+    """Kernel for a linear layer whose input concatenates the features of several tensors.
 
     Args:
-        inner: The kernel of the layer, with one input.
+        inner: Kernel for the layer, with a single input.
         inputs: Layout of each input.
         output: Layout of the output.
     """
@@ -95,7 +95,7 @@ class FoldedKernel(Kernel):
 
 
 def complex_kernel(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a call to a function that is jointly affine in its inputs."""
+    """Returns the kernel for a call whose result is jointly affine in its inputs."""
     with torch.no_grad():
         probe = _Probe(call)
         if not probe.is_affine():
@@ -126,17 +126,17 @@ def _layout(shape: torch.Size, first: list[int], pairs: list[tuple[int, int]]) -
 
 
 def _smallest(bias: Tensor) -> Tensor | None:
-    """Returns a bias without the leading dimensions along which it is constant, or None if it is zero."""
+    """Removes leading dimensions along which a bias is constant; None if the bias is zero."""
     while bias.ndim > 1 and bool((bias == bias[:1]).all()):
         bias = bias[0]
     return bias if bool(bias.any()) else None
 
 
 class _Probe:
-    """A function of several tensors, evaluated at chosen tensors.
+    """Evaluates the function of a call at other inputs.
 
     Args:
-        call: A call of the function.
+        call: The call whose function is evaluated.
     """
 
     def __init__(self, call: FunctionCall) -> None:
@@ -147,7 +147,7 @@ class _Probe:
         self._generator = torch.Generator().manual_seed(0)
 
     def linear(self, values: list[Tensor]) -> Tensor:
-        """Evaluates the linear part of the function, without its offset."""
+        """Evaluates the function without its offset."""
         result: Tensor = self.run(*(value.contiguous() for value in values)) - self.offset
         return result
 
@@ -155,7 +155,7 @@ class _Probe:
         return torch.randn(like.shape, generator=self._generator, dtype=torch.float64).to(like)
 
     def is_affine(self) -> bool:
-        """Returns whether superposition holds at the values of the call and at random values of the same magnitude."""
+        """Tests superposition at the inputs of the call and at random inputs of the same magnitude."""
         other = [self._random(value) * value.abs().mean().clamp(min=1e-6) for value in self.values]
         for first in (list(self.values), [self._random(value) for value in other]):
             both = self.linear([one - 2 * two for one, two in zip(first, other, strict=True)])
@@ -170,7 +170,8 @@ class _Probe:
     def shared_dimensions(self) -> list[tuple[int, int]]:
         """Returns pairs of input and output dimensions along which the function acts identically at each position.
 
-        Such a function commutes with every matrix along these dimensions; two random matrices suffice for the test.
+        The function commutes with every matrix along such a pair of dimensions; this is tested with two random
+        matrices.
         """
         ranks = {value.ndim for value in self.values}
         pairs: list[tuple[int, int]] = []
@@ -194,7 +195,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix ``(out, in)`` of the features, with one unit vector per position in each call."""
+        """Computes the matrix ``(out, in)`` of the features, with one unit vector per position in each evaluation."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))
@@ -213,7 +214,7 @@ class _Probe:
 
 
 def _along(matrix: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """Applies a matrix along one dimension."""
+    """Multiplies a tensor by a matrix along dimension ``dim``."""
     return (tensor.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
 
 

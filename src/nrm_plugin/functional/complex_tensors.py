@@ -1,7 +1,7 @@
-"""Complex tensors of a forward pass, which are not taps, but expressions in the real tensors on which they depend.
+"""Complex tensors of a forward pass, represented as expressions of the real tensors on which they depend.
 
-All functions from real tensors through complex tensors to real tensors form one step. Its kernel is determined
-by evaluating the expression at other real tensors.
+Complex tensors are not taps: all functions from real through complex to real tensors form a single step. Its kernel is
+derived by evaluating the expression at other real tensors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .observed_call import ObservedCall
 
 @dataclass(frozen=True, eq=False)
 class RealSource:
-    """A real tensor on which complex tensors depend.
+    """Real tensor on which complex tensors depend.
 
     Attributes:
         tensor: The tensor, with its autograd graph.
-        saved: The values of the tensor.
+        saved: Values of the tensor.
         version: Version counter of the tensor.
     """
 
@@ -33,21 +33,21 @@ class RealSource:
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether the tensor was overwritten, so that its autograd graph belongs to later values."""
+        """Whether the tensor was modified in place, so that its autograd graph is that of later values."""
         return self.tensor._version != self.version
 
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """The result of a function, expressed as a function of real sources.
+    """Result of a function call, expressed as a function of real tensors.
 
     Attributes:
-        name: The first function that returned a complex tensor.
-        function: The function.
-        args: Arguments, with sources and expressions in place of tensors that depend on the inputs of the model.
-        kwargs: Keyword arguments, in the same form.
-        sources: The real sources of all arguments, without repetition.
-        item: Index of the tensor among several outputs, or None for a single output.
+        name: Name of the first function that returned a complex tensor.
+        function: The called function.
+        args: Arguments, with sources and expressions in place of tensors that depend on the model inputs.
+        kwargs: Keyword arguments, likewise.
+        sources: Unique real sources of all arguments.
+        item: Index of the result among several outputs, or None for a single output.
         writes: Whether the function writes to its first argument, which is then the result.
     """
 
@@ -60,7 +60,7 @@ class Expression:
     writes: bool = False
 
     def on(self, values: Sequence[Tensor]) -> Any:
-        """Evaluates the expression with other values of its sources."""
+        """Evaluates the expression at other values of its sources."""
         return self._value(dict(zip(map(id, self.sources), values, strict=True)))
 
     def _value(self, known: dict[int, Any]) -> Any:
@@ -76,17 +76,17 @@ class Expression:
 
 @dataclass
 class ComplexTensors:
-    """The expressions of the complex tensors of a forward pass."""
+    """Expressions of the complex tensors of a forward pass."""
 
     _expressions: dict[Any, Expression] = field(default_factory=dict)  # by autograd node
     _sources: dict[int, RealSource] = field(default_factory=dict)  # by identity of the tensor
 
     def are_among(self, arguments: Iterable[Any]) -> bool:
-        """Returns whether some of the arguments are complex tensors of this pass."""
+        """Returns whether any of the arguments is a complex tensor of this pass."""
         return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
 
     def expression(self, call: ObservedCall) -> Expression:
-        """Returns the expression of the result of a call; to be called before the call runs."""
+        """Returns the expression for the result of a call. Must be called before the call runs."""
         written = call.overwritten
         args = tuple(self._template(value) for value in call.args)
         if written is not None and args[0] is written:  # a constant before this call
@@ -101,7 +101,7 @@ class ComplexTensors:
         return Expression(name, call.function, args, kwargs, tuple(sources.values()), writes=writes)
 
     def remember(self, tensor: Tensor, expression: Expression) -> Tensor:
-        """Stores the expression of a complex tensor, and returns the tensor."""
+        """Stores the expression of a tensor if it is complex, and returns the tensor."""
         if tensor.is_complex() and tensor.grad_fn is not None:
             self._expressions[tensor.grad_fn] = expression
         return tensor
@@ -154,7 +154,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def map_items(output: Any, change: Callable[[Any], Any]) -> Any:
-    """Applies a function to the output of a call, or to each item of several outputs."""
+    """Applies a function to the output of a call, or to each of several outputs."""
     return type(output)([change(item) for item in output]) if isinstance(output, (list, tuple)) else change(output)
 
 

@@ -1,9 +1,9 @@
-"""The ``autograd.Function`` classes of a model, which are found in the autograd graph, since no mode observes them.
+"""Detection of the ``autograd.Function`` classes that a model uses, in the autograd graph, since no mode observes them.
 
-An elementwise function propagates relevance like an activation, through a step that is attached to its node. Two tests
-must agree: no entry of the function's Jacobian, computed by its backward at the values of the pass, connects two
-elements, and no element of its output changes when another element of the input does. The second test requires the
-arguments of the call, which are read from the frame of ``Function.apply`` while the function runs.
+An elementwise function propagates relevance like an activation, through a step attached to its autograd node. It must
+pass two tests: its Jacobian, computed by its ``backward`` at the values of the pass, is diagonal, and no output element
+changes if another input element does. The second test requires the arguments of the call, which are read from the frame
+of ``Function.apply`` while the function runs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .registry import name_of
 from .unsupported import UnknownKernel, is_elementwise
 
 PROBES = 8
-"""Number of probe vectors to which the backward of a function is applied."""
+"""Number of probe vectors passed to the ``backward`` of a function."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Packages whose functions are already steps, or whose backward must not be probed (checkpoints)."""
+"""Packages whose functions are already steps, or whose ``backward`` must not be probed (checkpoints)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,40 +40,40 @@ class CustomCall:
     """A call to ``Function.apply``.
 
     Attributes:
-        function: The class of the function.
-        args: The arguments of the call.
+        function: The function class.
+        args: Arguments of the call.
     """
 
     function: type[torch.autograd.Function]
     args: tuple[Any, ...]
 
     def run(self, source: Tensor, number: int) -> Any:
-        """Runs the function with one of its arguments replaced by a different tensor."""
+        """Runs the function with argument ``number`` replaced with ``source``."""
         args = [source if index == number else _own(value) for index, value in enumerate(self.args)]
         return self.function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _own(value: Any) -> Any:
-    """Returns a copy of a tensor, since the function may overwrite it."""
+    """Clones tensors, since the function may write to them."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @dataclass
 class CustomCalls:
-    """The calls of ``Function.apply`` in one forward pass.
+    """Calls to ``Function.apply`` in a forward pass.
 
     Attributes:
-        calls: The calls in order.
+        calls: The calls, in order.
     """
 
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the ``autograd.Function`` that calls the given torch function, if there is one.
+        """Records the ``autograd.Function`` from which a torch function is called, if any.
 
         Raises:
-            UnsupportedOperationError: If the function writes to a part of a computed tensor, so that autograd hides its
-                node.
+            UnsupportedOperationError: If the function writes to a view of a computed tensor, for which autograd has no
+                separate node.
         """
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
@@ -89,7 +89,7 @@ class CustomCalls:
             )
 
     def of(self, node: Any) -> list[CustomCall]:
-        """Returns the calls that may have created a node: calls of the same class with the same inputs."""
+        """Returns the calls that may have created a node: those with the same class and inputs."""
         below = {id(edge[0]) for edge in node.next_functions if edge[0] is not None}
         same = [call for call in self.calls if call.function is type(node)._forward_cls]
         return [call for call in same if {id(item.grad_fn) for item in _tensors(call.args)} & below]
@@ -114,11 +114,11 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
 
 
 def attach_steps(output: Any, calls: CustomCalls) -> None:
-    """Attaches a step to every custom function between the inputs of a model and its output.
+    """Attaches a step to every custom function between the inputs and the output of a model.
 
     Args:
-        output: The model's return value.
-        calls: The calls recorded in the forward pass.
+        output: Return value of the model.
+        calls: Calls recorded in the forward pass.
     """
     for node, numbers in _custom_nodes(output).items():
         with not_recorded(), torch.no_grad():
@@ -129,7 +129,7 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 
 
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
-    """Returns the nodes of custom functions below an output, with the indices of their used outputs."""
+    """Returns the nodes of custom functions below an output, with the indices of their outputs that are used."""
     nodes: dict[Any, set[int]] = {}
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(output)]
     visited: set[Any] = set()
@@ -144,7 +144,7 @@ def _custom_nodes(output: Any) -> dict[Any, set[int]]:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested lists, tuples, mappings and data classes."""
+    """Yields the tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -161,7 +161,7 @@ def _is_of_host(node: Any) -> bool:
 
 
 def _attach(node: Any, kernel: Kernel) -> None:
-    """Attaches a step to a node: when autograd runs the node, the relevance of the step replaces its gradient."""
+    """Attaches a step to a node, so that the backward pass replaces its gradient with the propagated relevance."""
     output = _like(node, 0)
     step = FunctionStep(type(node)._forward_cls.__name__, output, lambda: kernel, Normalization("sink"), "elementwise")
     step.unsupported_call = node.name() if isinstance(kernel, UnknownKernel) else None
@@ -176,7 +176,7 @@ def _attach(node: Any, kernel: Kernel) -> None:
 
 
 def _reject(node: Any) -> None:
-    """Makes the backward pass raise an error if relevance arrives at a function with several outputs."""
+    """Registers a hook that raises an error if relevance reaches a function with several outputs."""
     error = _error(node, "returns several tensors that are used, or one other than the first")
 
     def check(below: tuple[Any, ...], above: tuple[Any, ...]) -> None:
@@ -187,7 +187,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """Returns a tensor with the shape of an output of a node, without allocating memory for it."""
+    """Returns a tensor with the shape of a node's output, without allocating memory."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -221,7 +221,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Returns whether a tensor with this node may carry relevance; tensors computed before the pass do not."""
+    """Returns whether a tensor with this node may receive relevance; tensors computed before the pass may not."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -235,7 +235,7 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """Returns the reason why a function of one tensor cannot be treated as elementwise; empty if it can."""
+    """Describes why a function of one tensor is not elementwise; empty if it is."""
     try:
         slope = _slope(node, live)
     except (NotImplementedError, AssertionError) as error:  # the function has no usable backward
@@ -250,9 +250,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian from a function's backward; returns None if the Jacobian is not diagonal.
+    """Computes the diagonal of the Jacobian with a function's ``backward``, or returns None if it is not diagonal.
 
-    The probes are positive and negative powers of two, so that products with a diagonal have no rounding error.
+    The probes are signed powers of two, so that products with a diagonal matrix are free of rounding errors.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)
@@ -273,7 +273,7 @@ def _slope(node: Any, live: int) -> Tensor | None:
 
 
 def _at_edge(node: Any, products: Any, live: int) -> Tensor | None:
-    """Returns the gradient of one edge from the result of a backward; each tensor argument has an edge, in order."""
+    """Selects the gradient of input edge ``live`` from the results of ``backward``."""
     parts = products if isinstance(products, tuple) else (products,)
     needed = [part for part, is_needed in zip(parts, node.needs_input_grad, strict=False) if is_needed]
     rank = sum(edge[0] is not None for edge in node.next_functions[:live])

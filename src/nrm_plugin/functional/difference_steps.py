@@ -1,4 +1,4 @@
-"""Steps of difference measures: each function call is paired with the same call in the reference's forward pass.
+"""Steps for explaining a difference: each function call is paired with the same call at the reference.
 
 Source: docs/differences.md.
 """
@@ -15,7 +15,7 @@ from ..kernels.base import Kernel
 from ..kernels.forward_state import RUNNING
 from ..kernels.reference_pass import ReferencePass
 from ..model.zero_one_routes import operation
-from . import secant_maxima, secant_products  # noqa: F401  (register what they hold)
+from . import secant_maxima, secant_products  # noqa: F401  (imported to register kernels)
 from .differences import SECANTS, DifferenceCall, SecantFactory
 from .function_call import Slot
 from .function_kernels import BroadcastKernel
@@ -31,13 +31,13 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 def reference_pass() -> ReferencePass | None:
-    """Returns the pass of the reference if a difference is explained, or None otherwise."""
+    """Returns the forward pass at the reference, or None when not explaining a difference."""
     reference: ReferencePass | None = RUNNING.reference
     return reference
 
 
 def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
-    """Raises :class:`DifferenceError` unless the call has the same constants as the call at the reference."""
+    """Raises :class:`DifferenceError` unless the constants of a call match those at the reference."""
     constants: Any = [observed.slots, observed.keyword_slots]
     if observed.name.base == "where" and len(observed.slots) == 3:
         constants = _used_by_where(*observed.slots)
@@ -50,7 +50,7 @@ _OVERWRITERS = frozenset(["copy", "setitem", "index_put"])
 
 
 def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
-    """Returns the arguments of ``torch.where``, with zeros where constants are not selected."""
+    """Returns the arguments of ``torch.where``, with unselected entries set to zero."""
     if not (isinstance(condition, Tensor) and condition.dtype == torch.bool):  # called as a method
         condition, first = first, condition
     kept = [condition]
@@ -64,8 +64,8 @@ def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
 def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -> None:
     """Raises :class:`DifferenceError` unless a route copies the same entries as at the reference.
 
-    Constant indices are compared before the function runs; this check compares the indices that the function computes,
-    such as a sort order.
+    Constant indices are compared before the function runs. This function compares the indices that are computed by the
+    function itself, such as a sort order.
     """
     items = output if isinstance(output, (list, tuple)) else (output,)
     nodes: set[Any] = {item.grad_fn for item in items if isinstance(item, Tensor)}
@@ -83,7 +83,7 @@ _BY_VALUE = frozenset(
     "maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d fractionalmaxpool2d "
     "fractionalmaxpool3d".split()
 )
-"""Routes that depend on the values of their inputs."""
+"""Routes whose indices depend on the values of their inputs."""
 
 
 def _indices(node: Any, observed: ObservedCall) -> Tensor:
@@ -98,10 +98,10 @@ def _indices(node: Any, observed: ObservedCall) -> Tensor:
 
 
 def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, reference: ReferencePass) -> Any:
-    """Runs a function as a step with the kernel of its differences.
+    """Runs a function as a step with its kernel on differences.
 
     Returns:
-        The return value of the function, or ``NO_KERNEL``.
+        The result of the function, or ``NO_KERNEL``.
     """
     factory = _factory_of(observed)
     if factory is None:
@@ -126,7 +126,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
-    """Returns the kernel of a function on differences, or the registered kernel of a custom operation."""
+    """Returns the factory for a function's kernel on differences; the user's own kernels take precedence."""
     try:
         own = KERNELS_BY_FUNCTION.get(observed.function)
     except TypeError:  # not hashable

@@ -1,10 +1,11 @@
-r"""Function calls at an input and a reference, and the registry of their kernels.
+r"""Function calls at an input and a reference, and the registry of kernels on differences.
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
-Relevance is the multiplier times the difference. Where a difference is zero, relevance is zero, but only because
-the masses of the walks through the neuron cancel. Every kernel therefore replaces a zero difference by the same tiny
-number: the relevance is then smaller than any rounding error, and the next kernel divides it by this number.
+Relevance is the multiplier times the difference. Where the difference is zero, the masses of the walks through the
+neuron cancel, but the multiplier is still needed. Every kernel therefore replaces zero differences with the same tiny
+number: the relevance is then smaller than any rounding error, and the next kernel recovers the multiplier by dividing
+by this number.
 
 Source: docs/differences.md.
 """
@@ -27,14 +28,15 @@ from .function_call import FunctionCall
 
 @dataclass(frozen=True)
 class DifferenceCall:
-    """A call of a function at an input and at a reference.
+    """A function call at an input and at a reference.
 
     Attributes:
         call: The call at the input.
-        output: Its output.
-        references: The inputs and the output of the same call at the reference.
+        output: Output of the call.
+        references: Inputs and output of the same call at the reference.
         passes: The forward pass at the reference.
-        has_rules: Whether layers have rules on differences, which may leave relevance where the difference is zero.
+        has_rules: Whether rules of layers are applied to differences. Such rules may assign relevance to zero
+            differences.
     """
 
     call: FunctionCall
@@ -45,34 +47,34 @@ class DifferenceCall:
 
     @property
     def is_tangent(self) -> bool:
-        """Whether slopes are derivatives at the input instead of secants."""
+        """Whether slopes are derivatives at the input (tangents) instead of secants."""
         return self.passes.is_tangent
 
     @property
     def is_exact(self) -> bool:
-        """Whether every column of a secant sums to one, so that no column sum is needed."""
+        """Whether the columns of all secants sum to one, so that column sums need not be computed."""
         return not self.is_tangent and not self.has_rules
 
     @property
     def values(self) -> list[Tensor]:
-        """The inputs."""
+        """The inputs, in the working precision."""
         return [_working(value) for value in self.call.values]
 
     @property
     def reference_values(self) -> list[Tensor]:
-        """The inputs at the reference."""
+        """The inputs at the reference, or at the input itself for tangents."""
         values = [_working(saved.tensor) for saved in self.references[:-1]]
         return self.values if self.is_tangent else values
 
     @property
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """The output at the input and at the reference."""
+        """The outputs at the input and at the reference."""
         both = _working(self.output.tensor), _working(self.references[-1].tensor)
         return (both[0], both[0]) if self.is_tangent else both
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """The shape of each input."""
+        """Shape of each input."""
         return self.call.shapes
 
     @property
@@ -82,33 +84,34 @@ class DifferenceCall:
 
     @property
     def before(self) -> list[Tensor]:
-        """The difference ``δ`` of each input, as a tensor."""
+        """Difference ``δ`` of each input, as a tensor."""
         return [difference.delta for difference in self.differences]
 
     @property
     def after(self) -> Tensor:
-        """The difference ``δ`` of the output, as a tensor."""
+        """Difference ``δ`` of the output, as a tensor."""
         return self.difference.delta
 
     @cached_property
     def divisor(self) -> Tensor:
-        """The number by which relevance of the output is divided to obtain its multiplier.
+        """Divisor that converts relevance of the output to its multiplier.
 
-        Without rules, this is ``δ``. A rule may leave relevance where the difference is zero, for example if it adds a
-        floor to the inputs of a layer; such relevance has no multiplier. It is divided by infinity, and is absorbed.
+        Without rules, this is ``δ``. With rules, relevance may be nonzero where the difference is zero, for example if
+        a rule adds a floor to the inputs of a layer. Such relevance has no multiplier; it is divided by infinity, and
+        is thus absorbed.
         """
         is_zero = self.difference.is_zero
         return self.after if is_zero is None or not self.has_rules else self.after.masked_fill(is_zero, torch.inf)
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """The difference of each input."""
+        """Difference of each input."""
         pairs = zip(self.call.values, self.references[:-1], strict=True)
         return [self.passes.difference(value, saved.tensor) for value, saved in pairs]
 
     @cached_property
     def difference(self) -> Difference:
-        """The difference of the output."""
+        """Difference of the output."""
         return self.passes.difference(self.output.tensor, self.references[-1].tensor)
 
 
@@ -121,7 +124,7 @@ SECANTS: dict[str, SecantFactory] = {}
 
 
 def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
-    """Registers the kernel that functions of the given names have on differences."""
+    """Registers the kernel on differences for the functions with the given names."""
 
     def decorate(factory: SecantFactory) -> SecantFactory:
         assert not SECANTS.keys() & set(names), "the module that is imported later would win"

@@ -1,4 +1,4 @@
-"""A uniform representation of calls of ``torch.einsum``: one subscript per operand, with one letter per dimension."""
+"""Normal form of ``torch.einsum`` calls: one subscript per operand, with one letter per dimension."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Einsum:
-    """The arguments of one call of ``torch.einsum``.
+    """Arguments of a ``torch.einsum`` call.
 
     Attributes:
-        subscripts: Subscript of each operand, without an ellipsis.
+        subscripts: Subscript of each operand, without ellipsis.
         output: Subscript of the output.
         operands: The operands.
     """
@@ -24,16 +24,16 @@ class Einsum:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Returns the call as arguments of ``torch.einsum``."""
+        """The arguments in the form of an equation followed by operands."""
         return (f"{','.join(self.subscripts)}->{self.output}", *self.operands)
 
 
 def read_einsum(args: Sequence[Any], rank: Callable[[Any], int]) -> Einsum:
-    """Reads the arguments of a call: an equation and operands, or operands and lists of numbers.
+    """Parses arguments in either form: an equation and operands, or alternating operands and lists of integers.
 
     Args:
-        args: The arguments of the call.
-        rank: A function that returns the number of dimensions of an operand.
+        args: Arguments of the call.
+        rank: Function that returns the number of dimensions of an operand.
     """
     if isinstance(args[0], str):
         equation, operands = args[0], args[1:]

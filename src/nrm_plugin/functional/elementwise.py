@@ -1,4 +1,4 @@
-"""Kernels of elementwise operations: activations, normalization layers and arithmetic.
+"""Kernels for elementwise operations: activations, normalization layers and arithmetic.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -19,7 +19,7 @@ from .function_kernels import HalvesKernel, SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
-"""Replaces the denominator of a signed share if it is exactly zero."""
+"""Replaces the denominator of signed shares where it is exactly zero."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "threshold": lambda: nn.Threshold(0.0, 0.0),
     "batch_norm": lambda: nn.BatchNorm2d(1),
 }
-"""Functions with an equivalent module, whose rule they use."""
+"""Functions with an equivalent module, whose rule applies to them."""
 
 ELEMENTWISE = (
     "log_softmax softmin dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d "
@@ -61,20 +61,20 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Returns the kernel given by the rule of the equivalent module, or the identity if there is no rule."""
+    """Returns the kernel given by the rule for the equivalent module, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
 
 @kernel_of(*ELEMENTWISE, "div")
 def elementwise(call: FunctionCall) -> Kernel:
-    """Returns a kernel that passes all relevance to the same element of the first input; any other input is a gate."""
+    """Returns a kernel that passes all relevance to the same element of the first input."""
     return call.identity()
 
 
 @kernel_of("add", "sub", "rsub")
 def addition(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of sums, which splits relevance in proportion to absolute values; a constant is a bias.
+    r"""Returns the kernel for a sum, which splits relevance in proportion to absolute values; constants are biases.
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
     """
@@ -100,7 +100,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns the magnitude of a summand; for a sum that is used only here, the total magnitude of its summands.
+    """Returns the magnitude of a summand, or the total magnitude of its summands if it is a sum used only once.
 
     Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
     """
@@ -114,7 +114,11 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: all to the signal; without a known gate, to the larger tensor or in halves."""
+    """Returns the kernel for a product, which passes all relevance to the signal.
+
+    If none or both of the factors are gates, relevance is passed to the larger tensor, or split equally if both have
+    the same size.
+    """
     if len(call.inputs) == 1:
         return call.identity()
     if call.gates[0] != call.gates[1]:
@@ -125,7 +129,7 @@ def product(call: FunctionCall) -> Kernel:
 
 @kernel_of("maximum", "minimum")
 def extremum(call: FunctionCall) -> Kernel:
-    """Returns a kernel that passes all relevance to the larger (smaller) input, or half to each if they are equal."""
+    """Returns a kernel that passes relevance to the larger (or smaller) input, and half to each if they are equal."""
     if len(call.inputs) == 1:
         return call.identity()
     first, second = call.values
@@ -136,7 +140,7 @@ def extremum(call: FunctionCall) -> Kernel:
 
 @kernel_of("hypot")
 def hypotenuse(call: FunctionCall) -> Kernel:
-    r"""Returns a kernel that splits relevance by the squared legs of a triangle, :math:`T_a = a^2 / (a^2 + b^2)`."""
+    """Returns a kernel that splits relevance in proportion to squares, :math:`T_a = a^2 / (a^2 + b^2)`."""
     if len(call.inputs) == 1:
         return call.identity()
     squares = [value.square() for value in call.values]

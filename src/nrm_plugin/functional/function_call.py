@@ -1,4 +1,4 @@
-"""Function calls on tensors that carry relevance, and the methods that return their kernels."""
+"""Function calls with inputs that receive relevance, and the construction of their kernels."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from .rule_lookup import NoRules, RuleLookup
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of function steps, for all forward passes of a model.
+    """Settings of function steps, shared by all forward passes of a model.
 
     Attributes:
-        rules: The lookup of the composite's rule of a module or weight.
+        rules: Lookup of the composite's rule for a module or weight.
         normalization: How the residual of a kernel is treated.
-        sums: Distribution of relevance in sums: ``"absolute"`` or ``"signed"``.
-        fuse: A function that is called with every new step of a layer, to fuse the step with adjacent steps.
-        attention: What attention weights receive in a product: ``"value"`` for no relevance, or ``"halves"``.
+        sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
+        fuse: Function called with every new step of a layer; it may fuse the step with adjacent ones.
+        attention: ``"value"`` if attention weights receive no relevance, ``"halves"`` if they receive half of the
+            relevance.
     """
 
     rules: RuleLookup = field(default_factory=NoRules)
@@ -42,13 +43,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Slot:
-    """A placeholder for an argument that carries relevance, with its index among these arguments."""
+    """Placeholder for an argument that receives relevance, with its index among these arguments."""
 
     number: int
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces the slots in arguments with tensors."""
+    """Replaces the slots in (possibly nested) arguments with tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -58,12 +59,12 @@ def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class CallInput:
-    """A tensor among the arguments of a call that carries relevance.
+    """Argument of a call that receives relevance.
 
     Attributes:
-        saved: The tensor.
+        saved: The tensor, saved for the backward pass.
         is_gate: Whether the tensor is a gate, which weights a signal and receives no relevance in a product.
-        producer: The autograd node that computed it.
+        producer: Autograd node that computed the tensor.
     """
 
     saved: Saved
@@ -73,16 +74,16 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A function call; its *inputs* are the tensors among the arguments that carry relevance.
+    """A function call. Its *inputs* are the tensors among its arguments that receive relevance.
 
     Attributes:
-        name: Name common to all variants of the function, such as ``"add"``.
-        function: The function.
+        name: Name shared by all variants of the function, such as ``"add"``.
+        function: The called function.
         path: Path of the module that called the function.
-        args: Positional arguments, with a slot in place of each input.
-        kwargs: Keyword arguments, with a slot in place of each input.
+        args: Positional arguments, with slots in place of inputs.
+        kwargs: Keyword arguments, with slots in place of inputs.
         inputs: The inputs, in order.
-        settings: The settings of all steps of functions.
+        settings: Settings of all function steps.
     """
 
     name: str
@@ -95,12 +96,12 @@ class FunctionCall:
 
     @property
     def values(self) -> list[Tensor]:
-        """The detached values of the inputs at the time of the call, ``(N, …)`` each."""
+        """Detached values of the inputs at the time of the call, ``(N, …)`` each."""
         return [item.saved.tensor for item in self.inputs]
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """The shape of each input."""
+        """Shape of each input."""
         return [value.shape for value in self.values]
 
     @property
@@ -114,13 +115,13 @@ class FunctionCall:
         return self.function(*(fill(value, values) for value in self.args), **keywords)
 
     def argument(self, position: int, keyword: str, default: Any = None) -> Any:
-        """Returns an argument by position or keyword; a slot if the argument is an input."""
+        """Returns an argument by position or keyword; inputs are returned as slots."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(keyword, default)
 
     # -- kernels for most functions ----------------------------------------------------------------------------------
 
     def identity(self, to: int = 0) -> Kernel:
-        """Returns a kernel that passes relevance elementwise to one input; the other inputs receive none.
+        """Returns a kernel that passes relevance elementwise to one input. The other inputs receive none.
 
         Args:
             to: Index of the input. If it was broadcast, relevance is summed over the broadcast dimensions.
@@ -128,11 +129,11 @@ class FunctionCall:
         return BroadcastKernel(self.shapes, to)
 
     def split(self, shares: Sequence[Tensor | float]) -> Kernel:
-        r"""Returns a kernel that splits relevance among the inputs, elementwise, :math:`R_k = q_k R`.
+        r"""Returns a kernel that splits relevance elementwise among the inputs, :math:`R_k = q_k R`.
 
         Args:
-            shares: ``q_k`` for each input: numbers, or tensors that broadcast to the output. One minus their sum is the
-                residual, which the composite redistributes or absorbs.
+            shares: ``q_k`` for each input, numbers or tensors that broadcast to the output. The residual, one minus
+                their sum, is redistributed or absorbed, depending on the composite.
 
         Raises:
             ValueError: If the number of shares differs from the number of inputs.
@@ -151,7 +152,7 @@ class FunctionCall:
     def route(self) -> Kernel:
         """Returns a kernel that passes relevance to the entries that were copied, as for gathers and permutations.
 
-        Outputs that are not copied from an input have a residual.
+        Output entries that are not copied from an input leave a residual.
         """
         with torch.enable_grad():
             leaves = [value.detach().requires_grad_() for value in self.values]
@@ -165,12 +166,14 @@ class FunctionCall:
         return RouteKernel(gradient)
 
     def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
-        """Returns the kernel of a Zennit rule for a function linear in one input, treated as a layer without weights.
+        """Returns the kernel that results from applying a Zennit rule to a function that is linear in one input.
+
+        The function is treated like a layer without weights.
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
             to: Index of the input that receives relevance; the other inputs are constants.
-            run: A function of this input to which the rule is applied in place of the called function.
+            run: Function of this input to which the rule is applied, by default the called function.
         """
         values = self.values
 

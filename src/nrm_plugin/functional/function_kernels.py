@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, some of which may receive no relevance."""
+"""Kernels for functions with several inputs, some of which may receive no relevance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALLEST = 1e-30
 
 
 class BroadcastKernel(Kernel):
-    """A kernel that passes all relevance to one input, summed over the dimensions in which that input was broadcast.
+    """Kernel that passes all relevance to one input, summed over the dimensions along which that input was broadcast.
 
     Args:
         shapes: Shape of each input.
@@ -35,13 +35,13 @@ class BroadcastKernel(Kernel):
 
 
 class SplitKernel(Kernel):
-    r"""A kernel that splits relevance among the inputs, elementwise, :math:`T_k = q_k / \sum_k q_k`.
+    r"""Kernel that splits relevance elementwise among the inputs, :math:`R_k = q_k R`.
 
     Args:
-        shares: Shares of each input, which broadcast to the shape of the output.
+        shares: Share ``q_k`` of each input, which broadcasts to the shape of the output.
         shapes: Shape of each input.
-        magnitude: Total magnitude of the summands, for a sum that contains this sum.
-        is_stochastic: Whether the shares sum to one exactly.
+        magnitude: Total magnitude of the summands, for sums that contain this sum.
+        is_stochastic: Whether the shares sum to one.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SplitKernel(Kernel):
 
 
 class HalvesKernel(Kernel):
-    r"""Kernel of a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
+    r"""Kernel for a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
 
     Args:
         sizes: Function that returns the magnitude of each summand.
@@ -80,7 +80,7 @@ class HalvesKernel(Kernel):
 
     @functools.cached_property
     def magnitude(self) -> Tensor:
-        """Total magnitude of the summands, for a sum that contains this sum."""
+        """Total magnitude of the summands, for sums that contain this sum."""
         first, second = self._sizes()
         return first + second
 
@@ -92,10 +92,10 @@ class HalvesKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """A kernel that passes all relevance to one input of a call by another kernel; the other inputs receive none.
+    """Wraps the kernel for one input of a call; the other inputs receive no relevance.
 
     Args:
-        inner: The kernel of that input.
+        inner: Kernel for that input.
         number: Index of that input.
         shapes: Shape of each input.
     """
@@ -118,10 +118,10 @@ class SingleInputKernel(Kernel):
 
 
 class EqualPartsKernel(Kernel):
-    """A kernel that splits relevance equally among some factors of a product; the other factors receive none.
+    """Kernel that splits relevance equally among some factors of a product. The other factors receive none.
 
     Args:
-        kernels: Kernels by index of the factor.
+        kernels: Kernels keyed by the index of the factor.
         shapes: Shape of each factor.
     """
 
@@ -143,10 +143,10 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """A kernel that passes the relevance of each output to the copied entries, split among ties as in autograd.
+    """Kernel that passes relevance to the entries that were copied, split among ties as in autograd.
 
     Args:
-        function: The gradient of the operation, ``(N, *out)`` to ``(N, *in)`` for each input.
+        function: Gradient of the operation, which maps ``(N, *out)`` to ``(N, *in)`` for each input.
         is_stochastic: Whether every output is copied from an input, without constants.
     """
 
@@ -159,7 +159,7 @@ class RouteKernel(VjpKernel):
 
 
 def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Returns the relevance ``(K, *in)`` of every input, with zeros for the inputs that ``parts`` lacks."""
+    """Returns the relevance ``(K, *in)`` of each input, with zeros for inputs missing from ``parts``."""
     return tuple(
         parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
         for number, shape in enumerate(shapes)
@@ -167,13 +167,13 @@ def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[tor
 
 
 def sum_to_shape(relevance: Tensor, shape: torch.Size) -> Tensor:
-    """Sums ``(K, *out)`` over the dimensions in which an input of the given shape was broadcast."""
+    """Sums ``(K, *out)`` over the dimensions in which an input of shape ``shape`` was broadcast."""
     lead = relevance.ndim - 1 - len(shape)
     return relevance.sum_to_size((len(relevance), *(1,) * lead, *shape)).reshape(len(relevance), *shape)
 
 
 def total_of(parts: Sequence[Tensor]) -> Tensor:
-    """Returns the sum of tensors."""
+    """Returns the sum of a sequence of tensors."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part

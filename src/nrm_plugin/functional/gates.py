@@ -21,10 +21,10 @@ PRESERVING = frozenset(
 
 
 class Gates:
-    """The gates of one forward pass.
+    """The gates of a forward pass.
 
-    The outputs of softmax, sigmoid, hardsigmoid and exp are gates. Reshaped gates, gates after dropout, products of
-    gates, ``1 - gate`` and ``gate / anything`` are gates as well.
+    Outputs of softmax, sigmoid, hardsigmoid and exp are gates. Reshaped gates, gates after dropout, products of gates,
+    ``1 - gate`` and ``gate / anything`` count as gates as well.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Gates:
             self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Returns whether a tensor is a gate, or is routed from a single gate."""
+        """Returns whether a tensor is a gate, or is routed from a gate."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
             step = step_of(node)
@@ -56,13 +56,13 @@ class Gates:
             self._tag_all(output)
 
     def tag_result(self, name: str, inputs: Sequence[Tensor], output: object, with_constants: bool) -> None:
-        """Marks the output of a function as a gate if the function returns a gate for these arguments.
+        """Marks the output of a function as a gate, depending on the function and its arguments.
 
         Args:
             name: Name of the function.
-            inputs: The arguments that carry relevance.
-            output: The return value of the function.
-            with_constants: Whether there are other tensors or numbers among the arguments.
+            inputs: Arguments that receive relevance.
+            output: Return value of the function.
+            with_constants: Whether the arguments include other tensors or numbers.
         """
         flags = [self.holds(tensor) for tensor in inputs]
         is_shifted = name in ("add", "sub") and with_constants

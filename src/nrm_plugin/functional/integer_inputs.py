@@ -1,7 +1,7 @@
-"""Integer inputs (ids), which are tracked by object identity until the model uses them for lookups.
+"""Integer inputs (ids), tracked by object identity until the model uses them as indices.
 
-Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input.
-Rows selected by other integers, such as positions, are constants, even if the integers are equal to ids.
+Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input. Rows
+selected by other integers, such as positions, are constants, even if they have the same values as ids.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
-    """The kind of a tensor without relevance. If arguments differ in kind, the largest one applies to the result."""
+    """Kind of a tensor without relevance. A result has the maximum kind of the arguments."""
 
     STRUCTURE = 1
     """Comparisons, positions and counts of ids, such as masks and degrees, which are constants."""
     IDS = 2
-    """Ids, or numbers computed from each id: shifted, hashed, or combined with other numbers."""
+    """Ids, or numbers computed from each id, for example by a shift or hash."""
     ONE_HOT = 3
-    """Integers that select rows in a product. Walks end at their floating-point form."""
+    """One-hot encodings of ids, which select rows in a product. Walks end at their floating-point form."""
 
 
 LOOKUPS = frozenset("embedding embedding_bag getitem index index_select gather take take_along_dim".split())
@@ -43,7 +43,7 @@ _JOINING = frozenset(
     "bincount histc count_nonzero nonzero argmax argmin argsort sort topk kthvalue cumsum cumprod cummax cummin diff "
     "quantile scatter_add index_add scatter_reduce".split()
 )
-"""Functions that may combine ids of several samples."""
+"""Functions that may combine ids of different samples."""
 _PLACE_OF_DIM = {"topk": 2, "kthvalue": 2, "quantile": 2, "norm": 2}
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
 """Functions that use only the shape or type of their other arguments."""
@@ -52,11 +52,11 @@ _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg 
 
 
 class Ids:
-    """The ids of one forward pass.
+    """The ids of a forward pass.
 
     Args:
-        given: The integer inputs, as the same objects that are passed to the model.
-        inputs: The leaves of the floating-point inputs, which the model may convert to ids.
+        given: Integer inputs, as the same objects that are passed to the model.
+        inputs: Leaves of the floating-point inputs, which the model may convert to ids.
     """
 
     def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
@@ -74,19 +74,20 @@ class Ids:
         return bool(self._marked)
 
     def kind(self, tensor: Tensor) -> Kind | None:
-        """Returns the kind of a tensor, or None if it does not depend on ids, or carries relevance."""
+        """Returns the kind of a tensor, or None if it does not depend on ids or receives relevance."""
         known = self._marked.get(id(tensor))
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Tracks ids through a call, and returns its result.
+        """Tracks ids through a call and returns its result.
 
-        Rows looked up by ids are replaced by a tensor at which walks end.
+        Rows looked up by ids are replaced with tensors at which walks end.
 
         Args:
-            call: The call of the function.
-            result: The result of the call.
-            looked_up: Maps the looked-up rows to that tensor; None where walks cannot end, such as inside a step.
+            call: The function call.
+            result: Result of the call.
+            looked_up: Function that converts rows to such a tensor, or None where walks cannot end, such as inside a
+                step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)
@@ -114,7 +115,7 @@ class Ids:
         return self._followed(call, kind, result, looked_up)
 
     def _may_join(self, call: ObservedCall, result: Any) -> bool:
-        """Returns whether a function of ids returns Python objects, or may combine values of several samples."""
+        """Returns whether a function of ids returns Python objects, or may combine values of different samples."""
         if call.leaves(result):
             return True
         if call.name.base not in _JOINING:
@@ -157,7 +158,7 @@ class Ids:
         return name in _ELEMENTS or tables[0].ndim - _selected_dims(call) <= 1
 
     def _is_one_hot(self, call: ObservedCall) -> bool:
-        """Returns whether a function writes a number at positions given by ids, not along samples or graph nodes."""
+        """Returns whether a function writes at positions given by ids, except along samples or graph nodes."""
         index = call.argument(2, "index") if call.name.base == "scatter" else call.argument(0, "input")
         if call.name.base not in ("one_hot", "scatter") or not isinstance(index, Tensor):
             return False
@@ -165,7 +166,7 @@ class Ids:
         return self.kind(index) is Kind.IDS and (along is None or along % index.ndim > 0)
 
     def _is_converted(self, call: ObservedCall, result: Any) -> bool:
-        """Returns whether a function converts entries of the inputs to integers, possibly after a shift or rounding."""
+        """Returns whether a function converts input entries to integers, possibly after a shift or rounding."""
         if not isinstance(result, Tensor) or result.is_floating_point() or result.is_complex():
             return False
         return _is_elementwise_of(call.inputs[0], self._inputs)
@@ -195,7 +196,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """Returns the number of dimensions of a table to which an index applies."""
+    """Returns the number of dimensions of a table that are indexed."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None
@@ -205,7 +206,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Returns whether a tensor is computed only from the given leaves, by routes and elementwise functions."""
+    """Returns whether a tensor is computed from the given leaves only, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

@@ -1,4 +1,4 @@
-"""One forward pass under interception, in which calls of functions become steps of the measure."""
+"""Forward pass under interception, in which function calls become steps of the measure."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, unco
 from .weighted_functions import channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
-"""Routes without a tap."""
+"""Routes that are not recorded as taps."""
 
 
 class InterceptedPass:
-    """The state of one forward pass of a model under interception.
+    """State of a forward pass under interception.
 
     Args:
-        settings: The settings of all steps of functions.
-        intercepting: A function that returns a context in which function calls of this package are intercepted.
+        settings: Settings of all function steps.
+        intercepting: Context in which function calls of this package are intercepted.
 
     Attributes:
-        gates: The tensors that are gates.
-        complex_tensors: Complex tensors as expressions in real tensors.
-        custom_calls: The calls of ``autograd.Function`` classes.
+        gates: The gates found in this pass.
+        complex_tensors: Complex tensors, as expressions of real tensors.
+        custom_calls: Calls to ``autograd.Function`` classes.
         module_paths: Paths of the running modules, outermost first.
         packs: Orders of the packed sequences passed to modules.
-        decomposing: The functions that are currently replaced by their Python bodies.
+        decomposing: Functions that are currently replaced with their Python bodies.
     """
 
     def __init__(self, settings: Settings, intercepting: AbstractContextManager[Any]) -> None:
@@ -87,7 +87,7 @@ class InterceptedPass:
 
     @property
     def path(self) -> str:
-        """The path of the running module."""
+        """Path of the running module."""
         return self.module_paths[-1] if self.module_paths else ""
 
     # -- functions with a kernel ------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class InterceptedPass:
             return self._linked_step(call, output.detach(), observed, factory)
 
     def _linked_step(self, call: FunctionCall, output: Tensor, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Returns the output of a call that has been run as the output of its step."""
+        """Records the output of a call as a step and returns the output of the step."""
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # an operation may return its input, a step may not
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
@@ -117,7 +117,7 @@ class InterceptedPass:
         return written(observed, linked)
 
     def function_call(self, observed: ObservedCall) -> FunctionCall:
-        """Returns an observed call with its inputs saved."""
+        """Converts an observed call to a :class:`FunctionCall` with saved inputs."""
         function, keyword_slots = observed.out_of_place()
         name = observed.name.base
         knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # events may refer to their heads
@@ -129,7 +129,7 @@ class InterceptedPass:
         return FunctionCall(name, function, self.path, slots, keywords, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
-        """Raises an error unless the composite has a rule for a layer that is called as a function."""
+        """Raises :class:`UncoveredLayerError` if the composite has no rule for a layer called as a function."""
         if observed.name.base not in LAYERS:
             return
         weight = observed.argument(1, "weight")
@@ -149,7 +149,7 @@ class InterceptedPass:
         layer: LayerCall | None = None,
         rows: bool = False,
     ) -> Tensor:
-        """Makes the output of a call the output of a step, and notifies the listener."""
+        """Creates the step for a call, links it to the output, and notifies the listener."""
         path, number = self._numbered(call.name)
         normalization = self.settings.normalization
         step: Step
@@ -181,7 +181,7 @@ class InterceptedPass:
         factory: SecantFactory,
         inputs: Sequence[Tensor],
     ) -> Tensor:
-        """Makes the output of a call the output of a step that propagates the difference from a reference."""
+        """Creates and links the step for a call that propagates the difference from a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
         has_rules = has_any_rule(self.settings.rules)
         both = DifferenceCall(call, Saved(output), others, reference, has_rules)
@@ -189,7 +189,7 @@ class InterceptedPass:
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Returns the path of a function within the running module and the index of this call to it."""
+        """Returns the path of a function in the running module, and the index of the call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -215,9 +215,9 @@ class InterceptedPass:
         return map_items(output, lambda item: self._unknown_step(call, item, observed.inputs))
 
     def complex_step(self, observed: ObservedCall) -> Any:
-        """Runs a function that has complex arguments or results.
+        """Runs a function with complex arguments or results.
 
-        If its output is real, it is recorded as a step whose inputs are the real tensors behind the complex arguments.
+        A real output is recorded as a step. Its inputs are the real tensors on which the complex arguments depend.
         """
         expression = self.complex_tensors.expression(observed)
         output = observed.run()
@@ -229,7 +229,7 @@ class InterceptedPass:
         return type(output)([self._of_complex(item, one) for item, one in zip(output, items, strict=True)])
 
     def _of_complex(self, output: Any, expression: Expression) -> Any:
-        """Processes one output of a function of complex tensors."""
+        """Records an output of a function with complex arguments: complex ones as expressions, real ones as steps."""
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output
         if output.is_complex():
@@ -250,7 +250,7 @@ class InterceptedPass:
         return self.linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
-        """Makes one output of a function without a kernel a step that raises an error when relevance arrives."""
+        """Links an output of a function without a kernel to a step that raises an error if relevance reaches it."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
             return output
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
@@ -276,11 +276,11 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """Whether functions of constants are observed as well, because their results may depend on ids."""
+        """Whether functions of constants are observed as well, since their results may depend on ids."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """Returns the result of a call, in which rows selected by input ids become additional inputs."""
+        """Returns the result of a call, replacing rows selected by ids with additional inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
@@ -296,9 +296,10 @@ class InterceptedPass:
 
     @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Makes the output of an elementwise module a step if no mode observes its functions; returns None otherwise.
+        """Records the output of an elementwise module as a step if its functions cannot be observed.
 
-        Examples are activations in TorchScript or with their own ``autograd.Function``.
+        Examples are activations in TorchScript or with a custom ``autograd.Function``. Returns None for all other
+        modules.
         """
         if is_inside_step() or not isinstance(output, Tensor):
             return None
@@ -325,7 +326,7 @@ class InterceptedPass:
 
 
 def written(observed: ObservedCall, result: Any) -> Any:
-    """Returns a result, after writing it to the target of the call if there is one."""
+    """Writes a result to the target of the call, if there is one, and returns it."""
     return result if observed.target is None else write(observed.target, result)
 
 

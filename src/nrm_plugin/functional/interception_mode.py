@@ -1,7 +1,7 @@
-"""The mode that observes all function calls of a model in one forward pass.
+"""Torch function mode that observes all function calls of a forward pass.
 
 A ``TorchFunctionMode`` observes functions, methods and operators before autograd does. Modules with a rule are separate
-steps; functions inside them are not observed.
+steps, inside which functions are not observed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .registry import name_of
 
 
 class InterceptionMode(TorchFunctionMode):
-    """The mode of one forward pass under interception.
+    """Mode that intercepts the function calls of a forward pass.
 
     Args:
-        settings: The settings of all steps of functions.
+        settings: Settings of all function steps.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -81,7 +81,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
-        """Returns the call of a function, with tensors that are constants for relevance detached."""
+        """Returns the observed call for a function, with tensors that receive no relevance detached."""
         path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
@@ -94,7 +94,7 @@ class InterceptionMode(TorchFunctionMode):
         return call
 
     def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Records a function that runs without gradients, as in the forward of an ``autograd.Function``."""
+        """Records a function that runs without gradients, such as those inside ``autograd.Function.forward``."""
         note_untracked()
         self.forward_pass.custom_calls.observe(func, args)
         name = name_of(func)
@@ -103,17 +103,17 @@ class InterceptionMode(TorchFunctionMode):
 
 
 _FORMS = frozenset("dim size stride numel nelement element_size is_floating_point is_complex".split())
-"""Methods of a tensor that read only its shape or format."""
+"""Tensor methods that read only the shape or format."""
 _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".split())
-"""Attributes of a tensor that depend only on its shape, format and device."""
+"""Tensor attributes that depend only on the shape, format and device."""
 
 
 _DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""Functions that would read relevance, which steps propagate in place of gradients."""
+"""Functions that would read relevance, since steps propagate relevance in place of gradients."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:
-    """Returns whether a function reads no values of a tensor, so that it need not be observed."""
+    """Returns whether a function reads no tensor values, so that it need not be observed."""
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__" if name == "__get__" else "__objclass__", None)
     if name == "__get__":

@@ -1,4 +1,4 @@
-"""Function calls as observed by an interception, before their kernel is known."""
+"""Function calls as observed by interception, before their kernels are known."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .function_call import Slot
 from .registry import FunctionName, name_of
 
 _LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
-"""Functions that convert values of a tensor to Python objects."""
+"""Functions that convert tensor values to Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
-"""Functions that write to their first argument or to a copy of it, which autograd records."""
+"""Functions that write to their first argument, or to a copy of it, and are recorded by autograd."""
 
 
 @dataclass(frozen=True, eq=False)
 class ObservedCall:
-    """An observed call of a function.
+    """An observed function call.
 
     Attributes:
-        function: The function.
-        name: Name of the function.
+        function: The called function.
+        name: Normalized name of the function.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        inputs: The tensors among the arguments that carry relevance, in order.
-        slots: The positional arguments with slots in place of the inputs.
-        keyword_slots: The keyword arguments except ``out``, with slots in place of the inputs.
+        inputs: Arguments that receive relevance, in order.
+        slots: Positional arguments with slots in place of inputs.
+        keyword_slots: Keyword arguments except ``out``, with slots in place of inputs.
         path: Path of the module that called the function.
     """
 
@@ -45,7 +45,7 @@ class ObservedCall:
 
     @classmethod
     def of(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> ObservedCall:
-        """Returns the call of a function with the given arguments."""
+        """Creates the observed call for a function and its arguments."""
         inputs: list[Tensor] = []
         slots = tuple(_with_slots(value, inputs) for value in args)
         keyword_slots = {key: _with_slots(value, inputs) for key, value in kwargs.items() if key != "out"}
@@ -53,11 +53,11 @@ class ObservedCall:
         return cls(function, name, args, kwargs, tuple(inputs), slots, keyword_slots, path)
 
     def run(self) -> Any:
-        """Runs the function and returns its result."""
+        """Runs the function."""
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Returns whether the result holds tensor values as Python objects, as for ``int(x)`` but not ``x.int()``."""
+        """Returns whether the result contains tensor values as Python objects, like ``int(x)`` but not ``x.int()``."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
@@ -67,30 +67,30 @@ class ObservedCall:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether this form of the function writes to its first argument."""
+        """Whether this variant of the function writes to its first argument."""
         return self.name.in_place or bool(self.kwargs.get("inplace"))
 
     @property
     def target(self) -> Tensor | None:
-        """The tensor to which the result is written, or None for a new tensor."""
+        """Tensor to which the result is written, or None for a new tensor."""
         target = self.kwargs.get("out", self.args[0] if self.args and self.is_in_place else None)
         return target if isinstance(target, Tensor) else None
 
     @property
     def overwritten(self) -> Tensor | None:
-        """The tensor to which the call may write."""
+        """Tensor to which the call may write, or None."""
         target = self.args[0] if self.args and self.name.base in WRITERS and "out" not in self.kwargs else self.target
         return target if isinstance(target, Tensor) else None
 
     @property
     def has_constants(self) -> bool:
-        """Whether any argument is a number, or a tensor without relevance."""
+        """Whether any argument is a number, or a tensor that receives no relevance."""
         values = (*self.args, *self.kwargs.values())
         count = sum(isinstance(value, Tensor) for value in values)
         return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
 
     def out_of_place(self) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Returns a function that operates on a copy, or with ``inplace=False``, and its keyword arguments."""
+        """Returns an out-of-place variant of the function, and its keyword arguments."""
         if self.keyword_slots.get("inplace"):
             return self.function, {**self.keyword_slots, "inplace": False}
         # This is not a method, since a step that stores it would form a reference cycle with the tensors of this call.
@@ -102,7 +102,7 @@ def _on_copy(function: Callable[..., Any], first: Any, *rest: Any, **options: An
 
 
 def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
-    """Replaces each tensor that carries relevance by a slot, and appends the tensor to ``inputs``."""
+    """Replaces tensors that receive relevance with slots, and appends them to ``inputs``."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point():
             inputs.append(value)
@@ -114,7 +114,7 @@ def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
 
 
 def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
-    """Returns the name of an equivalent function if there is one for these arguments, and the given name otherwise.
+    """Returns the name of the equivalent function for these arguments, or ``name`` if there is none.
 
     ``x.clamp(min=0)`` is equivalent to ReLU, and ``x.max(y)`` to a maximum.
     """
@@ -130,7 +130,7 @@ def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def source_line() -> str:
-    """Returns the source line of the model that called the function."""
+    """Returns the line of the model's source code that called the function."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and "/nrm_plugin/" not in frame.filename:
             return f"{frame.filename}:{frame.lineno}: {frame.line}"

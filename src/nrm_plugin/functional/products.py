@@ -1,4 +1,4 @@
-"""Kernels of matrix products and other contractions of two tensors.
+"""Kernels for matrix products and other tensor contractions.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -28,7 +28,7 @@ from .registry import kernel_of
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A function ``(input, weight, bias) -> output``."""
+"""Function ``(input, weight, bias) -> output``."""
 
 
 def kernel_of_layer(
@@ -40,16 +40,17 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Returns the kernel of a function that is affine in its first input, by the rule of a layer with this weight.
+    """Returns the kernel for a function that is affine in its first input, given by the rule for the layer's weight.
 
     Args:
-        call: The call.
-        run: The function of input, weight and bias.
+        call: The call to the function.
+        run: Function of input, weight and bias.
         weight: The weight, with one row per output.
-        bias: The bias.
-        like: A layer of the same kind.
+        bias: The bias, or None.
+        like: Layer of the equivalent type.
         bias_dim: Dimension of the output along which the bias is added.
-        padding_mode: As in convolutions; not ``"zeros"`` if an input contributes to an output through two weights.
+        padding_mode: As in convolutions, but not ``"zeros"`` if an input may contribute to an output through two
+            weights.
     """
     rule = call.settings.rules.of_weight(weight, like)
     if rule is None:  # in an operator such as @, Python would interpret it as an unsupported operand
@@ -61,7 +62,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: a linear layer if a factor is constant, else a split among non-gates."""
+    """Returns the kernel for a product: a linear layer if a factor is constant, otherwise a split among non-gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -79,7 +80,7 @@ def contraction(call: FunctionCall) -> Kernel:
 
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
-    """Returns the kernel of one factor of a product, with the other factors as constants."""
+    """Returns the kernel for one factor of a product, with the other factors as constants."""
     values = call.values
     if isinstance(rule, Absolute):  # shares follow the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], changed_constants(call, constants_of(call), Tensor.abs)
@@ -95,12 +96,12 @@ def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kerne
 
 @dataclass(frozen=True)
 class ConstantMatrix:
-    """A constant factor of a product, expressed as the weight of a linear layer.
+    """Constant factor of a product, in the form of a linear layer's weight.
 
     Attributes:
         weight: The weight, with one row per output.
-        restore: A function that converts the weight back to the original factor.
-        is_layer: Whether the product is a layer over the last dimension, so that its outputs are channels.
+        restore: Function that converts the weight back to the original factor.
+        is_layer: Whether the product is a linear layer over the last dimension, whose outputs are channels.
     """
 
     weight: Tensor
@@ -109,7 +110,7 @@ class ConstantMatrix:
 
 
 def _contraction_with_constant(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product with a constant, as a linear layer."""
+    """Returns the kernel for a product with a constant, treated as a linear layer."""
     constants = constants_of(call)
     if not constants:  # an einsum of one tensor is a sum or a transpose
         return pooling(call)
@@ -131,7 +132,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
 
 
 def _with_one_constant(call: FunctionCall) -> FunctionCall:
-    """Returns a call of ``einsum`` in which several constants are replaced by their product."""
+    """Replaces several constants of an ``einsum`` with their product."""
     read = read_einsum(call.args, lambda one: call.values[0].ndim if isinstance(one, Slot) else one.ndim)
     pairs = list(zip(read.subscripts, read.operands, strict=True))
     signal = next(pair for pair in pairs if isinstance(pair[1], Slot))
@@ -144,7 +145,7 @@ def _with_one_constant(call: FunctionCall) -> FunctionCall:
 
 
 def changed_constants(call: FunctionCall, constants: list[Tensor], change: Callable[[Tensor], Tensor]) -> FunctionCall:
-    """Returns a call with some of its constants changed."""
+    """Applies ``change`` to some of the constants of a call."""
     for constant in constants:
         factor = change(constant)
         args = tuple(_replaced(value, constant, factor) for value in call.args)
@@ -154,7 +155,7 @@ def changed_constants(call: FunctionCall, constants: list[Tensor], change: Calla
 
 
 def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
-    """Returns the constant factor of a contraction as the weight of a linear layer."""
+    """Converts the constant factor of a contraction to the weight of a linear layer."""
     if call.name == "einsum":
         matrix = _matrix_of_einsum(call, constant)
         return ConstantMatrix(constant, lambda weight: weight, False) if matrix is None else matrix
@@ -173,7 +174,7 @@ def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
 
 
 def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | None:
-    """Returns the constant factor of ``einsum`` as a matrix; its subscripts in the output enumerate the rows."""
+    """Converts the constant factor of an ``einsum`` to a matrix, whose rows correspond to output subscripts."""
     equation, operands = call.args[0], list(call.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
@@ -195,7 +196,7 @@ def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | 
 
 
 def constants_of(call: FunctionCall) -> list[Tensor]:
-    """Returns the constants of a call: the floating-point tensors among its arguments that carry no relevance."""
+    """Returns the floating-point tensors among the arguments that receive no relevance."""
     return [value for value in _tensors_in((*call.args, *call.kwargs.values())) if value.is_floating_point()]
 
 

@@ -1,4 +1,4 @@
-"""Quantiles, integrals and derivatives along one dimension, decomposed into operations on entries.
+"""Quantiles, integrals and derivatives along a dimension, decomposed into operations on entries.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -27,7 +27,7 @@ def _quantile(input: Tensor, q: Any, dim: int | None = None, keepdim: bool = Fal
 def _nanquantile(
     input: Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
 ) -> Any:
-    """Computes a quantile by linear interpolation between the two adjacent sorted entries."""
+    """Computes quantiles by interpolation between the two adjacent sorted entries."""
     quantiles = torch.as_tensor(q, dtype=input.dtype, device=input.device)
     if quantiles.requires_grad:
         return NotImplemented
@@ -66,7 +66,7 @@ def _cumulative_trapezoid(y: Tensor, x: Tensor | None = None, *, dx: float = 1, 
 
 
 def _trapezoids(y: Tensor, x: Tensor | None, dx: float, dim: int) -> Tensor:
-    """Computes the area between each pair of adjacent points."""
+    """Computes the area of each trapezoid between adjacent points."""
     heights = (_after(y, dim) + _before(y, dim)) / 2
     if x is None:
         return heights if dx == 1 else heights * dx

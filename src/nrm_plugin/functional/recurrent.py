@@ -1,9 +1,9 @@
-"""Recurrent layers as loops of plain operations with known kernels.
+"""Recurrent layers, decomposed into loops over operations that have kernels.
 
-torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced by a
-loop over time: its linear maps use the rule that the composite assigns to the layer, or else the rule for linear
-layers, and sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and cell states are
-taps.
+torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced with
+a loop over time. Its linear maps use the rule that the composite assigns to the layer, or else the rule for linear
+layers, and its sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and cell states
+are taps.
 
 Source: docs/recurrent-and-graphs.md.
 """
@@ -23,12 +23,12 @@ from ..kernels.forward_state import RUNNING, listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]
-"""The hidden state and, for an LSTM, the cell state, or None for a zero initial state."""
+"""Hidden state and, for an LSTM, cell state; None for a zero initial state."""
 
 
 @dataclass
 class Context:
-    """The context in which a model calls a recurrent function.
+    """Context of a call to a recurrent function.
 
     Attributes:
         path: Path of the module that called the function.
@@ -39,30 +39,30 @@ class Context:
     packs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def tap(self, name: str, time: int, tensor: Tensor) -> None:
-        """Records a state as a tap."""
+        """Records a state at a time step as a tap."""
         listening = listener()
         if listening is not None and tensor.requires_grad:
             listening.on_function(f"{self.path}.{name}" if self.path else name, time, tensor, -1)
 
     def order(self, batch_sizes: Tensor) -> Tensor:
-        """Returns the rank by length of each sample of a packed sequence."""
+        """Returns the rank by length of each sample in a packed sequence."""
         known = next((order for sizes, order in self.packs if sizes is batch_sizes), None)
         return torch.arange(int(batch_sizes[0])) if known is None else known
 
 
 def packs_in(args: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Returns the batch sizes and ranks of the packed sequences among the arguments of a module."""
+    """Returns the batch sizes and sample ranks of the packed sequences passed to a module."""
     packed = [value for value in args if isinstance(value, PackedSequence)]
     return [(pack.batch_sizes, pack.unsorted_indices) for pack in packed if pack.unsorted_indices is not None]
 
 
 Recurrence = Callable[..., Any]
 RECURRENCES: dict[str, Recurrence] = {}
-"""Loops that replace functions, keyed by name; their first argument is the context."""
+"""Loops that replace recurrent functions, keyed by name. Their first argument is the context."""
 
 
 def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
-    """Registers a loop over time that replaces the recurrent function of the given name."""
+    """Registers a loop that replaces the recurrent function with the given name."""
 
     def decorate(body: Recurrence) -> Recurrence:
         RECURRENCES[name] = body
@@ -75,9 +75,9 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state and, if it is a separate summand, its bias.
+    """Returns the contribution of the hidden state, and its bias if the bias is a separate summand.
 
-    The bias is separate for a user-supplied initial state, so that it absorbs no relevance in samples with a zero
+    The bias is separate if the user gives an initial state, so that it absorbs no relevance in samples with a zero
     state.
     """
     w_hh, b_hh = weights[1], weights[3] if len(weights) > 3 else None
@@ -97,7 +97,7 @@ def _sum(first: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 def lstm_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
-    r"""Computes one step of an LSTM.
+    r"""Computes one time step of an LSTM.
 
     .. math:: c' = \sigma(f) \odot c + \sigma(i) \odot \tanh g, \qquad h' = W_{hr}\,(\sigma(o) \odot \tanh c')
 
@@ -114,12 +114,12 @@ def lstm_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> Stat
 
 
 def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
-    r"""Computes one step of a GRU, where :math:`\sigma(r)` and :math:`\sigma(z)` are gates.
+    r"""Computes one time step of a GRU, where :math:`\sigma(r)` and :math:`\sigma(z)` are gates.
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
-    A gate times a constant is a constant, so without a hidden state, :math:`\sigma(r) \odot b_{hn}` is a bias. In a
-    measure against a reference, however, it differs between input and reference.
+    A gate times a constant is treated as a constant, so that :math:`\sigma(r) \odot b_{hn}` is a bias if there is no
+    hidden state. In a measure with a reference, however, it differs between input and reference.
     """
     (h,) = state
     r_x, z_x, n_x = _from_input(x, weights).chunk(3, -1)
@@ -135,7 +135,7 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
 
 def rnn_step(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, bool, Weights], State]:
-    r"""Returns the step of an Elman network, :math:`h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`."""
+    r"""Returns the time step of an Elman network, :math:`h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`."""
 
     def step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
         return (activation(_sum(_from_input(x, weights), *_from_hidden(state[0], is_given, weights))),)
@@ -153,7 +153,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns the initial states (None for zeros), and whether the user supplied any of them."""
+    """Returns the initial states, with None for zeros, and whether any of them is given by the user."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -197,7 +197,7 @@ for _kind in CELLS:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The weights and options of a recurrent layer, as torch passes them to its function."""
+    """Weights and options of a recurrent layer, in the form in which torch passes them to its function."""
 
     kind: str
     params: Sequence[Tensor]
@@ -212,20 +212,20 @@ class _Layers:
         return 2 if self.bidirectional else 1
 
     def weights(self, number: int) -> Weights:
-        """Returns the weights of one layer in one direction."""
+        """Returns the weights of one layer and direction."""
         size = len(self.params) // (self.num_layers * self.directions)
         return self.params[number * size : (number + 1) * size]
 
     def run(
         self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the output at each time step, and the final states, ``(layers · directions, N, features)`` each.
+        """Runs all layers; returns the output at each time step, and the final states with the shape of ``initial``.
 
         Args:
             context: The context of the call.
-            xs: Inputs by time, ``(N, features)`` each.
+            xs: Input at each time step, ``(N, features)``.
             initial: Initial states, ``(layers · directions, N, features)`` each.
-            lengths: Length of each sample, or None if all samples have the length of the input.
+            lengths: Length of each sample, or None if all samples have full length.
         """
         finals: list[list[Tensor]] = []
         for layer in range(self.num_layers):
@@ -270,14 +270,14 @@ class _Layers:
 
 
 def _of_running(is_running: Tensor, state: State, before: State) -> State:
-    """Returns the new state of samples whose sequence has not ended, and the old state of all others."""
+    """Returns the new state of samples that have not ended, and the previous state of the others."""
     mask = is_running.unsqueeze(1)
     pairs = zip(state, before, strict=True)
     return tuple(new if new is None or old is None else torch.where(mask, new, old) for new, old in pairs)
 
 
 def _reversed(xs: list[Tensor], lengths: Tensor | None) -> list[Tensor]:
-    """Reverses each sample in time."""
+    """Reverses each sample in time, up to its length."""
     if lengths is None or bool((lengths == len(xs)).all()):
         return xs[::-1]
     stacked, samples = torch.stack(xs), torch.arange(len(lengths), device=lengths.device)
@@ -312,13 +312,13 @@ for _kind in CELLS:
 
 
 class _Packing:
-    """The positions of samples in a packed sequence.
+    """Positions of samples in a packed sequence.
 
-    Entries are ordered by time, and at each time by sample, longest first. The loop runs on all samples at each time,
-    in the order of the batch, so that the sink of each sample is known.
+    Entries are ordered by time, and at each time step by sample, longest first. The loop runs on all samples at each
+    time step, in the order of the batch, so that relevance can be absorbed separately for each sample.
 
     Args:
-        batch_sizes: Number of samples that have not ended at each time.
+        batch_sizes: Number of samples that have not ended, at each time step.
         order: Rank of each sample by length.
     """
 
@@ -329,23 +329,23 @@ class _Packing:
         self.lengths = (sizes.unsqueeze(0) > order.unsqueeze(1)).sum(1)
 
     def rows(self, data: Tensor) -> list[Tensor]:
-        """Unpacks ``(entries, …)`` to ``(N, …)`` per time step; ended sequences are padded with their last entry."""
+        """Unpacks ``(entries, …)`` to ``(N, …)`` per time step; sequences that have ended repeat their last entry."""
         times = [torch.minimum(self.lengths - 1, torch.full_like(self.lengths, t)) for t in range(len(self.offsets))]
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 
     def packed(self, rows: list[Tensor]) -> Tensor:
-        """Inverts :meth:`rows`."""
+        """Inverse of :meth:`rows`."""
         parts = [row.index_select(0, self._running(time)) for time, row in enumerate(rows)]
         return torch.cat(parts)
 
     def _running(self, time: int) -> Tensor:
-        """Returns the samples that have not ended at a time, longest first."""
+        """Returns the samples that have not ended at a time step, longest first."""
         return self.inverse[: int((self.lengths > time).sum())]
 
 
 @recurrence_of("_pack_padded_sequence")
 def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """Packs the entries of a padded batch ``(T, N, …)`` with samples sorted by length."""
+    """Packs a padded batch ``(T, N, …)``, whose samples are sorted by length."""
     by_time = padded.transpose(0, 1) if batch_first else padded
     ends = lengths.tolist()
     sizes = [sum(end > time for end in ends) for time in range(max(ends))]
@@ -357,7 +357,7 @@ def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) 
 def _pad(
     context: Context, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int
 ) -> tuple[Tensor, Tensor]:
-    """Pads packed entries to a batch; the padding is a constant that belongs to its sample."""
+    """Pads packed entries to a batch. The padding is a constant, assigned to its sample."""
     packing = _Packing(batch_sizes, context.order(batch_sizes).to(data.device))
     rows = packing.rows(data)
     rows += [rows[-1]] * (total - len(rows))

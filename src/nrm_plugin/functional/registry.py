@@ -1,7 +1,7 @@
-"""The registry of kernels, and of decompositions into functions that have kernels, keyed by function name.
+"""Registry of kernels, and of decompositions into functions that have kernels, keyed by function name.
 
-A function is looked up by a name common to all its variants: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and
-``operator.iadd`` on tensors are all ``add``.
+All variants of a function share one name: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and ``operator.iadd`` on
+tensors are all ``add``.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ _SYNONYMS = {
     "fmin": "minimum",
 }
 _NAMESPACES = ("special_", "linalg_")
-"""Name prefixes of functions in torch's namespaces."""
+"""Name prefixes of the functions in torch's namespaces."""
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
 """Namespaces of operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions whose arguments differ from those of the function without the namespace prefix."""
+"""Functions whose signature differs from that of the function without the namespace prefix."""
 
 
 @dataclass(frozen=True)
 class FunctionName:
-    """The name of a function.
+    """Normalized name of a function.
 
     Attributes:
-        base: The name common to all variants of the function.
+        base: Name shared by all variants of the function.
         in_place: Whether this variant writes to its first argument.
     """
 
@@ -79,7 +79,7 @@ class FunctionName:
 
 
 def name_of(function: Any) -> FunctionName:
-    """Returns the name of a function."""
+    """Returns the normalized name of a function."""
     name = str(getattr(function, "__name__", function)).partition(".")[0]
     in_place = False
     if (owner := _foreign_owner(function)) is not None:
@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function outside torch (its name may also exist in torch), or None for torch."""
+    """Returns the namespace of a function outside torch, whose name may also exist in torch; None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -105,12 +105,12 @@ def _foreign_owner(function: Any) -> str | None:
 
 
 def kernel_of(*names: str) -> Callable[[Function], Function]:
-    """Registers a function as the factory of the kernels of functions with the given names."""
+    """Registers a factory for the kernels of functions with the given names."""
     return _registering(KERNELS, names)
 
 
 def decomposition_of(*names: str) -> Callable[[Function], Function]:
-    """Registers Python code that replaces the functions of the given names by operations with kernels."""
+    """Registers a decomposition of the functions with the given names into operations that have kernels."""
     return _registering(DECOMPOSITIONS, names)
 
 
@@ -124,22 +124,22 @@ def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Fun
 
 
 def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
-    """Registers a kernel for functions, or replaces their kernel.
+    """Registers or replaces the kernel for one or several functions.
 
-    The decorated function is called when relevance first arrives at a call of one of the functions. It receives the
-    :class:`~nrm_plugin.functional.FunctionCall` and returns a kernel with one input for each of ``call.values``, the
-    tensors that carry relevance. Four methods of the call return the kernels of most functions:
+    The decorated function is called when relevance first reaches a call to one of the functions. It receives the
+    :class:`~nrm_plugin.functional.FunctionCall`, and returns a kernel with one input for each of ``call.values``, the
+    tensors that receive relevance. Four methods of the call provide the kernels for most functions:
 
     - ``call.identity()``: relevance passes to the first input, elementwise,
     - ``call.split(shares)``: each input receives its share, elementwise,
     - ``call.route()``: relevance passes to the entries that the function copied,
-    - ``call.by_rule(rule)``: a Zennit rule is applied; for functions that are linear in their input.
+    - ``call.by_rule(rule)``: a Zennit rule is applied, for functions that are linear in their input.
 
     For any other linear map, return a subclass of :class:`nrm_plugin.functional.Kernel`.
 
     Args:
-        functions: Functions as the model calls them, such as ``torch.add`` or a custom operator. For a function of
-            torch, the kernel applies to all its variants (method, operator, in place).
+        functions: Functions as called by the model, such as ``torch.add`` or a custom operator. For torch functions,
+            the kernel applies to all variants (method, operator, in place).
 
     Raises:
         TypeError: If an argument is not callable.
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Returns whether a function belongs to torch, whose functions are looked up by name because of their variants."""
+    """Returns whether a function belongs to torch; such functions are looked up by name because of their variants."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",
@@ -173,7 +173,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
-    """Returns the factory of the kernel of a function, or None for a function without a kernel."""
+    """Returns the kernel factory for a function, or None if it has no kernel."""
     try:
         factory = KERNELS_BY_FUNCTION.get(function)
     except TypeError:  # not hashable

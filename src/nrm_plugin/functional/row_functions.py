@@ -1,4 +1,4 @@
-"""Detection of calls whose output rows depend only on the same rows of their inputs, whatever the values."""
+"""Detection of calls that act on each row (first dimension) separately, regardless of the values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .function_call import FunctionCall, Slot
 _ALONG = {"softmax": 1, "softmin": 1, "log_softmax": 1, "mean": 1, "sum": 1, "cumsum": 1, "logsumexp": 1} | {
     "vector_norm": 2
 }
-"""Functions that combine entries along a dimension, with the position of the argument ``dim``."""
+"""Functions that combine entries along a dimension, with the position of their argument ``dim``."""
 _ELEMENTWISE = frozenset([*ACTIVATIONS, *ELEMENTWISE, "div", "add", "sub", "rsub", "mul", "hypot", "logaddexp"]) | {
     "maximum",
     "minimum",
@@ -56,13 +56,13 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
     if name == "normalize":
         return _is_inner(call.argument(2, "dim", 1), output.ndim)
     if name == "renorm":
-        dim = call.argument(2, "dim")  # each slice along this dimension has a norm of its own
+        dim = call.argument(2, "dim")  # each slice along this dimension has its own norm
         return isinstance(dim, int) and dim % output.ndim == 0
     return name in _ELEMENTWISE or name in _POOLS
 
 
 def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
-    """Returns whether a product keeps rows separate: rows times a constant, or one product per row."""
+    """Returns whether a matrix product acts on each row separately: a product with a constant, or a batched product."""
     dims = [value.ndim for value in call.values]
     first, second = call.argument(0, "input"), call.argument(1, "other")
     if isinstance(first, Slot) and isinstance(second, Tensor) and second.ndim <= 2:
@@ -71,7 +71,7 @@ def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_inner(dim: Any, dims: int) -> bool:
-    """Returns whether dimensions are given that do not include the first one."""
+    """Returns whether dimensions are given and do not include the first one."""
     stored = dim if isinstance(dim, (tuple, list)) else [dim]
     return bool(stored) and all(isinstance(one, int) and one % dims != 0 for one in stored)
 

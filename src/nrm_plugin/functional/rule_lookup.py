@@ -1,4 +1,4 @@
-"""The rule of a function in a composite: that of the equivalent module, or of the module that owns its weight."""
+"""Lookup of the rule for a function: that for the equivalent module, or for the module that owns the weight."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from ..rules import Absolute
 
 
 class RuleLookup(Protocol):
-    """Interface for looking up rules."""
+    """Interface for the lookup of rules."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of a module of the given kind."""
+        """Returns the rule for modules of this type."""
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns the rule of the module that owns a weight, or else that of a module of the same kind as ``like``."""
+        """Returns the rule for the module that owns a weight, or else for modules of the type of ``like``."""
 
 
 class NoRules:
-    """Lookup without a composite; every function uses its default kernel."""
+    """Rule lookup without a composite."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
         """Returns None, which selects the default kernel."""
         return None
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns Absolute, the default rule of functions with a weight."""
+        """Returns :class:`~nrm_plugin.rules.Absolute`, the default rule for functions with a weight."""
         return Absolute()
 
 
 class CompositeRules:
-    """The rules that a composite assigns to a model.
+    """Rule lookup in a composite.
 
     Args:
-        composite: The composite.
-        model: The model with the modules that own the weights.
-        uncovered: The rule for layers to which the composite assigns none.
+        composite: The composite in which rules are looked up.
+        model: The model whose modules own the weights.
+        uncovered: Rule for layers to which the composite assigns none.
     """
 
     def __init__(self, composite: Composite, model: nn.Module, uncovered: Hook | None = None) -> None:
@@ -50,7 +50,7 @@ class CompositeRules:
         self._by_memory: dict[int, tuple[nn.Module, Hook | None]] = {}
         self._by_kind: dict[type[nn.Module], Hook | None] = {}
         for name, module in model.named_modules():
-            # Rules are looked up for all modules in order, so that the first layer gets the rule of first layers.
+            # Rules are looked up for all modules in order, so that the first layer gets the rule for first layers.
             rule = composite.module_map(self._ctx, name, module)
             if isinstance(module, nn.MultiheadAttention):  # an activation in Zennit, but its weights are linear layers
                 rule = None
@@ -61,14 +61,14 @@ class CompositeRules:
                         self._by_memory.setdefault(part.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of a module of the given kind, as if it were the model's last module."""
+        """Returns the rule for modules of this type, as if the module came last in the model."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Looks up the rule by the weight, then by its memory (for slices), then by ``like`` (for computed weights)."""
+        """Looks up the rule for a weight by identity, by memory (for slices) or by ``like`` (for computed weights)."""
         memory = next(plain_tensors(weight)).untyped_storage().data_ptr()
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
         if rule is None and not isinstance(owner, type(like)):

@@ -1,6 +1,6 @@
 r"""Rules of a composite applied to differences: :math:`a \to \Delta a`, :math:`z \to \Delta z`, without biases.
 
-The rules apply to layers with weights, to sums and to averages; all other operations have secant slopes.
+The rules apply to layers with weights, sums and averages. All other operations propagate along secant slopes.
 
 Source: docs/differences.md.
 """
@@ -29,14 +29,14 @@ _PRODUCTS = ("matmul", "einsum", "tensordot")
 
 
 def on_differences(both: DifferenceCall) -> FunctionCall:
-    """Returns the call with the differences of its inputs in place of their values."""
+    """Replaces the input values of a call with their differences."""
     deltas = [delta.masked_fill(delta.abs() <= LEAST[delta.dtype], 0.0) for delta in both.before]
     pairs = zip(both.call.inputs, deltas, strict=True)
     return replace(both.call, inputs=tuple(replace(item, saved=Saved(delta, values=False)) for item, delta in pairs))
 
 
 def has_rule(call: FunctionCall) -> bool:
-    """Returns whether the composite has a rule for a layer, a product with a constant, a sum or an average."""
+    """Returns whether the composite has a rule for a call: a layer, product with a constant, sum or average."""
     rules = call.settings.rules
     if call.name in LAYERS:
         weight = call.argument(1, "weight")
@@ -56,7 +56,7 @@ def has_any_rule(rules: RuleLookup) -> bool:
 
 
 def ruled(both: DifferenceCall) -> Kernel:
-    """Returns the kernel of the composite's rule on differences."""
+    """Returns the kernel for the composite's rule on differences."""
     call = on_differences(both)
     if call.name in LAYERS:
         layer = layer_call(_without_bias(call), both.after)
@@ -71,7 +71,7 @@ def _without_bias(call: FunctionCall) -> FunctionCall:
 
 
 def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
-    """Returns the kernel that a factory builds for differences in place of values."""
+    """Returns the kernel that a factory creates for differences in place of values."""
     return factory(on_differences(both))
 
 

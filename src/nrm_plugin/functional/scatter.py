@@ -1,12 +1,12 @@
-r"""Functions of graph networks: gathers, scatter sums, segment reductions and sparse products.
+r"""Functions used by graph networks: scatter and segment reductions, indexed writes and sparse products.
 
-The relevance of a node is split among its messages by the composite's rule for average pooling, like the relevance of a
-mean among its entries. With the composites of this package,
+The relevance of a node is split among its messages by the composite's rule for average pooling, as for the entries of a
+mean. With the composites of this package,
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
-A maximum passes all relevance to the largest message, in equal parts among ties. A sparse matrix is treated as an
-adjacency matrix, so a product with it is a sum of messages, not a layer.
+A maximum passes all relevance to the largest message, split equally among ties. A sparse matrix is treated as an
+adjacency matrix, so that a product with it is a sum of messages, not a layer.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorates a function of this module, so that it is intercepted like the torch function of the given name."""
+    """Decorator that makes a function of this module interceptable, like the torch function of the given name."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -51,7 +51,7 @@ def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[...
 
 @_intercepted_as("index_add")
 def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    """Computes ``y[index[e]] = Σ source[e]`` along a dimension."""
+    """Computes ``y[index[e]] += source[e]`` along a dimension, starting from zeros."""
     shape = list(source.shape)
     shape[dim] = size
     return source.new_zeros(shape).index_add(dim, index, source)
@@ -59,7 +59,7 @@ def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Te
 
 @_intercepted_as("scatter_add")
 def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.Size) -> Tensor:
-    """Sums entries of ``source`` into zeros, with an index for every entry."""
+    """Computes ``scatter_add`` into a tensor of zeros, with an index for every entry."""
     return source.new_zeros(shape).scatter_add(dim, index, source)
 
 
@@ -67,26 +67,26 @@ def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.S
 def scatter_extremum(
     source: Tensor, own: Tensor | None, dim: int, index: Tensor, shape: torch.Size, how: str
 ) -> Tensor:
-    """Computes the largest (smallest) entry of each group; zero for an empty group.
+    """Computes the maximum or minimum of each group; zero for empty groups.
 
-    ``own`` contains one additional entry per group, and ``how`` is ``"amax"`` or ``"amin"``.
+    ``own`` contains one additional entry per group, or is None, and ``how`` is ``"amax"`` or ``"amin"``.
     """
     target = source.new_zeros(shape) if own is None else own
     return target.scatter_reduce(dim, index, source, how, include_self=own is not None)
 
 
 class ExtremumKernel(Kernel):
-    """A kernel that passes the relevance of each extremum to the entries that attain it, in equal parts.
+    """Kernel that splits the relevance of each extremum equally among the entries that attain it.
 
-    autograd does so as well, but also counts the values that ``include_self=False`` excludes.
+    Unlike autograd, it does not count the values that are excluded by ``include_self=False``.
 
     Args:
-        dim, index: The group of each entry.
-        share: Share of each entry in its group.
+        dim, index: Group of each entry, as in ``scatter_reduce``.
+        share: Share of each entry within its group.
         own: Share of the additional entry of each group, or None.
     """
 
-    is_stochastic = True  # groups without members are replaced by constants afterwards
+    is_stochastic = True  # groups without members are replaced with constants afterwards
 
     def __init__(self, dim: int, index: Tensor, share: Tensor, own: Tensor | None) -> None:
         self.dim, self.index, self.share, self.own = dim % max(1, index.ndim), index, share, own
@@ -118,7 +118,7 @@ KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
 def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
-    """Computes the sum of a constant and added entries; where none is added, the output is the constant itself."""
+    """Adds summed entries to a constant. Positions without entries keep the constant."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
@@ -148,13 +148,13 @@ def _scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
 
 
 def _counts(like: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Counts the entries that an index adds to each position."""
+    """Counts how many entries are added at each position."""
     ones = torch.ones(index.shape, dtype=like.dtype, device=like.device)
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device).scatter_add(dim, index, ones)
 
 
 def _cropped(src: Tensor, index: Tensor) -> Tensor:
-    """Crops a source to the shape of a smaller index, as ``scatter`` does."""
+    """Crops the source to the shape of a smaller index, as ``scatter`` does."""
     return src if src.shape == index.shape else src[tuple(slice(size) for size in index.shape)]
 
 
@@ -187,7 +187,7 @@ def _scatter_reduce(
 def _attach_constant(constant: Tensor, signal: Tensor) -> Tensor:
     """Attaches a constant to the signal's autograd graph, so that it can absorb relevance.
 
-    For a maximum, it absorbs relevance wherever it wins.
+    In a maximum, it absorbs the relevance of the groups in which it is the largest entry.
     """
     if not signal.numel():
         return constant
@@ -238,14 +238,17 @@ def _segment_reduce(
 
 
 _EMPTY = {"max": -math.inf, "min": math.inf, "mean": math.nan}
-"""The result of ``segment_reduce`` for a segment without members."""
+"""Result of ``segment_reduce`` for empty segments."""
 
 
 # -- writes by index --------------------------------------------------------------------------------------------------
 
 
 def _lookup(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Runs a function that copies entries, after finding the source of each output by running it on entry numbers."""
+    """Runs a function that copies entries as an indexed lookup, and returns its result.
+
+    The origin of each output entry is found by running the function on the indices of the entries.
+    """
     computed = [value for value in (*args, *kwargs.values()) if _carries(value)]
     numbers = _numbers_of(computed)
     with torch.no_grad():
@@ -265,7 +268,7 @@ def _carries(value: Any) -> bool:
 
 
 def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Numbers the entries of several tensors, starting at one; returns the numbers by the identity of the tensor."""
+    """Numbers the entries of several tensors consecutively, starting at one; keyed by tensor identity."""
     numbers, start = {}, 1
     for tensor in tensors:
         count = torch.arange(start, start + tensor.numel(), dtype=torch.float64, device=tensor.device)
@@ -275,7 +278,7 @@ def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """Replaces a computed tensor by the numbers of its entries, and a constant by zeros."""
+    """Replaces a computed tensor with the numbers of its entries, and a constant with zeros."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value
@@ -322,7 +325,7 @@ def _put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False)
 
 
 def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -> Tensor:
-    """Computes ``target[index] = value`` out of place; or ``+=``, where repeated indices accumulate."""
+    """Computes ``target[index] = value`` out of place, or ``target[index] += value`` if ``accumulate`` is set."""
     if accumulate:
         positions = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index]
         return _add_at(target, positions.reshape(-1), value.expand(positions.shape))
@@ -332,7 +335,7 @@ def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -
 
 
 def _add_at(target: Tensor, positions: Tensor, value: Tensor) -> Tensor:
-    """Adds values to entries of the flattened target, out of place."""
+    """Adds values at flat positions of a tensor, out of place."""
     return _index_add(target.reshape(-1), 0, positions, value.reshape(-1)).reshape(target.shape)
 
 
@@ -343,7 +346,7 @@ def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def is_indexed_by_tensor(index: Any) -> bool:
-    """Returns whether an index contains tensors or lists, not only slices and numbers."""
+    """Returns whether an index contains tensors or lists, rather than only slices and numbers."""
     parts = index if isinstance(index, (tuple, list)) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0) for part in parts)
 
@@ -364,9 +367,9 @@ def is_sparse_product(args: Sequence[Any]) -> bool:
 
 @decomposition_of("_sparse_mm", "spmm", "smm", "hspmm")
 def sum_of_messages(input: Tensor, mat2: Tensor, reduce: str = "sum") -> Tensor:
-    """Computes ``A x`` or ``x A`` for a sparse constant ``A``: a message per nonzero entry, summed at the nodes.
+    """Computes ``A x`` or ``x A`` for a sparse constant ``A`` of any layout, as messages summed at nodes.
 
-    The function requires memory for all messages; ``A`` may have any sparse layout.
+    Each nonzero entry of ``A`` is a message, and all messages are held in memory.
     """
     matrix, source = (input, mat2) if is_sparse_product([input]) else (mat2, input)
     if matrix.requires_grad or is_sparse_product([source]) or not is_sparse_product([matrix]):

@@ -1,7 +1,7 @@
-r"""Secants of maxima and of max pooling.
+r"""Secant kernels for maxima and max pooling.
 
-Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference of the maxima is
-divided between both entries: either entry may switch from the reference to the input first, and both orders are
+Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference between the maxima
+is divided between these two entries: either may switch from the reference to the input first, and both orders are
 averaged. If entry ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
@@ -25,12 +25,12 @@ from .secant_maps import MultiplierKernel, Multipliers
 
 
 class MaximumKernel(MultiplierKernel):
-    """Kernel of maxima over groups of entries.
+    """Kernel for maxima over groups of entries.
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
         pair: The entries at input and reference, ``(*in)``.
-        places: The argmax of each group at input and reference, ``(*out)``, as indices into the flattened entries.
+        places: Argmax of each group at input and reference, ``(*out)``, as indices into the flattened entries.
         sign: -1 for minima.
     """
 
@@ -51,12 +51,12 @@ class MaximumKernel(MultiplierKernel):
     absolute_multipliers = multipliers  # slopes are in [0, 1]
 
     def spread(self, below: Tensor) -> Multipliers:
-        """Returns the multipliers of each input, given those of all entries."""
+        """Splits the multipliers of all entries into those of each input."""
         return (below,)
 
 
 class StackedKernel(MaximumKernel):
-    """Kernel of the maximum of two tensors, which broadcast."""
+    """Kernel for the elementwise maximum of two tensors, with broadcasting."""
 
     def spread(self, below: Tensor) -> Multipliers:
         shapes = (delta.shape for delta in self.before)
@@ -64,7 +64,7 @@ class StackedKernel(MaximumKernel):
 
 
 def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the slopes of the entry largest at the input and of the entry largest at the reference, in [0, 1]."""
+    """Computes the slopes in [0, 1] of the largest entry at the input and of the largest entry at the reference."""
     at_first, at_second = (one[first], two[first]), (one[second], two[second])
     gain_first = (torch.maximum(at_first[0], at_second[1]) - at_second[1]).nan_to_num(0.0)
     gain_second = (torch.maximum(at_first[1], at_second[0]) - at_second[1]).nan_to_num(0.0)
@@ -81,7 +81,7 @@ def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @secant_of("maximum", "minimum")
 def extremum(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of the elementwise maximum or minimum of two tensors, one of which may be constant."""
+    """Returns the kernel for the elementwise maximum or minimum of two tensors, one of which may be constant."""
     sign = 1.0 if call.name == "maximum" else -1.0
     if len(call.values) == 1:
         return _of_one(call)
@@ -100,7 +100,7 @@ def _of_one(call: DifferenceCall) -> Kernel:
 
 
 def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """Converts indices along a dimension (with ``keepdim``) to indices of the flattened tensor."""
+    """Converts indices along a dimension (with ``keepdim``) to indices into the flattened tensor."""
     numbers = torch.arange(shape.numel(), device=index.device).reshape(shape)
     return numbers.gather(dim, index)
 
@@ -110,7 +110,7 @@ def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 @secant_of("max", "min", "amax", "amin")
 def along_dimensions(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of the largest (smallest) entry along dimensions."""
+    """Returns the kernel for the maximum or minimum along dimensions."""
     sign = 1.0 if call.name.endswith("max") else -1.0
     value, dims = call.values[0], call.call.argument(1, "dim")
     dims = list(range(value.ndim)) if dims is None or dims == () else [dims] if isinstance(dims, int) else list(dims)
@@ -121,7 +121,7 @@ def along_dimensions(call: DifferenceCall) -> Kernel:
 
 
 def _argmax(values: Tensor, dims: list[int]) -> Tensor:
-    """Returns the flat index of the largest entry along dimensions, in the shape of the other dimensions."""
+    """Returns the argmax along several dimensions as a flat index, with the shape of the other dimensions."""
     kept = [dim for dim in range(values.ndim) if dim not in dims]
     numbers = torch.arange(values.numel(), device=values.device).reshape(values.shape)
     rows = values.permute(*kept, *dims).flatten(len(kept)) if dims else values.unsqueeze(-1)
@@ -145,7 +145,7 @@ _POOLS: dict[str, tuple[Any, int]] = {
 
 @secant_of(*_POOLS, *(f"{name}_with_indices" for name in _POOLS))
 def pooling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of max pooling."""
+    """Returns the kernel for max pooling."""
     function, dims = _POOLS[call.name.removesuffix("_with_indices")]
     pair = call.values[0], call.reference_values[0]
     options = {key: value for key, value in call.call.kwargs.items() if key not in ("input", "self", "return_indices")}

@@ -1,9 +1,9 @@
-r"""Secants of elementwise functions, sums and products.
+r"""Secant kernels for elementwise functions, sums and products.
 
 .. math:: \frac{\varphi(z) - \varphi(z^0)}{z - z^0}, \qquad
     ab - a^0 b^0 = \frac{b + b^0}{2} (a - a^0) + \frac{a + a^0}{2} (b - b^0)
 
-A function of several tensors is changed one input at a time, and the slopes are averaged over all orders.
+For a function of several tensors, inputs are changed one at a time, and slopes are averaged over all orders.
 
 Source: docs/differences.md.
 """
@@ -26,20 +26,20 @@ NOT_ELEMENTWISE = frozenset(
     "normalize renorm".split()
 )
 CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
-"""Functions that convert their first argument to another format."""
+"""Functions that convert their first argument to another dtype or device."""
 CLOSE = 0.7
-"""For differences below ``ε ** CLOSE`` times the value, the slope is the derivative; ε is the machine epsilon."""
+"""For differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon, slopes are derivatives."""
 
 
 def secant(
     function: Callable[[Tensor], Tensor], pair: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Returns the slope of an elementwise function between two points, or its derivative where they are close.
+    """Computes the slope of an elementwise function between two points, or its derivative where they are close.
 
     Args:
-        function: The function.
+        function: The elementwise function.
         pair: The two points, which broadcast to the shape of the output.
-        outputs: The values of the function at these points, if known.
+        outputs: Values of the function at these points, if known.
     """
     one, two = (function(point) for point in pair) if outputs is None else outputs
     run = pair[0] - pair[1]
@@ -53,7 +53,7 @@ def secant(
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Returns the derivative of an elementwise function; zero where it is infinite, or the function is constant."""
+    """Computes the derivative of an elementwise function, replacing values that are not finite with zero."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         output = function(leaf)
@@ -64,7 +64,7 @@ def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
 
 
 def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
-    """Returns the kernel of an elementwise function with the given slopes, which broadcast to the output."""
+    """Returns the kernel for an elementwise function from its slopes, which broadcast to the output."""
     after = call.divisor.reciprocal()
     shares = [slope * before * after for slope, before in zip(slopes, call.before, strict=True)]
     return SplitKernel(shares, call.shapes, None, call.is_exact)
@@ -72,7 +72,7 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of an elementwise function; with rules, it is the identity for functions of one tensor."""
+    """Returns the kernel for an elementwise function; with rules, functions of one tensor use the identity."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
@@ -84,10 +84,10 @@ def elementwise(call: DifferenceCall) -> Kernel:
 
 
 def _propagated_share(call: DifferenceCall) -> Tensor | None:
-    """Returns the fraction of relevance that a function of one tensor propagates, or None for all of it.
+    """Returns the fraction of relevance that a function of one tensor propagates, or None if it propagates all of it.
 
-    The slope is the quotient of both differences, so the fraction is 1 where the output differs, and 0 where only the
-    input does. Where neither differs, the slope is the derivative.
+    The slope is the quotient of the two differences. The fraction is therefore 1 where the output differs, and 0 where
+    only the input differs. Where neither differs, the slope is the derivative.
     """
     is_same, is_constant = call.differences[0].is_zero, call.difference.is_zero
     if is_constant is None:
@@ -103,7 +103,7 @@ secant_of("logaddexp", "logaddexp2")(elementwise)
 
 
 def averaged_slopes(call: DifferenceCall) -> list[Tensor]:
-    """Returns the slope of each input: inputs change from the reference one at a time, averaged over all orders."""
+    """Computes the slope of each input by changing inputs one at a time, averaged over all orders."""
     numbers = range(len(call.values))
     totals: list[Tensor | None] = [None for _ in numbers]
     orders = list(itertools.permutations(numbers))
@@ -128,7 +128,7 @@ def _slope_of_one(call: DifferenceCall, point: list[Tensor], number: int) -> Ten
 
 @secant_of("add", "sub", "rsub")
 def addition(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a sum or difference; a constant summand has no difference."""
+    """Returns the kernel for a sum or difference of tensors; a constant summand cancels."""
     options = call.call
     alpha = float(options.kwargs.get("alpha", options.args[2] if len(options.args) > 2 else 1))
     factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.name]
@@ -139,7 +139,7 @@ def addition(call: DifferenceCall) -> Kernel:
 
 @secant_of("mul")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a product, with the mean of the other factor as slope."""
+    """Returns the kernel for a product, in which each slope is the mean of the other factor."""
     if len(call.values) == 1:
         return elementwise(call)
     first, second = ((one + two) / 2 for one, two in zip(call.values, call.reference_values, strict=True))
@@ -148,7 +148,7 @@ def product(call: DifferenceCall) -> Kernel:
 
 @secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a dtype conversion; the sink absorbs the rounding error."""
+    """Returns the kernel for a dtype conversion, whose rounding error is absorbed by the sink."""
     shares = [call.before[0] / call.divisor, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
     return SplitKernel(shares, call.shapes, None, False)
 

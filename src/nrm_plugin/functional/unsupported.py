@@ -1,4 +1,4 @@
-"""Operations without a kernel: errors when relevance arrives, and tests of what autograd recorded for them."""
+"""Errors raised when relevance reaches an operation without a kernel, and inspection of its autograd nodes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """The kernel of an unknown operation, which raises an error when nonzero relevance arrives.
+    """Kernel for an unknown operation, which raises an error if nonzero relevance reaches it.
 
     Args:
-        error: The error that is raised when relevance arrives.
+        error: The error to raise.
         shapes: Shape of each input.
     """
 
@@ -44,7 +44,7 @@ class UnknownKernel(Kernel):
 
 
 def arrives(relevance: Tensor | None) -> bool:
-    """Returns whether relevance is nonzero anywhere."""
+    """Returns whether any relevance is nonzero, or True if its values cannot be read."""
     try:
         return relevance is not None and bool(relevance.any())
     except RuntimeError:  # values of batched gradients cannot be read
@@ -60,8 +60,8 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
     """Returns the error for relevance at an autograd node that is neither a step nor a known route.
 
     Args:
-        node: The node.
-        where: Its place in the model, such as ``", in 'layer1'"``.
+        node: The node that relevance has reached.
+        where: Location in the model, such as ``", in 'layer1'"``.
     """
     if _is_checkpoint(node):
         return UnsupportedOperationError(
@@ -79,13 +79,13 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
 
 
 def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
-    """Makes the backward pass raise an error if relevance reaches a node that is neither a step nor a known route.
+    """Registers hooks that raise an error if relevance reaches a node that is neither a step nor a known route.
 
-    This is the audit of a forward pass without a recording.
+    This audits a forward pass that is not recorded.
 
     Args:
-        outputs: The outputs of the model.
-        first_node: Number of the first autograd node of the forward pass; earlier nodes do not belong to the model.
+        outputs: Outputs of the model.
+        first_node: Sequence number of the first autograd node of the forward pass. Earlier nodes are not part of it.
     """
     visited: set[Any] = set()
     stack = [tensor.grad_fn for tensor in outputs]
@@ -114,7 +114,7 @@ def _is_checkpoint(node: Any) -> bool:
 
 
 def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
-    """Returns whether autograd recorded only routes (and steps) between some inputs and an output."""
+    """Returns whether autograd recorded only routes (and steps, if ``with_steps``) between inputs and an output."""
     visited = {tensor.grad_fn for tensor in inputs}
     stack = [output.grad_fn]
     while stack:
@@ -129,9 +129,9 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
 
 
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
-    """Returns whether a function is elementwise, tested by changing half of the elements at a time.
+    """Tests whether a function is elementwise, by changing half of the elements at a time.
 
-    Each mask separates half of all pairs of elements, so a dependence is missed with probability 1/1024.
+    Each of the 10 masks separates half of all pairs of elements, so a dependence is missed with probability 1/1024.
     """
     other = 1 - 2 * source
     changed = run(other.clone())
@@ -145,7 +145,7 @@ def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tens
 
 
 def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
-    """Returns the error for a function that is called with a weight and has no rule in the composite."""
+    """Returns the error for a layer that is called as a function and has no rule in the composite."""
     return UncoveredLayerError(
         f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
         "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "

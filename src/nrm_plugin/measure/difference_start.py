@@ -1,4 +1,6 @@
-r"""The start of a measure of differences, :math:`\mu(n_L = k) = s_k \Delta f_k / \sum_k s_k \Delta f_k`.
+r"""The initial relevance of a measure that explains a difference.
+
+.. math:: \mu(n_L = k) = s_k \Delta f_k / \sum_k s_k \Delta f_k
 
 Source: docs/differences.md.
 """
@@ -17,24 +19,24 @@ from ..model.autocast import is_short
 from ..model.targets import MIN_TOTAL, sample_sums
 
 ROUNDING = 16
-"""A difference between outputs must exceed this multiple of their rounding error."""
+"""The difference between outputs must exceed their rounding error by this factor."""
 PRECISE = 1e-3
-"""A warning is issued if the rounding error of the outputs exceeds this fraction of their difference."""
+"""A warning is issued if the rounding error exceeds this fraction of the difference between outputs."""
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns the start vector of a measure of differences and the explained difference.
+    r"""Computes the start vector of a measure that explains a difference, and this difference.
 
     Args:
-        recording: A recording with one reference or several references per sample.
+        recording: A recording with one or several references per sample.
         vector: The weights ``s`` of the outputs, ``(N, …)``; they may sum to zero.
 
     Returns:
-        The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``, averaged over
+        The start vector in the layout of the output; and :math:`\sum_k s_k \Delta f_k`, ``(N,)``, averaged over
         references.
 
     Warns:
-        PrecisionWarning: If the difference of a sample has fewer than three digits in float32 or float64.
+        PrecisionWarning: If the difference of a sample has fewer than three significant digits in float32 or float64.
 
     Raises:
         TargetError: If the weighted differences of a sample are zero, or cancel.

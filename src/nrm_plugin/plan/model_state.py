@@ -1,4 +1,4 @@
-"""State of a model and settings of a composite, on which a plan depends."""
+"""State of a model and settings of a composite on which a plan depends."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..model.model_protection import values_state
 from ..recording.recording import _RECORDING
 
 _ENTRIES = 64
-"""Number of entries per tensor that are compared by value, since writes through ``.data`` change no version."""
+"""Number of entries per tensor that are compared by value, since writes through ``.data`` do not change the version."""
 
 
 class ModelState:
-    """Detects changes of a model by the identities and versions of everything that its modules contain.
+    """Detects changes to a model from the ids and versions of all objects that its modules contain.
 
     Args:
-        model: The model.
+        model: The model to watch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,10 +38,10 @@ class ModelState:
         self._values = [torch.cat(views).clone() for views in self._entries]
 
     def changed(self) -> str:
-        """Returns a description of what has changed; empty if nothing has."""
+        """Describes what has changed; returns an empty string if nothing has changed."""
         if not self._changed():
             return ""
-        with _RECORDING:  # the changes may be hooks that another thread removes after its recording
+        with _RECORDING:  # the change may consist of hooks that another thread removes after its recording
             return self._changed()
 
     def _changed(self) -> str:
@@ -59,7 +59,7 @@ class ModelState:
         return ""
 
     def memories(self) -> set[int]:
-        """Returns the addresses of the memory of parameters and buffers."""
+        """Returns the storage addresses of all parameters and buffers."""
         dense = (tensor for _, tensor in self._tensors if tensor.layout == torch.strided)
         return {tensor.untyped_storage().data_ptr() for tensor in dense}
 
@@ -68,9 +68,10 @@ _DICTS = (dict, OrderedDict)
 
 
 def hooked(model: nn.Module) -> str:
-    """Returns the names of objects with user hooks, which run in every forward pass; empty if there are none.
+    """Returns a description of the first user hook in a model, or an empty string if there is none.
 
-    Hooks of PyTorch itself, such as those of weight norms, only compute tensors.
+    Such hooks must run in every forward pass. Hooks of PyTorch itself, such as those of weight norm, only compute
+    tensors and are ignored.
     """
     if _common_hooks():
         return "all modules have hooks"
@@ -87,7 +88,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the identities of a module's attributes and of the items in its containers."""
+    """Returns the ids of a module's attributes and of the items in its containers."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
@@ -95,13 +96,13 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns the attributes themselves, since references prevent new objects from reusing their identities."""
+    """Returns references to the attributes of a module, so that their ids cannot be reused by new objects."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Returns views of a few entries of each floating-point tensor, by device and dtype."""
+    """Returns views of a few entries of each floating-point tensor, grouped by device and dtype."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
@@ -111,7 +112,7 @@ def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def settings(value: Any, depth: int = 4) -> Any:
-    """Returns the settings of a composite as a nested tuple: attributes of rules, types, numbers and tensors."""
+    """Returns the settings of a composite as a nested tuple of the attributes of its rules."""
     if value is None or isinstance(value, (bool, int, float, str, type)):
         return value
     if isinstance(value, Tensor):
@@ -134,6 +135,6 @@ def _own(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 _RUNNING = frozenset(["handles", "hook_refs", "stored_tensors", "tensor_handles", "active", "_checked"])
-"""Attributes of composites and hooks that are changed when the model runs."""
+"""Attributes of composites and hooks that change when the model runs."""
 
 __all__ = ["ModelState", "hooked", "settings"]

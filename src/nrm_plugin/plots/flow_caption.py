@@ -1,4 +1,4 @@
-"""Captions that describe the largest numbers of a flow in sentences."""
+"""Captions that describe the main results of a flow in sentences."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .ribbons import percent
 
 NO_BREAK = "\u00a0"
 NAMED = 3
-"""Largest number of nodes in a list."""
+"""Maximum number of nodes in a list."""
 NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.1, 1e-3
-"""Largest number of walks that are named, the least relevance of one, and that of one whose relevance is said."""
+"""Maximum number of named walks, smallest relevance of a named walk, and smallest relevance that is mentioned."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
 WIDE = 0.1
 """The widest ribbon between two layers is named if it has at least this relevance."""
 DENSE = 1.25
-"""Ratio of relevance to area from which a part of the image is said to be the densest."""
+"""Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
 FEW = 0.25
-"""Share of relevance below which the caption says first that the shown channels of a layer carry little."""
+"""If the shown channels of a layer account for a smaller share of relevance, the caption states this."""
 PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
 Walks = Sequence[tuple[Sequence[str], float]]
-"""Walks over groups, strongest first: the keys of their nodes, from the input up, and their masses."""
+"""Walks over groups, sorted by decreasing mass: the keys of their nodes, from the input to the output, and masses."""
 
 
 def flow_caption(
@@ -38,15 +38,15 @@ def flow_caption(
     areas: Mapping[str, float] | None = None,
     places: Mapping[str, str] | None = None,
 ) -> str:
-    """Describes a flow by its largest numbers: the origin of the relevance, its main path, and negative evidence.
+    """Describes the main results of a flow: where relevance comes from, its strongest walks, and negative evidence.
 
     Args:
-        graph: The graph.
-        target: Name of the explained output; by default, the name of the only output node.
-        walks: The strongest walks over the groups of all layers, as from
+        graph: The flow graph.
+        target: Name of the explained output; by default, the name of the output node with the largest mass.
+        walks: The strongest walks over the groups of all layers, as returned by
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
         areas: Fraction of the image that each input node covers, keyed by node.
-        places: Where in the image each input node lies, such as "upper left", keyed by node.
+        places: Location of each input node in the image, such as "upper left", keyed by node.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -62,18 +62,18 @@ def flow_caption(
 
 
 def named_walks(walks: Walks) -> Walks:
-    """Returns the walks that a caption names: the strongest, unless the relevance is spread over very many."""
+    """Returns the walks to be named in a caption: at most :data:`NAMED_WALKS`, with mass :data:`NAMED_WALK` or more."""
     return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if mass >= NAMED_WALK]
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
-    """Returns the name of a node for use in a sentence, with its layer unless this is the input or the output."""
+    """Returns the name of a node as used in a sentence, with its layer unless this is the input or the output."""
     name = node_name(node)
     return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
 
 
 def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Mapping[str, str]) -> str:
-    """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
+    """States which nodes of the lowest layer carry most of the relevance."""
     if not graph.layers:
         return ""
     lower = graph.layers[-1]
@@ -94,7 +94,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
 
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
-    """Names the part of the image with most relevance per area, unless it is the part with most relevance."""
+    """Names the image part with the most relevance per area, unless it is also the one with the most relevance."""
     nodes = graph.layers[-1].nodes[: len(graph.layers[-1].groups)] if graph.layers else []
     known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and node.mass >= WORTH_SAYING]
     if len(known) < 2:
@@ -107,7 +107,7 @@ def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
 
 
 def _few_channels(graph: FlowGraph) -> str:
-    """Says how little the shown channels of layers carry, if this is less than a quarter."""
+    """States how much relevance the shown channels of layers account for, if it is less than a quarter."""
     few = [layer for layer in graph.layers[::-1] if _shows_few(layer)]
     if not few:
         return ""
@@ -117,7 +117,7 @@ def _few_channels(graph: FlowGraph) -> str:
 
 
 def _shows_few(layer: FlowLayer) -> bool:
-    """Returns whether the shown channels of a layer carry so little that the caption says it first."""
+    """Returns whether the shown channels of a layer account for so little relevance that the caption states it."""
     return (
         bool(layer.others)
         and _members(layer) == "channels"
@@ -130,12 +130,12 @@ def _share(layer: FlowLayer) -> str:
 
 
 def _members(layer: FlowLayer) -> str:
-    """Returns what the shown groups of a layer are."""
+    """Returns the term for the shown groups of a layer, ``"channels"`` or ``"groups"``."""
     return "channels" if layer.name not in NUMBERED and any(map(str.isdecimal, layer.labels)) else "groups"
 
 
 def _ways(graph: FlowGraph) -> list[str]:
-    """Describes the widest ribbon between the shown groups of each pair of hidden layers."""
+    """Describes the widest ribbon between the shown groups of each pair of adjacent hidden layers."""
     sentences = []
     for number, joint in enumerate(graph.joints):
         upper, lower = graph.layers[number : number + 2]
@@ -155,18 +155,18 @@ def _ways(graph: FlowGraph) -> list[str]:
 
 
 def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
-    """Returns the node names along a walk, from the input up, without their layers, which the figure shows."""
+    """Returns the names of the nodes along a walk, from the input to the output, without their layers."""
     names = {node.key: node_name(node) for node in graph.nodes}
     return f"{NO_BREAK}→ ".join(_unbroken(names[key]) for key in keys)
 
 
 def _unbroken(text: str) -> str:
-    """Returns a text with non-breaking spaces, so that it stays on one line."""
+    """Replaces spaces with non-breaking spaces."""
     return text.replace(" ", NO_BREAK)
 
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
-    """Returns a sentence that names the walks with the most relevance."""
+    """Describes the walks with the most relevance in a sentence."""
     if not walks or walks[0][1] < LEAST_WALK:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)
@@ -181,7 +181,7 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
 
 
 def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
-    """Explains why a named walk carries more than a ribbon on its way: other walks through the ribbon are negative."""
+    """Explains why ribbons are narrower than a named walk: other walks through the ribbon are negative."""
     ribbons = {(edge.lower.key, edge.upper.key): edge.mass for edge in graph.edges}
     narrow = {
         pair: ribbons.get(pair, 0.0)

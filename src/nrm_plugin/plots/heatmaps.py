@@ -1,7 +1,8 @@
 """Figures of heat maps, joint relevance, and the mass, sink and bypass of layers.
 
-Every function returns a new matplotlib ``Figure``; pyplot and its state are not used. Red is positive and blue
-negative, in shades that colour-blind readers can distinguish. Relevance is given in percent of the total of the sample.
+Functions return a new matplotlib ``Figure`` or draw on given axes, without the global state of pyplot. Positive
+relevance is red and negative relevance is blue, in colour-blind-friendly shades. Colour bars show relevance as a
+percentage of the total of the sample.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Budget:
-    """Mass, sink and bypass of every layer, for one sample.
+    """Mass, sink and bypass of all layers for one sample.
 
     Attributes:
         title: Name of the sample.
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
         bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
-        reference: Additional sums to mark at each layer, such as those of plain Zennit.
+        reference: Sums for comparison at each layer, such as those of plain Zennit, marked with diamonds.
         image: Image ``(C, H, W)`` to draw next to the title.
     """
 
@@ -53,13 +54,13 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
-    """Saves a figure with a background colour, and returns the path.
+    """Saves a figure with the given background colour and returns the path.
 
     Args:
-        figure: The figure.
-        path: The file.
+        figure: The figure to save.
+        path: Path of the file.
         paper: The background colour.
-        kind: File format, such as ``"png"``; by default, the suffix of the file.
+        kind: File format, such as ``"png"``; by default, it is inferred from the suffix of the path.
         dpi: Dots per inch.
 
     Raises:
@@ -83,11 +84,11 @@ def heat_map(
 
     Args:
         values: Relevance ``(H, W)``, dimensionless.
-        title: Title of the heat map.
-        image: Image ``(C, H, W)``, shown faintly behind the map for orientation.
-        limit: Absolute value of the darkest colours; by default the largest absolute value.
-        cells: Largest number of cells along each side, such as the resolution of a layer. The map then shows sums over
-            cells, which have the same total. By default, it shows pixels.
+        title: Title of the figure.
+        image: Image ``(C, H, W)``, shown in low contrast behind the heat map.
+        limit: Absolute value shown in the darkest colours; by default the largest absolute value.
+        cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
+            sum over each cell, which preserves the total. By default, pixels are shown.
     """
     values = _summed(values, cells)
     figure = _figure(4.3, 3.6)
@@ -107,16 +108,17 @@ def image_and_heat_map(
     cells: int | Sequence[int] | None = None,
     shown: Values | None = None,
 ) -> Figure:
-    """Draws an image and its signed heat maps, side by side.
+    """Draws an image and one or several signed heat maps side by side.
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1], and one or three channels.
         values: Heat map ``(H, W)``, dimensionless; or a list of several, each with its own colour scale.
         titles: Titles of the image and of each heat map.
         heading: Title of the figure.
-        limit: Absolute value of the darkest colours, by default the largest absolute value; or one for each heat map.
+        limit: Absolute value shown in the darkest colours, for all heat maps or for each; by default, the largest
+            absolute value of each heat map.
         cells: As in :func:`heat_map`.
-        shown: Image to show on the left; by default ``image``, which is also shown beneath the heat maps.
+        shown: Image to show on the left; by default ``image``, which is also shown behind the heat maps.
     """
     several = [values] if isinstance(values, Tensor | np.ndarray) else values
     maps = [_summed(one, cells) for one in several]
@@ -148,9 +150,9 @@ def heat_maps(
         maps: Heat maps ``(H, W)``, dimensionless.
         titles: One title per map.
         heading: Title of the figure.
-        image: Image ``(C, H, W)``, shown before the maps, and faintly behind each map.
+        image: Image ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
         columns: Number of columns.
-        limit: Absolute value of the darkest colours; by default the largest absolute value of all maps.
+        limit: Absolute value shown in the darkest colours; by default the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
     """
     maps = [_summed(values, cells) for values in maps]
@@ -185,14 +187,14 @@ def joint(
     titles: Sequence[str],
     heading: str = "",
 ) -> Figure:
-    """Draws an image and its heat map, a flow between channels, and joint heat maps.
+    """Draws an image with its heat map, a flow between channels, and joint heat maps, in one figure.
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1].
-        marginal: Heat map of the image, ``(H, W)``, with its own colour bar.
+        marginal: Heat map of the image, ``(H, W)``, with a separate colour bar.
         columns: As in :func:`flow`.
         ribbons: As in :func:`flow`.
-        maps: Joint heat maps, ``(H, W)`` each, on a common colour scale with one colour bar.
+        maps: Joint heat maps, ``(H, W)`` each, with a common colour scale and colour bar.
         titles: One title per joint heat map.
         heading: Title of the figure.
     """
@@ -214,13 +216,13 @@ def joint(
 
 
 def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "", reference: str = "") -> Figure:
-    """Draws mass, sink and bypass of every layer as stacked bars, with one panel per sample.
+    """Draws mass, sink and bypass of all layers as stacked bars, with one panel per sample.
 
     Args:
         layers: Names of the layers, from the output to the input.
         samples: The samples, one per panel.
         heading: Title of the figure.
-        reference: Legend entry for the marked sums.
+        reference: Legend entry for :attr:`Budget.reference`.
     """
     across = min(4, len(samples))
     rows = math.ceil(len(samples) / across)
@@ -244,7 +246,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
 
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
-    """Draws an image ``(C, H, W)`` with values in [0, 1]: one channel in dark on light, three channels in colour."""
+    """Draws an image ``(C, H, W)`` with values in [0, 1]; images with one channel are drawn dark on light."""
     pixels = _array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
@@ -255,7 +257,7 @@ def draw_image(axes: Axes, image: Values) -> AxesImage:
 def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit: float | None = None) -> AxesImage:
     """Draws a signed heat map ``(H, W)``, white at zero, with symmetric limits.
 
-    An image with one channel is shown as an outline, and an image with three channels in grey beneath the colours.
+    An image with one channel is shown as an outline, and an image with three channels in grey behind the colours.
     """
     pixels = _array(values)
     bound = _bound([pixels]) if limit is None else limit
@@ -281,7 +283,7 @@ def draw_grid(
     show_image: bool = False,
     limit: float | None = None,
 ) -> None:
-    """Draws heat maps ``(H, W)`` on a common colour scale, row by row, with a colour bar on the right."""
+    """Draws heat maps ``(H, W)`` with a common colour scale, row by row, with a colour bar on the right."""
     count = len(maps) + show_image
     grid = figure.subplots(math.ceil(count / columns), min(columns, count), squeeze=False)
     places = list(grid.flat)
@@ -299,7 +301,7 @@ def draw_grid(
 
 
 def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: str = "") -> None:
-    """Draws the stacked bars of one sample, with the output at the top; diamonds mark the reference of each layer."""
+    """Draws the stacked bars of one sample, with the output at the top and diamonds for the reference of each layer."""
     places = np.arange(len(layers))
     right, left = np.zeros(len(layers)), np.zeros(len(layers))
     for label, color, values in (
@@ -321,10 +323,10 @@ def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: st
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # without y, the title would be moved above the image
+    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # y keeps the title next to the image
     if budget.image is not None:
         inset = axes.inset_axes((0.0, 1.01, 0.14, 0.14))
-        inset.set_in_layout(False)  # next to the title, where the layout already has space
+        inset.set_in_layout(False)  # it is next to the title, where there is space
         draw_image(inset, budget.image)
 
 
@@ -348,8 +350,8 @@ def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
     """Sums a heat map ``(H, W)`` over a grid of at most ``cells`` cells along each side, which preserves the total.
 
     Args:
-        values: The heat map.
-        cells: Number of cells along each side, as one number or a pair.
+        values: The heat map to sum.
+        cells: Maximum number of cells along each side, as one number or a pair.
     """
     wanted = [cells, cells] if isinstance(cells, int) else list(cells)
     result = _array(values)
@@ -374,7 +376,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Returns whether a value exceeds the given limit, above which the colour no longer changes."""
+    """Returns whether a value exceeds the given limit, beyond which colours are saturated."""
     return limit is not None and _bound([_array(values) for values in maps]) > limit
 
 
@@ -387,7 +389,7 @@ def _no_ticks(axes: Axes) -> None:
 
 
 def _outline(axes: Axes, ink: Array) -> None:
-    """Draws the contour of the dark pixels, which is closed at the border as well."""
+    """Draws the contour of the dark pixels, closed at the border of the image."""
     if ink.min() < ink.max():
         height, width = ink.shape
         # The border of the image is half a pixel outside the outer pixel centres. Pixels are repeated up to the
@@ -401,7 +403,7 @@ def _outline(axes: Axes, ink: Array) -> None:
 
 def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: bool = False) -> None:
     limit = drawn.get_clim()[1] or 1.0
-    # Unlike the image, the bar has no transparency, since it would be blank at zero.
+    # The bar is opaque, unlike the heat map, since it would otherwise be blank at zero.
     shown = ScalarMappable(drawn.norm, drawn.cmap)
     extend = "both" if is_cut else "neither"
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=extend, extendfrac=0.03)
@@ -415,6 +417,6 @@ def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: b
 
 
 def _points(value: float) -> str:
-    """Returns a percentage without trailing zeros and without scientific notation."""
+    """Formats a percentage without trailing zeros or scientific notation."""
     text = np.format_float_positional(value, trim="-")
     return f"{text}%".replace("-", "−")

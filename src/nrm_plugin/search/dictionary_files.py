@@ -20,16 +20,16 @@ from .dictionaries import Crosscoder, Dictionary
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _INPUTS = ("mlp.hook_in", "ln2.hook_normalized", "hook_mlp_in")
-"""Names of hooks at the input of an MLP."""
+"""Names of hook points at the input of an MLP."""
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
-    """Reads a dictionary in the format of SAELens: ``cfg.json`` and ``sae_weights.safetensors``.
+    """Loads a dictionary in the format of SAELens, which consists of ``cfg.json`` and ``sae_weights.safetensors``.
 
     Standard, gated, JumpReLU and top-k autoencoders, and transcoders with or without a skip path are supported.
 
     Args:
-        folder: The folder with the files.
+        folder: Folder that contains the files.
 
     Raises:
         InputError: If a file is missing, or the dictionary normalizes its input.
@@ -91,14 +91,14 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 
 def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | Crosscoder:
-    """Reads the transcoders of all layers, or a cross-layer transcoder, in the format of circuit-tracer.
+    """Loads the transcoders of all layers, or a cross-layer transcoder, in the format of circuit-tracer.
 
     Per-layer transcoders are stored in files ``layer_0.safetensors`` and so on, or in local files listed in
     ``config.yaml``; a cross-layer transcoder is stored in files ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so
     on.
 
     Args:
-        folder: The folder that contains the files.
+        folder: Folder that contains the files.
         site: Name of an MLP, with ``{}`` in place of the layer index, such as ``"model.layers.{}.mlp"``.
 
     Returns:
@@ -163,7 +163,7 @@ def _listed(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
 
 
 def _transcoder(weights: Mapping[str, Tensor]) -> Dictionary:
-    """Returns the transcoder of one layer; the encoder is stored as ``(F, d)``, the decoder in either orientation."""
+    """Returns the transcoder of one layer; encoder and decoder may be stored in either orientation."""
     bias, encoder, decoder = weights["b_enc"], weights["W_enc"], weights["W_dec"]
     count, width = len(bias), len(weights["b_dec"])
     encoder = encoder if encoder.shape[1] == count != encoder.shape[0] else encoder.T
