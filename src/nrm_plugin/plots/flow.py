@@ -79,8 +79,8 @@ def flow_figure(
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
             names, below each group of channels, the image part that contributes most to it.
         counts: Number of channels in each group, keyed by node; shown where there is enough space.
-        finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If empty, the heading
-            is the title.
+        finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If empty, the
+            heading is the title.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
