@@ -7,13 +7,12 @@ Source: docs/differences.md.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PrecisionWarning, TargetError, samples
+from ..errors import PrecisionWarning, TargetError, samples, warn
 from ..kernels.reference_pass import LEAST
 from ..model.autocast import is_short
 from ..model.targets import MIN_TOTAL, sample_sums
@@ -65,12 +64,11 @@ def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tens
             "weighted differences are 0, or cancel, so nothing can be normalized. Choose another reference or target."
         )
     share = float((rounding / total.abs()).max())
-    warnings.warn(
+    warn(
         f"the outputs at the input and at the reference are so similar ({samples(imprecise.tolist())}) that their "
         f"difference has a relative rounding error of {share:.0e} in {str(outputs.dtype).removeprefix('torch.')}, and "
         "so do all masses. Compute in float64, `model.double()` and `inputs.double()`, or choose another reference.",
         PrecisionWarning,
-        stacklevel=5,
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError, MemoryBudgetWarning, brief
+from ..errors import InputError, MemoryBudgetWarning, brief, warn
 from ..recording.places import Place
 from ..recording.recording import Recording
 
@@ -84,7 +83,7 @@ def in_chunks(
             if not chunk_results:  # outside the handler, in which the traceback keeps tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
-                warnings.warn(message, MemoryBudgetWarning, stacklevel=2)
+                warn(message, MemoryBudgetWarning)
                 continue
             results += chunk_results
             bar.update(len(chunk))
