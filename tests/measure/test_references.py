@@ -21,6 +21,7 @@ from zennit.rules import Epsilon
 from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, NRMDefault, Plan, RelevanceMeasure, at
 from nrm_plugin.errors import (
     DifferenceError,
+    FoldingError,
     InputError,
     NullEventError,
     PrecisionWarning,
@@ -610,6 +611,23 @@ def test_several_references_are_a_mixture():
     for reference, settings in (([], {}), ([x[0]], {"batched": False})):
         with pytest.raises(DifferenceError, match=r"empty mixture|require samples"):
             RelevanceMeasure(net, x, 0, reference=reference, **settings)
+
+
+def test_a_mixture_of_references_rejects_constants_for_positions_in_the_batch():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
+
+        def forward(self, x):
+            h = self.a(x)
+            index = torch.tensor([[0, 1], [2, 3], [4, 5]])  # one row for each of three samples
+            return self.b(h.scatter_add(1, index, torch.tanh(h[:, 2:4])))
+
+    net, x = Positions().eval(), torch.randn(3, 4, dtype=torch.float64)
+    assert RelevanceMeasure(net, x, 1, reference=0.3 * x).marginal("input").shape == (3, 4)
+    with pytest.raises(FoldingError, match=r"copies of each sample.*sample.*additional_forward_args"):
+        RelevanceMeasure(net, x, 1, reference=[0.3 * x, 0 * x])
 
 
 def test_a_mixture_repeats_the_further_arguments_of_samples():
