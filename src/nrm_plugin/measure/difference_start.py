@@ -57,7 +57,7 @@ def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_copies(outputs: Tensor) -> None:
-    """Raises :class:`FoldingError` if the copies of a sample, one per reference, have different outputs ``(N, B, …)``."""
+    """Raises :class:`FoldingError` if copies of a sample, one per reference, have different outputs ``(N, B, …)``."""
     count = outputs.shape[1]
     if count == 1:
         return
