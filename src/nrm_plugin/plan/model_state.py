@@ -10,7 +10,7 @@ import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
-from ..model.model_protection import values_state
+from ..model.model_protection import step_between, values_state
 from ..recording.recording import _RECORDING
 from .python_state import PythonState
 from .tensor_sums import TensorSums
@@ -143,7 +143,7 @@ def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
             flat = tensor.detach().view(-1)
-            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: max(1, -(-flat.numel() // _ENTRIES))])
+            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: step_between(flat.numel(), _ENTRIES)])
     return [views for views in groups.values() if not any(bool(view.isnan().any()) for view in views)]
 
 
