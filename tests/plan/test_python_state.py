@@ -35,6 +35,11 @@ class Config:
     scale: float = 1.0
 
 
+@dataclasses.dataclass(slots=True)
+class Slots:
+    scale: float = 1.0
+
+
 class Net(nn.Module):
     def __init__(self, scale: Callable[["Net", Tensor], Tensor], **attributes: Any) -> None:
         super().__init__()
@@ -73,6 +78,10 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Net], Callable[[Net, float], Any]]] = {
     ),
     "dataclass": (
         lambda: Net(lambda net, h: h * net.config.scale, config=Config()),
+        lambda net, value: setattr(net.config, "scale", value),
+    ),
+    "slots": (
+        lambda: Net(lambda net, h: h * net.config.scale, config=Slots()),
         lambda net, value: setattr(net.config, "scale", value),
     ),
     "nested dictionary": (

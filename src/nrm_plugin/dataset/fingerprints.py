@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..imports import stored_path
-from ..model.user_code import cells, distributions, is_installed_module, referenced
+from ..model.user_code import cells, distributions, is_installed_module, referenced, slots_of
 
 MAX_DEPTH = 12
 """Maximum depth of nested objects in a fingerprint."""
@@ -132,18 +132,11 @@ def _function(value: Function, depth: int, seen: tuple[int, ...]) -> Any:
 
 def _state(value: Any, depth: int, seen: tuple[int, ...]) -> Any:
     state = getattr(value, "__dict__", None)
-    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
     if state is None and not slots:
         return getattr(value, "__name__", "")
     items = sorted({**slots, **(state or {})}.items())
     return {key: described(item, depth, seen) for key, item in items if key not in TRANSIENT}
-
-
-def _slots(kind: type) -> Iterator[str]:
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        names = [slots] if isinstance(slots, str) else slots
-        yield from (name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def _is_plain(value: Any) -> bool:

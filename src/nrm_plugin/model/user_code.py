@@ -61,6 +61,14 @@ def cells(function: types.FunctionType) -> list[Any]:
     return [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
 
 
+def slots_of(kind: type) -> Iterator[str]:
+    """Yields the names of the attributes that a class and its bases store in slots."""
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names = [slots] if isinstance(slots, str) else slots
+        yield from (name for name in names if name not in ("__dict__", "__weakref__"))
+
+
 def _is_filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not None
@@ -75,4 +83,4 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(item)
 
 
-__all__ = ["cells", "distributions", "is_installed_module", "names_in", "referenced"]
+__all__ = ["cells", "distributions", "is_installed_module", "names_in", "referenced", "slots_of"]

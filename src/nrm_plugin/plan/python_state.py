@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.user_code import cells, is_installed_module, names_in
+from ..model.user_code import cells, is_installed_module, names_in, slots_of
 
 MOST = 20_000
 """Largest number of objects that are compared."""
@@ -68,7 +68,7 @@ class PythonState:
     def has_changed(self) -> bool:
         """Returns whether something has changed."""
         for held, before in self._watched:
-            now = list(held())
+            now = _listed(held)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 return True
         return any(_bytes(array) != before for array, before in self._arrays)
@@ -84,7 +84,7 @@ class PythonState:
         held = _held(value)
         if held is None:
             return ()
-        now = list(held())
+        now = _listed(held)
         if isinstance(value, nn.Module):
             self._compared.update(id(item) for item in now if type(item) in CONTAINERS)
             if id(value) not in self._given:
@@ -111,13 +111,22 @@ def _held(value: Any) -> Held | None:
         return lambda: (value.fget,)
     if isinstance(value, functools.partial):
         return lambda: (value.func, value.args, value.keywords)
-    kind = value if isinstance(value, type) else type(value)
     if isinstance(value, type):
-        return None if is_installed_module(kind.__module__) else lambda: (*_attributes(value), *value.__bases__)
+        return None if is_installed_module(value.__module__) else lambda: (*_attributes(value), *value.__bases__)
+    kind = type(value)
     is_passed_over = kind.__module__.partition(".")[0] in _PASSED_OVER
-    if not hasattr(value, "__dict__") or (is_passed_over and not isinstance(value, nn.Module) and not _is_rule(kind)):
+    if not (hasattr(value, "__dict__") or any(slots_of(kind))) or (
+        is_passed_over and not isinstance(value, nn.Module) and not _is_rule(kind)
+    ):
         return None
     return lambda: (*_attributes(value), kind)
+
+
+def _listed(held: Held) -> list[Any]:
+    try:
+        return list(held())
+    except RuntimeError:  # a container that another thread changes
+        return []
 
 
 def _is_rule(kind: type) -> bool:
@@ -125,7 +134,9 @@ def _is_rule(kind: type) -> bool:
 
 
 def _attributes(value: Any) -> list[Any]:
-    return [item for name, item in list(vars(value).items()) if name not in _SKIPPED]
+    entries = list(getattr(value, "__dict__", {}).items())
+    slots = [getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)]
+    return [item for name, item in entries if name not in _SKIPPED] + slots
 
 
 def _of_function(function: types.FunctionType) -> Held:
