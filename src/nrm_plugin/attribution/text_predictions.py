@@ -171,7 +171,7 @@ def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, 
     if not isinstance(text, str):
         raise InputError(f"text is {brief(text)}, expected a string.")
     if not text.isascii() and text != text.encode("utf-8", "replace").decode("utf-8"):
-        raise InputError(f"the text {ascii(text)[:60]} contains a surrogate, which is no character. Remove it.")
+        raise InputError(f"the text {ascii(text)[:60]} is not valid Unicode: it contains a surrogate. Remove it.")
     encoded = tokenizer(text, return_tensors="pt")
     ids = encoded["input_ids"].to(device)
     if not ids.numel():
@@ -190,7 +190,7 @@ def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, 
 
 
 def _accepted(model: nn.Module, others: dict[str, Any]) -> dict[str, Any]:
-    """Returns the outputs of the tokenizer that the model accepts; DistilBERT and T5, for instance, take no segment ids."""
+    """Returns the outputs of the tokenizer that the model accepts; DistilBERT and T5 take no segment ids."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return others
