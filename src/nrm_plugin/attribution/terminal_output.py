@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,9 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
     origin = f" from the reference {_quoted(explanation.reference)}" if explanation.reference else ""
     yield from _wrapped([f"explained: {_quoted(explanation.target)}{others}", f"{number(explanation)}{origin}"], width)
     if explanation.reference and explanation.output < 0:
-        yield "  it is further ahead with the reference; + is evidence for it"
+        yield from _sentence("it is further ahead with the reference; + is evidence for it", width)
     elif explanation.against and explanation.output < 0:
-        yield "  it is behind; + is evidence for it"
+        yield from _sentence("it is behind; + is evidence for it", width)
     yield ""
     words = explanation.text.words
     yield from (f"  {line}" for line in colored(explanation.text, explanation.words, width - 2, color))
@@ -52,12 +53,12 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
             yield f"  {row.title} {_percent(row.mass)}"
             yield from (f"    {line}" for line in _used(explanation.text, row.relevance, width - 4, color))
         if not rows:
-            yield "  no relevance passes through it"
+            yield from _sentence("no relevance passes through it", width)
     for row in explanation.given:
         yield ""
         yield from _wrapped([f"given {row.title}", f"{_percent(row.mass)} of all relevance"], width)
         if row.relevance is None:
-            yield f"  {row.problem}"
+            yield from _sentence(row.problem, width)
         else:
             yield from (f"  {line}" for line in _used(explanation.text, row.relevance, width - 2, color))
 
@@ -129,15 +130,25 @@ def _wrapped(parts: Sequence[str], width: int, head: str = "") -> Iterator[str]:
     yield line.rstrip()
 
 
+def _sentence(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
+
+
 def _pieces(text: str, width: int) -> list[str]:
     most = max(1, width // 2 if _cells(text) > len(text) else width)
     return [text[start : start + most] for start in range(0, len(text), most)] or [""]
 
 
 def _shortened(text: str, width: int) -> str:
-    while _cells(text) > width:
-        text = f"{text[:-2]}…"
-    return text
+    if len(text) <= 4 * width and _cells(text) <= width:
+        return text
+    kept, cells = "", 1
+    for letter in text:
+        cells += _cells(letter)
+        if cells > width:
+            break
+        kept += letter
+    return f"{kept}…"
 
 
 def _printable(text: str) -> str:
