@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..errors import printable
+
 if TYPE_CHECKING:
     from .words import Tokens, Word
 
@@ -74,7 +76,7 @@ def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[s
     largest = text.largest(values)
     line, at = "", 0
     for word, value in zip(text.words, values.tolist(), strict=True):
-        pieces = _pieces(_printable(word.text), width)
+        pieces = _pieces(printable(word.text), width)
         for number, piece in enumerate(pieces):
             space = bool(line) and number == 0 and word.is_spaced
             if line and at + _cells(piece) + space > width:
@@ -92,14 +94,14 @@ def _used(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str
         yield from colored(text, values, width, True)
         return
     order = values.abs().argsort(descending=True, stable=True)[:LISTED].tolist()
-    best = [(_shortened(_printable(text.words[n].text), width // 3), float(values[n])) for n in order]
+    best = [(_shortened(printable(text.words[n].text), width // 3), float(values[n])) for n in order]
     yield from _wrapped([f"{word} {_percent(value)}" for word, value in best if round(value, 4)], width)
 
 
 def _table(words: Sequence[Word], values: Tensor, width: int) -> Iterator[str]:
     order = values.abs().argsort(descending=True, stable=True).tolist()
     chosen = [n for n in order if not words[n].is_special and round(float(values[n]), 4)][:LISTED]
-    names = {n: _shortened(_printable(words[n].text), max(8, width // 3)) for n in chosen}
+    names = {n: _shortened(printable(words[n].text), max(8, width // 3)) for n in chosen}
     column = max((_cells(name) for name in names.values()), default=0)
     largest = max((abs(float(values[n])) for n in chosen), default=1.0)
     room = width - column - 14
@@ -151,10 +153,6 @@ def _shortened(text: str, width: int) -> str:
     return f"{kept}…"
 
 
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
 def _cells(text: str) -> int:
     """Returns the display width of a text in columns; wide East Asian characters take two."""
     return sum(
@@ -168,7 +166,7 @@ def _other(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f'"{_printable(text)}"'
+    return f'"{printable(text)}"'
 
 
 def _percent(value: float) -> str:

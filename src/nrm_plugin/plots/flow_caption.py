@@ -146,7 +146,7 @@ def _few_channels(graph: FlowGraph) -> str:
         return ""
     said = [f"the {len(layer.groups)} shown channels of {layer.name} carry {_share(layer)}" for layer in few]
     text = _listed(said)
-    return f"{text[:1].upper()}{text[1:]}; groups of channels show all of it: --groups."
+    return f"{text[:1].upper()}{text[1:]}; groups of channels (--groups, or over='groups') show all of it."
 
 
 def _shows_few(layer: FlowLayer) -> bool:
@@ -154,7 +154,7 @@ def _shows_few(layer: FlowLayer) -> bool:
     return (
         bool(layer.others)
         and _members(layer) == "channels"
-        and sum(layer.masses) < FEW * (sum(layer.masses) + layer.rest)
+        and sum(map(abs, layer.masses)) < FEW * (sum(map(abs, layer.masses)) + abs(layer.rest))
     )
 
 
