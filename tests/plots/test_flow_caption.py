@@ -105,6 +105,15 @@ def test_ribbons_that_are_narrower_than_a_named_walk_are_explained():
     assert "narrower" not in flow_caption(graph, walks=[(walks[0][0], 0.4), walks[1]])
 
 
+def test_walks_against_the_target_are_named_with_their_sign():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    against, towards = ("input/1", "conv/0", "output/0"), ("input/0", "conv/0", "output/0")
+    said = clean(flow_caption(graph, walks=[(against, -0.5), (towards, 0.3)]))
+    assert "are head → group 1 → zebra (−50%) and legs → group 1 → zebra (30%); an even split" in said
+    assert "The ribbons head → group 1 (25%) and group 1 → zebra (80%) are narrower, since other" in said
+    assert "through them are positive" in said
+
+
 def test_few_channels_are_said_before_the_ribbons():
     few = layer("conv", ("3", "8"), (0.1, 0.05), rest=0.85)
     more = layer("conv", ("3", "8"), (0.2, 0.05), rest=0.75)
