@@ -128,7 +128,7 @@ def test_only_minus_one_stands_for_the_largest_output(tmp_path):
     result = exported(net, x, tmp_path / "linear.pt2")(x, torch.tensor([-1, -2, 3, 4]))
     assert result["is_valid"].tolist() == [True, False, True, False]
     assert result["target"][0] == net(x)[0].argmax()
-    with pytest.raises(FileNotFoundError, match="the folder .*absent' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the folder .*absent' does not exist"):
         Plan(net, x).export(tmp_path / "absent" / "linear.pt2", x, ["input"])
 
 
