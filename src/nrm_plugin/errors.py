@@ -160,6 +160,11 @@ def brief(value: object, length: int = 120) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
+def printable(text: object) -> str:
+    """Returns a text with control characters, line breaks and surrogates as escapes, as XML and figures require."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
 def _brief_entries(values: Collection[object], length: int) -> str:
     first, entry = list(islice(values, SHOWN)), max(16, length // 2)
     if isinstance(values, dict):

@@ -77,7 +77,7 @@ def in_chunks(
             try:
                 chunk_results = run(chunk)
             except (RuntimeError, MemoryError) as error:
-                if len(chunk) == 1 or not _is_out_of_memory(error):
+                if len(chunk) == 1 or not is_out_of_memory(error):
                     raise
                 chunk_results = []
             if not chunk_results:  # outside the handler, in which the traceback keeps tensors alive
@@ -90,7 +90,8 @@ def in_chunks(
     return results
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error of torch says that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # torch has no exception type for out-of-memory errors on a CPU.
