@@ -176,6 +176,8 @@ def explain_text(
     chosen = int(task.logits.argmax()) if target is None else task.index(target, "target")
     compared = against if against == REST or against is None else task.index(against, "against")
     if len(task.logits) == 1:
+        if isinstance(compared, int):
+            raise TargetError(f"against={brief(against)}: the model has a single output. Give against=None.")
         compared = None
     measure = partial(
         RelevanceMeasure,
@@ -259,6 +261,8 @@ def _of_masks(
 def _reference(task: Task, tokenizer: Any, reference: str) -> dict[str, Tensor]:
     """Returns the inputs of the reference: another text, or one token in place of all but special tokens."""
     ids = task.text.ids
+    if not isinstance(reference, str):
+        raise InputError(f"reference={brief(reference)} is neither a text nor a token.")
     alone = tokenizer.encode(reference, add_special_tokens=False)
     other, _ = tokenized(tokenizer, reference, ids.device)
     if other.ids.shape == ids.shape:

@@ -148,7 +148,8 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         return replace(result, layer_map=_layer_map(measure_of(loaded, inputs, apart), apart.reference))
     except NRMError as error:
         layer_map = _layer_map(measure_of(loaded, inputs, request), request.reference)
-        note = f"the coarse heat map is not compared with the blurred image: {error}"
+        reason = str(error).partition(". ")[0]  # without the remedy, since no reference was asked for
+        note = f"the coarse heat map is not compared with the blurred image: {reason}. It explains the output itself"
         return replace(result, layer_map=layer_map, notes=(note,))
 
 

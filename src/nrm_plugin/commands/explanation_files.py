@@ -13,8 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..plots.arrays import Values
 from ..plots.flow_thumbnails import photo_pixels
-from ..plots.heatmaps import Values, cell_sums, heat_maps, image_and_heat_map
+from ..plots.heatmaps import cell_sums, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .explanation import ConditionalExplanation, Explanation, LayerExplanation, Totals
 from .image_references import reference_words

@@ -42,7 +42,16 @@ from .output_files import (
     writing,
 )
 from .photos import photo, side_by_side
-from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
+from .request import (
+    NONE,
+    Request,
+    RequestError,
+    check_layers,
+    compared_with,
+    explained_class,
+    measure_of,
+    target_of,
+)
 
 CHANNELS = 16
 """Number of channels per layer, those whose relevance differs most, for which both flows are computed."""
@@ -157,9 +166,13 @@ def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str)
         images = (image, other)
         return _sides(images, requests, mus, (target, target), pair)
     second = replace(request, target=minus)
-    against, counter = _measured(loaded, image, second)
+    try:
+        counter = target_of(minus, loaded.categories, mu.outputs.numel(), "--minus")
+    except RequestError as error:
+        raise RequestError(f"{error} There is no image {shown(minus)} either.") from error
     if counter == target:
         raise RequestError(f"--minus {minus}: this is the explained class. Give another class, or an image.")
+    against, _ = _measured(loaded, image, second)
     names = tuple(class_name(loaded, one) or f"class {one}" for one in (target, counter))
     return _sides((image, image), (request, second), (mu, against), (target, counter), names)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.images import shown
+from ..errors import NRMError
 from ..measure.contiguous_groups import connected_parts
 from ..measure.flow import ordered_taps
 from ..measure.flow_graph import FlowGraph
@@ -259,3 +260,5 @@ def _stored(path: Path) -> Groups:
         return Groups.load(path)
     except OSError as error:
         raise RequestError(f"cannot read --groups {shown(path)}: {error.strerror or error}.") from error
+    except NRMError as error:
+        raise RequestError(f"--groups {shown(path)}: {error}") from error

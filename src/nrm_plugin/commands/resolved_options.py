@@ -93,7 +93,11 @@ def class_names(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Context manager that prints warnings on a single line, without the source code."""
+    """Context manager that prints warnings on a single line, without the source code.
+
+    Letters that no font has are reported as a note when a figure is written, not by matplotlib.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"nrm-plugin: warning: {message}", file=sys.stderr)
         yield

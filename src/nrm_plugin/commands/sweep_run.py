@@ -53,8 +53,10 @@ def sweep_data(options: argparse.Namespace) -> int:
         print(messages.heading(loaded, request), flush=True)
         try:
             stored = _swept(options, loaded, request, data, queries, target, against)
-        except (SettingsError, UnknownLayerError, EventError):
-            raise  # caused by the options
+        except (SettingsError, UnknownLayerError, EventError) as error:  # caused by the options
+            if options.joint and "is not below" in str(error):
+                raise RequestError(f"{error} List --layers from the output to the input.") from error
+            raise
         except (NRMError, OSError) as error:
             print(line(error, options), file=errors())
             return FAILED

@@ -19,6 +19,8 @@ from ..errors import NRMError, extra
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
 """Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
+REASON = 240
+"""Largest number of letters of a message of transformers that is shown."""
 
 
 class TextModelError(NRMError, OSError):
@@ -107,7 +109,8 @@ def _loaded(name: str, what: str, load: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and errors of the hub's client
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= REASON else f"{reason[:REASON]}…"
         hint = "" if Path(name).exists() else f" There is no folder {shown(name)} either: check the path."
         raise TextModelError(f"cannot load the {what} of {shown(name)}: {shown(reason)}{hint}") from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import NRMError
+from ..errors import NRMError, printable
 
 LIMIT = 178_956_970
 """Maximum number of decoded pixels, as in Pillow."""
@@ -55,8 +55,7 @@ class LoadedImage:
 
 def shown(text: object) -> str:
     """Makes a text printable by escaping control characters and undecodable bytes."""
-    clean = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
-    return clean.encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(text)
 
 
 def load_image(path: Path) -> LoadedImage:

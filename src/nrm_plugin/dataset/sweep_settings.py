@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import default_collate
 
 from ..composites import Normalized
+from ..errors import warn
 from .evaluation import Evaluation, Unpack, device_of, dtype_of
 from .fingerprints import described, digest
 from .model_identity import model_fingerprint
@@ -101,11 +101,10 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
     now = json.loads(json.dumps(settings))  # tuples become lists in a file
     if "recorded" not in stored:
         now = _as_recorded_before(stored, now)
-        warnings.warn(
+        warn(
             f"the sweep in {folder} was begun by an earlier version, which did not record the code of the model, the "
             "preprocessing, or the content of the data. These are not compared.",
             SettingsWarning,
-            stacklevel=4,
         )
     ignored = NOT_COMPARED if now["samples"] is not None else ()
     before, after = ({key: one[key] for key in one if key not in ignored} for one in (stored, now))

@@ -108,7 +108,7 @@ def complex_kernel(call: FunctionCall) -> Kernel:
         weight = probe.matrix(inputs, output)
         bias = _smallest(output.fold(probe.offset.unsqueeze(0))[0])
     like = layer_like("linear")
-    rule = call.settings.rules.of_weight(weight, like)
+    rule = call.settings.rules.of_weight(weight, like, call.path)
     if rule is None:
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(_product, weight, bias, -1, padding_mode="computed")

@@ -24,6 +24,7 @@ from .intercepted_pass import InterceptedPass, written
 from .observed_call import ObservedCall
 from .registry import KERNELS, KERNELS_BY_FUNCTION, KernelFactory
 from .rules_on_differences import has_rule, of_own, ruled
+from .scatter import scatter_extremum
 from .secants import CONVERSIONS, elementwise
 
 NO_KERNEL: Final = object()
@@ -136,6 +137,8 @@ def _factory_of(observed: ObservedCall) -> SecantFactory | None:
         return _of_own(own)
     if observed.name.base in CONVERSIONS and not isinstance(observed.slots[0], Slot):
         return None  # a constant in the format of a computed tensor
+    if observed.function is scatter_extremum:
+        return secant_maxima.extremum_of_groups
     return SECANTS.get(observed.name.base)
 
 

@@ -136,7 +136,7 @@ class InterceptedPass:
         if not isinstance(weight, Tensor) or weight.requires_grad:
             return
         like = layer_like(observed.name.base)
-        if self.settings.rules.of_weight(weight, like) is None:
+        if self.settings.rules.of_weight(weight, like, self.path) is None:
             raise uncovered_layer_error(self.path, like, observed.name.base)
 
     def linked(

@@ -52,7 +52,7 @@ def kernel_of_layer(
         padding_mode: As in convolutions, but not ``"zeros"`` if an input may contribute to an output through two
             weights.
     """
-    rule = call.settings.rules.of_weight(weight, like)
+    rule = call.settings.rules.of_weight(weight, like, call.path)
     if rule is None:  # in an operator such as @, Python would interpret it as an unsupported operand
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)

@@ -41,7 +41,7 @@ def has_rule(call: FunctionCall) -> bool:
     if call.name in LAYERS:
         weight = call.argument(1, "weight")
         is_layer = len(call.inputs) == 1 and isinstance(weight, Tensor) and isinstance(call.argument(0, "input"), Slot)
-        return is_layer and rules.of_weight(weight, layer_like(call.name)) is not None
+        return is_layer and rules.of_weight(weight, layer_like(call.name), call.path) is not None
     if call.name in _PRODUCTS:
         return len(call.inputs) == 1 and has_any_rule(rules)
     if call.name in _SUMS:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels.base import Kernel
 from .differences import DifferenceCall, secant_of
+from .function_call import FunctionCall
 from .function_kernels import sum_to_shape
 from .secant_maps import MultiplierKernel, Multipliers
 
@@ -105,6 +106,41 @@ def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
     return numbers.gather(dim, index)
 
 
+# -- of groups --------------------------------------------------------------------------------------------------------
+
+
+class GroupsKernel(MaximumKernel):
+    """Kernel of the maxima of groups of entries of several tensors, which are given as one flat tensor."""
+
+    def spread(self, below: Tensor) -> Multipliers:
+        shapes = [delta.shape for delta in self.before]
+        parts = torch.split(below, [shape.numel() for shape in shapes], 1)
+        return tuple(part.reshape(len(below), *shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def extremum_of_groups(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of :func:`scatter_extremum`."""
+    _, _, dim, index, _, how = call.call.args
+    values = call.values, call.reference_values
+    places = tuple(_places_of_groups(call.call, one, dim, index) for one in values)
+    pair = tuple(torch.cat([value.flatten() for value in one]) for one in values)
+    return GroupsKernel(call, (pair[0], pair[1]), (places[0], places[1]), 1.0 if how == "amax" else -1.0)
+
+
+def _places_of_groups(call: FunctionCall, values: list[Tensor], dim: int, index: Tensor) -> Tensor:
+    """Returns the index of the extremum of each group in the flattened entries of all tensors; 0 if it is empty."""
+    source, *own = values
+    found = call.run(*values)
+    numbers = torch.arange(sum(value.numel() for value in values), device=source.device)
+    of_source = numbers[: source.numel()].reshape(source.shape)
+    none = len(numbers)
+    hits = torch.where(source == found.gather(dim, index), of_source, none)
+    places = torch.full_like(found, none, dtype=torch.int64).scatter_reduce(dim, index, hits, "amin")
+    if own:
+        places = torch.where(own[0] == found, numbers[source.numel() :].reshape(own[0].shape), places)
+    return places.masked_fill(places == none, 0)
+
+
 # -- along dimensions -------------------------------------------------------------------------------------------------
 
 
@@ -160,4 +196,4 @@ def pooling(call: DifferenceCall) -> Kernel:
     return MaximumKernel(call, pair, (places[0], places[1]))
 
 
-__all__ = ["MaximumKernel"]
+__all__ = ["MaximumKernel", "extremum_of_groups"]

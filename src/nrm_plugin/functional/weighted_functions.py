@@ -44,7 +44,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
         return result
 
     like = layer_like(call.name)
-    rule = call.settings.rules.of_weight(weight, like)
+    rule = call.settings.rules.of_weight(weight, like, call.path)
     assert rule is not None, "checked when the function ran"
     dim, groups = (-1, 1) if call.name == "linear" else (1, int(call.argument(6, "groups", 1)))
     shell = Weighted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Pass
 
-from ..errors import BatchNormWarning
+from ..errors import BatchNormWarning, warn
 from ..model.autocast import is_short
 from ..model.quantized import dequantized, is_quantized
 from .base import IdentityKernel, Kernel
@@ -115,12 +114,11 @@ class LayerStep(Step):
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
         if self.has_dense_norm and bool((column_sum < 0.5).double().mean() > 0.5):
-            warnings.warn(
+            warn(
                 f"batch normalization was fused with the dense layer {self.name!r}, and its bias absorbs most of the "
                 "relevance of most of its neurons. Heat maps through such a pair say little about the inputs (arXiv "
                 "2002.11018). Check sink(layer), or remove FuseBatchNorm from the canonizers.",
                 BatchNormWarning,
-                stacklevel=2,
             )
         return super()._scaling_of(column_sum)
 

@@ -7,7 +7,6 @@ backward function of the module is never called, and each call of a reused modul
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
-from ..errors import InputError, UnsupportedRuleError, autocast_outside
+from ..errors import InputError, UnsupportedRuleError, autocast_outside, warn
 from ..model.autocast import asked_for
 from ..model.custom_layers import WeightRecorder, is_own_layer
 from ..model.quantized import is_quantized
@@ -156,10 +155,10 @@ class StepHook(Hook):
         if len(computed) > 1 and is_own_layer(module):
             return None  # the functions inside are steps with the rule of the module, each with its own input
         if len(computed) > 1:
-            warnings.warn(
+            warn(
                 f"layer {self.name!r} ({type(module).__name__}) has a rule and {len(computed)} inputs that depend on "
                 "the model's input. As in Zennit, its rule propagates all relevance to the first of them.",
-                stacklevel=2,
+                UserWarning,
             )
         if RUNNING.renormalized:
             check_unused(RUNNING.renormalized, module._parameters.values())

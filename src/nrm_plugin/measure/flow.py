@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import brief
+from ..errors import brief, printable
 from ..events.event import Atom, Event
 from ..recording.taps import Tap
 from .flow_graph import FlowGraph
@@ -223,7 +223,7 @@ def _shown(
     flow_layer = FlowLayer(
         name=tap.names[0] if not isinstance(layer, str) and tap.names else str(layer),
         groups=tuple(shown),
-        labels=tuple(groups.names(group) for group in shown),
+        labels=tuple(printable(groups.names(group)) for group in shown),
         masses=tuple(float(masses[group]) for group in shown),
         rest=outside + float(np.delete(masses, shown).sum()),
         others=groups.count - len(shown),

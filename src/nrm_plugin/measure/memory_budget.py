@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError, MemoryBudgetWarning, brief
+from ..errors import InputError, MemoryBudgetWarning, brief, warn
 from ..recording.places import Place
 from ..recording.recording import Recording
 
@@ -78,20 +77,21 @@ def in_chunks(
             try:
                 chunk_results = run(chunk)
             except (RuntimeError, MemoryError) as error:
-                if len(chunk) == 1 or not _is_out_of_memory(error):
+                if len(chunk) == 1 or not is_out_of_memory(error):
                     raise
                 chunk_results = []
             if not chunk_results:  # outside the handler, in which the traceback keeps tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
-                warnings.warn(message, MemoryBudgetWarning, stacklevel=2)
+                warn(message, MemoryBudgetWarning)
                 continue
             results += chunk_results
             bar.update(len(chunk))
     return results
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error of torch says that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # torch has no exception type for out-of-memory errors on a CPU.

@@ -2,5 +2,5 @@
 
 Relevance is not computed here.
 
-Imports: errors.
+Imports: errors, imports.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,17 @@ def _stored(tensor: Tensor) -> Tensor:
     return values
 
 
+def step_between(size: int, entries: int) -> int:
+    """Returns a step between sampled entries, so that their number is at most ``entries``.
+
+    It shares no factor with the size, so that samples of a matrix fall into all rows and columns.
+    """
+    step = max(1, -(-size // entries))
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
 class Fingerprint:
     """Detects in-place changes to parameters and buffers from their version counters and a sample of their entries.
 
@@ -132,7 +144,7 @@ class Fingerprint:
         every = [(name, part) for name, tensor in named_tensors(model) for part in plain_tensors(tensor)]
         for name, tensor in every:
             flat = _stored(tensor.detach()).flatten()
-            place = flat[:: max(1, -(-flat.numel() // entries))] if flat.numel() > entries else flat
+            place = flat[:: step_between(flat.numel(), entries)]
             # Flattening a non-contiguous tensor returns a copy, which does not reflect later changes.
             is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
             self._seen.append((name, tensor, values_state(tensor), place if is_view else None, place.clone()))
@@ -150,5 +162,5 @@ class Fingerprint:
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the current and the stored sample with NaN replaced, since NaN does not compare equal to itself."""
         flat = _stored(tensor.detach()).flatten()
-        entries = flat[:: max(1, -(-flat.numel() // self._entries))]
+        entries = flat[:: step_between(flat.numel(), self._entries)]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

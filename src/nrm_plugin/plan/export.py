@@ -112,8 +112,8 @@ class ExplainedModel(nn.Module):
         """Computes outputs, targets, and the relevance of each layer, and whether the relevance is valid.
 
         Args:
-            tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; negative targets are
-                replaced with the class with the largest output.
+            tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; -1 is replaced with
+                the class with the largest output.
         """
         *inputs, target = tensors
         program = self._program
@@ -125,14 +125,14 @@ class ExplainedModel(nn.Module):
         self._run(program.operations[: program.until], values, checks)
         unfolded, outputs = (values[number] for number in program.outputs)
         scores = unfolded.reshape(len(unfolded), -1)
-        target = torch.where(target < 0, scores.argmax(1), target)
+        target = torch.where(target == -1, scores.argmax(1), target)
         start = target[:, None] == torch.arange(scores.shape[1], device=scores.device)
         values[program.start[0]] = start.to(self._dtype).reshape(unfolded.shape)
         self._run(program.operations[program.until :], values, checks)
         relevance = {
             layer: values[number].clone() for layer, number in zip(self.layers, program.results[0], strict=True)
         }
-        is_valid = target < scores.shape[1]
+        is_valid = (target >= 0) & (target < scores.shape[1])
         for part in relevance.values():
             is_valid = is_valid & part.isfinite().flatten(1).all(1)
         for check in checks:
@@ -207,7 +207,10 @@ def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
 
     Raises:
         MissingExtraError: If the path ends in ``.onnx`` and onnx or onnxscript is not installed.
+        FileNotFoundError: If the folder of the path does not exist.
     """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {str(path.parent)!r} does not exist. Create it first.")
     is_onnx = path.suffix == ".onnx"
     if is_onnx and None in (importlib.util.find_spec("onnx"), importlib.util.find_spec("onnxscript")):
         raise MissingExtraError("an ONNX file needs PyTorch's exporter: pip install onnx onnxscript.")

@@ -159,7 +159,7 @@ def _layer(
 def _constant(value: Tensor, trace: Trace, constants: dict[int, Tensor]) -> int:
     number, trace.count = trace.count, trace.count + 1
     constants[number] = value
-    trace.forms[number] = (value.shape, value.stride(), 0, value.dtype, value.device)
+    trace.forms[number] = (value.shape, value.stride(), 0, value.dtype, value.device, False, False)
     return number
 
 

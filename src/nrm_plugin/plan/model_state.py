@@ -10,8 +10,10 @@ import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
-from ..model.model_protection import values_state
+from ..model.model_protection import step_between, values_state
 from ..recording.recording import _RECORDING
+from .python_state import PythonState
+from .tensor_sums import TensorSums
 
 _ENTRIES = 64
 """Number of entries per tensor that are compared by value, since writes through ``.data`` do not change the version."""
@@ -22,11 +24,15 @@ class ModelState:
 
     Args:
         model: The model to watch.
+        composite: The composite whose rules are applied to the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, composite: Any = None) -> None:
         with _RECORDING:
             self._take(model)
+            self._python = PythonState([*model.modules(), composite])
+            self._further = _Further(self._python)
+            self._sums = TensorSums([tensor for _, tensor in self._tensors] + self._further.weights)
 
     def _take(self, model: nn.Module) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -36,6 +42,16 @@ class ModelState:
         self._versions = [values_state(tensor) for _, tensor in self._tensors]
         self._entries = _entries([tensor for _, tensor in self._tensors])
         self._values = [torch.cat(views).clone() for views in self._entries]
+
+    def is_outdated(self) -> bool:
+        """Returns whether anything has changed, which includes all entries of weights, and Python objects.
+
+        A plan compares once for each call. :meth:`changed` is faster, and compares what an existing measure needs.
+        """
+        if self.changed():
+            return True
+        with _RECORDING:
+            return self._sums.have_changed() or self._python.has_changed() or self._further.have_changed()
 
     def changed(self) -> str:
         """Describes what has changed; returns an empty string if nothing has changed."""
@@ -62,6 +78,26 @@ class ModelState:
         """Returns the storage addresses of all parameters and buffers."""
         dense = (tensor for _, tensor in self._tensors if tensor.layout == torch.strided)
         return {tensor.untyped_storage().data_ptr() for tensor in dense}
+
+
+class _Further:
+    """Modules and tensors that a model reads, but which are not registered in it, such as those in a list.
+
+    Attributes:
+        weights: Parameters and buffers of the modules.
+    """
+
+    def __init__(self, found: PythonState) -> None:
+        self.weights = [tensor for module in found.modules for tensor in (*module.parameters(), *module.buffers())]
+        self._modules = [(module, _attributes(module), _held(module)) for module in found.modules]
+        self._tensors = [tensor for tensor in (*found.tensors, *self.weights) if tensor.layout == torch.strided]
+        self._versions = [values_state(tensor) for tensor in self._tensors]
+
+    def have_changed(self) -> bool:
+        """Returns whether one of them has changed."""
+        if any(_attributes(module) != attributes for module, attributes, _ in self._modules):
+            return True
+        return any(values_state(one) != state for one, state in zip(self._tensors, self._versions, strict=True))
 
 
 _DICTS = (dict, OrderedDict)
@@ -107,7 +143,7 @@ def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
             flat = tensor.detach().view(-1)
-            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: max(1, -(-flat.numel() // _ENTRIES))])
+            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: step_between(flat.numel(), _ENTRIES)])
     return [views for views in groups.values() if not any(bool(view.isnan().any()) for view in views)]
 
 

@@ -126,7 +126,14 @@ class Plan:
         """
         if self._has_changed():
             self._renew()
-        form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
+        arguments = (additional_forward_args, additional_forward_kwargs)
+        return self._measured(inputs, target, start, against, reference, *arguments)
+
+    def _measured(
+        self, inputs: Inputs, target: Any, start: Any, against: Any, reference: Any, args: Any, kwargs: Any
+    ) -> RelevanceMeasure:
+        """Returns the measure of inputs, for a model that has not changed."""
+        form = self._form(inputs, args, kwargs, reference)
         recorded, self._first = self._first, None
         if recorded is not None and recorded[:2] != (form.key, _identities(form.tensors)):
             recorded = None
@@ -207,7 +214,7 @@ class Plan:
 
     def _has_changed(self) -> bool:
         """Returns whether the model or the composite has changed, so that all programs are invalid."""
-        return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
+        return self._state.is_outdated() or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
         """Returns whether calls of this form can be replayed and have repeated their queries so far."""
@@ -232,7 +239,7 @@ class Plan:
         return memory_of(held, self._state.memories())
 
     def _renew(self) -> None:
-        self._state = ModelState(self.model)
+        self._state = ModelState(self.model, self._rules[0])
         self._rules_state = settings(self._rules[0])
         self._composites.clear()
         self._forms: dict[tuple[Hashable, bool], Programs] = {}

@@ -72,7 +72,7 @@ class Program:
         outputs = list(islice(renamed, len(outputs)))
         self.results = [list(islice(renamed, len(some))) for some in results]
         memory, given = simple.trace.memory, {*trace.constants, *trace.placeholders}
-        self.operations = _early(self.operations, outputs)
+        self.operations = _early(self.operations, outputs, memory)
         made = _makers(self.operations)
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
         until = max(until, _last_check(self.operations, set(start)) + 1)
@@ -126,17 +126,21 @@ def _makers(operations: Sequence[Operation]) -> dict[int | None, int]:
     return {number: index for index, one in enumerate(operations) for number in one.results}
 
 
-def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operation]:
+def _early(operations: list[Operation], outputs: Sequence[int], memory: Callable[[int], int]) -> list[Operation]:
     """Moves the operations that return the outputs to the earliest possible position.
 
-    Simplification restores the shapes of all results at the end, after the operations of the second stage.
+    Simplification restores the shapes of all results at the end, after the operations of the second stage. An operation
+    runs after all earlier writes to the memory that it reads.
     """
     for number in dict.fromkeys(outputs):
         made = _makers(operations)
         if number in made and not operations[made[number]].writes:
-            one = operations[made[number]]
-            first = max((made[read] + 1 for read in one.reads if read in made), default=0)
-            if first < made[number]:  # only if its argument is not overwritten in between
+            one, at = operations[made[number]], made[number]
+            read = set(map(memory, one.reads))
+            before = [made[number] for number in one.reads if number in made]
+            before += [i for i in range(at) if not read.isdisjoint(map(memory, operations[i].writes))]
+            first = max(before, default=-1) + 1
+            if first < at:
                 rest = [other for other in operations if other is not one]
                 operations = [*rest[:first], one, *rest[first:]]
     return operations

@@ -91,7 +91,9 @@ class Measures:
             plan = self._plan_for(model, values, settings, arguments)
         if plan is None:
             return RelevanceMeasure(model, inputs, target, start=start, against=against, **settings, **arguments)
-        return plan(inputs, target, start=start, against=against, **arguments)
+        return plan._measured(
+            inputs, target, start, against, reference, additional_forward_args, additional_forward_kwargs
+        )
 
     @property
     def plan(self) -> Plan | None:

@@ -127,7 +127,7 @@ class Simplifier:
         if number in self.constants:
             return self.constants[number]
         assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"
-        shape, _, _, dtype, device = self.trace.forms[number]
+        shape, _, _, dtype, device, *_ = self.trace.forms[number]
         return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 

@@ -140,7 +140,7 @@ class Tracer(TorchDispatchMode):
         if memory is None:
             return None
         # Some PyTorch functions, such as ``nn.Parameter``, create a new object for a tensor without dispatch.
-        found = memory.views.get(_view(tensor))
+        found = memory.views.get(_form(tensor))
         if found is None and memory.copy is not None:
             found = self._view_of_copy(tensor, memory, memory.copy)
         if found is not None:
@@ -164,7 +164,7 @@ class Tracer(TorchDispatchMode):
             trace.aliases[value.number] = memory.root
             if not is_traced and memory.is_traced:
                 trace.obstacles.append("a tensor shares memory with computed values in a way that was not traced")
-        memory.views[(*form, tensor.is_conj(), tensor.is_neg())] = value
+        memory.views[form] = value
         self._tensors[id(tensor)] = (weakref.ref(tensor), value, memory)
         return value
 
@@ -300,7 +300,7 @@ class Tracer(TorchDispatchMode):
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         before = tensor.detach().as_strided((size,), (1,), 0).clone()
         for value in [] if old is None else old.views.values():
-            shape, stride, offset, dtype, _ = self.trace.forms[value.number]
+            shape, stride, offset, dtype, *_ = self.trace.forms[value.number]
             self.trace.constants[value.number] = before.view(dtype).as_strided(shape, stride, offset)
         if old is not None and at not in self._fresh:  # a weight or buffer, which must not be read later
             old.is_overwritten = True
@@ -309,11 +309,11 @@ class Tracer(TorchDispatchMode):
         copy, self.trace.count = self.trace.count, self.trace.count + 1
         self.trace.forms[copy] = _form(before)
         self.trace.operations.append(Operation(aten.clone.default, (constant,), {}, (copy,)))
-        self._memories[at] = _Memory(copy, True, {_view(before): Value(copy)}, self._fresh[at], copy)
+        self._memories[at] = _Memory(copy, True, {_form(before): Value(copy)}, self._fresh[at], copy)
 
     def _view_of_copy(self, tensor: Tensor, memory: _Memory, copy: int) -> Value | None:
         form = _form(tensor)
-        if form[3] != self.trace.forms[copy][3]:
+        if form[3] != self.trace.forms[copy][3] or any(form[5:]):
             return None
         value = self._new(tensor, is_traced=True)
         args = (Value(copy), list(form[0]), list(form[1]), form[2])
@@ -389,14 +389,11 @@ def _identity(tensor: Tensor) -> int:
 
 
 def _form(tensor: Tensor) -> Any:
+    """Returns a key that is equal for tensors of the same entries in the same memory."""
     if tensor.layout is not torch.strided:
         return tensor.shape, None, 0, tensor.dtype, tensor.device
-    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
-
-
-def _view(tensor: Tensor) -> Any:
-    """Returns a key that is the same for all tensors with the same entries in the same memory."""
-    return (*_form(tensor), tensor.is_conj(), tensor.is_neg())
+    form = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
+    return (*form, tensor.is_conj(), tensor.is_neg())  # entries that are only conjugated or negated when they are read
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

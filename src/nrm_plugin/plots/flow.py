@@ -182,7 +182,7 @@ def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
         for pair in pairwise(keys):
             if pair in ribbons:
                 ribbon = ribbons[pair]
-                width = min(mass * scene.unit, ribbon.width - filled[pair])
+                width = min(abs(mass) * scene.unit, ribbon.width - filled[pair])
                 shift = filled[pair] + width / 2 - ribbon.width / 2
                 start, end = ((x, y + shift) for x, y in (ribbon.start, ribbon.end))
                 filled[pair] += width

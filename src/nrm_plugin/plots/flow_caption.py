@@ -62,8 +62,8 @@ def flow_caption(
 
 
 def named_walks(walks: Walks) -> Walks:
-    """Returns the walks to be named in a caption: at most :data:`NAMED_WALKS`, with mass :data:`NAMED_WALK` or more."""
-    return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if mass >= NAMED_WALK]
+    """Returns the walks to be named in a caption, with an absolute mass of at least :data:`NAMED_WALK`."""
+    return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if abs(mass) >= NAMED_WALK]
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
@@ -113,7 +113,7 @@ def _few_channels(graph: FlowGraph) -> str:
         return ""
     said = [f"the {len(layer.groups)} shown channels of {layer.name} carry {_share(layer)}" for layer in few]
     text = listed(said)
-    return f"{text[:1].upper()}{text[1:]}; groups of channels show all of it: --groups."
+    return f"{text[:1].upper()}{text[1:]}; groups of channels (--groups, or over='groups') show all of it."
 
 
 def _shows_few(layer: FlowLayer) -> bool:
@@ -121,7 +121,7 @@ def _shows_few(layer: FlowLayer) -> bool:
     return (
         bool(layer.others)
         and _members(layer) == "channels"
-        and sum(layer.masses) < FEW * (sum(layer.masses) + layer.rest)
+        and sum(map(abs, layer.masses)) < FEW * (sum(map(abs, layer.masses)) + abs(layer.rest))
     )
 
 
@@ -166,8 +166,8 @@ def _unbroken(text: str) -> str:
 
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
-    """Describes the walks with the most relevance in a sentence."""
-    if not walks or walks[0][1] < LEAST_WALK:
+    """Describes the walks with the most relevance, of either sign, in a sentence."""
+    if not walks or abs(walks[0][1]) < LEAST_WALK:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)
     lowest = "a part" if graph.layers[-1].name == "input" else f"a group of {graph.layers[-1].name}"
@@ -181,20 +181,23 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
 
 
 def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
-    """Explains why ribbons are narrower than a named walk: other walks through the ribbon are negative."""
+    """Explains why ribbons are narrower than a named walk: other walks through the ribbon have the opposite sign."""
     ribbons = {(edge.lower.key, edge.upper.key): edge.mass for edge in graph.edges}
     narrow = {
-        pair: ribbons.get(pair, 0.0)
+        pair: (ribbons.get(pair, 0.0), math.copysign(1, mass))
         for keys, mass in named_walks(walks)
         for pair in pairwise(keys)
-        if percent(mass) != percent(ribbons.get(pair, 0.0)) and mass > ribbons.get(pair, 0.0)
+        if percent(mass) != percent(ribbons.get(pair, 0.0))
+        and abs(mass) > math.copysign(1, mass) * ribbons.get(pair, 0.0)
     }
     if not narrow:
         return []
-    said = [f"{walk_name(graph, pair)} ({percent(mass)})" for pair, mass in narrow.items()]
+    said = [f"{walk_name(graph, pair)} ({percent(mass)})" for pair, (mass, _) in narrow.items()]
+    signs = {sign for _, sign in narrow.values()}
+    kind = "of the other sign" if len(signs) == 2 else "negative" if signs == {1} else "positive"
     if len(said) == 1:
-        return [f"The ribbon {said[0]} is narrower, since other walks through it are negative and cancel part of it."]
-    return [f"The ribbons {listed(said)} are narrower, since other walks through them are negative and cancel part."]
+        return [f"The ribbon {said[0]} is narrower, since other walks through it are {kind} and cancel part of it."]
+    return [f"The ribbons {listed(said)} are narrower, since other walks through them are {kind} and cancel part."]
 
 
 def _against(graph: FlowGraph, target: str) -> str:

@@ -297,7 +297,7 @@ def _resized(colors: Array, side: int) -> Array:
 
 
 def _colors(image: Tensor | Array) -> Array:
-    pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image, dtype=float)
+    pixels = np.asarray(image.detach().cpu().double() if isinstance(image, Tensor) else image, dtype=float)
     pixels = np.repeat(1 - pixels, 3, 0) if len(pixels) == 1 else pixels  # dark on light, as in all heat maps
     result: Array = np.moveaxis(pixels, 0, -1).clip(0, 1)
     return result

@@ -18,13 +18,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InputError, brief
+from .arrays import Array, Values, as_array, image_array, map_array
 from .ribbons import INK, Column, Ribbon, draw_flow
 
-Array = NDArray[np.float64]
-Values = Tensor | Array
 Canvas = Figure | SubFigure
 
 MASS, SINK, BYPASS = "#7fb3d5", "#e69f00", "#bdbdbd"
@@ -89,6 +88,9 @@ def heat_map(
         limit: Absolute value shown in the darkest colours; by default the largest absolute value.
         cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
             sum over each cell, which preserves the total. By default, pixels are shown.
+
+    Raises:
+        InputError: If the map is not ``(H, W)``, or not finite.
     """
     values = _summed(values, cells)
     figure = _figure(4.3, 3.6)
@@ -154,7 +156,14 @@ def heat_maps(
         columns: Number of columns.
         limit: Absolute value shown in the darkest colours; by default the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
+
+    Raises:
+        InputError: If the number of titles differs from that of the maps, or a map is not ``(H, W)``.
     """
+    if len(titles) != len(maps) or not maps or columns < 1:
+        raise InputError(
+            f"{len(maps)} heat maps with {len(titles)} titles in {columns} columns: give one title for each."
+        )
     maps = [_summed(values, cells) for values in maps]
     count = len(maps) + (image is not None)
     rows, across = math.ceil(count / columns), min(columns, count)
@@ -247,7 +256,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
     """Draws an image ``(C, H, W)`` with values in [0, 1]; images with one channel are drawn dark on light."""
-    pixels = _array(image)
+    pixels = image_array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
         return axes.imshow(pixels[0], cmap="Greys", vmin=0, vmax=1)
@@ -259,15 +268,18 @@ def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit
 
     An image with one channel is shown as an outline, and an image with three channels in grey behind the colours.
     """
-    pixels = _array(values)
+    pixels = map_array(values)
+    image = None if image is None else image_array(image)
     bound = _bound([pixels]) if limit is None else limit
+    if not bound > 0:
+        raise InputError(f"limit={brief(limit)} must be positive.")
     _no_ticks(axes)
     if image is None or len(image) == 1:
         drawn = axes.imshow(pixels, cmap=DIVERGING, vmin=-bound, vmax=bound)
         if image is not None:
-            _outline(axes, _array(image)[0])
+            _outline(axes, image[0])
         return drawn
-    grey = _array(image).mean(0)
+    grey = image.mean(0)
     extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
     axes.imshow(0.55 + 0.45 * grey, cmap="gray", vmin=0, vmax=1)
     strength = np.sqrt(np.abs(pixels / bound).clip(0, 1))
@@ -292,7 +304,7 @@ def draw_grid(
     if show_image and image is not None:
         draw_image(places[0], image)
         _title(places.pop(0), "image")
-    bound = _bound([_array(values) for values in maps]) if limit is None else limit
+    bound = _bound([as_array(values) for values in maps]) if limit is None else limit
     for axes, values, title in zip(places, maps, titles, strict=False):
         drawn = draw_heat_map(axes, values, image, bound)
         _title(axes, title)
@@ -354,7 +366,9 @@ def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
         cells: Maximum number of cells along each side, as one number or a pair.
     """
     wanted = [cells, cells] if isinstance(cells, int) else list(cells)
-    result = _array(values)
+    if len(wanted) != 2 or min(wanted) < 1:
+        raise InputError(f"cells={brief(cells)}: give one number of at least 1, or a pair.")
+    result = map_array(values)
     for axis, count in enumerate(wanted):
         length = result.shape[axis]
         starts = np.arange(min(count, length)) * length // min(count, length)
@@ -366,10 +380,6 @@ def _summed(values: Values, cells: int | Sequence[int] | None) -> Values:
     return values if cells is None else cell_sums(values, cells)
 
 
-def _array(values: Values) -> Array:
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
-
-
 def _bound(maps: Sequence[Array]) -> float:
     """Returns the largest absolute value, or 1 if all values are zero."""
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0) or 1.0
@@ -377,7 +387,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
     """Returns whether a value exceeds the given limit, beyond which colours are saturated."""
-    return limit is not None and _bound([_array(values) for values in maps]) > limit
+    return limit is not None and _bound([as_array(values) for values in maps]) > limit
 
 
 def _no_ticks(axes: Axes) -> None:

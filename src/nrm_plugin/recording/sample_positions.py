@@ -360,7 +360,9 @@ class _Finder(Visitor[int]):
         if labels.are_mixed:
             raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")
         if labels.are_known:
-            if len(fitting) == 1 and not (fitting[0].is_assumed and self.samples.has_constant_layouts):
+            # A layout that is assumed may fit the few known slices by coincidence.
+            is_certain = len(fitting) == 1 and (not fitting[0].is_assumed or fitting[0].is_plain)
+            if is_certain and not (fitting[0].is_assumed and self.samples.has_constant_layouts):
                 self.layouts[buffer] = fitting[0]
             else:
                 self.several[buffer] = fitting

@@ -273,6 +273,7 @@ class Taps:
         Raises:
             UnknownLayerError: If no tap matches; the message lists similar names.
         """
+        layer, side = self._of_model(layer, side)
         site = self.site(layer, side)
         if site is not None:
             return [self._labelled[site]]
@@ -284,6 +285,7 @@ class Taps:
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
         """Returns the items of the inputs or outputs of a layer, without nested items; ``[None]`` for one tensor."""
+        layer, side = self._of_model(layer, side)
         if self.site(layer, side) is not None:
             return [None]
         if isinstance(layer, str):
@@ -292,6 +294,11 @@ class Taps:
                 return [item]
         name, calls = self.called(layer, side, call)
         return _outer(self._items(name, side, calls[0]))
+
+    def _of_model(self, layer: str | nn.Module, side: str) -> tuple[str | nn.Module, str]:
+        """Replaces the input side of the model itself by the tap ``"input"``."""
+        is_model = isinstance(layer, nn.Module) and side == "input" and self.name_of(layer) == "output"
+        return ("input", "output") if is_model else (layer, side)
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
         """Splits a name such as ``"lstm[0]"`` into layer and item, both of which may contain brackets themselves."""

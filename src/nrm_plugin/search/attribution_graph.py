@@ -243,7 +243,7 @@ class AttributionGraph:
             The path of the file.
 
         Raises:
-            InputError: If the slug contains a path separator.
+            InputError: If the slug contains a path separator, or there are too few tokens.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -254,6 +254,9 @@ class AttributionGraph:
         """
         if not slug or Path(slug).name != slug:
             raise InputError(f"slug={slug!r} must be the name of a file, without its ending and folder.")
+        positions = 1 + max(node.position for node in self.nodes)
+        if tokens and len(tokens) < positions:
+            raise InputError(f"tokens= has {len(tokens)} tokens, and the graph {positions} positions.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         document = self._document(slug, [_shown(token) for token in tokens], scan)

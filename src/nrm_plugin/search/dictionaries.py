@@ -76,9 +76,11 @@ class Dictionary:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise InputError(f"{name} of this dictionary must have shape {shape}, got {tuple(value.shape)}.")
-        if isinstance(self.threshold, Tensor) and self.threshold.numel() not in (1, count):
+        if tuple(torch.as_tensor(self.threshold).shape) not in ((), (1,), (count,)):
             raise InputError(f"threshold={brief(self.threshold)}: give one number, or one for each feature.")
-        if self.k is not None and not 1 <= self.k <= count:
+        if bool(torch.as_tensor(self.threshold).isnan().any()):
+            raise InputError(f"threshold={brief(self.threshold)} of this dictionary is nan.")
+        if self.k is not None and (not isinstance(self.k, int) or not 1 <= self.k <= count):
             raise InputError(f"k={brief(self.k)}: give 1 to {count}, the number of features.")
         if self.reads not in ("output", "input"):
             raise InputError(f"reads={brief(self.reads)} is unknown; choose 'output' or 'input'.")

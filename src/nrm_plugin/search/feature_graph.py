@@ -16,7 +16,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, brief
+from ..errors import InputError, brief, printable
 from ..events.event import Event, at
 from ..measure.groups import Over, labels_of
 from ..measure.measure import RelevanceMeasure
@@ -112,8 +112,8 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
         raise InputError(f"an attribution graph covers one sample, and the measure has {mu.batch}: pass sample=.")
     if sample is not None and not 0 <= sample < mu.batch:
         raise InputError(f"sample={brief(sample)}: the measure has samples 0 to {mu.batch - 1}.")
-    if top < 1:
-        raise InputError(f"top={brief(top)} must be at least 1.")
+    if not isinstance(top, int) or top < 1:
+        raise InputError(f"top={brief(top)} must be an integer of at least 1.")
     return sample or 0
 
 
@@ -177,12 +177,20 @@ def _features(
 def _inputs(mu: RelevanceMeasure, layer: str, over: Over, names: Sequence[str] | None) -> _Tap:
     labels = labels_of(mu._tap(layer), over)
     count = int(labels.max()) + 1
-    nodes = [GraphNode("input", -1, k, None, names[k] if names is not None else str(k)) for k in range(count)]
+    nodes = [GraphNode("input", -1, k, None, _name(k, "input", names)) for k in range(count)]
     return _Tap(layer, nodes, labels, 0)
 
 
 def _node(kind: Kind, layer: int, position: int, unit: int, names: Sequence[str] | None) -> GraphNode:
-    return GraphNode(kind, layer, position, unit, str(unit) if names is None else str(names[unit]))
+    return GraphNode(kind, layer, position, unit, _name(unit, kind, names))
+
+
+def _name(index: int, kind: Kind, names: Sequence[str] | None) -> str:
+    if names is None:
+        return str(index)
+    if index >= len(names):
+        raise InputError(f"names= has {len(names)} names of {kind} nodes, but one has the index {index}.")
+    return printable(names[index])
 
 
 __all__ = ["attribution_graph"]

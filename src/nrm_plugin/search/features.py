@@ -355,6 +355,9 @@ def ordered_sites(mu: RelevanceMeasure, model: nn.Module) -> dict[str, WithFeatu
     """Returns the layers with features, from the output to the input."""
     order = {name: number for number, name in enumerate(mu.layers)}
     sites = _sites(model)
+    missing = [site for site in sites if f"{site}.features" not in order]
+    if missing:
+        raise InputError(f"the measure has no features at {brief(missing)}. Construct it with the same model.")
     return {site: sites[site] for site in sorted(sites, key=lambda site: -order[f"{site}.features"])}
 
 
