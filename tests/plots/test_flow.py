@@ -7,6 +7,7 @@ nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -157,7 +158,7 @@ def test_channels_are_abbreviated_where_their_names_do_not_fit():
 
 def test_channels_have_numbers_alone_where_an_abbreviation_does_not_fit_all_of_a_layer():
     joint = np.full((5, 5), 1 / 25)
-    layers = tuple(made_layer(name, ("2", "366", "8"), (0.2, 0.2, 0.2), rest=0.4) for name in ("c", "b", "a"))
+    layers = tuple(made_layer(name, ("2", "1366", "8"), (0.2, 0.2, 0.2), rest=0.4) for name in ("c", "b", "a"))
     graph = FlowGraph((*layers, LOWEST), (joint, joint, joint))
     thumbnails = {node.key: None for node in graph.nodes}
     names = {}
@@ -166,9 +167,9 @@ def test_channels_have_numbers_alone_where_an_abbreviation_does_not_fit_all_of_a
         names[width] = {node.labels[0].text for node in scene.nodes if node.node.kind == "group"}
         is_explained = any("Numbers below" in label.text for label in scene.labels)
         assert is_explained == (width == 2.5)
-    assert {"2", "366", "8"} <= names[2.5]
+    assert {"2", "1366", "8"} <= names[2.5]
     assert not any("ch." in name for name in names[2.5])
-    assert {"channel 2", "channel 366"} <= names[9]
+    assert {"channel 2", "channel 1366"} <= names[9]
     layers = tuple(replace(one, labels=("A1 and a long name", "A2", "A3")) for one in layers)
     scene = flow_scene(FlowGraph((*layers, LOWEST), graph.joints), width=2.5, thumbnails=thumbnails)
     assert not any("Numbers below" in label.text for label in scene.labels)
@@ -177,7 +178,7 @@ def test_channels_have_numbers_alone_where_an_abbreviation_does_not_fit_all_of_a
 def test_long_names_of_a_single_output_are_written_in_three_lines():
     output = made_layer("output", ("African bush elephant",), (1.0,))
     graph = FlowGraph((output, MIDDLE, LOWEST), JOINTS)
-    for width, outputs in ((3.3, ("African", "bush", "elephant")), (9, ("African bush", "elephant"))):
+    for width, outputs in ((3.3, ("African", "bush", "elephant")), (9, ("African bush elephant",))):
         scene = flow_scene(graph, width=width, thumbnails={node.key: None for node in graph.nodes})
         names = next(node.labels for node in scene.nodes if node.node.layer == "output")[:-1]
         assert tuple(label.text for label in names) == outputs
@@ -267,7 +268,8 @@ def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     assert len([node for node in flow_scene(graph.smaller(top=5)).nodes if node.node.kind == "group"]) == 5 + 5
 
 
-def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons():
+def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons(monkeypatch):
+    monkeypatch.setattr(sys.modules["nrm_plugin.plots.flow_caption"], "NAMED_WALK", 0.02)
     graph = made_graph([1, 2, 2])
     scene = flow_scene(graph)
     ribbons = {(band.lower, band.upper): band for band in scene.bands}
