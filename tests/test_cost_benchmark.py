@@ -105,6 +105,17 @@ def test_a_forked_computation_returns_its_result_or_raises_its_error():
         timing.forked(lambda: time.sleep(60), seconds=0.01)
 
 
+def test_a_forked_computation_does_not_wait_for_threads_of_its_parent():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        large = torch.ones(1500, 1500)
+        large @ large
+        assert timing.forked(lambda: float((large @ large)[0, 0]), seconds=30) == 1500
+    finally:
+        torch.set_num_threads(before)
+
+
 PEAK = """
 import torch
 from benchmarks.cost import timing

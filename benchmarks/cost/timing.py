@@ -126,6 +126,7 @@ def forked(run: Callable[..., Any], *arguments: object, seconds: float | None = 
 
 
 def _sent(sender: Any, run: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork, which would wait for them forever
     try:
         sender.send((run(*arguments), None))
     except Exception as error:
