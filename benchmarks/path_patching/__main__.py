@@ -101,7 +101,11 @@ def measure_net(name: str, samples: int) -> dict[str, Any]:
         kind: {
             "sites": list(one.sites),
             "chains": len(one.lower) * len(one.upper),
-            "references": {start: summary([part[kind, start] for part in parts]) for start in REFERENCES},
+            "references": {
+                start: summary([part[kind, start] for part in parts])
+                for start in REFERENCES
+                if (kind, start) in parts[0]
+            },
         }
         for kind, one in chains.items()
     }

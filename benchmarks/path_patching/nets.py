@@ -39,7 +39,7 @@ class Case:
     """A net with samples and the explained output: a logit, or the difference of two logits.
 
     ``other`` is the reference input, one for all samples or one for each; ``layers`` are those of ``whole`` whose
-    channels are ranked together.
+    channels are ranked together. On a large net, only the reference input and the default composite are compared.
     """
 
     whole: Whole
@@ -49,6 +49,7 @@ class Case:
     target: Tensor
     against: Tensor | None = None
     layers: tuple[str, ...] = ()
+    is_large: bool = False
 
     def explained(self, outputs: Tensor) -> Tensor:
         """``(N,)``."""
@@ -251,18 +252,10 @@ def transformer(count: int, seeds: int = 3) -> list[Case]:
 # -- photographs ------------------------------------------------------------------------------------------------------
 
 
-class Double(nn.Module):
-    """Conversion to float64: the effect of a single channel is small compared with the output."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.double()
-
-
 def photographs(name: str, count: int) -> list[Case]:
     """A net of :mod:`benchmarks.real`, fetched on demand, and photographs of objects in front of two landscapes.
 
-    The explained class is the largest output. The reference is the blurred image. Every image is a case of its own,
-    and only the part above the lowest site is in float64.
+    The explained class is the largest output. The reference is the blurred image. Every image is a case of its own.
     """
     from benchmarks.real.networks import NETWORKS
     from benchmarks.real.photos import background, placed, stamps
@@ -276,8 +269,9 @@ def photographs(name: str, count: int) -> list[Case]:
     target = net.logits(x).argmax(1)
     layers, places = vgg_layers(net.model) if name == "VGG16" else efficientnet_layers(net.model)
     whole, sites = chain(layers, places)
-    whole.below, whole.rest = nn.Sequential(whole.below, Double()), copy.deepcopy(whole.rest).double()
-    return [Case(whole.eval(), sites, one, blurred(one), t) for one, t in zip(x.split(1), target.split(1), strict=True)]
+    whole = whole.eval()
+    parts = zip(x.split(1), target.split(1), strict=True)
+    return [Case(whole, sites, one, blurred(one), t, is_large=True) for one, t in parts]
 
 
 def vgg_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from zennit.composites import EpsilonPlus, EpsilonPlusFlat, LayerMapComposite
+from zennit.core import Composite
 from zennit.rules import Epsilon, Norm, Pass
 from zennit.types import Activation, AvgPool, Convolution, Linear
 
@@ -176,11 +177,10 @@ class Scores:
 
     @classmethod
     def of(cls, case: Case, crp: bool) -> Scores:
-        composites = {  # the first convolution of the net lies below all sites
-            "joint, NRMDefault": NRMDefault(first_map=[(Convolution, ConservingEpsilon(0.2))]),
-            "joint, EpsilonPlusFlat": EpsilonPlus(),
-            "joint, NRMAbsolute": NRMAbsolute(),
-        }
+        first = [(Convolution, ConservingEpsilon(0.2))]  # the first convolution of the net lies below all sites
+        composites: dict[str, Composite] = {"joint, NRMDefault": NRMDefault(first_map=first)}
+        if not case.is_large:
+            composites |= {"joint, EpsilonPlusFlat": EpsilonPlus(), "joint, NRMAbsolute": NRMAbsolute()}
         measures = {name: leaky(case, composite=composite) for name, composite in composites.items()}
         return cls(case, crp, measures, *activations_and_gradients(case))
 
@@ -223,7 +223,7 @@ def predictions(case: Case, kinds: dict[str, Chains], crp: bool) -> Iterator[tup
     """Yields the kind, reference, score, and its value for every chain; path patching itself is the score ``EXACT``."""
     scores = Scores.of(case, crp)
     shared = {kind: list(scores.without_reference(chains)) for kind, chains in kinds.items()}
-    for start in REFERENCES:
+    for start in REFERENCES[1 if case.is_large else 0 :]:
         patching = Patching(case, start)
         measures = {f"joint, {slopes}s": against_reference(case, patching, slopes) for slopes in SLOPES}
         for kind, chains in kinds.items():
