@@ -114,23 +114,17 @@ def measure_net(name: str, samples: int) -> dict[str, Any]:
 
 
 def ranking(cases: list[Case]) -> dict[str, Any]:
-    """Returns the channels of all layers in one ranking, by fill and score, and paired differences from other scores.
-
-    Scores of this package begin with μ; each is compared with the best of the others.
-    """
+    """Returns the channels of all layers in one ranking, by fill and score."""
     parts = [ranked(case) for case in cases]
     draw = resamples(torch.arange(sum(len(case.x) for case in cases)))
-    found: dict[str, Any] = {fill: {score: {} for score in scores} for fill, scores in parts[0].items()}
-    for fill, rows in found.items():
-        for key in ("correlation", "SRG"):
-            pooled = {score: torch.cat([part[fill][score][key] for part in parts]) for score in rows}
-            others = [values for score, values in pooled.items() if not score.startswith("μ")]
-            best = max(others, key=lambda values: float(values.mean()))
-            for score, values in pooled.items():
-                rows[score][key] = interval(values, draw)
-                if score.startswith("μ"):
-                    rows[score][f"{key} minus best other"] = interval(values - best, draw)
-    return found
+
+    def pooled(fill: str, score: str, key: str) -> list[float]:
+        return interval(torch.cat([part[fill][score][key] for part in parts]), draw)
+
+    return {
+        fill: {score: {key: pooled(fill, score, key) for key in keys} for score, keys in scores.items()}
+        for fill, scores in parts[0].items()
+    }
 
 
 def summary(parts: list[Values]) -> dict[str, Any]:

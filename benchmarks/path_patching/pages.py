@@ -17,8 +17,11 @@ JOINTS = {
     "zennit-crp, EpsilonPlusFlat": "zennit-crp",
 }
 PATCHED = {"zero": "zero", "input": "reference input"}
-METRICS = {"correlation": ("minus best product", 1), "error": ("error minus best product", -1)}
+ERROR = "error minus best product"
+"""The key of this difference, which earlier results do not contain."""
+METRICS = {"correlation": ("minus best product", 1), "error": (ERROR, -1)}
 """By metric: the key of the paired difference from the best product, and +1 if large values are better."""
+FIGURES = [(key, fill) for key in ("correlation", "SRG") for fill in PATCHED]
 SCORES = ("tangents", "secants", "by the rule")
 """Scores that are counted. The rule is tangents for single neurons in two layers, and secants otherwise."""
 
@@ -29,17 +32,19 @@ def path_patching(results: Results) -> dict[str, str]:
     for name, net in results["nets"].items():
         rows, errors = [], []
         for kind, start, measured in _rows(net):
-            scores, best, closest = measured["scores"], measured["best product"], measured["closest product"]
+            scores, best = measured["scores"], measured["best product"]
+            closest = measured.get("closest product", best)
             shown = [scores.get(score) for score in JOINTS]
             about = kind, PATCHED[start]
             cells = [f"{row['correlation'][0]:.3f}" if row else "" for row in shown]
             rows.append([*about, *cells, f"{scores[best]['correlation'][0]:.3f}, {_short(best)}"])
             wrong = [f"{row['error']:.2f}" if row else "" for row in shown]
-            behind = [_difference(row["error minus best product"], 2) for row in shown[:2] if row]
+            behind = [_difference(row[ERROR], 2) if row and ERROR in row else "" for row in shown[:2]]
             errors.append([*about, *wrong, f"{scores[closest]['error']:.2f}, {_short(closest)}", *behind])
         columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
         found[name] = grid(columns, rows)
         found[f"{name}, errors"] = grid(f"{columns} tangents minus it | secants minus it |", errors)
+    found["places"] = _places(results)
     return found | {f"{name}, channels": table for name, table in _channels(results)}
 
 
@@ -68,13 +73,16 @@ def _differences(results: Results) -> str:
 
 
 def _standing(results: Results) -> str:
-    """Rows in which joint relevance is better than the best product, level with it, or worse, by net and metric."""
+    """Rows in which joint relevance is better than the best product, level with it, or worse, by net and metric.
+
+    Nets whose errors have no intervals are not counted by error.
+    """
     rows, sums = [], {score: [0] * 6 for score in SCORES}
     for name, net in results["nets"].items():
         for score in SCORES:
-            cells = [count for metric in METRICS for count in _counted(net, score, metric)]
-            rows.append([name, score, *cells])
-            sums[score] = [one + other for one, other in zip(sums[score], cells, strict=True)]
+            counts = [count for metric in METRICS for count in _counted(net, score, metric)]
+            rows.append([name, score, *counts[:3], *(counts[3:] if any(counts[3:]) else [""] * 3)])
+            sums[score] = [one + other for one, other in zip(sums[score], counts, strict=True)]
     rows += [["*all*", score, *cells] for score, cells in sums.items()]
     head = " | ".join(f"{metric}: {place}" for metric in METRICS for place in ("better", "level", "worse"))
     said = [
@@ -90,8 +98,9 @@ def _counted(net: Results, score: str, metric: str) -> list[int]:
     places = []
     for kind, _, measured in _rows(net):
         slopes = score if score != SCORES[2] else "tangents" if is_edge(kind) else "secants"
-        _, low, high = measured["scores"][f"joint, {slopes}"][key]
-        places.append(better * ((low > 0) - (high < 0)))
+        row = measured["scores"][f"joint, {slopes}"]
+        if key in row:
+            places.append(better * ((row[key][1] > 0) - (row[key][2] < 0)))
     return [places.count(place) for place in (1, 0, -1)]
 
 
@@ -101,21 +110,27 @@ def is_edge(kind: str) -> bool:
 
 
 def _channels(results: Results) -> Iterator[tuple[str, str]]:
-    """Yields the channels of all layers in one ranking, by net, and the places of our scores."""
-    figures = [(key, fill) for key in ("correlation", "SRG") for fill in PATCHED]
-    columns = " | ".join(f"{key}, {PATCHED[fill]}" for key, fill in figures)
-    for name, net in results["nets"].items():
-        if "channels" not in net:
-            continue
-        fills = net["channels"]
+    """Yields the tables of the channels of all layers in one ranking, by net."""
+    columns = " | ".join(f"{key}, {PATCHED[fill]}" for key, fill in FIGURES)
+    for name, fills in _rankings(results):
         cells = (
-            [score, *("{:.3f} ({:.3f}–{:.3f})".format(*fills[fill][score][key]) for key, fill in figures)]
+            [score, *("{:.3f} ({:.3f}–{:.3f})".format(*fills[fill][score][key]) for key, fill in FIGURES)]
             for score in fills["zero"]
         )
-        places = {
-            score: sum(fills[fill][score][f"{key} minus best other"][2] >= 0 for key, fill in figures)
-            for score in fills["zero"]
-            if score.startswith("μ")
-        }
-        said = "; ".join(f"{score.removeprefix('μ, ')} {count}" for score, count in places.items())
-        yield name, f"First or level, of {len(figures)} columns: {said}.\n\n{grid(f'| score | {columns} |', cells)}"
+        yield name, grid(f"| score | {columns} |", cells)
+
+
+def _rankings(results: Results) -> Iterator[tuple[str, Results]]:
+    return ((name, net["channels"]) for name, net in results["nets"].items() if "channels" in net)
+
+
+def _places(results: Results) -> str:
+    """The columns of all rankings in which each score is first or within the interval of the first."""
+    columns = [{score: row[key] for score, row in fills[fill].items()}
+               for _, fills in _rankings(results) for key, fill in FIGURES]  # fmt: skip
+    counts = {
+        score: sum(column[score][0] >= max(column.values())[1] for column in columns)
+        for score in (columns[0] if columns else ())
+    }
+    said = [f"{score} {count}" for score, count in sorted(counts.items(), key=lambda one: -one[1])]
+    return f"First or within the interval of the first, of {len(columns)} columns: {', '.join(said)}."
