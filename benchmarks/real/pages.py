@@ -13,6 +13,8 @@ REAL = {
     "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
 }  # fmt: skip
 """Metrics of explanations of trained networks, with the direction that is better."""
+SHOWN = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
+"""Metrics of the comparison by network."""
 CHOSEN_ON = {"EfficientNet-Lite0": "all", "VGG16": "one"}
 """Networks on which settings were chosen; all others are held out."""
 
@@ -30,15 +32,14 @@ def real(results: Results) -> dict[str, str]:
 
 def _compared(nets: Results) -> str:
     """The metrics of every network, and the lead of the first method over the others in SRG."""
-    keys = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
     rows = []
     for net, measured in nets.items():
         for number, (name, row) in enumerate(measured["methods"].items()):
-            shown = [_interval(row[key]["mean"]) for key in keys]
+            shown = [_interval(row[key]["mean"]) for key in SHOWN]
             ahead = _interval(row["SRG, plain"]["behind"], "+") if number else ""
             counts = f"{row['SRG, plain']['samples']}, {row['own']['samples']}"
             rows.append(["" if number else net, name, *shown, ahead, counts, row["seconds"]])
-    head = " | ".join(REAL[key] for key in keys)
+    head = " | ".join(REAL[key] for key in SHOWN)
     return grid(f"| network | method | {head} | SRG: first row minus this row | photographs, explanations of pairs "
                 "| seconds |", rows)  # fmt: skip
 
@@ -60,15 +61,15 @@ def _counts(nets: Results) -> str:
     """By network, the metrics in which the first method is first, level with the best other, or behind."""
     rows, sums = [], {"held out": [0, 0, 0], "all": [0, 0, 0]}
     for net, measured in nets.items():
-        places = [_place(measured["methods"], key) for key in REAL if key in next(iter(measured["methods"].values()))]
+        first, *_ = measured["methods"].values()
+        places = [_place(measured["methods"], key) for key in SHOWN if key in first]
         counts = [places.count(place) for place in (1, 0, -1)]
         rows.append([net, CHOSEN_ON.get(net, "none, held out"), len(places), *counts])
         for group in ("all",) if net in CHOSEN_ON else ("held out", "all"):
             sums[group] = [sum(pair) for pair in zip(sums[group], counts, strict=True)]
     rows += [[f"*{group}*", "", sum(counts), *counts] for group, counts in sums.items()]
-    first, level, behind = sums["held out"]
-    count, whole = first + level + behind, sum(sums["all"])
-    sentence = f"First or level in {first + level} of {count} rows of the networks that are held out"
+    count, whole = sum(sums["held out"]), sum(sums["all"])
+    sentence = f"First or level in {count - sums['held out'][2]} of {count} rows of the networks that are held out"
     every = f"in {whole - sums['all'][2]} of {whole} rows of all networks"
     table = grid("| network | settings chosen on it | rows | first | level | behind |", rows)
     return f"**{sentence}**, and {every}.\n\n{table}"

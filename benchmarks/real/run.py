@@ -77,7 +77,8 @@ COMPARED = (
 """Methods of the comparison on networks for photographs."""
 FASHION = (
     *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "reference blur, against the rest", "DeepLift",
-    "IntegratedGradients, 20 steps", "expected gradients",
+    "IntegratedGradients, 20 steps", "expected gradients", "reference grey, last two resolutions, against the rest",
+    "reference grey, against the rest", "reference grey",
 )  # fmt: skip
 """Methods of the comparison on networks for Fashion-MNIST."""
 
