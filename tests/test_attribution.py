@@ -12,7 +12,7 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import nn
 
 from nrm_plugin import NRM, JointNRM, LayerNRM, NeuronNRM, Normalized, RelevanceMeasure, at
-from nrm_plugin.errors import TargetError, UnknownLayerError
+from nrm_plugin.errors import InputError, TargetError, UnknownLayerError
 from tests.conftest import lrp_0, untouched
 
 
@@ -215,3 +215,16 @@ def test_all_layers_are_returned_by_one_call():
     assert len(relevance) == len(mu.layers)
     for layer, values in zip(mu.layers, relevance, strict=True):
         torch.testing.assert_close(values, mu.marginal(layer))
+
+
+def test_inputs_that_only_select_rows_have_an_error_that_names_the_layer_to_use():
+    class Looked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.table(x.long()).mean(1))
+
+    with pytest.raises(InputError, match=r"LayerNRM\(model, 'table'\)"):
+        NRM(Looked().eval()).attribute(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), target=1)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from zennit.composites import EpsilonPlus
 
 from nrm_plugin import RelevanceMeasure
-from nrm_plugin.errors import NRMError
+from nrm_plugin.errors import NRMError, UnsupportedOperationError
 from nrm_plugin.plan.plan import Plan
 
 LONG = torch.float64
@@ -261,6 +261,57 @@ def test_fourier_transforms(kind):
     plan = Plan(Spectral(kind), drawn(0, 2, 8))
     agree(plan, [drawn(seed, 2, 8) for seed in range(4)], ["input", "a"])
     assert "recorded every time" in plan.explain()  # the layer is found by random inputs, which differ from run to run
+
+
+def written(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[:, :2] = h[:, 2:4] * 3
+    return out
+
+
+def added(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[:, :3].add_(h[:, 3:6]).mul_(2)
+    return out
+
+
+LATE = {
+    "written": written,
+    "added": added,
+    "squared magnitude": lambda h: (lambda z: (z * z.conj()).real)(torch.fft.rfft(h)),
+    "conjugate": lambda h: torch.view_as_real(torch.fft.rfft(h).conj().resolve_conj()).flatten(1),
+    "correlation": lambda h: torch.fft.irfft(torch.fft.rfft(h).conj() * torch.fft.rfft(torch.ones(8).to(h)), n=8),
+}
+"""Operations that write to a tensor before the last layer reads it, or read entries that are marked as conjugated."""
+
+
+@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("is_difference", [False, True])
+def test_writes_and_conjugates_before_the_last_layer(name, is_difference):
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(8, 8)
+            self.b = nn.LazyLinear(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(LATE[name](self.a(x)))
+
+    net = Late().eval()
+    net(torch.ones(1, 8))
+    net.double()
+    if name == "squared magnitude" and not is_difference:
+        with pytest.raises(UnsupportedOperationError):
+            RelevanceMeasure(net, drawn(0, 2, 8), 1).marginal("input")
+        return
+    plan = Plan(net, drawn(0, 2, 8), reference=drawn(9, 2, 8) if is_difference else None)
+    for seed in range(4):
+        x, reference = drawn(seed, 2, 8), drawn(seed + 20, 2, 8) if is_difference else None
+        mu, oracle = plan(x, 1, reference=reference), RelevanceMeasure(net, x, 1, reference=reference)
+        torch.testing.assert_close(mu.output, oracle.output, rtol=1e-9, atol=1e-12)
+        for layer in ("input", "a"):
+            torch.testing.assert_close(mu.marginal(layer), oracle.marginal(layer), rtol=1e-9, atol=1e-11)
 
 
 def test_inference_mode_and_no_grad_ask_the_same_programs():

@@ -508,6 +508,16 @@ def test_changing_a_parameter_in_place_makes_the_measure_stale(net, x, change, n
     answers(fresh)
 
 
+@pytest.mark.parametrize("index", [7, (slice(None), 5)], ids=["row", "column"])
+def test_a_row_or_column_of_a_large_weight_that_is_written_through_data_makes_the_measure_stale(index):
+    net = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 2)).eval()
+    mu = RelevanceMeasure(net, torch.randn(2, 4), 1)
+    mu.marginal("input")
+    net[2].weight.data[index] = 3.0
+    with pytest.raises(StaleMeasureError, match=r"2\.weight"):
+        mu.marginal("input")
+
+
 @pytest.mark.recorded
 def test_replacing_parameters_does_not_affect_a_measure(net, x):
     mu = RelevanceMeasure(net, x, 1)

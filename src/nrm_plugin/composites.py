@@ -66,7 +66,7 @@ class Normalized(Composite):
         composite: The composite that maps modules to rules; its canonizers are applied as well.
         residual: Treatment of the relevance that a rule does not propagate: ``"redistribute"`` or ``"sink"``.
         gain_limit: Upper bound ``G`` on the gain of a column.
-        sums: Shares of relevance in ``a + b``: ``"absolute"`` (alias ``"ratio"``) or ``"signed"``.
+        sums: How the sum ``a + b`` distributes relevance: ``"absolute"`` (alias ``"ratio"``) or ``"signed"``.
         uncovered: Treatment of layers without a rule: ``"error"`` raises when a measure is constructed; ``"gradient"``
             uses the plain gradient, as in Zennit.
         attention: ``"value"`` treats attention weights as constants and propagates all relevance to the values;
@@ -142,7 +142,8 @@ class Normalized(Composite):
         """Registers the hooks of the composite on a module and its submodules.
 
         Raises:
-            ModelStateError: If the module has hooks of another composite; one of the two would silently have no effect.
+            ModelStateError: If the module still has hooks from another composite; one of the two would silently have no
+                effect.
             UnsupportedRuleError: If another package has patched Zennit.
         """
         self.remove()
@@ -317,7 +318,7 @@ class Named(Normalized):
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Keyword arguments of Zennit's composite.
+        rules: Keyword arguments for Zennit's composite.
 
     Attributes:
         rules: The class of Zennit's composite.
@@ -429,7 +430,8 @@ def normalize(
     """Normalizes a composite with the given settings; None selects :class:`NRMDefault`.
 
     Raises:
-        TypeError: If ``composite`` is not a composite, or if settings are given for one that is already normalized.
+        TypeError: If ``composite`` is not a composite, or if settings are given for a composite that is already
+            normalized.
     """
     settings = {"residual": residual, "gain_limit": gain_limit, "uncovered": uncovered}
     given = {key: value for key, value in settings.items() if value is not None}

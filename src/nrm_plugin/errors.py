@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from types import ModuleType
@@ -33,7 +35,7 @@ class GradModeError(NRMError, RuntimeError):
 
 
 class ModelStateError(NRMError, RuntimeError):
-    """Raised if the model cannot be recorded, for example in training mode or with hooks of another composite."""
+    """Raised if the model cannot be recorded, for example in training mode or with hooks from another composite."""
 
 
 class UnknownLayerError(NRMError, KeyError):
@@ -45,7 +47,7 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """Raised if a tap is inside a container that has its own rule, and is therefore a single step."""
+    """Raised if a tap is inside a container that has its own rule and is therefore a single step."""
 
 
 class EventError(NRMError, ValueError):
@@ -104,6 +106,18 @@ class MemoryBudgetWarning(UserWarning):
     """Issued if a query runs out of memory and continues in smaller chunks."""
 
 
+LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")
+"""Packages whose lines are not named in warnings, since the user has not written them."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Issues a warning at the innermost line that is not part of this package or of those that call its hooks."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
 def unknown_layer(name: str, known: Iterable[str]) -> str:
     """Returns the error message for an unknown tap name, with close matches."""
     names = list(known)
@@ -144,6 +158,11 @@ def brief(value: object, length: int = 120) -> str:
         return _brief_entries(value, length)
     text = " ".join(repr(value).split())
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def printable(text: object) -> str:
+    """Returns a text with control characters, line breaks and surrogates as escapes, as XML and figures require."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def _brief_entries(values: Collection[object], length: int) -> str:

@@ -50,7 +50,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
     Args:
         what: The deprecated name, as written by the user.
-        instead: The replacement.
+        instead: The replacement to name in the warning.
         stacklevel: As in :func:`warnings.warn`, counted from the caller of this function.
     """
     message = f"{what} is deprecated and will be removed in nrm-plugin {REMOVED}. Use {instead} instead."
@@ -78,7 +78,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """Returns the path of a module in the settings of stored sweeps, which does not change when the module is moved."""
+    """Returns the path under which stored sweeps refer to a module; it does not change when the module is moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
@@ -147,7 +147,7 @@ class _Package(types.ModuleType):
 
 
 def install() -> None:
-    """Installs the finder once, and registers the composites if Zennit's registry is already imported."""
+    """Installs the finder once and registers the composites if Zennit's registry is already imported."""
     sys.modules[PACKAGE].__class__ = _Package
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

@@ -14,18 +14,19 @@ from zennit.types import ConvolutionTranspose
 
 
 class Absolute(BasicHook):
-    r"""Distributes relevance in proportion to absolute contributions.
+    r"""Distributes relevance in proportion to the absolute values of the contributions.
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
     The shares are non-negative, so walks do not cancel, and the bias receives no relevance. On modules without weights
-    (average pooling, sums), relevance is distributed in proportion to absolute inputs. If all inputs of a neuron are
-    zero, the shares are proportional to the absolute weights, so that no column vanishes.
+    (average pooling, sums), relevance is distributed in proportion to the absolute values of the inputs. If all inputs
+    of a neuron are zero, the shares are proportional to the absolute values of the weights, so that no column vanishes.
 
     Args:
         stabilizer: Value added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of additional parameters to set to zero, as in Zennit's rules.
-        floor: Value added to every absolute input, as a multiple of the mean absolute input of the sample.
+        floor: Value added to the absolute value of every input, as a multiple of the mean absolute value of the inputs
+            of the sample.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -55,22 +56,22 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""LRP-ε that redistributes the relevance absorbed by ε in proportion to the absolute inputs.
+    r"""LRP-ε that redistributes the relevance absorbed by ε in proportion to the absolute values of the inputs.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
 
     with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, where
-    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. The rule equals LRP-0 without
-    bias if :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`. Every
-    column sums to one. If all inputs of a neuron are zero, their shares are equal. On modules without weights, such as
-    average pooling, :math:`m_j` is the output of the module at :math:`|a_i|`.
+    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. The rule is identical to LRP-0
+    without bias if :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`.
+    Every column sums to one. If all inputs of a neuron are zero, their shares are equal. On modules without weights,
+    such as average pooling, :math:`m_j` is the output of the module at :math:`|a_i|`.
 
     Args:
         epsilon: The parameter ε; 0 gives LRP-0 without bias.
         stabilizer: Value added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of additional parameters to set to zero, as in Zennit's rules.
-        floor: Lower bound of :math:`|a_i|`, as a multiple of its mean over the sample.
+        floor: Lower bound on :math:`|a_i|`, as a multiple of its mean over the sample.
 
     Raises:
         ValueError: If ``epsilon`` is negative.
@@ -153,7 +154,7 @@ class Relative(BasicHook):
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Returns the largest absolute entry of each sample, ``(N, 1, …)``, clamped to a positive minimum."""
+    """Returns the largest absolute value in each sample, ``(N, 1, …)``, clamped to a positive minimum."""
     dims = tuple(range(1, values.ndim)) or (0,)
     return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -163,7 +164,7 @@ def _in_units(source: Tensor) -> Tensor:
 
 
 def _factor(z: Tensor) -> Tensor:
-    r"""Computes :math:`\sum |z_j| / \sum z_j^2` of each sample; 0 if all :math:`z_j` are zero."""
+    r"""Computes :math:`\sum |z_j| / \sum z_j^2` for each sample; 0 if all :math:`z_j` are zero."""
     unit, dims = _largest(z), tuple(range(1, z.ndim)) or (0,)
     sums = z.abs() / unit
     squares = sums.square().sum(dims, keepdim=True)
@@ -175,7 +176,7 @@ def _kept(parameter: Tensor, name: str) -> Tensor:
 
 
 class EvenMod(ParamMod):
-    """Parameter modifier that replaces the weights of each output channel by their mean absolute value.
+    """Parameter modifier that replaces the weights of each output channel with their mean absolute value.
 
     Args:
         zero_params: Names of parameters to set to zero.
@@ -220,7 +221,7 @@ def mean_sizes(weight: Tensor) -> Tensor:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns the positive lower bound on the absolute inputs of each sample, ``(N, 1, …)``."""
+    """Returns the (positive) lower bound imposed on the input magnitudes of each sample, ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares

@@ -75,3 +75,7 @@ def test_the_reference_is_named_with_the_change_from_it():
         assert "it is behind" not in str(explanation)
     assert "it is further ahead with the reference" in str(fallen)
     assert "it is further ahead" not in str(risen)
+    assert max(map(len, fallen.lines(width=40))) <= 40
+    assert "it is further ahead with the reference; + is evidence for it" in " ".join(
+        " ".join(fallen.lines(40)).split()
+    )

@@ -5,6 +5,8 @@ Covers: nrm_plugin.attribution.text_predictions.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -245,3 +247,95 @@ def test_words_of_a_slow_tokenizer_are_the_same():
     fast, slow = (explain_text(text_net("class"), StubTokenizer(is_fast), TEXT) for is_fast in (True, False))
     assert [word.text for word in fast.text.words] == [word.text for word in slow.text.words]
     torch.testing.assert_close(fast.words, slow.words)
+
+
+def test_a_class_is_found_by_its_own_spelling_before_another_case_and_an_ambiguous_name_raises():
+    model = text_net("class")
+    model.config.id2label = {0: "US", 1: "us"}
+    assert explain_text(model, StubTokenizer(), TEXT, "us").against == "US"
+    assert explain_text(model, StubTokenizer(), TEXT, "US").against == "us"
+    with pytest.raises(TargetError, match=r"target='Us' is the name of 2 classes. Give the index: \[0, 1\]"):
+        explain_text(model, StubTokenizer(), TEXT, "Us")
+    model.config.id2label = {0: "same", 1: "same"}
+    with pytest.raises(TargetError, match=r"against='same' is the name of 2 classes"):
+        explain_text(model, StubTokenizer(), TEXT, against="same")
+
+
+def test_arguments_of_a_wrong_type_or_without_a_meaning_are_named():
+    model, tokenizer = text_net("next"), StubTokenizer(has_class_token=False)
+    with pytest.raises(TargetError, match="target='' is neither a name nor an index"):
+        explain_text(model, tokenizer, TEXT, "")
+    with pytest.raises(InputError, match=r"position=1.0 is not the index of a token, one of 0 'a'"):
+        explain_text(model, tokenizer, TEXT, position=1.0)
+    with pytest.raises(InputError, match="reference=5 is neither a text nor a token"):
+        explain_text(model, tokenizer, TEXT, reference=5)
+    with pytest.raises(InputError, match=r"the text 'a \\ud800 film' is not valid Unicode"):
+        explain_text(model, tokenizer, "a \ud800 film")
+    with pytest.raises(TargetError, match="against=0: the model has a single output"):
+        explain_text(text_net("class", 1), StubTokenizer(), TEXT, against=0)
+
+
+class Positions(nn.Module):
+    """The model for a class, with fewer positions or rows than it gets, or with another forward pass."""
+
+    def __init__(self, places: int = 16, rows: int = len(WORDS), is_broken: bool = False) -> None:
+        super().__init__()
+        self.net = text_net("class")
+        self.net.places = nn.Parameter(self.net.places[:places])
+        self.net.embedding = nn.Embedding.from_pretrained(self.net.embedding.weight[:rows])
+        self.is_broken = is_broken
+        self.config = SimpleNamespace(id2label={}, vocab_size=rows, max_position_embeddings=places)
+
+    def forward(self, input_ids):
+        if self.is_broken:
+            raise KeyError("choices")
+        return self.net(input_ids)
+
+
+def test_a_model_that_fails_on_the_text_says_why():
+    explanation = explain_text(Positions(), StubTokenizer(), TEXT)  # without the attention mask that it does not take
+    torch.testing.assert_close(explanation.words, explain_text(text_net("class"), StubTokenizer(), TEXT).words)
+    with pytest.raises(InputError, match=r"the text has 11 tokens, but Positions has 6 positions. Shorten the text"):
+        explain_text(Positions(places=6), StubTokenizer(), TEXT)
+    with pytest.raises(InputError, match=r"the tokenizer has the id 16, but the ids of Positions end at 11"):
+        explain_text(Positions(rows=12), StubTokenizer(), TEXT)
+    with pytest.raises(InputError, match=r"Positions fails on the 11 tokens of the text.*KeyError: 'choices'"):
+        explain_text(Positions(is_broken=True), StubTokenizer(), TEXT)
+
+
+def test_one_number_per_token_is_not_read_as_classes():
+    class Discriminator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.config = text_net("token"), SimpleNamespace(num_labels=2, vocab_size=len(WORDS))
+
+        def forward(self, input_ids, attention_mask=None):
+            return {"logits": self.net(input_ids)["logits"][..., 0]}
+
+    with pytest.raises(InputError, match="Discriminator returns one number for each of the 11 tokens"):
+        explain_text(Discriminator(), StubTokenizer(), TEXT)
+
+
+class Decoding(nn.Module):
+    """An encoder and a decoder without attention: the mean of the encoded rows is added to each decoded row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding, self.starts = nn.Embedding(len(WORDS), 8).double(), nn.Embedding(len(WORDS), 8).double()
+        self.head = nn.Linear(8, len(WORDS)).double()
+        self.config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=2, vocab_size=len(WORDS))
+
+    def forward(self, input_ids, decoder_input_ids, attention_mask=None):
+        encoded = self.embedding(input_ids).mean(1, keepdim=True)
+        return {"logits": self.head(encoded + self.starts(decoder_input_ids))}
+
+
+def test_the_start_token_of_a_decoder_is_no_word_also_of_a_text_of_one_token():
+    model, tokenizer = Decoding().eval(), StubTokenizer(has_class_token=False)
+    one, two = (explain_text(model, tokenizer, text, 5, reference=None) for text in ("dull", "dull dull"))
+    assert one.output == pytest.approx(two.output)  # the mean of equal rows
+    assert one.decoder == pytest.approx(two.decoder)
+    assert 0 < one.decoder < 1
+    assert float(one.words.sum()) == pytest.approx(float(two.words.sum()))
+    assert float(one.words.sum()) + one.decoder + one.absorbed == pytest.approx(1)

@@ -228,3 +228,7 @@ def test_colours_are_for_terminals(monkeypatch):
     assert is_colored("auto")
     monkeypatch.setenv("NO_COLOR", "1")
     assert not is_colored("auto")
+    monkeypatch.setenv("NO_COLOR", "")  # no value: as if it were not set, https://no-color.org
+    assert is_colored("auto")
+    monkeypatch.setattr("sys.stdout", None)  # closed by the caller
+    assert not is_colored("auto")

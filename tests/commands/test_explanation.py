@@ -156,4 +156,5 @@ def test_an_image_that_equals_the_blurred_image_has_a_map_without_reference(here
     assert titles(drawn[0])[1] == "where the evidence is, by late layers"
     printed = capsys.readouterr().out
     assert "  note: the coarse heat map is not compared with the blurred image: " in printed
+    assert "Choose another reference" not in printed  # none was asked for
     assert "coarse heat map: mean over 3 and 1\n" in printed

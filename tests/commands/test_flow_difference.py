@@ -108,3 +108,12 @@ def test_each_flow_takes_one_pass_per_layer(here, monkeypatch):  # noqa: F811
     monkeypatch.setattr(flow_heat_maps, "flow_passes", lambda *args: calls.append(args) or passes(*args))
     difference("--target", "1", "--minus", "2")
     assert len(calls) == 2
+
+
+@pytest.mark.medium
+def test_what_is_neither_a_class_nor_an_image_is_named_with_its_option(here, capsys):  # noqa: F811
+    for minus, message in (("missing.png", "--minus 'missing.png' is a name"), ("9", "--minus 9 is out of range")):
+        assert main(["flow", "noise.png", *OWN, *LAYERS, "--minus", minus]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert f"There is no image {minus} either." in error

@@ -55,7 +55,7 @@ def test_stored_groups_are_applied_and_wrong_files_are_named(here, capsys, monke
     assert not (here / "out/noise-2-groups.safetensors").exists()
     assert json.loads((here / "out/noise-2-flow.json").read_text())["settings"]["groups"].endswith("groups.safetensors")
     assert run(*LAYERS, "--groups", "flow_nets.py") != 0
-    assert "was not written by Groups.save()" in capsys.readouterr().err
+    assert "error: --groups flow_nets.py: flow_nets.py was not written by Groups.save()" in capsys.readouterr().err
     assert run(*LAYERS, "--groups", "nothing.safetensors") != 0
     sys.modules.pop("flow_nets", None)
 

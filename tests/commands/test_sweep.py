@@ -180,7 +180,7 @@ def test_a_stopped_sweep_continues_with_another_batch_size(sizes, photos, monkey
     ("given", "says"),
     [
         ({"layers": ["nothing"]}, "no tap named 'nothing'"),
-        ({"layers": ["0", "3"], "more": ["--joint"]}, "not below"),
+        ({"layers": ["0", "3"], "more": ["--joint"]}, "List --layers from the output to the input"),
         ({"more": ["--event", "3[1"]}, "is not an event"),
         ({"more": ["--target", "9x"]}, "are not known. Give the index, 0 to 3, or a file"),
         ({"more": ["--target", "4"]}, "--target 4 is out of range: the model has 4 classes, 0 to 3"),

@@ -119,6 +119,8 @@ OPERATIONS = {
     "gather": lambda h: h.gather(-1, INDEX.expand(3, 4, 6)) + h[..., INDEX],
     "index_add": lambda h: torch.zeros(3, 4, 4).double().index_add(2, INDEX, h),
     "scatter_add": lambda h: torch.zeros(3, 4, 6).double().scatter_add(2, INDEX.expand(3, 4, 6), h),
+    "scatter_reduce": lambda h: torch.zeros(3, 4, 6).double().scatter_reduce(2, INDEX.expand(3, 4, 6), h, "amax"),
+    "smallest of groups": lambda h: h.scatter_reduce(2, INDEX.expand(3, 4, 6), h.sin(), "amin", include_self=False),
     "in place": written,
     "cosine_similarity": lambda h: F.cosine_similarity(h, h.sin(), -1),
     "cdist": lambda h: torch.cdist(h, h.sin()),

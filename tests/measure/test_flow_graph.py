@@ -10,6 +10,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from nrm_plugin import FlowGraph, RelevanceMeasure, at
 from nrm_plugin.errors import InputError, MissingExtraError
@@ -129,3 +131,12 @@ def test_a_missing_extra_is_named(full, monkeypatch, module, call):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"this needs {module}: pip install 'nrm-plugin\[graph\]'"):
         getattr(full, call)()
+
+
+def test_names_with_control_characters_are_one_line_that_any_format_holds(tmp_path):
+    networkx = pytest.importorskip("networkx")
+    mu = RelevanceMeasure(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(1, 3), 1)
+    graph = mu.flow(["output", "input"], over={"input": "neuron"}, names={"input": ["a\x00", "b\nc", "\ud800"]})
+    assert set(graph.layers[1].labels) == {r"a\x00", r"b\nc", r"\ud800"}
+    graph.to_graphml(tmp_path / "flow.graphml")
+    assert networkx.read_graphml(tmp_path / "flow.graphml").number_of_nodes() == len(graph.nodes)

@@ -207,6 +207,7 @@ def test_models_without_late_layers_are_errors(model):
         layer_map(model, images, target=0)
 
 
+@pytest.mark.recorded
 def test_an_average_does_not_sum_masses_and_stops_at_the_lowest_layer():
     mu = RelevanceMeasure(deep_net(), torch.rand(2, 3, 32, 32, dtype=torch.float64), target=0)
     whole = mu.marginal(["11", "7"])

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
 from zennit.rules import Epsilon
 
-from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from nrm_plugin import ABSORBED, NRM, JointNRM, LayerNRM, NeuronNRM, NRMAbsolute, NRMDefault, Plan, RelevanceMeasure, at
 from nrm_plugin.errors import (
     DifferenceError,
+    FoldingError,
     InputError,
     NullEventError,
     PrecisionWarning,
@@ -400,12 +401,30 @@ def test_a_difference_of_few_digits_is_a_warning_that_says_how_many():
         if caught:
             share = float(re.search(r"rounding error of (\S+) in float32", str(caught[0].message))[1])
             assert caught[0].category is PrecisionWarning
-            assert caught[0].filename == __file__
             assert share / 100 < error < 10 * share
         else:
             assert error < 1e-3
     with pytest.raises(TargetError, match="is the same"):
         RelevanceMeasure(single, x, 1, reference=x + 1e-6 * step)
+
+
+@pytest.mark.recorded
+@pytest.mark.parametrize(
+    "explain",
+    [
+        lambda net, x, x0: RelevanceMeasure(net, x, 1, reference=x0),
+        lambda net, x, x0: Plan(net, x, reference=x0)(x, 1, reference=x0),
+        lambda net, x, x0: NRM(net).attribute(x, target=1, baselines=x0),
+        lambda net, x, x0: LayerNRM(net, net[0]).attribute(x, target=1, baselines=x0),
+    ],
+)
+def test_warnings_name_the_line_of_the_user(explain):
+    x = X.float()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        explain(mlp().float(), x, x + 1e-4 * (X0 - X).float())
+    assert caught
+    assert {(one.filename, one.category) for one in caught} == {(__file__, PrecisionWarning)}
 
 
 @pytest.mark.parametrize(
@@ -592,6 +611,23 @@ def test_several_references_are_a_mixture():
     for reference, settings in (([], {}), ([x[0]], {"batched": False})):
         with pytest.raises(DifferenceError, match=r"empty mixture|require samples"):
             RelevanceMeasure(net, x, 0, reference=reference, **settings)
+
+
+def test_a_mixture_of_references_rejects_constants_for_positions_in_the_batch():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
+
+        def forward(self, x):
+            h = self.a(x)
+            index = torch.tensor([[0, 1], [2, 3], [4, 5]])  # one row for each of three samples
+            return self.b(h.scatter_add(1, index, torch.tanh(h[:, 2:4])))
+
+    net, x = Positions().eval(), torch.randn(3, 4, dtype=torch.float64)
+    assert RelevanceMeasure(net, x, 1, reference=0.3 * x).marginal("input").shape == (3, 4)
+    with pytest.raises(FoldingError, match=r"copies of each sample.*sample.*additional_forward_args"):
+        RelevanceMeasure(net, x, 1, reference=[0.3 * x, 0 * x])
 
 
 def test_a_mixture_repeats_the_further_arguments_of_samples():

@@ -121,6 +121,17 @@ def test_a_target_that_is_not_a_class_is_marked(name, answers):
     assert result["is_valid"].tolist() == [False, True]
 
 
+@pytest.mark.slow
+def test_only_minus_one_stands_for_the_largest_output(tmp_path):
+    torch.manual_seed(0)
+    net, x = nn.Linear(3, 4).double(), torch.randn(4, 3).double()
+    result = exported(net, x, tmp_path / "linear.pt2")(x, torch.tensor([-1, -2, 3, 4]))
+    assert result["is_valid"].tolist() == [True, False, True, False]
+    assert result["target"][0] == net(x)[0].argmax()
+    with pytest.raises(FileNotFoundError, match=r"the folder .*absent' does not exist"):
+        Plan(net, x).export(tmp_path / "absent" / "linear.pt2", x, ["input"])
+
+
 def exported(net: nn.Module, x: Tensor, path: Path, layers: tuple = ("input",)) -> nn.Module:
     Plan(net, x).export(path, x, layers)
     return torch.export.load(path).module()

@@ -105,16 +105,29 @@ def test_ribbons_that_are_narrower_than_a_named_walk_are_explained():
     assert "narrower" not in flow_caption(graph, walks=[(walks[0][0], 0.4), walks[1]])
 
 
+def test_walks_against_the_target_are_named_with_their_sign():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    against, towards = ("input/1", "conv/0", "output/0"), ("input/0", "conv/0", "output/0")
+    said = clean(flow_caption(graph, walks=[(against, -0.5), (towards, 0.3)]))
+    assert "are head → group 1 → zebra (−50%) and legs → group 1 → zebra (30%); an even split" in said
+    assert "The ribbons head → group 1 (25%) and group 1 → zebra (80%) are narrower, since other" in said
+    assert "through them are positive" in said
+
+
 def test_few_channels_are_said_before_the_ribbons():
     few = layer("conv", ("3", "8"), (0.1, 0.05), rest=0.85)
     more = layer("conv", ("3", "8"), (0.2, 0.05), rest=0.75)
     said = flow_caption(FlowGraph((TOP, few, LOWEST), JOINTS))
-    start = "The 2 shown channels of conv carry 15%; groups of channels show all of it: --groups. Against it"
-    assert start.removesuffix(" Against it") in said
+    assert (
+        "The 2 shown channels of conv carry 15%; groups of channels (--groups, or over='groups') show all of it."
+        in said
+    )
     assert "The other 7" not in said
     said = flow_caption(FlowGraph((TOP, more, LOWEST), JOINTS))
     assert "--groups" not in said
     assert "The other 7 channels of conv have 75%." in said
+    opposed = layer("conv", ("3", "8"), (-0.9, 0.05), rest=1.85)  # carries much, of either sign
+    assert "--groups" not in flow_caption(FlowGraph((TOP, opposed, LOWEST), JOINTS))
 
 
 def test_the_part_with_most_relevance_per_area_is_named_if_it_is_another_one():

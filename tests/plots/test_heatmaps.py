@@ -1,6 +1,6 @@
 """Figures show the given numbers.
 
-Covers: nrm_plugin.plots.ribbons.
+Covers: nrm_plugin.plots.ribbons, nrm_plugin.plots.arrays.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from PIL import Image
 
+from nrm_plugin.errors import InputError
 from nrm_plugin.plots import heatmaps
 from nrm_plugin.plots.heatmaps import Budget
 from nrm_plugin.plots.ribbons import NEGATIVE, POSITIVE, Column, Ribbon, percent
@@ -311,3 +312,28 @@ def test_no_pyplot_figure_is_created():
 )
 def test_shares_have_two_digits_and_rounding_errors_are_zero(value: float, text: str):
     assert percent(value) == text
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: heatmaps.heat_map(torch.rand(4, 4, 3)), r"has shape \(H, W\), got \(4, 4, 3\)"),  # not an image
+        (lambda: heatmaps.heat_map(torch.rand(1, 3, 4, 4), cells=2), r"has shape \(H, W\), got \(1, 3, 4, 4\)"),
+        (lambda: heatmaps.heat_map(torch.full((2, 2), torch.nan)), "nan or infinite"),
+        (lambda: heatmaps.heat_map(torch.rand(4, 4), image=torch.rand(4, 4, 3)), r"\(3, H, W\), got \(4, 4, 3\)"),
+        (lambda: heatmaps.heat_map(torch.rand(4, 4), cells=0), "cells=0: give one number of at least 1"),
+        (lambda: heatmaps.heat_map(torch.rand(4, 4), limit=-1.0), "limit=-1.0 must be positive"),
+        (lambda: heatmaps.heat_maps([torch.rand(4, 4)] * 3, ["one"]), "3 heat maps with 1 titles"),
+    ],
+    ids=["channels last", "batch", "nan", "image", "cells", "limit", "titles"],
+)
+def test_maps_that_would_be_drawn_as_something_else_raise(draw, message):
+    with pytest.raises(InputError, match=message):
+        draw()
+
+
+def test_maps_and_images_in_bfloat16_are_drawn():
+    values = torch.tensor([[0.5, -1.0]])
+    figure = heatmaps.heat_map(values.bfloat16(), image=torch.rand(3, 1, 2).bfloat16())
+    drawn = figure.axes[0].images[-1]
+    np.testing.assert_array_equal(drawn.get_array(), values.numpy())

@@ -210,3 +210,8 @@ def test_maps_of_heads_have_the_joint_relevance_of_tokens():
     for panel, row in enumerate(maps.tolist()):
         for box, value in zip(boxes(figure, panel), row, strict=True):
             assert box.get_facecolor()[:3] == pytest.approx(shade(value / strongest, LIGHT), abs=1e-6)
+
+
+def test_values_in_bfloat16_are_those_of_the_figure_in_float32():
+    short = VALUES.bfloat16()
+    assert text_html(TOKENS, short) == text_html(TOKENS, short.float())

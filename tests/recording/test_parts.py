@@ -23,6 +23,7 @@ from nrm_plugin.recording.parts import divided
 from tests.conftest import slow_but
 from tests.nets import Case, tiny_nets, zennit_composite
 
+pytestmark = pytest.mark.recorded
 LIMITS = [1, 1300, 2000]
 
 

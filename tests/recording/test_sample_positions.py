@@ -1,6 +1,6 @@
 """Samples that are not the rows of a tensor: windows, heads and time in front. A batch has the values of its samples.
 
-Covers: nrm_plugin.functional.rule_lookup, nrm_plugin.functional.function_kernels, nrm_plugin.recording.structure.
+Covers: nrm_plugin.functional.function_kernels, nrm_plugin.recording.structure.
 """
 
 from __future__ import annotations
@@ -239,6 +239,7 @@ class Pooled(nn.Module):
         return nn.functional.linear(y, self.head.weight, self.head.bias)
 
 
+@pytest.mark.recorded
 def test_one_sample_with_an_activation_in_place_needs_no_second_run():
     torch.manual_seed(0)
     x, maps = torch.randn(1, 3, 4, 4), []
@@ -250,3 +251,26 @@ def test_one_sample_with_an_activation_in_place_needs_no_second_run():
         assert net.runs == [x.shape]
     assert {name: one.shape for name, one in maps[0].items()} == {name: one.shape for name, one in maps[1].items()}
     torch.testing.assert_close(maps[0]["input"], maps[1]["input"])
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_positions_do_not_follow_from_a_pattern_that_the_known_entries_fit_by_coincidence(reference):
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            # Two of the six entries of each sample are replaced, and have no relevance in the tensor that holds all.
+            return self.b(h.slice_scatter(2 * h[:, :2], 1, 2, 4))
+
+    net, x = Written().eval(), torch.randn(2, 4, dtype=torch.float64)
+    other = 0.3 * x + 0.1 if reference else None
+    mu = RelevanceMeasure(net, x, 1, reference=other)
+    for sample in range(2):
+        row = slice(sample, sample + 1)
+        one = RelevanceMeasure(net, x[row], 1, reference=None if other is None else other[row])
+        for layer in mu.layers:
+            torch.testing.assert_close(mu.marginal(layer)[row].flatten(), one.marginal(layer).flatten())

@@ -145,6 +145,7 @@ def with_head(head: nn.Linear) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), head).eval()
 
 
+@pytest.mark.recorded
 @pytest.mark.parametrize("kind", [Own, Renamed])
 @pytest.mark.parametrize("shape", [(N, 3), (N, 5, 3)])
 def test_linear_layers_with_their_own_class_keep_the_samples_in_rows(kind, shape):
@@ -156,6 +157,7 @@ def test_linear_layers_with_their_own_class_keep_the_samples_in_rows(kind, shape
     torch.testing.assert_close(mu.marginal("input"), torch.cat(alone))
 
 
+@pytest.mark.recorded
 @pytest.mark.parametrize("kind", [Centred, Reversed])
 def test_linear_layers_that_mix_samples_are_not_proven(kind):
     seen = []
@@ -170,6 +172,7 @@ def test_linear_layers_that_mix_samples_are_not_proven(kind):
     assert seen == [False]
 
 
+@pytest.mark.recorded
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_the_samples_of_a_recurrent_layer_are_its_rows(kind: str) -> None:
     runs: list[int] = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zennit.composites import NameMapComposite
 from zennit.rules import Epsilon, Pass
 
-from nrm_plugin import LayerNRM, RelevanceMeasure, at
+from nrm_plugin import NRM, LayerNRM, RelevanceMeasure, at
 from nrm_plugin.errors import EventError, HookedContainerError, UnknownLayerError
 from nrm_plugin.events.serialization import event_from_json, event_to_json
 from nrm_plugin.recording.module_outputs import module_outputs
@@ -256,3 +256,20 @@ def test_tensors_in_nested_containers_are_taps(name: str) -> None:
     same_at_all_names(mu)
     for item, layer in zip(items, ("body.a", "body.b"), strict=True):
         assert torch.equal(mu.marginal(at("body", item=item)), mu.marginal(layer)), item
+
+
+def test_the_input_side_of_the_model_itself_is_its_input():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(y)
+
+    model, inputs = Added().eval(), (torch.randn(5, 4), torch.randn(5, 2))
+    expected = NRM(model).attribute(inputs, target=1)
+    found = LayerNRM(model, model).attribute(inputs, target=1, attribute_to_layer_input=True)
+    torch.testing.assert_close(found, expected)
+    mu = RelevanceMeasure(model, inputs, 1)
+    torch.testing.assert_close(mu(at(model, side="input", item=1)[0]), mu(at("input", item=1)[0]))

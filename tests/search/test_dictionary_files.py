@@ -151,3 +151,71 @@ def test_invalid_folders_raise(tmp_path):
     with pytest.raises(InputError, match="only local files are read"):
         load_transcoders(tmp_path, "h.{}.mlp")
     assert Dictionary(torch.eye(2), torch.eye(2)).reads == "output"
+
+
+def saved(folder, config: dict, weights: dict[str, Tensor]) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+UNKNOWN = [
+    ({"architecture": "abstopk", "k": 2}, "architecture='abstopk'"),
+    ({"architecture": "batchtopk", "k": 2}, "architecture='batchtopk'"),
+    ({"architecture": "matching_pursuit"}, "architecture='matching_pursuit'"),
+    ({"activation_fn_str": "tanh-relu"}, "activation_fn_str='tanh-relu'"),
+    ({"architecture": "topk"}, "has no k, the number of active features"),
+    ({"architecture": "gated"}, r"sae_weights\.safetensors' has no tensor 'r_mag'; it has 'W_dec', 'W_enc'"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), UNKNOWN, ids=lambda value: "" if isinstance(value, dict) else value)
+def test_dictionaries_of_saelens_that_compute_something_else_raise(tmp_path, config, message):
+    saved(tmp_path, config, weights_of("standard"))
+    with pytest.raises(InputError, match=message):
+        load_dictionary(tmp_path)
+
+
+def test_damaged_files_raise(tmp_path):
+    saved(tmp_path, {}, weights_of("standard"))
+    (tmp_path / "cfg.json").write_text("{")
+    with pytest.raises(InputError, match=r"cfg\.json in .* cannot be read: Expecting property name"):
+        load_dictionary(tmp_path)
+    saved(tmp_path, {}, weights_of("standard"))
+    (tmp_path / "sae_weights.safetensors").write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"sae_weights\.safetensors' cannot be read"):
+        load_dictionary(tmp_path)
+    save_file(
+        {"W_enc_0": torch.ones(F, D), "b_enc_0": torch.ones(F), "b_dec_0": torch.ones(D)},
+        tmp_path / "W_enc_0.safetensors",
+    )
+    with pytest.raises(InputError, match=r"W_dec_0\.safetensors' cannot be read: No such file"):
+        load_transcoders(tmp_path, "h.{}.mlp")
+
+
+def test_short_formats_are_folded_in_single_precision(tmp_path):
+    w = {name: value.bfloat16() for name, value in weights_of("standard").items()}
+    saved(tmp_path, {}, w)
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(1))
+    expected = features("standard", {}, {name: value.float() for name, value in w.items()}, x)
+    torch.testing.assert_close(load_dictionary(tmp_path).encode(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_thresholds_of_circuit_tracer_may_be_negative_but_not_on_a_logarithmic_scale(tmp_path):
+    w = weights_of("transcoder") | {"activation_function.threshold": torch.full((F,), -0.5)}
+    w["W_enc"] = w["W_enc"].T.contiguous()
+    save_file(w, tmp_path / "layer_0.safetensors")
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
+    pre = x @ w["W_enc"].T + w["b_enc"]
+    torch.testing.assert_close(load_transcoders(tmp_path, "h.{}")["h.0"].encode(x), pre * (pre > -0.5))
+    save_file(w | {"log_thresholds": torch.zeros(F)}, tmp_path / "layer_0.safetensors")
+    with pytest.raises(InputError, match="have log_thresholds"):
+        load_transcoders(tmp_path, "h.{}")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"threshold": torch.ones(F, 1)}, {"threshold": float("nan")}, {"k": 1.5}], ids=["shape", "nan", "k"]
+)
+def test_settings_that_would_be_read_otherwise_raise(changed):
+    with pytest.raises(InputError, match=next(iter(changed))):
+        Dictionary(torch.ones(D, F), torch.ones(F, D), **changed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+
+import networkx
 import pytest
 import torch
 from torch import nn
@@ -103,3 +106,27 @@ def test_invalid_arguments_raise():
         attribution_graph(mu, model, sample=2)
     with pytest.raises(InputError, match="at least 1"):
         attribution_graph(mu, model, top=0, sample=0)
+
+
+def test_names_may_hold_any_characters_but_there_must_be_enough():
+    model, mu = dense_case(False)
+    names = {"input": ["a\x00", "b\n", "<c>\ud800"], "output": ["zero", "one\x0b"]}
+    graph = attribution_graph(mu, model, top=2, sample=0, inputs="neuron", names=names)
+    file = io.BytesIO()
+    graph.to_graphml(file)
+    file.seek(0)
+    labels = {label for _, label in networkx.read_graphml(file).nodes(data="label")}
+    assert {r"a\x00", r"b\n", r"<c>\ud800", r"one\x0b"} <= labels
+    with pytest.raises(InputError, match=r"names= has 1 names of input nodes, but one has the index 1"):
+        attribution_graph(mu, model, sample=0, inputs="neuron", names={"input": ["a"]})
+
+
+def test_measures_of_another_model_and_numbers_that_are_none_raise(tmp_path):
+    model, mu = dense_case(False)
+    plain = RelevanceMeasure(nn.Sequential(nn.Linear(3, 2)).double(), torch.randn(1, 3).double(), 1)
+    with pytest.raises(InputError, match=r"the measure has no features at \['1', '2'\]"):
+        attribution_graph(plain, model)
+    with pytest.raises(InputError, match=r"top=1.5 must be an integer"):
+        attribution_graph(mu, model, top=1.5, sample=0)
+    with pytest.raises(InputError, match="tokens= has 2 tokens, and the graph 3 positions"):
+        attribution_graph(mu, model, sample=0, inputs="neuron").to_circuit_tracer(tmp_path, "graph", ["a", "b"])

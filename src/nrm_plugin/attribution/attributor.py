@@ -24,10 +24,10 @@ class NRMAttributor(Attributor):
     Args:
         model: The network, in evaluation mode.
         composite: A Zennit composite, or None for the default of this package.
-        attr_output: Start vector of the measure, as in Zennit: a tensor in the shape of the output, or a function of
+        attr_output: Start vector of the measure, as in Zennit: a tensor with the shape of the output, or a function of
             the output. Defaults to the output itself.
         residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        baseline_fn: Function from the input to a baseline, as in Zennit's ``IntegratedGradients``. If given, the
+        baseline_fn: Function that maps the input to a baseline, as in Zennit's ``IntegratedGradients``. If given, the
             measure explains the difference between the outputs at input and baseline; see ``reference`` of
             :class:`~nrm_plugin.RelevanceMeasure`. Unless a composite is given, relevance then propagates along secant
             slopes between baseline and input, and nothing is absorbed.
@@ -69,14 +69,14 @@ class NRMAttributor(Attributor):
         """Does nothing, since no hooks were registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
-        """Returns the model output ``(N, …)``, and the measure started from a function of it.
+        """Returns the model output ``(N, …)`` and the measure whose start vector is a function of that output.
 
         Args:
-            input: Inputs ``(N, …)``, or any other inputs of :class:`~nrm_plugin.RelevanceMeasure`.
+            input: Inputs ``(N, …)``, or any other inputs accepted by :class:`~nrm_plugin.RelevanceMeasure`.
             attr_output_fn: Function that maps the output to the start vector.
 
         Raises:
-            TargetError: If the start vector sums to zero, or does not fit the output.
+            TargetError: If the start vector sums to zero, or does not match the output.
 
         Examples:
             >>> import torch

@@ -1,4 +1,4 @@
-"""Shared helpers of the Captum classes: input formats, units and convergence deltas.
+"""Shared helpers for the Captum classes: input formats, units and convergence deltas.
 
 Captum's private helpers are imported only here, since their location depends on the version of Captum.
 """
@@ -50,7 +50,7 @@ def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of ``attribute`` that determine its return value. See there for the fields."""
+    """Arguments of ``attribute`` that determine what it returns; see ``attribute`` for the fields."""
 
     given: Event | None
     joint: Event | None
@@ -78,7 +78,7 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
 
 
 def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """Converts Captum's baselines, tensors or numbers, to the ``reference`` of a measure; None if there are none."""
+    """Converts Captum's baselines (tensors or numbers) to the ``reference`` of a measure; None without baselines."""
     if baselines is None:
         return None
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
@@ -130,7 +130,7 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Computes the marginal of each input, in the shape of the input; zero for inputs that do not affect the output.
+    """Computes the marginal of each input, with the shape of the input; zero for inputs that do not affect the output.
 
     Raises:
         InputError: If the inputs affect the output only as indices of lookups.
@@ -149,7 +149,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Computes one minus the total mass, sink and bypass of the tensors of a layer, ``(N,)``."""
+    """Computes the convergence delta of a layer, ``(N,)``: one minus its total mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
@@ -159,7 +159,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Returns the attributions, in a tuple with the delta and the sink if these are not None."""
+    """Returns the attributions, or a tuple of the attributions and of ``delta`` and ``sink`` where these are given."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

@@ -31,7 +31,7 @@ def condition_event(condition: Condition) -> Event | None:
         condition: Mapping from layer names to channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is ignored.
 
     Returns:
-        The event, or None if the condition contains no layer, so that all walks satisfy it.
+        The event, or None if the condition names no layer, in which case every walk satisfies it.
 
     Raises:
         EventError: If the condition is not a mapping, or its channels are not a list of numbers.
@@ -97,18 +97,19 @@ class ConceptNRM:
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every
-                condition is applied to every sample. If a condition has several outputs, they are weighted by their
+                condition is applied to every sample. If a condition selects several outputs, they are weighted by their
                 values, as in zennit-crp.
             layer: Layer whose relevance is returned: a name, module or ``at(…)``.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             conditional: Whether to divide by the mass of the condition: ``μ(j | condition)`` instead of
                 ``μ(j & condition)``.
-            unit: ``"output"`` for units of the explained outputs, as in zennit-crp's heat maps before the sum over
-                channels; ``"measure"`` for relevance as a fraction of the explained outputs.
-            against: Another output, or ``"rest"`` for all other classes. If given, explains the difference from it;
-                each condition must then contain exactly one output. See :class:`~nrm_plugin.RelevanceMeasure`.
-            baselines: Baselines in Captum's format. If given, explains the difference from the outputs at the
-                baselines; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
+            unit: ``"output"`` for relevance in units of the explained outputs, as in zennit-crp's heat maps before the
+                sum over channels; ``"measure"`` for relevance as a fraction of the explained outputs.
+            against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the relevance
+                explains the difference between the two; each condition must then contain exactly one output. See
+                :class:`~nrm_plugin.RelevanceMeasure`.
+            baselines: Baselines in Captum's format. If given, the relevance explains how the outputs differ from those
+                at the baselines; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
             Relevance ``(conditions, N, *shape)``.
@@ -116,7 +117,7 @@ class ConceptNRM:
         Raises:
             EventError: If no condition is given, a condition is invalid, or ``against`` is given and a condition does
                 not contain exactly one output.
-            UnknownLayerError: If no layer has this name.
+            UnknownLayerError: If the model has no layer with one of the given names.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -69,8 +69,8 @@ class DataLoaderNRM:
             dataloader: Iterable of batches: tensors, or tuples or lists of tensors.
             input_roles: As in Captum's ``InputRole``: 0 for explained inputs, 1 for additional arguments of the model,
                 2 for parts that are not passed to the model. By default, all parts are explained inputs.
-            target: As in ``attr_method.attribute``, or a function from a batch to its target. Not supported by
-                ``NeuronNRM``, which takes a ``neuron_selector=`` instead.
+            target: As in ``attr_method.attribute``, or a function that maps a batch to its target. Not supported by
+                ``NeuronNRM``, which takes ``neuron_selector=`` instead.
             reduce: ``"sum"`` or ``"mean"`` over samples, accumulated batch by batch. By default, the attributions of
                 all samples are concatenated.
             show_progress: Whether to show a progress bar.

@@ -62,11 +62,12 @@ class JointNRM:
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             over: ``"channel"`` or ``"neuron"``.
-            unit: ``"output"`` to multiply by the explained output, or ``"measure"``.
+            unit: ``"output"`` to multiply the joint relevance by the explained output, or ``"measure"`` to leave it
+                unscaled.
             against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
-            baselines: If given, explains the change of the output from its value at the baselines; see
+            baselines: If given, the relevance explains the change in the output relative to the baselines; see
                 :meth:`NRM.attribute`.
 
         Returns:

@@ -89,16 +89,16 @@ class LayerNRM(NRM, LayerAttribution):
             inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integer inputs receive no relevance, but the
                 embeddings that they index do.
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
             attribute_to_layer_input: Whether to return the relevance of layer inputs instead of layer outputs.
-            verbose: Whether to print the rule of every step.
+            verbose: Whether to print the rule applied at each step.
             against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
             given: Event to condition on.
-            joint: Event for joint relevance.
+            joint: Event with which joint relevance is computed.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
-            baselines: If given, explains the change of the output from its value at the baselines; see
+            baselines: If given, the relevance explains the change in the output relative to the baselines; see
                 :meth:`NRM.attribute`.
 
         Returns:

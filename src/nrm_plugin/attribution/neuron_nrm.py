@@ -89,17 +89,18 @@ class NeuronNRM(NRM, NeuronAttribution):
             neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
                 ``(N, …)`` that returns one number per sample. If several neurons are selected, they are weighted by
                 their activations.
-            additional_forward_args: Additional arguments of the model.
+            additional_forward_args: Additional arguments for the model.
             attribute_to_neuron_input: Whether to select neurons of the layer's input instead of its output.
-            verbose: Whether to print the rule of every step.
-            against: A second selector. If given, explains the difference between the two selected activations.
+            verbose: Whether to print the rule applied at each step.
+            against: A second selector. If given, the relevance explains the difference between the two selected
+                activations.
             given: Event to condition on.
-            joint: Event for joint relevance.
-            unit: ``"output"`` for relevance that sums, with sink and bypass, to the activation of the neurons;
+            joint: Event with which joint relevance is computed.
+            unit: ``"output"`` for relevance whose sum, including sink and bypass, is the activation of the neurons;
                 ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``.
-            baselines: If given, explains the change of the activation from its value at the baselines.
+            baselines: If given, the relevance explains the change in the activation relative to the baselines.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
@@ -144,5 +145,5 @@ class NeuronNRM(NRM, NeuronAttribution):
 
 
 def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
-    """Returns the weights of the activations in the difference of two selections."""
+    """Returns the weight of each activation in the difference between two selections."""
     return neurons.slope(values) - others.slope(values)

@@ -50,7 +50,7 @@ class NRM(GradientAttribution):
             shape of the inputs, and deltas and sinks have one entry.
 
     Raises:
-        InputError: If ``model`` is a function instead of a module, whose layers cannot be recorded.
+        InputError: If ``model`` is a function rather than a module, since the layers of a function cannot be recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -132,22 +132,22 @@ class NRM(GradientAttribution):
             target: The output to explain, in Captum's format: an int or a tensor with one int for all samples, or a
                 list or tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples,
                 or None if each sample has a single output.
-            additional_forward_args: Additional arguments of the model, a single one or a tuple. They receive no
+            additional_forward_args: Additional arguments for the model, a single one or a tuple. They receive no
                 relevance.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 the sum of attributions, sink and bypass, which is zero up to rounding errors.
-            verbose: Whether to print the rule of every step.
-            against: Another output, or ``"rest"`` for all other classes. If given, explains the difference between the
-                target and these; see :class:`~nrm_plugin.RelevanceMeasure`. With ``unit="output"``, relevance sums to
-                this difference, which may be negative.
+            verbose: Whether to print the rule applied at each step.
+            against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the attributions
+                explain the difference between the target and this contrast; see :class:`~nrm_plugin.RelevanceMeasure`.
+                With ``unit="output"``, relevance sums to this difference, which may be negative.
             given: Event to condition on.
-            joint: Event for joint relevance.
-            unit: ``"output"`` for relevance that sums, with sink and bypass, to the explained output of each sample;
-                ``"measure"`` for relevance that sums to 1.
+            joint: Event with which joint relevance is computed.
+            unit: ``"output"`` for relevance whose sum, including sink and bypass, is the explained output of each
+                sample; ``"measure"`` for relevance that sums to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
-            baselines: Baselines in Captum's format, a tensor or number for each input. If given, explains the
-                difference from the output at the baselines; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
-                Nothing is then absorbed unless a composite is given.
+            baselines: Baselines in Captum's format, a tensor or number for each input. If given, the attributions
+                explain how the output differs from that at the baselines; see ``reference`` of
+                :class:`~nrm_plugin.RelevanceMeasure`. In this case, nothing is absorbed unless a composite is given.
 
         Returns:
             Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from ..errors import printable
 
 if TYPE_CHECKING:
     from .words import Tokens, Word
@@ -32,9 +35,9 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
     origin = f" from the reference {_quoted(explanation.reference)}" if explanation.reference else ""
     yield from _wrapped([f"explained: {_quoted(explanation.target)}{others}", f"{number(explanation)}{origin}"], width)
     if explanation.reference and explanation.output < 0:
-        yield "  it is further ahead with the reference; + is evidence for it"
+        yield from _sentence("it is further ahead with the reference; + is evidence for it", width)
     elif explanation.against and explanation.output < 0:
-        yield "  it is behind; + is evidence for it"
+        yield from _sentence("it is behind; + is evidence for it", width)
     yield ""
     words = explanation.text.words
     yield from (f"  {line}" for line in colored(explanation.text, explanation.words, width - 2, color))
@@ -52,18 +55,18 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
             yield f"  {row.title} {_percent(row.mass)}"
             yield from (f"    {line}" for line in _used(explanation.text, row.relevance, width - 4, color))
         if not rows:
-            yield "  no relevance passes through it"
+            yield from _sentence("no relevance passes through it", width)
     for row in explanation.given:
         yield ""
         yield from _wrapped([f"given {row.title}", f"{_percent(row.mass)} of all relevance"], width)
         if row.relevance is None:
-            yield f"  {row.problem}"
+            yield from _sentence(row.problem, width)
         else:
             yield from (f"  {line}" for line in _used(explanation.text, row.relevance, width - 2, color))
 
 
 def number(explanation: Any) -> str:
-    """Formats the explained scalar with its value, for example ``difference 2.31``."""
+    """Formats the kind and the value of the explained scalar, for example ``difference 2.31``."""
     kind = "change" if explanation.reference else "difference" if explanation.against else "output"
     return f"{kind} {explanation.output:.4g}"
 
@@ -73,7 +76,7 @@ def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[s
     largest = text.largest(values)
     line, at = "", 0
     for word, value in zip(text.words, values.tolist(), strict=True):
-        pieces = _pieces(_printable(word.text), width)
+        pieces = _pieces(printable(word.text), width)
         for number, piece in enumerate(pieces):
             space = bool(line) and number == 0 and word.is_spaced
             if line and at + _cells(piece) + space > width:
@@ -91,14 +94,14 @@ def _used(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str
         yield from colored(text, values, width, True)
         return
     order = values.abs().argsort(descending=True, stable=True)[:LISTED].tolist()
-    best = [(_shortened(_printable(text.words[n].text), width // 3), float(values[n])) for n in order]
+    best = [(_shortened(printable(text.words[n].text), width // 3), float(values[n])) for n in order]
     yield from _wrapped([f"{word} {_percent(value)}" for word, value in best if round(value, 4)], width)
 
 
 def _table(words: Sequence[Word], values: Tensor, width: int) -> Iterator[str]:
     order = values.abs().argsort(descending=True, stable=True).tolist()
     chosen = [n for n in order if not words[n].is_special and round(float(values[n]), 4)][:LISTED]
-    names = {n: _shortened(_printable(words[n].text), max(8, width // 3)) for n in chosen}
+    names = {n: _shortened(printable(words[n].text), max(8, width // 3)) for n in chosen}
     column = max((_cells(name) for name in names.values()), default=0)
     largest = max((abs(float(values[n])) for n in chosen), default=1.0)
     room = width - column - 14
@@ -118,7 +121,7 @@ def _painted(text: str, value: float) -> str:
 
 
 def _wrapped(parts: Sequence[str], width: int, head: str = "") -> Iterator[str]:
-    """Joins parts with commas, and wraps the result into lines with a hanging indent."""
+    """Joins parts with commas and wraps the result into lines with a hanging indent."""
     line = head
     for number, part in enumerate(parts):
         text = _shortened(part, width - 5) + ("," if number < len(parts) - 1 else "")
@@ -129,19 +132,25 @@ def _wrapped(parts: Sequence[str], width: int, head: str = "") -> Iterator[str]:
     yield line.rstrip()
 
 
+def _sentence(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
+
+
 def _pieces(text: str, width: int) -> list[str]:
     most = max(1, width // 2 if _cells(text) > len(text) else width)
     return [text[start : start + most] for start in range(0, len(text), most)] or [""]
 
 
 def _shortened(text: str, width: int) -> str:
-    while _cells(text) > width:
-        text = f"{text[:-2]}…"
-    return text
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    if len(text) <= 4 * width and _cells(text) <= width:
+        return text
+    kept, cells = "", 1
+    for letter in text:
+        cells += _cells(letter)
+        if cells > width:
+            break
+        kept += letter
+    return f"{kept}…"
 
 
 def _cells(text: str) -> int:
@@ -157,7 +166,7 @@ def _other(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f'"{_printable(text)}"'
+    return f'"{printable(text)}"'
 
 
 def _percent(value: float) -> str:

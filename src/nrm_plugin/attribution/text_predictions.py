@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, TargetError, brief
+from ..errors import InputError, NRMError, TargetError, brief
+from ..measure.memory_budget import is_out_of_memory
 from .words import Tokens, merged
 
 Kind = Literal["class", "mask", "next", "token"]
@@ -19,14 +21,14 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A text and the prediction of a model for it.
+    """A text and a model's prediction for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
-        text: The text.
+        text: The text with its tokens and words.
         inputs: Token ids keyed by model argument; walks end at their embeddings.
-        others: Additional keyword arguments of the model.
+        others: Additional keyword arguments for the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
         logits: Logits of the prediction, ``(K,)``.
         labels: Names of the classes; empty if the classes are the tokens of the tokenizer.
@@ -74,14 +76,18 @@ class Task:
                     f"{argument}={wanted} is out of range: the model has {count} outputs, 0 to {count - 1}."
                 )
             return wanted
-        if not isinstance(wanted, str):
+        if not isinstance(wanted, str) or not wanted:
             raise TargetError(f"{argument}={brief(wanted)} is neither a name nor an index of an output.")
         return self._label(wanted, argument) if self.labels else self._token(wanted, argument)
 
     def _label(self, wanted: str, argument: str) -> int:
         folded = [label.casefold() for label in self.labels]
-        if wanted.casefold() in folded:
-            return folded.index(wanted.casefold())
+        exact = [number for number, label in enumerate(self.labels) if label == wanted]
+        found = exact or [number for number, label in enumerate(folded) if label == wanted.casefold()]
+        if len(found) > 1:
+            raise TargetError(f"{argument}={wanted!r} is the name of {len(found)} classes. Give the index: {found}.")
+        if found:
+            return found[0]
         near = difflib.get_close_matches(wanted.casefold(), folded, n=3, cutoff=0.4) or folded[:8]
         listed = ", ".join(repr(self.labels[folded.index(name)]) for name in near)
         raise TargetError(
@@ -109,13 +115,14 @@ class Task:
 
 
 def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -> Task:
-    """Tokenizes a text, and infers the prediction task by running the model.
+    """Tokenizes a text and infers the prediction task by running the model.
 
     Raises:
-        InputError: If the model does not return logits of a class or of tokens, or ``position`` is missing or invalid.
+        InputError: If the model does not return logits for classes or tokens, or ``position`` is missing or invalid.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens, others = tokenized(tokenizer, text, device)
+    others = _accepted(model, others)
     inputs, config = {"input_ids": tokens.ids}, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and not _is_classifier(model):
         start = getattr(config, "decoder_start_token_id", None)
@@ -123,7 +130,8 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
             raise InputError(
                 f"{type(model).__name__} has no decoder_start_token_id in its config, where decoding starts."
             )
-        inputs["decoder_input_ids"] = torch.tensor([[start]], device=device)
+        # A text of one token has two start tokens, so that the shapes differ. The first one does not see the second.
+        inputs["decoder_input_ids"] = torch.full((1, 2 if tokens.ids.shape[1] == 1 else 1), start, device=device)
     logits = _logits(model, inputs, others)
     labels = _labels(config, logits.shape[-1])
     if logits.ndim == 2:
@@ -132,6 +140,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
                 f"position={position} applies to models that predict tokens, but this model predicts one class per "
                 "text."
             )
+        _check_classes(model, logits, tokens)
         return Task("class", tokens, inputs, others, None, logits[0], labels, tokenizer)
     if "decoder_input_ids" in inputs:
         return Task("next", tokens, inputs, others, 0, logits[0, 0], (), tokenizer)
@@ -161,6 +170,8 @@ def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, 
     """
     if not isinstance(text, str):
         raise InputError(f"text is {brief(text)}, expected a string.")
+    if not text.isascii() and text != text.encode("utf-8", "replace").decode("utf-8"):
+        raise InputError(f"the text {ascii(text)[:60]} is not valid Unicode: it contains a surrogate. Remove it.")
     encoded = tokenizer(text, return_tensors="pt")
     ids = encoded["input_ids"].to(device)
     if not ids.numel():
@@ -178,9 +189,33 @@ def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, 
     return Tokens(text, ids, names, words), others
 
 
+def _accepted(model: nn.Module, others: dict[str, Any]) -> dict[str, Any]:
+    """Returns the outputs of the tokenizer that the model accepts; DistilBERT and T5 take no segment ids."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return others
+    return {key: value for key, value in others.items() if key in parameters}
+
+
+def _check_classes(model: nn.Module, logits: Tensor, tokens: Tokens) -> None:
+    """Raises :class:`InputError` for a model with one number per token, such as the discriminator of ELECTRA."""
+    known = getattr(getattr(model, "config", None), "num_labels", logits.shape[1])
+    if logits.shape[1] == tokens.ids.shape[1] != known:
+        raise InputError(
+            f"{type(model).__name__} returns one number for each of the {logits.shape[1]} tokens, not one for each of "
+            "its classes. Wrap it in a module that returns the logits of one class of interest, (1, K)."
+        )
+
+
 def _logits(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        returned = model(**inputs, **others)
+    try:
+        with torch.no_grad():
+            returned = model(**inputs, **others)
+    except Exception as error:  # anything that a model raises for ids that it does not expect
+        if isinstance(error, NRMError) or is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
+        raise InputError(f"{_misfit(model, inputs['input_ids'])} ({reason})") from error
     logits = returned.get("logits") if isinstance(returned, dict) else returned
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or len(logits) != 1:
         keys = f" with {', '.join(returned)}" if isinstance(returned, dict) else ""
@@ -189,6 +224,25 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any])
             "tokens, (1, T, K), are needed. Load the model with its head, such as AutoModelForSequenceClassification."
         )
     return logits
+
+
+def _misfit(model: nn.Module, ids: Tensor) -> str:
+    """Returns why a model fails on ids: too many tokens, a tokenizer with other ids, or an unknown reason."""
+    config, name = getattr(model, "config", None), type(model).__name__
+    count, largest = ids.shape[1], int(ids.max())
+    rows = getattr(config, "vocab_size", None) or largest + 1
+    if largest >= rows:
+        return (
+            f"the tokenizer has the id {largest}, but the ids of {name} end at {rows - 1}. Give the tokenizer of this "
+            "model."
+        )
+    places = getattr(config, "max_position_embeddings", None) or count
+    if count > places:
+        return f"the text has {count} tokens, but {name} has {places} positions. Shorten the text."
+    return (
+        f"{name} fails on the {count} tokens of the text. A model of transformers for a class or for tokens is needed, "
+        "such as AutoModelForSequenceClassification, with its tokenizer."
+    )
 
 
 def _is_classifier(model: nn.Module) -> bool:
@@ -218,6 +272,8 @@ def _place(position: int | None, tokens: Tokens, predicted: str) -> int:
         raise InputError(
             f"this model predicts {predicted}{'' if predicted.endswith('=') else ': give position='}, one of {listed}."
         )
+    if not isinstance(position, int) or isinstance(position, bool):
+        raise InputError(f"position={brief(position)} is not the index of a token, one of {_listed(tokens.tokens)}.")
     if not -count <= position < count:
         raise InputError(f"position={position} is out of range: the text has {count} tokens, {_listed(tokens.tokens)}.")
     return position % count

@@ -17,7 +17,7 @@ class Word:
     """A word of a text, or a special token.
 
     Attributes:
-        text: The word as in the text, or the special token.
+        text: The word as it appears in the text, or the special token.
         tokens: Positions of its tokens.
         is_spaced: Whether a space precedes the word.
         is_special: Whether it is a special token of the tokenizer, such as a mask.
@@ -34,7 +34,7 @@ class Tokens:
     """A text with its tokens and words.
 
     Attributes:
-        text: The text.
+        text: The original text.
         ids: Token ids, ``(1, T)``.
         tokens: Token strings, ``T`` of them.
         words: Words in order; each token is part of exactly one word.
@@ -46,7 +46,7 @@ class Tokens:
     words: tuple[Word, ...]
 
     def largest(self, values: Tensor) -> float:
-        """Returns the largest absolute value of any word, which sets the colour scale; 1 if all values are zero.
+        """Returns the largest absolute value of any word, which limits the colour scale; 1 if all values are zero.
 
         Special tokens are ignored unless the values of all words are zero, since a class token often receives most of
         the relevance.
@@ -67,12 +67,12 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
     """Merges the tokens of a text into words.
 
     Args:
-        text: The text.
-        ids: The ids of the tokens.
-        tokens: The tokens.
-        special: Ids of special tokens.
+        text: The original text.
+        ids: Token ids, one per token.
+        tokens: Token strings, as returned by the tokenizer.
+        special: Ids of the special tokens.
         encoding: Encoding of a fast tokenizer, with ``word_ids`` and ``offsets``. None for other tokenizers, which mark
-            word boundaries by ``##``, ``Ġ`` or ``▁``.
+            word boundaries with ``##``, ``Ġ`` or ``▁``.
     """
     are_special = [number in special for number in ids]
     if encoding is None:

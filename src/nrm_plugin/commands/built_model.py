@@ -1,4 +1,4 @@
-"""Models as built from their names, before the preprocessing is chosen."""
+"""Models built by name, before their preprocessing is chosen."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class BuiltModel:
     """A model and the metadata of its weights.
 
     Attributes:
-        model: The model.
-        weights: Description of the origin of the weights.
+        model: The model, with its weights loaded.
+        weights: Description of where the weights come from.
         transforms: torchvision's preprocessing preset.
         categories: Class names; empty if unknown.
-        notes: Messages to the user.
+        notes: Messages for the user.
     """
 
     model: nn.Module

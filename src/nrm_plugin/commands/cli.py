@@ -1,4 +1,4 @@
-"""The command ``nrm-plugin`` and its subcommands, whose modules are imported only when they are run.
+"""The command ``nrm-plugin`` and its subcommands; the module of a subcommand is imported only when it is run.
 
 Neither this module nor the argument parsers import torch, so that ``--help`` and ``--version`` are fast.
 """
@@ -40,7 +40,7 @@ UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that prints errors as a single line, and imports the selected command when it is parsed."""
+    """Argument parser that prints errors on a single line, and imports the selected command when it is parsed."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """Builds the parser of ``nrm-plugin`` with all subcommands."""
+    """Builds the parser for ``nrm-plugin`` with all subcommands."""
     root = Parser(prog="nrm-plugin", description="The normalized relevance measure of neural networks.", epilog=EPILOG)
     version = importlib.import_module("nrm_plugin").__version__
     root.add_argument("--version", action="version", version=f"nrm-plugin {version}")
@@ -112,7 +112,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _ended(error: BaseException, options: argparse.Namespace, is_interrupted: bool) -> int:
-    """Prints why a command stopped, and returns its exit status."""
+    """Prints why a command stopped and returns its exit status."""
     if options.debug:
         traceback.print_exception(error, file=sys.stderr)
     if is_interrupted or isinstance(error, KeyboardInterrupt):

@@ -35,7 +35,7 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
     """Constructs a composite by name.
 
     Args:
-        name: Name in Zennit's registry.
+        name: Name of the composite in Zennit's registry.
         bounds: Lowest and highest input values, ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:

@@ -56,7 +56,7 @@ def _digit(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explains digits or a photograph, and returns the exit status."""
+    """Explains digits or a photograph and returns the exit status."""
     started = time.perf_counter()
     from .output_files import check_folder
 

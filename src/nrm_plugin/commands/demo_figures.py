@@ -32,8 +32,8 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
     """Saves three figures for one digit: joint relevance of two layers, pixel relevance, and channels.
 
     Args:
-        model: The network.
-        sample: The digit.
+        model: The digit classifier.
+        sample: The digit to explain.
         image: Image of the digit, ``(1, 16, 16)``.
         out: Output folder.
         against: ``"rest"`` to contrast the digit with the other digits, or ``"none"``.
@@ -56,7 +56,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
 
 
 def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
-    """Returns the measure of the predicted digit, whose difference from the other digits is positive."""
+    """Returns the measure for the predicted digit, whose output exceeds those of the other digits."""
     return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
 
 
@@ -81,13 +81,13 @@ def _channels(mu: RelevanceMeasure, image: Tensor, heading: str) -> Figure:
 
 
 def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor, composite: str, out: Path) -> Path:
-    """Saves a figure of the relevance of each layer, with one panel per digit.
+    """Saves a figure of the relevance at each layer, with one panel per digit.
 
     Args:
-        rows: Relevance of each layer, with tensors ``(N,)``.
+        rows: One row per layer, with tensors of shape ``(N,)``.
         samples: The ``N`` digits.
         images: Images of the digits, ``(N, 1, 16, 16)``.
-        composite: Name of the composite.
+        composite: Name of the composite, for the title.
         out: Output folder.
     """
 
@@ -120,8 +120,8 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, agains
     """Saves the flow from image patches to the predicted class as a figure and as an HTML page.
 
     Args:
-        model: The network.
-        sample: The digit.
+        model: The digit classifier.
+        sample: The digit to explain.
         image: Image of the digit, ``(1, 1, 16, 16)``.
         out: Output folder.
         against: As in :func:`save_sample`.

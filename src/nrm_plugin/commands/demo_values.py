@@ -39,7 +39,7 @@ class Sample:
         name: Prefix of the file names.
         index: Index among the held-out digits.
         label: True class.
-        predicted: Predicted class, which is explained.
+        predicted: Predicted class, which is the class to explain.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Row:
 
 @torch.no_grad()
 def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> tuple[list[Sample], float]:
-    """Selects the most confidently predicted digits of each kind, and computes the accuracy on all digits.
+    """Selects the most confidently predicted digits of each kind and computes the accuracy on all digits.
 
     Raises:
         DemoError: If no kind is given, a kind is neither a digit nor ``"misread"``, or a kind has too few digits.
@@ -103,7 +103,7 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
     """Computes plain Zennit's relevance and the measure at each layer, both with :data:`TABLE_COMPOSITE`.
 
     Args:
-        model: The network.
+        model: The digit classifier.
         images: Images of the digits, ``(N, 1, 16, 16)``.
         target: Explained class of each image.
     """
@@ -125,7 +125,7 @@ def plain_sums(
         model: The network.
         images: Inputs, ``(N, …)``.
         target: Explained class of each image.
-        composite: The composite.
+        composite: The composite, without normalization.
         layers: Module names or ``"input"``.
     """
     model = copy.deepcopy(model)  # Zennit 1.0 replaces parameters of the model

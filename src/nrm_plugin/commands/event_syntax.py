@@ -32,8 +32,8 @@ class Condition:
     """An event and the expression from which it was parsed.
 
     Attributes:
-        text: The expression.
-        event: The event.
+        text: The expression as given by the user.
+        event: The event that the expression denotes.
         layers: Names of the layers in the event.
     """
 
@@ -46,8 +46,8 @@ def parse(text: str) -> Condition:
     """Parses an event expression.
 
     Args:
-        text: Layer names with optional channels in brackets, combined by ``&``, ``|``, ``~`` and parentheses. Brackets
-            select channels, as in ``at(layer).channel([…])``.
+        text: Layer names with optional channels in brackets, combined with ``&``, ``|``, ``~`` and parentheses.
+            Brackets select channels, as in ``at(layer).channel([…])``.
 
     Raises:
         ConditionError: If the text does not follow the grammar; the message shows the position.

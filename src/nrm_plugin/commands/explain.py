@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explains the images, and returns the exit status."""
+    """Explains the images and returns the exit status."""
     from .image_loop import explain_each
 
     return explain_each(

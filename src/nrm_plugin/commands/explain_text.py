@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explains the texts, and returns the exit status."""
+    """Explains the texts and returns the exit status."""
     from .output_files import check_folder
     from .request import check_device
     from .resolved_options import one_line_warnings, request_of
@@ -140,7 +140,8 @@ def is_colored(choice: str) -> bool:
     """Returns whether to print colours: as requested, or if the terminal supports them for ``"auto"``."""
     if choice != "auto":
         return choice == "always"
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where the caller closed it
+    return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "is_colored", "run"]

@@ -59,7 +59,7 @@ class ConditionalExplanation:
     """Explanation conditional on an event.
 
     Attributes:
-        condition: The condition.
+        condition: The condition, with its text and its event.
         mass: Mass of the event.
         relevance: Input relevance given the event, ``(C, H, W)``; if the class is contrasted with others, it has the
             sign of the mass. None if the mass is zero or nearly cancels.
@@ -96,18 +96,18 @@ class Explanation:
         image: The preprocessed image, ``(3, S, S)`` in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        against: The contrast of the explained class.
-        difference: The explained difference of outputs, or None without a contrast.
+        against: What the explained class is contrasted with.
+        difference: The explained difference between outputs, or None without a contrast.
         relevance: Relevance of the inputs, ``(C, S, S)``. Like the relevance of layers and the totals, it is multiplied
             by the sign of the difference, so that positive relevance is evidence for the class.
         totals: Relevance totals at the inputs.
         layers: Explanations of the requested layers.
         given: Explanations conditional on the requested events.
-        photo: The image for figures, including the part outside the crop of the model.
+        photo: The image for figures, including the part that the model's crop leaves out.
         reference: Name or file of the reference image, or None if there is none.
         layer_map: Relevance map averaged over late layers; None if not requested, or if the model has no such layers.
         shows_pixels: Whether to plot the relevance of the pixels.
-        notes: Deviations from the request, with the reason.
+        notes: Deviations from the request, with their reasons.
     """
 
     source: LoadedImage
@@ -132,12 +132,12 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
 
     Args:
         loaded: The model, on the device given in the request.
-        source: The image.
-        request: The request.
+        source: The image to explain.
+        request: Target, layers, conditions, rules and device.
 
     Raises:
         RequestError: If the target, the layers or the conditions do not match the model, or if the model fails.
-        NRMError: If the model cannot be measured with these rules.
+        NRMError: If no measure of the model can be constructed with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
     result = _of_one_measure(loaded, source, inputs, request)
@@ -148,7 +148,8 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         return replace(result, layer_map=_layer_map(measure_of(loaded, inputs, apart), apart.reference))
     except NRMError as error:
         layer_map = _layer_map(measure_of(loaded, inputs, request), request.reference)
-        note = f"the coarse heat map is not compared with the blurred image: {error}"
+        reason = str(error).partition(". ")[0]  # without the remedy, since no reference was asked for
+        note = f"the coarse heat map is not compared with the blurred image: {reason}. It explains the output itself"
         return replace(result, layer_map=layer_map, notes=(note,))
 
 

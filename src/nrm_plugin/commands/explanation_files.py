@@ -13,8 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..plots.arrays import Values
 from ..plots.flow_thumbnails import photo_pixels
-from ..plots.heatmaps import Values, cell_sums, heat_maps, image_and_heat_map
+from ..plots.heatmaps import cell_sums, heat_maps, image_and_heat_map
 from ..plots.ribbons import percent
 from .explanation import ConditionalExplanation, Explanation, LayerExplanation, Totals
 from .image_references import reference_words
@@ -53,9 +54,9 @@ def write(
     """Writes the output files of one image.
 
     Args:
-        loaded: The model.
-        request: The request.
-        result: The explanation.
+        loaded: The explained model.
+        request: The request that led to the explanation.
+        result: The explanation to write.
         out: Output folder.
         taken: File names already used, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
         cells: Resolution of the heat maps; see :func:`cells_of`.

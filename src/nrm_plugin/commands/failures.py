@@ -1,4 +1,4 @@
-"""Error messages of the commands, one line on stderr, which ``--quiet`` does not suppress. Does not import torch."""
+"""Error messages of the commands: one line on stderr, not suppressed by ``--quiet``. Does not import torch."""
 
 from __future__ import annotations
 

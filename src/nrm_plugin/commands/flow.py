@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plots the flow of images or of a sweep, and returns the exit status."""
+    """Plots the flow of images or of a sweep and returns the exit status."""
     from .damaged_sweeps import read_stored
     from .sweep_flow import print_mean_flow
 

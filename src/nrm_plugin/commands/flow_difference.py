@@ -40,7 +40,16 @@ from .output_files import (
     writing,
 )
 from .photos import photo
-from .request import NONE, Request, RequestError, check_layers, compared_with, explained_class, measure_of
+from .request import (
+    NONE,
+    Request,
+    RequestError,
+    check_layers,
+    compared_with,
+    explained_class,
+    measure_of,
+    target_of,
+)
 
 CHANNELS = 16
 """Number of channels per layer, those whose relevance differs most, for which both flows are computed."""
@@ -51,9 +60,9 @@ class Side:
     """One of two flows to compare.
 
     Attributes:
-        image: The image.
+        image: The explained image.
         request: The request, including the class.
-        mu: The measure.
+        mu: The measure for the class and the image.
         target: The explained class.
         name: Label that distinguishes the two flows.
     """
@@ -68,7 +77,7 @@ class Side:
 def explain_difference(
     loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
-    """Writes the difference of two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
+    """Writes the difference between two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
 
     By default, each flow explains a single output without a contrast, since the difference from other classes would be
     negative for a class that is not predicted, and the two flows would not be comparable.
@@ -138,9 +147,13 @@ def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str)
         images = (image, other)
         return _sides(images, requests, mus, (target, target), tuple(f"{one} ({name})" for one in pair))
     second = replace(request, target=minus)
-    against, counter = _measured(loaded, image, second)
+    try:
+        counter = target_of(minus, loaded.categories, mu.outputs.numel(), "--minus")
+    except RequestError as error:
+        raise RequestError(f"{error} There is no image {shown(minus)} either.") from error
     if counter == target:
         raise RequestError(f"--minus {minus}: this is the explained class. Give another class, or an image.")
+    against, _ = _measured(loaded, image, second)
     names = tuple(class_name(loaded, one) or f"class {one}" for one in (target, counter))
     return _sides((image, image), (request, second), (mu, against), (target, counter), names)
 

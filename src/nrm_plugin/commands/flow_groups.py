@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.images import shown
+from ..errors import NRMError
 from ..measure.contiguous_groups import connected_parts
 from ..measure.flow import ordered_taps
 from ..measure.flow_graph import FlowGraph
@@ -70,7 +71,7 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Resolution in dots per inch, doubled for narrow figures, which have small letters."""
+        """Resolution in dots per inch, doubled for narrow figures, since their letters are small."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property
@@ -86,7 +87,7 @@ class Division:
     Attributes:
         over: Neuron groups keyed by layer. Other layers are grouped by channel.
         names: Group names keyed by layer.
-        groups: The groups, if requested.
+        groups: Groups of channels or input regions; None unless requested.
     """
 
     over: Mapping[str, Any]
@@ -101,14 +102,14 @@ def division(
 
     Args:
         loaded: The model.
-        mu: The measure.
+        mu: The measure for the image.
         request: The request, with the layers.
-        options: The options of the flow.
+        options: Options of the flow figure.
         image: Image ``(C, H, W)`` in [0, 1].
 
     Raises:
         RequestError: If there are more patches than pixels, or the file of groups cannot be read.
-        InputError: If the file contains no groups, or if they do not match the model.
+        InputError: If the file does not contain groups, or the groups do not match the model.
     """
     height, width = mu.shape(INPUT)[-2:]
     if options.patches > min(height, width):
@@ -127,7 +128,7 @@ def groups_of(
     """Reads or computes the groups of each layer of a flow; input groups consist of superpixels or patches.
 
     Args:
-        mu: The measure.
+        mu: The measure to query.
         layers: The layers, in any order.
         wanted: Number of groups per layer, or a group file.
         image: Image ``(C, H, W)`` in [0, 1].
@@ -135,7 +136,7 @@ def groups_of(
 
     Raises:
         RequestError: If the file cannot be read.
-        InputError: If the file contains no groups, or if they do not match.
+        InputError: If the file does not contain groups, or the groups do not match the model.
     """
     if isinstance(wanted, Path):
         return _with_short_names(_stored(wanted))
@@ -144,7 +145,7 @@ def groups_of(
         return _with_short_names(find_groups(mu, ordered, wanted, names=names))
     members = _members_of_the_input(image)
     groups = _connected(mu, find_groups(mu, ordered, wanted, {INPUT: members}, names=names), members)
-    if _count(groups) == 1:  # the layer above has a single neuron, on which all parts of the image depend alike
+    if _count(groups) == 1:  # all parts of the image depend in the same way on the only neuron of the layer above
         counts = {layer: None if layer == INPUT else wanted for layer in ordered}
         groups = find_groups(mu, ordered, counts, {INPUT: _few_parts(image, wanted)}, names=names)
     return _with_short_names(groups).named({INPUT: [f"part {number}" for number in range(1, _count(groups) + 1)]})
@@ -224,7 +225,7 @@ def _count(groups: Groups) -> int:
 
 
 def _with_short_names(groups: Groups) -> Groups:
-    """Replaces group names that list channels by short ones, since they would not fit below a thumbnail.
+    """Replaces group names that list channels with short ones, since they would not fit below a thumbnail.
 
     Names are unique: each layer has its own letter, starting at the input, as in A1, A2, …, B1, …
     """
@@ -259,3 +260,5 @@ def _stored(path: Path) -> Groups:
         return Groups.load(path)
     except OSError as error:
         raise RequestError(f"cannot read --groups {shown(path)}: {error.strerror or error}.") from error
+    except NRMError as error:
+        raise RequestError(f"--groups {shown(path)}: {error}") from error

@@ -61,15 +61,15 @@ class ImageFlow:
     Attributes:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        against: The contrast of the explained class.
-        difference: The explained difference of outputs, or None without a contrast.
+        against: What the explained class is contrasted with.
+        difference: The explained difference between outputs, or None without a contrast.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
-        groups: The groups, if requested.
+        groups: The groups; None unless requested.
         maps_at: Layer whose positions the heat maps show; empty for single pixels.
-        walks: The strongest walks over groups, if computing all of them does not take too many passes.
+        walks: The strongest walks over groups; empty if computing all walks would take too many passes.
         profile: Layer profile, compared with plain LRP.
         next_class: Name of the class with the largest output other than the explained class.
         rival: Name of the contrast, if it is a single class.
@@ -94,19 +94,19 @@ class ImageFlow:
 def explain_flow(
     loaded: LoadedModel, image: LoadedImage, request: Request, options: FlowOptions, out: Path, taken: set[str]
 ) -> Printed:
-    """Computes the flow of relevance for one image, and writes its files.
+    """Computes the flow of relevance for one image and writes its files.
 
     Args:
         loaded: The model, on the device given in the request.
-        image: The image.
+        image: The image to explain.
         request: The request, including the layers of the flow.
-        options: The options of the flow.
+        options: Options of the flow figure.
         out: Output folder, which must exist.
         taken: File names already used, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Raises:
         RequestError: If the target, the layers or the patches do not match the model, or if the model fails.
-        NRMError: If the model cannot be measured with these rules.
+        NRMError: If no measure of the model can be constructed with these rules.
         OSError: If a file cannot be written.
     """
     flow = image_flow(loaded, image, request, options)
@@ -236,7 +236,7 @@ def _rank(flow: ImageFlow) -> str:
 
 
 def _whole(flow: ImageFlow) -> str:
-    """Describes the difference of outputs that corresponds to 100 %; empty without a positive difference."""
+    """Describes the difference between outputs that corresponds to 100 %; empty without a positive difference."""
     if flow.difference is None or flow.difference <= 0:
         return ""
     others = f"that of {flow.rival}"

@@ -1,4 +1,4 @@
-"""Processing of several images, in which a failing image does not stop the others."""
+"""Processing of several images; an image that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def print_problems(problems: list[str], command: str) -> int:
-    """Prints the failures to stderr, and returns the exit status."""
+    """Prints the failures to stderr and returns the exit status."""
     if problems:
         print(f"\nnrm-plugin {command}: {len(problems)} failed:", file=errors())
     for problem in problems:

@@ -26,7 +26,7 @@ class ReferenceImageError(NRMError, ValueError):
 
 
 def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
-    """Returns the reference of a preprocessed image, in the shape of the inputs.
+    """Returns the reference for a preprocessed image, with the shape of the inputs.
 
     Args:
         loaded: The model.

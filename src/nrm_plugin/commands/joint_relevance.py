@@ -61,13 +61,13 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
     """Computes the joint relevance of the ``count`` channels with the largest absolute relevance in each layer.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: At least two taps, each above or below the others, in any order.
         count: Number of channels per layer; all channels if a layer has fewer.
 
     Raises:
         ValueError: If fewer than two layers are given, a layer is repeated, or the measure contains several samples.
-        UnknownLayerError: If there is no tap of a given name.
+        UnknownLayerError: If there is no tap with one of the given names.
     """
     if len(layers) < 2 or len(set(layers)) < len(layers):
         raise ValueError(f"joint relevance needs two or more different layers, got {', '.join(layers) or 'none'}.")
@@ -93,7 +93,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
 
 
 def joint_heat_maps(mu: RelevanceMeasure, events: Sequence[Event]) -> Tensor:
-    """Computes ``μ(pixel ∩ event)`` summed over colours, ``(E, H, W)``, for a measure of one sample."""
+    """Computes ``μ(pixel ∩ event)`` for a single-sample measure, summed over the colour channels, ``(E, H, W)``."""
     return torch.cat([mu.marginal("input", joint=part)[:, 0].sum(1) for part in _chunks(events)])
 
 
@@ -103,10 +103,10 @@ def joint_figure(
     """Plots the image, the flow between channels, and joint heat maps of the strongest channel combinations.
 
     Args:
-        mu: The measure of ``joint``.
+        mu: The measure from which ``joint`` was computed.
         image: Image ``(C, H, W)`` in [0, 1].
         pixels: Pixel relevance, ``(H, W)``.
-        joint: Joint relevance.
+        joint: Joint relevance of the channels.
         marks: Number of combinations to label and show as heat maps.
         heading: Title of the figure.
     """

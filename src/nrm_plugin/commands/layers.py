@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the layers, and returns the exit status."""
+    """Prints the layers and returns the exit status."""
     from .composite_names import check_composite_name
     from .messages import table
     from .resolved_options import model_of, one_line_warnings

@@ -23,7 +23,7 @@ BEST = 5
 
 
 def heading(loaded: LoadedModel, request: Request) -> str:
-    """Returns the header line with the model, the rules and the device, common to all images of a call."""
+    """Returns the header line with the model, the rules and the device, common to all images of a run."""
     model = f"{shown(loaded.name)} (weights: {loaded.weights})"
     words = reference_words(request.reference)
     if request.composite == SECANTS:
@@ -33,21 +33,21 @@ def heading(loaded: LoadedModel, request: Request) -> str:
 
 
 def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
-    """Yields the lines on an image and its classes."""
+    """Yields the lines about an image and its classes."""
     yield shown(source.path)
     yield from (f"  note: it {note}" for note in source.notes)
     yield from classes(loaded, outputs, target, against)
 
 
 def unseen(shown_image: Photo) -> Iterator[str]:
-    """Yields a line on the part of an image that the model did not see, if any."""
+    """Yields a line about the part of an image that the model did not see, if any."""
     text = photos.unseen(shown_image)
     if text:
         yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}; --fit pad shows the model all of it"
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the lines on an explanation."""
+    """Yields the lines about an explanation."""
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
     yield from unseen(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
@@ -94,7 +94,7 @@ def layers(graph: FlowGraph) -> Iterator[str]:
 
 
 def difference(loaded: LoadedModel, target: int, against: Against, value: float | None) -> Iterator[str]:
-    """Yields a line on the explained difference of outputs, if any."""
+    """Yields a line about the explained difference between outputs, if any."""
     if against is None or value is None:
         return
     name = _name(loaded, target)
@@ -108,7 +108,7 @@ def _name(loaded: LoadedModel, index: int) -> str:
 
 
 def classes(loaded: LoadedModel, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
-    """Yields lines on the classes with the largest outputs, the explained class, and the contrast."""
+    """Yields lines about the classes with the largest outputs, the explained class, and the contrast."""
     softmax = torch.softmax(outputs.double(), 0)
     best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
     listed = list(dict.fromkeys([*best, target, *([against] if isinstance(against, int) else [])]))

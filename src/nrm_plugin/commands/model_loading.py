@@ -25,7 +25,7 @@ class LoadedModel:
         model: The model in evaluation mode, float32.
         preprocessing: Conversion of images to inputs.
         categories: Class names; empty if unknown.
-        notes: Messages to the user.
+        notes: Messages for the user.
         rules: Cache of composites, keyed by the settings of a request.
         has_late_layers: Cache of whether the model has layers for a coarse heat map, keyed by input shape.
     """
@@ -41,12 +41,12 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """A parameter, for the device and dtype of the model; an empty tensor if there are none."""
+        """Any parameter of the model, to determine its device and dtype; an empty tensor if the model has none."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The inputs of a black and a white image, on the device and in the dtype of the model."""
+        """The inputs for a black and a white image, on the device and in the dtype of the model."""
         return self.preprocessing.bounds(self.parameter)
 
 
@@ -63,12 +63,12 @@ def load(
 
     Args:
         name: Name of a torchvision classification model, or ``package.module:factory`` or ``file.py:factory``.
-        weights: Name of torchvision weights, a file, or or ``"none"`` for random weights. None uses torchvision's
-            default, or keeps the weights of the user's own model.
+        weights: Name of a torchvision weights entry, path to a checkpoint file, or ``"none"`` for random weights. None
+            uses torchvision's default, or keeps the weights of the user's own model.
         size: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         mean: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
         std: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
-        categories: Class names that replace those of the weights.
+        categories: Class names to use instead of those stored with the weights.
         fit: As in :func:`~nrm_plugin.dataset.preprocessing.preprocessing`.
 
     Raises:

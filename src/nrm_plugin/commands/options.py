@@ -1,4 +1,4 @@
-"""Options shared by several commands, and parsers of their values. This module does not import torch."""
+"""Options shared by several commands, and parsers for their values. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def add_target(group: Any) -> None:
 
 
 def add_against(group: Any, default: str) -> None:
-    """Adds ``--against``, the contrast of the explained class; ``default`` describes its default."""
+    """Adds ``--against``, the contrast for the explained class; ``default`` describes its default."""
     group.add_argument("--against", metavar="rest|none|CLASS",
                        help="explain the difference of the class from the other classes, weighted by their softmax "
                        "(rest), or from one class; none: the output of the class alone (default: "

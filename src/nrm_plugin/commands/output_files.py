@@ -70,7 +70,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
         stem: Preferred prefix, such as the name of the image.
         ends: Suffixes of the file names, starting with that of the file that contains the settings.
         taken: Prefixes used in this call; the new one is added.
-        is_same: Returns whether an existing settings file is from the same query and may be overwritten.
+        is_same: Function that returns whether an existing settings file is from the same query and may be overwritten.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"
@@ -82,7 +82,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
 
 
 def json_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], settings: Mapping[str, Any]) -> str:
-    """Applies :func:`free_stem` to JSON results, which are from the same query if their ``"settings"`` are equal."""
+    """Applies :func:`free_stem` to JSON results, which belong to the same query if their ``"settings"`` are equal."""
     return free_stem(out, stem, ends, taken, lambda path: _stored_settings(path) == json.loads(json.dumps(settings)))
 
 
@@ -157,7 +157,7 @@ def weights_title(loaded: LoadedModel) -> str:
 
 
 def short(text: str, length: int = TITLE) -> str:
-    """Truncates a text in the middle, and escapes dollar signs for matplotlib."""
+    """Truncates a text in the middle and escapes dollar signs for matplotlib."""
     clean = shown(text)
     half = (length - 1) // 2
     clean = clean if len(clean) <= length else f"{clean[:half]}…{clean[-half:]}"
@@ -205,7 +205,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dark: bool = False, dpi: int = DPI) -> None:
-    """Saves a figure, and prints a note about characters that no installed font contains."""
+    """Saves a figure and prints a note about characters that no installed font contains."""
     missing = {letter for letter in use_installed_fonts(figure) if letter not in _noted}
     if missing:
         _noted.update(missing)

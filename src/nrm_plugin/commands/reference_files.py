@@ -38,7 +38,7 @@ class Listing:
     """References of the listed channels.
 
     Attributes:
-        sweep: The sweep.
+        sweep: The stored sweep.
         references: References of all channels of the query.
         groups: The listed channels.
         files: File names of the samples; empty if the sweep does not store them.

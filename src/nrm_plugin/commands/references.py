@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Lists reference examples, and returns the exit status."""
+    """Lists reference examples and returns the exit status."""
     from .damaged_sweeps import read_stored
     from .reference_files import print_references
 

@@ -42,7 +42,7 @@ class RequestError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of the computation for every image.
+    """Settings of the computation, shared by all images.
 
     Attributes:
         target: Index or name of the explained class, or None for the predicted class.
@@ -114,15 +114,15 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
 
 def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Against:
-    """Returns the contrast of the explained class for one image.
+    """Returns what the explained class of one image is contrasted with.
 
     Args:
         loaded: The model.
-        request: The request.
+        request: The request, including the requested contrast.
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the contrast is unknown, or is the explained class.
+        RequestError: If the contrast is unknown, or identical to the explained class.
     """
     count = outputs.numel()
     if request.against == NONE or (request.against is None and count == 1):
@@ -236,7 +236,7 @@ class failures_of_the_model:  # noqa: N801  (a context manager)
 
 
 def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> RelevanceMeasure:
-    """Returns the measure of one preprocessed image.
+    """Returns the measure for one preprocessed image.
 
     Raises:
         RequestError: If the target does not match the model, the model fails, or the composite has no rule for a layer.
@@ -294,7 +294,7 @@ def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized 
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:
-    """Raises :class:`RequestError` with close matches if the model has no layer of a given name."""
+    """Raises :class:`RequestError` with close matches if the model lacks one of the named layers."""
     for name in names:
         calls = [layer for layer in mu.layers if layer.startswith(f"{name}:")]
         if name in mu.layers:

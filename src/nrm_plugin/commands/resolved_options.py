@@ -54,7 +54,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def _check_no_rules(options: argparse.Namespace) -> None:
-    """Raises :class:`RequestError` if options of rules are given without a composite."""
+    """Raises :class:`RequestError` if options for rules are given without a composite."""
     given = {"--gain-limit": options.gain_limit is not None, "--residual sink": options.residual == "sink"}
     for name in (name for name, is_given in given.items() if is_given):
         raise RequestError(
@@ -64,7 +64,7 @@ def _check_no_rules(options: argparse.Namespace) -> None:
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """Loads the model given by the options, and prints notes about it if ``notes`` is set."""
+    """Loads the model given by the options and prints notes about it if ``notes`` is set."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(
         options.model, weights, options.size, options.mean, options.std, categories, getattr(options, "fit", "crop")
@@ -93,7 +93,11 @@ def class_names(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Context manager that prints warnings on a single line, without the source code."""
+    """Context manager that prints warnings on a single line, without the source code.
+
+    Letters that no font has are reported as a note when a figure is written, not by matplotlib.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"nrm-plugin: warning: {message}", file=sys.stderr)
         yield

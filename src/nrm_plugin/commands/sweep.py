@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--layers", nargs="+", required=True, metavar="LAYER",
                        help="relevance of each channel, sink, bypass and variation of these layers")  # fmt: skip
     query.add_argument("--joint", action="store_true",
-                       help="joint relevance of all pairs of channels of consecutive layers in --layers")  # fmt: skip
+                       help="joint relevance of all pairs of channels of consecutive layers in --layers, which are "
+                       "then listed from the output to the input")  # fmt: skip
     query.add_argument("--activations", action="store_true", help="the largest activation of each channel")
     query.add_argument("--heat-maps", action="store_true", help="a heat map of the input")
     query.add_argument("--event", action="append", default=[], metavar="EVENT", dest="events",
@@ -78,7 +79,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the sweep, and returns the exit status."""
+    """Runs the sweep and returns the exit status."""
     from .sweep_run import sweep_data
 
     return sweep_data(options)

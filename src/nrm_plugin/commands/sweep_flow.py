@@ -117,7 +117,7 @@ def _mean(sweep: Sweep, layers: Sequence[str], target: int | None, classes: Clas
 
 
 def _compared(sweep: Sweep, classes: Classes) -> str:
-    """Describes the contrast of the classes in a sweep, for a heading."""
+    """Describes, for a heading, what the classes in a sweep are contrasted with."""
     against = sweep.manifest.settings.get("against")
     if against is None:
         return ""

@@ -35,7 +35,7 @@ LISTED = 20
 
 
 def sweep_data(options: argparse.Namespace) -> int:
-    """Runs a sweep, and returns the exit status.
+    """Runs a sweep and returns the exit status.
 
     Raises:
         NRMError: If options conflict with each other, with the model, or with the stored results.
@@ -53,8 +53,10 @@ def sweep_data(options: argparse.Namespace) -> int:
         print(messages.heading(loaded, request), flush=True)
         try:
             stored = _swept(options, loaded, request, data, queries, target, against)
-        except (SettingsError, UnknownLayerError, EventError):
-            raise  # caused by the options
+        except (SettingsError, UnknownLayerError, EventError) as error:  # caused by the options
+            if options.joint and "is not below" in str(error):
+                raise RequestError(f"{error} List --layers from the output to the input.") from error
+            raise
         except (NRMError, OSError) as error:
             print(line(error, options), file=errors())
             return FAILED
@@ -96,10 +98,10 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
 
 
 def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Against:
-    """Returns the contrast of the explained class.
+    """Returns what the explained class is contrasted with.
 
     Raises:
-        RequestError: If the contrast does not exist, or is the explained class.
+        RequestError: If the contrast does not exist, or is identical to the explained class.
     """
     if options.against in (None, NONE):
         return None

@@ -19,6 +19,8 @@ from ..errors import NRMError, extra
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
 """Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
+REASON = 240
+"""Largest number of letters of a message of transformers that is shown."""
 
 
 class TextModelError(NRMError, OSError):
@@ -33,7 +35,7 @@ class TextModel:
         name: Folder or name given by the user.
         model: The model with its prediction head, in evaluation mode.
         tokenizer: The tokenizer.
-        notes: Messages to the user.
+        notes: Messages for the user.
     """
 
     name: str
@@ -47,11 +49,11 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
 
     Args:
         name: A folder with ``config.json``, weights and tokenizer, or a model name on the Hugging Face Hub.
-        device: Device of the model.
+        device: Device on which to run the model.
 
     Raises:
         MissingExtraError: If transformers is not installed.
-        TextModelError: If a file is missing, the name is unknown, or the model has no head.
+        TextModelError: If a file is missing, the name is unknown, or the model has no prediction head.
     """
     library = extra("transformers", "text")
     folder = Path(name)
@@ -107,7 +109,8 @@ def _loaded(name: str, what: str, load: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and errors of the hub's client
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= REASON else f"{reason[:REASON]}…"
         hint = "" if Path(name).exists() else f" There is no folder {shown(name)} either: check the path."
         raise TextModelError(f"cannot load the {what} of {shown(name)}: {shown(reason)}{hint}") from error
 

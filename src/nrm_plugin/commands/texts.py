@@ -28,7 +28,7 @@ class Texts:
 
     Attributes:
         loaded: The model and its tokenizer.
-        request: The request.
+        request: Settings shared by all texts.
         options: The parsed options of the command.
     """
 
@@ -83,7 +83,7 @@ class Texts:
 
 
 def reference_of(options: argparse.Namespace) -> str | None:
-    """Returns the requested reference. Without a request, it is :data:`AUTO`, or None if rules are given."""
+    """Returns the requested reference; by default :data:`AUTO`, or None if rules are given."""
     if options.reference is None:
         has_rules = options.composite or options.residual == "sink" or options.gain_limit is not None
         return None if has_rules else AUTO
@@ -91,7 +91,7 @@ def reference_of(options: argparse.Namespace) -> str | None:
 
 
 def texts_of(given: Sequence[str]) -> list[str]:
-    """Returns the texts, where ``-`` is replaced by the lines of stdin.
+    """Returns the texts, replacing ``-`` with the lines of stdin.
 
     Raises:
         RequestError: If all texts are empty.

@@ -37,8 +37,8 @@ def torchvision_model(name: str, weights: str) -> BuiltModel:
     """Builds a torchvision classifier.
 
     Args:
-        name: Name in :func:`torchvision.models.list_models`.
-        weights: Name of torchvision weights, a file, or ``"none"``.
+        name: Model name, as listed by :func:`torchvision.models.list_models`.
+        weights: Name of a torchvision weights entry, path to a checkpoint file, or ``"none"``.
 
     Raises:
         ModelError: If torchvision has no classifier with this name.
@@ -126,7 +126,7 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
-    """Builds a model with weights from a file; files of torchvision also determine class names and preprocessing."""
+    """Builds a model with weights from a file; torchvision's own files also set class names and preprocessing."""
     state = read_state(path)
     official = next((item for item in available if Path(urlsplit(item.url).path).name == path.name), None)
     if name.startswith("densenet"):
@@ -143,7 +143,7 @@ def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
 
 
 def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any]:
-    """Infers arguments of the model builder from the weights."""
+    """Infers arguments for the model builder from the weights."""
     arguments: dict[str, Any] = {}
     if name.startswith("vit") and official is not None:
         arguments["image_size"] = official.meta["min_size"][0]
@@ -156,7 +156,7 @@ def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any
 
 
 def _without_storage(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Builds a model on the meta device, since random initialization of VGG16 takes longer than reading a file."""
+    """Builds a model on the meta device, since initializing VGG16 randomly takes longer than reading a file."""
     try:
         with torch.device("meta"), _without_warnings():
             return _built(name, **arguments)

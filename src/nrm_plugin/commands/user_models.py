@@ -29,7 +29,7 @@ def imported(name: str, option: str = "--model") -> Any:
         option: Name of the command-line option, for error messages.
 
     Raises:
-        ModelError: If the module, file or name does not exist.
+        ModelError: If the module, file or object does not exist.
     """
     module, _, attribute = name.rpartition(":")
     with _importable():

@@ -53,7 +53,7 @@ def read_state(path: Path) -> State:
         path: A safetensors file, or a state dict or checkpoint saved by ``torch.save``.
 
     Raises:
-        WeightsError: If the file is missing, cannot be read, or contains no state dict.
+        WeightsError: If the file is missing, cannot be read, or does not contain a state dict.
     """
     name = shown(path)
     head = _check_file(path, name)
@@ -102,7 +102,7 @@ def _check_file(path: Path, name: str) -> bytes:
 
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
-    """Returns the entries of a zip archive; empty for other files, such as safetensors or files of torch before 1.6."""
+    """Returns the entries of a zip archive; empty for other files, such as safetensors or those of torch before 1.6."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
@@ -143,7 +143,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Removes the key prefixes of wrappers from a state dict, unless the model has them as well."""
+    """Removes key prefixes added by wrappers from a state dict, unless the model's own keys have them as well."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -157,10 +157,10 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Returns the number of classes of the weights if they otherwise match the model, or None.
+    """Returns the number of classes implied by the weights if they otherwise match the model; None if not.
 
     Args:
-        state: The weights.
+        state: The weights, as a state dict.
         model: The model with its default number of classes.
     """
     own = model.state_dict()
@@ -185,9 +185,9 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
     """Loads weights into a model, which may be on the meta device.
 
     Args:
-        model: The model.
-        state: The weights.
-        name: Name of the model.
+        model: The model to fill.
+        state: The weights, as a state dict.
+        name: Name of the model, for error messages.
         where: Name of the weight file, for error messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluation of several queries of a measure in as few passes as possible."""
+"""Evaluation of several queries on a measure in as few passes as possible."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Requirements:
     """Distinct quantities of a measure that a set of queries requires.
 
     Args:
-        queries: The queries.
+        queries: The queries to evaluate.
 
     Attributes:
         marginals: Taps whose marginals are required.
-        joint_marginals: For each event, the taps whose marginals joint with the event are required.
+        joint_marginals: For each event, the taps at which marginals joint with this event are required.
         masses: Events whose masses are required.
         joint_matrices: Upper tap, lower tap and groups of the required joint matrices.
         activations: Layers whose activations are required.
@@ -80,11 +80,11 @@ class Requirements:
 
 
 class QueryResults:
-    """Results of queries of a measure, multiplied by its sign so that they can be summed over samples.
+    """Results of queries on a measure, multiplied by its sign so that they can be summed over samples.
 
     Args:
-        mu: The measure.
-        needed: The requirements of the queries.
+        mu: The measure of the batch.
+        needed: The quantities that the queries require.
         activations: Activations of the required layers, ``(N, *shape)`` each.
     """
 
@@ -192,7 +192,7 @@ class QueryResults:
         return values.sum(rest) if rest else values
 
     def _summed(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """Sums values over the neurons of each group, and returns ``(N, groups)``."""
+        """Sums values over the neurons of each group and returns ``(N, groups)``."""
         if isinstance(over, Labels):
             labels = over.tensor.expand(values.shape[1:])
             return by_label(values.flatten(1), labels)

@@ -30,10 +30,10 @@ class Segments:
 
     @classmethod
     def of(cls, path: Path, ends: Sequence[int] = ()) -> Segments:
-        """Splits a file into segments, and hashes each of them.
+        """Splits a file into segments and hashes each of them.
 
         Args:
-            path: The file.
+            path: The file to hash.
             ends: End offset of each segment but the last.
         """
         edges = (*ends, path.stat().st_size)
@@ -55,7 +55,7 @@ class Segments:
         """Verifies segments of a file.
 
         Args:
-            path: The file.
+            path: The file to verify.
             numbers: Indices of the segments, or None for all.
 
         Raises:

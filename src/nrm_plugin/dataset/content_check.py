@@ -37,13 +37,13 @@ def check_samples(
     on_error: OnError = "raise",
     progress: bool = False,
 ) -> None:
-    """Reads samples, and compares their hashes with those stored in a sweep.
+    """Reads samples and compares their hashes with those stored in a sweep.
 
     Args:
         folder: The folder of the sweep.
         source: A data set with a length.
         contents: The stored hashes, keyed by sample.
-        seed: Seed of the random states in which samples are read.
+        seed: Seed for the random states in which samples are read.
         on_error: ``"skip"`` ignores samples that can no longer be read, ``"raise"`` raises an error.
         progress: Whether to show a progress bar.
 

@@ -48,7 +48,7 @@ class Crop:
         box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, with exclusive
             bottom and right.
         image: The cropped image, ``(C, h, w)``.
-        heat: Joint relevance of each pixel with the group, summed over colour channels, ``(h, w)``.
+        heat: Joint relevance of each pixel with the group, summed over the colour channels, ``(h, w)``.
         mask: Mask of the relevant pixels, ``(h, w)``.
     """
 
@@ -80,7 +80,7 @@ def crops(
     uncovered: Uncovered | None = None,
     show_progress: bool = False,
 ) -> dict[int | str, list[Crop]]:
-    r"""Crops reference examples to receptive fields, and computes their conditional heat maps.
+    r"""Crops reference examples to receptive fields and computes their conditional heat maps.
 
     The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask
     selects the pixels where the smoothed heat map is at least 0.2 times its maximum; if the total relevance within the
@@ -89,14 +89,14 @@ def crops(
     Args:
         model: The network.
         data: Indexable data set of images ``(C, H, W)`` or pairs ``(image, label)``.
-        references: The references.
+        references: The references to crop, of one layer or of the events.
         groups: Groups of the references to crop. Defaults to all groups.
         k: Number of crops per group. Defaults to all references.
-        events: Events keyed by name, for references of events.
+        events: Events keyed by name; required for references of events.
         layer: Layer of the channels, if it differs from the name of the references.
         against: As in the search for the references.
         whole: Whether to return whole images. This skips the computation of receptive fields, which dominates the run
-            time of large networks: about thirty forward passes in double precision per distinct position.
+            time for large networks: about thirty forward passes in double precision per distinct position.
         to_image: Function that converts a model input to an image in [0, 1], such as the inverse normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -109,7 +109,7 @@ def crops(
 
     Raises:
         ReferencesError: If a group has no references, or an event is missing.
-        InputError: If samples are not images.
+        InputError: If the samples are not images.
 
     Examples:
         >>> from nrm_plugin.dataset.reference_search import find_references
@@ -165,7 +165,7 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Returns the position with the largest relevance of a channel in each sample, ``(N,)``."""
+    """Returns the position at which a channel has the largest relevance in each sample, ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
     return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
 

@@ -51,10 +51,10 @@ class Evaluation:
 
     Args:
         model: The network, in evaluation mode.
-        queries: The queries.
+        queries: The queries of the sweep.
         composite: The normalized composite.
-        target: ``"prediction"``, ``"label"``, a class, a function that returns the targets of a batch, or None for a
-            model with a single output.
+        target: ``"prediction"``, ``"label"``, a class, a function that returns the targets of a given batch, or None
+            for a model with a single output.
         unpack: Function that splits a batch into inputs and labels. Defaults to :func:`unpacked`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -81,7 +81,7 @@ class Evaluation:
 
         Args:
             sample: Indices of the samples in the data set.
-            batch: The collated batch.
+            batch: The batch, as collated by the data loader.
 
         Raises:
             NRMError: If the measure cannot be computed for these inputs, or a query does not match the model.
@@ -123,8 +123,8 @@ def unpacked(batch: Any) -> tuple[Any, Any]:
     """Splits a batch into inputs and labels.
 
     Args:
-        batch: A tensor, a pair ``(inputs, labels)``, or a mapping of keyword arguments of the model, in which ``label``
-            or ``labels`` are the labels.
+        batch: A tensor, a pair ``(inputs, labels)``, or a mapping of keyword arguments for the model, in which
+            ``label`` or ``labels`` are the labels.
 
     Raises:
         SweepError: If the batch has none of these forms.
@@ -173,7 +173,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
     Args:
         target: As in :class:`Evaluation`.
         labels: Labels of the batch, or None.
-        batch: The batch, passed to a target function.
+        batch: The batch, which is passed to a target function.
 
     Raises:
         SweepError: If the target is ``"label"``, but there are no labels.

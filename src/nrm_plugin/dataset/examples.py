@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name of the references of events, which are not part of a layer."""
+"""Name of the references of events, since events do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 
@@ -152,10 +152,10 @@ class FoundReferences:
         Args:
             name: Name of the layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Explained class to which the samples are restricted, or None for all samples.
+            target: Restricts the samples to this explained class. Defaults to all samples.
 
         Raises:
-            ReferencesError: If the layer was not ranked, or no sample has this target.
+            ReferencesError: If the layer was not ranked, or there are no samples with this target.
         """
         top = self._rankings.get((name, by, target))
         if top is not None:
@@ -233,20 +233,21 @@ def references(
     """Reads reference examples from a complete sweep, without the model.
 
     Args:
-        sweep: The sweep, or its folder.
-        query: Name of a query, or of a layer.
+        sweep: The sweep, or the path of its folder.
+        query: Name of a query or a layer.
         group: A group, or a pair of an upper and a lower group for joint relevance. Defaults to all groups.
         k: Number of samples per group.
-        by: ``"relevance"``, or ``"activation"`` for queries of activations.
-        target: Explained class to which the samples are restricted, or None for all samples.
+        by: ``"relevance"``, or ``"activation"`` for activation queries.
+        target: Restricts the samples to this explained class. Defaults to all samples.
 
     Returns:
         The references, with ties broken by sample index. Positions are known if the sweep has a ``Peak`` query for the
         layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or the query is a ``Maps`` query, which has no rows.
-        SweepError: If the folder contains no sweep, or a file is damaged.
+        ReferencesError: If the query, group or target is unknown, or the query is of type ``Maps`` and therefore has no
+            rows.
+        SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -277,7 +278,7 @@ def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
 
 
 def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
-    """Returns the query with the given name, or the query of type ``kind`` without an event at the layer of this name.
+    """Returns the query with the given name, or that of type ``kind`` without an event for the layer with this name.
 
     Args:
         name: Name of a query or layer.
@@ -286,7 +287,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
         what: Description of the candidates, for the error message.
 
     Raises:
-        ReferencesError: If no candidate matches.
+        ReferencesError: If none of the candidates matches.
     """
     plain = [query for query in candidates if query.kind == kind and query.layers == (name,) and not query.has_event]
     named = [query for query in candidates if query.name == name] or plain

@@ -1,4 +1,4 @@
-"""Fingerprints of objects, including user code: JSON values that are equal for objects with the same behaviour.
+"""Fingerprints of objects, including user code: JSON values that are identical for objects with the same behaviour.
 
 Code in installed packages is identified by the package version, and all other code by its bytecode and the objects to
 which it refers.
@@ -13,9 +13,8 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-import sysconfig
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..imports import PACKAGE, stored_path
+from ..imports import stored_path
+from ..model.user_code import cells, distributions, is_installed_module, referenced, slots_of
 
 MAX_DEPTH = 12
 """Maximum depth of nested objects in a fingerprint."""
@@ -39,7 +39,7 @@ Function = types.FunctionType
 
 
 def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """Describes an object as a JSON value, which is equal for objects with the same behaviour, even across processes.
+    """Describes an object as a JSON value that is identical for objects with the same behaviour, even across processes.
 
     A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
     package are named by their path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).
@@ -90,7 +90,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 
 def content_hash(sample: Any) -> str:
-    """Hashes a sample of a data set by its tensors, arrays, images, numbers and strings."""
+    """Hashes a sample of a data set from its tensors, arrays, images, numbers and strings."""
     return digest(_content(sample))
 
 
@@ -123,8 +123,7 @@ def _name(value: type | Function) -> str:
 
 
 def _function(value: Function, depth: int, seen: tuple[int, ...]) -> Any:
-    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    state = described([cells, value.__defaults__, value.__kwdefaults__], depth, seen)
+    state = described([cells(value), value.__defaults__, value.__kwdefaults__], depth, seen)
     if not is_installed(value):
         return {"function": _name(value), "code": user_code(value), "around": state}
     code = f"{value.__code__.co_code.hex()} {[item for item in value.__code__.co_consts if _is_plain(item)]}"
@@ -133,25 +132,11 @@ def _function(value: Function, depth: int, seen: tuple[int, ...]) -> Any:
 
 def _state(value: Any, depth: int, seen: tuple[int, ...]) -> Any:
     state = getattr(value, "__dict__", None)
-    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in slots_of(type(value)) if hasattr(value, name)}
     if state is None and not slots:
         return getattr(value, "__name__", "")
     items = sorted({**slots, **(state or {})}.items())
     return {key: described(item, depth, seen) for key, item in items if key not in TRANSIENT}
-
-
-def _slots(kind: type) -> Iterator[str]:
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        names = [slots] if isinstance(slots, str) else slots
-        yield from (name for name in names if name not in ("__dict__", "__weakref__"))
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def _is_plain(value: Any) -> bool:
@@ -163,29 +148,7 @@ def _is_plain(value: Any) -> bool:
 
 def is_installed(value: type | Function) -> bool:
     """Returns whether a class or function is part of Python or an installed package, which has a version."""
-    return _is_installed(value.__module__ or "builtins")
-
-
-@functools.cache
-def _is_installed(name: str) -> bool:
-    top = name.partition(".")[0]
-    if top == PACKAGE or top in sys.stdlib_module_names - {"__main__"} or top in sys.builtin_module_names:
-        return True
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return False
-    path = Path(file).resolve()
-    if {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(sysconfig.get_path("stdlib")):
-        return True
-    return top in _distributions() and any(
-        path.is_relative_to(Path(str(importlib.metadata.distribution(one).locate_file(top))).resolve())
-        for one in _distributions()[top]
-    )
-
-
-@functools.cache
-def _distributions() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()
+    return is_installed_module(value.__module__ or "builtins")
 
 
 def package_version(module: str) -> str:
@@ -194,7 +157,7 @@ def package_version(module: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(top)
     with contextlib.suppress(KeyError):  # the general lookup is slower
-        return importlib.metadata.version(_distributions()[top][0])
+        return importlib.metadata.version(distributions()[top][0])
     return str(getattr(sys.modules.get(top), "__version__", "?"))
 
 
@@ -221,11 +184,10 @@ def _visit(value: Any, hashes: dict[str, str], seen: set[int]) -> None:
     wrapped = getattr(value, "__wrapped__", None)
     if wrapped is not None:
         _visit(wrapped, hashes, seen)
-    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     constants: dict[str, Any] = {}
-    for name, item in _referenced(value):
+    for name, item in referenced(value):
         _visit_or_note(name, item, constants, hashes, seen)
-    for number, item in enumerate([*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]):
+    for number, item in enumerate([*cells(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]):
         _visit_or_note(f"around {number}", item, constants, hashes, seen)
     _add(hashes, _name(value), [_code(value.__code__, value.__doc__), constants])
 
@@ -272,25 +234,6 @@ def _unwrapped(value: Any) -> Any:
     if isinstance(value, functools.cached_property):
         return value.func
     return value
-
-
-def _referenced(function: Function) -> Iterator[tuple[str, Any]]:
-    """Yields the globals, and the members of the user's modules, to which a function refers."""
-    names = sorted(set(_names(function.__code__)))
-    for name in names:
-        item = function.__globals__.get(name)
-        if isinstance(item, types.ModuleType):
-            if not _is_installed(item.__name__):
-                yield from ((f"{name}.{inner}", vars(item)[inner]) for inner in names if inner in vars(item))
-        elif name in function.__globals__:
-            yield name, item
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for item in code.co_consts:
-        if isinstance(item, types.CodeType):
-            yield from _names(item)
 
 
 def _code(code: types.CodeType, doc: str | None = None) -> Any:

@@ -55,8 +55,8 @@ def mean_flow(
             wide, non-adjacent layers requires one pass per group.
         top: Maximum number of groups per layer, selected by absolute mean mass, or None for all. All groups are
             computed, since the selection depends on the mean.
-        min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
-        coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, for the mean.
+        min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
+        coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
         names: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
 
     Returns:
@@ -119,13 +119,13 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """Replaces the group indices and names of a layer by those of the full partition."""
+    """Replaces the group indices and names of a layer with those of the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 
 
 class _MeanMeasure:
-    """Mean measure of a batch, with the interface of a measure of one sample.
+    """Mean measure of a batch, with the interface of a single-sample measure.
 
     Args:
         mu: The measure of the batch.
@@ -165,7 +165,7 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
     """Computes the weighted mean of graphs with the same groups.
 
     Args:
-        graphs: The graphs.
+        graphs: Flow graphs with the same groups in each layer.
         weights: One weight per graph, such as its number of samples; weights are divided by their sum.
 
     Raises:

@@ -11,9 +11,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..errors import InputError
 from ..imports import renamed_arguments
 from ..measure.flow_graph import FlowGraph
+from ..plots.arrays import Values
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import difference_caption
-from ..plots.heatmaps import Values, draw_image
+from ..plots.heatmaps import draw_image
 from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
 

@@ -34,8 +34,8 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     requires a subfolder for each class and ignores the class names of the model.
 
     Args:
-        folder: The folder.
-        preprocess: Conversion of images to model inputs.
+        folder: The folder with the images.
+        preprocess: The preprocessing that converts images to model inputs.
         categories: Class names of the model, if known.
 
     Attributes:
@@ -46,7 +46,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         fingerprint: Hash of the file names and labels.
 
     Raises:
-        SweepError: If the folder does not exist or contains no images, or a subfolder cannot be read.
+        SweepError: If the folder does not exist or does not contain any images, or a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
@@ -86,7 +86,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:
-        """Returns the size and modification time of a file, which is considered unchanged if both are equal."""
+        """Returns the size and modification time of a file; the file counts as unchanged if both are the same."""
         try:
             status = self.paths[index].stat()
         except OSError:

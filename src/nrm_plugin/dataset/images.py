@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import NRMError
+from ..errors import NRMError, printable
 
 LIMIT = 178_956_970
 """Maximum number of decoded pixels, as in Pillow."""
@@ -44,7 +44,7 @@ class LoadedImage:
         path: Path of the file.
         image: The upright image in RGB mode.
         digest: SHA-256 of the file.
-        notes: Notes to the user on conversions.
+        notes: Notes for the user about conversions.
     """
 
     path: Path
@@ -55,8 +55,7 @@ class LoadedImage:
 
 def shown(text: object) -> str:
     """Makes a text printable by escaping control characters and undecodable bytes."""
-    clean = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
-    return clean.encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(text)
 
 
 def load_image(path: Path) -> LoadedImage:
@@ -94,7 +93,7 @@ def load_image(path: Path) -> LoadedImage:
 
 
 def is_image(path: Path) -> bool:
-    """Returns whether the header of a file is that of an image, regardless of the file name."""
+    """Returns whether the header of a file identifies it as an image, regardless of the file name."""
     try:
         with _no_limit(), Image.open(path):
             return True

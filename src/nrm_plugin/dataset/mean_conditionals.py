@@ -29,7 +29,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         upper: Layer nearer to the output, a name or ``at(layer)``.
         lower: Layer nearer to the input, a name or ``at(layer)``.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
-        kwargs: Arguments of ``torchmetrics.Metric``.
+        kwargs: Additional arguments for ``torchmetrics.Metric``.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.
@@ -71,7 +71,8 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         """Adds the samples of a measure to the metric.
 
         Raises:
-            InputError: If the number of groups differs, or relevance is not finite. The batch is then not counted.
+            InputError: If the number of groups does not match, or relevance is not finite. In both cases, the batch is
+                not counted.
         """
         lower = at(self.lower) if isinstance(self.lower, str) else self.lower
         joint = mu.joint(self.upper, self.lower, over=self.over).double()
@@ -89,7 +90,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         self.samples += len(mass)
 
     def compute(self) -> RelevanceMatrix:
-        """Computes the matrix over all samples so far, of all processes."""
+        """Computes the matrix over all samples added so far by all processes."""
         shares = (self.joint / self.mass.unsqueeze(1)).masked_fill((self.mass == 0).unsqueeze(1), torch.nan)
         names = [layer if isinstance(layer, str) else str(layer.layer) for layer in (self.upper, self.lower)]
         count = int(self.samples)

@@ -44,7 +44,7 @@ def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
     """Computes the state of a batch.
 
     Args:
-        values: Values, ``(N, *groups)``.
+        values: Values to accumulate, ``(N, *groups)``.
         target: Class of each sample, ``(N,)``.
         classes: Number of classes.
     """

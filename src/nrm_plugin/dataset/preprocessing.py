@@ -26,7 +26,7 @@ class Preprocessing:
     """Converts images to model inputs.
 
     Attributes:
-        transform: torchvision's preset: resize, centre crop, scale to [0, 1], and normalize by mean and standard
+        transform: torchvision's preset: resize, centre crop, scale to [0, 1], and normalize with mean and standard
             deviation.
         fit: ``"crop"`` for the centre square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
             colour; or ``"squeeze"`` for the whole image stretched to a square.
@@ -97,7 +97,7 @@ class Preprocessing:
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inputs of black and white pixels, ``(1, C, 1, 1)`` each, on the device of ``like``."""
+        """Returns the inputs for black and for white pixels, ``(1, C, 1, 1)`` each, on the device of ``like``."""
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
@@ -109,13 +109,14 @@ def preprocessing(
     std: Sequence[float] | None = None,
     fit: str = "crop",
 ) -> Preprocessing:
-    """Creates the preprocessing of torchvision weights, with optional changes.
+    """Creates the preprocessing for torchvision weights, with optional changes.
 
     Args:
         make: Factory of the preset: ``transforms`` of torchvision weights.
-        size: Length to which the shorter side is resized, and side length of the centre crop. Defaults to the values of
-            the weights.
-        mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to that of the weights.
+        size: Length to which the shorter side is resized, and side length of the centre crop. Defaults to the values
+            that the weights specify.
+        mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to the values that the weights
+            specify.
         std: Standard deviation of each channel, with as many values as ``mean``.
         fit: As in :class:`Preprocessing`.
 

@@ -76,7 +76,8 @@ class FolderLocks:
         """Context manager that holds the manifest lock, and acquires the lock of this rank until the process ends.
 
         Raises:
-            SweepError: If another process writes to the folder with the same rank, or if its file system has no locks.
+            SweepError: If another process writes to the folder with the same rank, or if the file system of the folder
+                does not support locks.
         """
         try:
             path_inside(self.folder, LOCKS).mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
         total: Number of samples, or None if unknown.
         done: Number of samples already stored.
         is_shown: Whether to show the progress bar.
-        what: Description of the activity. Defaults to none, for the evaluation of samples.
+        what: Description of the activity, or None when samples are evaluated.
     """
 
     def __init__(self, total: int | None, done: int, is_shown: bool, what: str | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Each explanation is a vector, the relevance of the channels of a layer. Explanations are clustered by a Gaussian mixture
 or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its coverage is the
-fraction of all samples that are members. A new sample is described by its nearest prototype and its difference from it.
+fraction of all samples that are members. A new sample is described by the nearest prototype and by how it differs from
+this prototype.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Prototypes:
 
     Attributes:
         centres: Relevance of each prototype, ``(P, K)``.
-        members: Index of the prototype of each sample, ``(N,)``.
+        members: Index of the prototype to which each sample belongs, ``(N,)``.
         samples: Sample indices in the data set, ``(N,)``.
-        distances: Euclidean distance of each sample to its centre, ``(N,)``.
+        distances: Euclidean distance from each sample to the centre of its prototype, ``(N,)``.
     """
 
     centres: Array
@@ -82,7 +83,7 @@ class Prototypes:
         """Returns the members of a prototype, in order of increasing distance to its centre.
 
         Raises:
-            InputError: If the prototype is unknown.
+            InputError: If there is no prototype with this index.
         """
         if not 0 <= prototype < len(self.centres):
             raise InputError(f"no prototype {prototype}; {len(self.centres)} were found, counted from 0.")
@@ -103,7 +104,7 @@ class Prototypes:
             vectors: Relevance of the same groups, ``(N, K)``.
 
         Raises:
-            InputError: If the number of groups differs, or values are not finite.
+            InputError: If the number of groups does not match, or values are not finite.
         """
         values = _vectors(vectors)
         if values.shape[1] != self.centres.shape[1]:
@@ -140,7 +141,7 @@ def find_prototypes(
         method: ``"mixture"`` of Gaussians, or ``"kmeans"``.
         samples: Sample indices in the data set. Defaults to 0 to N - 1.
         covariance: ``covariance_type`` of scikit-learn's ``GaussianMixture``; a full covariance requires many samples.
-        seed: Seed of the initialization.
+        seed: Seed for the initialization.
 
     Raises:
         MissingExtraError: If scikit-learn is not installed.
@@ -185,7 +186,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """Computes the goodness of fit of each sample: its log-likelihood, or minus its distance to the nearest centre."""
+    """Computes the goodness of fit for each sample: its log-likelihood, or minus its distance to the nearest centre."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 
@@ -211,8 +212,9 @@ def vectors_of_sweep(
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.
 
     Raises:
-        ReferencesError: If the query is unknown, no sample has this target, or conditional values are undefined.
-        SweepError: If the folder contains no sweep, or a file is damaged.
+        ReferencesError: If the query is unknown, there are no samples with this target, or conditional values are
+            undefined.
+        SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     queries = sweep.queries.values()

@@ -109,7 +109,7 @@ class Marginal(Query):
 
     Args:
         layer: Name of a tap, or ``at(…)``.
-        over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels of all neurons.
+        over: ``"channel"``, ``"position"``, ``"neuron"``, or integer labels for all neurons.
         joint: Event for joint relevance.
         given: Event to condition on. Values are null if ``|μ(given)| ≤ min_ratio``.
         min_ratio: Threshold on ``|μ(given)|``, as a fraction of the total relevance, which is 1.
@@ -142,7 +142,7 @@ class EventMass(Query):
     """``μ(event)`` or ``μ(event | given)``, one value per sample.
 
     Args:
-        event: The event.
+        event: The event whose mass is computed.
         given: Event to condition on. The value is null if ``|μ(given)| ≤ min_ratio``.
         min_ratio: Threshold on ``|μ(given)|``, as a fraction of the total relevance, which is 1.
     """
@@ -154,10 +154,10 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer, the fraction of the group's relevance in the event.
+    """``μ(event | group)`` for each group of a layer, the fraction of the group's relevance that belongs to the event.
 
     Args:
-        event: The event.
+        event: The event whose share of the relevance of each group is computed.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
         min_ratio: Values are null if ``|μ(group)|`` is at most this fraction of the total absolute mass of its neurons.
@@ -269,7 +269,7 @@ def from_json(data: Any) -> Query:
 
 
 def check_queries(queries: Any) -> tuple[Query, ...]:
-    """Validates the queries of a sweep, and returns them as a tuple.
+    """Validates the queries of a sweep and returns them as a tuple.
 
     Raises:
         SweepError: If there are no queries, an object is not a query, or a name is repeated or reserved.

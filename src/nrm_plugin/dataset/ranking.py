@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NO_SAMPLE = torch.iinfo(torch.int64).max
-"""Sample index of empty entries, which sorts after all samples."""
+"""Sample index of empty entries, chosen so that they sort after all samples."""
 
 
 @dataclass

@@ -35,7 +35,7 @@ class SweepBatches:
 
     Args:
         model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
-        queries: The queries; ``Maps`` queries are not supported.
+        queries: The queries to evaluate; ``Maps`` queries are not supported.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
         composite: As in :func:`~nrm_plugin.dataset.sweep`.
         residual: As in :func:`~nrm_plugin.dataset.sweep`.
@@ -47,7 +47,7 @@ class SweepBatches:
         device: Device of the model. Defaults to its current device.
 
     Raises:
-        SweepError: If there is a ``Maps`` query, which has no rows.
+        SweepError: If one of the queries is of type ``Maps`` and therefore has no rows.
     """
 
     def __init__(
@@ -152,9 +152,9 @@ def run(
     """Evaluates shards on Ray workers, each with its own model; shards of failed workers are evaluated again.
 
     Args:
-        job: The sweep job, whose folder all machines must be able to access.
+        job: The sweep job. All machines must be able to access its folder.
         numbers: Indices of the shards.
-        on_progress: Callback with the number of new samples, called after each shard.
+        on_progress: Callback that receives the number of new samples after each shard.
         concurrency: Number of workers, or minimum and maximum. Defaults to the number that fits on the cluster.
         num_gpus: GPUs per worker, possibly a fraction.
         num_cpus: CPUs per worker, and threads of its model.

@@ -39,11 +39,11 @@ def reference_figure(
             overlays the conditional heat maps, and ``"both"`` shows crops with heat maps below them.
         heading: Title of the figure.
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        labels: Row labels keyed by channel. Default to the channel indices.
+        labels: Row labels keyed by channel. Defaults to the channel indices.
         unit: ``"%"`` if values are fractions of relevance; otherwise the suffix of printed values.
 
     Raises:
-        InputError: If there are no crops or too many, or the style is unknown.
+        InputError: If there are no crops, or too many of them, or the style is unknown.
     """
     if style not in ("mask", "plain", "heat", "both"):
         raise InputError(f"style={style!r} is unknown; choose 'mask', 'plain', 'heat' or 'both'.")

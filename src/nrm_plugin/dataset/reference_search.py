@@ -57,9 +57,9 @@ def find_references(
 
     Args:
         model: The network, in evaluation mode.
-        data: Data set of ``(input, label)``, data loader without shuffling, or iterable of such batches. Samples are
-            numbered in iteration order.
-        layers: Names of the layers.
+        data: A data set of ``(input, label)`` pairs, a data loader without shuffling, or an iterable of such batches.
+            Samples are numbered in iteration order.
+        layers: Names of the layers whose channels are ranked.
         k: Number of samples per channel.
         by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
         events: Events keyed by name; samples are ranked by the mass of each event.
@@ -67,8 +67,8 @@ def find_references(
         against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
             sign of the difference, so that large values are evidence for the target.
         unit: ``"measure"`` for ``μ``, a fraction of the total relevance; ``"output"`` for the usual LRP score, ``μ``
-            times the explained output; ``"layer"`` for the LRP score divided by the sum of the absolute scores of all
-            channels of the layer, and activations normalized in the same way, which is the default of zennit-crp.
+            times the explained output; ``"layer"``, the default of zennit-crp, for the LRP score divided by the sum of
+            the absolute scores of all channels of the layer, with activations normalized in the same way.
         reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
         per_target: Whether to rank the samples of each target as well.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -80,10 +80,10 @@ def find_references(
         show_progress: Whether to show a progress bar.
 
     Raises:
-        ReferencesError: If the loader shuffles, a batch has another format, or neither layers nor events are given.
+        ReferencesError: If the loader shuffles, a batch has a different format, or neither layers nor events are given.
         InputError: If an argument is invalid.
         TargetError: If targets do not match the outputs.
-        UnknownLayerError: If there is no layer of a given name.
+        UnknownLayerError: If the model has no layer with one of the given names.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -114,7 +114,7 @@ def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor
 
     Raises:
         InputError: If the model is not a classifier.
-        ReferencesError: If labels are missing, or their number differs.
+        ReferencesError: If labels are missing, or their number does not match that of the outputs.
         TargetError: If a class is negative.
     """
     if outputs.ndim != 2:

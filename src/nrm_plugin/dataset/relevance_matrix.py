@@ -29,7 +29,8 @@ class RelevanceMatrix:
     Args:
         matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; columns of groups without relevance
             are NaN.
-        off: Mean fraction of the mass of each upper group on walks that do not cross the lower layer, ``(K_upper,)``.
+        off: Mean fraction of the mass of each upper group that is carried by walks that do not cross the lower layer,
+            ``(K_upper,)``.
         weight: Mean absolute mass of each upper group, ``(K_upper,)``.
         samples: Number of samples.
         upper: Name of the upper layer; empty if unknown.
@@ -69,7 +70,7 @@ class RelevanceMatrix:
             relevance: Relevance of the upper groups, ``(N, K_upper)``.
 
         Raises:
-            InputError: If the number of groups differs.
+            InputError: If the number of groups does not match.
         """
         if relevance.ndim != 2 or relevance.shape[1] != self.matrix.shape[1]:
             raise InputError(
@@ -78,13 +79,13 @@ class RelevanceMatrix:
         return relevance @ self.matrix.nan_to_num(0.0).to(relevance).T
 
     def then(self, below: RelevanceMatrix) -> RelevanceMatrix:
-        """Multiplies by the matrix of the layers below, which assumes that walks are a Markov chain over the groups.
+        """Multiplies by the matrix for the layers below, assuming that walks form a Markov chain over the groups.
 
         Args:
             below: Matrix whose upper groups are the lower groups of this matrix.
 
         Raises:
-            InputError: If the groups differ.
+            InputError: If the upper layer or groups of ``below`` are not the lower layer and groups of this matrix.
         """
         if below.matrix.shape[1] != self.matrix.shape[0] or (self.lower and below.upper not in ("", self.lower)):
             raise InputError(

@@ -97,7 +97,7 @@ class DataSource:
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by hashes: if the data set has stamps, or has no fingerprint."""
+        """Whether samples are identified by hashes, as they are if the data set has stamps or no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -118,7 +118,7 @@ def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> D
 
     Raises:
         SweepError: If ``data`` is neither a data set nor a loader, an argument is invalid, or the loader yields only a
-            subset.
+            subset of its data set.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -209,7 +209,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
 
     Args:
         data: The data set.
-        seed: Seed of the random states.
+        seed: Seed for the random states.
         is_hashed: Whether to hash samples; otherwise the hash is an empty string.
     """
 

@@ -57,7 +57,7 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path) -> Shard:
-        """Reads the footer of a row file, and verifies its checksum.
+        """Reads the footer of a row file and verifies its checksum.
 
         Raises:
             ShardError: If the file is damaged.
@@ -189,7 +189,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the row file of each shard, keyed by index. Of files for the same shard, the lowest rank's is used."""
+    """Returns the row file of each shard, keyed by index; the one of the lowest rank if a shard has several files."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

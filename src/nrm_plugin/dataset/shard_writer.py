@@ -84,7 +84,7 @@ def write_shard(
         folder: The sweep folder.
         rank: Rank of the process that writes the shard.
         number: Index of the shard.
-        queries: The queries.
+        queries: The queries of the sweep.
         batches: Results of each batch.
         info: Description of the shard.
 
@@ -183,7 +183,7 @@ def _table(
     names: Sequence[str],
     value: str,
 ) -> pa.Table:
-    """Creates the rows of values ``(groups, lower, samples)``."""
+    """Creates the rows for values ``(groups, lower, samples)``."""
     pa = arrow()
     repeats, count = len(groups) * len(lowers), len(results.sample)
     queries = np.full(values.size, names.index(name), np.int32)

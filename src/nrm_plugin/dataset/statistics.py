@@ -69,7 +69,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
         return values, labels.long()
 
     def compute(self) -> Moments:
-        """Computes the number of samples, mean and variance over all samples so far, of all processes."""
+        """Computes the number of samples, mean and variance over all samples added so far by all processes."""
         result = moments(self.moments, self.correction)
         return result if self.classes is not None else Moments(*(part[0] for part in result))
 
@@ -90,7 +90,7 @@ class ClasswiseRelevance(_Relevance):
         over: Groups of the layer, as in :meth:`~nrm_plugin.RelevanceMeasure.marginal`.
         correction: Number subtracted from the count in the denominator of the variance: 1 for the unbiased estimate, 0
             for the variance of the samples.
-        kwargs: Arguments of ``torchmetrics.Metric``.
+        kwargs: Additional arguments for ``torchmetrics.Metric``.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.
@@ -126,7 +126,7 @@ class ClasswiseRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: If the batch does not match the metric. It is then not counted.
+            InputError: If the batch does not match the metric; in this case, it is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.layer is None:
@@ -147,10 +147,10 @@ class JointRelevance(_Relevance):
         groups: Number of groups of each layer, ``(K_upper, K_lower)``.
         classes: Number of classes, each with its own matrix, or None to pool all samples.
         upper: Name of the layer nearer to the output, or ``at(layer)``; only required to update with measures.
-        lower: Layer nearer to the input, in the same form.
+        lower: The layer nearer to the input, given in the same way.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
         correction: As in :class:`ClasswiseRelevance`.
-        kwargs: Arguments of ``torchmetrics.Metric``.
+        kwargs: Additional arguments for ``torchmetrics.Metric``.
 
     Raises:
         MissingExtraError: If torchmetrics is not installed.
@@ -187,7 +187,7 @@ class JointRelevance(_Relevance):
             target: Class of each sample, ``(N,)``.
 
         Raises:
-            InputError: If the batch does not match the metric. It is then not counted.
+            InputError: If the batch does not match the metric; in this case, it is not counted.
         """
         if isinstance(relevance, RelevanceMeasure):
             if self.upper is None or self.lower is None:

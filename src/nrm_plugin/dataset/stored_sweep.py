@@ -62,7 +62,7 @@ class Sweep:
                 ``bad_shards``.
 
         Raises:
-            SweepError: If the folder contains no sweep.
+            SweepError: If the folder does not contain a sweep.
             MissingExtraError: If pyarrow is not installed.
         """
         if on_error not in ("raise", "skip"):

@@ -30,8 +30,8 @@ def flow_queries(layers: Sequence[str], over: Mapping[str, Any] | None = None) -
     """Returns the queries that a sweep must contain for :func:`flow_of_sweep`.
 
     Args:
-        layers: The layers, from the output to the input.
-        over: Groups keyed by layer, as in ``Marginal``. Default to channels.
+        layers: Names of the layers, from the output to the input.
+        over: Groups keyed by layer, as in ``Marginal``. Defaults to channels.
 
     Examples:
         >>> from nrm_plugin.dataset.glocal import flow_queries
@@ -66,7 +66,7 @@ def flow_of_sweep(
 
     Args:
         sweep: The sweep, or its folder.
-        layers: The layers, from the output to the input.
+        layers: Names of the layers, from the output to the input.
         target: Explained class to which the samples are restricted, or None for all samples.
         samples: Indices to which the samples are restricted, or None for all samples.
         top: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
@@ -78,7 +78,7 @@ def flow_of_sweep(
     Raises:
         InputError: If the members of the groups differ from those of the sweep.
         FlowError: If a query or sample is missing, or a cut does not sum to 1.
-        SweepError: If the folder contains no sweep, or a file is damaged.
+        SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
     check_thresholds(top, min_mass, coverage)
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
@@ -146,7 +146,7 @@ def _layer(name: str, sums: Sums, queries: Sequence[QueryInfo], names: Names | N
 
 
 def _joint(upper: FlowLayer, lower: FlowLayer, joint: Array) -> Array:
-    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)`` by the rest, which is empty, and by other walks."""
+    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)`` with an empty rest and with all other walks."""
     matrix = np.zeros((len(upper.groups) + 2, len(lower.groups) + 2))
     matrix[:-2, :-2] = joint
     matrix[:-2, -1] = np.array(upper.masses) - joint.sum(1)

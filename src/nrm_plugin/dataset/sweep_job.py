@@ -34,7 +34,7 @@ class SampleError(SweepError):
 
 @dataclass(frozen=True)
 class SweepJob:
-    """The settings and data to evaluate any shard of a sweep.
+    """The settings and data needed to evaluate any shard of a sweep.
 
     Attributes:
         evaluation: Evaluation of a batch.
@@ -44,7 +44,7 @@ class SweepJob:
         folder: The sweep folder.
         fingerprint: Hash of the settings.
         on_error: ``"raise"`` or ``"skip"``, for failing samples and damaged files.
-        seed: Seed of the random states in which samples are read.
+        seed: Seed for the random states in which samples are read.
         damaged: Damaged files to replace, keyed by shard index.
     """
 
@@ -70,7 +70,7 @@ class SweepJob:
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
-            of: Indices of the shards to verify completely by their checksums, rather than only by their footers.
+            of: Indices of the shards to verify completely, using their checksums rather than only their footers.
 
         Raises:
             ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
@@ -114,7 +114,7 @@ class SweepJob:
         Args:
             numbers: Indices of the shards.
             rank: Rank of this process.
-            on_progress: Callback with the number of new samples, called after each batch.
+            on_progress: Callback that receives the number of new samples after each batch.
 
         Raises:
             SampleError: If samples fail, and ``on_error`` is ``"raise"``.

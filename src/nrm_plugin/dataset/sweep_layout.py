@@ -4,9 +4,9 @@
 - ``rows/part-RRRR-NNNNNN.parquet``: shard ``N``, written by rank ``R``, with one row per sample, query and group
 - ``maps/part-RRRR-NNNNNN.safetensors``: tensors of the same samples, if there are queries for maps
 - ``by-query/NNNN.parquet``: the rows of one query, sorted by group and decreasing value; written when the sweep is
-  complete, and not for joint matrices
-- ``rows/_part-RRRR-NNNNNN.json``, ``by-query/_sums.json``: checksums of these files; readers of Parquet ignore names
-  that start with an underscore
+  complete, except for joint matrices
+- ``rows/_part-RRRR-NNNNNN.json``, ``by-query/_sums.json``: checksums of these files; Parquet readers ignore names that
+  start with an underscore
 - ``locks/``: empty files that running processes lock
 
 A shard is identified by its number, regardless of the rank that wrote it. Files whose names start with a dot are
@@ -204,7 +204,7 @@ def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """Returns the path of a file in a sweep folder, which may be from an untrusted source.
+    """Returns the path of a file in a sweep folder. The folder may come from an untrusted source.
 
     Raises:
         ShardError: If the file is a link to a path outside the folder.

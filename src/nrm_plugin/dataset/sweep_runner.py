@@ -67,23 +67,23 @@ def sweep(
     engine_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Evaluates queries on every sample of a data set, and stores the results.
+    """Evaluates queries on every sample of a data set and stores the results.
 
     Completed shards are kept if a sweep is killed, fails or is interrupted by Ctrl-C: the same call resumes it, and
     yields the same rows as an uninterrupted sweep. Under ``torchrun``, the shards are divided among the processes.
 
     Args:
-        model: The network, in evaluation mode and on its device.
+        model: The network, in evaluation mode and on the device to use.
         data: A data set with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
             again and compared by hash, unless the data set has a method ``stamp(index)`` that returns the same value as
             before. Without such a method, a string attribute ``fingerprint`` is compared instead, if there is one. The
             data set of a ``DataLoader`` is read in index order, regardless of the sampler. An ``IterableDataset`` is
             numbered in iteration order; to resume, it is read again from the beginning and must yield the same samples
             in the same order.
-        queries: The queries, such as ``[Marginal("features.28"), Sink("features.28")]``.
+        queries: The queries to evaluate, such as ``[Marginal("features.28"), Sink("features.28")]``.
         out: Folder for the results, created if missing.
-        target: ``"prediction"``, ``"label"``, a class index, a function that returns the targets of a batch, or None
-            for a model with a single output.
+        target: ``"prediction"``, ``"label"``, a class index, a function that returns the targets of a given batch, or
+            None for a model with a single output.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -114,7 +114,8 @@ def sweep(
     Raises:
         SweepError: If the folder contains a sweep with different settings or samples (listed in the message), another
             process writes to the folder, or a sample or shard fails.
-        NRMError: If the model cannot be measured with this composite, or a query does not match the model.
+        NRMError: If no measure of the model can be constructed with this composite, or a query does not match the
+            model.
         MissingExtraError: If pyarrow or Ray is not installed.
     """
     arrow()
@@ -232,7 +233,7 @@ def _recording_interruption(folder: Path) -> Iterator[None]:
 
 
 def summarized(folder: Path) -> Manifest:
-    """Returns the manifest, updated by the groups, ranks, failed samples and damaged files recorded in the shards."""
+    """Returns the manifest, updated with the groups, ranks, failed samples and damaged files recorded in the shards."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(
@@ -245,7 +246,7 @@ def summarized(folder: Path) -> Manifest:
 
 
 def complete(folder: Path, count: int, index: bool) -> None:
-    """Marks a sweep as complete, and writes its index.
+    """Marks a sweep as complete and writes its index.
 
     Args:
         folder: The sweep folder.

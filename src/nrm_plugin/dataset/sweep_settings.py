@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import default_collate
 
 from ..composites import Normalized
+from ..errors import warn
 from .evaluation import Evaluation, Unpack, device_of, dtype_of
 from .fingerprints import described, digest
 from .model_identity import model_fingerprint
@@ -31,7 +31,7 @@ MAX_LISTED = 8
 
 
 class SettingsWarning(UserWarning):
-    """Issued when resuming a sweep of an earlier version, whose settings do not identify code and data."""
+    """Issued when resuming a sweep of an earlier version, since its settings do not identify code and data."""
 
 
 def settings_of(
@@ -48,8 +48,8 @@ def settings_of(
         evaluation: Evaluation of a batch.
         source: The data source.
         shard_batches: Number of batches per shard.
-        seed: Seed of the random states in which samples are read.
-        unpack: Function given by the user, or None.
+        seed: Seed for the random states in which samples are read.
+        unpack: The user's function for splitting batches, or None.
         device: Device type. Defaults to that of the model.
     """
     model, composite, target = evaluation.model, evaluation.composite, evaluation.target
@@ -87,12 +87,12 @@ def settings_of(
 
 
 def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Checks that the settings of a stored sweep equal those of a call.
+    """Checks that the settings of a stored sweep match those of a call.
 
     Args:
         folder: The sweep folder.
-        stored: The stored settings. Settings not recorded by an earlier version are not compared, which issues a
-            warning.
+        stored: The stored settings. Settings that an earlier version did not record are not compared; in this case, a
+            warning is issued.
         settings: The settings of the call.
 
     Raises:
@@ -101,11 +101,10 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
     now = json.loads(json.dumps(settings))  # tuples become lists in a file
     if "recorded" not in stored:
         now = _as_recorded_before(stored, now)
-        warnings.warn(
+        warn(
             f"the sweep in {folder} was begun by an earlier version, which did not record the code of the model, the "
             "preprocessing, or the content of the data. These are not compared.",
             SettingsWarning,
-            stacklevel=4,
         )
     ignored = NOT_COMPARED if now["samples"] is not None else ()
     before, after = ({key: one[key] for key in one if key not in ignored} for one in (stored, now))

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class StoredQueries(Protocol):
-    """Interface of :class:`~nrm_plugin.dataset.Sweep` that sums require."""
+    """The part of the interface of :class:`~nrm_plugin.dataset.Sweep` that is needed to compute sums."""
 
     on_error: OnError
 
@@ -35,8 +35,8 @@ def sums_of(
     """Sums the values of queries over samples.
 
     Args:
-        sweep: The sweep.
-        infos: The queries.
+        sweep: The stored sweep.
+        infos: Manifest entries of the queries.
         target: Explained class to which the samples are restricted, or None for all samples.
         selected: Indices to which the samples are restricted, or None for all samples.
     """
@@ -55,7 +55,7 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
 
     Args:
         sweep: The sweep, with the queries of :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-        layers: The layers, from the output to the input.
+        layers: Names of the layers, from the output to the input.
         target: Explained class to which the samples are restricted, or None for all samples.
 
     Raises:

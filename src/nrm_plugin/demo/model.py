@@ -26,7 +26,7 @@ class DigitsVGG(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes the logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        """Computes the logits ``(N, 10)`` for images ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 
@@ -45,13 +45,13 @@ class DigitsCNN(nn.Module):
         self.classifier = nn.Linear(40 * 2 * 2, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes the logits ``(N, 10)`` of images ``(N, 1, 16, 16)``."""
+        """Computes the logits ``(N, 10)`` for images ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """Resizes and scales digits to inputs of the demo networks.
+    """Resizes and scales digits for use as inputs of the demo networks.
 
     Args:
         images: Digits ``(N, 8, 8)`` of any dtype, with grey levels from 0 to 16.

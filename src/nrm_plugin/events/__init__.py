@@ -1,6 +1,8 @@
 """Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
 
-The package also provides decision diagrams of events and their conversion to JSON. Imports: errors.
+The package also provides decision diagrams for events, and converts events to and from JSON.
+
+Imports: errors.
 """
 
 from .event import ABSORBED, Absorbed, All, Any_, Atom, Attended, Event, Not, at

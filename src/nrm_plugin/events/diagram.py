@@ -1,4 +1,4 @@
-"""Ordered decision diagrams of events.
+"""Ordered decision diagrams for events.
 
 Variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all of its
 atoms. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live node at
@@ -34,11 +34,11 @@ class Diagram:
         self._nodes = [(end, FALSE, FALSE), (end, TRUE, TRUE)]
 
     def build(self, event: Event, variables: Mapping[Event, int]) -> int:
-        """Adds an event to the diagram, and returns its node.
+        """Adds an event to the diagram and returns its node.
 
         Args:
-            event: The event.
-            variables: Variable of each atom.
+            event: The event to add.
+            variables: Index of the variable that represents each atom.
         """
         if isinstance(event, Not):
             return self._negate(self.build(event.part, variables))
@@ -60,7 +60,7 @@ class Diagram:
 
         Args:
             node: The node before the crossing.
-            level: Index of the crossed tap. Atoms of higher taps that were not crossed are false.
+            level: Index of the crossed tap. Atoms of higher taps that were not crossed count as false.
             answers: Bit set of the true variables.
         """
         while node > TRUE and self.level(node) <= level:

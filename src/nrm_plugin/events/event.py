@@ -20,7 +20,7 @@ SIDES: tuple[Side, ...] = ("input", "output", "sink")
 
 
 class Event:
-    """A set of walks. Events are combined by ``&``, ``|``, ``~`` and ``-``.
+    """A set of walks. Events are combined with ``&``, ``|``, ``~`` and ``-``.
 
     Events satisfy the laws ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``, ``a - b == a & ~b``.
 
@@ -75,7 +75,7 @@ class Event:
         raise NotImplementedError
 
     def mapped(self, replace: Callable[[Event], Event]) -> Event:
-        """Replaces each atom of the formula by ``replace(atom)``.
+        """Returns the event with each atom of its formula replaced with ``replace(atom)``.
 
         Examples:
             >>> (at("conv")[3] & ~at("fc")).mapped(lambda atom: atom | at("skip"))
@@ -238,7 +238,7 @@ class Atom(Event):
 
 @dataclass(frozen=True, repr=False)
 class Attended(Event):
-    """The walks through the attention of a layer, restricted to heads, query tokens and key tokens.
+    """The walks through the attention of a layer, restricted to given heads, query tokens and key tokens.
 
     Created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer is a module that
     computes attention exactly once, by a fused function or by matrix products and a softmax, or the tap of this
@@ -298,8 +298,8 @@ def at(
     """Returns the event that a walk crosses a tap: ``at("features.28")[3]`` selects channel 3 of this layer.
 
     Args:
-        layer: A name as in ``model.named_modules()``, ``"input"`` or ``"output"`` for those of the model, or a module.
-            Child modules named ``input`` or ``output`` are ``".input"`` and ``".output"``.
+        layer: A module, or its name as in ``model.named_modules()``. ``"input"`` and ``"output"`` refer to the input
+            and the output of the model; child modules with these names are ``".input"`` and ``".output"``.
         side: ``"output"``, ``"input"`` or ``"sink"``.
         call: Index of the call if the module is called several times, or ``"any"`` for at least one of the calls.
         item: Index, key or field of a tensor if the layer returns a tuple, mapping or dataclass, joined by dots if

@@ -1,4 +1,4 @@
-r"""Kernels of fused attention and softmax, and the head and token dimensions of attention products.
+r"""Kernels for fused attention and softmax, and the head and token dimensions of attention products.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
@@ -32,7 +32,7 @@ FUSED = "scaled_dot_product_attention"
 
 @kernel_of(FUSED)
 def fused_attention(call: FunctionCall) -> Kernel:
-    r"""Returns a kernel that propagates all relevance to the values, in proportion to absolute contributions.
+    r"""Returns a kernel that propagates all relevance to the values, in proportion to their absolute contributions.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
@@ -73,7 +73,7 @@ def decomposed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Computes ``scaled_dot_product_attention`` by elementary operations, each of which has a kernel."""
+    """Computes ``scaled_dot_product_attention`` with elementary operations, each of which has a kernel."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -94,7 +94,7 @@ def decomposed_attention(
 
 @kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
-    """Returns the kernel of softmax: the elementwise identity, or the AttnLRP rule for ``attention="halves"``."""
+    """Returns the kernel for softmax: the elementwise identity, or the AttnLRP rule for ``attention="halves"``."""
     if call.settings.attention != "halves":
         return call.identity()
     dim = call.argument(1, "dim")
@@ -104,7 +104,7 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Kernel of softmax from its first-order Taylor expansion, with the constant term as a bias.
+    r"""Kernel for softmax from its first-order Taylor expansion, with the constant term as a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
@@ -193,7 +193,7 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
     """Returns the subscripts of the operands and the output of an ``einsum``, or None for other forms.
 
-    Ellipses are replaced by Greek letters. None is returned for implicit outputs, and unless there are two operands.
+    Ellipses become Greek letters. Returns None for implicit outputs, and unless there are exactly two operands.
     """
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:

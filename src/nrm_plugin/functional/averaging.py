@@ -1,4 +1,4 @@
-"""Kernels of averages, sums and interpolation, which use the composite's rule for average pooling.
+"""Kernels for averages, sums and interpolation, which use the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,7 +31,7 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns the kernel from the rule for average pooling.
+    """Returns the kernel given by the rule for average pooling.
 
     Other inputs, such as grid points or boxes, receive no relevance.
     """
@@ -52,7 +52,7 @@ def rule_of_averages(call: FunctionCall) -> Hook:
 
 
 def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
-    r"""Returns the kernel of bicubic interpolation :math:`A X B^\top` with absolute weights, :math:`|A| X |B|^\top`."""
+    r"""Returns the kernel for bicubic interpolation :math:`A X B^\top` with weights :math:`|A|` and :math:`|B|`."""
     value = call.values[0]
     height, width = value.shape[-2:]
 

@@ -34,10 +34,10 @@ class Interception(Canonizer):
     Args:
         composite: Composite with the rules for functions that have an equivalent module, or None for the default
             kernels.
-        normalization: Treatment of the residual of a kernel.
-        sums: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
+        normalization: How the residual of a kernel is treated.
+        sums: How sums distribute relevance: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` uses the plain gradient for layers without a rule.
-        fuse: Function called with every new step of a layer, which may fuse it with adjacent steps.
+        fuse: Function called with every new step of a layer; it may fuse the step with adjacent ones.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
         audited: Whether all layers are steps as well, so that relevance that reaches any other operation raises an
             error.
@@ -98,7 +98,7 @@ class Interception(Canonizer):
         self._handles.append(root_module.register_forward_hook(self._stop_hook(), always_call=True))
 
     def remove(self) -> None:
-        """Removes the hooks, and stops forward passes that were interrupted."""
+        """Removes the hooks and stops forward passes that were interrupted."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

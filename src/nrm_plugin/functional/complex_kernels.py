@@ -1,4 +1,4 @@
-r"""Kernel of affine functions between real tensors that have complex intermediate results, such as an FFT filter.
+r"""Kernel for affine functions between real tensors that have complex intermediate results, such as an FFT filter.
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
@@ -64,10 +64,10 @@ class Layout:
 
 
 class FoldedKernel(Kernel):
-    """Kernel of a linear layer whose input concatenates the features of several tensors.
+    """Kernel for a linear layer whose input concatenates the features of several tensors.
 
     Args:
-        inner: Kernel of the layer, with a single input.
+        inner: Kernel for the layer, with a single input.
         inputs: Layout of each input.
         output: Layout of the output.
     """
@@ -95,7 +95,7 @@ class FoldedKernel(Kernel):
 
 
 def complex_kernel(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a call whose result is jointly affine in its inputs."""
+    """Returns the kernel for a call whose result is jointly affine in its inputs."""
     with torch.no_grad():
         probe = _Probe(call)
         if not probe.is_affine():
@@ -108,7 +108,7 @@ def complex_kernel(call: FunctionCall) -> Kernel:
         weight = probe.matrix(inputs, output)
         bias = _smallest(output.fold(probe.offset.unsqueeze(0))[0])
     like = layer_like("linear")
-    rule = call.settings.rules.of_weight(weight, like)
+    rule = call.settings.rules.of_weight(weight, like, call.path)
     if rule is None:
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(_product, weight, bias, -1, padding_mode="computed")
@@ -136,7 +136,7 @@ class _Probe:
     """Evaluates the function of a call at other inputs.
 
     Args:
-        call: The call.
+        call: The call whose function is evaluated.
     """
 
     def __init__(self, call: FunctionCall) -> None:
@@ -170,7 +170,7 @@ class _Probe:
     def shared_dimensions(self) -> list[tuple[int, int]]:
         """Returns pairs of input and output dimensions along which the function acts identically at each position.
 
-        The function commutes with every matrix along such a pair of dimensions, which is tested with two random
+        The function commutes with every matrix along such a pair of dimensions; this is tested with two random
         matrices.
         """
         ranks = {value.ndim for value in self.values}

@@ -43,7 +43,7 @@ class Expression:
 
     Attributes:
         name: Name of the first function that returned a complex tensor.
-        function: The function.
+        function: The called function.
         args: Arguments, with sources and expressions in place of tensors that depend on the model inputs.
         kwargs: Keyword arguments, likewise.
         sources: Unique real sources of all arguments.

@@ -1,4 +1,4 @@
-"""Detection of the ``autograd.Function`` classes used by a model, which no mode observes, in the autograd graph.
+"""Detection of the ``autograd.Function`` classes that a model uses, in the autograd graph, since no mode observes them.
 
 An elementwise function propagates relevance like an activation, through a step attached to its autograd node. It must
 pass two tests: its Jacobian, computed by its ``backward`` at the values of the pass, is diagonal, and no output element
@@ -37,7 +37,7 @@ _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
 
 @dataclass(frozen=True, eq=False)
 class CustomCall:
-    """A call of ``Function.apply``.
+    """A call to ``Function.apply``.
 
     Attributes:
         function: The function class.
@@ -48,7 +48,7 @@ class CustomCall:
     args: tuple[Any, ...]
 
     def run(self, source: Tensor, number: int) -> Any:
-        """Runs the function with argument ``number`` replaced by ``source``."""
+        """Runs the function with argument ``number`` replaced with ``source``."""
         args = [source if index == number else _own(value) for index, value in enumerate(self.args)]
         return self.function.apply(*args)  # type: ignore[no-untyped-call]
 
@@ -60,7 +60,7 @@ def _own(value: Any) -> Any:
 
 @dataclass
 class CustomCalls:
-    """Calls of ``Function.apply`` in a forward pass.
+    """Calls to ``Function.apply`` in a forward pass.
 
     Attributes:
         calls: The calls, in order.
@@ -89,7 +89,7 @@ class CustomCalls:
             )
 
     def of(self, node: Any) -> list[CustomCall]:
-        """Returns the calls that may have created a node, which have the same class and inputs."""
+        """Returns the calls that may have created a node: those with the same class and inputs."""
         below = {id(edge[0]) for edge in node.next_functions if edge[0] is not None}
         same = [call for call in self.calls if call.function is type(node)._forward_cls]
         return [call for call in same if {id(item.grad_fn) for item in _tensors(call.args)} & below]
@@ -161,7 +161,7 @@ def _is_of_host(node: Any) -> bool:
 
 
 def _attach(node: Any, kernel: Kernel) -> None:
-    """Attaches a step to a node, so that the backward pass replaces its gradient by the propagated relevance."""
+    """Attaches a step to a node, so that the backward pass replaces its gradient with the propagated relevance."""
     output = _like(node, 0)
     step = FunctionStep(type(node)._forward_cls.__name__, output, lambda: kernel, Normalization("sink"), "elementwise")
     step.unsupported_call = node.name() if isinstance(kernel, UnknownKernel) else None
@@ -187,7 +187,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """Returns a tensor in the shape of a node's output that occupies no memory."""
+    """Returns a tensor with the shape of a node's output, without allocating memory."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -221,7 +221,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Returns whether a tensor with this node may receive relevance, which excludes those computed before the pass."""
+    """Returns whether a tensor with this node may receive relevance; tensors computed before the pass may not."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -250,7 +250,7 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian by a function's ``backward``, or returns None if it is not diagonal.
+    """Computes the diagonal of the Jacobian with a function's ``backward``, or returns None if it is not diagonal.
 
     The probes are signed powers of two, so that products with a diagonal matrix are free of rounding errors.
     """

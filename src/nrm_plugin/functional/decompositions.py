@@ -157,7 +157,7 @@ def _std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor
 def _mean_of_variance(
     input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any
 ) -> Tensor:
-    """Computes the mean over the dimensions of a variance."""
+    """Computes the mean along the dimensions over which a variance is taken."""
     return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
 

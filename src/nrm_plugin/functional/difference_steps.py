@@ -1,4 +1,4 @@
-"""Steps of difference measures, which pair each function call with the same call at the reference.
+"""Steps for explaining a difference: each function call is paired with the same call at the reference.
 
 Source: docs/differences.md.
 """
@@ -24,6 +24,7 @@ from .intercepted_pass import InterceptedPass, written
 from .observed_call import ObservedCall
 from .registry import KERNELS, KERNELS_BY_FUNCTION, KernelFactory
 from .rules_on_differences import has_rule, of_own, ruled
+from .scatter import scatter_extremum
 from .secants import CONVERSIONS, elementwise
 
 NO_KERNEL: Final = object()
@@ -31,13 +32,13 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 def reference_pass() -> ReferencePass | None:
-    """Returns the forward pass at the reference, or None if no difference is explained."""
+    """Returns the forward pass at the reference, or None when not explaining a difference."""
     reference: ReferencePass | None = RUNNING.reference
     return reference
 
 
 def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
-    """Raises :class:`DifferenceError` unless the constants of a call equal those at the reference."""
+    """Raises :class:`DifferenceError` unless the constants of a call match those at the reference."""
     constants: Any = [observed.slots, observed.keyword_slots]
     if observed.name.base == "where" and len(observed.slots) == 3:
         constants = _used_by_where(*observed.slots)
@@ -126,7 +127,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
-    """Returns the kernel factory of a function on differences; the user's own kernels take precedence."""
+    """Returns the factory for a function's kernel on differences; the user's own kernels take precedence."""
     try:
         own = KERNELS_BY_FUNCTION.get(observed.function)
     except TypeError:  # not hashable
@@ -136,6 +137,8 @@ def _factory_of(observed: ObservedCall) -> SecantFactory | None:
         return _of_own(own)
     if observed.name.base in CONVERSIONS and not isinstance(observed.slots[0], Slot):
         return None  # a constant in the format of a computed tensor
+    if observed.function is scatter_extremum:
+        return secant_maxima.extremum_of_groups
     return SECANTS.get(observed.name.base)
 
 

@@ -3,7 +3,7 @@ r"""Function calls at an input and a reference, and the registry of kernels on d
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
 Relevance is the multiplier times the difference. Where the difference is zero, the masses of the walks through the
-neuron cancel, but the multiplier is still needed. Every kernel therefore replaces zero differences by the same tiny
+neuron cancel, but the multiplier is still needed. Every kernel therefore replaces zero differences with the same tiny
 number: the relevance is then smaller than any rounding error, and the next kernel recovers the multiplier by dividing
 by this number.
 
@@ -35,7 +35,8 @@ class DifferenceCall:
         output: Output of the call.
         references: Inputs and output of the same call at the reference.
         passes: The forward pass at the reference.
-        has_rules: Whether layers have rules on differences, which may assign relevance to zero differences.
+        has_rules: Whether rules of layers are applied to differences. Such rules may assign relevance to zero
+            differences.
     """
 
     call: FunctionCall
@@ -123,7 +124,7 @@ SECANTS: dict[str, SecantFactory] = {}
 
 
 def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
-    """Registers the kernel on differences of the functions with the given names."""
+    """Registers the kernel on differences for the functions with the given names."""
 
     def decorate(factory: SecantFactory) -> SecantFactory:
         assert not SECANTS.keys() & set(names), "the module that is imported later would win"

@@ -1,4 +1,4 @@
-"""Kernels of elementwise operations: activations, normalization layers and arithmetic.
+"""Kernels for elementwise operations: activations, normalization layers and arithmetic.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -61,7 +61,7 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Returns the kernel from the rule of the equivalent module, or the identity if there is no rule."""
+    """Returns the kernel given by the rule for the equivalent module, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
@@ -74,7 +74,7 @@ def elementwise(call: FunctionCall) -> Kernel:
 
 @kernel_of("add", "sub", "rsub")
 def addition(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of a sum, which splits relevance in proportion to absolute values; a constant is a bias.
+    r"""Returns the kernel for a sum, which splits relevance in proportion to absolute values; constants are biases.
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
     """
@@ -114,9 +114,9 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product, which passes all relevance to the signal.
+    """Returns the kernel for a product, which passes all relevance to the signal.
 
-    If none or both of the factors are gates, relevance is passed to the larger tensor, or split in halves if both have
+    If none or both of the factors are gates, relevance is passed to the larger tensor, or split equally if both have
     the same size.
     """
     if len(call.inputs) == 1:

@@ -27,10 +27,11 @@ class Settings:
 
     Attributes:
         rules: Lookup of the composite's rule for a module or weight.
-        normalization: Treatment of the residual of a kernel.
-        sums: Shares of relevance in sums: ``"absolute"`` or ``"signed"``.
-        fuse: Function called with every new step of a layer, which may fuse it with adjacent steps.
-        attention: ``"value"`` if attention weights receive no relevance, ``"halves"`` if they receive half of it.
+        normalization: How the residual of a kernel is treated.
+        sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
+        fuse: Function called with every new step of a layer; it may fuse the step with adjacent ones.
+        attention: ``"value"`` if attention weights receive no relevance, ``"halves"`` if they receive half of the
+            relevance.
     """
 
     rules: RuleLookup = field(default_factory=NoRules)
@@ -48,7 +49,7 @@ class Slot:
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces the slots in (nested) arguments by tensors."""
+    """Replaces the slots in (possibly nested) arguments with tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -61,7 +62,7 @@ class CallInput:
     """Argument of a call that receives relevance.
 
     Attributes:
-        saved: The tensor.
+        saved: The tensor, saved for the backward pass.
         is_gate: Whether the tensor is a gate, which weights a signal and receives no relevance in a product.
         producer: Autograd node that computed the tensor.
     """
@@ -77,7 +78,7 @@ class FunctionCall:
 
     Attributes:
         name: Name shared by all variants of the function, such as ``"add"``.
-        function: The function.
+        function: The called function.
         path: Path of the module that called the function.
         args: Positional arguments, with slots in place of inputs.
         kwargs: Keyword arguments, with slots in place of inputs.
@@ -165,7 +166,9 @@ class FunctionCall:
         return RouteKernel(gradient)
 
     def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
-        """Returns the kernel of a Zennit rule for a function that is linear in one input, like a layer without weights.
+        """Returns the kernel that results from applying a Zennit rule to a function that is linear in one input.
+
+        The function is treated like a layer without weights.
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.

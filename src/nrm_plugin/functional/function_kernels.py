@@ -1,4 +1,4 @@
-"""Kernels of functions with several inputs, some of which may receive no relevance."""
+"""Kernels for functions with several inputs, some of which may receive no relevance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALLEST = 1e-30
 
 
 class BroadcastKernel(Kernel):
-    """Kernel that passes all relevance to one input, summed over the dimensions in which it was broadcast.
+    """Kernel that passes all relevance to one input, summed over the dimensions along which that input was broadcast.
 
     Args:
         shapes: Shape of each input.
@@ -62,7 +62,7 @@ class SplitKernel(Kernel):
 
 
 class HalvesKernel(Kernel):
-    r"""Kernel of a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
+    r"""Kernel for a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
 
     Args:
         sizes: Function that returns the magnitude of each summand.
@@ -92,10 +92,10 @@ class HalvesKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """Wraps the kernel of one input of a call; the other inputs receive no relevance.
+    """Wraps the kernel for one input of a call; the other inputs receive no relevance.
 
     Args:
-        inner: Kernel of that input.
+        inner: Kernel for that input.
         number: Index of that input.
         shapes: Shape of each input.
     """
@@ -146,7 +146,7 @@ class RouteKernel(VjpKernel):
     """Kernel that passes relevance to the entries that were copied, split among ties as in autograd.
 
     Args:
-        function: Gradient of the operation, from ``(N, *out)`` to ``(N, *in)`` for each input.
+        function: Gradient of the operation, which maps ``(N, *out)`` to ``(N, *in)`` for each input.
         is_stochastic: Whether every output is copied from an input, without constants.
     """
 

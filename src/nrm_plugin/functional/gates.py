@@ -24,7 +24,7 @@ class Gates:
     """The gates of a forward pass.
 
     Outputs of softmax, sigmoid, hardsigmoid and exp are gates. Reshaped gates, gates after dropout, products of gates,
-    ``1 - gate`` and ``gate / anything`` are gates as well.
+    ``1 - gate`` and ``gate / anything`` count as gates as well.
     """
 
     def __init__(self) -> None:

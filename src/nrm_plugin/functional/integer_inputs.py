@@ -1,7 +1,7 @@
 """Integer inputs (ids), tracked by object identity until the model uses them as indices.
 
 Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input. Rows
-selected by other integers, such as positions, are constants, even if these are equal to ids.
+selected by other integers, such as positions, are constants, even if they have the same values as ids.
 """
 
 from __future__ import annotations
@@ -79,14 +79,15 @@ class Ids:
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Tracks ids through a call, and returns its result.
+        """Tracks ids through a call and returns its result.
 
-        Rows looked up by ids are replaced by tensors at which walks end.
+        Rows looked up by ids are replaced with tensors at which walks end.
 
         Args:
             call: The function call.
             result: Result of the call.
-            looked_up: Function from rows to such a tensor, or None where walks cannot end, such as inside a step.
+            looked_up: Function that converts rows to such a tensor, or None where walks cannot end, such as inside a
+                step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)

@@ -63,12 +63,12 @@ class InterceptedPass:
         intercepting: Context in which function calls of this package are intercepted.
 
     Attributes:
-        gates: The gates.
+        gates: The gates found in this pass.
         complex_tensors: Complex tensors, as expressions of real tensors.
-        custom_calls: Calls of ``autograd.Function`` classes.
+        custom_calls: Calls to ``autograd.Function`` classes.
         module_paths: Paths of the running modules, outermost first.
         packs: Orders of the packed sequences passed to modules.
-        decomposing: Functions that are currently replaced by their Python bodies.
+        decomposing: Functions that are currently replaced with their Python bodies.
     """
 
     def __init__(self, settings: Settings, intercepting: AbstractContextManager[Any]) -> None:
@@ -106,7 +106,7 @@ class InterceptedPass:
             return self._linked_step(call, output.detach(), observed, factory)
 
     def _linked_step(self, call: FunctionCall, output: Tensor, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Records the output of a call as a step, and returns the output of the step."""
+        """Records the output of a call as a step and returns the output of the step."""
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # an operation may return its input, a step may not
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
@@ -136,7 +136,7 @@ class InterceptedPass:
         if not isinstance(weight, Tensor) or weight.requires_grad:
             return
         like = layer_like(observed.name.base)
-        if self.settings.rules.of_weight(weight, like) is None:
+        if self.settings.rules.of_weight(weight, like, self.path) is None:
             raise uncovered_layer_error(self.path, like, observed.name.base)
 
     def linked(
@@ -149,7 +149,7 @@ class InterceptedPass:
         layer: LayerCall | None = None,
         rows: bool = False,
     ) -> Tensor:
-        """Creates the step of a call, links it to the output, and notifies the listener."""
+        """Creates the step for a call, links it to the output, and notifies the listener."""
         path, number = self._numbered(call.name)
         normalization = self.settings.normalization
         step: Step
@@ -181,7 +181,7 @@ class InterceptedPass:
         factory: SecantFactory,
         inputs: Sequence[Tensor],
     ) -> Tensor:
-        """Creates and links the step of a call that propagates the difference from a reference."""
+        """Creates and links the step for a call that propagates the difference from a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
         has_rules = has_any_rule(self.settings.rules)
         both = DifferenceCall(call, Saved(output), others, reference, has_rules)
@@ -197,7 +197,7 @@ class InterceptedPass:
     # -- functions without a kernel ---------------------------------------------------------------------------------
 
     def route_or_unknown(self, observed: ObservedCall) -> Any:
-        """Runs a function without a kernel, whose output is an unknown step unless autograd recorded only routes."""
+        """Runs a function without a kernel; its output is an unknown step unless autograd recorded only routes."""
         output = observed.run()
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
@@ -217,7 +217,7 @@ class InterceptedPass:
     def complex_step(self, observed: ObservedCall) -> Any:
         """Runs a function with complex arguments or results.
 
-        A real output is recorded as a step, whose inputs are the real tensors on which the complex arguments depend.
+        A real output is recorded as a step. Its inputs are the real tensors on which the complex arguments depend.
         """
         expression = self.complex_tensors.expression(observed)
         output = observed.run()
@@ -280,7 +280,7 @@ class InterceptedPass:
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """Returns the result of a call, in which rows selected by ids are replaced by additional inputs."""
+        """Returns the result of a call, replacing rows selected by ids with additional inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))

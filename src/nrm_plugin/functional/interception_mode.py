@@ -81,7 +81,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
-        """Returns the observed call of a function, with tensors that receive no relevance detached."""
+        """Returns the observed call for a function, with tensors that receive no relevance detached."""
         path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
@@ -94,7 +94,7 @@ class InterceptionMode(TorchFunctionMode):
         return call
 
     def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Records a function that runs without gradients, as inside the forward of an ``autograd.Function``."""
+        """Records a function that runs without gradients, such as those inside ``autograd.Function.forward``."""
         note_untracked()
         self.forward_pass.custom_calls.observe(func, args)
         name = name_of(func)
@@ -109,7 +109,7 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".s
 
 
 _DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""Functions that would read relevance, which steps propagate in place of gradients."""
+"""Functions that would read relevance, since steps propagate relevance in place of gradients."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:

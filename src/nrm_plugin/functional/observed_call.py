@@ -24,8 +24,8 @@ class ObservedCall:
     """An observed function call.
 
     Attributes:
-        function: The function.
-        name: Name of the function.
+        function: The called function.
+        name: Normalized name of the function.
         args: Positional arguments.
         kwargs: Keyword arguments.
         inputs: Arguments that receive relevance, in order.
@@ -45,7 +45,7 @@ class ObservedCall:
 
     @classmethod
     def of(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> ObservedCall:
-        """Creates the observed call of a function."""
+        """Creates the observed call for a function and its arguments."""
         inputs: list[Tensor] = []
         slots = tuple(_with_slots(value, inputs) for value in args)
         keyword_slots = {key: _with_slots(value, inputs) for key, value in kwargs.items() if key != "out"}
@@ -57,7 +57,7 @@ class ObservedCall:
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Returns whether the result has tensor values as Python objects, as for ``int(x)`` but not ``x.int()``."""
+        """Returns whether the result contains tensor values as Python objects, like ``int(x)`` but not ``x.int()``."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
@@ -102,7 +102,7 @@ def _on_copy(function: Callable[..., Any], first: Any, *rest: Any, **options: An
 
 
 def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
-    """Replaces tensors that receive relevance by slots, and appends them to ``inputs``."""
+    """Replaces tensors that receive relevance with slots, and appends them to ``inputs``."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point():
             inputs.append(value)

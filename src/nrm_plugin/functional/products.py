@@ -1,4 +1,4 @@
-"""Kernels of matrix products and other tensor contractions.
+"""Kernels for matrix products and other tensor contractions.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -40,19 +40,19 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Returns the kernel of a function that is affine in its first input, from the rule of the layer with this weight.
+    """Returns the kernel for a function that is affine in its first input, given by the rule for the layer's weight.
 
     Args:
-        call: The call.
+        call: The call to the function.
         run: Function of input, weight and bias.
         weight: The weight, with one row per output.
-        bias: The bias.
+        bias: The bias, or None.
         like: Layer of the equivalent type.
         bias_dim: Dimension of the output along which the bias is added.
         padding_mode: As in convolutions, but not ``"zeros"`` if an input may contribute to an output through two
             weights.
     """
-    rule = call.settings.rules.of_weight(weight, like)
+    rule = call.settings.rules.of_weight(weight, like, call.path)
     if rule is None:  # in an operator such as @, Python would interpret it as an unsupported operand
         return UnknownKernel(uncovered_layer_error(call.path, like, call.name), call.shapes)
     shell = Weighted(run, weight.detach(), None if bias is None else bias.detach(), bias_dim, padding_mode=padding_mode)
@@ -62,7 +62,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: a linear layer if a factor is constant, otherwise a split among non-gates."""
+    """Returns the kernel for a product: a linear layer if a factor is constant, otherwise a split among non-gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -80,7 +80,7 @@ def contraction(call: FunctionCall) -> Kernel:
 
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
-    """Returns the kernel of one factor of a product, with the other factors as constants."""
+    """Returns the kernel for one factor of a product, with the other factors as constants."""
     values = call.values
     if isinstance(rule, Absolute):  # shares follow the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], changed_constants(call, constants_of(call), Tensor.abs)
@@ -110,7 +110,7 @@ class ConstantMatrix:
 
 
 def _contraction_with_constant(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product with a constant, treated as a linear layer."""
+    """Returns the kernel for a product with a constant, treated as a linear layer."""
     constants = constants_of(call)
     if not constants:  # an einsum of one tensor is a sum or a transpose
         return pooling(call)
@@ -132,7 +132,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
 
 
 def _with_one_constant(call: FunctionCall) -> FunctionCall:
-    """Replaces several constants of an ``einsum`` by their product."""
+    """Replaces several constants of an ``einsum`` with their product."""
     read = read_einsum(call.args, lambda one: call.values[0].ndim if isinstance(one, Slot) else one.ndim)
     pairs = list(zip(read.subscripts, read.operands, strict=True))
     signal = next(pair for pair in pairs if isinstance(pair[1], Slot))

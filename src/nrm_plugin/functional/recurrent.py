@@ -1,7 +1,7 @@
 """Recurrent layers, decomposed into loops over operations that have kernels.
 
-torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced by a
-loop over time. Its linear maps use the rule that the composite assigns to the layer, or else the rule for linear
+torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced with
+a loop over time. Its linear maps use the rule that the composite assigns to the layer, or else the rule for linear
 layers, and its sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and cell states
 are taps.
 
@@ -28,7 +28,7 @@ State = tuple[Tensor | None, ...]
 
 @dataclass
 class Context:
-    """Context of a call of a recurrent function.
+    """Context of a call to a recurrent function.
 
     Attributes:
         path: Path of the module that called the function.
@@ -75,9 +75,9 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and its bias if this is a separate summand.
+    """Returns the contribution of the hidden state, and its bias if the bias is a separate summand.
 
-    The bias is separate for an initial state given by the user, so that it absorbs no relevance in samples with a zero
+    The bias is separate if the user gives an initial state, so that it absorbs no relevance in samples with a zero
     state.
     """
     w_hh, b_hh = weights[1], weights[3] if len(weights) > 3 else None
@@ -219,7 +219,7 @@ class _Layers:
     def run(
         self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs all layers; returns the output at each time step, and the final states in the shape of ``initial``.
+        """Runs all layers; returns the output at each time step, and the final states with the shape of ``initial``.
 
         Args:
             context: The context of the call.

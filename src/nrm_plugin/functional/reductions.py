@@ -1,4 +1,4 @@
-"""Kernels of reductions that are neither sums nor averages: log-sum-exp and norms."""
+"""Kernels for reductions that are neither sums nor averages: log-sum-exp and norms."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
 
 @kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of log-sum-exp, with its gradient as shares, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""Returns the kernel for log-sum-exp, with its gradient as shares, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
     return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
 
 @kernel_of("logaddexp", "logaddexp2")
 def log_add_exp(call: FunctionCall) -> Kernel:
-    """Returns the kernel of log-add-exp, with softmax shares; a constant is a bias."""
+    """Returns the kernel for log-add-exp, with softmax shares; a constant is treated as a bias."""
     if len(call.inputs) == 1:
         return call.identity()
     factor = math.log(2) if call.name == "logaddexp2" else 1.0
@@ -62,7 +62,7 @@ def log_add_exp(call: FunctionCall) -> Kernel:
 
 @kernel_of("vector_norm")
 def vector_norm(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of a vector norm, with shares :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
+    r"""Returns the kernel for a vector norm, with shares :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
 
     The shares follow from Euler's theorem on homogeneous functions. The norm of order ∞ (-∞) is the largest (smallest)
     magnitude, and propagates to the entries with this magnitude.
@@ -82,7 +82,7 @@ def vector_norm(call: FunctionCall) -> Kernel:
 def _vector_norm(
     x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    """Computes a vector norm by powers and a sum, for measures with a reference."""
+    """Computes a vector norm from powers and a sum, for measures with a reference."""
     dims = tuple(range(x.ndim)) if dim is None else dim
     order, size = float(ord), (x if dtype is None else x.to(dtype)).abs()
     if abs(order) == math.inf:

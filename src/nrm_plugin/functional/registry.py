@@ -124,11 +124,11 @@ def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Fun
 
 
 def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
-    """Registers or replaces the kernel of functions.
+    """Registers or replaces the kernel for one or several functions.
 
-    The decorated function is called when relevance first reaches a call of one of the functions. It receives the
+    The decorated function is called when relevance first reaches a call to one of the functions. It receives the
     :class:`~nrm_plugin.functional.FunctionCall`, and returns a kernel with one input for each of ``call.values``, the
-    tensors that receive relevance. Four methods of the call provide the kernels of most functions:
+    tensors that receive relevance. Four methods of the call provide the kernels for most functions:
 
     - ``call.identity()``: relevance passes to the first input, elementwise,
     - ``call.split(shares)``: each input receives its share, elementwise,
@@ -138,7 +138,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
     For any other linear map, return a subclass of :class:`nrm_plugin.functional.Kernel`.
 
     Args:
-        functions: Functions as called by the model, such as ``torch.add`` or a custom operator. For functions of torch,
+        functions: Functions as called by the model, such as ``torch.add`` or a custom operator. For torch functions,
             the kernel applies to all variants (method, operator, in place).
 
     Raises:
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Returns whether a function is one of torch's, which are looked up by name because of their variants."""
+    """Returns whether a function belongs to torch; such functions are looked up by name because of their variants."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",
@@ -173,7 +173,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
-    """Returns the kernel factory of a function, or None if it has no kernel."""
+    """Returns the kernel factory for a function, or None if it has no kernel."""
     try:
         factory = KERNELS_BY_FUNCTION.get(function)
     except TypeError:  # not hashable

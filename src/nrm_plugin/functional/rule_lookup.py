@@ -1,4 +1,4 @@
-"""Lookup of the rule of a function: that of the equivalent module, or of the module that owns its weight."""
+"""Lookup of the rule for a function: that for the equivalent module, or for the module that owns the weight."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from zennit.core import Composite, Hook
 from ..model.quantized import plain_tensors
 from ..rules import Absolute
 
+_Owner = tuple[nn.Module, Hook | None]
+_LOOPS = (nn.RNNBase, nn.RNNCellBase)
+"""Recurrent modules, whose rule applies to the linear maps inside them."""
+
 
 class RuleLookup(Protocol):
     """Interface for the lookup of rules."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of modules of this type."""
+        """Returns the rule for modules of this type."""
 
-    def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns the rule of the module that owns a weight, or else of modules of the type of ``like``."""
+    def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
+        """Returns the rule for the module that owns a weight, or else for modules of the type of ``like``.
+
+        Args:
+            weight: The weight.
+            like: A layer of the kind of the function.
+            path: Path of the module that calls the function.
+        """
 
 
 class NoRules:
@@ -28,8 +38,8 @@ class NoRules:
         """Returns None, which selects the default kernel."""
         return None
 
-    def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Returns :class:`~nrm_plugin.rules.Absolute`, the default rule of functions with a weight."""
+    def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
+        """Returns :class:`~nrm_plugin.rules.Absolute`, the default rule for functions with a weight."""
         return Absolute()
 
 
@@ -37,7 +47,7 @@ class CompositeRules:
     """Rule lookup in a composite.
 
     Args:
-        composite: The composite.
+        composite: The composite in which rules are looked up.
         model: The model whose modules own the weights.
         uncovered: Rule for layers to which the composite assigns none.
     """
@@ -46,14 +56,16 @@ class CompositeRules:
         self._composite = composite
         self._uncovered = uncovered
         self._ctx: dict[Any, Any] = {}
-        self._by_weight: dict[int, tuple[nn.Module, Hook | None]] = {}
-        self._by_memory: dict[int, tuple[nn.Module, Hook | None]] = {}
+        self._by_path: dict[str, _Owner] = {}
+        self._by_weight: dict[int, _Owner] = {}
+        self._by_memory: dict[int, _Owner] = {}
         self._by_kind: dict[type[nn.Module], Hook | None] = {}
         for name, module in model.named_modules():
-            # Rules are looked up for all modules in order, so that the first layer gets the rule of first layers.
+            # Rules are looked up for all modules in order, so that the first layer gets the rule for first layers.
             rule = composite.module_map(self._ctx, name, module)
             if isinstance(module, nn.MultiheadAttention):  # an activation in Zennit, but its weights are linear layers
                 rule = None
+            self._by_path[name] = (module, rule)
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self._by_weight[id(parameter)] = (module, rule)
@@ -61,16 +73,36 @@ class CompositeRules:
                         self._by_memory.setdefault(part.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of modules of this type, as if the module came last in the model."""
+        """Returns the rule for modules of this type, as if the module came last in the model."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)
         return self._by_kind[kind]
 
-    def of_weight(self, weight: Tensor, like: nn.Module) -> Hook | None:
-        """Looks up the rule of a weight by identity, by memory (for slices) or by ``like`` (for computed weights)."""
-        memory = next(plain_tensors(weight)).untyped_storage().data_ptr()
+    def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
+        """Looks up the rule of the module that owns a weight or its memory (for slices), or else that of ``like``.
+
+        A layer that calls the function has precedence if it owns the weight, which other layers may share, or if no
+        module does, since the weight is computed: by a parametrization, a norm, a mask, or ``functional_call``.
+        """
+        memory = _memory(weight)
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)
+        caller = self._by_path.get(path)
+        if caller is not None:
+            layers = (type(like), *_LOOPS)
+            is_computed = rule is None and not isinstance(owner, layers)
+            if _owns(caller[0], memory) or (is_computed and isinstance(caller[0], layers)):
+                owner, rule = caller
         if rule is None and not isinstance(owner, type(like)):
             rule = self.of_module(like)
         return self._uncovered if rule is None else rule
+
+
+def _owns(module: nn.Module, memory: int) -> bool:
+    """Returns whether a parameter of a module is stored at an address."""
+    return any(parameter is not None and _memory(parameter) == memory for parameter in module._parameters.values())
+
+
+def _memory(weight: Tensor) -> int:
+    """Returns the address of the memory of a weight."""
+    return next(plain_tensors(weight)).untyped_storage().data_ptr()

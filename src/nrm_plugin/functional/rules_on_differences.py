@@ -29,19 +29,19 @@ _PRODUCTS = ("matmul", "einsum", "tensordot")
 
 
 def on_differences(both: DifferenceCall) -> FunctionCall:
-    """Replaces the input values of a call by their differences."""
+    """Replaces the input values of a call with their differences."""
     deltas = [delta.masked_fill(delta.abs() <= LEAST[delta.dtype], 0.0) for delta in both.before]
     pairs = zip(both.call.inputs, deltas, strict=True)
     return replace(both.call, inputs=tuple(replace(item, saved=Saved(delta, values=False)) for item, delta in pairs))
 
 
 def has_rule(call: FunctionCall) -> bool:
-    """Returns whether the composite has a rule for the layer, product with a constant, sum or average."""
+    """Returns whether the composite has a rule for a call: a layer, product with a constant, sum or average."""
     rules = call.settings.rules
     if call.name in LAYERS:
         weight = call.argument(1, "weight")
         is_layer = len(call.inputs) == 1 and isinstance(weight, Tensor) and isinstance(call.argument(0, "input"), Slot)
-        return is_layer and rules.of_weight(weight, layer_like(call.name)) is not None
+        return is_layer and rules.of_weight(weight, layer_like(call.name), call.path) is not None
     if call.name in _PRODUCTS:
         return len(call.inputs) == 1 and has_any_rule(rules)
     if call.name in _SUMS:
@@ -56,7 +56,7 @@ def has_any_rule(rules: RuleLookup) -> bool:
 
 
 def ruled(both: DifferenceCall) -> Kernel:
-    """Returns the kernel of the composite's rule on differences."""
+    """Returns the kernel for the composite's rule on differences."""
     call = on_differences(both)
     if call.name in LAYERS:
         layer = layer_call(_without_bias(call), both.after)

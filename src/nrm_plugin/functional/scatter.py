@@ -59,7 +59,7 @@ def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Te
 
 @_intercepted_as("scatter_add")
 def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.Size) -> Tensor:
-    """Computes ``scatter_add`` into zeros, with an index for every entry."""
+    """Computes ``scatter_add`` into a tensor of zeros, with an index for every entry."""
     return source.new_zeros(shape).scatter_add(dim, index, source)
 
 
@@ -86,7 +86,7 @@ class ExtremumKernel(Kernel):
         own: Share of the additional entry of each group, or None.
     """
 
-    is_stochastic = True  # groups without members are replaced by constants afterwards
+    is_stochastic = True  # groups without members are replaced with constants afterwards
 
     def __init__(self, dim: int, index: Tensor, share: Tensor, own: Tensor | None) -> None:
         self.dim, self.index, self.share, self.own = dim % max(1, index.ndim), index, share, own
@@ -118,7 +118,7 @@ KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
 def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
-    """Adds summed entries to a constant. Positions without entries are the constant itself."""
+    """Adds summed entries to a constant. Positions without entries keep the constant."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
@@ -278,7 +278,7 @@ def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """Replaces a computed tensor by the numbers of its entries, and a constant by zeros."""
+    """Replaces a computed tensor with the numbers of its entries, and a constant with zeros."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value

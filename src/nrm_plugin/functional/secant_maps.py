@@ -1,4 +1,4 @@
-r"""Secant kernels of linear and multilinear functions, softmax and normalization layers, by multipliers.
+r"""Secant kernels for linear and multilinear functions, softmax and normalization layers, in terms of multipliers.
 
 .. math:: m_i = \sum_j \mathrm{slope}_{ij} m_j, \qquad R = \delta m
 
@@ -29,7 +29,7 @@ class MultiplierKernel(Kernel):
     """Base class of kernels that propagate multipliers.
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
     """
 
     def __init__(self, call: DifferenceCall) -> None:
@@ -41,7 +41,7 @@ class MultiplierKernel(Kernel):
         """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers by absolute slopes, or returns None if these require a dense matrix."""
+        """Propagates multipliers with absolute slopes, or returns None if these require a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -59,12 +59,12 @@ class MultiplierKernel(Kernel):
 
 
 class PathKernel(MultiplierKernel):
-    """Kernel of a polynomial function, its mean Jacobian along the line from the reference to the input.
+    """Kernel for a polynomial function: its mean Jacobian along the line from the reference to the input.
 
     The mean is computed exactly by Gauss-Legendre quadrature; products of two inputs require only one node.
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
         absolute: Function that converts a call to one with absolute coefficients, whose slopes are the absolute slopes;
             None if there is no such call.
     """
@@ -77,7 +77,7 @@ class PathKernel(MultiplierKernel):
     def _jacobians(
         self, call: FunctionCall, change: Callable[[Tensor], Tensor]
     ) -> list[tuple[float, Tensor, list[Tensor]]]:
-        """Evaluates the function at each quadrature node, and returns weights, outputs and inputs."""
+        """Evaluates the function at each quadrature node and returns weights, outputs and inputs."""
         values, references = self.call.values, self.call.reference_values
         images = []
         for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:
@@ -110,7 +110,7 @@ def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -
 
 
 def polynomial(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a function with complex intermediate values that is linear or a product of two inputs."""
+    """Returns the kernel for a function with complex intermediate values that is linear or a product of two inputs."""
     kernel = PathKernel(call)
     columns = kernel.column_sum(call.after)
     scale = torch.finfo(call.after.dtype).eps ** 0.5 * call.outputs[0].abs().amax()
@@ -131,7 +131,7 @@ def _unchanged(call: FunctionCall) -> FunctionCall:
 
 @secant_of(*(name for name in POOLS if name not in ("grid_sample", "roi_align", "lp_pool2d")), "index_add")
 def average(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a sum, average or interpolation."""
+    """Returns the kernel for a sum, average or interpolation."""
     mode = call.call.argument(3, "mode", "nearest") if call.name in ("interpolate", "upsample") else ""
     return PathKernel(call, None if mode == "bicubic" or call.name == "index_add" else _unchanged)
 
@@ -141,7 +141,7 @@ secant_of("scatter_add")(lambda call: PathKernel(call))
 
 @secant_of("grid_sample", "roi_align", "deform_conv2d")
 def sampling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of sampling at constant positions, which is linear in the first input."""
+    """Returns the kernel for sampling at constant positions, which is linear in the first input."""
     if len(call.values) == 1 and isinstance(call.call.args[0] if call.call.args else None, Slot):
         return PathKernel(call)
     return UnknownKernel(UnsupportedOperationError(_PLACES.format(name=call.name)), call.shapes)
@@ -167,7 +167,7 @@ def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
 
 
 class SoftmaxKernel(MultiplierKernel):
-    r"""Kernel of softmax, from the secants of the exponentials and the logarithm in :math:`p = e^{z - \log \sum e^z}`.
+    r"""Kernel for softmax, from the secants of the exponentials and the logarithm in :math:`p = e^{z - \log \sum e^z}`.
 
     .. math:: \mathrm{slope}_{ij} = \ell_i (\delta_{ij} - w_j), \qquad
               \ell = \mathcal L(p, p^0), \quad w_j = \frac{\mathcal L(e^{z_j}, e^{z^0_j})}{\mathcal L(S, S^0)}
@@ -175,7 +175,7 @@ class SoftmaxKernel(MultiplierKernel):
     where :math:`\mathcal L` is the logarithmic mean. No slope exceeds one, and :math:`\sum_j w_j \leq 1`.
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
         dim: Dimension of the softmax.
         sign: -1 for softmin.
         is_log: Whether the function is log-softmax.
@@ -211,7 +211,7 @@ def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor
 
 @secant_of("softmax", "log_softmax", "softmin")
 def softmax(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of softmax, log-softmax or softmin."""
+    """Returns the kernel for softmax, log-softmax or softmin."""
     dim = call.call.argument(1, "dim")
     if dim is None:  # the deprecated default of torch
         dim = 0 if call.values[0].ndim in (0, 1, 3) else 1
@@ -219,7 +219,7 @@ def softmax(call: DifferenceCall) -> Kernel:
 
 
 class LogSumExpKernel(MultiplierKernel):
-    """Kernel of log-sum-exp, with the slopes of :func:`exponential_shares`."""
+    """Kernel for log-sum-exp, with the slopes of :func:`exponential_shares`."""
 
     def __init__(self, call: DifferenceCall) -> None:
         super().__init__(call)
@@ -241,14 +241,14 @@ secant_of("logsumexp")(LogSumExpKernel)
 
 
 class NormKernel(MultiplierKernel):
-    r"""Kernel of layers that divide by a standard deviation, composed of mean, difference, square, rsqrt and product.
+    r"""Kernel for layers that divide by a standard deviation, composed of mean, difference, square, rsqrt and product.
 
     .. math:: \Delta y = \gamma \left( \frac{\rho + \rho^0}{2} \Delta c
               - \frac{c + c^0}{2} \frac{(\rho \rho^0)^2}{\rho + \rho^0} \Delta v \right), \qquad
               \Delta v = \frac{1}{n} \sum (c + c^0) \Delta c
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
         group: Shape ``(…, entries)`` in which the last dimension is normalized.
         weight: ``γ``, which broadcasts to the input, or None for ones.
         eps: Value added to the variance.
@@ -278,7 +278,7 @@ class NormKernel(MultiplierKernel):
 
 @secant_of("layer_norm", "native_layer_norm", "rms_norm")
 def layer_norm(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of layer normalization or RMS normalization."""
+    """Returns the kernel for layer normalization or RMS normalization."""
     shape = list(call.call.argument(1, "normalized_shape"))
     weight = call.call.argument(2, "weight")
     is_centred = call.name != "rms_norm"
@@ -303,7 +303,7 @@ _COMPUTED = (
 
 @secant_of("group_norm")
 def group_norm(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of group normalization."""
+    """Returns the kernel for group normalization."""
     value = call.values[0]
     groups, eps = int(call.call.argument(1, "num_groups")), float(call.call.argument(4, "eps", 1e-5))
     weight = _per_channel(call.call.argument(2, "weight"), value)
@@ -312,7 +312,7 @@ def group_norm(call: DifferenceCall) -> Kernel:
 
 @secant_of("instance_norm")
 def instance_norm(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of instance normalization."""
+    """Returns the kernel for instance normalization."""
     value, options = call.values[0], call.call
     if not options.argument(5, "use_input_stats", True):  # elementwise, by constant statistics
         return PathKernel(call)

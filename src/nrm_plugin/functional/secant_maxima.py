@@ -1,7 +1,7 @@
-r"""Secant kernels of maxima and max pooling.
+r"""Secant kernels for maxima and max pooling.
 
-Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference of the maxima is
-divided between these two entries: either may switch from the reference to the input first, and both orders are
+Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference between the maxima
+is divided between these two entries: either may switch from the reference to the input first, and both orders are
 averaged. If entry ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from ..kernels.base import Kernel
 from .differences import DifferenceCall, secant_of
+from .function_call import FunctionCall
 from .function_kernels import sum_to_shape
 from .secant_maps import MultiplierKernel, Multipliers
 
 
 class MaximumKernel(MultiplierKernel):
-    """Kernel of maxima over groups of entries.
+    """Kernel for maxima over groups of entries.
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
         pair: The entries at input and reference, ``(*in)``.
         places: Argmax of each group at input and reference, ``(*out)``, as indices into the flattened entries.
         sign: -1 for minima.
@@ -56,7 +57,7 @@ class MaximumKernel(MultiplierKernel):
 
 
 class StackedKernel(MaximumKernel):
-    """Kernel of the elementwise maximum of two tensors, with broadcasting."""
+    """Kernel for the elementwise maximum of two tensors, with broadcasting."""
 
     def spread(self, below: Tensor) -> Multipliers:
         shapes = (delta.shape for delta in self.before)
@@ -81,7 +82,7 @@ def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @secant_of("maximum", "minimum")
 def extremum(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of the elementwise maximum or minimum of two tensors, one of which may be constant."""
+    """Returns the kernel for the elementwise maximum or minimum of two tensors, one of which may be constant."""
     sign = 1.0 if call.name == "maximum" else -1.0
     if len(call.values) == 1:
         return _of_one(call)
@@ -105,12 +106,47 @@ def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
     return numbers.gather(dim, index)
 
 
+# -- of groups --------------------------------------------------------------------------------------------------------
+
+
+class GroupsKernel(MaximumKernel):
+    """Kernel of the maxima of groups of entries of several tensors, which are given as one flat tensor."""
+
+    def spread(self, below: Tensor) -> Multipliers:
+        shapes = [delta.shape for delta in self.before]
+        parts = torch.split(below, [shape.numel() for shape in shapes], 1)
+        return tuple(part.reshape(len(below), *shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def extremum_of_groups(call: DifferenceCall) -> Kernel:
+    """Returns the kernel of :func:`scatter_extremum`."""
+    _, _, dim, index, _, how = call.call.args
+    values = call.values, call.reference_values
+    places = tuple(_places_of_groups(call.call, one, dim, index) for one in values)
+    pair = tuple(torch.cat([value.flatten() for value in one]) for one in values)
+    return GroupsKernel(call, (pair[0], pair[1]), (places[0], places[1]), 1.0 if how == "amax" else -1.0)
+
+
+def _places_of_groups(call: FunctionCall, values: list[Tensor], dim: int, index: Tensor) -> Tensor:
+    """Returns the index of the extremum of each group in the flattened entries of all tensors; 0 if it is empty."""
+    source, *own = values
+    found = call.run(*values)
+    numbers = torch.arange(sum(value.numel() for value in values), device=source.device)
+    of_source = numbers[: source.numel()].reshape(source.shape)
+    none = len(numbers)
+    hits = torch.where(source == found.gather(dim, index), of_source, none)
+    places = torch.full_like(found, none, dtype=torch.int64).scatter_reduce(dim, index, hits, "amin")
+    if own:
+        places = torch.where(own[0] == found, numbers[source.numel() :].reshape(own[0].shape), places)
+    return places.masked_fill(places == none, 0)
+
+
 # -- along dimensions -------------------------------------------------------------------------------------------------
 
 
 @secant_of("max", "min", "amax", "amin")
 def along_dimensions(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of the maximum or minimum along dimensions."""
+    """Returns the kernel for the maximum or minimum along dimensions."""
     sign = 1.0 if call.name.endswith("max") else -1.0
     value, dims = call.values[0], call.call.argument(1, "dim")
     dims = list(range(value.ndim)) if dims is None or dims == () else [dims] if isinstance(dims, int) else list(dims)
@@ -121,7 +157,7 @@ def along_dimensions(call: DifferenceCall) -> Kernel:
 
 
 def _argmax(values: Tensor, dims: list[int]) -> Tensor:
-    """Returns the argmax along several dimensions as a flat index, in the shape of the other dimensions."""
+    """Returns the argmax along several dimensions as a flat index, with the shape of the other dimensions."""
     kept = [dim for dim in range(values.ndim) if dim not in dims]
     numbers = torch.arange(values.numel(), device=values.device).reshape(values.shape)
     rows = values.permute(*kept, *dims).flatten(len(kept)) if dims else values.unsqueeze(-1)
@@ -145,7 +181,7 @@ _POOLS: dict[str, tuple[Any, int]] = {
 
 @secant_of(*_POOLS, *(f"{name}_with_indices" for name in _POOLS))
 def pooling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of max pooling."""
+    """Returns the kernel for max pooling."""
     function, dims = _POOLS[call.name.removesuffix("_with_indices")]
     pair = call.values[0], call.reference_values[0]
     options = {key: value for key, value in call.call.kwargs.items() if key not in ("input", "self", "return_indices")}
@@ -160,4 +196,4 @@ def pooling(call: DifferenceCall) -> Kernel:
     return MaximumKernel(call, pair, (places[0], places[1]))
 
 
-__all__ = ["MaximumKernel"]
+__all__ = ["MaximumKernel", "extremum_of_groups"]

@@ -1,4 +1,4 @@
-"""Secant kernels of layers with weights and of tensor products.
+"""Secant kernels for layers with weights and for tensor products.
 
 Source: docs/differences.md.
 """
@@ -22,10 +22,10 @@ from .weighted_functions import twin_of_call
 
 
 class LinearKernel(MultiplierKernel):
-    """Kernel of a layer with constant weight, which propagates multipliers by the transposed linear map.
+    """Kernel for a layer with constant weight, which propagates multipliers through the transposed linear map.
 
     Args:
-        call: The call.
+        call: The call at the input and at the reference.
         maps: The linear map of the layer, and its transpose.
         absolute: Function that returns the map with absolute weights.
     """
@@ -58,7 +58,7 @@ class LinearKernel(MultiplierKernel):
 
 @secant_of(*LAYERS)
 def layer(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a layer, or of a product if the model computes its weight."""
+    """Returns the kernel for a layer, or for a product if the model computes its weight."""
     weight = call.call.argument(1, "weight")
     if len(call.values) == 1 and isinstance(weight, Tensor):
         weight = weight.detach().to(call.values[0].dtype)
@@ -77,7 +77,7 @@ def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap
 
 @secant_of("matmul", "einsum", "tensordot")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a tensor product, in which factors may be constant."""
+    """Returns the kernel for a tensor product, in which factors may be constant."""
     return PathKernel(call, _with_absolute_constants)
 
 

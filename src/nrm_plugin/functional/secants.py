@@ -1,4 +1,4 @@
-r"""Secant kernels of elementwise functions, sums and products.
+r"""Secant kernels for elementwise functions, sums and products.
 
 .. math:: \frac{\varphi(z) - \varphi(z^0)}{z - z^0}, \qquad
     ab - a^0 b^0 = \frac{b + b^0}{2} (a - a^0) + \frac{a + a^0}{2} (b - b^0)
@@ -37,7 +37,7 @@ def secant(
     """Computes the slope of an elementwise function between two points, or its derivative where they are close.
 
     Args:
-        function: The function.
+        function: The elementwise function.
         pair: The two points, which broadcast to the shape of the output.
         outputs: Values of the function at these points, if known.
     """
@@ -53,7 +53,7 @@ def secant(
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Computes the derivative of an elementwise function, which is set to zero where it is not finite."""
+    """Computes the derivative of an elementwise function, replacing values that are not finite with zero."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         output = function(leaf)
@@ -64,7 +64,7 @@ def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
 
 
 def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
-    """Returns the kernel of an elementwise function from its slopes, which broadcast to the output."""
+    """Returns the kernel for an elementwise function from its slopes, which broadcast to the output."""
     after = call.divisor.reciprocal()
     shares = [slope * before * after for slope, before in zip(slopes, call.before, strict=True)]
     return SplitKernel(shares, call.shapes, None, call.is_exact)
@@ -72,7 +72,7 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of an elementwise function; with rules, functions of one tensor use the identity."""
+    """Returns the kernel for an elementwise function; with rules, functions of one tensor use the identity."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
@@ -128,7 +128,7 @@ def _slope_of_one(call: DifferenceCall, point: list[Tensor], number: int) -> Ten
 
 @secant_of("add", "sub", "rsub")
 def addition(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a sum or difference of tensors; a constant summand cancels."""
+    """Returns the kernel for a sum or difference of tensors; a constant summand cancels."""
     options = call.call
     alpha = float(options.kwargs.get("alpha", options.args[2] if len(options.args) > 2 else 1))
     factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.name]
@@ -139,7 +139,7 @@ def addition(call: DifferenceCall) -> Kernel:
 
 @secant_of("mul")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a product, in which each slope is the mean of the other factor."""
+    """Returns the kernel for a product, in which each slope is the mean of the other factor."""
     if len(call.values) == 1:
         return elementwise(call)
     first, second = ((one + two) / 2 for one, two in zip(call.values, call.reference_values, strict=True))
@@ -148,7 +148,7 @@ def product(call: DifferenceCall) -> Kernel:
 
 @secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a dtype conversion, whose rounding error is absorbed by the sink."""
+    """Returns the kernel for a dtype conversion, whose rounding error is absorbed by the sink."""
     shares = [call.before[0] / call.divisor, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
     return SplitKernel(shares, call.shapes, None, False)
 

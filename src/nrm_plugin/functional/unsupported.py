@@ -19,7 +19,7 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """Kernel of an unknown operation, which raises an error if nonzero relevance reaches it.
+    """Kernel for an unknown operation, which raises an error if nonzero relevance reaches it.
 
     Args:
         error: The error to raise.
@@ -60,7 +60,7 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
     """Returns the error for relevance at an autograd node that is neither a step nor a known route.
 
     Args:
-        node: The node.
+        node: The node that relevance has reached.
         where: Location in the model, such as ``", in 'layer1'"``.
     """
     if _is_checkpoint(node):
@@ -145,7 +145,7 @@ def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tens
 
 
 def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
-    """Returns the error for a layer that is called as a function, and has no rule in the composite."""
+    """Returns the error for a layer that is called as a function and has no rule in the composite."""
     return UncoveredLayerError(
         f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
         "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "

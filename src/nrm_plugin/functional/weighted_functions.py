@@ -44,7 +44,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
         return result
 
     like = layer_like(call.name)
-    rule = call.settings.rules.of_weight(weight, like)
+    rule = call.settings.rules.of_weight(weight, like, call.path)
     assert rule is not None, "checked when the function ran"
     dim, groups = (-1, 1) if call.name == "linear" else (1, int(call.argument(6, "groups", 1)))
     shell = Weighted(
@@ -87,7 +87,7 @@ _NORM = nn.BatchNorm2d(1, device="meta").eval()
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts ``F.batch_norm`` to a call of ``nn.BatchNorm2d``, or returns None if it uses batch statistics."""
+    """Converts ``F.batch_norm`` to a call to ``nn.BatchNorm2d``, or returns None if it uses batch statistics."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
     weight_at, mean_at = (1, 3) if swapped else (3, 1)
@@ -117,7 +117,7 @@ def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:
 
 @kernel_of("deform_conv2d")
 def deformable_convolution(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a convolution with computed offsets, from the rule of the module that owns the weight."""
+    """Returns the kernel for a convolution with computed offsets, from the rule for the module that owns the weight."""
     weight, bias, fixed = call.args[1], call.args[4], tuple(call.values[1:])
     if not isinstance(call.args[0], Slot) or isinstance(weight, Slot):
         return UnknownKernel(UnsupportedOperationError(_COMPUTED_WEIGHT), call.shapes)

@@ -1,4 +1,4 @@
-r"""Propagation with the absolute values of a kernel, :math:`\sum_j |T_{ij}| R_j`, from branches or columns."""
+r"""Propagation of relevance with absolute kernels, :math:`\sum_j |T_{ij}| R_j`, in closed form or column by column."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .base import Kernel, vjp
 from .rule_branch import Branch, WeightedLayer
 
 DENSE_LIMIT = 4096
-"""Largest number of columns for which the absolute values of a kernel are computed column by column."""
+"""Largest number of outputs per sample for which ``|T|`` is computed column by column."""
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
-    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, a chunk of columns at a time.
+    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, in chunks of columns.
 
     Args:
         kernel: Any kernel that does not mix samples.
@@ -27,7 +27,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
         chunk: Number of columns per chunk.
 
     Returns:
-        One tensor ``(K, N, *in)`` per input.
+        Relevance at each input, ``(K, N, *in)``.
 
     Raises:
         NRMError: If the output has more than ``DENSE_LIMIT`` entries per sample.
@@ -57,16 +57,16 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule; returns None if there is no closed form.
+    """Computes ``Σ_j |T_ij| R_j`` in closed form from the branches of a rule, where a closed form exists.
 
     Args:
         branches: All branches of a rule.
-        layer: The layer that the branches modify, or None for a module without weights.
-        like: A tensor in the shape of the input, ``(N, *in)``.
+        layer: The layer whose weights the branches modify, or None for a module without weights.
+        like: A tensor with the shape of the input, ``(N, *in)``.
         relevance: Relevance at the output, ``(K, N, *out)``.
 
     Returns:
-        Relevance at the input, ``(K, N, *in)``.
+        Relevance at the input, ``(K, N, *in)``, or None if there is no closed form.
     """
     if layer is not None and not layer.is_injective:
         return None
@@ -81,7 +81,13 @@ def closed_absolute(
 
 @dataclass(frozen=True)
 class _Term:
-    r"""One term :math:`a_i |w_{ij}| m_j` of a kernel, given by ``a``, ``m`` and the transpose of ``|w|``."""
+    r"""One term :math:`a_i |w_{ij}| m_j` of a kernel.
+
+    Attributes:
+        input: ``a``, ``(N, *in)``.
+        factor: ``m``, ``(N, *out)``.
+        down: Function that multiplies relevance by the transpose of ``|w|``.
+    """
 
     input: Tensor
     factor: Tensor
@@ -89,10 +95,10 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Splits the kernel into terms that have no nonzero entry in common; returns None if this is not possible.
+    r"""Splits a kernel into terms with disjoint support, or returns None if this is not possible.
 
-    On the positive and on the negative weights, each modified weight of a rule is a multiple of the weight. Branches
-    with the same factor are added first, as in ZBox; the remaining branches must be disjoint.
+    Restricted to the positive or to the negative weights, each modified weight of a rule is a multiple of the original
+    weight. Branches with equal factors are summed first, as ZBox requires; the resulting terms must not overlap.
     """
     terms = []
     for sign in (None,) if layer is None else (1.0, -1.0):
@@ -117,7 +123,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """Returns λ with ``modified = λ weight`` on the weights of one sign, or None if the two are not proportional."""
+    """Returns λ such that ``modified = λ weight`` on all weights of one sign, or None if they are not proportional."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:
@@ -128,7 +134,7 @@ def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
 
 
 def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
-    """Returns the transposed layer with the absolute values of its weights of one sign."""
+    """Returns a function that multiplies relevance by the transpose of ``|w|``, using only weights of one sign."""
     leaf = like.detach().requires_grad_()
     with torch.enable_grad():
         image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))
@@ -144,10 +150,10 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """Computes ``Σ_j |T_ij| R_j`` for any branches from the input patch of each output, one channel at a time."""
+    """Computes ``Σ_j |T_ij| R_j`` for arbitrary branches from unfolded input patches, one output channel at a time."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
-    # Used as a weight, the selection picks the entries that an output channel reads.
+    # A layer with this weight unfolds its input into patches.
     selection = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *weight.shape[1:])
     selection = selection.repeat(layer.groups, *(1,) * (selection.ndim - 1))
     channel = -1 if weight.ndim == 2 else 1

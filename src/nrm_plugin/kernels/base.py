@@ -2,8 +2,8 @@ r"""Kernels: the propagation of relevance through one call of a module or functi
 
 .. math:: R_i = \sum_j T_{ij} R_j, \qquad c_j = \sum_i T_{ij}
 
-Shapes: the output of the call is ``(N, *out)``. The relevance of ``K`` vectors is ``(K, N, *out)`` at the output and
-``(K, N, *in)`` at an input, with one tensor per input of the call.
+Shapes: the output of the call is ``(N, *out)``. ``K`` relevance vectors are propagated at once: they have shape
+``(K, N, *out)`` at the output and ``(K, N, *in)`` at each input of the call.
 
 Source: docs/measure.md, "One step".
 """
@@ -17,21 +17,21 @@ from torch import Tensor
 
 
 class Kernel(ABC):
-    """The linear map of one call, before normalization."""
+    """Base class of kernels. A kernel is the linear map that a call applies to relevance, before normalization."""
 
     is_stochastic = False
-    """Whether every column sums exactly to one, so that there is neither gain nor sink."""
+    """Whether every column sums to exactly one, so that no gain is applied and nothing is absorbed."""
 
     @abstractmethod
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        """Propagates relevance ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
+        """Propagates relevance ``(K, N, *out)`` to each input, with shape ``(K, N, *in)``."""
 
     @abstractmethod
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        r"""Propagates relevance with :math:`|T_{ij}|` in place of :math:`T_{ij}`."""
+        r"""Propagates relevance like :meth:`pull`, with :math:`|T_{ij}|` in place of :math:`T_{ij}`."""
 
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Applies the transpose, :math:`\sum_i T_{ij} v_i`.
+        r"""Applies the transposed kernel, :math:`\sum_i T_{ij} v_i`.
 
         Args:
             values: ``v`` at each input, ``(K, N, *in)``, or None for zeros.
@@ -44,22 +44,22 @@ class Kernel(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull(seed), values, strict=True)
-            # The zeros that a gate receives do not depend on the relevance.
+            # A gate receives zeros, which do not depend on the relevance.
             pairs = [(part, value) for part, value in parts if value is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
             return vjp([part for part, _ in pairs], seed, [value.unsqueeze(1) for _, value in pairs])[0].squeeze(1)
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for values ``v >= 0``; by default the sum itself.
+        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for ``v >= 0``; by default, the exact sum.
 
-        Arguments and return value are as in :meth:`push`.
+        Arguments and return value are those of :meth:`push`.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull_absolute(seed), values, strict=True)
-            # If all branches are zero, the relevance at the inputs is zero and has no history.
+            # If all branches are zero, the relevance at the inputs is zero and has no grad_fn.
             pairs = [(part.squeeze(0), v) for part, v in parts if v is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
@@ -70,18 +70,21 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Reads the branches of a rule that this relevance requires, if any are missing; None stands for any relevance.
+        """Computes any missing branches of the rule that are needed to propagate the given relevance.
+
+        Args:
+            relevance: Relevance at the output, ``(K, N, *out)``, or None to compute all branches.
 
         Returns:
-            Whether the column sums changed.
+            Whether the column sums have changed.
         """
         return False
 
     def column_sum(self, like: Tensor) -> Tensor:
-        """Returns the column sums ``c``, in the shape of the output ``like``: the transpose applied to ones."""
+        """Computes the column sums ``c``, with the shape of the output ``like``, by pushing ones through the kernel."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
-            # The zeros at a gate have no history.
+            # The zeros at a gate have no grad_fn.
             totals = [part.sum() for part in self.pull(seed) if part.requires_grad]
             if not totals:
                 return torch.zeros_like(like)
@@ -90,7 +93,7 @@ class Kernel(ABC):
 
 
 class IdentityKernel(Kernel):
-    """Passes relevance through unchanged, as for activations, dropout, and batch normalization after fusion."""
+    """The identity, used for activations, dropout, and batch normalization after fusion."""
 
     is_stochastic = True
 
@@ -107,7 +110,7 @@ class IdentityKernel(Kernel):
 
 
 def vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Tensor]) -> tuple[Tensor, ...]:
-    """Returns vector-Jacobian products for ``K`` vectors in the leading dimension; the graph is retained."""
+    """Computes vector-Jacobian products for ``K`` vectors, stacked along the first dimension, and retains the graph."""
     create = torch.is_grad_enabled()
     if len(relevance[0]) == 1:
         parts = torch.autograd.grad(images, inputs, [item[0] for item in relevance], True, create)

@@ -1,4 +1,4 @@
-r"""Batch-norm fusion: a layer and an adjacent batch normalization share one kernel.
+r"""Batch-norm fusion: one kernel for a layer and an adjacent batch normalization.
 
 Kernels are read from copies of the layers, so the model is not changed. With
 :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:
@@ -8,9 +8,10 @@ Kernels are read from copies of the layers, so the model is not changed. With
 - BN → ReLU → layer: :math:`\mathrm{ReLU}(g x + h) = g\,(\mathrm{clip}(x) - t)` with :math:`t = -h / g`, clipped from
   below at ``t`` where ``g > 0`` and from above where ``g < 0``; :math:`W' = W g`, :math:`b' = b - W * (g t)`.
 
-The batch normalization itself then passes relevance through unchanged. Adjacent layers are found in the executed graph.
+The batch normalization itself then passes relevance through unchanged. Adjacent layers are identified in the autograd
+graph.
 
-Source: arXiv 2002.11018 for fusion; the treatment of padding and the clipped form are new in this package.
+Source: arXiv 2002.11018 for the fusion; the treatment of padding and the form with clipping are new in this package.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 
 def fuse(step: LayerStep, source: Tensor) -> None:
-    """Prepares fusing a new step with the steps of its input, if one of the three forms applies.
+    """Schedules the fusion of a new step with the steps that compute its input, if one of the three forms applies.
 
-    Fusion is deferred until the kernel of the layer is built, since all readers of the layer are known only then. A
-    batch normalization is fused into the layer below if nothing else reads that layer, and into the layer above
+    Fusion is deferred until the kernel of the layer is built, since only then are all consumers of the layer known. A
+    batch normalization is fused into the layer below if that layer has no other consumer, and into the layer above
     otherwise.
 
     Args:
         step: The new step.
-        source: The input of the step, in the autograd graph.
+        source: The input of the step, attached to the autograd graph.
     """
     below = _producer(source.grad_fn)
     if below is None:
@@ -64,7 +65,10 @@ def fuse(step: LayerStep, source: Tensor) -> None:
 
 
 def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
-    """Defers a fusion until the kernel is built. References are weak, since steps refer to their fusions."""
+    """Returns a function that performs a fusion when the kernel is built.
+
+    It refers to the steps weakly, since steps store the fusions and would otherwise form reference cycles.
+    """
     references = weakref.ref(first), weakref.ref(second)
 
     def run() -> None:
@@ -76,7 +80,7 @@ def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, secon
 
 
 def _producer(node: Any) -> Step | None:
-    """Returns the step that computed a tensor, looking through views (such as flattening) and in-place writes."""
+    """Returns the step that computed a tensor, skipping views (such as flattening) and in-place writes."""
     return step_of(source_of(node))
 
 
@@ -85,7 +89,7 @@ def _input_node(node: Any) -> Any:
 
 
 def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
-    """Returns the batch normalization of a step in evaluation mode with the rule Pass, or None for other steps."""
+    """Returns the batch-norm module of a step if it has running statistics and the rule Pass, or None otherwise."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
@@ -93,7 +97,7 @@ def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
 
 
 def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """Returns ``(g, h)`` of a batch normalization in evaluation mode with the rule Pass, or None for other steps."""
+    """Returns scale ``g`` and shift ``h`` of the batch normalization of a step, or None as in :func:`_norm`."""
     norm = _norm(step)
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return None
@@ -116,14 +120,14 @@ def _is_relu(step: Step) -> bool:
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
-    """Returns the number of groups of a layer, whether it is transposed, and whether it is dense."""
+    """Returns the number of groups of a layer, whether it is a transposed convolution, and whether it is linear."""
     if isinstance(module, Weighted):
         return module.groups, module.is_transposed, module.bias_dim == -1
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
 
 
 def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
-    """Returns whether a batch normalization has one entry per output channel of a layer."""
+    """Returns whether a batch normalization acts on the output channels of a layer."""
     module = _norm(norm)
     if module is None or module.running_mean is None or not _is_weighted(layer) or len(layer.shape) < 2:
         return False
@@ -132,7 +136,7 @@ def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
 
 
 def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
-    """Folds a batch norm into the layer that precedes it."""
+    """Folds a batch normalization into the layer below it."""
     affine = _affine(norm) if norm.is_identity else None
     if affine is None:
         return
@@ -151,7 +155,10 @@ def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
 
 
 def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
-    """Folds a batch norm into the layer that follows it, also across a ReLU; the layer then reads the norm's input."""
+    """Folds a batch normalization into the layer above it, also across a ReLU.
+
+    The layer then reads the input of the batch normalization, clipped in the case of a ReLU.
+    """
     affine = None if norm.is_identity else _affine(norm)
     if affine is None:
         return
@@ -179,9 +186,9 @@ def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
 
 
 def _clipped(raw: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``clip(x)`` and ``-g t`` of the form ``ReLU(g x + h) = g (clip(x) - t)``.
+    """Returns ``clip(x)`` and ``-g t`` from ``ReLU(g x + h) = g (clip(x) - t)``.
 
-    Where ``g = 0`` the channel is the constant ``max(h, 0)``, and ``clip(x)`` is set to zero.
+    Channels with ``g = 0`` have the constant output ``max(h, 0)``; their ``clip(x)`` is set to zero.
     """
     dead = scale == 0
     threshold = -shift / torch.where(dead, torch.ones_like(scale), scale)
@@ -201,15 +208,16 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _without_bias(call: LayerCall, source: Tensor) -> Tensor:
-    """Returns the output of the layer, without its bias, at a different input."""
+    """Returns the output of a layer without bias at the given input."""
     with torch.no_grad():
         return rerun_without_bias(call.module, call.run)(source, _weight(call.module))
 
 
 def _scaled(weight: Tensor, scale: Tensor, groups: int, along_input: bool, transposed: bool) -> Tensor:
-    """Multiplies the weight by one factor per input or output channel.
+    """Multiplies a weight by one factor per input or output channel.
 
-    A convolution has a weight ``(out, in / groups, …)``, a transposed convolution ``(in, out / groups, …)``.
+    The weight of a convolution has shape ``(out, in / groups, …)``, that of a transposed convolution
+    ``(in, out / groups, …)``.
     """
     rest = (1,) * (weight.ndim - 2)
     if along_input == transposed:

@@ -1,4 +1,4 @@
-"""Blocks of a tensor that fit into the processor cache."""
+"""Partition of tensors into blocks that fit into the processor cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Block = tuple[slice, ...]
 
 
 def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
-    """Splits ``(N, C, …)`` by sample and dimension 1 into blocks of about ``size`` entries."""
+    """Splits a tensor ``(N, C, …)`` along its first two dimensions into blocks of about ``size`` entries."""
     if like.numel() <= size or like.ndim < 2 or is_traced():
         yield whole(like)
         return
@@ -24,10 +24,10 @@ def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
 
 
 def blocks_for(like: Tensor) -> Iterator[Block]:
-    """Splits a tensor for elementwise operations: by :func:`blocks` on a CPU, not at all on other devices."""
+    """Splits a tensor for elementwise operations: into :func:`blocks` on a CPU, into a single block elsewhere."""
     return blocks(like) if like.device.type == "cpu" else iter([whole(like)])
 
 
 def whole(like: Tensor) -> Block:
-    """Returns a single block that covers all entries."""
+    """Returns the block that covers an entire tensor."""
     return tuple(slice(None) for _ in like.shape)

@@ -1,4 +1,4 @@
-"""Joint relevance of input and output channels of a layer, from one weight gradient instead of a pass per channel."""
+"""Joint relevance of the input and output channels of a layer, from one weight gradient instead of many passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
-    r"""Returns the joint relevance of all channel pairs across one step.
+    r"""Computes the joint relevance of all pairs of an output and an input channel of one step.
 
     .. math:: J_{noi} = \sum_k \sum_\tau W_k[o,i,\tau]\; \frac{\partial}{\partial W_k[o,i,\tau]}
               \langle \mathrm{branch}_k(\rho_k in_k),\, m_k(1) \odot R \rangle_n
@@ -42,7 +42,7 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
 
 
 def _weight_gradient(layer: WeightedLayer, branch: Branch, source: Tensor, relevance: Tensor) -> Tensor:
-    """Computes ``∂⟨branch(source), relevance⟩ / ∂W`` of one sample."""
+    """Computes ``∂⟨branch(source), relevance⟩ / ∂W`` for one sample."""
     if branch.maps.weight_gradient is not None:
         return branch.maps.weight_gradient(source, relevance)
     with torch.enable_grad():
@@ -52,7 +52,7 @@ def _weight_gradient(layer: WeightedLayer, branch: Branch, source: Tensor, relev
 
 
 def _over_all_channels(layer: WeightedLayer, edges: Tensor) -> Tensor:
-    """Expands ``(N, rows, columns of one group)`` to ``(N, K_out, K_in)``, with zeros between groups."""
+    """Expands ``(N, weight rows, channels per group)`` to ``(N, K_out, K_in)``, with zeros between groups."""
     samples, rows, inner = edges.shape
     per_group = rows // layer.groups
     full = edges.new_zeros(samples, layer.groups, per_group, layer.groups, inner)

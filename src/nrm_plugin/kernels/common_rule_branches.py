@@ -1,7 +1,7 @@
 """Branches of common rules on torch layers, computed with few operations.
 
-The factors of these rules are known functions of one or two outputs (images) of the layer. It is therefore not
-necessary to replace the parameters of the layer or to apply the gradient mapper of the rule.
+The factors of these rules are known functions of one or two outputs of the layer. It is therefore not necessary to
+replace the parameters of the layer or to apply the gradient mapper of the rule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .recognized_rules import RuleForm, form_of, modified_bias
 from .rule_branch import Branch
 
 KEPT = 1 << 16
-"""Largest number of entries for which a modified input is stored instead of recomputed."""
+"""Modified inputs with more entries are recomputed instead of stored."""
 
 _FORMATS = (torch.float32, torch.float64)
 
@@ -37,12 +37,15 @@ _FORMATS = (torch.float32, torch.float64)
 def closed_branches(
     call: LayerCall, rule: BasicHook, normalization: Normalization | None
 ) -> tuple[list[Branch], Columns] | None:
-    """Reads a common rule on a linear or convolutional layer; returns None for other rules and layers.
+    """Computes the branches of a common rule on a linear or convolutional layer.
 
     Args:
         call: The recorded call of the layer.
-        rule: The rule.
+        rule: The rule of the layer.
         normalization: The normalization if the factors should include the gain, else None.
+
+    Returns:
+        The branches and the columns of the kernel, or None for other rules and layers.
     """
     form = form_of(rule)
     weight = call.module._parameters.get("weight")
@@ -57,12 +60,12 @@ def closed_branches(
 
 @dataclass(frozen=True)
 class _Image:
-    """The image of one branch: the output of its modified layer at its modified input, without bias.
+    """The output of the modified layer of one branch at its modified input, without bias.
 
     Attributes:
-        values: The image, ``(N, *out)``.
+        values: The output without bias, ``(N, *out)``.
         source, weight, maps: The modified input, the modified weight, and the linear map of the layer with this weight.
-        is_own: Whether nothing else reads the values.
+        is_own: Whether ``values`` may be overwritten, because nothing else reads them.
     """
 
     values: Tensor
@@ -72,19 +75,19 @@ class _Image:
     is_own: bool = True
 
     def memory(self) -> Tensor:
-        """Returns memory for a factor: the memory of the image, if nothing else reads it."""
+        """Returns memory for a factor: that of ``values`` if they may be overwritten, or a new tensor otherwise."""
         return self.values if self.is_own else torch.empty_like(self.values)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the branches of one rule at one call.
+    """Computes the branches of one rule at one call.
 
     Attributes:
         call, rule, normalization: As in :func:`closed_branches`.
-        form: The form of the rule.
+        form: The parameters of the rule.
         weight: The weight of the layer.
-        writer: Collects the columns.
+        writer: Accumulates the columns of the kernel.
     """
 
     call: LayerCall
@@ -95,7 +98,7 @@ class _Reader:
     normalization: Normalization | None
 
     def single(self) -> tuple[list[Branch], Columns] | None:
-        """Reads a rule whose branches share the factor ``1 / (z + bias)``, with a stabilizer."""
+        """Computes the branches of a rule with the common factor ``1 / (z + bias)``, including the stabilizer."""
         images = self._images()
         if images is None:
             return None
@@ -114,7 +117,7 @@ class _Reader:
     def _branch(
         self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
     ) -> Branch:
-        """Returns a branch; a large modified input is recomputed whenever it is needed."""
+        """Returns a branch that stores its modified input if it is small, and recomputes it on demand otherwise."""
         is_kept = source is self.call.input or source.numel() <= KEPT
         return Branch(
             source if is_kept else self.call.input,
@@ -139,7 +142,10 @@ class _Reader:
         return images
 
     def _source(self, modify: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the modified input, or the same tensor if the rule does not modify it, since its image is known."""
+        """Returns the modified input, or the input tensor itself if the rule does not modify it.
+
+        In the latter case, the output of the layer is already known.
+        """
         source = modify(self.call.input)
         return source if source is self.call.input else source.detach()
 
@@ -149,18 +155,18 @@ class _Reader:
             return None
         seen = self.call.image
         if seen is not None and source is self.call.input and weight.data_ptr() == seen.weight.data_ptr():
-            # Without a bias, the image is the output of the layer, which others read.
+            # Without a bias, this is the output of the layer, which other operations read.
             is_own = self.call.module._parameters.get("bias") is not None
             return _Image(seen.saved.tensor, source, weight, maps, is_own)
         return _Image(maps.up(source.unsqueeze(0)).squeeze(0), source, weight, maps)
 
     def _bias(self) -> Tensor | None:
-        """Returns the modified bias in the shape of the output, or None for zero."""
+        """Returns the modified bias, expanded to the shape of the output, or None for zero."""
         bias = modified_bias(self.rule.param_modifiers[0], self.call.module._parameters.get("bias"))
         return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
 
     def _positive(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Computes the factors of a block in which neither the image nor the bias is negative."""
+        """Computes the factors of a block if neither the output nor the bias has negative entries."""
         added = self.form.epsilon if bias is None else bias + self.form.epsilon
         if self.normalization is not None and self.normalization.restores(image, added):
             torch.reciprocal(image, out=out)  # the factor times the gain
@@ -175,9 +181,9 @@ class _Reader:
         out.copy_(factor if gain is None else factor.mul_(gain))
 
     def conserving(self) -> tuple[list[Branch], Columns] | None:
-        r"""Reads :class:`~nrm_plugin.rules.ConservingEpsilon`.
+        r"""Computes the branches of :class:`~nrm_plugin.rules.ConservingEpsilon`.
 
-        The mean weight of a channel cancels in the second branch, which therefore needs only sums of its inputs.
+        The mean weight of a channel cancels in the second branch, which therefore needs only sums over input windows.
         """
         same, size = (self._source(modify) for modify in self.rule.input_modifiers)
         windows = window_maps(twin_of(self.call.module), self.weight, size)

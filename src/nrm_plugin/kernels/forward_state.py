@@ -1,4 +1,4 @@
-"""Per-thread state of a forward pass: the listener, the running modules, and the tensors saved by steps."""
+"""Thread-local state of a forward pass: the listener, the running modules, and the tensors saved by steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from zennit.core import Hook
 
 
 class Saved:
-    """A tensor that a step needs when relevance arrives. Its values are protected from later in-place operations.
+    """A tensor that a step needs in the backward pass, protected from later in-place operations.
 
     Args:
-        tensor: The tensor.
-        values: Whether its values are needed; if not, an in-place operation does not copy them.
+        tensor: The tensor to save.
+        values: Whether its values are needed; if False, the tensor is not copied before an in-place operation.
     """
 
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
@@ -35,9 +35,9 @@ def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
 
 
 def protected(value: Any) -> Any:
-    """Returns an argument of a step, with its constant tensors copied so that in-place operations cannot change them.
+    """Detaches the constant tensors in an argument of a step and protects them from later in-place operations.
 
-    Parameters are returned unchanged; they keep their values while a model runs.
+    Parameters are returned unchanged, since they keep their values while a model runs.
     """
     if type(value) is Tensor and value.layout == torch.strided:
         own = value.detach()
@@ -47,18 +47,18 @@ def protected(value: Any) -> Any:
 
 
 def protect_weights(module: nn.Module) -> None:
-    """Protects the weights of a module that a step created from later in-place operations on the same memory."""
+    """Protects the weights of a module created by a step from in-place operations on shared memory."""
     for weight in module.parameters():
         _protect(weight, weight)
 
 
 def is_saved(tensor: Tensor) -> bool:
-    """Returns whether a step has saved the tensor at this memory address."""
+    """Returns whether a step has saved a tensor that shares storage with ``tensor``."""
     return any(saved() is not None for saved in RUNNING.saved.get(tensor.untyped_storage().data_ptr(), ()))
 
 
 def before_writing(tensor: Tensor) -> None:
-    """Gives each step that saved a tensor in this memory its own copy. Call this before an in-place operation."""
+    """Copies all saved tensors that share storage with ``tensor``, which is about to be modified in place."""
     for reference in RUNNING.saved.pop(tensor.untyped_storage().data_ptr(), ()):
         saved = reference()
         if isinstance(saved, Tensor):
@@ -68,13 +68,13 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into a tensor in place; returns the tensor with the autograd history of the result."""
+    """Copies a result into ``target`` in place and returns the tensor that has the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)
     except RuntimeError:
-        # Autograd rejects leaves and outputs of chunk, split and unbind, so no model was trained that way. The values
-        # are correct for every reader, the history only for readers of the returned tensor.
+        # Autograd does not allow in-place writes to leaves and to outputs of chunk, split and unbind, so no model was
+        # trained that way. All readers see the correct values, but only the returned tensor has the correct history.
         target.data.copy_(result.detach())
         return result
 
@@ -85,8 +85,8 @@ class RunningModule:
 
     Attributes:
         hook: The hook of the module.
-        module: The module.
-        call: The hook's record of the call, or None if the call is not recorded as a step.
+        module: The module that is running.
+        call: The record of the call, or None if the call is not recorded as a step.
     """
 
     hook: Hook
@@ -95,20 +95,20 @@ class RunningModule:
 
 
 class _Running(threading.local):
-    """State of the forward pass of this thread.
+    """State of the forward pass in the current thread.
 
     Attributes:
-        modules: The running modules that have a rule, outermost first; operations inside them are not steps.
-        pauses: Number of open contexts of :func:`not_recorded`.
-        saved: The tensors that steps have saved, keyed by memory address.
+        modules: The running modules with a rule, outermost first; operations inside them are not steps.
+        pauses: Number of active :class:`not_recorded` contexts.
+        saved: Weak references to the tensors saved by steps, keyed by storage address.
         listener: The object that is notified of every step and tap.
         weights: The parameters of the model that require gradients outside of this pass.
-        first_node: Number of the first autograd node of this pass, or None without a listener.
-        given: Identities of the parameters among the inputs of the model, without a listener.
-        made: Leaves that the model created, keyed by identity, or None if such leaves carry relevance.
-        depending: For each autograd node seen in this pass, whether it depends on an input of the model.
-        renormalized: The embedding tables that torch would have renormalized in this pass, keyed by identity.
-        reference: The pass of the reference, if a difference is explained, or None otherwise.
+        first_node: Sequence number of the first autograd node of this pass, or None without a listener.
+        given: Ids of the parameters among the inputs of the model, used without a listener.
+        made: Leaves that the model created, keyed by id, or None if such leaves may receive relevance.
+        depending: For each autograd node visited in this pass, whether it depends on an input of the model.
+        renormalized: The embedding tables that torch would have renormalized in this pass, keyed by id.
+        reference: The forward pass at the reference when explaining a difference, and None otherwise.
     """
 
     def __init__(self) -> None:
@@ -126,11 +126,11 @@ class _Running(threading.local):
 
 
 class Listener(Protocol):
-    """An object that is notified of the steps and functions of a forward pass.
+    """Interface of an object that is notified of the steps and functions of a forward pass.
 
     Attributes:
-        indices: The integer inputs, as the same objects that are passed to the model.
-        inputs: The leaves of the floating-point inputs.
+        indices: The integer inputs, as the same tensor objects that are passed to the model.
+        inputs: The leaf tensors of the floating-point inputs.
         gates: The gates of the forward pass.
     """
 
@@ -139,39 +139,39 @@ class Listener(Protocol):
     gates: Any
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Returns whether relevance ends at a leaf: an input, or rows selected by integer inputs."""
+        """Returns whether relevance ends at a leaf tensor: an input, or rows selected by integer inputs."""
 
     def on_step(self, module: nn.Module | None, step: Any, output: Tensor) -> None:
         """Called for each step of a module or function, with the output of the call."""
 
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """Called when a function returns a tensor that carries relevance."""
+        """Called when a function returns a tensor through which relevance is propagated."""
 
     def on_untracked(self) -> None:
-        """Called when values, such as a sort order, depend on the inputs but are not tracked by autograd."""
+        """Called when a result, such as a sort order, depends on the inputs without being tracked by autograd."""
 
     def on_read(self, where: str) -> None:
-        """Called when the model converts integer inputs to Python or NumPy numbers; ``where`` describes the call."""
+        """Called when the model converts integer inputs to Python or NumPy numbers; ``where`` locates the call."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Called when integer inputs select rows of a constant; returns the tensor that replaces the rows."""
+        """Called when integer inputs select rows of a constant; returns the tensor to use in place of the rows."""
 
 
 RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Returns whether operations are currently not recorded: inside a module with a rule or :class:`not_recorded`."""
+    """Returns whether recording is suspended: inside a module with a rule, or inside :class:`not_recorded`."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
 
 
 def is_in_module_step() -> bool:
-    """Returns whether results are currently not in the graph: inside a module step or :class:`not_recorded`."""
+    """Returns whether results are not attached to the graph: inside a module step, or inside :class:`not_recorded`."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
-class not_recorded:  # noqa: N801  # a class, since a generator takes three times as long to enter
-    """Context manager that pauses recording: operations inside it are not recorded."""
+class not_recorded:  # noqa: N801  # a class, since entering a generator-based context takes three times as long
+    """Context manager that disables recording."""
 
     __slots__ = ()
 
@@ -187,9 +187,9 @@ P = ParamSpec("P")
 
 
 def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a hook so that its own operations bypass ``__torch_function__``, which costs more than most of them.
+    """Decorates a hook so that operations inside it bypass ``__torch_function__``, whose overhead exceeds their cost.
 
-    The decorator has no effect if an argument belongs to a subclass of tensor, which needs ``__torch_function__``.
+    The decorator has no effect if an argument is of a subclass of ``Tensor``, which needs ``__torch_function__``.
     """
 
     @functools.wraps(hook)
@@ -212,36 +212,37 @@ def _is_subclass(value: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Returns whether a transform of ``torch.func`` runs, such as ``vmap`` or ``grad``; nothing inside of it is a step.
+    """Returns whether a ``torch.func`` transform such as ``vmap`` or ``grad`` is active.
 
-    Relevance raises an error where it arrives at the results of the transform; constants may come from one.
+    Operations inside a transform are not steps. An error is raised if relevance arrives at the results of the
+    transform, but constants may be computed in one.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def listener() -> Listener | None:
-    """Returns the listener of the forward pass of this thread."""
+    """Returns the listener of the forward pass in this thread, or None."""
     return RUNNING.listener
 
 
 def note_untracked() -> None:
-    """Notifies the listener of values that depend on the inputs but are not tracked by autograd."""
+    """Notifies the listener of results that depend on the inputs without being tracked by autograd."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 
 
 def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
-    """Returns whether a tensor requires a gradient although the model did not compute it from its inputs in this pass.
+    """Returns whether a tensor requires a gradient but was not computed from the model inputs in this pass.
 
-    Examples are a parameter stored in a list or closure, and an initial state; for relevance they are constants. The
-    model is called with copies of its inputs, so every leaf is foreign, and so is every tensor computed earlier.
-    Without a listener, the caller may read relevance at any leaf, except parameters that are not among the inputs, and
-    leaves that the model creates although it is called with inputs that require a gradient.
+    Examples are a parameter stored in a list or closure, and an initial state. They are treated as constants. The model
+    is called with copies of its inputs, so every leaf tensor is foreign, and so is every tensor computed before the
+    pass. Without a listener, the caller may read the relevance of any leaf, except parameters that are not among the
+    inputs, and leaves that the model creates although it is called with inputs that require a gradient.
 
     Args:
         tensor: Any tensor.
         is_exact: Whether to detect tensors computed in another thread, where autograd nodes are numbered separately.
-            The exact test matters for functions of several tensors, and is slower.
+            This is slower, and needed only for functions of several tensors.
     """
     if not tensor.requires_grad:
         return False
@@ -257,7 +258,7 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 
 
 def _depends_on_inputs(node: Any) -> bool:
-    """Returns whether an autograd node depends on an input; each node is visited once per pass."""
+    """Returns whether an autograd node depends on a model input; each node is visited once per pass."""
     listening, known, stack = RUNNING.listener, RUNNING.depending, [node]
     assert listening is not None, "without a listener, the inputs are not known"
     while stack:
@@ -273,22 +274,22 @@ def _depends_on_inputs(node: Any) -> bool:
 
 
 def known_leaves(values: tuple[Any, ...]) -> set[int]:
-    """Returns the identities of the tensors in a function's arguments that already require a gradient."""
+    """Returns the ids of the tensors among the arguments of a function that already require a gradient."""
     return {id(value) for value in values if isinstance(value, Tensor) and value.requires_grad}
 
 
 def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
-    """Records the leaves that a function has created, in its result and its arguments."""
+    """Records the leaf tensors that a function created, given its results and arguments."""
     made = RUNNING.made
     if made is None:
         return
     for value in values:
         if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is None and id(value) not in known:
-            made[id(value)] = value  # stored, since the identity of a freed tensor may be reused
+            made[id(value)] = value  # kept alive, since the id of a freed tensor may be reused
 
 
 def constants_detached(value: Any, is_exact: bool = False) -> Any:
-    """Detaches all foreign tensors in an argument of a function; returns the same object if there are none."""
+    """Detaches all foreign tensors in an argument of a function; an argument without foreign tensors is unchanged."""
     if isinstance(value, Tensor):
         return value.detach() if is_foreign(value, is_exact) else value
     if type(value) in (list, tuple):
@@ -299,19 +300,19 @@ def constants_detached(value: Any, is_exact: bool = False) -> Any:
 
 
 def next_node() -> int:
-    """Returns the number of the next autograd node of this thread."""
+    """Returns the sequence number that the next autograd node of this thread will receive."""
     with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
         return torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 @contextmanager
 def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[None]:
-    """Context manager with a new state for one forward pass, so that a pass that raises leaves no state behind.
+    """Context manager that provides a fresh state for one forward pass and restores the previous state afterwards.
 
     Args:
-        listener: The object notified of every step; the model must be called with copies of its inputs made inside this
-            context. None for a pass without recording.
-        reference: A :class:`~nrm_plugin.kernels.reference_pass.ReferencePass`, if a difference is explained.
+        listener: The object notified of every step, or None for a pass without recording. With a listener, the model
+            must be called on copies of its inputs made inside this context.
+        reference: The :class:`~nrm_plugin.kernels.reference_pass.ReferencePass` when explaining a difference.
     """
     outer = dict(RUNNING.__dict__)
     first_node = None
@@ -326,6 +327,6 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a mode of this thread, together with any inner modes that an interrupt left open."""
+    """Exits a torch function mode of this thread, together with inner modes left active by an interrupt."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

@@ -1,8 +1,8 @@
-r"""Gradient mappers of known rules in closed form: the factors :math:`m_k(1)` from the outputs of the branches.
+r"""Closed forms of the gradient mappers of known rules: the factors :math:`m_k(1)` from the outputs of the branches.
 
-Applying a rule's mapper to ones works for any rule. However, the mappers of Zennit's rules compute each denominator
-once per branch and compare floats to determine signs, which takes longer than the arithmetic of the layer. The closed
-forms use the stabilizer of the rule.
+Applying the mapper of a rule to ones works for any rule. However, the mappers of Zennit's rules compute each
+denominator once per branch and determine signs by comparisons, which takes longer than the arithmetic of the layer. The
+closed forms use the stabilizer of the rule.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ _LEADERS: dict[type, tuple[int, ...]] = {
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
-"""Known mappers, keyed by the rule's gradient mapper, which is shared by all copies of a rule."""
+"""Closed forms, keyed by gradient mapper, which all copies of a rule share; None if there is no closed form."""
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
-    """Returns the mapper of a known rule in closed form, compared once with the rule's own, or None for other rules."""
+    """Returns the gradient mapper of a known rule in closed form, or None for other rules.
+
+    The closed form is verified once against the mapper of the rule.
+    """
     if type(rule) not in _LEADERS:
         return None
     own = rule.gradient_mapper
@@ -50,7 +53,7 @@ def closed_mapper(rule: BasicHook) -> Mapper | None:
 
 
 def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
-    """Returns whether a mapper and a rule agree on the factors of some outputs, including zero and negative values."""
+    """Returns whether the closed form and the mapper of a rule give the same factors, even where outputs are zero."""
     count = len(rule.input_modifiers)
     numbers = torch.sin(torch.arange(1.0, 1 + 24 * count, dtype=torch.float64) ** 2).reshape(count, 2, 3, 4)
     numbers[:, 0, 0] = 0
@@ -63,7 +66,7 @@ def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
 
 
 def stabilizer_of(rule: BasicHook) -> float | None:
-    """Returns the number that a known rule adds to the magnitude of a denominator, or None if it is not a constant."""
+    """Returns the constant ε that stabilizes the denominators of a known rule, or None if it is not a constant."""
     stabilizer = _nonlocals(rule).get("stabilizer_fn", _nonlocals(rule).get("stabilize"))
     if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None
@@ -71,7 +74,7 @@ def stabilizer_of(rule: BasicHook) -> float | None:
 
 
 def conserved_share(rule: ConservingEpsilon) -> float:
-    """Returns the parameter ε of the rule."""
+    """Returns the parameter ε of a :class:`~nrm_plugin.rules.ConservingEpsilon` rule."""
     return float(_nonlocals(rule)["epsilon"])
 
 
@@ -119,7 +122,7 @@ def _conserving(epsilon: float, inverse: Callable[[Tensor], Tensor]) -> Factors:
 
 
 def inverse_by(epsilon: float) -> Callable[[Tensor], Tensor]:
-    """Returns the function ``1 / (z + sign(z) epsilon)``."""
+    """Returns the stabilized reciprocal, the function ``1 / (z + sign(z) epsilon)``."""
 
     def inverse(z: Tensor) -> Tensor:
         raised = z + 0.0  # negative zero is treated as positive, as in Zennit

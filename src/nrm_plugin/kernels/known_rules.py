@@ -1,4 +1,4 @@
-"""Properties of rules: whether a rule is defined only by Zennit's modifiers, and whether it is known to be linear."""
+"""Classification of rules: whether a rule is defined by Zennit's modifiers, and whether it is known to be linear."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlu
 
 
 def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
-    """Returns whether a rule is defined only by the modifiers of Zennit's ``BasicHook``."""
+    """Returns whether a rule is defined entirely by the modifiers of Zennit's ``BasicHook``."""
     return isinstance(hook, BasicHook) and not overrides(hook, "backward", BasicHook)
 
 
 def is_known_linear(hook: Hook) -> bool:
-    """Returns whether a rule from Zennit or this package is known to be linear in the relevance."""
+    """Returns whether a rule is one of the rules of Zennit or this package that are linear in the relevance."""
     return type(hook) in LINEAR_RULES or type(hook).__module__ == "nrm_plugin.rules"
 
 
 def own_copy(hook: Hook) -> Hook:
-    """Returns the rule for one call: a copy, since a rule may have state, or the rule itself if it is known."""
+    """Returns the rule to use for one call: a copy, since a rule may be stateful, or the rule itself if it is known."""
     return hook if is_known_linear(hook) else hook.copy()
 
 

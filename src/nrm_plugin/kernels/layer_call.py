@@ -1,4 +1,4 @@
-"""One call of a layer, as recorded by the hook, from which its rule is read as a kernel."""
+"""Record of one call of a layer, from which the kernel of its rule is computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""Function that runs a module on a different first input, with its other arguments unchanged."""
+"""A function that runs a module on a given first input, with the other arguments of the recorded call."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Image:
 
     Attributes:
         saved: The output without bias, ``(N, *out)``.
-        weight: The weight by which the layer multiplied.
+        weight: The weight of the layer.
     """
 
     saved: Saved
@@ -36,18 +36,18 @@ class Image:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer that has a rule.
+    """One call of a layer with a rule.
 
     Attributes:
-        rule: The rule.
-        module: A copy of the layer that may be modified.
-        run: Function that runs a module, given its first input.
+        rule: The rule applied to the layer.
+        module: A copy of the layer, which may be modified.
+        run: Function that runs a module on a given first input.
         saved_input: The first input, ``(N, *in)``.
-        like: A tensor without storage that has the shape of the output, ``(N, *out)``.
-        name: Layer name, for messages.
-        saved_output: The output, if the rule reads it and fusion did not change the layer, or None otherwise.
+        like: A tensor with the shape of the output, ``(N, *out)``, but without memory for its entries.
+        name: Layer name, for error messages.
+        saved_output: The output if the rule reads it and fusion has not changed the layer, else None.
         image: The output without bias, if the hook recorded it.
-        precision: The dtype in which the layer multiplies by its weight, if it is less precise than the input.
+        precision: The dtype in which the layer multiplies by its weight, if it is less precise than that of the input.
     """
 
     rule: Hook
@@ -71,9 +71,9 @@ class LayerCall:
         name: str,
         image: Image | None = None,
     ) -> LayerCall:
-        """Creates the record of a call from its output, and saves only the tensors that the rule reads."""
+        """Creates the record of a call, saving only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
-        # Not the output itself, since it is linked to a step: the output and the step would keep each other alive.
+        # Not the output itself, which is linked to a step: this would be a reference cycle.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
 
     @property
@@ -83,38 +83,38 @@ class LayerCall:
 
     @property
     def output(self) -> Tensor:
-        """The output, ``(N, *out)``; only its shape, dtype and device if :attr:`is_output_known` is false."""
+        """The output, ``(N, *out)``; only its shape, dtype and device are valid if :attr:`is_output_known` is False."""
         return self.like if self.saved_output is None else self.saved_output.tensor
 
     @property
     def is_output_known(self) -> bool:
-        """Whether the values of the output are known."""
+        """Whether the values of the output were saved."""
         return self.saved_output is not None
 
 
 def reads_image(rule: Hook) -> bool:
-    """Returns whether a rule needs the output without bias of the unmodified layer, which the hook has recorded."""
+    """Returns whether a rule uses the output without bias of the unmodified layer, so that the hook must record it."""
     return type(rule) in (Epsilon, ConservingEpsilon)
 
 
 def _reads_output(rule: Hook) -> bool:
-    """Returns whether a rule may read the output of the unmodified layer as well as those of its modified layers."""
+    """Returns whether a rule may use the output of the unmodified layer in addition to those of its modified layers."""
     return type(rule) not in (*LINEAR_RULES, Absolute, ConservingEpsilon, Relative) or type(rule) is Gamma
 
 
 def forward(module: nn.Module, source: Tensor) -> Tensor:
-    """Runs a module that has one input."""
+    """Runs a module with a single input."""
     result: Tensor = module.forward(source)
     return result
 
 
 def without_values(call: LayerCall) -> LayerCall:
-    """Returns the record of a call without the values of its tensors, for a kernel that does not read them."""
+    """Returns the record of a call with the shapes but not the values of its tensors."""
     return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """Returns a tensor without memory, with the same shape and device and the dtype of relevance at this tensor."""
+    """Returns an expanded scalar with the shape and device of ``tensor`` and the dtype of its relevance."""
     if type(tensor) is Tensor:
         return _entry(working_dtype(tensor.dtype), tensor.device).expand(tensor.shape)
     return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

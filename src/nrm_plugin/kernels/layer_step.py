@@ -1,8 +1,7 @@
-"""The step of a layer. Batch-norm fusion may modify its call before the kernel is built."""
+"""The step of a layer. Batch-norm fusion may modify the recorded call before the kernel is built."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zennit.rules import Pass
 
-from ..errors import BatchNormWarning
+from ..errors import BatchNormWarning, warn
 from ..model.autocast import is_short
 from ..model.quantized import dequantized, is_quantized
 from .base import IdentityKernel, Kernel
@@ -25,19 +24,19 @@ class LayerStep(Step):
     """The step of a layer.
 
     Args:
-        layer_call: The call.
+        layer_call: The record of the call.
         output: The output of the call, ``(N, *out)``.
-        normalization: The normalization of columns.
-        name: Name of the step; by default the name of the layer.
-        rule: Name of the operation; by default the name of the rule.
+        normalization: The normalization of the columns.
+        name: Name of the step; by default, the name of the layer.
+        rule: Name of the operation; by default, the name of the rule.
 
     Attributes:
-        layer_call: The call, with the parameters and the input set by fusion.
-        folds: Functions by which fusion changes the call before the kernel is built.
-        norms: The batch normalization layers that read the output of the layer.
+        layer_call: The record of the call, with the parameters and the input set by fusion.
+        folds: Deferred fusions, to be applied before the kernel is built.
+        norms: The batch-norm layers that read the output of the layer.
         layer_below: For a batch normalization, the step of the layer whose output it reads.
-        feeds_fold: Whether the fusion of a layer above may read the input of this step.
-        has_dense_norm: Whether a dense layer and a batch normalization were fused in this step.
+        feeds_fold: Whether the layer above may be fused with this step. If so, that layer reads the input of this step.
+        has_dense_norm: Whether a linear layer and a batch normalization were fused in this step.
     """
 
     def __init__(
@@ -58,12 +57,12 @@ class LayerStep(Step):
         self.has_dense_norm = False
 
     def empty(self) -> None:
-        """Drops all tensors, so that only the structure of the step is left."""
+        """Frees all tensors of the step and keeps only its structure."""
         super().empty()
         self.layer_call = replace(without_values(self.layer_call), image=None)
 
     def fold(self) -> None:
-        """Applies all deferred fusions with batch normalization; the call does not change afterwards."""
+        """Applies all deferred batch-norm fusions, after which the call does not change."""
         self.fill()
         self._dequantize()
         while self.folds:
@@ -79,7 +78,7 @@ class LayerStep(Step):
         return kernel
 
     def _dequantize(self) -> None:
-        """Replaces a quantized layer with its dequantized copy."""
+        """Replaces a quantized layer with a dequantized copy."""
         call = self.layer_call
         if type(call.rule) is not Pass and is_quantized(call.module):
             self.layer_call = replace(
@@ -88,15 +87,15 @@ class LayerStep(Step):
 
     @property
     def is_identity(self) -> bool:
-        """Whether this is a batch normalization that was fused into the layer below, which has no other reader."""
+        """Whether this is a batch normalization fused into the layer below, as the only consumer of its output."""
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
-        """Changes the parameters of the copied layer, so that its output differs from the layer of the model.
+        """Sets the weight and bias of the copied layer, whose output then differs from that of the model.
 
         Args:
-            weight: The weight.
-            bias: The bias.
+            weight: The new weight.
+            bias: The new bias.
             factor: The factor by which the output without bias changes, if known.
         """
         call = self.layer_call
@@ -110,20 +109,19 @@ class LayerStep(Step):
         self.layer_call = replace(call, saved_output=None, image=image)
 
     def set_input(self, source: Tensor) -> None:
-        """Changes the input of the layer."""
+        """Sets the input of the layer."""
         self.layer_call = replace(self.layer_call, saved_input=Saved(source, values=False))
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
         if self.has_dense_norm and bool((column_sum < 0.5).double().mean() > 0.5):
-            warnings.warn(
+            warn(
                 f"batch normalization was fused with the dense layer {self.name!r}, and its bias absorbs most of the "
                 "relevance of most of its neurons. Heat maps through such a pair say little about the inputs (arXiv "
                 "2002.11018). Check sink(layer), or remove FuseBatchNorm from the canonizers.",
                 BatchNormWarning,
-                stacklevel=2,
             )
         return super()._scaling_of(column_sum)
 
 
 Fuse = Callable[[LayerStep, Tensor], None]
-"""A function of a new step and its input, which prepares fusing the step with those of its input."""
+"""A function that schedules the fusion of a new step, given the step and its input."""

@@ -1,4 +1,4 @@
-r"""The gradient mapper of a rule as factors :math:`m_k(1)`, in closed form or by applying the mapper to ones."""
+r"""Factors :math:`m_k(1)` of the gradient mapper of a rule."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]
 
 @dataclass(frozen=True)
 class Mapper:
-    """A mapper that multiplies the relevance of each branch elementwise.
+    """A gradient mapper that multiplies the relevance of each branch elementwise by a factor.
 
     Attributes:
-        leaders: For each branch, the first branch with the same factor.
-        factors: A function of the outputs of all branches and the requested leaders; returns the leaders' factors.
+        leaders: For each branch, the index of the first branch with the same factor.
+        factors: Function that returns the factors of the requested leaders, given the outputs of all branches.
         is_local: Whether each entry of a factor depends only on the same entry of the outputs.
     """
 
@@ -32,12 +32,15 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """Returns the mapper of any rule, or None if the rule's mapper is not an elementwise product.
+    """Constructs the factors of any rule by applying its gradient mapper to ones.
 
     Args:
-        rule: The rule.
+        rule: The rule whose gradient mapper is applied.
         outputs: Function that returns the outputs of all branches at one block.
-        like: A tensor in the shape of the output, ``(N, *out)``.
+        like: A tensor with the shape of the output, ``(N, *out)``.
+
+    Returns:
+        The mapper, or None if the gradient mapper of the rule is not an elementwise product.
     """
     first = next(iter(blocks(like)))
     factors = mapped(rule, torch.ones_like(like[first]), outputs(first))
@@ -59,13 +62,13 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
 
 
 def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """Applies the mapper of a rule to relevance; returns one tensor per branch."""
+    """Applies the gradient mapper of a rule to relevance and returns one tensor per branch."""
     result = rule.gradient_mapper(relevance, outputs)
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
-    """Returns whether the mapper multiplies each entry of the relevance by a factor."""
+    """Returns whether the gradient mapper multiplies each entry of the relevance by a factor."""
     like = outputs[0]
     probe = torch.linspace(-1, 2, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
     factors = mapped(rule, torch.ones_like(like), outputs)
@@ -77,12 +80,12 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Returns whether each factor depends only on its own entry, and not, for example, on the mean of the layer.
+    """Returns whether each factor depends only on the same entry of the outputs, and not, for example, on their mean.
 
     Args:
-        rule: The rule.
+        rule: The rule to test.
         outputs: The outputs of all branches at a few entries.
-        factors: The factors of these entries, computed from outputs with more entries.
+        factors: The factors of these entries, computed from a larger block of outputs.
     """
     return all(
         torch.allclose(here, there, rtol=1e-6, atol=0, equal_nan=True)

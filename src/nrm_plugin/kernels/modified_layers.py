@@ -1,4 +1,4 @@
-"""The modified layers of a rule, evaluated at its modified inputs."""
+"""Evaluation of the modified layers of a rule at its modified inputs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Smallest number of weights for which the modified weight of a linear layer is computed block by block."""
+"""Linear layers with at least this many weights are modified block by block."""
 
 
 @dataclass
 class ModifiedLayer:
-    """One modified layer and its output at its modified input.
+    """A modified layer, evaluated at its modified input.
 
     Attributes:
-        image: The output without bias; a scalar if all entries are the same.
-        bias: The bias, in a shape that broadcasts.
+        image: The output without bias; a scalar if all entries are equal.
+        bias: The bias, in a shape that broadcasts to the output.
         maps: The linear map, or None if the input is zero or only the output is needed.
         weight: Function that computes the modified weight.
-        is_own: Whether nothing else reads the image.
+        is_own: Whether ``image`` may be overwritten, because nothing else reads it.
     """
 
     image: Tensor
@@ -44,7 +44,7 @@ class ModifiedLayer:
     is_own: bool = False
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
-        """Returns the output with bias at one block of this shape."""
+        """Returns one block of the output with bias, where ``shape`` is the shape of the whole output."""
         image = self.image.expand(shape)[at]
         if self.bias is None:
             return image
@@ -52,20 +52,20 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Returns memory for a factor of this shape: that of the image, if nothing else reads it."""
+        """Returns memory for a factor with the shape of ``like``, reusing that of the image if possible."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
 
 
 def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: float) -> ModifiedLayer:
-    """Runs a layer with modified parameters at a modified input.
+    """Evaluates a layer with modified parameters at a modified input.
 
     Args:
         call: The call of the unmodified layer.
         modify: The parameter modifier of the rule.
         source: The modified input, ``(N, *in)``.
-        sign: Sign of the branch; if 0, only the output is needed.
+        sign: Sign of the branch; if it is 0, only the output is needed.
     """
     if is_by_blocks(call, modify):
         return _by_blocks(call, modify, source)
@@ -74,7 +74,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
 
 
 def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float) -> ModifiedLayer:
-    """Runs a modified layer without bias, since subtracting the bias from the output would lose precision."""
+    """Evaluates a modified layer without bias, since subtracting the bias from the output would lose precision."""
     bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
     is_unmodified = source is call.input and _share_memory(modified._parameters, call.module._parameters)
     if sign == 0 and call.is_output_known and is_unmodified:
@@ -95,7 +95,7 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
         return ModifiedLayer(image, added, maps, lambda: matrix, is_own=True)
     seen = call.image
     if seen is not None and source is call.input and matrix.data_ptr() == seen.weight.data_ptr():
-        # Without a bias the image is the output of the layer, which other steps read.
+        # Without a bias, this is the output of the layer, which other steps read.
         return ModifiedLayer(seen.saved.tensor, added, explicit, lambda: matrix, is_own=bias is not None)
     image = explicit.up(source.unsqueeze(0)).squeeze(0)
     return ModifiedLayer(image, added, explicit, lambda: matrix, is_own=True)
@@ -110,12 +110,12 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the layer multiplies, or None if it is no less precise than the inputs."""
+    """Returns the dtype in which the layer multiplies if it is less precise than that of the input, else None."""
     return call.precision if source.dtype == torch.float32 else None
 
 
 def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Returns whether the layer is a large linear layer whose weight is modified by a built-in rule."""
+    """Returns whether the layer is a large linear layer whose weight a built-in rule modifies."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False
@@ -127,7 +127,7 @@ def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
 
 
 def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLayer:
-    """Runs a modified linear layer in blocks, so that the modified weight is never stored as a whole."""
+    """Evaluates a modified linear layer block by block, without storing the whole modified weight."""
     weight = call.module._parameters["weight"]
     assert weight is not None
     matrix = weight.detach()

@@ -1,4 +1,4 @@
-"""Identification of the input modifiers and the reducer of a rule, by applying them to a few numbers."""
+"""Identification of the input modifiers and the reducer of a rule, by evaluating them on a few numbers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ _KNOWN_SIGNS: dict[type, list[float]] = {}
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
-    """Returns the modified inputs; equal ones share memory, such as the output of a ReLU and its positive part."""
+    """Returns the modified inputs of a rule.
+
+    Identical inputs share memory, for example when all activations are nonnegative.
+    """
     known, sources = [inputs], []
-    # The bounds of ZBox may have the shape of an image, unlike the probes, and are not parts of the input.
+    # The bounds of ZBox may have the shape of an image, which does not match the probe, and are not parts of the input.
     positive = is_known_linear(rule) and not isinstance(rule, ZBox) and is_positive(inputs)
     for modifier in rule.input_modifiers:
         part = _part(modifier, inputs) if positive else ""
@@ -34,7 +37,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Returns which part of its input a built-in modifier selects: positive, negative, or empty for neither."""
+    """Returns ``"positive"`` or ``"negative"`` if a modifier selects this part of its input, else an empty string."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -45,7 +48,7 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def is_positive(source: Tensor) -> bool:
-    """Returns whether all entries are nonnegative; a minimum is faster than comparing all entries."""
+    """Returns whether all entries are nonnegative, from their minimum, which is faster than comparing each entry."""
     return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)
 
 
@@ -59,7 +62,7 @@ def is_zero(source: Tensor) -> bool:
 
 
 def _is_zero(source: Tensor) -> bool:
-    """Returns whether all entries are zero; for most tensors, the first few entries decide."""
+    """Returns whether all entries are zero; the first few entries usually suffice to show that they are not."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -67,7 +70,10 @@ def _is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k`` (``Σ ρ_k g_k`` for inputs of ones), or None."""
+    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k``, or None for other reducers.
+
+    If all modified inputs are ones, the reducer may also be ``Σ ρ_k g_k``.
+    """
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:
         with audit():
@@ -92,7 +98,7 @@ def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | No
         ]
         reduced = rule.reducer(inputs, gradients)
     except (RuntimeError, IndexError, ValueError, TypeError):
-        return None  # a reducer that needs the actual shapes; it is called unchanged
+        return None  # a reducer that requires the actual shapes
     signs = [float(unit.flatten()[0]) for unit in units]
     if any(bool((unit != unit.flatten()[0]).any()) for unit in units):
         return None

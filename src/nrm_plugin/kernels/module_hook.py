@@ -1,13 +1,12 @@
-"""The hook that makes each call of a module a step.
+"""The hook that turns each call of a module into a step.
 
-A module runs on a detached input, and its output is linked to the original input. The module's own backward never runs,
-and each call of a reused module has its own kernel.
+A module runs on a detached input, and its output is linked to the original input by the kernel of its rule. The
+backward function of the module is never called, and each call of a reused module has its own kernel.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 from zennit.rules import Pass
 
-from ..errors import InputError, UnsupportedRuleError, autocast_outside
+from ..errors import InputError, UnsupportedRuleError, autocast_outside, warn
 from ..model.autocast import asked_for
 from ..model.custom_layers import WeightRecorder, is_own_layer
 from ..model.quantized import is_quantized
@@ -56,14 +55,14 @@ class OpenCall:
     """A call of a module that has not returned yet.
 
     Attributes:
-        source: The input, in the autograd graph.
-        passed: The detached tensor that was passed to the module instead.
+        source: The input, attached to the autograd graph.
+        passed: The detached tensor that was passed to the module in its place.
         version: The version counter of ``passed`` before the call.
         saved_input: The input, protected from later writes.
-        run: Runs the module on a different first input.
-        run_again: Runs the module again on its original arguments.
+        run: Function that runs the module on a given first input.
+        run_again: Function that runs the module again on its original arguments.
         mode: The torch function mode in which the module runs.
-        in_place: Whether the module may overwrite its input.
+        in_place: Whether the module is allowed to overwrite its input.
     """
 
     source: Tensor
@@ -77,19 +76,19 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module operates in place, and would have overwritten its input without a copy."""
+        """Whether the module operates in place and would have overwritten its input if it had not received a copy."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 
 class StepHook(Hook):
-    """A Zennit hook that makes each call of a module a step with the rule of a given hook.
+    """A Zennit hook that turns each call of a module into a step, using the rule of another hook.
 
     Args:
         rule: The hook that the composite assigns to the module.
-        normalization: The normalization of columns.
-        name: Layer name, for messages.
-        checked: Rules that are known to be linear, shared by all copies.
-        fuse: Function that is called with every new step and its input, to fuse the step with its neighbours.
+        normalization: The normalization of the columns.
+        name: Layer name, for error messages.
+        checked: Rules that have been found to be linear, shared by all copies of the hook.
+        fuse: Function that is called with each new step and its input, to schedule its fusion with adjacent steps.
     """
 
     def __init__(
@@ -108,24 +107,27 @@ class StepHook(Hook):
         self._checked: weakref.WeakSet[Hook] = weakref.WeakSet() if checked is None else checked
 
     def copy(self) -> StepHook:
-        """Returns a hook with the same rule for a different module."""
+        """Returns a hook with the same rule, to be registered on another module."""
         return StepHook(self.rule, self.normalization, self.name, self._checked, self.fuse)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
-        """Registers the hook; returns the handles that remove it."""
+        """Registers the hook on a module and returns the handles that remove it."""
         return RemovableHandleList(
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                # Called even if the module raised an error, since later calls would otherwise count as inside of it;
-                # and called before other hooks, since those that mask or store relevance, as in zennit-crp, need the
-                # linked output.
+                # Called even if the module raised an error, since later calls would otherwise be considered to be
+                # inside the module. Called before other hooks, since those that mask or store relevance, as in
+                # zennit-crp, need the linked output.
                 module.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
             ]
         )
 
     def remove(self) -> None:
-        """Discards calls that never returned, since torch does not run hooks after a keyboard interrupt."""
+        """Removes the hook and discards calls that never returned.
+
+        Such calls remain after a keyboard interrupt, since torch does not run hooks then.
+        """
         super().remove()
         for running in RUNNING.modules:
             if running.hook is self and running.call is not None and running.call.mode is not None:
@@ -143,7 +145,7 @@ class StepHook(Hook):
         if len(computed) > 1:
             computed = {key: tensor for key, tensor in computed.items() if not is_foreign(tensor, is_exact=True)}
         if self.active and not computed and not is_inside_step() and _has_ids():
-            return None  # the functions inside are constants, or lookups by integer inputs
+            return None  # the functions inside compute constants or look up rows by integer inputs
         if not self.active or not computed or is_inside_step():
             RUNNING.modules.append(RunningModule(self, module, None))
             return None
@@ -153,10 +155,10 @@ class StepHook(Hook):
         if len(computed) > 1 and is_own_layer(module):
             return None  # the functions inside are steps with the rule of the module, each with its own input
         if len(computed) > 1:
-            warnings.warn(
+            warn(
                 f"layer {self.name!r} ({type(module).__name__}) has a rule and {len(computed)} inputs that depend on "
                 "the model's input. As in Zennit, its rule propagates all relevance to the first of them.",
-                stacklevel=2,
+                UserWarning,
             )
         if RUNNING.renormalized:
             check_unused(RUNNING.renormalized, module._parameters.values())
@@ -202,7 +204,7 @@ class StepHook(Hook):
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Links the output of the module to its input (forward hook); the output is None if the module raised."""
+        """Links the output of the module to its input (forward hook); ``output`` is None if the module failed."""
         call = self._last_call(module)
         if call is not None and call.mode is not None:
             call.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -228,7 +230,7 @@ class StepHook(Hook):
         return self._linked(call, step, output)
 
     def _last_call(self, module: nn.Module) -> OpenCall | None:
-        """Closes and returns the last call of the module, and closes the calls inside it that never returned."""
+        """Closes and returns the last call of the module, discarding calls inside it that never returned."""
         modules = RUNNING.modules
         for number in range(len(modules) - 1, -1, -1):
             if modules[number].hook is self and modules[number].module is module:
@@ -250,7 +252,7 @@ class StepHook(Hook):
                 self.fuse(step, source)
 
     def _check_rule(self, step: LayerStep) -> None:
-        """Raises an error unless the rule is linear; an unknown rule is tested at its first call."""
+        """Raises an error if the rule is not linear; rules not known to be linear are tested at their first call."""
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), not_recorded():
                 check_linear(step.kernel, step.layer_call)
@@ -267,13 +269,13 @@ class StepHook(Hook):
 
 
 def _has_ids() -> bool:
-    """Returns whether the model has integer inputs, which any module may use for lookups."""
+    """Returns whether the model has integer inputs, which any module may use to look up rows."""
     listening = listener()
     return listening is not None and bool(listening.indices)
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """Returns a copy of the module and a function that runs it; the copy of a custom layer has the computed weight."""
+    """Returns a copy of the module and a function that runs it; the copy of a custom layer has its computed weight."""
     if is_quantized(module):
         return module, call.run  # never modified: rules act on another layer with its dequantized weight
     shell = shared_copy(module)
@@ -286,7 +288,10 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
-    """Returns whether the user's full backward hooks receive relevance: in a context, but not in a measure."""
+    """Returns whether the module has full backward hooks that receive relevance.
+
+    Hooks receive relevance in a context, but not in a measure.
+    """
     if listener() is not None:
         return False
     every = nn.modules.module
@@ -297,24 +302,24 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def _is_free(tensor: Tensor) -> bool:
-    """Returns whether a tensor may be overwritten: it is neither a view nor a leaf, and no step has saved it."""
+    """Returns whether a tensor may be overwritten, because it is neither a view nor a leaf and no step has saved it."""
     return tensor._base is None and not tensor.is_leaf and not is_saved(tensor)
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Repeats the in-place write of the module on the original input, for later readers such as a skip connection."""
+    """Repeats an in-place write of the module on its original input, which a skip connection may read later."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
     with not_recorded():
         if is_result and passed.shape == linked.shape:
             return write(source, linked)
         before_writing(source)
-        source.data.copy_(passed)  # an intermediate result, whose relevance is unknown
+        source.data.copy_(passed)  # an intermediate value, whose relevance is unknown
     return linked
 
 
 def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """Returns the floating-point tensors among the arguments of a module."""
+    """Returns the floating-point tensors among the arguments of a module, keyed by index or keyword."""
     items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return {key: value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()}
 
@@ -322,7 +327,7 @@ def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
 def _replaced(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Arguments
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replaces some tensors among the arguments of a module."""
+    """Returns the arguments of a module with some tensors replaced."""
     positional = tuple(tensors.get(position, value) for position, value in enumerate(args))
     return positional, {key: tensors.get(key, value) for key, value in kwargs.items()}
 

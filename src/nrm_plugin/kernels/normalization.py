@@ -1,4 +1,4 @@
-r"""Normalization of a kernel: the gain of each column, and the deficit that the sink absorbs.
+r"""Normalization of a kernel: the gain of each column, and the deficit absorbed by the sink.
 
 .. math:: \tilde T_{ij} = g(c_j)\, T_{ij}, \qquad \tilde T_{\mathrm{sink}, j} = 1 - g(c_j)\, c_j
 
@@ -37,7 +37,7 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
         limit: ``G``, at least 1; ``math.inf`` gives ``1/c`` for every positive ``c``.
 
     Returns:
-        ``g``, in the shape of ``column_sum``.
+        ``g``, with the shape of ``column_sum``.
 
     Source: docs/measure.md, "One step".
     """
@@ -54,26 +54,30 @@ def _line(column_sum: Tensor, limit: float) -> Tensor:
 
 
 def least_restored(dtype: torch.dtype, limit: float) -> float:
-    """Returns the smallest column sum that the gain rescales to one."""
+    """Returns the smallest column sum that is rescaled to one."""
     return max(1 / limit, torch.finfo(dtype).tiny)
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """Returns ``1 - g c``, the share that the sink absorbs; exactly 0 where the gain rescales the column to one."""
+    """Returns the share ``1 - g c`` absorbed by the sink, which is exactly 0 for columns that are rescaled to one."""
     if not math.isfinite(limit):
         return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
-    # With the linear gain, the share reaches zero exactly where columns are rescaled to one. A comparison is slower.
+    # With the linear gain, the share reaches zero exactly at the smallest column sum that is rescaled to one. Clamping
+    # is faster than a comparison.
     return torch.addcmul(column_sum.new_ones(()), column_sum, _line(column_sum, limit), value=-1).clamp_(min=0)
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Returns whether values of a tensor may be read to save work; a read synchronizes devices other than a CPU."""
+    """Returns whether values of a tensor may be inspected to save work.
+
+    On devices other than a CPU, inspecting values would require a synchronization.
+    """
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Gain and deficit of columns.
+    """Gain and deficit of the columns of a kernel.
 
     Attributes:
         gain: ``g(c)``, or None if all gains are one.
@@ -89,8 +93,9 @@ class Normalization:
     """The normalization of the columns of a kernel.
 
     Attributes:
-        residual: ``"redistribute"`` multiplies each column by its gain and absorbs only the remaining deficit;
-            ``"sink"`` does not change the rule, and absorbs all relevance that the rule does not propagate.
+        residual: ``"redistribute"`` multiplies each column by its gain, and the sink absorbs only the remaining
+            deficit; ``"sink"`` leaves the rule unchanged, and the sink absorbs all relevance that the rule does not
+            propagate.
         gain_limit: Largest gain ``G``, at least 1.
     """
 
@@ -107,7 +112,7 @@ class Normalization:
             )
 
     def scaling(self, column_sum: Tensor) -> Scaling:
-        """Returns the gain and the deficit for column sums of any shape."""
+        """Returns the gain and deficit for the given column sums, in their shape."""
         if self.residual == "sink":
             return Scaling(deficit=1 - column_sum)
         limit = float(self.gain_limit)
@@ -118,14 +123,17 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def restores(self, image: Tensor, added: Tensor | float) -> bool:
-        """Returns whether the gain rescales all columns ``image / (image + added)`` to one, for non-negative terms."""
+        """Returns whether all columns with sums ``image / (image + added)`` are rescaled to one.
+
+        Both tensors must be nonnegative.
+        """
         limit = float(self.gain_limit)
         if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
             return False
         return holds("restored columns", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
-        """Returns the gain and the deficit as in :meth:`scaling`, computed block by block on a CPU."""
+        """Returns the gain and deficit as :meth:`scaling` does, but computes them block by block on a CPU."""
         if column_sum.device.type != "cpu":
             return self.scaling(column_sum)
         factor, share = None, None
@@ -141,15 +149,15 @@ class Normalization:
 
 
 class Columns(ABC):
-    """The columns of a kernel that was read as branches."""
+    """Base class of the columns of a kernel that consists of branches."""
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
-        """Merges the columns of two groups of branches; each column belongs to only one of the groups."""
+        """Merges the columns of two disjoint groups of branches; each column is nonzero in only one of them."""
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
-        """Returns the column sums of the kernel, in the shape of ``like``."""
+        """Returns the column sums of the kernel, with the shape of ``like``."""
 
 
 @dataclass(frozen=True)
@@ -182,18 +190,18 @@ class Deficit(Columns):
     def joined(self, other: Self) -> Self:
         if self.share is None or other.share is None:
             return type(self)(None)
-        return type(self)(self.share + other.share - 1)  # branches have a deficit of 1 in the columns of other groups
+        return type(self)(self.share + other.share - 1)  # each group has a deficit of 1 in the columns of the other
 
     def sums(self, like: Tensor) -> Tensor:
         return torch.ones_like(like) if self.share is None else 1 - self.share
 
 
 class ColumnWriter:
-    """Collects the columns of a kernel block by block, and returns the gain of each block.
+    """Accumulates the columns of a kernel block by block and returns the gain of each block.
 
     Args:
-        like: A tensor in the shape of the output.
-        normalization: The normalization of the kernel, or None for a kernel before normalization.
+        like: A tensor with the shape of the output.
+        normalization: The normalization of the kernel, or None for the kernel before normalization.
     """
 
     def __init__(self, like: Tensor, normalization: Normalization | None) -> None:
@@ -201,11 +209,11 @@ class ColumnWriter:
         self._values: Tensor | None = None
 
     def gain(self, at: Block, column_sum: Tensor | None) -> Tensor | None:
-        """Returns the gain of the columns of one block, or None if all gains are one.
+        """Adds the columns of one block and returns their gain, or None if all gains are one.
 
         Args:
             at: The block.
-            column_sum: ``c`` in the block, or None for sums of one.
+            column_sum: ``c`` in the block, or None if all sums are one.
         """
         if self._normalization is None:
             self._write(at, 1.0 if column_sum is None else column_sum)

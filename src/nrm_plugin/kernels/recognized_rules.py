@@ -1,4 +1,4 @@
-"""Recognition of common rules: a rule is compared once with its definition, instead of being probed at each call."""
+"""Recognition of common rules, by comparing a rule once with its definition instead of probing it at each call."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
-"""Rules with positive denominators or an unmodified layer, whose branches are computed with few operations."""
+"""Rules whose branches are cheap to compute, because denominators are positive or the layer is not modified."""
 
 
 NEGLIGIBLE = 1e-20
-"""Largest stabilizer of ConservingEpsilon that is negligible compared with mean outputs."""
+"""Largest stabilizer of ConservingEpsilon that is considered negligible."""
 
 
 @dataclass(frozen=True)
 class RuleForm:
-    """A common rule whose mapper and modifiers are those of its class.
+    """Parameters of a common rule whose mapper and modifiers have not been changed by the user.
 
     Attributes:
-        epsilon: The positive number that stabilizes denominators.
+        epsilon: The positive constant that stabilizes denominators.
         share: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`; 0 for other rules.
     """
 
@@ -38,11 +38,14 @@ class RuleForm:
 
 
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
-"""Modifiers and form, keyed by gradient mapper, which copies of a rule share; users may replace modifiers later."""
+"""Modifiers and parameters of rules, keyed by gradient mapper, which all copies of a rule share.
+
+The modifiers are compared again at each use, since users may replace them.
+"""
 
 
 def form_of(rule: BasicHook) -> RuleForm | None:
-    """Returns the form of a common rule, or None for other rules and for rules changed by the user."""
+    """Returns the parameters of a common rule, or None for other rules and for rules changed by the user."""
     if type(rule) not in COMMON:
         return None
     own, modifiers = rule.gradient_mapper, _modifiers(rule)
@@ -62,7 +65,7 @@ def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _read(rule: BasicHook) -> RuleForm | None:
-    """Compares the mapper and the modifiers of a rule with those of its class at a few numbers."""
+    """Returns the parameters of a rule whose mapper and modifiers agree with those of its class on a few numbers."""
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None
@@ -100,7 +103,7 @@ def zeros_of(modify: ParamMod) -> tuple[str, ...]:
 
 
 def modified_bias(modify: ParamMod, bias: Tensor | None) -> Tensor | None:
-    """Returns the modified bias, or None for zero."""
+    """Returns the modified bias, or None if it is zero."""
     if bias is None or "bias" in zeros_of(modify):
         return None
     result: Tensor = modify.modifier(bias.detach(), "bias")

@@ -1,4 +1,4 @@
-"""The forward pass of a reference, which is matched call by call with the forward pass of the inputs.
+"""The forward pass at the reference, whose function calls are matched with those of the forward pass at the inputs.
 
 Source: docs/differences.md.
 """
@@ -18,15 +18,16 @@ from ..model.trace_guards import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}
-"""The number that replaces a difference of zero, keyed by dtype."""
+"""The magnitude that replaces differences of zero, keyed by dtype."""
 
 
 class Difference(NamedTuple):
-    """The difference of a tensor between input and reference.
+    """The difference between a tensor and its reference.
 
     Attributes:
-        delta: ``δ``, without exact zeros; infinite entries are masked.
-        is_zero: Mask of the entries at which the difference is zero, or None if there are none.
+        delta: ``δ``, with zeros and differences between equal infinities replaced with a tiny number, see
+            :data:`LEAST`.
+        is_zero: Mask of the entries whose difference is zero, or None if there are none.
     """
 
     delta: Tensor
@@ -34,7 +35,7 @@ class Difference(NamedTuple):
 
 
 def difference(value: Tensor, reference: Tensor) -> Difference:
-    """Computes the difference of a tensor between input and reference."""
+    """Computes the difference between a tensor and its reference."""
     dtype = working_dtype(value.dtype)
     delta = value.to(dtype) - reference.to(dtype)
     differs = delta.abs() >= LEAST[dtype]  # false for nan, the difference of equal infinities
@@ -47,12 +48,12 @@ def difference(value: Tensor, reference: Tensor) -> Difference:
 
 @dataclass(frozen=True)
 class ReferenceCall:
-    """One call of a function in the forward pass of the reference.
+    """One function call in the forward pass at the reference.
 
     Attributes:
         name: Name of the function.
-        where: Path of the module that called it.
-        tensors: The tensors that depend on the reference: inputs and output of a step.
+        where: Path of the calling module.
+        tensors: The inputs and outputs of the call that depend on the reference.
         constants: All other arguments, with tensors as :class:`Saved`.
     """
 
@@ -63,14 +64,15 @@ class ReferenceCall:
 
 
 class ReferencePass:
-    """The function calls in the forward pass of the reference, in order.
+    """The sequence of function calls in the forward pass at the reference.
 
-    First, the pass of the reference stores its calls. After :meth:`replay`, the pass of the inputs reads them, and an
-    error is raised where the two passes differ.
+    The calls are stored during the forward pass at the reference. After :meth:`replay`, they are compared with the
+    calls in the forward pass at the inputs, and an error is raised where the two passes differ.
 
     Args:
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        is_wanted: Returns whether the tensors of the next step are needed; if not, only their shapes are stored.
+        is_wanted: Function that returns whether the tensors of the next step are needed; if not, only their shapes are
+            stored.
     """
 
     def __init__(self, is_tangent: bool = False, is_wanted: Callable[[], bool] = lambda: True) -> None:
@@ -82,38 +84,41 @@ class ReferencePass:
         self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Difference]] = {}
 
     def difference(self, value: Tensor, other: Tensor) -> Difference:
-        """Returns the difference of a tensor between input and reference, computed only once for all steps."""
+        """Returns the difference between a tensor and its reference, which is cached for all steps."""
         key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
         if key not in self._deltas:
-            self._deltas[key] = (value, other, difference(value, other))  # the memory must not be reused
+            self._deltas[key] = (value, other, difference(value, other))  # keeps the memory from being reused
         return self._deltas[key][2]
 
     @property
     def is_replayed(self) -> bool:
-        """Whether the pass of the inputs has started."""
+        """Whether the forward pass at the inputs has started."""
         return self._is_replayed
 
     def replay(self) -> None:
-        """Starts the pass of the inputs, which reads the stored calls."""
+        """Starts the forward pass at the inputs, which is compared with the stored calls."""
         self._is_replayed = True
 
     def drop(self) -> None:
-        """Drops the tensors of all calls so far, except their shapes and constants."""
+        """Frees the tensors of all stored calls; their shapes and the constants are kept."""
         self._calls = [replace(call, tensors=tuple(map(_without_values, call.tensors))) for call in self._calls]
         self._deltas.clear()
 
     def close(self) -> None:
-        """Ends the pass of the inputs, which may have stopped early."""
+        """Frees all stored calls when the forward pass at the inputs ends, possibly early."""
         self._calls.clear()
 
     def meet(self, name: str, where: str, tensors: Sequence[Tensor], constants: Any = ()) -> tuple[Saved, ...]:
-        """Stores a call, or returns the tensors of the same call in the pass of the reference.
+        """Stores a call of the pass at the reference, or matches a call of the pass at the inputs with the stored one.
 
         Args:
             name: Name of the function.
-            where: Path of the module that called it.
+            where: Path of the calling module.
             tensors: The tensors that depend on the inputs.
             constants: All other arguments.
+
+        Returns:
+            The tensors of this call in the forward pass at the reference.
 
         Raises:
             DifferenceError: If the call, a shape, or a constant differs between the two passes.
@@ -137,7 +142,7 @@ class ReferencePass:
         return other.tensors
 
     def finish(self) -> None:
-        """Raises :class:`DifferenceError` if the pass of the reference called additional functions."""
+        """Raises :class:`DifferenceError` if the forward pass at the reference has further calls."""
         if not self._is_replayed:
             return
         if self._number < len(self._calls):
@@ -148,13 +153,13 @@ class ReferencePass:
 
 
 def _without_values(saved: Saved) -> Saved:
-    """Returns a tensor without memory, of the same shape."""
+    """Returns a saved tensor of the same shape without memory for its entries."""
     tensor = saved.tensor
     return Saved(tensor.new_zeros(()).expand(tensor.shape), values=False)
 
 
 def _kept(value: Any) -> Any:
-    """Replaces tensors in nested arguments by :class:`Saved`."""
+    """Replaces the tensors in nested arguments with :class:`Saved` objects."""
     if isinstance(value, Tensor):
         return Saved(value)
     if isinstance(value, (list, tuple)):
@@ -167,7 +172,7 @@ def _kept(value: Any) -> Any:
 
 
 def _difference(one: Any, two: Any) -> str:
-    """Returns the first difference between the constants of two calls as text; empty if there is none."""
+    """Describes the first difference between the constants of two calls; returns an empty string if there is none."""
     if isinstance(one, Saved) and isinstance(two, Saved):
         return _difference_of_tensors(one.tensor, two.tensor)
     if isinstance(one, list) and isinstance(two, list):

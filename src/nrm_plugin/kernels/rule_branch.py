@@ -1,4 +1,4 @@
-"""Branches of a rule on an affine layer: the terms of the rule, each with a modified input and a modified layer."""
+"""Branches of a rule on an affine layer: the terms of its sum, each with a modified input and a modified layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Branch:
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
         modified: Function that computes the modified weight, or None for a module without weights.
-        modify_input: Function that computes ``in_k``, if it is too large to be stored, or None otherwise.
+        modify_input: Function that computes ``in_k`` from ``source``, or None if ``source`` is ``in_k``.
     """
 
     source: Tensor
@@ -39,7 +39,7 @@ class Branch:
 
     @property
     def weight(self) -> Tensor:
-        """The modified weight; the module must have weights."""
+        """The modified weight, for a module with weights."""
         assert self.modified is not None
         return self.modified()
 
@@ -54,13 +54,13 @@ class Branch:
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """The unmodified layer, whose weight the branches of a rule modify.
+    """The unmodified layer of a rule, whose weight is modified in each branch.
 
     Attributes:
         weight: The weight of the layer.
         rerun: Function ``(input, weight) -> output`` that runs the layer without its bias.
-        is_injective: Whether each input entry contributes to each output entry through at most one weight, so that
-            absolute values may be taken factor by factor; false if padding repeats entries.
+        is_injective: Whether each pair of an input and an output entry is connected by at most one weight, so that
+            absolute values can be taken factor by factor. This does not hold if padding repeats entries.
         groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.
     """
@@ -82,7 +82,7 @@ def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
 
 
 def _times(product: Tensor, factor: Tensor) -> Tensor:
-    """Computes ``product * factor``, in place if the product was just computed and owns its memory."""
+    """Computes ``product * factor``, in place if the product is a new tensor with its own memory."""
     if torch.is_grad_enabled() or not all(product.stride()):
         return product * factor
     return product.mul_(factor)

@@ -1,4 +1,4 @@
-"""The kernel of a rule on an affine layer, as a sum of branches."""
+"""The kernel for a rule on an affine layer, as a sum over branches."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .normalization import Columns
 from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
-"""The branches whose sign and input are nonzero, with their columns."""
+"""The branches with nonzero sign and input, and the columns of their sum."""
 
 
 class BranchKernel(Kernel):
-    r"""The kernel of a rule on an affine module, as a sum of branches, the form in which Zennit defines rules.
+    r"""The kernel for a rule on an affine module, as a sum over branches, the form in which Zennit defines rules.
 
     .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
 
     Args:
-        branches: The branches that were read, and their columns: :class:`ColumnSums`, or a :class:`Deficit` if the
-            factors include the gain, so that this is the normalized kernel.
-        like: A tensor in the shape of the input, ``(N, *in)``.
+        branches: The branches computed so far and their columns. These are :class:`ColumnSums`, or a :class:`Deficit`
+            if the factors include the gain, in which case the kernel is already normalized.
+        like: A tensor with the shape of the input, ``(N, *in)``.
         layer: The layer that the branches modify, or None for a module without weights.
-        read_others: Reads the other branches, which apply only to outputs at which the factors of the first branches
-            are zero (γ at negative outputs). It is called when relevance arrives at such outputs.
+        read_others: Function that computes the remaining branches. It is called when relevance arrives at outputs where
+            the factors of the first branches are zero, such as negative outputs in the γ-rule.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class BranchKernel(Kernel):
         return True
 
     def _is_outside_of_branches(self, relevance: Tensor) -> bool:
-        """Returns whether relevance arrives where all factors are zero."""
+        """Returns whether relevance arrives at an output where all factors are zero."""
         try:
             arrived = relevance != 0
             for branch in self.branches:
                 arrived = arrived & (branch.factor == 0)
             return not holds("no relevance outside of the branches", lambda: ~arrived.any())
-        except RuntimeError:  # tensors inside of torch.vmap have no values
+        except RuntimeError:  # values cannot be read inside torch.vmap
             return True
 
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +70,7 @@ class BranchKernel(Kernel):
         return (functools.reduce(torch.add, parts),)
 
     def _by_factor(self) -> list[list[Branch]]:
-        """Groups the branches with the same factor."""
+        """Groups branches that share the same factor tensor."""
         groups: dict[int, list[Branch]] = {}
         for branch in self.branches:
             groups.setdefault(id(branch.factor), []).append(branch)
@@ -89,8 +89,8 @@ class BranchKernel(Kernel):
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i`: the sum of the absolute values of all branches.
 
-        The bound is exact if each entry of the kernel belongs to only one branch, as for all Zennit rules except ZBox,
-        and if padding repeats no entries.
+        The bound is exact if the branches have disjoint support, as for all Zennit rules except ZBox, and padding does
+        not repeat entries.
         """
         if self.layer is None:
             return super().push_bound(values, shape)

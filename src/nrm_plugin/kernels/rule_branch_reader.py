@@ -1,4 +1,4 @@
-"""Conversion of a rule at one call of an affine layer to branches, the form in which Zennit defines rules."""
+"""Decomposition of a rule at one call of an affine layer into branches, the form in which Zennit defines rules."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from .rule_branch import Branch, WeightedLayer
 from .rule_branch_kernel import BranchKernel, ReadBranches
 
 _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
-"""Groups of branches that apply to disjoint outputs: γ has one pair for positive and one for negative outputs."""
+"""Groups of branches with disjoint outputs: the γ-rule has one pair for positive and one for negative outputs."""
 
 
 def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization | None) -> BranchKernel | None:
-    """Reads a rule as a kernel of branches; returns None if the layer is not affine or the rule is of a different form.
+    """Builds the kernel for a rule as a sum over branches.
 
     Args:
         call: The recorded call of the layer.
         rule: The rule, defined by modifiers.
         normalization: The normalization if the factors should include the gain, else None.
+
+    Returns:
+        The kernel, or None if the layer is not affine or the rule has another form.
     """
     if not is_affine(call.module):
         return None
@@ -69,7 +72,7 @@ def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class _BranchReader:
-    """Reads branches of a rule at one call.
+    """Computes the branches of a rule at one call.
 
     Attributes:
         call, rule, normalization: As in :func:`branch_kernel`.
@@ -84,14 +87,14 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Reads branches of a rule that is known to have this form, since other branches have been read before."""
+        """Computes further branches of a rule whose first branches have shown that it has this form."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """Reads the branches with the given indices; returns None if the rule is of a different form."""
+        """Computes the branches with the given indices; returns None if the rule has another form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)
@@ -119,7 +122,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """Returns the modified layers that are chosen or read by the mapper, and placeholders for the others."""
+        """Returns the modified layers of the chosen branches and those the mapper reads, and placeholders elsewhere."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
@@ -138,8 +141,8 @@ class _BranchReader:
     ) -> Iterator[_ColumnBlock]:
         """Yields factors and column sums, block by block.
 
-        A rule consists of about a dozen elementwise operations, which run faster in the cache. Where its denominator is
-        zero, a factor is zero and the column propagates no relevance.
+        A rule consists of about a dozen elementwise operations, which are faster if a block fits into the cache. Where
+        the denominator of a rule is zero, the factor is set to zero, so that the column propagates no relevance.
         """
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))
@@ -153,7 +156,7 @@ class _BranchReader:
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
         """Stores the factors, multiplied by the gain if there is a normalization, and returns the columns.
 
-        Factors reuse the memory of the images: each block is read before it is overwritten.
+        Factors reuse the memory of the outputs: each block is read before it is overwritten.
         """
         writer = ColumnWriter(self.call.like, self.normalization)
         for block in read:
@@ -165,7 +168,7 @@ class _BranchReader:
 
 @dataclass(frozen=True)
 class _ColumnBlock:
-    """One block of the columns of a rule.
+    """One block of the columns of a kernel.
 
     Attributes:
         at: The block of ``(N, *out)``.
@@ -179,7 +182,7 @@ class _ColumnBlock:
 
 
 def _leaders(mapper: Mapper, numbers: list[int]) -> dict[int, int]:
-    """Returns, for each of the numbered branches, the first branch that has the same factor."""
+    """Returns, for each of the given branches, the first of them that has the same factor."""
     return {k: next(other for other in numbers if mapper.leaders[other] == mapper.leaders[k]) for k in numbers}
 
 

@@ -1,7 +1,7 @@
-"""Conversion of a Zennit rule at one call of a module to a kernel.
+"""Conversion of a Zennit rule at one call of a module into a kernel.
 
-Three forms are tried in this order: the identity (``Pass``), branches on an affine module (every built-in rule), and
-the function that propagates relevance, whose derivative gives the column sums.
+Three forms are tried in turn: the identity (``Pass``), a sum over branches on an affine module (all built-in rules),
+and an arbitrary linear function of the relevance, whose derivative gives the column sums.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .vjp_kernel import VjpKernel
 
 
 class PlainGradient(Hook):
-    """The rule of layers that a composite does not cover: the plain gradient, as in Zennit."""
+    """The rule for layers to which the composite assigns none: the plain gradient, as in Zennit."""
 
 
 def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:
-    """Returns the kernel of a rule at one call.
+    """Builds the kernel for a rule at one call.
 
     Args:
-        call: The call.
+        call: The recorded call.
         normalization: The normalization of the columns; the kernel includes the gain if this is cheaper.
 
     Raises:
@@ -56,23 +56,23 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
 
 
 def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Kernel:
-    """Returns the kernel of a rule on a module at a given input, without a recorded call.
+    """Builds the kernel for a rule on a module at a given input, without a recorded call.
 
     Args:
         rule: The rule; it is copied.
         module: The module, such as :class:`~nrm_plugin.model.affine_layers.Weightless`; it may be modified.
         inputs: The input of the module, ``(N, *in)``.
-        name: Layer name, for messages.
+        name: Layer name, for error messages.
     """
     with torch.no_grad():
         output = module.forward(inputs)
-    # No forward pass is running that could overwrite these tensors.
+    # No forward pass is in progress that could overwrite these tensors.
     saved = Saved(inputs, values=False), Saved(output, values=False)
     return read_rule(LayerCall(own_copy(rule), module, forward, saved[0], shape_like(output), name, saved[1]))
 
 
 def check_linear(kernel: Kernel, call: LayerCall) -> None:
-    """Raises an error unless the rule is linear in the relevance.
+    """Raises an error if the rule is not linear in the relevance.
 
     Raises:
         NonlinearRuleError: If the rule is not linear; the message names the rule and the layer.
@@ -86,7 +86,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
 
 
 def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
-    """Returns whether ``pull`` is linear, tested on random relevance of both signs in the shape of ``like``."""
+    """Returns whether ``kernel.pull`` is linear, tested on random relevance with the shape of ``like``."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]
@@ -113,7 +113,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """Returns the kernel of any rule that is defined by modifiers, on any module."""
+    """Builds the kernel for a rule that is defined by modifiers, on any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():
@@ -141,7 +141,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """Returns the kernel of a rule with its own ``backward``, which may read the plain gradient and its own state."""
+    """Builds the kernel for a rule with a custom ``backward``, which may use the plain gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():
@@ -164,5 +164,5 @@ def _by_backward(call: LayerCall) -> VjpKernel:
 
 
 def _takes_kwargs(rule: Hook) -> bool:
-    """Returns whether a rule takes ``(module, args, kwargs, output)`` (Zennit 1), not ``(module, input, output)``."""
+    """Returns whether ``rule.forward`` takes ``(module, args, kwargs, output)``, as in Zennit 1."""
     return len(inspect.signature(rule.forward).parameters) == 4

@@ -1,6 +1,6 @@
-"""Steps: one call of one module or function, linked into the autograd graph as its normalized kernel.
+"""Steps: calls of modules and functions, each linked into the autograd graph by its normalized kernel.
 
-The gradient that ``torch.autograd`` computes is then the relevance.
+The gradient computed by ``torch.autograd`` is then the relevance.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """An object that recomputes the tensors that a step has dropped to save memory."""
+    """Interface of an object that recomputes tensors that a step has freed to save memory."""
 
     def fill(self, step: Step) -> None:
-        """Recomputes the tensors of a step, which remain available until those of other steps are needed."""
+        """Recomputes the tensors of a step; they remain available until those of another step are requested."""
 
 
 class Step(ABC):
-    r"""The normalized kernel of one call: :math:`\tilde T_{ij} = g(c_j) T_{ij}`, sink :math:`R_j (1 - g(c_j) c_j)`.
+    r"""One call of a module or function with its normalized kernel.
+
+    The kernel is :math:`\tilde T_{ij} = g(c_j) T_{ij}`, and the sink absorbs :math:`R_j (1 - g(c_j) c_j)`.
 
     Args:
         name: Name of the layer or function.
         output: The output of the call, ``(N, *out)``.
-        normalization: The normalization of columns.
+        normalization: The normalization of the columns.
         rule: Name of the rule or operation.
 
     Attributes:
-        normalization: The normalization of columns.
+        normalization: The normalization of the columns.
         call: Call index of the module or function.
         dtype: The dtype of relevance at the output.
         device: The device of the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
-        uses: Number of known readers of the output.
+        uses: Number of known consumers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
-        keeps_rows: Whether each row of the output is known to depend on the same row of the inputs alone.
+        keeps_rows: Whether each row of the output is known to depend only on the same row of the inputs.
         joined: Steps below whose tensors the kernel may read.
         holder: Recomputes the tensors of the step after :meth:`empty`; None if the step keeps them.
         number: Index of the step in the holder.
@@ -73,11 +75,11 @@ class Step(ABC):
 
     @abstractmethod
     def _build(self) -> Kernel:
-        """Builds the kernel, when relevance first arrives."""
+        """Builds the kernel; called when relevance first arrives."""
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel of the rule, already normalized if its columns are a :class:`Deficit`."""
+        """The kernel for the rule; it is already normalized if its columns are a :class:`Deficit`."""
         if self._kernel is not None:
             return self._kernel
         self.fill()
@@ -85,27 +87,27 @@ class Step(ABC):
             return self._built()
 
     def _built(self) -> Kernel:
-        """Returns the kernel, and builds it if necessary; must be called in the contexts of the step."""
+        """Returns the kernel, building it if necessary; must be called inside the contexts of :attr:`kernel`."""
         if self._kernel is None:
             with repeated(f"{self.name}:{self.call}"):
                 self._kernel = self._build()
         return self._kernel
 
     def forget_kernel(self) -> None:
-        """Drops the kernel, which fusion may have invalidated."""
+        """Discards the kernel, for example because fusion has changed the layer."""
         self._kernel = self._scaling = None
 
     def fill(self) -> None:
-        """Recomputes the tensors of the step if it has dropped them."""
+        """Recomputes the tensors of the step if they were freed."""
         if self.holder is not None and self._kernel is None:
             self.holder.fill(self)
 
     def empty(self) -> None:
-        """Drops all tensors, so that only the structure of the step is left."""
+        """Frees all tensors of the step and keeps only its structure."""
         self.forget_kernel()
 
     def _scaling_by(self, kernel: Kernel) -> Scaling:
-        """Computes gain and deficit of the columns of the kernel."""
+        """Computes the gain and deficit of the columns of a kernel."""
         if kernel.is_stochastic:
             return Scaling()
         if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):
@@ -117,7 +119,7 @@ class Step(ABC):
         return self.normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Returns gain and deficit at all entries where this relevance is nonzero; None stands for any relevance."""
+        """Returns the gain and deficit, valid wherever ``relevance`` is nonzero, or everywhere if it is None."""
         self.fill()
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             kernel = self._built()
@@ -126,15 +128,15 @@ class Step(ABC):
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """Returns ``g(c)`` at all entries where relevance ``(K, N, *out)`` arrives, or None if all gains are one."""
+        """Returns ``g(c)``, valid wherever relevance ``(K, N, *out)`` is nonzero, or None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Propagates relevance ``(K, N, *out)``.
+        """Propagates relevance ``(K, N, *out)`` to the inputs.
 
         Returns:
-            Relevance at each input, ``(K, N, *in)``, in any dtype, and the absorbed share, ``(N, *out)``, which is None
-            for zero, and arbitrary at entries where no relevance arrives.
+            Relevance at each input, ``(K, N, *in)``, in any dtype; and the share that the sink absorbs, ``(N, *out)``,
+            or None for zero. The share is undefined at entries where no relevance arrives.
         """
         with self._short_lived():
             scaling = self._scaling_for(relevance)
@@ -143,7 +145,7 @@ class Step(ABC):
                 return kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        r"""Propagates absolute masses of walks with :math:`|\tilde T_{ij}|`; otherwise like :meth:`pull`."""
+        r"""Propagates the absolute mass of walks with :math:`|\tilde T_{ij}|`; otherwise like :meth:`pull`."""
         with self._short_lived():
             scaling = self._scaling_for(mass)
             kernel = self.kernel
@@ -174,7 +176,7 @@ class Step(ABC):
         return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
-        """Returns an upper bound on the transpose of :meth:`pull_absolute`, with zeros at the sink."""
+        """Returns an upper bound on the transpose of :meth:`pull_absolute`, for zeros at the sink."""
         with self._short_lived():
             scaling = self._scaling_for(None)  # also completes the kernel
             kernel = self.kernel
@@ -184,7 +186,7 @@ class Step(ABC):
 
     @contextmanager
     def _short_lived(self) -> Iterator[None]:
-        """Context manager that drops the kernel at its end if memory is limited."""
+        """Context manager that discards the kernel on exit if memory is limited."""
         try:
             yield
         finally:
@@ -208,7 +210,7 @@ class FunctionStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.
-        build: A function that builds the kernel.
+        build: Function that builds the kernel.
 
     Attributes:
         unsupported_call: The call if the function has no kernel, else None.
@@ -229,13 +231,13 @@ class FunctionStep(Step):
         return kernel
 
     def empty(self) -> None:
-        """Drops all tensors, so that only the structure of the step is left."""
+        """Frees all tensors of the step and keeps only its structure."""
         super().empty()
         self._build_kernel = None
 
 
 class Link(torch.autograd.Function):
-    """Links the output of a step to its inputs; the gradient is relevance."""
+    """Autograd function that links the output of a step to its inputs; its gradient is the relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Links a tensor that was modified in place to its earlier state; the gradient is relevance."""
+    """Like :class:`Link`, but links a tensor modified in place to its previous version."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:
@@ -272,26 +274,29 @@ class LinkInPlace(torch.autograd.Function):
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Returns the output with the step as its history."""
+    """Attaches a step to the autograd graph: returns ``output`` with the step as its ``grad_fn``."""
     step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
     result: Tensor = Link.apply(step, [output, _origin_of(*inputs)], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """Returns a tensor that was modified in place, with the step as its history."""
+    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place; returns the tensor."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
 def step_of(node: Any) -> Step | None:
-    """Returns the step of a node. A user's ``autograd.Function`` may store a different object under the same name."""
+    """Returns the step of an autograd node, or None for other nodes.
+
+    The type is checked, since a user's ``autograd.Function`` may have an attribute of the same name.
+    """
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None
 
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
-    """Returns relevance at each input, as a function of the relevance at the output and the origin of the kernel."""
+    """Returns the relevance at each input, attached to the origin of the kernel under ``create_graph=True``."""
     with exact(relevance.device):
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
@@ -302,14 +307,15 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradient."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, since it has no gradient."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class Origin(torch.autograd.Function):
-    """A zero that depends on tensors and raises an error when differentiated, since kernels are constants for autograd.
+    """A zero that depends on the tensors from which a kernel was computed, and raises an error if it is differentiated.
 
-    It is added to relevance, so that the gradient of relevance raises an error where it would be zero or incomplete.
+    Kernels are constants for autograd. The zero is added to the relevance, so that differentiating relevance raises an
+    error where the gradient would be zero or incomplete.
     """
 
     generate_vmap_rule = True

@@ -20,13 +20,13 @@ from .layer_call import Image, reads_image
 
 
 class SeparateBias(TorchFunctionMode):
-    """Runs a layer without its bias and adds the bias afterwards, because the kernel reads the output without bias.
+    """Computes the output of a layer without bias and adds the bias afterwards, because the kernel needs the former.
 
     Args:
         layer: One of torch's linear or convolutional layers.
 
     Attributes:
-        image: The output without bias, or None until the layer has run.
+        image: The output without bias and the weight, or None until the layer has run.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -61,7 +61,7 @@ class SeparateBias(TorchFunctionMode):
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Runs an activation out of place, so that its input need not be copied."""
+    """Runs an in-place activation out of place, to avoid a copy of its input."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,10 +74,10 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """Returns the mode for a module with this rule, or None if the module runs without a mode."""
+    """Returns the torch function mode for a module with the given rule, or None if no mode is needed."""
     if is_quantized(module):
         return None
-    if is_affine(module) and _is_rounded(module):  # the model rounds the output, which has no exact part without bias
+    if is_affine(module) and _is_rounded(module):  # the output is rounded, so no exact output without bias exists
         return None
     if is_affine(module) and (reads_image(rule) or (current() is not None and isinstance(module, WEIGHTED))):
         return SeparateBias(module)
@@ -87,31 +87,31 @@ def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
 
 
 def _is_rounded(layer: nn.Module) -> bool:
-    """Returns whether the model itself runs a layer under autocast, inside its forward pass."""
+    """Returns whether the model itself enables autocast for a layer, within its forward pass."""
     weight = layer._parameters.get("weight")
     return weight is not None and asked_for(weight.device) is not None
 
 
 def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
-    """Returns the output without bias that a mode recorded, if the rule reads it."""
+    """Returns the output without bias recorded by a mode, or None if there is none or the rule does not read it."""
     if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
         return None
     image, weight = mode.image
-    return Image(Saved(image), weight)  # saved, since without a bias it is the output, to which the model may write
+    return Image(Saved(image), weight)  # protected: without a bias, it is the output, which may be modified
 
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
 
 
 def is_torch_activation(module: nn.Module) -> bool:
-    """Returns whether a module is a torch activation with an unmodified forward."""
+    """Returns whether a module is a torch activation whose ``forward`` is not overridden."""
     if not isinstance(module, _ACTIVATIONS) or "forward" in module.__dict__:
         return False
     return any(type(module).forward is kind.forward for kind in _ACTIVATIONS)
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Returns whether a module may write to its input; affine layers and modules with ``inplace=False`` do not."""
-    # Not by getattr alone, which formats an error message for every module without the attribute.
+    """Returns whether a module may modify its input; affine layers and modules with ``inplace=False`` do not."""
+    # getattr on the module would format an error message for every module without the attribute.
     inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
     return inplace is not False and not is_affine(module)

@@ -1,4 +1,4 @@
-"""The kernel of a rule that is given only as a function of relevance."""
+"""The kernel for a rule that is given as an arbitrary linear function of the relevance."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .base import Kernel
 
 
 class VjpKernel(Kernel):
-    """A kernel given by a function that propagates relevance, such as a vector-Jacobian product.
+    """A kernel given by a linear function of the relevance, such as a vector-Jacobian product.
 
     Args:
-        function: ``(N, *out)`` to ``(N, *in)`` for each input; linear and differentiable.
+        function: Function that maps relevance ``(N, *out)`` to ``(N, *in)`` for each input. It must be linear and
+            differentiable.
     """
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""The measure: marginals, joint relevance, events, conditionals and flows, computed from a recording.
+"""The relevance measure: marginals, joint relevance, events, conditionals and flows, computed from a recording.
 
 Imports: errors, imports, events, model, kernels, functional, composites, recording.
 """

@@ -1,4 +1,4 @@
-"""Heads, tokens and query-key pairs as events over the taps of a recording."""
+"""Conversion of attention heads, tokens and query-key pairs into events over the taps of a recording."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..recording.transformer_sites import PART
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
-    """Rewrites an attention event as an event over taps.
+    """Rewrites an attention event as an event over taps; other events are returned unchanged.
 
-    A walk through (query, key) crosses the output of the attention at the query, and then, at the key, the values (or
-    the attention weights, if the rule propagates relevance to them). It stays within one head.
+    A walk through (query, key) crosses the output of the attention at the query token and then, at the key token, the
+    values (or the attention weights, if the rule propagates relevance to them). It stays within one head.
 
     Raises:
-        EventError: If the layer does not compute exactly one attention, or the head or token does not exist.
+        EventError: If the layer does not compute exactly one attention, or if the head or token does not exist.
         UnknownLayerError: If no layer has this name.
     """
     if isinstance(atom, Atom):
@@ -34,7 +34,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 
 def head_count(recording: Recording, layer: str) -> int | None:
-    """Returns the number of heads in an attention call, given by its site or tap name, or None for any other layer."""
+    """Returns the number of heads of an attention layer, given a site or tap name, or None for other layers."""
     name, calls = recording.taps.called(layer, "output", None)
     steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
     step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
@@ -47,7 +47,7 @@ def head_count(recording: Recording, layer: str) -> int | None:
 
 
 def _part(atom: Atom, recording: Recording) -> Atom | Attended:
-    """Returns the head or neuron with a site name such as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17``."""
+    """Resolves a site name such as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17`` to a head or neuron."""
     found = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
     if found is None or atom.side != "output" or recording.taps.calls_of(found[0]):
         return atom
@@ -83,7 +83,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Returns the mask of the selected heads, which have a dimension of their own or share one with the samples."""
+    """Returns the mask of the selected heads; heads have their own dimension or share one with the samples."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -106,7 +106,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """Returns the heads or tokens that an index selects, as booleans ``(count,)``."""
+    """Returns a boolean mask of the selected heads or tokens, ``(count,)``."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True
@@ -124,12 +124,12 @@ def _along(shape: torch.Size, dim: int, chosen: Tensor) -> Tensor:
 
 
 def _shortened(mask: Tensor) -> Tensor:
-    """Drops the sample dimension of a mask that is the same for all samples."""
+    """Reduces the sample dimension of a mask to size one if the mask is the same for all samples."""
     return mask[0] if len(mask) == 1 or bool((mask == mask[:1]).all()) else mask
 
 
 def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
-    """Returns the steps that compute the attention of a layer, one per selected call."""
+    """Returns the steps that compute the attention of a layer, one for each selected call."""
     name, calls = recording.taps.called(atom.atom.layer, "output", atom.atom.call)
     steps = [vertex.step for vertex in reversed(recording.graph.vertices) if vertex.step is not None]
     known = [step for step in steps if step.attention is not None]
@@ -147,7 +147,7 @@ def _steps_of(atom: Attended, recording: Recording) -> list[Step]:
 
 
 def _expressions(steps: list[Step], most: int = 8) -> str:
-    """Returns the shortest unambiguous ``at(…)`` expression for each step, as comma-separated text."""
+    """Formats each step as the shortest unambiguous ``at(…)`` expression, separated by commas."""
     names, owners = [step.name for step in steps], [_owner(step) for step in steps]
     texts = []
     for step, name, owner in zip(steps, names, owners, strict=True):
@@ -158,7 +158,7 @@ def _expressions(steps: list[Step], most: int = 8) -> str:
 
 
 def _owner(step: Step) -> str:
-    """Returns the path of the module that called the operation."""
+    """Returns the path of the module that called the operation of a step."""
     return step.name.rpartition(".")[0]
 
 

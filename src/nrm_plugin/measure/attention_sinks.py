@@ -2,8 +2,8 @@ r"""Attention sinks: how much relevance each key token of an attention layer rec
 
 .. math:: s_k = \sum_{q \ne k} \mu\big((q, k) \mid \text{attention}\big)
 
-Attention sinks are tokens, often the first one, to which most heads attend (Xiao et al., arXiv 2309.17453). The query
-here shows whether they also receive most of the relevance. Measuring sinks by relevance is new in this package.
+Attention sinks are tokens, often the first one, to which most heads attend (Xiao et al., arXiv 2309.17453). This module
+measures whether they also receive most of the relevance. The measurement is new in this package.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from .measure import RelevanceMeasure
 
 
 def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None) -> Tensor:
-    """Returns the share of the relevance through an attention layer that each token receives from other tokens.
+    """Computes the share of the relevance through an attention layer that each token receives from other tokens.
 
     The diagonal of the attention matrix is excluded, so the shares sum to the mass that moves between tokens.
 
     Args:
-        mu: The measure.
+        mu: A measure of a model with attention.
         layer: A layer that computes self-attention exactly once.
-        tokens: Number of tokens. By default, it is read from the first dimension after the samples of the tap
-            ``layer``.
+        tokens: Number of tokens. By default, the size of the first dimension of ``layer`` after the samples.
 
     Returns:
         The shares, ``(N, tokens)``, dimensionless.
 
     Raises:
-        EventError: If the layer computes no attention.
+        EventError: If the layer does not compute attention.
         CancellationError, NullEventError: If the mass of the walks through the attention is zero or cancels.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Conditionals of an event given each neuron of a tap above it, computed in one transposed pass from the inputs up.
+"""Conditional mass of an event given each neuron of a tap above it, computed in one transposed pass from the inputs up.
 
 Source: docs/measure.md.
 """
@@ -24,12 +24,12 @@ from .masked_vectors import masked
 class Conditionals:
     """Computes ``μ(event given j)`` for every neuron ``j`` of each tap.
 
-    Values are propagated upwards from the points at which it is decided whether a walk belongs to the event.
+    Values are propagated upwards from the points at which the membership of a walk in the event is decided.
 
     Args:
-        diagram: The events.
-        places: The taps.
-        nodes: The nodes of the diagram that remain after a tap is crossed.
+        diagram: The decision diagram for the events.
+        places: The taps at which conditional masses are required.
+        nodes: The nodes of the diagram that a walk may have reached after crossing a tap.
         like: A tensor with the dtype of the relevance.
     """
 
@@ -42,7 +42,7 @@ class Conditionals:
             self._push(vertex, sorted(needed[vertex]))
 
     def value(self, place: Place, node: int) -> Tensor:
-        """Returns the conditional of a diagram node given each neuron of one tap, ``(N, *shape)``."""
+        """Returns the conditional mass of a diagram node given each neuron of one tap, ``(N, *shape)``."""
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:
@@ -82,7 +82,7 @@ class Conditionals:
         return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
-        """Returns the conditional of a node once the tap at a buffer has been crossed, or None for zero."""
+        """Returns the conditional mass of a diagram node after the tap at a buffer is crossed, or None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self._ones(buffer)
@@ -142,7 +142,7 @@ def _rows(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object) -> None:
-    """Raises :class:`EventError` unless a tap is above all taps of an event."""
+    """Raises :class:`EventError` if an event refers to a tap that is not below the given tap."""
     if not are_below(diagram, tap):
         raise EventError(
             f"{event} refers to a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional "
@@ -151,5 +151,5 @@ def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object)
 
 
 def are_below(diagram: DecisionDiagram, tap: Tap) -> bool:
-    """Returns whether all taps to which the events refer are below a tap."""
+    """Returns whether all taps that the events refer to are below the given tap."""
     return all(is_below(diagram.recording, key, tap) for key in diagram.levels)

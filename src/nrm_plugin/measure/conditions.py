@@ -1,4 +1,4 @@
-"""Events as arguments of a query, and division by the mass of a condition."""
+"""Validation of events passed to a query, and division by the mass of a condition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import CancellationError, EventError, NullEventError, brief, sampl
 from ..events.event import Event
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Smallest ``|μ(B)|``, relative to the variation of ``B``, for which a conditional is computed."""
+"""Smallest ``|μ(B)|``, relative to the variation of ``B``, that is accepted as a divisor, keyed by dtype."""
 
 
 class Condition(TypedDict, total=False):
@@ -25,7 +25,7 @@ class Condition(TypedDict, total=False):
 
 
 def check_event(event: object, remedy: str = "") -> None:
-    """Raises :class:`EventError` unless the argument is an event."""
+    """Raises :class:`EventError` if the argument is not an event; ``remedy`` is appended to the message."""
     if not isinstance(event, Event):
         raise EventError(
             f"expected an event such as at('layer')[3], got {type(event).__name__}: {brief(event)}. {remedy}".rstrip()
@@ -55,8 +55,8 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         event: The condition.
         mass: Mass of the event, ``(N,)``.
         variation: Variation of the event, ``(N,)``.
-        min_ratio: Smallest accepted ``|mass|`` relative to the variation, or None for the default of the dtype.
-        least: The largest variation that is treated as zero.
+        min_ratio: Smallest accepted ratio of ``|mass|`` to the variation, or None for the default of the dtype.
+        least: Variations up to this value are treated as zero.
 
     Raises:
         NullEventError: If the variation of a sample is zero.
@@ -86,5 +86,5 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
-    """Divides relevance at a tap, ``(N, *shape)``, by one number per sample, ``(N,)``."""
+    """Divides relevance at a tap, ``(N, *shape)``, by one mass per sample, ``(N,)``."""
     return values / mass.to(values.device).reshape(-1, *(1,) * (values.ndim - 1))

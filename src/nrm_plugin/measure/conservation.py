@@ -1,6 +1,7 @@
 """Sink, bypass and variation of each tap, computed from the totals of a pass.
 
-At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated separately, so that their sum is a check.
+At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated independently, so that their sum verifies the
+computation.
 
 Source: docs/measure.md.
 """
@@ -20,7 +21,7 @@ from .layer_taps import is_reached
 from .totals import Totals
 
 Kind = Literal["residual", "constants"]
-"""Kind of absorbed mass: mass that rules do not propagate (``"residual"``) or that ends at constants."""
+"""Kind of absorbed mass: ``"residual"`` if a rule does not propagate it, ``"constants"`` if it ends at a constant."""
 
 
 def check_kind(kind: object) -> None:
@@ -30,7 +31,14 @@ def check_kind(kind: object) -> None:
 
 
 def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, absolute: bool = False) -> Tensor:
-    """Returns the mass absorbed above at least one of the taps, or the sum of its absolute values, ``(N,)``."""
+    """Returns the mass absorbed above at least one of the taps, ``(N,)``.
+
+    Args:
+        totals: The totals of a pass.
+        taps: The taps above which absorbed mass is counted.
+        kind: The kind of absorbed mass, or None for both.
+        absolute: Whether to sum absolute values instead.
+    """
     check_kind(kind)
     recording = totals.recording
     bits = 0
@@ -39,7 +47,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
     total = totals.start.new_zeros(recording.samples.count)
     for (vertex, its_kind), mass in (totals.absolute_sinks if absolute else totals.sinks).items():
         if kind in (None, its_kind) and recording.taps.marks.below_vertex[vertex] & bits:
-            if mass is None:  # only the message needs the names, and formatting all of them takes longer than the pass
+            if mass is None:  # names are formatted only if needed, since this is slower than the pass
                 raise recording.samples.error(recording.taps.name_at(vertex))
             total = total + mass
     return total
@@ -60,7 +68,7 @@ def bypassing(totals: Totals, tap: Tap) -> Tensor:
 
 
 def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
-    """Returns the mass absorbed in each step, ``(N,)``, by the name of the step."""
+    """Returns the mass absorbed in each step, ``(N,)``, keyed by step name."""
     check_kind(kind)
     recording = totals.recording
     sinks: dict[str, Tensor] = {}
@@ -73,18 +81,19 @@ def step_sinks(totals: Totals, kind: Kind | None = None) -> dict[str, Tensor]:
 
 
 def tap_variation(totals: Totals, tap: Tap) -> Tensor:
-    """Computes ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``."""
+    """Computes the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``."""
     recording = totals.recording
     crossing = checked(recording, totals.absolute.get(tap.place), "the tap") if is_reached(recording, tap) else 0
     return crossing + absorbed(totals, [tap], absolute=True) + bypassing(totals, tap).abs()
 
 
 def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
-    """Computes ``Σ_w |μ(w)|``, ``(N,)``.
+    """Computes the walk variation ``Σ_w |μ(w)|``, ``(N,)``.
 
     Args:
         absolute: Totals of a pass with the absolute values of all kernels.
-        signed: Totals of a plain pass, for the variation of the measure conditioned on survival, or None otherwise.
+        signed: Totals of an ordinary pass, to compute the variation of the measure conditioned on survival; None for
+            the variation of the measure itself.
     """
     total = surviving_mass(absolute)
     if signed is not None:
@@ -95,7 +104,7 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 
 
 def surviving_mass(totals: Totals) -> Tensor:
-    """Returns the mass of the walks that reach an input, ``(N,)``."""
+    """Returns the mass of the walks that end at an input, ``(N,)``."""
     recording = totals.recording
     ends, total = _last_vertices(recording), totals.start.new_zeros(recording.samples.count)
     for place, mass in totals.mass.items():
@@ -105,7 +114,7 @@ def surviving_mass(totals: Totals) -> Tensor:
 
 
 def _last_vertices(recording: Recording) -> set[int]:
-    """Returns the vertices directly above the leaves, where walks that are not absorbed end."""
+    """Returns the vertices that are directly above a leaf."""
     vertices = recording.graph.vertices
     leaves = {number for number, vertex in enumerate(vertices) if vertex.leaf is not None}
     return {
@@ -116,10 +125,10 @@ def _last_vertices(recording: Recording) -> set[int]:
 
 
 def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
-    """Returns a mass, ``(N,)``, after checking that it is known.
+    """Returns a mass, ``(N,)``, or raises an error if it is unknown.
 
     Raises:
-        FoldingError: If the mass is None, because the entries of the samples cannot be distinguished.
+        FoldingError: If the mass is None, because the samples cannot be distinguished within the tensor.
     """
     if mass is None:
         raise recording.samples.error(what)

@@ -1,4 +1,4 @@
-"""Parts of an image that are connected regions."""
+"""Groups of image parts that form connected regions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
-    """Returns groups of the members of an image of which each is a connected region.
+    """Reassigns the members of an image so that each group is a connected region.
 
-    Each group keeps the connected region of its members with the largest weight. The other members go, one after
-    another, to the group with which they share the longest border.
+    Each group keeps its connected component with the largest total weight. The remaining members are reassigned one by
+    one to the group with which they share the longest border.
 
     Args:
         labels: The group of each member, ``(members,)``.
@@ -36,14 +36,14 @@ def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
         shared = torch.stack([borders[:, new == group].sum(1) for group in range(count)], 1)
         shared[new >= 0] = 0
         member, group = divmod(int(shared.argmax()), count)
-        if not bool(shared.any()):  # members without any border, in images of which some pixels have no member
+        if not bool(shared.any()):  # the remaining members have no border, because some pixels belong to no member
             return torch.where(new < 0, labels, new)
         new[member] = group
     return new
 
 
 def _borders(members: Tensor, count: int) -> Tensor:
-    """Returns the number of neighbouring pixels of each pair of members, ``(count, count)``."""
+    """Returns the length of the border between every two members, in pixels, ``(count, count)``."""
     pairs = [(members[1:], members[:-1]), (members[:, 1:], members[:, :-1])]
     one, other = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
     borders = torch.bincount(one * count + other, minlength=count**2).reshape(count, count)
@@ -53,7 +53,7 @@ def _borders(members: Tensor, count: int) -> Tensor:
 
 
 def _regions(borders: Tensor, members: list[int]) -> list[list[int]]:
-    """Returns the connected regions of some members."""
+    """Returns the connected components of the given members."""
     left, regions = set(members), []
     while left:
         region, waiting = [], [left.pop()]

@@ -7,7 +7,7 @@ a pair of partitions preserves are
 .. math:: D = J - \frac{r c^\top}{Z}, \qquad
           \kappa = \frac{\sum_{gh} |\sum_{i \in g, j \in h} D_{ij}|}{\sum_{ij} |D_{ij}|} \in [0, 1]
 
-All functions are free of side effects and work on NumPy arrays. The search is new in this package.
+All functions are pure and operate on NumPy arrays, unless stated otherwise. The search is new in this package.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 30
-"""Largest number of sweeps over all members, each of which is considered for a move once per sweep."""
+"""Maximum number of sweeps; in each sweep, every member is considered for a move once."""
 SHAKEN = 0.3
-"""Fraction of the members of a layer that are assigned to random groups at a restart."""
+"""Fraction of the members of a layer that are assigned to random groups in a restart."""
 LLOYD = 12
-"""Number of k-means iterations for the initial partition."""
+"""Maximum number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3
-"""Smallest sum, relative to the absolute joint relevance, that is used as a divisor."""
+"""Smallest total of the joint relevance, relative to its absolute sum, that is used as a divisor."""
 INDEPENDENT = 1e-5
-"""Dependence up to this fraction of the absolute joint relevance is attributed to float32 rounding."""
+"""Dependence up to this fraction of the absolute joint relevance is considered float32 rounding error."""
 STILL = 1e-12
-"""Gains up to this fraction of the objective are attributed to rounding errors."""
+"""Gains up to this fraction of the sum of absolute values are considered rounding errors."""
 
 
 def dependence(joint: Array) -> Array:
-    """Returns the dependence between two layers, ``(members, members)``; each row and column sums to 0.
+    """Computes the dependence ``D`` between two layers, ``(members, members below)``, whose rows and columns sum to 0.
+
+    If the layers are independent up to rounding, the result is zero. For example, the output is independent of all
+    other layers if the measure explains a single class.
 
     Args:
-        joint: Joint relevance. If its entries cancel in the sum, it is returned unchanged. If the layers
-            are independent up to rounding, the result is zero; this holds for the output and any other layer when a
-            single class is explained.
+        joint: Joint relevance, ``(members, members below)``. It is returned unchanged if its entries cancel in the sum.
     """
     total, size = joint.sum(), np.abs(joint).sum()
     if abs(total) <= CANCELLED * size:
@@ -52,13 +53,13 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Returns the fraction κ of the dependence that two partitions preserve, in [0, 1]; nan without dependence."""
+    """Computes the fraction κ of the dependence that two partitions preserve, in [0, 1]; NaN if there is none."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 
 
 def group_sums(values: Array, labels: Labels, count: int | None = None) -> Array:
-    """Sums the rows of ``(members, n)`` over each group; the result has shape ``(groups, n)``."""
+    """Sums the rows of ``(members, n)`` within each group, to ``(groups, n)``."""
     members = np.zeros((int(labels.max()) + 1 if count is None else count, len(labels)))
     members[labels, np.arange(len(labels))] = 1
     return members @ values
@@ -67,21 +68,21 @@ def group_sums(values: Array, labels: Labels, count: int | None = None) -> Array
 def find_partitions(
     dependences: Sequence[Array], counts: Sequence[int], restarts: int, seed: int, fixed: Sequence[Labels | None]
 ) -> list[Labels]:
-    """Returns partitions of all layers that preserve much of the dependence between consecutive layers.
+    """Finds partitions of all layers that preserve much of the dependence between consecutive layers.
 
-    The search starts from k-means clusters. Single members are moved to the group that increases the sum of κ over the
-    pairs most, until no move increases it. The search is then restarted from the best partitions found so far, after
-    some members of one layer have been assigned to random groups.
+    The search starts from k-means clusters. Single members are then moved to the group that most increases the sum of κ
+    over the pairs, until no move increases it. The search is then restarted from the best partitions found so far, with
+    some members of one layer assigned to random groups.
 
     Args:
         dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
-        counts: Largest number of groups in each layer.
+        counts: Maximum number of groups in each layer.
         restarts: Number of restarts.
         seed: Random seed for the initial partitions and the order of moves.
-        fixed: The given partition of each layer, or None for layers whose partition is searched.
+        fixed: For each layer, its partition, or None if the partition is to be found.
 
     Returns:
-        The group of each member, for each layer.
+        For each layer, the group of each member, ``(members,)``.
     """
     random = np.random.default_rng(seed)
     pairs = [part / (np.abs(part).sum() or 1.0) for part in dependences]
@@ -97,13 +98,13 @@ def find_partitions(
 
 @dataclass
 class _Search:
-    """Partitions that are improved in place.
+    """State of the local search, whose partitions are improved in place.
 
     Attributes:
-        pairs: The dependence between each two consecutive layers, scaled to an absolute sum of 1.
-        counts: Number of groups in each layer.
-        labels: Group of each member, for each layer.
-        free: The layers whose partitions are searched.
+        pairs: The dependence of each pair of consecutive layers, scaled to an absolute sum of 1.
+        counts: Maximum number of groups in each layer.
+        labels: For each layer, the group of each member.
+        free: Indices of the layers whose partitions are searched.
         random: Random number generator.
     """
 
@@ -128,7 +129,7 @@ class _Search:
         return cls(pairs, counts, labels, [layer for layer, given in enumerate(fixed) if given is None], random)
 
     def shaken(self) -> _Search:
-        """Returns the partitions after some members of one layer have been assigned to random groups."""
+        """Returns a copy in which some members of one layer are assigned to random groups."""
         labels = [own.copy() for own in self.labels]
         layer = self.free[self.random.integers(len(self.free))]
         own = labels[layer]
@@ -137,7 +138,7 @@ class _Search:
         return replace(self, labels=labels)
 
     def kept(self) -> float:
-        """Returns the sum of κ over all pairs with dependence."""
+        """Returns the sum of κ over all pairs of layers with nonzero dependence."""
         each = (kept(pair, *self.labels[above : above + 2]) for above, pair in enumerate(self.pairs))
         return sum(share for share in each if not math.isnan(share))
 
@@ -147,12 +148,12 @@ class _Search:
                 return
 
     def _sweep(self, layer: int) -> int:
-        """Considers each member of a layer for a move once, in random order; returns the number of moves."""
+        """Considers each member of a layer for a move, in random order; returns the number of moves."""
         order = self.random.permutation(len(self.labels[layer]))
         return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
 
     def _grouped(self, layer: int) -> Array:
-        """Returns the dependence of each member on the groups of adjacent layers, ``(members, adjacent groups)``."""
+        """Returns the dependence of the members of a layer on adjacent groups, ``(members, adjacent groups)``."""
         sides = []
         if layer > 0:
             sides.append(group_sums(self.pairs[layer - 1], self.labels[layer - 1], self.counts[layer - 1]).T)
@@ -164,14 +165,17 @@ class _Search:
 def refined(
     labels: Sequence[Labels], counts: Sequence[int], free: Sequence[int], grouped: Callable[[int, list[Labels]], Array]
 ) -> list[Labels]:
-    """Returns partitions improved by moving single members, layer by layer, until no move increases the sum of κ.
+    """Improves partitions by moving single members, layer by layer, until no move increases the sum of κ.
 
     Args:
-        labels: The group of each member, for each layer.
+        labels: For each layer, the group of each member.
         counts: Number of groups in each layer.
-        free: The layers whose members are moved.
-        grouped: Function that returns the dependence of each layer member on the groups of adjacent layers,
-            ``(members, adjacent groups)``.
+        free: Indices of the layers whose members are moved.
+        grouped: Function that returns the dependence of each member of a layer on the groups of adjacent layers,
+            ``(members, adjacent groups)``, given the index of the layer and the current partitions.
+
+    Returns:
+        For each layer, the improved group of each member.
     """
     better = [own.copy() for own in labels]
     random = np.random.default_rng(0)
@@ -184,11 +188,11 @@ def refined(
 
 
 def move_members(values: Array, labels: Labels, count: int, order: Labels) -> int:
-    r"""Moves single members to the group that increases :math:`\sum_g \|\sum_{i \in g} v_i\|_1` most, in ``labels``.
+    r"""Moves single members to the group that most increases :math:`\sum_g \|\sum_{i \in g} v_i\|_1`.
 
     Args:
-        values: A vector for each member, ``(members, n)``.
-        labels: Group of each member.
+        values: A vector ``v`` for each member, ``(members, n)``.
+        labels: Group of each member, ``(members,)``, modified in place.
         count: Number of groups.
         order: The order in which members are considered.
 
@@ -218,13 +222,13 @@ def move_members(values: Array, labels: Labels, count: int, order: Labels) -> in
 
 
 def _profiles(pairs: Sequence[Array], layer: int) -> Array:
-    """Returns the dependence of each member on all members of the adjacent layers, ``(members, adjacent members)``."""
+    """Returns the dependence of each member on the members of the adjacent layers, ``(members, adjacent members)``."""
     sides = [*(pair.T for pair in pairs[max(0, layer - 1) : layer]), *pairs[layer : layer + 1]]
     return np.concatenate(sides, 1)
 
 
 def _k_means(points: Array, count: int, random: np.random.Generator) -> Labels:
-    """Returns the clusters of Lloyd's algorithm from a k-means++ start, ``(points,)``."""
+    """Clusters points with Lloyd's algorithm and k-means++ initialization; returns their labels, ``(points,)``."""
     squares = (points**2).sum(1)
     centres = np.empty((min(count, len(points)), points.shape[1]))
     distances = np.ones(len(points))

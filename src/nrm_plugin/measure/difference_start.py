@@ -1,53 +1,74 @@
-r"""The start of a measure of differences, :math:`\mu(n_L = k) = s_k \Delta f_k / \sum_k s_k \Delta f_k`.
+r"""The initial relevance of a measure that explains a difference.
+
+.. math:: \mu(n_L = k) = s_k \Delta f_k / \sum_k s_k \Delta f_k
 
 Source: docs/differences.md.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PrecisionWarning, TargetError, samples
+from ..errors import FoldingError, PrecisionWarning, TargetError, samples, warn
 from ..kernels.reference_pass import LEAST
 from ..model.autocast import is_short
 from ..model.targets import MIN_TOTAL, sample_sums
 
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Largest difference between outputs of copies of a sample, relative to the largest output."""
+TOLERANCE_OF_SHORT = 3e-2
+"""The same in bfloat16 and float16."""
 ROUNDING = 16
-"""A difference between outputs must exceed this multiple of their rounding error."""
+"""The difference between outputs must exceed their rounding error by this factor."""
 PRECISE = 1e-3
-"""A warning is issued if the rounding error of the outputs exceeds this fraction of their difference."""
+"""A warning is issued if the rounding error exceeds this fraction of the difference between outputs."""
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns the start vector of a measure of differences and the explained difference.
+    r"""Computes the start vector of a measure that explains a difference, and this difference.
 
     Args:
-        recording: A recording with one reference or several references per sample.
+        recording: A recording with one or several references per sample.
         vector: The weights ``s`` of the outputs, ``(N, …)``; they may sum to zero.
 
     Returns:
-        The start vector in the layout of the output, and :math:`\sum_k s_k \Delta f_k`, ``(N,)``, averaged over
+        The start vector in the layout of the output; and :math:`\sum_k s_k \Delta f_k`, ``(N,)``, averaged over
         references.
 
     Warns:
-        PrecisionWarning: If the difference of a sample has fewer than three digits in float32 or float64.
+        PrecisionWarning: If the difference of a sample has fewer than three significant digits in float32 or float64.
 
     Raises:
         TargetError: If the weighted differences of a sample are zero, or cancel.
-        FoldingError: If a sample depends on other samples.
+        FoldingError: If a sample depends on other samples, or on its position in the batch.
     """
     count = recording.references
     outputs, vector = recording.unfolded(), vector.repeat_interleave(count, 0)
+    _check_copies(outputs.detach().reshape(len(outputs) // count, count, -1))
     parts = vector * recording.differences()
     form = (len(parts) // count, -1)
     total = sample_sums(parts.reshape(form))
     _check_different(total, *(values.reshape(form) for values in (parts, vector, outputs)))
     shape = (-1, *(1,) * (parts.ndim - 1))
     return recording.started(parts / total.repeat_interleave(count).reshape(shape)), total / count
+
+
+def _check_copies(outputs: Tensor) -> None:
+    """Raises :class:`FoldingError` if copies of a sample, one per reference, have different outputs ``(N, B, …)``."""
+    count = outputs.shape[1]
+    if count == 1:
+        return
+    size = TOLERANCE.get(outputs.dtype, TOLERANCE_OF_SHORT) * outputs.abs().max()
+    bad = (outputs - outputs[:, :1]).abs().amax((1, 2)) > size
+    if bool(bad.any()):
+        raise FoldingError(
+            f"with {count} references, the model runs on {count} copies of each sample, and its outputs differ between "
+            f"copies ({samples(bad.tolist())}): it uses constants for each position in the batch, or draws random "
+            "numbers. Pass such constants as additional_forward_args, whose rows are repeated, or use one reference."
+        )
 
 
 def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tensor) -> None:
@@ -63,12 +84,11 @@ def _check_different(total: Tensor, parts: Tensor, vector: Tensor, outputs: Tens
             "weighted differences are 0, or cancel, so nothing can be normalized. Choose another reference or target."
         )
     share = float((rounding / total.abs()).max())
-    warnings.warn(
+    warn(
         f"the outputs at the input and at the reference are so similar ({samples(imprecise.tolist())}) that their "
         f"difference has a relative rounding error of {share:.0e} in {str(outputs.dtype).removeprefix('torch.')}, and "
         "so do all masses. Compute in float64, `model.double()` and `inputs.double()`, or choose another reference.",
         PrecisionWarning,
-        stacklevel=5,
     )
 
 

@@ -1,4 +1,4 @@
-"""The decision diagram of events over a recording: how crossing a tap or ending in a sink changes its node."""
+"""The decision diagram for events over a recording, and its transitions when a walk crosses a tap or is absorbed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..recording.recording import Recording
 from .located_events import Locator
 
 Crossing = list[tuple[int, Tensor | None]]
-"""Pairs of a remaining node and the mask of neurons whose crossing leads to it; None stands for all neurons."""
+"""Successor nodes, each with the mask of the neurons that lead to it; a mask of None denotes all neurons."""
 
 
 class DecisionDiagram:
-    """The joint decision diagram of several events over one recording.
+    """The shared decision diagram for several events over one recording.
 
     Args:
-        recording: The recording.
-        events: The events.
+        recording: The recording of the forward pass.
+        events: The events to decide.
 
     Attributes:
-        roots: One node of the diagram for each event.
-        levels: The level of each place and sink, in the order in which walks reach them; sinks are last.
+        roots: The root node of each event.
+        levels: The level of each place and sink: places in the order in which walks cross them, followed by sinks.
         open: For each vertex, a bit set of the levels that a walk can still reach below the vertex.
     """
 
@@ -61,22 +61,22 @@ class DecisionDiagram:
         return levels
 
     def depends(self, node: int) -> int:
-        """Returns the bit set of the levels on which a node still depends."""
+        """Returns the levels on which a node depends, as a bit set."""
         if node not in self._depends:
             levels = {self.nodes.levels[variable] for variable in self.nodes.variables(node)}
             self._depends[node] = sum(1 << level for level in levels)
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """Returns true or false if nothing below the vertex can change the node, and the node itself otherwise."""
+        """Returns the terminal node if nothing below a vertex can change the outcome, and the node itself otherwise."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:
-        """Returns the node that remains when a walk ends at a leaf: true or false."""
+        """Returns the terminal node, true or false, of a walk that ends at a leaf."""
         return self.nodes.step(node, self.absorbed_level, 0)
 
     def cross(self, node: int, level: int) -> Crossing:
-        """Returns the nodes that remain after crossing the tap at a level, each with the mask of its neurons."""
+        """Returns the successors of a node when a walk crosses the tap at a level, each with its mask of neurons."""
         if (node, level) not in self._crossings:
             self._crossings[node, level] = self._cross(node, level)
         return self._crossings[node, level]
@@ -94,7 +94,7 @@ class DecisionDiagram:
         return list(remaining.items())
 
     def absorb(self, node: int, vertex: int) -> Crossing:
-        """Returns the nodes (true or false) that remain when a walk is absorbed at a vertex, each with its mask."""
+        """Returns the terminal nodes (true or false) of a walk absorbed at a vertex, each with its mask of neurons."""
         answer = 1 << len(self.nodes.levels) - 1
         level = self.levels.get(Sink(vertex))
         crossing = [(node, None)] if level is None else self.cross(node, level)
@@ -102,7 +102,11 @@ class DecisionDiagram:
 
 
 def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]]:
-    """Splits the neurons of a tap into cells on which every mask is constant, each with the bit set of its values."""
+    """Partitions the neurons of a tap into cells on which every mask is constant.
+
+    Returns:
+        For each cell, a bit set of the variables whose masks contain it, and its mask.
+    """
     cells = [(0, torch.ones_like(masks[0]))]
     for variable, mask in zip(variables, masks, strict=True):
         split = [(answers | 1 << variable, cell & mask) for answers, cell in cells]
@@ -112,7 +116,7 @@ def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]
 
 
 def _order(place: Buffer | Edge | Sink) -> tuple[int, int, int]:
-    """Returns a sort key: places in the order in which walks cross them, then sinks."""
+    """Sort key that orders places as walks cross them, followed by sinks."""
     return (1, place.vertex, 0) if isinstance(place, Sink) else (0, *place.order)
 
 

@@ -1,4 +1,4 @@
-"""Masses and maps of events, from one pass that decides, tap by tap, to which events a walk belongs."""
+"""Mass and maps of events, from one pass that decides tap by tap which events a walk belongs to."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .memory_budget import in_chunks, width_of
 Pair = tuple[int, int]
 """``(event, diagram node)``."""
 Pairs = frozenset[Pair]
-"""Pairs that share one relevance vector."""
+"""Set of pairs that share one relevance vector."""
 
 
 @dataclass(frozen=True)
 class EventResult:
-    """Mass and maps of one event.
+    """Mass, variation and maps of one event.
 
     Attributes:
         mass: ``μ(event)``, ``(N,)``.
@@ -40,12 +40,12 @@ class EventResult:
 
 
 class EventPass:
-    """A pass from the output down that drops a walk as soon as its membership in all events is decided.
+    """A pass from the output to the inputs that drops walks as soon as their membership in all events is decided.
 
     Args:
-        diagram: The events.
+        diagram: The decision diagram for the events.
         start: The relevance of the outputs.
-        stored: Taps at which a map of each event is needed.
+        stored: The taps for which a map of each event is computed.
 
     Attributes:
         mass: μ of each event, ``(E, N)``.
@@ -105,7 +105,7 @@ class EventPass:
         return result
 
     def _undecided(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
-        """Drops the vectors of walks whose membership is decided and that cannot cross a stored tap below."""
+        """Drops vectors of walks whose membership is decided, unless they can cross a stored tap below."""
         vertex = buffer.vertex
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():
@@ -154,14 +154,17 @@ def event_results(
     places: Sequence[Place] = (),
     max_memory: int | None = None,
 ) -> tuple[list[EventResult], Cost]:
-    """Returns the mass, variation and maps of each event; each pass handles as many events as fit into memory.
+    """Computes the mass, variation and maps of events, with as many events per pass as fit into memory.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: The relevance of the outputs.
-        events: The events.
-        places: Taps at which a map of each event is needed.
+        events: The events to evaluate.
+        places: The taps for which a map of each event is computed.
         max_memory: Memory budget in bytes, or None for the default of the device.
+
+    Returns:
+        One result per event, and the cost of all passes.
     """
     costs: list[Cost] = []
 
@@ -177,7 +180,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """Returns the places to which events and queries refer, or None if any place may matter, as for sinks."""
+    """Returns the places that events and queries refer to, or None if all places may matter, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

@@ -7,7 +7,7 @@ one, and every edge is a joint relevance:
 .. math:: \mu(A \cap B), \quad A \text{ of one layer}, B \text{ of the next}, \qquad
           \sum_B \mu(A \cap B) = \mu(A), \quad \sum_A \mu(A \cap B) = \mu(B)
 
-Selecting groups and merging the others is new in this package.
+The selection of groups to show, and the merging of all others, are new in this package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import brief
+from ..errors import brief, printable
 from ..events.event import Atom, Event
 from ..recording.taps import Tap
 from .flow_graph import FlowGraph
@@ -34,11 +34,11 @@ from .layer_taps import atom_of, several_layers
 from .partitions import Names, Partition, partition
 
 GROUPS = "groups"
-"""The value of ``over`` for groups of channels that preserve the dependence between layers."""
+"""Value of ``over`` that requests groups of channels that preserve the dependence between layers."""
 
 
 class Measure(Protocol):
-    """The queries of a :class:`~nrm_plugin.RelevanceMeasure` that a flow needs."""
+    """Interface of :class:`~nrm_plugin.RelevanceMeasure`, restricted to the queries that flows use."""
 
     @property
     def batch(self) -> int: ...
@@ -53,13 +53,13 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """A layer with its shown groups.
+    """A layer of a flow and the groups shown in it.
 
     Attributes:
         atom: The tap.
         layer: The layer of the graph.
-        labels: For each neuron, the position of its group among the shown groups; for the rest, the number of shown
-            groups.
+        labels: For each neuron, the index of its group among the shown groups, or the number of shown groups for the
+            rest.
         has_all_channels: Whether all channels are shown, in which case their joint relevance may not require one pass
             per channel.
     """
@@ -74,12 +74,12 @@ class Shown:
         return len(self.layer.groups)
 
     def with_rest(self, values: Tensor) -> Tensor:
-        """Appends a rest of zero to values ``(…, groups)``; values ``(…, groups + 1)`` are returned unchanged."""
+        """Appends a zero for the rest to values ``(…, groups)``; values ``(…, groups + 1)`` are returned unchanged."""
         return torch.nn.functional.pad(values, (0, self.count + 1 - values.shape[-1]))
 
     @property
     def event(self) -> Event:
-        """The walks that cross a shown group."""
+        """The event that a walk crosses a shown group."""
         return self.atom[self.labels < self.count]
 
 
@@ -94,19 +94,19 @@ def flow_graph(
     sample: int | None = None,
     joints: Callable[[Sequence[Shown]], Sequence[Tensor]] | None = None,
 ) -> FlowGraph:
-    """Returns the flow of relevance through some layers.
+    """Computes the flow of relevance through several layers.
 
     Args:
-        mu: The measure.
+        mu: The measure whose flow is computed.
         layers: Layers and their taps, each below the previous layer.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        top: Largest number of shown groups per layer.
+        top: Maximum number of groups shown per layer.
         min_mass: Smallest absolute mass of a shown group.
         coverage: Fraction of the absolute mass to show in each layer.
-        names: Group names in each layer.
+        names: Names of the groups in each layer.
         sample: Index of the sample.
-        joints: Returns the joint relevance between the nodes of each two layers, ``(N, K_upper, K_lower)``; by default,
-            it is computed by queries of the measure.
+        joints: Function that returns the joint relevance between the nodes of consecutive layers,
+            ``(N, K_upper, K_lower)``; by default, it is obtained from queries on the measure.
     """
     thresholds = Thresholds(top, min_mass, coverage)
     number = _sample_number(mu, sample)
@@ -132,13 +132,13 @@ def flow_graph(
 
 
 def ordered_taps(mu: Any, layers: Sequence[Any]) -> list[tuple[Any, Tap]]:
-    """Returns the layers sorted from the output down, each with its tap."""
+    """Returns the layers and their taps, sorted from the output to the input."""
     chosen, order = several_layers(layers), {name: number for number, name in enumerate(mu.layers)}
     if all(isinstance(layer, str) and layer in order for layer in chosen):
         chosen.sort(key=lambda layer: -order[layer])
         return [(layer, mu._tap(layer)) for layer in chosen]
     taps = {layer: mu._tap(layer) for layer in chosen}
-    if all(isinstance(layer, str) for layer in chosen):  # sites may be included; only the graph has their order
+    if all(isinstance(layer, str) for layer in chosen):  # sites are ordered only by the graph
         below = {layer: sum(mu._is_below(other.place, tap) for other in taps.values()) for layer, tap in taps.items()}
         chosen.sort(key=lambda layer: -below[layer])
     return [(layer, taps[layer]) for layer in chosen]
@@ -153,18 +153,18 @@ def with_groups(
     groups: Groups | None,
     top: int | None = None,
 ) -> tuple[Any, Mapping[str, Names] | None, int | None]:
-    """Returns how the neurons in each layer are grouped, the group names, and how many groups to show.
+    """Returns how the neurons of each layer are grouped, the names of the groups, and how many groups to show.
 
-    If groups are requested, all of them are shown.
+    If groups are requested or given, all of them are shown.
 
     Args:
-        mu: The measure.
+        mu: The measure to query.
         layers: Layers and their taps.
         over: How neurons are grouped; ``"groups"`` uses ``groups``, or searches for groups if none are given.
-        names: Member names in each layer.
+        names: Names of the members in each layer.
         k: Number of groups in a layer.
-        groups: Given groups; they apply to all of their layers.
-        top: Largest number of groups to show per layer, or None for no limit.
+        groups: Existing groups; they apply to all of their layers.
+        top: Maximum number of groups to show per layer, or None for no limit.
     """
     kinds = {layer: _for_layer(over, layer, "channel") for layer, _ in layers}
     called = {layer: layer_name(mu, layer) for layer in kinds}
@@ -195,7 +195,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """Returns the value for one layer, looked up by name with a default if the value is a mapping."""
+    """Returns the value for one layer, looked up by layer if the value is a mapping, with a default."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -204,15 +204,15 @@ def _for_layer(value: Any, layer: Any, default: Any) -> Any:
 def _shown(
     mu: Measure, layer: Any, tap: Tap, groups: Partition, masses: Array, thresholds: Thresholds, number: int
 ) -> Shown:
-    """Returns a layer with the groups that pass the thresholds.
+    """Selects the groups of a layer that pass the thresholds.
 
     Args:
-        mu: The measure.
+        mu: The measure to query.
         layer: The layer.
         tap: The tap of the layer.
         groups: All groups of its neurons.
-        masses: Mass of each group, followed by the mass of the neurons without a group if there are any.
-        thresholds: The thresholds that select the shown groups.
+        masses: Mass of each group, followed by the mass of the neurons outside all groups, if any.
+        thresholds: The thresholds.
         number: Index of the sample.
     """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]
@@ -223,7 +223,7 @@ def _shown(
     flow_layer = FlowLayer(
         name=tap.names[0] if not isinstance(layer, str) and tap.names else str(layer),
         groups=tuple(shown),
-        labels=tuple(groups.names(group) for group in shown),
+        labels=tuple(printable(groups.names(group)) for group in shown),
         masses=tuple(float(masses[group]) for group in shown),
         rest=outside + float(np.delete(masses, shown).sum()),
         others=groups.count - len(shown),
@@ -235,10 +235,10 @@ def _shown(
 
 
 def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
-    """Returns the ``over`` argument for each layer.
+    """Returns the ``over`` argument of the joint query for each layer.
 
-    It is the labels of the layer, or ``"channel"`` where the layer and an adjacent one both show all channels, which
-    saves passes.
+    The argument is the labels of the layer, or ``"channel"`` if the layer and an adjacent one both show all channels;
+    the latter requires fewer passes.
     """
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
@@ -249,7 +249,10 @@ def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
 
 
 def _joint(mu: Measure, upper: Shown, lower: Shown, matrix: Tensor, number: int) -> Array:
-    """Returns the joint relevance of two layers, ``(K_upper + 2, K_lower + 2)``, from one query per quadrant."""
+    """Returns the joint relevance of two layers with rest and off, ``(K_upper + 2, K_lower + 2)``.
+
+    Each quadrant is computed by a separate query.
+    """
     joint = np.zeros((upper.count + 2, lower.count + 2))
     joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()
     leaving = mu.marginal(upper.atom, over=upper.labels, joint=~lower.atom)[number]

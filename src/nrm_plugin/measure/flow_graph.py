@@ -1,4 +1,4 @@
-"""Flow graphs as data: the groups shown in each layer and their joint relevance, with conversion to other formats."""
+"""Flow graphs as data: the groups shown in each layer and their joint relevance, with export to other formats."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class FlowGraph:
 
     Attributes:
         layers: The layers, from the output down.
-        joints: The joint relevance between all nodes of each two consecutive layers, ``(K_upper + 2, K_lower + 2)``:
-            first the groups, then rest and off. Each row sums to the mass of the upper node, and each column to the
+        joints: For each pair of consecutive layers, the joint relevance of their nodes, ``(K_upper + 2, K_lower + 2)``:
+            the groups, followed by rest and off. Each row sums to the mass of the upper node, and each column to the
             mass of the lower node.
         carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
 
     Raises:
-        FlowError: If joint relevance is nan or infinite, so that a figure would omit nodes.
+        FlowError: If a joint relevance is NaN or infinite.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -101,13 +101,13 @@ class FlowGraph:
     def smaller(
         self, top: int | None = None, min_mass: float | None = None, coverage: float | None = None
     ) -> FlowGraph:
-        """Returns the graph with fewer groups; removed groups are added exactly to the rest of their layer.
+        """Returns a graph with fewer groups; the mass of the removed groups is added to the rest of their layer.
 
         Args:
-            top: Number of groups in each layer.
+            top: Maximum number of groups in each layer.
             min_mass: Smallest absolute mass of a group.
-            coverage: Fraction of the absolute mass that the shown groups cover in each layer; the smallest number of
-                groups that reaches it is kept.
+            coverage: Fraction of the absolute mass that the shown groups cover in each layer, with as few groups as
+                possible.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -159,7 +159,7 @@ class FlowGraph:
         return {"format": FORMAT, "layers": layers, "joints": joints, "carried": self.carried}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Returns the graph as JSON, and also writes it to a file if a path is given.
+        """Serializes the graph to JSON and writes it to a file if a path is given.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -174,10 +174,10 @@ class FlowGraph:
 
     @classmethod
     def from_json(cls, source: str | Path) -> FlowGraph:
-        """Reads a graph from the JSON of :meth:`to_json`, or from the path of a file with this JSON.
+        """Reads a graph from a JSON string written by :meth:`to_json`, or from a file that contains one.
 
         Raises:
-            FlowError: If the source is not JSON of a flow graph.
+            FlowError: If the source is not the JSON of a flow graph.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -200,7 +200,7 @@ class FlowGraph:
         return cls(layers, joints, entries.get("carried"))
 
     def to_networkx(self) -> Any:
-        """Returns a ``networkx.DiGraph`` from the output down, with masses as attributes. Requires networkx.
+        """Converts the graph to a ``networkx.DiGraph`` with edges from the output down and masses as attributes.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -222,7 +222,7 @@ class FlowGraph:
         return digraph
 
     def to_graphml(self, path: str | Path | IO[bytes]) -> None:
-        """Writes GraphML, for Gephi, Cytoscape and similar tools, to a path or an open file. Requires networkx.
+        """Writes the graph as GraphML, for tools such as Gephi and Cytoscape, to a path or an open binary file.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -239,7 +239,7 @@ class FlowGraph:
         extra("networkx", "graph").write_graphml_xml(self.to_networkx(), path)
 
     def to_pandas(self) -> tuple[Any, Any]:
-        """Returns data frames of the nodes and of the edges; requires pandas.
+        """Returns the nodes and the edges as two pandas data frames.
 
         Raises:
             MissingExtraError: If pandas is not installed.

@@ -1,4 +1,4 @@
-"""The conditional heat map of each group of a flow graph, and flows with their heat maps."""
+"""Conditional heat maps of the groups of a flow graph, and flows together with their heat maps."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .measure import RelevanceMeasure
 from .partitions import Names, partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
-"""Heat maps, ``(H, W)``, keyed by node."""
+"""Heat maps, ``(H, W)``, keyed by :attr:`FlowNode.key`."""
 Pairs = dict[tuple[str, str], float]
-"""Joint relevance of two nodes in non-adjacent layers, keyed by both nodes, the upper one first."""
+"""Joint relevance of nodes in non-adjacent layers, keyed by the upper and the lower node."""
 LOWEST = "input"
 
 
 @dataclass(frozen=True)
 class MappedFlow:
-    """A flow with the heat maps of its nodes.
+    """A flow graph with the heat maps of its nodes.
 
     Attributes:
-        graph: The flow.
-        maps: The heat maps of the nodes, ``(H, W)`` in the size of the image.
+        graph: The flow graph.
+        maps: The heat maps of the nodes, ``(H, W)``, at the resolution of the image.
         pairs: Joint relevance of nodes in non-adjacent layers.
-        layer: The layer whose positions the heat maps show.
-        positions: The number of its positions along height and width; empty for the input itself.
+        layer: The layer at whose positions the heat maps are computed.
+        positions: The number of these positions along height and width; empty for the input itself.
     """
 
     graph: FlowGraph
@@ -61,24 +61,26 @@ def mapped_flow(
     groups: Groups | None = None,
     lowest: str | None = None,
 ) -> MappedFlow:
-    r"""Returns a flow with the heat maps of its nodes, from the same passes.
+    r"""Computes a flow and the heat maps of its nodes in the same passes.
 
-    A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer below all layers of the flow
-    except the input, with at least 48 positions along each side. This suffices for a figure, at a fraction of the cost
-    of single pixels, and all values are exact. The heat map of an input node consists of its own pixels.
+    A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
+    flow except the input and has at least 48 positions along each side. This resolution suffices for a figure and costs
+    much less than single pixels. All values are exact. The heat map of a group of input pixels is their relevance.
 
     Args:
-        mu: The measure.
-        layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, like the arguments that follow except the last.
-        over: The groups.
-        top: Largest number of shown groups per layer.
+        mu: The measure whose flow is computed.
+        layers: The layers of the flow. This and all arguments except ``lowest`` are as in
+            :meth:`~nrm_plugin.RelevanceMeasure.flow`.
+        over: How the neurons of each layer are grouped.
+        top: Maximum number of groups shown per layer.
         min_mass: Smallest absolute mass of a shown group.
         coverage: Fraction of the absolute mass that is shown in each layer.
         names: Names of the groups.
         sample: Index of the sample.
-        k: Number of groups in a layer.
-        groups: Given groups.
-        lowest: The tap of the heat maps; None to choose it automatically, ``"input"`` for single pixels.
+        k: Number of groups per layer for ``over="groups"``.
+        groups: Groups returned by :func:`~nrm_plugin.find_groups`.
+        lowest: The tap at whose positions heat maps are computed: ``"input"`` for single pixels, or None to choose it
+            automatically.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -112,22 +114,22 @@ def mapped_flow(
 def flow_maps(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
 ) -> dict[str, NDArray[np.float64]]:
-    r"""Returns the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
+    r"""Computes the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
-    Heat maps are summed over colours and over the slices of a volume; a one-dimensional signal is an image of one row.
-    The heat map of a group of input pixels is their relevance. There is no heat map for inputs without
-    positions, and none for the walks off a layer.
+    Heat maps are summed over the colour channels and over the slices of a volume; a one-dimensional signal is treated
+    as an image with one row. The heat map of a group of input pixels is their relevance. There are no heat maps if the
+    inputs have no positions, and none for the walks that do not cross a layer.
 
     Args:
-        mu: The measure of the graph.
-        graph: The graph; its layers are names of taps.
-        over: The groups, as passed for the graph.
-        sample: The sample, as passed for the graph.
-        lowest: The tap of the heat maps.
+        mu: The measure from which the graph was computed.
+        graph: The flow graph; its layers must be names of taps.
+        over: How the neurons of each layer are grouped, as in the computation of the graph.
+        sample: Index of the sample, as in the computation of the graph.
+        lowest: The tap at whose positions the heat maps are computed.
 
     Returns:
-        The heat maps, ``(H, W)``, keyed by node. Each sums to the fraction of the group's walks that reach the
-        input. If the measure explains a difference of outputs, each map has the sign of its node, so that positive
+        The heat maps, ``(H, W)``, keyed by node. Each sums to the fraction of the mass of the node that reaches the
+        input. If the measure explains a difference between outputs, each map has the sign of its node, so that positive
         values are evidence for the target.
 
     Examples:
@@ -143,10 +145,10 @@ def flow_maps(
 def flow_maps_and_pairs(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
-    r"""Returns the heat maps of :func:`flow_maps`, and the joint relevance of nodes in non-adjacent layers.
+    r"""Computes the heat maps of :func:`flow_maps` and the joint relevance of nodes in non-adjacent layers.
 
-    Both are computed in the same passes, one per layer with one vector per node. :func:`mapped_flow` also computes the
-    flow from these passes.
+    Both are computed in the same passes, one per layer with one vector per node. Use :func:`mapped_flow` to compute the
+    flow in these passes as well.
 
     Args:
         mu: As in :func:`flow_maps`.
@@ -156,7 +158,7 @@ def flow_maps_and_pairs(
         lowest: As in :func:`flow_maps`.
 
     Returns:
-        The heat maps, and :math:`\mu(A \cap B)` by the keys of the nodes of A and B, the upper one first.
+        The heat maps; and :math:`\mu(A \cap B)`, keyed by the upper and the lower node.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -171,7 +173,7 @@ def flow_maps_and_pairs(
 
 
 def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
-    """Returns the node of each neuron of a layer: the index among the shown groups, or their number for the rest."""
+    """Returns the node of each neuron: the index of its shown group, or the number of shown groups for the rest."""
     kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
     groups = partition(mu._tap(layer.name), kind, None)
     places = torch.full((max(groups.count, int(groups.labels.max())) + 1,), len(layer.groups), dtype=torch.long)
@@ -182,7 +184,7 @@ def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
 def _read(
     mu: RelevanceMeasure, graph: FlowGraph, labels: Sequence[Tensor], passes: FlowPasses, lowest: str, sample: int
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
-    """Returns the heat maps of the nodes and the joint relevance of nodes in non-adjacent layers."""
+    """Collects the heat maps of the nodes and the joint relevance of nodes in non-adjacent layers from the passes."""
     sign, image = float(mu.sign[sample]), mu._tap(lowest)
     nodes = [_nodes(layer, own) for layer, own in zip(graph.layers, labels, strict=True)]
     maps: dict[str, NDArray[np.float64]] = {}
@@ -202,7 +204,7 @@ def _read(
 
 
 def _nodes(layer: FlowLayer, labels: Tensor) -> list[tuple[int, FlowNode]]:
-    """Returns the groups of a layer and its rest, each with its row; nodes without neurons are omitted."""
+    """Returns the groups and the rest of a layer with their row indices, omitting nodes without neurons."""
     sizes = torch.bincount(labels.flatten(), minlength=len(layer.groups) + 1)
     return [(row, node) for row, node in enumerate(layer.nodes[:-1]) if sizes[row]]
 
@@ -216,7 +218,7 @@ def _pairs(
 ) -> Pairs:
     """Returns the joint relevance of the nodes of two layers.
 
-    Walks through a node of one layer that cross no neuron of the other layer belong to the node off the other layer.
+    Walks that cross only one of the two layers are assigned to the node off the other layer.
     """
     values = joint[np.ix_([row for row, _ in above], [row for row, _ in below])]
     leaving = np.array([node.mass for _, node in above]) - values.sum(1)
@@ -230,14 +232,14 @@ def _pairs(
 def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
     """Returns the conditional heat map of a node: its joint relevance with each position, divided by its mass.
 
-    The map is zero if the node has no mass.
+    The heat map is zero if the mass is zero.
     """
     mass = abs(node.mass) if mu.explains_difference else node.mass
     return _heat_map(joint / mass if mass else 0 * joint)
 
 
 def _heat_map(flat: Tensor) -> NDArray[np.float64]:
-    """Converts values at positions to a heat map ``(H, W)``; volumes are summed over slices, a signal is one row."""
+    """Converts values at positions to a heat map ``(H, W)``, summing over the slices of a volume."""
     while flat.ndim > 2:
         flat = flat.sum(0)
     flat = flat if flat.ndim == 2 else flat.unsqueeze(0)

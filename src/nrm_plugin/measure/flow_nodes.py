@@ -21,14 +21,17 @@ class FlowError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class FlowLayer:
-    """One layer of a flow graph. ``sum(masses) + rest + sink + bypass`` is 1, or -1 for a negative difference.
+    """One layer of a flow graph.
+
+    The sum of all masses, ``sum(masses) + rest + sink + bypass``, is 1, or -1 if the measure explains a negative
+    difference.
 
     Attributes:
         name: Name of the tap.
-        groups: Numbers of the shown groups.
+        groups: Indices of the shown groups.
         labels: Names of the shown groups.
         masses: Masses of the shown groups.
-        rest: Mass of the other neurons.
+        rest: Mass of the neurons outside the shown groups.
         others: Number of groups that are not shown.
         sink: Mass absorbed above the layer.
         bypass: Mass of the walks that bypass the layer.
@@ -45,7 +48,7 @@ class FlowLayer:
 
     @property
     def nodes(self) -> list[FlowNode]:
-        """Groups, rest and off, in the order in which joint relevance has rows and columns."""
+        """The groups, rest and off, in the order of the rows and columns of the joint relevance."""
         shown = zip(self.groups, self.labels, self.masses, strict=True)
         return [
             *(FlowNode(self.name, "group", group, label, mass) for group, label, mass in shown),
@@ -68,15 +71,15 @@ def _off_label(sink: float, bypass: float) -> str:
 
 @dataclass(frozen=True)
 class FlowNode:
-    """A set of walks at one layer.
+    """A node of a flow graph: a set of walks at one layer.
 
     Attributes:
         layer: Name of the layer.
-        kind: ``"group"``, ``"rest"`` for the neurons outside of all shown groups, or ``"off"`` for the walks that do
-            not cross the layer, because they are absorbed above it or bypass it.
-        group: Number of the group, or None for rest and off.
-        label: Name of the set.
-        mass: Mass μ of the set.
+        kind: ``"group"``, ``"rest"`` for the neurons outside the shown groups, or ``"off"`` for the walks that do not
+            cross the layer, because they are absorbed above it or bypass it.
+        group: Index of the group, or None for rest and off.
+        label: Name of the node.
+        mass: Mass of the walks, μ.
     """
 
     layer: str
@@ -87,17 +90,17 @@ class FlowNode:
 
     @property
     def key(self) -> str:
-        """A name that is unique in the graph."""
+        """Identifier of the node, unique within the graph."""
         return f"{self.layer}/{self.kind if self.group is None else self.group}"
 
 
 @dataclass(frozen=True)
 class FlowEdge:
-    """The walks in the intersection of two nodes of consecutive layers.
+    """An edge of a flow graph: the walks through two nodes of consecutive layers.
 
     Attributes:
-        upper: The node nearer to the output.
-        lower: The node nearer to the input.
+        upper: The node closer to the output.
+        lower: The node closer to the input.
         mass: Joint relevance, μ(upper & lower).
     """
 
@@ -107,10 +110,10 @@ class FlowEdge:
 
     @property
     def given_upper(self) -> float:
-        """The conditional μ(lower given upper); nan if the mass of the upper node is zero."""
+        """The conditional mass μ(lower given upper); NaN if the mass of the upper node is zero."""
         return self.mass / self.upper.mass if self.upper.mass else math.nan
 
     @property
     def given_lower(self) -> float:
-        """The conditional μ(upper given lower); nan if the mass of the lower node is zero."""
+        """The conditional mass μ(upper given lower); NaN if the mass of the lower node is zero."""
         return self.mass / self.lower.mass if self.lower.mass else math.nan

@@ -1,9 +1,9 @@
 r"""The passes of a flow: the joint relevance between nodes in all layers, and the heat maps of the nodes.
 
-One downward pass for the nodes of a layer yields their joint relevance with the nodes of all layers below. Downward
-passes stop at a **middle** tap, which every walk to the lowest layer crosses. A transposed pass leads from the few
-groups of the lowest layer up to the same tap. There, the joint relevance of a node ``A`` and a group ``B`` of the
-lowest layer is a sum over neurons ``i``,
+One downward pass per layer yields the joint relevance of its nodes with the nodes of all layers below. Downward passes
+stop at a **middle** tap, which every walk to the lowest layer crosses. A transposed pass propagates the few groups of
+the lowest layer up to the same tap. The joint relevance of a node ``A`` and a group ``B`` of the lowest layer is then a
+sum over the neurons ``i`` of the middle tap,
 
 .. math:: \mu(A \cap B) = \sum_i \mu(A \cap \{n_m = i\}) \; \mu(B \mid n_m = i)
 
@@ -27,21 +27,21 @@ from .layer_taps import separates
 from .memory_budget import in_chunks, width_of
 
 POSITIONS = 48
-"""Number of positions along each tap side that suffices for the heat maps of a flow."""
+"""Number of positions along each side of a tap that suffices for the heat maps of a flow."""
 
 
 class FlowPasses:
-    """Joint relevance between the nodes of a flow, across all layers.
+    """Computes the joint relevance between the nodes of a flow, for all pairs of layers.
 
     Args:
-        mu: The measure.
-        taps: The layers, from the output down.
+        mu: The measure whose flow is computed.
+        taps: The layers, from the output to the input.
         labels: For each layer, the node of each neuron.
-        maps: The tap whose positions the heat maps show; None for no heat maps.
+        maps: The tap at whose positions heat maps are computed, or None for no heat maps.
 
     Attributes:
-        joints: Joint relevance ``(N, K_upper, K_lower)``, by the indices of the upper and the lower layer.
-        maps: For each layer above or at the tap of the heat maps, the joint relevance of each node and each position,
+        joints: Joint relevance ``(N, K_upper, K_lower)``, keyed by the indices of the upper and the lower layer.
+        maps: For each layer at or above the tap of the heat maps, the joint relevance of each node and each position,
             ``(N, K, *positions)``.
     """
 
@@ -62,7 +62,7 @@ class FlowPasses:
             self._run(number)
 
     def _run(self, number: int) -> None:
-        """Runs the pass for the nodes of a layer, and sums the relevance that arrives at the layers below."""
+        """Runs the pass for the nodes of a layer and aggregates the relevance that arrives at the layers below."""
         nodes, upper = self._nodes(number), self.taps[number]
         places = {self._stop.place} | {tap.place for tap in self.taps[number + 1 :]}
         below = [tap for tap in self._layers() if tap.place in places and tap.place != upper.place]
@@ -79,7 +79,7 @@ class FlowPasses:
             self.maps[number] = self._positions(rows, self._map_tap)
 
     def _layers(self) -> list[Tap]:
-        """Returns the layers at which vectors are summed, including the tap at which passes stop."""
+        """Returns the taps at which vectors are collected, including the tap at which passes stop."""
         layers = self.taps[: -1 if self._is_split else None]
         return layers if any(tap.place == self._stop.place for tap in layers) else [*layers, self._stop]
 
@@ -88,13 +88,13 @@ class FlowPasses:
         return next((values for one, values in known if one.place == tap.place), self._at_stop)
 
     def _nodes(self, number: int) -> Tensor:
-        """Returns the relevance of a layer restricted to each of its nodes, ``(K, N, *shape)``."""
+        """Returns the relevance of a layer, restricted to each of its nodes, ``(K, N, *shape)``."""
         labels, relevance = self._labels[number], self._relevance[number]
         count = int(labels.max()) + 1
         return torch.stack([relevance * (labels == node) for node in range(count)])
 
     def _propagated(self, upper: Tap, below: Sequence[Tap], nodes: Tensor) -> dict[Any, Tensor]:
-        """Propagates the relevance of nodes to lower taps, ``(K, N, *shape)`` each."""
+        """Propagates the relevance of each node to the lower taps, ``(K, N, *shape)`` each."""
 
         def run(some: Sequence[int]) -> list[list[Tensor]]:
             vectors = {node: upper.layout.fold(nodes[node]) for node in some}
@@ -106,7 +106,11 @@ class FlowPasses:
         return {tap.place: torch.stack(each) for tap, each in zip(below, zip(*rows, strict=True), strict=True)}
 
     def _transposed(self) -> Tensor:
-        r"""Returns :math:`\mu(B \mid i)` at the middle for each group ``B`` of the lowest layer, ``(K, N, *shape)``."""
+        r"""Computes :math:`\mu(B \mid i)` at the middle tap for each group ``B`` of the lowest layer.
+
+        Returns:
+            The conditional masses, ``(K, N, *shape)``.
+        """
         lowest, stop, labels = self.taps[-1], self._stop, self._labels[-1]
         start = self.mu._start
 
@@ -122,7 +126,7 @@ class FlowPasses:
         return torch.stack(in_chunks(groups, self._width(stop, lowest), run, "flow"))
 
     def _store(self, upper: int, lower: int, used: list[int], count: int, arrived: dict[Any, Tensor]) -> None:
-        """Stores the joint relevance of all nodes of two layers."""
+        """Stores the joint relevance of the nodes of two layers in ``joints``."""
         if self._given is not None and lower == len(self.taps) - 1:
             here = arrived[self._stop.place].transpose(0, 1).flatten(2)
             sums = here @ self._given.transpose(0, 1).flatten(2).transpose(1, 2)
@@ -136,8 +140,8 @@ class FlowPasses:
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
         """Returns the joint relevance of each node of a layer and each pixel, ``(N, K, *image positions)``.
 
-        If the heat maps belong to another tap, the relevance of each position is spread evenly over its pixels. The
-        result is None for a layer below that tap, except for the image itself.
+        If heat maps are computed at another tap, the relevance of each of its positions is distributed evenly over the
+        corresponding pixels. The result is None for layers below that tap, except for the image itself.
         """
         if self.taps[number].place == image.place:
             return self._positions(self._nodes(number), image)
@@ -152,7 +156,7 @@ class FlowPasses:
         return values
 
     def _positions(self, values: Tensor, tap: Tap) -> Tensor:
-        """Sums values ``(K, N, *shape)`` of a tap over its channels, to ``(N, K, *positions)``."""
+        """Sums values ``(K, N, *shape)`` over channels, to ``(N, K, *positions)``."""
         channel = 1 + tap.channel_dim % len(tap.shape)
         mixed: Tensor = self.mu._mixed(values.sum(channel).transpose(0, 1))
         return mixed
@@ -162,24 +166,27 @@ class FlowPasses:
 
 
 def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> FlowPasses:
-    """Runs the passes of a flow in any gradient mode; see :class:`FlowPasses` for the arguments."""
+    """Constructs :class:`FlowPasses`, which takes the same arguments, independently of the current gradient mode."""
     mu._check_fresh()
     with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
         return FlowPasses(mu, taps, labels, maps)
 
 
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
-    """Returns the tap at whose positions the heat maps of a flow are computed, preceded by its name.
+    """Chooses the tap at whose positions the heat maps of a flow are computed.
 
     Candidates are the last layer and the taps below all layers that have the aspect ratio of the image and at least
-    :data:`POSITIONS` positions along each side, and that all walks from the layers to the image cross. Among those of
-    the size of the uppermost candidate, the one nested in the fewest modules is chosen. If there is none, or the image
-    has no more than :data:`POSITIONS` positions along its shorter side, the result is the image itself.
+    :data:`POSITIONS` positions along each side, and that all walks from the layers to the image cross. Among those with
+    the resolution of the uppermost candidate, the one nested in the fewest modules is chosen. If there is no candidate,
+    or the image has no more than :data:`POSITIONS` positions along its shorter side, the image itself is used.
 
     Args:
-        mu: The measure.
+        mu: The measure whose flow is computed.
         layers: The layers of the flow above the image.
-        image: Name of the image.
+        image: Name of the tap that contains the image.
+
+    Returns:
+        The name of the tap and the tap.
     """
     lowest = mu._tap(image)
     if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:
@@ -192,7 +199,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
         is_under = tap.place == layers[-1].place or mu._is_below(tap.place, layers[-1])
         if is_under and all(separates(mu._recording, one, tap, lowest) for one in layers):
             found.append((name, tap))
-    # Among layers of equal size, readers are most likely to know the name of one that is not inside a block.
+    # Among layers of equal resolution, readers are most familiar with one that is not nested in a block.
     return min(found, key=lambda one: one[0].count("."), default=(image, lowest))
 
 
@@ -205,7 +212,11 @@ def _has_positions(tap: Tap, image: Tap) -> bool:
 
 
 def _stop(mu: Any, taps: Sequence[Tap], maps: Tap | None) -> Tap:
-    """Returns the tap at which downward passes stop: that of the heat maps if only the last layer may be below it."""
+    """Returns the tap at which downward passes stop.
+
+    This is the tap of the heat maps if it is below all layers, except possibly the last one, and the last layer
+    otherwise.
+    """
     if maps is None:
         return taps[-1]
     above = taps[:-1] if mu._is_below(taps[-1].place, maps) else taps

@@ -1,4 +1,4 @@
-"""Selection of the groups that a flow graph shows in each layer; the others are merged."""
+"""Selection of the groups that a flow graph shows in each layer, and merging of all others."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..errors import InputError, brief
 from .flow_nodes import Array, FlowLayer
 
 TOP = 8
-"""Default number of shown groups per layer."""
+"""Default maximum number of groups shown per layer."""
 NEGLIGIBLE = 1e-12
-"""Groups up to this absolute mass are not shown; stabilizers produce such values in place of zeros."""
+"""Groups up to this absolute mass are treated as zero, since stabilizers produce such values, and are not shown."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
     r"""Criteria that select the groups to show.
 
-    Without thresholds, all groups are shown in their original order. With a threshold, groups are sorted by decreasing
-    absolute mass, and groups without mass are not shown.
+    Without thresholds, all groups are shown in their original order. Otherwise, groups are sorted by decreasing
+    absolute mass, and groups of zero mass are not shown.
 
     Attributes:
-        top: Number of groups.
+        top: Maximum number of groups.
         min_mass: Smallest absolute mass of a group.
         coverage: Share ``s`` of the absolute mass: the fewest groups with
             :math:`\sum_{\mathrm{shown}} |\mu| \ge s \sum |\mu|`.
@@ -43,7 +43,7 @@ class Thresholds:
         check_thresholds(self.top, self.min_mass, self.coverage)
 
     def selected(self, masses: Array) -> list[int]:
-        """Returns the indices of the groups to show, given the mass of each."""
+        """Returns the indices of the groups to show, given the mass of each group."""
         if self.top is None and self.min_mass is None and self.coverage is None:
             return list(range(len(masses)))
         size = np.abs(masses)
@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """Returns the matrix that maps the nodes of a layer to those of a smaller graph, ``(shown + 2, count + 2)``."""
+    """Returns the matrix that sums the nodes of a layer into those of a smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1
@@ -77,7 +77,7 @@ def merging(count: int, shown: Sequence[int]) -> Array:
 
 
 def merged(layer: FlowLayer, shown: Sequence[int]) -> FlowLayer:
-    """Returns a layer with fewer groups; the mass of the others is added to the rest."""
+    """Returns a layer with only the shown groups; the mass of the others is added to the rest."""
     dropped = [position for position in range(len(layer.groups)) if position not in set(shown)]
     return replace(
         layer,

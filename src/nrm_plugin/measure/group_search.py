@@ -25,16 +25,16 @@ from .partitions import Names
 K = 8
 """Default number of groups in a layer."""
 ROUNDS = 1
-"""Number of refinements of each layer by exact joint relevance after a search on an estimate."""
+"""Number of times that each layer is refined with exact joint relevance after a search on an estimate."""
 FEW_RESTARTS = 2
-"""Largest number of restarts on an estimate, whose accuracy does not justify more."""
+"""Maximum number of restarts on an estimate, whose accuracy does not justify more."""
 RESTARTS = 30
 """Default number of restarts of the search."""
 
 
 @runtime_checkable
 class JointSource(Protocol):
-    """A source of stored joint relevance, such as a sweep."""
+    """Interface of objects that store joint relevance, such as a sweep."""
 
     def mean_joints(self, layers: Sequence[str]) -> MeanJoints: ...
 
@@ -49,40 +49,41 @@ def find_groups(
     restarts: int = RESTARTS,
     seed: int = 0,
 ) -> Groups:
-    r"""Finds groups in all layers jointly, such that they preserve most of the dependence between the layers.
+    r"""Finds groups in all layers jointly, so that they preserve most of the dependence between the layers.
 
-    For the mean joint relevance ``J`` of two layers with row sums ``r``, column sums ``c`` and total ``Z``, the search
-    looks for partitions with a large share of the dependence :math:`D = J - r c^\top / Z`,
+    For the mean joint relevance ``J`` of two layers with row sums ``r``, column sums ``c`` and total ``Z``, the
+    partitions should preserve a large share of the dependence :math:`D = J - r c^\top / Z`,
 
     .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
 
-    and maximizes the sum of κ over pairs of consecutive layers. Starting from k-means clusters, single members are
-    moved to the group that increases this sum most, until no move increases it. If at most ``k`` members of a layer
-    carry mass, as in the output, each of them is its own group. Groups are numbered by decreasing absolute mass, and
-    the same seed gives the same groups.
+    The search maximizes the sum of κ over pairs of consecutive layers. Starting from k-means clusters, single members
+    are moved to the group that most increases this sum, until no move increases it. If at most ``k`` members of a layer
+    have nonzero mass, as in the output, each of them forms its own group. Groups are sorted by decreasing absolute
+    mass. The result is deterministic for a given seed.
 
     The exact joint relevance of non-adjacent layers requires one pass per member. If both layers have more than 64
-    members, the search starts from an estimate based on the positions that the members share, or on a sketch of rank 8
-    if they share none. It then moves members by their exact joint relevance with groups; κ is not known in this case
-    (nan). Parts of a large image are found at the positions of a layer that all walks to the image cross.
+    members, the search starts from an estimate based on the positions that the layers have in common, or on a sketch of
+    rank 8 if there are none. Members are then moved based on their exact joint relevance with groups; κ is not computed
+    in this case (NaN). For parts of a large image, joint relevance is computed at the positions of a layer that all
+    walks to the image cross.
 
     Args:
-        measures: A measure of one or more samples, several measures, or a sweep that stores the joint relevance of
+        measures: A measure with one or more samples, several measures, or a sweep that stores the joint relevance of
             these layers.
         layers: Two or more layers, each below the previous one.
-        k: Largest number of groups per layer, or a dictionary of these keyed by layer, where None makes each member its
+        k: Maximum number of groups per layer, or a dictionary keyed by layer name, in which None makes each member its
             own group.
-        members: What is grouped in each layer, keyed by layer name: ``"channel"`` (the default), ``"position"``,
-            ``"neuron"``, an integer label for every neuron, such as heads ``torch.arange(768) // 64`` or segments of an
-            image, or boolean masks keyed by name. The default for the input is its positions, in a grid of at most
-            16 × 16 cells.
+        members: The members to be grouped in each layer, keyed by layer name: ``"channel"`` (the default),
+            ``"position"``, ``"neuron"``, an integer label for every neuron, such as heads ``torch.arange(768) // 64``
+            or segments of an image, or boolean masks keyed by name. The default for the input is its positions, in a
+            grid of at most 16 × 16 cells.
         names: Member names, keyed by layer, such as ``{"output": classes}``. A group is named after its member with the
             largest mass.
-        restarts: Number of restarts from the best groups found so far, with some members assigned to other groups.
-        seed: Seed of the search.
+        restarts: Number of restarts from the best groups found so far, with some members assigned to random groups.
+        seed: Random seed for the search.
 
     Raises:
-        InputError: If ``k`` is below 1 or ``restarts`` below 0, or there is no measure.
+        InputError: If ``k`` is below 1, ``restarts`` is below 0, or no measure is given.
         EventError: If a layer is not below the previous one.
 
     Examples:
@@ -117,12 +118,12 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """The exact dependence of layer members on the groups of the adjacent layers.
+    """Computes the exact dependence of the members of a layer on the groups of the adjacent layers.
 
     Attributes:
         found: Joint relevance of all members, exact or estimated.
-        source: Exact joint relevance of groups.
-        parts: The dependence of all members of each pair.
+        source: Source of the exact joint relevance of groups.
+        parts: For each pair of layers, the dependence of all members.
     """
 
     found: MeanJoints
@@ -166,7 +167,7 @@ def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> tupl
 
 
 def layer_name(mu: Any, layer: Any) -> str:
-    """Returns the name of a layer of a measure."""
+    """Returns the name of a layer, given as a name, module or tap."""
     if isinstance(layer, str):
         return layer
     names = mu._tap(layer).names
@@ -183,7 +184,10 @@ def _count(k: int | Mapping[str, int | None], layer: str) -> int | None:
 
 
 def _apart(masses: Array, count: int | None) -> Labels | None:
-    """Puts each member with mass in its own group and the others in one, if at most ``count`` members have mass."""
+    """Assigns each member with nonzero mass to its own group, and all others to one group.
+
+    Returns None if more than ``count`` members have nonzero mass. If ``count`` is None, every member is its own group.
+    """
     if count is None:
         return np.arange(masses.shape[1], dtype=np.int64)
     carriers = np.flatnonzero(np.abs(masses).max(0) > NEGLIGIBLE)
@@ -195,7 +199,7 @@ def _apart(masses: Array, count: int | None) -> Labels | None:
 
 
 def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels], names: Mapping[str, Names]) -> Groups:
-    """Returns partitions as groups that are numbered by decreasing absolute mass."""
+    """Constructs :class:`Groups` from partitions, sorted by decreasing absolute mass."""
     ordered = [_by_mass(each, own) for each, own in zip(found.masses, labels, strict=True)]
     sums = [group_sums(each.T, own).T for each, own in zip(found.masses, ordered, strict=True)]
     exact = found.are_exact or (True,) * len(parts)
@@ -218,7 +222,7 @@ def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels],
 
 
 def _by_mass(masses: Array, labels: Labels) -> Labels:
-    """Numbers groups by decreasing absolute mean mass, and omits empty groups."""
+    """Renumbers groups by decreasing absolute mean mass, dropping empty groups."""
     used, labels = np.unique(labels, return_inverse=True)
     sums = np.abs(group_sums(masses.mean(0)[:, None], labels, len(used))[:, 0])
     places = np.empty(len(used), dtype=np.int64)
@@ -227,7 +231,7 @@ def _by_mass(masses: Array, labels: Labels) -> Labels:
 
 
 def _names(masses: Array, labels: Labels, kind: Over, names: Names | None) -> tuple[str, ...]:
-    """Returns the name of each group: its member with the largest mass, and the number of other members."""
+    """Names each group after its member with the largest absolute mass, followed by the number of other members."""
     given = dict(enumerate(names)) if names is not None and not isinstance(names, Mapping) else names or {}
     called = []
     for group in range(int(labels.max()) + 1):

@@ -1,4 +1,4 @@
-"""Groups of neurons of one tap: channels, positions, single neurons, or any labels."""
+"""Groups of the neurons of one tap: channels, positions, single neurons, or arbitrary labels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..errors import EventError, brief
 from ..recording.taps import Tap
 
 Over = str | Tensor
-"""How neurons are grouped before summation: a kind of group, or an integer label for every neuron of a tap."""
+"""How neurons are grouped: ``"channel"``, ``"position"``, ``"neuron"``, or an integer label for every neuron."""
 
 KINDS = ("channel", "position", "neuron")
 
 
 def labels_of(tap: Tap, over: Over) -> Tensor:
-    """Returns the group of every neuron of a tap, ``tap.shape[1:]``, on the CPU.
+    """Returns the group of every neuron of a tap, as integers of shape ``tap.shape[1:]`` on the CPU.
 
     Raises:
-        EventError: If the labels do not fit the tap.
+        EventError: If given labels do not match the tap.
     """
     inner = tap.shape[1:]
     if isinstance(over, Tensor):
@@ -55,16 +55,16 @@ def _own_labels(tap: Tap, over: Tensor) -> Tensor:
 
 
 def check_over(over: Any) -> None:
-    """Raises an error unless ``over`` is a kind of group or a tensor."""
+    """Raises an error if ``over`` is neither a known kind of group nor a tensor."""
     if not isinstance(over, Tensor) and over not in KINDS:
         raise ValueError(f"over={brief(over)} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
 
 
 def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
-    """Returns the grouping of each of several layers.
+    """Expands ``over`` to a list with one grouping per layer.
 
     Raises:
-        ValueError: If the length of the list differs.
+        ValueError: If a list has the wrong length.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:
@@ -73,7 +73,7 @@ def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def pair_of(over: Any) -> tuple[Over, Over]:
-    """Returns the grouping of the upper and of the lower tap."""
+    """Returns the groupings of the upper and the lower tap, which may be given as a pair or as a common value."""
     pair = over if isinstance(over, tuple) and len(over) == 2 else (over, over)
     for one in pair:
         check_over(one)
@@ -81,10 +81,11 @@ def pair_of(over: Any) -> tuple[Over, Over]:
 
 
 def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
-    """Sums values ``(…, N, *shape)`` over each group.
+    """Sums values ``(…, N, *shape)`` of a tap within each group.
 
     Returns:
-        Sums ``(…, N, C)``, ``(…, N, *positions)``, or ``(…, N, groups)`` for labels.
+        ``(…, N, C)`` for channels, ``(…, N, *positions)`` for positions, ``(…, N, groups)`` for labels, and the values
+        themselves for neurons.
     """
     check_over(over)
     lead = values.ndim - len(tap.shape)
@@ -99,7 +100,7 @@ def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
 
 
 def by_label(values: Tensor, labels: Tensor) -> Tensor:
-    """Sums values ``(…, neurons)`` over each group, to ``(…, groups)``."""
+    """Sums values ``(…, neurons)`` within each group, to ``(…, groups)``."""
     flat = labels.reshape(-1).to(values.device)
     total = values.new_zeros((*values.shape[:-1], int(labels.max()) + 1))
     return total.index_add_(-1, flat, values)

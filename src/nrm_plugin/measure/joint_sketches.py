@@ -1,9 +1,9 @@
 r"""Joint relevance between layers with many members, exact or in low-rank form, for the group search.
 
-The joint relevance ``J`` of two distant layers requires one partial pass per member. A low-rank approximation is enough
-for the search: :math:`Y = J \Omega` requires one transposed pass per random vector, and with an orthonormal basis ``Q``
-of ``Y``, :math:`Q Q^\top J` requires one partial pass per basis vector. The joint relevance between the members of one
-layer and the groups of the other is always exact.
+The joint relevance ``J`` of two distant layers requires one partial pass per member. For the search, a low-rank
+approximation is sufficient: :math:`Y = J \Omega` requires one transposed pass per random vector, and with an
+orthonormal basis ``Q`` of ``Y``, :math:`Q Q^\top J` requires one partial pass per basis vector. The joint relevance
+between the members of one layer and the groups of the other is always exact.
 
 Source: Halko, Martinsson and Tropp, SIAM Review 2011, for the randomized range finder; its application to joint
 relevance is new in this package.
@@ -27,21 +27,21 @@ from .local_joints import at_positions, local_joint
 from .memory_budget import in_chunks, width_of
 
 FEW = 64
-"""Largest number of members for which joint relevance is computed with one pass per member."""
+"""Maximum number of members for which joint relevance is computed exactly, with one pass per member."""
 FEWER = 8
-"""As :data:`FEW`, for parts of an image whose joint relevance is computed at the positions of another layer."""
+"""Counterpart of :data:`FEW` for parts of an image whose joint relevance is computed at another layer."""
 RANK = 8
 """Rank of the approximation for layers with more members."""
 
 
 class PairJoints:
-    """Joint relevance between the members of consecutive layers.
+    """Computes joint relevance between the members of consecutive layers.
 
-    Parts of an image are found at the positions of a layer that all walks to the image cross, which requires fewer and
-    shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
+    For parts of an image, it is computed at the positions of a layer that all walks to the image cross, which requires
+    fewer and shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
 
     Args:
-        mu: The measure.
+        mu: The measure from which joint relevance is computed.
         layers: Layers, from the output to the input.
         kinds: The members of each layer.
 
@@ -65,7 +65,7 @@ class PairJoints:
             self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
 
     def _move_image(self) -> bool:
-        """Replaces the image by a layer with positions in the same arrangement, and returns whether there is one."""
+        """Replaces the image with a layer of the same spatial layout and returns whether there is one."""
         image = self.taps[-1]
         if image.place != self.mu._tap("input").place:
             return False
@@ -76,15 +76,19 @@ class PairJoints:
         return members is not None
 
     def labels(self, place: int, groups: Tensor) -> Tensor:
-        """Returns the group of each neuron in a layer, given the group of each member."""
+        """Returns the group of each neuron of the layer at index ``place``, given the group of each member."""
         return groups[labels_of(self.taps[place], self.kinds[place])]
 
     def masses(self, place: int) -> Tensor:
-        """Returns the mass of each member of a layer, ``(N, members)``."""
+        """Returns the mass of each member of the layer at index ``place``, ``(N, members)``."""
         return self._masses[place]
 
     def of_members(self, pair: int) -> tuple[Tensor, bool]:
-        """Returns the joint relevance of the members of a pair, ``(N, upper, lower)``, and whether it is exact."""
+        """Computes the joint relevance of the members of a pair of layers, exactly or approximately.
+
+        Returns:
+            The joint relevance, ``(N, upper, lower)``, and whether it is exact.
+        """
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
             if self.kinds[pair] == self.kinds[pair + 1] == "channel":
@@ -97,7 +101,7 @@ class PairJoints:
         return self._estimate(pair, is_image), False
 
     def _estimate(self, pair: int, is_image: bool) -> Tensor:
-        """Returns an estimate of joint relevance between the members of two layers, ``(N, upper, lower)``."""
+        """Estimates the joint relevance of the members of a pair of layers, ``(N, upper, lower)``."""
         upper, lower = self.taps[pair : pair + 2]
         kind = self.kinds[pair + 1]
         if upper.place == lower.place:
@@ -111,7 +115,7 @@ class PairJoints:
         return self._sketch(pair)
 
     def of_groups(self, pair: int, above: Over, below: Over) -> Tensor:
-        """Returns the joint relevance of groups of a pair, ``(N, groups above, groups below)``."""
+        """Returns the exact joint relevance of groups of a pair of layers, ``(N, groups above, groups below)``."""
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
             if upper.place == lower.place:
@@ -121,7 +125,7 @@ class PairJoints:
                 matrix, _ = joint_matrix(self.mu._recording, upper, lower, relevance, (above, below), width)
             mixed: Tensor = self.mu._mixed(matrix)
         lost = self.counts[pair + 1] - mixed.shape[2] if below is self.kinds[pair + 1] else 0
-        return torch.nn.functional.pad(mixed, (0, lost))  # small parts of an image may have no position
+        return torch.nn.functional.pad(mixed, (0, lost))  # small image parts may not contain any position
 
     def _width(self, pair: int) -> int:
         places = [tap.place for tap in self.taps[pair : pair + 2]]
@@ -139,7 +143,7 @@ class PairJoints:
             return mixed
 
     def _above(self, pair: int, weights: Tensor) -> Tensor:
-        """Returns ``J w``, ``(N, members above, K)``, for weights ``w`` of shape ``(K, members below)``."""
+        """Computes ``J w``, ``(N, members above, K)``, for weights ``w`` of shape ``(K, members below)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         columns = columns.to(weights.device)
@@ -158,7 +162,7 @@ class PairJoints:
         return torch.stack(in_chunks(list(weights), self._width(pair), run, "joint relevance"), 2)
 
     def _below(self, pair: int, basis: Tensor) -> Tensor:
-        """Returns ``Qᵀ J``, ``(N, K, members below)``, for a basis ``Q`` of shape ``(N, members above, K)``."""
+        """Computes ``Qᵀ J``, ``(N, K, members below)``, for a basis ``Q`` of shape ``(N, members above, K)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         rows = rows.to(basis.device)
@@ -176,7 +180,7 @@ class PairJoints:
 
 
 def _of_one_layer(relevance: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Returns the relevance of each intersection between two groupings of one layer, ``(N, groups, other groups)``."""
+    """Returns the relevance of the intersections of two groupings of the same layer, ``(N, groups, other groups)``."""
     rows, columns = int(above.max()) + 1, int(below.max()) + 1
     sums = by_label(relevance.flatten(1), above * columns + below)
     return torch.nn.functional.pad(sums, (0, rows * columns - sums.shape[1])).view(-1, rows, columns)

@@ -1,4 +1,4 @@
-"""Joint relevance of all groups of a tap and all groups of a lower tap.
+"""Joint relevance of all groups of a tap with all groups of a lower tap.
 
 Source: docs/measure.md.
 """
@@ -27,13 +27,16 @@ from .totals import Totals
 def joint_matrices(
     totals: Totals, pairs: Sequence[tuple[Tap, Tap]], overs: Sequence[tuple[Over, Over]], max_memory: int | None
 ) -> tuple[list[Tensor], Cost]:
-    """Returns the joint relevance of each pair of taps, ``(N, K_upper, K_lower)``.
+    """Computes the joint relevance of each pair of taps.
 
     Args:
-        totals: A pass that stored the relevance of the upper taps.
-        pairs: Upper and lower tap.
-        overs: The groups of the upper and of the lower tap.
-        max_memory: Bytes, or None for the default of the device.
+        totals: Totals of a pass that stored the relevance of the upper taps.
+        pairs: The upper and lower tap of each pair.
+        overs: The groups of the upper and of the lower tap of each pair.
+        max_memory: Memory budget in bytes, or None for the default of the device.
+
+    Returns:
+        One tensor ``(N, K_upper, K_lower)`` per pair, and the total cost.
     """
     recording, cost = totals.recording, totals.cost
     matrices = []
@@ -51,18 +54,18 @@ def joint_matrices(
 def joint_matrix(
     recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """Returns the joint relevance of two taps, by partial passes over the tap with fewer groups.
+    """Computes the joint relevance of two taps with partial passes, one for each group of the tap with fewer groups.
 
     Args:
-        recording: The recording.
-        upper: The tap that walks cross first.
-        lower: The tap below.
+        recording: The recording of the forward pass.
+        upper: The upper tap, which walks cross first.
+        lower: The lower tap.
         relevance: Marginal of the upper tap, ``(N, *shape)``.
         over: The groups of the upper and of the lower tap.
         width: Number of groups per pass.
 
     Returns:
-        The joint relevance, ``(N, K_upper, K_lower)``.
+        The joint relevance, ``(N, K_upper, K_lower)``, and the cost.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
     relevance = upper.layout.fold(relevance)
@@ -93,7 +96,7 @@ def joint_matrix(
 
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
-    """Propagates vectors to a lower tap, and returns ``K`` tensors in the layout that the model uses."""
+    """Propagates ``K`` vectors from a tap to a lower tap, in the tensor layout of the model."""
     (arrived,), cost = propagated_to(recording, upper, [lower], vectors)
     return arrived, cost
 
@@ -101,7 +104,7 @@ def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[in
 def propagated_to(
     recording: Recording, upper: Tap, lowers: Sequence[Tap], vectors: Vectors[int]
 ) -> tuple[list[Tensor], Cost]:
-    """Propagates vectors to several lower taps in one pass that ends at the last of them."""
+    """Propagates vectors from a tap to several lower taps in one pass, which stops at the last of them."""
     collect = _Collect(recording, lowers)
     cost = pull(recording.graph, [(recording.graph.buffer(upper.place), vectors)], collect)
     like = next(iter(vectors.values()))
@@ -114,11 +117,11 @@ def propagated_to(
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
-    """Returns the joint relevance of all channel pairs across a linear step, ``(N, K_upper, K_lower)``.
+    """Computes the joint relevance of all channel pairs across a linear step, ``(N, K_upper, K_lower)``.
 
     Args:
-        recording: The recording.
-        vertex: A step whose kernel has branches with weights.
+        recording: The recording of the forward pass.
+        vertex: Index of a step whose kernel consists of branches with weights.
         relevance: Marginal at the output of the step, ``(N, *out)``.
     """
     step = recording.graph.vertices[vertex].step
@@ -133,20 +136,23 @@ _KEEPING_CHANNELS = frozenset(
     maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d clone alias
     """.split()
 )
-"""Operations that pass all relevance to the same channel."""
+"""Operations that propagate all relevance within each channel."""
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
-    """Returns the joint relevance of the channels of two taps separated by one linear step, from one weight gradient.
+    """Computes the joint relevance of the channels of two taps separated by one linear step, from one weight gradient.
 
-    All other operations between the taps must preserve channels and propagate all relevance, so that a walk through a
-    channel of the step crosses the same channel of the tap. If they do not, the result is None.
+    All other operations between the taps must propagate all relevance within each channel, so that a walk through a
+    channel of the step crosses the same channel of the tap. Otherwise, the result is None.
 
     Args:
-        recording: The recording.
-        upper: The tap that walks cross first.
-        lower: The tap below.
+        recording: The recording of the forward pass.
+        upper: The upper tap, which walks cross first.
+        lower: The lower tap.
         relevance: Marginal of the upper tap, ``(N, *shape)``.
+
+    Returns:
+        The joint relevance, ``(N, K_upper, K_lower)``, and the cost; or None.
     """
     chain = _chain(recording, upper, lower)
     if chain is None:
@@ -168,7 +174,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
-    """Returns the vertices between two taps if each has one input, one is linear and the others preserve channels."""
+    """Returns the vertices between two taps if they are a chain of one linear step and operations within channels."""
     if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not _are_plain(upper, lower):
         return None
     place, chain, linear = upper.place, [], 0
@@ -188,7 +194,7 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
 
 
 def _are_plain(*taps: Tap) -> bool:
-    """Returns whether the tensors of taps have the form ``(N, …)``."""
+    """Returns whether the first dimension of the tensors of all taps indexes samples."""
     return all(tap.layout.is_plain for tap in taps)
 
 
@@ -197,7 +203,7 @@ def _channels_of(dims: int) -> int:
 
 
 def _is_linear(vertex: Vertex, dims: int) -> bool:
-    """Returns whether this is a convolution, or a linear layer over the last dimension."""
+    """Returns whether a vertex is a convolution, or a linear layer applied to the last dimension."""
     kernel = None if vertex.step is None else vertex.step.kernel
     if not isinstance(kernel, BranchKernel) or kernel.layer is None:
         return False
@@ -214,7 +220,7 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
 
 
 class _Collect(Visitor[int]):
-    """Collects the relevance that arrives at taps, and stops a pass below the last of them."""
+    """Visitor that collects the relevance arriving at several taps, and stops the pass below the last of them."""
 
     def __init__(self, recording: Recording, lowers: Sequence[Tap]) -> None:
         self.recording = recording

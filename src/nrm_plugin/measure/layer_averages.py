@@ -19,34 +19,34 @@ from .measure import RelevanceMeasure
 BLUR = 1 / 8
 """Standard deviation of the blur of a reference, as a fraction of the shorter side of the image."""
 RESOLUTIONS = 2
-"""Number of resolutions over which :func:`layer_map` averages, counted from the output; chosen in docs/real.md."""
+"""Number of resolutions, starting from the coarsest, that :func:`layer_map` averages; chosen in docs/real.md."""
 LEAST = 4
-"""Least positions along each side of the layers of :func:`layer_map`; fewer do not locate anything."""
+"""Minimum number of positions along each side of the layers of :func:`layer_map`; coarser layers do not localize."""
 SAME_SHAPE = 1.5
-"""Largest ratio of the aspect ratios of a grid of positions and of the image."""
+"""Maximum ratio between the aspect ratios of a layer and of the image."""
 
 
 def layer_map(
     model: nn.Module, images: Tensor, target: Any = None, *, against: Any = REST, reference: Any = None, **settings: Any
 ) -> Tensor:
-    """Returns coarse heat maps that locate the evidence for a class, as Grad-CAM does.
+    """Computes coarse heat maps that localize the evidence for a class, comparable to Grad-CAM.
 
-    This is the map of layers of ``nrm-plugin explain``: :func:`layer_average` over the :func:`late_layers` of the
-    measure against a reference.
+    The map is the :func:`layer_average` over the :func:`late_layers` of a measure with a reference, as in the command
+    ``nrm-plugin explain``.
 
     Args:
-        model: A classifier of images, in evaluation mode.
-        images: ``(N, C, H, W)``.
+        model: An image classifier, in evaluation mode.
+        images: Input images, ``(N, C, H, W)``.
         target: The class, as in :class:`~nrm_plugin.RelevanceMeasure`.
-        against: What the class is compared with; by default the other classes, weighted by their softmax.
-        reference: The images with which the images are compared; by default :func:`blurred` images.
-        settings: Further arguments of :class:`~nrm_plugin.RelevanceMeasure`.
+        against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
+        reference: The reference images; by default, :func:`blurred` versions of ``images``.
+        settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
         Heat maps ``(N, H, W)``. Positive values are evidence for the class.
 
     Raises:
-        InputError: If the model has no late layers, or if an image equals its reference.
+        InputError: If the model has no late layers, or if an image is identical to its reference.
         NRMError: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
@@ -71,7 +71,7 @@ def layer_map(
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Returns images ``(N, C, H, W)`` blurred by a Gaussian with a deviation of an eighth of the shorter side.
+    """Blurs images ``(N, C, H, W)`` with a Gaussian with a standard deviation of an eighth of the shorter side.
 
     Examples:
         >>> blurred(torch.rand(5, 3, 8, 8)).shape
@@ -79,17 +79,18 @@ def blurred(images: Tensor) -> Tensor:
     """
     short = min(images.shape[2:])
     side = 2 * min(round(3 * BLUR * short), short - 1) + 1
-    # One axis after the other: torchvision's kernel for both has side × side weights.
+    # Separable: torchvision's kernel for both axes has side × side weights.
     across = gaussian_blur(images, [side, 1], [BLUR * short, 1.0])
     result: Tensor = gaussian_blur(across, [1, side], [1.0, BLUR * short])
     return result
 
 
 def late_layers(mu: RelevanceMeasure) -> list[str]:
-    """Returns the layers of :func:`layers_by_resolution` on the two coarsest grids of at least 4 × 4, the last first.
+    """Returns one layer for each of the two coarsest resolutions of at least 4 × 4, the last layer first.
 
-    The list is empty if the model does not have positions on two such grids that are coarser than the image. Vision
-    transformers, for example, have only one such layer, which embeds the patches.
+    Layers are chosen as in :func:`layers_by_resolution`. The list is empty if the model does not have two such
+    resolutions that are coarser than the image. Vision transformers, for example, have only one such layer, the patch
+    embedding.
 
     Raises:
         InputError: If the inputs are not images.
@@ -106,13 +107,13 @@ def late_layers(mu: RelevanceMeasure) -> list[str]:
 def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer per spatial resolution, from the last layer to the input.
 
-    Candidates are the layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses, on a grid
-    with the aspect ratio of the image, unlike the weights of attention. Each is assigned to the power of two by which
-    its grid is smaller than the image. For each power of two, the last layer with the smallest grid is chosen. Layers
-    that only pool a layer with a larger grid are not chosen, such as the last pooling of VGG16.
+    Candidates are the layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses and that have
+    the aspect ratio of the image, unlike attention weights. They are grouped by the power of two by which they are
+    smaller than the image. In each group, the last layer with the smallest resolution is chosen. Layers that only pool
+    the output of a larger layer, such as the last pooling layer of VGG16, are excluded.
 
     Args:
-        mu: The measure of images ``(N, C, H, W)``.
+        mu: A measure with images ``(N, C, H, W)`` as inputs.
 
     Raises:
         InputError: If the inputs are not images.
@@ -121,11 +122,15 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
 
 
 def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
-    """Yields the layers of :func:`layers_by_resolution` with ``least`` positions along each side, not the input."""
+    """Yields the layers of :func:`layers_by_resolution` that have at least ``least`` positions along each side.
+
+    The input is not included.
+    """
     (height, width), count = _grid(mu, "input"), mu._tap("input").tensor_shape[0]
     by_octave: dict[int, list[tuple[int, int, str]]] = {}
     for place, name in enumerate(mu.layers):
-        # Shapes of tensors are known, but samples in other dimensions than the first may take another recording.
+        # The tensor shape is known; if samples are not in the first dimension, locating them may take another
+        # recording.
         tap = mu._tap(name)
         shape, channels = tap.tensor_shape, tap.tensor_channel_dim % 4
         if name in ("input", "output") or len(shape) != 4 or shape[0] != count or channels == 0:
@@ -143,27 +148,27 @@ def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
 
 
 def _is_crossed_by_all(mu: RelevanceMeasure, name: str) -> bool:
-    """Returns whether all walks from the output to the input cross a layer, whatever their relevance is."""
+    """Returns whether all walks from the output to the input cross a layer, irrespective of their relevance."""
     return separates(mu._recording, mu._tap("output"), mu._tap(name), mu._tap("input"))
 
 
 def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> Tensor:
-    r"""Returns the relevance of each position of an image, averaged over layers.
+    r"""Computes the relevance of each pixel position, averaged over layers.
 
     .. math:: \frac{1}{L} \sum_l \frac{\mathrm{up}(\mu_l)}{\sum_p |\mu_l(p)|}
 
     The measure is normalized at every layer, so the maps of different layers are comparable and can be averaged. Late
-    layers locate the evidence, as in Grad-CAM; early layers show its outline. Maps are upsampled by bilinear
-    interpolation that preserves their sum.
+    layers localize the evidence, as in Grad-CAM; early layers show its outline. Maps are upsampled by bilinear
+    interpolation and rescaled to preserve their sum.
 
     Args:
-        mu: The measure of images ``(N, C, H, W)``.
+        mu: A measure with images ``(N, C, H, W)`` as inputs.
         layers: Layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``; by default those of
             :func:`layers_by_resolution`.
 
     Returns:
-        Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if an explained difference is
-        negative.
+        Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if the measure explains a negative
+        difference.
 
     Raises:
         InputError: If the inputs or a layer have no positions.

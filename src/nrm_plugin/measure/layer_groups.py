@@ -23,7 +23,7 @@ FORMAT = "nrm-plugin groups 1"
 
 
 class HasTaps(Protocol):
-    """The part of a measure that :class:`Groups` uses."""
+    """Interface of a measure, restricted to what :class:`Groups` uses."""
 
     def _tap(self, layer: Any) -> Tap: ...
 
@@ -32,18 +32,18 @@ class HasTaps(Protocol):
 class Groups:
     """A partition of the members (channels, positions, neurons) of each layer, for several layers.
 
-    Returned by :func:`~nrm_plugin.find_groups`. Groups are found on some inputs, but can be applied to any input of the
-    model.
+    Returned by :func:`~nrm_plugin.find_groups`. Groups are found on some inputs and can be applied to any other inputs
+    of the model.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
         labels: For each layer, the group of each member, ``(members,)``.
-        members: For each layer, its members: ``"channel"``, ``"position"``, ``"neuron"``, or the member of every
-            neuron.
+        members: For each layer, the kind of its members: ``"channel"``, ``"position"`` or ``"neuron"``; or a tensor
+            with the member of every neuron.
         names: For each layer, the name of each group.
-        masses: For each layer, the mean mass of each group on the inputs on which the groups were found.
-        kappas: For each pair of consecutive layers, the share of the dependence that the groups preserve; nan if the
-            layers are independent or if the joint relevance of all members was not computed.
+        masses: For each layer, the mean mass of each group over the samples on which the groups were found.
+        kappas: For each pair of consecutive layers, the fraction of the dependence that the groups preserve; NaN if the
+            layers are independent or the joint relevance of all members was not computed.
         examples: For each layer and group, the index of the sample in which the group has the largest absolute mass;
             empty if only means are known, as for a sweep.
         samples: Number of samples on which the groups were found.
@@ -82,7 +82,7 @@ class Groups:
 
     @property
     def kappa(self) -> float:
-        """The fraction of the dependence that the groups preserve, averaged over dependent pairs of consecutive layers.
+        """The mean of :attr:`kappas` over pairs of consecutive layers, ignoring NaN.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -94,14 +94,14 @@ class Groups:
         return sum(shares) / len(shares) if shares else math.nan
 
     def over(self, mu: HasTaps, layer: str) -> Tensor:
-        """Returns the group of each neuron of a layer, ``mu.shape(layer)[1:]``, for use as ``over=`` and in events.
+        """Returns the group of each neuron of a layer, ``mu.shape(layer)[1:]``, to be used as ``over=`` and in events.
 
         Args:
-            mu: A measure of any inputs.
+            mu: A measure of the same model for any inputs.
             layer: Name of the layer.
 
         Raises:
-            InputError: If the layer has no groups, or has other members for these inputs than those that were grouped.
+            InputError: If the layer has no groups, or its members for these inputs differ from those that were grouped.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -123,7 +123,7 @@ class Groups:
         return labels[members]
 
     def event(self, mu: HasTaps, layer: str, group: int) -> Event:
-        """Returns the walks that cross a group of a layer.
+        """Returns the event that a walk crosses a group of a layer.
 
         Raises:
             InputError: If there is no such group.
@@ -141,10 +141,10 @@ class Groups:
         return at(layer)[labels == group]
 
     def named(self, names: Mapping[str, Sequence[str] | Mapping[int, str]]) -> Groups:
-        """Returns a copy with other names, given for each layer as a list or keyed by group index.
+        """Returns a copy with renamed groups, given a list or a dictionary (keyed by group index) for each layer.
 
         Raises:
-            InputError: If a layer or group does not exist.
+            InputError: If one of the layers or groups does not exist.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -178,10 +178,10 @@ class Groups:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Groups:
-        """Reads the groups of a file written by :meth:`save`.
+        """Reads groups from a file written by :meth:`save`.
 
         Raises:
-            InputError: If the file holds no groups.
+            InputError: If the file does not contain groups.
 
         Examples:
             >>> Groups.load("weights.safetensors")
@@ -213,7 +213,7 @@ class Groups:
         }  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Returns the labels of all layers, and those members that are given as labels."""
+        """Returns the labels of all layers, and the members of the layers where these are given as tensors."""
         own = {f"labels/{layer}": labels for layer, labels in zip(self.layers, self.labels, strict=True)}
         kinds = zip(self.layers, self.members, strict=True)
         return own | {f"members/{layer}": kind for layer, kind in kinds if isinstance(kind, Tensor)}

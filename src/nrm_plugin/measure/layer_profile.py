@@ -1,4 +1,4 @@
-"""Mass, sink, bypass and variation of each layer, compared with plain LRP."""
+"""Mass, sink, bypass and variation of each layer, with the sum of plain LRP for comparison."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .measure import RelevanceMeasure
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """One layer; ``mass + sink + bypass == 1``.
+    """Profile of one layer, with ``mass + sink + bypass == 1``.
 
     Attributes:
         layer: Name of the tap.
         mass: Mass of the walks that cross the tap.
         sink: Mass of the walks that are absorbed above the tap.
         bypass: Mass of the walks that bypass the tap.
-        variation: Tap variation, at least 1; a value above 1 means that neurons of opposite sign share the tap.
-        plain: Sum of plain LRP with the same rules and an initial relevance of 1 at the output, or None if it was not
-            computed.
+        variation: Tap variation, at least 1; values above 1 mean that the relevance of its neurons has mixed signs.
+        plain: Total relevance of plain LRP with the same rules and an initial relevance of 1 at the output, or None if
+            not computed.
     """
 
     layer: str
@@ -34,14 +34,14 @@ class ProfileRow:
 def profile(
     mu: RelevanceMeasure, layers: Sequence[str] | None = None, plain: RelevanceMeasure | None = None, sample: int = 0
 ) -> list[ProfileRow]:
-    """Returns the profile of a measure: one row per layer, from the output down.
+    """Computes the profile of a measure, with one row per layer, from the output to the input.
 
     Args:
-        mu: The measure.
-        layers: Names of taps; all of them by default.
-        plain: A measure of the same model and inputs with the same rules and ``residual="sink"``: its marginals are the
+        mu: The measure to summarize.
+        layers: Names of taps; by default, all taps.
+        plain: A measure of the same model and inputs with the same rules and ``residual="sink"``. Its marginals are the
             relevance of plain LRP with an initial relevance of 1 at the output.
-        sample: The sample.
+        sample: Index of the sample.
 
     Raises:
         InputError: If ``plain`` redistributes relevance, or is a measure of a different model.
@@ -75,7 +75,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """Returns all layers without aliases: the last layer is listed as ``"output"``, the same tensor."""
+    """Returns all layers without aliases; the last layer is listed as ``"output"`` if it is the output tensor."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

@@ -1,4 +1,4 @@
-"""Finds the taps of the layers in a query, and orders taps along walks."""
+"""Lookup of the taps of the layers in a query, and their order along walks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Layer = str | nn.Module | Atom
 
 
 def atom_of(layer: Any, side: Side = "output") -> Atom:
-    """Returns the event that a walk crosses a layer in any neuron.
+    """Returns the event that a walk crosses a layer, in any neuron.
 
     Raises:
-        EventError: If ``layer`` is an event, or consists of several layers.
+        EventError: If ``layer`` is an event or a list of layers.
     """
     if isinstance(layer, Atom):
         return layer
@@ -37,13 +37,13 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """Returns the layers as a list, and whether a single layer was given instead of a collection."""
+    """Returns the layers as a list, and whether a single layer was given."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 
 
 def several_layers(layers: Any) -> list[Any]:
-    """Returns a collection of layers as a list.
+    """Converts a collection of layers to a list.
 
     Raises:
         EventError: If a single layer is given.
@@ -58,7 +58,7 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
     """Returns the tap of a layer.
 
     Raises:
-        EventError: If ``layer`` is an event, or names several taps.
+        EventError: If ``layer`` is an event, or refers to several taps.
         UnknownLayerError: If no tap has this name.
     """
     atom = atom_of(layer)
@@ -71,7 +71,7 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
 
 
 def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[Atom]:
-    """Returns one atom per tensor of a layer.
+    """Returns one atom for each tensor that a layer returns (or receives, depending on ``side``).
 
     Raises:
         EventError: If ``layer`` is an event or a sink.
@@ -92,7 +92,7 @@ def is_reached(recording: Recording, tap: Tap) -> bool:
 
 
 def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> bool:
-    """Returns whether a walk that has crossed a tap can still reach a place: cross it, or be absorbed in it."""
+    """Returns whether a walk that has crossed a tap can still reach a place, by crossing it or being absorbed in it."""
     vertex, taps = tap.place.vertex, recording.taps
     if isinstance(place, Sink):
         return place.vertex >= vertex if isinstance(tap.place, Buffer) else place.vertex > vertex
@@ -104,9 +104,9 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
 
 
 def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
-    """Returns whether every walk that crosses an upper and a lower tap also crosses a middle tap.
+    """Returns whether every walk that crosses both an upper and a lower tap also crosses a middle tap.
 
-    Walks absorbed between the taps are not considered. The middle tap may equal the upper or the lower one.
+    Walks absorbed between the taps are not considered. The middle tap may be identical to the upper or the lower one.
     """
     if middle.place in (upper.place, lower.place):
         return True
@@ -127,7 +127,7 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
 
 
 def is_only_pooled(recording: Recording, tap: Tap) -> bool:
-    """Returns whether the values of a tap are those of tensors of other sizes, only pooled and rearranged."""
+    """Returns whether a tap is obtained from larger tensors only by pooling and rearranging entries."""
     graph, seen = recording.graph, set()
     waiting = [graph.buffer(tap.place)]
     while waiting:
@@ -146,7 +146,7 @@ def is_only_pooled(recording: Recording, tap: Tap) -> bool:
 
 
 def _is_pooling(vertex: Vertex) -> bool:
-    """Returns whether a vertex is a pooling operation, or dropout, which is an identity; of a module or a function."""
+    """Returns whether a vertex is a pooling operation or dropout, as a module or a function."""
     step = vertex.step
     if step is None:
         name = operation(vertex.node)

@@ -1,11 +1,13 @@
-r"""An estimate of joint relevance between two layers from their marginals, without any pass.
+r"""An estimate of the joint relevance of two layers that is computed from their marginals, without any pass.
 
-In image networks, most walks stay close to their position between two layers. If they stayed at their position ``p``
-exactly, and the channels that a walk crosses there were independent, the joint relevance of two channels would be
+In image networks, most walks stay close to their position between two layers. If they stayed exactly at their position
+``p``, and the channels that a walk crosses there were independent, the joint relevance of two channels would be
 
 .. math:: \tilde J_{ij} = \sum_p \frac{\mu(i, p) \, \mu(j, p)}{\mu(p)}
 
-The search for groups starts from this estimate, and then uses exact joint relevance. Source: new in this package.
+The search for groups starts from this estimate before it uses exact joint relevance.
+
+Source: new in this package.
 """
 
 from __future__ import annotations
@@ -18,25 +20,26 @@ from ..recording.taps import Tap
 from .groups import Over, labels_of
 
 GRID = 7
-"""Largest number of cells along each grid side when the positions of two layers are compared."""
+"""Maximum number of cells along each side of the grid on which the positions of two layers are compared."""
 CANCELLED = 1e-3
-"""Smallest relevance of a cell, as a fraction of its absolute relevance, that is used as a divisor."""
+"""Smallest relevance of a cell, relative to its absolute relevance, that is used as a divisor."""
 
 
 def local_joint(
     upper: Tap, lower: Tap, above: Tensor, below: Tensor, parts: Over | None = None, count: int = 0
 ) -> Tensor | None:
-    """Returns an estimate of joint relevance between the channels of two layers, ``(N, upper, lower)``.
-
-    The result is None if the layers have no positions in common.
+    """Estimates the joint relevance of the channels of two layers from their marginals.
 
     Args:
         upper: The upper layer.
         lower: The lower layer.
         above: Marginal of the upper layer, ``(N, *shape)``.
         below: Marginal of the lower layer, ``(N, *shape)``.
-        parts: The part of the image to which each neuron of the lower layer belongs, to be used in place of channels.
-        count: Number of parts.
+        parts: The image part of each neuron of the lower layer, to be used instead of its channels.
+        count: Number of image parts.
+
+    Returns:
+        The estimate, ``(N, upper, lower)``, or None if the layers have no positions in common.
     """
     one, other = _channels_first(upper, above), _channels_first(lower, below)
     if isinstance(parts, Tensor):
@@ -60,10 +63,10 @@ def _channels_first(tap: Tap, values: Tensor) -> Tensor:
 
 
 def at_positions(image: Tap, kind: Over, tap: Tap) -> Tensor | None:
-    """Returns, for each neuron of a tap, the part of an image to which its position belongs.
+    """Returns, for each neuron of a tap, the part of the image that its position belongs to.
 
-    The tap and the image have two dimensions of positions; a position belongs to the part that contains its central
-    pixel. The result is None if the parts separate the channels of a pixel.
+    The tap and the image must have two spatial dimensions. A position belongs to the part that contains its central
+    pixel. The result is None if the channels of a pixel are in different parts.
     """
     labels = labels_of(image, kind)
     if labels.ndim != 3 or not bool((labels == labels[:1]).all()):

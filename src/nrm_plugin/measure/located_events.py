@@ -1,4 +1,4 @@
-"""Events over the places and masks of a recording, in place of layer names and indices."""
+"""Events over the places of a recording, with masks in place of layer names and indices."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """The walks that cross a place in one of the neurons of a mask or, for a sink, are absorbed there.
+    """The event that a walk crosses a place at a neuron of the mask or, for a sink, is absorbed there.
 
     Attributes:
         place: The place.
-        mask: The neurons, boolean, ``(N, *shape)`` or ``(1, *shape)`` for all samples.
+        mask: Boolean mask of neurons, ``(N, *shape)``, or ``(1, *shape)`` if it is the same for all samples.
     """
 
     place: Buffer | Edge | Sink
@@ -32,13 +32,13 @@ class Located(Event):
 
 
 class Locator:
-    """Converts events to located events; each atom is looked up once, and equal masks at a place are shared.
+    """Converts events to located events, in which identical atoms and masks are shared.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
 
     Attributes:
-        at: The located atoms of each place.
+        at: The located atoms at each place.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -50,7 +50,7 @@ class Locator:
         """Returns the same formula over :class:`Located` atoms and ``ABSORBED``.
 
         Raises:
-            EventError: If an index does not fit its tap.
+            EventError: If an index does not match the shape of its tap.
             UnknownLayerError: If no tap has this name.
         """
         return event.mapped(self._located)
@@ -76,7 +76,7 @@ class Locator:
         return parts[0] if len(parts) == 1 else Any_(tuple(parts))
 
     def _places(self, atom: Atom) -> list[tuple[Buffer | Edge | Sink, torch.Size, int]]:
-        """Returns the places of an atom, each with the shape and the channel dimension of the tensor there."""
+        """Returns the places of an atom, each with the shape and the channel dimension of its tensor."""
         taps = self._recording.taps
         if atom.side == "sink":
             return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]
@@ -99,19 +99,22 @@ class Locator:
 
 
 def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> Tensor:
-    """Returns a mask of the neurons of an atom in the form ``(N, …)``; one row if it is the same for all samples.
+    """Computes the mask of the neurons of an atom, with samples first.
 
-    An index selects along all dimensions of the tensor except the samples. If windows, heads or views share the
-    dimension of the samples, the index applies to all of them; a mask may have an additional dimension for them.
+    An index selects along all dimensions of the tensor except the samples. If windows, heads or views share a dimension
+    with the samples, the index applies to all of them; a mask may have an additional dimension for them.
 
     Args:
-        atom: The atom.
+        atom: The atom whose neurons are selected.
         shape: Shape of the tensor.
-        channel_dim: Dimension of the channels in the tensor.
+        channel_dim: Channel dimension of the tensor.
         layout: Layout of the tensor.
 
+    Returns:
+        A boolean tensor ``(N, …)``, or ``(1, …)`` if it is the same for all samples.
+
     Raises:
-        EventError: If the index does not fit the tap.
+        EventError: If the index does not match the tap.
     """
     in_tensor = channel_dim % max(len(shape), 1)
     channel_dim, shape = layout.channel_dim(channel_dim, len(shape)), layout.shape(shape)

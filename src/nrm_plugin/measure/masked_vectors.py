@@ -1,4 +1,4 @@
-"""Sums of relevance vectors, and vectors restricted to the neurons of a mask."""
+"""Accumulation of relevance vectors, and their restriction to the neurons of a mask."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
-    """Sets a vector to zero outside of a mask; a mask of None stands for all neurons."""
+    """Sets a vector to zero outside a mask, where a mask of None denotes all neurons."""
     return vector if mask is None else vector * mask.to(vector.device)
 
 
 def add_to(vectors: dict[Key, Tensor], key: Key, vector: Tensor) -> None:
-    """Adds a vector to the vector stored under a key."""
+    """Adds a vector to the entry of a dictionary."""
     vectors[key] = vectors[key] + vector if key in vectors else vector

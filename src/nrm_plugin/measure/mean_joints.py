@@ -24,11 +24,11 @@ Members = Mapping[str, Any]
 every neuron, or boolean masks keyed by name."""
 
 CELLS = 16
-"""Largest number of cells along each grid side into which positions are divided to limit the members."""
+"""Maximum number of grid cells along each side, into which positions are grouped to limit the number of members."""
 
 
 class Measure(Protocol):
-    """The queries of a :class:`~nrm_plugin.RelevanceMeasure` that mean joint relevance needs."""
+    """Interface of :class:`~nrm_plugin.RelevanceMeasure`, restricted to the queries used here."""
 
     @property
     def sign(self) -> Tensor: ...
@@ -43,11 +43,11 @@ class MeanJoints:
     Attributes:
         layers: Names of the layers, from the output to the input.
         members: The members of each layer: a kind of group, or an integer label for every neuron.
-        joints: For each pair of consecutive layers, ``(members, members below)``.
-        masses: For each layer the mass of each member, ``(samples, members)``, or ``(1, members)`` if only the mean is
+        joints: For each pair of consecutive layers, the mean joint relevance, ``(members, members below)``.
+        masses: For each layer, the mass of each member, ``(samples, members)``, or ``(1, members)`` if only the mean is
             known.
         samples: Number of samples.
-        are_exact: For each pair, whether the joint relevance is exact or a low-rank approximation.
+        are_exact: For each pair, whether the joint relevance is exact rather than an estimate.
     """
 
     layers: tuple[str, ...]
@@ -61,17 +61,18 @@ class MeanJoints:
 def mean_joints(
     measures: Iterable[Measure], layers: Sequence[tuple[str, Any]], members: Members | None = None
 ) -> tuple[MeanJoints, PairJoints | None]:
-    """Computes the mean joint relevance of consecutive layers over all samples of measures.
-
-    If only one measure is given, its joint relevance is also returned.
+    """Computes the mean joint relevance of consecutive layers over all samples of the given measures.
 
     Args:
-        measures: Measures of one or more samples.
+        measures: Measures with one or more samples each.
         layers: Names of the layers, from the output to the input, and the corresponding layers of the measures.
-        members: The members of layers; by default channels, or grid cells of the image for the input.
+        members: The members of each layer; by default channels, or grid cells of the image for the input.
+
+    Returns:
+        The mean joint relevance; and, if there is only one measure, its source of joint relevance, else None.
 
     Raises:
-        InputError: If there is no measure.
+        InputError: If no measure is given.
     """
     kinds: list[Over] = []
     totals: list[Array] = []
@@ -100,7 +101,7 @@ def mean_joints(
 
 
 def signed_sum(mu: Measure, matrix: Tensor) -> Array:
-    """Returns the sum over samples of joint relevance ``(N, upper, lower)`` times the sign of each sample."""
+    """Sums joint relevance ``(N, upper, lower)`` over samples, multiplied by the sign of each sample."""
     return _array(torch.einsum("n,nij->ij", mu.sign.double().cpu(), matrix.double().cpu()))
 
 
@@ -110,7 +111,7 @@ def _array(values: Tensor) -> Array:
 
 
 def _members(tap: Tap, name: str, members: Members | None) -> Over:
-    """Returns the members of a layer."""
+    """Returns the members of a layer, given or by default."""
     given = (members or {}).get(name)
     if given is not None:
         return given if isinstance(given, str) else partition(tap, given, None).labels

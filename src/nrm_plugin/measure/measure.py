@@ -1,4 +1,4 @@
-"""The relevance measure of a model for given inputs; its methods are the queries."""
+"""The relevance measure of a model for given inputs, with one method for each query."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RelevanceMeasure(Recorded):
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once, unless memory is limited, and is left unchanged; all queries are answered from this recording.
-    Results have no gradient.
+    The model runs once, unless memory is limited, and is not modified; all queries are computed from this recording.
+    Results do not require gradients.
 
     Args:
         model: The network, in evaluation mode.
@@ -59,37 +59,39 @@ class RelevanceMeasure(Recorded):
         residual: What happens to relevance that a rule does not propagate: ``"redistribute"`` (the default) or
             ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
-        start: A signed vector over the outputs that replaces the target, or a function that computes it from the
-            outputs.
-        against: Outputs to compare the target with, so that their difference is explained: ``"rest"`` for all other
-            classes, weighted by their softmax; another target; or a function of the outputs that returns a target or
-            the weights of all outputs. The explained scalar is the weighted sum :math:`\sum_k s_k f_k`, which may be
-            negative. It is fused with the last layer, and becomes the tap ``"output"``, ``(N, 1)``.
-        reference: A reference :math:`x^0`, so that the change :math:`\sum_k s_k (f_k(x) - f_k(x^0))` is explained. It
-            has the form of the inputs, or is a single sample for all of them. Without a composite, every operation
-            propagates by its slope between reference and input, and nothing is absorbed; with a composite, its rules
-            are applied to differences. The start vector may sum to 0. A list of references gives the mixture
+        start: A vector of signed weights for the outputs, or a function that computes it from the outputs. It replaces
+            the target.
+        against: Outputs to contrast the target with. If given, the measure explains the difference between the target
+            and these outputs: ``"rest"`` for all other classes, weighted by their softmax; another target; or a
+            function of the outputs that returns a target or the weights of all outputs. The explained scalar is the
+            weighted sum :math:`\sum_k s_k f_k`, which may be negative. The sum is fused with the last layer and becomes
+            the tap ``"output"``, ``(N, 1)``.
+        reference: A reference (baseline input) :math:`x^0`. If given, the measure explains the difference
+            :math:`\sum_k s_k (f_k(x) - f_k(x^0))`. The reference has the same form as the inputs, or is a single sample
+            that is used for all of them. Without a composite, every operation propagates relevance along its slope
+            between reference and input, and nothing is absorbed; with a composite, its rules are applied to
+            differences. The start vector may sum to 0. A list of references defines the mixture
             :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
         slopes: ``"secant"`` for slopes between reference and input, or ``"tangent"`` for derivatives at the input,
             whose linearization error is absorbed.
-        additional_forward_args: Additional positional arguments of the model, as a tuple or a single argument.
-        additional_forward_kwargs: Additional keyword arguments of the model.
+        additional_forward_args: Additional positional arguments for the model, as a tuple or a single argument.
+        additional_forward_kwargs: Additional keyword arguments for the model.
         output: The tensor to explain if the model returns several: a key, an index, or a function of the returned
-            value. The default is the only tensor, ``"logits"`` or ``"out"``. A tap ``at(layer)`` is explained as if it
-            were the output of the model.
+            value. The default is the only tensor, ``"logits"`` or ``"out"``. If a tap ``at(layer)`` is given, the
+            measure explains this tap as if it were the output of the model.
         batched: False if the first dimension of the inputs does not index samples but, for example, the nodes of a
             graph or the time steps of a sequence, which together form one sample. Events and targets then index tensors
             as the model does, ``at("conv1")[node, feature]``, and results have an additional first dimension of size
             one.
-        uncovered: ``"error"`` (the default) or ``"gradient"``, for layers without a rule.
-        max_memory: Memory budget in bytes, of the tensors that the recording stores and of the relevance vectors of one
-            pass. If a recording exceeds it, the model runs again in each pass, for one part of the recording after
-            another, with the same results. By default, the recording has no limit, and vectors take 128 MiB on a CPU,
-            where a larger budget is slower, and 1 GiB otherwise.
+        uncovered: Treatment of layers without a rule: ``"error"`` (the default) or ``"gradient"``.
+        max_memory: Memory budget in bytes for the tensors stored in the recording, and for the relevance vectors of one
+            pass. If the recording exceeds the budget, each pass reruns the model and processes the recording part by
+            part, with the same results. By default, the recording is not limited, and vectors are limited to 128 MiB on
+            a CPU, where a larger budget is slower, and to 1 GiB otherwise.
 
     Raises:
         TypeError: If settings are passed in addition to a ``Normalized`` composite.
-        InputError, TargetError, ModelStateError, GradModeError: If an argument does not fit the model.
+        InputError, TargetError, ModelStateError, GradModeError: If an argument is invalid for the model.
         UncoveredLayerError, UnsupportedOperationError, UnsupportedRuleError: If the rules do not support the model.
 
     Examples:
@@ -98,7 +100,7 @@ class RelevanceMeasure(Recorded):
         >>> mu(at("0")[2]).shape, mu.marginal("input", given=at("input")).shape
         (torch.Size([5]), torch.Size([5, 3]))
 
-    The examples of the methods continue the one above.
+    The examples of the methods continue this example.
 
     Source: arXiv 2606.00557 for the measure; docs/measure.md for the parts that are new in this package.
     """
@@ -154,11 +156,13 @@ class RelevanceMeasure(Recorded):
         .. math:: \mu(n_l = i) = \mu(\{w : w \text{ crosses } i\})
 
         Args:
-            layer: Tap name, module or ``at(…)``. A list of layers is computed in one pass.
-            over: ``"channel"`` sums over all dimensions but samples and channels, ``"position"`` over channels. An
-                integer tensor with a label for every neuron sums over neurons with the same label, ``(N, groups)``.
-            given: The condition, for ``μ(n_l = i | event)``. For a list of events, one map per event is returned.
-            joint: An event for ``μ(n_l = i and event)``, which is not divided by the mass of the event.
+            layer: Tap name, module or ``at(…)``, or a list of these, which is evaluated in one pass.
+            over: ``"channel"`` sums over all dimensions except samples and channels, and ``"position"`` over channels.
+                An integer tensor with a label for every neuron sums over neurons with the same label, to
+                ``(N, groups)``.
+            given: The event to condition on, for ``μ(n_l = i | event)``. A list of events yields one map per event.
+            joint: An event to intersect with, for ``μ(n_l = i and event)``, which is not divided by the mass of the
+                event.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, that is accepted as a divisor for ``given``.
 
         Returns:
@@ -167,7 +171,7 @@ class RelevanceMeasure(Recorded):
             bypass sum to 1.
 
         Raises:
-            UnknownLayerError: If no tap has this name; the message lists similar names.
+            UnknownLayerError: If there is no tap with one of the given names; the message lists similar names.
             NullEventError, CancellationError: If the mass of ``given`` is zero or cancels.
 
         Examples:
@@ -212,7 +216,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
-        """Returns the mass of the walks that bypass the tap: they end at an input or in a sink elsewhere, ``(N,)``.
+        """Returns the mass of the walks that neither cross a tap nor are absorbed above it, ``(N,)``.
 
         Examples:
             >>> mu.bypass("1")
@@ -222,7 +226,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Returns the mass absorbed in each step, ``(N,)``, by step name; steps that absorb nothing are omitted.
+        """Returns the mass absorbed in each step, ``(N,)``, keyed by step name; steps without absorption are omitted.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -236,7 +240,7 @@ class RelevanceMeasure(Recorded):
     def variation(self, layer: Layer) -> Tensor:
         r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
-        A value above 1 means that neurons of opposite sign share the tap.
+        Values above 1 mean that the relevance of the neurons has mixed signs.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -252,8 +256,8 @@ class RelevanceMeasure(Recorded):
         depth.
 
         Args:
-            surviving: Whether to return the variation of the measure conditioned on survival, which is the sum over the
-                walks that reach an input, divided by the absolute value of their mass.
+            surviving: Whether to condition the measure on survival: the sum then runs over the walks that reach an
+                input, and is divided by the absolute value of their mass.
 
         Examples:
             >>> bool((mu.walk_variation() >= mu.variation("1") - 1e-4).all())
@@ -271,7 +275,7 @@ class RelevanceMeasure(Recorded):
 
         Args:
             event: An event, or a list of events, evaluated in one pass.
-            given: The condition.
+            given: The event to condition on.
             min_ratio: Smallest ``|μ(B)|``, relative to its variation, that is accepted as a divisor; by default 1e-3 in
                 float32 and 1e-8 in float64. With 0, every nonzero divisor is accepted.
 
@@ -297,11 +301,11 @@ class RelevanceMeasure(Recorded):
         The query requires one transposed pass. It is also defined for neurons with ``μ(j) = 0``.
 
         Args:
-            event: An event over lower taps.
+            event: An event over taps below ``layer``.
             layer: The tap, or None for a dictionary with all taps above the event.
 
         Raises:
-            EventError: If the event names a tap that is not below ``layer``.
+            EventError: If the event refers to a tap that is not below ``layer``.
 
         Examples:
             >>> below = mu.conditional(at("input")[0], "2")
@@ -313,10 +317,10 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Returns the joint relevance of each channel of a tap and each channel of a lower tap, ``(N, upper, lower)``.
+        """Returns the joint relevance of the channels of a tap and the channels of a lower tap, ``(N, upper, lower)``.
 
         Args:
-            upper: The tap that walks cross first.
+            upper: The upper tap, which walks cross first.
             lower: A tap below ``upper``.
             over: ``"channel"``, ``"position"``, ``"neuron"``, or an integer tensor with the group of every neuron; or a
                 pair of these for the upper and the lower tap.
@@ -335,9 +339,9 @@ class RelevanceMeasure(Recorded):
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
         """Returns the joint relevance between the channels of consecutive layers, ``(N, upper, lower)`` for each pair.
 
-        All layers share one pass. If two layers are separated by a single linear layer, and otherwise only by
-        operations that preserve channels (ReLU, max pooling), the joint relevance of all their channels costs one
-        weight gradient.
+        The marginals of all layers are computed in one pass. If two layers are separated only by a single linear layer
+        and by operations that preserve channels (ReLU, max pooling), the joint relevance of all their channels costs
+        one weight gradient.
 
         Args:
             layers: Two or more layers, each below the previous layer.
@@ -367,28 +371,28 @@ class RelevanceMeasure(Recorded):
         k: int = K,
         groups: Groups | None = None,
     ) -> FlowGraph:
-        """Returns the flow of relevance between neuron groups in several layers, as a graph of joint relevance.
+        """Computes the flow of relevance between groups of neurons in several layers, as a graph of joint relevance.
 
-        All masses are multiplied by :attr:`sign`, which is -1 if the explained difference of outputs is negative.
+        All masses are multiplied by :attr:`sign`, which is -1 if the measure explains a negative difference.
 
         Args:
             layers: The layers, in any order; for any two of them, one must be below the other.
-            over: The groups: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks keyed by
-                name; or a dictionary of these keyed by layer name, with channels as the default. ``"groups"`` divides
-                the channels of a layer into ``k`` groups that preserve most of the dependence between layers
+            over: How neurons are grouped: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks
+                keyed by name; or a dictionary of these keyed by layer name, with channels as the default. ``"groups"``
+                divides the channels of a layer into ``k`` groups that preserve most of the dependence between layers
                 (:func:`~nrm_plugin.find_groups`), so that there is no rest.
-            top: Number of groups to show per layer, the largest by absolute mass, or None for no limit. The other
-                neurons form one node, the rest.
+            top: Maximum number of groups to show per layer, by absolute mass, or None for no limit. All other neurons
+                form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Fraction of the absolute mass to show in each layer, such as 0.9, with as few groups as possible.
-            names: Group names in each layer, as lists or dictionaries, such as ``{"output": classes}``.
+            names: Names of the groups in each layer, as lists or dictionaries, such as ``{"output": classes}``.
             sample: Index of the sample; required if the measure has several samples.
             k: Number of groups in a layer for ``over="groups"``.
             groups: Groups returned by :func:`~nrm_plugin.find_groups`, which apply to all of their layers.
 
         Raises:
             FlowError, InputError: If a threshold is out of range or the sample does not exist.
-            EventError: If a layer is not below the previous layer, or groups do not fit.
+            EventError: If neither of two layers is below the other, or the groups do not match their layer.
 
         Examples:
             >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)

@@ -1,31 +1,30 @@
-"""The number of relevance vectors that one pass propagates within a memory budget."""
+"""Number of relevance vectors that one pass can propagate within a memory budget."""
 
 from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError, MemoryBudgetWarning, brief
+from ..errors import InputError, MemoryBudgetWarning, brief, warn
 from ..recording.places import Place
 from ..recording.recording import Recording
 
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
-"""Default memory budget of one pass, in bytes. On a CPU, a larger budget saves less time than its allocation costs."""
+"""Default memory budget of one pass, in bytes; on a CPU, larger allocations cost more time than they save."""
 COPIES = 4
-"""Memory that a step needs per vector, in multiples of the largest tap."""
+"""Memory that a pass needs per vector, in multiples of the largest tap."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """Returns a memory budget in bytes, or None for the default of the device.
+    """Validates a memory budget in bytes, where None denotes the default of the device.
 
     Raises:
         InputError: If ``max_memory`` is not a positive number.
@@ -39,12 +38,12 @@ def check_memory(max_memory: object) -> int | None:
 
 
 def width_of(recording: Recording, max_memory: int | None, places: Iterable[Place] | None) -> int:
-    """Returns the number of vectors that fit into memory, at least one.
+    """Returns the number of vectors that fit into the memory budget, at least one.
 
     Args:
-        recording: The recording.
-        max_memory: Memory budget in bytes.
-        places: The places at which vectors start or end, between which they are kept in memory, or None if unknown.
+        recording: The recording of the forward pass.
+        max_memory: Memory budget in bytes, or None for the default of the device.
+        places: The places at which vectors start or end; they occupy memory only between these. None if unknown.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
@@ -57,13 +56,16 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Returns the results of ``run`` for all items, at most ``width`` per call; the width is halved if memory runs out.
+    """Applies ``run`` to all items in chunks of ``width``, which is halved whenever memory runs out.
 
     Args:
-        items: The items.
+        items: The items to process.
         width: Number of items per call.
-        run: Returns one result for each item.
-        what: Name of the items in the progress bar, which appears after a few seconds.
+        run: Function that returns one result per item.
+        what: Label of the progress bar, which appears after a few seconds.
+
+    Returns:
+        The results of all items.
 
     Raises:
         MemoryError: If a single item does not fit into memory.
@@ -75,21 +77,22 @@ def in_chunks(
             try:
                 chunk_results = run(chunk)
             except (RuntimeError, MemoryError) as error:
-                if len(chunk) == 1 or not _is_out_of_memory(error):
+                if len(chunk) == 1 or not is_out_of_memory(error):
                     raise
                 chunk_results = []
-            if not chunk_results:  # not in the handler, which keeps tensors alive
+            if not chunk_results:  # outside the handler, in which the traceback keeps tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
-                warnings.warn(message, MemoryBudgetWarning, stacklevel=2)
+                warn(message, MemoryBudgetWarning)
                 continue
             results += chunk_results
             bar.update(len(chunk))
     return results
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error of torch says that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    # torch has no exception type for exhausted memory on a CPU.
+    # torch has no exception type for out-of-memory errors on a CPU.
     return "DefaultCPUAllocator" in str(error)

@@ -15,17 +15,17 @@ from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]
 Regions = Mapping[str, Tensor]
-"""Boolean masks, keyed by region name; neurons outside of all masks form the rest."""
+"""Boolean masks, keyed by region name; neurons outside all masks form the rest."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Groups of the neurons of one tap.
+    """Named groups of the neurons of one tap.
 
     Attributes:
-        labels: Group of each neuron, ``tap.shape[1:]``.
-        names: Name of each group.
-        count: Number of groups; this value as a label marks neurons outside of all groups.
+        labels: Group of each neuron, ``tap.shape[1:]``; neurons outside all groups have the label ``count``.
+        names: Function that returns the name of a group, given its index.
+        count: Number of groups.
         are_channels: Whether the groups are the channels.
     """
 
@@ -36,12 +36,12 @@ class Partition:
 
 
 def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
-    """Returns the groups of a tap and their names.
+    """Partitions the neurons of a tap into named groups.
 
     Args:
         tap: The tap.
-        over: A kind of group, labels, or masks keyed by name.
-        names: Names of the groups by number. The defaults are the numbers, or the coordinates of positions and neurons.
+        over: A kind of group, integer labels, or masks keyed by name.
+        names: Names of the groups, keyed by index. By default, indices, or coordinates for positions and neurons.
     """
     if isinstance(over, Mapping):
         return Partition(_region_labels(tap, over), list(over).__getitem__, len(over))
@@ -53,7 +53,7 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
 
 
 def _namer(tap: Tap, over: Over, names: Names | None) -> Callable[[int], str]:
-    """Returns a function that maps a group index to its name."""
+    """Returns a function that maps the index of a group to its name."""
     if names is not None:
         given = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
         return lambda group: given.get(group, str(group))
@@ -93,17 +93,19 @@ def _region_labels(tap: Tap, masks: Regions) -> Tensor:
 
 
 def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
-    """Returns labels for the patches of an image, numbered row by row from 0, to be passed as ``over=``.
+    """Returns labels that divide an image into rectangular patches, to be used as ``over=``.
+
+    Patches are numbered from 0, row by row.
 
     Args:
-        size: Size of the image, such as ``(H, W)``, or ``(D, H, W)``.
+        size: Size of the image, such as ``(H, W)`` or ``(D, H, W)``.
         parts: Number of patches along each dimension; a single number applies to all dimensions.
 
     Returns:
-        Integers of shape ``size``.
+        Integer labels of shape ``size``.
 
     Raises:
-        InputError: If there are no patches, or more patches than pixels along a dimension.
+        InputError: If the number of patches along a dimension is less than one or exceeds its size.
 
     Examples:
         >>> patches((4, 4), 2)
@@ -127,19 +129,19 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
 
 
 def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tensor:
-    """Returns labels for the superpixels of an image, to be passed as ``over=`` or ``members=``.
+    """Returns labels that divide an image into superpixels, to be used as ``over=`` or ``members=``.
 
     Args:
-        image: ``(C, H, W)`` with values in [0, 1].
+        image: Image, ``(C, H, W)``, with values in [0, 1].
         count: Approximate number of superpixels.
         compactness: Weight of spatial proximity relative to colour similarity; larger values give more compact
             superpixels.
 
     Returns:
-        Integers ``(H, W)``, from 0.
+        Integer labels ``(H, W)``, starting from 0.
 
     Raises:
-        InputError: If the image has another shape.
+        InputError: If the image is not three-dimensional.
         MissingExtraError: If scikit-image is not installed.
 
     Source: SLIC, Achanta et al., IEEE TPAMI 2012.

@@ -31,7 +31,7 @@ def explanation(recording: Recording, event: Event, given: Event | None) -> str:
 
 
 def words(event: Event) -> str:
-    """Describes an event in words, as a predicate that completes "the walks that …"."""
+    """Describes an event in words, as a predicate that completes the phrase "the walks that …"."""
     if isinstance(event, Absorbed):
         return "are absorbed anywhere"
     if isinstance(event, Not):
@@ -83,7 +83,7 @@ def _attended(event: Attended) -> str:
 
 
 def _steps(diagram: DecisionDiagram) -> tuple[int, int]:
-    """Returns the number of steps after which membership is decided for every walk and the number of all steps."""
+    """Returns the number of steps that a query has to visit, and the total number of steps."""
     vertices = diagram.recording.graph.vertices
     steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
     levels = [diagram.depends(root) for root in diagram.roots]

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorator for queries: they run in any gradient mode, and raise if the model has changed since the recording."""
+    """Decorator that lets queries run in any gradient mode, and raises an error if the model has changed."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,10 +48,10 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class QueryPasses:
-    """Base class of the measure, which holds the recording and runs passes over it.
+    """Base class of the measure, which stores the recording and runs passes over it.
 
     Attributes:
-        cost: Number of kernels run by the last query, and number of relevance vectors that they propagated.
+        cost: Number of kernels evaluated by the last query, and number of relevance vectors that they propagated.
     """
 
     cost: Cost
@@ -64,7 +64,7 @@ class QueryPasses:
     _shared: tuple[Totals | None, frozenset[Place]] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises an error when the measure is copied, pickled, saved with torch.save, or sent to another process.
+        """Raises an error if the measure is copied, pickled, saved with ``torch.save``, or sent to another process.
 
         Raises:
             StorageError: Always.
@@ -81,21 +81,21 @@ class QueryPasses:
         return self._recording.samples.batched
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers a query by calling the given method of this class."""
+        """Calls the method of a query; subclasses may override this."""
         return method(self, *args, **kwargs)
 
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
 
     def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
-        """Converts values from the layout that a layer has in the model to the form ``(N, …)``."""
+        """Converts values from the tensor layout of the model to the form ``(N, …)``."""
         return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
 
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
     def _pass(self, stored: Sequence[Tap] = (), sums: bool = True) -> Totals:
-        """Returns a pass that stores the relevance of some taps, and whose sums answer all later queries of totals."""
+        """Runs a pass that stores the relevance of the given taps, and caches its sums for later queries."""
         places = frozenset(tap.place for tap in stored)
         if self._shared is not None:
             known, wanted = self._shared
@@ -112,7 +112,7 @@ class QueryPasses:
 
     @contextmanager
     def _sharing(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Context manager that lets queries share one pass, which stores the relevance of some layers."""
+        """Context manager in which queries share one pass that stores the relevance of the given layers."""
         self._shared = (None, frozenset(self._tap(layer).place for layer in layers))
         try:
             yield
@@ -121,7 +121,7 @@ class QueryPasses:
 
     @contextmanager
     def _without_sums(self) -> Iterator[None]:
-        """Context in which passes for relevance stop at the lowest tap, and do not sum masses for later queries."""
+        """Context manager in which passes stop at the lowest tap and do not sum masses for later queries."""
         self._has_sums = False
         try:
             yield
@@ -135,11 +135,11 @@ class QueryPasses:
     def _maps(
         self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None
     ) -> list[Tensor]:
-        """Returns the relevance of each tap, restricted to the walks of the events, if any."""
+        """Returns the relevance of each tap, restricted to or conditioned on the walks of events, if any."""
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
-            has_sums = self._has_sums and not is_traced()  # a traced query is independent of others
+            has_sums = self._has_sums and not is_traced()  # a traced query must not depend on others
             totals = self._pass(taps, sums=has_sums)
             maps = [self._mixed(values) for values in separate_maps(totals, taps)]
         else:
@@ -164,7 +164,7 @@ class QueryPasses:
         return [EventResult(mixed(one.mass), mixed(one.variation), [mixed(m) for m in one.maps]) for one in results]
 
     def _mixed(self, values: Tensor) -> Tensor:
-        """Sums ``(N · references, …)`` over the references of each sample, if there are several."""
+        """Sums ``(N · references, …)`` over the references of each sample, to ``(N, …)``."""
         count = self._recording.references
         return values if count == 1 else values.reshape(-1, count, *values.shape[1:]).sum(1)
 
@@ -183,7 +183,7 @@ class QueryPasses:
         return mass[:-1] / mass[-1]
 
     def _conditionals(self, event: Event, layer: Layer | None) -> dict[str, Tensor]:
-        """Returns ``μ(event given j)`` for a layer, under the key ``""``, or for all layers above the event."""
+        """Returns ``μ(event given j)`` for one layer, with the key ``""``, or for all layers above the event."""
         names = {name: name for name in self._recording.taps.layers} if layer is None else {"": layer}
         taps = {name: self._tap(one) for name, one in names.items()}
         check_event(event)
@@ -202,7 +202,7 @@ class QueryPasses:
         return {name: taps[name].layout.unfold(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
-        """Returns the joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
+        """Computes the joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
         groups = [pair_of(over) for over in overs]
         pairs = self._pairs(layers, remedy)
         totals = self._pass([above for above, _ in pairs])
@@ -210,7 +210,7 @@ class QueryPasses:
         return [self._mixed(matrix) for matrix in matrices]
 
     def _pairs(self, layers: Sequence[Layer], remedy: str) -> list[tuple[Tap, Tap]]:
-        """Returns the taps of each pair of consecutive layers; the second must be below the first."""
+        """Returns the taps of each pair of consecutive layers, after checking that the second is below the first."""
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):

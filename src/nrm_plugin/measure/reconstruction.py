@@ -1,7 +1,7 @@
-"""Images of the patterns to which chosen neurons, or a walk through several layers, respond.
+"""Reconstruction of the input patterns to which selected neurons, or walks through several layers, respond.
 
 Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) use Zennit's rules. They
-are not measures: they do not conserve relevance, and they show the pattern to which a neuron responds, not its
+do not define measures: they do not conserve relevance, and show the pattern to which a neuron responds rather than its
 contribution.
 """
 
@@ -31,12 +31,12 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The reconstructions of all samples.
+    """Reconstructions for all samples.
 
     Attributes:
         images: The reconstructions, ``(N, C, H, W)``.
-        boxes: Receptive field of the selected neurons, ``(top, left, bottom, right)`` for each sample, where the last
-            two are exclusive; all zeros if no selected neuron depends on the input.
+        boxes: Receptive field of the selected neurons for each sample, ``(top, left, bottom, right)``, where ``bottom``
+            and ``right`` are exclusive; all zeros if no selected neuron depends on the input.
 
     Examples:
         >>> Reconstruction(torch.zeros(1, 3, 8, 8), [(2, 0, 5, 8)]).crops[0].shape
@@ -61,7 +61,7 @@ class Reconstruction:
 
     @property
     def crops(self) -> list[Tensor]:
-        """The reconstructions, each cropped to its receptive field, ``(C, height, width)``.
+        """The reconstructions, cropped to their receptive fields, ``(C, height, width)`` each.
 
         Examples:
             >>> Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).crops[0].shape
@@ -74,10 +74,10 @@ class Reconstruction:
 def reconstruct(
     model: nn.Module, images: Tensor, neurons: Event, method: Method = "deconvnet", strongest: bool = True
 ) -> Reconstruction:
-    r"""Reconstructs input patterns from chosen neurons, by deconvolution or guided backpropagation.
+    r"""Reconstructs the input patterns that activate selected neurons, by deconvolution or guided backpropagation.
 
-    The activations of the chosen neurons are propagated down: through transposed convolutions, through max pooling to
-    the position of the maximum, and through a ReLU by
+    The activations of the selected neurons are propagated back to the input: through transposed convolutions, through
+    max pooling to the position of the maximum, and through ReLUs by
 
     .. math:: R_i = R_j^+ \quad \text{(deconvolution)}, \qquad
               R_i = R_j^+ \, 1[a_i > 0] \quad \text{(guided backpropagation)}
@@ -86,10 +86,10 @@ def reconstruct(
         model: The network. Its ReLUs must be modules.
         images: Inputs, ``(N, C, H, W)``.
         neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``. The signal then
-            starts at the last of the layers and is restricted to the chosen neurons of every other layer.
+            starts at the last of these layers, and is restricted to the selected neurons in the others.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
-        strongest: Whether to start only from the selected neuron with the largest activation in the last layer, as
-            Zeiler and Fergus do, or from all selected neurons. Negative activations are set to zero.
+        strongest: If True, start only from the selected neuron with the largest activation in the last layer, as Zeiler
+            and Fergus do; if False, start from all selected neurons. Negative activations are set to zero.
 
     Raises:
         ValueError: If the method is unknown.
@@ -137,7 +137,7 @@ def _atoms(neurons: Event) -> dict[str, Atom]:
 
 @contextmanager
 def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    """Context manager that restricts gradients to the chosen neurons, and appends outputs and masks to ``recorded``."""
+    """Context manager that restricts gradients to the selected neurons and records their outputs and masks."""
     with ExitStack() as stack:
         for layer, atom in atoms.items():
 
@@ -154,12 +154,12 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
 
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
-    """Returns the rectangle of pixels on which the selected neurons of a layer may depend, for each sample.
+    """Computes the bounding box of the pixels on which the selected neurons of a layer may depend, for each sample.
 
-    Rows and columns of the image are set to NaN, and a bisection finds those that influence the neurons. The result is
-    valid for any layers, weights and activations, since no operation removes a NaN. A copy of the model runs in double
-    precision on the CPU, where convolutions compute each output separately; faster convolution algorithms mix the
-    pixels of a tile.
+    A bisection finds the rows and columns that influence the neurons, by setting parts of the image to NaN. The result
+    is valid for any layers, weights and activations, since no operation removes a NaN. A copy of the model runs in
+    double precision on the CPU, where convolutions compute each output separately; faster convolution algorithms mix
+    the pixels of a tile.
 
     Args:
         model: The network.
@@ -168,16 +168,15 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
         mask: The neurons, ``(N, *shape)``.
 
     Returns:
-        The rectangle ``(top, left, bottom, right)`` of each sample, where the last two are exclusive; zeros if no pixel
-        influences the neurons.
-
+        The box ``(top, left, bottom, right)`` of each sample, where ``bottom`` and ``right`` are exclusive; all zeros
+        if no pixel influences the neurons.
     """
     count, (height, width) = len(images), images.shape[-2:]
     sizes = torch.tensor([height, width, height, width]).expand(count, 4)
     low, high = torch.zeros_like(sizes).clone(), sizes.clone()
     model, images, mask = copy.deepcopy(model).cpu().double(), images.detach().cpu().double(), mask.cpu()
     whole = _reached(model, images, layer, mask, high)
-    # The first edge such that NaN in all rows above (columns left, rows below, columns right) reaches the neurons.
+    # Find the first edge such that NaN above it (or to the left, below, to the right) reaches the neurons.
     while bool((low < high).any()):
         middle = (low + high) // 2
         is_reached = _reached(model, images, layer, mask, middle)
@@ -191,7 +190,10 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Returns whether neurons become NaN if the image is NaN from one side (top, left, bottom, right) up to an edge."""
+    """Returns whether the neurons become NaN if the image is NaN from one of its four sides up to an edge.
+
+    Sides are ordered as top, left, bottom, right; the result has shape ``(N, 4)``.
+    """
     probes = images.detach().unsqueeze(1).repeat(1, 4, 1, 1, 1)
     for probe, (top, left, bottom, right) in zip(probes, edges.tolist(), strict=True):
         probe[0, :, :top] = torch.nan

@@ -1,4 +1,4 @@
-"""Properties of a measure that require no pass: taps and their shapes, outputs, and the explained scalar."""
+"""Properties of a measure that do not require a pass: taps and their shapes, outputs, and the explained scalar."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ class Recorded(QueryPasses):
 
     @property
     def sites(self) -> list[str]:
-        """Names of transformer sites, such as ``blocks.1.attn.v``. Every site is also the name of a tap.
+        """Names of transformer sites, such as ``blocks.1.attn.v``, which can be used like tap names.
 
-        ``blocks.1.attn.head.3`` and ``blocks.1.mlp.neuron.17`` are events: one head of ``blocks.1.attn``, and one
-        neuron of ``blocks.1.mlp``. Sites are derived from the recording; a model without residual connections has none.
+        In addition, ``blocks.1.attn.head.3`` and ``blocks.1.mlp.neuron.17`` denote the events that a walk crosses a
+        head of ``blocks.1.attn`` or a neuron of ``blocks.1.mlp``. Sites are derived from the recording; a model without
+        residual connections has none.
 
         Examples:
             >>> mu.sites
@@ -70,8 +71,8 @@ class Recorded(QueryPasses):
     def output(self) -> Tensor:
         r"""The explained output :math:`\sum_k s_k f_k / \sum s`, ``(N,)``; multiply the measure by it for plain LRP.
 
-        With ``against``, :math:`g = \sum_k s_k f_k`, which is negative if the outputs in the comparison exceed the
-        target. The measure is still normalized to 1, so in this case positive relevance is evidence against the target.
+        With ``against``, this is :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs exceed the
+        target. Since the measure is still normalized to 1, positive relevance is then evidence against the target.
 
         Examples:
             >>> mu.output.shape
@@ -81,7 +82,7 @@ class Recorded(QueryPasses):
 
     @property
     def explains_difference(self) -> bool:
-        """Whether the measure explains a difference of outputs, with ``against``.
+        """Whether the measure explains a difference, between outputs (``against``) or from a reference (``reference``).
 
         Examples:
             >>> mu.explains_difference
@@ -91,10 +92,11 @@ class Recorded(QueryPasses):
 
     @property
     def sign(self) -> Tensor:
-        """The sign of the explained difference with ``against``, ``(N,)``, else 1.
+        """The sign of the explained difference, ``(N,)``, or 1 if the measure does not explain a difference.
 
-        Relevance multiplied by the sign is evidence for the target, even if the explained difference is negative.
-        Multiply maps by it before plotting or adding them, as flows, sweeps and the commands do.
+        After multiplication by the sign, positive relevance is evidence for the target, even if the explained
+        difference is negative. Multiply maps by it before plotting or summing them, as flows, sweeps and the commands
+        do.
 
         Examples:
             >>> mu.sign
@@ -107,7 +109,7 @@ class Recorded(QueryPasses):
 
     @property
     def parts(self) -> int:
-        """Number of recording parts, of which one is held in memory at a time; 1 if ``max_memory`` suffices.
+        """Number of parts into which the recording is divided to fit ``max_memory``; 1 if it fits as a whole.
 
         Examples:
             >>> mu.parts, RelevanceMeasure(net, torch.randn(5, 3), target=1, max_memory=100).parts
@@ -127,7 +129,7 @@ class Recorded(QueryPasses):
         return self._recording.samples.count // self._recording.references
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Returns the shape of a tap, with samples first: ``(N, T, C)`` for ``(T, N, C)``.
+        """Returns the shape of a tap with samples first, such as ``(N, T, C)`` for a tensor ``(T, N, C)``.
 
         Examples:
             >>> mu.shape("1")
@@ -137,7 +139,7 @@ class Recorded(QueryPasses):
         return torch.Size((count // self._recording.references, *inner))
 
     def channel_dim(self, layer: Layer) -> int:
-        """Returns the channel dimension of a tap: 1 for ``(N, C, H, W)``, 2 for ``(N, tokens, C)``.
+        """Returns the channel dimension of a tap, such as 1 for ``(N, C, H, W)`` and 2 for ``(N, tokens, C)``.
 
         Raises:
             UnknownLayerError: If no tap has this name; the message lists similar names.
@@ -150,7 +152,7 @@ class Recorded(QueryPasses):
         return tap.channel_dim % len(tap.shape)
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """Returns the taps of a layer: a single one, or one for each tensor of a tuple output.
+        """Returns the taps of a layer: a single tap, or one for each tensor if the layer returns a tuple.
 
         Raises:
             UnknownLayerError: If no tap has this name.

@@ -1,4 +1,4 @@
-"""The reference and the composite of a measure of differences.
+"""The reference and the composite of a measure that explains a difference.
 
 Source: docs/differences.md.
 """
@@ -21,12 +21,12 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns the call to record and its reference, or None for a measure of outputs.
+    """Returns the call to record, and its reference or None.
 
-    A list of references defines a mixture: the recording then contains one sample per reference.
+    For a list of references, which defines a mixture, the call contains one copy of each sample per reference.
 
     Raises:
-        DifferenceError: If the reference does not fit the inputs.
+        DifferenceError: If the reference does not match the inputs.
         ValueError: If ``slopes`` is unknown, or given without a reference.
     """
     if slopes not in ("secant", "tangent"):
@@ -51,7 +51,7 @@ def composite_of(
     uncovered: Uncovered | None,
     reference: Any,
 ) -> Normalized:
-    """Returns the composite of a measure; with a reference and without a composite, it propagates by secant slopes."""
+    """Returns the composite of a measure; with a reference but no composite, secant slopes propagate relevance."""
     if reference is None:
         return normalize(composite, residual, gain_limit, uncovered)
     if composite is not None:

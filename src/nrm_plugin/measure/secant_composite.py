@@ -1,4 +1,4 @@
-"""Composites for measures against a reference.
+"""Composites for measures with a reference.
 
 Source: docs/differences.md.
 """
@@ -17,10 +17,12 @@ from ..kernels.module_hook import StepHook
 
 
 class OnDifferences(Normalized):
-    """A composite whose steps are the functions inside modules, with the rules of their modules applied to differences.
+    """A composite that applies rules to differences from a reference.
+
+    The steps are the functions inside modules, which use the rules of their modules.
 
     Args:
-        composite: The composite with the rules, or None for the secant slopes of every operation.
+        composite: The composite with the rules, or None to propagate along the secant slopes of all operations.
     """
 
     def __init__(self, composite: Normalized | None = None) -> None:
@@ -35,7 +37,7 @@ class OnDifferences(Normalized):
         self._fuse = None
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """Returns None: the functions inside a module are steps."""
+        """Returns None, since the functions inside a module are steps rather than the module."""
         return None
 
 

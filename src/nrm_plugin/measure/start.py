@@ -1,4 +1,4 @@
-"""The start of a measure: weighted outputs, a contrast of outputs, or weighted differences from a reference."""
+"""The initial relevance of a measure: weighted outputs, a contrast between outputs, or differences from a reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """The parts of a recording that determine where a measure starts."""
+    """Interface of a recording, restricted to the properties that determine the initial relevance."""
 
     references: int
 
@@ -26,37 +26,37 @@ class Outputs(Protocol):
         """Whether the measure explains differences from a reference."""
 
     def unfolded(self) -> Tensor:
-        """Returns the outputs in the form ``(N, …)``."""
+        """Returns the outputs with samples first, ``(N, …)``."""
 
     def outputs(self) -> Tensor:
-        """Returns the outputs in the shape that the model returned."""
+        """Returns the outputs in the shape returned by the model."""
 
     def differences(self) -> Tensor:
-        """Returns the differences between the outputs and those of the reference, ``(N, …)``."""
+        """Returns the differences between the outputs and the outputs at the reference, ``(N, …)``."""
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
-        """As :meth:`~nrm_plugin.recording.recording.Recording.started`."""
+        """See :meth:`~nrm_plugin.recording.recording.Recording.started`."""
 
 
 def every_one(outputs: Tensor, references: int) -> Tensor:
-    """Returns one row of outputs per sample, where the recording repeats each sample once per reference."""
+    """Returns one row of outputs per sample, dropping the repetitions for further references."""
     return outputs if references == 1 else outputs[::references]
 
 
 def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
-    """Returns the start vector of a measure and the scalar that the measure explains, one per sample.
+    """Computes the start vector of a measure and the scalar that it explains for each sample.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         target: As in :class:`~nrm_plugin.RelevanceMeasure`.
         start: As in :class:`~nrm_plugin.RelevanceMeasure`.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
-        The start vector, in the layout of the tensor where the measure starts, and the explained scalar, ``(N,)``.
+        The start vector, in the layout of the tensor at which the measure starts, and the explained scalar, ``(N,)``.
 
     Raises:
-        TargetError: If an argument does not fit the outputs.
+        TargetError: If an argument does not match the outputs.
         FoldingError: If a sample depends on other samples.
     """
     if start is not None and against is not None:

@@ -1,4 +1,4 @@
-"""One pass that propagates all relevance and sums the masses of taps, sinks and branches."""
+"""One pass that propagates all relevance and accumulates the masses of taps, sinks and branches."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Sums of one pass, ``(N,)`` each, or None if the entries of the samples cannot be distinguished.
+    """Totals of one pass.
+
+    Sums have shape ``(N,)``, or are None if the samples cannot be distinguished within a tensor.
 
     Attributes:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: The relevance of the outputs.
-        stored: Taps whose relevance is stored.
+        stored: The taps whose relevance is stored.
         mass: ``Σ_j μ(j)``, keyed by tap.
         absolute: ``Σ_j |μ(j)|``, keyed by tap.
         sinks: Absorbed mass, keyed by ``(vertex, kind)``.
-        absolute_sinks: Total absolute absorbed mass, keyed by ``(vertex, kind)``.
-        branches: Relevance that each vertex with several edges propagates along each of them.
+        absolute_sinks: Sum of the absolute values of absorbed relevance, keyed by ``(vertex, kind)``.
+        branches: Mass propagated along each edge of the vertices with several edges.
         maps: Relevance of the taps in ``stored``.
-        cost: Number of kernels run and of vectors propagated.
-        has_sums: Whether masses are summed; if False, relevance is only stored.
+        cost: Number of kernels evaluated and of vectors propagated.
+        has_sums: Whether masses are accumulated; if False, relevance is only stored.
     """
 
     recording: Recording
@@ -51,7 +53,7 @@ class Totals:
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
-        """Returns the relevance of a tap in ``stored``, ``(N, *shape)``; zeros if no relevance arrived."""
+        """Returns the relevance of a tap in ``stored``, ``(N, *shape)``; zeros if no relevance arrived there."""
         if tap.place in self.maps:
             return self.maps[tap.place]
         return self.start.new_zeros(tap.shape, device=self.recording.graph.device(tap.place))
@@ -69,7 +71,7 @@ class Totals:
         return self._further(vectors)
 
     def _further(self, vectors: Vectors[str]) -> Vectors[str]:
-        """Returns the relevance that is propagated further: none if all stored taps have it, and nothing is summed."""
+        """Returns the vectors to propagate further: none if all stored taps are reached and no masses are summed."""
         return vectors if self.has_sums or not self.stored or len(self.maps) < len(self.stored) else {}
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
@@ -85,7 +87,7 @@ class Totals:
             self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-        """Returns Σ and Σ|·| of a vector, which are reused after steps that do not change the vector."""
+        """Returns Σ and Σ|·| of a vector, cached for steps that do not change the vector."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
         self._last = (vector, *self._sum_pair(vector, place))
@@ -135,14 +137,14 @@ def _accumulate(total: dict[Key, Tensor | None], key: Key, value: Tensor | None)
 def pass_totals(
     recording: Recording, start: Tensor, stored: Iterable[Place] = (), absolute: bool = False, sums: bool = True
 ) -> Totals:
-    """Propagates all relevance in one pass, and returns its totals.
+    """Propagates all relevance in one pass and returns its totals.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: The relevance of the outputs.
-        stored: Taps whose relevance is stored.
-        absolute: Whether to use the absolute values of the kernels.
-        sums: Whether to sum masses.
+        stored: The taps whose relevance is stored.
+        absolute: Whether to propagate with the absolute values of all kernels.
+        sums: Whether to accumulate masses.
     """
     result = Totals(recording, start, frozenset(stored), has_sums=sums)
     result.cost = pull(recording.graph, [(recording.graph.output, {"": start})], result, absolute)

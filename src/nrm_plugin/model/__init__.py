@@ -1,5 +1,6 @@
-"""The user's model: its layers, inputs and outputs, and how to run it without modifying it.
+"""The user's model: its layers, its inputs and outputs, and running it without modifying it.
 
-This package computes no relevance.
-Imports: errors.
+Relevance is not computed here.
+
+Imports: errors, imports.
 """

@@ -1,4 +1,4 @@
-"""Affine layers: torch's layers, and functions wrapped as modules, with or without weights."""
+"""Affine layers: the layers of torch, and modules that wrap functions, with or without weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _KINDS: dict[str, tuple[type[nn.Module], int]] = {
     "conv_transpose3d": (nn.ConvTranspose3d, 3),
 }
 LAYERS = frozenset(_KINDS)
-"""Functions of torch that apply a layer with a weight."""
+"""Names of torch functions that apply a layer with a weight."""
 
 
 @functools.cache
 def _template(function: str) -> nn.Module:
-    """Creates a layer without storage, once per function, since copying a layer is faster than initializing weights."""
+    """Creates a layer without storage, once per function, since copying a layer is faster than initializing it."""
     kind, arguments = _KINDS[function]
     return kind(*(1,) * arguments, device="meta")
 
 
 def layer_like(function: str) -> nn.Module:
-    """Returns a new layer that corresponds to a function, without storage and with default options."""
+    """Returns a new layer for a function such as ``conv2d``, without storage and with default options."""
     return shared_copy(_template(function))
 
 
@@ -39,7 +39,7 @@ class Weightless(nn.Module):
     """A module without weights that applies a linear function to one tensor.
 
     Args:
-        function: A linear map from ``(N, *in)`` to ``(N, *out)``.
+        function: Linear function that maps ``(N, *in)`` to ``(N, *out)``.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -52,17 +52,18 @@ class Weightless(nn.Module):
 
 
 class Weighted(nn.Module):
-    """A module with a weight and a bias that applies a function of them to a tensor.
+    """A module that applies a function of its input, weight and bias.
 
     Args:
-        function: Maps ``(source, weight, bias or None)`` to the output; linear in source and weight, plus the bias.
-        weight: The weight.
-        bias: The bias, or None.
-        bias_dim: The dimension of the output to which the bias belongs.
+        function: Function that maps ``(source, weight, bias or None)`` to the output. It must be linear in both
+            ``source`` and ``weight``, and add the bias.
+        weight: The weight passed to ``function``.
+        bias: The bias passed to ``function``, or None.
+        bias_dim: The dimension of the output along which the bias is added.
         groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.
         padding_mode: Padding mode of a convolution, as in torch.
-        twin: The equivalent torch layer (up to its parameters), or None if there is none.
+        twin: The equivalent torch layer (except for its parameters), or None if there is none.
     """
 
     def __init__(
@@ -119,18 +120,18 @@ _AFFINE = (*WEIGHTED, *WEIGHTLESS)
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """Returns the torch layer that is equivalent to a functional layer; any other module is returned unchanged."""
+    """Returns the torch layer that is equivalent to a wrapped function; other modules are returned unchanged."""
     return module.__dict__.get("twin") or module
 
 
 def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Returns whether a module is an instance of one of the given classes, with a forward that nothing overrides."""
+    """Returns whether a module is an instance of one of the given classes and does not override its ``forward``."""
     own = "forward" in module.__dict__
     return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Returns whether a module is a torch affine layer, with a forward that no subclass or canonizer overrides."""
+    """Returns whether a module is an affine layer whose ``forward`` is not overridden by a subclass or a canonizer."""
     if not isinstance(module, _AFFINE) or "forward" in module.__dict__ or module._modules:
         return False
     kinds = [kind for kind in _AFFINE if isinstance(module, kind)]
@@ -140,7 +141,7 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
-    """Reshapes a bias so that it broadcasts over the output of its layer."""
+    """Reshapes the bias of a layer so that it broadcasts to the output."""
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
     if last or bias.ndim > 1:  # a position-dependent bias has the shape of the output
         return bias

@@ -1,8 +1,8 @@
-"""Layers in reduced precision, as under ``torch.autocast``, with sums in float32.
+"""Layers in reduced precision, as under ``torch.autocast``, with all sums in float32.
 
-Only products with a weight are computed in reduced precision: the layer itself, and the two maps of each branch of its
-rule. Relevance, column sums, gains and all other sums keep the dtype of the inputs. If the model itself uses a
-shorter format than float32, these quantities and all products in kernels are computed in float32.
+Only products with a weight are computed in reduced precision: the layer itself, and the linear map and its transpose in
+each branch of its rule. Relevance, column sums, gains and all other sums have the dtype of the inputs. If the model
+itself uses a shorter format than float32, these quantities and all products in kernels are computed in float32.
 
 Source: new in this package.
 """
@@ -21,26 +21,26 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""The formats shorter than float32 in which a model may compute, and that its inputs and outputs may have."""
+"""Floating-point formats shorter than float32 that are supported for models, inputs and outputs."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of relevance at a tensor of the given dtype: float32 for shorter formats."""
+    """Returns the dtype of relevance at a tensor of the given dtype, which is float32 for shorter formats."""
     return torch.float32 if is_short_format(dtype) else dtype
 
 
 def is_short_format(dtype: torch.dtype) -> bool:
-    """Returns whether a floating-point format is shorter than float32, such as those of 8 bits inside a model."""
+    """Returns whether a dtype is a floating-point format shorter than float32, including 8-bit formats."""
     return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Returns whether the model computed a tensor in a format shorter than float32."""
+    """Returns whether a tensor is in a floating-point format shorter than float32."""
     return is_short_format(tensor.dtype)
 
 
 class InFloat32(TorchFunctionMode):
-    """A mode in which functions convert arguments in shorter formats to float32."""
+    """Torch function mode in which arguments in shorter formats are converted to float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -55,7 +55,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that read no values; of their results, only the attribute dtype depends on the format."""
+"""Functions that do not read values, so that their arguments need not be converted."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 
@@ -76,13 +76,13 @@ _CURRENT = _Current()
 
 
 def current() -> torch.dtype | None:
-    """Returns the current dtype for layers, or None if layers run in the dtype of their inputs."""
+    """Returns the dtype set by :func:`layers_in`, or None if layers run in the dtype of their inputs."""
     return _CURRENT.dtype
 
 
 @contextmanager
 def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Context manager that makes layers with a weight run in the given dtype."""
+    """Context manager in which layers with a weight run in the given dtype."""
     outer, _CURRENT.dtype = _CURRENT.dtype, dtype
     try:
         yield
@@ -91,7 +91,7 @@ def layers_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def asked_for(device: torch.device) -> torch.dtype | None:
-    """Returns the dtype of the enclosing ``torch.autocast``, or None without autocast."""
+    """Returns the dtype of the active ``torch.autocast``, or None if autocast is disabled."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     dtype = torch.get_autocast_dtype(device.type)
@@ -100,7 +100,7 @@ def asked_for(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Context manager that disables an enclosing ``torch.autocast``."""
+    """Context manager that disables ``torch.autocast``."""
     if not torch.amp.is_autocast_available(device.type):
         yield
         return
@@ -109,10 +109,13 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Returns values in reduced precision and the scale by which they are divided (None for 1).
+    """Converts values to reduced precision, rescaled if necessary.
 
-    Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so scaling back is
-    exact.
+    Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so that scaling back
+    is exact.
+
+    Returns:
+        The values divided by the scale, and the scale, or None if it is 1.
     """
     if dtype is not torch.float16 or not values.numel():
         return values.to(dtype), None
@@ -122,14 +125,14 @@ def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
 
 
 def lowered(maps: LinearMap, dtype: torch.dtype) -> LinearMap:
-    """Returns maps that compute their products in reduced precision.
+    """Wraps maps such that products are computed in reduced precision.
 
     Args:
         maps: The maps of a weight in reduced precision.
         dtype: The dtype of the weight.
 
     Returns:
-        Maps whose arguments and results may have any other dtype.
+        Maps whose arguments and results may have any dtype.
     """
 
     def down(relevance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks of a model before it is recorded: its class, device, dtype, values and training mode."""
+"""Validation of a model before it is recorded: its class, device, dtype, values and training mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Layers that are random in training mode, keyed by package, with the attribute that stores the drop rate."""
+"""Layers that are random in training mode, with the attribute that stores the drop rate, keyed by package."""
 
 MODES = {
     "batch_norm": 5,
@@ -26,17 +26,17 @@ MODES = {
     **dict.fromkeys("dropout alpha_dropout feature_dropout feature_alpha_dropout".split(), 2),
     **dict.fromkeys("dropout1d dropout2d dropout3d".split(), 2),
 }
-"""Functions that are random or mix samples in training mode, with the position of the argument ``training``."""
+"""Position of the argument ``training`` of functions that are random or mix samples in training mode."""
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside a wrapper that is not itself a module, such as nnsight's, or else the given model."""
+    """Returns the module inside a wrapper that is not itself a module, such as nnsight's, or else the model."""
     inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def check_module(model: Any) -> None:
-    """Raises :class:`InputError` unless the model is a module with layers that can be hooked."""
+    """Raises :class:`InputError` if the model is not a ``torch.nn.Module``."""
     if isinstance(model, nn.Module):
         return
     what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that contains its layers."
@@ -46,11 +46,11 @@ def check_module(model: Any) -> None:
 
 
 def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Raises an error unless the model can be recorded on these inputs.
+    """Raises an error if the model cannot be recorded on these inputs.
 
     Raises:
         InputError: If the device or dtype of the model differs from that of the inputs.
-        ModelStateError: If the model is in training mode, has hooks of a composite, is compiled, or has invalid
+        ModelStateError: If the model is in training mode, still has hooks from a composite, is compiled, or has invalid
             weights.
     """
     check_untransformed(tensors)
@@ -80,7 +80,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 @contextmanager
 def check_drawn(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Context manager that raises :class:`ModelStateError` if any layer draws random numbers in training mode."""
+    """Context manager that raises :class:`ModelStateError` if the model draws random numbers in training mode."""
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     before = _random_state(device) if training else None
     yield
@@ -97,7 +97,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
-    """Raises :class:`ModelStateError` if a layer has hooks of a composite, since two composites would interfere."""
+    """Raises :class:`ModelStateError` if a layer still has hooks from a composite; two composites would interfere."""
     for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
@@ -107,7 +107,7 @@ def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
 def check_unpatched() -> None:
     """Raises :class:`UnsupportedRuleError` if another package has replaced Zennit's relevance propagation.
 
-    LXT's ``monkey_patch_zennit`` replaces it permanently for the whole process.
+    For example, LXT's ``monkey_patch_zennit`` replaces it permanently for the whole process.
     """
     for method in (BasicHook.forward, BasicHook.backward):
         if method.__module__ != "zennit.core":
@@ -120,7 +120,7 @@ def check_unpatched() -> None:
 
 
 def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Raises :class:`ModelStateError` if a function is called in training mode, as :func:`check_model` for modules."""
+    """Raises :class:`ModelStateError` if a function such as dropout is called in training mode."""
     if name not in MODES:
         return
     at = MODES[name]
@@ -139,13 +139,13 @@ def _layer(name: str, module: nn.Module) -> str:
 
 
 def check_hookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raises :class:`ModelStateError` for modules that run without the hooks of their layers."""
+    """Raises :class:`ModelStateError` for modules that bypass the hooks of their layers, such as compiled ones."""
     for name, module in modules.items():
         _check_kind(name, module)
 
 
 def check_untransformed(values: Iterable[Any]) -> None:
-    """Raises :class:`GradModeError` for tensors inside a transform of ``torch.func``, which bypasses hooks."""
+    """Raises :class:`GradModeError` for tensors inside a ``torch.func`` transform, which bypasses hooks."""
     if any(isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
         raise GradModeError(
             "a tensor is inside a transform of torch.func (vmap, grad, jacrev, …), which replaces autograd. Call the "
@@ -154,7 +154,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Handle that disables compilation by ``module.compile()`` until it is removed, so that hooks of layers run."""
+    """Handle that disables compilation with ``module.compile()`` until it is removed, so that hooks of layers run."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]
@@ -163,7 +163,7 @@ class Uncompiled:
             item["_compiled_call_impl"] = None
 
     def remove(self) -> None:
-        """Restores compilation."""
+        """Enables compilation again."""
         for item, compiled in self._compiled:
             item["_compiled_call_impl"] = compiled
 
@@ -214,7 +214,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address of parameters that are known to be finite, so that they are not read again."""
+"""Version and address of parameters that were found to be finite, so that they are not checked again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-r"""Contrasts: signed weights of the outputs, such as one class against the others, with :math:`g = \sum_k s_k f_k`.
+r"""Contrasts: signed weights of the outputs, such as one class against all others, with :math:`g = \sum_k s_k f_k`.
 
 Source: docs/differences.md.
 """
@@ -14,24 +14,25 @@ from ..errors import TargetError, brief, samples
 from .targets import chosen_target, sample_norms, sample_sums, start_vector
 
 REST = "rest"
-"""The other classes, weighted by their softmax."""
+"""Value of ``against`` that denotes the other classes, weighted by their softmax."""
 MIN_CONTRAST = 1e-6
-r"""Smallest :math:`|g|`, in units of :math:`\sum |s f|`, that can be explained."""
+r"""Smallest :math:`|g|`, relative to :math:`\sum |s f|`, that can be explained."""
 
 
 def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = True) -> Tensor:
-    r"""Returns the weights ``s`` of the outputs, in their shape, ``(N, …)``.
+    r"""Computes the weights ``s`` of the outputs, with the shape of the outputs, ``(N, …)``.
 
     Args:
         outputs: The outputs, ``(N, …)``; a single sample without a batch dimension is passed as ``(1, …)``.
-        target: A target of :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
-        against: ``"rest"`` for :math:`s = e_c - \sum_{k \neq c} p_k e_k` with the softmax ``p`` over the other classes,
-            held constant; a target, for the difference of two outputs; or a function of the outputs that returns one of
-            these, or, as floating-point numbers, all of ``s``, which then replaces ``target``.
+        target: A target as accepted by :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
+        against: ``"rest"`` for :math:`s = e_c - \sum_{k \neq c} p_k e_k`, where ``p`` is the softmax over the other
+            classes, treated as a constant; a target, for the difference between two outputs; or a function of the
+            outputs that returns one of these or, as floating-point numbers, the complete weights ``s``, in which case
+            ``target`` must be None.
         batched: Whether the first dimension of the model's outputs is the batch.
 
     Raises:
-        TargetError: If an argument does not fit the outputs, or both targets are the same output.
+        TargetError: If an argument does not match the outputs, or both targets are the same output.
     """
     own = outputs if batched else outputs.squeeze(0)
     if callable(against):
@@ -56,7 +57,7 @@ def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = 
 
 
 def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
-    r"""Returns :math:`g = \sum_k s_k f_k`, ``(N,)``.
+    r"""Computes the contrast :math:`g = \sum_k s_k f_k`, ``(N,)``.
 
     Args:
         outputs: The outputs, ``(N, …)``.
@@ -77,7 +78,7 @@ def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
 
 
 def _is_vector(value: Any) -> bool:
-    """Returns whether a function returned weights of the outputs (floating-point numbers), not the index of one."""
+    """Returns whether a value contains weights of the outputs (floating-point numbers) rather than indices."""
     kind = getattr(value, "dtype", None)
     if isinstance(value, Tensor):
         return value.is_floating_point()
@@ -94,7 +95,7 @@ def _whole(outputs: Tensor, target: Any, vector: Any) -> Tensor:
 
 
 def _rest(outputs: Tensor, positive: Tensor, batched: bool) -> Tensor:
-    """Returns the softmax over the other classes in the row of the target, and 0 elsewhere."""
+    """Returns the softmax over the other classes in the rows that contain the target, and zeros elsewhere."""
     has_classes = sum(size > 1 for size in outputs.shape[1:]) == 1
     if not has_classes and (batched or outputs.ndim != 3 or outputs.shape[-1] < 2):
         raise TargetError(

@@ -1,7 +1,8 @@
-"""Subclasses of torch layers with their own forward, for example with "same" padding or weight standardization.
+"""Subclasses of torch layers that override ``forward``, for example for "same" padding or weight standardization.
 
-A rule modifies the weight by which a layer multiplies. If a subclass computes this weight from a parameter, modifying
-the parameter would give a different rule: standardization, for example, turns the all-ones weights of Flat into zeros.
+A rule modifies the weight that a layer multiplies with. If a subclass computes this weight from a parameter, modifying
+the parameter would result in a different rule: standardization, for example, turns the all-ones weights of Flat into
+zeros.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 }
 _KINDS = tuple(_FUNCTIONS.values())
 _TOLERANCE = 1e-3
-"""Tolerance of the test for affine functions, relative to the output of the module."""
+"""Tolerance of the test for affine functions, relative to the largest output of the module."""
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """Returns whether a module is a torch layer with its own forward."""
+    """Returns whether a module is a subclass of a torch layer that overrides ``forward``."""
     return isinstance(module, _KINDS) and not is_affine(module)
 
 
 class WeightRecorder(TorchFunctionMode):
-    """A mode that records the weight and bias that a layer passes to a torch function."""
+    """Torch function mode that records the weight and bias that a layer passes to a torch function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class WeightRecorder(TorchFunctionMode):
 
         Args:
             module: A copy of the module.
-            call: Runs a copy on an input.
+            call: Function that runs a copy on an input.
             source: The input of the module.
         """
         if len(self.calls) != 1:
@@ -81,7 +82,7 @@ class WeightRecorder(TorchFunctionMode):
 
 
 class _Substituted(TorchFunctionMode):
-    """A mode in which the weight and bias of a layer are replaced by given ones."""
+    """Torch function mode that substitutes the weight and bias passed to a function."""
 
     def __init__(self, function: Any, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for activations and weights that depend on ``x``."""
+    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which does not hold for activations or input-dependent weights."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

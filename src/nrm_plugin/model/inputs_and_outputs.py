@@ -1,4 +1,4 @@
-"""Inputs and outputs: the call of a model, and the choice of the output at which a measure starts."""
+"""The call to a model with its inputs, and the selection of the output to explain."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .checks import check_untransformed
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
-"""The choice of an output: a key or attribute, an index, or a function of the model's return value."""
+"""How an output is selected: a key or attribute, an index, or a function of the model's return value."""
 
 Change = Callable[[Tensor], Tensor]
-"""A function from a tensor to its replacement."""
+"""A function that maps a tensor to its replacement."""
 FORMATS = (torch.float32, torch.float64, *SHORT)
-"""Accepted dtypes of inputs and outputs; relevance is computed in float32 or float64."""
+"""Supported dtypes of inputs and outputs; relevance is computed in float32 or float64."""
 
 EXPLAINED = ("logits", "out")
 """Default keys in a dictionary of outputs, as used by transformers and torchvision."""
@@ -35,22 +35,22 @@ NOT_JOINED = (
 
 
 class Call:
-    """A call of a model: the tensors to which relevance is propagated, and all other arguments.
+    """A call to a model: the input tensors that receive relevance, and all other arguments.
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
-            relevance is propagated to floating-point tensors; masks and numbers are passed unchanged. For integer
-            inputs, relevance is propagated to the rows that they select in a lookup; in a mapping, only if it contains
-            no floating-point tensor, and not for keywords that contain "mask".
-        args: Additional positional arguments: a tuple, or a single argument.
+            only floating-point tensors receive relevance; masks and numbers are passed unchanged. For integer inputs,
+            the rows that they select in a lookup receive relevance; in a mapping, this holds only if there are no
+            floating-point tensors, and not for keywords that contain "mask".
+        args: Additional positional arguments, as a tuple or a single argument.
         kwargs: Additional keyword arguments.
-        batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together are one sample.
+        batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together form one sample.
 
     Attributes:
-        tensors: The tensors to which relevance is propagated, ``(N, …)`` each, or ``(…)`` if not ``batched``.
+        tensors: The tensors that receive relevance, ``(N, …)`` each, or ``(…)`` if not ``batched``.
         items: Keyword or index of each tensor, or None for a single positional tensor.
-        indices: Copies of integer inputs, keyed by keyword or index (None for a single positional input). The model is
-            called with these copies and may overwrite them.
+        indices: Copies of the integer inputs, keyed by keyword or index (None for a single positional input). The model
+            is called with these copies and may overwrite them.
 
     Raises:
         InputError: If the inputs cannot be explained.
@@ -72,7 +72,7 @@ class Call:
         self._others: list[str] = []
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            # If there are floating-point inputs, integers may be edges, for example; only those looked up are ids.
+            # Next to floating-point inputs, integers may be graph edges, for example; they are ids only if looked up.
             count = len(next(iter(given.values()))) if given and batched else None
             are_ids = {key: value for key, value in inputs.items() if _is_id(key, value)}
             fit = {key: value for key, value in are_ids.items() if count is None or value.shape[:1] == (count,)}
@@ -98,20 +98,20 @@ class Call:
 
     @property
     def batch(self) -> int:
-        """The number of samples."""
+        """Number of samples."""
         return len(next(iter((*self.tensors, *self.indices.values())))) if self.batched else 1
 
     @property
     def others(self) -> dict[str, Any]:
-        """The entries of a mapping that receive no relevance, such as masks, by keyword."""
+        """The entries of a mapping that do not receive relevance, such as masks, keyed by keyword."""
         return {key: self._kwargs[key] for key in self._others}
 
     def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
-        """Returns the same call with different inputs.
+        """Returns the same call with other tensors.
 
         Args:
-            change: A function from an input, including integers, to its replacement.
-            others: A function from a tensor among the other arguments to its replacement.
+            change: Function that maps an input, including integers, to its replacement.
+            others: Function that maps a tensor among the other arguments to its replacement.
         """
         call = copy.copy(self)
         new = {id(tensor): change(tensor) for tensor in (*self.tensors, *self.indices.values())}
@@ -130,11 +130,11 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool], read: Callable[[], str | None]) -> Iterator[None]:
-        """Context manager for a model run; raises :class:`InputError` if none of the integer inputs is looked up.
+        """Context manager for running the model that raises :class:`InputError` if integer inputs are not looked up.
 
         Args:
-            are_looked_up: A function that returns, after the run, whether integers were looked up.
-            read: A function that returns where the model converted them to Python or NumPy numbers.
+            are_looked_up: Function that returns, after the run, whether any integer input was looked up.
+            read: Function that returns where the model converted integers to Python or NumPy numbers, or None.
         """
         try:
             yield
@@ -147,7 +147,7 @@ class Call:
 
     @property
     def _needs_lookup(self) -> bool:
-        """Whether it is an error if the model does not use its integer inputs for lookups."""
+        """Whether the model must look up at least one of its integer inputs."""
         return bool(self.indices) and not (self._keywords is not None and self.tensors)
 
     def _not_looked_up(self, read: str | None) -> InputError:
@@ -162,7 +162,7 @@ class Call:
         return InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """Calls the model with other values of the tensors and returns its return value."""
+        """Calls the model with the given values of :attr:`tensors`, and returns the result."""
         if self._keywords is None:
             explained, indices = iter(tensors), iter(self.indices.values())
             values = [next(indices if is_index(tensor) else explained) for tensor in self._positional]
@@ -173,17 +173,18 @@ class Call:
 def explained_output(
     returned: Any, output: Output | None, batch: int, batched: bool = True, what: str = "the model's output"
 ) -> Tensor:
-    """Returns the tensor ``(N, …)`` at which a measure starts.
+    """Returns the output to explain, ``(N, …)``, after validating it.
 
     Args:
         returned: The model's return value.
-        output: The choice of a tensor, or None if only one tensor is returned.
+        output: The tensor to select, or None if only one tensor is returned.
         batch: Number of samples.
         batched: Whether the first dimension is the batch.
-        what: Name of the output for error messages.
+        what: Name of the output, for error messages.
 
     Raises:
-        InputError: If the chosen tensor does not exist, or several tensors are returned and none is chosen.
+        InputError: If the selected tensor does not exist or cannot be explained, or if several tensors are returned and
+            none is selected.
     """
     tensor = chosen_output(returned, output)
     if not isinstance(tensor, Tensor):
@@ -228,7 +229,7 @@ def _remedy_for_output(tensor: Tensor) -> str:
 
 
 def chosen_output(returned: Any, output: Output | None) -> Any:
-    """Returns the tensor at which a measure starts, without checking it."""
+    """Returns the output to explain without validating it."""
     choices = _choices(returned)
     if output is None:
         tensors = [value for value in choices.values() if isinstance(value, Tensor)]
@@ -277,7 +278,7 @@ def _is_explained(value: Any) -> bool:
 
 
 def check_batched(batched: Any) -> None:
-    """Raises :class:`InputError` unless ``batched`` is True or False."""
+    """Raises :class:`InputError` if ``batched`` is neither True nor False."""
     if not isinstance(batched, (bool, np.bool_)):
         raise InputError(
             f"batched={brief(batched)} is neither True nor False: True if the first dimension of the inputs is the "
@@ -286,7 +287,12 @@ def check_batched(batched: Any) -> None:
 
 
 def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batched: bool = True) -> None:
-    """Raises :class:`InputError` unless the inputs can be explained."""
+    """Raises an error if the inputs cannot be explained.
+
+    Raises:
+        GradModeError: If gradients are disabled.
+        InputError: If an input has an unsupported type, dtype, layout or shape, or entries that are not finite.
+    """
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
         raise GradModeError(
@@ -327,12 +333,12 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
 
 
 def is_index(value: Any) -> bool:
-    """Returns whether a value is a tensor of integers that an embedding could look up."""
+    """Returns whether a value is an integer tensor, as used for embedding lookups."""
     return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns whether a keyword input contains ids, unlike the masks of transformers, which are integers as well."""
+    """Returns whether a keyword input contains ids; integer masks, as used by transformers, are excluded by name."""
     return is_index(value) and "mask" not in key
 
 
@@ -353,7 +359,7 @@ def _not_floating(tensor: Tensor) -> str:
 
 
 def _infinite(tensor: Tensor) -> str:
-    """Returns a text that lists the samples with infinite or nan entries."""
+    """Lists the samples with infinite or NaN entries, for error messages."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 

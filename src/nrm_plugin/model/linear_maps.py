@@ -15,13 +15,13 @@ Map = Callable[[Tensor], Tensor]
 
 
 class LinearMap(NamedTuple):
-    """A linear map, its transpose, and its derivative with respect to the weight.
+    """A linear map, its transpose, and its gradient with respect to the weight.
 
     Attributes:
-        down: Maps ``(K, N, *out)`` to ``(K, N, *in)``.
-        up: Maps ``(K, N, *in)`` to ``(K, N, *out)``.
-        weight_gradient: Maps an input ``(1, *in)`` and relevance ``(1, *out)`` to the gradient of their product with
-            respect to the weight, or None without a closed form.
+        down: The transposed map, from ``(K, N, *out)`` to ``(K, N, *in)``.
+        up: The map, from ``(K, N, *in)`` to ``(K, N, *out)``.
+        weight_gradient: Function that returns the gradient of the inner product of the output at an input ``(1, *in)``
+            with relevance ``(1, *out)`` with respect to the weight, or None if there is no closed form.
         convolution: Weight, options and input shape, if the layer is a convolution.
     """
 
@@ -42,15 +42,15 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Returns the maps of a linear layer with a modified weight, computed in blocks and never stored as a whole.
+    """Returns the maps of a linear layer with a modified weight that is computed block by block and never stored.
 
-    In many networks, most weights belong to the classifier, and copying them for each rule would take longer than the
-    layer itself.
+    In many networks, most weights are those of the classifier, and copying them for each rule would take longer than
+    the layer itself.
 
     Args:
         weight: The weight, ``(out, in)``.
-        modify: The elementwise modification of a rule.
-        entries: Number of weight entries in one block.
+        modify: The elementwise modification of the weight by a rule.
+        entries: Number of weight entries per block.
     """
     rows = max(1, entries // weight.shape[1])
     starts = range(0, weight.shape[0], rows)
@@ -66,12 +66,12 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a torch layer, computed by torch's functions, or None for padding modes other than zeros.
+    """Returns the maps of a torch layer in terms of torch functions, or None for padding modes other than zeros.
 
     Args:
-        module: A linear or convolutional layer with torch's own forward.
+        module: A linear or convolutional layer that does not override ``forward``.
         weight: The weight to use.
-        inputs: A tensor of the shape of the layer's input.
+        inputs: A tensor with the shape of the layer's input.
     """
     if type(module).forward is nn.Linear.forward:
         if _is_even(weight):
@@ -91,12 +91,12 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
     """Returns the maps of a layer whose weights are all one, so that its output is the same in all channels.
 
-    ``up`` returns one channel, which broadcasts. Returns None for groups, transposed layers, and layers that
-    :func:`explicit_maps` does not support.
+    ``up`` returns a single channel, which broadcasts. The result is None for groups, for transposed layers, and for
+    layers that :func:`explicit_maps` does not support.
 
     Args:
         module: As in :func:`explicit_maps`.
-        weight: The weight of the layer; only its shape, dtype and device are used.
+        weight: The weight of the layer, of which only the shape, dtype and device are used.
         inputs: As in :func:`explicit_maps`.
     """
     plain = explicit_maps(module, weight, inputs)
@@ -145,7 +145,7 @@ def _linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _times(values: Tensor, matrix: Tensor) -> Tensor:
-    """Computes ``values @ matrix`` as one product, since torch multiplies a transposed batch row by row."""
+    """Computes ``values @ matrix`` as a single product, since torch multiplies a transposed batch row by row."""
     product = values.reshape(-1, values.shape[-1]) @ matrix
     return product.reshape(*values.shape[:-1], matrix.shape[1])
 
@@ -164,7 +164,10 @@ def _even_linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
-    """Returns the maps of a convolution with equal weights: sums over the channels of a group, convolved with ones."""
+    """Returns the maps of a convolution whose weights are constant within each output channel.
+
+    Channels are summed within each group, and the sums are convolved with ones.
+    """
     groups = options[-1]
     ones = weight.new_ones(groups, 1, *weight.shape[2:])
     per_group = weight.shape[0] // groups
@@ -191,7 +194,7 @@ def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torc
 def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
     def down(relevance: Tensor) -> Tensor:
         flat = relevance.reshape(-1, *relevance.shape[2:])
-        # Only its shape is read, and an expanded tensor would be copied.
+        # Only the shape of this tensor is read; an expanded tensor would be copied.
         like = relevance.new_empty((len(flat), *shape))
         wanted = [True, False, False]
         product, _, _ = torch.ops.aten.convolution_backward(flat, like, weight, None, *options, wanted)
@@ -210,11 +213,11 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
 
 
 FEW = 16
-"""Up to this number of input channels, the run time of a convolution's backward pass is about constant."""
+"""Number of input channels up to which the run time of a convolution's backward pass is roughly constant."""
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:
-    """Returns a map that applies ``B`` transposed convolutions as a single one, ``(K, N, *out)`` to ``(K, N, B, *in)``.
+    """Combines ``B`` transposed convolutions into one, from ``(K, N, *out)`` to ``(K, N, B, *in)``.
 
     The result is None unless all maps are convolutions with the same options and few input channels in total.
     """
@@ -249,7 +252,7 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
         if any(size % 2 for size in total):
             return None
         padding = [size // 2 for size in total]
-    # The padding of a transposed layer may depend on an output size given at the call.
+    # The output padding of a transposed layer may depend on the output size requested in a call.
     if transposed and any(module.output_padding):
         return None
     outward = list(module.output_padding)
@@ -257,11 +260,14 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Returns the maps of any linear function, found by automatic differentiation, with its output at a point.
+    """Derives the maps of an arbitrary linear function by automatic differentiation.
 
     Args:
-        run: The function, from ``(N, *in)`` to ``(N, *out)``.
+        run: The function, which maps ``(N, *in)`` to ``(N, *out)``.
         inputs: The point of differentiation, ``(N, *in)``.
+
+    Returns:
+        The maps, and the output at ``inputs``.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = inputs.detach().requires_grad_()

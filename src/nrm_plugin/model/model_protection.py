@@ -1,7 +1,8 @@
-"""Protection of the user's model: its state is restored after a recording, and later weight changes are detected."""
+"""Protection of the user's model: its state is restored after a recording, and later changes are detected."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,11 @@ from .trace_guards import unwatched
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores, on exit, all state that a recording may change.
+    """Context manager that restores, on exit, all state of a model that a recording may change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
-    buffers, training mode and random state. State that has not changed is not written. Quantized layers may convert
-    their weights once, at their first call, together with state outside of the module; they are not restored.
+    buffers, training mode and random state. State that has not changed is not written. Quantized layers are not
+    restored, since they may convert their weights once, at their first call, together with state outside the module.
     """
     with unwatched():
         every = list(model.modules())
@@ -44,13 +45,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 if tensor.requires_grad != requires_grad:
                     tensor.requires_grad_(requires_grad)
         for tensor, version in versions:
-            if tensor._version != version:  # a canonizer restores the weights that it overwrites
+            if tensor._version != version:  # a canonizer has overwritten and restored the weight
                 note_restored(tensor, version)
         torch.set_rng_state(random)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Returns all parameters and buffers with their names, each once, from one traversal of the modules."""
+    """Returns the names and tensors of all parameters and buffers without duplicates."""
     names: dict[Tensor, str] = {}  # tensors are hashed by identity
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -60,7 +61,7 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""Attributes of a module, with the contents of the non-empty dictionaries among them."""
+"""The attributes of a module, and the contents of those attributes that are non-empty dictionaries."""
 
 
 def _state(module: nn.Module) -> _State:
@@ -78,14 +79,14 @@ def _restore(module: nn.Module, state: _State) -> None:
     for key, value in before.items():
         if attributes.get(key) is not value or key not in attributes:
             attributes[key] = value
-        # The dictionary object stays the same, since handles of the user's own hooks refer to it.
+        # The dictionary is modified in place, since handles of the user's hooks refer to it.
         if value.__class__ in _DICTS and not _is_same(value, contents.get(key, {})):
             value.clear()
             value.update(contents.get(key, {}))
 
 
 def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Returns whether two dictionaries contain the same objects in the same order."""
+    """Returns whether two dictionaries have the same keys and contain the same objects, in the same order."""
     if not one and not other:
         return True
     pairs = zip(one.items(), other.items(), strict=True)
@@ -93,7 +94,7 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""For each tensor, the number of writes that a recording has undone."""
+"""For each tensor, the number of in-place writes that a recording has undone."""
 
 
 def values_state(tensor: Tensor) -> tuple[int, int]:
@@ -103,12 +104,12 @@ def values_state(tensor: Tensor) -> tuple[int, int]:
 
 
 def note_restored(tensor: Tensor, version: int) -> None:
-    """Records that a tensor has been restored to its values at an earlier version (torch's version counter)."""
+    """Records that a tensor has been restored to its values at an earlier version."""
     _RESTORED[tensor] = tensor._version - version + int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _address(tensor: Tensor) -> int:
-    """Returns the address of a tensor in memory; for a sparse tensor or a wrapper, that of its values."""
+    """Returns the memory address of a tensor, or of its values if it is sparse or a wrapper."""
     return _stored(next(plain_tensors(tensor))).data_ptr()
 
 
@@ -120,11 +121,22 @@ def _stored(tensor: Tensor) -> Tensor:
     return values
 
 
+def step_between(size: int, entries: int) -> int:
+    """Returns a step between sampled entries, so that their number is at most ``entries``.
+
+    It shares no factor with the size, so that samples of a matrix fall into all rows and columns.
+    """
+    step = max(1, -(-size // entries))
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
 class Fingerprint:
-    """Detects in-place changes of parameters and buffers, using version counters and a sample of their entries.
+    """Detects in-place changes to parameters and buffers from their version counters and a sample of their entries.
 
     Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
-    entry. For small tensors, all entries are sampled.
+    entry. All entries of small tensors are sampled.
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
@@ -132,8 +144,8 @@ class Fingerprint:
         every = [(name, part) for name, tensor in named_tensors(model) for part in plain_tensors(tensor)]
         for name, tensor in every:
             flat = _stored(tensor.detach()).flatten()
-            place = flat[:: max(1, -(-flat.numel() // entries))] if flat.numel() > entries else flat
-            # Flattening a non-contiguous tensor returns a copy, in which later changes are not visible.
+            place = flat[:: step_between(flat.numel(), entries)]
+            # Flattening a non-contiguous tensor returns a copy, which does not reflect later changes.
             is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
             self._seen.append((name, tensor, values_state(tensor), place if is_view else None, place.clone()))
         self._entries = entries
@@ -148,7 +160,7 @@ class Fingerprint:
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the current and the stored sample without nan, since nan never compares equal."""
+        """Returns the current and the stored sample with NaN replaced, since NaN does not compare equal to itself."""
         flat = _stored(tensor.detach()).flatten()
-        entries = flat[:: max(1, -(-flat.numel() // self._entries))]
+        entries = flat[:: step_between(flat.numel(), self._entries)]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

@@ -1,8 +1,8 @@
-"""Quantized linear layers: their rules act on the dequantized weight, which the layer itself computes.
+"""Quantized linear layers, whose rules are applied to the dequantized weight.
 
-The weight is a tensor subclass in torchao, integers in a format of its own in bitsandbytes, and a packed object that
-is not a parameter in torch.ao. In all cases, the columns of the dequantized weight are the outputs at unit vectors
-minus the output at zero.
+The weight is a tensor subclass in torchao, a tensor of integers in a special format in bitsandbytes, and a packed
+object that is not a parameter in torch.ao. In all cases, the dequantized weight is obtained from the layer itself: its
+columns are the outputs at unit vectors minus the output at zero.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.nn.parameter import is_lazy
 from ..errors import UnsupportedOperationError
 
 TOLERANCE = 0.1
-"""Largest relative deviation of a layer from its dequantized weight, which occurs if the layer rounds its input."""
+"""Largest accepted relative error of the dequantized layer, which occurs if the layer rounds its input."""
 ROWS = 256
-"""Number of unit vectors in one call of a layer."""
+"""Number of unit vectors per call of a layer."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Returns whether a module is a linear layer whose weight is not a plain tensor of real numbers."""
+    """Returns whether a module is a linear layer whose weight is not a plain floating-point tensor."""
     sizes = module.__dict__.get("in_features"), module.__dict__.get("out_features")
     if not all(isinstance(size, int) for size in sizes):
         return False
@@ -32,21 +32,21 @@ def is_quantized(module: nn.Module) -> bool:
         return callable(weight)  # a packed weight
     if type(weight) not in (Tensor, nn.Parameter):
         return not is_lazy(weight)
-    with torch._C.DisableTorchFunction():  # the recording must not observe this
+    with torch._C.DisableTorchFunction():  # must not be observed by the recording
         return weight.dtype not in _FLOATS
 
 
 def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], source: Tensor, name: str) -> nn.Linear:
-    """Returns a linear layer with the dequantized weight of a layer.
+    """Returns a linear layer with the dequantized weight of a quantized layer.
 
     Args:
-        module: The layer.
-        run: Runs the layer on an input.
+        module: The quantized layer.
+        run: Function that runs the layer on an input.
         source: The input of the layer, ``(…, in)``.
-        name: Name of the layer, for messages.
+        name: Name of the layer, for error messages.
 
     Raises:
-        UnsupportedOperationError: If the layer is not linear, up to the rounding of its input.
+        UnsupportedOperationError: If the layer is not linear up to rounding of its input.
     """
     count = source.shape[-1]
     with torch.no_grad():
@@ -69,13 +69,13 @@ def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], s
 
 
 def packed_tensors(module: nn.Module) -> list[Tensor]:
-    """Returns the tensors of a quantized layer that are not plain tensors of real numbers."""
+    """Returns the parameters and buffers of a quantized layer that are not plain floating-point tensors."""
     own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     return [tensor for tensor in own if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _FLOATS]
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yields the plain tensors of which a tensor consists: the tensor itself, or those inside a wrapper subclass."""
+    """Yields the plain tensors that a tensor consists of: the tensor itself, or those inside a wrapper subclass."""
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return

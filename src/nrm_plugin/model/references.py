@@ -1,4 +1,4 @@
-"""References: the call of a model with a reference in place of the inputs.
+"""The call to a model with a reference in place of the inputs.
 
 Source: docs/differences.md.
 """
@@ -17,7 +17,7 @@ from .inputs_and_outputs import Call, is_index
 
 
 def repeated(call: Call, count: int) -> Call:
-    """Returns a call in which every sample, including its additional arguments, is repeated once per reference."""
+    """Returns a call in which every sample, including its additional arguments, is repeated ``count`` times."""
     if not call.batched:
         raise DifferenceError("several references require samples, but batched=False treats all inputs as one sample.")
     size = call.batch
@@ -29,7 +29,7 @@ def repeated(call: Call, count: int) -> Call:
 
 
 def several_calls(call: Call, references: Sequence[Any]) -> Call:
-    """Returns a single call for several references per sample, in the order of :func:`repeated`."""
+    """Returns one call that contains several references per sample, in the order of :func:`repeated`."""
     calls = [reference_call(call, reference) for reference in references]
     first = repeated(calls[0], len(calls))
     together = [*first.tensors, *first.indices.values()]
@@ -42,13 +42,13 @@ def reference_call(call: Call, reference: Any) -> Call:
     """Returns the same call with a reference in place of the inputs.
 
     Args:
-        call: The call at the inputs.
+        call: The call with the inputs.
         reference: The reference in the form of the inputs: a tensor, a tuple of tensors, or a mapping. Each tensor has
-            the shape of the input, or the shape of a single sample, with or without the sample dimension, which is then
-            used for all samples. A mapping may omit inputs that receive no relevance, such as masks.
+            the shape of the input, or that of a single sample, with or without the sample dimension; a single sample is
+            used for all samples. A mapping may omit inputs that do not receive relevance, such as masks.
 
     Raises:
-        DifferenceError: If the reference does not fit the inputs, or equals them.
+        DifferenceError: If the reference does not match the inputs, or is identical to them.
     """
     inputs = dict(zip(call.items, call.tensors, strict=True)) | call.indices
     if isinstance(reference, Mapping):
@@ -61,7 +61,7 @@ def reference_call(call: Call, reference: Any) -> Call:
 
 
 def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the entries of a reference that belong to inputs which receive relevance; others must be unchanged."""
+    """Returns the entries of a reference for the inputs that receive relevance; all other entries must be unchanged."""
     for key, value in reference.items():
         if key in inputs:
             continue
@@ -81,7 +81,7 @@ def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Te
 
 
 def _is_same(value: Any, own: Any, batched: bool) -> bool:
-    """Returns whether an argument of the reference, or of one reference for all samples, is that of the inputs."""
+    """Returns whether an argument of the reference, possibly for a single sample, is the same as that of the inputs."""
     if value is own or not (isinstance(value, Tensor) and isinstance(own, Tensor)):
         return value is own or (type(value) is type(own) and bool(np.array_equal(value, own)))
     kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (value, own)]
@@ -92,7 +92,7 @@ def _is_same(value: Any, own: Any, batched: bool) -> bool:
 
 
 def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the reference of each input, by the keyword or index of the input."""
+    """Returns the reference for each input, keyed by the keyword or index of the input."""
     if isinstance(reference, Mapping):
         given = dict(reference)
     elif isinstance(reference, (tuple, list)):
@@ -115,7 +115,7 @@ _FORM = "Give it in the form of the inputs: a tensor, a tuple of tensors, or a m
 
 
 def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
-    """Returns the reference of one input, expanded to the shape of the input."""
+    """Validates the reference for one input and expands it to the shape of the input."""
     what = "the reference" if item is None else f"the reference of the input {item!r}"
     if not isinstance(value, Tensor):
         raise DifferenceError(f"{what} is {brief(value)}, expected a tensor of shape {tuple(tensor.shape)}.")
@@ -144,7 +144,7 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
 
 
 def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor], batched: bool) -> None:
-    """Raises :class:`DifferenceError` if the reference of a sample equals the sample."""
+    """Raises :class:`DifferenceError` if a sample is identical to its reference."""
     count = len(next(iter(inputs.values()))) if batched else 1
     same = torch.ones(count, dtype=torch.bool)
     for item, tensor in inputs.items():

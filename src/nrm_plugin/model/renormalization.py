@@ -1,4 +1,4 @@
-"""Embeddings with ``max_norm``: torch renormalizes the table in place, whereas this package uses a copy of it."""
+"""Embeddings with ``max_norm``, whose table torch renormalizes in place, while this package renormalizes a copy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NAMES = ("input", "weight", None, "max_norm", "norm_type")
 
 
 class Tables:
-    """The tables of one forward pass that torch would renormalize.
+    """Replaces the embedding tables that torch would renormalize in place during one forward pass.
 
     Args:
-        changed: The tables that torch would have changed so far, keyed by object identity.
+        changed: The tables that torch would have changed so far, keyed by id. It is updated in place.
     """
 
     def __init__(self, changed: dict[int, Tensor]) -> None:
@@ -30,7 +30,7 @@ class Tables:
     def passed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments of a function, with a renormalized copy in place of a table that torch would overwrite.
+        """Returns the arguments of a function, replacing a table that torch would overwrite with a renormalized copy.
 
         Args:
             function: Any function; only the arguments of embeddings with ``max_norm`` are replaced.
@@ -52,16 +52,16 @@ class Tables:
             norms = float(given["max_norm"]), float(given.get("norm_type", 2.0))
             torch.embedding_renorm_(copy, ids.detach().reshape(-1), *norms)
             if not torch.allclose(copy, table):
-                self._changed[id(table)] = table  # stored, since the identity of a freed tensor may be reused
+                self._changed[id(table)] = table  # kept alive, since the id of a freed tensor may be reused
         return copy
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Checks that a function did not use a table that torch would have changed in this pass.
+        """Checks that a function did not use a table that torch would have changed earlier in this pass.
 
         Args:
-            args: Positional arguments of a function.
-            kwargs: Keyword arguments.
-            result: Its result.
+            args: Positional arguments of the function.
+            kwargs: Keyword arguments of the function.
+            result: Return value of the function.
 
         Raises:
             ModelStateError: If a table was used.
@@ -76,7 +76,7 @@ class Tables:
 
 
 def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
-    """Raises :class:`ModelStateError` if a table that torch would have changed is among the given values."""
+    """Raises :class:`ModelStateError` if a value is an embedding table that torch would have renormalized."""
     if any(id(value) in changed for value in values):
         raise ModelStateError(
             "the model also uses the table of an embedding with max_norm as the weight of another layer, so torch "
@@ -86,7 +86,7 @@ def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
 
 
 class TablesUnwritten(TorchFunctionMode):
-    """A mode in which a model runs without changing its embedding tables."""
+    """Torch function mode that prevents embeddings with ``max_norm`` from renormalizing their tables in place."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Copies of models in which some layers are replaced. Weights are shared, and the given model is not modified."""
+"""Copies of models with some layers replaced and all weights shared; the given model is not modified."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Replacement = Callable[[nn.Module], nn.Module]
 
 
 def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], what: str) -> nn.Module:
-    """Returns a copy of a model in which some layers are replaced; all other modules and all parameters are shared.
+    """Returns a copy of a model with some layers replaced; it shares all other modules and parameters with the model.
 
     Args:
         model: The network.
-        replacements: Functions that return the replacement of a layer, keyed by layer name.
-        what: Description of the replacement for messages, such as ``"subspaces"``.
+        replacements: Functions that map a layer to its replacement, keyed by layer name.
+        what: Description of the replacement for error messages, such as ``"subspaces"``.
 
     Raises:
-        UnknownLayerError: If the model does not contain a layer.
+        UnknownLayerError: If one of the layers is not in the model.
         InputError: If one of the layers contains another.
     """
     known = dict(model.named_modules())
@@ -48,7 +48,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """Returns the first tensor of a value, or of a tuple, list or mapping, or None without a tensor."""
+    """Returns the given tensor, or the first tensor in a tuple, list or mapping, or None if there is none."""
     if isinstance(values, Tensor):
         return values
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, (tuple, list)) else ()
@@ -56,10 +56,10 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def with_first_tensor(values: Any, tensor: Tensor) -> Any:
-    """Returns a value, or a tuple or list, with another first tensor.
+    """Returns a tuple or list with its first tensor replaced, or the replacement if the value is a tensor.
 
     Raises:
-        InputError: If the value is of another type.
+        InputError: If the value is neither a tensor nor a tuple or list.
     """
     if isinstance(values, Tensor):
         return tensor

@@ -1,4 +1,4 @@
-"""Tensors that autograd saves for routes (indices, masks), also in models that recompute activations."""
+"""Access to tensors that autograd saves for routes (indices, masks), even if the model recomputes activations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def saved_in_place() -> AbstractContextManager[Any]:
-    """Context manager that makes autograd keep the tensors that it saves, whatever hooks on saved tensors are set.
+    """Context manager in which autograd stores the tensors that it saves, overriding any saved-tensor hooks.
 
-    ``torch.utils.checkpoint`` discards them and recomputes them by running its function again. This second run is not
-    part of the forward pass that a composite or a recording observes, and does not save the same tensors.
+    The hooks of ``torch.utils.checkpoint`` discard these tensors and recompute them by rerunning the function. Neither
+    a composite nor a recording observes this second run, which does not save the same tensors.
     """
     return nullcontext() if _top_hooks(True) is None else torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked)
 

@@ -1,4 +1,4 @@
-"""Copies of the user's modules with shared tensors, so that the modules themselves are never modified."""
+"""Copies of the user's modules that share tensors with them, so that the modules themselves are not modified."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HOOK_DICTS = (
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module that shares its tensors, but has its own dictionaries and no hooks.
+    """Returns a copy of a module that shares its tensors, but has separate dictionaries and no hooks.
 
-    Zennit's ``ParamMod`` temporarily writes modified parameters into a module, which is safe for such a copy. A
-    shallow copy does not suffice, since it shares the dictionary of parameters.
+    Zennit's ``ParamMod`` temporarily writes modified parameters into a module, which is safe for such a copy. A shallow
+    copy does not suffice, since it shares the dictionary of parameters.
     """
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     copy: nn.Module = kind.__new__(kind)
@@ -39,13 +39,13 @@ def shared_copy(module: nn.Module) -> nn.Module:
     _compute_parametrized(copy, module)
     forward = copy.__dict__.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
-        # A method that a canonizer bound to the module is bound to the copy, so that it reads the copy's parameters.
+        # Bind a method that a canonizer has bound to the module to the copy, so that it reads the copy's parameters.
         copy.__dict__["forward"] = types.MethodType(forward.__func__, copy)
     return copy
 
 
 def _compute_parametrized(copy: nn.Module, module: nn.Module) -> None:
-    """Stores computed weights as parameters, since a rule modifies the weight by which the layer multiplies."""
+    """Stores computed weights as parameters, since a rule modifies the weight that the layer uses."""
     if parametrize.is_parametrized(module):
         del copy._modules["parametrizations"]
         for name in module.parametrizations:  # type: ignore[union-attr]

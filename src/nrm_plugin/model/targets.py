@@ -1,4 +1,4 @@
-"""The start of a measure: targets and start vectors, normalized to a signed measure on the output neurons.
+"""Targets and start vectors, and their normalization to a signed measure on the output neurons.
 
 Source: docs/measure.md.
 """
@@ -17,16 +17,16 @@ from ..errors import TargetError, brief, samples
 from .autocast import working_dtype
 
 MIN_TOTAL = 1e-6
-"""Smallest |Σ s|, in units of Σ|s|, for which a start vector can be normalized."""
+"""Smallest |Σ s|, relative to Σ|s|, for which a start vector can be normalized."""
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """Sums ``(N, …)`` over all dimensions except the batch. Unlike ``flatten(1)``, this also works for ``(N,)``."""
+    """Sums ``(N, …)`` over all dimensions except the first; unlike ``flatten(1)``, this also works for ``(N,)``."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
 def sample_norms(tensor: Tensor) -> Tensor:
-    """Sums the absolute values of ``(N, …)`` over all dimensions except the batch."""
+    """Sums the absolute values of ``(N, …)`` over all dimensions except the first."""
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
     flat = tensor.reshape(len(tensor), -1)
@@ -38,16 +38,16 @@ def sample_norms(tensor: Tensor) -> Tensor:
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """Returns the target; a function is first applied to the outputs.
+    """Evaluates a target that is given as a function; other targets are returned unchanged.
 
     Args:
-        target: A target of :func:`start_vector`, or a function from the outputs to such a target.
+        target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.
         outputs: The model's outputs.
-        batched: Whether the first dimension of the outputs is the batch. If it is not, and the output is one row of
-            scores ``(1, C)`` for a whole graph, the target may be a class index alone.
+        batched: Whether the first dimension of the outputs is the batch. If it is not, and the output is a single row
+            of scores ``(1, C)`` for a whole graph, the target may be just a class index.
 
     Raises:
-        TargetError: If the function did not return a target.
+        TargetError: If the function does not return a target.
     """
     if callable(target):
         target = target(outputs)
@@ -64,17 +64,17 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """Returns the unnormalized start vector ``s`` in the shape of the output, ``(N, …)``, in float32 or float64.
+    """Computes the unnormalized start vector ``s``, with the shape of the output ``(N, …)`` and in float32 or float64.
 
     Args:
         output: The model's output, ``(N, …)``.
-        target: As in Captum: None for one output per sample, an int or a tuple for all samples, or a list or tensor
-            with one entry per sample.
-        start: A signed vector over the outputs that replaces the target, ``(N, …)`` or without the batch, or a function
-            from the outputs to such a vector.
+        target: As in Captum: None if there is one output per sample, an int or a tuple for all samples, or a list or
+            tensor with one entry per sample.
+        start: A vector of signed weights for the outputs, with or without the batch dimension, or a function that
+            computes it from the outputs. It replaces the target.
 
     Raises:
-        TargetError: If both target and start are given, or one of them does not fit the output.
+        TargetError: If both target and start are given, or one of them does not match the output.
     """
     output = output.to(working_dtype(output.dtype))
     if start is not None:
@@ -102,10 +102,10 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """The start vector that corresponds to a neuron selector of Captum.
+    """Function that computes the start vector for one of Captum's neuron selectors.
 
     Args:
-        selector: The selector.
+        selector: Neuron selector in Captum's format.
 
     Attributes:
         activation: Sum of the selected activations, ``(N,)``; set when the start vector is computed.
@@ -116,17 +116,17 @@ class Neurons:
         self.activation = torch.empty(0)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Returns the start vector for the outputs ``(N, …)`` of a layer."""
+        """Returns the start vector for the output ``(N, …)`` of a layer."""
         slope = self.slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
-            return slope  # a single neuron starts with all the mass, even if it is not active
+            return slope  # a single neuron receives all the mass, even if it is not active
         start = slope * values
         silent = (start == 0).flatten(1).all(1).reshape(-1, *(1,) * (values.ndim - 1))
         return torch.where(silent, slope, start)
 
     def slope(self, values: Tensor) -> Tensor:
-        """Returns the weight of each neuron in the sum of activations, ``(N, …)``."""
+        """Returns the weight of each neuron in the sum of selected activations, ``(N, …)``."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()
@@ -158,7 +158,7 @@ def _is_index(entry: Any) -> bool:
 
 
 def _is_whole(entry: Any) -> bool:
-    """Returns whether an entry is an int; testing for ``__index__`` would accept arrays as well."""
+    """Returns whether an entry is an int, excluding arrays, which also implement ``__index__``."""
     return isinstance(entry, (int, np.integer)) and not isinstance(entry, bool)
 
 
@@ -245,7 +245,7 @@ def _indices(target: Any, batch: int) -> list[tuple[int, ...]]:
 
 
 def _integers(target: Any) -> Any:
-    """Converts tensors and arrays to Python numbers."""
+    """Converts integer tensors and arrays to Python numbers."""
     try:
         tensor = torch.as_tensor(target)
     except TypeError as error:

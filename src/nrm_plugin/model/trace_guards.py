@@ -1,7 +1,7 @@
-"""Value reads: the points at which a computation depends on values, and what a trace of it has to know about them.
+"""Value reads: the points at which a computation depends on tensor values, as tracked by a trace.
 
-A trace repeats the tensor operations of a computation with other values. Every condition that the computation has read
-is then evaluated again and compared, unless the result did not depend on it.
+A trace replays the tensor operations of a computation for other values. Every condition that the computation has
+evaluated is then evaluated again and compared, unless the result did not depend on it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Active(threading.local):
-    """The thread-local state of traces and audits.
+    """Thread-local state of traces and audits.
 
     Attributes:
         tracer: The tracer of the trace in progress, or None.
-        audits: Number of open audits.
-        place: The step whose kernel is being built.
+        audits: Number of active :func:`audit` contexts.
+        place: Name of the step whose kernel is being built.
         avoided: Shortcuts that a trace must not take, because their conditions did not hold for other values.
     """
 
@@ -37,12 +37,12 @@ ACTIVE = _Active()
 
 
 def is_traced() -> bool:
-    """Returns whether the operations of this thread are traced, to be repeated with other values."""
+    """Returns whether the operations of this thread are being traced."""
     return ACTIVE.tracer is not None
 
 
 def note_obstacle(reason: str) -> None:
-    """Notes why the operations of this thread cannot be repeated with other values; without a trace, nothing."""
+    """Records a reason why the trace in progress, if any, cannot be replayed for other values."""
     if ACTIVE.tracer is not None:
         ACTIVE.tracer.trace.obstacles.append(reason)
 
@@ -59,10 +59,10 @@ def audit() -> Iterator[None]:
 
 @contextmanager
 def repeated(place: str = "") -> Iterator[None]:
-    """Context manager inside an :func:`audit` for computations that are repeated for other inputs.
+    """Context manager for computations inside an :func:`audit` that must nevertheless be repeated for other inputs.
 
     Args:
-        place: Name of the step or layer, to which the names of shortcuts refer.
+        place: Name of the step or layer, used in the names of shortcuts.
     """
     outer, ACTIVE.audits, ACTIVE.place = (ACTIVE.audits, ACTIVE.place), 0, place or ACTIVE.place
     try:
@@ -73,7 +73,7 @@ def repeated(place: str = "") -> Iterator[None]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Context manager for computations that only check the model and whose results are not otherwise used."""
+    """Context manager that suspends tracing, for computations that only check the model."""
     outer, ACTIVE.tracer = ACTIVE.tracer, None
     try:
         with _disable_current_modes() if outer is not None else nullcontext():
@@ -83,22 +83,23 @@ def untraced() -> Iterator[None]:
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Context manager for operations of this package in a trace that read no values outside of torch."""
+    """Context manager that bypasses ``__torch_function__`` in a trace, where no values are read outside torch."""
     return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Context manager for computations that only check the model, and are neither traced nor observed."""
+    """Context manager for computations that only check the model; they are neither traced nor observed."""
     with untraced(), torch._C.DisableTorchFunction():
         yield
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Context without garbage collection of reference cycles.
+    """Context manager that disables garbage collection of reference cycles.
 
-    A recording creates many objects, so the garbage collector would traverse all objects of the process several times.
+    A recording creates many objects, so the garbage collector would otherwise traverse all objects of the process
+    several times.
     """
     is_enabled = gc.isenabled()
     gc.disable()
@@ -111,7 +112,7 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
-    """Context manager that keeps a trace from taking the given shortcuts."""
+    """Context manager in which traces do not take the given shortcuts."""
     outer = ACTIVE.avoided
     ACTIVE.avoided = shortcuts
     try:
@@ -123,12 +124,12 @@ def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
 def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     """Returns whether a shortcut, a computation that is valid only if a condition on values holds, may be taken.
 
-    If the condition does not hold, the general computation is used, which is valid in any case. A trace therefore
-    depends on the condition only if it holds.
+    If the condition does not hold, the general computation is used, which is always valid. Therefore, a trace depends
+    on the condition only if it holds.
 
     Args:
         shortcut: Name of the shortcut.
-        condition: Function that reads the values.
+        condition: Function that evaluates the condition.
     """
     if not is_traced():
         return bool(condition())

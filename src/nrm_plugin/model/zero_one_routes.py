@@ -1,4 +1,7 @@
-"""0/1 routes: operations that pass the relevance of each output neuron to one input neuron, as autograd does."""
+"""0/1 routes: operations whose Jacobian has only the entries 0 and 1, such as indexing, reshaping and max pooling.
+
+Relevance passes through them as a gradient does in autograd.
+"""
 
 from __future__ import annotations
 
@@ -74,15 +77,15 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 def is_route(module: nn.Module) -> bool:
     """Returns whether a module is a 0/1 route.
 
-    Does not check that dropout is inactive; :func:`~nrm_plugin.model.checks.check_model` does.
+    Whether dropout is inactive is not checked here, but in :func:`~nrm_plugin.model.checks.check_model`.
     """
     return isinstance(module, _MODULES) or (isinstance(module, nn.Upsample) and module.mode.startswith("nearest"))
 
 
 def operation(node: Node) -> str:
-    """Returns the operation of an autograd node: ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward0``.
+    """Returns the operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward``.
 
-    A model's ``autograd.Function`` may have the same name as a torch operation, but is a different operation.
+    A custom ``autograd.Function`` may have the name of a torch operation; it is returned as ``autograd.Function NAME``.
     """
     if isinstance(node, BackwardCFunction):
         kind = type(node)._forward_cls
@@ -92,7 +95,7 @@ def operation(node: Node) -> str:
 
 @functools.cache
 def _operation(name: str) -> str:
-    """Returns the operation in the name of a torch node; cached, since there are only a few hundred names."""
+    """Extracts the operation from the name of a torch node; cached, since there are only a few hundred names."""
     name = name.rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name
@@ -107,14 +110,14 @@ _WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias", "Clone"])
 
 
 def is_whole(node: Node) -> bool:
-    """Returns whether a node is a view or copy of all entries of a tensor."""
+    """Returns whether an autograd node is a view or copy of all entries of a tensor."""
     return operation(node) in _WHOLE
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Returns a node and an output number, replaced by those of the tensor that overwrote this output entirely.
+    """Follows in-place writes that overwrite an output entirely; returns the node and output number of the last one.
 
-    The node that torch adds around a module with a full backward hook is skipped, since it is an identity.
+    Nodes that torch inserts for full backward hooks are skipped, since they are identities.
     """
     while node is not None and (name := operation(node)) in ("Copy", "BackwardHookFunction"):
         if name != "Copy":
@@ -128,7 +131,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """Returns the node that computed the entries of a tensor, skipping whole views and in-place writes."""
+    """Returns the autograd node that computed the entries of a tensor, skipping whole views and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

@@ -1,5 +1,6 @@
-"""Plans: the tensor operations of a measure and its queries, which are traced once and replayed for other inputs.
+"""Plans: the tensor operations of a measure and its queries, traced once and replayed for other inputs.
 
-Contents: traces of computations, their simplification, programs, and measures whose queries run programs.
+Contents: tracing of computations, simplification of traces, programs, and measures whose queries run programs.
+
 Imports: errors, events, model, kernels, composites, recording, measure.
 """

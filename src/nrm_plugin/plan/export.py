@@ -1,4 +1,4 @@
-"""Export of a plan as a program that returns outputs and their relevance, and requires only PyTorch."""
+"""Export of a plan as a program that returns outputs and their relevance, and depends only on PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 class EveryShortcut(frozenset[str]):
-    """The set of all shortcuts, for a program that is valid for all values."""
+    """A set that contains every shortcut, so that a trace takes none of them and is valid for all values."""
 
     def __contains__(self, shortcut: object) -> bool:
         return True
@@ -42,19 +42,19 @@ def explained_model(
     tensors: list[Tensor],
     layers: Sequence[Layer],
 ) -> tuple[ExplainedModel, list[Tensor]]:
-    """Traces a model and the marginals of some layers, without shortcuts that depend on values.
+    """Traces a model and the marginals of layers, without shortcuts that depend on values.
 
     Args:
         settings: The settings of the plan.
-        call: Function that creates the call of the model.
+        call: Function that creates the call to the model.
         tensors: The tensors of the call.
-        layers: The layers.
+        layers: The layers whose marginals are traced.
 
     Returns:
         The module, and example arguments.
 
     Raises:
-        UnsupportedOperationError: If the computation cannot be repeated for other inputs.
+        UnsupportedOperationError: If the computation cannot be replayed for other inputs.
     """
     programs = Programs()
     programs.avoided = EveryShortcut()
@@ -73,20 +73,21 @@ def explained_model(
 
 
 def _predicted(outputs: Tensor) -> Tensor:
-    """Returns the start vector of the predicted class, the one with the largest output, of each sample."""
+    """Returns the one-hot start vector of the class with the largest output for each sample."""
     scores = outputs.reshape(len(outputs), -1)
     return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1).reshape(outputs.shape)
 
 
 class ExplainedModel(nn.Module):
-    """A module that computes outputs and relevance by a program, without Python state.
+    """A module that computes outputs and relevance by running a program of tensor operations.
 
     Args:
-        program: The program, without shortcuts.
-        layers: Names of the results.
+        program: The program, traced without shortcuts.
+        layers: Names of the layers whose relevance is returned.
+        outputs: Example outputs, which determine their shape and dtype.
 
     Raises:
-        InputError: If the outputs are not ``(N, K)`` or ``(N,)``.
+        InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
         UnsupportedOperationError: If the operations depend on values in a way that a program cannot verify.
     """
 
@@ -108,11 +109,11 @@ class ExplainedModel(nn.Module):
             _check_exportable(one)
 
     def forward(self, *tensors: Tensor) -> dict[str, Any]:
-        """Returns outputs, targets, relevance keyed by layer, and whether the relevance is valid.
+        """Computes outputs, targets, and the relevance of each layer, and whether the relevance is valid.
 
         Args:
-            tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; a negative
-                target is replaced by the class of the largest output.
+            tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; -1 is replaced with
+                the class with the largest output.
         """
         *inputs, target = tensors
         program = self._program
@@ -124,14 +125,14 @@ class ExplainedModel(nn.Module):
         self._run(program.operations[: program.until], values, checks)
         unfolded, outputs = (values[number] for number in program.outputs)
         scores = unfolded.reshape(len(unfolded), -1)
-        target = torch.where(target < 0, scores.argmax(1), target)
+        target = torch.where(target == -1, scores.argmax(1), target)
         start = target[:, None] == torch.arange(scores.shape[1], device=scores.device)
         values[program.start[0]] = start.to(self._dtype).reshape(unfolded.shape)
         self._run(program.operations[program.until :], values, checks)
         relevance = {
             layer: values[number].clone() for layer, number in zip(self.layers, program.results[0], strict=True)
         }
-        is_valid = target < scores.shape[1]
+        is_valid = (target >= 0) & (target < scores.shape[1])
         for part in relevance.values():
             is_valid = is_valid & part.isfinite().flatten(1).all(1)
         for check in checks:
@@ -154,9 +155,9 @@ class ExplainedModel(nn.Module):
 
 
 def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor in its own memory and the permutation that restores its strides.
+    """Returns a constant as a contiguous tensor with its own memory, and the permutation that restores its strides.
 
-    ``torch.export.save`` stores each memory once, as one contiguous tensor.
+    ``torch.export.save`` stores each block of memory once, as one contiguous tensor.
     """
     order = sorted(range(constant.ndim), key=constant.stride, reverse=True)
     base = constant.detach().permute(order)
@@ -185,7 +186,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Operations whose results the traced code has read as values, with the comparison to the expected value."""
+"""Operations whose results were read as Python values, with functions that compare them with the expected value."""
 
 
 def _check_exportable(one: Operation) -> None:
@@ -200,13 +201,16 @@ def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
     """Saves a module as a ``torch.export`` program, or as an ONNX file if the path ends in ``.onnx``.
 
     Args:
-        module: The module.
-        tensors: Example tensors of a call, and targets.
-        path: The file.
+        module: The module to save.
+        tensors: Example arguments of the module: tensors of a call, and targets.
+        path: Path of the file.
 
     Raises:
         MissingExtraError: If the path ends in ``.onnx`` and onnx or onnxscript is not installed.
+        FileNotFoundError: If the folder of the path does not exist.
     """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {str(path.parent)!r} does not exist. Create it first.")
     is_onnx = path.suffix == ".onnx"
     if is_onnx and None in (importlib.util.find_spec("onnx"), importlib.util.find_spec("onnxscript")):
         raise MissingExtraError("an ONNX file needs PyTorch's exporter: pip install onnx onnxscript.")

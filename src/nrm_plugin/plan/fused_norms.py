@@ -1,4 +1,4 @@
-"""Batch normalization in the forward pass of a program, fused with the convolution or linear layer before it."""
+"""Fusion of batch normalizations in the forward pass of a program with the preceding convolution."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
 BLOCK = 1 << 15
-"""Number of weight entries that are computed together."""
+"""Number of weight entries per block."""
 CLOSE = 4
-"""Largest relative difference between equal weights computed in a different order, in units of the machine epsilon.
+"""Tolerance for weights computed in a different order to be considered equal, in units of the machine epsilon.
 
-A newly initialized batch norm changes weights by half its ``eps``, which is 42 such units in float32, and these changes
-accumulate over layers.
+It must be small: a newly initialized batch norm changes weights by half its ``eps``, which is 42 units in float32, and
+these changes accumulate over layers.
 """
 
 
 def fused(
     operations: list[Operation], trace: Trace, constants: dict[int, Tensor], results: list[int]
 ) -> list[Operation]:
-    """Returns the operations, with each batch normalization fused into a convolution that has no other reader.
+    """Fuses each batch normalization into the preceding convolution, if the convolution has no other consumer.
 
     Args:
-        operations: The operations.
-        trace: The trace, in which new constants receive an index.
+        operations: The operations of a program.
+        trace: The trace, in which new constants are assigned an index.
         constants: The constants, to which fused weights are added.
         results: Indices of the result tensors.
+
+    Returns:
+        The remaining operations.
     """
     uses = Counter(number for one in operations for number in one.reads) + Counter(results)
     made = {number: one for one in operations for number in one.results if number is not None}
@@ -84,7 +87,7 @@ class _Fusion:
         self._weight = weight
 
     def weight(self) -> Tensor:
-        """Returns the weight of the fused layer."""
+        """Computes the weight of the fused layer."""
         fused = torch.empty_like(self._weight)
         for rows in self._blocks():
             fused[rows] = self._rows(rows)
@@ -101,7 +104,7 @@ class _Fusion:
         return (self._weight[rows].double() * scale).to(self._weight.dtype)
 
     def _blocks(self) -> Iterator[slice]:
-        """Yields blocks of output channels that fit into the processor cache; the first block is a single channel."""
+        """Yields blocks of output channels that fit into the processor cache, starting with a single channel."""
         count, size = len(self._weight), max(1, self._weight[:1].numel())
         step = max(1, BLOCK // size) if self._weight.device.type == "cpu" else count
         yield slice(0, 1)
@@ -114,7 +117,7 @@ class _Fusion:
 
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
-    """Returns the convolutions without bias, which rules use, by input and settings."""
+    """Returns the convolutions without bias that rules use, keyed by input and options."""
     found: dict[Any, list[Operation]] = {}
     for one in operations:
         if one.function is aten.convolution.default and one.args[2] is None and one.args[1].number in constants:
@@ -135,7 +138,10 @@ def _layer(
     constants: dict[int, Tensor],
     dropped: set[int],
 ) -> list[Operation]:
-    """Returns the operations of the fused layer, which reuse the output without bias if a rule computes it."""
+    """Returns the operations of the fused layer.
+
+    If a rule computes the output of the fused layer without bias, this output is reused.
+    """
     output = norm.results[0]
     for image in images.get(_settings(layer), ()):
         other = constants[image.args[1].number]
@@ -153,7 +159,7 @@ def _layer(
 def _constant(value: Tensor, trace: Trace, constants: dict[int, Tensor]) -> int:
     number, trace.count = trace.count, trace.count + 1
     constants[number] = value
-    trace.forms[number] = (value.shape, value.stride(), 0, value.dtype, value.device)
+    trace.forms[number] = (value.shape, value.stride(), 0, value.dtype, value.device, False, False)
     return number
 
 

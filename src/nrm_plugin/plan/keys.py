@@ -1,4 +1,4 @@
-"""Keys of calls and queries: their form, which does not include the values of the tensors of a call."""
+"""Keys of calls and queries, which describe their form but not the values of the tensors of a call."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_flatten
 from ..events.event import Event
 
 _LARGEST = 1 << 20
-"""Largest number of tensor entries in a query, such as neuron labels, that are compared by value."""
+"""Maximum number of entries of a tensor in a query, such as neuron labels, that is compared by value."""
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
-    """Returns a key for the form of a model's arguments, and the tensors among them.
+    """Returns a key that describes the form of a model's arguments, and the tensors among them.
 
     Raises:
         TypeError: If an argument has no hashable equivalent.
@@ -38,17 +38,17 @@ def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
 
 
 def shapes_of(key: Any) -> str:
-    """Returns the shapes of the tensors in a call, as readable text."""
+    """Formats the shapes of the tensors in a call."""
     leaves = key[1] if isinstance(key, tuple) else ()
     shapes = [str(tuple(leaf[1])) for leaf in leaves if isinstance(leaf[1], torch.Size)]
     return ", ".join(shapes) or "that are not tensors"
 
 
 def frozen(value: Any) -> Hashable:
-    """Returns a hashable equivalent of an argument.
+    """Converts an argument to a hashable equivalent.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If the argument has no hashable equivalent.
     """
     if value is None or isinstance(value, (bool, int, float, str, Event, nn.Module)):
         return (type(value).__name__, value)

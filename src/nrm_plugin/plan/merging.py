@@ -1,4 +1,4 @@
-"""Merging of operations, which removes repeated computations and unnecessary copies."""
+"""Merging of operations, to remove repeated computations and unnecessary copies."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations whose result may equal their first argument, given by ``id``, since hashing PyTorch operations is slow."""
+"""Operations whose result may equal their first argument, keyed by ``id``, since hashing PyTorch operations is slow."""
 
 
 class Merger:
-    """Merges the operations of a trace that compute the same tensors.
+    """Merges operations of a trace that compute identical tensors.
 
     Args:
-        trace: The trace.
+        trace: The trace to simplify.
         constants: The constants, keyed by index.
         results: Indices of the result tensors.
     """
@@ -85,7 +85,7 @@ class Merger:
         return rest, [self._now(number) for number in self._results]
 
     def _is_same_view(self, number: int) -> bool:
-        """Returns whether a tensor is a view of all entries of another tensor, in the same shape."""
+        """Returns whether a tensor is a view of an entire other tensor with the same shape and strides."""
         root = self.trace.memory(number)
         return root != number and self.trace.forms[root] == self.trace.forms[number]
 
@@ -95,7 +95,7 @@ class Merger:
         return number
 
     def _is_settled(self, one: Operation) -> bool:
-        """Returns whether an operation returns a value that is the same in every run and need not be checked."""
+        """Returns whether an operation returns the same value in every run, so that it need not be verified."""
         if one.expected is None:
             return False
         if one.function is aten.equal.default and one.args[0] == one.args[1]:
@@ -103,7 +103,7 @@ class Merger:
         return all(number in self.constants for number in one.reads)
 
     def _is_forwarded(self, one: Operation) -> bool:
-        """Replaces the result of an operation by its argument if both are equal; returns whether it did."""
+        """Replaces the result of an operation with its argument if the two are identical; returns whether it did."""
         if one.function is aten.copy_.default:
             return self._is_moved(one)
         kind = _FORWARDED.get(id(one.function))
@@ -130,10 +130,10 @@ class Merger:
         return is_free and (kind == "copy" or (one.args[1] == 1 and not isinstance(one.args[1], Value)))
 
     def _is_moved(self, one: Operation) -> bool:
-        """Replaces a tensor that a copy overwrites completely by the source of the copy; returns whether it did."""
+        """Replaces a tensor that a copy overwrites entirely with the source of the copy; returns whether it did."""
         target, source = one.args[0], one.args[1]
         if target == source:
-            return True  # the target is a copy of the source, and has been replaced by it
+            return True  # the target is a copy of the source and was replaced with it
         if not isinstance(source, Value) or self.trace.forms[target.number][:2] != self.trace.forms[source.number][:2]:
             return False
         memory = self.trace.memory
@@ -158,13 +158,13 @@ class Merger:
         return self._writes[memory] > self._versions[memory]
 
     def _key(self, one: Operation) -> Any:
-        """Returns a key on which the results of an operation depend, or None if the operation must not be merged."""
+        """Returns a key that determines the results of an operation, or None if the operation must not be merged."""
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None
         read = {memory(number) for number in one.reads}
         made = {memory(number) for number in one.results if number is not None}
-        if any(self._writes[number] for number in made - read):  # new memory, which is overwritten later
+        if any(self._writes[number] for number in made - read):  # the result is allocated here and overwritten later
             return None
         versions = tuple(self._versions[memory(number)] for number in one.reads)
         try:

@@ -1,4 +1,4 @@
-"""State of a model and settings of a composite, on which a plan depends."""
+"""State of a model and settings of a composite on which a plan depends."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ import torch
 import torch.nn.modules.module as all_modules
 from torch import Tensor, nn
 
-from ..model.model_protection import values_state
+from ..model.model_protection import step_between, values_state
 from ..recording.recording import _RECORDING
+from .python_state import PythonState
+from .tensor_sums import TensorSums
 
 _ENTRIES = 64
-"""Number of entries per tensor that are compared by value, since writes through ``.data`` change no version."""
+"""Number of entries per tensor that are compared by value, since writes through ``.data`` do not change the version."""
 
 
 class ModelState:
-    """Detects changes of a model by the identities and versions of everything that its modules contain.
+    """Detects changes to a model from the ids and versions of all objects that its modules contain.
 
     Args:
-        model: The model.
+        model: The model to watch.
+        composite: The composite whose rules are applied to the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, composite: Any = None) -> None:
         with _RECORDING:
             self._take(model)
+            self._python = PythonState([*model.modules(), composite])
+            self._further = _Further(self._python)
+            self._sums = TensorSums([tensor for _, tensor in self._tensors] + self._further.weights)
 
     def _take(self, model: nn.Module) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -37,11 +43,21 @@ class ModelState:
         self._entries = _entries([tensor for _, tensor in self._tensors])
         self._values = [torch.cat(views).clone() for views in self._entries]
 
+    def is_outdated(self) -> bool:
+        """Returns whether anything has changed, which includes all entries of weights, and Python objects.
+
+        A plan compares once for each call. :meth:`changed` is faster, and compares what an existing measure needs.
+        """
+        if self.changed():
+            return True
+        with _RECORDING:
+            return self._sums.have_changed() or self._python.has_changed() or self._further.have_changed()
+
     def changed(self) -> str:
-        """Returns a description of what has changed; empty if nothing has."""
+        """Describes what has changed; returns an empty string if nothing has changed."""
         if not self._changed():
             return ""
-        with _RECORDING:  # the changes may be hooks that another thread removes after its recording
+        with _RECORDING:  # the change may consist of hooks that another thread removes after its recording
             return self._changed()
 
     def _changed(self) -> str:
@@ -59,18 +75,39 @@ class ModelState:
         return ""
 
     def memories(self) -> set[int]:
-        """Returns the addresses of the memory of parameters and buffers."""
+        """Returns the storage addresses of all parameters and buffers."""
         dense = (tensor for _, tensor in self._tensors if tensor.layout == torch.strided)
         return {tensor.untyped_storage().data_ptr() for tensor in dense}
+
+
+class _Further:
+    """Modules and tensors that a model reads, but which are not registered in it, such as those in a list.
+
+    Attributes:
+        weights: Parameters and buffers of the modules.
+    """
+
+    def __init__(self, found: PythonState) -> None:
+        self.weights = [tensor for module in found.modules for tensor in (*module.parameters(), *module.buffers())]
+        self._modules = [(module, _attributes(module), _held(module)) for module in found.modules]
+        self._tensors = [tensor for tensor in (*found.tensors, *self.weights) if tensor.layout == torch.strided]
+        self._versions = [values_state(tensor) for tensor in self._tensors]
+
+    def have_changed(self) -> bool:
+        """Returns whether one of them has changed."""
+        if any(_attributes(module) != attributes for module, attributes, _ in self._modules):
+            return True
+        return any(values_state(one) != state for one, state in zip(self._tensors, self._versions, strict=True))
 
 
 _DICTS = (dict, OrderedDict)
 
 
 def hooked(model: nn.Module) -> str:
-    """Returns the names of objects with user hooks, which run in every forward pass; empty if there are none.
+    """Returns a description of the first user hook in a model, or an empty string if there is none.
 
-    Hooks of PyTorch itself, such as those of weight norms, only compute tensors.
+    Such hooks must run in every forward pass. Hooks of PyTorch itself, such as those of weight norm, only compute
+    tensors and are ignored.
     """
     if _common_hooks():
         return "all modules have hooks"
@@ -87,7 +124,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the identities of a module's attributes and of the items in its containers."""
+    """Returns the ids of a module's attributes and of the items in its containers."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
@@ -95,23 +132,23 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns the attributes themselves, since references prevent new objects from reusing their identities."""
+    """Returns references to the attributes of a module, so that their ids cannot be reused by new objects."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Returns views of a few entries of each floating-point tensor, by device and dtype."""
+    """Returns views of a few entries of each floating-point tensor, grouped by device and dtype."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
             flat = tensor.detach().view(-1)
-            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: max(1, -(-flat.numel() // _ENTRIES))])
+            groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: step_between(flat.numel(), _ENTRIES)])
     return [views for views in groups.values() if not any(bool(view.isnan().any()) for view in views)]
 
 
 def settings(value: Any, depth: int = 4) -> Any:
-    """Returns the settings of a composite as a nested tuple: attributes of rules, types, numbers and tensors."""
+    """Returns the settings of a composite as a nested tuple of the attributes of its rules."""
     if value is None or isinstance(value, (bool, int, float, str, type)):
         return value
     if isinstance(value, Tensor):
@@ -134,6 +171,6 @@ def _own(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 _RUNNING = frozenset(["handles", "hook_refs", "stored_tensors", "tensor_handles", "active", "_checked"])
-"""Attributes of composites and hooks that are changed when the model runs."""
+"""Attributes of composites and hooks that change when the model runs."""
 
 __all__ = ["ModelState", "hooked", "settings"]

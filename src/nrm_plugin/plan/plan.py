@@ -1,4 +1,4 @@
-"""The plan of a model: measures for many inputs of the same shapes, at the cost of one or two gradients."""
+"""The plan of a model: measures for many inputs of the same shape, at the cost of one or two gradients each."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .programs import Programs, memory_of
 
 MOST = 8
-"""Largest number of call forms for which programs are stored."""
+"""Maximum number of call forms for which programs are stored."""
 IDLE = 8
-"""Number of successive recordings after which a plan is considered useless for calls of one form."""
+"""Number of consecutive recordings after which a plan is no longer used for calls of a form."""
 
 
 class Plan:
-    """Computes measures of a model by programs of tensor operations, without hooks and autograd.
+    """Computes measures of a model by replaying tensor operations, without hooks or autograd.
 
-    Everything that does not depend on input values is determined once: names, graph, rules, modified and fused weights,
-    and checks. The first query of each kind is recorded and traced. For further inputs of the same shapes, the trace is
-    replayed as a flat list of tensor operations.
+    Everything that does not depend on input values is computed only once: names, graph, rules, modified and fused
+    weights, and checks. When a query is first made, it is recorded and traced. For further inputs of the same shapes,
+    the trace is replayed as a flat list of tensor operations.
 
     Args:
-        model: Any module, in evaluation mode.
-        inputs: Inputs like those of later calls, ``(N, …)``.
+        model: The network, in evaluation mode.
+        inputs: Example inputs with the shapes of later inputs, ``(N, …)``.
         composite, residual, gain_limit, output, batched, uncovered, reference, slopes, max_memory: As in
             :class:`~nrm_plugin.RelevanceMeasure`.
         additional_forward_args, additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -104,7 +104,9 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> RelevanceMeasure:
-        """Returns the measure of inputs. Inputs of a new shape, or a changed model, require a new plan.
+        """Returns the measure for the given inputs.
+
+        Inputs of a new shape are recorded first, and so are all inputs after the model has changed.
 
         Args:
             inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -116,7 +118,7 @@ class Plan:
             additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
-            A measure that answers every query.
+            A measure that supports all queries.
 
         Raises:
             InputError, ModelStateError, TargetError, UnsupportedOperationError: As in
@@ -124,21 +126,29 @@ class Plan:
         """
         if self._has_changed():
             self._renew()
-        form = self._form(inputs, additional_forward_args, additional_forward_kwargs, reference)
+        arguments = (additional_forward_args, additional_forward_kwargs)
+        return self._measured(inputs, target, start, against, reference, *arguments)
+
+    def _measured(
+        self, inputs: Inputs, target: Any, start: Any, against: Any, reference: Any, args: Any, kwargs: Any
+    ) -> RelevanceMeasure:
+        """Returns the measure of inputs, for a model that has not changed."""
+        form = self._form(inputs, args, kwargs, reference)
         recorded, self._first = self._first, None
         if recorded is not None and recorded[:2] != (form.key, _identities(form.tensors)):
             recorded = None
         first = None if recorded is None else recorded[2]
-        # A contrast without a reference is one number on top of the outputs, and has its own taps.
+        # A contrast without a reference adds a tap above the outputs, so its programs are different.
         programs = self._programs(form, against is not None and reference is None)
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Returns a text that lists the queries with programs and the reasons why others are recorded every time.
+        """Describes which queries are replayed, and why others are recorded every time.
 
         Returns:
-            For each form of call, the shapes of its tensors; for each query, the number of operations, the memory of
-            constants that are not tensors of the model, and the values that each run compares.
+            A text that lists, for each form of call, the shapes of its tensors and, for each query, the number of
+            operations, the memory of constants that are not tensors of the model, and the values that are verified in
+            each run.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
@@ -160,30 +170,30 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Saves a program that returns outputs and their relevance, and requires only PyTorch.
+        """Exports a program that returns outputs and their relevance, and depends only on PyTorch.
 
-        The program is loaded by ``torch.export.load(path).module()``. Its arguments are the tensors of a call in
-        order, of the same shapes as ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the class
-        of the largest output. It returns a dictionary:
+        The program can be loaded with ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in
+        order and with the same shapes as in ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects
+        the class with the largest output. It returns a dictionary:
 
         - ``"outputs"``: the outputs of the model;
         - ``"target"``: the explained class of each sample, ``(N,)``;
-        - ``"relevance"``: the marginal of each layer, ``(N, *shape)``, by the name of the layer;
-        - ``"is_valid"``: ``(N,)``, False where the target is not a class, relevance is not finite, or a value on which
-          the model branches differs from ``inputs``. Relevance of such a sample must not be used.
+        - ``"relevance"``: the marginal of each layer, ``(N, *shape)``, keyed by layer name;
+        - ``"is_valid"``: ``(N,)``, False if the target is not a class, the relevance is not finite, or a value on which
+          the model branches differs from that at ``inputs``. The relevance of such a sample must not be used.
 
         Args:
-            path: The file, which by convention ends in ``.pt2``. A path that ends in ``.onnx`` is written by PyTorch's
-                ONNX exporter, which requires the packages onnx and onnxscript.
-            inputs: Inputs with the same shapes as later inputs.
-            layers: Names of the layers, or ``at(…)``.
+            path: Path of the file, which by convention ends in ``.pt2``. If it ends in ``.onnx``, PyTorch's ONNX
+                exporter is used, which requires the packages onnx and onnxscript.
+            inputs: Example inputs with the shapes of later inputs.
+            layers: Names of the layers whose relevance is returned, or ``at(…)``.
             additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
             additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
         Raises:
-            InputError: If the outputs are not ``(N, K)`` or ``(N,)``.
-            UnknownLayerError: If no tap has one of the names.
-            UnsupportedOperationError: If shapes or random numbers in the model depend on the inputs.
+            InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
+            UnknownLayerError: If there is no tap with one of the given names.
+            UnsupportedOperationError: If shapes in the model depend on input values, or the model draws random numbers.
             MissingExtraError: If onnx or onnxscript is required but not installed.
 
         Examples:
@@ -203,11 +213,11 @@ class Plan:
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
-        """Returns whether the model or the composite has changed, so that the next call needs a new plan."""
-        return bool(self._state.changed()) or settings(self._rules[0]) != self._rules_state
+        """Returns whether the model or the composite has changed, so that all programs are invalid."""
+        return self._state.is_outdated() or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
-        """Returns whether calls of this form can be planned and repeat their queries."""
+        """Returns whether calls of this form can be replayed and have repeated their queries so far."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
@@ -218,7 +228,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Memory that the constants of all programs take, in bytes, without tensors of the model.
+        """Memory used by the constants of all programs, in bytes, excluding tensors of the model.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
@@ -229,7 +239,7 @@ class Plan:
         return memory_of(held, self._state.memories())
 
     def _renew(self) -> None:
-        self._state = ModelState(self.model)
+        self._state = ModelState(self.model, self._rules[0])
         self._rules_state = settings(self._rules[0])
         self._composites.clear()
         self._forms: dict[tuple[Hashable, bool], Programs] = {}
@@ -254,7 +264,7 @@ class Plan:
         return Settings(self.model, composite, self._output, self._batched, references, self._max_memory, self._state)
 
     def _programs(self, form: _Form, is_contrast: bool) -> Programs:
-        """Returns the programs for calls of a form."""
+        """Returns the programs for calls of the given form."""
         key = (form.key, is_contrast)
         if key not in self._forms:
             self._forms[key] = Programs()
@@ -266,7 +276,7 @@ class Plan:
         return self._forms[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises an error for copy, pickle and multiprocessing.
+        """Raises an error if the plan is copied, pickled or sent to another process.
 
         Raises:
             StorageError: Always.
@@ -279,13 +289,13 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """A call of the model, with a key that identifies its form.
+    """A call to the model, and a key that identifies its form.
 
     Attributes:
-        key: Key that is equal for calls of the same form.
+        key: Key that is the same for all calls of this form.
         tensors: The tensors among the arguments.
         call: Function that creates the call.
-        settings: The settings of its measure.
+        settings: The settings of the measure.
     """
 
     key: Hashable

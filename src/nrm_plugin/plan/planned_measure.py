@@ -1,4 +1,4 @@
-"""Measures whose queries are answered by programs."""
+"""Measures whose queries are computed by programs."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from .tracer import Tracer
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of all measures of a plan.
+    """Settings that all measures of a plan have in common.
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        references: Number of references per sample, or None for a measure of outputs.
+        references: Number of references per sample, or None if the measure explains outputs without a reference.
         state: The state of the model.
     """
 
@@ -50,20 +50,20 @@ class Settings:
 
 
 LONGEST = 5
-"""Largest length of a trace with queries, as a multiple of its length after the recording alone."""
+"""Maximum length of a trace including queries, as a multiple of its length after the recording."""
 
 
 class PlannedOutputs:
-    """The outputs at which a planned measure starts, in place of a recording.
+    """The outputs at which a planned measure starts, used in place of a recording.
 
     Args:
-        values: The outputs of shape ``(N, …)``, the outputs as the model returned them, and, if there is a reference,
-            their differences from its outputs.
+        values: The outputs in the form ``(N, …)``, the outputs as returned by the model, and, if there is a reference,
+            the differences from the outputs at the reference.
         is_batched: Whether the inputs have a sample dimension.
         references: Number of references per sample.
 
     Attributes:
-        start: The relevance of the outputs, of shape ``(N, …)``; with ``against``, also the weights of the outputs.
+        start: The initial relevance of the outputs, ``(N, …)``; with ``against``, also the weights of the outputs.
     """
 
     def __init__(self, values: Sequence[Tensor], is_batched: bool, references: int) -> None:
@@ -86,22 +86,22 @@ class PlannedOutputs:
 
 
 class TracedRecording:
-    """A recording of a model whose operations are traced.
+    """A recording of a model, together with a trace of its operations.
 
     Args:
-        settings: The settings.
-        call: Function that creates the call of the model.
+        settings: The settings of the plan.
+        call: Function that creates the call to the model.
         tensors: The tensors of the call.
         avoided: The shortcuts that must not be taken, or None for a recording without a trace.
 
     Attributes:
         tracer: The tracer, or None without a trace.
-        recording: The recording.
-        outputs: Its outputs in the form ``(N, …)``, as the model returned them, and their differences from a reference.
-        obstacle: Why the trace cannot be repeated for other inputs; empty if it can.
+        recording: The recording of the forward pass.
+        outputs: The outputs in the form ``(N, …)``, as returned by the model, and their differences from a reference.
+        obstacle: Why the trace cannot be replayed for other inputs; empty if it can.
         inputs: Indices of the inputs in the trace.
-        start: Relevance of the outputs in their own layout, once the recording has started.
-        queries: The traced queries, once the recording has started.
+        start: Initial relevance in the layout of the outputs; set by :meth:`begin`.
+        queries: The traced queries; set by :meth:`begin`.
     """
 
     def __init__(
@@ -128,15 +128,15 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the trace may be compiled to a program; a trace of many queries would take too long."""
+        """Whether the trace may be compiled to a program; with many queries, compilation would take too long."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
-        """Context manager that appends operations to the trace."""
+        """Context manager in which operations are appended to the trace."""
         return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
 
     def begin(self, start: Sequence[Tensor]) -> None:
-        """Starts the measure with relevance of the outputs, ``(N, …)``, and, for a contrast, the output weights."""
+        """Sets the initial relevance of the outputs, ``(N, …)``, and, for a contrast, the weights of the outputs."""
         if self.tracer is not None:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]
@@ -150,7 +150,7 @@ class TracedRecording:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Returns the states of random number generators outside of torch, whose numbers do not appear in a trace."""
+    """Returns the states of the random number generators of Python and NumPy, since their use is not traced."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 
@@ -169,15 +169,15 @@ class _Traced:
 
 
 class PlannedMeasure(RelevanceMeasure):
-    """A measure that answers queries by running the programs of a plan; other queries record the model.
+    """A measure that computes queries by running the programs of a plan, and records the model for other queries.
 
     Args:
         settings: The settings of the plan.
         programs: The programs for calls of this form.
-        call: Function that creates the call of the model.
+        call: Function that creates the call to the model.
         tensors: The tensors of the call.
         target, start, against: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        recorded: A recording of this call, if there is one.
+        recorded: An existing recording of this call, if there is one.
     """
 
     def __init__(
@@ -207,13 +207,13 @@ class PlannedMeasure(RelevanceMeasure):
     # -- the forward pass -----------------------------------------------------------------------------------------
 
     def _forward(self) -> Sequence[Tensor]:
-        """Returns the outputs, as in :class:`PlannedOutputs`."""
+        """Computes the outputs, in the form of the argument ``values`` of :class:`PlannedOutputs`."""
         latest = self._programs.latest
         if self._recorded is None and latest is not None:
             try:
                 outputs, state = latest.forward(self._tensors)
             except ChangedValueError as error:
-                self._call()  # raises an error if the inputs are invalid; the program is then kept
+                self._call()  # raises an error if the inputs are invalid, in which case the program is kept
                 self._programs.reject(error)
             else:
                 self._state = (latest, state)
@@ -225,7 +225,7 @@ class PlannedMeasure(RelevanceMeasure):
     def _record(self, is_traced: bool = True) -> TracedRecording:
         programs = self._programs
         programs.recordings += 1
-        self._totals_once = None  # computed from another recording, and thus a constant in the trace of this one
+        self._totals_once = None  # from another recording, and therefore a constant in the trace of this one
         avoided = programs.avoided if is_traced and not programs.obstacle else None
         with torch.enable_grad(), uncollected():
             return TracedRecording(self._settings, self._call, self._tensors, avoided)
@@ -283,7 +283,7 @@ class PlannedMeasure(RelevanceMeasure):
         return query.answer(results)
 
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Answers a query on a traced recording, and compiles a program that repeats the query."""
+        """Computes a query on a traced recording and compiles a program that repeats the query."""
         self._check_inputs()
         if self._recorded is None or not self._recorded.is_traceable:
             self._recorded = self._record()
@@ -303,7 +303,7 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Answers a query from the recording, and traces it if possible, since later queries reuse its kernels."""
+        """Computes a query on the recording and traces it if possible, since later queries reuse its kernels."""
         self._is_answering = True
         try:
             with nullcontext() if self._recorded is None else self._recorded.traced():
@@ -312,7 +312,7 @@ class PlannedMeasure(RelevanceMeasure):
             self._is_answering = False
 
     def _known(self, name: str, *args: Any) -> Any:
-        """Returns an answer that does not depend on values, from the recording of any call of this form."""
+        """Returns a property that does not depend on values, cached from the recording of any call of this form."""
         key = (name, frozen(args))
         if key not in self._programs.answers:
             plain = super()
@@ -365,7 +365,7 @@ class PlannedMeasure(RelevanceMeasure):
         return self._planned.start[0] if recorded is None or recorded.start is None else recorded.start
 
     def _check_inputs(self) -> None:
-        """Raises :class:`StaleMeasureError` if the inputs, which the program still needs, were overwritten."""
+        """Raises :class:`StaleMeasureError` if the inputs, which are still needed, have been overwritten."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             raise StaleMeasureError(
                 "the inputs were overwritten since the measure was constructed, and this query needs them. Construct "

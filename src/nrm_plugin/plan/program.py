@@ -1,4 +1,4 @@
-"""Programs: simplified traces that are compiled to functions of tensors."""
+"""Programs: simplified traces, compiled to functions of tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class ChangedValueError(Exception):
-    """Raised if a value on which the traced computation depended differs for these inputs.
+    """Raised if a value on which the traced computation depended is different for the current inputs.
 
     Attributes:
         reads: The lines of code that read these values.
@@ -35,22 +35,24 @@ class ChangedValueError(Exception):
 class Program:
     """A computation in two stages: from inputs to outputs, and from relevance of the outputs to results of queries.
 
-    The queries share the first stage.
+    All queries share the first stage.
 
     Args:
         trace: The trace of both stages.
         inputs: Indices of the inputs.
-        outputs: Indices of the tensors that the first stage returns.
-        start: Indices of the tensors with which the second stage begins, such as relevance of the outputs.
-        results: For each query, indices of the tensors that the second stage returns.
+        outputs: Indices of the tensors returned by the first stage.
+        start: Indices of the tensors with which the second stage begins, such as the relevance of the outputs.
+        results: For each query, indices of the tensors returned by the second stage.
 
     Attributes:
-        operations, constants: The simplified operations, and the constant tensors that they read, by index.
+        operations: The simplified operations.
+        constants: The constant tensors that the operations read, keyed by index.
         until: Number of operations in the first stage.
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.
         inputs, outputs, start, results: As the arguments, with the indices of the simplified trace.
-        obstacle: Why the operations cannot be replayed; empty if they can. If not empty, no other attribute is set.
+        obstacle: Why the operations cannot be replayed; empty if they can. If it is not empty, no other attribute is
+            set.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Program:
         outputs = list(islice(renamed, len(outputs)))
         self.results = [list(islice(renamed, len(some))) for some in results]
         memory, given = simple.trace.memory, {*trace.constants, *trace.placeholders}
-        self.operations = _early(self.operations, outputs)
+        self.operations = _early(self.operations, outputs, memory)
         made = _makers(self.operations)
         until = max((made[number] + 1 for number in outputs if number in made), default=0)
         until = max(until, _last_check(self.operations, set(start)) + 1)
@@ -102,7 +104,10 @@ class Program:
             state: The state; the list is emptied, so that memory is freed as early as possible.
             start: The tensors with which the stage begins.
             query: Index of the query.
-            is_kept: Whether later queries need the tensors of the state.
+            is_kept: Whether the tensors of the state are needed by later queries.
+
+        Returns:
+            The results of the query.
         """
         with _plain(start[0].device):
             for at in self._overwritten[query] if is_kept else ():
@@ -113,7 +118,7 @@ class Program:
 
 
 def _bytes(form: Any) -> int:
-    """Returns the size of a tensor in bytes."""
+    """Returns the size of a tensor in bytes, given its form."""
     return int(math.prod(form[0]) * form[3].itemsize)
 
 
@@ -121,31 +126,35 @@ def _makers(operations: Sequence[Operation]) -> dict[int | None, int]:
     return {number: index for index, one in enumerate(operations) for number in one.results}
 
 
-def _early(operations: list[Operation], outputs: Sequence[int]) -> list[Operation]:
-    """Moves the operations that return the outputs to the earliest position at which they can run.
+def _early(operations: list[Operation], outputs: Sequence[int], memory: Callable[[int], int]) -> list[Operation]:
+    """Moves the operations that return the outputs to the earliest possible position.
 
-    Simplification restores the shapes of all results at the end, after the operations of the second stage.
+    Simplification restores the shapes of all results at the end, after the operations of the second stage. An operation
+    runs after all earlier writes to the memory that it reads.
     """
     for number in dict.fromkeys(outputs):
         made = _makers(operations)
         if number in made and not operations[made[number]].writes:
-            one = operations[made[number]]
-            first = max((made[read] + 1 for read in one.reads if read in made), default=0)
-            if first < made[number]:  # otherwise, its argument would be overwritten later
+            one, at = operations[made[number]], made[number]
+            read = set(map(memory, one.reads))
+            before = [made[number] for number in one.reads if number in made]
+            before += [i for i in range(at) if not read.isdisjoint(map(memory, operations[i].writes))]
+            first = max(before, default=-1) + 1
+            if first < at:
                 rest = [other for other in operations if other is not one]
                 operations = [*rest[:first], one, *rest[first:]]
     return operations
 
 
 def _last_check(operations: list[Operation], start: set[int]) -> int:
-    """Returns the index of the last comparison before an operation reads the start; outputs may depend on it."""
+    """Returns the index of the last comparison before the start is read, or -1; outputs may depend on it."""
     begin = next((index for index, one in enumerate(operations) if start & set(one.reads)), len(operations))
     checks = [i for i, one in enumerate(operations[:begin]) if one.expected is not None or one.shapes is not None]
     return max(checks, default=-1)
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:
-    """Runs a stage; with values that have changed, an operation may raise an error before they are compared."""
+    """Runs a stage and converts errors of operations, which may occur if values have changed, to ChangedValueError."""
     try:
         return stage(*args)
     except torch.OutOfMemoryError:
@@ -156,7 +165,7 @@ def _run(stage: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
-    """Context manager that runs operations exactly as traced, regardless of the modes of the caller."""
+    """Context manager in which operations run exactly as traced, regardless of the modes of the caller."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -203,7 +212,7 @@ _DIRECT: dict[Any, Any] = {
     aten.addmm.default: torch.addmm,
     aten.copy_.default: Tensor.copy_,
 }
-"""Python functions for the same operations, with less overhead per call."""
+"""Functions that are equivalent to these operations, with less overhead per call."""
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
@@ -245,13 +254,13 @@ class _Writer:
     def written(
         self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[list[int]]
     ) -> tuple[str, dict[str, Any]]:
-        """Returns the source code of both stages and the namespace in which it runs.
+        """Generates the source code of both stages, and the namespace in which it is executed.
 
         Args:
-            inputs: Indices of tensors, as in :class:`Program`.
+            inputs: As in :class:`Program`.
             outputs: As in :class:`Program`.
             start: As in :class:`Program`.
-            results: Result indices of each query.
+            results: As in :class:`Program`.
         """
         first, second = self.operations[: self.until], self.operations[self.until :]
         queries = [
@@ -277,7 +286,7 @@ class _Writer:
         return "\n".join(lines), self.scope
 
     def _separate(self, numbers: Sequence[int], start: Sequence[int]) -> str:
-        """Returns code that gives each result its own memory."""
+        """Generates code that ensures that results do not share memory."""
         used = {self.memory(number) for number in (*start, *self.passed)}
         parts = []
         for number in numbers:

@@ -1,4 +1,4 @@
-"""The programs for calls of one form."""
+"""Cache of the programs for calls of one form."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .program import ChangedValueError, Program
 from .tracer import Tracer
 
 Key = tuple[Hashable, ...]
-"""A query: the name of its method and its arguments."""
+"""Key of a query: the name of its method and its arguments."""
 MOST = 32
-"""Largest number of programs for calls of one form."""
+"""Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of times that a value read by a model may change before the model is recorded for every input."""
+"""Number of times that a value read by the model may differ before every call is recorded."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class QueryProgram:
     """The program of one query.
 
     Attributes:
-        program: The program, which all queries of one recording share.
+        program: The program, shared by all queries of one recording.
         number: Index of the query in the program.
-        form: The nested structure of its results.
+        form: The nested structure of the results.
         cost: The cost of the query.
     """
 
@@ -41,7 +41,7 @@ class QueryProgram:
     cost: Cost
 
     def answer(self, results: Sequence[Tensor]) -> Any:
-        """Returns the answer to the query, in which the results are nested."""
+        """Restores the nested structure of the results."""
         return tree_unflatten(results, self.form)
 
 
@@ -52,7 +52,7 @@ class TracedQueries:
     Attributes:
         tracer: The tracer of the recording and the queries.
         inputs, outputs, start: Indices of tensors in the trace, as in :class:`~nrm_plugin.plan.program.Program`.
-        results: Result indices of each query.
+        results: For each query, the indices of its results.
         queries: The queries that have a program.
     """
 
@@ -64,22 +64,22 @@ class TracedQueries:
     queries: list[QueryProgram] = field(default_factory=list)
 
     def with_query(self, results: list[int]) -> Program:
-        """Returns the program of all queries and an additional one."""
+        """Compiles a program for all queries and an additional one."""
         self.results.append(results)
         return Program(self.tracer.trace, self.inputs, self.outputs, self.start, self.results)
 
 
 class Programs:
-    """The cached programs for calls of the same form (equal shapes and non-tensor arguments), keyed by query.
+    """Cache of the programs for calls of the same form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
         avoided: Shortcuts that are no longer taken, because their conditions failed for some inputs.
         obstacle: Why calls of this form cannot be replayed and must be recorded each time; empty if they can.
-        answers: Cached answers that do not depend on values, such as names and shapes.
-        recordings: Number of recordings since a program last answered a query.
+        answers: Cached properties that do not depend on values, such as names and shapes.
+        recordings: Number of recordings since a program was last used.
         latest: The most recently used program, which the next measure is expected to use.
-        asks_again: Whether several queries of one measure have been seen, in which case the state of the first stage
-            is kept for the next one.
+        asks_again: Whether a measure has received more than one query, in which case the state of the first stage is
+            kept for further queries.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Programs:
             return found
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
-        """Returns whether to trace a query: immediately if other inputs will need it, otherwise once it is repeated."""
+        """Returns whether to trace a query: at once if it is certain to recur, otherwise once it is repeated."""
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
@@ -118,7 +118,7 @@ class Programs:
         answer: Any,
         cost: Cost,
     ) -> None:
-        """Creates a program from the trace of a query and the earlier queries of its recording."""
+        """Compiles and stores a program for a query and the earlier queries of the same recording."""
         leaves, form = tree_flatten(answer)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return
@@ -141,7 +141,7 @@ class Programs:
                 self._programs.popitem(last=False)
 
     def reject(self, error: ChangedValueError) -> None:
-        """Drops the programs after a value on which they depend has changed."""
+        """Discards all programs after a value on which they depend has changed."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
             self.avoided |= names
@@ -159,10 +159,10 @@ class Programs:
             return [value for program in programs.values() for value in program.constants.values()]
 
     def lines(self, own: Container[int]) -> list[str]:
-        """Returns one line of text for each query.
+        """Describes each query in one line.
 
         Args:
-            own: Addresses of the memory of the model.
+            own: Storage addresses of the tensors of the model.
         """
         with self.lock:
             if self.obstacle:
@@ -182,7 +182,7 @@ def _described(program: Program, own: Container[int]) -> str:
 
 
 def memory_of(tensors: Iterable[Tensor], own: Container[int]) -> int:
-    """Returns the size of tensors in bytes, excluding the tensors at the given addresses."""
+    """Returns the total size of tensors in bytes, excluding those with the given storage addresses."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
     sizes = {one.data_ptr(): one.nbytes() for one in storages}
     return sum(size for address, size in sizes.items() if address not in own)

@@ -1,4 +1,4 @@
-"""Removal of views that do not move data, such as the leading dimension of a single relevance vector."""
+"""Removal of views that do not move data, such as a leading dimension of size one for a single relevance vector."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ELEMENTWISE = frozenset(
     mul_ add_ sub_ div_ neg_ abs_ reciprocal_ nan_to_num_ clamp_ clamp_min_ relu_ addcmul_ masked_fill masked_fill_
     """.split()
 )
-"""Operations that compute each entry from the entries of their arguments at the same position."""
+"""Elementwise operations."""
 
 
 _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.default, aten.amax.default]))
@@ -27,12 +27,10 @@ _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.
 
 
 class ViewRemover:
-    """Rewrites operations so that they read tensors in the shape in which these were created.
-
-    Elementwise operations read tensors before these are broadcast.
+    """Rewrites operations so that they read tensors in the shape in which they were created, and before broadcasting.
 
     Args:
-        trace: The trace, in which tensors that are created in a new shape receive an index.
+        trace: The trace, in which tensors that are created in a new shape are assigned an index.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -60,7 +58,7 @@ class ViewRemover:
     # -- views ----------------------------------------------------------------------------------------------------
 
     def _source(self, one: Operation) -> int | None:
-        """Returns the argument of a view of all entries in memory order, or None for other operations."""
+        """Returns the source of a view of all entries in memory order, or None for other operations."""
         if len(one.results) != 1 or one.results[0] is None or one.writes or one.shapes is not None:
             return None
         number = one.results[0]
@@ -75,7 +73,7 @@ class ViewRemover:
         return source if is_same and _is_contiguous(new) and _is_contiguous(old) else None
 
     def _made_view(self, number: int) -> int:
-        """Returns the index of a tensor in its original shape, and creates the view if necessary."""
+        """Returns the index of a tensor in its traced shape, creating the view if necessary."""
         root = self._root.get(number)
         if root is None:
             return number
@@ -90,7 +88,10 @@ class ViewRemover:
     # -- leading dimensions of size one ---------------------------------------------------------------------------
 
     def _stripped(self, one: Operation) -> Operation | None:
-        """Returns an elementwise operation without the leading dimension, if its arguments were created without it."""
+        """Removes the leading dimension of an elementwise operation whose arguments were created without it.
+
+        Returns None for other operations.
+        """
         if one.function is aten.expand.default or id(one.function) in _REDUCTIONS:
             return self._stripped_of_one(one)
         if one.function.overloadpacket not in ELEMENTWISE or len(one.results) != 1 or one.shapes is not None:
@@ -125,7 +126,7 @@ class ViewRemover:
         )
 
     def _stripped_of_one(self, one: Operation) -> Operation | None:
-        """Returns a reduction over the last dimensions or a broadcast without the leading dimension."""
+        """Removes the leading dimension of a reduction over other dimensions or of a broadcast, or returns None."""
         number = one.results[0]
         if number is None or one.kwargs or len(one.args) < 2 or not isinstance(one.args[1], (list, tuple)):
             return None
@@ -151,7 +152,7 @@ class ViewRemover:
             self._narrow[number] = source
 
     def _unexpanded(self, one: Operation) -> Operation:
-        """Returns an elementwise operation that reads tensors before they are broadcast, if its result is the same."""
+        """Makes an elementwise operation read tensors before they are broadcast, if the result is the same."""
         if one.function.overloadpacket not in ELEMENTWISE or not any(number in self._narrow for number in one.reads):
             return one
         forms = self.trace.forms
@@ -160,7 +161,7 @@ class ViewRemover:
             return one
         wide = [n for n in one.reads if n not in self._narrow and forms[n][0] == forms[number][0]]
         if not any(_is_contiguous(forms[n]) for n in wide):
-            return one  # the layout of the result might differ
+            return one  # the memory layout of the result might differ
 
         def narrow(value: Any) -> Any:
             if not isinstance(value, Value) or value.number not in self._narrow or value.number in one.writes:
@@ -171,7 +172,11 @@ class ViewRemover:
         return replace(one, args=args, kwargs=kwargs, reads=UNKNOWN)
 
     def _without(self, number: int, ndim: int) -> int | None:
-        """Returns a tensor without its leading dimension, unless its rank is below ``ndim``; None if there is none."""
+        """Returns the index of the tensor that equals tensor ``number`` with its leading dimension dropped, or None.
+
+        None means that the trace contains no such tensor. If tensor ``number`` has fewer than ``ndim`` dimensions,
+        returns ``number``.
+        """
         form = self.trace.forms[number]
         if len(form[0]) < ndim:
             return self._made_view(number)
@@ -181,7 +186,7 @@ class ViewRemover:
         return root if self.trace.forms[root][0] == form[0][1:] else None
 
     def _new(self, number: int) -> int:
-        """Returns the index of a new tensor: the given one without its leading dimension."""
+        """Adds a copy of a tensor without its leading dimension to the trace and returns its index."""
         trace = self.trace
         made, trace.count = trace.count, trace.count + 1
         shape, stride, *rest = trace.forms[number]

@@ -1,4 +1,4 @@
-"""Automatic plans: the first measures are recorded, and a plan is used once inputs of the same form recur."""
+"""Automatic plans: the first measures are recorded, and a plan is created once inputs of the same form recur."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
+"""Number of measures of one form that are recorded before a plan is created, since a plan costs several recordings."""
 NEVER = 1 << 62
-"""Number of recordings after a plan has needed too much memory."""
+"""Number of recordings that prevents further plans after one has needed too much memory."""
 PAID = 32
-"""Number of measures after which a plan has certainly paid off."""
+"""Number of measures after which the cost of creating a plan is considered amortized."""
 MEMORY = 1 << 30
-"""Largest memory of the constants of an automatic plan, in bytes."""
+"""Maximum memory of the constants of an automatic plan, in bytes."""
 
 
 class Measures:
-    """Computes measures with the arguments of :class:`~nrm_plugin.RelevanceMeasure`, and plans them if inputs recur.
+    """Factory for measures that creates a plan if inputs of the same form recur.
 
-    The first measures of inputs of one form (shapes and dtypes) are recorded; later inputs of this form use a plan,
-    with the same results up to rounding. A plan is dropped if the model or another setting changes, or if its constants
-    need too much memory. Each plan that is dropped early doubles the number of recordings before the next one.
+    It takes the arguments of :class:`~nrm_plugin.RelevanceMeasure`. The first measures for inputs of one form (shapes
+    and dtypes) are recorded; later inputs of this form use a plan, with the same results up to rounding. A plan is
+    discarded if the model or another setting changes, or if its constants need too much memory. Each plan that is
+    discarded early doubles the number of recordings before the next one.
 
     Source: new in this package.
     """
@@ -61,7 +62,7 @@ class Measures:
         output: Output | Atom | None = None,
         batched: bool = True,
     ) -> RelevanceMeasure:
-        """Computes a measure.
+        """Returns the measure of a model for the given inputs.
 
         Args:
             model: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -90,11 +91,13 @@ class Measures:
             plan = self._plan_for(model, values, settings, arguments)
         if plan is None:
             return RelevanceMeasure(model, inputs, target, start=start, against=against, **settings, **arguments)
-        return plan(inputs, target, start=start, against=against, **arguments)
+        return plan._measured(
+            inputs, target, start, against, reference, additional_forward_args, additional_forward_kwargs
+        )
 
     @property
     def plan(self) -> Plan | None:
-        """The current plan, if there is one."""
+        """The current plan, or None."""
         return self._plan
 
     def _plan_for(self, model: nn.Module, values: Any, settings: dict[str, Any], arguments: Any) -> Plan | None:
@@ -114,7 +117,7 @@ class Measures:
         return self._plan
 
     def _is_too_large(self, plan: Plan) -> bool:
-        """Returns whether a plan needs too much memory, and drops it; the next plan follows when a setting changes."""
+        """Returns whether a plan needs too much memory, in which case it is discarded until a setting changes."""
         if plan._count == self._measured:
             return False
         self._measured = plan._count
@@ -125,7 +128,7 @@ class Measures:
         return is_too_large
 
     def _is_repeated(self, form: Hashable) -> bool:
-        """Counts a call, and returns whether calls of its form are to be planned."""
+        """Counts a call and returns whether its form has recurred often enough to create a plan."""
         self._seen[form] = self._seen.get(form, 0) + 1
         self._seen.move_to_end(form)
         while len(self._seen) > MOST:
@@ -142,7 +145,7 @@ class Measures:
         self._seen.clear()
 
     def __reduce__(self) -> Any:
-        """Copies and pickled objects start without a plan, since a plan belongs to one model of this process."""
+        """Returns a new instance without a plan for copying and pickling, since a plan is bound to this process."""
         return Measures, ()
 
 
@@ -151,9 +154,9 @@ _LOCK = threading.Lock()
 
 
 def measures_of(owner: Any) -> Measures:
-    """Returns the :class:`Measures` instance that belongs to an object, created on first use.
+    """Returns the :class:`Measures` instance associated with an object, creating it on first use.
 
-    It lives as long as the object and is not copied or pickled with it.
+    It has the lifetime of the object, and is not copied or pickled with it.
     """
     with _LOCK:
         found: Measures | None = _BY_OWNER.get(owner)
@@ -170,7 +173,7 @@ def _are_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
 
 
 def _form(values: Any) -> Hashable | None:
-    """Returns the form of a call, or None for calls that are recorded in any case."""
+    """Returns a key for the form of a call, or None for calls that must always be recorded."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None  # a mode of the caller may change the computation of the model
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -1,7 +1,7 @@
-"""Simplification of traces: computations on constants run only once, and unused results are not computed.
+"""Simplification of traces: constants are precomputed, and operations whose results are not used are removed.
 
-A trace may overwrite tensors. Tensors that share memory form a group. Operations keep their order, and an operation on
-a group is merged with another one only if the group was not overwritten in between.
+A trace may overwrite tensors. Tensors that share memory form a group. The order of operations is preserved, and two
+operations on a group are merged only if the group is not overwritten between them.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .reshapes import ViewRemover
 from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
-"""Largest number of entries for which a filled tensor is stored instead of created in each run."""
+"""Maximum number of entries of a filled tensor that is stored instead of being created in each run."""
 
 
 class Simplifier:
-    """Simplifies the operations of a trace on which some results depend.
+    """Simplifies the operations of a trace that are needed to compute given results.
 
     Args:
-        trace: The trace.
+        trace: The trace to simplify.
         results: Indices of the result tensors.
 
     Attributes:
         trace: A copy of the trace, to which simplification adds tensors.
         operations: The remaining operations, in order.
-        constants: The constants that they read, keyed by index.
+        constants: The constants that the operations read, keyed by index.
         results: Indices of the result tensors.
-        obstacle: Why the operations cannot be replayed; empty if they can. If not empty, there are no operations.
+        obstacle: Why the operations cannot be replayed; empty if they can. If it is not empty, there are no operations.
     """
 
     def __init__(self, trace: Trace, results: list[int]) -> None:
@@ -44,7 +44,7 @@ class Simplifier:
         operations = needed(trace.operations, results, self.trace.memory)
         self.obstacle = next(filter(None, map(self._overwritten, operations)), "")
         if not self.obstacle:
-            # A tensor that only has the shape of random numbers is a constant after folding.
+            # After folding, a tensor that depends only on the shape of random numbers is a constant.
             operations = needed(self._folded(operations), results, self.trace.memory)
             self.obstacle = next(
                 (f"the model draws random numbers ({o.function})" for o in operations if is_drawn(o)), ""
@@ -62,7 +62,7 @@ class Simplifier:
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
     def _overwritten(self, one: Operation) -> str:
-        """Returns why an operation that writes to an input or a weight cannot be replayed; empty for others."""
+        """Returns an error message if an operation writes to an input or a weight, and an empty string otherwise."""
         given = (self.trace.memory(number) for number in one.writes)
         if any(number in self.constants or number in self.trace.placeholders for number in given):
             return f"the model overwrites one of its inputs or weights ({one.function})"
@@ -76,12 +76,12 @@ class Simplifier:
     # -- constants ------------------------------------------------------------------------------------------------
 
     def _folded(self, operations: list[Operation]) -> list[Operation]:
-        """Computes all tensors that depend only on constants, and returns the remaining operations."""
+        """Evaluates all operations on constants and returns the remaining operations."""
         memory = self.trace.memory
         varying = {memory(number) for number in self.trace.placeholders}
         marked = [False] * len(operations)
         is_changed = True
-        while is_changed:  # an overwritten group varies as a whole, even before it is overwritten
+        while is_changed:  # an overwritten group is variable as a whole, even before it is overwritten
             is_changed = False
             for index, one in enumerate(operations):
                 if marked[index]:
@@ -123,11 +123,11 @@ class Simplifier:
                 self.constants[number] = item
 
     def _stored(self, number: int, one: Operation) -> Tensor:
-        """Returns a constant; for a varying tensor of which only the shape is read, a tensor without memory."""
+        """Returns a constant, or an expanded scalar for a variable tensor of which only the shape is read."""
         if number in self.constants:
             return self.constants[number]
         assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"
-        shape, _, _, dtype, device = self.trace.forms[number]
+        shape, _, _, dtype, device, *_ = self.trace.forms[number]
         return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 

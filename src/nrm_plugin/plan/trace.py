@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Value:
-    """A tensor of a trace, given by its index."""
+    """Placeholder for a tensor of a trace, with its index."""
 
     __slots__ = ("number",)
 
@@ -36,17 +36,17 @@ class Operation:
     """One operation of a trace.
 
     Attributes:
-        function: The operation.
+        function: The called operator.
         args, kwargs: Its arguments, with a :class:`Value` in place of each tensor.
-        results: Indices of the tensors that it returned, with None in place of other results.
+        results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
         writes: Indices of the tensors that it overwrote.
-        expected: A number or truth value that it returned, on which the computation may have depended, or None if it
+        expected: The number or boolean that it returned, on which the computation may have depended, or None if it
             returned tensors.
-        shapes: The shapes of its results, if they depend on values, or None otherwise.
-        origin: For such a value or shape, the shortcut that was taken, or the line of code that read it.
+        shapes: The shapes of its results if they depend on values, else None.
+        origin: For ``expected`` and ``shapes``, the shortcut that was taken or the line of code that read the value.
         reads: Indices of the tensors among the arguments.
-        query: Index of the query that ran it; 0 for the recording.
+        query: Index of the query that executed it; 0 for the recording.
     """
 
     function: Any
@@ -66,7 +66,7 @@ class Operation:
             self.reads = tuple(numbers_in((*self.args, *self.kwargs.values())))
 
     def renamed(self, new: Callable[[int], int]) -> Operation:
-        """Returns the same operation with new indices for the tensors that it reads; its results keep theirs."""
+        """Returns the operation with new indices for the tensors that it reads; new results keep their indices."""
         numbers = {number: new(number) for number in self.reads}
         if all(number == other for number, other in numbers.items()):
             return self
@@ -82,12 +82,12 @@ class Operation:
 
 
 def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:
-    """Returns the operations on which some results, or values that the computation has read, depend.
+    """Returns the operations that are needed to compute some results, or values that the computation has read.
 
     Args:
-        operations: The operations.
+        operations: The operations to filter.
         results: Indices of the result tensors.
-        memory: Function that returns the memory of a tensor, as :meth:`Trace.memory`.
+        memory: Function that returns the memory of a tensor; see :meth:`Trace.memory`.
     """
     live: set[int | None] = set(results)
     memories = {memory(number) for number in live if number is not None}
@@ -115,7 +115,7 @@ def numbers_in(values: Iterable[Any]) -> Iterator[int]:
 
 
 def mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """Applies a function to all items of nested arguments."""
+    """Applies a function to all leaves of nested arguments."""
     if isinstance(value, (tuple, list)):
         return type(value)([mapped(change, item) for item in value])
     if isinstance(value, dict):
@@ -125,16 +125,16 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 @dataclass
 class Trace:
-    """The operations of a computation.
+    """The recorded operations of a computation.
 
     Attributes:
         operations: The operations, in order.
         constants: Tensors that do not depend on placeholders, keyed by index.
         placeholders: Indices of the tensors that differ between runs.
-        forms: Shape, strides, offset, dtype and device of each tensor.
-        aliases: For each tensor, the first tensor whose memory it may share.
+        forms: Shape, strides, offset, dtype and device of each tensor, and whether it is conjugated or negated.
+        aliases: For tensors that may share the memory of an earlier tensor, the index of that tensor.
         count: Number of tensors.
-        obstacles: Reasons why the operations cannot be replayed with other values.
+        obstacles: Reasons why the operations cannot be replayed for other values.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Trace:
     obstacles: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
-        """Returns the first tensor whose memory a tensor may share."""
+        """Returns the index of the first tensor that may share memory with a tensor; it identifies the memory."""
         while number in self.aliases:
             number = self.aliases[number]
         return number
@@ -159,7 +159,7 @@ FILLED = frozenset(
     new_empty_strided
     """.split()
 )
-"""Operations that read at most the shape of their argument."""
+"""Operations that create tensors, and read only the shape of their argument, if any."""
 
 
 def is_drawn(one: Operation) -> bool:
@@ -173,4 +173,4 @@ def draws(function: Any) -> bool:
 
 
 _DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw random numbers only in training mode, in which no measure is computed."""
+"""Operations that draw random numbers only in training mode, in which measures are not computed."""

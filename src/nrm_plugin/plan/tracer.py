@@ -1,4 +1,4 @@
-"""Tracing of a computation below autograd, so that hooks, kernels and queries need not be aware of it."""
+"""Tracing of tensor operations below autograd, so that hooks, kernels and queries need not be aware of it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ aten = torch.ops.aten
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """One block of memory, which tensors of a trace share.
+    """A block of memory that is shared by tensors of a trace.
 
     Attributes:
-        root: Index of its first tensor.
+        root: Index of the first tensor in it.
         is_traced: Whether operations of the trace write to it; otherwise it is constant.
         views: The known tensors in this memory, keyed by form.
-        reference: A weak reference, which prevents the identity of the memory from being reused.
+        reference: A weak reference, which prevents the id of the memory from being reused.
         copy: Index of a flat tensor of the whole memory, which is created when a constant is overwritten.
-        is_overwritten: Whether a weight or buffer in it was overwritten; its constants have been copies since then.
+        is_overwritten: Whether it contains a weight or buffer that was overwritten; its constants are then copies.
     """
 
     root: int
@@ -42,15 +42,15 @@ class _Memory:
 
 
 class Tracer(TorchDispatchMode):
-    """Context manager that appends the operations of this thread to a trace; it may be entered several times.
+    """Context manager that appends the operations of this thread to a trace; it may be entered repeatedly.
 
-    Operations on constants are run, but not appended; their results are constants. Operations that create tensors to be
-    filled later are appended, since a tensor is a constant only once it has its final values.
+    Operations on constants are executed but not appended; their results are constants. Operations that create tensors
+    to be filled later are appended, since a tensor is constant only once it has its final values.
 
     Attributes:
-        trace: The trace.
-        shortcut: Name of the shortcut whose condition is being read.
-        query: Index of the query that is being answered; 0 during the recording.
+        trace: The trace to which operations are appended.
+        shortcut: Name of the shortcut whose condition is being evaluated.
+        query: Index of the query in progress; 0 during the recording.
     """
 
     def __init__(self) -> None:
@@ -67,11 +67,11 @@ class Tracer(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise, each operation would call two additional functions
+        return False  # avoids two additional function calls per operation
 
     def __enter__(self) -> Any:
         self._outer.append(ACTIVE.tracer)
-        # One query calls another; if the mode were entered twice, it would append operations twice.
+        # If one query calls another, entering the mode twice would append operations twice.
         if ACTIVE.tracer is self:
             return self
         ACTIVE.tracer = self
@@ -98,7 +98,7 @@ class Tracer(TorchDispatchMode):
         return number
 
     def number(self, tensor: Tensor) -> int:
-        """Returns the index of a tensor; an unknown tensor is added as a constant."""
+        """Returns the index of a tensor, adding an unknown tensor as a constant."""
         return self._value(tensor).number
 
     def varies(self, tensor: Tensor) -> bool:
@@ -114,7 +114,7 @@ class Tracer(TorchDispatchMode):
         return self._memories.get(_identity(tensor)) if known is None else known[1]
 
     def _by_object(self, tensor: Tensor) -> tuple[Value, _Memory] | None:
-        """Returns the index and the memory of a known tensor object, or None if its memory has been replaced since."""
+        """Returns the index and memory of a known tensor object, or None if its memory has since been replaced."""
         known = self._tensors.get(id(tensor))
         if known is None or known[0]() is not tensor:
             return None
@@ -126,20 +126,21 @@ class Tracer(TorchDispatchMode):
 
     def _constant(self, tensor: Tensor) -> Value:
         value = self._new(tensor, is_traced=False)
-        # A tensor object may be assigned other memory later: canonizers restore weights and buffers through ``.data``.
+        # Detached, since a tensor may be assigned new memory later: canonizers restore weights and buffers through
+        # ``.data``.
         self.trace.constants[value.number] = tensor.detach()
         return value
 
     def _known(self, tensor: Tensor) -> Value | None:
-        """Returns the index of a tensor of the trace, or None for an unknown tensor."""
+        """Returns the index of a tensor of the trace, or None if the tensor is unknown."""
         known = self._by_object(tensor)
         if known is not None:
             return known[0]
         memory = self._memories.get(_identity(tensor))
         if memory is None:
             return None
-        # Some operations of PyTorch create a new object for a tensor without dispatch, such as ``nn.Parameter``.
-        found = memory.views.get(_view(tensor))
+        # Some PyTorch functions, such as ``nn.Parameter``, create a new object for a tensor without dispatch.
+        found = memory.views.get(_form(tensor))
         if found is None and memory.copy is not None:
             found = self._view_of_copy(tensor, memory, memory.copy)
         if found is not None:
@@ -147,7 +148,7 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _new(self, tensor: Tensor, is_traced: bool) -> Value:
-        """Adds a tensor to the trace, and returns its index."""
+        """Adds a tensor to the trace and returns its index."""
         trace = self.trace
         value = Value(trace.count)
         trace.count += 1
@@ -163,7 +164,7 @@ class Tracer(TorchDispatchMode):
             trace.aliases[value.number] = memory.root
             if not is_traced and memory.is_traced:
                 trace.obstacles.append("a tensor shares memory with computed values in a way that was not traced")
-        memory.views[(*form, tensor.is_conj(), tensor.is_neg())] = value
+        memory.views[form] = value
         self._tensors[id(tensor)] = (weakref.ref(tensor), value, memory)
         return value
 
@@ -174,14 +175,14 @@ class Tracer(TorchDispatchMode):
         return len(self.trace.operations)
 
     def forget_reads(self, position: int) -> None:
-        """Drops the values that were read since a position, on which the computation does not depend."""
+        """Discards the values read since the given position, on which the computation does not depend."""
         recent = self.trace.operations[position:]
         self.trace.operations[position:] = [one for one in recent if one.expected is None and one.shapes is None]
 
     # -- operations -----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # otherwise, the watch would see every attribute that is read here
+        with torch._C.DisableTorchFunction():  # otherwise, EscapeWatch would observe all attribute accesses here
             return self._dispatched(function, args, kwargs or {})
 
     def _dispatched(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -210,7 +211,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
-        """Returns whether an operation can be omitted from the trace, since it reads only constants."""
+        """Returns whether an operation can be omitted from the trace, because it reads only constants."""
         if facts.is_recorded:
             return False
         if not facts.writes:
@@ -219,7 +220,7 @@ class Tracer(TorchDispatchMode):
         return all(at in self._fresh and at not in self._memories for at in identities)
 
     def _look_up(self, values: Iterable[Any], found: dict[int, Value]) -> bool:
-        """Finds known tensors among the arguments; returns whether the trace writes to the memory of one of them."""
+        """Collects the known tensors among the arguments; returns whether any is in memory that the trace writes to."""
         is_traced = False
         for value in values:
             if isinstance(value, Tensor):
@@ -233,7 +234,7 @@ class Tracer(TorchDispatchMode):
         return is_traced
 
     def _note_fresh(self, result: Any, given: Any) -> None:
-        """Records memory that an operation on constants has allocated."""
+        """Records memory that was allocated by an operation on constants."""
         for tensor in _tensors_in(result):
             at = _identity(tensor)
             if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
@@ -275,7 +276,7 @@ class Tracer(TorchDispatchMode):
         )
 
     def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
-        """Returns the index of a result, or None if it is not a tensor, or is a known view that was not overwritten."""
+        """Returns the index of a result, or None if it is not a tensor or is a known view that was not overwritten."""
         if not isinstance(item, Tensor):
             return None
         at = _identity(item)
@@ -287,7 +288,11 @@ class Tracer(TorchDispatchMode):
     # -- constants that are overwritten ---------------------------------------------------------------------------
 
     def _make_writable(self, tensor: Tensor) -> None:
-        """Copies constants before their memory is written; memory that the computation allocated joins the trace."""
+        """Prepares memory for a traced in-place operation.
+
+        Constants in this memory are copied first. If the computation itself has allocated the memory, it becomes part
+        of the trace.
+        """
         at = _identity(tensor)
         old = self._memories.get(at)
         if (at not in self._fresh and old is None) or (old is not None and (old.is_traced or old.is_overwritten)):
@@ -295,7 +300,7 @@ class Tracer(TorchDispatchMode):
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         before = tensor.detach().as_strided((size,), (1,), 0).clone()
         for value in [] if old is None else old.views.values():
-            shape, stride, offset, dtype, _ = self.trace.forms[value.number]
+            shape, stride, offset, dtype, *_ = self.trace.forms[value.number]
             self.trace.constants[value.number] = before.view(dtype).as_strided(shape, stride, offset)
         if old is not None and at not in self._fresh:  # a weight or buffer, which must not be read later
             old.is_overwritten = True
@@ -304,11 +309,11 @@ class Tracer(TorchDispatchMode):
         copy, self.trace.count = self.trace.count, self.trace.count + 1
         self.trace.forms[copy] = _form(before)
         self.trace.operations.append(Operation(aten.clone.default, (constant,), {}, (copy,)))
-        self._memories[at] = _Memory(copy, True, {_view(before): Value(copy)}, self._fresh[at], copy)
+        self._memories[at] = _Memory(copy, True, {_form(before): Value(copy)}, self._fresh[at], copy)
 
     def _view_of_copy(self, tensor: Tensor, memory: _Memory, copy: int) -> Value | None:
         form = _form(tensor)
-        if form[3] != self.trace.forms[copy][3]:
+        if form[3] != self.trace.forms[copy][3] or any(form[5:]):
             return None
         value = self._new(tensor, is_traced=True)
         args = (Value(copy), list(form[0]), list(form[1]), form[2])
@@ -318,7 +323,7 @@ class Tracer(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Facts:
-    """The properties of an operation that a trace needs.
+    """Properties of an operation that tracing depends on.
 
     Attributes:
         function: The operation.
@@ -343,7 +348,7 @@ class _Facts:
 
 
 _FACTS: dict[int, _Facts] = {}
-"""Facts, keyed by the ``id`` of the operation, since hashing PyTorch operations is slow."""
+"""Properties of operations, keyed by ``id``, since hashing PyTorch operations is slow."""
 
 
 def _facts(function: Any) -> _Facts:
@@ -368,7 +373,7 @@ def _facts_of(function: Any) -> _Facts:
 
 
 def _line() -> str:
-    """Returns the lines of the call stack, outside of PyTorch, at which a value is read."""
+    """Returns the lines of the call stack outside PyTorch at which a value is read."""
     frame, lines = sys._getframe(1), list[str]()
     while frame is not None and len(lines) < 4:
         name = frame.f_code.co_filename
@@ -379,19 +384,16 @@ def _line() -> str:
 
 
 def _identity(tensor: Tensor) -> int:
-    """Returns the identity of the memory of a tensor; 0 if it has none."""
+    """Returns an id of the memory of a tensor, or 0 if it is not strided."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else 0
 
 
 def _form(tensor: Tensor) -> Any:
+    """Returns a key that is equal for tensors of the same entries in the same memory."""
     if tensor.layout is not torch.strided:
         return tensor.shape, None, 0, tensor.dtype, tensor.device
-    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
-
-
-def _view(tensor: Tensor) -> Any:
-    """Returns a key that is equal for tensors of the same entries in the same memory."""
-    return (*_form(tensor), tensor.is_conj(), tensor.is_neg())
+    form = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
+    return (*form, tensor.is_conj(), tensor.is_neg())  # entries that are only conjugated or negated when they are read
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -405,7 +407,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class EscapeWatch(TorchFunctionMode):
-    """Records where values leave torch, since later computations with these values are not in the trace."""
+    """Torch function mode that detects values leaving torch, since computations with them are not traced."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]

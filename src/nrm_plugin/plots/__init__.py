@@ -1,4 +1,6 @@
-"""Plots of heat maps, flows, layer profiles and coloured text. This package does not compute relevance.
+"""Plots of heat maps, flows, layer profiles and coloured text.
+
+Relevance is not computed here.
 
 Imports: errors, measure, attribution.
 """

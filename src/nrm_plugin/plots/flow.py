@@ -36,7 +36,7 @@ from .layer_profile import profile_figure
 from .ribbons import DARK, LIGHT, Palette
 
 SMALLEST = 5.0
-"""Smallest font size of names in the photograph, in points."""
+"""Smallest font size of region names in the photograph, in points."""
 HATCHES = {"sink": "//////", "bypass": "......"}
 
 
@@ -55,28 +55,28 @@ def flow_figure(
     pairs: Pairs | None = None,
     counts: Counts | None = None,
 ) -> Figure:
-    """Draws a flow graph as ribbons between its nodes, with the input on the left; heights show relevance.
+    """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
-    Red is positive and blue is negative, in shades that colour-blind readers can distinguish; the negative ribbons of a
-    node are below its positive ribbons. Grey is the rest of a layer, hatched orange is relevance absorbed above the
-    layer, and dotted orange is relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are
-    not drawn; the legend states their total.
+    Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; at each node, negative
+    ribbons are below positive ones. Grey is the rest of a layer, hatched orange is relevance absorbed above the layer,
+    and dotted orange is relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are not
+    drawn; the legend states their total.
 
     Args:
-        graph: The graph.
+        graph: The flow graph.
         heading: Title of the figure.
-        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
+        dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, to be drawn as thumbnails.
         image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is drawn next to
-            the caption, and in grey beneath the thumbnails.
+            the caption, and in grey behind the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
-        width: Width in inches, such as 3.3 for a column of a paper; by default 7.2 or more.
-        maps_at: The layer whose positions the heat maps show, for the key; by default, single pixels of the input.
-        walks: The strongest walks over groups, as in the caption: those that it names are drawn within the ribbons.
+        width: Width in inches, such as 3.3 for one column of a paper; by default, at least 7.2.
+        maps_at: The layer at whose positions the heat maps are computed, for the legend; by default, single pixels.
+        walks: The strongest walks over groups; those named in the caption are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
-        pairs: Joint relevance of nodes in layers that are not neighbours, as in :func:`~nrm_plugin.plots.sankey`: the
-            part of the image on which a group of channels draws most is named below the group.
-        counts: Number of channels of each group of channels, by the key of its node; written where it fits.
+        pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
+            names, below each group of channels, the image part that contributes most to it.
+        counts: Number of channels in each group, keyed by node; shown where there is enough space.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -124,7 +124,7 @@ def scene_of(
     pairs: Pairs | None = None,
     counts: Counts | None = None,
 ) -> Scene:
-    """Returns the layout of a flow, including its caption and legend."""
+    """Computes the layout of a flow, including its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
     notes = {} if pairs is None else standing_out(graph, pairs)
     return flow_scene(
@@ -152,14 +152,14 @@ def scene_of(
 
 
 def color_of(tone: str, palette: Palette) -> str:
-    """Returns the colour of a tone."""
+    """Returns the colour of a tone in a palette."""
     off = {"sink": palette.off, "bypass": palette.off, "rest": palette.other}
     named = {"positive": palette.positive, "negative": palette.negative, "ink": palette.ink, "pale": palette.pale}
     return (off | named)[tone]
 
 
 def curve(band: Band) -> list[tuple[float, float]]:
-    """Returns the corners and control points of a ribbon: along its upper side, then back along its lower side."""
+    """Returns the corners and Bézier control points of a ribbon: along its upper edge, then back along its lower."""
     (x, start), (right, end) = band.start, band.end
     middle, half = (x + right) / 2, band.width / 2
     over = [(x, start - half), (middle, start - half), (middle, end - half), (right, end - half)]
@@ -168,7 +168,7 @@ def curve(band: Band) -> list[tuple[float, float]]:
 
 
 def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
-    """Returns the bands of the walks that the caption names, at the upper edges of the ribbons, in their own widths."""
+    """Returns bands for the walks named in the caption, drawn to scale at the upper edges of the ribbons."""
     ribbons = {(band.lower, band.upper): band for band in scene.bands}
     filled = dict.fromkeys(ribbons, 0.0)
     bands = []
@@ -176,7 +176,7 @@ def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
         for pair in pairwise(keys):
             if pair in ribbons:
                 ribbon = ribbons[pair]
-                width = min(mass * scene.unit, ribbon.width - filled[pair])
+                width = min(abs(mass) * scene.unit, ribbon.width - filled[pair])
                 shift = filled[pair] + width / 2 - ribbon.width / 2
                 start, end = ((x, y + shift) for x, y in (ribbon.start, ribbon.end))
                 filled[pair] += width
@@ -210,7 +210,7 @@ def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, p
 
 
 def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
-    """Writes the names of the input nodes into their regions."""
+    """Writes the names of the input nodes into their regions of the photograph."""
     names = {node.key: region_name(node) for node in graph.nodes}
     for key, (x, y) in region_places(photo).items():
         axes.text(

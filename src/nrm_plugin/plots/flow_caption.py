@@ -1,4 +1,4 @@
-"""Captions that describe the largest numbers of a flow in sentences."""
+"""Captions that describe the main results of a flow in sentences."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .ribbons import percent
 
 NO_BREAK = "\u00a0"
 NAMED = 3
-"""Largest number of nodes in a list."""
+"""Maximum number of nodes in a list."""
 NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.02, 1e-3
-"""Largest number of walks that are named, the least relevance of one, and that of one whose relevance is said."""
+"""Maximum number of named walks, smallest relevance of a named walk, and smallest relevance that is mentioned."""
 ENOUGH = 0.6
-"""Fraction of the positive relevance of a node for which the listed nodes below it account."""
+"""Fraction of the total positive relevance that the listed nodes should account for."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
 DENSE = 1.25
-"""Ratio of relevance to area from which a part of the image is said to be the densest."""
+"""Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
 FEW = 0.25
-"""Share of relevance below which the caption says first that the shown channels of a layer carry little."""
+"""If the shown channels of a layer account for a smaller share of relevance, the caption states this."""
 PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
 Walks = Sequence[tuple[Sequence[str], float]]
-"""Walks over groups, strongest first: the keys of their nodes, from the input up, and their masses."""
+"""Walks over groups, sorted by decreasing mass: the keys of their nodes, from the input to the output, and masses."""
 
 
 def flow_caption(
@@ -38,15 +38,15 @@ def flow_caption(
     areas: Mapping[str, float] | None = None,
     places: Mapping[str, str] | None = None,
 ) -> str:
-    """Describes a flow by its largest numbers: the origin of the relevance, its main path, and negative evidence.
+    """Describes the main results of a flow: where relevance comes from, its strongest walks, and negative evidence.
 
     Args:
-        graph: The graph.
-        target: Name of the explained output; by default, the name of the only output node.
-        walks: The strongest walks over the groups of all layers, as from
+        graph: The flow graph.
+        target: Name of the explained output; by default, the name of the output node with the largest mass.
+        walks: The strongest walks over the groups of all layers, as returned by
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
         areas: Fraction of the image that each input node covers, keyed by node.
-        places: Where in the image each input node lies, such as "upper left", keyed by node.
+        places: Location of each input node in the image, such as "upper left", keyed by node.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -63,12 +63,12 @@ def flow_caption(
 
 
 def difference_caption(graph: FlowGraph, first: str, second: str, places: Mapping[str, str] | None = None) -> str:
-    """Describes the difference between two flows by the parts of the image, and the other nodes, that differ most.
+    """Describes the difference between two flows in terms of the image parts and other nodes that differ most.
 
     Args:
         graph: The first flow minus the second.
-        first: Name of the first flow, whose excess is red.
-        second: Name of the second flow, whose excess is blue.
+        first: Name of the first flow; where it is larger, the figure is red.
+        second: Name of the second flow; where it is larger, the figure is blue.
         places: As in :func:`flow_caption`.
     """
     places = places or {}
@@ -87,12 +87,12 @@ def difference_caption(graph: FlowGraph, first: str, second: str, places: Mappin
 
 
 def named_walks(walks: Walks) -> Walks:
-    """Returns the walks that a caption names: the strongest, unless the relevance is spread over very many."""
-    return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if mass >= NAMED_WALK]
+    """Returns the walks to be named in a caption, with an absolute mass of at least :data:`NAMED_WALK`."""
+    return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if abs(mass) >= NAMED_WALK]
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
-    """Returns the name of a node for use in a sentence, with its layer unless this is the input or the output."""
+    """Returns the name of a node as used in a sentence, with its layer unless this is the input or the output."""
     name = node_name(node)
     return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
 
@@ -106,7 +106,7 @@ def _target(graph: FlowGraph) -> str:
 
 
 def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Mapping[str, str]) -> str:
-    """Says which nodes of the lowest layer hold most of the relevance, by whatever way."""
+    """States which nodes of the lowest layer carry most of the relevance."""
     if not graph.layers:
         return ""
     lower = graph.layers[-1]
@@ -127,7 +127,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
 
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
-    """Names the part of the image with most relevance per area, unless it is the part with most relevance."""
+    """Names the image part with the most relevance per area, unless it is also the one with the most relevance."""
     nodes = graph.layers[-1].nodes[: len(graph.layers[-1].groups)] if graph.layers else []
     known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and node.mass >= WORTH_SAYING]
     if len(known) < 2:
@@ -140,21 +140,21 @@ def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
 
 
 def _few_channels(graph: FlowGraph) -> str:
-    """Says how little the shown channels of layers carry, if this is less than a quarter."""
+    """States how much relevance the shown channels of layers account for, if it is less than a quarter."""
     few = [layer for layer in graph.layers[::-1] if _shows_few(layer)]
     if not few:
         return ""
     said = [f"the {len(layer.groups)} shown channels of {layer.name} carry {_share(layer)}" for layer in few]
     text = _listed(said)
-    return f"{text[:1].upper()}{text[1:]}; groups of channels show all of it: --groups."
+    return f"{text[:1].upper()}{text[1:]}; groups of channels (--groups, or over='groups') show all of it."
 
 
 def _shows_few(layer: FlowLayer) -> bool:
-    """Returns whether the shown channels of a layer carry so little that the caption says it first."""
+    """Returns whether the shown channels of a layer account for so little relevance that the caption states it."""
     return (
         bool(layer.others)
         and _members(layer) == "channels"
-        and sum(layer.masses) < FEW * (sum(layer.masses) + layer.rest)
+        and sum(map(abs, layer.masses)) < FEW * (sum(map(abs, layer.masses)) + abs(layer.rest))
     )
 
 
@@ -163,12 +163,12 @@ def _share(layer: FlowLayer) -> str:
 
 
 def _members(layer: FlowLayer) -> str:
-    """Returns what the shown groups of a layer are."""
+    """Returns the term for the shown groups of a layer, ``"channels"`` or ``"groups"``."""
     return "channels" if layer.name not in NUMBERED and any(map(str.isdecimal, layer.labels)) else "groups"
 
 
 def _largest_groups(graph: FlowGraph) -> str:
-    """Names the largest groups of the uppermost layer that has groups of channels."""
+    """Names the largest groups in the uppermost layer with groups of channels."""
     for layer in graph.layers[:-1]:
         groups = [node for node in layer.nodes if is_group(node.label, layer.name)]
         most = sorted((node for node in groups if node.mass >= WORTH_SAYING), key=lambda node: -node.mass)[:NAMED]
@@ -178,7 +178,7 @@ def _largest_groups(graph: FlowGraph) -> str:
 
 
 def _leading(values: np.ndarray) -> list[int]:
-    """Returns the indices of the few largest values that account for enough of the positive sum."""
+    """Returns the indices of the largest values that account for enough of the positive sum, at most :data:`NAMED`."""
     order = np.argsort(-values)
     total = values.clip(min=0).sum()
     chosen: list[int] = []
@@ -190,7 +190,7 @@ def _leading(values: np.ndarray) -> list[int]:
 
 
 def _ways(graph: FlowGraph) -> list[str]:
-    """Describes the widest ribbon between the shown groups of each pair of hidden layers."""
+    """Describes the widest ribbon between the shown groups of each pair of adjacent hidden layers."""
     sentences = []
     for number, joint in enumerate(graph.joints):
         upper, lower = graph.layers[number : number + 2]
@@ -210,19 +210,19 @@ def _ways(graph: FlowGraph) -> list[str]:
 
 
 def walk_name(graph: FlowGraph, keys: Sequence[str]) -> str:
-    """Returns the node names along a walk, from the input up, without their layers, which the figure shows."""
+    """Returns the names of the nodes along a walk, from the input to the output, without their layers."""
     names = {node.key: node_name(node) for node in graph.nodes}
     return f"{NO_BREAK}→ ".join(_unbroken(names[key]) for key in keys)
 
 
 def _unbroken(text: str) -> str:
-    """Returns a text with non-breaking spaces, so that it stays on one line."""
+    """Replaces spaces with non-breaking spaces."""
     return text.replace(" ", NO_BREAK)
 
 
 def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
-    """Returns a sentence that names the walks with the most relevance."""
-    if not walks or walks[0][1] < LEAST_WALK:
+    """Describes the walks with the most relevance, of either sign, in a sentence."""
+    if not walks or abs(walks[0][1]) < LEAST_WALK:
         return ""
     count = math.prod(len(layer.groups) for layer in graph.layers)
     lowest = "a part" if graph.layers[-1].name == "input" else f"a group of {graph.layers[-1].name}"
@@ -236,20 +236,23 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
 
 
 def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
-    """Explains why a named walk carries more than a ribbon on its way: other walks through the ribbon are negative."""
+    """Explains why ribbons are narrower than a named walk: other walks through the ribbon have the opposite sign."""
     ribbons = {(edge.lower.key, edge.upper.key): edge.mass for edge in graph.edges}
     narrow = {
-        pair: ribbons.get(pair, 0.0)
+        pair: (ribbons.get(pair, 0.0), math.copysign(1, mass))
         for keys, mass in named_walks(walks)
         for pair in pairwise(keys)
-        if percent(mass) != percent(ribbons.get(pair, 0.0)) and mass > ribbons.get(pair, 0.0)
+        if percent(mass) != percent(ribbons.get(pair, 0.0))
+        and abs(mass) > math.copysign(1, mass) * ribbons.get(pair, 0.0)
     }
     if not narrow:
         return []
-    said = [f"{walk_name(graph, pair)} ({percent(mass)})" for pair, mass in narrow.items()]
+    said = [f"{walk_name(graph, pair)} ({percent(mass)})" for pair, (mass, _) in narrow.items()]
+    signs = {sign for _, sign in narrow.values()}
+    kind = "of the other sign" if len(signs) == 2 else "negative" if signs == {1} else "positive"
     if len(said) == 1:
-        return [f"The ribbon {said[0]} is narrower, since other walks through it are negative and cancel part of it."]
-    return [f"The ribbons {_listed(said)} are narrower, since other walks through them are negative and cancel part."]
+        return [f"The ribbon {said[0]} is narrower, since other walks through it are {kind} and cancel part of it."]
+    return [f"The ribbons {_listed(said)} are narrower, since other walks through them are {kind} and cancel part."]
 
 
 def _against(graph: FlowGraph, target: str) -> str:

@@ -1,4 +1,4 @@
-"""Which nodes of a flow are drawn, and their order, names and colours."""
+"""Selection of the nodes of a flow that are drawn, and their order, names and colours."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from .flow_order import column_orders
 
 Array = NDArray[np.float64]
 MAX_GROUPS = 40
-"""Largest number of groups per layer in a figure."""
+"""Maximum number of groups per layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
-"""Nodes for the rest of a layer, and for walks that do not cross it, are not drawn below this relevance."""
+"""Smallest relevance at which nodes for walks off a layer, and for the rest of a layer, are drawn."""
 NUMBERED = {"input": "group", "output": "output"}
-"""What the groups of a layer consist of, keyed by layer name; in all other layers, they consist of channels."""
+"""Terms for the groups of a layer, keyed by layer name; in all other layers, they are channels."""
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
-    """Returns the nodes of a layer that are drawn, each with its row in the joint relevance.
+    """Returns the nodes of a layer that are drawn, each with its row index in the joint relevance.
 
     Args:
         layer: The layer.
-        joint_mass: The absolute joint relevance of each node, by which small nodes are omitted; by default the absolute
-            masses.
+        joint_mass: Size of each node, by which small nodes are omitted; by default, its absolute mass.
 
     Raises:
         FlowError: If the layer has too many groups for a figure.
@@ -41,7 +40,7 @@ def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple
 
 
 def drawn_columns(graph: FlowGraph) -> list[list[tuple[int, FlowNode]]]:
-    """Returns the drawn nodes of each layer, from the input to the output, in an order with few crossings."""
+    """Returns the drawn nodes of each layer, from the input to the output, ordered to reduce crossings of ribbons."""
     layers, joints = graph.layers[::-1], [joint.T for joint in graph.joints[::-1]]
     columns = []
     for number, layer in enumerate(layers):
@@ -59,7 +58,7 @@ def drawn_columns(graph: FlowGraph) -> list[list[tuple[int, FlowNode]]]:
 
 
 def has_off(graph: FlowGraph) -> bool:
-    """Returns whether a node for walks that do not cross a layer is drawn."""
+    """Returns whether any node for walks off a layer is drawn."""
     return any(node.kind == "off" for column in drawn_columns(graph) for _, node in column)
 
 
@@ -69,26 +68,26 @@ def has_rests(graph: FlowGraph) -> bool:
 
 
 def is_difference(graph: FlowGraph) -> bool:
-    """Returns whether the masses of each layer add up to 0, as those of the difference of two flows."""
+    """Returns whether a graph is the difference between two flows, in which the masses of each layer sum to 0."""
     return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone of a node, which determines its colour: its sign or its kind."""
+    """Returns the tone of a node, which determines its colour, from the sign of its value or from its kind."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
     return "negative" if value < 0 else "rest" if node.kind == "rest" else "positive"
 
 
 def node_name(node: FlowNode) -> str:
-    """Returns the name of a node for display, such as ``channel 3`` for a node named by a number."""
+    """Returns the displayed name of a node, such as ``channel 3`` if its label is a number."""
     if node.kind != "group" or not node.label.isdecimal():
         return node.label
     return f"{NUMBERED.get(node.layer, 'channel')} {node.label}"
 
 
 def region_name(node: FlowNode) -> str:
-    """Returns the name of an input region for display in the photograph, where a number is sufficient."""
+    """Returns the name of an input region as displayed in the photograph, where a number is sufficient."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 

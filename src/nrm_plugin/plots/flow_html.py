@@ -1,4 +1,4 @@
-"""Flow graphs as HTML pages: a single file with SVG and a small script, without network access or packages."""
+"""Flow graphs as HTML pages: single files with SVG and a small script that require no network access or packages."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, pai
 from .ribbons import DARK, LIGHT, Palette, percent
 
 WIDTH = 12.0
-"""Width of the drawing in inches, on which font sizes are based; the page scales it to the window."""
+"""Nominal width of the drawing in inches, to which font sizes refer; the page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""Content security policy: the browser itself blocks every request of the page."""
+"""Content security policy with which the browser blocks all network requests of the page."""
 
 
 def sankey(
@@ -47,21 +47,21 @@ def sankey(
 ) -> str:
     """Returns a flow graph as a self-contained HTML page for light and dark backgrounds.
 
-    Hovering over a node or a ribbon shows its numbers. Clicking on a node, or pressing Enter, conditions on this node:
-    every node whose joint relevance with it is known, from the graph or from ``pairs``, then shows its relevance given
-    this node. Arrow keys move between nodes, Escape resets the view, and ``/`` starts a search. A table contains all
-    numbers for screen readers.
+    Hovering over a node or a ribbon shows its values. Clicking on a node, or pressing Enter, conditions on this node:
+    all nodes whose joint relevance with it is given by the graph or by ``pairs`` then show their relevance given this
+    node. Arrow keys move between nodes, Escape resets the view, and ``/`` starts a search. A table contains all values
+    for screen readers.
 
     Args:
-        graph: The graph.
+        graph: The flow graph.
         heading: Title of the page.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, to be drawn as thumbnails.
         image: As in :func:`~nrm_plugin.plots.flow_figure`.
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
         pairs: Joint relevance of nodes in non-adjacent layers, from
             :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
         walks: Walks over the groups of all layers, as in :func:`~nrm_plugin.plots.flow_caption.flow_caption`. They are
-            listed, and each is drawn while the pointer or the focus is on its entry.
+            listed, and each is highlighted while its entry is hovered or focused.
         maps_at: As in :func:`~nrm_plugin.plots.flow_figure`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
         counts: As in :func:`~nrm_plugin.plots.flow_figure`.
@@ -113,7 +113,7 @@ def save_sankey(
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
 ) -> Path:
-    """Writes the page of :func:`sankey` to a file, and returns its path."""
+    """Writes the page returned by :func:`sankey` to a file and returns the path."""
     path = Path(path)
     path.write_text(
         sankey(
@@ -150,7 +150,7 @@ def _resource(name: str) -> str:
 
 
 def _style() -> str:
-    """Returns the style sheet, with the colours of both palettes."""
+    """Returns the style sheet with the colours of both palettes."""
 
     def colors(palette: Palette) -> str:
         named = {"positive": palette.positive, "negative": palette.negative, "ink": palette.ink, "pale": palette.pale,
@@ -164,7 +164,7 @@ def _style() -> str:
 
 
 def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
-    """Returns the list of walks over groups."""
+    """Returns the list of walks over groups as HTML."""
     if not walks:
         return ""
     said = [f"{escape(walk_name(graph, keys))}: {percent(mass)}" for keys, mass in walks]
@@ -173,7 +173,7 @@ def _listed_walks(graph: FlowGraph, walks: Walks) -> str:
 
 
 def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGraph) -> str:
-    """Returns the photograph with the names of the input nodes in their regions."""
+    """Returns the photograph with the names of the input nodes in their regions, as SVG."""
     pixels = photo_pixels(photo, thumbnails)
     height, width = pixels.shape[:2]
     names = {node.key: escape(region_name(node)) for node in graph.nodes}
@@ -235,7 +235,7 @@ def _node(node: DrawnNode, thumbnails: NodeThumbnails | None) -> str:
 
 
 def _encoded(pixels: Pixels) -> str:
-    """Returns an image as a data URL: PNG or JPEG, whichever is shorter."""
+    """Encodes an image as a data URL, in PNG or JPEG format, whichever is shorter."""
     image, kinds = Image.fromarray(pixels), {}
     for kind in ("png", "jpeg"):
         file = io.BytesIO()
@@ -249,7 +249,7 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def _data(graph: FlowGraph, scene: Scene, pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
-    """Returns the data of the page: nodes with their positions, ribbons, and joint relevance of pairs of nodes."""
+    """Returns the data of the page: nodes with their columns, ribbons, and joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)

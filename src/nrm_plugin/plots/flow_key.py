@@ -1,4 +1,4 @@
-"""The legend of a flow."""
+"""The legend of a flow figure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ THUMBNAILS = (
 )
 CROP = "A white frame in the photograph marks the part that thumbnails show."
 VISIBLE, TIE = 1e-4, 1e-3
-"""The least relevance that a bar shows, and the difference between two that print alike."""
+"""Smallest visible relevance of a bar, and largest difference between masses that are displayed as equal."""
 SIGNS = ("evidence for the output", "evidence against it")
 
 
@@ -51,17 +51,17 @@ def key_text(
     has_notes: bool = False,
     has_blue: bool = False,
 ) -> str:
-    """Returns the legend of a flow.
+    """Returns the legend of a flow figure.
 
     Args:
         has_thumbnails: Whether nodes have thumbnails.
-        has_off: Whether walks that do not cross a layer are drawn.
+        has_off: Whether nodes for walks off a layer are drawn.
         signs: Descriptions of positive and negative relevance.
-        maps_at: The layer whose positions the thumbnails show; by default, single pixels.
-        graph: The graph, so that the legend explains only what occurs in it; by default, it explains everything.
-        walks: The strongest walks, as for the caption.
+        maps_at: The layer at whose positions the heat maps are computed; by default, single pixels.
+        graph: The flow graph. If given, the legend explains only the elements that occur in it.
+        walks: The strongest walks, as in the caption.
         is_cropped: Whether thumbnails show only a part of the photograph.
-        has_notes: Whether parts of the image are named below groups.
+        has_notes: Whether image parts are named below groups.
         has_blue: Whether thumbnails show negative relevance.
     """
     differs = graph is not None and is_difference(graph)
@@ -91,14 +91,14 @@ def _colors(graph: FlowGraph | None, signs: tuple[str, str], has_blue: bool) -> 
 
 
 def _is_negative(graph: FlowGraph) -> bool:
-    """Returns whether a part of a bar, or a ribbon, is negative and visible."""
+    """Returns whether a part of a bar or a ribbon is visibly negative."""
     sums = [joint.clip(max=0).sum(axis) for joint in graph.joints for axis in (0, 1)]
     masses = [[node.mass for node in graph.nodes]]
     return min((float(np.min(values)) for values in [*sums, *masses] if len(values)), default=0.0) < -VISIBLE
 
 
 def _are_numbered(graph: FlowGraph) -> bool:
-    """Returns whether the numbers of groups are in the order of their relevance, in all layers."""
+    """Returns whether the groups of each layer are numbered by decreasing relevance."""
     numbered = [[(int(node.label[1:]), node.mass) for node in layer.nodes if is_group(node.label, layer.name)]
                 for layer in graph.layers]  # fmt: skip
     return all(one >= other - TIE for layer in numbered for (_, one), (_, other) in pairwise(sorted(layer)))
@@ -110,7 +110,7 @@ def _cancels(graph: FlowGraph) -> bool:
 
 
 def _exceeds(graph: FlowGraph) -> bool:
-    """Returns whether the positive shares of a layer add up to more than all relevance."""
+    """Returns whether the positive relevance of a layer sums to more than the total relevance."""
     return any(sum(max(node.mass, 0.0) for node in layer.nodes) > 1 + WORTH_SAYING for layer in graph.layers)
 
 

@@ -1,6 +1,6 @@
-"""The layout of a flow: positions of nodes, ribbons, thumbnails and text, in points from the upper left corner.
+"""Layout of a flow: positions of nodes, ribbons, thumbnails and text, in points from the upper left corner.
 
-The figure and the HTML page draw the same layout.
+The same layout is used for the figure and the HTML page.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .ribbons import percent
 
 Array = NDArray[np.float64]
 HAIRLINE = 0.3
-"""Width of the thinnest ribbon that is drawn, in points."""
+"""Smallest width of a ribbon that is drawn, in points."""
 NARROW = 5.0
-"""Width in inches below which long columns make a figure higher, so that thumbnails stay legible."""
+"""Figures narrower than this, in inches, become higher if columns are long, so that thumbnails remain legible."""
 GAP = 9.0
-"""Space between two nodes, in points."""
+"""Vertical space between two nodes, in points."""
 SMALLER = 0.8
-"""Factor by which the letters of a note may be smaller so that its long version fits."""
+"""Factor by which the font size of a note may be reduced to fit a longer version."""
 Column = Sequence[tuple[int, FlowNode]]
 Notes = Mapping[str, Sequence[str]]
 
@@ -46,19 +46,19 @@ def flow_scene(
     notes: Notes | None = None,
     counts: Counts | None = None,
 ) -> Scene:
-    """Lays out a flow.
+    """Computes the layout of a flow.
 
     Args:
-        graph: The graph.
+        graph: The flow graph.
         heading: The title.
-        caption: The sentences below the title.
-        key: The legend below the flow, to which a note about ribbons that are not drawn is appended.
-        width: Width in inches; by default 7.2, or more for more than four layers.
-        thumbnails: The keys of the nodes with a thumbnail.
-        ratio: Ratio of the height of a thumbnail to its width.
-        photo_ratio: The same ratio for the photograph next to the caption, or None without a photograph.
-        notes: Notes below the names of nodes, by their keys: versions of each, with the longest first.
-        counts: Number of channels of groups, by the keys of their nodes; written where it fits.
+        caption: The text below the title.
+        key: The legend below the flow, to which a note about omitted ribbons is appended.
+        width: Width in inches; by default 7.2, or more if there are more than three layers or long columns.
+        thumbnails: The thumbnails, keyed by node; only the keys are used.
+        ratio: Height-to-width ratio of the thumbnails.
+        photo_ratio: Height-to-width ratio of the photograph next to the caption, or None without a photograph.
+        notes: Alternative notes below the name of each node, from longest to shortest, keyed by node.
+        counts: Number of channels of each group, keyed by node; shown where there is enough space.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -97,7 +97,7 @@ def flow_scene(
 def _counted(
     column: list[tuple[int, FlowNode]], counts: Counts, sizes: Sizes, number: int
 ) -> list[tuple[int, FlowNode]]:
-    """Returns a column whose labels include the numbers of channels, if all of them fit below thumbnails."""
+    """Returns a column whose labels include the numbers of channels, if all of them fit below the thumbnails."""
     for unit in ("channels", "ch."):
         longer = [(row, counted(node, counts, unit)) for row, node in column]
         widest = max((text_width(node_name(node), sizes.letters) for _, node in longer), default=0.0)
@@ -126,7 +126,7 @@ def _sizes(columns: Sequence[Column], width: float | None, ratio: float, notes: 
 def _header(
     sizes: Sizes, heading: str, caption: str, photo_ratio: float | None
 ) -> tuple[Box | None, list[Label], float]:
-    """Returns the position of the photograph, the title and caption lines, and the height of both."""
+    """Returns the position of the photograph, the title and caption lines, and the vertical position below both."""
     labels: list[Label] = []
     photo = None
     left, y = MARGIN, MARGIN
@@ -168,7 +168,7 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
 def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
     """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``.
 
-    The masses of a difference of two flows add up to nothing, so that they are omitted.
+    For the difference between two flows, masses sum to zero and are omitted.
     """
     if not layer.groups:
         return "no relevance crosses it"
@@ -185,7 +185,7 @@ def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Stack:
-    """The total positive and negative relevance of the ribbons on one side of a node."""
+    """Total positive and negative relevance of the ribbons on one side of a node."""
 
     positive: float
     negative: float
@@ -217,14 +217,14 @@ def _signed(node: FlowNode, values: Array, column: Sequence[tuple[int, FlowNode]
 
 
 def _rows(sizes: Sizes, column: int, node: FlowNode, thumbnails: Mapping[str, object]) -> float:
-    """Returns the height of the thumbnail of a node with its text."""
+    """Returns the height of the thumbnail and the text of a node."""
     return (sizes.sides[column] * sizes.ratio if node.key in thumbnails else 0.0) + sizes.text(column)
 
 
 def _unit(
     stacks: Sequence[Sequence[tuple[Stack, Stack]]], heights: Sequence[Sequence[float]], sizes: Sizes
 ) -> tuple[float, float]:
-    """Returns the points per unit of relevance and the height of the flow."""
+    """Returns the number of points per unit of relevance, and the height of the flow."""
 
     def filled(column: int, unit: float) -> float:
         both = zip(stacks[column], heights[column], strict=True)
@@ -303,7 +303,7 @@ def _bars(
 def _labels(
     graph: FlowGraph, number: int, node: FlowNode, box: Box, y: float, sizes: Sizes, is_between: bool
 ) -> tuple[Label, ...]:
-    """Returns the labels with name and mass below the thumbnail of a node, or between its bars if ``is_between``."""
+    """Returns the labels with the name and mass of a node, which must fit between its bars if ``is_between``."""
     last = len(graph.layers) - 1
     room = sizes.node(number) + 0.5 * sizes.gap if last else sizes.width
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
@@ -324,22 +324,22 @@ def _labels(
 
 
 def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
-    """Returns the label with the longest version of a note that fits, below another label."""
+    """Returns a label below another one, with the longest version of a note that fits."""
     size = 0.9 * above.size
     room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
     text = next((text for text in texts if SMALLER * text_width(text, size) <= 0.98 * room), texts[-1])
-    size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # widths are not quite linear
+    size *= float(np.clip(0.98 * room / max(text_width(text, size), 1e-6), 0.7, 1.0))  # widths are not linear in size
     return Label(above.x, above.y + LINE * above.size, cut(text, room, size), size, above.anchor, "pale")
 
 
 def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
-    """Breaks a name into at most ``count`` lines that fit a width; the last line is shortened if necessary."""
+    """Breaks a name into at most ``count`` lines, shortening the last line if necessary."""
     lines = wrapped_lines(name, room, size) if count > 1 else [name]
     return [*lines[: count - 1], *([cut(" ".join(lines[count - 1 :]), room, size)] if len(lines) >= count else [])]
 
 
 def _fitting(node: FlowNode, room: float, size: float) -> str:
-    """Returns the name of a node, in which "channel" is abbreviated if it does not fit a width."""
+    """Returns the name of a node, abbreviating "channel" if it does not fit the available width."""
     name = node_name(node)
     return name if text_width(name, size) <= room else name.replace("channel ", "ch.\u00a0")
 
@@ -354,7 +354,7 @@ def _one_line(node: FlowNode) -> str:
 def _bands(
     graph: FlowGraph, columns: Sequence[Sequence[tuple[int, FlowNode]]], nodes: Sequence[DrawnNode], unit: float
 ) -> tuple[list[Band], float]:
-    """Returns the ribbons and the relevance not drawn; at each node, positive ribbons lie above negative ones."""
+    """Returns the ribbons and the total relevance of omitted ribbons."""
     places = {node.node.key: node for node in nodes}
     bands: list[Band] = []
     omitted = 0.0
@@ -392,9 +392,9 @@ def _tone(kinds: Collection[str], value: float) -> str:
 
 
 def _tops(values: Array, unit: float) -> Array:
-    """Returns the upper ribbon ends at the nodes of one side, relative to the node centre.
+    """Returns the upper ends of the ribbons at the nodes of one column, relative to the centre of the node.
 
-    The ribbons of a node are stacked in the order of their other ends, with positive ribbons above negative ones.
+    The ribbons of a node are ordered like their other ends, with positive ribbons above negative ones.
     """
     positive, negative = values.clip(min=0), -values.clip(max=0)
     before = np.cumsum(positive, 1) - positive
@@ -405,7 +405,7 @@ def _tops(values: Array, unit: float) -> Array:
 
 
 def _middle(node: DrawnNode, side: int) -> float:
-    """Returns the vertical centre of the bars of a node."""
+    """Returns the vertical centre of the bar on one side of a node."""
     x = node.box.right - BAR if side else node.box.x
     parts = [box for box, _ in node.bars if abs(box.x - x) < 1e-6]
     if not parts:

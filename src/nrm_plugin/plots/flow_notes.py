@@ -1,4 +1,4 @@
-"""Notes on groups of channels: the parts of the image on which each draws most, and its number of channels."""
+"""Notes on groups of channels: the image parts that contribute most to each, and its number of channels."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from .flow_columns import node_name
 from .ribbons import percent
 
 Counts = Mapping[str, int]
-"""Number of channels of each group of channels, by the key of its node."""
+"""Number of channels of each group, keyed by node."""
 Pairs = Mapping[tuple[str, str], float]
-"""Joint relevance of two nodes in any two layers, by their keys, with the upper node first."""
+"""Joint relevance of nodes in any two layers, keyed by the upper and the lower node."""
 GROUP = re.compile(r"[A-Z]\d+")
-"""A name that the command gives to a group of channels; patches of the input have such names as well."""
+"""Pattern of the names that the command assigns to groups of channels, and also to patches of the input."""
 HIGH = ", high: "
 HIGHS = "“High” is a part with a clearly larger share of the group than of all relevance."
-"""Start of the words about a second part in a note, and the sentence in the legend that explains them."""
+"""Prefix of the second image part in a note, and the sentence that explains it in the legend."""
 LEAST_SHARE, LEAST_RATIO, LEAST_MASS = 0.15, 1.25, 0.01
-"""A part stands out if it has at least this share of the relevance of the group, which is at least so many times its
-share of all relevance, in groups with at least this absolute mass."""
+"""Criteria for an image part to stand out in a group: the smallest share of the relevance of the group, the smallest
+ratio of this share to the share of all relevance, and the smallest absolute mass of the group.
+"""
 
 
 def is_group(label: str, layer: str) -> bool:
-    """Returns whether a node is a group of channels to which the command has given a short name."""
+    """Returns whether a node is a group of channels that was named by the command."""
     return layer not in ("input", "output") and GROUP.fullmatch(label) is not None
 
 
 def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
-    """Returns a node whose label includes its number of channels, if known, such as "A1 · 41 channels"."""
+    """Appends the number of channels to the label of a node, if known, such as "A1 · 41 channels"."""
     if node.key not in counts:
         return node
     count = counts[node.key]
@@ -38,18 +39,18 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 
 
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
-    r"""Returns notes on the groups of channels whose relevance is spread over the image unlike all relevance.
+    r"""Returns notes on the groups of channels whose relevance is spread over the image differently from all relevance.
 
     A part ``B`` of the image stands out in a group ``A`` if its share :math:`\mu(B \mid A)` of the relevance of the
-    group clearly exceeds its share :math:`\mu(B)` of all relevance. A note names the part with the largest share, and
-    the part that stands out most if it is another one: "most: part 1 31%, high: part 3 25%".
+    group clearly exceeds its share :math:`\mu(B)` of all relevance. A note names the part with the largest share and,
+    if it is a different one, the part that stands out most: "most: part 1 31%, high: part 3 25%".
 
     Args:
         graph: A flow whose lowest layer is the input.
-        pairs: Joint relevance of nodes in layers that are not neighbours.
+        pairs: Joint relevance of nodes in non-adjacent layers.
 
     Returns:
-        The notes, by the key of the node: versions of each, with the longest first.
+        Alternative notes for each node, from longest to shortest, keyed by node.
     """
     if len(graph.layers) < 3 or graph.layers[-1].name != "input":
         return {}

@@ -1,4 +1,4 @@
-"""Node order in the columns of a flow, chosen to reduce ribbon crossings."""
+"""Order of the nodes in the columns of a flow, chosen to reduce crossings of ribbons."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Order = NDArray[np.int64]
 ROUNDS = 2
-"""Number of rounds in which neighbours are swapped in all columns."""
+"""Number of rounds in which adjacent nodes are swapped in all columns."""
 STARTS, SMALL = 6, 16
-"""Number of additional random starts, and the largest number of nodes in a column for which these are used."""
+"""Number of additional random initializations, and the maximum column length for which they are used."""
 SWEEPS = 12
-"""Number of sweeps over the columns, alternately from the left and from the right."""
+"""Number of sweeps over the columns, alternating between left to right and right to left."""
 
 
 def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[int]]:
-    """Returns the node order in each column, from the top, found by barycentre sweeps and neighbour swaps.
+    """Orders the nodes of each column to reduce crossings, by the barycentre heuristic and swaps of adjacent nodes.
 
-    At each node, positive ribbons lie above negative ones. A sweep sorts each column by the mean position of the other
-    ends of its ribbons. Neighbours are then swapped as long as this reduces crossings. The result is never worse than
-    the given order.
+    At each node, positive ribbons are above negative ones. A sweep sorts each column by the mean position of the other
+    ends of its ribbons. Adjacent nodes are then swapped as long as this reduces crossings. The result never has more
+    crossings than the given order.
 
     Args:
-        weights: For each pair of neighbouring columns, the values of the ribbons, ``(left nodes, right nodes)``.
-        free: For each column, the number of nodes that may be moved; all other nodes stay last.
+        weights: For each pair of adjacent columns, the values of the ribbons, ``(left nodes, right nodes)``.
+        free: For each column, the number of nodes that may be moved; all other nodes remain last.
+
+    Returns:
+        For each column, the indices of its nodes from top to bottom.
     """
     widths = [np.asarray(weight, dtype=float) for weight in weights]
     counts = [width.shape[0] for width in widths] + [widths[-1].shape[1]] if widths else [free[0]]
@@ -43,7 +46,7 @@ def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[in
 
 
 def _improved(widths: Sequence[Array], start: Sequence[Order], free: Sequence[int]) -> list[Order]:
-    """Returns the orders with the fewest crossings among all sweeps from given orders, with swaps of neighbours."""
+    """Returns the orders with the fewest crossings over all sweeps, further improved by swaps of adjacent nodes."""
     orders = [order.copy() for order in start]
     best, least = [order.copy() for order in orders], total_crossings(widths, orders)
     for sweep in range(SWEEPS):
@@ -62,16 +65,19 @@ def _shuffled(order: Order, free: int, generator: np.random.Generator) -> Order:
 
 
 def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
-    """Returns the product of both widths, summed over all pairs of crossing ribbons."""
+    """Returns the product of the widths of the two crossing ribbons, summed over all crossings."""
     pairs = zip(widths, orders, orders[1:], strict=False)
     return sum(crossings(width[np.ix_(left, right)]) for width, left, right in pairs)
 
 
 def crossings(widths: Array) -> float:
-    """Returns the crossings between two columns in the given order, with positive ribbons above negative ones."""
+    """Returns the weighted number of crossings between two columns in the given order.
+
+    At each node, positive ribbons are above negative ones.
+    """
     places = np.zeros((2 * widths.shape[0], 2 * widths.shape[1]))
     places[::2, ::2], places[1::2, 1::2] = widths.clip(min=0), -widths.clip(max=0)
-    below = np.zeros_like(places)  # ribbons that start below and end above
+    below = np.zeros_like(places)  # total width of the ribbons that start below and end above
     below[:-1, 1:] = np.cumsum(np.cumsum(places[::-1], 0)[::-1], 1)[1:, :-1]
     return float((places * below).sum())
 
@@ -79,7 +85,7 @@ def crossings(widths: Array) -> float:
 def _by_barycentre(
     widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
 ) -> Order:
-    """Sorts a column by the mean position of the nodes in the previous column to which its ribbons lead."""
+    """Sorts a column by the mean position of the nodes that its ribbons connect to in the previous column."""
     places, total = np.zeros(len(orders[column])), np.zeros(len(orders[column]))
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
     for pair, side in sides[:1] if 0 <= sides[0][0] < len(widths) else sides[1:]:
@@ -96,7 +102,7 @@ def _by_barycentre(
 
 
 def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> None:
-    """Swaps neighbours in the columns as long as this reduces crossings."""
+    """Swaps adjacent nodes in all columns as long as this reduces crossings."""
     for column, order in [*enumerate(orders)] * ROUNDS:
         for _ in range(free[column]):
             gains = [_gain(widths, orders, column, place) for place in range(min(free[column], len(order)) - 1)]
@@ -107,7 +113,7 @@ def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> 
 
 
 def _gain(widths: Sequence[Array], orders: Sequence[Order], column: int, place: int) -> float:
-    """Returns by how much crossings are reduced if the nodes at a position and the next one are swapped."""
+    """Returns the reduction of crossings if the nodes at ``place`` and ``place + 1`` are swapped."""
     first, second = orders[column][place : place + 2]
     gain = 0.0
     for pair, side in ((column - 1, 1), (column, 0)):

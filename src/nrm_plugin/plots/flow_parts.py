@@ -1,4 +1,4 @@
-"""Parts of a flow drawing, with positions in points from the upper left corner."""
+"""Elements of a flow drawing, with positions in points from the upper left corner."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from ..measure.flow_graph import FlowNode
 
 BAR, MARGIN = 4.5, 8.0
-"""Width of a bar, and margin around the drawing, in points."""
+"""Width of a bar and margin around the drawing, in points."""
 LINE = 1.22
 """Line spacing, as a multiple of the font size."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle: left, top, width and height."""
+    """A rectangle, given by its upper left corner, width and height."""
 
     x: float
     y: float
@@ -23,18 +23,18 @@ class Box:
 
     @property
     def right(self) -> float:
-        """The right side."""
+        """The x-coordinate of the right edge."""
         return self.x + self.width
 
     @property
     def bottom(self) -> float:
-        """The lower side."""
+        """The y-coordinate of the lower edge."""
         return self.y + self.height
 
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text, with the position of its vertically centred anchor, its size, and its role."""
+    """A line of text, with the position of its vertically centred anchor, its font size and its tone."""
 
     x: float
     y: float
@@ -47,15 +47,15 @@ class Label:
 
 @dataclass(frozen=True)
 class DrawnNode:
-    """A node of a flow.
+    """A drawn node of a flow.
 
     Attributes:
-        node: The node.
+        node: The node of the flow graph.
         column: Index of its column, from the left.
-        box: The rectangle of all its parts.
-        thumbnail: The position of its thumbnail, or None without a thumbnail.
-        bars: Rectangles at its sides, to which ribbons attach, each with a tone: ``positive``, ``negative``, ``rest``,
-            ``sink`` or ``bypass``.
+        box: Bounding box of all its elements.
+        thumbnail: Position of its thumbnail, or None without a thumbnail.
+        bars: Rectangles on its sides, to which ribbons are attached, each with a tone: ``positive``, ``negative``,
+            ``rest``, ``sink`` or ``bypass``.
         labels: Its lines of text.
     """
 
@@ -69,15 +69,15 @@ class DrawnNode:
 
 @dataclass(frozen=True)
 class Band:
-    """A ribbon between a node on the left and a node on the right.
+    """A drawn ribbon between a node on the left and a node on the right.
 
     Attributes:
         lower, upper: Keys of both nodes; the lower one is on the left.
         value: Joint relevance.
-        start, end: End points of its centre line.
-        width: Its width.
+        start, end: End points of the centre line.
+        width: Width of the ribbon.
         tone: As in :class:`DrawnNode`.
-        strength: Its opacity.
+        strength: Opacity.
     """
 
     lower: str
@@ -92,15 +92,15 @@ class Band:
 
 @dataclass(frozen=True)
 class Scene:
-    """A complete drawing.
+    """The layout of a complete drawing.
 
     Attributes:
-        width, height: Size.
+        width, height: Size of the drawing.
         photo: Position of the photograph, or None without a photograph.
         labels: Title, caption, column headings and legend.
-        nodes, bands: The flow.
+        nodes, bands: The nodes and ribbons of the flow.
         unit: Points per unit of relevance.
-        omitted: Absolute relevance of the ribbons that are too thin to be drawn.
+        omitted: Total absolute relevance of the ribbons that are too thin to be drawn.
     """
 
     width: float
@@ -123,7 +123,7 @@ class Sizes:
         ratio: Height-to-width ratio of the thumbnails; 0 if there are none.
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
-        notes: Number of further lines per node in each column, for notes.
+        notes: Number of additional lines for notes per node in each column.
     """
 
     width: float
@@ -135,7 +135,7 @@ class Sizes:
 
     @property
     def gap(self) -> float:
-        """Width between two columns."""
+        """Horizontal space between two columns."""
         nodes = sum(self.node(column) for column in range(len(self.sides)))
         return (self.width - 2 * MARGIN - nodes) / max(len(self.sides) - 1, 1)
 
@@ -144,11 +144,11 @@ class Sizes:
         return (self.lines[column] + self.notes[column]) * LINE * self.letters + 1
 
     def node(self, column: int) -> float:
-        """Returns the width of a node with its two bars."""
+        """Returns the width of a node, including its two bars."""
         return self.sides[column] + 2 * BAR
 
     def x(self, column: int) -> float:
-        """Returns the left edge of a column."""
+        """Returns the x-coordinate of the left edge of a column."""
         return MARGIN + sum(self.node(before) + self.gap for before in range(column))
 
 

@@ -1,4 +1,4 @@
-"""Words for where in an image a region lies."""
+"""Descriptions of the location of a region in an image."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ THIRDS = (
 )
 EDGES = "along the edges"
 TOUCHED = 0.5
-"""Share of a side of the image that a region along this side covers."""
+"""Smallest fraction of a side of the image that a region along this side covers."""
 MOST = 0.5
-"""Share of the relevance of a region in one ninth of the image that determines where the region lies."""
+"""Fraction of the relevance of a region above which a single ninth of the image is named as its location."""
 
 
 def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None = None) -> str:
-    """Returns where in the image a region lies: "upper left", "centre", …, or "along the edges".
+    """Describes the location of a region in an image: "upper left", "centre", …, or "along the edges".
 
-    This is the ninth of the image with more than half of the relevance of the region. Without such a ninth, it is
-    "along the edges" if the region covers most of at least three sides of the image, and else its centre of mass.
+    The location is the ninth of the image with more than half of the relevance of the region. If there is none, it is
+    "along the edges" if the region covers at least half of three or more sides of the image, and otherwise the ninth
+    that contains its centre of mass.
 
     Args:
-        region: The region, ``(H, W)``.
-        relevance: Relevance of the pixels, ``(H, W)``; by default, that of all pixels is the same.
+        region: Boolean mask of the region, ``(H, W)``.
+        relevance: Relevance of the pixels, ``(H, W)``; by default, all pixels have equal weight.
 
     Examples:
         >>> region = np.zeros((9, 9), bool)

@@ -1,4 +1,4 @@
-"""Widths of text in the standard font of figures, and line breaking to fit a width."""
+"""Text width in the standard font of figures, and line breaking."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 HINTED = 1.06
-"""Factor by which small letters are wider than their outlines, since they are aligned to pixels."""
+"""Factor by which hinting widens small text, relative to its outlines."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -21,7 +21,7 @@ def text_width(text: str, size: float, is_bold: bool = False) -> float:
 
 
 def cut(text: str, room: float, size: float, is_bold: bool = False) -> str:
-    """Shortens a text in its middle so that it fits a width."""
+    """Shortens a text in the middle so that it fits the given width."""
     if text_width(text, size, is_bold) <= room:
         return text
     for kept in range(len(text) - 1, 1, -1):
@@ -33,7 +33,7 @@ def cut(text: str, room: float, size: float, is_bold: bool = False) -> str:
 
 
 def wrapped_lines(text: str, room: float, size: float, is_bold: bool = False) -> list[str]:
-    """Breaks a text at spaces into lines that fit a width; a word that is too long is shortened."""
+    """Breaks a text at spaces into lines of the given width; words that are too long are shortened."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

@@ -1,4 +1,4 @@
-"""Thumbnails of the nodes of a flow: blurred heat maps over the photograph, on one colour scale per layer."""
+"""Thumbnails of the nodes of a flow: smoothed heat maps over the photograph, with one colour scale per layer."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from .ribbons import LIGHT, Palette
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
-"""Top, left, bottom and right of a part of an image."""
+"""Top, left, bottom and right edge of an image crop, in pixels."""
 
 CELLS = 32
-"""Number of blurred cells along the longer side of a thumbnail, about what the eye can resolve."""
+"""Resolution of a smoothed thumbnail along its longer side, about what the eye can resolve."""
 PIXELS = 120
 """Side length of a thumbnail in pixels."""
 SHARP = 40
-"""Images with at most this many pixels along each side are not blurred, so that pixels stay visible."""
+"""Images with at most this many pixels along each side are not smoothed, so that pixels remain visible."""
 INSIDE = 0.97
 """Fraction of the absolute relevance that the crop of the thumbnails contains along each axis."""
 OUTSIDE = 0.4
 """Opacity of the photograph outside the region of an input node."""
 PALE = 0.03
-"""Colour value below which a colour can hardly be seen."""
+"""Absolute colour value below which a colour is hardly visible."""
 LEAST = 0.35
-"""Smallest side of the crop, as a fraction of the image side."""
+"""Smallest size of the crop, as a fraction of the size of the image."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """The explained image, together with the complete image of the file from which it was cropped.
+    """The explained image and the image file from which it was cropped.
 
     Attributes:
         image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
-        whole: The image of the file, ``(3, H, W)`` in [0, 1], or None if the model receives all of it.
-        seen: The part of the file that the model receives: left, top, right and bottom as fractions.
+        whole: The image in the file, ``(3, H, W)`` in [0, 1], or None if it is the input of the model.
+        seen: The part of the file that is the input of the model: left, top, right and bottom as fractions.
         regions: Boolean masks of the input groups, ``(H, W)``, keyed by node; drawn as outlines.
     """
 
@@ -55,26 +55,26 @@ class Photo:
 
     @property
     def colors(self) -> Array:
-        """The input of the model, ``(H, W, 3)``."""
+        """The input of the model as an image, ``(H, W, 3)``."""
         return _colors(self.image)
 
     @property
     def file(self) -> Array:
-        """The image of the file, ``(H, W, 3)``."""
+        """The image in the file, ``(H, W, 3)``."""
         return _colors(self.image if self.whole is None else self.whole)
 
 
 @dataclass(frozen=True)
 class NodeThumbnails:
-    """Thumbnails of the nodes, ready to be drawn.
+    """Thumbnails of the nodes of a flow, ready to be drawn.
 
     Attributes:
-        box: The part of the input that all thumbnails show.
-        values: Colour values between -1 and 1, ``(H, W)``, keyed by node; 1 is the darkest colour of the layer.
-        grey: The same part of the photograph, ``(H, W)`` in [0, 1], or None without a photograph.
+        box: The crop of the input that all thumbnails show.
+        values: Colour values between -1 and 1, ``(H, W)``, keyed by node.
+        grey: The same crop of the photograph in grey, ``(H, W)`` in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
-        edges: Outline of the region of each input node, as pixels ``(H, W)``, keyed by node.
-        inside: Pixels in the region of each input node, keyed by node; other pixels are faded.
+        edges: Boolean mask of the outline of each input node, ``(H, W)``, keyed by node.
+        inside: Boolean mask of the region of each input node, ``(H, W)``, keyed by node; other pixels are faded.
     """
 
     box: Box
@@ -92,9 +92,10 @@ class NodeThumbnails:
 
 
 def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
-    """Returns the thumbnails of the nodes that have heat maps, or None if there are none.
+    """Computes the thumbnails of the nodes that have heat maps, or returns None if there are none.
 
-    Each map is divided by its total absolute relevance, and all maps of a layer share one scale: its median maximum.
+    Each heat map is divided by its total absolute relevance. All heat maps of a layer share one colour scale, whose
+    limit is the median of their maxima.
     """
     nodes = [node for node in graph.nodes if node.key in maps]
     maps = {node.key: np.asarray(maps[node.key], dtype=float) for node in nodes}
@@ -118,7 +119,7 @@ def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None
 
 
 def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> Pixels:
-    """Returns the thumbnail of a node, painted over the photograph with the background of a palette, ``(H, W, 3)``."""
+    """Renders the thumbnail of a node over the photograph or the background colour, ``(H, W, 3)``."""
     values = thumbnails.values[key]
     paper = np.array(to_rgb(palette.paper))
     ground = np.broadcast_to(paper, (*values.shape, 3)) if thumbnails.grey is None else faded(thumbnails.grey, palette)
@@ -134,9 +135,9 @@ def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> P
 
 
 def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixels:
-    """Returns the photograph of the file, ``(H, W, 3)``, dimmed outside the part that the model receives.
+    """Renders a photograph, ``(H, W, 3)``, and dims the part that the model does not receive.
 
-    A thin line marks the part shown by the thumbnails of the nodes, if it is smaller.
+    If the thumbnails show a smaller crop, its border is drawn as a thin line.
     """
     colors = _resized(photo.file, 3 * PIXELS)
     height, width = colors.shape[:2]
@@ -164,19 +165,19 @@ def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixe
 
 
 def is_cropped(thumbnails: NodeThumbnails | None) -> bool:
-    """Returns whether thumbnails show only a part of the input."""
+    """Returns whether the thumbnails show only a part of the input."""
     return thumbnails is not None and thumbnails.box != (0, 0, *thumbnails.size)
 
 
 def has_blue(thumbnails: NodeThumbnails | None) -> bool:
-    """Returns whether thumbnails visibly show negative relevance."""
+    """Returns whether the thumbnails visibly show negative relevance."""
     return thumbnails is not None and any(float(values.min()) < -PALE for values in thumbnails.values.values())
 
 
 def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
-    """Returns a point inside each region, far from its border, in the image of the file.
+    """Returns a point inside each region, far from its border, to place its name.
 
-    Points are given as fractions from the left and the top.
+    Points are fractions of the width and height of the image of the file, from the upper left corner.
     """
     left, top, right, bottom = photo.seen
     places = {}
@@ -191,13 +192,13 @@ def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
 
 
 def opacity(values: Array) -> Array:
-    """Returns the opacity of the colours of a heat map with values between -1 and 1."""
+    """Returns the opacity of the colours of a heat map, for values between -1 and 1."""
     result: Array = 0.9 * np.abs(values) ** 0.8
     return result
 
 
 def faded(grey: Array, palette: Palette = LIGHT) -> Array:
-    """Returns a grey photograph with low contrast, close to the background colour of a palette, ``(H, W, 3)``."""
+    """Renders a grey photograph with low contrast, close to the background colour of a palette, ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
     share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.4 * grey)[..., None]
@@ -209,7 +210,7 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
 
 
 def smoothed(values: Array) -> Array:
-    """Returns a heat map at the size of a thumbnail, blurred by the size of a cell; small maps are not blurred."""
+    """Resizes a heat map to the size of a thumbnail, smoothing it unless it is small."""
     height, width = values.shape
     scale = PIXELS / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -220,7 +221,7 @@ def smoothed(values: Array) -> Array:
 
 
 def crop(weights: Array) -> Box:
-    """Returns the part of an image that contains most of the non-negative weights, in the image's aspect ratio."""
+    """Returns the crop of an image, with its aspect ratio, that contains most of the nonnegative weights."""
     height, width = weights.shape
     if max(height, width) <= SHARP or not weights.any():
         return (0, 0, height, width)
@@ -237,7 +238,7 @@ def crop(weights: Array) -> Box:
 
 
 def _span(weights: Array) -> tuple[int, int]:
-    """Returns the range that contains the fraction ``INSIDE`` of the weights, between equal tails, plus a margin."""
+    """Returns the range that contains the fraction ``INSIDE`` of the weights, with equal tails, plus a margin."""
     shares = np.cumsum(weights) / weights.sum()
     outside = (1 - INSIDE) / 2
     start, end = int(np.searchsorted(shares, outside)), int(np.searchsorted(shares, 1 - outside)) + 1
@@ -256,7 +257,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _blurred(values: Array, radius: float) -> Array:
-    # Pillow blurs only bytes, which would lose small values; a separable kernel takes no more code.
+    # Pillow blurs only 8-bit images, which would lose small values.
     reach = max(1, math.ceil(2.5 * radius))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(radius, 1e-6)) ** 2)
     kernel /= kernel.sum()
@@ -267,7 +268,7 @@ def _blurred(values: Array, radius: float) -> Array:
 
 
 def _border(mask: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
-    """Returns the pixels of a region that are close to its border or to the border of the image."""
+    """Returns a mask of the pixels of a region that are close to its border or to the border of the image."""
     inner = np.pad(mask, thickness)
     for axis in (0, 1):
         inner = np.logical_and.reduce([np.roll(inner, step, axis) for step in range(-thickness, thickness + 1)])
@@ -280,7 +281,7 @@ def _edge(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _nearest(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Returns a mask at another size."""
+    """Resizes a mask by nearest-neighbour interpolation."""
     drawn = Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     result: NDArray[np.bool_] = np.asarray(drawn) > 127
     return result
@@ -295,7 +296,7 @@ def _resized(colors: Array, side: int) -> Array:
 
 
 def _colors(image: Tensor | Array) -> Array:
-    pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image, dtype=float)
+    pixels = np.asarray(image.detach().cpu().double() if isinstance(image, Tensor) else image, dtype=float)
     pixels = np.repeat(1 - pixels, 3, 0) if len(pixels) == 1 else pixels  # dark on light, as in all heat maps
     result: Array = np.moveaxis(pixels, 0, -1).clip(0, 1)
     return result

@@ -11,14 +11,14 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 PLACEHOLDERS = "Last Resort"
-"""A matplotlib font that has a placeholder box for every character."""
+"""A matplotlib font with placeholder boxes for all characters."""
 
 
 def use_installed_fonts(figure: Figure) -> str:
-    """Adds installed fonts to the texts of a figure, so that as few characters as possible are shown as boxes.
+    """Adds installed fonts as fallbacks to the texts of a figure, for characters that the standard font lacks.
 
     Returns:
-        The characters that no installed font contains.
+        The characters that no installed font contains, which are shown as boxes.
     """
     missing = ""
     for text in figure.findobj(Text):
@@ -34,14 +34,14 @@ def use_installed_fonts(figure: Figure) -> str:
 
 @functools.cache
 def font_with(letter: str) -> str:
-    """Returns the family of an installed font that contains a character; empty if there is none."""
+    """Returns the family of an installed font that contains a character, or an empty string if there is none."""
     families: Iterable[tuple[str, str]] = ((font.name, font.fname) for font in fontManager.ttflist)
     return next((name for name, path in families if PLACEHOLDERS not in name and ord(letter) in letters_of(path)), "")
 
 
 @functools.cache
 def letters_of(path: str) -> frozenset[int]:
-    """Returns the code points of a font; empty if matplotlib cannot draw it, as for coloured bitmap fonts."""
+    """Returns the code points of a font; empty if matplotlib cannot render it, as for coloured bitmap fonts."""
     try:
         font = FT2Font(path)
         font.set_size(10, 72)

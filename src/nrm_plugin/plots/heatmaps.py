@@ -1,7 +1,8 @@
 """Figures of heat maps, joint relevance, and the mass, sink and bypass of layers.
 
-Every function returns a new matplotlib ``Figure``; pyplot and its state are not used. Red is positive and blue
-negative, in shades that colour-blind readers can distinguish. Relevance is given in percent of the total of the sample.
+Functions return a new matplotlib ``Figure`` or draw on given axes, without the global state of pyplot. Positive
+relevance is red and negative relevance is blue, in colour-blind-friendly shades. Colour bars show relevance as a
+percentage of the total of the sample.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InputError, brief
+from .arrays import Array, Values, as_array, image_array, map_array
 from .ribbons import INK, Column, Ribbon, draw_flow
 
-Array = NDArray[np.float64]
-Values = Tensor | Array
 Canvas = Figure | SubFigure
 
 MASS, SINK, BYPASS = "#7fb3d5", "#e69f00", "#bdbdbd"
@@ -33,14 +33,14 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Budget:
-    """Mass, sink and bypass of every layer, for one sample.
+    """Mass, sink and bypass of all layers for one sample.
 
     Attributes:
         title: Name of the sample.
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
         bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
-        reference: Additional sums to mark at each layer, such as those of plain Zennit.
+        reference: Sums for comparison at each layer, such as those of plain Zennit, marked with diamonds.
         image: Image ``(C, H, W)`` to draw next to the title.
     """
 
@@ -53,13 +53,13 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
-    """Saves a figure with a background colour, and returns the path.
+    """Saves a figure with the given background colour and returns the path.
 
     Args:
-        figure: The figure.
-        path: The file.
+        figure: The figure to save.
+        path: Path of the file.
         paper: The background colour.
-        kind: File format, such as ``"png"``; by default, the suffix of the file.
+        kind: File format, such as ``"png"``; by default, it is inferred from the suffix of the path.
         dpi: Dots per inch.
 
     Raises:
@@ -83,11 +83,14 @@ def heat_map(
 
     Args:
         values: Relevance ``(H, W)``, dimensionless.
-        title: Title of the heat map.
-        image: Image ``(C, H, W)``, shown faintly behind the map for orientation.
-        limit: Absolute value of the darkest colours; by default the largest absolute value.
-        cells: Largest number of cells along each side, such as the resolution of a layer. The map then shows sums over
-            cells, which have the same total. By default, it shows pixels.
+        title: Title of the figure.
+        image: Image ``(C, H, W)``, shown in low contrast behind the heat map.
+        limit: Absolute value shown in the darkest colours; by default the largest absolute value.
+        cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
+            sum over each cell, which preserves the total. By default, pixels are shown.
+
+    Raises:
+        InputError: If the map is not ``(H, W)``, or not finite.
     """
     values = _summed(values, cells)
     figure = _figure(4.3, 3.6)
@@ -107,16 +110,17 @@ def image_and_heat_map(
     cells: int | Sequence[int] | None = None,
     shown: Values | None = None,
 ) -> Figure:
-    """Draws an image and its signed heat maps, side by side.
+    """Draws an image and one or several signed heat maps side by side.
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1], and one or three channels.
         values: Heat map ``(H, W)``, dimensionless; or a list of several, each with its own colour scale.
         titles: Titles of the image and of each heat map.
         heading: Title of the figure.
-        limit: Absolute value of the darkest colours, by default the largest absolute value; or one for each heat map.
+        limit: Absolute value shown in the darkest colours, for all heat maps or for each; by default, the largest
+            absolute value of each heat map.
         cells: As in :func:`heat_map`.
-        shown: Image to show on the left; by default ``image``, which is also shown beneath the heat maps.
+        shown: Image to show on the left; by default ``image``, which is also shown behind the heat maps.
     """
     several = [values] if isinstance(values, Tensor | np.ndarray) else values
     maps = [_summed(one, cells) for one in several]
@@ -148,11 +152,18 @@ def heat_maps(
         maps: Heat maps ``(H, W)``, dimensionless.
         titles: One title per map.
         heading: Title of the figure.
-        image: Image ``(C, H, W)``, shown before the maps, and faintly behind each map.
+        image: Image ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
         columns: Number of columns.
-        limit: Absolute value of the darkest colours; by default the largest absolute value of all maps.
+        limit: Absolute value shown in the darkest colours; by default the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
+
+    Raises:
+        InputError: If the number of titles differs from that of the maps, or a map is not ``(H, W)``.
     """
+    if len(titles) != len(maps) or not maps or columns < 1:
+        raise InputError(
+            f"{len(maps)} heat maps with {len(titles)} titles in {columns} columns: give one title for each."
+        )
     maps = [_summed(values, cells) for values in maps]
     count = len(maps) + (image is not None)
     rows, across = math.ceil(count / columns), min(columns, count)
@@ -185,14 +196,14 @@ def joint(
     titles: Sequence[str],
     heading: str = "",
 ) -> Figure:
-    """Draws an image and its heat map, a flow between channels, and joint heat maps.
+    """Draws an image with its heat map, a flow between channels, and joint heat maps, in one figure.
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1].
-        marginal: Heat map of the image, ``(H, W)``, with its own colour bar.
+        marginal: Heat map of the image, ``(H, W)``, with a separate colour bar.
         columns: As in :func:`flow`.
         ribbons: As in :func:`flow`.
-        maps: Joint heat maps, ``(H, W)`` each, on a common colour scale with one colour bar.
+        maps: Joint heat maps, ``(H, W)`` each, with a common colour scale and colour bar.
         titles: One title per joint heat map.
         heading: Title of the figure.
     """
@@ -214,13 +225,13 @@ def joint(
 
 
 def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "", reference: str = "") -> Figure:
-    """Draws mass, sink and bypass of every layer as stacked bars, with one panel per sample.
+    """Draws mass, sink and bypass of all layers as stacked bars, with one panel per sample.
 
     Args:
         layers: Names of the layers, from the output to the input.
         samples: The samples, one per panel.
         heading: Title of the figure.
-        reference: Legend entry for the marked sums.
+        reference: Legend entry for :attr:`Budget.reference`.
     """
     across = min(4, len(samples))
     rows = math.ceil(len(samples) / across)
@@ -244,8 +255,8 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
 
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
-    """Draws an image ``(C, H, W)`` with values in [0, 1]: one channel in dark on light, three channels in colour."""
-    pixels = _array(image)
+    """Draws an image ``(C, H, W)`` with values in [0, 1]; images with one channel are drawn dark on light."""
+    pixels = image_array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
         return axes.imshow(pixels[0], cmap="Greys", vmin=0, vmax=1)
@@ -255,17 +266,20 @@ def draw_image(axes: Axes, image: Values) -> AxesImage:
 def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit: float | None = None) -> AxesImage:
     """Draws a signed heat map ``(H, W)``, white at zero, with symmetric limits.
 
-    An image with one channel is shown as an outline, and an image with three channels in grey beneath the colours.
+    An image with one channel is shown as an outline, and an image with three channels in grey behind the colours.
     """
-    pixels = _array(values)
+    pixels = map_array(values)
+    image = None if image is None else image_array(image)
     bound = _bound([pixels]) if limit is None else limit
+    if not bound > 0:
+        raise InputError(f"limit={brief(limit)} must be positive.")
     _no_ticks(axes)
     if image is None or len(image) == 1:
         drawn = axes.imshow(pixels, cmap=DIVERGING, vmin=-bound, vmax=bound)
         if image is not None:
-            _outline(axes, _array(image)[0])
+            _outline(axes, image[0])
         return drawn
-    grey = _array(image).mean(0)
+    grey = image.mean(0)
     extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
     axes.imshow(0.55 + 0.45 * grey, cmap="gray", vmin=0, vmax=1)
     strength = np.sqrt(np.abs(pixels / bound).clip(0, 1))
@@ -281,7 +295,7 @@ def draw_grid(
     show_image: bool = False,
     limit: float | None = None,
 ) -> None:
-    """Draws heat maps ``(H, W)`` on a common colour scale, row by row, with a colour bar on the right."""
+    """Draws heat maps ``(H, W)`` with a common colour scale, row by row, with a colour bar on the right."""
     count = len(maps) + show_image
     grid = figure.subplots(math.ceil(count / columns), min(columns, count), squeeze=False)
     places = list(grid.flat)
@@ -290,7 +304,7 @@ def draw_grid(
     if show_image and image is not None:
         draw_image(places[0], image)
         _title(places.pop(0), "image")
-    bound = _bound([_array(values) for values in maps]) if limit is None else limit
+    bound = _bound([as_array(values) for values in maps]) if limit is None else limit
     for axes, values, title in zip(places, maps, titles, strict=False):
         drawn = draw_heat_map(axes, values, image, bound)
         _title(axes, title)
@@ -299,7 +313,7 @@ def draw_grid(
 
 
 def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: str = "") -> None:
-    """Draws the stacked bars of one sample, with the output at the top; diamonds mark the reference of each layer."""
+    """Draws the stacked bars of one sample, with the output at the top and diamonds for the reference of each layer."""
     places = np.arange(len(layers))
     right, left = np.zeros(len(layers)), np.zeros(len(layers))
     for label, color, values in (
@@ -321,10 +335,10 @@ def draw_budget(axes: Axes, layers: Sequence[str], budget: Budget, reference: st
     axes.tick_params(length=0, labelsize=8.5, colors=INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # without y, the title would be moved above the image
+    axes.set_title(budget.title, fontsize=10, color=INK, y=1.035)  # y keeps the title next to the image
     if budget.image is not None:
         inset = axes.inset_axes((0.0, 1.01, 0.14, 0.14))
-        inset.set_in_layout(False)  # next to the title, where the layout already has space
+        inset.set_in_layout(False)  # it is next to the title, where there is space
         draw_image(inset, budget.image)
 
 
@@ -348,11 +362,13 @@ def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
     """Sums a heat map ``(H, W)`` over a grid of at most ``cells`` cells along each side, which preserves the total.
 
     Args:
-        values: The heat map.
-        cells: Number of cells along each side, as one number or a pair.
+        values: The heat map to sum.
+        cells: Maximum number of cells along each side, as one number or a pair.
     """
     wanted = [cells, cells] if isinstance(cells, int) else list(cells)
-    result = _array(values)
+    if len(wanted) != 2 or min(wanted) < 1:
+        raise InputError(f"cells={brief(cells)}: give one number of at least 1, or a pair.")
+    result = map_array(values)
     for axis, count in enumerate(wanted):
         length = result.shape[axis]
         starts = np.arange(min(count, length)) * length // min(count, length)
@@ -364,18 +380,14 @@ def _summed(values: Values, cells: int | Sequence[int] | None) -> Values:
     return values if cells is None else cell_sums(values, cells)
 
 
-def _array(values: Values) -> Array:
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
-
-
 def _bound(maps: Sequence[Array]) -> float:
     """Returns the largest absolute value, or 1 if all values are zero."""
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0) or 1.0
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Returns whether a value exceeds the given limit, above which the colour no longer changes."""
-    return limit is not None and _bound([_array(values) for values in maps]) > limit
+    """Returns whether a value exceeds the given limit, beyond which colours are saturated."""
+    return limit is not None and _bound([as_array(values) for values in maps]) > limit
 
 
 def _no_ticks(axes: Axes) -> None:
@@ -387,7 +399,7 @@ def _no_ticks(axes: Axes) -> None:
 
 
 def _outline(axes: Axes, ink: Array) -> None:
-    """Draws the contour of the dark pixels, which is closed at the border as well."""
+    """Draws the contour of the dark pixels, closed at the border of the image."""
     if ink.min() < ink.max():
         height, width = ink.shape
         # The border of the image is half a pixel outside the outer pixel centres. Pixels are repeated up to the
@@ -401,7 +413,7 @@ def _outline(axes: Axes, ink: Array) -> None:
 
 def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: bool = False) -> None:
     limit = drawn.get_clim()[1] or 1.0
-    # Unlike the image, the bar has no transparency, since it would be blank at zero.
+    # The bar is opaque, unlike the heat map, since it would otherwise be blank at zero.
     shown = ScalarMappable(drawn.norm, drawn.cmap)
     extend = "both" if is_cut else "neither"
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=28, extend=extend, extendfrac=0.03)
@@ -415,6 +427,6 @@ def _color_bar(figure: Canvas, drawn: AxesImage, axes: Sequence[Axes], is_cut: b
 
 
 def _points(value: float) -> str:
-    """Returns a percentage without trailing zeros and without scientific notation."""
+    """Formats a percentage without trailing zeros or scientific notation."""
     text = np.format_float_positional(value, trim="-")
     return f"{text}%".replace("-", "−")

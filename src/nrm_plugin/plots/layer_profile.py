@@ -15,12 +15,12 @@ from .ribbons import DARK, INK, LIGHT, Palette
 
 
 def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = False) -> Figure:
-    """Draws mass, sink and bypass of each layer as stacked bars, and its variation, with the output at the top.
+    """Draws mass, sink and bypass of each layer as stacked bars, next to its variation, with the output at the top.
 
     Args:
         rows: Rows of :func:`~nrm_plugin.measure.layer_profile.profile`.
         heading: Title of the figure.
-        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
     """
     palette = DARK if dark else LIGHT
     figure = Figure(figsize=(8.2, 1.5 + 0.26 * len(rows)), layout="constrained")

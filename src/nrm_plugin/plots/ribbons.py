@@ -1,4 +1,4 @@
-"""Flow plots on matplotlib axes: joint relevance between nodes is drawn as ribbons between bars."""
+"""Flow plots on matplotlib axes, with joint relevance between nodes drawn as ribbons between bars."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Palette:
     """Colours of a plot.
 
     Attributes:
-        positive, negative: Colours of relevance, red and blue in shades that colour-blind readers can distinguish.
+        positive, negative: Colours of relevance: red and blue, in colour-blind-friendly shades.
         ink, pale: Colours of text.
-        paper: Colour of the background.
-        other: Colour of the rest of a layer, outside all shown groups.
-        off: Colour of walks that do not cross a layer.
+        paper: Background colour.
+        other: Colour of the rest of a layer, outside the shown groups.
+        off: Colour of walks off a layer.
     """
 
     positive: str = POSITIVE
@@ -39,7 +39,7 @@ class Palette:
     off: str = "#e69f00"
 
     def of(self, value: float) -> str:
-        """Returns the colour of a relevance value, by its sign."""
+        """Returns the colour for a relevance value, which depends on its sign."""
         return self.positive if value >= 0 else self.negative
 
 
@@ -47,15 +47,15 @@ LIGHT = Palette()
 DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c", "#f0b73f")
 
 ROW, GAP = 0.085, 0.025
-"""Height of a node label, and distance between two nodes, as fractions of the plot."""
+"""Height of a node label and distance between two nodes, as fractions of the height of the plot."""
 VISIBLE = 0.012
-"""Smallest width of ribbons at which widths can be distinguished, as a fraction of the plot."""
+"""Smallest width of the widest ribbon at which widths are distinguishable, as a fraction of the height of the plot."""
 BAR = 0.022
 """Half the width of a bar, as a fraction of the distance between two columns."""
 
 
 ROUNDING = 1e-13
-"""Percentage below the rounding error of a sum of float64 numbers."""
+"""Percentages below this value are considered float64 rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Column:
         note: Second, smaller line of the heading.
         labels: Label of each node, from top to bottom.
         marginals: Relevance of each node, drawn as the height of its bar.
-        kinds: Kind of each node, which selects its colour: ``""`` (default), ``"other"`` or ``"off"``.
+        kinds: Kind of each node, which determines its colour: ``""`` (default), ``"other"`` or ``"off"``.
     """
 
     name: str
@@ -79,12 +79,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Ribbon:
-    """Joint relevance of nodes in a flow plot, one in each of several columns.
+    """Joint relevance of nodes in a flow plot, with one node in each of several consecutive columns.
 
     Attributes:
-        nodes: Position of the node in each column.
+        nodes: Index of the node in each column.
         value: Joint relevance, drawn as the width of the ribbon.
-        mark: A short name to write on an opaque ribbon; empty for a pale ribbon.
+        mark: A short label to draw on an opaque ribbon; empty for a transparent ribbon.
         start: Index of the first column of the ribbon.
         kind: Kind of the ribbon, as for the nodes of :class:`Column`.
         strength: Opacity of a ribbon without a mark.
@@ -98,12 +98,15 @@ class Ribbon:
     strength: float = 0.13
 
     def node(self, column: int) -> int | None:
-        """Returns the node that the ribbon crosses in a column, or None outside its columns."""
+        """Returns the index of the node that the ribbon crosses in a column, or None outside its columns."""
         return self.nodes[column - self.start] if 0 <= column - self.start < len(self.nodes) else None
 
 
 def percent(value: float) -> str:
-    """Formats a share of the total relevance with two significant digits: 0.0468 is ``4.7%``; rounding errors are 0."""
+    """Formats a share of the total relevance as a percentage with two significant digits, such as ``4.7%`` for 0.0468.
+
+    Rounding errors are formatted as ``0%``.
+    """
     points = 100 * value
     if abs(points) < ROUNDING:
         return "0%"
@@ -113,7 +116,10 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """Returns the factor on the height of labels with which the longest column fits; figures grow by its inverse."""
+    """Returns the factor by which label heights are reduced to fit the longest column.
+
+    Figures are enlarged by the inverse of this factor.
+    """
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
 
@@ -125,14 +131,14 @@ def draw_flow(
     palette: Palette = LIGHT,
     scale: float = 1.0,
 ) -> None:
-    """Draws nodes as bars and joint relevance as ribbons; heights and widths are proportional to relevance.
+    """Draws nodes as bars and joint relevance as ribbons, with heights and widths proportional to relevance.
 
     Args:
         axes: The matplotlib axes.
         columns: The layers, from left to right.
-        ribbons: Joint relevance of one node in each column, or in some consecutive columns.
+        ribbons: Joint relevance of nodes in all columns or in some consecutive columns.
         palette: Colours of the plot.
-        scale: Factor for the height of text, for axes higher than 5 inches.
+        scale: Factor for the height of text, to be used for axes higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
     axes.set_ylim(-0.07 * scale, 1 + 0.13 * scale)
@@ -155,15 +161,15 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the height of each node in a column: that of its bar, or of its stacked ribbons if these are taller.
+    """Returns the height of each node in a column: that of its bar or, if larger, of its stacked ribbons.
 
-    They are taller if signs cancel.
+    The stacked ribbons are higher than the bar if relevance of opposite sign cancels.
     """
     return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
 
 def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the total width of the ribbons stacked at a node, one value per column in which ribbons start."""
+    """Returns the total width of the ribbons at a node, separately for each column in which ribbons start."""
     widths: dict[int, float] = {}
     for ribbon in ribbons:
         if ribbon.node(number) == node:
@@ -178,12 +184,12 @@ def _unit(extents: Sequence[float], scale: float) -> float:
         middle = (low + high) / 2
         filled = sum(max(ROW * scale, extent * middle) + GAP * scale for extent in extents)
         low, high = (middle, high) if filled <= 1 else (low, middle)
-    # If there are too many labels for the height, they overlap, but the bars are still drawn.
+    # If there are too many labels, they overlap, but the bars are still drawn.
     return low or 0.5 / max(sum(extents), 1e-12)
 
 
 def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]:
-    """Returns the heights of the centres of the nodes, from the top, with even spacing."""
+    """Returns the vertical positions of the evenly spaced node centres, from top to bottom."""
     rows = [max(ROW * scale, extent * unit) for extent in extents]
     space = (1 - sum(rows)) / max(len(rows), 1)
     ends = np.cumsum([row + space for row in rows])
@@ -191,7 +197,7 @@ def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]
 
 
 def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
-    """Returns a round factor that widens very thin ribbons within the space of their nodes; 1 for wider ribbons."""
+    """Returns a round factor that widens very thin ribbons as far as their nodes have space, or 1 for wider ribbons."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
         return 1
@@ -206,7 +212,7 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """Returns the heights at which ribbons cross their columns; a node stacks them in the order of their other ends."""
+    """Returns the heights at which ribbons cross columns; nodes stack ribbons in the order of their other ends."""
     lanes = [[0.0] * len(one.nodes) for one in ribbons]
     starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):
@@ -224,7 +230,7 @@ def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: 
 
 
 def _height(lane: Sequence[float], x: float) -> float:
-    """Returns the height of a ribbon at ``x``: the cubic of :func:`_draw_ribbon`, solved for its parameter."""
+    """Returns the height of the centre of a ribbon at ``x``, by solving the cubic curve of :func:`_draw_ribbon`."""
     left = min(int(x), len(lane) - 2)
     steps = np.linspace(0, 1, 64)
     across = 1.5 * steps * (1 - steps) + steps**3
@@ -287,7 +293,7 @@ def _draw_column(
 def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> None:
     """Draws each mark where its ribbon is farthest from the other marked ribbons and marks."""
     placed: list[tuple[float, float]] = []
-    # Labels are on the right of the bars, except in the first column.
+    # Labels are to the right of the bars, except in the first column.
     places = [left + x for left in range(len(marked[0][1]) - 1 if marked else 0) for x in np.linspace(0.27, 0.85, 25)]
     for ribbon, lane in marked:
         best = (-1.0, 0.0, 0.0)

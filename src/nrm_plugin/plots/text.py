@@ -1,7 +1,7 @@
-"""Text with tokens coloured by their relevance, as a figure or as an HTML fragment without scripts.
+"""Text whose tokens are coloured by relevance, as a figure or as an HTML fragment without scripts.
 
-Red is positive and blue negative, in shades that colour-blind readers can distinguish; zero is the colour of the
-background. Relevance is given in percent of the total of the sample.
+Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; zero has the background
+colour. Relevance is shown as a percentage of the total of the sample.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from .ribbons import DARK, LIGHT, Palette, percent
 Values = Tensor | np.ndarray | Sequence[float]
 
 CONTINUED = ("##",)
-"""Prefixes of a token that continues the previous word."""
+"""Prefixes of tokens that continue the previous word."""
 OPENING = ("Ġ", "▁")
-"""Prefixes of a token that begins a word."""
+"""Prefixes of tokens that begin a word."""
 BREAKS = {"Ċ": "↵", "\n": "↵", "\t": "→"}
 LINE, LETTER, FONT = 1.9, 0.602, 10.5
-"""Line height and letter width in units of the font size, and font size in points."""
+"""Line height and character width relative to the font size, and the font size in points."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """A displayed token.
+    """A token as it is displayed.
 
     Attributes:
         text: The text of the token.
         value: Relevance of the token.
-        is_spaced: Whether a space precedes the token.
+        is_spaced: Whether the token is preceded by a space.
         is_special: Whether the token is not part of the text, such as padding.
     """
 
@@ -62,7 +62,7 @@ def text_figure(
     heading: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Draws text with tokens coloured by relevance; several maps are stacked on a common scale.
+    """Draws text whose tokens are coloured by relevance; several maps are stacked and share a colour scale.
 
     Args:
         tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
@@ -70,10 +70,10 @@ def text_figure(
         values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map per head.
         titles: One title per map.
         special: Tokens that are not text, such as ``tokenizer.all_special_tokens``, drawn in italics with a frame.
-        limit: Absolute relevance of the strongest colours; by default the largest absolute value.
+        limit: Absolute relevance shown in the strongest colours; by default the largest absolute value.
         width: Width in inches; longer lines are broken.
         heading: Title of the figure.
-        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
 
     Raises:
         InputError: If tokens, values and titles do not match.
@@ -112,7 +112,7 @@ def text_html(
     limit: float | None = None,
     heading: str = "",
 ) -> str:
-    """Returns coloured text as an HTML fragment without scripts, which follows the browser's light or dark mode.
+    """Renders text whose tokens are coloured by relevance as an HTML fragment, for light and dark mode.
 
     Args:
         tokens: As in :func:`text_figure`.
@@ -142,15 +142,15 @@ def words_html(
     heading: str = "",
     whole: str = "of all relevance",
 ) -> str:
-    """Returns coloured words as an HTML fragment; see :func:`text_html`.
+    """Renders coloured words as an HTML fragment; see :func:`text_html`.
 
     Args:
         maps: The words of each map, with their values.
         titles: One title per map.
-        bound: Absolute relevance of the strongest colours.
-        is_cut: Whether a value exceeds ``bound``.
+        bound: Absolute relevance shown in the strongest colours.
+        is_cut: Whether any value exceeds ``bound``.
         heading: Heading of the fragment.
-        whole: Description of the total to which shares refer.
+        whole: Description of the total that percentages refer to.
     """
     parts = [f"<style>{_style()}</style>", '<div class="nrm-text">']
     parts += [f"<h4>{escape(heading)}</h4>"] if heading else []
@@ -169,10 +169,14 @@ def words_html(
 def _checked(
     tokens: Sequence[str], values: Values, titles: Sequence[str], special: Collection[str], limit: float | None
 ) -> tuple[list[list[Word]], float, bool]:
-    """Returns the words of each map, the relevance of the strongest colours, and whether a value exceeds it."""
+    """Validates the arguments of a plot.
+
+    Returns:
+        The words of each map, the absolute relevance shown in the strongest colours, and whether any value exceeds it.
+    """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as of tokenizer.convert_ids_to_tokens(ids).")
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
+    array = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
     rows = array[None] if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != len(tokens) or not len(tokens) or not len(rows):
         raise InputError(
@@ -209,12 +213,12 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
 
 
 def _cells(text: str) -> int:
-    """Returns the width of a text in letters; wide East Asian characters count twice."""
+    """Returns the width of a text in characters, where wide East Asian characters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]]:
-    """Splits words into lines, each word with its first column; a word longer than a line is broken."""
+    """Breaks words into lines, each word with its first column; words longer than a line are split."""
     lines: list[list[tuple[float, Word]]] = [[]]
     at = 0.0
     for word in words:
@@ -241,7 +245,7 @@ def _broken(word: Word, columns: int) -> list[Word]:
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """Returns the background colour of a token for a value between -1 and 1, where 0 is the colour of the page."""
+    """Returns the background colour of a token for a value between -1 and 1, where 0 gives the colour of the page."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)
@@ -249,13 +253,13 @@ def shade(value: float, palette: Palette) -> tuple[float, float, float]:
 
 
 def ink_on(color: tuple[float, float, float]) -> str:
-    """Returns black or white, whichever has the higher contrast with a colour."""
+    """Returns black or white, whichever has the higher contrast with the given colour."""
     bright = luminance(color)
     return "#000000" if (bright + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def luminance(color: tuple[float, float, float]) -> float:
-    """Returns the relative luminance of a colour, as defined by the Web Content Accessibility Guidelines."""
+    """Computes the relative luminance of a colour, as defined by the Web Content Accessibility Guidelines."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -1,4 +1,4 @@
-"""HTML pages that show explanations of texts, without scripts."""
+"""HTML pages, without scripts, that show explanations of texts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HELP = "Red words are evidence for the explained output, blue words against it. 
 
 
 def text_page(explanations: TextExplanation | Sequence[TextExplanation], title: str = "Relevance of words") -> str:
-    """Returns a self-contained HTML page that shows one or several explanations.
+    """Renders one or several explanations as a self-contained HTML page.
 
     Args:
-        explanations: Results of :func:`~nrm_plugin.explain_text`.
+        explanations: One or several results of :func:`~nrm_plugin.explain_text`.
         title: Title of the page.
     """
     several = [explanations] if isinstance(explanations, TextExplanation) else list(explanations)

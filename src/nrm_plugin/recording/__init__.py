@@ -1,5 +1,6 @@
-"""Recording: one run of the model as a graph of steps, and passes of relevance over that graph.
+"""Recording of one run of the model as a graph of steps, and passes of relevance over this graph.
 
 No other package runs a model.
+
 Imports: errors, events, model, kernels, functional, composites.
 """

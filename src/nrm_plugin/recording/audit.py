@@ -1,4 +1,4 @@
-"""Audit of a recording: every operation between inputs and output must be a step or a known route."""
+"""Audit of a recording: every operation between the inputs and the output must be a step or a known route."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .taps import Observed
 
 
 def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
-    """Raises :class:`InputError` if the output depends on none of the inputs."""
+    """Raises :class:`InputError` if the output does not depend on any input."""
     if not any(vertex.leaf is leaf for vertex in graph.vertices for leaf in leaves):
         raise InputError(NOT_JOINED)
 
@@ -26,7 +26,7 @@ def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
 def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
     """Raises :class:`UnsupportedOperationError` if a vertex is neither a step nor a known route.
 
-    Such a vertex would silently lead to wrong numbers.
+    Such a vertex would silently lead to wrong results.
     """
     for vertex in graph.vertices:
         if vertex.step is None and not is_route_node(vertex.node):

@@ -1,4 +1,4 @@
-r"""The step of a contrast: one number computed from the outputs, fused with the linear layer that computes them.
+r"""The step for a contrast: a weighted sum of the outputs, fused with the linear layer that computes them.
 
 For outputs :math:`f = W a + b` with weights ``s``, the contrast :math:`g = \sum_k s_k f_k` is a linear layer with one
 output per sample, weight :math:`\sum_k s_k w_k` and bias :math:`\sum_k s_k b_k`, to which the rule of the layer is
@@ -46,17 +46,17 @@ _VIEWS = frozenset(
     asstrided clone tocopy contiguous narrow movedim swapaxes diagonal flip unbind split splitwithsizes chunk
     """.split()
 )
-"""Routes that only select and reorder entries, so that the layer below them computes the outputs."""
+"""Routes that only select and reorder entries, so that the outputs are computed by the layer below them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """A node on top of an autograd graph, with the attributes of autograd nodes that a :class:`Graph` reads.
+    """A node on top of an autograd graph, with the attributes of autograd nodes that a :class:`Graph` accesses.
 
     Attributes:
-        step: The step.
+        step: The step for the contrast.
         next_functions: The node that the step reads, and the index of its output.
-        shape, dtype, device: Those of the explained contrast.
+        shape, dtype, device: Those of the contrast.
     """
 
     step: Step
@@ -75,10 +75,10 @@ class Top:
 
 
 class ColumnKernel(Kernel):
-    """The kernel of a step with a single output per sample, stored as one column.
+    """The kernel for a step with a single output per sample, stored as one column.
 
     Args:
-        column: The relevance that each input receives per unit of output relevance, in the layout of the input.
+        column: The relevance that each input entry receives per unit of output relevance, in the layout of the input.
         layout: The layout of the input.
         is_stochastic: Whether the column of each sample sums to one.
     """
@@ -113,12 +113,12 @@ class ColumnKernel(Kernel):
 
 
 class ContrastStep(Step):
-    """The step of a contrast.
+    """The step for a contrast.
 
     Args:
         name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
-        read: Function that returns the kernel.
-        keeps_rows: Whether the samples are the rows of all tensors.
+        read: Function that builds the kernel.
+        keeps_rows: Whether samples are the rows of all tensors.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ContrastStep(Step):
 
 
 def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Returns the node of a contrast, to be placed on top of the graph.
+    """Creates the node for a contrast, to be placed on top of the graph.
 
     Args:
         graph: The graph of a recording.
@@ -149,7 +149,7 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
 
     Raises:
         UnsupportedRuleError: If the rule of the layer is not defined by Zennit's modifiers.
-        FoldingError: If no dimension of a tensor holds the samples.
+        FoldingError: If no dimension of a tensor indexes the samples.
     """
     layout = samples.layout(graph.output)
     weights, outputs = layout.fold(vector), output.detach().to(vector.dtype)
@@ -168,7 +168,7 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
 
 
 def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: bool) -> ContrastStep:
-    r"""Returns the step that distributes relevance by the shares :math:`s_k f_k / g`."""
+    r"""Creates the step that distributes relevance in proportion to :math:`s_k f_k / g`."""
 
     def read() -> Kernel:
         form = layout.shape(parts.shape)
@@ -183,10 +183,10 @@ class _Layer:
     """The layer with weights that computes the outputs.
 
     Attributes:
-        step: The step.
-        vertex: Its vertex.
-        source: The tensor that the layer reads.
-        weights: The weights ``s`` of the entries of its output.
+        step: The step of the layer.
+        vertex: Index of its vertex.
+        source: The input of the layer.
+        weights: The weights ``s``, with the same shape as the layer's output.
     """
 
     step: LayerStep
@@ -196,7 +196,7 @@ class _Layer:
 
 
 def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
-    """Returns the layer with weights that computes the outputs, or None if a different operation computes them."""
+    """Returns the layer with weights that computes the outputs, or None if another operation computes them."""
     buffer = graph.output
     while True:
         vertex = graph.vertices[buffer.vertex]
@@ -205,7 +205,7 @@ def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
             return None
         if isinstance(vertex.step, LayerStep):
             vertex.step.fold()
-            if not vertex.step.is_identity:  # otherwise, it is a batch normalization that is fused with the layer below
+            if not vertex.step.is_identity:  # skip a batch normalization that is fused with the layer below
                 return _Layer(vertex.step, buffer.vertex, edges[0], weights) if _is_weighted(vertex.step) else None
         else:
             passed = _below_view(vertex, buffer.number, weights)
@@ -216,7 +216,7 @@ def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
 
 
 def _below_view(vertex: Vertex, number: int, weights: Tensor) -> Tensor | None:
-    """Returns the weights of the entries that a view reads, or None for other operations."""
+    """Returns the weights of the entries that a view selects, or None for other operations."""
     if vertex.step is not None or operation(vertex.node).lower() not in _VIEWS:
         return None
     parts, _ = vertex.pull([weights.unsqueeze(0) if k == number else None for k in range(len(vertex.shapes))])
@@ -230,7 +230,7 @@ def _is_weighted(step: LayerStep) -> bool:
 
 
 def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep:
-    """Returns the step that applies the layer's rule to the weighted sum of its weight rows."""
+    """Creates the step that applies the rule of a layer to the weighted sum of its weight rows."""
     step, call = layer.step, layer.step.layer_call
     if not is_by_modifiers(call.rule) and type(call.rule) is not PlainGradient:
         raise UnsupportedRuleError(
@@ -266,17 +266,17 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
 
 
 def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layout, output_layout: Layout) -> Weighted:
-    r"""Returns the layer with one output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
+    r"""Returns a layer with a single output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
 
-    The layer reads only the entries that are connected to an explained output, since rules such as Flat replace
-    weights.
+    The layer reads only entries that are connected to an explained output. Zero weights would not exclude the others,
+    because rules such as Flat replace the weights.
 
     Args:
         call: The recorded call of the layer.
-        weights: The weights ``s``, in the layout of the layer output.
-        number: The explained contrast, ``g``.
-        layout: The layout of its input.
-        output_layout: The layout of its output.
+        weights: The weights ``s``, with the same shape as the layer's output.
+        number: The value of the contrast ``g``.
+        layout: The layout of the input.
+        output_layout: The layout of the output.
     """
     weight, bias = call.module._parameters["weight"], call.module._parameters["bias"]
     assert weight is not None
@@ -306,13 +306,13 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
 
 def _connected(mask: Tensor) -> Tensor:
-    """Returns the column indices of true entries in each row, padded with the number of columns."""
+    """Returns the column indices of the true entries in each row, padded with the number of columns."""
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return torch.where(mask.gather(1, order), order, mask.shape[1])
 
 
 def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Returns the entries of rows ``(N, D)`` at indices; 0 at the index ``D``."""
+    """Gathers the entries of rows ``(N, D)`` at the given indices, where the index ``D`` gives 0."""
     return rows if index is None else torch.nn.functional.pad(rows, (0, 1)).gather(1, index)
 
 

@@ -1,4 +1,4 @@
-"""Coverage: a list of the rule or kernel at every step of a model, without computing relevance."""
+"""Coverage: the rule or kernel of every step of a model, without computing relevance."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .recording import Recording
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the coverage: a step with its rule or kernel.
+    """One step with its rule or kernel.
 
     Attributes:
         name: Layer name, or module path and function.
         call: Index of the call.
         operation: Module type or function.
-        rule: The rule of the composite, or the kernel of the function.
+        rule: The rule that the composite assigns, or the kernel of the function.
         shape: Shape of the output.
-        note: Remarks: reused, tied, uncovered, unsupported, fused.
+        note: Remarks, such as whether the step is uncovered or fused, or its layer reused or tied.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Coverage:
 
     Attributes:
         rows: The steps.
-        constants: Operations that combine constants with computed values, at which mass can be absorbed.
+        constants: Operations that combine computed values with constants; the constants can absorb mass.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -135,8 +135,8 @@ def coverage(
         additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        memory: Whether to return an estimate of the memory and time of a measure with the default composite instead.
-            The model is then not run, and no memory of its size is allocated.
+        memory: If True, return an estimate of the memory and time of a measure with the default composite instead. In
+            this case, the model is not run, and none of its memory is allocated.
 
     Raises:
         InputError, ModelStateError, GradModeError: As raised by :class:`~nrm_plugin.RelevanceMeasure` for these
@@ -154,7 +154,7 @@ def coverage(
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
     canonized.uncovered = (
-        "error"  # report functions on weights without a rule instead of raising an error; modules are not affected
+        "error"  # reports functions of weights without a rule instead of raising an error; does not affect modules
     )
     call = Call(inputs, additional_forward_args, additional_forward_kwargs, batched)
     recording = Recording(model, call, canonized, output)
@@ -191,7 +191,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Returns, for each layer that shares a parameter with an earlier layer, the name of the earlier layer."""
+    """Returns the name of the earlier layer for each layer that shares a parameter with one."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Observation of one forward pass: module inputs and outputs, and the tensors at which walks start and end."""
+"""Observation of one forward pass: the inputs and outputs of modules, and the tensors at which walks start and end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .taps import Item, Label, Observed
 
 
 class Observer:
-    """Installs hooks around those of the composite, and collects the tensors of one forward pass.
+    """Registers hooks around those of the composite and collects tensors during one forward pass.
 
     Args:
         indices: Integer inputs; relevance ends at the embedding rows that they select.
@@ -32,16 +32,16 @@ class Observer:
         watcher: The object that is notified of steps and modules if memory is limited, or None.
 
     Attributes:
-        modules: Name of each module, after :meth:`watch`.
-        containers: Names of modules that have children and to which the composite nevertheless assigns a rule.
-        observed: Every labelled tensor that depends on the inputs.
+        modules: Name of each module; set by :meth:`watch`.
+        containers: Names of modules with children to which the composite assigns a rule.
+        observed: All labelled tensors that depend on the inputs.
         leaves: The tensors at which relevance ends.
         indices: The integer inputs.
         inputs: The leaves of the floating-point inputs.
         gates: The gates of the forward pass.
-        has_lookups: Whether the model looked up rows by integer inputs.
-        has_untracked: Whether some values depend on the inputs but are not tracked by autograd.
-        read: Where the model first converted integer inputs to Python or NumPy numbers, or None if it did not.
+        has_lookups: Whether the model has looked up rows with integer inputs.
+        has_untracked: Whether some values depend on the inputs without being tracked by autograd.
+        read: Where the model first converted integer inputs to Python or NumPy numbers, or None.
     """
 
     def __init__(self, indices: list[Tensor], wanted: Atom | None, watcher: Watcher | None = None) -> None:
@@ -60,11 +60,11 @@ class Observer:
         self._started: Tensor | None = None
 
     def watch(self, model: nn.Module, stack: ExitStack) -> None:
-        """Installs hooks that see inputs before a step detaches them, and outputs after the step has linked them.
+        """Registers hooks that observe inputs before steps detach them, and outputs after steps have linked them.
 
         Args:
-            model: The model, with the modules that canonizers added.
-            stack: The stack that removes the hooks.
+            model: The model, including modules added by canonizers.
+            stack: The exit stack that removes the hooks.
         """
         self.modules = module_names(model)
         handles: list[RemovableHandle] = []
@@ -78,21 +78,21 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf with the values of an input, and returns the tensor that is passed to the model instead."""
+        """Creates a leaf from an input and returns the tensor to be passed to the model in its place."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
         return passed
 
     def _end(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor with the same values, at which walks end."""
+        """Returns a copy of a tensor that depends on a new leaf, at which walks end."""
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         self._leaves.add(id(leaf))
         return leaf.clone()
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
-        """Stores a labelled tensor if it depends on the inputs."""
+        """Records a labelled tensor if it depends on the inputs."""
         self._keep_start(label, tensor)
         if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
@@ -116,7 +116,7 @@ class Observer:
         return self._started
 
     def _end_within(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor with the same values, at which walks end, while the model runs."""
+        """Like :meth:`_end`, but may be called while the model is running."""
         with torch._C.DisableTorchFunction(), torch.enable_grad(), not_recorded():
             return self._end(tensor)
 
@@ -127,7 +127,7 @@ class Observer:
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step, output: Tensor) -> None:
-        """Assigns a call index to the step of a module; the step of a function already has one."""
+        """Assigns the name and call index to the step of a module; steps of functions already have them."""
         if module is not None:
             step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
         if self._watcher is not None:
@@ -136,20 +136,20 @@ class Observer:
 
     @without_torch_function
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """Stores the output of a function."""
+        """Records the output of a function."""
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that some values are not tracked by autograd, and may depend on several samples."""
+        """Records that some values are not tracked by autograd, so that they may depend on several samples."""
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:
-        """Stores where the model converted integer inputs to Python or NumPy numbers."""
+        """Records where the model converted integer inputs to Python or NumPy numbers."""
         self.read = self.read or where
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Makes the rows selected by integer inputs a leaf, at which relevance ends as at any other input."""
+        """Replaces rows selected by integer inputs with a leaf, at which relevance ends as at any other input."""
         self.has_lookups = True
         passed = self._end_within(rows)
         self.see(Label(name, "output", call, None), passed, -1)
@@ -190,7 +190,7 @@ class Observer:
             self.see(Label(name, "output", call, item), value, dim)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
-        """Stores the tensor at which the measure starts, protected from later writes by the model."""
+        """Stores the tensor at which the measure starts, protected from later in-place operations."""
         wanted = self._wanted
         if wanted is None or wanted.side != label.side:
             return
@@ -208,14 +208,14 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _own_view(value: Any) -> Any:
-    """Returns a separate view of a tensor for each call, so that its tap contains only the walks through this call."""
+    """Returns a new view of a tensor for each call, so that its tap contains only the walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:
-    """Returns the step hook that a composite has registered on a module."""
+    """Returns the step hook that a composite has registered on a module, or None."""
     for hook in module._forward_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepHook):
@@ -233,13 +233,13 @@ _OVER_FEATURES = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-"""Layers with channels in the last dimension of the output."""
+"""Layers whose output has channels in the last dimension."""
 
 
 def _channel_dim(module: nn.Module) -> int | None:
-    """Returns the channel dimension of a layer's output.
+    """Returns the channel dimension of a layer's output, or None if it is unknown.
 
-    It is -1 for channels-last layers, 1 for convolutions, norms and max pooling, and None if unknown.
+    It is -1 for channels-last layers, and 1 for convolutions, normalization layers and max pooling.
     """
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:

@@ -1,7 +1,8 @@
-"""The graph of a recording: vertices are autograd nodes, buffers are their outputs, and edges their inputs.
+"""The graph of a recording: vertices are autograd nodes, buffers are their outputs, and edges are their inputs.
 
-A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`; every other vertex is a 0/1 route, which
-autograd computes itself. Vertices are numbered in the order in which a walk crosses them, output first.
+A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`. All other vertices are 0/1 routes, through
+which autograd itself propagates relevance. Vertices are numbered in the order in which walks cross them, from the
+output to the inputs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _IN_ANY_FORMAT = frozenset(
     Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
     """.split()
 )
-"""Routes along which autograd passes relevance in float32, regardless of the format of the tensors."""
+"""Routes through which autograd can propagate float32 relevance, regardless of the dtype of the tensors."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -64,7 +65,7 @@ class Vertex:
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input, or None for a constant.
         is_short: Whether the vertex is a route that reads or returns a tensor in a format shorter than float32.
-        leaf: The leaf tensor if the graph ends at the vertex, and None otherwise.
+        leaf: The leaf tensor if the graph ends at this vertex, else None.
     """
 
     node: Any
@@ -78,9 +79,10 @@ class Vertex:
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Propagates relevance ``(K, *shape)`` from outputs to edges; also returns the absorbed share, or None.
+        """Propagates relevance ``(K, *shape)`` from the outputs to the edges.
 
-        The relevance of each tensor has the dtype of that tensor.
+        Returns:
+            Relevance at each edge, in the dtype of relevance there; and the absorbed share, or None.
         """
         if self.step is not None:
             (single,) = relevance
@@ -95,15 +97,15 @@ class Vertex:
 
     @property
     def is_route_of_vectors(self) -> bool:
-        """Whether :meth:`route` can be used."""
+        """Whether :meth:`route` can be used to propagate a single vector."""
         return self.step is None and self.index is None
 
     def route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
-        """Propagates a single relevance vector ``(*shape)`` along a route; otherwise like :meth:`pull`."""
+        """Propagates a single relevance vector ``(*shape)`` through a route; otherwise like :meth:`pull`."""
         return self._converted(self._route(relevance))
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
-        """Applies the transpose of :meth:`pull`; ``absorbed`` holds the values at the sink of each output."""
+        """Applies the transpose of :meth:`pull`, where ``absorbed`` contains the values at the sink of each output."""
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
@@ -115,7 +117,7 @@ class Vertex:
         with torch.inference_mode(False), torch.enable_grad():
             seeds = self._seeds()
             parts = self._route(list(seeds))
-            # When called directly, a node does not sum over the dimensions in which an input was broadcast.
+            # A node that is called directly does not sum over the dimensions in which an input was broadcast.
             pairs = [
                 (part.sum_to_size(value.shape[1:]), value.to(part.dtype))
                 for part, value in zip(parts, values, strict=True)
@@ -130,7 +132,7 @@ class Vertex:
         return _columns(rows)
 
     def forget(self) -> None:
-        """Drops the cached tensors of a route, which are recomputed when needed."""
+        """Frees the cached tensors of a route, which are recomputed on demand."""
         self._constant_share = None
         self.__dict__.pop("index", None)
 
@@ -141,13 +143,13 @@ class Vertex:
         ]
 
     def _seeds(self) -> list[Tensor]:
-        """Returns differentiable zeros at each output."""
+        """Returns zeros that require gradients for each output."""
         outputs = zip(self.shapes, self.dtypes, self.node._input_metadata, strict=True)
         return [torch.zeros(shape, dtype=dtype, device=m.device).requires_grad_() for shape, dtype, m in outputs]
 
     @functools.cached_property
     def index(self) -> IndexedRoute | None:
-        """The route as an index, if autograd would round relevance to a shorter format or reject it in float32."""
+        """The route as an index, or None if autograd can propagate float32 relevance through it without rounding."""
         if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
             return None
         device = self.node._input_metadata[0].device
@@ -172,11 +174,11 @@ class Vertex:
 
     @property
     def may_hold_constants(self) -> bool:
-        """Whether the vertex is a route that can combine constants with computed values."""
+        """Whether the vertex is a route that may combine computed values with constants."""
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self) -> tuple[Tensor, ...] | None:
-        """Returns an indicator of the constant entries of each output, or None if there are no constants."""
+        """Returns a 0/1 indicator of the constant entries of each output, or None if there are no constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -187,7 +189,7 @@ class Vertex:
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = self._seeds()
-                # When called directly, some nodes return a gradient for their constants as well.
+                # Some nodes return gradients for constants, too, if they are called directly.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
                 columns = (
@@ -203,11 +205,11 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Marks:
-    """The marked places below vertices and edges, as bit sets.
+    """The marks that walks can reach below each vertex and edge, as bit sets.
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including those on the edge itself and its buffer.
+        below_edge: The marks below each edge of each vertex, including those of the edge itself and of its buffer.
     """
 
     below_vertex: list[int]
@@ -218,9 +220,9 @@ class Graph:
     """The autograd graph between an output tensor and the leaves on which it depends.
 
     Args:
-        output: The output tensor; it must have a history.
-        leaves: The inputs, at which relevance ends. A tensor that depends on none of them is a constant.
-        top: A node on top of the output, at which the graph starts if given.
+        output: The output tensor, which must have a ``grad_fn``.
+        leaves: The inputs, at which relevance ends. Tensors that do not depend on any of them are constants.
+        top: A node on top of the output, at which the graph starts if it is given.
     """
 
     def __init__(self, output: Tensor, leaves: Sequence[Tensor], top: Any = None) -> None:
@@ -234,7 +236,7 @@ class Graph:
         self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """Counts how often each tensor is read, directly or through views of the whole tensor."""
+        """Counts the consumers of each step, directly or through views of the whole tensor."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
             for edge in vertex.edges:
@@ -250,7 +252,7 @@ class Graph:
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
     def buffer(self, place: Place) -> Buffer:
-        """Returns the tensor at a place; an edge is a place at the tensor that it reads."""
+        """Returns the buffer at a place: for an edge, the tensor that it reads."""
         buffer = self.vertices[place.vertex].edges[place.number] if isinstance(place, Edge) else place
         assert buffer is not None, "constants are no places"
         return buffer
@@ -262,10 +264,10 @@ class Graph:
         return device
 
     def marks_below(self, marks: Mapping[Place, int]) -> Marks:
-        """Returns the marked places that a walk can cross below each vertex and edge, as bit sets.
+        """Computes the marked places that walks can cross below each vertex and edge, as bit sets.
 
         Args:
-            marks: The bits of each marked place.
+            marks: The bit set of each marked place.
         """
         vertices: list[int] = [0] * len(self.vertices)
         edges: list[tuple[int, ...]] = [()] * len(self.vertices)
@@ -281,23 +283,26 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Returns whether the result of a route depends on the relevance, as it does unless the input was overwritten."""
+    """Returns whether the result of a route depends on the relevance, which is not the case for overwritten inputs."""
     return part is not None and part.requires_grad
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """Stacks the relevance vectors of each edge, given one row of edges for each vector."""
+    """Stacks relevance vectors for each edge, given one list of edges per vector."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 _Edges = dict[Any, list[tuple[Any, int]]]
-"""For each node, the nodes that it reads, with the index of the output; writes to whole tensors are not vertices."""
+"""For each node, the nodes that it reads and the indices of their outputs, skipping writes to whole tensors."""
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:
-    """Sorts nodes so that each one precedes the nodes to which it propagates relevance (without recursion)."""
+    """Sorts nodes topologically, so that each node precedes those that it propagates relevance to.
+
+    Depth-first search is implemented without recursion, since graphs can be deep.
+    """
     edges: _Edges = {root: _edges(root)}
     order: list[Any] = []
     stack = [(root, iter(edges[root]))]
@@ -315,7 +320,7 @@ def _edges_in_walk_order(root: Any) -> _Edges:
 
 
 def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
-    """Returns the nodes that depend on at least one of the leaves, always including the first node."""
+    """Returns the nodes that depend on at least one leaf, and always the first node."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
     for node, read in reversed(edges.items()):
@@ -326,7 +331,7 @@ def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """Returns the nodes that a node reads, with the index of the output, skipping writes to whole tensors."""
+    """Returns the nodes that a node reads and the indices of their outputs, skipping writes to whole tensors."""
     return [written(below, number) for below, number in node.next_functions]
 
 

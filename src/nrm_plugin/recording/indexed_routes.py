@@ -1,6 +1,6 @@
-"""0/1 routes in formats shorter than float32, represented by indices.
+"""Index representation of 0/1 routes in formats shorter than float32.
 
-Autograd would round relevance to the format of the tensors, or reject relevance in float32. Instead, a route is
+Autograd would round relevance to the format of the tensors, or reject float32 relevance. Instead, a route is
 represented by the index of the entry from which each entry was copied, which is exact in any format.
 """
 
@@ -17,10 +17,10 @@ Parts = list[Tensor | None]
 
 @dataclass(frozen=True)
 class IndexedRoute:
-    """A route as an index into the entries of its inputs.
+    """A route, represented by indices into the entries of its inputs.
 
     Attributes:
-        origins: For each entry of each output, the number of the copied entry; 0 for constants.
+        origins: For each entry of each output, the index of the copied entry, starting from 1; 0 for constants.
         shapes: Shape of each input, or None for a constant.
     """
 
@@ -29,11 +29,11 @@ class IndexedRoute:
 
     @property
     def size(self) -> int:
-        """The total number of entries in all inputs."""
+        """Total number of entries of all inputs."""
         return sum(shape.numel() for shape in self.shapes if shape is not None)
 
     def pull(self, relevance: Sequence[Tensor | None]) -> Parts:
-        """Propagates relevance ``(K, *shape)`` from outputs to inputs."""
+        """Propagates relevance ``(K, *shape)`` from the outputs to the inputs."""
         like = next(item for item in relevance if item is not None)
         total = like.new_zeros(len(like), self.size + 1)
         for origin, item in zip(self.origins, relevance, strict=True):
@@ -62,14 +62,14 @@ class IndexedRoute:
 def indexed_route(
     route: Callable[[Parts], Parts], seeds: list[Tensor], is_input: Sequence[bool]
 ) -> IndexedRoute | None:
-    """Returns a route as an index, or None if an entry was copied from several entries, as for ties.
+    """Converts a route to indices, or returns None if an entry was copied from several entries, as with ties.
 
-    The index is found by applying the transpose to each binary digit of the entry numbers.
+    Indices are obtained by applying the transpose to each binary digit of the entry indices.
 
     Args:
-        route: The map from relevance at the outputs to relevance at the inputs.
-        seeds: Zeros at each output, in the format of the output.
-        is_input: Whether each input depends on the input of the model.
+        route: Function that maps relevance at the outputs to relevance at the inputs.
+        seeds: Zeros for each output, in the dtype of the output.
+        is_input: Whether each input depends on the model inputs.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [seed.requires_grad_() for seed in seeds]

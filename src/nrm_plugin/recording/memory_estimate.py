@@ -1,10 +1,10 @@
-r"""Estimates the memory and time that a measure needs from the shapes of a forward pass, without running the model.
+r"""Estimation of the memory and time of a measure from the shapes in a forward pass, without running the model.
 
 The forward pass runs on tensors without values. The peak of one recording and one pass of all marginals is estimated as
 
 .. math:: \sum_k c_k \,\mathrm{bytes}_k
 
-where ``bytes_k`` is the size of the results of all operations of kind ``k``. The non-negative coefficients minimize the
+where ``bytes_k`` is the size of the results of all operations of kind ``k``. The nonnegative coefficients minimize the
 mean relative error over 37 pairs of a network and an input size on a CPU, on which the largest error is 15.5 %;
 docs/features.md lists the errors on other networks. The method is new in this package.
 """
@@ -47,7 +47,7 @@ COEFFICIENTS = {
     "largest": 2.22,
     "input": 4.62,
 }
-"""Peak memory per result byte, for each kind of operation."""
+"""Peak memory per byte of the results, for each kind of operation."""
 
 KINDS = {
     "convolution": "convolution",
@@ -60,20 +60,20 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time per operation in seconds, and time of a measure in units of a matrix product and of a tensor sum."""
+"""Time per operation in seconds, and factors for the measured time per FLOP and per byte."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """An estimate of the cost of a measure: one recording, and one pass that computes all marginals.
+    """Estimated cost of a measure, for one recording and one pass that computes all marginals.
 
     Attributes:
         peak: Peak memory in bytes, in addition to the model and its inputs.
-        weights: Bytes of the parameters and buffers of the model.
-        inputs: Bytes of the inputs.
+        weights: Size of the parameters and buffers of the model in bytes.
+        inputs: Size of the inputs in bytes.
         seconds: Time on the device of the model; only the order of magnitude is reliable.
-        flops: Multiplications and additions of one forward pass.
-        bytes_by_kind: Bytes of the results per kind of operation.
+        flops: Number of multiplications and additions in one forward pass.
+        bytes_by_kind: Total size of the results in bytes, for each kind of operation.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -107,7 +107,7 @@ class MemoryEstimate:
 
 
 def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
-    """Estimates the memory and time of a measure; the model runs on tensors without values.
+    """Estimates the memory and time of a measure by running the model on tensors without values.
 
     Raises:
         InputError: If the control flow or a shape in the model depends on values.
@@ -134,12 +134,12 @@ def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Returns the size of a tensor in bytes in the dtype of relevance, at least float32; 0 for integers."""
+    """Returns the size in bytes of relevance at a tensor, in at least float32; 0 for integer tensors."""
     return tensor.numel() * max(tensor.element_size(), 4) if tensor.is_floating_point() else 0
 
 
 class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """A mode that adds up the result bytes for each kind of operation."""
+    """Torch dispatch mode that accumulates the size of results for each kind of operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -196,7 +196,7 @@ def _kind(name: str) -> str:
 
 @contextmanager
 def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
-    """Context manager that adds the weights of called linear layers to the log."""
+    """Context manager that adds the weights of linear layers to the log when they are called."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         log.called += _bytes(module.weight)  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Context manager that makes torch's attention layers run as separate operations, as in a recording."""
+    """Context manager in which torch's attention layers run as separate operations, as in a recording."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -221,7 +221,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _seconds(device: torch.device, flops: int, log: _Log, sizes: Counter[str]) -> float:
-    """Returns the estimated time of a measure, from the measured times of a product and a sum on the device."""
+    """Estimates the time of a measure from the measured times of a matrix product and a sum on the device."""
     if device.type == "meta":
         return float("nan")
     a = torch.ones(384, 384, device=device)

@@ -1,4 +1,4 @@
-"""Names of modules as taps."""
+"""Names of modules as used for taps."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..errors import UnknownLayerError
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Names of child modules that would otherwise be confused with the input or the output of the model."""
+"""Tap names of child modules whose own name denotes the input or the output of the model."""
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the name of each module as a tap: its name in ``named_modules()``, with a dot before reserved names."""
+    """Returns the tap name of each module, which is its name in ``named_modules()`` unless this name is reserved."""
     return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """Returns the name of a layer given by name or as a module; the name of the model itself is ``"output"``.
+    """Returns the tap name of a layer, given by name or as a module; that of the model itself is ``"output"``.
 
     Raises:
-        UnknownLayerError: If the module belongs to a different model.
+        UnknownLayerError: If the module is not part of the model.
     """
     if isinstance(layer, str):
         return layer
@@ -35,7 +35,7 @@ def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
 
 
 def first_name(name: str, modules: Mapping[nn.Module, str]) -> str:
-    """Returns a name with the first name of a module in place of another one under which it is registered as well.
+    """Replaces the name of a module that is registered under several names with the first of them.
 
     Examples are shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` of T5, and shared blocks. The name
     may continue with a function inside the module, or with the index of a call.

@@ -1,4 +1,4 @@
-"""Copies of the outputs of modules, made while a model runs, also during the forward pass of a measure."""
+"""Collection of the outputs of modules during a forward pass, including that of a measure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .taps import Nested
 
 @contextmanager
 def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Context manager that copies the outputs of modules, with one entry per call and detached tensors.
+    """Context manager that collects copies of the outputs of modules, with one entry per call and tensors detached.
 
     Args:
         model: The network; the hooks are removed on exit.
         layers: Names of modules.
 
     Raises:
-        UnknownLayerError: If no module has this name.
+        UnknownLayerError: If there is no module with one of the given names.
     """
     names = module_names(model)
     modules = {name: module for module, name in names.items()}
@@ -46,7 +46,7 @@ def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
 def tensors_of(output: Any) -> dict[int | str, Tensor]:
     """Returns the tensors in a module output, keyed by tuple position, mapping key or dataclass field.
 
-    Tensors in nested containers have keys joined by dots, as :class:`Nested`.
+    Tensors in nested containers have keys joined by dots, of type :class:`Nested`.
     """
     tensors: dict[int | str, Tensor] = {}
     for key, value in _entries(output).items():

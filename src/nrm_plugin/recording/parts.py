@@ -1,12 +1,12 @@
-"""A recording within a memory limit: its steps are divided into parts, and only one part holds its tensors at a time.
+"""Recording with limited memory: it is divided into parts, of which only one stores its tensors at a time.
 
 The first run of the model determines the structure of the recording. If the tensors of the steps exceed the limit, they
-are dropped. When a pass arrives at a step, the model runs again, and only the consecutive steps of one part keep their
-tensors. The outputs of some modules are kept, such as those of the blocks of a transformer; in later runs, these
-modules return them without running, unless they contain steps of the part. The structure, and with it the names of taps
-and the order of all sums, is always that of the first run.
+are freed. When a pass arrives at a step, the model is run again, and only the consecutive steps of one part keep their
+tensors. The outputs of some modules are stored, such as those of transformer blocks. In later runs, these modules
+return the stored outputs without running, unless they contain steps of the part. The structure, and with it the names
+of taps and the order of all sums, is always that of the first run.
 
-Kernels are dropped after relevance has passed through them, and built again for further passes.
+Kernels are discarded after relevance has been propagated through them, and rebuilt for further passes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from ..kernels.step import Step
 from .units import WORTH, Unit, are_kept, bytes_of, entries, is_container, kept, mapped, size_of, versions
 
 End = Callable[[Tensor], Tensor]
-"""A function that returns a tensor with the same values, at which walks end."""
+"""A function that returns a copy of a tensor at which walks end."""
 
 
 class PartRecorded(BaseException):
-    """Raised to stop a run of the model once the part is recorded; not an ``Exception``, which a model might catch."""
+    """Raised to stop a run of the model once the part has been recorded.
+
+    It is not an ``Exception``, which the model might catch.
+    """
 
 
 class Watcher(Protocol):
-    """An object that follows a run of the model."""
+    """Interface of an object that follows a run of the model."""
 
     def on_step(self, step: Step, output: Tensor) -> None:
         """Called for each step, with the output of the call."""
@@ -43,15 +46,15 @@ class Watcher(Protocol):
         """Called for each module before the model runs."""
 
     def enter(self, module: nn.Module, name: str, call: int, args: Any, kwargs: Any, end: End) -> None:
-        """Called before a module without a rule runs; ``end`` returns a tensor at which walks end."""
+        """Called before a module without a rule runs; ``end`` returns a copy of a tensor at which walks end."""
 
     def leave(self, module: nn.Module, output: Any, gates: Any) -> None:
-        """Called after a module without a rule ran."""
+        """Called after a module without a rule has run."""
 
 
 @dataclass
 class _Open:
-    """A module that is running: its call, the index of its first step, and its arguments."""
+    """A module that is running, with the index of its call, the index of its first step, and its arguments."""
 
     module: nn.Module
     name: str
@@ -61,18 +64,18 @@ class _Open:
 
 
 class FirstRun:
-    """A watcher of the first run of the model, which drops all tensors once they exceed the limit.
+    """Watcher of the first run of the model, which frees all tensors once they exceed the limit.
 
     Args:
         limit: Memory limit in bytes.
         drop: Function that is called when the limit is exceeded.
-        reference: The first run of a reference, whose tensors and differences also count, or None.
+        reference: The first run at the reference, whose tensors and differences are also counted, or None.
 
     Attributes:
         steps: The steps, in execution order.
-        sizes: Bytes of each step.
+        sizes: Size of each step in bytes.
         values: A few entries of the output of each step.
-        units: The calls whose outputs are kept; none is inside another.
+        units: Calls whose outputs are stored; they are not nested.
         is_over: Whether the limit was exceeded.
     """
 
@@ -113,7 +116,7 @@ class FirstRun:
         if not is_container(module):
             return
         one = self._open.pop()
-        while one.module is not module:  # inner calls that raised an error, which the model has handled
+        while one.module is not module:  # discard inner calls that raised an error, which the model has caught
             one = self._open.pop()
         inside = sum(self.sizes[one.first :])
         is_written = any(tensor._version != version for tensor, version in one.args)
@@ -126,17 +129,17 @@ class FirstRun:
             self.units.append(unit)
 
     def apart(self, part: range) -> dict[tuple[str, int], Unit]:
-        """Returns the calls whose outputs are kept and that contain no step of a part."""
+        """Returns the calls with stored outputs that do not contain any step of a part."""
         return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
 
     def keep(self) -> None:
-        """Lets all steps keep their tensors, since the limit was not exceeded."""
+        """Keeps the tensors of all steps, since the limit was not exceeded."""
         for step in self.steps:
             step.holder = None
 
 
 class _Unfinished:
-    """The holder of steps during the first run; it recomputes nothing, since dropped tensors are not needed then."""
+    """Holder of steps during the first run, in which freed tensors are not needed and therefore not recomputed."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -146,12 +149,12 @@ _UNFINISHED = _Unfinished()
 
 
 class Repeat:
-    """A watcher of a later run, in which only the steps of one part keep their tensors.
+    """Watcher of a later run, in which only the steps of one part keep their tensors.
 
     Args:
-        first: The first run.
+        first: The first run of the model.
         part: Step indices of the part.
-        units: The calls that do not run, keyed by module name and call index.
+        units: The calls that are replaced with their stored outputs, keyed by module name and call index.
 
     Attributes:
         steps: The steps of the part in this run.
@@ -181,11 +184,11 @@ class Repeat:
             raise PartRecorded
 
     def is_wanted(self) -> bool:
-        """Returns whether the next step is one of the part."""
+        """Returns whether the next step belongs to the part."""
         return self._number in self._part
 
     def is_same(self) -> bool:
-        """Returns whether the steps of the part have the values of the first run."""
+        """Returns whether the outputs of the steps of the part agree with those of the first run."""
         known = self._first.values[self._part.start : self._part.stop]
         return len(self.values) == len(known) and _are_close(torch.cat(known), torch.cat(self.values))
 
@@ -198,7 +201,7 @@ class Repeat:
             self._open.append((module, self._units.get((name, call)), end))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the innermost module, or returns the kept output of its call."""
+        """Runs the innermost module, or returns the stored output of its call."""
         _, unit, end = self._open[-1]
         if unit is None:
             return forward(*args, **kwargs)
@@ -212,15 +215,16 @@ class Repeat:
 
 
 class Parts:
-    """The parts of a recording, of which at most one holds its tensors.
+    """The parts of a recording, of which at most one stores its tensors.
 
     Args:
-        first: The first run.
-        run: Function that runs the model again under a watcher, after the reference, if any, under another watcher.
+        first: The first run of the model.
+        run: Function that runs the model again under a watcher, preceded by the run at the reference, if any, under a
+            second watcher.
 
     Attributes:
-        current: The part that holds its tensors, or None.
-        forget: Function that is called when the tensors of a part are dropped.
+        current: The part that stores its tensors, or None.
+        forget: Function that is called when the tensors of a part are freed.
     """
 
     def __init__(self, first: FirstRun, run: Callable[[Repeat, Repeat | None], object]) -> None:
@@ -235,11 +239,11 @@ class Parts:
 
     @functools.cached_property
     def ranges(self) -> list[range]:
-        """Step indices of each part, in execution order; must not be read before the graph is built."""
+        """Step indices of each part, in execution order; must not be accessed before the graph is built."""
         return divided(self._first)
 
     def fill(self, step: Step) -> None:
-        """Recomputes the tensors of the part to which a step belongs, and drops those of the other parts."""
+        """Recomputes the tensors of the part that contains a step, and frees those of the previous part."""
         place = bisect.bisect_right([part.start for part in self.ranges], step.number) - 1
         part = self.ranges[place]
         if part == self.current:
@@ -247,7 +251,7 @@ class Parts:
         self.empty()
         run = self._recorded(part)
         if run is None and self._runs_units:
-            self._runs_units = False  # a module does more than return its output
+            self._runs_units = False  # a module has side effects besides returning its output
             run = self._recorded(part)
         if run is None:
             raise StaleMeasureError(_CHANGED.format(name=step.name))
@@ -258,7 +262,7 @@ class Parts:
         self._twins, self.current = run.steps, part
 
     def empty(self) -> None:
-        """Drops the tensors of the current part."""
+        """Frees the tensors of the current part."""
         for number in self.current or ():
             step = self._first.steps[number]
             step.__dict__ = self._stubs[number] | {"uses": step.uses, "holder": self}
@@ -266,7 +270,7 @@ class Parts:
         self.forget()
 
     def _recorded(self, part: range) -> Repeat | None:
-        """Runs the model and returns the run that recorded a part, or None if the results differ from the first run."""
+        """Runs the model and returns the run that recorded a part, or None if its results differ from the first run."""
         firsts = [one for one in (self._first, self._first.reference) if one is not None]
         apart = [one.apart(part) if self._runs_units else {} for one in firsts]
         common = {key for key in apart[0] if all(key in units for units in apart)}
@@ -285,7 +289,7 @@ class Parts:
 
 
 def divided(first: FirstRun) -> list[range]:
-    """Divides the steps into parts within the limit, where possible between calls whose outputs are kept."""
+    """Divides the steps into parts within the limit, preferably between calls whose outputs are stored."""
     starts = set(range(len(first.steps) + 1))
     for unit in first.units:
         starts -= set(range(unit.first + 1, unit.stop))
@@ -307,7 +311,7 @@ def divided(first: FirstRun) -> list[range]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Returns whether results of two runs agree, up to rounding in sums of a different order."""
+    """Returns whether results of two runs agree up to rounding, since sums may be computed in a different order."""
     scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
     return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
 

@@ -1,4 +1,4 @@
-"""Places in the graph of a recording: where relevance can be read or absorbed."""
+"""Places in the graph of a recording, at which relevance can be read or absorbed."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Output ``number`` of a vertex, which is one tensor."""
+    """Output ``number`` of a vertex, that is, one tensor."""
 
     vertex: int
     number: int
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts places as a walk crosses them."""
+        """Sort key that orders places as walks cross them."""
         return (self.vertex, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex; its relevance is the part of the tensor's relevance that comes from this vertex."""
+    """Input ``number`` of a vertex. Its relevance is what this vertex contributes to the relevance of the tensor."""
 
     vertex: int
     number: int
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts places as a walk crosses them."""
+        """Sort key that orders places as walks cross them."""
         return (self.vertex, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """The relevance that a vertex absorbs."""
+    """The sink of a vertex, which contains the relevance absorbed there."""
 
     vertex: int
 

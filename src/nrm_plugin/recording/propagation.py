@@ -1,7 +1,7 @@
 """Propagation over the graph of a recording: relevance down to the inputs, or values up to the output.
 
-Both kinds of passes propagate several vectors together, each with its own key. In a downward pass, a visitor may change
-the vectors at each tap. Passes know nothing about events.
+Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor may
+modify the vectors at each tap. Passes are independent of events.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Cost:
     """Cost of one or more passes.
 
     Attributes:
-        steps: Number of kernels applied.
-        vectors: Number of relevance vectors propagated through them; a kernel may propagate several at once.
+        steps: Number of kernel evaluations.
+        vectors: Number of relevance vectors propagated in these; a kernel may propagate several vectors at once.
     """
 
     steps: int = 0
@@ -38,7 +38,7 @@ class Cost:
 
 
 class Visitor(Protocol[Key]):
-    """Callbacks of a downward pass; by default, all relevance is propagated.
+    """Callbacks of a downward pass, which by default propagate all relevance.
 
     Every vector has the shape of its tensor.
     """
@@ -48,11 +48,11 @@ class Visitor(Protocol[Key]):
         return vectors
 
     def at_edge(self, edge: Edge, vectors: Vectors[Key]) -> Vectors[Key]:
-        """Called when a vertex passes relevance down an edge; returns the relevance to propagate further."""
+        """Called when a vertex propagates relevance along an edge; returns the relevance to propagate further."""
         return vectors
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
-        """Called when a vertex absorbs a share of the relevance that arrived at its output ``number``.
+        """Called when a vertex absorbs a share of the relevance that has arrived at its output ``number``.
 
         ``kind`` is ``"residual"`` or ``"constants"``.
         """
@@ -66,8 +66,8 @@ def pull(
 
     Args:
         graph: The graph of a recording.
-        start: The relevance at the start of the pass, for one or several buffers.
-        visitor: The object that receives every vector and may change it.
+        start: The initial relevance at one or several buffers.
+        visitor: The object that receives all vectors and may modify them.
         absolute: Whether to use the absolute values of the kernels.
 
     Returns:
@@ -110,7 +110,7 @@ def _route(
     visitor: Visitor[Key],
     waiting: list[dict[int, Vectors[Key]]],
 ) -> None:
-    """Propagates a single vector along a route, without a leading dimension for several vectors."""
+    """Propagates a single vector through a route, without the leading dimension for several vectors."""
     vertex = graph.vertices[index]
     vectors = [arrived[number].get(key) if number in arrived else None for number in range(len(vertex.shapes))]
     if vertex.may_hold_constants:
@@ -149,7 +149,7 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """Stacks tensors of the same shape, without a copy if they are consecutive rows of one tensor in memory.
 
-    A traced stack is always a copy, since the tensors may be elsewhere in memory when the trace is replayed.
+    In a trace, the stack is always a copy, since the tensors may be elsewhere in memory when the trace is replayed.
     """
     first = rows[0]
     if len(rows) == 1:
@@ -181,17 +181,17 @@ def _add(total: Vectors[Key], vectors: Vectors[Key]) -> None:
 
 
 def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool = False) -> tuple[Tensor | None, Cost]:
-    """Runs one upward pass, from values at the neurons of a tap to sums over the walks from each neuron above.
+    """Runs one upward pass, which sums values at a lower tap over all walks from each neuron of an upper tap.
 
     Args:
         graph: The graph of a recording.
         lower: The tap of the given values.
         upper: The tap of the returned values.
         values: The values at the lower tap, ``(K, N, *shape)``.
-        bound: Whether to use upper bounds on the absolute kernels, which requires non-negative values.
+        bound: Whether to use upper bounds on the absolute kernels, which requires nonnegative values.
 
     Returns:
-        The values at the upper tap, ``(K, N, *shape)`` or None for zeros, and the cost.
+        The values at the upper tap, ``(K, N, *shape)`` or None for zeros, and the cost of the pass.
     """
     known: dict[Buffer, Tensor | None] = {}
 

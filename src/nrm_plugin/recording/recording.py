@@ -1,4 +1,4 @@
-"""Recording of one run of a model under a composite. No other module runs a model for a measure."""
+"""Recording of one run of a model under a composite; no other module runs a model for a measure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .taps import Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16
-"""Largest number of entries in a buffer that is restored if the run wrote to it."""
+"""Maximum number of entries of a buffer that is restored after the run."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -43,27 +43,27 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 class Recording:
-    """One forward pass of a model under a composite.
+    """Records one forward pass of a model under a composite.
 
     Args:
-        model: Any module.
-        call: The call of the model.
+        model: The model to record.
+        call: The arguments with which the model is called.
         composite: The normalized composite.
-        output: The output at which the measure starts, if the model returns several, or a tap inside the model.
-        reference: The reference, for a measure of the difference of outputs.
-        max_memory: Size in bytes above which the tensors of the recording are dropped, and recomputed in parts; None
-            for no limit.
+        output: The output to explain if the model returns several tensors, or a tap inside the model.
+        reference: The reference (baseline input), if the measure explains a difference.
+        max_memory: Memory limit in bytes. If the tensors of the recording exceed it, they are freed and recomputed in
+            parts. None for no limit.
 
     Attributes:
         parts: The parts of a recording that exceeds ``max_memory``, or None.
-        structure: The graph, the taps and the samples, which do not depend on values.
-        output: The output, with its history.
+        structure: The value-independent part of the recording: graph, taps and samples.
+        output: The explained output, attached to the autograd graph.
         fingerprint: State of the weights during the forward pass.
         references: Number of references per sample; each of them is a separate sample of the recording.
 
     Raises:
-        InputError: If a measure cannot start at this output.
-        ModelStateError: If the model is in training mode, or has hooks of a different composite.
+        InputError: If the output is not a valid starting point for a measure.
+        ModelStateError: If the model is in training mode, or still has hooks from another composite registered.
         GradModeError: If gradients are disabled.
         UncoveredLayerError: If a layer has no rule.
         UnsupportedOperationError: If an operation has no kernel.
@@ -109,7 +109,7 @@ class Recording:
             self.structure = self._restructured()
 
     def _divided(self, first: FirstRun) -> Parts | None:
-        """Returns the parts of the recording, or None if the first run has not exceeded the limit."""
+        """Returns the parts of the recording, or None if the first run did not exceed the limit."""
         if not first.is_over:
             first.keep()
             return None
@@ -122,20 +122,23 @@ class Recording:
             vertex.forget()
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
-        r"""Starts the measure; converts relevance of the outputs from the form ``(N, …)`` to the layout of the output.
+        r"""Prepares the recording for queries and converts the initial relevance to the layout of the output.
 
-        The samples are located in each tensor, unless they are known to be its rows, or there is only one.
+        Unless samples are known to be the rows of all tensors, or there is only one, they are located in each tensor.
 
         Args:
-            relevance: The relevance, ``(N, …)``.
-            contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at one number computed from
-                the outputs, :math:`\sum_k s_k f_k`. ``relevance`` is then that of the outputs.
+            relevance: The initial relevance of the outputs, ``(N, …)``.
+            contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at the weighted sum
+                :math:`\sum_k s_k f_k`. In this case, ``relevance`` is only used to locate samples.
+
+        Returns:
+            The initial relevance of the output, or of the contrast.
 
         Raises:
-            FoldingError: If a sample, or the kernel of a layer at a sample, depends on other samples.
+            FoldingError: If a sample, or the kernel of a layer for a sample, depends on other samples.
         """
         start = self._layout.fold(relevance)
-        with exact(start.device):  # all queries use the kernels that are built here
+        with exact(start.device):  # kernels that are built here are used by all queries
             if self.samples.count > 1 and not self.samples.is_plain:
                 with audit():
                     find_samples(self, start, self._rerun)
@@ -145,7 +148,7 @@ class Recording:
         return start
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
-        """Adds the contrast on top of the outputs, and returns its relevance."""
+        """Places the contrast on top of the outputs and returns its relevance."""
         top = contrast_top(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
         self.structure = self._restructured(top)
@@ -162,11 +165,11 @@ class Recording:
         return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
-        """Returns the output in the form ``(N, …)``, detached."""
+        """Returns the detached output in the form ``(N, …)``."""
         return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """Returns a copy of the output in the form ``(N, …)``; with ``batched=False``, in the model's own shape."""
+        """Returns a copy of the output in the form ``(N, …)``, or as returned by the model with ``batched=False``."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -176,11 +179,15 @@ class Recording:
 
     @property
     def least(self) -> float:
-        """The largest mass that is treated as zero, as for neurons that do not differ from the reference."""
+        """The largest mass that is treated as zero.
+
+        With a reference, it is positive, since neurons with the same value as at the reference are assigned a tiny
+        difference.
+        """
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the output minus that of the reference, ``(N, …)``, without exact zeros."""
+        """Returns the output minus the output at the reference, ``(N, …)``, with zeros replaced with tiny numbers."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
@@ -201,7 +208,7 @@ class Recording:
 
     @property
     def samples(self) -> Samples:
-        """The samples of each tensor."""
+        """The positions of the samples in each tensor."""
         return self.structure.samples
 
 
@@ -217,7 +224,7 @@ def _run(
     inner = output if isinstance(output, Atom) else None
     observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:
-        around.enter_context(_RECORDING)  # another thread may be recording this model, with its hooks installed
+        around.enter_context(_RECORDING)  # another thread may be recording this model
         with unwatched():
             check_model(model, call.tensors)
         device = _device(call)
@@ -232,7 +239,7 @@ def _run(
             around.enter_context(block)
         with unwatched():
             for _, tensor in named_tensors(model):
-                if tensor.is_leaf:  # a computed buffer has a history, by which it is recognized as a constant
+                if tensor.is_leaf:  # a computed buffer is recognized as a constant by its grad_fn
                     tensor.requires_grad_(False)
         with ExitStack() as stack:
             stack.enter_context(composite.context(model))
@@ -252,12 +259,12 @@ def _run(
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of a measure of differences.
+    """The reference of a measure that explains a difference.
 
     Attributes:
-        call: The call of the model with the reference as inputs.
+        call: The call to the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        count: Number of references per sample; the call contains this many consecutive rows for each sample.
+        count: Number of references per sample, which are consecutive rows of the call.
     """
 
     call: Call
@@ -265,12 +272,12 @@ class Reference:
     count: int = 1
 
     def cloned(self) -> Reference:
-        """Returns the same reference with a copy of its inputs."""
+        """Returns the reference with a copy of its inputs."""
         return replace(self, call=self.call.changed(torch.clone, torch.clone))
 
 
 def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
-    """Returns the pass of a reference, whose tensors are dropped once they exceed a limit, and its watcher."""
+    """Returns the forward pass at a reference, whose tensors are freed once they exceed a limit, and its watcher."""
     first = FirstRun(limit, lambda: followed.drop())
     followed = ReferencePass(is_tangent, lambda: not first.is_over)
     return followed, first
@@ -278,11 +285,11 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Runs the model of a recording again, to test how it treats samples, or to recompute parts.
+    """Runs the model of a recording again, to test whether samples are independent or to recompute parts.
 
     Attributes:
         model, call, composite, output, reference, max_memory: As in :class:`Recording`.
-        form: The dtype of layers under the autocast in which the recording was made.
+        form: The autocast dtype of layers at the time of the recording, or None.
         calls_hooks: Whether the user's hooks are called.
     """
 
@@ -297,15 +304,15 @@ class Rerun:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether the model has hooks of the user that may change its output."""
+        """Whether the user has registered hooks on the model; these may change its output."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def with_hooks(self) -> Rerun:
-        """Returns an object whose runs call the user's hooks."""
+        """Returns a copy that calls the user's hooks in each run."""
         return replace(self, calls_hooks=True)
 
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
-        """Repeats the forward pass of the recording, and before it that of the reference, each under a watcher."""
+        """Repeats the forward pass of the recording, preceded by that at the reference, each under a watcher."""
         followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:
@@ -320,7 +327,7 @@ class Rerun:
                     followed.close()
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
-        """Runs the model on changed inputs and returns the recording."""
+        """Runs the model on modified inputs and returns the recording."""
         modes = untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form)
         with ExitStack() as around:
             for block in (*modes, self._hooks()):
@@ -330,7 +337,7 @@ class Rerun:
             return Recording(self.model, call, self.composite, self.output, reference, self.max_memory)
 
     def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
-        """Returns the output on changed inputs."""
+        """Runs the model on modified inputs without recording and returns the output."""
         if isinstance(self.output, Atom):
             return self.recording(change, others).output.detach()
         call = self.call.changed(change, others)
@@ -352,7 +359,7 @@ class Rerun:
             return output
 
     def _changed_reference(self, change: Change, others: Change) -> Reference | None:
-        """Returns the reference with the same change, so that it has the shape of the changed inputs."""
+        """Applies the same change to the reference, so that it has the shape of the modified inputs."""
         if self.reference is None:
             return None
         return replace(self.reference, call=self.reference.call.changed(change, others))
@@ -377,7 +384,7 @@ class Rerun:
 
 @contextmanager
 def _noted(note: str) -> Iterator[None]:
-    """Context that adds a note to errors of the model, but not to errors of this package."""
+    """Context manager that adds a note to errors of the model, but not to errors of this package."""
     try:
         yield
     except NRMError:
@@ -389,7 +396,7 @@ def _noted(note: str) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context manager that removes the hooks of the model, since the user's hooks expect the user's inputs."""
+    """Context manager that removes all hooks of the model, since the user's hooks expect the original inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()
@@ -399,7 +406,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores small buffers that the model writes in place, such as running averages."""
+    """Context manager that restores small buffers that the model modifies in place, such as running averages."""
     with unwatched():
         buffers = [buffer for module in model.modules() if not _is_norm(module) for buffer in module._buffers.values()]
         small = {id(b): b for b in buffers if b is not None and b.numel() <= LARGEST_BUFFER}
@@ -410,8 +417,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with unwatched(), torch.no_grad():
             for buffer, version, values in kept:
-                # A write through ``.data`` changes no version; on other devices, a comparison would synchronize with
-                # the device.
+                # Writes through ``.data`` do not change the version. Values are compared only on a CPU, since this
+                # would synchronize other devices.
                 is_written = buffer._version != version or (buffer.is_cpu and not torch.equal(buffer, values))
                 if is_written and buffer.shape == values.shape:
                     before_writing(buffer)
@@ -420,7 +427,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Returns whether a module is a torch normalization layer in evaluation mode, which keeps its statistics."""
+    """Returns whether a module is a torch normalization layer in evaluation mode, which does not update statistics."""
     return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
@@ -432,7 +439,7 @@ def _device(call: Call) -> torch.device:
 
 @contextmanager
 def _precision(device: torch.device) -> Iterator[None]:
-    """Context manager that runs layers in the precision of autocast, and other operations in float32 or float64."""
+    """Context manager in which layers run in the dtype of autocast, and all other operations in float32 or float64."""
     with layers_in(asked_for(device) or current()), exact(device):
         yield
 

@@ -1,9 +1,9 @@
 """Tests of whether the samples of a batch depend on each other: in the forward pass, in relevance, or in a rule.
 
 If independence does not follow from the operations alone, it is tested. The relevance of single samples is tracked
-through the graph, and the model runs again with some samples changed. The change must affect neither the outputs of the
-other samples nor, if a rule is unknown, their relevance. If values outside of the graph may combine samples, the model
-also runs on single samples.
+through the graph, and the model is run again with some samples modified. This must not affect the outputs of the other
+samples or, if there are unknown rules, their relevance. If values outside the graph may combine samples, the model is
+also run on single samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .sample_positions import Samples
 from .sample_rows import rules_are_known
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Smallest change of outputs, relative to the largest output, that indicates a dependence between samples."""
+"""Changes of outputs above this value, relative to the largest output, indicate a dependence between samples."""
 TOLERANCE_OF_SHORT = 3e-2
 """Tolerance in bfloat16 and float16."""
 TOLERANCE_OF_RULES = 1e-3
@@ -32,13 +32,13 @@ TOLERANCE_OF_RULES = 1e-3
 
 
 ALONE = 16
-"""Largest number of samples that are run alone."""
+"""Maximum number of samples that are run individually."""
 SUSPECTS = 4
-"""Largest number of samples to test by exchanges, among those whose output differs when run alone."""
+"""Maximum number of samples whose output differs when run individually that are tested further."""
 
 
 class Exchange(Enum):
-    """The kind of values that replace the inputs of chosen samples."""
+    """Kinds of values that replace the inputs of selected samples."""
 
     OTHERS = "values of other samples, in another order"
     FAR = "large values, which thresholds notice"
@@ -49,11 +49,11 @@ class Exchange(Enum):
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
-"""Factors by which values of other samples are multiplied; none is 1, so that equal samples also change."""
+"""Factors applied to values of other samples; they differ from 1, so that identical samples are also modified."""
 
 
 class Run(Protocol):
-    """Interface of a recording."""
+    """Interface of a recording, restricted to what is used here."""
 
     output: Tensor
 
@@ -64,7 +64,7 @@ class Run(Protocol):
 
 
 class Rerun(Protocol):
-    """Interface for running the model again on changed inputs."""
+    """Interface for running the model again on modified inputs."""
 
     def recording(self, change: Change) -> Run: ...
     def outputs(self, change: Change, others: Change = ...) -> Tensor: ...
@@ -78,12 +78,12 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
-    """Finds the position of the samples in each tensor of a recording.
+    """Locates the samples in each tensor of a recording.
 
     Args:
-        recording: The recording.
+        recording: The recording of the forward pass.
         start: Relevance of the outputs.
-        rerun: Runs the model of the recording again.
+        rerun: Object that runs the model of the recording again.
 
     Raises:
         FoldingError: If the samples depend on each other.
@@ -92,7 +92,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
     noise = torch.rand(start.shape, generator=generator, dtype=start.dtype).to(start.device) + 0.5
     with torch.inference_mode(False), torch.no_grad():
         if not _is_followed(recording.samples, noise):
-            noise = noise * (start != 0)  # perhaps the explained outputs do not depend on the operation without kernel
+            noise = noise * (start != 0)  # the explained outputs may not depend on the operation without a kernel
             if not _is_followed(recording.samples, noise):
                 return  # every query below this operation raises the same error
     _check_rows_of_inputs(recording.samples)
@@ -107,7 +107,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
-    """Locates the samples above all operations without a kernel; returns whether every operation has a kernel."""
+    """Locates the samples above all operations without a kernel; returns whether all operations have kernels."""
     try:
         samples.find(noise)
     except FoldingError:
@@ -118,10 +118,10 @@ def _is_followed(samples: Samples, noise: Tensor) -> bool:
 
 
 def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
-    """Yields sets of samples to change, and their new values: every second sample, the first half, and the complements.
+    """Yields samples to modify and the kind of their new values: even and odd samples, first and second half.
 
     Gates and branches may depend on other samples through thresholds, which only large changes cross. If the model
-    looks up integer inputs, values stay in range, since an index out of range crashes the process on some devices.
+    looks up integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
     """
     count = recording.samples.count
     first, second = _extremes(recording)
@@ -151,14 +151,14 @@ def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
 
 
 def _check_rows_of_inputs(samples: Samples) -> None:
-    """Raises an error unless each output depends on the input of the same sample."""
+    """Raises an error if the order of the samples in the inputs differs from that in the outputs."""
     for vertex in samples.inputs & samples.leaves.keys():
         if not samples.layout(Buffer(vertex, 0)).is_plain:
             raise samples.error("the input, whose order is not that of the outputs,")
 
 
 def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Rerun) -> None:
-    """Raises an error if outputs of other samples depend on the inputs of the chosen samples."""
+    """Raises an error if the outputs of other samples change when the selected samples are modified."""
     other = _outputs(chosen, exchange, rerun)
     if other is None and exchange is not Exchange.OTHERS:
         other = _outputs(chosen, Exchange.OTHERS, rerun)
@@ -170,10 +170,11 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _check_alone(recording: Run, rerun: Rerun) -> None:
-    """Raises an error if the output of a sample changes when it is run alone, as with a threshold over all samples.
+    """Raises an error if the outputs of individual runs show that a sample depends on others.
 
-    If a model distinguishes samples by their position in the batch, outputs do not follow a permutation of the samples;
-    then only an exchange shows whether they depend on other samples.
+    This detects, for example, thresholds over all samples. If a model treats samples differently depending on their
+    position in the batch, outputs do not follow a permutation of the samples; in this case, only an exchange shows
+    whether they depend on other samples.
     """
     numbers, suspects = torch.arange(recording.samples.count), 0
     for number in range(0, len(numbers), -(-len(numbers) // ALONE)):
@@ -189,15 +190,15 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
 
 
 def _is_ordered(recording: Run, rerun: Rerun) -> bool:
-    """Returns whether the outputs vary between equal runs, or do not follow a permutation of the samples."""
+    """Returns whether outputs vary between identical runs, or do not follow a permutation of the samples."""
     count = recording.samples.count
     return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
 
 
 def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
-    """Returns whether the outputs differ if the model runs on the chosen rows of its inputs.
+    """Returns whether the outputs differ if the model is run on the selected rows of its inputs.
 
-    Additional arguments of the model are passed unchanged, or restricted to the chosen rows.
+    Additional arguments for the model are passed unchanged, or restricted to the selected rows.
     """
     count, layout = recording.samples.count, recording.samples.layout(recording.graph.output)
     expected = layout.unfold(recording.output.detach())[rows]
@@ -222,7 +223,7 @@ def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
 
 
 def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
-    """Returns the outputs after an exchange, or None if the model raises, or if the large values overflow."""
+    """Returns the outputs after an exchange, or None if the model raises an error or large values overflow."""
     try:
         outputs = rerun.outputs(lambda tensor: changed(tensor, chosen, exchange))
     except Exception:
@@ -246,7 +247,7 @@ def _is_close(one: Tensor, two: Tensor, output: Tensor) -> bool:
 
 
 def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun) -> None:
-    """Raises an error if the relevance of other samples depends on the inputs of the chosen samples."""
+    """Raises an error if the relevance of other samples changes when the selected samples are modified."""
     try:
         other = rerun.recording(lambda tensor: changed(tensor, chosen))
     except Exception:
@@ -266,7 +267,7 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 
 
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
-    """Replaces the inputs of the chosen samples with the values of an exchange."""
+    """Replaces the inputs of the selected samples with the values of an exchange."""
     plain, inner = tensor.detach(), list(range(1, tensor.ndim))
     if exchange is Exchange.COPIES:
         other = plain[~chosen.to(tensor.device)][:1]
@@ -279,7 +280,7 @@ def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS
 
 
 class _Leaves(Visitor[str]):
-    """Collects the relevance that arrives at the inputs."""
+    """Visitor that collects the relevance of the inputs."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph

@@ -1,4 +1,4 @@
-"""Layouts: conversion of tensors to the form ``(N, …)``, with one row per sample, and back."""
+"""Layouts: conversion of tensors to the form ``(N, …)``, with samples in the first dimension, and back."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Largest fraction of the mass of a slice that may belong to other samples, due to rounding."""
+"""Maximum fraction of the mass of a slice that may be assigned to other samples due to rounding."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The dimension of a tensor that indexes the samples, alone or together with windows, heads or views.
+    """Describes which dimension of a tensor indexes the samples, alone or jointly with windows, heads or views.
 
-    A dimension of size ``N · W`` is split in two: the samples come first, and ``W`` remains in place, unless it is 1.
-    If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these numbers, and the
-    form ``(N, …)`` is padded with zeros.
+    A dimension of size ``N · W`` is split in two: the samples become the first dimension, and ``W`` remains in place,
+    unless it is 1. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these
+    numbers, and the form ``(N, …)`` is padded with zeros.
 
     A first dimension of size 1 is dropped if the samples share another dimension with ``W > 1`` slices:
-    ``(1, N · W, …)`` has the form ``(N, W, …)``. Such a tensor concatenates all samples in one, as for attention over
-    one long sequence, or for a grouped convolution with one group per sample; with ``N = 1``, its rows are the samples.
+    ``(1, N · W, …)`` has the form ``(N, W, …)``. Such tensors concatenate all samples, as for attention over one long
+    sequence, or for a grouped convolution with one group per sample. With ``N = 1``, their rows are the samples.
 
     Attributes:
         dim: The dimension, or None for a tensor that is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
-        parts: ``W``, the number of slices of the dimension that belong to one sample.
+        parts: ``W``, the number of slices per sample along the dimension.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
         slices: Size of the dimension if the form is padded; ``order`` equals ``slices`` at the padding.
         drops_first: Whether the first dimension, of size 1, is dropped.
-        is_scalar: Whether the tensor is one number of one sample, without dimensions.
+        is_scalar: Whether the tensor is a single number without dimensions.
         is_assumed: Whether the sample of some slices is unknown, because no relevance arrives there.
     """
 
@@ -54,7 +54,10 @@ class Layout:
         slices: int | None = None,
         is_assumed: bool = False,
     ) -> Layout:
-        """Returns the layout of a tensor with samples along a dimension; the other arguments are the attributes."""
+        """Creates the layout of a tensor of the given shape with samples along dimension ``dim``.
+
+        The other arguments are the attributes of the same name.
+        """
         drops_first = dim > 0 and parts > 1 and shape[0] == 1
         return cls(dim, count, parts, order, slices, drops_first, is_assumed=is_assumed)
 
@@ -73,37 +76,37 @@ class Layout:
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
-        """Converts the channel dimension of a tensor with ``ndim`` dimensions to the form ``(N, …)``."""
+        """Converts the channel dimension of a tensor with ``ndim`` dimensions to that of the form ``(N, …)``."""
         if self.is_plain:
             return dim
         dim %= max(ndim, 1)
         if (dim == self.dim and self.parts == 1) or (dim == 0 and self.drops_first):
-            return -1  # the dimension indexes samples, or nothing
+            return -1  # the dimension indexes samples or is dropped
         return dim + 1 - self.drops_first if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def has_views(self, channel_dim: int) -> bool:
-        """Returns whether the parts are views, windows or heads, to all of which an index applies.
+        """Returns whether the parts are views, windows or heads, to which an index applies jointly.
 
-        Otherwise they are an ordinary dimension: channels, given as the dimension in the tensor, or tokens of samples
-        that are concatenated in one.
+        Otherwise, they are an ordinary dimension: channels, if ``channel_dim`` is the dimension of the layout, or
+        tokens of concatenated samples.
         """
         return self.dim is not None and self.parts > 1 and not self.drops_first and channel_dim != self.dim
 
     def inner_of_views(self, inner: torch.Size, channel_dim: int) -> torch.Size:
-        """Removes the dimension of the views, if there are any, from the shape ``inner`` of a sample."""
+        """Removes the dimension of the views, if any, from the shape ``inner`` of a sample."""
         if self.dim is None or not self.has_views(channel_dim):
             return inner
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
     def in_all_views(self, values: Tensor, channel_dim: int) -> Tensor:
-        """Repeats values for each view if they lack the dimension of the views."""
+        """Repeats values for each view, if the parts are views."""
         if self.dim is None or not self.has_views(channel_dim):
             return values.clone()
         repeated = values.unsqueeze(self.dim)
         return repeated.expand(*values.shape[: self.dim], self.parts, *values.shape[self.dim :]).clone()
 
     def unfold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """Converts values to the form ``(N, …)``; the first ``lead`` dimensions are not changed."""
+        """Converts values to the form ``(N, …)``; the first ``lead`` dimensions are kept."""
         if self.is_plain:
             return values
         if self.dim is None:
@@ -121,7 +124,7 @@ class Layout:
         return values.squeeze(lead + 1) if self.drops_first else values
 
     def fold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """Inverts :meth:`unfold`; a first dimension of size 1 is expanded to all samples."""
+        """Inverts :meth:`unfold`; a sample dimension of size 1 is expanded to all samples."""
         if self.is_plain:
             return values
         if self.dim is None:
@@ -140,19 +143,19 @@ class Layout:
 
 
 def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: bool = False) -> list[Layout]:
-    """Returns the layouts that fit a tensor, given the sample of each entry.
+    """Returns the layouts that are consistent with the sample of each entry of a tensor.
 
     Args:
         labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
         count: Number of samples.
-        mass: Weight of each entry, by default equal; entries of negligible weight are ignored.
-        is_last: Whether nothing else is known about the entries, so that samples without known entries are taken to
-            hold the unknown slices of a dimension, or no slices if every slice is known.
+        mass: Weight of each entry, by default the same for all; entries of negligible weight are ignored.
+        is_last: Whether no further information is available. In this case, samples without known entries are assigned
+            the unknown slices of a dimension, or no slices if all slices are known.
 
     Returns:
-        The layouts, starting with the dimension of the most known slices: none if no dimension divides among the
-        samples, and several if so few entries are known that more than one layout fits. Numbers of slices may differ
-        between samples only if no dimension divides equally and the sample of each slice is known.
+        The layouts, starting with the dimension with the most known slices. The list is empty if no dimension can be
+        divided among the samples, and has several elements if too few entries are known. Samples may have different
+        numbers of slices only if no dimension can be divided equally and the sample of each slice is known.
     """
     found = _fitting(labels, count, None)
     if not found and mass is not None:
@@ -165,7 +168,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
 
 
 def _assumed(labels: Tensor, count: int) -> list[Layout]:
-    """Returns a layout in which the unknown slices of a dimension are assigned to the samples that lack slices."""
+    """Returns a layout in which the unknown slices of a dimension are assigned to the samples with missing slices."""
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size and size % count == 0 else None
         if known is None or bool((known >= 0).all()):
@@ -183,8 +186,9 @@ def _assumed(labels: Tensor, count: int) -> list[Layout]:
 def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]:
     """Returns a layout in which samples have different numbers of slices, if the sample of each slice is known.
 
-    If all known entries belong to one sample, every dimension fits, and the entries of other samples may just be
-    unknown. Hence samples lack slices only if ``some_lack``; the first dimension is returned.
+    If all known entries belong to one sample, every dimension is consistent with them, and the entries of other samples
+    may merely be unknown. Therefore, samples without slices are accepted only if ``some_lack`` is True, in which case
+    the first consistent dimension is used.
     """
     if not labels.ndim:
         return [replace(layout, is_scalar=True) for layout in _padded(labels.reshape(1), count, some_lack=True)]
@@ -204,7 +208,7 @@ def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]
 
 def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
     found: list[tuple[float, Layout]] = []
-    # Two dimensions that both divide among the samples have at most 1/N of the entries in common.
+    # If two dimensions can both be divided among the samples, at most 1/N of the entries are known.
     is_sparse = int((labels >= 0).sum()) * count <= labels.numel()
     for dim in range(labels.ndim):
         size = labels.shape[dim]
@@ -225,7 +229,10 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
 
 
 def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
-    """Returns the layout of a tensor of one sample from its shape for two samples, or None if no dimension doubles."""
+    """Derives the layout of a tensor of one sample from its shape for two samples.
+
+    Returns None unless exactly one dimension doubles.
+    """
     if len(shape) != len(shape_of_two):
         return None
     changed = [dim for dim, (one, two) in enumerate(zip(shape, shape_of_two, strict=True)) if one != two]
@@ -235,7 +242,7 @@ def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
 
 
 def unreached(shape: torch.Size, count: int) -> Layout | None:
-    """Returns a layout for a tensor without relevance, along a dimension that is a multiple of the batch size."""
+    """Returns a layout for a tensor without relevance, along a dimension whose size is a multiple of the batch size."""
     for parts in (1, None):
         for dim, size in enumerate(shape):
             if size == count * (parts or size // count) and size:
@@ -244,7 +251,10 @@ def unreached(shape: torch.Size, count: int) -> Layout | None:
 
 
 def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None) -> Tensor | None:
-    """Returns the sample of each slice along a dimension, -1 if unknown, or None if one contains several samples."""
+    """Returns the sample of each slice along a dimension, or None if a slice contains several samples.
+
+    Slices of unknown samples have the label -1.
+    """
     size = labels.shape[dim]
     flat = labels.movedim(dim, 0).reshape(size, -1)
     if mass is None:
@@ -259,7 +269,7 @@ def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None
 
 
 def _completed(labels: Tensor, count: int) -> list[Tensor]:
-    """Returns the ways to complete the unknown labels of slices by a pattern that matches the known ones."""
+    """Completes the unknown labels of slices with regular patterns and returns all that match the known labels."""
     size = len(labels)
     parts = size // count
     if bool((labels >= 0).all()):

@@ -1,9 +1,9 @@
-"""Where the samples of a batch are located in each tensor of a recording.
+"""Positions of the samples of a batch in each tensor of a recording.
 
-The first dimension of a tensor is not always the batch: attention over windows folds the windows into it, and other
-layers have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output
-by a different power of two, and the factor by which an entry changes identifies its sample. No other module assumes
-that the first dimension of a tensor indexes samples.
+The first dimension of a tensor is not always the batch: attention over windows folds windows into it, and other layers
+have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output by a
+different power of two, and the factor by which an entry changes identifies its sample. No other module assumes that the
+first dimension of a tensor indexes samples.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .sample_layout import Layout, doubled, layouts_of, unreached
 BITS = 4
 """Number of bits of a sample index that one relevance vector encodes, as factors from 1 to 2¹⁵."""
 RATIO = 1e-3
-"""Deviation of a binary logarithm from an integer above which an entry belongs to several samples."""
+"""Entries whose binary logarithm deviates from an integer by more than this depend on several samples."""
 RANGE = 40
 """Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""Fraction of Σ|R| in entries of several samples above which a tensor mixes samples; less is rounding error."""
+"""Smallest fraction of Σ|R| in entries of several samples that is not considered rounding error."""
 
 
 class Samples:
@@ -40,19 +40,19 @@ class Samples:
     Args:
         graph: The graph.
         count: Number of samples.
-        batched: Whether the inputs have a batch dimension; otherwise, all entries are one sample.
+        batched: Whether the inputs have a batch dimension; otherwise, all entries form one sample.
         is_plain: Whether the samples are known to be independent rows of every tensor.
-        shapes_of_two: Function that returns the shape of each labelled tensor for two samples. It is called once, if
-            the position of a single sample is unknown.
+        shapes_of_two: Function that returns the shape of each labelled tensor for two samples. It is called at most
+            once, if the position of a single sample is unknown.
 
     Attributes:
-        leaves: Relevance of the inputs in the pass of :meth:`find`, by vertex.
+        leaves: Relevance of the inputs in the pass of :meth:`find`, keyed by vertex.
         output_has_rows: Whether the rows of the output are the samples, as for the output of a model.
-        inputs: The vertices of the inputs of the model, which have samples as rows.
+        inputs: The vertices of the model inputs, whose rows are the samples.
         labels: The labels of each tensor.
-        rows: For a single sample, the vertices that are proven to have samples as rows.
-        may_mix: Whether values outside of the graph may combine samples.
-        are_fixed: Whether the positions of the samples do not depend on the values of the inputs.
+        rows: For a single sample, the vertices whose rows are proven to be the samples.
+        may_mix: Whether values outside the graph may combine samples.
+        are_fixed: Whether the positions of the samples are independent of the values of the inputs.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Samples:
         """Returns the layout that converts a tensor to the form ``(N, …)``.
 
         Raises:
-            FoldingError: If no dimension divides among the samples.
+            FoldingError: If no dimension can be divided among the samples.
         """
         if self.is_plain:
             return self._plain
@@ -102,7 +102,7 @@ class Samples:
         return self._layouts[buffer]
 
     def buffer(self, place: Place | Sink) -> Buffer:
-        """Returns the tensor at a place."""
+        """Returns the buffer of the tensor at a place."""
         return Buffer(place.vertex, 0) if isinstance(place, Sink) else self.graph.buffer(place)
 
     def _looked_up(self, buffer: Buffer) -> Layout | None:
@@ -113,7 +113,7 @@ class Samples:
         return self._plain if self.output_has_rows else self._of_output()
 
     def _of_one(self, buffer: Buffer) -> Layout:
-        """Returns the layout of a tensor of one sample, along the dimension that doubles with two samples."""
+        """Returns the layout of a tensor of one sample, along the dimension that doubles for two samples."""
         shape = self.graph.shape(buffer)
         if buffer.vertex in self.rows:
             return self._plain
@@ -125,7 +125,7 @@ class Samples:
         return layout or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
-        """Returns the layout of a tensor without relevance: the layout of the nearest tensor of the same shape."""
+        """Returns a layout for a tensor without relevance, such as that of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
         if self.has_constant_layouts:
             by_inputs = self._of_inputs(buffer)
@@ -143,7 +143,7 @@ class Samples:
         return unreached(shape, self.count) or next(iter(self._of_inputs(buffer) or ()), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Returns a layout for a tensor with so few relevant entries that no layout or several layouts fit."""
+        """Selects a layout for a tensor with so few relevant entries that none or several are consistent with them."""
         by_inputs = self._of_inputs(buffer, self._labels[buffer]) or []
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
             return self._repeatable(by_inputs[0])
@@ -151,17 +151,17 @@ class Samples:
 
     @property
     def has_constant_layouts(self) -> bool:
-        """Whether a trace takes the layouts as constants, so that they have to be right for all values."""
+        """Whether layouts are constants of a trace, so that they must be valid for all values."""
         return self.are_fixed and is_traced()
 
     def _repeatable(self, layout: Layout | None) -> Layout | None:
-        """Returns a layout, and notes in a trace that it need not be right for other values if it is assumed."""
+        """Returns a layout, and notes an obstacle in a trace if the layout may not be valid for other values."""
         if self.has_constant_layouts and layout is not None and layout.is_assumed:
             note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
         return layout
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
-        """Returns whether a layout assigns each entry whose sample is known to this sample."""
+        """Returns whether a layout agrees with the known samples of all entries."""
         form = layout.shape(labels.shape)
         rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (len(form) - 1))
         return bool(((labels == layout.fold(rows.expand(form))) | (labels < 0)).all())
@@ -174,13 +174,14 @@ class Samples:
         return fitting[0] if fitting else None
 
     def _of_inputs(self, buffer: Buffer, known: Tensor | None = None) -> list[Layout] | None:
-        """Returns the layouts that fit a tensor, given the input values on which each of its entries depends.
-
-        Returns None if it depends on no inputs.
+        """Determines the layouts of a tensor from the input samples on which each of its entries depends.
 
         Args:
             buffer: The tensor.
-            known: The sample of each entry, -1 if unknown, which completes what the values determine.
+            known: The sample of each entry, -1 if unknown, which supplements the result.
+
+        Returns:
+            The consistent layouts, or None if the tensor does not depend on the inputs.
         """
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.no_grad(), audit():
@@ -206,7 +207,7 @@ class Samples:
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
-        """Raises an error if an operation without a kernel separates the output from the inputs."""
+        """Raises an error if there is an operation without a kernel between the inputs and the output."""
         vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
         metadata = vertex.node._input_metadata[number]
         ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
@@ -216,19 +217,19 @@ class Samples:
     # -- finding them -----------------------------------------------------------------------------------------
 
     def find(self, start: Tensor) -> Cost:
-        """Finds the layout of each tensor in one pass, with one vector plus one for every 4 bits of N.
+        """Locates the samples in each tensor in one pass, with one vector plus one for every 4 bits of N.
 
         Args:
             start: Relevance of the outputs, positive wherever it may be nonzero.
 
         Raises:
-            FoldingError: If the entries of a tensor belong to several samples.
+            FoldingError: If entries of a tensor depend on several samples.
         """
         vectors = _encoded(start, self.layout(self.graph.output), start.shape, self.count)
         finder = _Finder(self)
         try:
             return pull(self.graph, [(self.graph.output, vectors)], finder)
-        finally:  # even if the pass raises, the samples above an operation without a kernel are known
+        finally:  # if the pass raises, the samples above the operation without a kernel are known
             self._layouts.update(finder.layouts)
             self._several = finder.several
             self._labels, self.leaves = finder.labels, finder.leaves
@@ -236,7 +237,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Returns the sum over the entries of each sample at a place, ``(N,)``, or None if the samples are unknown."""
+        """Sums a tensor at a place over the entries of each sample, ``(N,)``; None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -245,7 +246,7 @@ class Samples:
             return None
         labels = self._labels.get(self.buffer(place))
         if labels is None:
-            if self._known(place) is None and not bool(tensor.any()):  # for example a constant, which has no samples
+            if self._known(place) is None and not bool(tensor.any()):  # such as a constant, which has no samples
                 return tensor.new_zeros(self.count)
             return sample_sums(self.layout(place).unfold(tensor))
         if bool(((labels < 0) & (tensor != 0)).any()):
@@ -266,7 +267,7 @@ class Samples:
         return sums
 
     def error(self, what: str) -> FoldingError:
-        """Returns the error for entries that cannot be assigned to one sample."""
+        """Creates the error for entries that cannot be assigned to one sample."""
         return FoldingError(
             f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
             "or no dimension divides among the samples. Measure one sample at a time, or pass "
@@ -275,7 +276,12 @@ class Samples:
 
 
 def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> Vectors[int]:
-    """Returns the values (key -1) and, for every 4 bits of the sample index, the values scaled by a power of two."""
+    """Scales values by powers of two that encode the sample index.
+
+    Returns:
+        The values, with key -1, and scaled values for every 4 bits of the sample index, keyed by the number of the
+        first bit.
+    """
     form = layout.shape(shape)
     rows = torch.arange(count, device=values.device).reshape(-1, *(1,) * (len(form) - 1))
     vectors: Vectors[int] = {-1: values}
@@ -286,7 +292,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Scales all vectors by a common power of two if values are very large, or very small, as after stabilizers."""
+    """Scales all vectors by a common power of two if values are very large or, as after stabilizers, very small."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
@@ -296,12 +302,12 @@ def _in_range(vectors: Vectors[int]) -> Vectors[int]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """The sample of each entry of a tensor, as identified by the factors between vectors.
+    """The sample of each entry of a tensor, decoded from the ratios between vectors.
 
     Attributes:
         samples: The samples; -1 where no relevance arrives.
         mass: ``|R|`` of each entry.
-        are_mixed: Whether entries belong to several samples.
+        are_mixed: Whether there are entries that depend on several samples.
     """
 
     samples: Tensor
@@ -330,7 +336,7 @@ class _Labels:
 
 
 class _Finder(Visitor[int]):
-    """Finds the layout of each tensor in a pass of encoded relevance."""
+    """Visitor that determines the layout of each tensor in a pass of encoded relevance."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -344,7 +350,7 @@ class _Finder(Visitor[int]):
         vectors = _in_range(vectors)
         if self.samples.graph.vertices[buffer.vertex].leaf is not None:
             self.leaves[buffer.vertex] = vectors[-1]
-        if self._last is not None and vectors[-1].is_set_to(self._last[1]):  # a step passed it through unchanged
+        if self._last is not None and vectors[-1].is_set_to(self._last[1]):  # relevance is unchanged by a step
             self._copy(self._last[0], buffer)
             return vectors
         self._last = buffer, vectors[-1]
@@ -354,7 +360,9 @@ class _Finder(Visitor[int]):
         if labels.are_mixed:
             raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")
         if labels.are_known:
-            if len(fitting) == 1 and not (fitting[0].is_assumed and self.samples.has_constant_layouts):
+            # A layout that is assumed may fit the few known slices by coincidence.
+            is_certain = len(fitting) == 1 and (not fitting[0].is_assumed or fitting[0].is_plain)
+            if is_certain and not (fitting[0].is_assumed and self.samples.has_constant_layouts):
                 self.layouts[buffer] = fitting[0]
             else:
                 self.several[buffer] = fitting

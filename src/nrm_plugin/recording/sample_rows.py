@@ -1,4 +1,4 @@
-"""Operations that keep the samples in the rows of a tensor, regardless of its values.
+"""Operations for which the rows of a tensor remain the samples, regardless of its values.
 
 All other operations are tested numerically; see :mod:`~nrm_plugin.recording.sample_positions`.
 """
@@ -27,7 +27,7 @@ _FREE = frozenset(
     replicationpad1d replicationpad2d replicationpad3d upsamplenearest1d upsamplenearest2d upsamplenearest3d lift
     """.split()
 )
-"""Routes that preserve rows if inputs and outputs have the same number of rows."""
+"""Routes that preserve rows if inputs and outputs have the same number of rows and, except for views, dimensions."""
 _ALONG = frozenset(
     """
     select slice cat stack split splitwithsizes unsafesplit unsafesplitwithsizes chunk unbind unsqueeze squeeze
@@ -45,7 +45,7 @@ _FIXED = _FREE.union(
 )
 """Routes that depend only on the shapes of tensors and on numeric arguments, not on the values of a tensor."""
 ROUNDING = 1e-3
-"""Largest difference that is taken as rounding, as a fraction of the largest entry."""
+"""Largest difference that is considered rounding error, relative to the largest entry."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
 """Modules of ``torch.nn.modules`` whose layers process each row independently."""
@@ -57,7 +57,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
     Args:
         graph: The graph.
         count: Number of samples.
-        looked_up: Leaves that are embeddings of integer inputs, which the model may have transposed before.
+        looked_up: Embeddings of integer inputs, which the model may have transposed before the lookup.
     """
     if any(count in leaf.shape[1:-1] for leaf in looked_up):
         return False
@@ -65,7 +65,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
 
 
 def vertices_of_rows(graph: Graph, count: int, ends: Set[int]) -> set[int]:
-    """Returns the vertices proven to have samples as rows, given the inputs and outputs that have samples as rows."""
+    """Returns the vertices whose rows are proven to be samples, given the inputs and outputs whose rows are samples."""
     keeping = [_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices]
     proven = set(ends)
     for number, vertex in enumerate(graph.vertices):  # down from the output
@@ -84,14 +84,14 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Returns whether all rules come from Zennit or this package, which are known to treat rows independently."""
+    """Returns whether all rules are from Zennit or this package, so that they are known to treat rows independently."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
 
 
 def positions_are_fixed(graph: Graph) -> bool:
-    """Returns whether the positions of samples provably do not depend on values, such as indices among the inputs."""
+    """Returns whether the positions of samples are independent of values, such as indices among the inputs."""
     return all(
         operation(vertex.node).lower() in _FIXED
         if vertex.step is None
@@ -130,11 +130,11 @@ def _is_layer_of_rows(call: LayerCall) -> bool:
 
 
 def _scales_with_rows(layer: Weighted, source: Tensor) -> bool:
-    r"""Returns whether a linear layer with its own code maps each row to the same row.
+    r"""Returns whether a linear layer that overrides ``forward`` maps each row independently.
 
     A linear map :math:`A` does so if and only if it commutes with every scaling :math:`D` of rows. One random scaling
-    of random rows :math:`x` is sufficient: if row :math:`i` of :math:`ADx - DAx`, which is
-    :math:`\sum_{j \ne i} (d_j - d_i) A_{ij} x_j`, is zero, then so are its :math:`A_{ij}`, with probability one.
+    of random rows :math:`x` suffices: if row :math:`i` of :math:`ADx - DAx`, which is
+    :math:`\sum_{j \ne i} (d_j - d_i) A_{ij} x_j`, is zero, then so are all its :math:`A_{ij}`, with probability one.
     """
     generator = torch.Generator().manual_seed(0)
     with untraced(), torch.inference_mode(False), torch.no_grad():
@@ -155,7 +155,7 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
     source = next((len(graph.shape(edge)) for edge in vertex.edges if edge is not None), dims)
     if name in _ALONG:
         saved = getattr(node, "_saved_dim", getattr(node, "_saved_dimension", None))
-        # Along the first dimension, tensors with N rows are used unchanged, or concatenated to more rows.
+        # Along the first dimension, tensors with N rows are either unchanged or concatenated to more rows.
         is_whole = name in ("slice", "cat", "split", "splitwithsizes")
         return is_whole or _are_inner(saved, dims if name in ("stack", "unsqueeze") else source)
     if name == "transpose":
@@ -170,9 +170,10 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
 def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
     """Returns whether a route that does not depend on values maps each row to the same row.
 
-    The backward pass of the route runs on ones, and on one random number per row. If each entry of an input reaches
-    only entries of its own row, the two results differ by the number of that row. Strides are not sufficient, since
-    rows need not be contiguous, for example after a convolution in the format ``channels_last``.
+    The backward function of the route is evaluated on ones, and on one random number per row. If each entry of an input
+    contributes only to its own row, the two results differ by that number as a factor in each row. Strides do not
+    suffice for this test, since rows need not be contiguous, for example after a convolution in ``channels_last``
+    format.
     """
     sources = [None if edge is None else graph.shape(edge) for edge in vertex.edges]
     shape, dtype = vertex.shapes[0], vertex.dtypes[0]
@@ -208,16 +209,16 @@ def _are_inner(saved: Any, dims: int) -> bool:
 
 
 def _is_index_of_rows(node: Any) -> bool:
-    """Returns whether an index keeps all rows of the first dimension in order."""
+    """Returns whether an indexing operation keeps all rows of the first dimension in order."""
     try:
         used = [number for number, index in enumerate(node._saved_indices) if index is not None]
-    except RuntimeError:  # an index was overwritten; an error is raised when relevance arrives here
+    except RuntimeError:  # an index was overwritten, so an error is raised when relevance arrives here
         return False
     return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
 
 
 def _signed(number: Any) -> int:
-    """Converts a dimension as stored by autograd, where negative numbers are modulo 2⁶⁴."""
+    """Converts a dimension as stored by autograd, which represents negative numbers modulo 2⁶⁴."""
     return int(number) - (1 << 64) if int(number) >= 1 << 63 else int(number)
 
 

@@ -1,4 +1,4 @@
-"""The structure of a recording, which does not depend on values and is determined only once."""
+"""Structure of a recording, which does not depend on values and is computed only once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from .taps import Label, Observed, Taps
 
 
 class Structure:
-    """The graph of one forward pass, after its audit, with its taps and sample dimensions.
+    """The graph of one forward pass, its taps, and the positions of samples in its tensors.
+
+    The graph is audited when it is constructed.
 
     Args:
-        observer: The object that observed the forward pass.
+        observer: The observer of the forward pass.
         output: The tensor at which the measure starts.
         count: Number of samples.
         batched: Whether the inputs have a sample dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
-        top: The node of an output contrast, if the measure starts there instead of at ``output``.
+        top: The node for a contrast between outputs, at which the measure starts if it is given.
 
     Raises:
-        InputError: If the output depends on none of the inputs.
+        InputError: If the output does not depend on any input.
         UnsupportedOperationError: If an operation between the inputs and the output has no kernel.
     """
 
@@ -65,7 +67,7 @@ class Structure:
 
 
 def _with_top(observed: Sequence[Observed], top: Top) -> list[Observed]:
-    """Replaces the output of the model by the explained contrast."""
+    """Replaces the output of the model with the contrast among the observed tensors."""
     others = [seen for seen in observed if seen.label.name != OUTPUT]
     return [*others, Observed(Label(OUTPUT, "output", 0, None), top, 0, top.shape, None)]
 

@@ -1,4 +1,4 @@
-"""Taps: the tensors of a recording at which relevance is read. They are looked up by layer name."""
+"""Taps: the tensors of a recording at which relevance can be read, looked up by layer name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Nested(str):
 
 
 class Label(NamedTuple):
-    """The label of a tensor: layer, side of the layer, index of the call, and item if there are several tensors."""
+    """Label of a tensor: layer name, side of the layer, call index, and item if there are several tensors."""
 
     name: str
     side: str
@@ -40,7 +40,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """A labelled tensor of the forward pass, given by its place in the autograd graph."""
+    """A labelled tensor of the forward pass, identified by its autograd node and output number."""
 
     label: Label
     node: Any
@@ -58,7 +58,7 @@ class Tap:
         tensor_shape: Shape of the tensor in the model.
         samples: The samples of the recording.
         names: All names of the tap.
-        tensor_channel_dim: The dimension of the channels in the tensor.
+        tensor_channel_dim: The channel dimension of the tensor.
     """
 
     place: Place
@@ -79,29 +79,28 @@ class Tap:
 
     @property
     def channel_dim(self) -> int:
-        """The dimension of the channels in the form ``(N, …)``."""
+        """The channel dimension in the form ``(N, …)``."""
         return self.layout.channel_dim(self.tensor_channel_dim, len(self.tensor_shape))
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts taps as a walk crosses them."""
+        """Sort key that orders taps as walks cross them."""
         return self.place.order
 
 
 class Taps:
-    """The taps of a recording, in the order in which a walk crosses them.
+    """The taps of a recording, in the order in which walks cross them.
 
     Args:
         graph: The graph.
         observed: The labelled tensors, in execution order.
         modules: Name of each module.
-        containers: Names of modules that have children and to which the composite nevertheless assigns a rule; there
-            are no taps inside them.
+        containers: Names of modules with children to which the composite assigns a rule, so that they contain no taps.
         samples: The samples of the recording.
 
     Attributes:
         all: All taps.
-        index: Position in ``all``, keyed by place.
+        index: Index in ``all``, keyed by place.
         fused: Names of the layers whose output is fused with a contrast.
     """
 
@@ -129,23 +128,23 @@ class Taps:
 
     @functools.cached_property
     def marks(self) -> Marks:
-        """The taps below each vertex and edge, as bit sets; bit ``k`` stands for tap ``k``."""
+        """The taps below each vertex and edge, as bit sets, where bit ``k`` represents tap ``k``."""
         return self.graph.marks_below({place: 1 << number for place, number in self.index.items()})
 
     @functools.cached_property
     def sites(self) -> dict[str, Tap]:
-        """The tap at each transformer site, keyed by site name, in the order of the forward pass."""
+        """The tap of each transformer site, keyed by site name, in the order of the forward pass."""
         return {name: self.at(place) for name, place in sites(self.graph).items() if place in self.index}
 
     @functools.cached_property
     def _labels(self) -> dict[int, Label]:
-        """One label of each tap, keyed by tap index."""
+        """One label for each tap, keyed by the id of the tap."""
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
-        """Returns the tap of a site as a label, or None for any other name, and for the name of a layer.
+        """Returns a label of the tap of a site, or None if the name is not that of a site or also that of a layer.
 
-        Hook names of TransformerLens, such as ``blocks.1.attn.hook_v``, are accepted as names of sites.
+        Hook names of TransformerLens, such as ``blocks.1.attn.hook_v``, are also accepted.
         """
         if not isinstance(layer, str) or side != "output" or "blocks." not in layer:
             return None
@@ -160,7 +159,7 @@ class Taps:
 
     @functools.cached_property
     def _outputs(self) -> dict[tuple[int, str], list[Label]]:
-        """The labels of each tap as an output of a layer, in the order of calls, by tap and name of the layer."""
+        """The labels of each tap as an output of a layer, in the order of calls, keyed by tap id and layer name."""
         found: dict[tuple[int, str], list[Label]] = {}
         for label in sorted((one for one in self._labelled if one.side == "output"), key=lambda one: one.call):
             found.setdefault((id(self._labelled[label]), label.name), []).append(label)
@@ -210,7 +209,7 @@ class Taps:
         self._labelled.setdefault(label, tap)
 
     def output_names(self) -> set[str]:
-        """Returns the names of all taps that are outputs of layers."""
+        """Returns the names of all layers whose outputs are taps."""
         return {label.name for label in self._labelled if label.side == "output"}
 
     def tensor_shapes(self) -> dict[Hashable, torch.Size]:
@@ -237,19 +236,19 @@ class Taps:
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):
             if any(name.startswith(f"{other.removeprefix('.')}.") for other in tap.names):
-                continue  # a function inside a layer that returns the same tensor would be a redundant alias
+                continue  # a function inside a layer that returns the same tensor is a redundant alias
             for label in self._outputs.get((id(tap), name), ()):
                 items = self._items(name, "output", label.call)
                 bracket = "" if _outer(items) == [label.item] else f"[{_shown(label.item, items)}]"
                 yield name + (f":{label.call}" if len(self.calls_of(name)) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
-        """Returns the name of a layer given by name or as a module; a module may be registered under several names."""
+        """Returns the name of a layer, given as a name or module; a module may be registered under several names."""
         name = name_of(layer, self.modules)
         return name if name in self._names else first_name(name, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """Returns a name for a vertex: that of its step, its tap, or the nearest tap above, in this order."""
+        """Returns a name for a vertex: that of its step, of its tap, or of the nearest tap above, in this order."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -258,7 +257,7 @@ class Taps:
         return next((tap.names[0] for tap in above if tap.names), "constants")
 
     def calls_of(self, name: str, side: str = "output") -> list[int]:
-        """Returns the calls of a layer that have taps."""
+        """Returns the indices of the calls of a layer that have taps."""
         return self._calls.get((name, side), [])
 
     def _items(self, name: str, side: str, call: int) -> list[Item | None]:
@@ -269,11 +268,12 @@ class Taps:
     def find(
         self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
     ) -> list[Tap]:
-        """Returns the taps with this layer name, side, call and item; several for ``call="any"``.
+        """Returns the taps with the given layer name, side, call and item; there may be several for ``call="any"``.
 
         Raises:
             UnknownLayerError: If no tap matches; the message lists similar names.
         """
+        layer, side = self._of_model(layer, side)
         site = self.site(layer, side)
         if site is not None:
             return [self._labelled[site]]
@@ -284,7 +284,8 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """Returns the items of inputs or outputs of a layer, except nested items; ``[None]`` for a single tensor."""
+        """Returns the items of the inputs or outputs of a layer, without nested items; ``[None]`` for one tensor."""
+        layer, side = self._of_model(layer, side)
         if self.site(layer, side) is not None:
             return [None]
         if isinstance(layer, str):
@@ -294,8 +295,13 @@ class Taps:
         name, calls = self.called(layer, side, call)
         return _outer(self._items(name, side, calls[0]))
 
+    def _of_model(self, layer: str | nn.Module, side: str) -> tuple[str | nn.Module, str]:
+        """Replaces the input side of the model itself by the tap ``"input"``."""
+        is_model = isinstance(layer, nn.Module) and side == "input" and self.name_of(layer) == "output"
+        return ("input", "output") if is_model else (layer, side)
+
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """Splits a name such as ``"lstm[0]"`` into layer and item; both may contain brackets themselves."""
+        """Splits a name such as ``"lstm[0]"`` into layer and item, both of which may contain brackets themselves."""
         if not name.endswith("]") or self.calls_of(name, side):
             return name, None
         for place in (place for place, sign in enumerate(name) if sign == "["):
@@ -310,12 +316,12 @@ class Taps:
         return (stem, int(text) if text.isdigit() else text) if stem else (name, None)
 
     def _split_call(self, name: str, side: str) -> tuple[str, int | None]:
-        """Splits a name such as ``"relu:1"`` into layer and index of the call."""
+        """Splits a name such as ``"relu:1"`` into layer name and call index."""
         layer, colon, number = name.rpartition(":")
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """Returns the name of a layer and those of its calls that ``call`` selects."""
+        """Returns the name of a layer and the indices of the calls that ``call`` selects."""
         site = self.site(layer, side)
         if site is not None:
             return site.name, [site.call]
@@ -333,7 +339,7 @@ class Taps:
         return name, _selected(name, calls, call)
 
     def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
-        """Returns the vertices of the steps of a layer, whose sinks ``at(layer, side="sink")`` selects.
+        """Returns the vertices whose sinks ``at(layer, side="sink")`` refers to.
 
         Raises:
             UnknownLayerError: If the layer is not a step and therefore absorbs nothing.
@@ -398,17 +404,17 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items to which the name of a layer refers: those that are not nested, or all items if all are."""
+    """Returns the items that a layer name refers to: those that are not nested, or all if all are nested."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
 def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
-    """Returns the text of a position or key in a name; a key that looks like a position of the same layer is quoted."""
+    """Formats an item for a tap name, with quotes around keys that could be mistaken for a position."""
     return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Infers unknown channel dimensions from the nearest tap of the same shape, or else of the same rank."""
+    """Infers unknown channel dimensions from the nearest tap of the same shape or, if there is none, the same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.tensor_channel_dim:

@@ -1,8 +1,8 @@
 """Sites: the parts of a transformer under their common names, derived from the graph of a recording.
 
-The names of model families and layers are not used. A residual add is the sum of a tensor and a branch that depends on
-it, where every reader of the tensor lies in this branch. A branch that contains an attention call is an attention
-block; any other branch is an MLP or a token mixer. Names follow TransformerLens, without ``hook_``.
+Names of model families and layers are not used. A residual add is the sum of a tensor and a branch that depends on it,
+where the tensor is read only by the sum and in the branch. A branch that contains attention is an attention block;
+other branches are MLPs or token mixers. Site names follow TransformerLens, without ``hook_``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .graph import Graph
 from .places import Buffer, Edge, Place
 
 SYNONYMS = {"mlp.post": "mlp.neuron", "attn.z": "attn", "cross_attn.z": "cross_attn"}
-"""Other spellings of the last part of a name."""
+"""Alternative names for the last part of a site name."""
 PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\.(?P<neuron>\d+)")
-"""Names that refer to one head or one neuron of a site."""
+"""Pattern of the names of single heads or neurons of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""Functions with weights; in a measure of a difference, every layer is recorded as a function."""
+"""Pattern of the names of functions with weights, as which all layers are recorded when explaining a difference."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
@@ -37,10 +37,10 @@ class Branch:
     Attributes:
         vertex: The vertex of the add.
         stream: The tensor to which the branch is added.
-        number: Index of the add's edge that reads the branch.
-        inner: The vertices on the paths from the branch to the stream.
+        number: Index of the edge of the add that reads the branch.
+        inner: The vertices on the paths between the add and the stream.
         attention: The vertices of attention calls in the branch.
-        crossing: The attention calls whose values come from a different stream.
+        crossing: The attention calls whose values come from another stream.
     """
 
     vertex: int
@@ -59,7 +59,7 @@ class Block:
 
 
 def sites(graph: Graph) -> dict[str, Place]:
-    """Returns the place of each site by its name, in the order of the forward pass.
+    """Returns the place of each site, keyed by name, in the order of the forward pass.
 
     The name of an attention call, such as ``blocks.1.attn``, refers to its output, with one row per head.
 
@@ -77,7 +77,7 @@ def sites(graph: Graph) -> dict[str, Place]:
 
 
 class Structure:
-    """Which vertices lie below which others in the graph, and which of them are residual adds.
+    """Dependencies between the vertices of a graph, and its residual adds.
 
     Attributes:
         below: The vertices below each vertex, as bit sets.
@@ -107,14 +107,14 @@ class Structure:
         return self.graph.vertices[vertex].step
 
     def source(self, buffer: Buffer) -> Buffer:
-        """Follows views and other routes that read a single tensor back to that tensor."""
+        """Follows views, and other routes with a single input, back to the original tensor."""
         while True:
             if not self._is_view(buffer.vertex):
                 return buffer
             (buffer,) = (edge for edge in self.graph.vertices[buffer.vertex].edges if edge is not None)
 
     def _is_view(self, number: int) -> bool:
-        """Returns whether a vertex is a view of another tensor; the copy of an input that the model reads is not."""
+        """Returns whether a vertex is a view of another tensor, excluding copies of model inputs."""
         vertex = self.graph.vertices[number]
         edges = [edge for edge in vertex.edges if edge is not None]
         if (vertex.step is not None and not _is_idle(vertex.step)) or len(edges) != 1 or len(vertex.shapes) > 1:
@@ -122,7 +122,7 @@ class Structure:
         return self.graph.vertices[edges[0].vertex].leaf is None
 
     def undivided(self, buffer: Buffer) -> Buffer:
-        """Follows :meth:`source`, and goes from parts of a tensor to the whole tensor."""
+        """Returns the tensor of which a buffer is a view or a part."""
         while True:
             buffer = self.source(buffer)
             vertex = self.graph.vertices[buffer.vertex]
@@ -137,7 +137,7 @@ class Structure:
         return vertex == on or bool(self.below[vertex] >> on & 1)
 
     def _residual(self, number: int, known: Mapping[int, Branch]) -> Branch | None:
-        """Returns the branch that a vertex adds to a stream, if it is a sum of two tensors."""
+        """Returns the branch that a vertex adds to a stream, or None if the vertex is not a residual add."""
         step, edges = self.step(number), self.graph.vertices[number].edges
         if step is None or step.rule not in SUMS or len(edges) != 2 or None in edges:
             return None
@@ -147,7 +147,7 @@ class Structure:
             assert stream is not None
             top, stream = self.source(top), self.source(stream)
             while not self.depends(top.vertex, stream.vertex) and stream.vertex in known:
-                stream = known[stream.vertex].stream  # the branch was added before, as for parallel attention and MLP
+                stream = known[stream.vertex].stream  # skip a previous add, as for parallel attention and MLP
             if top != stream and self.depends(top.vertex, stream.vertex):
                 return self._branch(number, stream, branch)
         return None
@@ -160,15 +160,16 @@ class Structure:
         return Branch(number, stream, edge, inner, attention, [v for v in attention if self._is_cross(v, stream)])
 
     def values(self, vertex: int) -> Edge:
-        """Returns the edge of the values of an attention call."""
+        """Returns the edge that reads the values of an attention call."""
         step = self.step(vertex)
         assert step is not None
         return Edge(vertex, step.attention.keys[0][0])
 
     def scores(self, vertex: int, inner: Sequence[int]) -> tuple[Edge, Edge] | None:
-        """Returns the edges of queries and keys: inputs of the fused function, or of the product below the weights.
+        """Returns the edges that read queries and keys, in the fused function or the product below the weights.
 
-        Returns None if the vertex is not an attention call, or its weights are not computed by a product in the branch.
+        The result is None if the vertex is not an attention call, or its weights are not computed by a product in the
+        branch.
         """
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is None:
@@ -186,18 +187,18 @@ class Structure:
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:
-        """Returns whether the values of an attention call are independent of an input on which the stream depends."""
+        """Returns whether the values of an attention call are independent of some input that the stream depends on."""
         edge = self.graph.vertices[vertex].edges[self.values(vertex).number]
         return edge is not None and bool(self.inputs_of(stream.vertex) & ~self.inputs_of(edge.vertex))
 
     def inputs_of(self, vertex: int) -> int:
-        """Returns the leaves on which a vertex depends, as a bit set."""
+        """Returns the leaves that a vertex depends on, as a bit set."""
         return (self.below[vertex] | 1 << vertex) & self.leaves
 
     def _is_block(self, branch: Branch) -> bool:
-        """Returns whether a branch has attention, weights or a convolution, unlike the sums in an activation function.
+        """Returns whether a branch contains attention, weights or a mixer, unlike the sums inside activation functions.
 
-        In addition, the stream must be read only by the add and in the branch, as far as the output depends on it.
+        In addition, the stream must be read only by the add and inside its branch.
         """
         within = self.below[branch.vertex] | 1 << branch.vertex
         if self._readers[branch.stream.vertex] & ~within:
@@ -205,7 +206,7 @@ class Structure:
         return bool(branch.attention) or self.is_mixer(branch) or any(map(self.is_linear, branch.inner))
 
     def is_linear(self, vertex: int) -> bool:
-        """Returns whether a step is a product with weights, such as a linear layer or a convolution."""
+        """Returns whether a step multiplies by weights, such as a linear layer or a convolution."""
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is not None or sum(edge is not None for edge in edges) != 1:
             return False
@@ -214,7 +215,7 @@ class Structure:
         return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, branch: Branch) -> bool:
-        """Returns whether a branch without attention mixes tokens by a convolution, a scan or products of tensors."""
+        """Returns whether a branch without attention mixes tokens with a convolution, a scan or products of tensors."""
         for vertex in branch.inner:
             step, node = self.step(vertex), self.graph.vertices[vertex].node
             if isinstance(step, LayerStep) and _weight_shape(step):
@@ -236,13 +237,13 @@ def _bits(number: int) -> Iterator[int]:
 
 
 def _weight_shape(step: LayerStep) -> tuple[int, ...]:
-    """Returns the shape of the weights of a layer; empty without weights."""
+    """Returns the shape of the weight of a layer, which is empty for layers without weights."""
     weight = getattr(step.layer_call.module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
 def _is_idle(step: Step) -> bool:
-    """Returns whether a step returns its input unchanged in evaluation mode."""
+    """Returns whether a step is the identity in evaluation mode."""
     return step.rule in ("dropout", "identity")
 
 
@@ -264,7 +265,7 @@ def _streams(structure: Structure) -> list[list[Block]]:
 
 
 def _previous(branch: Branch, structure: Structure) -> int | None:
-    """Returns the last residual add below the stream of a branch, unless the stream has additional inputs."""
+    """Returns the last residual add that a stream depends on, or None if the stream depends on further inputs."""
     start = branch.stream.vertex
     below = structure.below[start] | 1 << start
     previous = next((vertex for vertex in _bits(below) if vertex in structure.branches), None)
@@ -290,12 +291,12 @@ def _blocks(branches: Sequence[Branch], structure: Structure) -> list[Block]:
 
 
 def _is_position(branches: Sequence[Branch], structure: Structure) -> bool:
-    """Returns whether the first branches only add a convolution that encodes positions."""
+    """Returns whether a block only adds a convolution that encodes positions."""
     return len(branches) == 1 and not branches[0].attention and sum(map(structure.is_linear, branches[0].inner)) == 1
 
 
 def _prefixes(streams: list[list[Block]], structure: Structure) -> Iterator[tuple[str, list[Block]]]:
-    """Yields the streams with the prefixes of their names: none for a single stream, otherwise encoder and decoder."""
+    """Yields the streams with the prefixes of their site names, such as ``"encoder."``; a single stream needs none."""
     if not streams:
         return
     *others, last = sorted(streams, key=lambda blocks: -blocks[-1].branches[-1].vertex)
@@ -342,7 +343,7 @@ def _sites_of_branch(branch: Branch, kind: str, structure: Structure) -> Iterato
 
 
 def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
-    """Returns the edges of attention and MLP if one branch adds both."""
+    """Returns the edges of attention and MLP if both are added by one branch."""
     for vertex in [branch.vertex, *branch.inner]:
         step, edges = structure.step(vertex), structure.graph.vertices[vertex].edges
         if step is None or step.rule not in SUMS or len(edges) != 2:
@@ -360,7 +361,7 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
 
 
 def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) -> Iterator[tuple[str, Place]]:
-    """Yields queries, keys, values and the output of an attention call."""
+    """Yields the sites of the queries, keys, values and output of an attention call."""
     scores = structure.scores(vertex, branch.inner)
     assert scores is not None
     yield from zip((f"{name}.q", f"{name}.k", f"{name}.v"), (*scores, structure.values(vertex)), strict=True)
@@ -368,7 +369,7 @@ def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) 
 
 
 def _of_neurons(kind: str, inner: Sequence[int], structure: Structure) -> Iterator[tuple[str, Place]]:
-    """Yields the tensors that the last linear layers of a branch read; a tensor read in parts is yielded once."""
+    """Yields the sites of the tensors read by the last linear layers of a branch; each tensor is yielded once."""
     linear = [vertex for vertex in inner if structure.is_linear(vertex)]
     read: dict[Buffer, list[Edge]] = {}
     for vertex in reversed(linear):

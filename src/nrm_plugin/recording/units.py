@@ -1,4 +1,4 @@
-"""Calls of modules whose outputs are kept, so that these modules need not run when the model runs again."""
+"""Calls of modules whose outputs are stored, so that these modules need not run when the model is run again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kernels.step import step_of
 from ..model.zero_one_routes import source_of
 
 WORTH = 4
-"""Smallest ratio of the memory recorded inside a call to that of its outputs, for which the outputs are kept."""
+"""Smallest ratio between the memory recorded in a call and that of its outputs for which the outputs are stored."""
 
 
 def size_of(tensor: Tensor) -> int:
@@ -24,7 +24,7 @@ def size_of(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Unit:
-    """One call of a module whose outputs are kept.
+    """One call of a module whose outputs are stored.
 
     Attributes:
         name: Name of the module.
@@ -40,16 +40,16 @@ class Unit:
     outputs: Any
 
     def output(self, passed: Callable[[Tensor], Tensor]) -> Any:
-        """Returns the output of the call.
+        """Returns the output of the call, with all tensors replaced.
 
         Args:
-            passed: Function that returns the tensor that replaces a tensor of the output.
+            passed: Function that maps a stored tensor to the tensor that is returned in its place.
         """
         return mapped(self.outputs, lambda saved: passed(saved.tensor))
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Replaces the tensors, plain or saved, in a tensor or in nested tuples, lists and dictionaries."""
+    """Applies a function to the tensors, plain or saved, in a tensor or in nested tuples, lists and dictionaries."""
     if isinstance(value, (Tensor, Saved)):
         return change(value)
     if type(value) in (tuple, list):
@@ -58,9 +58,9 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def are_kept(output: Any, first: int, gates: Any) -> bool:
-    """Returns whether the outputs of a call can replace the call, since they are results of its steps alone.
+    """Returns whether the stored outputs of a call can replace the call, since they depend only on its steps.
 
-    Gates, views of earlier tensors, and values that carry no relevance have properties that their values do not show.
+    Gates, views of earlier tensors, and tensors without relevance have properties that their values do not determine.
 
     Args:
         output: The output of the call.
@@ -79,13 +79,13 @@ def are_kept(output: Any, first: int, gates: Any) -> bool:
 
 
 def kept(tensor: Tensor) -> Saved:
-    """Returns a tensor, protected from later writes, in memory that it does not share with other tensors."""
+    """Saves a detached tensor, copying it if its storage is much larger than the tensor itself."""
     own = tensor.detach()
     return Saved(own.clone() if own.untyped_storage().nbytes() > 2 * size_of(own) else own)
 
 
 def bytes_of(output: Any) -> int:
-    """Returns the size of all tensors in an output in bytes."""
+    """Returns the total size of all tensors in an output in bytes."""
     sizes: list[int] = []
     mapped(output, lambda tensor: sizes.append(size_of(tensor)))
     return sum(sizes)
@@ -97,7 +97,7 @@ def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Ten
 
 
 def entries(tensor: Tensor) -> Tensor:
-    """Returns a copy of a few entries of a tensor, at most two in each dimension, by which values are compared."""
+    """Returns a copy of a few entries of a tensor, at most two per dimension, which are used to compare runs."""
     some = tensor.detach()[tuple(slice(None, None, max(1, (size + 1) // 2)) for size in tensor.shape)]
     return some.reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
 

@@ -1,4 +1,4 @@
-"""Ablation of neurons, by replacing their activations while the model runs."""
+"""Ablation of neurons by replacing their activations during the forward pass."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 def ablation(
     model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Context manager that replaces the activations of all neurons that are not kept.
+    """Context manager that ablates all neurons that are not kept, by replacing their activations.
 
     Args:
         model: The network; the hooks are removed on exit.
-        kept: Masks of the kept outputs by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or ``(N, *shape)``;
-            channels are in dimension 1.
-        fill: ``"zero"``, ``"mean"`` of the reference activations, or ``"resample"``: sample ``n`` receives the
-            activations of reference sample ``n`` modulo the number of reference samples.
+        kept: Boolean masks of the kept outputs, keyed by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or
+            ``(N, *shape)``, with channels in dimension 1.
+        fill: Replacement values: ``"zero"``, the ``"mean"`` of the reference activations, or ``"resample"``, which
+            assigns to sample ``n`` the activations of reference sample ``n`` modulo the number of reference samples.
         reference: Activations of each module on reference samples, from :func:`activations`; required unless ``fill``
             is ``"zero"``.
 
     Raises:
-        ValueError: If the fill is unknown, or if it requires a reference and none is given.
+        ValueError: If ``fill`` is unknown, or requires a reference and none is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -70,10 +70,12 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the output of each module, ``(N, *shape)``, from one forward pass; the last output of a reused module.
+    """Returns the output of each module, ``(N, *shape)``, from one forward pass.
+
+    If a module is called several times, its last output is returned.
 
     Raises:
-        UnknownLayerError: If no module has this name.
+        UnknownLayerError: If there is no module with one of the given names.
         InputError: If a module is not called, or does not return a tensor.
 
     Examples:

@@ -1,7 +1,8 @@
 r"""Attribution graphs over features, errors, inputs and outputs: influence, scores and export.
 
-Let :math:`\hat A` be the absolute edges, normalized such that the edges into each node sum to 1, and ``w`` the weights
-of the outputs. The influence of a node is the mass of the walks through it under a non-negative normalized measure:
+Let :math:`\hat A` be the absolute edge weights, normalized such that those into each node sum to 1, and ``w`` the
+weights of the outputs. The influence of a node is the mass of the walks through it under a nonnegative normalized
+measure:
 
 .. math:: \mathrm{influence} = w \sum_{k \ge 1} \hat A^k
 
@@ -29,7 +30,7 @@ _TYPES = {
     "input": "embedding",
     "output": "logit",
 }
-"""Names of node kinds in circuit-tracer's files."""
+"""Names of the node kinds in the files of circuit-tracer."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class GraphNode:
 
     Attributes:
         kind: ``"feature"``, ``"error"``, ``"input"`` or ``"output"``.
-        layer: Index of the layer with features, counted from the input; -1 for inputs, and the number of layers for
+        layer: Index among the layers with features, from the input; -1 for inputs, and the number of layers for
             outputs.
-        position: Index of the token; 0 without tokens.
-        unit: Index of the feature, or of the output at its position, or None for errors and inputs.
+        position: Index of the token; 0 if there are no tokens.
+        unit: Index of the feature or output; None for errors and inputs.
         label: Name of the node.
 
     Examples:
@@ -57,7 +58,7 @@ class GraphNode:
 
     @property
     def key(self) -> str:
-        """A name that is unique in the graph.
+        """Identifier of the node, unique within the graph.
 
         Examples:
             >>> GraphNode("feature", 0, 3, 7, "7").key
@@ -68,14 +69,14 @@ class GraphNode:
 
 
 def influence(edges: Tensor, weights: Tensor) -> Tensor:
-    r"""Returns the influence of every node of an attribution graph, :math:`w \sum_{k \ge 1} \hat A^k`.
+    r"""Computes the influence of every node of an attribution graph, :math:`w \sum_{k \ge 1} \hat A^k`.
 
     Args:
-        edges: Signed effects ``(n, n)`` of each source (column) on each target (row).
-        weights: Weights of the outputs ``(n,)``, zero for all other nodes.
+        edges: Signed effect of each source (column) on each target (row), ``(n, n)``.
+        weights: Weights of the outputs, ``(n,)``, zero for all other nodes.
 
     Returns:
-        The influence ``(n,)``, in double precision. An output that is not a source has influence 0.
+        The influence, ``(n,)``, in double precision. Outputs without outgoing edges have influence 0.
 
     Raises:
         InputError: If shapes do not match, a value is not finite, or the graph has a cycle.
@@ -102,25 +103,28 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
 
 
 def normalized_edges(edges: Tensor) -> Tensor:
-    """Returns absolute edges in double precision, normalized such that the edges into each node sum to 1 or are 0."""
+    """Returns absolute edge weights in double precision, normalized such that those into each node sum to 1.
+
+    Nodes without incoming edges keep a sum of 0.
+    """
     sizes = edges.detach().double().abs()
     return sizes / sizes.sum(1, keepdim=True).clamp(min=1e-10)
 
 
 @dataclass(frozen=True, eq=False)
 class AttributionGraph:
-    """A graph of the direct relevance between outputs, features, errors and inputs, for one sample.
+    """Graph of the direct relevance between outputs, features, errors and inputs, for one sample.
 
-    Returned by :func:`~nrm_plugin.attribution_graph`; graphs of other effects can be constructed directly.
+    Returned by :func:`~nrm_plugin.attribution_graph`. Graphs of other effects can be constructed directly.
 
     Attributes:
         nodes: The ``n`` nodes.
         edges: Effect of each source (column) on each target (row), ``(n, n)``. For a measure, this is the mass of the
-            walks that cross both nodes and no other node in between.
+            walks that cross both nodes and no node in between.
         weights: Weight of each output, ``(n,)``, zero for all other nodes.
 
     Raises:
-        InputError: If the numbers of nodes differ, or two nodes have the same key.
+        InputError: If shapes do not match the number of nodes, or two nodes have the same key.
 
     Examples:
         >>> nodes = (GraphNode("input", -1, 0, None, "a"), GraphNode("feature", 0, 0, 7, "7"),
@@ -157,7 +161,7 @@ class AttributionGraph:
         return influence(self.edges, self.weights)
 
     def replacement(self) -> float:
-        """Returns the replacement score: the influence of the inputs, as a fraction of that of inputs and errors.
+        """Returns the replacement score, the influence of the inputs as a fraction of that of inputs and errors.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -170,7 +174,9 @@ class AttributionGraph:
         return inputs / (inputs + errors)
 
     def completeness(self) -> float:
-        """Returns the completeness score: the fraction of a node's inputs that are not errors, averaged by influence.
+        """Returns the completeness score, the mean fraction of a node's inputs that are not errors.
+
+        Nodes are weighted by their influence, and outputs by the sum of their influence and weight.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -188,7 +194,7 @@ class AttributionGraph:
     # -- export ------------------------------------------------------------------------------------------------------
 
     def to_networkx(self) -> Any:
-        """Returns a ``networkx.DiGraph`` from inputs to outputs, with edge attribute ``weight``. Requires networkx.
+        """Converts the graph to a ``networkx.DiGraph`` from inputs to outputs, with the edge attribute ``weight``.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -209,7 +215,7 @@ class AttributionGraph:
         return digraph
 
     def to_graphml(self, path: str | Path | IO[bytes]) -> None:
-        """Writes the graph as GraphML, for Gephi, Cytoscape and similar tools. Requires networkx.
+        """Writes the graph as GraphML, for tools such as Gephi and Cytoscape, to a path or an open binary file.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -225,19 +231,19 @@ class AttributionGraph:
     def to_circuit_tracer(
         self, folder: str | Path, slug: str, tokens: Sequence[str] = (), scan: str = "custom"
     ) -> Path:
-        """Writes the graph as a file for circuit-tracer's viewer, and lists it in ``graph-metadata.json``.
+        """Writes the graph in the format of circuit-tracer's viewer and adds it to ``graph-metadata.json``.
 
         Args:
-            folder: Folder of the graphs, which is created if necessary.
-            slug: Name of the graph and of its file.
-            tokens: The text of each input position.
+            folder: Folder of the graphs; created if it does not exist.
+            slug: Name of the graph, and of its file without the suffix.
+            tokens: Text of the token at each input position.
             scan: Name of the dictionaries (transcoders), stored as ``scan`` in the file.
 
         Returns:
             The path of the file.
 
         Raises:
-            InputError: If the slug contains a path separator.
+            InputError: If the slug contains a path separator, or there are too few tokens.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -248,6 +254,9 @@ class AttributionGraph:
         """
         if not slug or Path(slug).name != slug:
             raise InputError(f"slug={slug!r} must be the name of a file, without its ending and folder.")
+        positions = 1 + max(node.position for node in self.nodes)
+        if tokens and len(tokens) < positions:
+            raise InputError(f"tokens= has {len(tokens)} tokens, and the graph {positions} positions.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         document = self._document(slug, [_shown(token) for token in tokens], scan)
@@ -280,13 +289,13 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns, for each node, the fraction of the total influence that is due to nodes with at least its influence."""
+    """Returns, for each node, the share of the total influence of all nodes with at least the same influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 
 
 def _node_ids(nodes: Sequence[GraphNode]) -> list[str]:
-    """Returns the node ids of circuit-tracer; an error receives a different id if its own is that of a feature."""
+    """Returns the node ids of circuit-tracer; the id of an error is changed if a feature has the same id."""
     ids = [_node_id(node) for node in nodes]
     features = {name for node, name in zip(nodes, ids, strict=True) if node.kind != "error"}
     return [

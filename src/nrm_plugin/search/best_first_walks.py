@@ -14,21 +14,21 @@ from .layer_chain import LayerChain
 from .walk_bounds import CompletionBounds, now
 
 BATCH = 8
-"""Number of prefixes propagated in one pass."""
+"""Maximum number of prefixes propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
 """Fraction of the time budget that is spent on computing bounds."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The upper part of a walk, to be completed by the layers below.
+    """The upper part of a group walk, to be extended by the layers below.
 
     Attributes:
-        groups: The index of one group in each layer of the prefix.
+        groups: Index of the group in each layer of the prefix.
         bound: Upper bound on the absolute mass of any completion.
-        number: Creation index.
+        number: Creation index, which breaks ties.
         mass: Absolute joint relevance of the groups.
-        relevance: Relevance of each neuron in the prefix's last layer, restricted to walks through the groups
+        relevance: Relevance of each neuron in the last layer of the prefix, restricted to the walks through the groups
             above, ``(n,)``.
     """
 
@@ -39,31 +39,31 @@ class Prefix:
     relevance: Tensor
 
     def __lt__(self, other: Prefix) -> bool:
-        """Orders a heap by bound, with the largest first."""
+        """Compares by decreasing bound, so that a heap returns the prefix with the largest bound first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
 @dataclass(frozen=True)
 class CompleteWalk:
-    """One group in every layer and the signed joint relevance of these groups."""
+    """A walk with a group in every layer, and the signed joint relevance of these groups."""
 
     groups: tuple[int, ...]
     mass: float
 
     def __lt__(self, other: CompleteWalk) -> bool:
-        """Orders a heap by absolute mass, with the smallest first."""
+        """Compares by absolute mass, so that a heap returns the walk with the smallest mass first."""
         return (abs(self.mass), self.groups) < (abs(other.mass), other.groups)
 
 
 class BestFirstSearch:
-    """A best-first search with a heap of open prefixes and a heap of the best complete walks.
+    """Best-first search with a heap of open prefixes and a heap of the best complete walks.
 
     Args:
         chain: The layers and their groups.
-        k: Number of walks.
-        begin: Start time of the budget.
+        k: Number of walks to return.
+        begin: Time at which the budget starts.
         budget: Time limit in seconds.
-        expansions: Number of expanded prefixes after which the search stops.
+        expansions: Number of expanded prefixes after which the search stops, or None for no limit.
     """
 
     def __init__(self, chain: LayerChain, k: int, begin: float, budget: float, expansions: int | None) -> None:
@@ -79,23 +79,23 @@ class BestFirstSearch:
 
     @property
     def missed(self) -> float:
-        """Upper bound on the absolute mass of any walk that is not among the best."""
+        """Upper bound on the absolute mass of all walks that are not among the best."""
         return max(self._dropped, self.prefixes[0].bound if self.prefixes else 0.0)
 
     def largest_first(self) -> list[CompleteWalk]:
-        """Returns the best complete walks, in descending order of absolute mass."""
+        """Returns the best complete walks, sorted by decreasing absolute mass."""
         return sorted(self.best, key=lambda walk: -abs(walk.mass))
 
     def run(self) -> None:
-        """Searches until all walks are certified, or the budget is exhausted."""
+        """Searches until the best walks are certified, or the budget is exhausted."""
         self._add_continuations((), self.chain.first())
-        for width in (1, 2 * math.isqrt(self.k)):  # find one walk early, and then the walks of a greedy search
+        for width in (1, 2 * math.isqrt(self.k)):  # a single walk first, and then a greedy search
             for depth in range(1, self.chain.last + 1):
                 self._expand_largest(depth, width)
         while self.prefixes and self.prefixes[0].bound > self._threshold() and not self._is_over():
             self._expand(self._most_promising())
             deepest = max((len(prefix.groups) for prefix in self.prefixes), default=0)
-            self._expand_largest(deepest, BATCH)  # if bounds are loose, prefixes of large mass lead to better walks
+            self._expand_largest(deepest, BATCH)  # with loose bounds, prefixes with a large mass lead to better walks
 
     def _threshold(self) -> float:
         """Returns the absolute mass that a walk must exceed to be among the best ``k``."""
@@ -109,7 +109,7 @@ class BestFirstSearch:
         return min(BATCH, self.chain.widths[depth - 1])
 
     def _expand_largest(self, depth: int, width: int) -> None:
-        """Expands the prefixes with the largest mass among those of one length."""
+        """Expands the prefixes of a given length with the largest mass."""
         threshold = self._threshold()
         candidates = [prefix for prefix in self.prefixes if len(prefix.groups) == depth and prefix.bound > threshold]
         chosen = heapq.nlargest(width, candidates, key=lambda prefix: prefix.mass)
@@ -124,7 +124,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """Removes and returns the prefix with the largest bound and the next best prefixes of the same length."""
+        """Pops the prefix with the largest bound, and further prefixes as long as they have the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):
@@ -143,7 +143,7 @@ class BestFirstSearch:
             self._add_continuations(prefix.groups, relevance)
 
     def _add_continuations(self, groups: tuple[int, ...], relevance: Tensor) -> None:
-        """Adds all prefixes or complete walks that extend a prefix by one layer, given its relevance at that layer."""
+        """Extends a prefix by one layer in all possible ways, given its relevance at that layer."""
         level = len(groups)
         if level == self.chain.last:
             self._complete(groups, self.chain.sums(level, relevance)[:, None], 1)
@@ -160,7 +160,7 @@ class BestFirstSearch:
                     self._dropped = max(self._dropped, bound)
 
     def _complete(self, groups: tuple[int, ...], masses: Tensor, missing: int) -> None:
-        """Adds complete walks, given ``masses[g]`` or ``masses[g, g']`` of the one or two missing groups."""
+        """Adds complete walks, given ``masses[g]`` or ``masses[g, g']`` for the one or two missing groups."""
         flat = masses.flatten()
         sizes, numbers = flat.abs().topk(min(len(flat), self.k + 1))
         for size, number in zip(sizes.tolist(), numbers.tolist(), strict=True):

@@ -28,19 +28,21 @@ Reads = Literal["output", "input"]
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A dictionary of features of one layer.
+    """A dictionary of learned features for one layer.
 
     Attributes:
         encoder: Weights ``(d_in, F)``.
-        decoder: Weights ``(F, d_out)``; a row is the direction of a feature.
-        encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. A bias that is subtracted from the input must be
-            folded into it.
+        decoder: Weights ``(F, d_out)``; each row is the direction of a feature.
+        encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. If a bias is subtracted from the input, it must
+            be folded into this bias.
         decoder_bias: Bias of the decoder, ``(d_out,)``, or None for zeros.
-        threshold: Pre-activations below the threshold are set to zero: a number, or ``(F,)``. 0 gives ReLU, positive
+        threshold: Threshold up to which pre-activations are set to zero, a number or ``(F,)``. 0 gives ReLU, positive
             values give JumpReLU, and ``-math.inf`` disables the threshold.
-        k: Largest number of active features at each position, or None for no limit.
-        skip: Weights ``(d_out, d_in)`` of a linear path in parallel to the features, or None if there is no such path.
-        reads: ``"output"`` for an autoencoder of the output of a layer, ``"input"`` for a transcoder from its input.
+        k: Maximum number of active features at each position, or None for no limit.
+        skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None if there
+            is none.
+        reads: ``"output"`` for an autoencoder that reconstructs the output of a layer, or ``"input"`` for a transcoder
+            from the input of a layer to its output.
 
     Raises:
         InputError: If shapes do not match, or a weight is not finite.
@@ -74,9 +76,11 @@ class Dictionary:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise InputError(f"{name} of this dictionary must have shape {shape}, got {tuple(value.shape)}.")
-        if isinstance(self.threshold, Tensor) and self.threshold.numel() not in (1, count):
+        if tuple(torch.as_tensor(self.threshold).shape) not in ((), (1,), (count,)):
             raise InputError(f"threshold={brief(self.threshold)}: give one number, or one for each feature.")
-        if self.k is not None and not 1 <= self.k <= count:
+        if bool(torch.as_tensor(self.threshold).isnan().any()):
+            raise InputError(f"threshold={brief(self.threshold)} of this dictionary is nan.")
+        if self.k is not None and (not isinstance(self.k, int) or not 1 <= self.k <= count):
             raise InputError(f"k={brief(self.k)}: give 1 to {count}, the number of features.")
         if self.reads not in ("output", "input"):
             raise InputError(f"reads={brief(self.reads)} is unknown; choose 'output' or 'input'.")
@@ -95,7 +99,7 @@ class Dictionary:
 
     @property
     def width(self) -> int:
-        """Number of neurons that are reconstructed, ``d_out``.
+        """Number of reconstructed neurons, ``d_out``.
 
         Examples:
             >>> Dictionary(torch.eye(4)[:, :3], torch.eye(4)[:3]).width
@@ -104,7 +108,7 @@ class Dictionary:
         return int(self.decoder.shape[1])
 
     def activate(self, pre: Tensor) -> Tensor:
-        """Returns the activations of the features from the pre-activations ``(…, F)`` of the encoder.
+        """Computes feature activations from the pre-activations ``(…, F)`` of the encoder.
 
         Examples:
             >>> Dictionary(torch.eye(3), torch.eye(3), threshold=1.5, k=1).activate(torch.tensor([1.0, 2.0, 3.0]))
@@ -118,7 +122,7 @@ class Dictionary:
         return torch.where(largest, active, 0.0)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Returns the activations of the features, ``(…, d_in)`` to ``(…, F)``.
+        """Computes feature activations, from ``(…, d_in)`` to ``(…, F)``.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).encode(torch.tensor([3.0, -1.0]))
@@ -128,7 +132,7 @@ class Dictionary:
         return self.activate(linear(x, self.encoder.T.to(x), bias))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Returns the reconstruction, ``(…, d_in)`` to ``(…, d_out)``, including biases and the skip path.
+        """Computes the reconstruction, from ``(…, d_in)`` to ``(…, d_out)``, including biases and the skip path.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).reconstruct(torch.tensor([3.0, -1.0]))
@@ -139,7 +143,7 @@ class Dictionary:
         return reconstruction if self.skip is None else reconstruction + linear(x, self.skip.to(x))
 
     def error(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Returns the reconstruction error of ``y``, or of ``x`` for an autoencoder.
+        """Computes the reconstruction error of ``y`` (by default, of ``x``, as for an autoencoder).
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).error(torch.tensor([3.0, -1.0]))
@@ -150,15 +154,15 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Crosscoder:
-    """Dictionaries of several layers, with features that also reconstruct the outputs of later layers.
+    """Dictionaries of several layers whose features may also reconstruct the outputs of later layers.
 
     Attributes:
-        dictionaries: The dictionary of each layer, with the encoder and the decoder to this layer.
-        decoders: Weights ``(F_lower, d_upper)`` from the features of a layer to the output of a later layer; keys are
-            pairs of names ``(lower, upper)``.
+        dictionaries: Dictionaries, keyed by layer name, with the encoder and the decoder of the same layer.
+        decoders: Weights ``(F_lower, d_upper)`` from the features of a layer to the output of a later layer, keyed by
+            pairs of layer names ``(lower, upper)``.
 
     Raises:
-        InputError: If a decoder does not fit its layers.
+        InputError: If a decoder does not match its layers.
 
     Examples:
         >>> one = Dictionary(torch.eye(4), torch.eye(4), reads="input")
@@ -183,7 +187,7 @@ class Crosscoder:
                 )
 
     def lower(self, site: str) -> list[str]:
-        """Returns the layers with features that also reconstruct the output of ``site``.
+        """Returns the earlier layers whose features contribute to the reconstruction of ``site``.
 
         Examples:
             >>> Crosscoder({"0": Dictionary(torch.eye(2), torch.eye(2))}).lower("0")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,19 +21,26 @@ from .dictionaries import Crosscoder, Dictionary
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _INPUTS = ("mlp.hook_in", "ln2.hook_normalized", "hook_mlp_in")
-"""Names of hooks at the input of an MLP."""
+"""Names of hook points at the input of an MLP."""
+ARCHITECTURES = (
+    "standard", "gated", "jumprelu", "topk", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)  # fmt: skip
+"""Architectures of SAELens with a linear encoder and decoder, and one of the activations of a dictionary."""
+_SHORT = (torch.float16, torch.bfloat16)
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
-    """Reads a dictionary in the format of SAELens: ``cfg.json`` and ``sae_weights.safetensors``.
+    """Loads a dictionary in the format of SAELens, which consists of ``cfg.json`` and ``sae_weights.safetensors``.
 
     Standard, gated, JumpReLU and top-k autoencoders, and transcoders with or without a skip path are supported.
 
     Args:
-        folder: The folder with the files.
+        folder: Folder that contains the files.
 
     Raises:
-        InputError: If a file is missing, or the dictionary normalizes its input.
+        InputError: If a file or a weight is missing or cannot be read, the dictionary normalizes its input, or its
+            architecture is a different one, such as batch top-k.
 
     Examples:
         >>> load_dictionary("no such folder")
@@ -45,9 +53,27 @@ def load_dictionary(folder: str | Path) -> Dictionary:
             raise InputError(
                 f"no {name} in {str(folder)!r}; a dictionary of SAELens is a folder with {CONFIG} and {WEIGHTS}."
             )
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{CONFIG} in {str(folder)!r} cannot be read: {error}") from error
     _check_config(config, folder)
-    return _of_weights(config, load_file(folder / WEIGHTS))
+    return _of_weights(config, _Weights(folder / WEIGHTS))
+
+
+class _Weights(dict[str, Tensor]):
+    """The tensors of a file, in at least single precision; errors name the file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{str(path)!r} cannot be read: {error}") from error
+        super().__init__({name: w.float() if w.dtype in _SHORT else w for name, w in tensors.items()})
+        self._path = path
+
+    def __missing__(self, name: str) -> Tensor:
+        raise InputError(f"{str(self._path)!r} has no tensor {name!r}; it has {', '.join(map(repr, self))}.")
 
 
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:
@@ -55,6 +81,8 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         "normalize_activations": (None, False, "none", "expected_average_only_in"),
         "finetuning_scaling_factor": (None, False),
         "activation_fn": (None, "relu", "topk"),
+        "activation_fn_str": (None, "relu", "topk"),
+        "architecture": (None, *ARCHITECTURES),
     }
     for key, known in unsupported.items():
         if config.get(key) not in known:
@@ -62,10 +90,12 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
                 f"the dictionary in {str(folder)!r} has {key}={brief(config[key])}, which is not part of a linear "
                 "encoder and decoder. Fold it into the weights, and pass them as a Dictionary."
             )
+    if "topk" in _activation(config) and _k(config) is None:
+        raise InputError(f"{CONFIG} in {str(folder)!r} has no k, the number of active features.")
 
 
 def _of_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Dictionary:
-    kind = str(config.get("architecture", "standard"))
+    kind = config.get("architecture") or "standard"
     is_transcoder = "transcoder" in kind
     encoder, decoder, bias = weights["W_enc"], weights["W_dec"], weights.get("b_enc")
     threshold = weights["threshold"].clamp(min=0) if "threshold" in weights else torch.zeros(())
@@ -80,7 +110,7 @@ def _of_weights(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Dic
         norms = decoder.norm(dim=-1)
         encoder, decoder = encoder * norms, decoder / norms.unsqueeze(1)
         bias = None if bias is None else bias * norms
-    k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k")) if "topk" in _activation(config) else None
+    k = _k(config) if "topk" in _activation(config) else None
     reads = "input" if is_transcoder else "output"
     skip = weights.get("W_skip")
     return Dictionary(encoder, decoder, bias, weights.get("b_dec"), threshold, k, skip, reads)  # type: ignore[arg-type]
@@ -90,15 +120,20 @@ def _activation(config: Mapping[str, Any]) -> str:
     return f"{config.get('architecture', '')} {config.get('activation_fn', config.get('activation_fn_str', ''))}"
 
 
+def _k(config: Mapping[str, Any]) -> int | None:
+    k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
+    return None if k is None else int(k)
+
+
 def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | Crosscoder:
-    """Reads the transcoders of all layers, or a cross-layer transcoder, in the format of circuit-tracer.
+    """Loads the transcoders of all layers, or a cross-layer transcoder, in the format of circuit-tracer.
 
     Per-layer transcoders are stored in files ``layer_0.safetensors`` and so on, or in local files listed in
     ``config.yaml``; a cross-layer transcoder is stored in files ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so
     on.
 
     Args:
-        folder: The folder that contains the files.
+        folder: Folder that contains the files.
         site: Name of an MLP, with ``{}`` in place of the layer index, such as ``"model.layers.{}.mlp"``.
 
     Returns:
@@ -128,7 +163,7 @@ def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | C
             f"no transcoders in {str(folder)!r}: neither layer_0.safetensors nor W_enc_0.safetensors nor a config.yaml "
             "that lists local files."
         )
-    return {site.format(layer): _transcoder(load_file(path)) for layer, path in sorted(files.items())}
+    return {site.format(layer): _transcoder(_Weights(path)) for layer, path in sorted(files.items())}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -163,13 +198,17 @@ def _listed(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
 
 
 def _transcoder(weights: Mapping[str, Tensor]) -> Dictionary:
-    """Returns the transcoder of one layer; the encoder is stored as ``(F, d)``, the decoder in either orientation."""
+    """Returns the transcoder of one layer; encoder and decoder may be stored in either orientation."""
+    if "log_thresholds" in weights:
+        raise InputError(
+            "the transcoders have log_thresholds, which circuit-tracer does not apply. Remove or apply them."
+        )
     bias, encoder, decoder = weights["b_enc"], weights["W_enc"], weights["W_dec"]
     count, width = len(bias), len(weights["b_dec"])
     encoder = encoder if encoder.shape[1] == count != encoder.shape[0] else encoder.T
     decoder = decoder if tuple(decoder.shape) == (count, width) else decoder.T
     threshold = weights.get("activation_function.threshold", weights.get("threshold"))
-    threshold = torch.zeros(()) if threshold is None else threshold.clamp(min=0)
+    threshold = torch.zeros(()) if threshold is None else threshold
     skip = weights.get("W_skip")
     return Dictionary(encoder, decoder, bias, weights["b_dec"], threshold, None, skip, "input")
 
@@ -177,15 +216,15 @@ def _transcoder(weights: Mapping[str, Tensor]) -> Dictionary:
 def _crosscoder(folder: Path, layers: list[int], site: str) -> Crosscoder:
     dictionaries, decoders = {}, {}
     for layer in layers:
-        encoder = load_file(folder / f"W_enc_{layer}.safetensors")
-        decoder = load_file(folder / f"W_dec_{layer}.safetensors")[f"W_dec_{layer}"]
+        encoder = _Weights(folder / f"W_enc_{layer}.safetensors")
+        decoder = _Weights(folder / f"W_dec_{layer}.safetensors")[f"W_dec_{layer}"]
         threshold = encoder.get(f"threshold_{layer}")
         dictionaries[site.format(layer)] = Dictionary(
             encoder[f"W_enc_{layer}"].T,
             decoder[:, 0],
             encoder[f"b_enc_{layer}"],
             encoder[f"b_dec_{layer}"],
-            torch.zeros(()) if threshold is None else threshold.clamp(min=0),
+            torch.zeros(()) if threshold is None else threshold,
             reads="input",
         )
         for distance in range(1, decoder.shape[1]):

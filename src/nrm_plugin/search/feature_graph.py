@@ -2,9 +2,9 @@ r"""The attribution graph of a measure: outputs, features, errors and inputs, co
 
 .. math:: A_{ji} = \mu\big(j \cap i \cap \neg \textstyle\bigcup\, \text{nodes between } j \text{ and } i\big)
 
-Walks pass through features that are not nodes, so that no relevance is lost by the choice of nodes. If no mass is
-negative, the influence of a node therefore equals the mass of the walks through it that cross no error above it. The
-graph follows circuit-tracer; defining its edges by the measure is new in this package.
+Walks may pass through features that are not nodes, so that no relevance is lost by the selection of nodes. If no mass
+is negative, the influence of a node therefore equals the mass of the walks through it that do not cross an error above
+it. The graph follows circuit-tracer; the definition of its edges in terms of the measure is new in this package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, brief
+from ..errors import InputError, brief, printable
 from ..events.event import Event, at
 from ..measure.groups import Over, labels_of
 from ..measure.measure import RelevanceMeasure
@@ -31,8 +31,8 @@ class _Tap:
     Attributes:
         name: Name of the tap.
         nodes: The nodes.
-        labels: Node index of each neuron, ``tap.shape[1:]``; neurons without a node have the number of nodes.
-        targets: Number of nodes with incoming edges: all but errors and inputs, which come last.
+        labels: Node index of each neuron, ``tap.shape[1:]``, or the number of nodes for neurons that are not nodes.
+        targets: Number of nodes that can have edges into them: all except errors and inputs, which are last.
     """
 
     name: str
@@ -41,12 +41,12 @@ class _Tap:
     targets: int
 
     def event(self, number: int) -> Event:
-        """Returns the event of the walks that cross one node."""
+        """Returns the event that a walk crosses a node."""
         return at(self.name)[self.labels == number]
 
     @property
     def any(self) -> Event:
-        """The walks that cross any node."""
+        """The event that a walk crosses any of the nodes."""
         return at(self.name)[self.labels < len(self.nodes)]
 
 
@@ -59,20 +59,20 @@ def attribution_graph(
     input_layer: str | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
 ) -> AttributionGraph:
-    """Returns the graph of direct relevance between outputs, the most relevant features, errors and inputs.
+    """Computes the graph of direct relevance between outputs, the most relevant features, errors and inputs.
 
-    The nodes are the outputs with nonzero weight, ``top`` features at their positions, one error at each layer and
-    position, and the groups of the input. Each target requires one relevance vector per lower layer.
+    The nodes are the outputs with nonzero weight, the ``top`` features (each at one position), one error for each layer
+    and position, and the groups of the input. Each output and feature requires one relevance vector per lower layer.
 
     Args:
-        mu: A measure of the model.
+        mu: A measure of ``model``.
         model: The model returned by :func:`~nrm_plugin.with_features`.
-        top: Number of features, those with the largest absolute mass.
-        sample: Index of the sample; required if the measure has several.
+        top: Number of features, selected by absolute mass.
+        sample: Index of the sample; required if the measure has several samples.
         inputs: Groups of the input: ``"position"``, ``"channel"``, ``"neuron"`` or labels.
-        input_layer: The tap of the input nodes; by default ``"input"``, or, if the inputs are integers, the first tap,
-            which is their embedding.
-        names: Names of the nodes: ``{"input": tokens, "output": classes}``, and feature names, keyed by layer.
+        input_layer: The tap of the input nodes; by default, the first tap, which is ``"input"``, or the embedding of
+            integer inputs.
+        names: Names of the nodes, as ``{"input": tokens, "output": classes}``, and feature names, keyed by layer name.
 
     Raises:
         InputError: If the sample does not exist, or ``top`` is not positive.
@@ -112,8 +112,8 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
         raise InputError(f"an attribution graph covers one sample, and the measure has {mu.batch}: pass sample=.")
     if sample is not None and not 0 <= sample < mu.batch:
         raise InputError(f"sample={brief(sample)}: the measure has samples 0 to {mu.batch - 1}.")
-    if top < 1:
-        raise InputError(f"top={brief(top)} must be at least 1.")
+    if not isinstance(top, int) or top < 1:
+        raise InputError(f"top={brief(top)} must be an integer of at least 1.")
     return sample or 0
 
 
@@ -132,7 +132,7 @@ def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event
 def _taps(
     mu: RelevanceMeasure, model: nn.Module, top: int, number: int, names: Mapping[str, Sequence[str]]
 ) -> list[_Tap]:
-    """Returns the nodes of the output and of the layers with features, one entry per tap, from the output down."""
+    """Returns the nodes of the output and of each layer with features, from the output to the input."""
     sites = ordered_sites(mu, model)
     counts = {site: len(module.dictionary) for site, module in sites.items()}
     maps = mu.marginal([f"{site}.features" for site in sites])
@@ -177,12 +177,20 @@ def _features(
 def _inputs(mu: RelevanceMeasure, layer: str, over: Over, names: Sequence[str] | None) -> _Tap:
     labels = labels_of(mu._tap(layer), over)
     count = int(labels.max()) + 1
-    nodes = [GraphNode("input", -1, k, None, names[k] if names is not None else str(k)) for k in range(count)]
+    nodes = [GraphNode("input", -1, k, None, _name(k, "input", names)) for k in range(count)]
     return _Tap(layer, nodes, labels, 0)
 
 
 def _node(kind: Kind, layer: int, position: int, unit: int, names: Sequence[str] | None) -> GraphNode:
-    return GraphNode(kind, layer, position, unit, str(unit) if names is None else str(names[unit]))
+    return GraphNode(kind, layer, position, unit, _name(unit, kind, names))
+
+
+def _name(index: int, kind: Kind, names: Sequence[str] | None) -> str:
+    if names is None:
+        return str(index)
+    if index >= len(names):
+        raise InputError(f"names= has {len(names)} names of {kind} nodes, but one has the index {index}.")
+    return printable(names[index])
 
 
 __all__ = ["attribution_graph"]

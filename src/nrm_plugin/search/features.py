@@ -1,11 +1,11 @@
-r"""Features of dictionaries as taps, with the reconstruction error as additional neurons of the same tap.
+r"""Dictionary features as taps, with the reconstruction error as additional neurons of the same tap.
 
 .. math:: y = W_D^\top f + b_D + e = (W_D^\top \;|\; I) \begin{pmatrix} f \\ e \end{pmatrix} + b_D
 
-The layer is replaced by this sum, which is a linear layer to which every rule applies. Features and error are the
-neurons of one tap, so their masses sum to the mass of the layer, except for the relevance that the rule assigns to the
-bias. Relevance of the features propagates through the encoder, and relevance of the error through the original layer.
-The construction is new in this package.
+The layer is replaced with this sum, which is a linear layer, so that any rule can be applied to it. Features and error
+are neurons of one tap, so their masses sum to the mass of the layer, except for the relevance that the rule assigns to
+the bias. Relevance of the features propagates through the encoder, and relevance of the error through the original
+layer. The construction is new in this package.
 
 Source: Marks et al., arXiv 2403.19647, for errors of autoencoders as nodes of a circuit; docs/features.md.
 """
@@ -35,23 +35,24 @@ Errors = Literal["pass", "absorb"]
 def with_features(
     model: nn.Module, dictionaries: Mapping[str, Dictionary] | Crosscoder, errors: Errors = "pass"
 ) -> nn.Module:
-    """Returns a model with the same weights and outputs in which the features of some layers are taps.
+    """Returns a copy of a model that exposes the features of some layers as taps.
 
-    A layer ``"mlp"`` is replaced by ``"mlp.layer"``, the layer itself, ``"mlp.encoder"``, ``"mlp.features"`` and
-    ``"mlp.decoder"``. The tap ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d``
-    neurons of the error and, if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` is still the output of the
-    layer. Composites that map names to rules must use ``"mlp.layer"``. The given model is not changed.
+    The copy shares the model's weights and produces the same outputs. A layer ``"mlp"`` is replaced with
+    ``"mlp.layer"``, the layer itself, ``"mlp.encoder"``, ``"mlp.features"`` and ``"mlp.decoder"``. The tap
+    ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d`` neurons of the error and,
+    if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` remains the output of the layer. Composites that map
+    names to rules must use ``"mlp.layer"``. The given model is not modified.
 
     Args:
         model: The network.
         dictionaries: Dictionaries, keyed by layer name, or a crosscoder. If a layer returns a tuple, its first tensor
             is reconstructed; channels are in the last dimension.
-        errors: ``"pass"`` to propagate the relevance of the error through the layer, ``"absorb"`` to absorb it, as in
-            attribution graphs.
+        errors: ``"pass"`` to propagate the relevance of the error through the layer, or ``"absorb"`` to absorb it, as
+            in attribution graphs.
 
     Raises:
-        UnknownLayerError: If the model does not contain the layer.
-        InputError: If one of the layers contains another, or, during the forward pass, if widths do not match.
+        UnknownLayerError: If one of the layers is not in the model.
+        InputError: If one of the layers contains another or, during the forward pass, if widths do not match.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -78,19 +79,19 @@ def with_features(
 
 
 class _Board:
-    """Storage of the features computed so far in a forward pass, for the decoders of later layers."""
+    """Stores the features computed so far in a forward pass, for the decoders of later layers."""
 
     def __init__(self, sites: int) -> None:
         self.sites, self.features = sites, dict[str, Tensor]()
 
     def put(self, site: str, features: Tensor) -> None:
-        """Stores the features of a layer until all layers have stored theirs."""
+        """Stores the features of a layer; they are discarded once all layers have been computed."""
         self.features[site] = features
         if len(self.features) == self.sites:
             self.features = {}
 
     def get(self, site: str, reader: str) -> Tensor:
-        """Returns the features of an earlier layer."""
+        """Returns the features of an earlier layer for the layer ``reader``."""
         if site not in self.features:
             raise InputError(
                 f"the features of {brief(site)} also reconstruct {brief(reader)}, which the model calls earlier. "
@@ -100,7 +101,7 @@ class _Board:
 
 
 class WithFeatures(nn.Module):
-    """A layer that computes the features and the error of a given layer's output, and returns their sum."""
+    """A wrapper that computes the features and the error of a layer's output, and returns their decoded sum."""
 
     def __init__(
         self, layer: nn.Module, site: str, crosscoder: Crosscoder, board: _Board, errors: Errors, like: Tensor
@@ -144,7 +145,7 @@ class WithFeatures(nn.Module):
         return tensor
 
     def __getattr__(self, name: str) -> Any:
-        """Returns attributes of the original layer, which the surrounding model may read."""
+        """Returns attributes of the original layer, which the surrounding model may access."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -170,7 +171,7 @@ def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 
 def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
-    """Applies :meth:`Dictionary.activate`; the relevance of a feature passes to its pre-activation."""
+    """Applies :meth:`Dictionary.activate`; relevance of a feature propagates to its pre-activation."""
     if has_torch_function((pre,)):
         active: Tensor = handle_torch_function(feature_activation, (pre,), pre, dictionary)
         return active
@@ -180,7 +181,7 @@ def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
 def reconstruction_error(
     values: Tensor, features: Sequence[Tensor], skip: Sequence[Tensor], decoder: nn.Linear, errors: Errors
 ) -> Tensor:
-    """Returns ``values`` minus their reconstruction; relevance of the error passes to ``values`` or is absorbed."""
+    """Computes ``values`` minus their reconstruction; relevance of the error goes to ``values`` or is absorbed."""
     relevant = (values, *features, *skip)
     if has_torch_function(relevant):
         error: Tensor = handle_torch_function(
@@ -192,9 +193,9 @@ def reconstruction_error(
 
 
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
-    """Returns ``values``, but passes relevance to ``total``, which equals it up to rounding.
+    """Returns ``values``, but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    If ``total`` were returned, a sum that should be zero could be a rounding error by which a rule would then divide.
+    If ``total`` were returned, sums that should be zero could be rounding errors, by which a rule would then divide.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -213,7 +214,7 @@ def _error_kernel(call: FunctionCall) -> Kernel:
 
 
 class _AbsorbingKernel(Kernel):
-    """A kernel that propagates no relevance; the step absorbs all of it."""
+    """A kernel that propagates no relevance, so that all of it is absorbed."""
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = list(shapes)
@@ -228,9 +229,9 @@ class _AbsorbingKernel(Kernel):
 
 
 def feature_groups(model: nn.Module, site: str) -> Tensor:
-    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, as an argument for ``over=``.
+    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, to be used as ``over=``.
 
-    Each feature is a group, the error is group ``F``, and the skip path, if there is one, is group ``F + 1``.
+    Each feature is a group; the error is group ``F``; the skip path, if any, is group ``F + 1``.
 
     Args:
         model: The model returned by :func:`with_features`.
@@ -285,12 +286,12 @@ def _sites(model: nn.Module, site: str | None = None) -> dict[str, WithFeatures]
 
 
 def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Returns the replacement score: the fraction of relevance that reaches the input without crossing an error.
+    r"""Computes the replacement score, the fraction of relevance that reaches the input without crossing an error.
 
     .. math:: \mu(\neg E \mid E \cup \text{survived}), \qquad E = \text{the walk crosses an error}
 
     Args:
-        mu: A measure of the model.
+        mu: A measure of ``model``.
         model: The model returned by :func:`with_features`.
 
     Returns:
@@ -298,7 +299,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         an attribution graph.
 
     Raises:
-        CancellationError: If the mass of these walks cancels.
+        CancellationError: If the mass of the walks in the condition cancels.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -313,9 +314,9 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
 
 
 def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Returns the completeness score: the fraction of steps between nodes that do not end in an error.
+    r"""Computes the completeness score, the fraction of steps between nodes that do not end in an error.
 
-    The nodes are the output, the features, the errors and the input. A walk ends in the first error that it crosses:
+    Nodes are the output, the features, the errors and the input. A walk ends in the first error that it crosses:
 
     .. math:: 1 - \frac{\mu(E)}{1 + \sum_l \mu(F_l \cap \neg E_{>l}) + \mu(E) + \mu(\text{survived} \cap \neg E)}
 
@@ -323,7 +324,7 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
     above it.
 
     Args:
-        mu: A measure of the model.
+        mu: A measure of ``model``.
         model: The model returned by :func:`with_features`.
 
     Returns:
@@ -336,7 +337,8 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         >>> completeness(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
         torch.Size([5])
 
-    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation by events is new in this package.
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation in terms of events is new in this
+    package.
     """
     sites = ordered_sites(mu, model)
     errors = reconstruction_errors(model)
@@ -350,9 +352,12 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
 
 
 def ordered_sites(mu: RelevanceMeasure, model: nn.Module) -> dict[str, WithFeatures]:
-    """Returns the layers with features, from the output down."""
+    """Returns the layers with features, from the output to the input."""
     order = {name: number for number, name in enumerate(mu.layers)}
     sites = _sites(model)
+    missing = [site for site in sites if f"{site}.features" not in order]
+    if missing:
+        raise InputError(f"the measure has no features at {brief(missing)}. Construct it with the same model.")
     return {site: sites[site] for site in sorted(sites, key=lambda site: -order[f"{site}.features"])}
 
 

@@ -1,4 +1,4 @@
-"""Search for the group sets, one per layer, with the largest joint relevance."""
+"""Search for sets of groups, one set per layer, with the largest joint relevance."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..measure.measure import RelevanceMeasure
 from .layer_chain import LayerChain, check_one_sample, intersection
 
 MAX_COMBINATIONS = 200_000
-"""Largest number of combinations for an exact search."""
+"""Maximum number of combinations in an exact search."""
 
 
 @dataclass(frozen=True)
 class TopSets:
-    """Group sets, one per layer, with the mass of the walks that cross all of them.
+    """Sets of groups, one set per layer, with the mass of the walks that cross all of them.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
-        groups: Sorted indices of the chosen groups in each layer.
+        groups: Sorted indices of the selected groups in each layer.
         mass: Joint relevance of the sets.
-        event: The walks that cross a chosen group in every layer.
+        event: The event that a walk crosses a selected group in every layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -56,17 +56,18 @@ def top_sets(
 
     .. math:: \max_{S_1, \dots, S_L} \mu(n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L), \qquad |S_m| = s_m
 
-    The search is greedy coordinate ascent: from the output to the input, the set of each layer is replaced by the
-    groups with the largest joint relevance given the sets of the other layers, in one pass per layer, until no set
-    changes. Each set is optimal given the others, but the combination need not be optimal. With ``exact=True``, all
-    combinations of sets in all layers but the last are tried; the best set of the last layer follows from them.
+    The search is coordinate ascent: from the output to the input, the set of each layer is replaced with the groups
+    that have the largest joint relevance with the sets of the other layers, in one pass per layer, until the joint
+    relevance no longer increases. Each set is optimal given the others, but the combination need not be optimal. With
+    ``exact=True``, all combinations of sets in all layers except the last are enumerated, each of which determines the
+    best set in the last layer.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: Taps, each below the previous one.
         size: Number of groups per layer, the same for all layers or one per layer.
         over: The kind of group, as in :func:`top_walks`.
-        exact: Whether to try all combinations.
+        exact: Whether to enumerate all combinations.
 
     Raises:
         ValueError: If the measure contains several samples, a size is not between 1 and the number of groups, or there
@@ -132,7 +133,7 @@ def _exact_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
 def _all_walks(chain: LayerChain) -> Tensor:
     """Computes ``μ(g_1, …, g_L)`` for every combination of groups.
 
-    One vector is propagated for each combination of groups in the layers above the last.
+    One vector is propagated for each combination of groups in the layers above the last layer.
     """
     with torch.inference_mode(False), torch.no_grad():
         vectors = chain.first().unsqueeze(0)

@@ -1,9 +1,10 @@
-r"""The masses of all walks over groups of several layers, if there are few enough groups to enumerate them.
+r"""Masses of all walks over groups of several layers, for few enough groups to enumerate all walks.
 
 .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
 Relevance is propagated from the output down to an intermediate layer, and the groups of the lowest layer are propagated
-up to the same layer by transposed passes; there, both are multiplied. The method is new in this package.
+up to the same layer by transposed passes; the mass of a walk is the inner product of both. The method is new in this
+package.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .layer_chain import LayerChain, check_one_sample
 
 Array = NDArray[np.float64]
 MOST = 1 << 22
-"""Largest number of walks to enumerate."""
+"""Maximum number of walks to enumerate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +37,9 @@ class GroupWalks:
 
     Attributes:
         layers: Names of the layers, from the output to the input.
-        names: Group names in each layer.
-        masses: Joint relevance of one group in each layer, with one dimension per layer. Summed over all but two
-            adjacent dimensions, it gives the ribbons of a flow.
+        names: Names of the groups in each layer.
+        masses: Joint relevance of one group in each layer, with one dimension per layer. Summing over all dimensions
+            except two adjacent ones gives the ribbons of a flow.
 
     Examples:
         >>> from nrm_plugin.search.group_walks import group_walks
@@ -53,15 +54,18 @@ class GroupWalks:
     masses: Array
 
     def strongest(self, count: int = 10) -> list[tuple[str, float]]:
-        """Returns the walks with the largest absolute mass, as names, from the input up, and masses."""
+        """Returns the names and masses of the walks with the largest absolute mass.
+
+        Names are those of the groups, from the input to the output.
+        """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
         return [(self.name([int(group) for group in walk]), float(self.masses[walk])) for walk in walks]
 
     def through_nodes(self, count: int = 10) -> list[tuple[tuple[str, ...], float]]:
-        """Returns the walks with the largest absolute mass, as node keys, from the input up, and masses.
+        """Returns the node keys and masses of the walks with the largest absolute mass.
 
-        The keys are those of the nodes in a flow over the same groups.
+        Keys are those of the nodes in a flow over the same groups, from the input to the output.
         """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
@@ -74,7 +78,7 @@ class GroupWalks:
         ]
 
     def name(self, walk: Sequence[int]) -> str:
-        """Returns the group names along a walk, from the input up."""
+        """Returns the names of the groups along a walk, from the input to the output."""
         return " → ".join(reversed([names[group] for names, group in zip(self.names, walk, strict=True)]))
 
 
@@ -82,9 +86,9 @@ def group_walks(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups | No
     """Computes the mass of every walk over the groups of several layers.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: The layers, in any order; for any two of them, one must be below the other.
-        groups: Groups of these layers; by default, they are found on this measure.
+        groups: Groups of these layers; by default, they are found by a search on this measure.
         k: Number of groups per layer if ``groups`` is not given.
 
     Returns:
@@ -109,11 +113,11 @@ def group_walks(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups | No
 
 
 def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
-    """Returns the mass of every walk over the groups of a chain, with one dimension for each layer.
+    """Computes the mass of every walk over the groups of a chain, with one dimension for each layer.
 
     Args:
         chain: The layers.
-        counts: Number of groups in each layer; the last groups may be empty.
+        counts: Number of groups in each layer, including empty groups at the end.
     """
     middle = min(range(chain.last + 1), key=lambda level: _passes(counts, level))
     rows = chain.first().unsqueeze(0)
@@ -131,18 +135,18 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
 
 
 def least_passes(counts: Sequence[int]) -> int:
-    """Returns the number of partial passes required for all walks over layers with these numbers of groups."""
+    """Returns the minimum number of partial passes to compute all walks over layers with these numbers of groups."""
     return min(_passes(counts, level) for level in range(len(counts)))
 
 
 def _passes(counts: Sequence[int], middle: int) -> int:
-    """Returns the number of partial passes if the downward and the transposed passes meet at a given layer."""
+    """Returns the number of partial passes needed when the downward and transposed passes meet at the given layer."""
     down = sum(math.prod(counts[: level + 1]) for level in range(middle))
     return down + sum(math.prod(counts[level + 1 :]) for level in range(middle, len(counts) - 1))
 
 
 def _split(rows: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Restricts relevance ``(R, n)`` to each group, ``(R · count, n)``."""
+    """Restricts relevance ``(R, n)`` to each group, to ``(R · count, n)``."""
     return (rows[:, None] * _one_hot(labels, count, rows)).flatten(0, 1)
 
 
@@ -151,7 +155,7 @@ def _one_hot(labels: Tensor, count: int, like: Tensor) -> Tensor:
 
 
 def _chunked(chain: LayerChain, level: int, rows: Tensor, step: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Applies a function to the nonzero rows, with as many rows at a time as fit into memory."""
+    """Applies a function to all nonzero rows, in chunks that fit into memory."""
     used = rows.any(1).nonzero()[:, 0]
 
     def run(some: Sequence[int]) -> list[Tensor]:

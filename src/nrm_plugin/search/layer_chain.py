@@ -20,15 +20,15 @@ from ..recording.propagation import push
 
 
 class LayerChain:
-    """Layers from the output to the input, and the groups of their neurons; all tensors are flattened.
+    """A chain of layers from the output to the input, with groups of their neurons; all tensors are flattened.
 
     Args:
-        mu: A measure of one sample.
+        mu: A single-sample measure.
         layers: Taps, each below the previous one.
-        over: The kind of group, the same for all layers or one per layer.
+        over: The kind of groups, for all layers or for each.
 
     Attributes:
-        labels: The group of each neuron, ``(n_m,)`` for each layer.
+        labels: For each layer, the group of each neuron, ``(n_m,)``.
         counts: Number of groups in each layer.
         widths: For each layer, the number of vectors that fit into memory while they are propagated to the next layer.
 
@@ -64,7 +64,7 @@ class LayerChain:
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:
-        """Propagates relevance ``(K, n_m)`` of one layer to the next layer, ``(K, n_{m+1})``."""
+        """Propagates relevance ``(K, n_m)`` from one layer to the next, ``(K, n_{m+1})``."""
         upper, lower = self.taps[level : level + 2]
         rows = {number: row.view(upper.tensor_shape) for number, row in enumerate(vectors)}
         return propagated(self.recording, upper, lower, rows)[0].flatten(1)
@@ -84,7 +84,7 @@ class LayerChain:
         return collected.flatten(1)
 
     def sums(self, level: int, values: Tensor) -> Tensor:
-        """Sums ``(…, n_m)`` over each group, to ``(…, groups)``."""
+        """Sums ``(…, n_m)`` within each group, to ``(…, groups)``."""
         total = values.new_zeros((*values.shape[:-1], self.counts[level]))
         return total.index_add_(-1, self.labels[level], values)
 
@@ -94,7 +94,7 @@ class LayerChain:
 
 
 def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
-    """Returns the kind of group for each of several layers.
+    """Expands ``over`` to a list with the kind of groups for each layer.
 
     Raises:
         ValueError: If a kind is unknown, or the number of kinds differs from ``count``.
@@ -113,7 +113,7 @@ def intersection(events: Sequence[Event]) -> Event:
 
 
 def check_one_sample(mu: RelevanceMeasure) -> None:
-    """Raises an error unless the measure has exactly one sample."""
+    """Raises an error if the measure does not have exactly one sample."""
     if mu.batch != 1:
         raise ValueError(
             f"relevant walks differ between samples, but the measure has {mu.batch}: construct a measure of one sample."
@@ -121,6 +121,6 @@ def check_one_sample(mu: RelevanceMeasure) -> None:
 
 
 def check_count(value: object, name: str) -> None:
-    """Raises an error unless a value is an integer of at least 1."""
+    """Raises an error if a value is not an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={brief(value)} must be a whole number of at least 1.")

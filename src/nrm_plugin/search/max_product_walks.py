@@ -1,4 +1,4 @@
-"""Max-product search for the walks of single neurons with the largest mass, for non-negative kernels."""
+"""Max-product search for the walks of single neurons with the largest mass, for nonnegative kernels."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class NeuronPath:
 
     Attributes:
         place: The tensor at which the path ends.
-        neuron: Flat index of the last neuron, in this tensor.
+        neuron: Flat index of the last neuron in this tensor.
         mass: Product of the start-vector entry and the kernel entries along the path.
         bound: Mass of the best completion, exact up to rounding.
-        number: Creation index.
-        neurons: Flat index of the neuron at every named tap of the path, from the output to the input.
+        number: Creation index, which breaks ties.
+        neurons: Flat index of the neuron at each named tap of the path, from the output to the input.
     """
 
     place: Buffer
@@ -40,17 +40,17 @@ class NeuronPath:
     neurons: Mapping[Place, int]
 
     def __lt__(self, other: NeuronPath) -> bool:
-        """Orders a heap by bound, largest first."""
+        """Compares by decreasing bound, so that a heap returns the path with the largest bound first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
 class MaxProduct:
-    r"""The largest mass of a continuation from each neuron to an input, computed in one pass from inputs to output.
+    r"""Computes the largest mass of a continuation from each neuron to an input, in one pass up from the inputs.
 
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
     Args:
-        mu: A measure with one sample.
+        mu: A single-sample measure.
 
     Attributes:
         completions: :math:`V` of each tensor, flattened.
@@ -77,7 +77,7 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass; fewer if fewer have nonzero mass or the time runs out."""
+        """Returns the ``k`` walks with the largest mass, or fewer if no other walks have mass or time runs out."""
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
         heapq.heapify(prefixes)
@@ -98,11 +98,11 @@ class MaxProduct:
         return complete
 
     def crossed_taps(self, paths: Sequence[NeuronPath]) -> list[Tap]:
-        """Returns the named taps that at least one path crosses, from the output to the input."""
+        """Returns the named taps that any of the paths crosses, from the output to the input."""
         return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
 
     def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
-        """Returns the best ``k`` continuations of a path in a tensor, and one more as a bound on all the others."""
+        """Returns the ``k`` best continuations of a path in a tensor, and one more to bound all others."""
         bounds, chosen = (masses * self.completions[place]).topk(min(len(masses), k + 1))
         crossed = {} if path is None else path.neurons
         paths = []
@@ -127,7 +127,7 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields columns of the kernel below a tensor, ``(K, in)`` for each input tensor of the step."""
+        """Yields columns of the kernel that computes a tensor, ``(K, in)`` for each input tensor of the step."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))

@@ -1,4 +1,4 @@
-"""Deprecated search for the best walk of single neurons, replaced by ``top_walks(mu, k=1, over="neuron")``."""
+"""Deprecated search for the best walk of single neurons; use ``top_walks(mu, k=1, over="neuron")`` instead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .walks import top_walks
 
 @dataclass(frozen=True)
 class NeuronWalk:
-    """The walk of single neurons with the largest mass; deprecated with :func:`best_walk`.
+    """The walk of single neurons with the largest mass. Deprecated, like :func:`best_walk`.
 
     Attributes:
-        mass: The mass of the walk.
+        mass: Mass of the walk.
         neurons: Index of the neuron at each named tap that the walk crosses, from the output to the input.
 
     Examples:
@@ -30,10 +30,12 @@ class NeuronWalk:
 
 
 def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
-    """Returns the best walk. Deprecated: use ``top_walks(mu, k=1, over="neuron")`` and :meth:`TopWalks.neurons`.
+    """Deprecated: use ``top_walks(mu, k=1, over="neuron")`` and :meth:`TopWalks.neurons`.
+
+    Returns the walk of single neurons with the largest mass.
 
     Args:
-        mu: A measure with one sample and non-negative kernels.
+        mu: A single-sample measure, with nonnegative kernels.
         chunk: Ignored; the ``max_memory`` of the measure limits the memory.
 
     Raises:

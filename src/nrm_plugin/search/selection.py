@@ -1,8 +1,9 @@
-r"""Selection of neurons and the error of an explanation that is restricted to them.
+r"""Selection of neurons, and the error of an explanation that is restricted to them.
 
-The measure is restricted to the walks through kept neurons at every chosen layer, and compared with the full measure by
-the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with those of
-smallest joint relevance. The method is new in this package, and based on the neuron selection of arXiv 2412.05686.
+The measure is restricted to the walks through kept neurons in every selected layer, and compared with the full measure
+in terms of the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with
+those of smallest joint relevance. The method is new in this package, and based on the neuron selection of arXiv
+2412.05686.
 
 Source: docs/critical-paths.md.
 """
@@ -27,16 +28,16 @@ METRICS: tuple[Metric, ...] = ("mse", "smape")
 
 
 def mse(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Returns the mean squared error of each sample, ``(N,)``.
+    r"""Computes the mean squared error for each sample, ``(N,)``.
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
-    The error is zero if and only if all values are equal. Since its unit is squared relevance, errors are comparable
-    only between maps of the same size.
+    The error is zero if and only if all values are identical. Since its unit is squared relevance, errors are
+    comparable only between maps of the same size.
 
     Args:
         full: Values of the full measure, ``(N, …)``.
-        restricted: Values of the restricted measure, of the same shape.
+        restricted: Values of the restricted measure, with the same shape.
 
     Examples:
         >>> mse(torch.tensor([[0.5, 0.5]]), torch.tensor([[0.5, 0.0]]))
@@ -46,16 +47,16 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
 
 def smape(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Returns the symmetric mean absolute percentage error of each sample, ``(N,)``, from 0 to 200.
+    r"""Computes the symmetric mean absolute percentage error for each sample, ``(N,)``, between 0 and 200.
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
-    A neuron that is zero in both tensors contributes 0, and is counted in :math:`n`. A neuron that is zero in only one
-    of the tensors, or that has opposite signs in them, contributes 200 regardless of its magnitude.
+    Neurons that are zero in both tensors contribute 0 and are counted in :math:`n`. Neurons that are zero in only one
+    of the tensors, or have opposite signs, contribute 200 regardless of their magnitude.
 
     Args:
         full: Values of the full measure, ``(N, …)``.
-        restricted: Values of the restricted measure, of the same shape.
+        restricted: Values of the restricted measure, with the same shape.
 
     Examples:
         >>> smape(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]))
@@ -72,10 +73,10 @@ class Restriction:
 
     Attributes:
         heat_map: ``μ(pixel and kept)``, ``(N, …)``.
-        mass: ``μ(kept)``, ``(N,)``, the mass of the walks through kept neurons at every chosen layer.
+        mass: ``μ(kept)``, ``(N,)``, the mass of the walks through kept neurons in every selected layer.
         mse: Mean squared error of the heat map, ``(N,)``.
         smape: Symmetric mean absolute percentage error of the heat map, ``(N,)``.
-        layers: MSE and SMAPE of the channel masses of each chosen layer, ``(N,)`` each.
+        layers: MSE and SMAPE of the channel masses of each selected layer, ``(N,)`` each.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -95,19 +96,19 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Computes the heat map and the layer masses of walks through kept neurons of every layer, with their errors.
+    r"""Restricts the measure to walks through kept neurons in every layer and computes the resulting errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
     Args:
-        mu: The measure.
-        kept: For each layer, a mask over its channels, ``(C,)`` or ``(N, C)``, or over its neurons, ``(*shape)`` or
-            ``(N, *shape)``.
+        mu: The measure to restrict.
+        kept: Boolean masks over the channels of each layer, ``(C,)`` or ``(N, C)``, or over its neurons, ``(*shape)``
+            or ``(N, *shape)``, keyed by layer name.
         at_layer: The layer of the heat map.
         over: Groups over which the heat map is summed before the comparison.
 
     Raises:
-        InputError: If a mask does not fit its layer, or no layer is given.
+        InputError: If a mask does not match its layer, or no layer is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -137,7 +138,7 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
     """Expands a mask over channels or neurons to a mask over neurons, ``(N, *shape)``.
 
     Raises:
-        InputError: If the mask is not boolean, or fits neither channels nor neurons.
+        InputError: If the mask is not boolean, or matches neither channels nor neurons.
     """
     tap = mu._tap(layer)
     shape, inner = torch.Size(tap.shape), torch.Size(tap.shape[1:])
@@ -158,7 +159,7 @@ def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
 
 
 def kept_event(masks: Mapping[str, Tensor]) -> Event:
-    """Returns the walks that cross a kept neuron in every layer.
+    """Returns the event that a walk crosses a kept neuron in every layer.
 
     Raises:
         InputError: If no layer is given.
@@ -170,10 +171,10 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of the error curve: the errors for one number of kept groups.
+    """A point of the error curve, for one number of kept groups.
 
     Attributes:
-        count: Number of groups kept in all chosen layers together.
+        count: Total number of kept groups in all layers.
         mse: Mean squared error of the heat map of the input, ``(N,)``.
         smape: Symmetric mean absolute percentage error of the heat map, ``(N,)``.
         mass: Joint relevance of the kept groups, ``(N,)``.
@@ -191,14 +192,15 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Selection:
-    """The kept groups of each sample.
+    """Selected groups of each sample, as returned by :func:`select_neurons`.
 
     Attributes:
         kept: Mask of the kept groups in each layer, ``(N, groups)``.
-        count: Number of groups kept in all layers together, ``(N,)``.
-        order: Rank of each group, ``(N, all groups)``, layer after layer; 0 for the group that is eliminated last.
+        count: Total number of kept groups in all layers, ``(N,)``.
+        order: Rank of each group, ``(N, all groups)``, concatenated over layers; 0 for the group that is eliminated
+            last.
         curve: Errors for several numbers of kept groups, in descending order.
-        event: The walks that cross a kept neuron in every layer.
+        event: The event that a walk crosses a kept neuron in every layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -224,7 +226,7 @@ def select_neurons(
     over: Over | Sequence[Over] = "channel",
     rounds: int = 12,
 ) -> Selection:
-    r"""Selects the groups of neurons that preserve the explanation best.
+    r"""Selects the groups of neurons that best preserve the explanation.
 
     Groups are selected by backward elimination. Each round computes the joint relevance of every group :math:`g` in
     every layer with the kept groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`,
@@ -233,16 +235,16 @@ def select_neurons(
     samples share the same passes.
 
     With ``error``, the smallest of these nested sets that satisfies the limit is found by bisection over the order of
-    elimination. For non-negative kernels, the error grows with every elimination; for signed kernels, a smaller set in
-    this order may exist. Sets that do not follow this order are not tested.
+    elimination. For nonnegative kernels, the error increases with every elimination; for signed kernels, there may be a
+    smaller set in this order. Other sets are not considered.
 
     Args:
-        mu: The measure.
+        mu: The measure whose neurons are selected.
         layers: One or more layers, in any order, which are restricted jointly.
-        budget: Number of groups to keep, in all layers together.
+        budget: Total number of groups to keep in all layers.
         error: ``{"mse": limit}`` or ``{"smape": limit}`` for the heat map of the input.
         over: The kind of group: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer.
-        rounds: Number of rounds; more rounds take longer and give a better selection.
+        rounds: Number of elimination rounds; more rounds give a better selection but take longer.
 
     Raises:
         ValueError: If neither or both of ``budget`` and ``error`` are given, or the budget is below one group per
@@ -282,7 +284,7 @@ def _check_limits(pool: _GroupPool, budget: int | None, error: Mapping[Metric, f
 
 
 class _GroupPool:
-    """The groups of all chosen layers, concatenated."""
+    """The groups of all selected layers, concatenated."""
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[str], over: Over | Sequence[Over]) -> None:
         if isinstance(layers, str) or not len(layers) or len(set(layers)) < len(layers):
@@ -304,7 +306,11 @@ class _GroupPool:
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """Computes the joint relevance of each group with the kept groups, ``(N, all groups)``, and their errors."""
+        """Computes the joint relevance of each group with the kept groups, and the errors of the restriction to these.
+
+        Returns:
+            The joint relevance, ``(N, all groups)``, and a point of the error curve.
+        """
         event = kept_event(self.masks(self.split(kept)))
         marginals = self.mu.marginal([*self.layers, "input"], joint=event)
         groups = zip(self.layers, self.labels, strict=True)
@@ -316,7 +322,11 @@ class _GroupPool:
 
 
 def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
-    """Ranks groups by the order of elimination, with the best ``last`` groups in one round; also returns the curve."""
+    """Ranks all groups by the order of elimination; the best ``last`` groups are ranked in one round.
+
+    Returns:
+        The rank of each group, ``(N, all groups)``, and the error curve.
+    """
     schedule = [round(pool.size * (last / pool.size) ** (step / rounds)) for step in range(1, rounds + 1)]
     kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.full.device)
     order = torch.zeros_like(kept, dtype=torch.long)
@@ -333,7 +343,7 @@ def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list
 
 
 def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
-    """Sorts kept groups by absolute joint relevance, with the strongest group of each layer before all others."""
+    """Sorts the kept groups by absolute joint relevance, after placing the strongest group of each layer first."""
     score = joint.abs().masked_fill(~kept, -1)
     for part in torch.split(score, pool.counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)
@@ -341,7 +351,7 @@ def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
 
 
 def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: float) -> Tensor:
-    """Returns, per sample, the smallest number of groups for which the error is within the limit, ``(N,)``."""
+    """Returns, for each sample, the smallest number of groups for which the error is within the limit, ``(N,)``."""
     low = torch.full((len(order),), len(pool.layers), device=order.device)
     high = torch.full_like(low, pool.size)
     while bool((low < high).any()):

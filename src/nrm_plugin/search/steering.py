@@ -1,9 +1,9 @@
-r"""Steering: adding a vector to the activations of a layer, or removing its direction, while a model runs.
+r"""Steering: adding a vector to the activations of a layer, or removing its direction, during the forward pass.
 
 .. math:: a \to a + s v \qquad \text{or} \qquad a \to a - \frac{v v^\top}{v^\top v} a
 
-A conditional provides such vectors: :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Its entries are masses per
-unit of relevance, not activations, so their scale has to be chosen.
+Conditionals provide such vectors: :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Their entries are masses per
+unit of relevance rather than activations, so their scale has to be chosen.
 
 Source: Turner et al., arXiv 2308.10248 (addition); Arditi et al., arXiv 2406.11717 (removal); docs/features.md.
 """
@@ -29,24 +29,24 @@ def steered(
 ) -> Iterator[nn.Module]:
     """Context manager that adds a vector to the output of a layer, or removes its direction from it.
 
-    A forward hook is registered after all other hooks of the layer. It is removed on exit, even if an error is raised,
-    and nothing else in the model changes. If a layer returns a tuple, its first tensor is steered.
+    A forward hook is registered after all other hooks of the layer, and removed on exit, even if an error is raised.
+    Nothing else in the model is changed. If a layer returns a tuple, its first tensor is steered.
 
     Args:
         model: The network.
         layer: Name of the layer, as in ``model.named_modules()``.
-        vector: A direction in the space of channels, ``(C,)``, which is applied at every position, or values that
-            broadcast to the output of the layer, for one sample ``(…)`` or for all, ``(N, …)``.
-        scale: Factor of the added vector, or fraction of the direction that is removed.
-        mode: ``"add"``, or ``"remove"`` for the projection onto the complement of the vector. A vector ``(C,)`` is
-            projected out at each position, other vectors over all neurons of a sample.
-        dim: Dimension of the channels in the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.
+        vector: A direction in the space of channels, ``(C,)``, which is applied at every position; or values that
+            broadcast to the output of the layer, ``(…)`` or ``(N, …)``.
+        scale: Factor by which the added vector is multiplied, or the fraction of the direction to remove.
+        mode: ``"add"``, or ``"remove"`` to project onto the orthogonal complement of the vector. A vector ``(C,)`` is
+            projected out at each position, and other vectors over all neurons of a sample.
+        dim: Channel dimension of the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.
 
     Yields:
         The model.
 
     Raises:
-        UnknownLayerError: If the model does not contain the layer.
+        UnknownLayerError: If the layer is not in the model.
         InputError: If the vector is not finite, if a zero vector is to be removed, or, during the forward pass, if
             shapes do not match.
 

@@ -1,4 +1,4 @@
-r"""Relevant subspaces of a layer, which are fitted to a batch and queried as taps.
+r"""Relevant subspaces of a layer: fitted on a batch, and queried as taps.
 
 The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
 :math:`U_k` decompose it into parts, one for each subspace:
@@ -8,7 +8,7 @@ The relevance of a layer is written as activation times context, :math:`R_i = a_
 
 These parts are the result of LRP-0 in a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
 this layer with one neuron for each pair of a subspace and a neuron, so that no relevance is divided by the activation
-of a direction. Using the parts as a tap of the measure, and the rest, are new in this package.
+of a direction. The use of the parts as a tap of the measure, and the rest, are new in this package.
 
 Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer;
 docs/subspaces.md.
@@ -31,18 +31,20 @@ from ..kernels.base import Kernel
 from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
-"""Neurons with an activation below this fraction of the sample's largest activation have no context, which rules that
-assign relevance to nearly silent neurons would make arbitrarily large."""
+"""Neurons with at most this fraction of the largest absolute activation of the sample are considered silent.
+
+They have no context, since it would be arbitrarily large for rules that assign relevance to nearly silent neurons.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of a layer's channels, with their complement (the rest).
+    r"""Orthogonal subspaces of the channels of a layer, and their complement (the rest).
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
         sizes: Number of columns in each subspace; their sum is ``d``.
-        dim: Dimension of the channels in the layer's output: 1 for feature maps and vectors, -1 for tokens.
+        dim: Channel dimension of the output of the layer: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
         InputError: If the columns are not orthonormal, or if the sizes do not add up to their number.
@@ -74,7 +76,7 @@ class Subspaces:
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
-        r"""Returns the projections :math:`U_k U_k^\top a` and the remainder, ``(N, …)`` to ``(N, K + 1, …)``.
+        r"""Computes the projections :math:`U_k U_k^\top a` and the remainder, from ``(N, …)`` to ``(N, K + 1, …)``.
 
         Examples:
             >>> Subspaces(torch.eye(2)[:, :1], (1,)).parts(torch.tensor([[3.0, 4.0]]))
@@ -87,9 +89,9 @@ class Subspaces:
     def split(self, values: Tensor, relevance: Tensor) -> Tensor:
         r"""Splits the relevance of a layer into parts that sum to it, ``(…, N, *shape)`` to ``(…, N, K + 1, *shape)``.
 
-        The last part is the rest: the relevance of directions outside all subspaces, and all relevance of silent
-        neurons. A neuron is silent, and has no context :math:`c = R / a`, if its activation is at most 1e-4 times the
-        largest activation of the sample.
+        The last part is the rest, which consists of the relevance of directions outside all subspaces and all relevance
+        of silent neurons. Neurons are silent, and have no context :math:`c = R / a`, if their absolute activation is at
+        most 1e-4 times the largest in the sample.
 
         Args:
             values: Activations, ``(N, *shape)``.
@@ -107,7 +109,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """Splits non-negative masses by the absolute values of the kernel."""
+        """Splits nonnegative masses like :meth:`split`, but with the absolute values of the kernel."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -126,7 +128,7 @@ class Subspaces:
         return [self._along(values, columns @ columns.T, dims) for columns in self._columns(values)]
 
     def _along(self, values: Tensor, matrix: Tensor, dims: int) -> Tensor:
-        """Applies a matrix along the channel dimension, which is one of the last ``dims`` dimensions."""
+        """Multiplies by a matrix along the channel dimension, which is one of the last ``dims`` dimensions."""
         at = self.dim % dims - dims
         if values.shape[at] != len(matrix):
             raise InputError(
@@ -137,7 +139,7 @@ class Subspaces:
 
 
 def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``1 / a`` for neurons with a context and 0 for others, and an indicator of neurons without a context."""
+    """Returns ``1 / a``, with zeros for silent neurons, and a mask of the silent neurons."""
     size = values.abs()
     silent = size <= FLOOR * size.flatten(1).amax(1).view(-1, *(1,) * (values.ndim - 1))
     return torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, values)), silent.to(values)
@@ -156,9 +158,9 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
 
     Args:
         values: Activations of a layer, ``(N, …)``.
-        relevance: Relevance of the same neurons, such as ``mu.marginal(layer)``.
-        sizes: Number of directions per subspace, in order of relevance; a single number for one subspace.
-        dim: Dimension of the channels.
+        relevance: Relevance of these neurons, such as ``mu.marginal(layer)``.
+        sizes: Number of directions per subspace, in decreasing order of relevance; a single number for one subspace.
+        dim: Channel dimension.
 
     Raises:
         InputError: If the tensors differ in shape, or have fewer channels than directions.
@@ -189,20 +191,20 @@ def drsa(
 
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
-    where :math:`a_n` are activations, :math:`c_n` contexts (relevance divided by activation), and :math:`M^p[x] =
-    (\mathrm{mean}\; x^p)^{1/p}` power means: the mean over samples favours a few large values, and the mean over
-    subspaces favours the use of all subspaces. The objective is maximized by gradient ascent; after each step, the
-    basis is projected onto the matrices with orthonormal columns. The decreasing step size and the choice of the best
-    of several starts are new in this package.
+    where :math:`a_n` are activations, :math:`c_n` are contexts (relevance divided by activation), and
+    :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}` are power means: the mean over samples favours a few large values, and
+    the mean over subspaces favours the use of all subspaces. The objective is maximized by gradient ascent; after each
+    step, the basis is projected onto the matrices with orthonormal columns. The decreasing step size and the selection
+    of the best of several restarts are new in this package.
 
     Args:
         values: Activations of a layer, ``(N, …)``.
-        relevance: Relevance of the same neurons.
-        sizes: Number of directions per subspace.
-        dim: Dimension of the channels.
+        relevance: Relevance of these neurons.
+        sizes: Number of directions in each subspace.
+        dim: Channel dimension.
         steps: Number of ascent steps.
-        restarts: Number of random starts; the best result is returned.
-        seed: Seed of the starts.
+        restarts: Number of random initializations; the best result is returned.
+        seed: Random seed for the initializations.
 
     Raises:
         InputError: If the tensors differ in shape, or have fewer channels than directions.
@@ -282,19 +284,19 @@ def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
 
 
 def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.Module:
-    """Returns a model with the same weights and outputs in which the subspaces of some layers are taps.
+    """Returns a copy of a model that exposes the subspaces of some layers as taps.
 
-    A layer ``"conv"`` is replaced by ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``,
-    ``(N, K + 1, *shape)``, with one channel per subspace and a last channel for the rest. The tap ``"conv"`` is still
-    the output of the layer. Composites that map names to rules must use ``"conv.layer"``. Parameters are shared, and
-    the given model is not changed.
+    The copy shares the model's weights and produces the same outputs. A layer ``"conv"`` is replaced with
+    ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``, ``(N, K + 1, *shape)``, with one channel per subspace
+    and a last channel for the rest. The tap ``"conv"`` remains the output of the layer. Composites that map names to
+    rules must use ``"conv.layer"``. The given model is not modified.
 
     Args:
         model: The network.
         subspaces: Subspaces, keyed by layer name; each layer must return a single tensor.
 
     Raises:
-        UnknownLayerError: If the model does not contain the layer.
+        UnknownLayerError: If one of the layers is not in the model.
         InputError: If one of the layers contains another.
 
     Examples:
@@ -315,7 +317,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
 
 
 class _WithSubspaces(nn.Module):
-    """A layer that computes the parts of a given layer's output in the subspaces, and returns their sum."""
+    """A wrapper that splits the output of a layer into its parts in the subspaces, and returns their sum."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()
@@ -340,7 +342,7 @@ class _Parts(nn.Module):
 
 
 def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
-    """Applies :meth:`Subspaces.parts`, as a function that the measure records as a step."""
+    """Applies :meth:`Subspaces.parts` as a function that is recorded as a step."""
     if has_torch_function((values,)):
         parts: Tensor = handle_torch_function(subspace_parts, (values,), values, subspaces)
         return parts
@@ -348,7 +350,7 @@ def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
-    """Returns the sum of all parts, which equals ``values`` bit for bit."""
+    """Returns the sum of all parts, which is bitwise equal to ``values``."""
     if has_torch_function((parts, values)):
         total: Tensor = handle_torch_function(subspace_sum, (parts, values), parts, values, subspaces)
         return total
@@ -356,7 +358,7 @@ def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 class _PartsKernel(Kernel):
-    """A kernel that passes all relevance of the parts of a neuron to this neuron."""
+    """A kernel that propagates all relevance of the parts of a neuron to this neuron."""
 
     is_stochastic = True
 
@@ -370,7 +372,7 @@ class _PartsKernel(Kernel):
 
 
 class _SumKernel(Kernel):
-    """The kernel of :meth:`Subspaces.split`; no relevance bypasses the parts."""
+    """The kernel given by :meth:`Subspaces.split`, in which no relevance bypasses the parts."""
 
     is_stochastic = True
 

@@ -1,4 +1,4 @@
-r"""Upper bounds on the mass of the best completion of a prefix, for the search for relevant walks over groups.
+r"""Upper bounds on the mass of the completions of a prefix, for the search for relevant group walks.
 
 .. math:: h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
@@ -17,21 +17,21 @@ from ..measure.memory_budget import DEFAULT
 from .layer_chain import LayerChain
 
 MIN_ROWS = 16
-"""Number of rows in a bound table that are computed even after the deadline."""
+"""Bound tables with at most this number of rows are computed even after the deadline."""
 OVERTIME = 0.5
-"""Accepted overrun of the time for a bound table, as a fraction of this time, estimated from its first rows."""
+"""Maximum expected overrun of the time limit for a bound table, as a fraction of this limit."""
 NEGLIGIBLE = 1e-4
-"""Largest fraction of negative mass for which the kernels between two layers are treated as non-negative."""
+"""Maximum fraction of negative mass for which signed passes are used in place of absolute ones."""
 
 
 def now() -> float:
-    """Returns the current time in seconds, from the clock used for all time budgets."""
+    """Returns the current time in seconds, on the clock used for all time budgets."""
     return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Lumps:
-    """The groups of a layer, some of them merged into lumps; the bound of a lump holds for each of its groups.
+    """The groups of a layer, some of which are merged into lumps; a bound for a lump is valid for each of its groups.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.
@@ -43,19 +43,19 @@ class Lumps:
 
 
 class CompletionBounds:
-    """Upper bounds on the fraction of relevance that the groups below each layer can carry, computed from the input up.
+    """Upper bounds on the relevance of completions of a walk from each neuron, computed from the inputs up.
 
     If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 
     Args:
-        chain: The layers.
+        chain: The layers and their groups.
         deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:
         exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above it, ``(groups, n)``, or None
-            if time or memory was not sufficient.
+            if time or memory did not suffice.
         completions: :math:`h_m` for each layer, ``(n_m,)``.
-        tables: The sums before the maximum, ``(groups, n_m)``, or None if time or memory was not sufficient.
+        tables: The sums before the maximum, ``(groups, n_m)``, or None if time or memory did not suffice.
     """
 
     def __init__(self, chain: LayerChain, deadline: float) -> None:
@@ -69,7 +69,7 @@ class CompletionBounds:
             self._add(level)
 
     def of_groups(self, level: int, relevance: Tensor) -> Tensor:
-        """Returns bounds on ``|μ|`` of the walks that continue a prefix through each group, ``(groups,)``."""
+        """Returns bounds on ``|μ|`` of the walks that extend a prefix by each group, ``(groups,)``."""
         size = relevance.abs()
         bounds = self.chain.sums(level, size * self.completions[level])
         table = self.tables[level]
@@ -77,7 +77,7 @@ class CompletionBounds:
 
     def _add(self, level: int) -> None:
         chain, below = self.chain, self.completions[0]
-        until = now() + (self.deadline - now()) / min(2, level + 1)  # the bounds of upper layers depend on these
+        until = now() + (self.deadline - now()) / min(2, level + 1)  # bounds of the layers above depend on this one
         if level == chain.last - 1:
             groups = Lumps(chain.labels[level + 1], chain.counts[level + 1])
             self.exact = self._table(level, groups, bound=False, until=until)
@@ -86,7 +86,7 @@ class CompletionBounds:
                 return
         begin = now()
         total = chain.collect(level, below.unsqueeze(0), bound=True)
-        # Twice the negative part of each column is added if a signed pass replaces a pass of absolute values.
+        # If signed passes are used instead of absolute ones, twice the negative part of each column is added.
         negative = (total - chain.collect(level, below.unsqueeze(0))).clamp(min=0)
         is_signed_enough = bool((negative <= NEGLIGIBLE * total).all())
         affordable = (until - now()) / max(1e-9, (now() - begin) / 2)
@@ -115,7 +115,7 @@ class CompletionBounds:
         return Lumps(lumps[labels], min(count, 2 * single))
 
     def _table(self, level: int, lumps: Lumps, bound: bool, until: float) -> Tensor | None:
-        """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` per lump of the next layer, ``(count, n_m)``; None if too costly."""
+        """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` for each lump of the next layer, ``(count, n_m)``; None if too slow."""
         chain, values = self.chain, self.completions[0]
         size = lumps.count * len(chain.labels[level]) * values.element_size()
         has_deadline = lumps.count > MIN_ROWS

@@ -1,4 +1,4 @@
-r"""Search for the walks with the most relevance, over groups of neurons in chosen layers or over single neurons.
+r"""Search for the walks with the most relevance, over groups of neurons in selected layers or over single neurons.
 
 A *group walk* consists of one group of neurons in each of several layers; its mass is the joint relevance of these
 groups. The search and its bound are new in this package, and based on the search for relevant walks of single neurons
@@ -32,13 +32,13 @@ from .walk_bounds import now
 
 @dataclass(frozen=True)
 class GroupWalk:
-    """One group in each layer and the mass of the walks through all of these groups.
+    """A walk over groups, with the mass of the walks that cross all of these groups.
 
     Attributes:
         groups: Index of the channel (position, neuron, label) in each layer, from the output to the input, or None for
             layers that a walk of single neurons does not cross.
-        mass: Joint relevance, signed.
-        certified: Whether every walk that is not returned provably has at most the same absolute mass.
+        mass: Signed joint relevance of the groups.
+        certified: Whether all walks that are not returned are proven to have at most the same absolute mass.
 
     Examples:
         >>> GroupWalk((3, 0), 0.5, True).groups
@@ -56,11 +56,11 @@ class TopWalks:
 
     Attributes:
         layers: The layers, from the output to the input.
-        walks: The walks with the largest absolute mass, in descending order.
-        missed: Upper bound on the absolute mass of every walk that is not in ``walks``.
+        walks: The walks with the largest absolute mass, in decreasing order.
+        missed: Upper bound on the absolute mass of all walks that are not in ``walks``.
         expanded: Number of prefixes that were propagated to the next layer.
-        seconds: Duration of the search, in seconds.
-        names: For ``over="groups"``, the group names in each layer.
+        seconds: Duration of the search in seconds.
+        names: For ``over="groups"``, the names of the groups in each layer.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -81,7 +81,7 @@ class TopWalks:
 
     @property
     def certified(self) -> int:
-        """Number of walks that are proven to be among the largest.
+        """Number of walks that are certified to be among the largest.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.1, False)), 0.2, 1, 0.0).certified
@@ -91,7 +91,7 @@ class TopWalks:
 
     @property
     def mass(self) -> float:
-        """Total mass of all returned walks, which are disjoint.
+        """Total mass of the returned walks, which are disjoint events.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.25, False)), 0.3, 1, 0.0).mass
@@ -112,7 +112,7 @@ class TopWalks:
         return intersection([~atom if group is None else atom[labels == group] for atom, labels, group in parts])
 
     def neurons(self, number: int) -> dict[str, tuple[int, ...]]:
-        """Returns the index of a neuron, such as (channel, row, column), for each layer that a walk crosses.
+        """Returns the index of the neuron that a walk crosses in each layer, such as (channel, row, column).
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -133,7 +133,7 @@ def top_walks(
     expansions: int | None = None,
     groups: Groups | None = None,
 ) -> TopWalks:
-    r"""Returns the ``k`` group walks with the largest absolute mass and an upper bound on all other walks.
+    r"""Searches for the ``k`` group walks with the largest absolute mass and bounds the mass of all others.
 
     .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
@@ -142,13 +142,13 @@ def top_walks(
     .. math:: |\mu(g_1, \dots, g_L)| \le \sum_{i \in g_m} |r_m(i)|\, h_m(i), \qquad
               h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
-    where :math:`r_m` is the relevance of the prefix and :math:`\tilde T` the kernel of all steps between two layers.
-    If memory allows, the maximum is taken outside of the sum, which gives a tighter bound. To find good walks early,
-    the prefixes with the largest mass are propagated first, and then in alternation, as in a greedy search. The search
-    can be stopped at any time: masses are exact, and the bound holds, up to rounding.
+    where :math:`r_m` is the relevance of the prefix and :math:`\tilde T` the kernel of all steps between two layers. If
+    memory allows, the maximum is taken outside the sum, which gives a tighter bound. To find good walks early, the
+    search starts greedily with the prefixes of largest mass, and later alternates between these and the prefixes of
+    largest bound. It can be stopped at any time: masses are exact and the bound is valid, up to rounding.
 
-    Without ``layers``, walks consist of single neurons along one path through the whole network. If no kernel is
-    negative, as with :class:`~nrm_plugin.composites.NRMAbsolute`, max-product finds the largest walks exactly:
+    Without ``layers``, walks consist of single neurons from the output to an input. If all kernels are nonnegative, as
+    with :class:`~nrm_plugin.composites.NRMAbsolute`, max-product finds the largest walks exactly:
 
     .. math:: V(i) = 1 \text{ at inputs}, \; V(j) = \max_i \tilde T_{ij} V(i), \; \max_w \mu(w) = \max_k \mu(k) V(k)
 
@@ -156,15 +156,16 @@ def top_walks(
     seconds for small networks and hours for VGG16.
 
     Args:
-        mu: A measure of one sample.
-        layers: One or more taps, each below the previous one; None, with ``over="neuron"``, for all taps.
-        k: Number of walks.
+        mu: A single-sample measure.
+        layers: One or more taps, each below the previous one; or None for all taps, which requires ``over="neuron"``.
+        k: Number of walks to return.
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; ``"groups"`` for
-            groups that keep most of the dependence between the layers, whose walks are all computed.
-        budget: Time limit in seconds; ``math.inf`` for a proven answer. The passes that compute the bounds may take
-            longer; without ``layers``, they are always completed.
+            groups that preserve most of the dependence between the layers, in which case all walks over these groups
+            are enumerated.
+        budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
+            it; without ``layers``, they are always completed.
         expansions: Number of expanded prefixes after which the search stops, for reproducible results.
-        groups: The groups for ``over="groups"``; by default, they are found on this measure.
+        groups: The groups for ``over="groups"``; by default, they are found by a search on this measure.
 
     Raises:
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None

@@ -1,0 +1,99 @@
+"""Changes of the values of tensors, which are found even if a write through ``.data`` leaves no other trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SMALL = 1 << 10
+"""Largest number of entries of a tensor that is stored and compared entry by entry."""
+_MIDDLE = 1 << 16
+"""Largest number of entries of a tensor that is copied next to others, for sums over several tensors."""
+_ROW = 1 << 12
+"""Number of entries in a weighted sum."""
+_AT_ONCE = 1 << 22
+"""Number of entries in a short format that are converted at once."""
+
+
+class TensorSums:
+    """Detects changes of tensors by weighted sums of all entries, in one pass over the memory.
+
+    Each sum has random weights of both signs, so that exchanged entries change it as well. Small tensors, and those
+    with infinite entries or integers, are compared entry by entry.
+
+    Args:
+        tensors: Parameters and buffers.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._stored: dict[Any, tuple[list[Tensor], Tensor]] = {}
+        self._summed: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        small: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            flat = _flat(tensor)
+            if flat is None or not flat.numel():
+                continue
+            if flat.numel() <= _SMALL or not flat.is_floating_point() or not bool(flat.isfinite().all()):
+                small.setdefault((flat.device, flat.dtype), []).append(flat)
+            else:
+                both = self._summed.setdefault((flat.device, flat.dtype), ([], []))
+                both[flat.numel() > _MIDDLE].append(flat)
+        self._stored = {key: (views, _bits(torch.cat(views))) for key, views in small.items()}
+        self._weights: dict[Any, Tensor] = {}
+        self._sums = self._of_rows()
+
+    def have_changed(self) -> bool:
+        """Returns whether a tensor has other values than before."""
+        if any(not torch.equal(_bits(torch.cat(views)), values) for views, values in self._stored.values()):
+            return True
+        return any(not torch.equal(sums, self._sums[key]) for key, sums in self._of_rows().items())
+
+    def _of_rows(self) -> dict[Any, Tensor]:
+        """Returns the sums of all tensors, by device and dtype."""
+        sums = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for key, (middle, large) in self._summed.items():
+                together = [torch.cat(middle)] if middle else []
+                with torch.autocast(key[0].type, enabled=False):
+                    sums[key] = torch.cat([self._of_tensor(flat) for flat in (*together, *large)])
+        return sums
+
+    def _of_tensor(self, flat: Tensor) -> Tensor:
+        if flat.dtype not in (torch.float32, torch.float64):
+            parts = [part.to(torch.float32) for part in torch.split(flat, _AT_ONCE)]
+            return torch.cat([self._of_tensor(part) for part in parts])
+        weights = self._weights_for(flat)
+        whole = flat.numel() // _ROW * _ROW
+        rest = flat[whole:] @ weights[: flat.numel() - whole]
+        return torch.cat([flat[:whole].view(-1, _ROW) @ weights, rest.view(1)])
+
+    def _weights_for(self, flat: Tensor) -> Tensor:
+        key = (flat.device, flat.dtype)
+        if key not in self._weights:
+            draw = torch.Generator().manual_seed(0)
+            values = torch.rand(_ROW, generator=draw, dtype=torch.float64) + 0.5
+            signs = torch.randint(2, (_ROW,), generator=draw) * 2 - 1
+            self._weights[key] = (values * signs).to(flat)
+        return self._weights[key]
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """Returns the memory of a dense tensor as a vector, or None for other tensors."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or type(tensor.data) is not Tensor:
+        return None
+    tensor = tensor.detach()
+    if torch._debug_has_internal_overlap(tensor) != 0:  # expanded
+        return None
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    ordered = tensor.permute(order)
+    return ordered.view(-1) if ordered.is_contiguous() else None
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Returns the bytes of values, in which nan equals itself."""
+    return values.view(torch.uint8).clone()
+
+
+__all__ = ["TensorSums"]
