@@ -402,7 +402,7 @@ def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
 
     nets = {
         "VGG16": net([-2, -3, -1], [2, 1, 3]),
-        "EfficientNet-Lite1": net([0, -1, 1], [2, 1, 3]),
+        "EfficientNet-Lite1": net([-0.5, -1, 1], [2, 1, 3]),
         "EfficientNet-Lite2": net([3, 2, 4], [2, 1, 3]),
     }
     shown = pages._counts(nets)
