@@ -37,7 +37,7 @@ from benchmarks.speed import environment
 RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
 SAMPLES = 210
 """Samples of each kind of net."""
-PHOTOGRAPHS = {"VGG16": 7, "EfficientNet-Lite0": 8, "EfficientNet-Lite1": 4}
+PHOTOGRAPHS = {"VGG16": 18, "EfficientNet-Lite0": 13, "EfficientNet-Lite1": 18}
 """Samples of the nets for photographs, whose results are stored in the cache after each photograph."""
 Values = dict[str, dict[str, Tensor]]
 """For each score and sample: correlation with path patching, and sums of absolute errors and of exact effects."""
