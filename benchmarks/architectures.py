@@ -11,7 +11,6 @@ import fnmatch
 import gc
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -27,7 +26,7 @@ from torchvision import models
 from zennit.composites import EpsilonPlusFlat
 from zennit.core import Composite
 
-from benchmarks.reruns import add_option, by_size, changes, dated, is_due
+from benchmarks.reruns import add_option, by_size, changes, dated, is_due, replace
 from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
 
 ROOT = Path(__file__).parents[1]
@@ -219,12 +218,8 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
     ordered = sorted(
         merged.values(), key=lambda row: (order.index(row["model"]), list(COMPOSITES).index(row["composite"]))
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in ordered)
-    text = f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n'
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    replace(path, f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n')
 
 
 def compact(row: dict[str, Any]) -> dict[str, Any]:

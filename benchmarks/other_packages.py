@@ -29,7 +29,7 @@ from zennit.core import Composite
 
 from benchmarks.architectures import compact, environment, markdown, message, most
 from benchmarks.other_models import PACKAGES, Case
-from benchmarks.reruns import add_option, by_size, changes, dated, is_due
+from benchmarks.reruns import add_option, by_size, changes, dated, is_due, replace
 from nrm_plugin import NRMDefault, RelevanceMeasure
 
 ROOT = Path(__file__).parents[1]
@@ -207,9 +207,8 @@ def stored(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the rows of the same package, model and composite."""
     merged = stored(path) | {(row["package"], row["model"], row["composite"]): row for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(compact(row), ensure_ascii=False) for row in merged.values())
-    path.write_text(f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    replace(path, f'{{"environment": {json.dumps(environment())},\n"rows": [\n{lines}\n]}}\n')
 
 
 COLUMNS = "package|version|models|measured|error|residual|constants|V input, NRMDefault|limits exceeded".split("|")

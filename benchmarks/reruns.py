@@ -6,7 +6,9 @@ models first, and rows are stored one by one, so that an interrupted run continu
 
 import argparse
 import datetime
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 IGNORED = {"seconds", "date", "version", "error", "difference", "error_taps", "error_tap"}
@@ -45,6 +47,14 @@ def by_size(names: Iterable[str], rows: Iterable[dict[str, Any]]) -> list[str]:
     """The models by their stored number of parameters; models without a row come last."""
     sizes = {row["model"]: row["parameters"] for row in rows if "parameters" in row}
     return sorted(names, key=lambda name: (name not in sizes, sizes.get(name, 0)))
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file at once: a run that is interrupted leaves the old rows, and other processes read no part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def changes(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:

@@ -204,7 +204,7 @@ def variations(nets: dict[str, list[Results]]) -> str:
     return grid(f"| measure | {' | '.join(nets)} |", rows)
 
 
-SET_NAMES = {"alone": "by mass"}
+SET_NAMES = {"alone": "by mass", "same mass": "same size and mass"}
 """The names of sets in the table of ablations, where they differ from those in the results."""
 
 
@@ -221,12 +221,11 @@ def groups(results: Results) -> dict[str, str]:
          share(figures["times the best other"]))
         for label, figures in rows
     )  # fmt: skip
-    names = ("groups", "same mass", "alone", "random")
-    sets = [name for name in names if all(name in figures["ablation"] for _, figures in rows)]
+    sets = ("groups", "same mass", "alone", "random")
     ablated = (
-        (label, *(share(figures["ablation"][name]["correlation"]) for name in sets),
-         *(f"{figures['ablation'][name]['difference']['mean']:.2f}" for name in sets))
-        for label, figures in rows
+        (label, *(share(sets_of[name]["correlation"]) if name in sets_of else "–" for name in sets),
+         *(f"{sets_of[name]['difference']['mean']:.2f}" if name in sets_of else "–" for name in sets))
+        for label, figures in rows for sets_of in [figures["ablation"]]
     )  # fmt: skip
     columns = (f"{kind}: {SET_NAMES.get(name, name)}" for kind in "rΔ" for name in sets)
     split = (

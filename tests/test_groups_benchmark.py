@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.groups.__main__ import ablation
 from benchmarks.groups.joints import same_mass
+from benchmarks.tables import groups
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -53,3 +54,18 @@ def test_correlations_and_differences_are_means_over_sets_layers_and_draws():
     assert found["same mass"]["correlation"]["mean"] == pytest.approx(np.mean(each))
     assert found["groups minus same mass"]["correlation"]["mean"] == pytest.approx(1 - np.mean(each))
     assert all("each" not in figures for figures in found.values())
+
+
+def test_sets_that_a_network_lacks_are_left_out_of_its_row():
+    figure = {"mean": 0.5, "low": 0.4, "high": 0.6, "inputs": 4}
+    measured = {name: {"correlation": figure, "difference": figure} for name in ("groups", "alone", "random")}
+    kappa = dict.fromkeys(("groups", "strongest and rest", "k-means of activations", "random"), figure)
+    rest = {"kappa": kappa, "times the best other": figure, "halves": {"own": 1, "other": 1, "kept": 1}}
+    nets = {
+        "one": {"default": {**rest, "ablation": measured | {"same mass": measured["groups"]}}},
+        "other": {"default": {**rest, "ablation": measured}},
+    }
+    head, _, one, other = groups({"nets": nets})["ablated"].splitlines()
+    assert "r: same size and mass | r: by mass" in head
+    assert one.count("0.50 (0.40–0.60)") == 4
+    assert other.count("–  |".replace("  ", " ")) == 2

@@ -102,6 +102,24 @@ def test_an_interrupted_run_continues_with_the_rows_that_are_missing(tmp_path: P
     assert capsys.readouterr().out.count("changed  taps: 5 → 6") == 3
 
 
+@pytest.mark.parametrize("save", [architectures.save, other_packages.save])
+def test_a_write_that_is_interrupted_leaves_the_stored_rows(tmp_path: Path, monkeypatch, save):
+    row = {"package": "torch", "model": "alexnet", "composite": "NRMDefault", "taps": 5}
+    out = tmp_path / "folder/rows.json"
+    save(out, [row])
+    stored = out.read_bytes()
+    write = Path.write_text
+
+    def interrupted(path: Path, text: str, **options: str) -> int:
+        write(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(out, [{**row, "taps": 6}])
+    assert out.read_bytes() == stored
+
+
 @pytest.mark.slow
 def test_models_of_other_packages_continue_too(tmp_path: Path, monkeypatch, capsys):
     cases = {"one": (lambda: nn.Linear(3, 2), [(3,)], None), "two": (lambda: nn.Linear(2, 2), [(2,)], None)}

@@ -54,8 +54,8 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
     "figures": (
         "Figures and pages",
         {
-            "plots": """heat_map image_and_heat_map heat_maps joint budgets save flow_figure flow_caption Photo
-            cell_sums profile_figure sankey save_sankey text_figure text_html text_page""",
+            "plots": """heat_map image_and_heat_map heat_maps joint budgets save flow_figure flow_finding flow_caption
+            Photo cell_sums profile_figure sankey save_sankey text_figure text_html text_page""",
             "measure": "profile flow_maps",
             "measure.flow_heat_maps": "mapped_flow MappedFlow flow_maps_and_pairs",
             "measure.layer_averages": "layer_map layer_average late_layers layers_by_resolution blurred",

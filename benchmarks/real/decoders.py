@@ -280,7 +280,7 @@ def drawn(shown: dict[str, Question]) -> None:
         for method in methods:
             values = METHODS[method](question).detach()
             maps.append(values / values.abs().max() / 10)
-            titles.append(f"{kind}, {predicted}: {method}")
+            titles.append(f"{kind}, {predicted}: {tables.TEXT_METHODS.get(method, method)}")
     question = next(iter(shown.values()))
     letters = ["␣" if letter == " " else letter for letter in (alphabet()[index] for index in question.ids[0])]
     figure = text_figure(letters[1:], torch.stack(maps)[:, 1:], titles, limit=0.1)

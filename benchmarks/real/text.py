@@ -211,7 +211,8 @@ def drawn(model: nn.Module, tokenizer: Any, methods: list[str]) -> None:
         values[[0, -1]] = 0
         maps.append(values.detach() / values.abs().max() / 10)
     tokens = tokenizer.convert_ids_to_tokens(question.ids[0])
-    figure = text_figure(tokens, torch.stack(maps), methods, special=tokenizer.all_special_tokens, limit=0.1)
+    titles = [tables.TEXT_METHODS.get(method, method) for method in methods]
+    figure = text_figure(tokens, torch.stack(maps), titles, special=tokenizer.all_special_tokens, limit=0.1)
     for bar in figure.axes[len(methods) :]:
         bar.set_visible(False)
     figure.savefig(tables.ROOT / "docs/images/text-films.png", dpi=110)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_two_classes_are_compared_by_their_outputs_alone(here):  # noqa: F811
     assert set(graph.layers[0].labels) == {"class 1", "class 2"}
     assert [layer.others for layer in graph.layers[1:3]] == [3, 3]
     stored = json.loads(Path("nrm-flow/noise-difference.json").read_text())
-    assert stored["caption"].startswith("The softmax is 25% for class 1 and 27% for class 2. More for class 1: ")
+    assert re.match(r"More for class 1: .*; more for class 2: ", stored["finding"])
+    assert stored["caption"] == "The softmax is 25% for class 1 and 27% for class 2."
     assert stored["settings"]["minus"] == "class 2"
     assert {path.suffix for path in Path("nrm-flow").iterdir()} == {".json", ".png", ".html"}
 
@@ -68,6 +70,20 @@ def test_two_images_are_compared_for_the_same_class(here):  # noqa: F811
     Image.fromarray(draw.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save("other.png")
     graph = difference("--target", "1", "--minus", "other.png", "--against", "3")
     check(graph, measure("noise.png", 1, against=3), measure("other.png", 1, against=3))
+
+
+def test_two_images_are_drawn_side_by_side(here, monkeypatch):  # noqa: F811
+    Image.fromarray(np.random.default_rng(5).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save("other.png")
+    drawn, draw = [], flow_difference.flow_figure
+    monkeypatch.setattr(
+        flow_difference, "flow_figure", lambda *args, **more: drawn.append((args, more)) or draw(*args, **more)
+    )
+    difference("--target", "1", "--minus", "other.png")
+    ((graph, heading, _), more), *_ = drawn
+    assert graph.layers[0].name != "output"
+    assert heading == "flow of relevance for class 1: noise.png minus other.png"
+    assert more["image"].colors.shape == (16, 33, 3)
+    assert "Left: noise.png; right: other.png." in more["caption"]
 
 
 @pytest.mark.medium

@@ -7,6 +7,7 @@ nrm_plugin.plots.layer_profile, nrm_plugin.measure.flow_heat_maps.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -28,11 +29,13 @@ from nrm_plugin.measure.flow_heat_maps import flow_maps
 from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.measure.layer_profile import profile
 from nrm_plugin.plots.flow import flow_figure, profile_figure, walk_bands
-from nrm_plugin.plots.flow_layout import HAIRLINE, flow_scene
+from nrm_plugin.plots.flow_layout import DARKER, FAINT, HAIRLINE, PALER, flow_scene
 from nrm_plugin.plots.flow_thumbnails import Photo
 from nrm_plugin.plots.ribbons import DARK, LIGHT, percent
 from tests.conftest import slow_but
 from tests.flows import X, full_graph, measure, net
+from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE
+from tests.plots.test_flow_caption import layer as made_layer
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +156,44 @@ def test_channels_are_abbreviated_where_their_names_do_not_fit():
     assert not any(text.startswith("cha…") for text in texts[2.2])
 
 
+def test_channels_have_numbers_alone_where_an_abbreviation_does_not_fit_all_of_a_layer():
+    joint = np.full((5, 5), 1 / 25)
+    layers = tuple(made_layer(name, ("2", "1366", "8"), (0.2, 0.2, 0.2), rest=0.4) for name in ("c", "b", "a"))
+    graph = FlowGraph((*layers, LOWEST), (joint, joint, joint))
+    thumbnails = {node.key: None for node in graph.nodes}
+    names = {}
+    for width in (2.5, 9):
+        scene = flow_scene(graph, width=width, thumbnails=thumbnails)
+        names[width] = {node.labels[0].text for node in scene.nodes if node.node.kind == "group"}
+        is_explained = any("Numbers below" in label.text for label in scene.labels)
+        assert is_explained == (width == 2.5)
+    assert {"2", "1366", "8"} <= names[2.5]
+    assert not any("ch." in name for name in names[2.5])
+    assert {"channel 2", "channel 1366"} <= names[9]
+    layers = tuple(replace(one, labels=("A1 and a long name", "A2", "A3")) for one in layers)
+    scene = flow_scene(FlowGraph((*layers, LOWEST), graph.joints), width=2.5, thumbnails=thumbnails)
+    assert not any("Numbers below" in label.text for label in scene.labels)
+
+
+def test_long_names_of_a_single_output_are_written_in_three_lines():
+    output = made_layer("output", ("African bush elephant",), (1.0,))
+    graph = FlowGraph((output, MIDDLE, LOWEST), JOINTS)
+    for width, outputs in ((3.3, ("African", "bush", "elephant")), (9, ("African bush elephant",))):
+        scene = flow_scene(graph, width=width, thumbnails={node.key: None for node in graph.nodes})
+        names = next(node.labels for node in scene.nodes if node.node.layer == "output")[:-1]
+        assert tuple(label.text for label in names) == outputs
+
+
+def test_the_fewest_ribbons_with_half_of_the_relevance_are_strongly_coloured():
+    top = made_layer("block", ("A1", "A2"), (0.6, 0.3), rest=0.1)
+    low = made_layer("conv", ("B1", "B2"), (0.6, 0.3), rest=0.1)
+    joint = np.array([[0.35, 0.2, 0.05, 0.0], [0.21, 0.07, 0.02, 0.0], [0.04, 0.03, 0.03, 0.0], [0.0] * 4])
+    bands = {(b.upper[-1], b.lower[-1]): b.strength for b in flow_scene(FlowGraph((top, low), (joint,))).bands}
+    assert {pair for pair, strength in bands.items() if strength == DARKER} == {("0", "0"), ("1", "0")}
+    assert bands["1", "1"] == bands["0", "t"] == PALER
+    assert bands["t", "t"] == FAINT
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_node_but_off_has_its_conditional_heat_map(mu, full, dark):
     graph = full.smaller(top=2)
@@ -227,7 +268,8 @@ def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     assert len([node for node in flow_scene(graph.smaller(top=5)).nodes if node.node.kind == "group"]) == 5 + 5
 
 
-def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons():
+def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons(monkeypatch):
+    monkeypatch.setattr(sys.modules["nrm_plugin.plots.flow_caption"], "NAMED_WALK", 0.02)
     graph = made_graph([1, 2, 2])
     scene = flow_scene(graph)
     ribbons = {(band.lower, band.upper): band for band in scene.bands}

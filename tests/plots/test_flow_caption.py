@@ -8,7 +8,7 @@ import numpy as np
 
 from nrm_plugin.measure.flow_graph import FlowGraph
 from nrm_plugin.measure.flow_nodes import FlowLayer
-from nrm_plugin.plots.flow_caption import difference_caption, flow_caption, named_walks
+from nrm_plugin.plots.flow_caption import flow_caption, named_walks
 from nrm_plugin.plots.flow_text import wrapped_lines
 
 
@@ -55,7 +55,7 @@ def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
     assert "from a part to the output is legs → group 1 → zebra (40%);" in one.replace("\u00a0", " ")
     lines = wrapped_lines(one, 60, 7)
     assert not any(line.startswith("→") or line == "group" for line in lines)
-    spread = [(keys, 0.04 * mass) for keys, mass in walks]
+    spread = [(keys, 0.24 * mass) for keys, mass in walks]  # the strongest has 9.6%
     assert "No single walk (path through one node of each layer) stands out: the strongest of 6 from" in flow_caption(
         graph, walks=spread
     )
@@ -144,28 +144,13 @@ def test_every_number_of_a_caption_is_one_of_the_graph():
     assert re.findall(r"[−\d]+%", said) == ["50%", "25%", "−10%", "30%", "10%"]
 
 
-def test_the_largest_groups_and_all_that_speak_against_are_named():
+def test_all_that_speak_against_are_named():
     middle = layer("conv", ("A1", "A2", "A3", "A4"), (0.9, 0.5, -0.3, -0.1))
-    said = flow_caption(FlowGraph((TOP, middle), (np.array([[0.9, 0.5, -0.3, -0.1, 0, 0]] + [[0.0] * 6] * 2),)))
-    assert "In conv" not in said  # it is the lowest layer, of which all parts are named
     graph = FlowGraph((TOP, middle, LOWEST), (np.zeros((3, 6)), np.zeros((6, 5))))
     said = flow_caption(graph)
-    assert "In conv, A1 (90%) and A2 (50%) carry most." in said
     assert "Against it: A3 of conv with −30% and A4 of conv with −10%." in said
 
 
 def test_a_graph_without_relevance_has_no_caption():
     nothing = FlowLayer("input", (), (), (), 0.0, 0, 1.0, 0.0)
     assert flow_caption(FlowGraph((nothing,), ())) == "100% is lost to biases and constants above the input."
-
-
-def test_a_difference_names_parts_of_the_image_apart_from_other_nodes():
-    middle = layer("conv", ("B1", "B2"), (0.3, -0.2))
-    lowest = layer("input", ("part 1", "part 2", "part 3"), (0.25, -0.1, 0.001))
-    graph = FlowGraph((layer("output", ("zebra", "horse"), (1.0, -1.0)), middle, lowest), JOINTS)
-    assert difference_caption(graph, "zebra", "horse", {"input/0": "top"}) == (
-        "More for zebra: part 1 (top, 25%) in the image; B1 of conv (30%) in the network. "
-        "More for horse: part 2 (−10%) in the image; B2 of conv (−20%) in the network."
-    )
-    same = FlowGraph((layer("output", ("zebra",), (0.0,)),), ())
-    assert difference_caption(same, "zebra", "horse") == "The flows hardly differ."

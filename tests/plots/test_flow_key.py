@@ -50,11 +50,16 @@ def test_a_rest_that_is_not_drawn_is_not_explained():
     assert "grey" in key_text(False, False, graph=FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
 
 
+def test_groups_of_outputs_are_explained():
+    outputs = layer("output", ("teapot + 474", "stupa + 3"), (1.5, -0.5))
+    assert "“teapot + 474” is a group of outputs" in key_text(False, False, graph=FlowGraph((outputs,), ()))
+    assert "group of outputs" not in key_text(False, False, graph=FlowGraph((TOP,), ()))
+
+
 def test_only_groups_of_channels_are_explained_as_such():
     grouped = FlowGraph((TOP, layer("conv", ("A1", "A2"), (0.8, -0.1), rest=0.3), LOWEST), JOINTS)
     patched = FlowGraph((TOP, MIDDLE, layer("input", ("A1", "B1", "A2"), (0.5, 0.3, -0.05), rest=0.15)), JOINTS)
     assert "groups of channels" in key_text(False, False, graph=grouped)
     assert "groups of channels" not in key_text(False, False, graph=patched)
-    assert "numbered by relevance" in key_text(False, False, graph=grouped)
-    differing = FlowGraph((TOP, layer("conv", ("A1", "A2"), (-0.1, 0.8), rest=0.3), LOWEST), JOINTS)
-    assert "numbered" not in key_text(False, False, graph=differing)
+    assert "Strongly coloured ribbons" in key_text(False, False, graph=grouped)
+    assert "Strongly coloured ribbons" not in key_text(False, False, graph=FlowGraph((TOP,), ()))

@@ -19,10 +19,12 @@ from ..measure.layer_groups import Groups
 from ..measure.measure import RelevanceMeasure
 from ..measure.partitions import Names, partition
 from ..plots.flow import flow_figure
-from ..plots.flow_caption import difference_caption
+from ..plots.flow_columns import without_output
+from ..plots.flow_finding import difference_finding
 from ..plots.flow_html import save_sankey
 from ..plots.flow_notes import Counts
 from ..plots.flow_places import place_name
+from ..plots.flow_thumbnails import Photo
 from ..plots.ribbons import percent
 from . import messages
 from .flow_groups import FlowOptions, Regions, channel_counts, division, regions_of
@@ -39,7 +41,7 @@ from .output_files import (
     write_json,
     writing,
 )
-from .photos import photo
+from .photos import photo, side_by_side
 from .request import (
     NONE,
     Request,
@@ -93,14 +95,12 @@ def explain_difference(
     ends = ["difference.json", f"difference.{options.kind}", "difference.html"]
     stem = json_stem(out, image.path.stem, ends, taken, settings)
     numbers, figure, page = [out / f"{stem}-{end}" for end in ends]
-    heading = f"{short(image.path.name)}: flow of relevance for {short(first.name)} minus that for {short(second.name)}"
-    is_one_image = first.image is second.image
-    inputs = loaded.preprocessing(image.image)
     places = {key: place_name(mask, maps.get(key)) for key, mask in regions.items()}
     parts: dict[str, Any] = {
         "maps": maps,
-        "image": replace(photo(loaded, image, inputs), regions=regions) if is_one_image else None,
-        "caption": f"{_softmax(first, second)}{difference_caption(graph, first.name, second.name, places)}",
+        "image": _photo(loaded, first, second, regions),
+        "caption": f"{_softmax(first, second)}{_sides_of_photo(first, second)}".strip(),
+        "finding": difference_finding(graph, first.name, second.name, places),
         "signs": tuple(
             f"more evidence for {one.name}, or less for {other.name}"
             for one, other in ((first, second), (second, first))
@@ -108,18 +108,38 @@ def explain_difference(
         "maps_at": maps_at,
         "counts": counts,
     }
-    drawn = flow_figure(graph, heading, options.dark, width=options.width, **parts)
+    sentences = {"finding": parts["finding"], "caption": parts["caption"]}
+    heading = _heading(loaded, first, second)
+    shown_graph = without_output(graph)
+    drawn = flow_figure(shown_graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
-    write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions(), "caption": parts["caption"]})
+    write_json(numbers, graph.to_dict() | {"settings": settings, "versions": versions()} | sentences)
     with writing(page) as temporary:
-        save_sankey(graph, temporary, heading.replace(r"\$", "$"), **parts)
+        save_sankey(shown_graph, temporary, heading.replace(r"\$", "$"), **parts)
     outputs, compared = first.mu.outputs.flatten(), compared_with(loaded, request, first.mu.outputs)
     lines = [
         *messages.image(loaded, image, outputs, first.target, compared),
-        f"  flow of {first.name} minus flow of {second.name}: {parts['caption']}",
+        f"  flow of {first.name} minus flow of {second.name}: {parts['finding']}. {parts['caption']}",
         *messages.files([figure, numbers, page]),
     ]
     return Printed([shown(line) for line in lines])
+
+
+def _photo(loaded: LoadedModel, first: Side, second: Side, regions: Regions) -> Photo:
+    """Returns the explained image, or both images side by side."""
+    one, other = (photo(loaded, side.image, loaded.preprocessing(side.image.image)) for side in (first, second))
+    return replace(one, regions=regions) if first.image is second.image else side_by_side(one, other, regions)
+
+
+def _sides_of_photo(first: Side, second: Side) -> str:
+    return "" if first.image is second.image else f"Left: {first.name}; right: {second.name}. "
+
+
+def _heading(loaded: LoadedModel, first: Side, second: Side) -> str:
+    names = f"{short(first.name)} minus {short(second.name)}"
+    if first.image is second.image:
+        return f"{short(first.image.path.name)}: flow of relevance for {names}"
+    return f"flow of relevance for {explained_title(loaded, first.target, None)}: {names}"
 
 
 def _softmax(*both: Side) -> str:
@@ -140,12 +160,11 @@ def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str)
     other = load_image(Path(minus)) if Path(minus).is_file() else None
     mu, target = _measured(loaded, image, request)
     if other is not None:
-        name = explained_title(loaded, target, None)
-        pair = (f"{shown(image.path.name)}", f"{shown(other.path.name)}")
+        pair = (shown(image.path.name), shown(other.path.name))
         requests = (request, replace(request, target=str(target)))
         mus = (mu, _measured(loaded, other, requests[1])[0])
         images = (image, other)
-        return _sides(images, requests, mus, (target, target), tuple(f"{one} ({name})" for one in pair))
+        return _sides(images, requests, mus, (target, target), pair)
     second = replace(request, target=minus)
     try:
         counter = target_of(minus, loaded.categories, mu.outputs.numel(), "--minus")

@@ -20,6 +20,7 @@ from ..measure.layer_profile import ProfileRow, profile
 from ..measure.measure import RelevanceMeasure
 from ..plots.flow import flow_figure
 from ..plots.flow_caption import Walks, flow_caption
+from ..plots.flow_finding import flow_finding
 from ..plots.flow_html import save_sankey
 from ..plots.flow_notes import Pairs
 from ..plots.flow_places import place_name
@@ -73,6 +74,7 @@ class ImageFlow:
         profile: Layer profile, compared with plain LRP.
         next_class: Name of the class with the largest output other than the explained class.
         rival: Name of the contrast, if it is a single class.
+        name: Name of the explained class.
     """
 
     outputs: Tensor
@@ -89,6 +91,7 @@ class ImageFlow:
     profile: Sequence[ProfileRow]
     next_class: str = ""
     rival: str = ""
+    name: str = ""
 
 
 def explain_flow(
@@ -115,6 +118,7 @@ def explain_flow(
         *messages.image(loaded, image, flow.outputs, flow.target, flow.against),
         *messages.unseen(flow.photo),
         *messages.difference(loaded, flow.target, flow.against, flow.difference),
+        f"  {finding(flow)}",
         *messages.layers(flow.graph),
         *messages.files(files),
     ]
@@ -141,7 +145,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
         replace(shown_image, regions=regions), divided.groups,
         flow.layer if flow.positions else "", _walks(mu, graph, divided.groups),
         profile(mu, request.layers, plain), _next_class(loaded, mu.outputs.flatten(), target),
-        _class(loaded, against) if isinstance(against, int) else "",
+        _class(loaded, against) if isinstance(against, int) else "", _class(loaded, target),
     )  # fmt: skip
 
 
@@ -195,13 +199,14 @@ def _write(
     heading = f"{short(image.path.name)}: flow of relevance for {target}"
     parts: dict[str, Any] = {"maps": flow.heat_maps, "image": flow.photo, "caption": caption(flow)}
     parts |= {"maps_at": flow.maps_at, "walks": flow.walks, "pairs": flow.pairs}
-    parts |= {"counts": channel_counts(flow.graph, flow.groups)}
+    parts |= {"counts": channel_counts(flow.graph, flow.groups), "finding": finding(flow)}
     drawn = flow_figure(flow.graph, heading, options.dark, width=options.width, **parts)
     save_figure(drawn, figure, options.dark, options.dpi)
     for path in layers:
         profile_heading = f"{short(image.path.name)}: layers for {target}"
         save_figure(profile_figure(flow.profile, profile_heading, options.dark), path, options.dark)
-    more = {"settings": settings, "device": request.device, "versions": versions(), "caption": caption(flow)}
+    more = {"settings": settings, "device": request.device, "versions": versions()}
+    more |= {"finding": finding(flow), "caption": caption(flow)}
     write_json(numbers, flow.graph.to_dict() | more | {"profile": [vars(row) for row in flow.profile]})
     with writing(page) as temporary:
         save_sankey(flow.graph, temporary, heading.replace(r"\$", "$"), **parts)
@@ -215,9 +220,17 @@ def _write(
 def caption(flow: ImageFlow) -> str:
     """Returns the caption of a flow, including the part of the image that the model did not see."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
-    places = {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
-    said = flow_caption(flow.graph, walks=flow.walks, areas=areas, places=places)
+    said = flow_caption(flow.graph, flow.name, walks=flow.walks, areas=areas, places=_places(flow))
     return " ".join(filter(None, (_rank(flow), _whole(flow), said, unseen(flow.photo))))
+
+
+def finding(flow: ImageFlow) -> str:
+    """Returns the title of the figure."""
+    return flow_finding(flow.graph, flow.name, _places(flow))
+
+
+def _places(flow: ImageFlow) -> dict[str, str]:
+    return {key: place_name(mask, flow.heat_maps.get(key)) for key, mask in flow.photo.regions.items()}
 
 
 def _rank(flow: ImageFlow) -> str:

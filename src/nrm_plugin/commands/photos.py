@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..dataset.images import LoadedImage
@@ -33,6 +36,25 @@ def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
     small = source.image.copy()
     small.thumbnail((LARGEST, LARGEST))
     return Photo(image, np.moveaxis(np.asarray(small, dtype=float) / 255, -1, 0), seen)
+
+
+def side_by_side(first: Photo, second: Photo, regions: Mapping[str, NDArray[np.bool_]]) -> Photo:
+    """Returns two images of the same size next to each other, without the parts that the model did not see.
+
+    Args:
+        first: The image on the left.
+        second: The image on the right.
+        regions: Regions of input nodes in one image, ``(H, W)``, keyed by node; they are outlined in both images.
+    """
+    images = [np.asarray(each.image, dtype=float) for each in (first, second)]
+    channels, height, width = images[0].shape
+    gap = max(1, width // 16)
+    between = np.full(
+        (channels, height, gap), float(channels > 1)
+    )  # white, as values of one channel are drawn inverted
+    empty = np.zeros((height, gap), bool)
+    both = {key: np.concatenate([mask, empty, mask], 1) for key, mask in regions.items()}
+    return Photo(np.concatenate([images[0], between, images[1]], 2), regions=both)
 
 
 def unseen(shown: Photo) -> str:

@@ -13,7 +13,8 @@ from ..imports import renamed_arguments
 from ..measure.flow_graph import FlowGraph
 from ..plots.arrays import Values
 from ..plots.flow import flow_figure
-from ..plots.flow_caption import difference_caption
+from ..plots.flow_columns import without_output
+from ..plots.flow_finding import difference_finding
 from ..plots.heatmaps import draw_image
 from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
@@ -25,6 +26,8 @@ MOST = 16
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
     """Plots the difference between two mean flows as ribbons between bars, with the input on the left.
 
+    The output is left out if two other layers remain, since both flows hold all of its relevance.
+
     Args:
         graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups, as returned by ``graph.smaller(top=8)``.
         first: Name of the first flow, whose excess is red.
@@ -35,8 +38,8 @@ def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = 
     Raises:
         FlowError: If a layer has too many groups.
     """
-    return flow_figure(graph, heading, dark, caption=difference_caption(graph, first, second),
-                       signs=(f"more for {first}", f"more for {second}"))  # fmt: skip
+    finding, signs = difference_finding(graph, first, second), (f"more for {first}", f"more for {second}")
+    return flow_figure(without_output(graph), heading, dark, caption="", finding=finding, signs=signs)
 
 
 @renamed_arguments(found="prototypes", pictures="images")

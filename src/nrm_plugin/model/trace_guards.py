@@ -121,6 +121,11 @@ def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
         ACTIVE.avoided = outer
 
 
+def kind_of(shortcut: str) -> str:
+    """Returns the name of a shortcut without its place."""
+    return shortcut.partition(" in ")[0]
+
+
 def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     """Returns whether a shortcut, a computation that is valid only if a condition on values holds, may be taken.
 
@@ -133,8 +138,8 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     """
     if not is_traced():
         return bool(condition())
-    shortcut = f"{shortcut} in {ACTIVE.place or 'the graph'}"
-    if shortcut in ACTIVE.avoided:
+    kind, shortcut = shortcut, f"{shortcut} in {ACTIVE.place or 'the graph'}"
+    if kind in ACTIVE.avoided or shortcut in ACTIVE.avoided:
         return False
     tracer = ACTIVE.tracer
     before, tracer.shortcut = tracer.position(), shortcut
@@ -154,6 +159,7 @@ __all__ = [
     "avoiding",
     "holds",
     "is_traced",
+    "kind_of",
     "note_obstacle",
     "repeated",
     "uncollected",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ..model.trace_guards import kind_of
 from ..recording.propagation import Cost
 from .program import ChangedValueError, Program
 from .tracer import Tracer
@@ -21,7 +22,8 @@ Key = tuple[Hashable, ...]
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of times that a value read by the model may differ before every call is recorded."""
+"""Number of calls in which a value read by the model may differ before every call is recorded, or the condition of a
+shortcut may fail before it is avoided in all layers."""
 
 
 @dataclass
@@ -73,7 +75,8 @@ class Programs:
     """Cache of the programs for calls of the same form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: Shortcuts that are no longer taken, because their conditions failed for some inputs.
+        avoided: Shortcuts that are no longer taken, because their conditions failed for some inputs. A shortcut whose
+            condition failed in several calls, in the same or in other layers, is avoided in all layers.
         obstacle: Why calls of this form cannot be replayed and must be recorded each time; empty if they can.
         answers: Cached properties that do not depend on values, such as names and shapes.
         recordings: Number of recordings since a program was last used.
@@ -94,6 +97,7 @@ class Programs:
         self._seen: set[Key] = set()
         self._recorded: dict[Key, str] = {}
         self._failures = 0
+        self._rejected: Counter[str] = Counter()
 
     def find(self, key: Key) -> QueryProgram | None:
         """Returns the program of a query, or None if there is none."""
@@ -144,7 +148,9 @@ class Programs:
         """Discards all programs after a value on which they depend has changed."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
-            self.avoided |= names
+            kinds = {kind_of(name) for name in names}
+            self._rejected.update(kinds)
+            self.avoided |= names | {kind for kind in kinds if self._rejected[kind] >= FAILURES}
             if not names:
                 self._failures += 1
             if self._failures >= FAILURES:

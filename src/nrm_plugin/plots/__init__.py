@@ -7,6 +7,7 @@ Imports: errors, measure, attribution.
 
 from .flow import flow_figure
 from .flow_caption import flow_caption
+from .flow_finding import flow_finding
 from .flow_html import sankey, save_sankey
 from .flow_thumbnails import Photo
 from .heatmaps import budgets, cell_sums, heat_map, heat_maps, image_and_heat_map, joint, save
@@ -20,6 +21,7 @@ __all__ = [
     "cell_sums",
     "flow_caption",
     "flow_figure",
+    "flow_finding",
     "heat_map",
     "heat_maps",
     "image_and_heat_map",

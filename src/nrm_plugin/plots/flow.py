@@ -18,6 +18,7 @@ from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
 from .flow_caption import Walks, flow_caption, named_walks
 from .flow_columns import has_off, region_name
+from .flow_finding import flow_finding
 from .flow_key import SIGNS, key_text
 from .flow_layout import flow_scene
 from .flow_notes import Counts, Pairs, standing_out
@@ -54,6 +55,7 @@ def flow_figure(
     signs: tuple[str, str] = SIGNS,
     pairs: Pairs | None = None,
     counts: Counts | None = None,
+    finding: str | None = None,
 ) -> Figure:
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
@@ -64,7 +66,7 @@ def flow_figure(
 
     Args:
         graph: The flow graph.
-        heading: Title of the figure.
+        heading: What the flow explains, above the title.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, to be drawn as thumbnails.
         image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is drawn next to
@@ -77,6 +79,8 @@ def flow_figure(
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
             names, below each group of channels, the image part that contributes most to it.
         counts: Number of channels in each group, keyed by node; shown where there is enough space.
+        finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If empty, the
+            heading is the title.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -90,7 +94,7 @@ def flow_figure(
     palette = DARK if dark else LIGHT
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
-    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs, counts)
+    scene = scene_of(graph, heading, caption, thumbnails, photo, width, signs, maps_at, walks, pairs, counts, finding)
     figure = Figure(figsize=(scene.width / 72, scene.height / 72))
     figure.set_facecolor(palette.paper)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -123,6 +127,7 @@ def scene_of(
     walks: Walks = (),
     pairs: Pairs | None = None,
     counts: Counts | None = None,
+    finding: str | None = None,
 ) -> Scene:
     """Computes the layout of a flow, including its caption and legend."""
     shown: Mapping[str, object] = thumbnails.values if thumbnails else {}
@@ -148,6 +153,7 @@ def scene_of(
         photo.file.shape[0] / photo.file.shape[1] if photo is not None else None,
         notes,
         counts,
+        flow_finding(graph) if finding is None else finding,
     )
 
 

@@ -10,18 +10,18 @@ import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
 from .flow_columns import NUMBERED, node_name
-from .flow_notes import is_group
+from .flow_finding import leading, listed, target_name
 from .ribbons import percent
 
 NO_BREAK = "\u00a0"
 NAMED = 3
 """Maximum number of nodes in a list."""
-NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.02, 1e-3
+NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.1, 1e-3
 """Maximum number of named walks, smallest relevance of a named walk, and smallest relevance that is mentioned."""
-ENOUGH = 0.6
-"""Fraction of the total positive relevance that the listed nodes should account for."""
 WORTH_SAYING = 0.01
 """Relevance below this value is not mentioned."""
+WIDE = 0.1
+"""The widest ribbon between two layers is named if it has at least this relevance."""
 DENSE = 1.25
 """Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
 FEW = 0.25
@@ -54,36 +54,11 @@ def flow_caption(
         >>> "% of “1”" in flow_caption(graph)
         True
     """
-    target = target or _target(graph)
+    target = target or target_name(graph)
     ways = [_strongest_walks(graph, walks), *_narrow_ribbons(graph, walks)] if walks else _ways(graph)
     parts = [_parts(graph, target, areas or {}, places or {}), _densest(graph, areas or {})]
-    layers = [_few_channels(graph), _largest_groups(graph)]
-    sentences = [*parts, *layers, *ways, _against(graph, target), *_elsewhere(graph)]
+    sentences = [*parts, _few_channels(graph), *ways, _against(graph, target), *_elsewhere(graph)]
     return " ".join(sentence for sentence in sentences if sentence)
-
-
-def difference_caption(graph: FlowGraph, first: str, second: str, places: Mapping[str, str] | None = None) -> str:
-    """Describes the difference between two flows in terms of the image parts and other nodes that differ most.
-
-    Args:
-        graph: The first flow minus the second.
-        first: Name of the first flow; where it is larger, the figure is red.
-        second: Name of the second flow; where it is larger, the figure is blue.
-        places: As in :func:`flow_caption`.
-    """
-    places = places or {}
-    nodes = [node for layer in graph.layers if layer.name != "output" for node in layer.nodes if node.kind == "group"]
-    sentences = []
-    for name, sign in ((first, 1), (second, -1)):
-        clauses = []
-        for where, is_input in (("in the image", True), ("in the network", False)):
-            own = [node for node in nodes if (node.layer == "input") == is_input and sign * node.mass >= WORTH_SAYING]
-            most = sorted(own, key=lambda node: -sign * node.mass)[:NAMED]
-            notes = [", ".join(filter(None, (places.get(node.key, ""), percent(node.mass)))) for node in most]
-            parts = [f"{named(node, graph)} ({note})" for node, note in zip(most, notes, strict=True)]
-            clauses += [f"{_listed(parts)} {where}"] if parts else []
-        sentences += [f"More for {name}: {'; '.join(clauses)}."] if clauses else []
-    return " ".join(sentences) or "The flows hardly differ."
 
 
 def named_walks(walks: Walks) -> Walks:
@@ -97,21 +72,13 @@ def named(node: FlowNode, graph: FlowGraph) -> str:
     return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
 
 
-def _target(graph: FlowGraph) -> str:
-    groups = [node for node in graph.layers[0].nodes if node.kind == "group"] if graph.layers else []
-    if graph.layers and graph.layers[0].name == "output" and groups:
-        label = max(groups, key=lambda node: abs(node.mass)).label
-        return label if label.startswith(("“", "class ")) else f"“{label}”"
-    return "all relevance"
-
-
 def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Mapping[str, str]) -> str:
     """States which nodes of the lowest layer carry most of the relevance."""
     if not graph.layers:
         return ""
     lower = graph.layers[-1]
     nodes = lower.nodes[: len(lower.groups)]
-    chosen = [nodes[place] for place in _leading(np.array([node.mass for node in nodes]))]
+    chosen = [node for node in leading(lower) if node.mass >= WORTH_SAYING]
     verb = "comes from" if lower.name == "input" else "passes through"
     link = verb.split()[1]
     sources = []
@@ -123,7 +90,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
         return ""
     others = [node.mass for node in nodes if node not in chosen]
     more = f"; the other {len(others)} shown together have {percent(sum(others))}" if len(others) > 1 else ""
-    return f"Of {target}, {_listed(sources).replace(f' {link} ', f' {verb} ', 1)}{more}."
+    return f"Of {target}, {listed(sources).replace(f' {link} ', f' {verb} ', 1)}{more}."
 
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
@@ -145,7 +112,7 @@ def _few_channels(graph: FlowGraph) -> str:
     if not few:
         return ""
     said = [f"the {len(layer.groups)} shown channels of {layer.name} carry {_share(layer)}" for layer in few]
-    text = _listed(said)
+    text = listed(said)
     return f"{text[:1].upper()}{text[1:]}; groups of channels (--groups, or over='groups') show all of it."
 
 
@@ -167,28 +134,6 @@ def _members(layer: FlowLayer) -> str:
     return "channels" if layer.name not in NUMBERED and any(map(str.isdecimal, layer.labels)) else "groups"
 
 
-def _largest_groups(graph: FlowGraph) -> str:
-    """Names the largest groups in the uppermost layer with groups of channels."""
-    for layer in graph.layers[:-1]:
-        groups = [node for node in layer.nodes if is_group(node.label, layer.name)]
-        most = sorted((node for node in groups if node.mass >= WORTH_SAYING), key=lambda node: -node.mass)[:NAMED]
-        if len(most) > 1:
-            return f"In {layer.name}, {_listed([f'{node.label} ({percent(node.mass)})' for node in most])} carry most."
-    return ""
-
-
-def _leading(values: np.ndarray) -> list[int]:
-    """Returns the indices of the largest values that account for enough of the positive sum, at most :data:`NAMED`."""
-    order = np.argsort(-values)
-    total = values.clip(min=0).sum()
-    chosen: list[int] = []
-    for place in order[:NAMED]:
-        if values[place] < WORTH_SAYING or values[chosen].sum() >= ENOUGH * total:
-            break
-        chosen.append(int(place))
-    return chosen
-
-
 def _ways(graph: FlowGraph) -> list[str]:
     """Describes the widest ribbon between the shown groups of each pair of adjacent hidden layers."""
     sentences = []
@@ -198,7 +143,7 @@ def _ways(graph: FlowGraph) -> list[str]:
         if upper.name == "output" or lower is graph.layers[-1] or not groups.size:
             continue
         above, below = np.unravel_index(int(np.abs(groups).argmax()), groups.shape)
-        if abs(groups[above, below]) >= WORTH_SAYING:
+        if abs(groups[above, below]) >= WIDE:
             ribbon = f"{node_name(lower.nodes[below])}{NO_BREAK}→ {node_name(upper.nodes[above])}"
             kinds = {_members(layer) for layer in (lower, upper)}
             members = kinds.pop() if len(kinds) == 1 else "nodes"
@@ -232,7 +177,7 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
         return f"No single walk ({PATH}) stands out: the strongest of {count} from {lowest} to the output has {most}."
     verb = "is" if len(said) == 1 else "are"
     even = f"an even split would give each {percent(1 / count)}"
-    return f"The strongest of {count} walks ({PATHS}) from {lowest} to the output {verb} {_listed(said)}; {even}."
+    return f"The strongest of {count} walks ({PATHS}) from {lowest} to the output {verb} {listed(said)}; {even}."
 
 
 def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
@@ -252,7 +197,7 @@ def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
     kind = "of the other sign" if len(signs) == 2 else "negative" if signs == {1} else "positive"
     if len(said) == 1:
         return [f"The ribbon {said[0]} is narrower, since other walks through it are {kind} and cancel part of it."]
-    return [f"The ribbons {_listed(said)} are narrower, since other walks through them are {kind} and cancel part."]
+    return [f"The ribbons {listed(said)} are narrower, since other walks through them are {kind} and cancel part."]
 
 
 def _against(graph: FlowGraph, target: str) -> str:
@@ -260,7 +205,7 @@ def _against(graph: FlowGraph, target: str) -> str:
     against = sorted((node for node in groups if node.mass <= -WORTH_SAYING), key=lambda node: node.mass)
     worst = [node for node in against if node.layer == against[0].layer][:NAMED]
     said = [f"{named(node, graph)} with {percent(node.mass)}" for node in worst]
-    return f"Against it: {_listed(said)}." if said else ""
+    return f"Against it: {listed(said)}." if said else ""
 
 
 def _elsewhere(graph: FlowGraph) -> list[str]:
@@ -283,13 +228,4 @@ def _layer_text(layer: FlowLayer) -> str:
     return f"the {layer.name}" if layer.name in ("input", "output") else layer.name
 
 
-def _strongest(layer: FlowLayer) -> FlowNode | None:
-    groups = [node for node in layer.nodes if node.kind == "group"]
-    return max(groups, key=lambda node: node.mass, default=None)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-__all__ = ["Walks", "difference_caption", "flow_caption", "named_walks", "walk_name"]
+__all__ = ["Walks", "flow_caption", "named_walks", "walk_name"]

@@ -72,6 +72,17 @@ def is_difference(graph: FlowGraph) -> bool:
     return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
 
 
+def without_output(graph: FlowGraph) -> FlowGraph:
+    """Returns a difference without the output if two other layers remain.
+
+    Both flows hold all relevance of their outputs, so that the output shows 100 % and -100 % for two classes, and
+    nothing for one class in two images; the scale would be that of these bars, not of the differences.
+    """
+    if len(graph.layers) < 3 or graph.layers[0].name != "output":
+        return graph
+    return FlowGraph(graph.layers[1:], graph.joints[1:])
+
+
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
     """Returns the tone of a node, which determines its colour, from the sign of its value or from its kind."""
     if node.kind == "off":
@@ -102,4 +113,5 @@ __all__ = [
     "node_name",
     "region_name",
     "tone_of",
+    "without_output",
 ]

@@ -20,6 +20,7 @@ from ..measure.flow_heat_maps import NodeMaps
 from .flow import curve, scene_of
 from .flow_caption import Walks, flow_caption, walk_name
 from .flow_columns import node_name, region_name
+from .flow_finding import flow_finding
 from .flow_key import SIGNS
 from .flow_notes import Counts, Pairs, counted
 from .flow_parts import Band, DrawnNode, Label, Scene
@@ -44,6 +45,7 @@ def sankey(
     maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
+    finding: str | None = None,
 ) -> str:
     """Returns a flow graph as a self-contained HTML page for light and dark backgrounds.
 
@@ -65,6 +67,7 @@ def sankey(
         maps_at: As in :func:`~nrm_plugin.plots.flow_figure`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
         counts: As in :func:`~nrm_plugin.plots.flow_figure`.
+        finding: As in :func:`~nrm_plugin.plots.flow_figure`.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -72,8 +75,9 @@ def sankey(
     photo = image if isinstance(image, Photo) or image is None else Photo(image)
     thumbnails = node_thumbnails(graph, maps or {}, photo)
     width = max(WIDTH, 2.4 * len(graph.layers))
-    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts)
+    scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="")
     said = flow_caption(graph, walks=walks) if caption is None else caption
+    found = flow_finding(graph) if finding is None else finding
     data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
     parts = [
@@ -82,7 +86,9 @@ def sankey(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
         _photograph(photo, thumbnails, graph) if photo else "",
-        f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>",
+        f'<div>\n<p class="heading">{escape(heading)}</p>\n<h1>{escape(found)}</h1>\n<p>{escape(said)}</p>'
+        if found
+        else f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>",
         f"{_listed_walks(graph, walks)}{CONTROLS}\n</div>\n</header>",
         f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.height:.1f}" role="group" aria-label="flow">',
         DEFINITIONS,
@@ -112,6 +118,7 @@ def save_sankey(
     maps_at: str = "",
     signs: tuple[str, str] = SIGNS,
     counts: Counts | None = None,
+    finding: str | None = None,
 ) -> Path:
     """Writes the page returned by :func:`sankey` to a file and returns the path."""
     path = Path(path)
@@ -127,6 +134,7 @@ def save_sankey(
             maps_at=maps_at,
             signs=signs,
             counts=counts,
+            finding=finding,
         ),
         encoding="utf-8",
     )

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph
 from .flow_caption import LEAST_WALK, WORTH_SAYING, Walks, named_walks
 from .flow_columns import has_rests, is_difference
+from .flow_finding import SEVERAL
 from .flow_notes import is_group
 
 KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
-GROUPS = "A1, A2, … are groups of channels (ch.) that carry relevance together, {}ordered so that few ribbons cross."
-NUMBERED = "numbered by relevance and "
-NOTES = (
-    "Below a group: the part of the image with most of its relevance, and its share; groups without one draw on the "
-    "parts much as all relevance does."
-)
-WALKS = "The narrow bands with dark edges are the named walks."
+GROUPS = "A1, A2, … are groups of channels that carry relevance together."
+DARKER = "Strongly coloured ribbons are the fewest that hold half of the relevance between two layers."
+NOTES = "Below a group: the part of the image with the largest share of it, and this share, if it is unusually large."
+OUTPUTS = "“{}” is a group of outputs: the one with most relevance, and the number of the others."
+WALKS = "The bands with edges are the named walks."
 GROSS = (
-    "Evidence for and against is drawn one above the other, and the number of a node is the difference: it is the same "
-    "on both sides of a node, although more may cancel on one side."
+    "The number of a node is evidence for minus evidence against; the bars on its two sides differ where both cancel."
 )
-SHARES = "Evidence for the output adds up to more than 100% of it, because evidence against it counts as negative."
-DIFFERENCES = "Percentages are differences between shares of two outputs."
+SHARES = "Evidence for the output adds up to more than 100%, because evidence against it is subtracted."
+DIFFERENCES = "Percentages are differences between shares of two outputs: 30% of one minus 20% of the other is 10%."
 NOTHING_OFF = "Less than 0.5% is lost to biases and constants above a layer or bypasses it."
 OFF = (
     "Orange is relevance that does not cross a layer: hatched if it is lost to biases and constants above (absorbed), "
     "dotted if it bypasses the layer."
 )
 THUMBNAILS = (
-    "Thumbnails show where the relevance of a node lies, per area{}, on one colour scale per layer: a large pale part "
-    "may carry more than a small strongly coloured one."
+    "Thumbnails show the relevance of a node per area{}, on one colour scale per layer: a large pale part may carry "
+    "more than a small strongly coloured one."
 )
 CROP = "A white frame in the photograph marks the part that thumbnails show."
-VISIBLE, TIE = 1e-4, 1e-3
-"""Smallest visible relevance of a bar, and largest difference between masses that are displayed as equal."""
+VISIBLE = 1e-4
+"""Smallest visible relevance of a bar."""
 SIGNS = ("evidence for the output", "evidence against it")
 
 
@@ -67,9 +63,9 @@ def key_text(
     differs = graph is not None and is_difference(graph)
     sentences = {
         KEY.format(_colors(graph, signs, has_blue)): True,
-        GROUPS.format(NUMBERED if graph is not None and _are_numbered(graph) else ""): (
-            graph is not None and any(is_group(node.label, node.layer) for node in graph.nodes)
-        ),
+        DARKER: graph is not None and bool(graph.joints),
+        GROUPS: graph is not None and any(is_group(node.label, node.layer) for node in graph.nodes),
+        OUTPUTS.format(_output_group(graph)): bool(_output_group(graph)),
         NOTES: has_notes,
         WALKS: bool(named_walks(walks)),
         GROSS: graph is not None and _cancels(graph),
@@ -81,6 +77,12 @@ def key_text(
         CROP: is_cropped,
     }
     return " ".join(sentence for sentence, is_needed in sentences.items() if is_needed)
+
+
+def _output_group(graph: FlowGraph | None) -> str:
+    """Returns the name of a group of outputs, such as "teapot + 474"; empty if there is none."""
+    nodes = [node for node in graph.nodes if node.layer == "output" and node.kind == "group"] if graph else []
+    return next((node.label for node in nodes if SEVERAL.search(node.label)), "")
 
 
 def _colors(graph: FlowGraph | None, signs: tuple[str, str], has_blue: bool) -> str:
@@ -95,13 +97,6 @@ def _is_negative(graph: FlowGraph) -> bool:
     sums = [joint.clip(max=0).sum(axis) for joint in graph.joints for axis in (0, 1)]
     masses = [[node.mass for node in graph.nodes]]
     return min((float(np.min(values)) for values in [*sums, *masses] if len(values)), default=0.0) < -VISIBLE
-
-
-def _are_numbered(graph: FlowGraph) -> bool:
-    """Returns whether the groups of each layer are numbered by decreasing relevance."""
-    numbered = [[(int(node.label[1:]), node.mass) for node in layer.nodes if is_group(node.label, layer.name)]
-                for layer in graph.layers]  # fmt: skip
-    return all(one >= other - TIE for layer in numbered for (_, one), (_, other) in pairwise(sorted(layer)))
 
 
 def _cancels(graph: FlowGraph) -> bool:

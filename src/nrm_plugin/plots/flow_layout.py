@@ -23,8 +23,21 @@ HAIRLINE = 0.3
 """Smallest width of a ribbon that is drawn, in points."""
 NARROW = 5.0
 """Figures narrower than this, in inches, become higher if columns are long, so that thumbnails remain legible."""
+CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are those of channels."
+"""Sentences in the legend about names below thumbnails."""
 GAP = 9.0
 """Vertical space between two nodes, in points."""
+WIDER, BESIDE = 1.5, 140.0
+"""Largest width of the photograph, as a multiple of that of a square one, and the least room for the finding beside it
+in points."""
+DARKER, PALER = 0.66, 0.26
+"""Opacity of the fewest ribbons between the groups of two layers that hold half of their relevance, and of others."""
+FAINT = 0.14
+"""Opacity of ribbons between two rests, or between two nodes of walks that do not cross a layer."""
+SHORT = 2
+"""Columns with at most this many nodes have room for names of three lines."""
+LEAST = 20.0
+"""Smallest width of a thumbnail, in points."""
 SMALLER = 0.8
 """Factor by which the font size of a note may be reduced to fit a longer version."""
 Column = Sequence[tuple[int, FlowNode]]
@@ -45,6 +58,7 @@ def flow_scene(
     photo_ratio: float | None = None,
     notes: Notes | None = None,
     counts: Counts | None = None,
+    finding: str = "",
 ) -> Scene:
     """Computes the layout of a flow.
 
@@ -59,6 +73,7 @@ def flow_scene(
         photo_ratio: Height-to-width ratio of the photograph next to the caption, or None without a photograph.
         notes: Alternative notes below the name of each node, from longest to shortest, keyed by node.
         counts: Number of channels of each group, keyed by node; shown where there is enough space.
+        finding: The main finding, which is the title; the heading is then a smaller line above it.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -70,7 +85,7 @@ def flow_scene(
     if counts:
         columns = [_counted(column, counts, sizes, number) for number, column in enumerate(columns)]
         sizes = _sizes(columns, width, ratio if thumbnails else 0.0, notes)
-    photo, labels, top = _header(sizes, heading, caption, photo_ratio)
+    photo, labels, top = _header(sizes, (heading, finding, caption), photo_ratio)
     labels += _column_headings(graph, sizes, top)
     top += 2 * LINE * sizes.letters + 8
     stacks = _stacks(graph, columns)
@@ -86,8 +101,10 @@ def flow_scene(
     bands, omitted = _bands(graph, columns, nodes, unit)
     bottom = max([node.box.bottom for node in nodes], default=top + 20) + 10
     note = f"Ribbons thinner than a hairline, together {percent(omitted)}, are not drawn." if omitted > 1e-3 else ""
-    is_high = any(HIGH in label.text for node in nodes for label in node.labels)
-    sentences = " ".join(filter(None, (key, HIGHS if is_high else "", note)))
+    written = " ".join(label.text for node in nodes for label in node.labels)
+    terms = [said for said, term in ((HIGHS, HIGH), (CHANNELS, "\u00a0ch.")) if term in written]
+    terms += [NUMBERS] if any(sizes.bare) else []
+    sentences = " ".join(filter(None, (key, *terms, note)))
     for line in wrapped_lines(sentences, sizes.width - 2 * MARGIN, 0.9 * sizes.letters):
         labels.append(Label(MARGIN, bottom + 5, line, 0.9 * sizes.letters, "start", "pale"))
         bottom += LINE * 0.9 * sizes.letters
@@ -110,37 +127,44 @@ def _sizes(columns: Sequence[Column], width: float | None, ratio: float, notes: 
     count, longest = max(len(columns), 1), max((len(column) for column in columns), default=1)
     points = 72 * (max(7.2, 1.9 * count, 0.8 * longest) if width is None else width)
     letters = float(np.clip(points / (14.5 * count), 5.0, 7.2))
-    sides, lines = [], []
+    sides, lines, bare = [], [], []
     for column in columns:  # a long column has smaller thumbnails
         widest = max((text_width(_one_line(node), letters) for _, node in column), default=0.0)
         largest = float(np.clip(0.44 * points / count, 20, 84))
         tall = 1.1 if points > 72 * NARROW else 1.35
         longer = tall * points / max(len(column), 1) - 2 * LINE * letters - GAP
-        sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44)) if ratio else 0.6 * largest)
-        longest_name = max((text_width(_fitting(node, sides[-1], letters), letters) for _, node in column), default=0.0)
-        lines.append(1 if widest < 0.8 * sides[-1] else 2 if longest_name < sides[-1] else 3)
+        sides.append(max(min(largest, longer / ratio), min(0.6 * largest, 44), LEAST) if ratio else 0.6 * largest)
+        channels = [_shorter(node) for _, node in column if _shorter(node) != node_name(node)]
+        bare.append(bool(ratio) and any(text_width(name, letters) > sides[-1] for name in channels))
+        names = [_fitting(node, sides[-1], letters, bare[-1]) for _, node in column]
+        most = max((len(wrapped_lines(name, sides[-1], letters)) for name in names), default=1)
+        lines.append(1 if widest < 0.8 * sides[-1] else 1 + min(most, 3 if len(column) <= SHORT else 2))
     noted = tuple(int(any(node.key in notes for _, node in column)) for column in columns)
-    return Sizes(points, letters, ratio, tuple(sides), tuple(lines), noted)
+    return Sizes(points, letters, ratio, tuple(sides), tuple(lines), noted, tuple(bare))
 
 
 def _header(
-    sizes: Sizes, heading: str, caption: str, photo_ratio: float | None
+    sizes: Sizes, texts: tuple[str, str, str], photo_ratio: float | None
 ) -> tuple[Box | None, list[Label], float]:
-    """Returns the position of the photograph, the title and caption lines, and the vertical position below both."""
+    """Returns the position of the photograph, the lines of heading, finding and caption, and the position below."""
     labels: list[Label] = []
     photo = None
     left, y = MARGIN, MARGIN
     if photo_ratio is not None:
         side = float(np.clip(0.22 * sizes.width, 72, 110))
-        long = side / max(1.0, photo_ratio)
+        long = side * min(WIDER, 1 / photo_ratio)
         photo = Box(MARGIN, MARGIN, long, long * photo_ratio)
         left = photo.right + 10
     big, small = min(10.5, 1.4 * sizes.letters + 0.5), 1.08 * sizes.letters
-    for text, size, is_bold in ((heading, big, True), (caption, small, False)):
-        if text and not is_bold and photo is not None and sizes.width < 72 * NARROW:  # below the photograph
+    heading, finding, caption = texts
+    is_titled = bool(finding and heading)
+    first = (heading, small, False, "pale") if is_titled else (heading, big, True, "ink")
+    rows = (first, (finding, big, True, "ink"), (caption, small, False, "ink"))
+    for number, (text, size, is_bold, tone) in enumerate(rows):
+        is_below = number == 2 or (number == 1 and sizes.width - left < BESIDE)
+        if text and is_below and photo is not None and sizes.width < 72 * NARROW:  # below the photograph
             left, y = MARGIN, max(y, photo.bottom + 4)
         for line in wrapped_lines(text, sizes.width - left - MARGIN, size, is_bold):
-            tone = "ink"
             labels.append(Label(left, y + 0.5 * LINE * size, line, size, "start", tone, is_bold))
             y += LINE * size
         y += 3 if text else 0
@@ -309,8 +333,8 @@ def _labels(
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
     if is_between:
         room = sizes.sides[number] - 1
-        fitting = _fitting(node, room, size)
-        texts = {1: [_one_line(node)], 2: [fitting], 3: fitting.split()}[sizes.lines[number]]
+        fitting = _fitting(node, room, size, sizes.bare[number])
+        texts = {1: [_one_line(node)], 2: [fitting]}.get(sizes.lines[number], fitting.split())
         widest = max((text_width(text, size) for text in texts), default=0.0)
         size *= float(np.clip(room / max(widest, 1e-6), 0.75, 1.0))
     elif number in (0, last) and text_width(node_name(node), size) / 2 > sizes.node(number) / 2 + MARGIN - 2:
@@ -318,7 +342,7 @@ def _labels(
     tone = "ink" if node.kind != "group" or node.mass >= 0 else "negative"
     if sizes.lines[number] == 1:
         return (Label(x, y + 0.5 * LINE * size, _one_line(node), size, anchor, tone, True),)
-    name = _name_lines(_fitting(node, room, size), sizes.lines[number] - 1, room, size)
+    name = _name_lines(_fitting(node, room, size, sizes.bare[number]), sizes.lines[number] - 1, room, size)
     labels = [Label(x, y + (row + 0.5) * LINE * size, text, size, anchor) for row, text in enumerate(name)]
     return (*labels, Label(x, y + (len(name) + 0.5) * LINE * size, percent(node.mass), size, anchor, tone, True))
 
@@ -338,10 +362,16 @@ def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
     return [*lines[: count - 1], *([cut(" ".join(lines[count - 1 :]), room, size)] if len(lines) >= count else [])]
 
 
-def _fitting(node: FlowNode, room: float, size: float) -> str:
-    """Returns the name of a node, abbreviating "channel" if it does not fit the available width."""
+def _fitting(node: FlowNode, room: float, size: float, is_bare: bool = False) -> str:
+    """Returns the name of a node, abbreviating "channel" if it does not fit the available width, or omitting it."""
     name = node_name(node)
-    return name if text_width(name, size) <= room else name.replace("channel ", "ch.\u00a0")
+    if is_bare:
+        return name.removeprefix("channel ")
+    return name if text_width(name, size) <= room else _shorter(node)
+
+
+def _shorter(node: FlowNode) -> str:
+    return node_name(node).replace("channel ", "ch.\u00a0")
 
 
 def _one_line(node: FlowNode) -> str:
@@ -359,12 +389,12 @@ def _bands(
     bands: list[Band] = []
     omitted = 0.0
     layers = graph.layers[::-1]
-    widest = max((float(np.abs(joint[:-1, :-1]).max(initial=0.0)) for joint in graph.joints), default=0.0) or 1.0
     for number, joint in enumerate(joint.T for joint in graph.joints[::-1]):
         left, right = columns[number], columns[number + 1]
         values = joint[np.ix_([row for row, _ in left], [row for row, _ in right])]
         starts, ends = _tops(values, unit), _tops(values.T, unit).T
         omitted += float(np.abs(joint).sum() - np.abs(values).sum())
+        darker = _half(joint[:-2, :-2])
         for (a, (_, lower)), (b, (_, upper)) in ((a, b) for a in enumerate(left) for b in enumerate(right)):
             value, width = float(values[a, b]), abs(float(values[a, b])) * unit
             if width < HAIRLINE:
@@ -376,15 +406,19 @@ def _bands(
             kinds = {lower.kind, upper.kind}
             kind = lower if lower.kind == "off" else upper if upper.kind == "off" else None
             tone = tone_of(kind, layers[number + (kind is upper)], value) if kind else _tone(kinds, value)
-            strength = (
-                0.16
-                if kinds == {"off"}
-                else 0.3
-                if kind or "rest" in kinds
-                else 0.28 + 0.42 * min(1.0, abs(value) / widest)
-            )
-            bands.append(Band(lower.key, upper.key, value, start, end, width, tone, round(strength, 3)))
+            if kind or "rest" in kinds:
+                strength = FAINT if len(kinds) == 1 else PALER
+            else:
+                strength = DARKER if abs(value) >= darker else PALER
+            bands.append(Band(lower.key, upper.key, value, start, end, width, tone, strength))
     return bands, omitted
+
+
+def _half(values: Array) -> float:
+    """Returns the least absolute value of the fewest ribbons that hold half of the relevance between groups."""
+    sizes = np.sort(np.abs(values), axis=None)[::-1]
+    enough = np.cumsum(sizes) >= 0.5 * sizes.sum()
+    return float(sizes[int(enough.argmax())]) if sizes.sum() > 0 else 0.0
 
 
 def _tone(kinds: Collection[str], value: float) -> str:

@@ -124,6 +124,7 @@ class Sizes:
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
         notes: Number of additional lines for notes per node in each column.
+        bare: Whether the channels of each column are named by their numbers alone, for lack of space.
     """
 
     width: float
@@ -132,6 +133,7 @@ class Sizes:
     sides: tuple[float, ...]
     lines: tuple[int, ...]
     notes: tuple[int, ...]
+    bare: tuple[bool, ...]
 
     @property
     def gap(self) -> float:

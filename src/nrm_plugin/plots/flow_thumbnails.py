@@ -150,8 +150,9 @@ def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixe
     if not inside.all():
         colors = np.where(_border(inside, 3)[..., None], (0.9, 0.62, 0.0), colors)
     if thumbnails is not None and is_cropped(thumbnails):
-        rows = [top + round(end * (bottom - top) / thumbnails.size[0]) for end in thumbnails.box[::2]]
-        places = [left + round(end * (right - left) / thumbnails.size[1]) for end in thumbnails.box[1::2]]
+        tall, wide = photo.colors.shape[:2]  # two images side by side are wider than the thumbnails
+        rows = [top + round(end * (bottom - top) / tall) for end in thumbnails.box[::2]]
+        places = [left + round(end * (right - left) / wide) for end in thumbnails.box[1::2]]
         part = np.zeros((height, width), bool)
         part[rows[0] : rows[1], places[0] : places[1]] = True
         colors = np.where(_border(part, 2)[..., None], 1.0, colors)

@@ -1,0 +1,149 @@
+"""The main finding of a flow in one sentence, which is the title of its figure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
+from .flow_columns import is_difference, node_name
+from .ribbons import percent
+
+HALF = 0.5
+"""The named nodes of a layer are the fewest that hold this share of the relevance, but at most :data:`NAMED`."""
+NAMED = 3
+AGAINST = -0.25
+"""Evidence against the output of at least this mass is part of the finding."""
+ALIKE = 0.01
+"""If no node differs by this share, the finding is that two flows hardly differ."""
+THROUGH = "passes through"
+NUMBERED = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
+SEVERAL = re.compile(r" \+ \d+$")
+"""End of the name of a group of several members, such as "teapot + 474"."""
+Places = Mapping[str, str]
+"""Where in the image each input node lies, such as "upper left", keyed by node."""
+
+
+def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = None) -> str:
+    """Returns one sentence on what carries the output: its main sources, and the main nodes of a layer above them.
+
+    Each number is the sum of the masses of the named nodes, which the figure shows. Of the layers between the lowest
+    layer and the output, the sentence is about the one in which the fewest nodes hold half of the relevance. If most
+    relevance passes through nodes that are not shown, it says so.
+
+    Args:
+        graph: The graph.
+        target: Name of the explained output; by default, the name of the only output node.
+        places: Where in the image each input node lies, such as "upper left", keyed by node.
+
+    Returns:
+        The sentence, without a full stop; empty for a difference of two flows, and if the lowest layer has no groups.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> graph = RelevanceMeasure(net, torch.tensor([[1.0, 2.0, 3.0]]), 1).flow(["output", "1", "input"])
+        >>> "% of “1” comes from" in flow_finding(graph)
+        True
+    """
+    if not graph.layers or not graph.layers[-1].groups or is_difference(graph):
+        return ""
+    lowest = graph.layers[-1]
+    verb = "comes from" if lowest.name == "input" else THROUGH
+    clauses = [_clause(lowest, f"of {target or target_name(graph)} {verb}", places or {})]
+    between = [layer for layer in graph.layers[:-1] if layer.name != "output" and layer.groups]
+    if between:
+        layer = max(between, key=_concentration)
+        clauses.append(_clause(layer, THROUGH, {}))
+    return ", and ".join(clauses)
+
+
+def difference_finding(graph: FlowGraph, first: str, second: str, places: Places | None = None) -> str:
+    """Returns one sentence on where two flows differ most, or on how little they differ.
+
+    Args:
+        graph: The first flow minus the second.
+        first: Name of the first flow, whose excess is red.
+        second: Name of the second flow, whose excess is blue.
+        places: As in :func:`flow_finding`.
+    """
+    nodes = [node for layer in graph.layers if layer.name != "output" for node in _groups(layer)]
+    largest = max((abs(node.mass) for node in nodes), default=0.0)
+    if largest < ALIKE:
+        return f"The flows of {first} and {second} hardly differ: no share by more than {percent(largest)}"
+    sides = []
+    for name, sign in ((first, 1), (second, -1)):
+        said = []
+        for layer in reversed(graph.layers):
+            own = [node for node in nodes if node.layer == layer.name and sign * node.mass >= ALIKE]
+            if own:
+                node = max(own, key=lambda node: sign * node.mass)
+                notes = [(places or {}).get(node.key, ""), percent(node.mass)]
+                where = "" if layer.name == "input" else f" of {layer.name}"
+                said.append(f"{node_name(node)}{where} ({', '.join(filter(None, notes))})")
+        sides += [f"more for {name}: {listed(said)}"] if said else []
+    text = "; ".join(sides)
+    return text[:1].upper() + text[1:]
+
+
+def target_name(graph: FlowGraph) -> str:
+    """Returns the name of the only output in quotation marks, or "all relevance" if there are several or none."""
+    groups = _groups(graph.layers[0]) if graph.layers and graph.layers[0].name == "output" else []
+    main = [node for node in groups if abs(node.mass) >= ALIKE]
+    if len(main) != 1:
+        return "all relevance"
+    return main[0].label if main[0].label.startswith(("“", "class ")) else f"“{main[0].label}”"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Joins names with commas and "and"."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def together(names: Sequence[str]) -> str:
+    """Lists names, and names a common word once: "part 1" and "part 2" are "parts 1 and 2"."""
+    matches = [NUMBERED.fullmatch(name) for name in names]
+    words = {match["word"] if match else None for match in matches}
+    if len(names) < 2 or len(words) > 1 or None in words:
+        return listed(names)
+    return f"{words.pop()}s {listed([match['number'] for match in matches if match])}"
+
+
+def leading(layer: FlowLayer) -> list[FlowNode]:
+    """Returns the fewest groups of a layer that hold half of the relevance, or the largest ones if many are needed."""
+    chosen: list[FlowNode] = []
+    for node in sorted(_groups(layer), key=lambda node: -node.mass)[:NAMED]:
+        if chosen and (node.mass <= 0 or sum(one.mass for one in chosen) >= HALF):
+            break
+        chosen.append(node)
+    return chosen
+
+
+def _concentration(layer: FlowLayer) -> tuple[bool, int, float]:
+    """Returns a key that is larger if fewer nodes of a layer hold half of the relevance, or if they hold more of it."""
+    nodes = leading(layer)
+    total = sum(node.mass for node in nodes)
+    return total >= HALF, -len(nodes), total
+
+
+def _clause(layer: FlowLayer, says: str, places: Places) -> str:
+    """Returns the main nodes of a layer with the sum of their masses, or how much the nodes that are not shown have."""
+    of_layer = "" if layer.name == "input" else f" of {layer.name}"
+    if layer.others and layer.rest >= HALF:
+        members = "channels" if all(map(str.isdecimal, layer.labels)) and layer.name != "input" else "groups"
+        return f"{percent(layer.rest)} {says} the {layer.others} {members}{of_layer} that are not shown"
+    if layer.bypass >= HALF:
+        return f"{percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
+    nodes = leading(layer)
+    where = list(dict.fromkeys(places[node.key] for node in nodes if node.key in places))
+    note = f" ({', '.join(where)})" if where else ""
+    said = f"{percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
+    worst = min(_groups(layer), key=lambda node: node.mass)
+    against = f", against {percent(worst.mass)} from {node_name(worst)}" if worst.mass <= AGAINST else ""
+    return f"{said}{note}{of_layer}{against}"
+
+
+def _groups(layer: FlowLayer) -> list[FlowNode]:
+    return layer.nodes[: len(layer.groups)]
+
+
+__all__ = ["Places", "difference_finding", "flow_finding", "leading", "listed", "target_name", "together"]

@@ -1,0 +1,61 @@
+"""Shortcuts whose conditions fail by chance are avoided in all layers, so that a plan is made anew only a few times."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zennit.composites import EpsilonPlus
+
+from nrm_plugin import Normalized, Plan, RelevanceMeasure
+from nrm_plugin.plan import planned_measure
+from nrm_plugin.plan.programs import FAILURES
+
+BRANCHES, WIDTH = 8, 2
+RULES = Normalized(EpsilonPlus())
+
+
+class Branches(nn.Module):
+    """The sum of convolutions, each of its own part of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleList(nn.Conv1d(WIDTH, 3, 1) for _ in range(BRANCHES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([part(one) for part, one in zip(self.parts, x.chunk(BRANCHES, 1), strict=True)]).sum((0, 3))
+
+
+def inputs(negative: int | None) -> Tensor:
+    """Positive inputs, but for those of one part."""
+    x = torch.rand(2, BRANCHES * WIDTH, 4, dtype=torch.float64) + 0.1
+    if negative is not None:
+        x[:, negative * WIDTH] *= -1
+    return x
+
+
+def test_a_shortcut_that_fails_in_one_layer_after_the_other_is_avoided_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+    made = planned_measure.TracedRecording.__init__
+    monkeypatch.setattr(
+        planned_measure.TracedRecording, "__init__", lambda *args: traces.append(args[-1]) or made(*args)
+    )
+    net = Branches().double().eval()
+    plan = Plan(net, inputs(None), composite=RULES)
+    for negative in [None, None, *range(BRANCHES), *range(BRANCHES)]:
+        x = inputs(negative)
+        expected = RelevanceMeasure(net, x, 1, composite=RULES).marginal("input")
+        assert torch.allclose(plan(x, 1).marginal("input"), expected, atol=1e-12)
+    assert [one for one in traces if one is not None and "no negative input" in one]
+    assert 1 + FAILURES <= len(traces) < 1 + BRANCHES
+
+
+def test_a_shortcut_that_fails_in_one_layer_is_taken_in_the_others() -> None:
+    net = Branches().double().eval()
+    plan = Plan(net, inputs(None), composite=RULES)
+    for negative in [None, None, *[3] * 2 * FAILURES]:
+        mu = plan(inputs(negative), 1)
+        mu.marginal("input")
+    avoided = mu._programs.avoided  # type: ignore[attr-defined]
+    assert {name for name in avoided if name.startswith("no negative input")} == {"no negative input in parts.3:0"}

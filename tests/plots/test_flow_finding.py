@@ -1,0 +1,104 @@
+"""The sentence above a flow."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import numpy as np
+
+from nrm_plugin.measure.flow_graph import FlowGraph
+from nrm_plugin.measure.flow_nodes import FlowLayer
+from nrm_plugin.plots.flow_finding import difference_finding, flow_finding, leading, together
+from tests.plots.test_flow_caption import JOINTS, LOWEST, MIDDLE, TOP, layer
+
+
+def graph_of(*layers: FlowLayer) -> FlowGraph:
+    sizes = [len(one.groups) + 2 for one in layers]
+    return FlowGraph(layers, tuple(np.zeros(pair) for pair in pairwise(sizes)))
+
+
+PARTS = layer("input", ("part 1", "part 2", "part 3"), (0.45, 0.3, 0.25))
+GROUPS = layer("conv", ("A1", "A2", "A3", "A4"), (0.4, 0.3, 0.2, 0.1))
+
+
+def test_the_fewest_nodes_with_half_of_the_relevance_are_named_with_their_sum():
+    places = {"input/0": "top", "input/1": "top", "input/2": "left"}
+    assert flow_finding(graph_of(TOP, GROUPS, PARTS), places=places) == (
+        "75% of “zebra” comes from parts 1 and 2 (top), and 70% passes through A1 and A2 of conv"
+    )
+    one = layer("input", ("part 1", "part 2"), (0.5, 0.5))
+    assert flow_finding(graph_of(TOP, one)) == "50% of “zebra” comes from part 1"
+    several = layer("output", ("teapot", "stupa", "cup"), (1.2, -0.2, 0.0))
+    assert flow_finding(graph_of(several, one)) == "50% of all relevance comes from part 1"
+    assert flow_finding(graph_of(layer("output", ("teapot", "cup"), (1.0, 0.001)), one)).startswith("50% of “teapot”")
+    assert flow_finding(graph_of(one)).startswith("50% of all relevance comes from part 1")
+    assert flow_finding(graph_of(GROUPS)) == "70% of all relevance passes through A1 and A2 of conv"
+    spread = layer("input", tuple(f"part {n}" for n in range(10)), (0.1,) * 10)
+    assert flow_finding(graph_of(TOP, spread), "it") == "30% of it comes from parts 0, 1 and 2"
+
+
+def test_every_number_of_a_finding_is_a_sum_over_named_nodes():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
+    said = flow_finding(graph)
+    assert re.findall(r"[−\d]+%", said) == ["50%", "80%"]
+    nodes = {node.label: node.mass for node in graph.nodes}
+    assert (nodes["legs"], nodes["group 1"]) == (0.5, 0.8)
+
+
+def test_the_finding_is_about_the_layer_in_which_the_fewest_nodes_hold_half():
+    upper = layer("block", ("B1", "B2"), (0.6, 0.4))
+    assert "60% passes through B1 of block" in flow_finding(graph_of(TOP, upper, GROUPS, PARTS))
+    assert "60% passes through B1 of block" in flow_finding(graph_of(TOP, GROUPS, upper, PARTS))
+    more = layer("block", ("B1", "B2", "B3"), (0.37, 0.35, 0.28))
+    assert "72% passes through B1 and B2 of block" in flow_finding(graph_of(TOP, GROUPS, more, PARTS))
+
+
+def test_strong_evidence_against_the_output_is_part_of_the_finding():
+    channels = layer("conv", ("3", "8", "9"), (1.5, 0.2, -0.7))
+    said = flow_finding(graph_of(TOP, channels, PARTS))
+    assert said.endswith("150% passes through channel 3 of conv, against −70% from channel 9")
+    weak = layer("conv", ("3", "8", "9"), (1.0, 0.2, -0.2))
+    assert "against" not in flow_finding(graph_of(TOP, weak, PARTS))
+
+
+def test_most_relevance_outside_of_the_shown_nodes_is_the_finding():
+    channels = layer("conv", ("3", "8"), (0.2, 0.1), rest=0.7)
+    said = flow_finding(graph_of(TOP, channels, PARTS))
+    assert said.endswith("70% passes through the 7 channels of conv that are not shown")
+    few = layer("input", ("part 1",), (0.3,), rest=0.7)
+    assert flow_finding(graph_of(TOP, few)) == "70% of “zebra” comes from the 7 groups that are not shown"
+
+
+def test_a_layer_that_most_relevance_bypasses_is_said_to_be_bypassed():
+    heads = layer("attn", ("head 1", "head 2"), (0.3, 0.1), bypass=0.6)
+    assert flow_finding(graph_of(TOP, heads, PARTS)).endswith("and 60% bypasses attn")
+    assert flow_finding(graph_of(TOP, heads)) == "60% of “zebra” bypasses attn"
+
+
+def test_a_common_word_is_named_once():
+    assert together(["part 1", "part 2"]) == "parts 1 and 2"
+    assert together(["head 1", "head 2", "head 10"]) == "heads 1, 2 and 10"
+    assert together(["part 1"]) == "part 1"
+    assert together(["part 1", "A2"]) == "part 1 and A2"
+    assert together(["part 1", "head 2"]) == "part 1 and head 2"
+
+
+def test_negative_nodes_do_not_lead():
+    assert [node.label for node in leading(layer("conv", ("A1", "A2", "A3"), (0.3, -0.1, 0.1)))] == ["A1", "A3"]
+    assert [node.label for node in leading(layer("conv", ("A1", "A2"), (-0.3, -0.1)))] == ["A2"]
+    assert flow_finding(graph_of(layer("input", (), (), sink=1.0))) == ""
+    assert flow_finding(graph_of(layer("input", ("part 1", "part 2"), (0.3, -0.3)))) == ""  # of two flows
+
+
+def test_the_finding_of_a_difference_names_the_largest_on_both_sides():
+    outputs = layer("output", ("zebra", "horse"), (1.0, -1.0))
+    groups, parts = layer("conv", ("B1", "B2"), (0.3, -0.2)), layer("input", ("part 1", "part 2"), (0.25, -0.1))
+    graph = graph_of(outputs, groups, parts)
+    assert difference_finding(graph, "zebra", "horse", {"input/0": "top"}) == (
+        "More for zebra: part 1 (top, 25%) and B1 of conv (30%); more for horse: part 2 (−10%) and B2 of conv (−20%)"
+    )
+    same = graph_of(outputs, layer("conv", ("B1", "B2"), (0.004, -0.003)), layer("input", ("part 1",), (0.0,)))
+    assert difference_finding(same, "zebra", "horse") == (
+        "The flows of zebra and horse hardly differ: no share by more than 0.40%"
+    )
