@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks.circuits.pages import circuits, known_circuit
 from benchmarks.markdown import grid, small
+from benchmarks.path_patching.pages import path_patching
+from benchmarks.real.pages import real
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -120,55 +122,6 @@ def selection(results: Results) -> dict[str, str]:
             f"| channels retained (of {sum(net['channels'])}), ablation | {columns} | seconds |", cells
         )
     return tables
-
-
-JOINTS = {
-    "joint, tangents": "tangents",
-    "joint, secants": "secants",
-    "joint, NRMDefault": "default",
-    "joint, EpsilonPlusFlat": "EpsilonPlusFlat",
-    "joint, NRMAbsolute": "NRMAbsolute",
-    "zennit-crp, EpsilonPlusFlat": "zennit-crp",
-}
-PATCHED = {"zero": "zero", "input": "reference input"}
-
-
-def path_patching(results: Results) -> dict[str, str]:
-    """Joint relevance compared with the best product in all nets, and correlations with path patching by net."""
-
-    def difference(mean: float, low: float, high: float) -> str:
-        return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-
-    found: dict[str, str] = {}
-    first = []
-    for name, net in results["nets"].items():
-        rows, errors = [], []
-        for kind, one in net["kinds"].items():
-            for start, measured in one["references"].items():
-                scores, best = measured["scores"], measured["best product"]
-                about = kind, PATCHED[start]
-                shown = [scores.get(score) for score in JOINTS]
-                cells = [f"{row['correlation'][0]:.3f}" if row else "" for row in shown]
-                product = f"{scores[best]['correlation'][0]:.3f}, {best.removeprefix('product of ')}"
-                rows.append([*about, *cells, product])
-                wrong = [f"{row['error']:.2f}" if row else "" for row in (*shown, scores[best])]
-                errors.append([*about, *wrong])
-                ahead = [difference(*row["minus best product"]) for row in shown[:3] if row]
-                first.append([name, *about, *ahead, difference(*measured["secants minus tangents"])])
-        columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
-        found[name] = grid(columns, rows)
-        found[f"{name}, errors"] = grid(columns, errors)
-    ranked = {name: net["channels"] for name, net in results["nets"].items() if "channels" in net}
-    figures = [(key, fill) for key in ("correlation", "SRG") for fill in PATCHED]
-    for name, fills in ranked.items():
-        cells = (
-            [score, *("{:.3f} ({:.3f}–{:.3f})".format(*fills[fill][score][key]) for key, fill in figures)]
-            for score in fills["zero"]
-        )
-        columns = " | ".join(f"{key}, {PATCHED[fill]}" for key, fill in figures)
-        found[f"{name}, channels"] = grid(f"| score | {columns} |", cells)
-    head = "| network | sets | patched with | tangents | secants | default | secants minus tangents |"
-    return {"differences": grid(head, first), **found}
 
 
 def flow(results: Results) -> dict[str, str]:
@@ -371,73 +324,6 @@ def memory(results: Results) -> dict[str, str]:
     ]
     short = "| model in | composite | error of totals / V | one neuron / V | sum over neurons / V |"
     return {"limits": grid(head, rows), "formats": grid(short, formats)}
-
-
-REAL = {
-    "SRG, plain": "SRG, plain ↑", "SRG, blur": "SRG, blur ↑", "insertion": "insertion ↑", "deletion": "deletion ↓",
-    "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
-}  # fmt: skip
-"""Metrics of explanations of trained networks, with the direction that is better."""
-
-
-def real(results: Results) -> dict[str, str]:
-    """Metrics in which other methods are better, comparison by network, settings that were tried, and more methods."""
-    return {
-        "compared": _compared(results["nets"]),
-        "losses": _losses(results["nets"]),
-        "tried": _tried(results["tried"]),
-        "more methods": _all_metrics(results["more methods"]),
-    }
-
-
-def _compared(nets: Results) -> str:
-    """The metrics of every network, and the lead of the first method over the others in SRG."""
-    keys = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
-    rows = []
-    for net, measured in nets.items():
-        for number, (name, row) in enumerate(measured["methods"].items()):
-            shown = [_interval(row[key]["mean"]) for key in keys]
-            ahead = _interval(row["SRG, plain"]["behind"], "+") if number else ""
-            counts = f"{row['SRG, plain']['samples']}, {row['own']['samples']}"
-            rows.append(["" if number else net, name, *shown, ahead, counts, row["seconds"]])
-    head = " | ".join(REAL[key] for key in keys)
-    return grid(f"| network | method | {head} | SRG: first row minus this row | photographs, explanations of pairs "
-                "| seconds |", rows)  # fmt: skip
-
-
-def _losses(nets: Results) -> str:
-    """Metrics in which another method is significantly better than the first one."""
-    losses = []
-    for net, measured in nets.items():
-        ours, *others = measured["methods"].items()
-        for key in (key for key in REAL if key in ours[1]):
-            ahead = {name: row[key]["behind"] for name, row in others if row[key]["behind"][2] < 0}
-            best = sorted(ahead, key=lambda name, of=ahead: of[name][0])
-            if best:
-                losses.append([net, REAL[key], best[0], _interval(ahead[best[0]], "+"), len(best)])
-    return grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
-
-
-def _tried(tried: Results) -> str:
-    """Settings of averages over layers, on the network on which one was chosen."""
-    cells = (
-        [row["measure"], row["map"], row["photographs"], f"{row['SRG']:.2f}",
-         "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]), f"{row['inside']:.2f}", f"{row['own']:.3f}",
-         f"{row['wins']:.3f}"]
-        for row in tried["rows"]
-    )  # fmt: skip
-    return grid("| measure | map | photographs | SRG ↑ | SRG minus GradCAM | inside ↑ | own ↑ | wins ↑ |", cells)
-
-
-def _all_metrics(measured: Results) -> str:
-    methods = measured["methods"]
-    keys = [key for key in REAL if key in next(iter(methods.values()))]
-    rows = ([name, *(_interval(row[key]["mean"]) for key in keys), row["seconds"]] for name, row in methods.items())
-    return grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)
-
-
-def _interval(values: list[float], sign: str = "") -> str:
-    return "{:{sign}.2f} ({:{sign}.2f} to {:{sign}.2f})".format(*values, sign=sign)
 
 
 def text_heads(results: Results) -> dict[str, str]:

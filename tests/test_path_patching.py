@@ -10,11 +10,13 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from zennit.composites import EpsilonPlusFlat
 
 from benchmarks.circuits import nets as circuit_nets
 from benchmarks.path_patching import __main__ as command
-from benchmarks.path_patching import chains, channels, figure, nets, scores
+from benchmarks.path_patching import chains, channels, figure, nets, pages, scores
 from benchmarks.path_patching.patching import Patching
+from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, at
 
 SITES = ("site", "middle", "last")
 PLACES = range(4), range(3), range(5), range(2)
@@ -79,7 +81,9 @@ def test_in_a_linear_net_patching_and_both_joints_are_sums_over_enumerated_walks
     exact = Patching(case, start).effects(CHAINS.sites, CHAINS.lower, CHAINS.upper)
     torch.testing.assert_close(exact, expected)
     for slopes in ("tangent", "secant"):
-        torch.testing.assert_close(scores.against_reference(case, start, slopes).masses(CHAINS), expected)
+        torch.testing.assert_close(
+            scores.against_reference(case, Patching(case, start), slopes).masses(CHAINS), expected
+        )
     assert float(expected.abs().max()) > 1e-4
 
 
@@ -119,7 +123,7 @@ def test_the_whole_of_every_site_is_the_whole_change_or_that_without_the_bypass(
     bypass = (a - a0) @ case.whole.rest.around.weight.T @ case.whole.rest.output.weight.T
     change = patching.value - case.explained(patching.run({}, patching.start)[1]) - case.explained(bypass)
     torch.testing.assert_close(patching.effects(everything.sites, everything.lower, everything.upper)[:, 0, 0], change)
-    secants = scores.against_reference(case, start, "secant").masses(everything)[:, 0, 0]
+    secants = scores.against_reference(case, patching, "secant").masses(everything)[:, 0, 0]
     torch.testing.assert_close(secants, change)
 
 
@@ -175,6 +179,12 @@ def test_products_of_single_foundare_written_out(start):
     total = patching.value - case.explained(patching.run({}, patching.start)[1])
     expected = (changes[0] * changes[1] * changes[2] / total**2).detach()
     torch.testing.assert_close(found["product of gradient × change", start][:, 0, 1], expected)
+    sizes = [(a * s).abs().sum(1) / a.abs().sum(1) for a, s in zip((leaf, m, z), sets, strict=True)]
+    expected = (sizes[0] * sizes[1] * sizes[2] * f).detach()
+    torch.testing.assert_close(found["product of activations", start][:, 0, 1], expected)
+    torch.testing.assert_close(  # without positions, the weights of GradCAM are the gradients
+        found["product of GradCAM", start], found["product of gradient × activation", start]
+    )
     exact = [patching.single(site, [one])[:, 0] for site, one in zip(SITES, sets, strict=True)]
     torch.testing.assert_close(
         found["product of exact single patches", start][:, 0, 1], exact[0] * exact[1] * exact[2] / total**2
@@ -183,13 +193,44 @@ def test_products_of_single_foundare_written_out(start):
 
 def test_edges_are_tangents_between_neighbouring_sets():
     case = tiny(Skipping(nn.ReLU))
-    measure = scores.against_reference(case, "zero", "tangent")
+    measure = scores.against_reference(case, Patching(case, "zero"), "tangent")
     first, second = measure.edges(CHAINS)
     pair = scores.Chains(SITES[:2], CHAINS.lower, [above[:1] for above in CHAINS.upper])
     torch.testing.assert_close(first, measure.masses(pair))
     for row, above in enumerate(CHAINS.upper):
         pair = scores.Chains(SITES[1:], above[:1], [above[1:]])
         torch.testing.assert_close(second[:, row], measure.masses(pair)[:, 0])
+
+
+def test_the_weights_of_grad_cam_are_means_over_positions():
+    gradients = torch.randn(2, 3, 4, 5)
+    for n, k in product(range(2), range(3)):
+        expected = torch.full((4, 5), float(gradients[n, k].mean()))
+        torch.testing.assert_close(scores.weighted(gradients)[n, k], expected)
+
+
+@pytest.mark.medium
+@START
+def test_the_measures_of_the_part_above_the_lowest_site_are_those_of_the_net(start):
+    convolutions = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)
+    whole, sites = nets.chain([*convolutions, nn.Flatten(), nn.Linear(8, 3)], [1, 3, 4])
+    whole = whole.double().eval().requires_grad_(False)
+    x, other = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64)
+    case = nets.Case(whole, sites, x, other, torch.tensor([0, 2]))
+    chain = command.chains_of(case, [chains.Kind("sets", (0, 1, 2), chains.half, 2, 2)])["sets"]
+    found = {name: values for _, at, name, values in scores.predictions(case, {"": chain}, crp=False) if at == start}
+    composites = {"NRMDefault": NRMDefault(), "EpsilonPlusFlat": EpsilonPlusFlat(), "NRMAbsolute": NRMAbsolute()}
+    expected = {name: RelevanceMeasure(whole, x, case.target, composite=one) for name, one in composites.items()}
+    if start == "input":
+        for slopes in ("tangent", "secant"):
+            mu = RelevanceMeasure(whole, x, start=scores.signed(case), reference=other, slopes=slopes)
+            expected[f"{slopes}s"] = mu
+    for name, mu in expected.items():
+        for row, above in enumerate(chain.upper):
+            event = at(f"rest.{sites[1]}")[above[0]] & at(f"rest.{sites[2]}")[above[1]]
+            masses = mu.marginal(f"rest.{sites[0]}", joint=event) * mu.output[:, None, None, None]
+            for column, mask in enumerate(chain.lower):
+                torch.testing.assert_close(found[f"joint, {name}"][:, row, column], (masses * mask).sum((1, 2, 3)))
 
 
 # -- nets and sets ----------------------------------------------------------------------------------------------------
@@ -278,7 +319,70 @@ def test_srg_is_largest_for_the_effects_themselves_in_a_linear_net():
     assert bool((best > channels.srg(case, effects.roll(1, 1), before)).all())
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
+# -- results and tables ----------------------------------------------------------------------------------------------
+
+
+def test_errors_are_ratios_of_sums_over_samples():
+    error, size = torch.rand(2, 5)
+    draw = torch.rand(3, 5)
+    draw /= draw.sum(1, keepdim=True)
+    found = command.ratios(error, size, draw)
+    assert found[0] == pytest.approx(float(error.sum() / size.sum()), rel=1e-5)
+    assert found[2] == pytest.approx(float((draw[1] * error).sum() / (draw[1] * size).sum()), rel=1e-5)
+    assert command.bounds(torch.tensor([7.0, *range(41)])) == [7.0, 1.0, 39.0]
+
+
+def test_results_of_a_photograph_are_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("NRM_CACHE", str(tmp_path))
+    monkeypatch.setattr(command, "KINDS", {"tiny": [chains.Kind("pairs", (0, 2), chains.single, 2, 2)]})
+    case = tiny(Skipping(nn.ReLU), samples=1)
+    found = command.chains_of(case, command.KINDS["tiny"])
+    first = command.compared_once("tiny", case, found)
+    assert first["pairs", "zero"]["joint, secants"]["size"].shape == (1,)
+    monkeypatch.setattr(command, "compared", None)
+    torch.testing.assert_close(command.compared_once("tiny", case, found), first)
+    with pytest.raises(TypeError):
+        command.compared_once("tiny", replace(case, x=case.x + 1), found)
+
+
+def test_stages_of_an_efficientnet_end_where_the_width_changes():
+    model = nn.Module()
+    model._blocks = nn.ModuleList(nn.Module() for _ in range(9))
+    for block, width in zip(model._blocks, (1, 2, 2, 3, 4, 4, 5, 6, 7), strict=True):
+        block._project_conv = nn.Conv2d(1, width, 1)
+    for name in ("_conv_stem", "_bn0", "_swish", "_conv_head", "_bn1", "_avg_pooling", "_fc"):
+        setattr(model, name, nn.Identity())
+    layers, sites = nets.efficientnet_layers(model)
+    assert [layers[site]._project_conv.out_channels for site in sites] == [4, 5, 6]
+    assert layers[sites[0] + 1]._project_conv.out_channels == 5
+
+
+def test_rows_in_which_joint_relevance_is_first_or_level_are_counted():
+    def measured(tangents, secants):
+        scores = {
+            "joint, tangents": {"minus best product": tangents, "error minus best product": tangents},
+            "joint, secants": {"minus best product": secants, "error minus best product": secants},
+        }
+        return {"references": {"zero": {"scores": scores}}}
+
+    ahead, level, behind = [1, 0.5, 2], [0, -1, 1], [-1, -2, -0.5]
+    kinds = {
+        "single channels, 2 layers": measured(ahead, behind),
+        "single channels, 3 layers": measured(level, behind),
+        "positions, 2 layers": measured(behind, level),
+    }
+    shown = pages._standing({"nets": {"one": {"kinds": kinds}}})
+    assert "tangents: 2 of 3 by correlation, 2 of 3 by error" in shown
+    assert "by the rule: 2 of 3 by correlation, 2 of 3 by error" in shown  # ahead, behind, level
+    assert "| one | tangents | 1 | 1 | 1 | 1 | 1 | 1 |" in shown
+    assert "| one | secants | 0 | 1 | 2 | 2 | 1 | 0 |" in shown
+
+
+def test_columns_in_which_a_score_is_within_the_interval_of_the_first_are_counted():
+    same = {"correlation": [0.9, 0.8, 0.95], "SRG": [3, 2, 4]}
+    fills = {"one": same, "two": {"correlation": [0.8, 0, 1], "SRG": [1.9, 0, 9]}}
+    shown = pages._places({"nets": {"first": {"channels": {"zero": fills, "input": fills}}, "second": {}}})
+    assert shown == "First or within the interval of the first, of 4 columns: one 4, two 2."
 
 
 def small_nets(count):
@@ -304,6 +408,9 @@ def test_the_command_measures_writes_and_renders(tmp_path, monkeypatch, capsys):
     best = row["scores"][row["best product"]]["correlation"][0]
     assert best == max(one["correlation"][0] for name, one in row["scores"].items() if name.startswith("product"))
     assert set(stored["channels"]["input"]["μ, secants"]) == {"correlation", "SRG"}
+    errors = [one["error"] for name, one in row["scores"].items() if name.startswith("product")]
+    secants = row["scores"]["joint, secants"]
+    assert secants["error minus best product"][0] == pytest.approx(secants["error"] - min(errors), rel=1e-2, abs=1e-3)
     tangents = row["scores"]["joint, tangents"]
     assert tangents["minus best product"][0] == pytest.approx(tangents["correlation"][0] - best, abs=1e-3)
     command.RESULTS.unlink()

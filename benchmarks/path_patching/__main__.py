@@ -8,6 +8,7 @@ tables and figure from the committed results. zennit-crp is measured if it is in
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 import warnings
@@ -16,22 +17,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks import tables
 from benchmarks.circuits.metrics import correlation
-from benchmarks.default_composite import interval, resamples
+from benchmarks.default_composite import interval, resamples, rounded
 from benchmarks.path_patching import figure
 from benchmarks.path_patching.chains import KINDS, Kind
 from benchmarks.path_patching.channels import ranked
 from benchmarks.path_patching.nets import NETS, Case
+from benchmarks.path_patching.pages import path_patching
 from benchmarks.path_patching.scores import EXACT, REFERENCES, Chains, predictions
+from benchmarks.real.stored import stored
 from benchmarks.speed import environment
 
 RESULTS = Path(__file__).parents[1] / "results/path_patching.json"
 SAMPLES = 210
 """Samples of each kind of net."""
+PHOTOGRAPHS = {"VGG16": 18, "EfficientNet-Lite0": 13, "EfficientNet-Lite1": 18}
+"""Samples of the nets for photographs, whose results are stored in the cache after each photograph."""
 Values = dict[str, dict[str, Tensor]]
 """For each score and sample: correlation with path patching, and sums of absolute errors and of exact effects."""
 
@@ -46,10 +53,10 @@ def chains_of(case: Case, kinds: Sequence[Kind]) -> dict[str, Chains]:
     return found
 
 
-def compared(case: Case, chains: dict[str, Chains]) -> dict[tuple[str, str], Values]:
+def compared(case: Case, chains: dict[str, Chains], crp: bool) -> dict[tuple[str, str], Values]:
     """Returns the agreement of each score with path patching, by kind of sets and reference."""
     results: dict[tuple[str, str], Values] = {}
-    for kind, start, score, values in predictions(case, chains, crp=find_spec("crp") is not None):
+    for kind, start, score, values in predictions(case, chains, crp):
         predicted = values.detach().flatten(1)
         if score == EXACT:
             exact = predicted
@@ -61,16 +68,44 @@ def compared(case: Case, chains: dict[str, Chains]) -> dict[tuple[str, str], Val
     return results
 
 
+def compared_once(net: str, case: Case, chains: dict[str, Chains]) -> dict[tuple[str, str], Values]:
+    """Returns the same, without zennit-crp, from the cache of :mod:`benchmarks.real` if it has been computed."""
+    settings = [(kind.name, kind.places, kind.draw.__name__, kind.lower, kind.upper) for kind in KINDS[net]]
+    digest = hashlib.sha256(case.x.numpy().tobytes() + repr(settings).encode()).hexdigest()
+
+    def compute() -> dict[str, np.ndarray]:
+        found = compared(case, chains, crp=False)
+        return {
+            json.dumps([*place, score, key]): values.numpy()
+            for place, scores in found.items()
+            for score, one in scores.items()
+            for key, values in one.items()
+        }
+
+    results: dict[tuple[str, str], Values] = {}
+    for name, array in stored(f"path patching {net}", digest, compute).items():
+        kind, start, score, key = json.loads(name)
+        results.setdefault((kind, start), {}).setdefault(score, {})[key] = torch.from_numpy(array)
+    return results
+
+
 def measure_net(name: str, samples: int) -> dict[str, Any]:
     """Returns all kinds of sets in the nets of one kind, whose samples are pooled."""
     cases = NETS[name](samples)
     chains = chains_of(cases[0], KINDS[name])
-    parts = [compared(case, chains) for case in cases]
+    if name in PHOTOGRAPHS:
+        parts = [compared_once(name, case, chains) for case in tqdm(cases, desc=name, unit="photograph")]
+    else:
+        parts = [compared(case, chains, crp=find_spec("crp") is not None) for case in cases]
     kinds = {
         kind: {
             "sites": list(one.sites),
             "chains": len(one.lower) * len(one.upper),
-            "references": {start: summary([part[kind, start] for part in parts]) for start in REFERENCES},
+            "references": {
+                start: summary([part[kind, start] for part in parts])
+                for start in REFERENCES
+                if (kind, start) in parts[0]
+            },
         }
         for kind, one in chains.items()
     }
@@ -101,26 +136,41 @@ def summary(parts: list[Values]) -> dict[str, Any]:
     }
     found = {score: values["correlation"] for score, values in pooled.items()}
     draw = resamples(torch.arange(len(next(iter(found.values())))))
-    best = max((score for score in found if score.startswith("product")), key=lambda score: float(found[score].mean()))
+    errors = {score: ratios(values["error"], values["size"], draw) for score, values in pooled.items()}
+    products = [score for score in found if score.startswith("product")]
+    best = max(products, key=lambda score: float(found[score].mean()))
+    closest = min(products, key=lambda score: float(errors[score][0]))
     rows: dict[str, Any] = {}
-    for score, values in pooled.items():
-        error = float(values["error"].sum() / values["size"].sum())
-        rows[score] = {"correlation": interval(found[score], draw), "error": round(error, 4)}
+    for score in pooled:
+        rows[score] = {"correlation": interval(found[score], draw), "error": round(float(errors[score][0]), 4)}
         if not score.startswith("product"):
             rows[score]["minus best product"] = interval(found[score] - found[best], draw)
+            rows[score]["error minus best product"] = bounds(errors[score] - errors[closest])
     change = interval(found["joint, secants"] - found["joint, tangents"], draw)
-    return {"best product": best, "secants minus tangents": change, "scores": rows}
+    return {"best product": best, "closest product": closest, "secants minus tangents": change, "scores": rows}
+
+
+def ratios(numerator: Tensor, denominator: Tensor, draw: Tensor) -> Tensor:
+    """Returns the ratio of the sums over all samples, and then over those of every resample, ``(1 + B,)``."""
+    weights = torch.cat([torch.full_like(draw[:1], 1 / draw.shape[1]), draw])
+    return (weights @ numerator) / (weights @ denominator)
+
+
+def bounds(values: Tensor) -> list[float]:
+    """Returns the first value, and the bounds of the 95 % interval of the others."""
+    low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975]))
+    return [rounded(values[0]), rounded(low), rounded(high)]
 
 
 def measure(nets: Sequence[str], samples: int, results: dict[str, Any], store: bool) -> None:
     """Measures these nets; stores the results after each of them, so that a run can be continued."""
     for name in nets:
         began = time.process_time()
-        net = measure_net(name, samples)
+        net = measure_net(name, min(samples, PHOTOGRAPHS.get(name, samples)))
         net["processor seconds"] = round(time.process_time() - began)
         results.setdefault("nets", {})[name] = net
         results["environment"] = {**environment(), "threads": torch.get_num_threads()}
-        print(f"\n{name}\n\n{tables.path_patching(results)[name]}", flush=True)
+        print(f"\n{name}\n\n{path_patching(results)[name]}", flush=True)
         if store:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -137,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure(options.nets, 12, {}, store=False)
         return
     if not options.render:
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        measure(options.nets, SAMPLES, stored, store=True)
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        measure(options.nets, SAMPLES, before, store=True)
     tables.write("path_patching")
     figure.draw(json.loads(RESULTS.read_text()))
 

@@ -105,10 +105,10 @@ TRANSFORMER = [
     Kind("positions of heads and MLP, 4 layers", (0, 1, 2, 3), tokens),
 ]
 REAL = [
-    Kind("single channels, 2 layers", (0, 2), single, lower=8),
-    Kind("sets of channels, 2 layers", (0, 2), third, lower=8),
-    Kind("positions, 2 layers", (0, 2), positions, lower=8),
-    Kind("sets of channels, 3 layers", (0, 1, 2), half, lower=8),
+    Kind("single channels, 2 layers", (0, 2), single, upper=8),
+    Kind("sets of channels, 2 layers", (0, 2), third, upper=8),
+    Kind("positions, 2 layers", (0, 2), positions, upper=8),
+    Kind("sets of channels, 3 layers", (0, 1, 2), half, upper=8),
 ]
 KINDS = {
     "digits": CHANNELS,
@@ -116,4 +116,5 @@ KINDS = {
     "transformer": TRANSFORMER,
     "VGG16": REAL,
     "EfficientNet-Lite0": REAL,
+    "EfficientNet-Lite1": REAL,
 }

@@ -29,9 +29,11 @@ def draw(results: dict[str, Any]) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 0.9 + 0.27 * -height[-1]), sharey=True, layout="constrained")
     for axis, (start, title) in zip(panels, TITLES.items(), strict=True):
         for (name, kind), y in zip(rows, height, strict=True):
-            measured = results["nets"][name]["kinds"][kind]["references"][start]
+            measured = results["nets"][name]["kinds"][kind]["references"].get(start, {"scores": {}})
             for number, (score, (colour, marker, label)) in enumerate(DRAWN.items()):
-                one = measured["scores"][measured["best product"] if score == "best product" else score]
+                one = measured["scores"].get(measured.get("best product") if score == "best product" else score)
+                if one is None:
+                    continue
                 mean, low, high = one["correlation"]
                 place = y + 0.12 * (2 - number)
                 axis.plot([low, high], [place, place], color=colour, lw=1)

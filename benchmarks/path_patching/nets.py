@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from benchmarks.circuits.nets import CircuitNet, Rolled, trained
 from nrm_plugin.demo import load_digits, load_model
+from nrm_plugin.measure.layer_averages import blurred
 
 
 class Whole(nn.Module):
@@ -37,7 +39,7 @@ class Case:
     """A net with samples and the explained output: a logit, or the difference of two logits.
 
     ``other`` is the reference input, one for all samples or one for each; ``layers`` are those of ``whole`` whose
-    channels are ranked together.
+    channels are ranked together. On a large net, only the reference input and the default composite are compared.
     """
 
     whole: Whole
@@ -47,6 +49,7 @@ class Case:
     target: Tensor
     against: Tensor | None = None
     layers: tuple[str, ...] = ()
+    is_large: bool = False
 
     def explained(self, outputs: Tensor) -> Tensor:
         """``(N,)``."""
@@ -249,10 +252,10 @@ def transformer(count: int, seeds: int = 3) -> list[Case]:
 # -- photographs ------------------------------------------------------------------------------------------------------
 
 
-def photographs(name: str, count: int, batch: int = 10) -> list[Case]:
+def photographs(name: str, count: int) -> list[Case]:
     """A net of :mod:`benchmarks.real`, fetched on demand, and photographs of objects in front of two landscapes.
 
-    The explained class is the largest output. The reference is the mean of the images.
+    The explained class is the largest output. The reference is the blurred image. Every image is a case of its own.
     """
     from benchmarks.real.networks import NETWORKS
     from benchmarks.real.photos import background, placed, stamps
@@ -263,11 +266,12 @@ def photographs(name: str, count: int, batch: int = 10) -> list[Case]:
     grounds = [background(ground, *net.size) for ground in ("flower", "china")]
     images = [placed(chosen[k].cut_out(*net.size), grounds[n % 2])[0] for n, k in enumerate(order)]
     x = net.normalized(torch.stack(images))
-    mean, target = x.mean(0, keepdim=True), net.logits(x).argmax(1)
+    target = net.logits(x).argmax(1)
     layers, places = vgg_layers(net.model) if name == "VGG16" else efficientnet_layers(net.model)
     whole, sites = chain(layers, places)
-    parts = zip(x.split(batch), target.split(batch), strict=True)
-    return [Case(whole.eval(), sites, images, mean, t) for images, t in parts]
+    whole = whole.eval()
+    parts = zip(x.split(1), target.split(1), strict=True)
+    return [Case(whole, sites, one, blurred(one), t, is_large=True) for one, t in parts]
 
 
 def vgg_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
@@ -283,7 +287,9 @@ def efficientnet_layers(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
     """Returns the stem, blocks, head and classifier; the last blocks of the fourth, fifth and sixth stage are sites."""
     stem = nn.Sequential(model._conv_stem, model._bn0, model._swish)
     head = nn.Sequential(model._conv_head, model._bn1, copy.deepcopy(model._swish))
-    return [stem, *model._blocks, head, model._avg_pooling, nn.Flatten(), model._fc], [8, 11, 15]
+    widths = [block._project_conv.out_channels for block in model._blocks]
+    ends = [n for n, (width, above) in enumerate(pairwise(widths), 1) if width != above]
+    return [stem, *model._blocks, head, model._avg_pooling, nn.Flatten(), model._fc], ends[3:6]
 
 
 NETS: dict[str, Callable[[int], list[Case]]] = {
@@ -292,4 +298,5 @@ NETS: dict[str, Callable[[int], list[Case]]] = {
     "transformer": transformer,
     "VGG16": lambda count: photographs("VGG16", count),
     "EfficientNet-Lite0": lambda count: photographs("EfficientNet-Lite0", count),
+    "EfficientNet-Lite1": lambda count: photographs("EfficientNet-Lite1", count),
 }

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zennit.composites import EpsilonPlusFlat, LayerMapComposite
+from zennit.composites import EpsilonPlus, EpsilonPlusFlat, LayerMapComposite
+from zennit.core import Composite
 from zennit.rules import Epsilon, Norm, Pass
-from zennit.types import Activation, AvgPool, Linear
+from zennit.types import Activation, AvgPool, Convolution, Linear
 
 from benchmarks.path_patching.nets import Case
 from benchmarks.path_patching.patching import Patching
-from nrm_plugin import Normalized, NRMAbsolute, NRMDefault, RelevanceMeasure, at
+from nrm_plugin import ConservingEpsilon, NRMAbsolute, NRMDefault, RelevanceMeasure, at
 from nrm_plugin.measure.references import Slopes
 
 LRP_0 = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
@@ -35,23 +36,22 @@ class Chains:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure, the prefix of the site names in its model, and the explained output."""
+    """A measure of the part above the lowest site. The relevance at a site does not depend on what is below it."""
 
     mu: RelevanceMeasure
-    prefix: str
 
     def masses(self, chains: Chains) -> Tensor:
         """Returns the joint relevance of every chain."""
-        sites = [self.prefix + site for site in chains.sites]
+        lowest, *above = chains.sites
         rows = []
         for masks in chains.upper:
-            event = reduce(lambda a, b: a & b, (at(site)[mask] for site, mask in zip(sites[1:], masks, strict=True)))
-            rows.append(summed(self.mu.marginal(sites[0], joint=event), chains.lower))
+            event = reduce(lambda a, b: a & b, (at(site)[mask] for site, mask in zip(above, masks, strict=True)))
+            rows.append(summed(self.mu.marginal(lowest, joint=event), chains.lower))
         return torch.stack(rows, 1) * self.mu.output[:, None, None]
 
     def single(self, chains: Chains) -> list[Tensor]:
         """Returns the marginal of every set, by site: ``(N, 1, lower)``, and ``(N, upper, 1)`` for the others."""
-        return by_site(chains, lambda site: self.mu.marginal(self.prefix + site), self.mu.output)
+        return by_site(chains, lambda site: self.mu.marginal(site), self.mu.output)
 
     def edges(self, chains: Chains) -> list[Tensor]:
         """Returns the joint relevance of each pair of neighbouring sets in a chain of three or more sites."""
@@ -79,6 +79,17 @@ def by_site(chains: Chains, values: Callable[[str], Tensor], scale: Tensor | flo
     return found
 
 
+def weighted(gradients: Tensor) -> Tensor:
+    """Returns the weights of GradCAM: the mean over positions for each channel or head, of the same shape."""
+    means = gradients.unsqueeze(-1).flatten(2).mean(2)
+    return means.reshape(*means.shape, *(1,) * (gradients.ndim - 2)).expand_as(gradients)
+
+
+def shares(values: Tensor) -> Tensor:
+    """Returns the values divided by their sum for each sample."""
+    return values / values.flatten(1).sum(1).clamp(min=1e-30).reshape(-1, *(1,) * (values.ndim - 1))
+
+
 def product(parts: list[Tensor], total: Tensor) -> Tensor:
     """Returns the product of scores as shares of ``total``, in units of ``total``."""
     return reduce(torch.mul, parts) / total[:, None, None] ** (len(parts) - 1)
@@ -88,9 +99,9 @@ def product(parts: list[Tensor], total: Tensor) -> Tensor:
 
 
 def leaky(case: Case, **settings: Any) -> Measured:
-    """Returns a measure of the whole net without a reference."""
-    mu = RelevanceMeasure(case.whole, case.x, case.target, against=case.against, **settings)
-    return Measured(mu, "rest.")
+    """Returns a measure without a reference."""
+    inputs = case.inputs(case.x)
+    return Measured(RelevanceMeasure(case.whole.rest, inputs, case.target, against=case.against, **settings))
 
 
 def signed(case: Case) -> Tensor:
@@ -100,15 +111,10 @@ def signed(case: Case) -> Tensor:
     return start if case.against is None else start.scatter(1, case.against[:, None], -1.0)
 
 
-def against_reference(case: Case, start: str, slopes: Slopes) -> Measured:
-    """The measure against the reference input, or that of the part above the lowest site against zero activations."""
-    s = signed(case)
-    if start == "input":
-        other = case.other.expand(len(case.x), *case.x.shape[1:])
-        return Measured(RelevanceMeasure(case.whole, case.x, start=s, reference=other, slopes=slopes), "rest.")
-    inputs = case.inputs(case.x)
-    zero = torch.zeros_like(inputs[0]), *inputs[1:]
-    return Measured(RelevanceMeasure(case.whole.rest, inputs, start=s, reference=zero, slopes=slopes), "")
+def against_reference(case: Case, patching: Patching, slopes: Slopes) -> Measured:
+    """Returns the measure against the reference of path patching."""
+    mu = RelevanceMeasure(case.whole.rest, patching.inputs, start=signed(case), reference=patching.start, slopes=slopes)
+    return Measured(mu)
 
 
 # -- plain PyTorch ----------------------------------------------------------------------------------------------------
@@ -171,12 +177,10 @@ class Scores:
 
     @classmethod
     def of(cls, case: Case, crp: bool) -> Scores:
-        composites = {
-            "joint, NRMDefault": NRMDefault(),
-            "joint, EpsilonPlusFlat": EpsilonPlusFlat(),
-            "joint, NRMAbsolute": NRMAbsolute(),
-            "joint, LRP-0": Normalized(LRP_0, residual="sink", sums="signed"),
-        }
+        first = [(Convolution, ConservingEpsilon(0.2))]  # the first convolution of the net lies below all sites
+        composites: dict[str, Composite] = {"joint, NRMDefault": NRMDefault(first_map=first)}
+        if not case.is_large:
+            composites |= {"joint, EpsilonPlusFlat": EpsilonPlus(), "joint, NRMAbsolute": NRMAbsolute()}
         measures = {name: leaky(case, composite=composite) for name, composite in composites.items()}
         return cls(case, crp, measures, *activations_and_gradients(case))
 
@@ -189,8 +193,12 @@ class Scores:
         default = self.measures["joint, NRMDefault"]
         yield "product of marginals, NRMDefault", product(default.single(chains), default.mu.output)
         total = self.case.explained(self.case.whole(self.case.x))
+        weights = {site: weighted(self.gradients[site]) for site in chains.sites}
         parts = by_site(chains, lambda site: self.gradients[site] * self.values[site])
         yield "product of gradient × activation", product(parts, total)
+        yield "product of GradCAM", product(by_site(chains, lambda site: weights[site] * self.values[site]), total)
+        sizes = by_site(chains, lambda site: shares(self.values[site].abs()))
+        yield "product of activations", reduce(torch.mul, sizes) * total[:, None, None]
 
     def against(
         self, chains: Chains, patching: Patching, measures: dict[str, Measured]
@@ -215,9 +223,9 @@ def predictions(case: Case, kinds: dict[str, Chains], crp: bool) -> Iterator[tup
     """Yields the kind, reference, score, and its value for every chain; path patching itself is the score ``EXACT``."""
     scores = Scores.of(case, crp)
     shared = {kind: list(scores.without_reference(chains)) for kind, chains in kinds.items()}
-    for start in REFERENCES:
+    for start in REFERENCES[1 if case.is_large else 0 :]:
         patching = Patching(case, start)
-        measures = {f"joint, {slopes}s": against_reference(case, start, slopes) for slopes in SLOPES}
+        measures = {f"joint, {slopes}s": against_reference(case, patching, slopes) for slopes in SLOPES}
         for kind, chains in kinds.items():
             for name, values in (*scores.against(chains, patching, measures), *shared[kind]):
                 yield kind, start, name, values

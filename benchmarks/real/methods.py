@@ -309,6 +309,7 @@ METHODS: dict[str, Method] = {
         OURS["EpsilonPlusFlat"], "rest", is_averaged=True
     ),
     "reference blur, last two resolutions, against the rest": _ours(None, "rest", "blur", True),
+    "reference grey, last two resolutions, against the rest": _ours(None, "rest", "grey", True),
     "reference grey, against the rest": _ours(None, "rest", "grey"),
     "reference blur, against the rest": _ours(None, "rest", "blur"),
     "default": _ours(OURS["default"], None),

@@ -223,7 +223,7 @@ def fashion(style: Literal["VGG", "residual"]) -> Network:
     return Network(f"Fashion-MNIST, {style}", _frozen(model), half, half, (28, 28), photos.FASHION, "0")
 
 
-def _fit_fashion(model: nn.Module, epochs: int = 2, batch: int = 128) -> dict[str, Tensor]:
+def _fit_fashion(model: nn.Module, epochs: int = 1, batch: int = 128) -> dict[str, Tensor]:
     """Trains a network in minutes on one core, and prints its accuracy on the test images."""
     images, labels = photos.fashion("train")
     images = images * 2 - 1

@@ -46,21 +46,23 @@ class Size:
         photos: Number of images of one object.
         pairs: Number of images of two objects.
         fills: Fills of removed patches.
+        few: Whether expensive methods explain only a few of the images.
     """
 
     photos: int
     pairs: int
-    fills: tuple[str, ...]
+    fills: tuple[str, ...] = ("plain",)
+    few: bool = True
 
 
-QUICK = Size(12, 15, ("plain",))
+QUICK = Size(12, 15)
 SIZES = {
-    "EfficientNet-Lite0": Size(1000, 50, ("plain",)),
-    "EfficientNet-Lite1": Size(1000, 50, ("plain",)),
-    "EfficientNet-Lite2": Size(1000, 50, ("plain",)),
-    "VGG16": Size(32, 16, ("plain",)),
-    "Fashion-MNIST, VGG": Size(200, 200, ("plain", "blur", "noise", "neighbours")),
-    "Fashion-MNIST, residual": Size(200, 200, ("plain", "blur", "noise", "neighbours")),
+    "EfficientNet-Lite0": Size(1000, 50),
+    "EfficientNet-Lite1": Size(1000, 50),
+    "EfficientNet-Lite2": Size(1000, 50),
+    "VGG16": Size(32, 16),
+    "Fashion-MNIST, VGG": Size(200, 50, few=False),
+    "Fashion-MNIST, residual": Size(200, 50, few=False),
 }
 
 
@@ -73,6 +75,12 @@ COMPARED = (
     "IntegratedGradients, 200 steps", "expected gradients",
 )  # fmt: skip
 """Methods of the comparison on networks for photographs."""
+FASHION = (
+    *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "reference blur, against the rest", "DeepLift",
+    "IntegratedGradients, 20 steps", "expected gradients", "reference grey, last two resolutions, against the rest",
+    "reference grey, against the rest", "reference grey",
+)  # fmt: skip
+"""Methods of the comparison on networks for Fashion-MNIST."""
 
 
 class Task:
@@ -93,7 +101,7 @@ class Task:
     def maps(self, name: str, kind: str, scenes: Scenes) -> tuple[Tensor, float]:
         """Returns heat maps of a method, ``(N, H, W)``, and processor seconds for each image."""
         method = METHODS[name]
-        if method.gradients > EXPENSIVE:
+        if method.gradients > EXPENSIVE and self.size.few:
             scenes = scenes.first(FEW if kind == "single" else FEW_OF_PAIRS)
         parts = [self._maps(method, f"{self.net.name} {kind} {name}", part) for part in scenes.parts(CHUNK)]
         heat, seconds = zip(*parts, strict=True)
@@ -191,9 +199,7 @@ def groups(key: str, count: int) -> Tensor:
 
 def methods_of(net: str) -> tuple[str, ...]:
     """Returns the methods that are measured on a network."""
-    if not net.startswith("Fashion-MNIST"):
-        return COMPARED
-    return (*DRAWN, *(name for name in METHODS if name not in DRAWN))
+    return FASHION if net.startswith("Fashion-MNIST") else COMPARED
 
 
 def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None = None) -> dict[str, Any]:

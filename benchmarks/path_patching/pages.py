@@ -1,0 +1,136 @@
+"""Tables of docs/joint-relevance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.markdown import grid
+
+Results = dict[str, Any]
+JOINTS = {
+    "joint, tangents": "tangents",
+    "joint, secants": "secants",
+    "joint, NRMDefault": "default",
+    "joint, EpsilonPlusFlat": "EpsilonPlusFlat",
+    "joint, NRMAbsolute": "NRMAbsolute",
+    "zennit-crp, EpsilonPlusFlat": "zennit-crp",
+}
+PATCHED = {"zero": "zero", "input": "reference input"}
+ERROR = "error minus best product"
+"""The key of this difference, which earlier results do not contain."""
+METRICS = {"correlation": ("minus best product", 1), "error": (ERROR, -1)}
+"""By metric: the key of the paired difference from the best product, and +1 if large values are better."""
+FIGURES = [(key, fill) for key in ("correlation", "SRG") for fill in PATCHED]
+SCORES = ("tangents", "secants", "by the rule")
+"""Scores that are counted. The rule is tangents for single neurons in two layers, and secants otherwise."""
+
+
+def path_patching(results: Results) -> dict[str, str]:
+    """Joint relevance compared with the best product in all nets, and correlations with path patching by net."""
+    found = {"standing": _standing(results), "differences": _differences(results)}
+    for name, net in results["nets"].items():
+        rows, errors = [], []
+        for kind, start, measured in _rows(net):
+            scores, best = measured["scores"], measured["best product"]
+            closest = measured.get("closest product", best)
+            shown = [scores.get(score) for score in JOINTS]
+            about = kind, PATCHED[start]
+            cells = [f"{row['correlation'][0]:.3f}" if row else "" for row in shown]
+            rows.append([*about, *cells, f"{scores[best]['correlation'][0]:.3f}, {_short(best)}"])
+            wrong = [f"{row['error']:.2f}" if row else "" for row in shown]
+            behind = [_difference(row[ERROR], 2) if row and ERROR in row else "" for row in shown[:2]]
+            errors.append([*about, *wrong, f"{scores[closest]['error']:.2f}, {_short(closest)}", *behind])
+        columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
+        found[name] = grid(columns, rows)
+        found[f"{name}, errors"] = grid(f"{columns} tangents minus it | secants minus it |", errors)
+    found["places"] = _places(results)
+    return found | {f"{name}, channels": table for name, table in _channels(results)}
+
+
+def _rows(net: Results) -> Iterator[tuple[str, str, Results]]:
+    for kind, one in net["kinds"].items():
+        for start, measured in one["references"].items():
+            yield kind, start, measured
+
+
+def _short(product: str) -> str:
+    return product.removeprefix("product of ")
+
+
+def _difference(values: list[float], digits: int = 3) -> str:
+    return "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*values, d=digits)
+
+
+def _differences(results: Results) -> str:
+    rows = []
+    for name, net in results["nets"].items():
+        for kind, start, measured in _rows(net):
+            shown = [measured["scores"].get(score) for score in list(JOINTS)[:3]]
+            ahead = [_difference(row["minus best product"]) if row else "" for row in shown]
+            rows.append([name, kind, PATCHED[start], *ahead, _difference(measured["secants minus tangents"])])
+    return grid("| network | sets | patched with | tangents | secants | default | secants minus tangents |", rows)
+
+
+def _standing(results: Results) -> str:
+    """Rows in which joint relevance is better than the best product, level with it, or worse, by net and metric.
+
+    Nets whose errors have no intervals are not counted by error.
+    """
+    rows, sums = [], {score: [0] * 6 for score in SCORES}
+    for name, net in results["nets"].items():
+        for score in SCORES:
+            counts = [count for metric in METRICS for count in _counted(net, score, metric)]
+            rows.append([name, score, *counts[:3], *(counts[3:] if any(counts[3:]) else [""] * 3)])
+            sums[score] = [one + other for one, other in zip(sums[score], counts, strict=True)]
+    rows += [["*all*", score, *cells] for score, cells in sums.items()]
+    head = " | ".join(f"{metric}: {place}" for metric in METRICS for place in ("better", "level", "worse"))
+    said = [
+        f"{score}: {cells[0] + cells[1]} of {sum(cells[:3])} by correlation, "
+        f"{cells[3] + cells[4]} of {sum(cells[3:])} by error"
+        for score, cells in sums.items()
+    ]
+    return f"First or level, {'; '.join(said)}.\n\n" + grid(f"| network | score | {head} |", rows)
+
+
+def _counted(net: Results, score: str, metric: str) -> list[int]:
+    key, better = METRICS[metric]
+    places = []
+    for kind, _, measured in _rows(net):
+        slopes = score if score != SCORES[2] else "tangents" if is_edge(kind) else "secants"
+        row = measured["scores"][f"joint, {slopes}"]
+        if key in row:
+            places.append(better * ((row[key][1] > 0) - (row[key][2] < 0)))
+    return [places.count(place) for place in (1, 0, -1)]
+
+
+def is_edge(kind: str) -> bool:
+    """Returns whether the chains of a kind are edges between single neurons of two layers."""
+    return kind.startswith("single") and "2 layers" in kind
+
+
+def _channels(results: Results) -> Iterator[tuple[str, str]]:
+    """Yields the tables of the channels of all layers in one ranking, by net."""
+    columns = " | ".join(f"{key}, {PATCHED[fill]}" for key, fill in FIGURES)
+    for name, fills in _rankings(results):
+        cells = (
+            [score, *("{:.3f} ({:.3f}–{:.3f})".format(*fills[fill][score][key]) for key, fill in FIGURES)]
+            for score in fills["zero"]
+        )
+        yield name, grid(f"| score | {columns} |", cells)
+
+
+def _rankings(results: Results) -> Iterator[tuple[str, Results]]:
+    return ((name, net["channels"]) for name, net in results["nets"].items() if "channels" in net)
+
+
+def _places(results: Results) -> str:
+    """The columns of all rankings in which each score is first or within the interval of the first."""
+    columns = [{score: row[key] for score, row in fills[fill].items()}
+               for _, fills in _rankings(results) for key, fill in FIGURES]  # fmt: skip
+    counts = {
+        score: sum(column[score][0] >= max(column.values())[1] for column in columns)
+        for score in (columns[0] if columns else ())
+    }
+    said = [f"{score} {count}" for score, count in sorted(counts.items(), key=lambda one: -one[1])]
+    return f"First or within the interval of the first, of {len(columns)} columns: {', '.join(said)}."

@@ -1,0 +1,105 @@
+"""Tables of docs/real.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.markdown import grid
+
+Results = dict[str, Any]
+
+REAL = {
+    "SRG, plain": "SRG, plain ↑", "SRG, blur": "SRG, blur ↑", "insertion": "insertion ↑", "deletion": "deletion ↓",
+    "inside": "inside ↑", "pointing": "pointing ↑", "own": "own ↑", "wins": "wins ↑", "other class": "other class ↓",
+}  # fmt: skip
+"""Metrics of explanations of trained networks, with the direction that is better."""
+SHOWN = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
+"""Metrics of the comparison by network."""
+CHOSEN_ON = {"EfficientNet-Lite0": "all", "VGG16": "one"}
+"""Networks on which settings were chosen; all others are held out."""
+
+
+def real(results: Results) -> dict[str, str]:
+    """Metrics in which other methods are better, comparison by network, settings that were tried, and more methods."""
+    return {
+        "counts": _counts(results["nets"]),
+        "compared": _compared(results["nets"]),
+        "losses": _losses(results["nets"]),
+        "tried": _tried(results["tried"]),
+        "more methods": _all_metrics(results["more methods"]),
+    }
+
+
+def _compared(nets: Results) -> str:
+    """The metrics of every network, and the lead of the first method over the others in SRG."""
+    rows = []
+    for net, measured in nets.items():
+        for number, (name, row) in enumerate(measured["methods"].items()):
+            shown = [_interval(row[key]["mean"]) for key in SHOWN]
+            ahead = _interval(row["SRG, plain"]["behind"], "+") if number else ""
+            counts = f"{row['SRG, plain']['samples']}, {row['own']['samples']}"
+            rows.append(["" if number else net, name, *shown, ahead, counts, row["seconds"]])
+    head = " | ".join(REAL[key] for key in SHOWN)
+    return grid(f"| network | method | {head} | SRG: first row minus this row | photographs, explanations of pairs "
+                "| seconds |", rows)  # fmt: skip
+
+
+def _losses(nets: Results) -> str:
+    """Metrics in which another method is significantly better than the first one."""
+    losses = []
+    for net, measured in nets.items():
+        ours, *others = measured["methods"].items()
+        for key in (key for key in REAL if key in ours[1]):
+            ahead = {name: row[key]["behind"] for name, row in others if row[key]["behind"][2] < 0}
+            best = sorted(ahead, key=lambda name, of=ahead: of[name][0])
+            if best:
+                losses.append([net, REAL[key], best[0], _interval(ahead[best[0]], "+"), len(best)])
+    return grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
+
+
+def _counts(nets: Results) -> str:
+    """By network, the metrics in which the first method is first, level with the best other, or behind."""
+    rows, sums = [], {"held out": [0, 0, 0], "all": [0, 0, 0]}
+    for net, measured in nets.items():
+        first, *_ = measured["methods"].values()
+        places = [_place(measured["methods"], key) for key in SHOWN if key in first]
+        counts = [places.count(place) for place in (1, 0, -1)]
+        rows.append([net, CHOSEN_ON.get(net, "none, held out"), len(places), *counts])
+        for group in ("all",) if net in CHOSEN_ON else ("held out", "all"):
+            sums[group] = [sum(pair) for pair in zip(sums[group], counts, strict=True)]
+    rows += [[f"*{group}*", "", sum(counts), *counts] for group, counts in sums.items()]
+    count, whole = sum(sums["held out"]), sum(sums["all"])
+    sentence = f"First or level in {count - sums['held out'][2]} of {count} rows of the networks that are held out"
+    every = f"in {whole - sums['all'][2]} of {whole} rows of all networks"
+    table = grid("| network | settings chosen on it | rows | first | level | behind |", rows)
+    return f"**{sentence}**, and {every}.\n\n{table}"
+
+
+def _place(methods: Results, key: str) -> int:
+    """1 if the first method is significantly better than every other one, -1 if worse than any, and 0 otherwise."""
+    behind = [row[key]["behind"] for name, row in list(methods.items())[1:] if key in row]
+    if any(interval[2] < 0 for interval in behind):
+        return -1
+    return int(all(interval[1] > 0 for interval in behind))
+
+
+def _tried(tried: Results) -> str:
+    """Settings of averages over layers, on the network on which one was chosen."""
+    cells = (
+        [row["measure"], row["map"], row["photographs"], f"{row['SRG']:.2f}",
+         "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]), f"{row['inside']:.2f}", f"{row['own']:.3f}",
+         f"{row['wins']:.3f}"]
+        for row in tried["rows"]
+    )  # fmt: skip
+    return grid("| measure | map | photographs | SRG ↑ | SRG minus GradCAM | inside ↑ | own ↑ | wins ↑ |", cells)
+
+
+def _all_metrics(measured: Results) -> str:
+    methods = measured["methods"]
+    keys = [key for key in REAL if key in next(iter(methods.values()))]
+    rows = ([name, *(_interval(row[key]["mean"]) for key in keys), row["seconds"]] for name, row in methods.items())
+    return grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)
+
+
+def _interval(values: list[float], sign: str = "") -> str:
+    return "{:{sign}.2f} ({:{sign}.2f} to {:{sign}.2f})".format(*values, sign=sign)
