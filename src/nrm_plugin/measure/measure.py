@@ -240,7 +240,7 @@ class RelevanceMeasure(Recorded):
     def variation(self, layer: Layer) -> Tensor:
         r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
-        Values above 1 mean that the relevance of the neurons has mixed signs.
+        A value above 1 means that a neuron of the tap, absorbed relevance above it, or the bypass is negative.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -252,8 +252,8 @@ class RelevanceMeasure(Recorded):
     def walk_variation(self, surviving: bool = False) -> Tensor:
         r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``, which is 1 if and only if no walk is negative.
 
-        The walk variation bounds every ``|μ(A)|`` and the rounding errors of all sums. For signed rules, it grows with
-        depth.
+        The walk variation bounds every ``|μ(A)|`` and, times the order of the machine precision, the rounding errors of
+        all sums. For signed rules, it grows with depth.
 
         Args:
             surviving: Whether to condition the measure on survival: the sum then runs over the walks that reach an
