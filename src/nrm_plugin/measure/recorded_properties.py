@@ -69,7 +69,9 @@ class Recorded(QueryPasses):
 
     @property
     def output(self) -> Tensor:
-        r"""The explained output :math:`\sum_k s_k f_k / \sum s`, ``(N,)``; multiply the measure by it for plain LRP.
+        r"""The explained output :math:`\sum_k s_k f_k / \sum s`, ``(N,)``.
+
+        With ``residual="sink"``, a mass times this output is the relevance of plain LRP.
 
         With ``against``, this is :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs exceed the
         target. Since the measure is still normalized to 1, positive relevance is then evidence against the target.
