@@ -256,11 +256,14 @@ def compared(questions: list[Question]) -> list[dict[str, Any]]:
             near = size[-8:].sum() / size.sum().clamp(min=1e-12)
             found[name].append([question.srg(values), float(together), float(near)])
     own = np.array(found["NRMDefault"])[:, 0]
+    spaces = np.array(found["secants to spaces"])[:, 1]
     rows = []
     for name, values in found.items():
         scores = np.array(values)
         row = {"method": name, "SRG": interval(scores[:, 0]), "SRG, difference": interval(scores[:, 0] - own)}
-        rows.append({**row, "correlation": interval(scores[:, 1]), "last eight": interval(scores[:, 2])})
+        row["correlation"] = interval(scores[:, 1])
+        row["correlation, secants to spaces minus this"] = interval(spaces - scores[:, 1])
+        rows.append({**row, "last eight": interval(scores[:, 2])})
     return sorted(rows, key=lambda row: -row["SRG"][0])
 
 
