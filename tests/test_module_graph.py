@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src/nrm_plugin"
 PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 MOST_AT_THE_TOP = 18
 MOST_LINES = 450
+LONGEST_BODY = 45
 
 
 def modules() -> dict[str, Path]:
@@ -121,6 +122,16 @@ def test_imports_have_no_cycles():
 def test_no_module_is_long():
     lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_no_function_has_a_long_body():
+    bodies = {}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                bodies[f"{name}.{node.name}"] = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+    assert {name: count for name, count in bodies.items() if count > LONGEST_BODY} == {}
 
 
 def test_the_stub_lists_every_public_name_once():

@@ -202,24 +202,41 @@ def explain_text(
         raise InputError(
             f"{type(model).__name__} does not look up a row per token, so relevance of tokens is not defined."
         )
-    words = Words(mu, ends, task)
-    tokens = words.relevance()
-    started = sum(float(mu.sign * mu.marginal(end).sum()) for end in mu.ends if end not in ends)
+    labels = (task.name(chosen), _name(task, chosen, compared), reference or "")
+    return _explanation(Words(mu, ends, task), chosen, labels, _listed(layers), _listed(given))
+
+
+def _explanation(
+    words: Words,
+    chosen: int,
+    labels: tuple[str, str, str],
+    layers: Sequence[str],
+    given: Sequence[Event | str],
+) -> TextExplanation:
+    """Computes the relevance of tokens, words and layers.
+
+    Args:
+        words: The relevance of the text.
+        chosen: Index of the explained output.
+        labels: Names of the explained output, of the outputs that it is compared with, and of the reference.
+        layers: Names of the layers whose relevance is listed.
+        given: Events for which the conditional relevance of the words is computed.
+    """
+    task, mu, tokens = words.task, words.mu, words.relevance()
+    started = sum(float(mu.sign * mu.marginal(end).sum()) for end in mu.ends if end not in words.ends)
     return TextExplanation(
         task.text,
         task.kind,
-        task.name(chosen),
-        _name(task, chosen, compared),
-        reference or "",
+        *labels,
         float(mu.output),
         _predictions(task, chosen),
         tokens,
         task.text.of_words(tokens),
         started,
         float(mu.sign) - float(tokens.sum()) - started,
-        float(mu.variation(ends[0])),
-        {layer: tuple(words.units(layer)) for layer in _listed(layers)},
-        tuple(words.given(event) for event in _listed(given)),
+        float(mu.variation(words.ends[0])),
+        {layer: tuple(words.units(layer)) for layer in layers},
+        tuple(words.given(event) for event in given),
         mu,
     )
 
