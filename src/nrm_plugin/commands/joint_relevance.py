@@ -67,7 +67,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
 
     Raises:
         ValueError: If fewer than two layers are given, a layer is repeated, or the measure contains several samples.
-        UnknownLayerError: If there is no tap with one of the given names.
+        UnknownLayerError: If no tap has one of the given names.
     """
     if len(layers) < 2 or len(set(layers)) < len(layers):
         raise ValueError(f"joint relevance needs two or more different layers, got {', '.join(layers) or 'none'}.")

@@ -171,7 +171,7 @@ class RelevanceMeasure(Recorded):
             bypass sum to 1.
 
         Raises:
-            UnknownLayerError: If there is no tap with one of the given names; the message lists similar names.
+            UnknownLayerError: If no tap has one of the given names; the message lists similar names.
             NullEventError, CancellationError: If the mass of ``given`` is zero or cancels.
 
         Examples:

@@ -192,7 +192,7 @@ class Plan:
 
         Raises:
             InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
-            UnknownLayerError: If there is no tap with one of the given names.
+            UnknownLayerError: If no tap has one of the given names.
             UnsupportedOperationError: If shapes in the model depend on input values, or the model draws random numbers.
             MissingExtraError: If onnx or onnxscript is required but not installed.
 

@@ -96,7 +96,7 @@ class PythonState:
 
 
 def _held(value: Any) -> Held | None:
-    """Returns a function that lists what an object holds, or None for objects that are not compared."""
+    """Returns a function that lists an object's contents, or None if the object is excluded from the comparison."""
     if isinstance(value, dict):
         return lambda: [*value, *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):

@@ -181,7 +181,7 @@ class Recording:
     def least(self) -> float:
         """The largest mass that is treated as zero.
 
-        With a reference, it is positive, since neurons with the same value as at the reference are assigned a tiny
+        With a reference, this is positive, since neurons whose value equals their reference value are assigned a tiny
         difference.
         """
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]

@@ -1,4 +1,4 @@
-"""Structure of a recording, which does not depend on values and is computed only once."""
+"""The value-independent structure of a recording, computed only once."""
 
 from __future__ import annotations
 
