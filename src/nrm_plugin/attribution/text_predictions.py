@@ -83,11 +83,13 @@ class Task:
     def _label(self, wanted: str, argument: str) -> int:
         folded = [label.casefold() for label in self.labels]
         exact = [number for number, label in enumerate(self.labels) if label == wanted]
-        found = exact or [number for number, label in enumerate(folded) if label == wanted.casefold()]
-        if len(found) > 1:
-            raise TargetError(f"{argument}={wanted!r} is the name of {len(found)} classes. Give the index: {found}.")
-        if found:
-            return found[0]
+        matches = exact or [number for number, label in enumerate(folded) if label == wanted.casefold()]
+        if len(matches) > 1:
+            raise TargetError(
+                f"{argument}={wanted!r} is the name of {len(matches)} classes. Give the index: {matches}."
+            )
+        if matches:
+            return matches[0]
         near = difflib.get_close_matches(wanted.casefold(), folded, n=3, cutoff=0.4) or folded[:8]
         listed = ", ".join(repr(self.labels[folded.index(name)]) for name in near)
         raise TargetError(

@@ -97,10 +97,10 @@ def texts_of(given: Sequence[str]) -> list[str]:
         RequestError: If all texts are empty.
     """
     texts = [line.rstrip("\n") for text in given for line in (sys.stdin if text == "-" else [text])]
-    found = [text for text in texts if text.strip()]
-    if not found:
+    nonempty = [text for text in texts if text.strip()]
+    if not nonempty:
         raise RequestError("there is no text to explain: give it in quotes, or - for one text per line of stdin.")
-    return found
+    return nonempty
 
 
 def write(

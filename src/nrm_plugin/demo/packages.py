@@ -111,8 +111,8 @@ def _downloaded(package: Package) -> Path:
         print(f"Fetching {package.name}, {package.megabytes:.1f} MB: {package.holds}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=downloads) as folder:
             _download(package, Path(folder))
-            for found in Path(folder).iterdir():  # Debian's clients escape a colon in the name
-                os.replace(found, file)
+            for download in Path(folder).iterdir():  # Debian's clients escape a colon in the name
+                os.replace(download, file)
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if digest != package.sha256:

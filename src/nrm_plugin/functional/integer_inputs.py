@@ -120,11 +120,11 @@ class Ids:
             return True
         if call.name.base not in _JOINING:
             return False
-        first, found = call.args[0] if call.args else None, next(tensors_in(result), None)
+        first, output = call.args[0] if call.args else None, next(tensors_in(result), None)
         dim = call.argument(_PLACE_OF_DIM.get(call.name.base, 1), "dim")
         if dim is None and call.name.base in ("sort", "argsort", "topk"):
             dim = -1
-        if not isinstance(first, Tensor) or not first.ndim or found is None or not isinstance(dim, int):
+        if not isinstance(first, Tensor) or not first.ndim or output is None or not isinstance(dim, int):
             return True
         return dim % first.ndim == 0 or first.shape[0] != self._count or self._count in first.shape[1:]
 

@@ -130,14 +130,14 @@ def extremum_of_groups(call: DifferenceCall) -> Kernel:
 def _places_of_groups(call: FunctionCall, values: list[Tensor], dim: int, index: Tensor) -> Tensor:
     """Returns the index of the extremum of each group in the flattened entries of all tensors; 0 if it is empty."""
     source, *own = values
-    found = call.run(*values)
+    results = call.run(*values)
     numbers = torch.arange(sum(value.numel() for value in values), device=source.device)
     of_source = numbers[: source.numel()].reshape(source.shape)
     none = len(numbers)
-    hits = torch.where(source == found.gather(dim, index), of_source, none)
-    places = torch.full_like(found, none, dtype=torch.int64).scatter_reduce(dim, index, hits, "amin")
+    hits = torch.where(source == results.gather(dim, index), of_source, none)
+    places = torch.full_like(results, none, dtype=torch.int64).scatter_reduce(dim, index, hits, "amin")
     if own:
-        places = torch.where(own[0] == found, numbers[source.numel() :].reshape(own[0].shape), places)
+        places = torch.where(own[0] == results, numbers[source.numel() :].reshape(own[0].shape), places)
     return places.masked_fill(places == none, 0)
 
 

@@ -131,8 +131,8 @@ class ReferencePass:
         other = self._calls[self._number] if self._number < len(self._calls) else None
         self._number += 1
         if other is None or (other.name, other.where) != (name, where):
-            found = "nothing further" if other is None else f"{other.name!r} in {other.where or 'the model'!r}"
-            raise DifferenceError(_CONTROL.format(name=name, where=where or "the model", found=found))
+            actual = "nothing further" if other is None else f"{other.name!r} in {other.where or 'the model'!r}"
+            raise DifferenceError(_CONTROL.format(name=name, where=where or "the model", found=actual))
         shapes = [tuple(tensor.shape) for tensor in tensors], [tuple(saved.tensor.shape) for saved in other.tensors]
         if shapes[0] != shapes[1]:
             raise DifferenceError(_SHAPES.format(name=name, where=where or "the model", one=shapes[0], two=shapes[1]))
@@ -147,8 +147,8 @@ class ReferencePass:
             return
         if self._number < len(self._calls):
             other = self._calls[self._number]
-            found = f"{other.name!r} in {other.where or 'the model'!r}"
-            raise DifferenceError(_CONTROL.format(name="nothing further", where="the model", found=found))
+            actual = f"{other.name!r} in {other.where or 'the model'!r}"
+            raise DifferenceError(_CONTROL.format(name="nothing further", where="the model", found=actual))
         self._calls.clear()
 
 

@@ -48,15 +48,15 @@ def head_count(recording: Recording, layer: str) -> int | None:
 
 def _part(atom: Atom, recording: Recording) -> Atom | Attended:
     """Resolves a site name such as ``blocks.1.attn.head.3`` or ``blocks.1.mlp.neuron.17`` to a head or neuron."""
-    found = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
-    if found is None or atom.side != "output" or recording.taps.calls_of(found[0]):
+    match = PART.fullmatch(atom.layer) if isinstance(atom.layer, str) and atom.index is None else None
+    if match is None or atom.side != "output" or recording.taps.calls_of(match[0]):
         return atom
-    whole = found["site"] or found["layer"]
-    if recording.taps.site(whole) is None and not (found["site"] and recording.taps.calls_of(whole)):
+    whole = match["site"] or match["layer"]
+    if recording.taps.site(whole) is None and not (match["site"] and recording.taps.calls_of(whole)):
         return atom
-    if found["site"]:
-        return at(found["site"]).head(int(found["head"]))
-    return at(found["layer"]).channel(int(found["neuron"]))
+    if match["site"]:
+        return at(match["site"]).head(int(match["head"]))
+    return at(match["layer"]).channel(int(match["neuron"]))
 
 
 def _event(atom: Attended, step: Step, recording: Recording) -> Event:

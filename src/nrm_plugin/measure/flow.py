@@ -179,10 +179,10 @@ def with_groups(
         grouped = asked
     else:
         grouped = [layer for layer in kinds if layer in asked or called[layer] in groups.layers]
-    found = {layer: groups.over(mu, called[layer]) for layer in grouped}
+    partitions = {layer: groups.over(mu, called[layer]) for layer in grouped}
     words = {layer: groups.names[groups.layers.index(called[layer])] for layer in grouped}
     shown = top if top is None else max([top, *map(len, words.values())])
-    return kinds | found, dict(names or {}) | words, shown
+    return kinds | partitions, dict(names or {}) | words, shown
 
 
 def _sample_number(mu: Measure, sample: int | None) -> int:

@@ -191,16 +191,16 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
     lowest = mu._tap(image)
     if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:
         return image, lowest
-    found: list[tuple[str, Tap]] = []
+    candidates: list[tuple[str, Tap]] = []
     for name in reversed(mu.layers):
         tap: Tap = mu._tap(name)
-        if not _has_positions(tap, lowest) or (found and tap.shape[2:] != found[0][1].shape[2:]):
+        if not _has_positions(tap, lowest) or (candidates and tap.shape[2:] != candidates[0][1].shape[2:]):
             continue
         is_under = tap.place == layers[-1].place or mu._is_below(tap.place, layers[-1])
         if is_under and all(separates(mu._recording, one, tap, lowest) for one in layers):
-            found.append((name, tap))
+            candidates.append((name, tap))
     # Among layers of equal resolution, readers are most familiar with one that is not nested in a block.
-    return min(found, key=lambda one: one[0].count("."), default=(image, lowest))
+    return min(candidates, key=lambda one: one[0].count("."), default=(image, lowest))
 
 
 def _has_positions(tap: Tap, image: Tap) -> bool:

@@ -99,21 +99,21 @@ def find_groups(
         raise InputError(
             "groups are found from the dependence between layers, but only one layer was given: give two or more."
         )
-    found, source = _joints(measures, chosen, members)
-    counts = [_count(k, layer) for layer in found.layers]
+    joints, source = _joints(measures, chosen, members)
+    counts = [_count(k, layer) for layer in joints.layers]
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
         raise InputError(f"restarts={brief(restarts)} must be a whole number of at least 0.")
-    parts = [dependence(joint) for joint in found.joints]
-    fixed = [_apart(each, count) for each, count in zip(found.masses, counts, strict=True)]
+    parts = [dependence(joint) for joint in joints.joints]
+    fixed = [_apart(each, count) for each, count in zip(joints.masses, counts, strict=True)]
     sizes = [count or 0 if given is None else int(given.max()) + 1 for count, given in zip(counts, fixed, strict=True)]
-    is_exact = all(found.are_exact)
+    is_exact = all(joints.are_exact)
     labels = find_partitions(parts, sizes, restarts if is_exact else min(restarts, FEW_RESTARTS), seed, fixed)
     if source is not None and not is_exact:
         free = [layer for layer, given in enumerate(fixed) if given is None]
-        sides = _Sides(found, source, parts)
+        sides = _Sides(joints, source, parts)
         for _ in range(ROUNDS):
             labels = refined(labels, sizes, free, sides)
-    return _groups(found, parts, labels, names or {})
+    return _groups(joints, parts, labels, names or {})
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ class _Sides:
     """Computes the exact dependence of the members of a layer on the groups of the adjacent layers.
 
     Attributes:
-        found: Joint relevance of all members, exact or estimated.
+        joints: Joint relevance of all members, exact or estimated.
         source: Source of the exact joint relevance of groups.
         parts: For each pair of layers, the dependence of all members.
     """
 
-    found: MeanJoints
+    joints: MeanJoints
     source: PairJoints
     parts: Sequence[Array]
 
@@ -137,21 +137,21 @@ class _Sides:
 
     def _above(self, pair: int, labels: list[Labels]) -> Array:
         size = np.abs(self.parts[pair]).sum() or 1.0
-        if self.found.are_exact[pair]:
+        if self.joints.are_exact[pair]:
             return group_sums(self.parts[pair], labels[pair]).T / size
         groups = self.source.labels(pair, torch.from_numpy(labels[pair]))
         return self._dependence(pair, groups, self.source.kinds[pair + 1]).T / size
 
     def _below(self, pair: int, labels: list[Labels]) -> Array:
         size = np.abs(self.parts[pair]).sum() or 1.0
-        if self.found.are_exact[pair]:
+        if self.joints.are_exact[pair]:
             return group_sums(self.parts[pair].T, labels[pair + 1]).T / size
         groups = self.source.labels(pair + 1, torch.from_numpy(labels[pair + 1]))
         return self._dependence(pair, self.source.kinds[pair], groups) / size
 
     def _dependence(self, pair: int, above: Over, below: Over) -> Array:
         matrix = self.source.of_groups(pair, above, below)
-        return dependence(signed_sum(self.source.mu, matrix) / self.found.samples)
+        return dependence(signed_sum(self.source.mu, matrix) / self.joints.samples)
 
 
 def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> tuple[MeanJoints, PairJoints | None]:
@@ -198,26 +198,26 @@ def _apart(masses: Array, count: int | None) -> Labels | None:
     return labels
 
 
-def _groups(found: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels], names: Mapping[str, Names]) -> Groups:
+def _groups(joints: MeanJoints, parts: Sequence[Array], labels: Sequence[Labels], names: Mapping[str, Names]) -> Groups:
     """Constructs :class:`Groups` from partitions, sorted by decreasing absolute mass."""
-    ordered = [_by_mass(each, own) for each, own in zip(found.masses, labels, strict=True)]
-    sums = [group_sums(each.T, own).T for each, own in zip(found.masses, ordered, strict=True)]
-    exact = found.are_exact or (True,) * len(parts)
+    ordered = [_by_mass(each, own) for each, own in zip(joints.masses, labels, strict=True)]
+    sums = [group_sums(each.T, own).T for each, own in zip(joints.masses, ordered, strict=True)]
+    exact = joints.are_exact or (True,) * len(parts)
     kappas = [kept(part, *ordered[n : n + 2]) if exact[n] else math.nan for n, part in enumerate(parts)]
     called = [
         _names(each.mean(0), own, kind, names.get(layer))
-        for layer, each, own, kind in zip(found.layers, found.masses, ordered, found.members, strict=True)
+        for layer, each, own, kind in zip(joints.layers, joints.masses, ordered, joints.members, strict=True)
     ]
-    is_known = len(found.masses[0]) == found.samples
+    is_known = len(joints.masses[0]) == joints.samples
     return Groups(
-        layers=found.layers,
+        layers=joints.layers,
         labels=tuple(torch.from_numpy(own) for own in ordered),
-        members=found.members,
+        members=joints.members,
         names=tuple(called),
         masses=tuple(tuple(each.mean(0).tolist()) for each in sums),
         kappas=tuple(kappas),
         examples=tuple(tuple(np.abs(each).argmax(0).tolist() if is_known else ()) for each in sums),
-        samples=found.samples,
+        samples=joints.samples,
     )
 
 

@@ -96,8 +96,8 @@ def mean_joints(
     each = tuple(np.concatenate(parts) for parts in masses)
     count = len(each[0])
     means = tuple(total / count for total in totals)
-    found = MeanJoints(tuple(name for name, _ in layers), tuple(kinds), means, each, count, tuple(exact))
-    return found, source
+    averages = MeanJoints(tuple(name for name, _ in layers), tuple(kinds), means, each, count, tuple(exact))
+    return averages, source
 
 
 def signed_sum(mu: Measure, matrix: Tensor) -> Array:

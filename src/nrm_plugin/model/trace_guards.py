@@ -145,12 +145,12 @@ def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
     before, tracer.shortcut = tracer.position(), shortcut
     try:
         with repeated():
-            found = bool(condition())
+            is_met = bool(condition())
     finally:
         tracer.shortcut = ""
-    if not found:
+    if not is_met:
         tracer.forget_reads(before)
-    return found
+    return is_met
 
 
 __all__ = [

@@ -172,13 +172,13 @@ def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
 
 
 def _is_value(expected: Any, tensor: Tensor) -> Tensor:
-    found: Tensor = tensor.reshape(()) == expected
-    return found
+    equal: Tensor = tensor.reshape(()) == expected
+    return equal
 
 
 def _are_equal(expected: Any, one: Tensor, other: Tensor) -> Tensor:
-    found: Tensor = (one == other).all() == expected
-    return found
+    equal: Tensor = (one == other).all() == expected
+    return equal
 
 
 _CHECKS: dict[Any, Any] = {

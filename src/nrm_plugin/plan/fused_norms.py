@@ -53,7 +53,7 @@ def fused(
             continue
         values = [None if v is None else constants.get(v.number) for v in (*layer.args[1:3], *one.args[1:5])]
         given = (*layer.args[1:3], *one.args[1:5])
-        if any(v is not None and found is None for v, found in zip(given, values, strict=True)):
+        if any(v is not None and actual is None for v, actual in zip(given, values, strict=True)):
             continue
         fusion = _Fusion(values, one.args[7])
         dropped.add(id(layer))
@@ -118,11 +118,11 @@ class _Fusion:
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
     """Returns the convolutions without bias that rules use, keyed by input and options."""
-    found: dict[Any, list[Operation]] = {}
+    convolutions: dict[Any, list[Operation]] = {}
     for one in operations:
         if one.function is aten.convolution.default and one.args[2] is None and one.args[1].number in constants:
-            found.setdefault(_settings(one), []).append(one)
-    return found
+            convolutions.setdefault(_settings(one), []).append(one)
+    return convolutions
 
 
 def _settings(one: Operation) -> Any:

@@ -87,10 +87,10 @@ class _Further:
         weights: Parameters and buffers of the modules.
     """
 
-    def __init__(self, found: PythonState) -> None:
-        self.weights = [tensor for module in found.modules for tensor in (*module.parameters(), *module.buffers())]
-        self._modules = [(module, _attributes(module), _held(module)) for module in found.modules]
-        self._tensors = [tensor for tensor in (*found.tensors, *self.weights) if tensor.layout == torch.strided]
+    def __init__(self, state: PythonState) -> None:
+        self.weights = [tensor for module in state.modules for tensor in (*module.parameters(), *module.buffers())]
+        self._modules = [(module, _attributes(module), _held(module)) for module in state.modules]
+        self._tensors = [tensor for tensor in (*state.tensors, *self.weights) if tensor.layout == torch.strided]
         self._versions = [values_state(tensor) for tensor in self._tensors]
 
     def have_changed(self) -> bool:

@@ -318,8 +318,8 @@ class PlannedMeasure(RelevanceMeasure):
             plain = super()
             traced = nullcontext() if self._recorded is None else self._recorded.traced()
             with self._lock, traced:
-                found = getattr(plain, name)
-                self._programs.answers[key] = found(*args) if callable(found) else found
+                attribute = getattr(plain, name)
+                self._programs.answers[key] = attribute(*args) if callable(attribute) else attribute
         return self._programs.answers[key]
 
     @property

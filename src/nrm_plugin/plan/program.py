@@ -217,20 +217,20 @@ _DIRECT: dict[Any, Any] = {
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
     """Raises :class:`ChangedValueError` if a value is not as expected; all tensors are read in one transfer."""
-    tensors = [found for found, _, _ in checks if isinstance(found, Tensor)]
+    tensors = [value for value, _, _ in checks if isinstance(value, Tensor)]
     if any(one.dtype is not torch.bool for one in tensors):
         tensors = [one.double() for one in tensors]
     values = iter(torch.stack(tensors).tolist() if tensors else ())
     bad = []
-    for found, expected, origin in checks:
-        if not _is_same(next(values) if isinstance(found, Tensor) else found, expected):
+    for value, expected, origin in checks:
+        if not _is_same(next(values) if isinstance(value, Tensor) else value, expected):
             bad.append(origin)
     if bad:
         raise ChangedValueError(bad)
 
 
-def _is_same(found: Any, expected: Any) -> bool:
-    return bool(found == expected) or (isinstance(found, float) and math.isnan(found) and math.isnan(expected))
+def _is_same(value: Any, expected: Any) -> bool:
+    return bool(value == expected) or (isinstance(value, float) and math.isnan(value) and math.isnan(expected))
 
 
 class _Writer:

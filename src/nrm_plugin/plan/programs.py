@@ -102,11 +102,11 @@ class Programs:
     def find(self, key: Key) -> QueryProgram | None:
         """Returns the program of a query, or None if there is none."""
         with self.lock:
-            found = self._programs.get(key)
-            if found is not None:
+            query = self._programs.get(key)
+            if query is not None:
                 self._programs.move_to_end(key)
-                self.latest = found.program
-            return found
+                self.latest = query.program
+            return query
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
         """Returns whether to trace a query: at once if it is certain to recur, otherwise once it is repeated."""

@@ -159,10 +159,10 @@ def measures_of(owner: Any) -> Measures:
     It has the lifetime of the object, and is not copied or pickled with it.
     """
     with _LOCK:
-        found: Measures | None = _BY_OWNER.get(owner)
-        if found is None:
-            found = _BY_OWNER[owner] = Measures()
-        return found
+        measures: Measures | None = _BY_OWNER.get(owner)
+        if measures is None:
+            measures = _BY_OWNER[owner] = Measures()
+        return measures
 
 
 def _are_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:

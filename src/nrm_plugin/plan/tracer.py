@@ -140,12 +140,12 @@ class Tracer(TorchDispatchMode):
         if memory is None:
             return None
         # Some PyTorch functions, such as ``nn.Parameter``, create a new object for a tensor without dispatch.
-        found = memory.views.get(_form(tensor))
-        if found is None and memory.copy is not None:
-            found = self._view_of_copy(tensor, memory, memory.copy)
-        if found is not None:
-            self._tensors[id(tensor)] = (weakref.ref(tensor), found, memory)
-        return found
+        view = memory.views.get(_form(tensor))
+        if view is None and memory.copy is not None:
+            view = self._view_of_copy(tensor, memory, memory.copy)
+        if view is not None:
+            self._tensors[id(tensor)] = (weakref.ref(tensor), view, memory)
+        return view
 
     def _new(self, tensor: Tensor, is_traced: bool) -> Value:
         """Adds a tensor to the trace and returns its index."""
@@ -187,9 +187,9 @@ class Tracer(TorchDispatchMode):
 
     def _dispatched(self, function: Any, args: Any, kwargs: Any) -> Any:
         facts = _facts(function)
-        found: dict[int, Value] = {}
-        is_traced = self._look_up(args, found) if args else False
-        if kwargs and self._look_up(kwargs.values(), found):
+        numbered: dict[int, Value] = {}
+        is_traced = self._look_up(args, numbered) if args else False
+        if kwargs and self._look_up(kwargs.values(), numbered):
             is_traced = True
         if not is_traced and self._is_constant(facts, args, kwargs):
             result = function(*args, **kwargs)
@@ -201,10 +201,10 @@ class Tracer(TorchDispatchMode):
             written = facts.written(args, kwargs)
             for tensor in written:
                 self._make_writable(tensor)
-            found.clear()  # tensors in copied memory have new indices
+            numbered.clear()  # tensors in copied memory have new indices
         reads: list[int] = []
-        named = tuple([self._named(value, reads, found) for value in args])
-        named_by_key = {key: self._named(value, reads, found) for key, value in kwargs.items()}
+        named = tuple([self._named(value, reads, numbered) for value in args])
+        named_by_key = {key: self._named(value, reads, numbered) for key, value in kwargs.items()}
         writes = tuple(dict.fromkeys(map(self.number, written)))
         result = function(*args, **kwargs)
         self._append(facts, (named, named_by_key, tuple(reads)), result, writes)
@@ -219,7 +219,7 @@ class Tracer(TorchDispatchMode):
         identities = [_identity(tensor) for tensor in facts.written(args, kwargs)]
         return all(at in self._fresh and at not in self._memories for at in identities)
 
-    def _look_up(self, values: Iterable[Any], found: dict[int, Value]) -> bool:
+    def _look_up(self, values: Iterable[Any], numbered: dict[int, Value]) -> bool:
         """Collects the known tensors among the arguments; returns whether any is in memory that the trace writes to."""
         is_traced = False
         for value in values:
@@ -227,9 +227,9 @@ class Tracer(TorchDispatchMode):
                 at = _identity(value)
                 memory, known = self._memories.get(at), self._tensors.get(id(value))
                 if known is not None and known[0]() is value and (known[2] is memory or not at):
-                    found[id(value)], memory = known[1:]
+                    numbered[id(value)], memory = known[1:]
                 is_traced = is_traced or (memory is not None and memory.is_traced)
-            elif isinstance(value, (list, tuple)) and self._look_up(value, found):
+            elif isinstance(value, (list, tuple)) and self._look_up(value, numbered):
                 is_traced = True
         return is_traced
 
@@ -240,13 +240,13 @@ class Tracer(TorchDispatchMode):
             if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
                 self._fresh[at] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call, unused-ignore]
 
-    def _named(self, value: Any, reads: list[int], found: dict[int, Value]) -> Any:
+    def _named(self, value: Any, reads: list[int], numbered: dict[int, Value]) -> Any:
         if isinstance(value, Tensor):
-            known = found.get(id(value)) or self._value(value)
+            known = numbered.get(id(value)) or self._value(value)
             reads.append(known.number)
             return known
         if isinstance(value, (list, tuple)):
-            return type(value)([self._named(item, reads, found) for item in value])
+            return type(value)([self._named(item, reads, numbered) for item in value])
         return value
 
     def _append(self, facts: _Facts, given: Any, result: Any, writes: tuple[int, ...]) -> None:

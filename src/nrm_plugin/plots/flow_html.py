@@ -77,7 +77,7 @@ def sankey(
     width = max(WIDTH, 2.4 * len(graph.layers))
     scene = scene_of(graph, "", "", thumbnails, None, width, signs, maps_at, pairs=pairs, counts=counts, finding="")
     said = flow_caption(graph, walks=walks) if caption is None else caption
-    found = flow_finding(graph) if finding is None else finding
+    title = flow_finding(graph) if finding is None else finding
     data = json.dumps(_data(graph, scene, pairs or {}, walks), allow_nan=False).replace("<", "\\u003c")
     names = {node.node.key: node for node in scene.nodes}
     parts = [
@@ -86,8 +86,8 @@ def sankey(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(heading)}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n<header>",
         _photograph(photo, thumbnails, graph) if photo else "",
-        f'<div>\n<p class="heading">{escape(heading)}</p>\n<h1>{escape(found)}</h1>\n<p>{escape(said)}</p>'
-        if found
+        f'<div>\n<p class="heading">{escape(heading)}</p>\n<h1>{escape(title)}</h1>\n<p>{escape(said)}</p>'
+        if title
         else f"<div>\n<h1>{escape(heading)}</h1>\n<p>{escape(said)}</p>",
         f"{_listed_walks(graph, walks)}{CONTROLS}\n</div>\n</header>",
         f'<svg id="flow" viewBox="0 0 {scene.width:.1f} {scene.height:.1f}" role="group" aria-label="flow">',

@@ -40,8 +40,8 @@ def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[in
     starts = [given]
     for _ in range(STARTS if max(counts) <= SMALL else 0):
         starts.append([_shuffled(order, movable, shuffled) for order, movable in zip(given, free, strict=True)])
-    found = [given, *(_improved(widths, start, free) for start in starts)]
-    best = min(found, key=lambda orders: total_crossings(widths, orders))
+    candidates = [given, *(_improved(widths, start, free) for start in starts)]
+    best = min(candidates, key=lambda orders: total_crossings(widths, orders))
     return [order.tolist() for order in best]
 
 
@@ -53,9 +53,9 @@ def _improved(widths: Sequence[Array], start: Sequence[Order], free: Sequence[in
         columns = range(len(orders)) if sweep % 2 == 0 else reversed(range(len(orders)))
         for column in columns:
             orders[column] = _by_barycentre(widths, orders, column, free[column], sweep % 2 == 0)
-        found = total_crossings(widths, orders)
-        if found < least * (1 - 1e-9):
-            best, least = [order.copy() for order in orders], found
+        crossings = total_crossings(widths, orders)
+        if crossings < least * (1 - 1e-9):
+            best, least = [order.copy() for order in orders], crossings
     _swap(widths, best, free)
     return best
 

@@ -157,14 +157,14 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
         divided among the samples, and has several elements if too few entries are known. Samples may have different
         numbers of slices only if no dimension can be divided equally and the sample of each slice is known.
     """
-    found = _fitting(labels, count, None)
-    if not found and mass is not None:
-        found = _fitting(labels, count, mass)
-    if not found:
-        found = _padded(labels, count)
-    if not found and is_last:
-        found = _assumed(labels, count) or _padded(labels, count, some_lack=True)
-    return found
+    layout = _fitting(labels, count, None)
+    if not layout and mass is not None:
+        layout = _fitting(labels, count, mass)
+    if not layout:
+        layout = _padded(labels, count)
+    if not layout and is_last:
+        layout = _assumed(labels, count) or _padded(labels, count, some_lack=True)
+    return layout
 
 
 def _assumed(labels: Tensor, count: int) -> list[Layout]:
@@ -207,7 +207,7 @@ def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]
 
 
 def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
-    found: list[tuple[float, Layout]] = []
+    candidates: list[tuple[float, Layout]] = []
     # If two dimensions can both be divided among the samples, at most 1/N of the entries are known.
     is_sparse = int((labels >= 0).sum()) * count <= labels.numel()
     for dim in range(labels.ndim):
@@ -222,10 +222,10 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
             layout = Layout.along(
                 dim, labels.shape, count, size // count, None if is_sorted else order, is_assumed=share < 1
             )
-            found.append((share, layout))
+            candidates.append((share, layout))
         if share == 1 and not is_sparse:
             break
-    return [layout for _, layout in sorted(found, key=lambda pair: -pair[0])]
+    return [layout for _, layout in sorted(candidates, key=lambda pair: -pair[0])]
 
 
 def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:

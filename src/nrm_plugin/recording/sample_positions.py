@@ -196,10 +196,10 @@ class Samples:
                 with self.inspecting():
                     labels = _Labels.of(dict(zip(vectors, values, strict=True)), self.count)
                     if labels.are_known and not labels.are_mixed:
-                        found, mass = labels.samples, labels.mass
-                        if known is not None and bool(((found < 0) & (known >= 0)).any()):
-                            found, mass = torch.where(found < 0, known, found), torch.ones_like(mass)
-                        return layouts_of(found, self.count, mass, is_last=True)
+                        samples, mass = labels.samples, labels.mass
+                        if known is not None and bool(((samples < 0) & (known >= 0)).any()):
+                            samples, mass = torch.where(samples < 0, known, samples), torch.ones_like(mass)
+                        return layouts_of(samples, self.count, mass, is_last=True)
         return None
 
     def inspecting(self) -> AbstractContextManager[None]:

@@ -160,10 +160,10 @@ class Taps:
     @functools.cached_property
     def _outputs(self) -> dict[tuple[int, str], list[Label]]:
         """The labels of each tap as an output of a layer, in the order of calls, keyed by tap id and layer name."""
-        found: dict[tuple[int, str], list[Label]] = {}
+        labelled: dict[tuple[int, str], list[Label]] = {}
         for label in sorted((one for one in self._labelled if one.side == "output"), key=lambda one: one.call):
-            found.setdefault((id(self._labelled[label]), label.name), []).append(label)
-        return found
+            labelled.setdefault((id(self._labelled[label]), label.name), []).append(label)
+        return labelled
 
     @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:

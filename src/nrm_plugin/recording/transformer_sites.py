@@ -348,15 +348,15 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
         step, edges = structure.step(vertex), structure.graph.vertices[vertex].edges
         if step is None or step.rule not in SUMS or len(edges) != 2:
             continue
-        found: dict[str, Edge] = {}
+        joined: dict[str, Edge] = {}
         for number, edge in enumerate(edges):
             members = [] if edge is None else [v for v in branch.inner if structure.depends(edge.vertex, v)]
             if any(vertex in branch.attention for vertex in members):
-                found["attention"] = Edge(vertex, number)
+                joined["attention"] = Edge(vertex, number)
             elif any(map(structure.is_linear, members)):
-                found["mlp"] = Edge(vertex, number)
-        if len(found) == 2:
-            return found
+                joined["mlp"] = Edge(vertex, number)
+        if len(joined) == 2:
+            return joined
     return {}
 
 

@@ -182,8 +182,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
     before, after = pattern.split("{}")
-    found = {path: re.fullmatch(rf"{re.escape(before)}(\d+){re.escape(after)}", path.name) for path in folder.glob("*")}
-    return {int(match[1]): path for path, match in found.items() if match}
+    matches = {
+        path: re.fullmatch(rf"{re.escape(before)}(\d+){re.escape(after)}", path.name) for path in folder.glob("*")
+    }
+    return {int(match[1]): path for path, match in matches.items() if match}
 
 
 def _listed(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
