@@ -203,7 +203,7 @@ def explain_text(
             f"{type(model).__name__} does not look up a row per token, so relevance of tokens is not defined."
         )
     labels = (task.name(chosen), _name(task, chosen, compared), reference or "")
-    return _explanation(Words(mu, ends, task), chosen, labels, _listed(layers), _listed(given))
+    return _explanation(Words(mu, ends, task), chosen, labels, _as_list(layers), _as_list(given))
 
 
 def _explanation(
@@ -250,7 +250,7 @@ def _name(task: Task, chosen: int, compared: int | str | None) -> str:
     return task.name(1 - chosen if isinstance(compared, str) else compared)
 
 
-def _listed(values: Any) -> list[Any]:
+def _as_list(values: Any) -> list[Any]:
     is_one = isinstance(values, (str, Event)) or not isinstance(values, Iterable)
     return [values] if is_one else list(values)
 

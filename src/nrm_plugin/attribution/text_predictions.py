@@ -270,18 +270,22 @@ def _looks_ahead(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, 
 def _place(position: int | None, tokens: Tokens, predicted: str) -> int:
     count = len(tokens.tokens)
     if position is None:
-        listed = _listed(tokens.tokens)
+        listed = _enumerated(tokens.tokens)
         raise InputError(
             f"this model predicts {predicted}{'' if predicted.endswith('=') else ': give position='}, one of {listed}."
         )
     if not isinstance(position, int) or isinstance(position, bool):
-        raise InputError(f"position={brief(position)} is not the index of a token, one of {_listed(tokens.tokens)}.")
+        raise InputError(
+            f"position={brief(position)} is not the index of a token, one of {_enumerated(tokens.tokens)}."
+        )
     if not -count <= position < count:
-        raise InputError(f"position={position} is out of range: the text has {count} tokens, {_listed(tokens.tokens)}.")
+        raise InputError(
+            f"position={position} is out of range: the text has {count} tokens, {_enumerated(tokens.tokens)}."
+        )
     return position % count
 
 
-def _listed(tokens: Sequence[str], most: int = 30) -> str:
+def _enumerated(tokens: Sequence[str], most: int = 30) -> str:
     text = ", ".join(f"{number} {token!r}" for number, token in enumerate(tokens[:most]))
     return text + (", …" if len(tokens) > most else "")
 

@@ -44,7 +44,7 @@ from .output_files import (
     write_json,
     writing,
 )
-from .photos import photo, unseen
+from .photos import crop_note, photo
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
@@ -116,7 +116,7 @@ def explain_flow(
     files = _write(flow, loaded, image, request, options, out, taken)
     lines = [
         *messages.image(loaded, image, flow.outputs, flow.target, flow.against),
-        *messages.unseen(flow.photo),
+        *messages.crop_note(flow.photo),
         *messages.difference(loaded, flow.target, flow.against, flow.difference),
         f"  {finding(flow)}",
         *messages.layers(flow.graph),
@@ -221,7 +221,7 @@ def caption(flow: ImageFlow) -> str:
     """Returns the caption of a flow, including the part of the image that the model did not see."""
     areas = {key: float(np.mean(mask)) for key, mask in flow.photo.regions.items()}
     said = flow_caption(flow.graph, flow.name, walks=flow.walks, areas=areas, places=_places(flow))
-    return " ".join(filter(None, (_rank(flow), _whole(flow), said, unseen(flow.photo))))
+    return " ".join(filter(None, (_rank(flow), _whole(flow), said, crop_note(flow.photo))))
 
 
 def finding(flow: ImageFlow) -> str:

@@ -39,9 +39,9 @@ def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int
     yield from classes(loaded, outputs, target, against)
 
 
-def unseen(shown_image: Photo) -> Iterator[str]:
+def crop_note(shown_image: Photo) -> Iterator[str]:
     """Yields a line about the part of an image that the model did not see, if any."""
-    text = photos.unseen(shown_image)
+    text = photos.crop_note(shown_image)
     if text:
         yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}; --fit pad shows the model all of it"
 
@@ -49,7 +49,7 @@ def unseen(shown_image: Photo) -> Iterator[str]:
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
     """Yields the lines about an explanation."""
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
-    yield from unseen(result.photo)
+    yield from crop_note(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
     if result.layer_map is not None:
         about = f"{' and '.join(result.layer_map.layers)}{reference_words(result.layer_map.reference)}"

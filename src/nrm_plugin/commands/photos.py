@@ -57,7 +57,7 @@ def side_by_side(first: Photo, second: Photo, regions: Mapping[str, NDArray[np.b
     return Photo(np.concatenate([images[0], between, images[1]], 2), regions=both)
 
 
-def unseen(shown: Photo) -> str:
+def crop_note(shown: Photo) -> str:
     """Describes how much of an image the model saw; empty if it saw all of it."""
     left, top, right, bottom = shown.seen
     share = 1 - (right - left) * (bottom - top)

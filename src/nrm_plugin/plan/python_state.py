@@ -68,7 +68,7 @@ class PythonState:
     def has_changed(self) -> bool:
         """Returns whether something has changed."""
         for held, before in self._watched:
-            now = _listed(held)
+            now = _contents(held)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 return True
         return any(_bytes(array) != before for array, before in self._arrays)
@@ -84,7 +84,7 @@ class PythonState:
         held = _held(value)
         if held is None:
             return ()
-        now = _listed(held)
+        now = _contents(held)
         if isinstance(value, nn.Module):
             self._compared.update(id(item) for item in now if type(item) in CONTAINERS)
             if id(value) not in self._given:
@@ -122,7 +122,7 @@ def _held(value: Any) -> Held | None:
     return lambda: (*_attributes(value), kind)
 
 
-def _listed(held: Held) -> list[Any]:
+def _contents(held: Held) -> list[Any]:
     try:
         return list(held())
     except RuntimeError:  # a container that another thread changes

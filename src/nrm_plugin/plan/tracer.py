@@ -418,7 +418,7 @@ class EscapeWatch(TorchFunctionMode):
         if name in _ESCAPES:
             self._note(f"values read by Tensor.{name}()", args[:1])
         elif name in _CONVERSIONS:
-            self._note("values of tensors in a list, which became a tensor", _listed(args))
+            self._note("values of tensors in a list, which became a tensor", _list_entries(args))
         return function(*args, **(kwargs or {}))
 
     def _note(self, obstacle: str, values: Any) -> None:
@@ -426,7 +426,7 @@ class EscapeWatch(TorchFunctionMode):
             self._tracer.trace.obstacles.append(obstacle)
 
 
-def _listed(args: Any) -> list[Any]:
+def _list_entries(args: Any) -> list[Any]:
     """Returns the lists among the arguments, whose tensors torch reads without dispatch."""
     nested = [item for value in args if isinstance(value, tuple) for item in value]
     return [value for value in (*args, *nested) if isinstance(value, list)]

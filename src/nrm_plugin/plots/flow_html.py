@@ -198,8 +198,8 @@ def _photograph(photo: Photo, thumbnails: NodeThumbnails | None, graph: FlowGrap
 
 def _photo_text(photo: Photo) -> str:
     left, top, right, bottom = photo.seen
-    unseen = 1 - (right - left) * (bottom - top)
-    note = f"; the model did not see {percent(unseen)} of it, outside of the frame" if unseen > 1e-3 else ""
+    outside = 1 - (right - left) * (bottom - top)
+    note = f"; the model did not see {percent(outside)} of it, outside of the frame" if outside > 1e-3 else ""
     return f"the explained image{note}"
 
 

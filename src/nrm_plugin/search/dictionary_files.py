@@ -157,7 +157,7 @@ def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | C
     encoders = _numbered(folder, "W_enc_{}.safetensors")
     if encoders:
         return _crosscoder(folder, sorted(encoders), site)
-    files = _listed(config, folder) or _numbered(folder, "layer_{}.safetensors")
+    files = _named_files(config, folder) or _numbered(folder, "layer_{}.safetensors")
     if not files:
         raise InputError(
             f"no transcoders in {str(folder)!r}: neither layer_0.safetensors nor W_enc_0.safetensors nor a config.yaml "
@@ -188,7 +188,7 @@ def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
     return {int(match[1]): path for path, match in matches.items() if match}
 
 
-def _listed(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
+def _named_files(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
     entries = [entry for entry in config.get("transcoders") or [] if isinstance(entry, dict)]
     paths = {int(entry["layer"]): str(entry["filepath"]) for entry in entries}
     for path in paths.values():
