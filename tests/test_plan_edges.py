@@ -285,6 +285,7 @@ LATE = {
 """Operations that write to a tensor before the last layer reads it, or read entries that are marked as conjugated."""
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", LATE)
 @pytest.mark.parametrize("is_difference", [False, True])
 def test_writes_and_conjugates_before_the_last_layer(name, is_difference):

@@ -58,6 +58,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((found - expected).abs().max()) < 1e-3 * float(expected.abs().max())
 
 
+@pytest.mark.medium
 def test_both_maps_are_drawn_and_stored(here: Path, drawn, capsys):
     explain("china.png", *DEEP)
     model, inputs = model_and_inputs()
@@ -120,6 +121,7 @@ def test_only_the_coarse_map_is_of_one_measure(here: Path, drawn, capsys):
     assert "fine heat map" not in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_only_the_pixels(here: Path, drawn, capsys):
     explain("china.png", *DEEP, "--map", "pixels")
     tensors, about = result(STORED)

@@ -170,6 +170,7 @@ def test_a_bad_image_does_not_stop_the_others(here, capsys):
     assert Path("nrm-flow/noise-flow.png").exists()
 
 
+@pytest.mark.medium
 def test_captions_say_what_the_model_predicts_and_what_the_whole_is(here):
     layers = ("--layers", "a", "input", "--classes", "names.txt")
     assert run("noise.png", *OWN, *layers) == 0

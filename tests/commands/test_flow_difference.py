@@ -72,6 +72,7 @@ def test_two_images_are_compared_for_the_same_class(here):  # noqa: F811
     check(graph, measure("noise.png", 1, against=3), measure("other.png", 1, against=3))
 
 
+@pytest.mark.medium
 def test_two_images_are_drawn_side_by_side(here, monkeypatch):  # noqa: F811
     Image.fromarray(np.random.default_rng(5).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save("other.png")
     drawn, draw = [], flow_difference.flow_figure
@@ -94,6 +95,7 @@ def test_groups_of_both_flows_are_the_same(here):  # noqa: F811
         assert sum(layer.masses) + layer.rest + layer.sink + layer.bypass == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.medium
 def test_heat_maps_are_differences_of_joint_relevance_with_the_positions_of_a_layer(here, monkeypatch):  # noqa: F811
     monkeypatch.setattr(flow_passes, "POSITIONS", 5)
     drawn, draw = {}, flow_difference.flow_figure
@@ -115,6 +117,7 @@ def test_heat_maps_are_differences_of_joint_relevance_with_the_positions_of_a_la
     assert all(mask.shape == (16, 16) and mask.sum() == 64 for mask in regions.values())
 
 
+@pytest.mark.medium
 def test_each_flow_takes_one_pass_per_layer(here, monkeypatch):  # noqa: F811
     def no_pass(*args, **more):
         raise AssertionError("joint relevance was computed apart from the shared passes")

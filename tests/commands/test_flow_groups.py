@@ -60,6 +60,7 @@ def test_stored_groups_are_applied_and_wrong_files_are_named(here, capsys, monke
     sys.modules.pop("flow_nets", None)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("has_superpixels", [False, True])
 def test_an_image_alone_with_one_output_has_parts_of_its_own(here, monkeypatch, has_superpixels):  # noqa: F811
     asked = []

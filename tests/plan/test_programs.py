@@ -35,6 +35,7 @@ def inputs(negative: int | None) -> Tensor:
     return x
 
 
+@pytest.mark.medium
 def test_a_shortcut_that_fails_in_one_layer_after_the_other_is_avoided_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     traces = []
     made = planned_measure.TracedRecording.__init__

@@ -178,6 +178,7 @@ def test_all_questions_have_the_answers_of_the_whole_recording(name, limit):
     assert mu._recording.parts._runs_units  # no kept output stood for a module that does more
 
 
+@pytest.mark.medium
 @settings(max_examples=25, deadline=None)
 @given(case=tiny_nets(), limit=st.integers(1, 2000), chosen=st.data())
 def test_parts_of_random_nets(case: Case, limit: int, chosen: st.DataObject):

@@ -19,6 +19,7 @@ from nrm_plugin.search import walk_bounds
 from tests.search.enumerated import conv_net, enumerated, ordered, slowly
 
 
+@pytest.mark.medium
 @slowly
 @given(net=enumerated(), k=st.integers(1, 12))
 def test_the_walks_are_the_largest(net, k):
