@@ -6,7 +6,9 @@ Messages name the argument or layer, the given value, the cause of the error, an
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -104,6 +106,19 @@ class PrecisionWarning(UserWarning):
 
 class MemoryBudgetWarning(UserWarning):
     """Issued if a query runs out of memory and continues in smaller chunks."""
+
+
+MEMORY = re.compile("out of ?memory|not enough memory|allocate memory|DefaultCPUAllocator", re.IGNORECASE)
+"""Matches the type and message of torch's out-of-memory errors; those for CPU memory have no type of their own."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Returns whether an error, or one of its causes, is an out-of-memory error."""
+    if error is None:
+        return False
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    is_of_torch = isinstance(error, RuntimeError) and MEMORY.search(f"{type(error).__name__}: {error}") is not None
+    return is_memory or is_of_torch or is_out_of_memory(error.__cause__)
 
 
 LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, NRMError, TargetError, brief
-from ..measure.memory_budget import is_out_of_memory
+from ..errors import InputError, NRMError, TargetError, brief, is_out_of_memory
 from .words import Tokens, merged
 
 Kind = Literal["class", "mask", "next", "token"]

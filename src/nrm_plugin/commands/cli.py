@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..errors import NRMError
-from .failures import FAILED, INTERRUPTED, is_out_of_memory, line, quiet, remembered_interrupts
+from ..errors import NRMError, is_out_of_memory
+from .failures import FAILED, INTERRUPTED, line, quiet, remembered_interrupts
 from .options import joined
 
 COMMANDS = {

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
 def _explain(
     loaded: LoadedModel, image: LoadedImage, request: Request, out: Path, taken: set[str], cells: int | str
 ) -> Printed:
-    from ..dataset.images import shown
+    from ..errors import printable
     from . import messages
     from .explanation import explanation
     from .explanation_files import write
@@ -106,7 +106,7 @@ def _explain(
     result = explanation(loaded, image, request)
     files = write(loaded, request, result, out, taken, cells)
     problems = [
-        f"{shown(image.path)}, --given {given.condition.text!r}: {given.problem}"
+        f"{printable(image.path)}, --given {given.condition.text!r}: {given.problem}"
         for given in result.given
         if given.problem
     ]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import TextIO
 
+from ..errors import NRMError, is_out_of_memory, printable
+
 FAILED, INTERRUPTED = 1, 130
 """Exit statuses after an error other than invalid options, and after an interrupt."""
-MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
-"""Matches torch's out-of-memory messages, which are plain RuntimeErrors for CPU memory."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
 """Options that reduce memory usage if lowered, keyed by attribute."""
@@ -45,25 +43,13 @@ def errors() -> TextIO:
 
 def line(error: BaseException, options: argparse.Namespace) -> str:
     """Formats an error as a one-line message."""
-    from ..dataset.images import shown
-    from ..errors import NRMError
-
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         lower = [option for name, option in LOWER.items() if getattr(options, name, None)]
         text = f"out of memory: {text[:300] or type(error).__name__}. Lower {' or '.join(lower) or 'the input size'}."
     elif not isinstance(error, (NRMError, OSError)):
         text = f"unexpected {type(error).__name__}: {text[:300]} (--debug prints the traceback)"
-    return f"nrm-plugin {options.name}: error: {shown(text)}"
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether an error, or one of its causes, is an out-of-memory error."""
-    if error is None:
-        return False
-    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    is_of_torch = isinstance(error, RuntimeError) and MEMORY.search(str(error)) is not None
-    return is_memory or is_of_torch or is_out_of_memory(error.__cause__)
+    return f"nrm-plugin {options.name}: error: {printable(text)}"
 
 
 @contextlib.contextmanager

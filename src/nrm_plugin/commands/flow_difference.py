@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..dataset.glocal import difference
-from ..dataset.images import LoadedImage, load_image, shown
-from ..errors import NRMError
+from ..dataset.images import LoadedImage, load_image
+from ..errors import NRMError, printable
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
@@ -122,7 +122,7 @@ def explain_difference(
         f"  flow of {first.name} minus flow of {second.name}: {parts['finding']}. {parts['caption']}",
         *messages.files([figure, numbers, page]),
     ]
-    return Printed([shown(line) for line in lines])
+    return Printed([printable(line) for line in lines])
 
 
 def _photo(loaded: LoadedModel, first: Side, second: Side, regions: Regions) -> Photo:
@@ -160,7 +160,7 @@ def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str)
     other = load_image(Path(minus)) if Path(minus).is_file() else None
     mu, target = _measured(loaded, image, request)
     if other is not None:
-        pair = (shown(image.path.name), shown(other.path.name))
+        pair = (printable(image.path.name), printable(other.path.name))
         requests = (request, replace(request, target=str(target)))
         mus = (mu, _measured(loaded, other, requests[1])[0])
         images = (image, other)
@@ -169,7 +169,7 @@ def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str)
     try:
         counter = target_of(minus, loaded.categories, mu.outputs.numel(), "--minus")
     except RequestError as error:
-        raise RequestError(f"{error} There is no image {shown(minus)} either.") from error
+        raise RequestError(f"{error} There is no image {printable(minus)} either.") from error
     if counter == target:
         raise RequestError(f"--minus {minus}: this is the explained class. Give another class, or an image.")
     against, _ = _measured(loaded, image, second)
@@ -223,7 +223,7 @@ def flow_difference(
     try:
         flows = [mapped_flow(side.mu, layers, over, top=None, names=names) for side in (first, second)]
     except NRMError as error:
-        raise RequestError(f"--layers {' '.join(map(shown, layers))}: {error}") from error
+        raise RequestError(f"--layers {' '.join(map(printable, layers))}: {error}") from error
     graph = _counted(difference(flows[0].graph, flows[1].graph), first.mu, over)
     graph = graph.smaller(top=max(options.top, options.count))
     joints = [_joint_maps(side.mu, flow) for side, flow in zip((first, second), flows, strict=True)]

@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..dataset.images import shown
-from ..errors import NRMError
+from ..errors import NRMError, printable
 from ..measure.contiguous_groups import connected_parts
 from ..measure.flow import ordered_taps
 from ..measure.flow_graph import FlowGraph
@@ -259,6 +258,6 @@ def _stored(path: Path) -> Groups:
     try:
         return Groups.load(path)
     except OSError as error:
-        raise RequestError(f"cannot read --groups {shown(path)}: {error.strerror or error}.") from error
+        raise RequestError(f"cannot read --groups {printable(path)}: {error.strerror or error}.") from error
     except NRMError as error:
-        raise RequestError(f"--groups {shown(path)}: {error}") from error
+        raise RequestError(f"--groups {printable(path)}: {error}") from error

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dataset.images import LoadedImage, shown
-from ..errors import NRMError
+from ..dataset.images import LoadedImage
+from ..errors import NRMError, printable
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import MappedFlow, NodeMaps, mapped_flow
 from ..measure.layer_groups import Groups
@@ -163,7 +163,7 @@ def _flow(
     except RequestError:
         raise
     except NRMError as error:
-        raise RequestError(f"--layers {' '.join(map(shown, request.layers))}: {error}") from error
+        raise RequestError(f"--layers {' '.join(map(printable, request.layers))}: {error}") from error
 
 
 def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
@@ -188,7 +188,7 @@ def _write(
     """Writes the figure, the numbers, the HTML page, and the layer profile and groups if applicable."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
-    settings |= {} if options.groups is None else {"groups": shown(options.groups)}
+    settings |= {} if options.groups is None else {"groups": printable(options.groups)}
     is_plain = all(_is_whole(row) for row in flow.profile)
     ends = ["flow.json", f"flow.{options.kind}", "flow.html", *([] if is_plain else ["layers.png"])]
     ends += ["groups.safetensors"] if isinstance(options.groups, int) else []

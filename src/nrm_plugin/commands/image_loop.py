@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..dataset.images import ImageError, LoadedImage, check_image_file, load_image, shown
-from ..errors import ModelStateError, NRMError, UnsupportedOperationError, UnsupportedRuleError
+from ..dataset.images import ImageError, LoadedImage, check_image_file, load_image
+from ..errors import ModelStateError, NRMError, UnsupportedOperationError, UnsupportedRuleError, printable
 from . import messages
 from .composite_names import CompositeError
 from .failures import FAILED, errors
@@ -82,7 +82,7 @@ def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callabl
         raise
     except (NRMError, OSError) as error:
         text = str(error) if isinstance(error, NRMError) else f"{error.strerror or error}"
-        return Printed([], [text if shown(path) in text else f"{shown(path)}: {text}"])
+        return Printed([], [text if printable(path) in text else f"{printable(path)}: {text}"])
 
 
 def readable(images: list[Path]) -> tuple[list[Path], list[str]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..dataset.images import ImageError, load_image, shown
-from ..errors import NRMError
+from ..dataset.images import ImageError, load_image
+from ..errors import NRMError, printable
 from ..measure.layer_averages import blurred
 from .model_loading import LoadedModel
 
@@ -46,10 +46,10 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
         return loaded.preprocessing(load_image(Path(name)).image).to(inputs)
     except ImageError as error:
         raise ReferenceImageError(
-            f"--reference {shown(name)} is neither {', '.join(NAMES)} nor an image that can be read: {error}"
+            f"--reference {printable(name)} is neither {', '.join(NAMES)} nor an image that can be read: {error}"
         ) from error
 
 
 def reference_words(name: str | None) -> str:
     """Describes a reference for a title; empty without a reference."""
-    return "" if name is None else f", compared with {NAMES.get(name) or shown(Path(name).name)}"
+    return "" if name is None else f", compared with {NAMES.get(name) or printable(Path(name).name)}"

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..dataset.images import LoadedImage, shown
+from ..dataset.images import LoadedImage
+from ..errors import printable
 from ..measure.flow_graph import FlowGraph
 from ..plots.flow_thumbnails import Photo
 from . import photos
@@ -24,7 +25,7 @@ BEST = 5
 
 def heading(loaded: LoadedModel, request: Request) -> str:
     """Returns the header line with the model, the rules and the device, common to all images of a run."""
-    model = f"{shown(loaded.name)} (weights: {loaded.weights})"
+    model = f"{printable(loaded.name)} (weights: {loaded.weights})"
     words = reference_words(request.reference)
     if request.composite == SECANTS:
         return f"{model} by slopes{words}, on {request.device}"
@@ -34,7 +35,7 @@ def heading(loaded: LoadedModel, request: Request) -> str:
 
 def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
     """Yields the lines about an image and its classes."""
-    yield shown(source.path)
+    yield printable(source.path)
     yield from (f"  note: it {note}" for note in source.notes)
     yield from classes(loaded, outputs, target, against)
 
@@ -69,7 +70,7 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
 
 def files(paths: Sequence[Path]) -> Iterator[str]:
     """Yields a line for each written file."""
-    yield from (f"  -> {shown(path)}" for path in paths)
+    yield from (f"  -> {printable(path)}" for path in paths)
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> Iterator[str]:

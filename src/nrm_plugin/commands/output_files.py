@@ -20,8 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..dataset.atomic_files import AtomicFile
-from ..dataset.images import shown
-from ..errors import NRMError
+from ..errors import NRMError, printable
 from ..plots.fonts import use_installed_fonts
 from ..plots.heatmaps import DPI, save
 from ..plots.ribbons import DARK, LIGHT
@@ -56,7 +55,7 @@ def check_folder(folder: Path) -> None:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write to {shown(folder)}: {reason}. Give another folder with --out DIR.") from error
+        raise OSError(f"cannot write to {printable(folder)}: {reason}. Give another folder with --out DIR.") from error
 
 
 # -- names ----------------------------------------------------------------------------------------------------------
@@ -106,9 +105,9 @@ def image_settings(
 ) -> dict[str, Any]:
     """Returns all settings of the image, the model and the rules that affect the results."""
     return {
-        "image": shown(path.name),
+        "image": printable(path.name),
         "image_sha256": digest,
-        "model": shown(loaded.name),
+        "model": printable(loaded.name),
         "weights": loaded.weights,
         "target": target,
         "target_name": class_name(loaded, target),
@@ -133,7 +132,7 @@ def versions() -> dict[str, str]:
 
 def class_name(loaded: LoadedModel, index: int) -> str:
     """Returns the name of a class, or an empty string if unknown."""
-    return shown(loaded.categories[index]) if index < len(loaded.categories) else ""
+    return printable(loaded.categories[index]) if index < len(loaded.categories) else ""
 
 
 def target_title(loaded: LoadedModel, index: int) -> str:
@@ -158,7 +157,7 @@ def weights_title(loaded: LoadedModel) -> str:
 
 def short(text: str, length: int = TITLE) -> str:
     """Truncates a text in the middle and escapes dollar signs for matplotlib."""
-    clean = shown(text)
+    clean = printable(text)
     half = (length - 1) // 2
     clean = clean if len(clean) <= length else f"{clean[:half]}…{clean[-half:]}"
     return clean.replace("$", r"\$")
@@ -196,8 +195,8 @@ def writing(path: Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise OutputError(
-            f"cannot write {shown(path)}: {error.strerror or error}. Free some space, change the permissions, or give "
-            "another folder with --out DIR."
+            f"cannot write {printable(path)}: {error.strerror or error}. Free some space, change the permissions, or "
+            "give another folder with --out DIR."
         ) from error
 
 

@@ -16,11 +16,11 @@ from ..dataset.content_check import check_samples, contents_to_compare
 from ..dataset.crops import Crop, crops
 from ..dataset.examples import References, is_of_channels, references
 from ..dataset.image_folder import PreprocessedImageFolder
-from ..dataset.images import shown
 from ..dataset.reference_plots import MOST, reference_figure
 from ..dataset.sample_batches import data_source
 from ..dataset.stored_sweep import Sweep
 from ..dataset.sweep_settings import described, differences, digest, is_same_model
+from ..errors import printable
 from ..plots.ribbons import percent
 from .composite_names import composite_of
 from .model_loading import LoadedModel
@@ -95,11 +95,11 @@ def print_references(options: argparse.Namespace) -> int:
     ranked = references(sweep, options.query, None, options.k, options.by, _target(requested, loaded))
     listing = Listing(sweep, ranked, _groups(ranked, options.groups, options.rows), _file_names(sweep.path))
     rows = None if loaded is None else _crops(options, listing, loaded, request)
-    print(shown(f"{sweep.path}: {ranked.name}, {listing.title()}"))
+    print(printable(f"{sweep.path}: {ranked.name}, {listing.title()}"))
     for group in listing.groups:
-        print(shown(listing.line(group)))
+        print(printable(listing.line(group)))
     for path in _write(options, listing, rows):
-        print(f"-> {shown(path)}")
+        print(f"-> {printable(path)}")
     if rows is None:
         print("nrm-plugin: note: no figure: it requires --model and --data", file=sys.stderr)
     return 0
@@ -177,7 +177,7 @@ def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, 
     """Raises :class:`RequestError` unless the model, the rules and the data match the sweep."""
     settings = sweep.manifest.settings
     if not is_same_model(settings, loaded.model):
-        raise RequestError(f"{shown(loaded.name)} (weights: {loaded.weights}) is not the model of the sweep.")
+        raise RequestError(f"{printable(loaded.name)} (weights: {loaded.weights}) is not the model of the sweep.")
     is_other = settings["composite"]["settings"] != composite
     gain_limit = "inf" if request.gain_limit == math.inf else request.gain_limit
     if is_other or settings["residual"] != request.residual or settings["gain_limit"] != gain_limit:
@@ -186,7 +186,7 @@ def _check_same(sweep: Sweep, loaded: LoadedModel, request: Request, data: Any, 
             f"{settings['gain_limit']}. Give the same --composite, --residual and --gain-limit."
         )
     if isinstance(data, PreprocessedImageFolder) and settings.get("data") != data.fingerprint:
-        raise RequestError(f"the images in {shown(data.folder)} are not those of the sweep.")
+        raise RequestError(f"the images in {printable(data.folder)} are not those of the sweep.")
     before, now = settings.get("preparation"), data_source(data, None, None).preparation
     if before is not None and before != now:
         raise RequestError(

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ..composites import Normalized, normalize
-from ..errors import HookedContainerError, NRMError, TargetError, UncoveredLayerError
+from ..errors import HookedContainerError, NRMError, TargetError, UncoveredLayerError, is_out_of_memory
 from ..kernels.normalization import Residual
 from ..measure.measure import RelevanceMeasure
 from ..model.contrast import REST
 from ..plan.reuse import measures_of
 from .composite_names import composite_of
 from .event_syntax import Condition
-from .failures import is_out_of_memory
 from .image_references import reference_image
 from .model_loading import LoadedModel
 from .options import CHANNELS

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..dataset.images import shown
+from ..errors import printable
 from .composite_names import check_composite_name
 from .event_syntax import parse
 from .image_references import BLUR
@@ -83,9 +83,9 @@ def class_names(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise RequestError(f"--classes {shown(path)} is not text in UTF-8.") from error
+        raise RequestError(f"--classes {printable(path)} is not text in UTF-8.") from error
     except OSError as error:
-        raise RequestError(f"cannot read --classes {shown(path)}: {error.strerror or error}.") from error
+        raise RequestError(f"cannot read --classes {printable(path)}: {error.strerror or error}.") from error
     while lines and not lines[-1].strip():
         lines.pop()
     return [" ".join(line.split()) for line in lines]

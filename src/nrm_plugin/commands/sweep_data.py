@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..dataset.image_folder import PreprocessedImageFolder
-from ..dataset.images import shown
 from ..dataset.sweep_layout import SweepError
+from ..errors import printable
 from .model_loading import LoadedModel
 from .user_models import imported
 
@@ -28,7 +28,7 @@ def data_of(name: str, loaded: LoadedModel) -> Any:
     if ":" not in name or Path(name).exists():
         folder = PreprocessedImageFolder(Path(name), loaded.preprocessing, loaded.categories)
         if folder.left_out:
-            print(f"nrm-plugin: note: in {shown(name)}, {folder.note()}", file=sys.stderr)
+            print(f"nrm-plugin: note: in {printable(name)}, {folder.note()}", file=sys.stderr)
         return folder
     data = imported(name, "DATASET")
     if hasattr(data, "__getitem__") or not callable(data):

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..dataset.glocal import difference, flow_of_sweep
 from ..dataset.glocal_plots import difference_figure
-from ..dataset.images import shown
 from ..dataset.stored_sweep import Sweep
+from ..errors import printable
 from ..measure.flow_graph import FlowError, FlowGraph
 from ..plots.flow import flow_figure
 from ..plots.flow_html import save_sankey
@@ -46,7 +46,7 @@ class Classes:
 
     def name(self, target: int) -> str:
         """Returns the name of a class, or its index if the name is unknown."""
-        return shown(self.categories[target]) if target < len(self.categories) else str(target)
+        return printable(self.categories[target]) if target < len(self.categories) else str(target)
 
     def title(self, preposition: str) -> str:
         """Returns the classes for a heading; empty if all samples are averaged."""
@@ -72,9 +72,9 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     classes = Classes.of(options)
     _check_names(sweep, classes.categories)
     graph = mean_flow(sweep, options.layers, classes, options.top, options.coverage)
-    print(f"{shown(sweep.path)}: mean flow{classes.title('of')}{_compared(sweep, classes)}")
+    print(f"{printable(sweep.path)}: mean flow{classes.title('of')}{_compared(sweep, classes)}")
     for line in messages.layers(graph):
-        print(shown(line))
+        print(printable(line))
     for line in messages.files(_write(options, sweep, graph, classes)):
         print(line)
     return 0

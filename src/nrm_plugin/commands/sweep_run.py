@@ -12,12 +12,11 @@ import torch
 
 from ..dataset.evaluation import Target
 from ..dataset.image_folder import PreprocessedImageFolder
-from ..dataset.images import shown
 from ..dataset.queries import Activation, Bypass, EventMass, Joint, Maps, Marginal, Query, Sink, Variation
 from ..dataset.stored_sweep import Sweep
 from ..dataset.sweep_layout import Manifest, SettingsError, arrow
 from ..dataset.sweep_runner import sweep
-from ..errors import EventError, NRMError, UnknownLayerError
+from ..errors import EventError, NRMError, UnknownLayerError, printable
 from ..model.contrast import REST
 from . import messages
 from .composite_names import composite_of
@@ -61,7 +60,8 @@ def sweep_data(options: argparse.Namespace) -> int:
             print(line(error, options), file=errors())
             return FAILED
         except KeyboardInterrupt:
-            print(f"interrupted; {shown(options.out)} is consistent. Run the same command to continue.", file=errors())
+            folder = printable(options.out)
+            print(f"interrupted; {folder} is consistent. Run the same command to continue.", file=errors())
             return INTERRUPTED
     print(summary(stored))
     return print_skipped(stored)
@@ -168,9 +168,9 @@ def _swept(
 def summary(stored: Sweep) -> str:
     """Summarizes the stored results in one line."""
     if not stored.is_complete:
-        return f"This process has finished; others are still writing to {shown(stored.path)}."
+        return f"This process has finished; others are still writing to {printable(stored.path)}."
     count = (stored.manifest.samples or 0) - len(stored.manifest.failed)
-    return f"{count} samples, {len(stored.queries)} queries in {shown(stored.path)}"
+    return f"{count} samples, {len(stored.queries)} queries in {printable(stored.path)}"
 
 
 def print_skipped(stored: Sweep) -> int:
@@ -183,7 +183,7 @@ def print_skipped(stored: Sweep) -> int:
     were = "1 sample was" if len(failed) == 1 else f"{len(failed)} samples were"
     print(f"\nnrm-plugin sweep: {were} skipped:", file=errors())
     for entry in failed[:LISTED]:
-        print(f"  sample {entry['sample']}: {shown(entry['why'])}", file=errors())
+        print(f"  sample {entry['sample']}: {printable(entry['why'])}", file=errors())
     if len(failed) > LISTED:
         print(f"  and {len(failed) - LISTED} more, listed in {stored.path / 'manifest.json'}", file=errors())
     return SKIPPED

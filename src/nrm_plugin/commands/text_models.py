@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..dataset.images import shown
-from ..errors import NRMError, extra
+from ..errors import NRMError, extra, printable
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
 """Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
@@ -60,11 +59,11 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
     is_local = folder.exists()
     if is_local and not (folder / "config.json").is_file():
         raise TextModelError(
-            f"{shown(name)} has no config.json, so it is not a model saved by transformers. Save it with "
+            f"{printable(name)} has no config.json, so it is not a model saved by transformers. Save it with "
             "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
         )
     if not is_local and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise TextModelError(f"there is no folder {shown(name)}.")
+        raise TextModelError(f"there is no folder {printable(name)}.")
     with _quiet(library):
         config = _loaded(
             name, "configuration", lambda: library.AutoConfig.from_pretrained(name, local_files_only=is_local)
@@ -76,9 +75,11 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
             name, "tokenizer", lambda: library.AutoTokenizer.from_pretrained(name, local_files_only=is_local)
         )
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # built from the configuration alone
-        raise TextModelError(f"{shown(name)} contains no tokenizer. Save it there: tokenizer.save_pretrained(folder).")
+        raise TextModelError(
+            f"{printable(name)} contains no tokenizer. Save it there: tokenizer.save_pretrained(folder)."
+        )
     missing = sorted(info.get("missing_keys", ()))
-    notes = [f"these weights are not in {shown(name)} and are random: {', '.join(missing[:5])}"] if missing else []
+    notes = [f"these weights are not in {printable(name)} and are random: {', '.join(missing[:5])}"] if missing else []
     return TextModel(name, model.float().to(device).eval(), tokenizer, tuple(notes))
 
 
@@ -89,8 +90,8 @@ def _class_of(library: Any, config: Any, name: str) -> Any:
         if kind is not None:
             if not any(part in architecture for part in ("For", "LMHead", "DoubleHeads")):
                 raise TextModelError(
-                    f"{shown(name)} holds {architecture}, which has no head and predicts nothing. Give a fine-tuned "
-                    "model that was saved with its head, such as AutoModelForSequenceClassification."
+                    f"{printable(name)} holds {architecture}, which has no head and predicts nothing. Give a "
+                    "fine-tuned model that was saved with its head, such as AutoModelForSequenceClassification."
                 )
             return kind
     for end in HEADS:
@@ -98,8 +99,9 @@ def _class_of(library: Any, config: Any, name: str) -> Any:
         if type(config) in kind._model_mapping:
             return kind
     raise TextModelError(
-        f"{shown(name)} is a {getattr(config, 'model_type', 'model')} of no known class with a head. Give a model of: "
-        f"{', '.join(f'AutoModel{end}' for end in HEADS)}; in Python, explain_text(model, tokenizer, text) takes any."
+        f"{printable(name)} is a {getattr(config, 'model_type', 'model')} of no known class with a head. Give a model "
+        f"of: {', '.join(f'AutoModel{end}' for end in HEADS)}; in Python, explain_text(model, tokenizer, text) takes "
+        "any."
     )
 
 
@@ -111,8 +113,8 @@ def _loaded(name: str, what: str, load: Any) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and errors of the hub's client
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = reason if len(reason) <= REASON else f"{reason[:REASON]}…"
-        hint = "" if Path(name).exists() else f" There is no folder {shown(name)} either: check the path."
-        raise TextModelError(f"cannot load the {what} of {shown(name)}: {shown(reason)}{hint}") from error
+        hint = "" if Path(name).exists() else f" There is no folder {printable(name)} either: check the path."
+        raise TextModelError(f"cannot load the {what} of {printable(name)}: {printable(reason)}{hint}") from error
 
 
 @contextlib.contextmanager

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ..attribution.text import AUTO, Row, TextExplanation, explain_text
-from ..dataset.images import shown
-from ..errors import UnknownLayerError
+from ..errors import UnknownLayerError, printable
 from ..plots.text_page import text_page
 from .composite_names import composite_of
 from .output_files import versions, write_json, writing
@@ -109,9 +108,9 @@ def write(
     """Writes the HTML page and the numbers of all texts, and returns the paths."""
     page, numbers = options.out / "texts.html", options.out / "texts.json"
     with writing(page) as temporary:
-        temporary.write_text(text_page(results, f"Relevance of words, {shown(loaded.name)}"), encoding="utf-8")
+        temporary.write_text(text_page(results, f"Relevance of words, {printable(loaded.name)}"), encoding="utf-8")
     settings = {
-        "model": shown(loaded.name),
+        "model": printable(loaded.name),
         "composite": request.composite,
         "residual": request.residual,
         "gain_limit": "inf" if request.gain_limit == math.inf else request.gain_limit,

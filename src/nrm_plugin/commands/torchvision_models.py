@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
-from ..dataset.images import shown
+from ..errors import printable
 from .built_model import BuiltModel, ModelError, seeded
 from .weight_files import NONE, SUFFIXES, WeightsError, classes_of, fill, read_state, without_prefixes
 
@@ -71,7 +71,7 @@ def check_torchvision_name(name: str) -> None:
         raise ModelError(_not_a_classifier(name, own))
     if name.endswith(".py"):
         raise ModelError(
-            f"--model {shown(name)} is a file. Add the name of the function in it: --model {shown(name)}:NAME."
+            f"--model {printable(name)} is a file. Add the name of the function in it: --model {printable(name)}:NAME."
         )
     near = difflib.get_close_matches(name.lower().replace("-", "_"), classifiers, n=4, cutoff=0.6)
     hint = f"Similar names: {', '.join(near)}. " if near else f"It has {', '.join(classifiers[:6])}, … "
@@ -137,9 +137,9 @@ def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
     count = classes_of(state, model)
     if count is not None:
         model = _without_storage(name, {**arguments, "num_classes": count})
-    fill(model, state, name, shown(path))
+    fill(model, state, name, printable(path))
     weights = official or available.DEFAULT
-    return BuiltModel(model, shown(path), weights.transforms, _categories(weights) if count is None else ())
+    return BuiltModel(model, printable(path), weights.transforms, _categories(weights) if count is None else ())
 
 
 def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ..dataset.images import shown
 from ..dataset.preprocessing import STANDARD
+from ..errors import printable
 from .built_model import BuiltModel, ModelError, seeded
 from .weight_files import NONE, fill, read_state, without_prefixes
 
@@ -53,7 +53,7 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
     source = "its own"
     if weights not in (None, NONE):
         path = Path(str(weights))
-        source = shown(path)
+        source = printable(path)
         fill(model, without_prefixes(read_state(path), model), name, source)
     return BuiltModel(model, source, STANDARD)
 
@@ -80,7 +80,7 @@ def _module(module: str, name: str, option: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             raise ModelError(
-                f"no module named {error.name!r}, neither installed nor in {shown(Path.cwd())}. Run the command "
+                f"no module named {error.name!r}, neither installed nor in {printable(Path.cwd())}. Run the command "
                 "where it can be imported, or give the file: file.py:factory."
             ) from error
         raise ModelError(f"importing {module} failed: {_one_line(error)}") from error
@@ -95,7 +95,7 @@ def _module(module: str, name: str, option: str) -> Any:
 
 def _module_of_file(path: Path) -> Any:
     if not path.is_file():
-        raise ModelError(f"the file {shown(path)} does not exist.")
+        raise ModelError(f"the file {printable(path)} does not exist.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # noqa: PT018  (the name ends in .py)
     module = importlib.util.module_from_spec(spec)
@@ -148,4 +148,4 @@ def _one_line(error: Exception) -> str:
     # The message of a syntax error contains the position; its frames belong to the import system.
     frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return shown(" ".join(f"{type(error).__name__}: {error}".split())) + place
+    return printable(" ".join(f"{type(error).__name__}: {error}".split())) + place

@@ -14,8 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..dataset.images import shown
-from ..errors import NRMError
+from ..errors import NRMError, printable
 
 NESTS = ("state_dict", "model_state_dict", "model", "net")
 """Checkpoint keys under which training scripts store the state dict."""
@@ -55,7 +54,7 @@ def read_state(path: Path) -> State:
     Raises:
         WeightsError: If the file is missing, cannot be read, or does not contain a state dict.
     """
-    name = shown(path)
+    name = printable(path)
     head = _check_file(path, name)
     try:
         with warnings.catch_warnings():
@@ -226,4 +225,4 @@ def _sizes(tensor: Tensor) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return shown((str(error).splitlines() or [""])[0]) or type(error).__name__
+    return printable((str(error).splitlines() or [""])[0]) or type(error).__name__

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import printable
 from .atomic_files import write_bytes
-from .images import is_image, load_image, shown
+from .images import is_image, load_image
 from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
@@ -51,14 +52,14 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
         if not folder.is_dir():
-            is_file, name = folder.exists(), shown(folder)
+            is_file, name = folder.exists(), printable(folder)
             raise SweepError(f"{name} is not a folder." if is_file else f"the folder {name} does not exist.")
         self.folder, self.preprocess, self.categories = folder, preprocess, tuple(categories)
         files = sorted(_files(folder), key=lambda path: path.relative_to(folder).as_posix())
         self.paths = [path for path in files if _is_image(path)]
         self.left_out = sorted(set(files) - set(self.paths))
         if not self.paths:
-            raise SweepError(f"no images in {shown(folder)}. {self.note()}".strip())
+            raise SweepError(f"no images in {printable(folder)}. {self.note()}".strip())
         parts_of_paths = [path.relative_to(folder).parts for path in self.paths]
         names = sorted({parts[0] for parts in parts_of_paths if len(parts) > 1})
         classes = _classes(names, categories)
@@ -74,7 +75,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     def note(self) -> str:
         """Describes the files that were left out in one sentence; empty if there are none."""
-        names = [shown(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
+        names = [printable(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
         more = len(self.left_out) - len(names)
         listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
         count = "1 file is" if len(self.left_out) == 1 else f"{len(self.left_out)} files are"
@@ -96,10 +97,10 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
     def check_labels(self) -> None:
         """Raises :class:`SweepError` if images have no label since their subfolder is not a class of the model."""
         if self.unknown:
-            listed = ", ".join(shown(name) + self._near(name) for name in self.unknown[:MAX_LISTED])
+            listed = ", ".join(printable(name) + self._near(name) for name in self.unknown[:MAX_LISTED])
             more = f" and {len(self.unknown) - MAX_LISTED} more" if len(self.unknown) > MAX_LISTED else ""
             raise SweepError(
-                f"not classes of the model: the subfolders {listed}{more} of {shown(self.folder)}, so their images "
+                f"not classes of the model: the subfolders {listed}{more} of {printable(self.folder)}, so their images "
                 f"have no label. Rename them to the names of classes; the model has {len(self.categories)}."
             )
 
@@ -129,7 +130,7 @@ def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     try:
         entries = list(os.scandir(folder))
     except OSError as error:  # without its images, the classes would be numbered differently
-        raise SweepError(f"cannot read the folder {shown(folder)}: {error.strerror or error}.") from error
+        raise SweepError(f"cannot read the folder {printable(folder)}: {error.strerror or error}.") from error
     for entry in entries:
         path = folder / entry.name
         if path.is_dir():

@@ -53,11 +53,6 @@ class LoadedImage:
     notes: tuple[str, ...] = ()
 
 
-def shown(text: object) -> str:
-    """Makes a text printable by escaping control characters and undecodable bytes."""
-    return printable(text)
-
-
 def load_image(path: Path) -> LoadedImage:
     """Reads the first frame of an image file as upright 8-bit RGB, on a white background.
 
@@ -67,7 +62,7 @@ def load_image(path: Path) -> LoadedImage:
     Raises:
         ImageError: If the file does not exist, is not an image, is damaged or too large, or its value range is unknown.
     """
-    name = shown(path)
+    name = printable(path)
     check_image_file(path)
     notes: list[str] = []
     try:
@@ -84,7 +79,7 @@ def load_image(path: Path) -> LoadedImage:
     except MemoryError as error:
         raise ImageError(f"{name} does not fit into memory. Resize it first.") from error
     except DAMAGE as error:
-        why = shown(getattr(error, "strerror", None) or error) or type(error).__name__
+        why = printable(getattr(error, "strerror", None) or error) or type(error).__name__
         raise ImageError(
             f"{name} cannot be read completely and may be damaged: {why}. Get an intact copy, or save it again with an "
             "image editor."
@@ -103,7 +98,7 @@ def is_image(path: Path) -> bool:
 
 def check_image_file(path: Path) -> None:
     """Raises :class:`ImageError` unless the path is a readable, non-empty file."""
-    name = shown(path)
+    name = printable(path)
     try:
         if URL.match(str(path)):
             raise ImageError(f"{name} is a URL, not a file. Download the image and pass the file.")
@@ -203,4 +198,4 @@ def _format_hint(path: Path) -> str:
     return "Pass a PNG, JPEG, WebP, TIFF, GIF or BMP file."
 
 
-__all__ = ["ImageError", "LoadedImage", "check_image_file", "is_image", "load_image", "shown"]
+__all__ = ["ImageError", "LoadedImage", "check_image_file", "is_image", "load_image"]

@@ -7,10 +7,9 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-import torch
 from tqdm import tqdm
 
-from ..errors import InputError, MemoryBudgetWarning, brief, warn
+from ..errors import InputError, MemoryBudgetWarning, brief, is_out_of_memory, warn
 from ..recording.places import Place
 from ..recording.recording import Recording
 
@@ -88,11 +87,3 @@ def in_chunks(
             results += chunk_results
             bar.update(len(chunk))
     return results
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error of torch says that memory ran out."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    # torch has no exception type for out-of-memory errors on a CPU.
-    return "DefaultCPUAllocator" in str(error)
