@@ -16,11 +16,8 @@ from ..errors import FoldingError, PrecisionWarning, TargetError, samples, warn
 from ..kernels.reference_pass import LEAST
 from ..model.autocast import is_short
 from ..model.targets import MIN_TOTAL, sample_sums
+from ..recording.sample_independence import tolerance_of
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Largest difference between outputs of copies of a sample, relative to the largest output."""
-TOLERANCE_OF_SHORT = 3e-2
-"""The same in bfloat16 and float16."""
 ROUNDING = 16
 """The difference between outputs must exceed their rounding error by this factor."""
 PRECISE = 1e-3
@@ -61,8 +58,7 @@ def _check_copies(outputs: Tensor) -> None:
     count = outputs.shape[1]
     if count == 1:
         return
-    size = TOLERANCE.get(outputs.dtype, TOLERANCE_OF_SHORT) * outputs.abs().max()
-    bad = (outputs - outputs[:, :1]).abs().amax((1, 2)) > size
+    bad = (outputs - outputs[:, :1]).abs().amax((1, 2)) > tolerance_of(outputs)
     if bool(bad.any()):
         raise FoldingError(
             f"with {count} references, the model runs on {count} copies of each sample, and its outputs differ between "

@@ -242,8 +242,12 @@ def _has_changed(recording: Run, output: Tensor, other: Tensor, rows: Tensor) ->
 
 def _is_close(one: Tensor, two: Tensor, output: Tensor) -> bool:
     """Returns whether rows of outputs agree, relative to the largest output."""
-    tolerance = TOLERANCE.get(output.dtype, TOLERANCE_OF_SHORT) * output.detach().abs().max()
-    return bool(((one - two).abs() <= tolerance).all())
+    return bool(((one - two).abs() <= tolerance_of(output)).all())
+
+
+def tolerance_of(output: Tensor) -> Tensor:
+    """Returns the largest difference between two runs of a sample that is attributed to rounding."""
+    return TOLERANCE.get(output.dtype, TOLERANCE_OF_SHORT) * output.detach().abs().max()
 
 
 def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun) -> None:
@@ -292,4 +296,4 @@ class _Leaves(Visitor[str]):
         return vectors
 
 
-__all__ = ["changed", "find_samples"]
+__all__ = ["changed", "find_samples", "tolerance_of"]
