@@ -157,14 +157,14 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
         divided among the samples, and has several elements if too few entries are known. Samples may have different
         numbers of slices only if no dimension can be divided equally and the sample of each slice is known.
     """
-    layout = _fitting(labels, count, None)
-    if not layout and mass is not None:
-        layout = _fitting(labels, count, mass)
-    if not layout:
-        layout = _padded(labels, count)
-    if not layout and is_last:
-        layout = _assumed(labels, count) or _padded(labels, count, some_lack=True)
-    return layout
+    layouts = _fitting(labels, count, None)
+    if not layouts and mass is not None:
+        layouts = _fitting(labels, count, mass)
+    if not layouts:
+        layouts = _padded(labels, count)
+    if not layouts and is_last:
+        layouts = _assumed(labels, count) or _padded(labels, count, some_lack=True)
+    return layouts
 
 
 def _assumed(labels: Tensor, count: int) -> list[Layout]:
