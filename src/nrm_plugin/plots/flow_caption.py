@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import NUMBERED, node_name
-from .flow_finding import leading, listed, target_name
+from .flow_columns import node_name
+from .flow_finding import groups_of, leading, listed, members_of, target_name
 from .ribbons import percent
 
 NO_BREAK = "\u00a0"
@@ -77,7 +77,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
     if not graph.layers:
         return ""
     lower = graph.layers[-1]
-    nodes = lower.nodes[: len(lower.groups)]
+    nodes = groups_of(lower)
     chosen = [node for node in leading(lower) if node.mass >= WORTH_SAYING]
     verb = "comes from" if lower.name == "input" else "passes through"
     link = verb.split()[1]
@@ -95,7 +95,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
     """Names the image part with the most relevance per area, unless it is also the one with the most relevance."""
-    nodes = graph.layers[-1].nodes[: len(graph.layers[-1].groups)] if graph.layers else []
+    nodes = groups_of(graph.layers[-1]) if graph.layers else []
     known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and node.mass >= WORTH_SAYING]
     if len(known) < 2:
         return ""
@@ -120,18 +120,13 @@ def _shows_few(layer: FlowLayer) -> bool:
     """Returns whether the shown channels of a layer account for so little relevance that the caption states it."""
     return (
         bool(layer.others)
-        and _members(layer) == "channels"
+        and members_of(layer) == "channels"
         and sum(map(abs, layer.masses)) < FEW * (sum(map(abs, layer.masses)) + abs(layer.rest))
     )
 
 
 def _share(layer: FlowLayer) -> str:
     return percent(round(sum(layer.masses), 5))
-
-
-def _members(layer: FlowLayer) -> str:
-    """Returns the term for the shown groups of a layer, ``"channels"`` or ``"groups"``."""
-    return "channels" if layer.name not in NUMBERED and any(map(str.isdecimal, layer.labels)) else "groups"
 
 
 def _ways(graph: FlowGraph) -> list[str]:
@@ -145,7 +140,7 @@ def _ways(graph: FlowGraph) -> list[str]:
         above, below = np.unravel_index(int(np.abs(groups).argmax()), groups.shape)
         if abs(groups[above, below]) >= WIDE:
             ribbon = f"{node_name(lower.nodes[below])}{NO_BREAK}→ {node_name(upper.nodes[above])}"
-            kinds = {_members(layer) for layer in (lower, upper)}
+            kinds = {members_of(layer) for layer in (lower, upper)}
             members = kinds.pop() if len(kinds) == 1 else "nodes"
             sentences.append(
                 f"The widest ribbon between the shown {members} of {lower.name} and {upper.name} is {ribbon}: "
@@ -213,7 +208,7 @@ def _elsewhere(graph: FlowGraph) -> list[str]:
     sentences = []
     rest = max(graph.layers, key=lambda layer: abs(layer.rest), default=None)
     if rest is not None and rest.others and abs(rest.rest) >= 0.1 and not _shows_few(rest):
-        others = f"{rest.others} channels" if _members(rest) == "channels" else f"{rest.others}"
+        others = f"{rest.others} channels" if members_of(rest) == "channels" else f"{rest.others}"
         sentences.append(f"The other {others} of {_layer_text(rest)} have {percent(rest.rest)}.")
     lowest = graph.layers[-1] if graph.layers else None
     if lowest is not None and abs(lowest.sink) >= WORTH_SAYING:

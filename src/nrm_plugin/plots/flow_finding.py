@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
-from .flow_columns import is_difference, node_name
+from .flow_columns import NUMBERED, is_difference, node_name
 from .ribbons import percent
 
 HALF = 0.5
@@ -17,7 +17,7 @@ AGAINST = -0.25
 ALIKE = 0.01
 """If no node differs by this share, the finding is that two flows hardly differ."""
 THROUGH = "passes through"
-NUMBERED = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
+WORD_AND_NUMBER = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
 SEVERAL = re.compile(r" \+ \d+$")
 """End of the name of a group of several members, such as "teapot + 474"."""
 Places = Mapping[str, str]
@@ -66,7 +66,7 @@ def difference_finding(graph: FlowGraph, first: str, second: str, places: Places
         second: Name of the second flow, whose excess is blue.
         places: As in :func:`flow_finding`.
     """
-    nodes = [node for layer in graph.layers if layer.name != "output" for node in _groups(layer)]
+    nodes = [node for layer in graph.layers if layer.name != "output" for node in groups_of(layer)]
     largest = max((abs(node.mass) for node in nodes), default=0.0)
     if largest < ALIKE:
         return f"The flows of {first} and {second} hardly differ: no share by more than {percent(largest)}"
@@ -87,7 +87,7 @@ def difference_finding(graph: FlowGraph, first: str, second: str, places: Places
 
 def target_name(graph: FlowGraph) -> str:
     """Returns the name of the only output in quotation marks, or "all relevance" if there are several or none."""
-    groups = _groups(graph.layers[0]) if graph.layers and graph.layers[0].name == "output" else []
+    groups = groups_of(graph.layers[0]) if graph.layers and graph.layers[0].name == "output" else []
     main = [node for node in groups if abs(node.mass) >= ALIKE]
     if len(main) != 1:
         return "all relevance"
@@ -101,7 +101,7 @@ def listed(names: Sequence[str]) -> str:
 
 def together(names: Sequence[str]) -> str:
     """Lists names, and names a common word once: "part 1" and "part 2" are "parts 1 and 2"."""
-    matches = [NUMBERED.fullmatch(name) for name in names]
+    matches = [WORD_AND_NUMBER.fullmatch(name) for name in names]
     words = {match["word"] if match else None for match in matches}
     if len(names) < 2 or len(words) > 1 or None in words:
         return listed(names)
@@ -111,7 +111,7 @@ def together(names: Sequence[str]) -> str:
 def leading(layer: FlowLayer) -> list[FlowNode]:
     """Returns the fewest groups of a layer that hold half of the relevance, or the largest ones if many are needed."""
     chosen: list[FlowNode] = []
-    for node in sorted(_groups(layer), key=lambda node: -node.mass)[:NAMED]:
+    for node in sorted(groups_of(layer), key=lambda node: -node.mass)[:NAMED]:
         if chosen and (node.mass <= 0 or sum(one.mass for one in chosen) >= HALF):
             break
         chosen.append(node)
@@ -129,21 +129,36 @@ def _clause(layer: FlowLayer, says: str, places: Places) -> str:
     """Returns the main nodes of a layer with the sum of their masses, or how much the nodes that are not shown have."""
     of_layer = "" if layer.name == "input" else f" of {layer.name}"
     if layer.others and layer.rest >= HALF:
-        members = "channels" if all(map(str.isdecimal, layer.labels)) and layer.name != "input" else "groups"
-        return f"{percent(layer.rest)} {says} the {layer.others} {members}{of_layer} that are not shown"
+        return f"{percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"
     if layer.bypass >= HALF:
         return f"{percent(layer.bypass)} {says.removesuffix(THROUGH)}bypasses {layer.name}"
     nodes = leading(layer)
     where = list(dict.fromkeys(places[node.key] for node in nodes if node.key in places))
     note = f" ({', '.join(where)})" if where else ""
     said = f"{percent(sum(node.mass for node in nodes))} {says} {together([node_name(node) for node in nodes])}"
-    worst = min(_groups(layer), key=lambda node: node.mass)
+    worst = min(groups_of(layer), key=lambda node: node.mass)
     against = f", against {percent(worst.mass)} from {node_name(worst)}" if worst.mass <= AGAINST else ""
     return f"{said}{note}{of_layer}{against}"
 
 
-def _groups(layer: FlowLayer) -> list[FlowNode]:
+def members_of(layer: FlowLayer) -> str:
+    """Returns the term for the shown groups of a layer, ``"channels"`` or ``"groups"``."""
+    return "channels" if layer.name not in NUMBERED and any(map(str.isdecimal, layer.labels)) else "groups"
+
+
+def groups_of(layer: FlowLayer) -> list[FlowNode]:
+    """Returns the nodes of a layer without those for the rest, the sink and the bypass."""
     return layer.nodes[: len(layer.groups)]
 
 
-__all__ = ["Places", "difference_finding", "flow_finding", "leading", "listed", "target_name", "together"]
+__all__ = [
+    "Places",
+    "difference_finding",
+    "flow_finding",
+    "groups_of",
+    "leading",
+    "listed",
+    "members_of",
+    "target_name",
+    "together",
+]
