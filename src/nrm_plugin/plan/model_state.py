@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,15 +31,18 @@ class ModelState:
         with _RECORDING:
             self._take(model)
             self._python = PythonState([*model.modules(), composite])
-            self._further = _Further(self._python)
-            self._sums = TensorSums([tensor for _, tensor in self._tensors] + self._further.weights)
+            # Modules and tensors that the model reads, but which are not registered in it, such as those in a list.
+            modules = self._python.modules
+            weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+            tensors = [tensor for tensor in (*self._python.tensors, *weights) if tensor.layout == torch.strided]
+            self._further = _Objects(modules, tensors)
+            self._sums = TensorSums([tensor for _, tensor in self._tensors] + weights)
 
     def _take(self, model: nn.Module) -> None:
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._modules = [(module, _attributes(module), _held(module)) for module in model.modules()]
-        self._common = _common_hooks()
         self._tensors = [*model.named_parameters(), *model.named_buffers()]
-        self._versions = [values_state(tensor) for _, tensor in self._tensors]
+        self._names = {id(one): name for name, one in (*model.named_modules(), *self._tensors)}
+        self._common = _common_hooks()
+        self._objects = _Objects(model.modules(), [tensor for _, tensor in self._tensors])
         self._entries = _entries([tensor for _, tensor in self._tensors])
         self._values = [torch.cat(views).clone() for views in self._entries]
 
@@ -51,7 +54,7 @@ class ModelState:
         if self.changed():
             return True
         with _RECORDING:
-            return self._sums.have_changed() or self._python.has_changed() or self._further.have_changed()
+            return self._sums.have_changed() or self._python.has_changed() or self._further.changed() is not None
 
     def changed(self) -> str:
         """Describes what has changed; returns an empty string if nothing has changed."""
@@ -63,12 +66,10 @@ class ModelState:
     def _changed(self) -> str:
         if _common_hooks() != self._common:
             return "the hooks of all modules"
-        for module, attributes, _ in self._modules:
-            if _attributes(module) != attributes:
-                return f"module {self._names[id(module)]!r}" if self._names[id(module)] else "the model"
-        for (name, tensor), state in zip(self._tensors, self._versions, strict=True):
-            if values_state(tensor) != state:
-                return f"{name!r}"
+        changed = self._objects.changed()
+        if changed is not None:
+            name = self._names[id(changed)]
+            return "the model" if not name else f"module {name!r}" if isinstance(changed, nn.Module) else f"{name!r}"
         for views, values in zip(self._entries, self._values, strict=True):
             if not torch.equal(torch.cat(views), values):
                 return "a weight"
@@ -80,24 +81,19 @@ class ModelState:
         return {tensor.untyped_storage().data_ptr() for tensor in dense}
 
 
-class _Further:
-    """Modules and tensors that a model reads, but which are not registered in it, such as those in a list.
+class _Objects:
+    """Detects changes to modules and tensors from the ids of their attributes and from their versions."""
 
-    Attributes:
-        weights: Parameters and buffers of the modules.
-    """
+    def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
+        self._modules = [(module, _attributes(module), _held(module)) for module in modules]
+        self._tensors = [(tensor, values_state(tensor)) for tensor in tensors]
 
-    def __init__(self, state: PythonState) -> None:
-        self.weights = [tensor for module in state.modules for tensor in (*module.parameters(), *module.buffers())]
-        self._modules = [(module, _attributes(module), _held(module)) for module in state.modules]
-        self._tensors = [tensor for tensor in (*state.tensors, *self.weights) if tensor.layout == torch.strided]
-        self._versions = [values_state(tensor) for tensor in self._tensors]
-
-    def have_changed(self) -> bool:
-        """Returns whether one of them has changed."""
-        if any(_attributes(module) != attributes for module, attributes, _ in self._modules):
-            return True
-        return any(values_state(one) != state for one, state in zip(self._tensors, self._versions, strict=True))
+    def changed(self) -> nn.Module | Tensor | None:
+        """Returns the first module or tensor that has changed."""
+        for module, attributes, _ in self._modules:
+            if _attributes(module) != attributes:
+                return module
+        return next((tensor for tensor, state in self._tensors if values_state(tensor) != state), None)
 
 
 _DICTS = (dict, OrderedDict)

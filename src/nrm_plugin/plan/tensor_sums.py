@@ -93,7 +93,7 @@ def _flat(tensor: Tensor) -> Tensor | None:
 
 def _bits(values: Tensor) -> Tensor:
     """Returns the bytes of values, in which nan equals itself."""
-    return values.view(torch.uint8).clone()
+    return values.view(torch.uint8)
 
 
 __all__ = ["TensorSums"]
