@@ -11,6 +11,12 @@ def grid(head: str, rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([head, rule, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
+def with_bounds(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Formats a mean with the bounds of its interval; with ``sign="+"``, positive numbers have a sign."""
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in values)
+    return f"{mean} ({low} to {high})"
+
+
 def small(number: float, digits: int = 0) -> str:
     """Formats a mass; values below one in a million are 0."""
     return "0" if abs(number) < 1e-6 else f"{number:.{digits}e}" if abs(number) < 5e-4 else f"{number:.3f}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circuits.pages import circuits, known_circuit
-from benchmarks.markdown import grid, small
+from benchmarks.markdown import grid, small, with_bounds
 from benchmarks.path_patching.pages import path_patching
 from benchmarks.real.pages import real
 
@@ -274,19 +274,13 @@ def _method(name: str) -> str:
 def real_text(results: Results) -> dict[str, str]:
     """Returns the table of explanations of a text classifier."""
 
-    def cell(values: list[float]) -> str:
-        return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
-
     keys = ("SRG", "SRG, difference", "ABPC", "ABPC, difference")
-    cells = ([_method(row["method"]), *(cell(row[key]) for key in keys)] for row in results["rows"])
+    cells = ([_method(row["method"]), *(with_bounds(row[key]) for key in keys)] for row in results["rows"])
     return {"films": grid("| method | SRG | SRG, minus NRMDefault | ABPC | ABPC, minus NRMDefault |", cells)}
 
 
 def real_decoders(results: Results) -> dict[str, str]:
     """Returns tables of totals of two small decoders, and of explanations of their next characters."""
-
-    def cell(values: list[float]) -> str:
-        return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
     totals = [
         (
@@ -298,7 +292,7 @@ def real_decoders(results: Results) -> dict[str, str]:
         for method, row in net["totals"].items()
     ]  # fmt: skip
     keys = ("SRG", "SRG, difference", "correlation", "last eight")
-    rows = [(net["net"], _method(row["method"]), *(cell(row[key]) for key in keys)) for net in results["nets"]
+    rows = [(net["net"], _method(row["method"]), *(with_bounds(row[key]) for key in keys)) for net in results["nets"]
             for row in net["rows"]]  # fmt: skip
     head = "| decoder | method | SRG | SRG, minus NRMDefault | correlation with ablation | share of the last eight |"
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.markdown import grid
+from benchmarks.markdown import grid, with_bounds
 
 Results = dict[str, Any]
 
@@ -23,7 +23,7 @@ def circuits(results: Results) -> dict[str, str]:
         tables[name] = grid(head, rows)
     nets, key = results["nets"].values(), "CMD minus that of the reference measure"
     rows = [
-        [score, *("{:+.3f} ({:+.3f} to {:+.3f})".format(*net["scores"][score][key]) for net in nets)]
+        [score, *(with_bounds(net["scores"][score][key], 3, "+") for net in nets)]
         for score in results["passes"]
         if any(net["scores"][score][key][0] for net in nets)
     ]

@@ -121,6 +121,12 @@ class Joints:
         return {name: scale * self.mu.joint(f"steps.{name}", f"read.{name}") for name, _ in task.steps}
 
 
+def joints(mu: RelevanceMeasure, explained: Tensor) -> Joints:
+    """Computes the marginals of all taps, by the backward pass that is counted for a score."""
+    mu.marginal(mu.layers)
+    return Joints(mu, explained)
+
+
 def contrast(task: Task) -> Tensor:
     """1 for the clean answer, -1 for the corrupted one, ``(N, outputs)``."""
     _, _, t, u = task.pairs
@@ -132,8 +138,7 @@ def reference_measure(task: Task, slopes: Literal["secant", "tangent"] = "secant
     """Returns the measure against the corrupted input."""
     clean, corrupted = task.pairs[:2]
     mu = RelevanceMeasure(task.net, clean, start=contrast(task), reference=corrupted, slopes=slopes)
-    mu.marginal(mu.layers)
-    return Joints(mu, task.whole - task.empty)
+    return joints(mu, task.whole - task.empty)
 
 
 class PlannedMeasure:
@@ -148,8 +153,7 @@ class PlannedMeasure:
         if key not in self.plans:
             self.plans = {key: Plan(task.net, clean, reference=corrupted)}
         mu = self.plans[key](clean, start=contrast(task), reference=corrupted)
-        mu.marginal(mu.layers)
-        return Joints(mu, task.whole - task.empty)
+        return joints(mu, task.whole - task.empty)
 
 
 def lrp_0(task: Task) -> Joints:
@@ -159,8 +163,7 @@ def lrp_0(task: Task) -> Joints:
     mu = RelevanceMeasure(
         task.net, task.pairs[0], start=lambda outputs: signs * outputs, composite=Normalized(rules, residual="sink")
     )
-    mu.marginal(mu.layers)
-    return Joints(mu, task.whole)
+    return joints(mu, task.whole)
 
 
 class Passed(Protocol):

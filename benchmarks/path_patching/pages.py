@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.markdown import grid
+from benchmarks.markdown import grid, with_bounds
 
 Results = dict[str, Any]
 JOINTS = {
@@ -39,7 +39,7 @@ def path_patching(results: Results) -> dict[str, str]:
             cells = [f"{row['correlation'][0]:.3f}" if row else "" for row in shown]
             rows.append([*about, *cells, f"{scores[best]['correlation'][0]:.3f}, {_short(best)}"])
             wrong = [f"{row['error']:.2f}" if row else "" for row in shown]
-            behind = [_difference(row[ERROR], 2) if row and ERROR in row else "" for row in shown[:2]]
+            behind = [with_bounds(row[ERROR], sign="+") if row and ERROR in row else "" for row in shown[:2]]
             errors.append([*about, *wrong, f"{scores[closest]['error']:.2f}, {_short(closest)}", *behind])
         columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
         found[name] = grid(columns, rows)
@@ -58,17 +58,13 @@ def _short(product: str) -> str:
     return product.removeprefix("product of ")
 
 
-def _difference(values: list[float], digits: int = 3) -> str:
-    return "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*values, d=digits)
-
-
 def _differences(results: Results) -> str:
     rows = []
     for name, net in results["nets"].items():
         for kind, start, measured in _rows(net):
             shown = [measured["scores"].get(score) for score in list(JOINTS)[:3]]
-            ahead = [_difference(row["minus best product"]) if row else "" for row in shown]
-            rows.append([name, kind, PATCHED[start], *ahead, _difference(measured["secants minus tangents"])])
+            ahead = [with_bounds(row["minus best product"], 3, "+") if row else "" for row in shown]
+            rows.append([name, kind, PATCHED[start], *ahead, with_bounds(measured["secants minus tangents"], 3, "+")])
     return grid("| network | sets | patched with | tangents | secants | default | secants minus tangents |", rows)
 
 

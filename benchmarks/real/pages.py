@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.markdown import grid
+from benchmarks.markdown import grid, with_bounds
 
 Results = dict[str, Any]
 
@@ -35,8 +35,8 @@ def _compared(nets: Results) -> str:
     rows = []
     for net, measured in nets.items():
         for number, (name, row) in enumerate(measured["methods"].items()):
-            shown = [_interval(row[key]["mean"]) for key in SHOWN]
-            ahead = _interval(row["SRG, plain"]["behind"], "+") if number else ""
+            shown = [with_bounds(row[key]["mean"]) for key in SHOWN]
+            ahead = with_bounds(row["SRG, plain"]["behind"], sign="+") if number else ""
             counts = f"{row['SRG, plain']['samples']}, {row['own']['samples']}"
             rows.append(["" if number else net, name, *shown, ahead, counts, row["seconds"]])
     head = " | ".join(REAL[key] for key in SHOWN)
@@ -53,7 +53,7 @@ def _losses(nets: Results) -> str:
             ahead = {name: row[key]["behind"] for name, row in others if row[key]["behind"][2] < 0}
             best = sorted(ahead, key=lambda name, of=ahead: of[name][0])
             if best:
-                losses.append([net, REAL[key], best[0], _interval(ahead[best[0]], "+"), len(best)])
+                losses.append([net, REAL[key], best[0], with_bounds(ahead[best[0]], sign="+"), len(best)])
     return grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
 
 
@@ -97,9 +97,5 @@ def _tried(tried: Results) -> str:
 def _all_metrics(measured: Results) -> str:
     methods = measured["methods"]
     keys = [key for key in REAL if key in next(iter(methods.values()))]
-    rows = ([name, *(_interval(row[key]["mean"]) for key in keys), row["seconds"]] for name, row in methods.items())
+    rows = ([name, *(with_bounds(row[key]["mean"]) for key in keys), row["seconds"]] for name, row in methods.items())
     return grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)
-
-
-def _interval(values: list[float], sign: str = "") -> str:
-    return "{:{sign}.2f} ({:{sign}.2f} to {:{sign}.2f})".format(*values, sign=sign)
