@@ -7,7 +7,6 @@ import functools
 import os
 import subprocess
 import sys
-import types
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from PIL import Image
 
 from nrm_plugin import NRMDefault
 from nrm_plugin.dataset.fingerprints import content_hash, described, digest, is_installed, package_version, user_code
+from tests.dataset.edited_source import edited_module
 
 SOURCE = """
 import functools, math, torch
@@ -74,13 +74,7 @@ NO_CHANGE = {
 
 
 def outer(*edits: tuple[str, str]) -> Any:
-    source = SOURCE
-    for before, after in edits:
-        assert before in source
-        source = source.replace(before, after)
-    names = types.ModuleType("somebodys")
-    exec(source, names.__dict__)
-    return names.outer
+    return edited_module("somebodys", SOURCE, *edits).outer
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -6,7 +6,6 @@ Covers: nrm_plugin.dataset.model_identity.
 from __future__ import annotations
 
 import shutil
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from nrm_plugin.dataset.fingerprints import digest
 from nrm_plugin.dataset.model_identity import model_fingerprint
 from nrm_plugin.dataset.sweep_layout import SettingsError
 from nrm_plugin.dataset.sweep_settings import SettingsWarning
+from tests.dataset.edited_source import edited_module
 from tests.dataset.sweep_nets import contents
 
 SOURCE = """
@@ -82,12 +82,7 @@ OPTIONS: dict[str, Any] = {"batch_size": 2, "shard": 4, "progress": False}
 
 def given(*edits: tuple[str, str]) -> dict[str, Any]:
     """The arguments of a sweep whose source was edited."""
-    source = SOURCE
-    for before, after in edits:
-        assert before in source
-        source = source.replace(before, after)
-    names = types.ModuleType("users_own")
-    exec(source, names.__dict__)
+    names = edited_module("users_own", SOURCE, *edits)
     torch.manual_seed(0)
     model = names.Net().eval()
     return {"model": model, "data": names.Images(), "queries": QUERIES, "target": names.target, "unpack": names.unpack}
