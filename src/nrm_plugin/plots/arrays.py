@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..errors import InputError
@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 Values = Tensor | Array
 
 
-def as_array(values: Values) -> Array:
+def as_array(values: Tensor | ArrayLike) -> Array:
     """Returns a tensor of any floating-point format, or an array, as an array in double precision."""
     return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..measure.flow_graph import FlowError, FlowGraph, FlowLayer, FlowNode
+from .arrays import Array
 from .flow_order import column_orders
 
-Array = NDArray[np.float64]
 MAX_GROUPS = 40
 """Maximum number of groups per layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3

@@ -9,16 +9,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..measure.flow_graph import FlowGraph, FlowLayer, FlowNode
+from .arrays import Array
 from .flow_columns import drawn_columns, is_difference, node_name, tone_of
 from .flow_notes import HIGH, HIGHS, Counts, counted
 from .flow_parts import BAR, LINE, MARGIN, Band, Box, DrawnNode, Label, Scene, Sizes
 from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
 
-Array = NDArray[np.float64]
 HAIRLINE = 0.3
 """Smallest width of a ribbon that is drawn, in points."""
 NARROW = 5.0

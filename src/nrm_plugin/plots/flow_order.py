@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from .arrays import Array
+
 Order = NDArray[np.int64]
 ROUNDS = 2
 """Number of rounds in which adjacent nodes are swapped in all columns."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..measure.flow_graph import FlowGraph
 from ..measure.flow_heat_maps import NodeMaps
+from .arrays import Array, as_array
 from .ribbons import LIGHT, Palette
 
-Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """Top, left, bottom and right edge of an image crop, in pixels."""
@@ -297,7 +297,7 @@ def _resized(colors: Array, side: int) -> Array:
 
 
 def _colors(image: Tensor | Array) -> Array:
-    pixels = np.asarray(image.detach().cpu().double() if isinstance(image, Tensor) else image, dtype=float)
+    pixels = as_array(image)
     pixels = np.repeat(1 - pixels, 3, 0) if len(pixels) == 1 else pixels  # dark on light, as in all heat maps
     result: Array = np.moveaxis(pixels, 0, -1).clip(0, 1)
     return result

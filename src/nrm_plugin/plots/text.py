@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from ..errors import InputError, brief
+from .arrays import as_array
 from .ribbons import DARK, LIGHT, Palette, percent
 
 Values = Tensor | np.ndarray | Sequence[float]
@@ -176,7 +177,7 @@ def _checked(
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as of tokenizer.convert_ids_to_tokens(ids).")
-    array = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
+    array = as_array(values)
     rows = array[None] if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != len(tokens) or not len(tokens) or not len(rows):
         raise InputError(
