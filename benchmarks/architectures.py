@@ -26,6 +26,7 @@ from torchvision import models
 from zennit.composites import EpsilonPlusFlat
 from zennit.core import Composite
 
+from benchmarks.markdown import small
 from benchmarks.reruns import add_option, by_size, changes, dated, is_due, replace
 from nrm_plugin import FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
 
@@ -255,7 +256,7 @@ HEADER = "model|input|error, blocks|error, taps|residual|constants|V input|V blo
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Returns the environment, a summary, and one table for each composite."""
+    """Returns the environment, a summary, and one table with a row for each model."""
     rows = results["rows"]
     left_out = [name for name in listed() if has_attention(name)]
     missing = [
@@ -271,30 +272,73 @@ def tables(results: dict[str, Any]) -> str:
         *([f"**Not run:** {', '.join(missing)}."] if missing else []),
         summary(rows),
     ]
-    for composite in COMPOSITES:
-        lines = [line(row) for row in rows if row["composite"] == composite]
-        parts.append(f"### {composite}\n\n{markdown(HEADER, lines)}")
+    by_model: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], {})[row["composite"]] = row
+    if by_model:
+        names = [f"{composite.rpartition(', ')[2]}: {title}" for composite, title in SHOWN]
+        lines = [across(of_model) for of_model in by_model.values()]
+        parts.append(markdown(["model", "input", "error", "s", *names], lines))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+SHOWN = {
+    ("NRMDefault", "V input"): "variation_input",
+    ("NRMDefault", "V blocks"): "variation_blocks",
+    ("EpsilonPlusFlat", "residual"): "residual",
+    ("EpsilonPlusFlat", "V input"): "variation_input",
+    ("EpsilonPlusFlat", "V blocks"): "variation_blocks",
+    ("EpsilonPlusFlat, fused", "residual"): "residual",
+    ("EpsilonPlusFlat, fused", "V input"): "variation_input",
+    ("EpsilonPlusFlat, fused", "V blocks"): "variation_blocks",
+}
+"""The figures of each model on the page. The others are the same for all models: no residual, and V = 1."""
+
+
+def across(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the row of one model on the page; figures that exceed their limits are bold."""
+    first = rows.get("NRMDefault", next(iter(rows.values())))
+    failed = [row["failed"] for row in rows.values() if "failed" in row]
+    if failed:
+        return [first["model"], "?", failed[0], *[""] * (1 + len(SHOWN))]
+    error = f"{max(float(row['error_taps']) for row in rows.values()):.0e}"
+    cells = [f"**{error}**" if any("conservation" in faults(row) for row in rows.values()) else error]
+    cells.append(f"{float(first['seconds']):.1f}")
+    for (composite, title), key in SHOWN.items():
+        row = rows.get(composite)
+        if row is None:
+            cells.append("")
+            continue
+        value = float(row[key])
+        cell = small(value) if key == "residual" else three_digits(value)
+        cells.append(f"**{cell}**" if title in faults(row) else cell)
+    return [first["model"], "×".join(map(str, first["shape"][1:])), *cells]
+
+
+def three_digits(value: float) -> str:
+    """Formats a number with three digits, and large ones without an exponent."""
+    return f"{value:.3g}" if not 1000 <= value < 1e6 else f"{value:,.0f}"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Returns the worst figures of each composite, with the model."""
     keys = {
-        "error, taps": "error_taps",
-        "residual": "residual",
-        "constants": "constants",
-        "V input": "variation_input",
-        "V blocks": "variation_blocks",
+        "error": ("error_taps", ".1e"),
+        "residual": ("residual", ".2g"),
+        "constants": ("constants", ".2g"),
+        "V input": ("variation_input", ""),
+        "V blocks": ("variation_blocks", ""),
     }
     lines = []
     for composite in COMPOSITES:
         selected = [row for row in rows if row["composite"] == composite]
         done = [row for row in selected if "failed" not in row]
         cells = []
-        for key in keys.values():
+        for key, form in keys.values():
             values = {row["model"]: float(row[key]) for row in done}
             worst = most(list(values), values) if values else None
-            cells.append("" if worst is None else f"{values[worst]:.2g} ({worst})")
+            shown = {name: f"{value:{form}}" if form else three_digits(value) for name, value in values.items()}
+            cells.append("" if worst is None else shown[worst] + f" ({worst})" * (len(set(shown.values())) > 1))
         exceeded = [name for row in selected for name in faults(row)]
         counts = ", ".join(f"{exceeded.count(name)} × {name}" for name in dict.fromkeys(exceeded))
         lines.append([composite, f"{len(done)} of {len(selected)}", *cells, counts or "none"])

@@ -173,7 +173,7 @@ def recovered(one: str, other: str) -> Callable[[Results], str]:
 
     def figure(results: Results) -> str:
         methods = results["planted"]["questions"]["neighbouring layers"]["methods"]
-        return " : ".join(f"{methods[name]['average precision'][0]:.2f}" for name in (one, other))
+        return " vs. ".join(f"{methods[name]['average precision'][0]:.2f}" for name in (one, other))
 
     return figure
 
@@ -187,59 +187,60 @@ def distance(score: str) -> Callable[[Results], str]:
 
 PLAIN = "plain gradient"
 CLAIMS = [
-    Claim("All marginals of VGG16 with EpsilonPlus, relative to a plain gradient", "speed",
+    Claim("All marginals of VGG16 with EpsilonPlus: time relative to a plain gradient", "speed",
           ratio("all marginals, EpsilonPlus", PLAIN), "speed.md"),
-    Claim("the same relative to Zennit's pass, which yields the input only", "speed",
+    Claim("… time relative to Zennit's pass, which yields only the input map", "speed",
           ratio("all marginals, EpsilonPlus", "zennit, EpsilonPlus"), "speed.md"),
-    Claim("All marginals of ResNet-50 with the default composite, relative to a plain gradient", "speed",
+    Claim("All marginals of ResNet-50 with NRMDefault: time relative to a plain gradient", "speed",
           ratio("all marginals, NRMDefault", PLAIN, "resnet50"), "speed.md"),
-    Claim("Joint relevance of all neighbouring channel pairs of VGG16, relative to a plain gradient", "speed",
-          ratio("all neighbouring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
-    Claim("64 conditional maps, relative to zennit-crp", "speed",
+    Claim("Joint relevance of all channel pairs in neighbouring layers of VGG16: time relative to a plain gradient",
+          "speed", ratio("all neighbouring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
+    Claim("64 conditional maps of VGG16: time relative to zennit-crp", "speed",
           ratio("64 conditional maps of features.28 at the input",
                "zennit-crp, 64 conditional maps of features.28 at the input"), "speed.md"),
-    Claim("Peak memory of all marginals of VGG16, relative to a plain gradient", "speed", peak, "speed.md"),
-    Claim("Plain Zennit relevance at nine layers of VGG11, largest difference", "special_cases",
+    Claim("All marginals of VGG16: peak memory relative to a plain gradient", "speed", peak, "speed.md"),
+    Claim("Largest difference from Zennit's relevance at nine layers of VGG11", "special_cases",
           differences("zennit, VGG11"), "special-cases.md"),
-    Claim("Captum's methods, largest difference", "special_cases", differences("captum, "), "special-cases.md"),
-    Claim("zennit-crp, largest difference", "special_cases", differences("zennit-crp"), "special-cases.md"),
-    Claim("LXT, largest difference", "special_cases", differences("LXT"), "special-cases.md"),
-    Claim("Published formulas, largest difference", "special_cases", differences("formula"), "special-cases.md"),
-    Claim("mass + sink + bypass = 1, all taps, models of torchvision without attention", "architectures",
-          violation("NRMDefault"), "architectures.md"),
-    Claim("the same, vision transformers", "attention", violation("NRMDefault"), "attention.md"),
-    Claim("the same, models of 16 other packages", "other_packages", violation("NRMDefault"), "other-packages.md"),
-    Claim("the same, further models of Hugging Face", "hugging_face", violation("NRMDefault"), "attention.md"),
-    Claim("the same, recurrent networks and layers of torch_geometric", "recurrent_and_graphs", violation("NRMDefault"),
+    Claim("… from Captum's methods", "special_cases", differences("captum, "), "special-cases.md"),
+    Claim("… from zennit-crp", "special_cases", differences("zennit-crp"), "special-cases.md"),
+    Claim("… from LXT", "special_cases", differences("LXT"), "special-cases.md"),
+    Claim("… from published formulas", "special_cases", differences("formula"), "special-cases.md"),
+    Claim("Largest violation of mass + sink + bypass = 1 at any tap: torchvision models without attention",
+          "architectures", violation("NRMDefault"), "architectures.md"),
+    Claim("… vision transformers", "attention", violation("NRMDefault"), "attention.md"),
+    Claim("… models of 16 other packages", "other_packages", violation("NRMDefault"), "other-packages.md"),
+    Claim("… further models of Hugging Face", "hugging_face", violation("NRMDefault"), "attention.md"),
+    Claim("… recurrent networks and layers of torch_geometric", "recurrent_and_graphs", violation("NRMDefault"),
           "recurrent-and-graphs.md"),
-    Claim("Models of other packages modified by a measure", "other_packages", changed, "other-packages.md"),
-    Claim("A flow of five layers of VGG16, eight groups each, relative to the marginals of all layers", "flow",
+    Claim("Models of other packages that a measure modified", "other_packages", changed, "other-packages.md"),
+    Claim("Flow over five layers of VGG16 with eight groups each: time relative to the marginals of all layers", "flow",
           flow_cost, "flow.md"),
-    Claim("Reference examples: time of zennit-crp relative to ours, for the same references", "references", speedup,
+    Claim("Reference examples: time of zennit-crp relative to ours, for the same examples", "references", speedup,
           "references.md"),
-    Claim("Throughput of a sweep relative to the measure alone", "sweep", throughput, "data-sets.md"),
-    Claim("Probability of the class with few channels retained, `select_neurons`", "selection",
+    Claim("Throughput of a sweep, relative to the measure alone", "sweep", throughput, "data-sets.md"),
+    Claim("Probability of the class when few channels are retained, chosen by `select_neurons`", "selection",
           class_probability("select_neurons (ε, z⁺)"), "critical-paths.md"),
-    Claim("the same, plain LRP", "selection", class_probability("plain LRP"), "critical-paths.md"),
-    Claim("the same, LayerConductance", "selection", class_probability("LayerConductance"), "critical-paths.md"),
-    Claim("Walk variation on VGG16, relative rule", "relative", variation("relative"), "relative.md"),
-    Claim("the same, LRP-0", "relative", variation("LRP-0"), "relative.md"),
-    Claim("The hundred largest of 550 billion walks, certified within a minute", "top_walks", certified,
+    Claim("… by plain LRP", "selection", class_probability("plain LRP"), "critical-paths.md"),
+    Claim("… by LayerConductance", "selection", class_probability("LayerConductance"), "critical-paths.md"),
+    Claim("Walk variation on VGG16 with random weights: relative rule", "relative", variation("relative"),
+          "relative.md"),
+    Claim("… LRP-0", "relative", variation("LRP-0"), "relative.md"),
+    Claim("How many of the hundred largest of 550 billion walks are certified within a minute", "top_walks", certified,
           "critical-paths.md"),
-    Claim("Pixel flipping, area between both orders, NRMDefault", "default_composite", flipping("NRMDefault"),
+    Claim("Pixel flipping, area between the two orders: NRMDefault", "default_composite", flipping("NRMDefault"),
           "default-composite.md"),
-    Claim("the same, EpsilonPlus", "default_composite", flipping("EpsilonPlus"), "default-composite.md"),
-    Claim("Mutants of kernels, events and measure detected by the tests", "mutants", mutants, "mutants.md"),
-    Claim("NRMDefault compared with the best other attribution method of each metric", "faithfulness", verdicts,
+    Claim("… EpsilonPlus", "default_composite", flipping("EpsilonPlus"), "default-composite.md"),
+    Claim("Mutants of kernels, events and measure that the tests detect", "mutants", mutants, "mutants.md"),
+    Claim("NRMDefault against the best other attribution method in each metric", "faithfulness", verdicts,
           "faithfulness.md"),
-    Claim("Average precision of planted edges: joint relevance with NRMDefault, product of its marginals",
+    Claim("Average precision for planted edges, NRMDefault: joint relevance vs. product of marginals",
           "faithfulness", recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
-    Claim("the same with LRP-0: joint relevance, gradient × activation of both ends", "faithfulness",
+    Claim("… LRP-0: joint relevance vs. product of gradient × activation", "faithfulness",
           recovered("μ(A & B), LRP-0", "gradient × activation, product"), "faithfulness.md"),
-    Claim("Distance of circuits from the network (CMD), reference measure, one backward pass", "circuits",
+    Claim("Distance of circuits from the network (CMD): reference measure, one backward pass", "circuits",
           distance("reference measure"), "circuits.md"),
-    Claim("the same, EAP-IG, eight backward passes", "circuits", distance("EAP-IG, 8 steps"), "circuits.md"),
-    Claim("the same, EAP, one backward pass", "circuits", distance("EAP"), "circuits.md"),
+    Claim("… EAP-IG, eight backward passes", "circuits", distance("EAP-IG, 8 steps"), "circuits.md"),
+    Claim("… EAP, one backward pass", "circuits", distance("EAP"), "circuits.md"),
 ]  # fmt: skip
 
 
@@ -250,7 +251,7 @@ def rendered(page: str) -> str:
     for claim in CLAIMS:
         figure = claim.figure(results[claim.source])
         lines.append(f"| {claim.text} | {figure} | `{claim.command}` | [{claim.page[:-3]}]({claim.page}) |")
-    lines += ["", "Measured with", ""]
+    lines += ["", "Software and hardware of each results file:", ""]
     for source, stored in results.items():
         place = ", ".join(f"{name} {value}" for name, value in stored["environment"].items())
         lines.append(f"- `{source}.json`: {place}")

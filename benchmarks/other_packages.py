@@ -28,6 +28,7 @@ from zennit.composites import EpsilonPlusFlat
 from zennit.core import Composite
 
 from benchmarks.architectures import compact, environment, markdown, message, most
+from benchmarks.markdown import small
 from benchmarks.other_models import PACKAGES, Case
 from benchmarks.reruns import add_option, by_size, changes, dated, is_due, replace
 from nrm_plugin import NRMDefault, RelevanceMeasure
@@ -224,11 +225,7 @@ def tables(results: dict[str, Any]) -> str:
     exceeding = [row for row in rows if "failed" not in row and faults(row)]
     exceeding.sort(key=lambda row: -float(row["variation"]))
     cells = [
-        [
-            f"{row['package']}: {row['model']}",
-            *(f"{float(row[key]):.3g}" for key in ("residual", "variation")),
-            ", ".join(faults(row)),
-        ]
+        [f"{row['package']}: {row['model']}", *(_cell(row, *limited) for limited in LIMITED.items())]
         for row in exceeding
     ]
     names = {
@@ -238,16 +235,32 @@ def tables(results: dict[str, Any]) -> str:
         [
             ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
             markdown(COLUMNS, lines).rstrip(),
-            "## Failures",
+            "## Models that raise an error",
             markdown(
-                ["model", "message"], [[f"{package}: {name}", text] for (package, name), text in failed.items()]
+                ["model", "message"],
+                [[f"{package}: {name}", _sentence(text)] for (package, name), text in failed.items()],
             ).rstrip(),
-            "## Limits exceeded",
-            markdown(["model", "residual", "V input", "limit"], cells).rstrip(),
-            "## Models",
+            "## Models that exceed a limit",
+            markdown(["model", "V input", "residual"], cells).rstrip(),
+            "## All models",
             "\n".join(f"- **{package}**: {', '.join(names[package])}" for package in packages),
         ]
     )
+
+
+LIMITED = {"variation": "variation", "residual": "sink"}
+"""Figures shown of the models that exceed a limit, with the name of the limit."""
+
+
+def _cell(row: dict[str, Any], key: str, limit: str) -> str:
+    cell = small(float(row[key])) if key == "residual" else f"{float(row[key]):.3g}"
+    return f"**{cell}**" if limit in faults(row) else cell
+
+
+def _sentence(text: str) -> str:
+    """Returns the first sentence of a message."""
+    found = re.match(r".*?\.(?=\s|$)", text)
+    return found[0] if found else text
 
 
 def summary(package: str, rows: list[dict[str, Any]]) -> list[str]:
