@@ -122,7 +122,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """Returns the modified layers of the chosen branches and of those that the mapper reads, or else placeholders."""
+        """Returns the modified layers of the chosen branches and of those that the mapper reads, or placeholders."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
