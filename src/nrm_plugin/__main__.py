@@ -1,4 +1,4 @@
-"""Entry point of ``python -m nrm_plugin``, which runs the command ``nrm-plugin``."""
+"""Entry point for ``python -m nrm_plugin``, which is equivalent to the command ``nrm-plugin``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Canonizers for batch-norm fusion and function interception."""
+"""Canonizers that fuse batch normalization and intercept functions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .functional import Interception
 
 
 class FuseBatchNorm(Canonizer):
-    """Fuses batch normalization into adjacent layers without modifying the model.
+    """Canonizer that fuses batch normalization into adjacent layers without modifying the model.
 
-    The canonizer works only in a :class:`~nrm_plugin.Normalized` composite, or in a composite that is passed to
+    It must be used in a :class:`~nrm_plugin.Normalized` composite, or in a composite that is passed to
     :class:`~nrm_plugin.RelevanceMeasure`, which normalizes it. Adjacent layers are detected during the forward pass, so
-    neither the order of the attributes nor the implementation of ``forward`` matters.
+    neither the order in which layers are registered nor the implementation of ``forward`` matters.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -29,7 +29,7 @@ class FuseBatchNorm(Canonizer):
     """
 
     def apply(self, root_module: nn.Module) -> list[Any]:
-        """Raises an error, since a plain Zennit composite cannot use fused kernels.
+        """Raises an error, because a plain Zennit composite cannot use fused kernels.
 
         Raises:
             NRMError: Always.
@@ -41,10 +41,10 @@ class FuseBatchNorm(Canonizer):
         )
 
     def register(self) -> None:
-        """Does nothing; part of Zennit's canonizer interface."""
+        """Does nothing; implements Zennit's canonizer interface."""
 
     def remove(self) -> None:
-        """Does nothing; part of Zennit's canonizer interface."""
+        """Does nothing; implements Zennit's canonizer interface."""
 
 
 __all__ = ["FuseBatchNorm", "Interception"]

@@ -45,21 +45,22 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Recurrent modules. Their rule is applied to the linear maps of every time step."""
+"""Recurrent modules, whose rule is applied to the linear maps of every time step."""
 
 
 class Normalized(Composite):
-    """Wraps a Zennit composite and normalizes its rules: all relevance is either propagated or absorbed by a sink.
+    """Wrapper that normalizes the rules of a Zennit composite: relevance is either propagated or absorbed by a sink.
 
     It can be used like any Zennit composite: as a context, in an attributor, or inside a ``MixedComposite``. Within its
-    context, gradients of an output are its relevance under the normalized kernels. With ``create_graph=True``, this
-    relevance can be differentiated with respect to the start vector; derivatives with respect to inputs or weights
-    raise ``UnsupportedOperationError``, as does relevance that reaches an operation without a kernel.
+    context, the gradient of an output is the relevance of that output under the normalized kernels. With
+    ``create_graph=True``, this relevance can be differentiated with respect to the start vector. Differentiating it
+    with respect to inputs or weights raises ``UnsupportedOperationError``, as does relevance that reaches an operation
+    without a kernel.
 
-    In a measure, only the inputs receive relevance, and all other tensors are constants. In a context, other leaf
-    tensors that require a gradient and were created before the forward pass receive relevance as well, except
-    parameters; leaves created by the model are constants if an input requires a gradient. A context does not separate
-    samples: if the samples of a batch depend on each other, relevance is that of the whole batch, as in a measure with
+    In a measure, only the inputs receive relevance, and all other tensors are constants. In a context, relevance also
+    reaches other leaf tensors that require a gradient and were created before the forward pass, except parameters;
+    leaves that the model creates are constants if an input requires a gradient. A context does not separate samples: if
+    the samples of a batch depend on each other, the result is the relevance of the whole batch, as in a measure with
     ``batched=False``.
 
     Args:
@@ -67,8 +68,8 @@ class Normalized(Composite):
         residual: Treatment of the relevance that a rule does not propagate: ``"redistribute"`` or ``"sink"``.
         gain_limit: Upper bound ``G`` on the gain of a column.
         sums: How the sum ``a + b`` distributes relevance: ``"absolute"`` (alias ``"ratio"``) or ``"signed"``.
-        uncovered: Treatment of layers without a rule: ``"error"`` raises when a measure is constructed; ``"gradient"``
-            uses the plain gradient, as in Zennit.
+        uncovered: Treatment of layers without a rule: ``"error"`` raises an error when a measure is constructed;
+            ``"gradient"`` uses the plain gradient, as Zennit does.
         attention: ``"value"`` treats attention weights as constants and propagates all relevance to the values;
             ``"halves"`` propagates half of it to the weights, and through the softmax to queries and keys, as in
             AttnLRP.
@@ -142,8 +143,8 @@ class Normalized(Composite):
         """Registers the hooks of the composite on a module and its submodules.
 
         Raises:
-            ModelStateError: If the module still has hooks from another composite; one of the two would silently have no
-                effect.
+            ModelStateError: If the module still has hooks from another composite, since one of the two would silently
+                have no effect.
             UnsupportedRuleError: If another package has patched Zennit.
         """
         self.remove()
@@ -159,7 +160,7 @@ class Normalized(Composite):
             raise
 
     def remove(self) -> None:
-        """Removes hooks and canonizers in reverse order of registration, so that each restores the previous state."""
+        """Removes hooks and canonizers in reverse order of registration, so that each restores the earlier state."""
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
@@ -171,9 +172,9 @@ class Normalized(Composite):
 
     @contextmanager
     def inactive(self) -> Iterator[Normalized]:
-        """Context manager in which the model has its original forward and backward passes.
+        """Context manager that restores the original forward and backward passes of the model.
 
-        Unlike in Zennit, outputs computed before entering the context still propagate relevance, since a step never
+        Unlike in Zennit, outputs computed before entering the context still propagate relevance, because a step never
         runs the backward pass of its module.
 
         Examples:
@@ -222,7 +223,7 @@ def _is_compound_norm(module: nn.Module) -> bool:
 
 
 def register(name: str) -> Any:
-    """Registers a composite class with Zennit under ``name``. Unlike Zennit, raises an error if the name is taken."""
+    """Registers a composite class with Zennit under ``name``; raises an error if the name is taken, unlike Zennit."""
 
     def decorate(composite: type[Composite]) -> type[Composite]:
         known = COMPOSITES.get(name)
@@ -243,12 +244,12 @@ class _Depthwise(type):
 
 
 class Depthwise(metaclass=_Depthwise):
-    """Type of depthwise convolutions, for use in layer maps."""
+    """Virtual class of depthwise convolutions, for use in layer maps."""
 
 
 @register("nrm_default")
 class NRMDefault(SpecialFirstLayerMapComposite):
-    """Default composite: Flat for the first convolution, ConservingEpsilon for other convolutions and linear layers.
+    """Default composite: Flat in the first convolution, ConservingEpsilon in all other convolutions and linear layers.
 
     Depthwise convolutions, sums and average pooling use :class:`~nrm_plugin.rules.Absolute`. Every column sums to one,
     so only constants absorb relevance.
@@ -289,7 +290,9 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """Composite with the rule Absolute in all layers. No walk has negative mass, so the variation is 1 at every tap.
+    """Composite that uses the rule Absolute in all layers.
+
+    No walk has negative mass, so the variation is 1 at every tap.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
@@ -386,9 +389,9 @@ class NRMExcitationBackprop(Named):
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """Composite with Relative for layers with weights and average pooling, and Absolute for sums.
+    """Composite that uses Relative in layers with weights and average pooling, and Absolute in sums.
 
-    Relevance is conserved only up to a factor, so queries should be conditioned on survival, ``given=~ABSORBED``.
+    Relevance is conserved only up to a factor, so condition queries on survival: ``given=~ABSORBED``.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
@@ -427,7 +430,7 @@ class NRMRelative(Normalized):
 def normalize(
     composite: Composite | None, residual: Residual | None, gain_limit: float | None, uncovered: Uncovered | None
 ) -> Normalized:
-    """Normalizes a composite with the given settings; None selects :class:`NRMDefault`.
+    """Wraps a composite in :class:`Normalized` with the given settings; None stands for :class:`NRMDefault`.
 
     Raises:
         TypeError: If ``composite`` is not a composite, or if settings are given for a composite that is already

@@ -21,7 +21,7 @@ class NRMError(Exception):
 
 
 class InputError(NRMError, ValueError):
-    """Raised for invalid inputs: empty, non-finite, or of the wrong type, dtype or device."""
+    """Raised if inputs are invalid: empty, not finite, or of the wrong type, dtype or device."""
 
 
 class DifferenceError(InputError):
@@ -81,11 +81,11 @@ class UnsupportedOperationError(NRMError, TypeError):
 
 
 class UncoveredLayerError(UnsupportedOperationError):
-    """Raised if the composite assigns no rule to a layer, unless the Jacobian of the layer has only 0/1 entries."""
+    """Raised if the composite assigns no rule to a layer whose Jacobian has entries other than 0 and 1."""
 
 
 class StorageError(NRMError, TypeError):
-    """Raised on an attempt to copy or pickle a measure; store the results of its queries instead."""
+    """Raised if a measure is copied or pickled; store the results of its queries instead."""
 
 
 class FoldingError(NRMError, ValueError):
@@ -97,7 +97,7 @@ class MissingExtraError(NRMError, ImportError):
 
 
 class BatchNormWarning(UserWarning):
-    """Issued if the bias of a layer fused with batch normalization absorbs most of the relevance."""
+    """Issued if most of the relevance is absorbed by the bias of a layer fused with batch normalization."""
 
 
 class PrecisionWarning(UserWarning):
@@ -109,7 +109,7 @@ class MemoryBudgetWarning(UserWarning):
 
 
 MEMORY = re.compile("out of ?memory|not enough memory|allocate memory|DefaultCPUAllocator", re.IGNORECASE)
-"""Matches the type and message of torch's out-of-memory errors; those for CPU memory have no type of their own."""
+"""Pattern for the type and message of torch's out-of-memory errors; those for CPU memory have no type of their own."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -122,11 +122,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")
-"""Packages whose lines are not named in warnings, since the user has not written them."""
+"""Packages that are skipped when locating a warning, since their code was not written by the user."""
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Issues a warning at the innermost line that is not part of this package or of those that call its hooks."""
+    """Issues a warning that points to the innermost line outside of this package and those that call its hooks."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -134,7 +134,7 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def unknown_layer(name: str, known: Iterable[str]) -> str:
-    """Returns the error message for an unknown tap name, with close matches."""
+    """Returns the error message for an unknown tap name, with similar names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     listing = ", ".join(repr(item) for item in (near or names[:8]))
@@ -157,7 +157,7 @@ SHOWN = 8
 
 
 def brief(value: object, length: int = 120) -> str:
-    """Formats a value for an error message: its repr if short, otherwise its class, shape or first entries.
+    """Formats a value for an error message: as its repr if that is short, or else by its class, shape or first entries.
 
     Args:
         value: Any value given by the user.
@@ -176,7 +176,7 @@ def brief(value: object, length: int = 120) -> str:
 
 
 def printable(text: object) -> str:
-    """Returns a text with control characters, line breaks and surrogates as escapes, as XML and figures require."""
+    """Escapes control characters, line breaks and surrogates in a text, which XML and figures cannot contain."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 

@@ -1,6 +1,6 @@
-"""Import hooks for deprecated module paths and for registering composites with Zennit.
+"""Import hooks that resolve deprecated module paths and register composites with Zennit.
 
-This module does not import torch, so that ``nrm-plugin --version`` starts fast.
+This module does not import torch, so that ``nrm-plugin --version`` is fast.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ STORED = {
     "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
-"""Path of each moved module in the settings of stored sweeps, relative to the package."""
+"""Path by which the settings of stored sweeps refer to each moved module, relative to the package."""
 REGISTRY = "zennit.composites"
 
 
 def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
-    """Emits a :class:`DeprecationWarning` at the line that called the deprecated function.
+    """Issues a :class:`DeprecationWarning` at the line that called the deprecated function.
 
     Args:
         what: The deprecated name, as written by the user.
@@ -58,7 +58,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator that accepts keyword arguments under their former names, with a deprecation warning.
+    """Returns a decorator that accepts keyword arguments under their former names, with a deprecation warning.
 
     Args:
         names: The current names, keyed by former name.
@@ -78,13 +78,13 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """Returns the path under which stored sweeps refer to a module; it does not change when the module is moved."""
+    """Returns the path by which stored sweeps refer to a module; it stays the same when the module is moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finder and loader of deprecated module paths, which also registers the composites with Zennit."""
+    """Finder and loader for deprecated module paths, which also registers the composites with Zennit."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -108,7 +108,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Depth(threading.local):
-    """Per-thread number of nested imports in progress."""
+    """Number of nested imports in progress in the current thread."""
 
     value = 0
 
@@ -139,7 +139,7 @@ def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> impo
 
 
 class _Package(types.ModuleType):
-    """Package type that keeps deprecated modules from shadowing public functions of the same name (``coverage``)."""
+    """Module type of this package, which keeps deprecated modules from shadowing functions such as ``coverage``."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, types.ModuleType) and name in MOVED):

@@ -14,11 +14,11 @@ from zennit.types import ConvolutionTranspose
 
 
 class Absolute(BasicHook):
-    r"""Distributes relevance in proportion to the absolute values of the contributions.
+    r"""Rule that distributes relevance in proportion to the absolute values of the contributions.
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
-    The shares are non-negative, so walks do not cancel, and the bias receives no relevance. On modules without weights
+    The shares are nonnegative, so walks do not cancel, and the bias receives no relevance. In modules without weights
     (average pooling, sums), relevance is distributed in proportion to the absolute values of the inputs. If all inputs
     of a neuron are zero, the shares are proportional to the absolute values of the weights, so that no column vanishes.
 
@@ -56,16 +56,17 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""LRP-ε that redistributes the relevance absorbed by ε in proportion to the absolute values of the inputs.
+    r"""Variant of LRP-ε that redistributes what ε absorbs in proportion to the absolute values of the inputs.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
 
     with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, where
-    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. The rule is identical to LRP-0
-    without bias if :math:`|z_j| \ge \varepsilon\, m_j`, and no denominator is smaller than :math:`\varepsilon\, m_j`.
-    Every column sums to one. If all inputs of a neuron are zero, their shares are equal. On modules without weights,
-    such as average pooling, :math:`m_j` is the output of the module at :math:`|a_i|`.
+    :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. Where :math:`|z_j| \ge
+    \varepsilon\, m_j`, the rule is LRP-0 without bias; elsewhere, the denominator is :math:`\varepsilon\, m_j`, so it
+    is never smaller. Every column sums to one. If all inputs of a neuron are zero, they receive equal shares. In
+    modules without weights, such as average pooling, :math:`m_j` is the output of the module at the inputs
+    :math:`|a_i|`.
 
     Args:
         epsilon: The parameter ε; 0 gives LRP-0 without bias.
@@ -114,17 +115,17 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Multiplies contributions by one factor per layer instead of dividing them by one denominator per neuron.
+    r"""Rule that multiplies contributions by one factor per layer instead of dividing by one denominator per neuron.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
 
-    The sums run over the neurons of the layer, for each sample. Relevance :math:`R_j = c z_j` propagates to a total of
-    :math:`c \sum_j |z_j|`, so it is conserved if no :math:`z_j` is negative, and otherwise only up to a factor. Use the
-    measure with ``residual="sink"``, as in :class:`~nrm_plugin.NRMRelative`, and condition it on survival,
-    ``given=~ABSORBED``. Then :math:`\lambda` cancels along a chain of layers, and makes branches comparable where they
-    join. The rule has no hyperparameters and never divides by small numbers, since inputs and sums are scaled by the
-    largest value in their layer. A layer whose outputs are all zero propagates no relevance.
+    The sums over ``j`` run over the neurons of the layer, separately for each sample. Relevance :math:`R_j = c z_j`
+    propagates to a total of :math:`c \sum_j |z_j|`, so it is conserved if no :math:`z_j` is negative, and otherwise
+    only up to a factor. Use the rule with ``residual="sink"``, as in :class:`~nrm_plugin.NRMRelative`, and condition
+    queries on survival, ``given=~ABSORBED``. Then :math:`\lambda` cancels along a chain of layers, and makes branches
+    comparable where they join. The rule has no hyperparameters, and never divides by small numbers, since inputs and
+    sums are scaled by the largest value in their layer. A layer whose outputs are all zero propagates no relevance.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -176,7 +177,7 @@ def _kept(parameter: Tensor, name: str) -> Tensor:
 
 
 class EvenMod(ParamMod):
-    """Parameter modifier that replaces the weights of each output channel with their mean absolute value.
+    """Parameter modifier that replaces all weights of an output channel with their mean absolute value.
 
     Args:
         zero_params: Names of parameters to set to zero.
@@ -186,7 +187,7 @@ class EvenMod(ParamMod):
         super().__init__(_evened(0), zero_params=zero_params)
 
     def __call__(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Returns a context in which the weights of ``module`` are modified."""
+        """Returns a context manager in which the weights of ``module`` are modified."""
         is_transposed = isinstance(module, ConvolutionTranspose) or getattr(module, "is_transposed", False)
         modifier = ParamMod(_evened(int(is_transposed)), zero_params=self.zero_params)
         return modifier(module)  # type: ignore[no-any-return]
@@ -221,7 +222,7 @@ def mean_sizes(weight: Tensor) -> Tensor:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns the (positive) lower bound imposed on the input magnitudes of each sample, ``(N, 1, …)``."""
+    """Returns the positive lower bound on the input magnitudes of each sample, ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares

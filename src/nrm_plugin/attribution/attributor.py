@@ -1,4 +1,4 @@
-"""Zennit attributor for relevance measures."""
+"""Zennit attributor that returns a relevance measure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NRMAttributor(Attributor):
     Args:
         model: The network, in evaluation mode.
         composite: A Zennit composite, or None for the default of this package.
-        attr_output: Start vector of the measure, as in Zennit: a tensor with the shape of the output, or a function of
+        attr_output: Start vector of the measure, as in Zennit: a tensor in the shape of the output, or a function of
             the output. Defaults to the output itself.
         residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
         baseline_fn: Function that maps the input to a baseline, as in Zennit's ``IntegratedGradients``. If given, the
@@ -62,14 +62,14 @@ class NRMAttributor(Attributor):
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Does nothing, since the measure registers hooks itself while it runs the model."""
+        """Returns the attributor; the measure registers its own hooks while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Does nothing, since no hooks were registered."""
+        """Does nothing, since no hooks are registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
-        """Returns the model output ``(N, …)`` and the measure whose start vector is a function of that output.
+        """Returns the model output ``(N, …)`` and a measure whose start vector is a function of that output.
 
         Args:
             input: Inputs ``(N, …)``, or any other inputs accepted by :class:`~nrm_plugin.RelevanceMeasure`.

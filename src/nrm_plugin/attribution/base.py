@@ -26,17 +26,17 @@ from ..model.targets import sample_sums
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Wrappers that are removed from a model, which then runs on a single device."""
+"""Wrappers that are removed from a model, so that it runs on a single device."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the wrapped model, or ``model`` itself if it is not wrapped."""
+    """Returns the model inside a wrapper; other models are returned unchanged."""
     inner: nn.Module = model.module if isinstance(model, WRAPPERS) else model
     return inner
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Returns the inputs as a tuple, and whether they were given as a tuple."""
+    """Returns the inputs as a tuple, and whether they were passed as a tuple."""
     given = tuple(inputs) if isinstance(inputs, list) else inputs
     if not isinstance(given, (Tensor, tuple)):
         raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
@@ -44,13 +44,13 @@ def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], b
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
-    """Unpacks ``values`` unless the inputs were given as a tuple."""
+    """Returns ``values`` as a tuple if the inputs were passed as a tuple, or else its only element."""
     return _format_output(was_tuple, values)
 
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of ``attribute`` that determine what it returns; see ``attribute`` for the fields."""
+    """Arguments of ``attribute`` that determine what it returns; its docstring describes them."""
 
     given: Event | None
     joint: Event | None
@@ -78,7 +78,7 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
 
 
 def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """Converts Captum's baselines (tensors or numbers) to the ``reference`` of a measure; None without baselines."""
+    """Converts Captum's baselines (tensors or numbers) to the ``reference`` of a measure, and None to None."""
     if baselines is None:
         return None
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
@@ -99,7 +99,7 @@ def _baseline(value: Any, tensor: Tensor) -> Tensor:
 
 
 def rules_for(baselines: Any, composite: Normalized, has_rules: bool) -> Normalized | None:
-    """Returns the composite, or None (secant slopes) if baselines were given without a composite."""
+    """Returns the normalized composite, or None (for secant slopes) if only baselines were passed."""
     return composite if baselines is None or has_rules else None
 
 
@@ -115,7 +115,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
 
 
 def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
-    """Removes the batch dimension of relevance ``(N, …)`` if the inputs have none."""
+    """Removes the batch dimension of relevance ``(N, …)`` if the inputs have no batch dimension."""
     return values if measure._is_batched else values.squeeze(0)
 
 
@@ -130,10 +130,10 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Computes the marginal of each input, with the shape of the input; zero for inputs that do not affect the output.
+    """Computes the marginal of each input, in the shape of the input; zero for inputs that do not affect the output.
 
     Raises:
-        InputError: If the inputs affect the output only as indices of lookups.
+        InputError: If the inputs affect the output only as lookup indices.
     """
     taps = [at("input")] if len(inputs) == 1 else [at("input", item=item) for item in range(len(inputs))]
     recorded = set(input_taps(measure))
@@ -149,7 +149,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Computes the convergence delta of a layer, ``(N,)``: one minus its total mass, sink and bypass."""
+    """Computes the convergence delta of a layer, ``(N,)``: one minus the sum of its mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
@@ -159,7 +159,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Returns the attributions, or a tuple of the attributions and of ``delta`` and ``sink`` where these are given."""
+    """Returns the attributions, or a tuple that also contains ``delta`` and ``sink`` unless they are None."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

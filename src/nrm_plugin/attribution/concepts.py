@@ -28,10 +28,11 @@ def condition_event(condition: Condition) -> Event | None:
     """Converts a condition to an event: the walks that cross one of the given channels in each layer of the condition.
 
     Args:
-        condition: Mapping from layer names to channels, as in ``{"features.28": [3], "y": [281]}``; ``"y"`` is ignored.
+        condition: Mapping from layer names to channels, such as ``{"features.28": [3], "y": [281]}``; ``"y"`` is
+            ignored.
 
     Returns:
-        The event, or None if the condition names no layer, in which case every walk satisfies it.
+        The event, or None if the condition names no layer and is therefore satisfied by every walk.
 
     Raises:
         EventError: If the condition is not a mapping, or its channels are not a list of numbers.
@@ -92,7 +93,7 @@ class ConceptNRM:
         against: Any = None,
         baselines: Any = None,
     ) -> Tensor:
-        """Computes the relevance of each neuron of a layer for each condition.
+        """Computes the relevance of each neuron of a layer under each condition.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
@@ -103,8 +104,8 @@ class ConceptNRM:
             additional_forward_args: Additional arguments for the model.
             conditional: Whether to divide by the mass of the condition: ``μ(j | condition)`` instead of
                 ``μ(j & condition)``.
-            unit: ``"output"`` for relevance in units of the explained outputs, as in zennit-crp's heat maps before the
-                sum over channels; ``"measure"`` for relevance as a fraction of the explained outputs.
+            unit: ``"output"`` for relevance in units of the explained outputs, as in zennit-crp before it sums heat
+                maps over channels; ``"measure"`` for relevance as a fraction of the explained outputs.
             against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the relevance
                 explains the difference between the two; each condition must then contain exactly one output. See
                 :class:`~nrm_plugin.RelevanceMeasure`.
@@ -160,7 +161,7 @@ class ConceptNRM:
 
 
 def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]:
-    """Returns the arguments of a :class:`~nrm_plugin.RelevanceMeasure` that explains the chosen outputs."""
+    """Returns the arguments with which a :class:`~nrm_plugin.RelevanceMeasure` explains the chosen outputs."""
     if against is None:
         return {"start": functools.partial(_start, chosen)}
     if chosen is None or len(chosen) != 1:

@@ -1,4 +1,4 @@
-"""Attribution over the batches of a data loader."""
+"""Attribution for all batches of a data loader."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Reduce = Literal["mean", "sum"]
 
 
 class DataLoaderNRM:
-    """Applies an attribution method of this package to the batches of a data loader.
+    """Wrapper that applies an attribution method of this package to the batches of a data loader.
 
-    Captum's ``DataLoaderAttribution`` supports only ``FeatureAblation``, since it ablates features across the whole
-    data set. Relevance instead requires one pass per batch. As in Captum, an ``InputRole`` specifies how each part of a
-    batch is used.
+    Captum's ``DataLoaderAttribution`` ablates features across the whole data set, and therefore supports only
+    ``FeatureAblation``. Relevance takes one pass per batch instead. As in Captum, an ``InputRole`` specifies how each
+    part of a batch is used.
 
     Args:
         attr_method: An :class:`~nrm_plugin.NRM`, :class:`~nrm_plugin.LayerNRM` or :class:`~nrm_plugin.NeuronNRM`.
@@ -66,7 +66,7 @@ class DataLoaderNRM:
         """Computes the attributions of all samples, or their sum or mean.
 
         Args:
-            dataloader: Iterable of batches: tensors, or tuples or lists of tensors.
+            dataloader: Iterable of batches, which are tensors, or tuples or lists of tensors.
             input_roles: As in Captum's ``InputRole``: 0 for explained inputs, 1 for additional arguments of the model,
                 2 for parts that are not passed to the model. By default, all parts are explained inputs.
             target: As in ``attr_method.attribute``, or a function that maps a batch to its target. Not supported by
@@ -77,7 +77,7 @@ class DataLoaderNRM:
             kwargs: Additional arguments of ``attr_method.attribute``.
 
         Returns:
-            The result of ``attr_method.attribute`` for all samples, without the batch dimension if reduced.
+            The result of ``attr_method.attribute`` for all samples; if it is reduced, without the batch dimension.
 
         Raises:
             ValueError: If ``reduce`` or a role is unknown, or the data loader is empty.

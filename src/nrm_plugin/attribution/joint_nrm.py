@@ -16,7 +16,7 @@ from .nrm import NRM
 
 
 class JointNRM:
-    """Joint relevance of the channels or neurons of two layers, with Captum's arguments.
+    """Captum attribution method for the joint relevance of the channels or neurons of two layers.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
@@ -64,8 +64,8 @@ class JointNRM:
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
             additional_forward_args: Additional arguments for the model.
             over: ``"channel"`` or ``"neuron"``.
-            unit: ``"output"`` to multiply the joint relevance by the explained output, or ``"measure"`` to leave it
-                unscaled.
+            unit: ``"output"`` for joint relevance multiplied by the explained output, or ``"measure"`` for unscaled
+                joint relevance.
             against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
             baselines: If given, the relevance explains the change in the output relative to the baselines; see
                 :meth:`NRM.attribute`.

@@ -28,7 +28,7 @@ from .nrm import NRM
 
 
 class LayerNRM(NRM, LayerAttribution):
-    """Normalized relevance of the neurons of one or several layers, as a Captum attribution method.
+    """Captum attribution method for the normalized relevance of the neurons of one or several layers.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
@@ -82,8 +82,8 @@ class LayerNRM(NRM, LayerAttribution):
     ) -> Any:
         """Computes the relevance of each neuron of the layers.
 
-        The batch is always the first dimension of the result, even for layers with another layout, such as time-first
-        or windowed layers; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
+        The first dimension of the result is always the batch, even if the layer has a different layout, such as time
+        first or windows; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integer inputs receive no relevance, but the
@@ -103,7 +103,7 @@ class LayerNRM(NRM, LayerAttribution):
 
         Returns:
             A tensor for a single layer (a tuple if the layer returns several tensors), or a list for several layers. If
-            deltas or sinks are requested, the result is a tuple that also contains these.
+            deltas or sinks are requested, a tuple that also contains them.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -32,7 +32,7 @@ from .nrm import NRM
 
 
 class NeuronNRM(NRM, NeuronAttribution):
-    """Normalized relevance of the inputs to neurons inside the network, as a Captum attribution method.
+    """Captum attribution method for the normalized relevance of the inputs to neurons inside the network.
 
     The measure starts at the selected neurons, so no target is needed.
 
@@ -103,8 +103,8 @@ class NeuronNRM(NRM, NeuronAttribution):
             baselines: If given, the relevance explains the change in the activation relative to the baselines.
 
         Returns:
-            Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
-            also contains these.
+            Attributions in the format of the inputs. If the delta or the sink is requested, a tuple that also contains
+            them.
 
         Raises:
             TargetError: If the selector does not match the layer, or the selected activations cancel.
@@ -145,5 +145,5 @@ class NeuronNRM(NRM, NeuronAttribution):
 
 
 def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
-    """Returns the weight of each activation in the difference between two selections."""
+    """Returns the weight of each activation in the difference between two selections of neurons."""
     return neurons.slope(values) - others.slope(values)

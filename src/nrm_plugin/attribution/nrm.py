@@ -40,7 +40,7 @@ T = TypeVar("T", Tensor, tuple[Tensor, ...])
 
 
 class NRM(GradientAttribution):
-    """Normalized relevance of the inputs, as a Captum attribution method.
+    """Captum attribution method for the normalized relevance of the inputs.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped and runs on one device.
@@ -50,7 +50,8 @@ class NRM(GradientAttribution):
             shape of the inputs, and deltas and sinks have one entry.
 
     Raises:
-        InputError: If ``model`` is a function rather than a module, since the layers of a function cannot be recorded.
+        InputError: If ``model`` is a function rather than a module, because the layers of a function cannot be
+            recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -129,10 +130,10 @@ class NRM(GradientAttribution):
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
-            target: The output to explain, in Captum's format: an int or a tensor with one int for all samples, or a
-                list or tensor with one int per sample; for outputs with more dimensions, a tuple or a list of tuples,
-                or None if each sample has a single output.
-            additional_forward_args: Additional arguments for the model, a single one or a tuple. They receive no
+            target: The output to explain, in Captum's format: an int, or a tensor with a single int, for all samples;
+                or a list or tensor with one int per sample. Use a tuple or a list of tuples for outputs with more
+                dimensions, and None if each sample has a single output.
+            additional_forward_args: Additional arguments for the model: a single one, or a tuple. They receive no
                 relevance.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
                 the sum of attributions, sink and bypass, which is zero up to rounding errors.
@@ -150,8 +151,8 @@ class NRM(GradientAttribution):
                 :class:`~nrm_plugin.RelevanceMeasure`. In this case, nothing is absorbed unless a composite is given.
 
         Returns:
-            Attributions in the format of the inputs. If the delta or the sink is requested, the result is a tuple that
-            also contains these.
+            Attributions in the format of the inputs. If the delta or the sink is requested, a tuple that also contains
+            them.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -204,7 +205,7 @@ class NRM(GradientAttribution):
             )
 
     def attribute_future(self) -> None:
-        """Not supported, as in Captum's ``LRP``.
+        """Raises an error, since futures are not supported, as in Captum's ``LRP``.
 
         Raises:
             NotImplementedError: Always.
@@ -255,7 +256,7 @@ class NRM(GradientAttribution):
     # -- internal ---------------------------------------------------------------------------------------------
 
     def _layer(self, layer: Any) -> Any:
-        """Maps a layer of a ``DataParallel`` model to the corresponding layer of the unwrapped model."""
+        """Returns the layer of the unwrapped model that corresponds to a layer of a ``DataParallel`` model."""
         if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:

@@ -1,4 +1,4 @@
-"""Terminal output of text explanations, with or without colours."""
+"""Output of text explanations in a terminal, with or without colours."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 LISTED = 12
 """Maximum number of words in a table."""
 SHADES = {1: (217, 173, 167, 131, 124), -1: (189, 152, 110, 67, 25)}
-"""256-colour codes of the background for positive (1) and negative (-1) relevance, from weak to strong."""
+"""Codes of 256-colour backgrounds for positive (1) and negative (-1) relevance, from weak to strong."""
 REST = "the rest"
-"""Name of the contrast if a target is compared with all other outputs."""
+"""Name of the contrast when a target is compared with all other outputs."""
 KINDS = {"class": "class", "mask": "token behind the mask", "next": "next token", "token": "class of the token"}
 
 
@@ -66,13 +66,13 @@ def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
 
 
 def number(explanation: Any) -> str:
-    """Formats the kind and the value of the explained scalar, for example ``difference 2.31``."""
+    """Formats the explained scalar with its kind, as in ``difference 2.31``."""
     kind = "change" if explanation.reference else "difference" if explanation.against else "output"
     return f"{kind} {explanation.output:.4g}"
 
 
 def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
-    """Yields the text in lines of at most ``width`` columns, with words coloured by relevance if ``color`` is set."""
+    """Yields the text in lines of at most ``width`` columns, with words coloured by relevance if ``color`` is true."""
     largest = text.largest(values)
     line, at = "", 0
     for word, value in zip(text.words, values.tolist(), strict=True):
@@ -89,7 +89,7 @@ def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[s
 
 
 def _used(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
-    """Yields the text coloured by relevance or, without colours, a list of the most relevant words."""
+    """Yields the text coloured by relevance or, without colours, a table of the most relevant words."""
     if color:
         yield from colored(text, values, width, True)
         return

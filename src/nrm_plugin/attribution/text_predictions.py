@@ -1,4 +1,4 @@
-"""Prediction tasks of text models from the transformers library: classes, masked tokens and next tokens."""
+"""Prediction tasks of models of the transformers library: classes, masked tokens and next tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Task:
         others: Additional keyword arguments for the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
         logits: Logits of the prediction, ``(K,)``.
-        labels: Names of the classes; empty if the classes are the tokens of the tokenizer.
+        labels: Names of the classes; empty if each class is a token of the tokenizer.
         tokenizer: The tokenizer.
     """
 
@@ -96,7 +96,7 @@ class Task:
         )
 
     def _token(self, wanted: str, argument: str) -> int:
-        """Returns the id of a word that is a single token; the token with a leading space takes precedence."""
+        """Returns the id of a word that is a single token, preferring the token with a leading space."""
         known = self.tokenizer.get_vocab()
         for spelling in (f"Ġ{wanted}", f"▁{wanted}", wanted):
             if spelling in known and not wanted.startswith((" ", "Ġ", "▁")):
@@ -131,7 +131,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
             raise InputError(
                 f"{type(model).__name__} has no decoder_start_token_id in its config, where decoding starts."
             )
-        # A text of one token has two start tokens, so that the shapes differ. The first one does not see the second.
+        # A text of one token has two start tokens, so that the shapes differ. The first does not attend to the second.
         inputs["decoder_input_ids"] = torch.full((1, 2 if tokens.ids.shape[1] == 1 else 1), start, device=device)
     logits = _logits(model, inputs, others)
     labels = _labels(config, logits.shape[-1])
@@ -164,7 +164,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
 
 
 def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, dict[str, Tensor]]:
-    """Tokenizes a text; also returns the other outputs of the tokenizer, such as the attention mask.
+    """Tokenizes a text; returns the tokens and all other outputs of the tokenizer, such as the attention mask.
 
     Raises:
         InputError: If the text is not a string, has no tokens, or has more tokens than the model accepts.
@@ -191,7 +191,7 @@ def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, 
 
 
 def _accepted(model: nn.Module, others: dict[str, Any]) -> dict[str, Any]:
-    """Returns the outputs of the tokenizer that the model accepts; DistilBERT and T5 take no segment ids."""
+    """Returns the tokenizer outputs that the model accepts; DistilBERT and T5, for example, take no segment ids."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return others
@@ -228,7 +228,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any])
 
 
 def _misfit(model: nn.Module, ids: Tensor) -> str:
-    """Returns why a model fails on ids: too many tokens, a tokenizer with other ids, or an unknown reason."""
+    """Describes why a model fails on token ids: too many of them, those of another tokenizer, or an unknown reason."""
     config, name = getattr(model, "config", None), type(model).__name__
     count, largest = ids.shape[1], int(ids.max())
     rows = getattr(config, "vocab_size", None) or largest + 1

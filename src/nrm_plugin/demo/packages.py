@@ -1,8 +1,9 @@
-"""Packages with weights and data, which are downloaded by name on demand, verified, and unpacked into a cache.
+"""Packages that contain weights and data: they are downloaded on demand, verified, and unpacked into a cache.
 
-Python packages are downloaded by pip and Debian packages by ``apt-get download``, with the user's configuration.
-Nothing is installed. An interrupted download is repeated; a completed one is not. The cache is ``$NRM_CACHE``, or
-``nrm-plugin/real`` in the user's cache folder. Files placed in its ``downloads`` folder are used instead of a download.
+Python packages are downloaded by pip, and Debian packages by ``apt-get download``, both with the user's configuration.
+Nothing is installed. Interrupted downloads are repeated; completed ones are not. The cache is the folder
+``$NRM_CACHE``, or ``nrm-plugin/real`` in the user's cache folder. Files placed in its ``downloads`` folder replace
+downloads.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PackageError(NRMError, RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """A package at a fixed version and checksum.
+    """A package with a pinned version and checksum.
 
     Attributes:
         name: Name in its registry.
@@ -43,7 +44,7 @@ class Package:
         sha256: SHA-256 of the file.
         megabytes: Size of the download in MB.
         license: License stated by the package.
-        holds: Description of the content.
+        holds: Description of the contents.
     """
 
     name: str
@@ -67,7 +68,7 @@ def wheel(name: str, version: str, sha256: str, megabytes: float, license: str, 
 
 
 def cache() -> Path:
-    """Returns the cache folder for downloads, unpacked packages and trained weights, creating it if needed."""
+    """Returns the cache folder for downloads, unpacked packages and trained weights, and creates it if needed."""
     own = os.environ.get("NRM_CACHE")
     base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nrm-plugin" / "real"
     folder = base.expanduser().absolute()
@@ -76,7 +77,7 @@ def cache() -> Path:
 
 
 def fetched(package: Package) -> Path:
-    """Returns the folder of an unpacked package, downloading and verifying the package on first use.
+    """Returns the folder of an unpacked package; the package is downloaded and verified on first use.
 
     Raises:
         PackageError: If the package cannot be downloaded, or its checksum differs from the expected one.
@@ -169,7 +170,7 @@ def _unpack_wheel(file: Path, folder: Path) -> None:
 
 
 def _unpack_debian(file: Path, folder: Path) -> None:
-    """Extracts a Debian package, an ``ar`` archive with the files in its member ``data.tar.*``."""
+    """Extracts a Debian package, which is an ``ar`` archive with the files in its member ``data.tar.*``."""
     with tarfile.open(fileobj=io.BytesIO(_member(file.read_bytes(), b"data.tar")), mode="r:*") as archive:
         if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
             archive.extractall(folder, filter="data")
@@ -178,7 +179,7 @@ def _unpack_debian(file: Path, folder: Path) -> None:
 
 
 def _is_inside(member: tarfile.TarInfo, folder: Path) -> bool:
-    """Returns whether a member is a regular file or folder inside ``folder``; links and devices are skipped."""
+    """Returns whether an archive member is a regular file or folder inside ``folder``, not a link or device."""
     is_plain = member.isfile() or member.isdir()
     return is_plain and (folder / member.name).resolve().is_relative_to(folder.resolve())
 

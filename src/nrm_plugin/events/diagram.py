@@ -1,9 +1,9 @@
 """Ordered decision diagrams for events.
 
-Variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all of its
+The variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all of its
 atoms. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live node at
-each tap, and the maximum number of these vectors is the width of the diagram. The width can be 2 even if the
-disjunctive normal form of the formula has exponential size.
+each tap. The largest number of live nodes is the width of the diagram; it can be 2 even if the disjunctive normal form
+of the formula has exponential size.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Diagram:
 
         Args:
             node: The node before the crossing.
-            level: Index of the crossed tap. Atoms of higher taps that were not crossed count as false.
+            level: Index of the tap that was crossed. Atoms of higher taps that were not crossed count as false.
             answers: Bit set of the true variables.
         """
         while node > TRUE and self.level(node) <= level:

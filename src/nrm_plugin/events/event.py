@@ -163,7 +163,7 @@ class Not(Event):
 
 @dataclass(frozen=True, repr=False)
 class Absorbed(Event):
-    """The walks absorbed in any step, by the residual or by constants."""
+    """The walks that are absorbed in any step, by the residual or by constants."""
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         yield self
@@ -185,11 +185,12 @@ def _name(layer: str | nn.Module) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Atom(Event):
-    """The walks that cross a tap in one of the indexed neurons, or in any of its neurons if there is no index.
+    """The walks that cross a tap in one of the indexed neurons, or in any neuron if there is no index.
 
-    Created by :func:`at`. ``side="output"`` refers to the tensor that the module returned. ``side="input"`` refers to
-    its input, and selects only walks through this call, not through other consumers of the tensor. ``side="sink"``
-    selects the walks absorbed in this step at the indexed output neurons.
+    Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor that the module returned. With
+    ``side="input"``, it is the input of the module, and only walks through this call are selected, not those through
+    other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed in this step at the indexed
+    output neurons.
     """
 
     layer: str | nn.Module
@@ -206,7 +207,7 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """Selects channels: dimension 1 of ``(N, C, …)``, or the last dimension for tokens."""
+        """Selects channels: dimension 1 of ``(N, C, …)``, or the last dimension of token sequences."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
@@ -240,9 +241,9 @@ class Atom(Event):
 class Attended(Event):
     """The walks through the attention of a layer, restricted to given heads, query tokens and key tokens.
 
-    Created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer is a module that
-    computes attention exactly once, by a fused function or by matrix products and a softmax, or the tap of this
-    operation. None selects all heads, queries or keys.
+    These events are created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer
+    is a module that computes attention exactly once, by a fused function or by matrix products and a softmax, or the
+    tap of this operation. For heads, queries and keys, None stands for all of them.
     """
 
     atom: Atom
@@ -301,13 +302,15 @@ def at(
         layer: A module, or its name as in ``model.named_modules()``. ``"input"`` and ``"output"`` refer to the input
             and the output of the model; child modules with these names are ``".input"`` and ``".output"``.
         side: ``"output"``, ``"input"`` or ``"sink"``.
-        call: Index of the call if the module is called several times, or ``"any"`` for at least one of the calls.
-        item: Index, key or field of a tensor if the layer returns a tuple, mapping or dataclass, joined by dots if
-            these are nested, as in ``"features.0"``.
+        call: Index of the call if the module is called several times, or ``"any"`` for the walks that cross at least
+            one of the calls.
+        item: Index, key or field of a tensor if the layer returns a tuple, mapping or dataclass. If these are nested,
+            join the parts with dots, as in ``"features.0"``.
 
     Returns:
-        The event that a walk crosses the tap in any neuron. It can be indexed by ints, slices, lists, tuples, or a
-        boolean mask over the dimensions after the batch dimension (or over all dimensions, for one mask per sample).
+        The event that a walk crosses the tap in any neuron. Index it to select neurons, by ints, slices, lists, tuples,
+        or a boolean mask over the dimensions after the batch dimension (or over all dimensions, for one mask per
+        sample).
 
     Raises:
         EventError: If an argument is invalid.

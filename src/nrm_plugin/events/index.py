@@ -19,7 +19,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Index:
-    """Index in ``at(layer)[…]``; two indices are equal if they contain the same numbers."""
+    """Index in ``at(layer)[…]``. Two indices are equal if they contain the same numbers."""
 
     key: Hashable
     value: Any

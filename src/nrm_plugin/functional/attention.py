@@ -3,8 +3,8 @@ r"""Kernels for fused attention and softmax, and the head and token dimensions o
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
 By default, the weights ``A`` are treated as constants, and all relevance is propagated to the values. With
-``attention="halves"``, half of it is propagated to the weights, and on to queries and keys, as in AttnLRP (arXiv
-2402.05602).
+``attention="halves"``, half of it is propagated to the weights, and from there to queries and keys, as in AttnLRP
+(arXiv 2402.05602).
 
 Source: docs/attention.md.
 """
@@ -36,7 +36,7 @@ def fused_attention(call: FunctionCall) -> Kernel:
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
-    The weights are computed by the function itself, which returns ``A`` if the values are the identity matrix. Masks,
+    The weights are computed by the function itself, which returns ``A`` when the values are the identity matrix. Masks,
     causality and grouped queries are therefore handled as in torch.
     """
     slot = call.argument(2, "value")
@@ -73,7 +73,7 @@ def decomposed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Computes ``scaled_dot_product_attention`` with elementary operations, each of which has a kernel."""
+    """Computes ``scaled_dot_product_attention`` by elementary operations, each of which has a kernel."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -104,7 +104,7 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Kernel for softmax from its first-order Taylor expansion, with the constant term as a bias.
+    r"""Kernel for softmax from its first-order Taylor expansion, whose constant term is treated as a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
@@ -138,13 +138,13 @@ def is_decomposed(attention: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Head and token dimensions of a product of attention weights and values.
+    """Layout of a product of attention weights and values: the dimensions of its heads and tokens.
 
     Attributes:
-        shared: Output dimensions shared by weights and values, from left to right, as negative indices: samples first,
-            heads last. A single dimension may be either of them.
+        shared: Output dimensions that weights and values share, from left to right, as negative indices: samples first,
+            heads last. If there is only one, it may be either of them.
         queries: Dimension of the query tokens in the output.
-        keys: Index of each input that receives relevance, and the dimension of its key tokens.
+        keys: For each input that receives relevance, its index and the dimension of its key tokens.
     """
 
     shared: tuple[int, ...]
@@ -191,9 +191,9 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 
 
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
-    """Returns the subscripts of the operands and the output of an ``einsum``, or None for other forms.
+    """Returns the subscripts of the two operands and the output of an ``einsum``, with Greek letters for ellipses.
 
-    Ellipses become Greek letters. Returns None for implicit outputs, and unless there are exactly two operands.
+    The result is None if the output is implicit, or if there are not exactly two operands.
     """
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:

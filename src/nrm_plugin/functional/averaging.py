@@ -1,4 +1,4 @@
-"""Kernels for averages, sums and interpolation, which use the composite's rule for average pooling.
+"""Kernels for averages, sums and interpolation, by the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,9 +31,9 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns the kernel given by the rule for average pooling.
+    """Returns the kernel of the rule for average pooling.
 
-    Other inputs, such as grid points or boxes, receive no relevance.
+    Inputs other than the averaged one, such as grid points or boxes, receive no relevance.
     """
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
@@ -52,7 +52,7 @@ def rule_of_averages(call: FunctionCall) -> Hook:
 
 
 def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
-    r"""Returns the kernel for bicubic interpolation :math:`A X B^\top` with weights :math:`|A|` and :math:`|B|`."""
+    r"""Returns the kernel for bicubic interpolation :math:`A X B^\top`, with :math:`|A|` and :math:`|B|` as weights."""
     value = call.values[0]
     height, width = value.shape[-2:]
 

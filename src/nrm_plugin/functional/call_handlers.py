@@ -26,7 +26,7 @@ from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, w
 
 NOT_HANDLED: Final = object()
 OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
-"""Functions whose results have a data-dependent shape, and are not tracked by autograd."""
+"""Functions whose results have data-dependent shapes and are not tracked by autograd."""
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
 """Functions that use only the shape and format of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
@@ -48,7 +48,7 @@ class Handler:
 
 
 def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    """Returns the result of the first handler that applies to a call. The last handler applies to every call."""
+    """Returns the result of the first handler that applies to a call; the last one applies to every call."""
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
@@ -168,7 +168,7 @@ def _decomposition(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 def _python_function(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     body = python_body(call.function)
-    # A method of torch.Tensor that calls the method of its base class is observed a second time under the same name.
+    # If a method of torch.Tensor calls that of its base class, it is observed a second time under the same name.
     if body is None or call.function in forward_pass.decomposing:
         return NOT_HANDLED
     forward_pass.decomposing.append(call.function)

@@ -28,19 +28,19 @@ from .unsupported import raise_on_arrival
 class Interception(Canonizer):
     """Canonizer that intercepts the function calls of a model and applies the registered kernels.
 
-    ``Normalized`` applies it automatically. It can also be used with a plain Zennit composite, as in
+    :class:`~nrm_plugin.Normalized` applies it automatically. It can also be added to a plain Zennit composite, as in
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:
-        composite: Composite with the rules for functions that have an equivalent module, or None for the default
+        composite: Composite that provides the rules for functions with an equivalent module, or None for the default
             kernels.
-        normalization: How the residual of a kernel is treated.
+        normalization: Treatment of the residual of a kernel.
         sums: How sums distribute relevance: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` uses the plain gradient for layers without a rule.
-        fuse: Function called with every new step of a layer; it may fuse the step with adjacent ones.
+        fuse: Function that is called with every new step of a layer, and may fuse it with adjacent steps.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
-        audited: Whether all layers are steps as well, so that relevance that reaches any other operation raises an
-            error.
+        audited: Whether all layers are steps as well; if so, an error is raised when relevance reaches any other
+            operation.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -87,7 +87,7 @@ class Interception(Canonizer):
         return [instance]
 
     def register(self, root_module: nn.Module) -> None:
-        """Registers hooks that start and stop the interception, and track the module that is running."""
+        """Registers hooks that start and stop the interception and keep track of the running module."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
         start = self._start_hook(root_module)
@@ -98,7 +98,7 @@ class Interception(Canonizer):
         self._handles.append(root_module.register_forward_hook(self._stop_hook(), always_call=True))
 
     def remove(self) -> None:
-        """Removes the hooks and stops forward passes that were interrupted."""
+        """Removes the hooks and ends forward passes that were interrupted."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

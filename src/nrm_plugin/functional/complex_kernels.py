@@ -1,9 +1,9 @@
-r"""Kernel for affine functions between real tensors that have complex intermediate results, such as an FFT filter.
+r"""Kernel for affine functions of real tensors that compute complex intermediate results, such as an FFT filter.
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
-The matrix is computed by applying the function to unit vectors. Dimensions along which it acts identically at each
-position, such as samples and channels, are detected first and excluded from the matrix.
+The matrix is computed by applying the function to unit vectors. Dimensions along which the function acts identically at
+each position, such as samples and channels, are detected first and left out of the matrix.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -126,14 +126,14 @@ def _layout(shape: torch.Size, first: list[int], pairs: list[tuple[int, int]]) -
 
 
 def _smallest(bias: Tensor) -> Tensor | None:
-    """Removes leading dimensions along which a bias is constant; None if the bias is zero."""
+    """Removes leading dimensions along which a bias is constant; returns None if the bias is zero."""
     while bias.ndim > 1 and bool((bias == bias[:1]).all()):
         bias = bias[0]
     return bias if bool(bias.any()) else None
 
 
 class _Probe:
-    """Evaluates the function of a call at other inputs.
+    """Probe that evaluates the function of a call at other inputs.
 
     Args:
         call: The call whose function is evaluated.
@@ -147,7 +147,7 @@ class _Probe:
         self._generator = torch.Generator().manual_seed(0)
 
     def linear(self, values: list[Tensor]) -> Tensor:
-        """Evaluates the function without its offset."""
+        """Evaluates the linear part of the function, without its offset."""
         result: Tensor = self.run(*(value.contiguous() for value in values)) - self.offset
         return result
 
@@ -170,7 +170,7 @@ class _Probe:
     def shared_dimensions(self) -> list[tuple[int, int]]:
         """Returns pairs of input and output dimensions along which the function acts identically at each position.
 
-        The function commutes with every matrix along such a pair of dimensions; this is tested with two random
+        Along such a pair of dimensions, the function commutes with every matrix, which is tested with two random
         matrices.
         """
         ranks = {value.ndim for value in self.values}
@@ -195,7 +195,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix ``(out, in)`` of the features, with one unit vector per position in each evaluation."""
+        """Computes the matrix ``(out, in)`` of the features from unit vectors, one per position in each evaluation."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))

@@ -1,7 +1,7 @@
 """Complex tensors of a forward pass, represented as expressions of the real tensors on which they depend.
 
-Complex tensors are not taps: all functions from real through complex to real tensors form a single step. Its kernel is
-derived by evaluating the expression at other real tensors.
+Complex tensors are not taps: all functions between the real tensors on which they depend and the next real tensor form
+a single step, whose kernel is derived by evaluating the expression at other real tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RealSource:
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether the tensor was modified in place, so that its autograd graph is that of later values."""
+        """Whether the tensor was modified in place, so that its autograd graph belongs to later values."""
         return self.tensor._version != self.version
 
 
@@ -44,7 +44,7 @@ class Expression:
     Attributes:
         name: Name of the first function that returned a complex tensor.
         function: The called function.
-        args: Arguments, with sources and expressions in place of tensors that depend on the model inputs.
+        args: Positional arguments, with sources and expressions in place of tensors that depend on the model inputs.
         kwargs: Keyword arguments, likewise.
         sources: Unique real sources of all arguments.
         item: Index of the result among several outputs, or None for a single output.
@@ -86,7 +86,7 @@ class ComplexTensors:
         return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
 
     def expression(self, call: ObservedCall) -> Expression:
-        """Returns the expression for the result of a call. Must be called before the call runs."""
+        """Returns the expression for the result of a call that has not run yet."""
         written = call.overwritten
         args = tuple(self._template(value) for value in call.args)
         if written is not None and args[0] is written:  # a constant before this call

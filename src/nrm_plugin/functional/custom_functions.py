@@ -1,9 +1,9 @@
-"""Detection of the ``autograd.Function`` classes that a model uses, in the autograd graph, since no mode observes them.
+"""Detection in the autograd graph of the ``autograd.Function`` classes that a model uses, which no mode observes.
 
 An elementwise function propagates relevance like an activation, through a step attached to its autograd node. It must
 pass two tests: its Jacobian, computed by its ``backward`` at the values of the pass, is diagonal, and no output element
-changes if another input element does. The second test requires the arguments of the call, which are read from the frame
-of ``Function.apply`` while the function runs.
+changes when another input element does. The second test requires the arguments of the call, which are read from the
+frame of ``Function.apply`` while the function runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROBES = 8
 """Number of probe vectors passed to the ``backward`` of a function."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Packages whose functions are already steps, or whose ``backward`` must not be probed (checkpoints)."""
+"""Packages whose functions are steps already, or have a ``backward`` that must not be probed (checkpoints)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +69,11 @@ class CustomCalls:
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the ``autograd.Function`` from which a torch function is called, if any.
+        """Records the ``autograd.Function``, if any, from which a torch function is called.
 
         Raises:
-            UnsupportedOperationError: If the function writes to a view of a computed tensor, for which autograd has no
-                separate node.
+            UnsupportedOperationError: If the function writes to a view of a computed tensor, which has no autograd node
+                of its own.
         """
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
@@ -187,7 +187,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """Returns a tensor with the shape of a node's output, without allocating memory."""
+    """Returns a tensor in the shape of a node's output that takes no memory."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -221,7 +221,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Returns whether a tensor with this node may receive relevance; tensors computed before the pass may not."""
+    """Returns whether a tensor with this node may receive relevance, unlike tensors computed before the pass."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -235,7 +235,7 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """Describes why a function of one tensor is not elementwise; empty if it is."""
+    """Describes why a function of one tensor is not elementwise, or returns an empty string if it is."""
     try:
         slope = _slope(node, live)
     except (NotImplementedError, AssertionError) as error:  # the function has no usable backward
@@ -250,9 +250,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian with a function's ``backward``, or returns None if it is not diagonal.
+    """Computes the diagonal of the Jacobian by a function's ``backward``, or returns None if it is not diagonal.
 
-    The probes are signed powers of two, so that products with a diagonal matrix are free of rounding errors.
+    The probes are signed powers of two, so products with a diagonal matrix have no rounding errors.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)

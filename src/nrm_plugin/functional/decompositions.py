@@ -1,4 +1,4 @@
-"""Functions decomposed in Python into functions that have kernels."""
+"""Python decompositions of functions into functions that have kernels."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    """Looks up and sums rows of a table, if the table or the weights of the rows are computed."""
+    """Looks up and sums rows of a table whose entries, or the weights of the rows, are computed."""
     if input.is_floating_point() or offsets is not None or mode == "max":  # torch.embedding_bag has the table first
         return NotImplemented
     rows = functional.embedding(input, weight)
@@ -203,14 +203,14 @@ def _embedding_bag(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Returns whether a functional layer has a bias, and a weight or bias that is computed by the model."""
+    """Returns whether a functional layer has a bias, and the model computes its weight or bias."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 
 def product_and_bias(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor, *args: Any, **options: Any
 ) -> Tensor:
-    """Computes a layer as a product and a sum with separate kernels, so that the product has no bias."""
+    """Computes a layer as a product without bias, and a sum, which have separate kernels."""
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 

@@ -1,4 +1,4 @@
-"""Steps for explaining a difference: each function call is paired with the same call at the reference.
+"""Steps that explain a difference: each function call is paired with the same call at the reference.
 
 Source: docs/differences.md.
 """
@@ -32,7 +32,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 def reference_pass() -> ReferencePass | None:
-    """Returns the forward pass at the reference, or None when not explaining a difference."""
+    """Returns the forward pass at the reference, or None if no difference is explained."""
     reference: ReferencePass | None = RUNNING.reference
     return reference
 
@@ -65,8 +65,8 @@ def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
 def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -> None:
     """Raises :class:`DifferenceError` unless a route copies the same entries as at the reference.
 
-    Constant indices are compared before the function runs. This function compares the indices that are computed by the
-    function itself, such as a sort order.
+    Constant indices are compared before the call runs. Here, those that the call itself computes are compared, such as
+    a sort order.
     """
     items = output if isinstance(output, (list, tuple)) else (output,)
     nodes: set[Any] = {item.grad_fn for item in items if isinstance(item, Tensor)}
@@ -127,7 +127,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
-    """Returns the factory for a function's kernel on differences; the user's own kernels take precedence."""
+    """Returns the factory for a function's kernel on differences; kernels registered by the user take precedence."""
     try:
         own = KERNELS_BY_FUNCTION.get(observed.function)
     except TypeError:  # not hashable

@@ -2,10 +2,10 @@ r"""Function calls at an input and a reference, and the registry of kernels on d
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
-Relevance is the multiplier times the difference. Where the difference is zero, the masses of the walks through the
+Relevance is the product of multiplier and difference. Where the difference is zero, the masses of the walks through the
 neuron cancel, but the multiplier is still needed. Every kernel therefore replaces zero differences with the same tiny
-number: the relevance is then smaller than any rounding error, and the next kernel recovers the multiplier by dividing
-by this number.
+number, so that the relevance is smaller than any rounding error, and the next kernel can recover the multiplier by
+dividing by this number.
 
 Source: docs/differences.md.
 """
@@ -35,7 +35,7 @@ class DifferenceCall:
         output: Output of the call.
         references: Inputs and output of the same call at the reference.
         passes: The forward pass at the reference.
-        has_rules: Whether rules of layers are applied to differences. Such rules may assign relevance to zero
+        has_rules: Whether rules of layers are applied to differences, and may thus assign relevance to zero
             differences.
     """
 
@@ -97,8 +97,8 @@ class DifferenceCall:
         """Divisor that converts relevance of the output to its multiplier.
 
         Without rules, this is ``δ``. With rules, relevance may be nonzero where the difference is zero, for example if
-        a rule adds a floor to the inputs of a layer. Such relevance has no multiplier; it is divided by infinity, and
-        is thus absorbed.
+        a rule adds a floor to the inputs of a layer. Such relevance has no multiplier; it is divided by infinity and
+        thus absorbed.
         """
         is_zero = self.difference.is_zero
         return self.after if is_zero is None or not self.has_rules else self.after.masked_fill(is_zero, torch.inf)

@@ -1,4 +1,4 @@
-"""Distances, similarities and norms, decomposed into differences, products and vector norms.
+"""Decomposition of distances, similarities and norms into differences, products and vector norms.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -75,7 +75,7 @@ def _matrix_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Computes a Frobenius, column-sum or row-sum norm; norms based on singular values have no kernel."""
+    """Computes a Frobenius, column-sum or row-sum norm; norms that are based on singular values have no kernel."""
     if ord == "fro":
         return _norm(A, 2, dim, keepdim, dtype=dtype)
     if ord in ("nuc", 2, -2):

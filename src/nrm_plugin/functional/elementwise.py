@@ -19,7 +19,7 @@ from .function_kernels import HalvesKernel, SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
-"""Replaces the denominator of signed shares where it is exactly zero."""
+"""Replacement for the denominator of signed shares where it is exactly zero."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -61,7 +61,7 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Returns the kernel given by the rule for the equivalent module, or the identity if there is no rule."""
+    """Returns the kernel of the rule for the equivalent module, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
@@ -74,7 +74,7 @@ def elementwise(call: FunctionCall) -> Kernel:
 
 @kernel_of("add", "sub", "rsub")
 def addition(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel for a sum, which splits relevance in proportion to absolute values; constants are biases.
+    r"""Returns the kernel for a sum, which splits relevance in proportion to absolute values. Constants are biases.
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
     """
@@ -100,7 +100,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns the magnitude of a summand, or the total magnitude of its summands if it is a sum used only once.
+    """Returns the magnitude of a summand or, if it is itself a sum that is used only once, of all its summands.
 
     Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
     """
@@ -116,7 +116,7 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 def product(call: FunctionCall) -> Kernel:
     """Returns the kernel for a product, which passes all relevance to the signal.
 
-    If none or both of the factors are gates, relevance is passed to the larger tensor, or split equally if both have
+    If neither or both of the factors are gates, relevance passes to the larger tensor, or is split equally if both have
     the same size.
     """
     if len(call.inputs) == 1:
@@ -129,7 +129,7 @@ def product(call: FunctionCall) -> Kernel:
 
 @kernel_of("maximum", "minimum")
 def extremum(call: FunctionCall) -> Kernel:
-    """Returns a kernel that passes relevance to the larger (or smaller) input, and half to each if they are equal."""
+    """Returns a kernel that passes relevance to the larger (or smaller) input, or half to each if they are equal."""
     if len(call.inputs) == 1:
         return call.identity()
     first, second = call.values

@@ -1,4 +1,4 @@
-"""Function calls with inputs that receive relevance, and the construction of their kernels."""
+"""Function calls whose inputs receive relevance, and the construction of their kernels."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class Settings:
 
     Attributes:
         rules: Lookup of the composite's rule for a module or weight.
-        normalization: How the residual of a kernel is treated.
+        normalization: Treatment of the residual of a kernel.
         sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
-        fuse: Function called with every new step of a layer; it may fuse the step with adjacent ones.
-        attention: ``"value"`` if attention weights receive no relevance, ``"halves"`` if they receive half of the
-            relevance.
+        fuse: Function that is called with every new step of a layer, and may fuse it with adjacent steps.
+        attention: ``"value"`` if attention weights receive no relevance, or ``"halves"`` if they receive half of it.
     """
 
     rules: RuleLookup = field(default_factory=NoRules)
@@ -49,7 +48,7 @@ class Slot:
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces the slots in (possibly nested) arguments with tensors."""
+    """Replaces the slots in arguments, which may be nested, with tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -74,7 +73,7 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A function call. Its *inputs* are the tensors among its arguments that receive relevance.
+    """Function call. Its *inputs* are the tensors among its arguments that receive relevance.
 
     Attributes:
         name: Name shared by all variants of the function, such as ``"add"``.
@@ -121,7 +120,7 @@ class FunctionCall:
     # -- kernels for most functions ----------------------------------------------------------------------------------
 
     def identity(self, to: int = 0) -> Kernel:
-        """Returns a kernel that passes relevance elementwise to one input. The other inputs receive none.
+        """Returns a kernel that passes relevance elementwise to one input; the others receive none.
 
         Args:
             to: Index of the input. If it was broadcast, relevance is summed over the broadcast dimensions.
@@ -132,8 +131,8 @@ class FunctionCall:
         r"""Returns a kernel that splits relevance elementwise among the inputs, :math:`R_k = q_k R`.
 
         Args:
-            shares: ``q_k`` for each input, numbers or tensors that broadcast to the output. The residual, one minus
-                their sum, is redistributed or absorbed, depending on the composite.
+            shares: ``q_k`` for each input, as numbers or as tensors that broadcast to the output. The residual, one
+                minus their sum, is redistributed or absorbed, depending on the composite.
 
         Raises:
             ValueError: If the number of shares differs from the number of inputs.
@@ -166,14 +165,14 @@ class FunctionCall:
         return RouteKernel(gradient)
 
     def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
-        """Returns the kernel that results from applying a Zennit rule to a function that is linear in one input.
+        """Returns the kernel of a Zennit rule for a function that is linear in one input.
 
         The function is treated like a layer without weights.
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
             to: Index of the input that receives relevance; the other inputs are constants.
-            run: Function of this input to which the rule is applied, by default the called function.
+            run: Function of this input to which the rule is applied; by default, the called function.
         """
         values = self.values
 

@@ -12,7 +12,7 @@ from ..kernels.base import Kernel
 from ..kernels.vjp_kernel import VjpKernel
 
 _SMALLEST = 1e-30
-"""Added to magnitudes, so that shares are equal if all summands are zero."""
+"""Number added to magnitudes, so that shares are equal if all summands are zero."""
 
 
 class BroadcastKernel(Kernel):
@@ -92,11 +92,11 @@ class HalvesKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """Wraps the kernel for one input of a call; the other inputs receive no relevance.
+    """Kernel for a call in which only one input receives relevance.
 
     Args:
-        inner: Kernel for that input.
-        number: Index of that input.
+        inner: Kernel for this input.
+        number: Index of this input.
         shapes: Shape of each input.
     """
 
@@ -118,7 +118,7 @@ class SingleInputKernel(Kernel):
 
 
 class EqualPartsKernel(Kernel):
-    """Kernel that splits relevance equally among some factors of a product. The other factors receive none.
+    """Kernel that splits relevance equally among some factors of a product; the others receive none.
 
     Args:
         kernels: Kernels keyed by the index of the factor.
@@ -143,7 +143,7 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """Kernel that passes relevance to the entries that were copied, split among ties as in autograd.
+    """Kernel that passes relevance to the entries that were copied, and splits it among ties as autograd does.
 
     Args:
         function: Gradient of the operation, which maps ``(N, *out)`` to ``(N, *in)`` for each input.

@@ -23,12 +23,12 @@ PRESERVING = frozenset(
 class Gates:
     """The gates of a forward pass.
 
-    Outputs of softmax, sigmoid, hardsigmoid and exp are gates. Reshaped gates, gates after dropout, products of gates,
-    ``1 - gate`` and ``gate / anything`` count as gates as well.
+    Outputs of softmax, sigmoid, hardsigmoid and exp are gates, as are reshaped gates, gates after dropout, products of
+    gates, ``1 - gate`` and ``gate / anything``.
     """
 
     def __init__(self) -> None:
-        # Gates are stored by autograd node, since a tensor can be overwritten, and a view of a gate is a gate as well.
+        # Gates are stored by autograd node, since a tensor may be overwritten, and a view of a gate is also a gate.
         self._nodes: set[Any] = set()
 
     def tag(self, tensor: Tensor) -> None:
@@ -38,7 +38,7 @@ class Gates:
             self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Returns whether a tensor is a gate, or is routed from a gate."""
+        """Returns whether a tensor is a gate, or entries of one."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
             step = step_of(node)

@@ -1,4 +1,4 @@
-"""Integer inputs (ids), tracked by object identity until the model uses them as indices.
+"""Integer inputs (ids), which are tracked by object identity until the model uses them as indices.
 
 Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input. Rows
 selected by other integers, such as positions, are constants, even if they have the same values as ids.
@@ -20,7 +20,7 @@ from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
-    """Kind of a tensor without relevance. A result has the maximum kind of the arguments."""
+    """Kind of a tensor without relevance. The kind of a result is the largest kind of the arguments."""
 
     STRUCTURE = 1
     """Comparisons, positions and counts of ids, such as masks and degrees, which are constants."""
@@ -55,12 +55,12 @@ class Ids:
     """The ids of a forward pass.
 
     Args:
-        given: Integer inputs, as the same objects that are passed to the model.
+        given: Integer inputs, as the objects that are passed to the model.
         inputs: Leaves of the floating-point inputs, which the model may convert to ids.
     """
 
     def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
-        # The tensor is stored as well, since the identity of a freed tensor may be reused.
+        # The tensor is stored as well, since the id of a freed tensor may be reused.
         self._marked: dict[int, tuple[Tensor, Kind]] = {}
         given, inputs = list(given), list(inputs)
         self._inputs = {id(leaf) for leaf in inputs}
@@ -81,13 +81,13 @@ class Ids:
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
         """Tracks ids through a call and returns its result.
 
-        Rows looked up by ids are replaced with tensors at which walks end.
+        Rows that ids look up are replaced with tensors at which walks end.
 
         Args:
             call: The function call.
             result: Result of the call.
-            looked_up: Function that converts rows to such a tensor, or None where walks cannot end, such as inside a
-                step.
+            looked_up: Function that converts rows to such a tensor, or None where walks cannot end, for example inside
+                a step.
         """
         if call.inputs and call.name.base in _CONVERSIONS and self._is_converted(call, result):
             self._mark(result, Kind.IDS)
@@ -149,7 +149,7 @@ class Ids:
         return max((kind for kind in kinds if kind is not None), default=None)
 
     def _is_lookup(self, call: ObservedCall) -> bool:
-        """Returns whether ids select entries or rows of a constant table; a table of matrices counts as a weight."""
+        """Returns whether ids select entries or rows of a constant table; a table of matrices is a weight instead."""
         name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
         tables = [tensor for tensor in arguments if tensor.is_floating_point()]
         are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())
@@ -206,7 +206,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Returns whether a tensor is computed from the given leaves only, by routes and elementwise functions."""
+    """Returns whether a tensor is computed from the given leaves alone, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

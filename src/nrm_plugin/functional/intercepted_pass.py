@@ -60,7 +60,7 @@ class InterceptedPass:
 
     Args:
         settings: Settings of all function steps.
-        intercepting: Context in which function calls of this package are intercepted.
+        intercepting: Context manager in which function calls of this package are intercepted.
 
     Attributes:
         gates: The gates found in this pass.
@@ -117,7 +117,7 @@ class InterceptedPass:
         return written(observed, linked)
 
     def function_call(self, observed: ObservedCall) -> FunctionCall:
-        """Converts an observed call to a :class:`FunctionCall` with saved inputs."""
+        """Converts an observed call to a :class:`FunctionCall` and saves its inputs."""
         function, keyword_slots = observed.out_of_place()
         name = observed.name.base
         knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # events may refer to their heads
@@ -189,7 +189,7 @@ class InterceptedPass:
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Returns the path of a function in the running module, and the index of the call."""
+        """Returns the path of a function in the running module, and the index of its call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -197,7 +197,7 @@ class InterceptedPass:
     # -- functions without a kernel ---------------------------------------------------------------------------------
 
     def route_or_unknown(self, observed: ObservedCall) -> Any:
-        """Runs a function without a kernel; its output is an unknown step unless autograd recorded only routes."""
+        """Runs a function without a kernel, whose output is an unknown step unless autograd recorded only routes."""
         output = observed.run()
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
@@ -276,11 +276,11 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """Whether functions of constants are observed as well, since their results may depend on ids."""
+        """Whether functions of constants are observed too, because their results may depend on ids."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """Returns the result of a call, replacing rows selected by ids with additional inputs."""
+        """Returns the result of a call, in which rows selected by ids are replaced with additional inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
@@ -298,7 +298,7 @@ class InterceptedPass:
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Records the output of an elementwise module as a step if its functions cannot be observed.
 
-        Examples are activations in TorchScript or with a custom ``autograd.Function``. Returns None for all other
+        Examples are activations in TorchScript or with a custom ``autograd.Function``. The result is None for all other
         modules.
         """
         if is_inside_step() or not isinstance(output, Tensor):

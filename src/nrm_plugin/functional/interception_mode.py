@@ -1,7 +1,7 @@
 """Torch function mode that observes all function calls of a forward pass.
 
-A ``TorchFunctionMode`` observes functions, methods and operators before autograd does. Modules with a rule are separate
-steps, inside which functions are not observed.
+A ``TorchFunctionMode`` observes functions, methods and operators before autograd does. Modules with a rule are steps of
+their own; functions inside them are not observed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
-        """Returns the observed call for a function, with tensors that receive no relevance detached."""
+        """Returns the observed call of a function, in which tensors that receive no relevance are detached."""
         path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
@@ -109,11 +109,11 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".s
 
 
 _DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""Functions that would read relevance, since steps propagate relevance in place of gradients."""
+"""Functions that would read relevance, which steps propagate in place of gradients."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:
-    """Returns whether a function reads no tensor values, so that it need not be observed."""
+    """Returns whether a function reads no tensor values and thus need not be observed."""
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__" if name == "__get__" else "__objclass__", None)
     if name == "__get__":

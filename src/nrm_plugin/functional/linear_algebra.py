@@ -1,4 +1,4 @@
-"""Linear algebra functions, decomposed into matrix products and elementwise products.
+"""Decomposition of linear algebra into matrix products and elementwise products.
 
 The solution of a linear system with a constant matrix is a product with the constant inverse. The inverse of a computed
 matrix has no kernel.

@@ -16,7 +16,7 @@ from .registry import FunctionName, name_of
 _LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
 """Functions that convert tensor values to Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
-"""Functions that write to their first argument, or to a copy of it, and are recorded by autograd."""
+"""Functions that write to their first argument or a copy of it, and are recorded by autograd."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +90,11 @@ class ObservedCall:
         return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
 
     def out_of_place(self) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Returns an out-of-place variant of the function, and its keyword arguments."""
+        """Returns an out-of-place variant of the function, and the keyword arguments for it."""
         if self.keyword_slots.get("inplace"):
             return self.function, {**self.keyword_slots, "inplace": False}
-        # This is not a method, since a step that stores it would form a reference cycle with the tensors of this call.
+        # This is not a method, since a step that stores a method would form a reference cycle with the tensors of this
+        # call.
         return (partial(_on_copy, self.function) if self.name.in_place else self.function), self.keyword_slots
 
 
@@ -114,7 +115,7 @@ def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
 
 
 def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
-    """Returns the name of the equivalent function for these arguments, or ``name`` if there is none.
+    """Returns the name of the function that is equivalent for these arguments, or ``name`` if there is none.
 
     ``x.clamp(min=0)`` is equivalent to ReLU, and ``x.max(y)`` to a maximum.
     """

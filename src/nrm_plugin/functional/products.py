@@ -40,7 +40,7 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Returns the kernel for a function that is affine in its first input, given by the rule for the layer's weight.
+    """Returns the kernel for a function that is affine in its first input, from the rule for the weight of the layer.
 
     Args:
         call: The call to the function.
@@ -49,8 +49,8 @@ def kernel_of_layer(
         bias: The bias, or None.
         like: Layer of the equivalent type.
         bias_dim: Dimension of the output along which the bias is added.
-        padding_mode: As in convolutions, but not ``"zeros"`` if an input may contribute to an output through two
-            weights.
+        padding_mode: As in convolutions, but different from ``"zeros"`` if an input may contribute to an output through
+            two weights.
     """
     rule = call.settings.rules.of_weight(weight, like, call.path)
     if rule is None:  # in an operator such as @, Python would interpret it as an unsupported operand
@@ -80,7 +80,7 @@ def contraction(call: FunctionCall) -> Kernel:
 
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
-    """Returns the kernel for one factor of a product, with the other factors as constants."""
+    """Returns the kernel for one factor of a product, treating the other factors as constants."""
     values = call.values
     if isinstance(rule, Absolute):  # shares follow the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], changed_constants(call, constants_of(call), Tensor.abs)
@@ -96,7 +96,7 @@ def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kerne
 
 @dataclass(frozen=True)
 class ConstantMatrix:
-    """Constant factor of a product, in the form of a linear layer's weight.
+    """Constant factor of a product in the form of a linear layer's weight.
 
     Attributes:
         weight: The weight, with one row per output.
@@ -132,7 +132,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
 
 
 def _with_one_constant(call: FunctionCall) -> FunctionCall:
-    """Replaces several constants of an ``einsum`` with their product."""
+    """Replaces the constants of an ``einsum`` with their product."""
     read = read_einsum(call.args, lambda one: call.values[0].ndim if isinstance(one, Slot) else one.ndim)
     pairs = list(zip(read.subscripts, read.operands, strict=True))
     signal = next(pair for pair in pairs if isinstance(pair[1], Slot))

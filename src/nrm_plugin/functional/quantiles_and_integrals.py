@@ -1,4 +1,4 @@
-"""Quantiles, integrals and derivatives along a dimension, decomposed into operations on entries.
+"""Decomposition of quantiles, integrals and derivatives along a dimension into operations on entries.
 
 Source: docs/measure.md (operations without a module).
 """

@@ -1,9 +1,9 @@
-"""Recurrent layers, decomposed into loops over operations that have kernels.
+"""Decomposition of recurrent layers into loops over operations that have kernels.
 
 torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced with
-a loop over time. Its linear maps use the rule that the composite assigns to the layer, or else the rule for linear
-layers, and its sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and cell states
-are taps.
+a loop over time. The linear maps in the loop use the rule that the composite assigns to the layer or, if there is none,
+the rule for linear layers; sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and
+cell states are taps.
 
 Source: docs/recurrent-and-graphs.md.
 """
@@ -23,7 +23,7 @@ from ..kernels.forward_state import RUNNING, listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]
-"""Hidden state and, for an LSTM, cell state; None for a zero initial state."""
+"""Hidden state and, in an LSTM, cell state; None is a zero initial state."""
 
 
 @dataclass
@@ -75,10 +75,10 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and its bias if the bias is a separate summand.
+    """Returns the contribution of the hidden state, and its bias if that is a separate summand.
 
-    The bias is separate if the user gives an initial state, so that it absorbs no relevance in samples with a zero
-    state.
+    The bias is separate if the user passes an initial state, so that it absorbs no relevance in samples whose state is
+    zero.
     """
     w_hh, b_hh = weights[1], weights[3] if len(weights) > 3 else None
     if h is None:
@@ -118,8 +118,8 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
-    A gate times a constant is treated as a constant, so that :math:`\sigma(r) \odot b_{hn}` is a bias if there is no
-    hidden state. In a measure with a reference, however, it differs between input and reference.
+    A gate times a constant is treated as a constant, so :math:`\sigma(r) \odot b_{hn}` is a bias if there is no hidden
+    state. In a measure with a reference, however, it differs between input and reference.
     """
     (h,) = state
     r_x, z_x, n_x = _from_input(x, weights).chunk(3, -1)
@@ -153,7 +153,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns the initial states, with None for zeros, and whether any of them is given by the user."""
+    """Returns the initial states, with None for zeros, and whether the user passed any of them."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -197,7 +197,7 @@ for _kind in CELLS:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Weights and options of a recurrent layer, in the form in which torch passes them to its function."""
+    """Weights and options of a recurrent layer, in the form in which torch passes them to the fused function."""
 
     kind: str
     params: Sequence[Tensor]
@@ -219,13 +219,13 @@ class _Layers:
     def run(
         self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs all layers; returns the output at each time step, and the final states with the shape of ``initial``.
+        """Runs all layers; returns the output at each time step, and the final states in the shape of ``initial``.
 
         Args:
             context: The context of the call.
             xs: Input at each time step, ``(N, features)``.
             initial: Initial states, ``(layers · directions, N, features)`` each.
-            lengths: Length of each sample, or None if all samples have full length.
+            lengths: Length of each sample, or None if all samples have the full length.
         """
         finals: list[list[Tensor]] = []
         for layer in range(self.num_layers):
@@ -314,7 +314,7 @@ for _kind in CELLS:
 class _Packing:
     """Positions of samples in a packed sequence.
 
-    Entries are ordered by time, and at each time step by sample, longest first. The loop runs on all samples at each
+    Entries are ordered by time and, within a time step, by sample, longest first. The loop runs on all samples at each
     time step, in the order of the batch, so that relevance can be absorbed separately for each sample.
 
     Args:

@@ -45,7 +45,7 @@ def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
 
 @kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel for log-sum-exp, with its gradient as shares, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""Returns the kernel for log-sum-exp, whose shares are its gradient, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
     return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
@@ -65,7 +65,7 @@ def vector_norm(call: FunctionCall) -> Kernel:
     r"""Returns the kernel for a vector norm, with shares :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
 
     The shares follow from Euler's theorem on homogeneous functions. The norm of order ∞ (-∞) is the largest (smallest)
-    magnitude, and propagates to the entries with this magnitude.
+    magnitude, and passes relevance to the entries with this magnitude.
     """
     value, order, dims = call.values[0], call.argument(1, "ord", 2), call.argument(2, "dim")
     size = value.abs()

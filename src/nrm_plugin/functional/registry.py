@@ -60,9 +60,9 @@ _SYNONYMS = {
 _NAMESPACES = ("special_", "linalg_")
 """Name prefixes of the functions in torch's namespaces."""
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
-"""Namespaces of operators that are looked up by name."""
+"""Namespaces of the operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions whose signature differs from that of the function without the namespace prefix."""
+"""Functions whose signature differs from that of the function of the same name without prefix."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function outside torch, whose name may also exist in torch; None for torch."""
+    """Returns the namespace of a function outside torch, whose name may also exist in torch, or None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -105,7 +105,7 @@ def _foreign_owner(function: Any) -> str | None:
 
 
 def kernel_of(*names: str) -> Callable[[Function], Function]:
-    """Registers a factory for the kernels of functions with the given names."""
+    """Registers a factory of kernels for the functions with the given names."""
     return _registering(KERNELS, names)
 
 
@@ -126,7 +126,7 @@ def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Fun
 def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
     """Registers or replaces the kernel for one or several functions.
 
-    The decorated function is called when relevance first reaches a call to one of the functions. It receives the
+    The decorated function is called when relevance first reaches a call of one of the functions. It receives the
     :class:`~nrm_plugin.functional.FunctionCall`, and returns a kernel with one input for each of ``call.values``, the
     tensors that receive relevance. Four methods of the call provide the kernels for most functions:
 
@@ -138,8 +138,8 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
     For any other linear map, return a subclass of :class:`nrm_plugin.functional.Kernel`.
 
     Args:
-        functions: Functions as called by the model, such as ``torch.add`` or a custom operator. For torch functions,
-            the kernel applies to all variants (method, operator, in place).
+        functions: Functions as called by the model, such as ``torch.add`` or a custom operator. For a torch function,
+            the kernel applies to all of its variants (method, operator, in place).
 
     Raises:
         TypeError: If an argument is not callable.

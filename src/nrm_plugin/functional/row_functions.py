@@ -1,4 +1,4 @@
-"""Detection of calls that act on each row (first dimension) separately, regardless of the values."""
+"""Detection of calls that act on each row (index of the first dimension) separately, regardless of the values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .function_call import FunctionCall, Slot
 _ALONG = {"softmax": 1, "softmin": 1, "log_softmax": 1, "mean": 1, "sum": 1, "cumsum": 1, "logsumexp": 1} | {
     "vector_norm": 2
 }
-"""Functions that combine entries along a dimension, with the position of their argument ``dim``."""
+"""Functions that combine entries along a dimension, and the position of their argument ``dim``."""
 _ELEMENTWISE = frozenset([*ACTIVATIONS, *ELEMENTWISE, "div", "add", "sub", "rsub", "mul", "hypot", "logaddexp"]) | {
     "maximum",
     "minimum",

@@ -1,4 +1,4 @@
-"""Lookup of the rule for a function: that for the equivalent module, or for the module that owns the weight."""
+"""Lookup of the rule for a function: the rule for the equivalent module or for the module that owns the weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RuleLookup(Protocol):
         """Returns the rule for modules of this type."""
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Returns the rule for the module that owns a weight, or else for modules of the type of ``like``.
+        """Returns the rule for the module that owns a weight, or else the rule for modules of the type of ``like``.
 
         Args:
             weight: The weight.
@@ -73,17 +73,17 @@ class CompositeRules:
                         self._by_memory.setdefault(part.untyped_storage().data_ptr(), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule for modules of this type, as if the module came last in the model."""
+        """Returns the rule for modules of this type, as if ``module`` were the last one in the model."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Looks up the rule of the module that owns a weight or its memory (for slices), or else that of ``like``.
+        """Returns the rule for the module that owns a weight or its memory (for slices), or else that for ``like``.
 
-        A layer that calls the function has precedence if it owns the weight, which other layers may share, or if no
-        module does, since the weight is computed: by a parametrization, a norm, a mask, or ``functional_call``.
+        The layer that calls the function has precedence if it owns the weight, which other layers may share, or if no
+        module owns it because it is computed, by a parametrization, a norm, a mask, or ``functional_call``.
         """
         memory = _memory(weight)
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)

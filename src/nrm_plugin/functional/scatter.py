@@ -1,12 +1,12 @@
-r"""Functions used by graph networks: scatter and segment reductions, indexed writes and sparse products.
+r"""Functions that graph networks use: scatter and segment reductions, indexed writes and sparse products.
 
-The relevance of a node is split among its messages by the composite's rule for average pooling, as for the entries of a
-mean. With the composites of this package,
+The relevance of a node is split among its messages by the composite's rule for average pooling, as among the entries of
+a mean. With the composites of this package,
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
 A maximum passes all relevance to the largest message, split equally among ties. A sparse matrix is treated as an
-adjacency matrix, so that a product with it is a sum of messages, not a layer.
+adjacency matrix, so a product with it is a sum of messages rather than a layer.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Decorator that makes a function of this module interceptable, like the torch function of the given name."""
+    """Returns a decorator that makes a function interceptable, like the torch function of the given name."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -67,9 +67,9 @@ def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.S
 def scatter_extremum(
     source: Tensor, own: Tensor | None, dim: int, index: Tensor, shape: torch.Size, how: str
 ) -> Tensor:
-    """Computes the maximum or minimum of each group; zero for empty groups.
+    """Computes the maximum or minimum of each group, or zero for an empty group.
 
-    ``own`` contains one additional entry per group, or is None, and ``how`` is ``"amax"`` or ``"amin"``.
+    ``own`` contains one additional entry per group, or is None; ``how`` is ``"amax"`` or ``"amin"``.
     """
     target = source.new_zeros(shape) if own is None else own
     return target.scatter_reduce(dim, index, source, how, include_self=own is not None)
@@ -78,7 +78,7 @@ def scatter_extremum(
 class ExtremumKernel(Kernel):
     """Kernel that splits the relevance of each extremum equally among the entries that attain it.
 
-    Unlike autograd, it does not count the values that are excluded by ``include_self=False``.
+    Unlike autograd, it does not count values excluded by ``include_self=False``.
 
     Args:
         dim, index: Group of each entry, as in ``scatter_reduce``.
@@ -185,7 +185,7 @@ def _scatter_reduce(
 
 
 def _attach_constant(constant: Tensor, signal: Tensor) -> Tensor:
-    """Attaches a constant to the signal's autograd graph, so that it can absorb relevance.
+    """Attaches a constant to the autograd graph of the signal, so that it can absorb relevance.
 
     In a maximum, it absorbs the relevance of the groups in which it is the largest entry.
     """
@@ -268,7 +268,7 @@ def _carries(value: Any) -> bool:
 
 
 def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Numbers the entries of several tensors consecutively, starting at one; keyed by tensor identity."""
+    """Numbers the entries of several tensors consecutively from one; returns the numbers keyed by tensor identity."""
     numbers, start = {}, 1
     for tensor in tensors:
         count = torch.arange(start, start + tensor.numel(), dtype=torch.float64, device=tensor.device)
@@ -325,7 +325,7 @@ def _put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False)
 
 
 def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -> Tensor:
-    """Computes ``target[index] = value`` out of place, or ``target[index] += value`` if ``accumulate`` is set."""
+    """Computes ``target[index] = value`` out of place, or ``target[index] += value`` if ``accumulate`` is true."""
     if accumulate:
         positions = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index]
         return _add_at(target, positions.reshape(-1), value.expand(positions.shape))

@@ -41,7 +41,7 @@ class MultiplierKernel(Kernel):
         """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers with absolute slopes, or returns None if these require a dense matrix."""
+        """Propagates multipliers by absolute slopes, or returns None if these require a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -59,14 +59,14 @@ class MultiplierKernel(Kernel):
 
 
 class PathKernel(MultiplierKernel):
-    """Kernel for a polynomial function: its mean Jacobian along the line from the reference to the input.
+    """Kernel for a polynomial function, given by its mean Jacobian along the line from the reference to the input.
 
     The mean is computed exactly by Gauss-Legendre quadrature; products of two inputs require only one node.
 
     Args:
         call: The call at the input and at the reference.
-        absolute: Function that converts a call to one with absolute coefficients, whose slopes are the absolute slopes;
-            None if there is no such call.
+        absolute: Function that converts a call to one with absolute coefficients, whose slopes are the absolute slopes,
+            or None if there is no such call.
     """
 
     def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
@@ -157,7 +157,7 @@ _PLACES = (
 
 
 def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
-    """Computes the logarithmic mean ``(a - b) / (log a - log b)`` of non-negative numbers; 0 if one of them is 0."""
+    """Computes the logarithmic mean ``(a - b) / (log a - log b)`` of nonnegative numbers, 0 if one of them is 0."""
     high, low = torch.maximum(one, two), torch.minimum(one, two)
     is_positive = high > 0
     gap = torch.where(is_positive, (high - low) / torch.where(is_positive, high, 1.0), 0.0)
@@ -241,7 +241,7 @@ secant_of("logsumexp")(LogSumExpKernel)
 
 
 class NormKernel(MultiplierKernel):
-    r"""Kernel for layers that divide by a standard deviation, composed of mean, difference, square, rsqrt and product.
+    r"""Kernel for layers that divide by a standard deviation: a mean, difference, square, rsqrt and product.
 
     .. math:: \Delta y = \gamma \left( \frac{\rho + \rho^0}{2} \Delta c
               - \frac{c + c^0}{2} \frac{(\rho \rho^0)^2}{\rho + \rho^0} \Delta v \right), \qquad

@@ -1,12 +1,13 @@
 r"""Secant kernels for maxima and max pooling.
 
 Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference between the maxima
-is divided between these two entries: either may switch from the reference to the input first, and both orders are
-averaged. If entry ``m`` switches first, it receives
+is divided between these two entries. Either of them may switch from the reference to the input first, and the two
+orders are averaged. If entry ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
 
-and ``m⁰`` the rest; if ``m⁰`` switches first, it receives :math:`\max(a^0_m, a_{m^0}) - a^0_{m^0}`, and ``m`` the rest.
+and ``m⁰`` receives the rest. If ``m⁰`` switches first, it receives :math:`\max(a^0_m, a_{m^0}) - a^0_{m^0}`, and ``m``
+the rest.
 
 Source: docs/differences.md.
 """
@@ -110,7 +111,7 @@ def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 
 class GroupsKernel(MaximumKernel):
-    """Kernel of the maxima of groups of entries of several tensors, which are given as one flat tensor."""
+    """Kernel for the maxima of groups of entries of several tensors, which are given as one flat tensor."""
 
     def spread(self, below: Tensor) -> Multipliers:
         shapes = [delta.shape for delta in self.before]
@@ -119,7 +120,7 @@ class GroupsKernel(MaximumKernel):
 
 
 def extremum_of_groups(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of :func:`scatter_extremum`."""
+    """Returns the kernel for :func:`scatter_extremum`."""
     _, _, dim, index, _, how = call.call.args
     values = call.values, call.reference_values
     places = tuple(_places_of_groups(call.call, one, dim, index) for one in values)
@@ -128,7 +129,7 @@ def extremum_of_groups(call: DifferenceCall) -> Kernel:
 
 
 def _places_of_groups(call: FunctionCall, values: list[Tensor], dim: int, index: Tensor) -> Tensor:
-    """Returns the index of the extremum of each group in the flattened entries of all tensors; 0 if it is empty."""
+    """Returns the index of the extremum of each group in the flattened entries of all tensors, 0 if it is empty."""
     source, *own = values
     results = call.run(*values)
     numbers = torch.arange(sum(value.numel() for value in values), device=source.device)
@@ -157,7 +158,7 @@ def along_dimensions(call: DifferenceCall) -> Kernel:
 
 
 def _argmax(values: Tensor, dims: list[int]) -> Tensor:
-    """Returns the argmax along several dimensions as a flat index, with the shape of the other dimensions."""
+    """Returns the argmax along several dimensions as a flat index, in the shape of the other dimensions."""
     kept = [dim for dim in range(values.ndim) if dim not in dims]
     numbers = torch.arange(values.numel(), device=values.device).reshape(values.shape)
     rows = values.permute(*kept, *dims).flatten(len(kept)) if dims else values.unsqueeze(-1)

@@ -28,7 +28,7 @@ NOT_ELEMENTWISE = frozenset(
 CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 """Functions that convert their first argument to another dtype or device."""
 CLOSE = 0.7
-"""For differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon, slopes are derivatives."""
+"""Slopes are derivatives for differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon."""
 
 
 def secant(
@@ -53,7 +53,7 @@ def secant(
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Computes the derivative of an elementwise function, replacing values that are not finite with zero."""
+    """Computes the derivative of an elementwise function, with zero in place of values that are not finite."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         output = function(leaf)
@@ -72,7 +72,7 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for an elementwise function; with rules, functions of one tensor use the identity."""
+    """Returns the kernel for an elementwise function; with rules, it is the identity for functions of one tensor."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
@@ -86,8 +86,8 @@ def elementwise(call: DifferenceCall) -> Kernel:
 def _propagated_share(call: DifferenceCall) -> Tensor | None:
     """Returns the fraction of relevance that a function of one tensor propagates, or None if it propagates all of it.
 
-    The slope is the quotient of the two differences. The fraction is therefore 1 where the output differs, and 0 where
-    only the input differs. Where neither differs, the slope is the derivative.
+    The slope is the quotient of the two differences, so the fraction is 1 where the output differs, and 0 where only
+    the input differs. Where neither differs, the slope is the derivative.
     """
     is_same, is_constant = call.differences[0].is_zero, call.difference.is_zero
     if is_constant is None:

@@ -1,4 +1,4 @@
-"""Errors raised when relevance reaches an operation without a kernel, and inspection of its autograd nodes."""
+"""Errors for relevance that reaches an operation without a kernel, and inspection of its autograd nodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """Kernel for an unknown operation, which raises an error if nonzero relevance reaches it.
+    """Kernel for an unknown operation that raises an error if nonzero relevance reaches it.
 
     Args:
         error: The error to raise.
@@ -81,7 +81,7 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
 def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
     """Registers hooks that raise an error if relevance reaches a node that is neither a step nor a known route.
 
-    This audits a forward pass that is not recorded.
+    They replace the audit in a forward pass that is not recorded.
 
     Args:
         outputs: Outputs of the model.
@@ -131,7 +131,8 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
     """Tests whether a function is elementwise, by changing half of the elements at a time.
 
-    Each of the 10 masks separates half of all pairs of elements, so a dependence is missed with probability 1/1024.
+    Each of the 10 masks separates half of all pairs of elements, so a dependence is missed with a probability of
+    1/1024.
     """
     other = 1 - 2 * source
     changed = run(other.clone())

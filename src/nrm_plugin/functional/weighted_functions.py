@@ -1,4 +1,4 @@
-"""Layers with weights that are called as functions, using the rule of the module that owns the weight.
+"""Layers with weights that are called as functions: they use the rule of the module that owns the weight.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -26,7 +26,7 @@ kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight,
 
 
 def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts a functional layer or batch normalization to a module call; returns None for other functions."""
+    """Converts a functional layer or batch normalization to a module call, or returns None for other functions."""
     if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
@@ -87,7 +87,7 @@ _NORM = nn.BatchNorm2d(1, device="meta").eval()
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts ``F.batch_norm`` to a call to ``nn.BatchNorm2d``, or returns None if it uses batch statistics."""
+    """Converts ``F.batch_norm`` to a call of ``nn.BatchNorm2d``, or returns None if it uses batch statistics."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
     weight_at, mean_at = (1, 3) if swapped else (3, 1)

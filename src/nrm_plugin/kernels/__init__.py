@@ -1,4 +1,4 @@
-"""Kernels: the backward propagation of relevance through one call of a layer, as a normalized linear map.
+"""Kernels: the propagation of relevance through one call of a layer, as a normalized linear map.
 
 Zennit's rules are converted to kernels, and each call of a module becomes a step of the computation graph.
 

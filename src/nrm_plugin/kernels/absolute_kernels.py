@@ -1,4 +1,4 @@
-r"""Propagation of relevance with absolute kernels, :math:`\sum_j |T_{ij}| R_j`, in closed form or column by column."""
+r"""Propagation of relevance by absolute kernels, :math:`\sum_j |T_{ij}| R_j`, in closed form or column by column."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """Computes ``Σ_j |T_ij| R_j`` in closed form from the branches of a rule, where a closed form exists.
+    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule, if there is a closed form.
 
     Args:
         branches: All branches of a rule.
@@ -95,10 +95,11 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Splits a kernel into terms with disjoint support, or returns None if this is not possible.
+    r"""Splits a kernel into terms with disjoint support, or returns None if there is no such split.
 
-    Restricted to the positive or to the negative weights, each modified weight of a rule is a multiple of the original
-    weight. Branches with equal factors are summed first, as ZBox requires; the resulting terms must not overlap.
+    On the positive weights, and likewise on the negative ones, each modified weight of a rule is a multiple of the
+    original weight. Branches with equal factors are summed first, as ZBox requires; the resulting terms must not
+    overlap.
     """
     terms = []
     for sign in (None,) if layer is None else (1.0, -1.0):
@@ -123,7 +124,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """Returns λ such that ``modified = λ weight`` on all weights of one sign, or None if they are not proportional."""
+    """Returns λ such that ``modified = λ weight`` on all weights of the given sign, or None if there is no such λ."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:
@@ -153,7 +154,7 @@ def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tenso
     """Computes ``Σ_j |T_ij| R_j`` for arbitrary branches from unfolded input patches, one output channel at a time."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
-    # A layer with this weight unfolds its input into patches.
+    # With this weight, a layer unfolds its input into patches.
     selection = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *weight.shape[1:])
     selection = selection.repeat(layer.groups, *(1,) * (selection.ndim - 1))
     channel = -1 if weight.ndim == 2 else 1

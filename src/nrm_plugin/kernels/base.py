@@ -2,8 +2,8 @@ r"""Kernels: the propagation of relevance through one call of a module or functi
 
 .. math:: R_i = \sum_j T_{ij} R_j, \qquad c_j = \sum_i T_{ij}
 
-Shapes: the output of the call is ``(N, *out)``. ``K`` relevance vectors are propagated at once: they have shape
-``(K, N, *out)`` at the output and ``(K, N, *in)`` at each input of the call.
+The output of the call has shape ``(N, *out)``. ``K`` relevance vectors are propagated at once, with shape ``(K, N,
+*out)`` at the output and ``(K, N, *in)`` at each input of the call.
 
 Source: docs/measure.md, "One step".
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 
 
 class Kernel(ABC):
-    """Base class of kernels. A kernel is the linear map that a call applies to relevance, before normalization."""
+    """Base class of kernels: the linear map that a call applies to relevance, before normalization."""
 
     is_stochastic = False
     """Whether every column sums to exactly one, so that no gain is applied and nothing is absorbed."""
 
     @abstractmethod
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        """Propagates relevance ``(K, N, *out)`` to each input, with shape ``(K, N, *in)``."""
+        """Propagates relevance ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
 
     @abstractmethod
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
@@ -44,16 +44,16 @@ class Kernel(ABC):
         with torch.inference_mode(False), torch.enable_grad():
             seed = first.new_zeros((1, *shape)).requires_grad_()
             parts = zip(self.pull(seed), values, strict=True)
-            # A gate receives zeros, which do not depend on the relevance.
+            # A gate receives zeros that do not depend on the relevance.
             pairs = [(part, value) for part, value in parts if value is not None and part.requires_grad]
             if not pairs:
                 return first.new_zeros((len(first), *shape))
             return vjp([part for part, _ in pairs], seed, [value.unsqueeze(1) for _, value in pairs])[0].squeeze(1)
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for ``v >= 0``; by default, the exact sum.
+        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for ``v >= 0``, by default the exact sum.
 
-        Arguments and return value are those of :meth:`push`.
+        The arguments and the return value are those of :meth:`push`.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():
@@ -70,7 +70,7 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Computes any missing branches of the rule that are needed to propagate the given relevance.
+        """Computes the branches of the rule that are still missing but needed to propagate the given relevance.
 
         Args:
             relevance: Relevance at the output, ``(K, N, *out)``, or None to compute all branches.
@@ -93,7 +93,7 @@ class Kernel(ABC):
 
 
 class IdentityKernel(Kernel):
-    """The identity, used for activations, dropout, and batch normalization after fusion."""
+    """Identity kernel, used for activations, dropout, and batch normalization after fusion."""
 
     is_stochastic = True
 
@@ -110,7 +110,7 @@ class IdentityKernel(Kernel):
 
 
 def vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Tensor]) -> tuple[Tensor, ...]:
-    """Computes vector-Jacobian products for ``K`` vectors, stacked along the first dimension, and retains the graph."""
+    """Computes the vector-Jacobian products of ``K`` vectors, stacked along the first dimension; retains the graph."""
     create = torch.is_grad_enabled()
     if len(relevance[0]) == 1:
         parts = torch.autograd.grad(images, inputs, [item[0] for item in relevance], True, create)

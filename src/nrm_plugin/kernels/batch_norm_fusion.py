@@ -1,15 +1,15 @@
 r"""Batch-norm fusion: one kernel for a layer and an adjacent batch normalization.
 
-Kernels are read from copies of the layers, so the model is not changed. With
-:math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``:
+Kernels are read from copies of the layers, so the model is not changed. Let :math:`g = \gamma / \sqrt{\sigma^2 +
+\epsilon}` and :math:`h = \beta - g \mu`, so that ``BN(x) = g x + h``. There are three forms:
 
 - layer → BN: :math:`W' = g W`, :math:`b' = g b + h`;
 - BN → layer: :math:`W' = W g`, :math:`b' = b + W * h`, which depends on the position if the layer pads with zeros;
 - BN → ReLU → layer: :math:`\mathrm{ReLU}(g x + h) = g\,(\mathrm{clip}(x) - t)` with :math:`t = -h / g`, clipped from
   below at ``t`` where ``g > 0`` and from above where ``g < 0``; :math:`W' = W g`, :math:`b' = b - W * (g t)`.
 
-The batch normalization itself then passes relevance through unchanged. Adjacent layers are identified in the autograd
-graph.
+In each case, the batch normalization itself passes relevance through unchanged. Adjacent layers are identified in the
+autograd graph.
 
 Source: arXiv 2002.11018 for the fusion; the treatment of padding and the form with clipping are new in this package.
 """
@@ -38,9 +38,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def fuse(step: LayerStep, source: Tensor) -> None:
     """Schedules the fusion of a new step with the steps that compute its input, if one of the three forms applies.
 
-    Fusion is deferred until the kernel of the layer is built, since only then are all consumers of the layer known. A
-    batch normalization is fused into the layer below if that layer has no other consumer, and into the layer above
-    otherwise.
+    Fusion is deferred until the kernel of the layer is built, because only then are all consumers of the layer known. A
+    batch normalization is fused into the layer below it if that layer has no other consumer, and otherwise into the
+    layer above it.
 
     Args:
         step: The new step.
@@ -67,7 +67,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
 def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
     """Returns a function that performs a fusion when the kernel is built.
 
-    It refers to the steps weakly, since steps store the fusions and would otherwise form reference cycles.
+    The function holds weak references to the steps, since the steps store it and strong references would form cycles.
     """
     references = weakref.ref(first), weakref.ref(second)
 
@@ -97,7 +97,7 @@ def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
 
 
 def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """Returns scale ``g`` and shift ``h`` of the batch normalization of a step, or None as in :func:`_norm`."""
+    """Returns the scale ``g`` and the shift ``h`` of the batch normalization of a step, or None as in :func:`_norm`."""
     norm = _norm(step)
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return None
@@ -155,9 +155,9 @@ def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
 
 
 def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
-    """Folds a batch normalization into the layer above it, also across a ReLU.
+    """Folds a batch normalization into the layer above it, possibly across a ReLU.
 
-    The layer then reads the input of the batch normalization, clipped in the case of a ReLU.
+    The layer then reads the input of the batch normalization, which is clipped if there is a ReLU.
     """
     affine = None if norm.is_identity else _affine(norm)
     if affine is None:
@@ -186,7 +186,7 @@ def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
 
 
 def _clipped(raw: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``clip(x)`` and ``-g t`` from ``ReLU(g x + h) = g (clip(x) - t)``.
+    """Returns ``clip(x)`` and ``-g t`` such that ``ReLU(g x + h) = g (clip(x) - t)``.
 
     Channels with ``g = 0`` have the constant output ``max(h, 0)``; their ``clip(x)`` is set to zero.
     """

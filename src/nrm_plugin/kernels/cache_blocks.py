@@ -24,7 +24,7 @@ def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
 
 
 def blocks_for(like: Tensor) -> Iterator[Block]:
-    """Splits a tensor for elementwise operations: into :func:`blocks` on a CPU, into a single block elsewhere."""
+    """Splits a tensor for elementwise operations: into :func:`blocks` on a CPU, and not at all on other devices."""
     return blocks(like) if like.device.type == "cpu" else iter([whole(like)])
 
 

@@ -21,7 +21,7 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
         relevance: Relevance at the output, ``(N, *out)``, already multiplied by the gain.
 
     Returns:
-        The joint relevance ``(N, K_out, K_in)``, which is zero between channels of different groups.
+        The joint relevance, ``(N, K_out, K_in)``; zero for channels of different groups.
 
     Raises:
         NRMError: If the layer has no weights.

@@ -1,7 +1,7 @@
 """Branches of common rules on torch layers, computed with few operations.
 
-The factors of these rules are known functions of one or two outputs of the layer. It is therefore not necessary to
-replace the parameters of the layer or to apply the gradient mapper of the rule.
+The factors of these rules are known functions of one or two outputs of the layer, so there is no need to replace the
+parameters of the layer or to apply the gradient mapper of the rule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .recognized_rules import RuleForm, form_of, modified_bias
 from .rule_branch import Branch
 
 KEPT = 1 << 16
-"""Modified inputs with more entries are recomputed instead of stored."""
+"""Largest number of entries of a modified input that is stored; larger ones are recomputed."""
 
 _FORMATS = (torch.float32, torch.float64)
 
@@ -42,7 +42,7 @@ def closed_branches(
     Args:
         call: The recorded call of the layer.
         rule: The rule of the layer.
-        normalization: The normalization if the factors should include the gain, else None.
+        normalization: The normalization, if the factors should include the gain, or None.
 
     Returns:
         The branches and the columns of the kernel, or None for other rules and layers.
@@ -60,7 +60,7 @@ def closed_branches(
 
 @dataclass(frozen=True)
 class _Image:
-    """The output of the modified layer of one branch at its modified input, without bias.
+    """Output, without bias, of the modified layer of one branch at its modified input.
 
     Attributes:
         values: The output without bias, ``(N, *out)``.
@@ -75,19 +75,19 @@ class _Image:
     is_own: bool = True
 
     def memory(self) -> Tensor:
-        """Returns memory for a factor: that of ``values`` if they may be overwritten, or a new tensor otherwise."""
+        """Returns memory for a factor: that of ``values`` if it may be overwritten, or else a new tensor."""
         return self.values if self.is_own else torch.empty_like(self.values)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Computes the branches of one rule at one call.
+    """Reader that computes the branches of one rule at one call.
 
     Attributes:
         call, rule, normalization: As in :func:`closed_branches`.
         form: The parameters of the rule.
         weight: The weight of the layer.
-        writer: Accumulates the columns of the kernel.
+        writer: Writer that accumulates the columns of the kernel.
     """
 
     call: LayerCall
@@ -117,7 +117,7 @@ class _Reader:
     def _branch(
         self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
     ) -> Branch:
-        """Returns a branch that stores its modified input if it is small, and recomputes it on demand otherwise."""
+        """Returns a branch that stores its modified input if it is small, and otherwise recomputes it on demand."""
         is_kept = source is self.call.input or source.numel() <= KEPT
         return Branch(
             source if is_kept else self.call.input,
@@ -161,12 +161,12 @@ class _Reader:
         return _Image(maps.up(source.unsqueeze(0)).squeeze(0), source, weight, maps)
 
     def _bias(self) -> Tensor | None:
-        """Returns the modified bias, expanded to the shape of the output, or None for zero."""
+        """Returns the modified bias, expanded to the shape of the output, or None if it is zero."""
         bias = modified_bias(self.rule.param_modifiers[0], self.call.module._parameters.get("bias"))
         return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
 
     def _positive(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Computes the factors of a block if neither the output nor the bias has negative entries."""
+        """Computes the factors of a block in which neither the output nor the bias has negative entries."""
         added = self.form.epsilon if bias is None else bias + self.form.epsilon
         if self.normalization is not None and self.normalization.restores(image, added):
             torch.reciprocal(image, out=out)  # the factor times the gain
@@ -183,7 +183,7 @@ class _Reader:
     def conserving(self) -> tuple[list[Branch], Columns] | None:
         r"""Computes the branches of :class:`~nrm_plugin.rules.ConservingEpsilon`.
 
-        The mean weight of a channel cancels in the second branch, which therefore needs only sums over input windows.
+        The mean weight of a channel cancels in the second branch, so this branch needs only sums over input windows.
         """
         same, size = (self._source(modify) for modify in self.rule.input_modifiers)
         windows = window_maps(twin_of(self.call.module), self.weight, size)

@@ -21,7 +21,7 @@ class Saved:
 
     Args:
         tensor: The tensor to save.
-        values: Whether its values are needed; if False, the tensor is not copied before an in-place operation.
+        values: Whether the values are needed; if not, the tensor is not copied before an in-place operation.
     """
 
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
@@ -35,7 +35,7 @@ def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
 
 
 def protected(value: Any) -> Any:
-    """Detaches the constant tensors in an argument of a step and protects them from later in-place operations.
+    """Detaches constant tensors in an argument of a step, and protects them from later in-place operations.
 
     Parameters are returned unchanged, since they keep their values while a model runs.
     """
@@ -68,13 +68,14 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into ``target`` in place and returns the tensor that has the autograd history of the result."""
+    """Copies a result into ``target`` in place, and returns a tensor with the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)
     except RuntimeError:
-        # Autograd does not allow in-place writes to leaves and to outputs of chunk, split and unbind, so no model was
-        # trained that way. All readers see the correct values, but only the returned tensor has the correct history.
+        # Autograd forbids in-place writes to leaves and to outputs of chunk, split and unbind, so no model can have
+        # been trained with them. All readers see the correct values, but only the returned tensor has the correct
+        # history.
         target.data.copy_(result.detach())
         return result
 
@@ -102,13 +103,13 @@ class _Running(threading.local):
         pauses: Number of active :class:`not_recorded` contexts.
         saved: Weak references to the tensors saved by steps, keyed by storage address.
         listener: The object that is notified of every step and tap.
-        weights: The parameters of the model that require gradients outside of this pass.
+        weights: The parameters of the model that require a gradient outside of this pass.
         first_node: Sequence number of the first autograd node of this pass, or None without a listener.
         given: Ids of the parameters among the inputs of the model, used without a listener.
-        made: Leaves that the model created, keyed by id, or None if such leaves may receive relevance.
-        depending: For each autograd node visited in this pass, whether it depends on an input of the model.
+        made: The leaves that the model created, keyed by id, or None if such leaves may receive relevance.
+        depending: Whether each autograd node visited in this pass depends on an input of the model.
         renormalized: The embedding tables that torch would have renormalized in this pass, keyed by id.
-        reference: The forward pass at the reference when explaining a difference, and None otherwise.
+        reference: The forward pass at the reference if a difference is explained, or else None.
     """
 
     def __init__(self) -> None:
@@ -126,10 +127,10 @@ class _Running(threading.local):
 
 
 class Listener(Protocol):
-    """Interface of an object that is notified of the steps and functions of a forward pass.
+    """Interface of objects that are notified of the steps and functions of a forward pass.
 
     Attributes:
-        indices: The integer inputs, as the same tensor objects that are passed to the model.
+        indices: The integer inputs, as the tensor objects that are passed to the model.
         inputs: The leaf tensors of the floating-point inputs.
         gates: The gates of the forward pass.
     """
@@ -139,22 +140,22 @@ class Listener(Protocol):
     gates: Any
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Returns whether relevance ends at a leaf tensor: an input, or rows selected by integer inputs."""
+        """Returns whether relevance ends at a leaf tensor: an input, or rows selected by an integer input."""
 
     def on_step(self, module: nn.Module | None, step: Any, output: Tensor) -> None:
-        """Called for each step of a module or function, with the output of the call."""
+        """Called after each step of a module or function, with the output of the call."""
 
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Called when a function returns a tensor through which relevance is propagated."""
 
     def on_untracked(self) -> None:
-        """Called when a result, such as a sort order, depends on the inputs without being tracked by autograd."""
+        """Called when a result, such as a sort order, depends on the inputs in a way that autograd does not track."""
 
     def on_read(self, where: str) -> None:
         """Called when the model converts integer inputs to Python or NumPy numbers; ``where`` locates the call."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Called when integer inputs select rows of a constant; returns the tensor to use in place of the rows."""
+        """Called when integer inputs select rows of a constant; returns the tensor that replaces these rows."""
 
 
 RUNNING = _Running()
@@ -187,9 +188,9 @@ P = ParamSpec("P")
 
 
 def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a hook so that operations inside it bypass ``__torch_function__``, whose overhead exceeds their cost.
+    """Decorator that makes operations inside a hook bypass ``__torch_function__``, whose overhead exceeds their cost.
 
-    The decorator has no effect if an argument is of a subclass of ``Tensor``, which needs ``__torch_function__``.
+    It has no effect if an argument is an instance of a subclass of ``Tensor``, which needs ``__torch_function__``.
     """
 
     @functools.wraps(hook)
@@ -214,8 +215,8 @@ def _is_subclass(value: Any) -> bool:
 def is_transformed() -> bool:
     """Returns whether a ``torch.func`` transform such as ``vmap`` or ``grad`` is active.
 
-    Operations inside a transform are not steps. An error is raised if relevance arrives at the results of the
-    transform, but constants may be computed in one.
+    Operations inside a transform are not steps. Constants may be computed in a transform, but an error is raised if
+    relevance arrives at its results.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -226,7 +227,7 @@ def listener() -> Listener | None:
 
 
 def note_untracked() -> None:
-    """Notifies the listener of results that depend on the inputs without being tracked by autograd."""
+    """Notifies the listener of results that depend on the inputs in a way that autograd does not track."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 
@@ -234,10 +235,11 @@ def note_untracked() -> None:
 def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
     """Returns whether a tensor requires a gradient but was not computed from the model inputs in this pass.
 
-    Examples are a parameter stored in a list or closure, and an initial state. They are treated as constants. The model
-    is called with copies of its inputs, so every leaf tensor is foreign, and so is every tensor computed before the
-    pass. Without a listener, the caller may read the relevance of any leaf, except parameters that are not among the
-    inputs, and leaves that the model creates although it is called with inputs that require a gradient.
+    Foreign tensors, such as initial states and parameters stored in a list or closure, are treated as constants. With a
+    listener, the model is called with copies of its inputs, so every leaf tensor is foreign, as is every tensor
+    computed before the pass. Without a listener, the caller may read the relevance of any leaf, so only two kinds of
+    leaves are foreign: parameters that are not among the inputs, and leaves that the model creates although it is
+    called with inputs that require a gradient.
 
     Args:
         tensor: Any tensor.
@@ -274,12 +276,12 @@ def _depends_on_inputs(node: Any) -> bool:
 
 
 def known_leaves(values: tuple[Any, ...]) -> set[int]:
-    """Returns the ids of the tensors among the arguments of a function that already require a gradient."""
+    """Returns the ids of the tensors among the arguments of a function that require a gradient before it is called."""
     return {id(value) for value in values if isinstance(value, Tensor) and value.requires_grad}
 
 
 def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
-    """Records the leaf tensors that a function created, given its results and arguments."""
+    """Records the leaf tensors that a function created, given its results and the known leaves among its arguments."""
     made = RUNNING.made
     if made is None:
         return
@@ -289,7 +291,7 @@ def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
 
 
 def constants_detached(value: Any, is_exact: bool = False) -> Any:
-    """Detaches all foreign tensors in an argument of a function; an argument without foreign tensors is unchanged."""
+    """Detaches all foreign tensors in an argument of a function; other arguments are returned unchanged."""
     if isinstance(value, Tensor):
         return value.detach() if is_foreign(value, is_exact) else value
     if type(value) in (list, tuple):
@@ -327,6 +329,6 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a torch function mode of this thread, together with inner modes left active by an interrupt."""
+    """Exits a torch function mode of this thread, along with any inner modes that an interrupt left active."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

@@ -1,8 +1,8 @@
 r"""Closed forms of the gradient mappers of known rules: the factors :math:`m_k(1)` from the outputs of the branches.
 
-Applying the mapper of a rule to ones works for any rule. However, the mappers of Zennit's rules compute each
-denominator once per branch and determine signs by comparisons, which takes longer than the arithmetic of the layer. The
-closed forms use the stabilizer of the rule.
+For any rule, the factors can be computed by applying its mapper to ones. However, the mappers of Zennit's rules compute
+each denominator once per branch and determine signs by comparisons, which takes longer than the arithmetic of the
+layer. The closed forms use the stabilizer of the rule instead.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _LEADERS: dict[type, tuple[int, ...]] = {
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
-"""Closed forms, keyed by gradient mapper, which all copies of a rule share; None if there is no closed form."""
+"""Closed forms, keyed by the gradient mapper that all copies of a rule share; None if there is no closed form."""
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
     """Returns the gradient mapper of a known rule in closed form, or None for other rules.
 
-    The closed form is verified once against the mapper of the rule.
+    The closed form is checked once against the mapper of the rule.
     """
     if type(rule) not in _LEADERS:
         return None
@@ -66,7 +66,7 @@ def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
 
 
 def stabilizer_of(rule: BasicHook) -> float | None:
-    """Returns the constant ε that stabilizes the denominators of a known rule, or None if it is not a constant."""
+    """Returns the ε that stabilizes the denominators of a known rule, or None if it is not a constant."""
     stabilizer = _nonlocals(rule).get("stabilizer_fn", _nonlocals(rule).get("stabilize"))
     if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None

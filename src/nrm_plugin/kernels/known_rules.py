@@ -22,7 +22,7 @@ def is_known_linear(hook: Hook) -> bool:
 
 
 def own_copy(hook: Hook) -> Hook:
-    """Returns the rule to use for one call: the rule itself if it is known, otherwise a copy, as it may be stateful."""
+    """Returns the rule to use for one call: a known rule itself, or a copy of any other rule, which may be stateful."""
     return hook if is_known_linear(hook) else hook.copy()
 
 

@@ -43,11 +43,11 @@ class LayerCall:
         module: A copy of the layer, which may be modified.
         run: Function that runs a module on a given first input.
         saved_input: The first input, ``(N, *in)``.
-        like: A tensor with the shape of the output, ``(N, *out)``, but without memory for its entries.
+        like: A tensor in the shape of the output, ``(N, *out)``, but without memory for its entries.
         name: Layer name, for error messages.
-        saved_output: The output if the rule reads it and fusion has not changed the layer, else None.
+        saved_output: The output, or None if the rule does not read it or fusion has changed the layer.
         image: The output without bias, if the hook recorded it.
-        precision: The dtype in which the layer multiplies by its weight, if it is less precise than that of the input.
+        precision: The dtype in which the layer multiplies by its weight if it is less precise than that of the input.
     """
 
     rule: Hook
@@ -71,9 +71,9 @@ class LayerCall:
         name: str,
         image: Image | None = None,
     ) -> LayerCall:
-        """Creates the record of a call, saving only the tensors that the rule reads."""
+        """Creates the record of a call, and saves only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
-        # Not the output itself, which is linked to a step: this would be a reference cycle.
+        # The output itself is linked to a step, so storing it would create a reference cycle.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
 
     @property
@@ -109,12 +109,12 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def without_values(call: LayerCall) -> LayerCall:
-    """Returns the record of a call with the shapes but not the values of its tensors."""
+    """Returns a copy of the record that keeps the shapes of its tensors, but not their values."""
     return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """Returns an expanded scalar with the shape and device of ``tensor`` and the dtype of its relevance."""
+    """Returns an expanded scalar with the shape and the device of ``tensor``, and the dtype of its relevance."""
     if type(tensor) is Tensor:
         return _entry(working_dtype(tensor.dtype), tensor.device).expand(tensor.shape)
     return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

@@ -1,4 +1,4 @@
-"""The step of a layer. Batch-norm fusion may modify the recorded call before the kernel is built."""
+"""Steps of layers, whose recorded call may be modified by batch-norm fusion before the kernel is built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .step import Step
 
 
 class LayerStep(Step):
-    """The step of a layer.
+    """Step of a layer.
 
     Args:
         layer_call: The record of the call.
@@ -31,11 +31,11 @@ class LayerStep(Step):
         rule: Name of the operation; by default, the name of the rule.
 
     Attributes:
-        layer_call: The record of the call, with the parameters and the input set by fusion.
+        layer_call: The record of the call, including the parameters and the input that fusion sets.
         folds: Deferred fusions, to be applied before the kernel is built.
         norms: The batch-norm layers that read the output of the layer.
         layer_below: For a batch normalization, the step of the layer whose output it reads.
-        feeds_fold: Whether the layer above may be fused with this step. If so, that layer reads the input of this step.
+        feeds_fold: Whether the layer above may be fused with this step and would then read the input of this step.
         has_dense_norm: Whether a linear layer and a batch normalization were fused in this step.
     """
 
@@ -62,7 +62,7 @@ class LayerStep(Step):
         self.layer_call = replace(without_values(self.layer_call), image=None)
 
     def fold(self) -> None:
-        """Applies all deferred batch-norm fusions, after which the call does not change."""
+        """Applies all deferred batch-norm fusions; the recorded call is final afterwards."""
         self.fill()
         self._dequantize()
         while self.folds:
@@ -71,7 +71,8 @@ class LayerStep(Step):
     def _build(self) -> Kernel:
         self.fold()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # the image is used only once
-        # The column sums of a dense layer with a batch normalization are checked, so its kernel must provide them.
+        # The column sums of a dense layer fused with a batch normalization are checked, so the kernel must provide
+        # them.
         kernel = read_rule(call, None if self.has_dense_norm else self.normalization)
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):
             self.layer_call = without_values(self.layer_call)
@@ -91,7 +92,7 @@ class LayerStep(Step):
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
-        """Sets the weight and bias of the copied layer, whose output then differs from that of the model.
+        """Sets the weight and bias of the copied layer, so that its output differs from that in the model.
 
         Args:
             weight: The new weight.

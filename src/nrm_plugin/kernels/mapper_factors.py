@@ -18,7 +18,7 @@ Factors = Callable[[list[Tensor], tuple[int, ...]], dict[int, Tensor]]
 
 @dataclass(frozen=True)
 class Mapper:
-    """A gradient mapper that multiplies the relevance of each branch elementwise by a factor.
+    """Gradient mapper that multiplies the relevance of each branch elementwise by a factor.
 
     Attributes:
         leaders: For each branch, the index of the first branch with the same factor.
@@ -32,15 +32,15 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """Constructs the factors of any rule by applying its gradient mapper to ones.
+    """Constructs the factors of a rule by applying its gradient mapper to ones.
 
     Args:
-        rule: The rule whose gradient mapper is applied.
+        rule: Any rule.
         outputs: Function that returns the outputs of all branches at one block.
         like: A tensor with the shape of the output, ``(N, *out)``.
 
     Returns:
-        The mapper, or None if the gradient mapper of the rule is not an elementwise product.
+        The mapper, or None if that of the rule is not an elementwise product.
     """
     first = next(iter(blocks(like)))
     factors = mapped(rule, torch.ones_like(like[first]), outputs(first))
@@ -80,7 +80,7 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Returns whether each factor depends only on the same entry of the outputs, and not, for example, on their mean.
+    """Returns whether a factor depends only on the same entry of the outputs, and not, for example, on their mean.
 
     Args:
         rule: The rule to test.

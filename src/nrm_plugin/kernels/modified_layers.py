@@ -22,19 +22,19 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Linear layers with at least this many weights are modified block by block."""
+"""Number of weights from which on a linear layer is modified block by block."""
 
 
 @dataclass
 class ModifiedLayer:
-    """A modified layer, evaluated at its modified input.
+    """Result of evaluating a modified layer at its modified input.
 
     Attributes:
         image: The output without bias; a scalar if all entries are equal.
         bias: The bias, in a shape that broadcasts to the output.
         maps: The linear map, or None if the input is zero or only the output is needed.
         weight: Function that computes the modified weight.
-        is_own: Whether ``image`` may be overwritten, because nothing else reads it.
+        is_own: Whether ``image`` may be overwritten because nothing else reads it.
     """
 
     image: Tensor
@@ -44,7 +44,7 @@ class ModifiedLayer:
     is_own: bool = False
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
-        """Returns one block of the output with bias, where ``shape`` is the shape of the whole output."""
+        """Returns one block of the output with bias; ``shape`` is the shape of the whole output."""
         image = self.image.expand(shape)[at]
         if self.bias is None:
             return image
@@ -52,7 +52,7 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Returns memory for a factor with the shape of ``like``, reusing that of the image if possible."""
+        """Returns memory for a factor in the shape of ``like``, reusing that of the image if possible."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
@@ -110,12 +110,12 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the layer multiplies if it is less precise than that of the input, else None."""
+    """Returns the dtype in which the layer multiplies if it is less precise than that of the input, or None."""
     return call.precision if source.dtype == torch.float32 else None
 
 
 def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Returns whether the layer is a large linear layer whose weight a built-in rule modifies."""
+    """Returns whether the layer is a large linear layer and the modifier is that of a built-in rule."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False

@@ -1,4 +1,4 @@
-"""Identification of the input modifiers and the reducer of a rule, by evaluating them on a few numbers."""
+"""Identification of the input modifiers and the reducer of a rule by evaluating them on a few numbers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..model.trace_guards import audit, holds
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
-"""Branch signs of known rules, keyed by type, since all instances have the same signs."""
+"""Branch signs of known rules, keyed by type, since all instances of a type have the same signs."""
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
     """Returns the modified inputs of a rule.
 
-    Identical inputs share memory, for example when all activations are nonnegative.
+    Identical inputs share memory, for example if all activations are nonnegative.
     """
     known, sources = [inputs], []
     # The bounds of ZBox may have the shape of an image, which does not match the probe, and are not parts of the input.
@@ -37,7 +37,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Returns ``"positive"`` or ``"negative"`` if a modifier selects this part of its input, else an empty string."""
+    """Returns ``"positive"`` or ``"negative"`` if a modifier selects that part of its input, or an empty string."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -48,7 +48,7 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def is_positive(source: Tensor) -> bool:
-    """Returns whether all entries are nonnegative, from their minimum, which is faster than comparing each entry."""
+    """Returns whether all entries are nonnegative, by their minimum, which is faster than comparing each entry."""
     return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)
 
 
@@ -62,7 +62,7 @@ def is_zero(source: Tensor) -> bool:
 
 
 def _is_zero(source: Tensor) -> bool:
-    """Returns whether all entries are zero; the first few entries usually suffice to show that they are not."""
+    """Returns whether all entries are zero. Usually, the first few entries suffice to show that they are not."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -86,7 +86,7 @@ def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
 def _tried_signs(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     count = len(sources)
     shape = (2,) * max(sources[0].ndim, 1)
-    # Fixed numbers without a pattern, since a kernel may be read inside torch.vmap, which cannot draw random numbers.
+    # Fixed, irregular numbers, since a kernel may be read inside torch.vmap, where random numbers cannot be drawn.
     numbers = torch.arange(1, 2 * count * 2 ** len(shape) + 1, dtype=torch.float64)
     noise = (3 * torch.sin(numbers**2)).to(sources[0]).reshape(2, count, *shape)
     inputs, gradients = list(noise[0]), list(noise[1])

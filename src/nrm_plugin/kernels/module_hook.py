@@ -1,7 +1,7 @@
 """The hook that turns each call of a module into a step.
 
-A module runs on a detached input, and its output is linked to the original input by the kernel of its rule. The
-backward function of the module is never called, and each call of a reused module has its own kernel.
+The module runs on a detached input, and its output is linked to the original input by the kernel of its rule. The
+backward function of the module is never called, and each call of a reused module has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module operates in place and would have overwritten its input if it had not received a copy."""
+        """Whether the module operates in place and, had it not received a copy, would have overwritten its input."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 
 class StepHook(Hook):
-    """A Zennit hook that turns each call of a module into a step, using the rule of another hook.
+    """Zennit hook that turns each call of a module into a step, using the rule of another hook.
 
     Args:
         rule: The hook that the composite assigns to the module.
         normalization: The normalization of the columns.
         name: Layer name, for error messages.
-        checked: Rules that have been found to be linear, shared by all copies of the hook.
+        checked: Rules that were found to be linear, shared by all copies of the hook.
         fuse: Function that is called with each new step and its input, to schedule its fusion with adjacent steps.
     """
 
@@ -116,9 +116,9 @@ class StepHook(Hook):
             [
                 RemovableHandle(self),
                 module.register_forward_pre_hook(self.enter, with_kwargs=True),
-                # Called even if the module raised an error, since later calls would otherwise be considered to be
-                # inside the module. Called before other hooks, since those that mask or store relevance, as in
-                # zennit-crp, need the linked output.
+                # Called even if the module raised an error, since later calls would otherwise seem to be inside the
+                # module. Called before other hooks, since those that mask or store relevance, as in zennit-crp, need
+                # the linked output.
                 module.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
             ]
         )
@@ -126,7 +126,7 @@ class StepHook(Hook):
     def remove(self) -> None:
         """Removes the hook and discards calls that never returned.
 
-        Such calls remain after a keyboard interrupt, since torch does not run hooks then.
+        Such calls remain after a keyboard interrupt, after which torch does not run hooks.
         """
         super().remove()
         for running in RUNNING.modules:
@@ -252,7 +252,7 @@ class StepHook(Hook):
                 self.fuse(step, source)
 
     def _check_rule(self, step: LayerStep) -> None:
-        """Raises an error if the rule is not linear; rules not known to be linear are tested at their first call."""
+        """Raises an error if the rule is not linear; unknown rules are tested at their first call."""
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), not_recorded():
                 check_linear(step.kernel, step.layer_call)
@@ -275,7 +275,7 @@ def _has_ids() -> bool:
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """Returns a copy of the module and a function that runs it; the copy of a custom layer has its computed weight."""
+    """Returns a copy of the module and a function that runs it. The copy of a custom layer has its computed weight."""
     if is_quantized(module):
         return module, call.run  # never modified: rules act on another layer with its dequantized weight
     shell = shared_copy(module)
@@ -290,7 +290,7 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 def _has_backward_hooks(module: nn.Module) -> bool:
     """Returns whether the module has full backward hooks that receive relevance.
 
-    Hooks receive relevance in a context, but not in a measure.
+    Hooks receive relevance in the context of a composite, but not in a measure.
     """
     if listener() is not None:
         return False
@@ -302,12 +302,12 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def _is_free(tensor: Tensor) -> bool:
-    """Returns whether a tensor may be overwritten, because it is neither a view nor a leaf and no step has saved it."""
+    """Returns whether a tensor may be overwritten because it is neither a view nor a leaf, and no step has saved it."""
     return tensor._base is None and not tensor.is_leaf and not is_saved(tensor)
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Repeats an in-place write of the module on its original input, which a skip connection may read later."""
+    """Repeats an in-place write of the module on its original input, which a skip connection may still read."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
     with not_recorded():

@@ -1,4 +1,4 @@
-r"""Normalization of a kernel: the gain of each column, and the deficit absorbed by the sink.
+r"""Normalization of a kernel: the gain of each column, and the deficit that the sink absorbs.
 
 .. math:: \tilde T_{ij} = g(c_j)\, T_{ij}, \qquad \tilde T_{\mathrm{sink}, j} = 1 - g(c_j)\, c_j
 
@@ -25,16 +25,16 @@ RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
 
 
 def gain(column_sum: Tensor, limit: float) -> Tensor:
-    r"""Returns the factor by which a column is rescaled to reduce the absorbed share.
+    r"""Returns the gain of a column, the factor by which it is rescaled to reduce the absorbed share.
 
     .. math::
         g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
 
-    The gain is continuous, between 1 and ``G`` where ``c <= 1``, and never negative.
+    The gain is continuous and positive, and lies between 1 and ``G`` where ``c <= 1``.
 
     Args:
         column_sum: ``c``, any shape.
-        limit: ``G``, at least 1; ``math.inf`` gives ``1/c`` for every positive ``c``.
+        limit: ``G``, at least 1; with ``math.inf``, the gain is ``1/c`` for every positive ``c``.
 
     Returns:
         ``g``, with the shape of ``column_sum``.
@@ -44,12 +44,12 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
     restored = column_sum.clamp(min=torch.finfo(column_sum.dtype).tiny).reciprocal_()
     if not math.isfinite(limit):
         return restored.masked_fill_(column_sum < least_restored(column_sum.dtype, limit), 1)
-    # The gain is the minimum of both expressions, which is cheaper than a comparison and a selection.
+    # The gain is the minimum of the two expressions, which is cheaper than a comparison and a selection.
     return torch.minimum(restored, _line(column_sum, limit), out=restored)
 
 
 def _line(column_sum: Tensor, limit: float) -> Tensor:
-    """Returns ``1 + (G - 1) G c``, or 1 for negative ``c``: the gain of columns that are not rescaled to one."""
+    """Returns ``1 + (G - 1) G c``, or 1 if ``c`` is negative: the gain of columns that are not rescaled to one."""
     return torch.rsub(column_sum.clamp(min=0), 1, alpha=(1 - limit) * limit)
 
 
@@ -59,7 +59,7 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """Returns the share ``1 - g c`` absorbed by the sink, which is exactly 0 for columns that are rescaled to one."""
+    """Returns the share ``1 - g c`` that the sink absorbs, exactly 0 for columns that are rescaled to one."""
     if not math.isfinite(limit):
         return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
     # With the linear gain, the share reaches zero exactly at the smallest column sum that is rescaled to one. Clamping
@@ -70,7 +70,7 @@ def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
 def may_read(tensor: Tensor) -> bool:
     """Returns whether values of a tensor may be inspected to save work.
 
-    On devices other than a CPU, inspecting values would require a synchronization.
+    On devices other than the CPU, this would require a synchronization.
     """
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
@@ -93,9 +93,9 @@ class Normalization:
     """The normalization of the columns of a kernel.
 
     Attributes:
-        residual: ``"redistribute"`` multiplies each column by its gain, and the sink absorbs only the remaining
-            deficit; ``"sink"`` leaves the rule unchanged, and the sink absorbs all relevance that the rule does not
-            propagate.
+        residual: With ``"redistribute"``, each column is multiplied by its gain, and the sink absorbs only the
+            remaining deficit. With ``"sink"``, the rule is unchanged, and the sink absorbs all relevance that it does
+            not propagate.
         gain_limit: Largest gain ``G``, at least 1.
     """
 
@@ -133,7 +133,7 @@ class Normalization:
         return holds("restored columns", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
-        """Returns the gain and deficit as :meth:`scaling` does, but computes them block by block on a CPU."""
+        """Returns the same as :meth:`scaling`, but computes it block by block on a CPU."""
         if column_sum.device.type != "cpu":
             return self.scaling(column_sum)
         factor, share = None, None
@@ -149,11 +149,11 @@ class Normalization:
 
 
 class Columns(ABC):
-    """Base class of the columns of a kernel that consists of branches."""
+    """Base class for the columns of a kernel that consists of branches."""
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
-        """Merges the columns of two disjoint groups of branches; each column is nonzero in only one of them."""
+        """Merges the columns of two disjoint groups of branches; each column is nonzero in at most one of them."""
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class Deficit(Columns):
 
 
 class ColumnWriter:
-    """Accumulates the columns of a kernel block by block and returns the gain of each block.
+    """Writer that accumulates the columns of a kernel block by block, and returns the gain of each block.
 
     Args:
         like: A tensor with the shape of the output.

@@ -1,4 +1,4 @@
-"""Recognition of common rules, by comparing a rule once with its definition instead of probing it at each call."""
+"""Recognition of common rules: a rule is compared once with its definition instead of being probed at each call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
-"""Rules whose branches are cheap to compute, because denominators are positive or the layer is not modified."""
+"""Rules whose branches are cheap to compute because denominators are positive or the layer is not modified."""
 
 
 NEGLIGIBLE = 1e-20
-"""Largest stabilizer of ConservingEpsilon that is considered negligible."""
+"""Largest stabilizer of ConservingEpsilon that is regarded as negligible."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RuleForm:
 
 
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
-"""Modifiers and parameters of rules, keyed by gradient mapper, which all copies of a rule share.
+"""Modifiers and parameters of rules, keyed by the gradient mapper that all copies of a rule share.
 
 The modifiers are compared again at each use, since users may replace them.
 """
@@ -65,7 +65,7 @@ def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _read(rule: BasicHook) -> RuleForm | None:
-    """Returns the parameters of a rule whose mapper and modifiers agree with those of its class on a few numbers."""
+    """Returns the parameters of a rule if its mapper and modifiers agree with those of its class on a few numbers."""
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None

@@ -1,4 +1,4 @@
-"""The forward pass at the reference, whose function calls are matched with those of the forward pass at the inputs.
+"""The forward pass at the reference, whose function calls are matched with those of the pass at the inputs.
 
 Source: docs/differences.md.
 """
@@ -18,15 +18,14 @@ from ..model.trace_guards import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}
-"""The magnitude that replaces differences of zero, keyed by dtype."""
+"""Magnitude that replaces differences of zero, keyed by dtype."""
 
 
 class Difference(NamedTuple):
-    """The difference between a tensor and its reference.
+    """Difference between a tensor and its reference.
 
     Attributes:
-        delta: ``δ``, with zeros and differences between equal infinities replaced with a tiny number, see
-            :data:`LEAST`.
+        delta: ``δ``, in which zeros and differences between equal infinities are replaced with :data:`LEAST`.
         is_zero: Mask of the entries whose difference is zero, or None if there are none.
     """
 
@@ -66,12 +65,12 @@ class ReferenceCall:
 class ReferencePass:
     """The sequence of function calls in the forward pass at the reference.
 
-    The calls are stored during the forward pass at the reference. After :meth:`replay`, they are compared with the
-    calls in the forward pass at the inputs, and an error is raised where the two passes differ.
+    The calls are stored during the forward pass at the reference. After :meth:`replay`, they are compared with those of
+    the forward pass at the inputs, and an error is raised if the two passes differ.
 
     Args:
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        is_wanted: Function that returns whether the tensors of the next step are needed; if not, only their shapes are
+        is_wanted: Function that returns whether the tensors of the next step are needed. If not, only their shapes are
             stored.
     """
 
@@ -84,7 +83,7 @@ class ReferencePass:
         self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Difference]] = {}
 
     def difference(self, value: Tensor, other: Tensor) -> Difference:
-        """Returns the difference between a tensor and its reference, which is cached for all steps."""
+        """Returns the difference between a tensor and its reference, cached for use by several steps."""
         key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
         if key not in self._deltas:
             self._deltas[key] = (value, other, difference(value, other))  # keeps the memory from being reused
@@ -96,20 +95,20 @@ class ReferencePass:
         return self._is_replayed
 
     def replay(self) -> None:
-        """Starts the forward pass at the inputs, which is compared with the stored calls."""
+        """Starts the forward pass at the inputs, whose calls are compared with the stored ones."""
         self._is_replayed = True
 
     def drop(self) -> None:
-        """Frees the tensors of all stored calls; their shapes and the constants are kept."""
+        """Frees the tensors of all stored calls, but keeps their shapes and the constants."""
         self._calls = [replace(call, tensors=tuple(map(_without_values, call.tensors))) for call in self._calls]
         self._deltas.clear()
 
     def close(self) -> None:
-        """Frees all stored calls when the forward pass at the inputs ends, possibly early."""
+        """Frees all stored calls when the forward pass at the inputs ends, even if it fails."""
         self._calls.clear()
 
     def meet(self, name: str, where: str, tensors: Sequence[Tensor], constants: Any = ()) -> tuple[Saved, ...]:
-        """Stores a call of the pass at the reference, or matches a call of the pass at the inputs with the stored one.
+        """Stores a call of the pass at the reference, or matches a call of the pass at the inputs with its stored call.
 
         Args:
             name: Name of the function.
@@ -121,7 +120,7 @@ class ReferencePass:
             The tensors of this call in the forward pass at the reference.
 
         Raises:
-            DifferenceError: If the call, a shape, or a constant differs between the two passes.
+            DifferenceError: If the function, a shape or a constant differs between the two passes.
         """
         if not self._is_replayed:
             saved = tuple(Saved(tensor) for tensor in tensors)
@@ -142,7 +141,7 @@ class ReferencePass:
         return other.tensors
 
     def finish(self) -> None:
-        """Raises :class:`DifferenceError` if the forward pass at the reference has further calls."""
+        """Raises :class:`DifferenceError` if the pass at the reference contains further calls."""
         if not self._is_replayed:
             return
         if self._number < len(self._calls):
@@ -153,7 +152,7 @@ class ReferencePass:
 
 
 def _without_values(saved: Saved) -> Saved:
-    """Returns a saved tensor of the same shape without memory for its entries."""
+    """Returns a saved tensor of the same shape that takes no memory for its entries."""
     tensor = saved.tensor
     return Saved(tensor.new_zeros(()).expand(tensor.shape), values=False)
 
@@ -172,7 +171,7 @@ def _kept(value: Any) -> Any:
 
 
 def _difference(one: Any, two: Any) -> str:
-    """Describes the first difference between the constants of two calls; returns an empty string if there is none."""
+    """Describes the first difference between the constants of two calls, or returns an empty string."""
     if isinstance(one, Saved) and isinstance(two, Saved):
         return _difference_of_tensors(one.tensor, two.tensor)
     if isinstance(one, list) and isinstance(two, list):

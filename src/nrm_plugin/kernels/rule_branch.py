@@ -1,4 +1,4 @@
-"""Branches of a rule on an affine layer: the terms of its sum, each with a modified input and a modified layer."""
+"""Branches of a rule on an affine layer: the terms of its sum, each with its own modified input and modified layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Branch:
 
     Attributes:
         source: ``in_k``, ``(N, *in)``, or the input from which it is computed.
-        factor: ``m_k(1)``, ``(N, *out)``, multiplied by the gain in a normalized kernel.
+        factor: ``m_k(1)``, ``(N, *out)``; in a normalized kernel, multiplied by the gain.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
         modified: Function that computes the modified weight, or None for a module without weights.
@@ -39,7 +39,7 @@ class Branch:
 
     @property
     def weight(self) -> Tensor:
-        """The modified weight, for a module with weights."""
+        """The modified weight; only for a module with weights."""
         assert self.modified is not None
         return self.modified()
 
@@ -54,7 +54,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """The unmodified layer of a rule, whose weight is modified in each branch.
+    """Unmodified layer of a rule, whose weight is modified in each branch.
 
     Attributes:
         weight: The weight of the layer.
@@ -73,7 +73,7 @@ class WeightedLayer:
 
 
 def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
-    """Propagates relevance through branches with the same factor, in a single convolution if possible."""
+    """Propagates relevance through branches that share a factor, in a single convolution if possible."""
     down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
     if down is None:
         return functools.reduce(torch.add, (branch.pull(relevance) for branch in branches))
@@ -82,7 +82,7 @@ def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
 
 
 def _times(product: Tensor, factor: Tensor) -> Tensor:
-    """Computes ``product * factor``, in place if the product is a new tensor with its own memory."""
+    """Computes ``product * factor``, in place if the product has memory of its own."""
     if torch.is_grad_enabled() or not all(product.stride()):
         return product * factor
     return product.mul_(factor)

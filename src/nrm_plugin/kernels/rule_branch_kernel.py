@@ -1,4 +1,4 @@
-"""The kernel for a rule on an affine layer, as a sum over branches."""
+"""Kernels of rules on affine layers, as sums over branches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ReadBranches = tuple[list[Branch], Columns]
 
 
 class BranchKernel(Kernel):
-    r"""The kernel for a rule on an affine module, as a sum over branches, the form in which Zennit defines rules.
+    r"""Kernel of a rule on an affine module as a sum over branches, the form in which Zennit defines rules.
 
     .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
 
     Args:
-        branches: The branches computed so far and their columns. These are :class:`ColumnSums`, or a :class:`Deficit`
-            if the factors include the gain, in which case the kernel is already normalized.
+        branches: The branches computed so far and their columns. The columns are :class:`ColumnSums`, or a
+            :class:`Deficit` if the factors include the gain and the kernel is thus already normalized.
         like: A tensor with the shape of the input, ``(N, *in)``.
         layer: The layer that the branches modify, or None for a module without weights.
         read_others: Function that computes the remaining branches. It is called when relevance arrives at outputs where

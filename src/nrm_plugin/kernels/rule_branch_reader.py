@@ -27,12 +27,12 @@ _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
 
 
 def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization | None) -> BranchKernel | None:
-    """Builds the kernel for a rule as a sum over branches.
+    """Builds the kernel of a rule as a sum over branches.
 
     Args:
         call: The recorded call of the layer.
         rule: The rule, defined by modifiers.
-        normalization: The normalization if the factors should include the gain, else None.
+        normalization: The normalization, if the factors should include the gain, or None.
 
     Returns:
         The kernel, or None if the layer is not affine or the rule has another form.
@@ -72,7 +72,7 @@ def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class _BranchReader:
-    """Computes the branches of a rule at one call.
+    """Reader that computes the branches of a rule at one call.
 
     Attributes:
         call, rule, normalization: As in :func:`branch_kernel`.
@@ -87,14 +87,14 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Computes further branches of a rule whose first branches have shown that it has this form."""
+        """Computes further branches of a rule whose first branches have shown that it is a sum over branches."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """Computes the branches with the given indices; returns None if the rule has another form."""
+        """Computes the branches with the given indices, or returns None if the rule has another form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)
@@ -122,7 +122,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """Returns the modified layers of the chosen branches and those the mapper reads, and placeholders elsewhere."""
+        """Returns the modified layers of the chosen branches and of those that the mapper reads, or placeholders."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
@@ -141,8 +141,8 @@ class _BranchReader:
     ) -> Iterator[_ColumnBlock]:
         """Yields factors and column sums, block by block.
 
-        A rule consists of about a dozen elementwise operations, which are faster if a block fits into the cache. Where
-        the denominator of a rule is zero, the factor is set to zero, so that the column propagates no relevance.
+        A rule takes about a dozen elementwise operations, which are faster if a block fits into the cache. Where the
+        denominator is zero, the factor is set to zero, so that the column propagates no relevance.
         """
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))
@@ -156,7 +156,7 @@ class _BranchReader:
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
         """Stores the factors, multiplied by the gain if there is a normalization, and returns the columns.
 
-        Factors reuse the memory of the outputs: each block is read before it is overwritten.
+        Factors reuse the memory of the outputs, since each block is read before it is overwritten.
         """
         writer = ColumnWriter(self.call.like, self.normalization)
         for block in read:
@@ -182,7 +182,7 @@ class _ColumnBlock:
 
 
 def _leaders(mapper: Mapper, numbers: list[int]) -> dict[int, int]:
-    """Returns, for each of the given branches, the first of them that has the same factor."""
+    """Returns, for each of the given branches, the first of them with the same factor."""
     return {k: next(other for other in numbers if mapper.leaders[other] == mapper.leaders[k]) for k in numbers}
 
 

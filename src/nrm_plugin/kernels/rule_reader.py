@@ -27,15 +27,15 @@ from .vjp_kernel import VjpKernel
 
 
 class PlainGradient(Hook):
-    """The rule for layers to which the composite assigns none: the plain gradient, as in Zennit."""
+    """Rule for layers to which the composite assigns none: the plain gradient, as in Zennit."""
 
 
 def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:
-    """Builds the kernel for a rule at one call.
+    """Builds the kernel of a rule at one call.
 
     Args:
         call: The recorded call.
-        normalization: The normalization of the columns; the kernel includes the gain if this is cheaper.
+        normalization: The normalization of the columns. The kernel includes the gain if this saves work.
 
     Raises:
         UnsupportedRuleError: If the rule changes how the module runs, or has none of the three forms.
@@ -56,7 +56,7 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
 
 
 def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Kernel:
-    """Builds the kernel for a rule on a module at a given input, without a recorded call.
+    """Builds the kernel of a rule on a module at a given input, without a recorded call.
 
     Args:
         rule: The rule; it is copied.
@@ -113,7 +113,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """Builds the kernel for a rule that is defined by modifiers, on any module."""
+    """Builds the kernel of a rule that is defined by modifiers, for any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():
@@ -141,7 +141,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """Builds the kernel for a rule with a custom ``backward``, which may use the plain gradient and its own state."""
+    """Builds the kernel of a rule with a custom ``backward``, which may use the plain gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():

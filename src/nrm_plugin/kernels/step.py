@@ -1,6 +1,6 @@
 """Steps: calls of modules and functions, each linked into the autograd graph by its normalized kernel.
 
-The gradient computed by ``torch.autograd`` is then the relevance.
+The gradients that ``torch.autograd`` computes are then relevance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """Interface of an object that recomputes tensors that a step has freed to save memory."""
+    """Interface of objects that recompute tensors that a step has freed to save memory."""
 
     def fill(self, step: Step) -> None:
         """Recomputes the tensors of a step; they remain available until those of another step are requested."""
@@ -47,11 +47,11 @@ class Step(ABC):
         dtype: The dtype of relevance at the output.
         device: The device of the output.
         is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
-        uses: Number of known consumers of the output.
+        uses: Number of consumers of the output that are known so far.
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend only on the same row of the inputs.
-        joined: Steps below whose tensors the kernel may read.
-        holder: Recomputes the tensors of the step after :meth:`empty`; None if the step keeps them.
+        joined: Lower steps whose tensors the kernel may read.
+        holder: Object that recomputes the tensors of the step after :meth:`empty`, or None if the step keeps them.
         number: Index of the step in the holder.
     """
 
@@ -79,7 +79,7 @@ class Step(ABC):
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel for the rule; it is already normalized if its columns are a :class:`Deficit`."""
+        """The kernel of the rule, which is already normalized if its columns are a :class:`Deficit`."""
         if self._kernel is not None:
             return self._kernel
         self.fill()
@@ -87,7 +87,7 @@ class Step(ABC):
             return self._built()
 
     def _built(self) -> Kernel:
-        """Returns the kernel, building it if necessary; must be called inside the contexts of :attr:`kernel`."""
+        """Returns the kernel, building it if needed; must be called inside the contexts of :attr:`kernel`."""
         if self._kernel is None:
             with repeated(f"{self.name}:{self.call}"):
                 self._kernel = self._build()
@@ -98,7 +98,7 @@ class Step(ABC):
         self._kernel = self._scaling = None
 
     def fill(self) -> None:
-        """Recomputes the tensors of the step if they were freed."""
+        """Recomputes the tensors of the step if they have been freed."""
         if self.holder is not None and self._kernel is None:
             self.holder.fill(self)
 
@@ -119,7 +119,7 @@ class Step(ABC):
         return self.normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Returns the gain and deficit, valid wherever ``relevance`` is nonzero, or everywhere if it is None."""
+        """Returns the gain and deficit, valid where ``relevance`` is nonzero, or everywhere if it is None."""
         self.fill()
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             kernel = self._built()
@@ -128,15 +128,15 @@ class Step(ABC):
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """Returns ``g(c)``, valid wherever relevance ``(K, N, *out)`` is nonzero, or None if all gains are one."""
+        """Returns ``g(c)``, valid where relevance ``(K, N, *out)`` is nonzero, or None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Propagates relevance ``(K, N, *out)`` to the inputs.
 
         Returns:
-            Relevance at each input, ``(K, N, *in)``, in any dtype; and the share that the sink absorbs, ``(N, *out)``,
-            or None for zero. The share is undefined at entries where no relevance arrives.
+            The relevance at each input, ``(K, N, *in)``, in any dtype; and the share that the sink absorbs, ``(N,
+            *out)``, or None for zero. The share is undefined where no relevance arrives.
         """
         with self._short_lived():
             scaling = self._scaling_for(relevance)
@@ -145,7 +145,7 @@ class Step(ABC):
                 return kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        r"""Propagates the absolute mass of walks with :math:`|\tilde T_{ij}|`; otherwise like :meth:`pull`."""
+        r"""Propagates the absolute mass of walks by :math:`|\tilde T_{ij}|`; otherwise like :meth:`pull`."""
         with self._short_lived():
             scaling = self._scaling_for(mass)
             kernel = self.kernel
@@ -176,7 +176,7 @@ class Step(ABC):
         return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
-        """Returns an upper bound on the transpose of :meth:`pull_absolute`, for zeros at the sink."""
+        """Returns an upper bound on the transpose of :meth:`pull_absolute`, with zeros at the sink."""
         with self._short_lived():
             scaling = self._scaling_for(None)  # also completes the kernel
             kernel = self.kernel
@@ -206,14 +206,14 @@ def _scaled(relevance: Tensor, gain: Tensor | None) -> Tensor:
 
 
 class FunctionStep(Step):
-    """The step of a function call.
+    """Step of a function call.
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.
         build: Function that builds the kernel.
 
     Attributes:
-        unsupported_call: The call if the function has no kernel, else None.
+        unsupported_call: The call, if the function has no kernel, or None.
     """
 
     def __init__(
@@ -241,7 +241,8 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
-        # The output is passed in a list: as an argument it would be a view, which in-place operations must not change.
+        # The output is passed in a list. Passed directly, it would become a view, which in-place operations must not
+        # change.
         ctx.step, ctx.origin, ctx.weights = step, holder.pop(), RUNNING.weights
         output: Tensor = holder.pop()
         return output
@@ -256,7 +257,7 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Like :class:`Link`, but links a tensor modified in place to its previous version."""
+    """Variant of :class:`Link` that links a tensor modified in place to its previous version."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ class LinkInPlace(torch.autograd.Function):
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Attaches a step to the autograd graph: returns ``output`` with the step as its ``grad_fn``."""
+    """Attaches a step to the autograd graph, and returns ``output`` with the step as its ``grad_fn``."""
     step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
     result: Tensor = Link.apply(step, [output, _origin_of(*inputs)], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
@@ -296,7 +297,7 @@ def step_of(node: Any) -> Step | None:
 
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
-    """Returns the relevance at each input, attached to the origin of the kernel under ``create_graph=True``."""
+    """Returns the relevance at each input; with ``create_graph=True``, attached to the origin of the kernel."""
     with exact(relevance.device):
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
@@ -307,15 +308,15 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs, or None in a measure, since it has no gradient."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradient."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class Origin(torch.autograd.Function):
-    """A zero that depends on the tensors from which a kernel was computed, and raises an error if it is differentiated.
+    """Zero that depends on the tensors from which a kernel was computed, and raises an error if it is differentiated.
 
-    Kernels are constants for autograd. The zero is added to the relevance, so that differentiating relevance raises an
-    error where the gradient would be zero or incomplete.
+    Autograd treats kernels as constants. This zero is added to the relevance, so that differentiating relevance raises
+    an error where the gradient would otherwise be zero or incomplete.
     """
 
     generate_vmap_rule = True

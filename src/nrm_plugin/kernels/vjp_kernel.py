@@ -1,4 +1,4 @@
-"""The kernel for a rule that is given as an arbitrary linear function of the relevance."""
+"""Kernels of rules that are given as arbitrary linear functions of the relevance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Kernel
 
 
 class VjpKernel(Kernel):
-    """A kernel given by a linear function of the relevance, such as a vector-Jacobian product.
+    """Kernel that is given by a linear function of the relevance, such as a vector-Jacobian product.
 
     Args:
         function: Function that maps relevance ``(N, *out)`` to ``(N, *in)`` for each input. It must be linear and

@@ -16,10 +16,10 @@ from ..recording.transformer_sites import PART
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
-    """Rewrites an attention event as an event over taps; other events are returned unchanged.
+    """Rewrites an attention event as an event over taps, and returns other events unchanged.
 
-    A walk through (query, key) crosses the output of the attention at the query token and then, at the key token, the
-    values (or the attention weights, if the rule propagates relevance to them). It stays within one head.
+    A walk through a pair (query, key) crosses the attention output at the query token and then the values at the key
+    token (or the attention weights, if the rule propagates relevance to them). It stays within one head.
 
     Raises:
         EventError: If the layer does not compute exactly one attention, or if the head or token does not exist.
@@ -34,7 +34,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 
 def head_count(recording: Recording, layer: str) -> int | None:
-    """Returns the number of heads of an attention layer, given a site or tap name, or None for other layers."""
+    """Returns the number of heads of an attention layer, given by its site or tap name, or None for other layers."""
     name, calls = recording.taps.called(layer, "output", None)
     steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
     step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
@@ -83,7 +83,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Returns the mask of the selected heads; heads have their own dimension or share one with the samples."""
+    """Returns the mask of the selected heads, which have a dimension of their own or share one with the samples."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):

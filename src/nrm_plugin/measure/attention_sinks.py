@@ -1,4 +1,4 @@
-r"""Attention sinks: how much relevance each key token of an attention layer receives from other tokens.
+r"""Attention sinks: how much relevance each key token of an attention layer receives from the other tokens.
 
 .. math:: s_k = \sum_{q \ne k} \mu\big((q, k) \mid \text{attention}\big)
 
@@ -23,7 +23,7 @@ def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None)
     Args:
         mu: A measure of a model with attention.
         layer: A layer that computes self-attention exactly once.
-        tokens: Number of tokens. By default, the size of the first dimension of ``layer`` after the samples.
+        tokens: Number of tokens; by default, the size of the first dimension of ``layer`` after the samples.
 
     Returns:
         The shares, ``(N, tokens)``, dimensionless.

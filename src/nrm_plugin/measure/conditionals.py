@@ -1,4 +1,4 @@
-"""Conditional mass of an event given each neuron of a tap above it, computed in one transposed pass from the inputs up.
+"""Conditional mass of an event given each neuron of a tap above it, from one transposed pass (from the inputs upwards).
 
 Source: docs/measure.md.
 """
@@ -22,14 +22,14 @@ from .masked_vectors import masked
 
 
 class Conditionals:
-    """Computes ``μ(event given j)`` for every neuron ``j`` of each tap.
+    """Transposed pass that computes ``μ(event given j)`` for every neuron ``j`` of each tap.
 
-    Values are propagated upwards from the points at which the membership of a walk in the event is decided.
+    Values are propagated upwards, starting where it is decided whether a walk belongs to the event.
 
     Args:
         diagram: The decision diagram for the events.
         places: The taps at which conditional masses are required.
-        nodes: The nodes of the diagram that a walk may have reached after crossing a tap.
+        nodes: The nodes of the diagram at which a walk may be after crossing a tap.
         like: A tensor with the dtype of the relevance.
     """
 
@@ -82,7 +82,7 @@ class Conditionals:
         return [(node, None)] if level is None else self.diagram.cross(node, level)
 
     def _after(self, buffer: Buffer, node: int) -> Tensor | None:
-        """Returns the conditional mass of a diagram node after the tap at a buffer is crossed, or None for zero."""
+        """Returns the conditional mass of a diagram node after crossing the tap at a buffer, or None for zero."""
         left = self.diagram.settle(node, buffer.vertex)
         if left <= TRUE:
             return None if left == FALSE else self._ones(buffer)

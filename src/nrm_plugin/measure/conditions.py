@@ -1,4 +1,4 @@
-"""Validation of events passed to a query, and division by the mass of a condition."""
+"""Validation of the events in a query, and division by the mass of a condition."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Condition(TypedDict, total=False):
 
 
 def check_event(event: object, remedy: str = "") -> None:
-    """Raises :class:`EventError` if the argument is not an event; ``remedy`` is appended to the message."""
+    """Raises :class:`EventError`, whose message ends with ``remedy``, if the argument is not an event."""
     if not isinstance(event, Event):
         raise EventError(
             f"expected an event such as at('layer')[3], got {type(event).__name__}: {brief(event)}. {remedy}".rstrip()
@@ -33,7 +33,7 @@ def check_event(event: object, remedy: str = "") -> None:
 
 
 def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
-    """Returns the events as a list, and whether the argument was a single event.
+    """Returns the events as a list, and whether the argument is a single event.
 
     Raises:
         EventError: If the argument is neither an event nor a sequence of events.
@@ -56,7 +56,7 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
         mass: Mass of the event, ``(N,)``.
         variation: Variation of the event, ``(N,)``.
         min_ratio: Smallest accepted ratio of ``|mass|`` to the variation, or None for the default of the dtype.
-        least: Variations up to this value are treated as zero.
+        least: Largest variation that is treated as zero.
 
     Raises:
         NullEventError: If the variation of a sample is zero.

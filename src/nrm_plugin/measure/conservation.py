@@ -1,6 +1,6 @@
 """Sink, bypass and variation of each tap, computed from the totals of a pass.
 
-At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated independently, so that their sum verifies the
+At each tap, ``mass + sink + bypass = 1``. The three terms are accumulated independently, so their sum is a check of the
 computation.
 
 Source: docs/measure.md.
@@ -37,7 +37,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
         totals: The totals of a pass.
         taps: The taps above which absorbed mass is counted.
         kind: The kind of absorbed mass, or None for both.
-        absolute: Whether to sum absolute values instead.
+        absolute: Whether to sum absolute values.
     """
     check_kind(kind)
     recording = totals.recording
@@ -54,7 +54,7 @@ def absorbed(totals: Totals, taps: Sequence[Tap], kind: Kind | None = None, abso
 
 
 def bypassing(totals: Totals, tap: Tap) -> Tensor:
-    """Returns the mass of the walks that do not cross a tap and are not absorbed above it, ``(N,)``."""
+    """Returns the mass of the walks that neither cross a tap nor are absorbed above it, ``(N,)``."""
     recording = totals.recording
     if not is_reached(recording, tap):
         return recording.samples.checked_sums(totals.start, "the output", recording.graph.output)
@@ -92,8 +92,8 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
 
     Args:
         absolute: Totals of a pass with the absolute values of all kernels.
-        signed: Totals of an ordinary pass, to compute the variation of the measure conditioned on survival; None for
-            the variation of the measure itself.
+        signed: Totals of an ordinary pass, for the variation of the measure conditioned on survival; or None for that
+            of the measure itself.
     """
     total = surviving_mass(absolute)
     if signed is not None:
@@ -125,10 +125,10 @@ def _last_vertices(recording: Recording) -> set[int]:
 
 
 def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
-    """Returns a mass, ``(N,)``, or raises an error if it is unknown.
+    """Returns a mass, ``(N,)``, and raises an error if it is unknown.
 
     Raises:
-        FoldingError: If the mass is None, because the samples cannot be distinguished within the tensor.
+        FoldingError: If the mass is None because the samples cannot be distinguished within the tensor.
     """
     if mass is None:
         raise recording.samples.error(what)

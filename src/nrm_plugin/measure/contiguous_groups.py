@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
-    """Reassigns the members of an image so that each group is a connected region.
+    """Reassigns the parts of an image so that each group of parts is a connected region.
 
-    Each group keeps its connected component with the largest total weight. The remaining members are reassigned one by
-    one to the group with which they share the longest border.
+    Of each group, the connected component with the largest total weight is kept. The remaining members are reassigned,
+    one at a time, to the group with which they share the longest border.
 
     Args:
         labels: The group of each member, ``(members,)``.
-        members: The member of each pixel, ``(H, W)``, such as its superpixel.
+        members: The member (part) to which each pixel belongs, ``(H, W)``, such as a superpixel.
         weights: The weight of each member, ``(members,)``, such as its absolute relevance.
 
     Returns:

@@ -1,13 +1,13 @@
-r"""Partitions of layer members that preserve most of the dependence between layers.
+r"""Partitions of the members of layers that preserve most of the dependence between the layers.
 
-For the joint relevance ``J`` of the members (channels, positions, neurons) of two layers, with row sums ``r``, column
-sums ``c`` and total ``Z`` (1 if every walk crosses both layers), the dependence ``D`` and the fraction ``κ`` of it that
-a pair of partitions preserves are
+Let ``J`` be the joint relevance of the members (channels, positions, neurons) of two layers, with row sums ``r``,
+column sums ``c`` and total ``Z`` (1 if every walk crosses both layers). The dependence ``D``, and the fraction ``κ`` of
+it that a pair of partitions preserves, are
 
 .. math:: D = J - \frac{r c^\top}{Z}, \qquad
           \kappa = \frac{\sum_{gh} |\sum_{i \in g, j \in h} D_{ij}|}{\sum_{ij} |D_{ij}|} \in [0, 1]
 
-All functions are pure and operate on NumPy arrays, unless stated otherwise. The search is new in this package.
+Unless stated otherwise, functions are pure and operate on NumPy arrays. The search is new in this package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 30
-"""Maximum number of sweeps; in each sweep, every member is considered for a move once."""
+"""Maximum number of sweeps, each of which considers every member for a move once."""
 SHAKEN = 0.3
 """Fraction of the members of a layer that are assigned to random groups in a restart."""
 LLOYD = 12
@@ -31,19 +31,19 @@ LLOYD = 12
 CANCELLED = 1e-3
 """Smallest total of the joint relevance, relative to its absolute sum, that is used as a divisor."""
 INDEPENDENT = 1e-5
-"""Dependence up to this fraction of the absolute joint relevance is considered float32 rounding error."""
+"""Fraction of the absolute joint relevance up to which dependence is attributed to rounding errors in float32."""
 STILL = 1e-12
-"""Gains up to this fraction of the sum of absolute values are considered rounding errors."""
+"""Fraction of the sum of absolute values up to which gains are attributed to rounding errors."""
 
 
 def dependence(joint: Array) -> Array:
-    """Computes the dependence ``D`` between two layers, ``(members, members below)``, whose rows and columns sum to 0.
+    """Computes the dependence ``D`` between two layers, ``(members, members below)``; its rows and columns sum to 0.
 
     If the layers are independent up to rounding, the result is zero. For example, the output is independent of all
     other layers if the measure explains a single class.
 
     Args:
-        joint: Joint relevance, ``(members, members below)``. It is returned unchanged if its entries cancel in the sum.
+        joint: Joint relevance, ``(members, members below)``; returned unchanged if its entries cancel in the sum.
     """
     total, size = joint.sum(), np.abs(joint).sum()
     if abs(total) <= CANCELLED * size:
@@ -53,7 +53,7 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Computes the fraction κ of the dependence that two partitions preserve, in [0, 1]; NaN if there is none."""
+    """Computes the fraction κ of the dependence that two partitions preserve, in [0, 1], or NaN if there is none."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 
@@ -79,7 +79,7 @@ def find_partitions(
         counts: Maximum number of groups in each layer.
         restarts: Number of restarts.
         seed: Random seed for the initial partitions and the order of moves.
-        fixed: For each layer, its partition, or None if the partition is to be found.
+        fixed: For each layer, a fixed partition, or None if its partition is to be found.
 
     Returns:
         For each layer, the group of each member, ``(members,)``.
@@ -98,7 +98,7 @@ def find_partitions(
 
 @dataclass
 class _Search:
-    """State of the local search, whose partitions are improved in place.
+    """State of a local search that improves its partitions in place.
 
     Attributes:
         pairs: The dependence of each pair of consecutive layers, scaled to an absolute sum of 1.
@@ -148,7 +148,7 @@ class _Search:
                 return
 
     def _sweep(self, layer: int) -> int:
-        """Considers each member of a layer for a move, in random order; returns the number of moves."""
+        """Considers each member of a layer for a move, in random order, and returns the number of moves."""
         order = self.random.permutation(len(self.labels[layer]))
         return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
 
@@ -171,8 +171,8 @@ def refined(
         labels: For each layer, the group of each member.
         counts: Number of groups in each layer.
         free: Indices of the layers whose members are moved.
-        grouped: Function that returns the dependence of each member of a layer on the groups of adjacent layers,
-            ``(members, adjacent groups)``, given the index of the layer and the current partitions.
+        grouped: Function of the index of a layer and the current partitions that returns the dependence of each member
+            on the groups of adjacent layers, ``(members, adjacent groups)``.
 
     Returns:
         For each layer, the improved group of each member.
@@ -228,7 +228,7 @@ def _profiles(pairs: Sequence[Array], layer: int) -> Array:
 
 
 def _k_means(points: Array, count: int, random: np.random.Generator) -> Labels:
-    """Clusters points with Lloyd's algorithm and k-means++ initialization; returns their labels, ``(points,)``."""
+    """Clusters points by Lloyd's algorithm with k-means++ initialization; returns their labels, ``(points,)``."""
     squares = (points**2).sum(1)
     centres = np.empty((min(count, len(points)), points.shape[1]))
     distances = np.ones(len(points))

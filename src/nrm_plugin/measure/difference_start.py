@@ -19,13 +19,13 @@ from ..model.targets import MIN_TOTAL, sample_sums
 from ..recording.sample_independence import tolerance_of
 
 ROUNDING = 16
-"""The difference between outputs must exceed their rounding error by this factor."""
+"""Factor by which the difference between outputs must exceed their rounding error."""
 PRECISE = 1e-3
-"""A warning is issued if the rounding error exceeds this fraction of the difference between outputs."""
+"""Largest rounding error, as a fraction of the difference between outputs, for which no warning is issued."""
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Computes the start vector of a measure that explains a difference, and this difference.
+    r"""Computes the start vector of a measure that explains a difference, and the difference itself.
 
     Args:
         recording: A recording with one or several references per sample.

@@ -14,11 +14,11 @@ from ..recording.recording import Recording
 from .located_events import Locator
 
 Crossing = list[tuple[int, Tensor | None]]
-"""Successor nodes, each with the mask of the neurons that lead to it; a mask of None denotes all neurons."""
+"""Successor nodes, each with the mask of the neurons that lead to it; None is the mask of all neurons."""
 
 
 class DecisionDiagram:
-    """The shared decision diagram for several events over one recording.
+    """Decision diagram shared by several events over one recording.
 
     Args:
         recording: The recording of the forward pass.
@@ -26,7 +26,7 @@ class DecisionDiagram:
 
     Attributes:
         roots: The root node of each event.
-        levels: The level of each place and sink: places in the order in which walks cross them, followed by sinks.
+        levels: The level of each place and sink. Places are ordered as walks cross them, followed by sinks.
         open: For each vertex, a bit set of the levels that a walk can still reach below the vertex.
     """
 
@@ -68,7 +68,7 @@ class DecisionDiagram:
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """Returns the terminal node if nothing below a vertex can change the outcome, and the node itself otherwise."""
+        """Returns the terminal node if nothing below a vertex can change the outcome, and otherwise the node itself."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:

@@ -1,4 +1,4 @@
-"""Mass and maps of events, from one pass that decides tap by tap which events a walk belongs to."""
+"""Masses and maps of events, from one pass that decides tap by tap to which events a walk belongs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .masked_vectors import add_to, masked
 from .memory_budget import in_chunks, width_of
 
 Pair = tuple[int, int]
-"""``(event, diagram node)``."""
+"""Pair ``(event, diagram node)``."""
 Pairs = frozenset[Pair]
 """Set of pairs that share one relevance vector."""
 
@@ -40,7 +40,7 @@ class EventResult:
 
 
 class EventPass:
-    """A pass from the output to the inputs that drops walks as soon as their membership in all events is decided.
+    """Pass from the output to the inputs that drops walks once their membership in all events is decided.
 
     Args:
         diagram: The decision diagram for the events.
@@ -105,7 +105,7 @@ class EventPass:
         return result
 
     def _undecided(self, vectors: Vectors[Pairs], buffer: Buffer) -> Vectors[Pairs]:
-        """Drops vectors of walks whose membership is decided, unless they can cross a stored tap below."""
+        """Drops the vectors of walks whose membership is decided, unless they can still cross a stored tap."""
         vertex = buffer.vertex
         result: Vectors[Pairs] = {}
         for pairs, vector in vectors.items():
@@ -180,7 +180,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """Returns the places that events and queries refer to, or None if all places may matter, as for sinks."""
+    """Returns the places to which events and queries refer, or None if all places may matter, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

@@ -1,13 +1,13 @@
 r"""The flow of relevance between groups of neurons in consecutive layers, as a graph of joint relevance.
 
 A layer partitions all walks into those through each of its groups, those through the **rest** of its neurons, and those
-**off** the layer, which are absorbed above it or bypass it. Each part is an event, so the masses of each layer sum to
+**off** the layer, which bypass it or are absorbed above it. Each part is an event, so the masses at each layer sum to
 one, and every edge is a joint relevance:
 
 .. math:: \mu(A \cap B), \quad A \text{ of one layer}, B \text{ of the next}, \qquad
           \sum_B \mu(A \cap B) = \mu(A), \quad \sum_A \mu(A \cap B) = \mu(B)
 
-The selection of groups to show, and the merging of all others, are new in this package.
+The selection of the groups to show and the merging of all others are new in this package.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .layer_taps import atom_of, several_layers
 from .partitions import Names, Partition, partition
 
 GROUPS = "groups"
-"""Value of ``over`` that requests groups of channels that preserve the dependence between layers."""
+"""Value of ``over`` for groups of channels that preserve the dependence between layers."""
 
 
 class Measure(Protocol):
-    """Interface of :class:`~nrm_plugin.RelevanceMeasure`, restricted to the queries that flows use."""
+    """The part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that flows use."""
 
     @property
     def batch(self) -> int: ...
@@ -58,10 +58,10 @@ class Shown:
     Attributes:
         atom: The tap.
         layer: The layer of the graph.
-        labels: For each neuron, the index of its group among the shown groups, or the number of shown groups for the
-            rest.
-        has_all_channels: Whether all channels are shown, in which case their joint relevance may not require one pass
-            per channel.
+        labels: For each neuron, the index of its group among the shown groups, or the number of shown groups if it
+            belongs to the rest.
+        has_all_channels: Whether all channels are shown, so that their joint relevance may take less than one pass per
+            channel.
     """
 
     atom: Atom
@@ -74,7 +74,7 @@ class Shown:
         return len(self.layer.groups)
 
     def with_rest(self, values: Tensor) -> Tensor:
-        """Appends a zero for the rest to values ``(…, groups)``; values ``(…, groups + 1)`` are returned unchanged."""
+        """Appends a zero for the rest to values ``(…, groups)``, and returns values ``(…, groups + 1)`` unchanged."""
         return torch.nn.functional.pad(values, (0, self.count + 1 - values.shape[-1]))
 
     @property
@@ -105,8 +105,8 @@ def flow_graph(
         coverage: Fraction of the absolute mass to show in each layer.
         names: Names of the groups in each layer.
         sample: Index of the sample.
-        joints: Function that returns the joint relevance between the nodes of consecutive layers,
-            ``(N, K_upper, K_lower)``; by default, it is obtained from queries on the measure.
+        joints: Function that returns the joint relevance between the nodes of consecutive layers, ``(N, K_upper,
+            K_lower)``. By default, the measure is queried.
     """
     thresholds = Thresholds(top, min_mass, coverage)
     number = _sample_number(mu, sample)
@@ -153,14 +153,15 @@ def with_groups(
     groups: Groups | None,
     top: int | None = None,
 ) -> tuple[Any, Mapping[str, Names] | None, int | None]:
-    """Returns how the neurons of each layer are grouped, the names of the groups, and how many groups to show.
+    """Returns the grouping of the neurons of each layer, the names of the groups, and the number of groups to show.
 
     If groups are requested or given, all of them are shown.
 
     Args:
         mu: The measure to query.
         layers: Layers and their taps.
-        over: How neurons are grouped; ``"groups"`` uses ``groups``, or searches for groups if none are given.
+        over: Grouping of the neurons; ``"groups"`` stands for ``groups`` or, if none are given, for groups found by a
+            search.
         names: Names of the members in each layer.
         k: Number of groups in a layer.
         groups: Existing groups; they apply to all of their layers.
@@ -195,7 +196,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """Returns the value for one layer, looked up by layer if the value is a mapping, with a default."""
+    """Returns the value for one layer: its entry, or ``default``, if the value is a mapping, or else the value."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -237,8 +238,8 @@ def _shown(
 def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
     """Returns the ``over`` argument of the joint query for each layer.
 
-    The argument is the labels of the layer, or ``"channel"`` if the layer and an adjacent one both show all channels;
-    the latter requires fewer passes.
+    This is ``"channel"`` if the layer and an adjacent one both show all channels, which takes fewer passes, and the
+    labels of the layer otherwise.
     """
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
@@ -249,7 +250,7 @@ def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
 
 
 def _joint(mu: Measure, upper: Shown, lower: Shown, matrix: Tensor, number: int) -> Array:
-    """Returns the joint relevance of two layers with rest and off, ``(K_upper + 2, K_lower + 2)``.
+    """Returns the joint relevance of two layers, including rest and off, ``(K_upper + 2, K_lower + 2)``.
 
     Each quadrant is computed by a separate query.
     """

@@ -20,9 +20,9 @@ FORMAT = "nrm-plugin flow 1"
 
 @dataclass(frozen=True, eq=False)
 class FlowGraph:
-    r"""Joint relevance between groups of neurons in consecutive layers, for one sample.
+    r"""Graph of the joint relevance between groups of neurons in consecutive layers, for one sample.
 
-    Returned by :meth:`~nrm_plugin.RelevanceMeasure.flow`.
+    Flow graphs are returned by :meth:`~nrm_plugin.RelevanceMeasure.flow`.
 
     Attributes:
         layers: The layers, from the output down.
@@ -159,7 +159,7 @@ class FlowGraph:
         return {"format": FORMAT, "layers": layers, "joints": joints, "carried": self.carried}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Serializes the graph to JSON and writes it to a file if a path is given.
+        """Returns the graph as JSON, and also writes it to a file if a path is given.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -174,7 +174,7 @@ class FlowGraph:
 
     @classmethod
     def from_json(cls, source: str | Path) -> FlowGraph:
-        """Reads a graph from a JSON string written by :meth:`to_json`, or from a file that contains one.
+        """Reads a graph from a JSON string written by :meth:`to_json`, or from a file with such a string.
 
         Raises:
             FlowError: If the source is not the JSON of a flow graph.
@@ -222,7 +222,7 @@ class FlowGraph:
         return digraph
 
     def to_graphml(self, path: str | Path | IO[bytes]) -> None:
-        """Writes the graph as GraphML, for tools such as Gephi and Cytoscape, to a path or an open binary file.
+        """Writes the graph as GraphML, for tools such as Gephi and Cytoscape, to a path or to an open binary file.
 
         Raises:
             MissingExtraError: If networkx is not installed.

@@ -1,4 +1,4 @@
-"""Conditional heat maps of the groups of a flow graph, and flows together with their heat maps."""
+"""Conditional heat maps for the groups of a flow graph, and flows together with their heat maps."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LOWEST = "input"
 
 @dataclass(frozen=True)
 class MappedFlow:
-    """A flow graph with the heat maps of its nodes.
+    """Flow graph with the heat maps of its nodes.
 
     Attributes:
         graph: The flow graph.
         maps: The heat maps of the nodes, ``(H, W)``, at the resolution of the image.
         pairs: Joint relevance of nodes in non-adjacent layers.
         layer: The layer at whose positions the heat maps are computed.
-        positions: The number of these positions along height and width; empty for the input itself.
+        positions: The number of positions of this layer along height and width; empty for the input itself.
     """
 
     graph: FlowGraph
@@ -64,12 +64,13 @@ def mapped_flow(
     r"""Computes a flow and the heat maps of its nodes in the same passes.
 
     A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
-    flow except the input and has at least 48 positions along each side. This resolution suffices for a figure and costs
-    much less than single pixels. All values are exact. The heat map of a group of input pixels is their relevance.
+    flow except the input, and has at least 48 positions along each side. Its resolution suffices for a figure, at a
+    much lower cost than single pixels. All values are exact. The heat map of a group of input pixels is their
+    relevance.
 
     Args:
         mu: The measure whose flow is computed.
-        layers: The layers of the flow. This and all arguments except ``lowest`` are as in
+        layers: The layers of the flow. This argument, and all others except ``lowest``, are those of
             :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: How the neurons of each layer are grouped.
         top: Maximum number of groups shown per layer.
@@ -79,8 +80,8 @@ def mapped_flow(
         sample: Index of the sample.
         k: Number of groups per layer for ``over="groups"``.
         groups: Groups returned by :func:`~nrm_plugin.find_groups`.
-        lowest: The tap at whose positions heat maps are computed: ``"input"`` for single pixels, or None to choose it
-            automatically.
+        lowest: The tap at whose positions heat maps are computed: ``"input"`` for single pixels, or None for a tap
+            chosen automatically.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -117,13 +118,13 @@ def flow_maps(
     r"""Computes the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
     Heat maps are summed over the colour channels and over the slices of a volume; a one-dimensional signal is treated
-    as an image with one row. The heat map of a group of input pixels is their relevance. There are no heat maps if the
-    inputs have no positions, and none for the walks that do not cross a layer.
+    as an image with one row. The heat map of a group of input pixels is their relevance. There are no heat maps of the
+    walks that do not cross a layer, and none at all if the inputs have no positions.
 
     Args:
         mu: The measure from which the graph was computed.
         graph: The flow graph; its layers must be names of taps.
-        over: How the neurons of each layer are grouped, as in the computation of the graph.
+        over: Grouping of the neurons of each layer, as in the computation of the graph.
         sample: Index of the sample, as in the computation of the graph.
         lowest: The tap at whose positions the heat maps are computed.
 
@@ -147,8 +148,8 @@ def flow_maps_and_pairs(
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
     r"""Computes the heat maps of :func:`flow_maps` and the joint relevance of nodes in non-adjacent layers.
 
-    Both are computed in the same passes, one per layer with one vector per node. Use :func:`mapped_flow` to compute the
-    flow in these passes as well.
+    Both come from the same passes, one per layer with one vector per node. :func:`mapped_flow` computes the flow in
+    these passes as well.
 
     Args:
         mu: As in :func:`flow_maps`.
@@ -218,7 +219,7 @@ def _pairs(
 ) -> Pairs:
     """Returns the joint relevance of the nodes of two layers.
 
-    Walks that cross only one of the two layers are assigned to the node off the other layer.
+    Walks that cross only one of the two layers belong to the node off the other layer.
     """
     values = joint[np.ix_([row for row, _ in above], [row for row, _ in below])]
     leaving = np.array([node.mass for _, node in above]) - values.sum(1)

@@ -75,8 +75,8 @@ class FlowNode:
 
     Attributes:
         layer: Name of the layer.
-        kind: ``"group"``, ``"rest"`` for the neurons outside the shown groups, or ``"off"`` for the walks that do not
-            cross the layer, because they are absorbed above it or bypass it.
+        kind: ``"group"``; ``"rest"`` for the neurons outside the shown groups; or ``"off"`` for the walks that do not
+            cross the layer because they bypass it or are absorbed above it.
         group: Index of the group, or None for rest and off.
         label: Name of the node.
         mass: Mass of the walks, μ.
@@ -110,10 +110,10 @@ class FlowEdge:
 
     @property
     def given_upper(self) -> float:
-        """The conditional mass μ(lower given upper); NaN if the mass of the upper node is zero."""
+        """The conditional mass μ(lower given upper), or NaN if the mass of the upper node is zero."""
         return self.mass / self.upper.mass if self.upper.mass else math.nan
 
     @property
     def given_lower(self) -> float:
-        """The conditional mass μ(upper given lower); NaN if the mass of the lower node is zero."""
+        """The conditional mass μ(upper given lower), or NaN if the mass of the lower node is zero."""
         return self.mass / self.lower.mass if self.lower.mass else math.nan

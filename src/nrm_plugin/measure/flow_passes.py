@@ -1,13 +1,13 @@
-r"""The passes of a flow: the joint relevance between nodes in all layers, and the heat maps of the nodes.
+r"""The passes that compute a flow: the joint relevance between the nodes of all layers, and the heat maps of the nodes.
 
-One downward pass per layer yields the joint relevance of its nodes with the nodes of all layers below. Downward passes
+One downward pass per layer yields the joint relevance of its nodes with the nodes of all lower layers. Downward passes
 stop at a **middle** tap, which every walk to the lowest layer crosses. A transposed pass propagates the few groups of
 the lowest layer up to the same tap. The joint relevance of a node ``A`` and a group ``B`` of the lowest layer is then a
 sum over the neurons ``i`` of the middle tap,
 
 .. math:: \mu(A \cap B) = \sum_i \mu(A \cap \{n_m = i\}) \; \mu(B \mid n_m = i)
 
-which is exact, because walks form a Markov chain: below a neuron, relevance does not depend on the walk above it.
+The sum is exact because walks form a Markov chain: below a neuron, relevance does not depend on the walk above it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .layer_taps import separates
 from .memory_budget import in_chunks, width_of
 
 POSITIONS = 48
-"""Number of positions along each side of a tap that suffices for the heat maps of a flow."""
+"""Number of positions along each side of a tap that suffice for the heat maps of a flow."""
 
 
 class FlowPasses:
-    """Computes the joint relevance between the nodes of a flow, for all pairs of layers.
+    """Passes that compute the joint relevance between the nodes of a flow, for all pairs of layers.
 
     Args:
         mu: The measure whose flow is computed.
@@ -62,7 +62,7 @@ class FlowPasses:
             self._run(number)
 
     def _run(self, number: int) -> None:
-        """Runs the pass for the nodes of a layer and aggregates the relevance that arrives at the layers below."""
+        """Runs the pass for the nodes of a layer, and sums the relevance that arrives at lower layers by node."""
         nodes, upper = self._nodes(number), self.taps[number]
         places = {self._stop.place} | {tap.place for tap in self.taps[number + 1 :]}
         below = [tap for tap in self._layers() if tap.place in places and tap.place != upper.place]
@@ -79,7 +79,7 @@ class FlowPasses:
             self.maps[number] = self._positions(rows, self._map_tap)
 
     def _layers(self) -> list[Tap]:
-        """Returns the taps at which vectors are collected, including the tap at which passes stop."""
+        """Returns the taps at which vectors are collected, including the one at which passes stop."""
         layers = self.taps[: -1 if self._is_split else None]
         return layers if any(tap.place == self._stop.place for tap in layers) else [*layers, self._stop]
 
@@ -94,7 +94,7 @@ class FlowPasses:
         return torch.stack([relevance * (labels == node) for node in range(count)])
 
     def _propagated(self, upper: Tap, below: Sequence[Tap], nodes: Tensor) -> dict[Any, Tensor]:
-        """Propagates the relevance of each node to the lower taps, ``(K, N, *shape)`` each."""
+        """Propagates the relevance of each node to the lower taps, as one tensor ``(K, N, *shape)`` per tap."""
 
         def run(some: Sequence[int]) -> list[list[Tensor]]:
             vectors = {node: upper.layout.fold(nodes[node]) for node in some}
@@ -140,8 +140,8 @@ class FlowPasses:
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
         """Returns the joint relevance of each node of a layer and each pixel, ``(N, K, *image positions)``.
 
-        If heat maps are computed at another tap, the relevance of each of its positions is distributed evenly over the
-        corresponding pixels. The result is None for layers below that tap, except for the image itself.
+        If heat maps are computed at another tap than the image, the relevance of each position is distributed evenly
+        over the corresponding pixels. The result is None for layers below that tap, except for the image itself.
         """
         if self.taps[number].place == image.place:
             return self._positions(self._nodes(number), image)
@@ -166,7 +166,7 @@ class FlowPasses:
 
 
 def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> FlowPasses:
-    """Constructs :class:`FlowPasses`, which takes the same arguments, independently of the current gradient mode."""
+    """Constructs :class:`FlowPasses` from the same arguments, in any gradient mode."""
     mu._check_fresh()
     with torch.inference_mode(False), torch.no_grad(), exact(mu._start.device):
         return FlowPasses(mu, taps, labels, maps)
@@ -175,15 +175,15 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
     """Chooses the tap at whose positions the heat maps of a flow are computed.
 
-    Candidates are the last layer and the taps below all layers that have the aspect ratio of the image and at least
-    :data:`POSITIONS` positions along each side, and that all walks from the layers to the image cross. Among those with
-    the resolution of the uppermost candidate, the one nested in the fewest modules is chosen. If there is no candidate,
-    or the image has no more than :data:`POSITIONS` positions along its shorter side, the image itself is used.
+    Candidates are the last layer and the taps below all layers. They must have the aspect ratio of the image and at
+    least :data:`POSITIONS` positions along each side, and all walks from the layers to the image must cross them. Among
+    the candidates with the resolution of the uppermost one, the tap nested in the fewest modules is chosen. If there is
+    no candidate, or if the shorter side of the image has at most :data:`POSITIONS` positions, the image itself is used.
 
     Args:
         mu: The measure whose flow is computed.
         layers: The layers of the flow above the image.
-        image: Name of the tap that contains the image.
+        image: Name of the tap of the image.
 
     Returns:
         The name of the tap and the tap.
@@ -199,7 +199,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
         is_under = tap.place == layers[-1].place or mu._is_below(tap.place, layers[-1])
         if is_under and all(separates(mu._recording, one, tap, lowest) for one in layers):
             candidates.append((name, tap))
-    # Among layers of equal resolution, readers are most familiar with one that is not nested in a block.
+    # Among layers of equal resolution, readers know best those that are not nested in a block.
     return min(candidates, key=lambda one: one[0].count("."), default=(image, lowest))
 
 
@@ -214,8 +214,8 @@ def _has_positions(tap: Tap, image: Tap) -> bool:
 def _stop(mu: Any, taps: Sequence[Tap], maps: Tap | None) -> Tap:
     """Returns the tap at which downward passes stop.
 
-    This is the tap of the heat maps if it is below all layers, except possibly the last one, and the last layer
-    otherwise.
+    This is the tap of the heat maps if it is below all layers (or all except the last one), and otherwise the last
+    layer.
     """
     if maps is None:
         return taps[-1]

@@ -15,7 +15,7 @@ from .flow_nodes import Array, FlowLayer
 TOP = 8
 """Default maximum number of groups shown per layer."""
 NEGLIGIBLE = 1e-12
-"""Groups up to this absolute mass are treated as zero, since stabilizers produce such values, and are not shown."""
+"""Absolute mass up to which a group counts as zero and is not shown, since stabilizers produce such values."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """Returns the matrix that sums the nodes of a layer into those of a smaller graph, ``(shown + 2, count + 2)``."""
+    """Returns the matrix that sums the nodes of a layer to those of a smaller graph, ``(shown + 2, count + 2)``."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1

@@ -1,4 +1,4 @@
-"""Search for groups of layer members that preserve most of the dependence between layers."""
+"""Search for groups of the members of layers that preserve most of the dependence between the layers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .partitions import Names
 K = 8
 """Default number of groups in a layer."""
 ROUNDS = 1
-"""Number of times that each layer is refined with exact joint relevance after a search on an estimate."""
+"""Number of times that each layer is refined by exact joint relevance after a search on an estimate."""
 FEW_RESTARTS = 2
-"""Maximum number of restarts on an estimate, whose accuracy does not justify more."""
+"""Maximum number of restarts of a search on an estimate, which is too inaccurate to justify more."""
 RESTARTS = 30
 """Default number of restarts of the search."""
 
@@ -49,33 +49,33 @@ def find_groups(
     restarts: int = RESTARTS,
     seed: int = 0,
 ) -> Groups:
-    r"""Finds groups in all layers jointly, so that they preserve most of the dependence between the layers.
+    r"""Finds groups in all layers at once, so that they preserve most of the dependence between the layers.
 
-    For the mean joint relevance ``J`` of two layers with row sums ``r``, column sums ``c`` and total ``Z``, the
-    partitions should preserve a large share of the dependence :math:`D = J - r c^\top / Z`,
+    Let ``J`` be the mean joint relevance of two layers, with row sums ``r``, column sums ``c`` and total ``Z``. The
+    groups should preserve a large fraction κ of the dependence :math:`D = J - r c^\top / Z`,
 
     .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
 
-    The search maximizes the sum of κ over pairs of consecutive layers. Starting from k-means clusters, single members
-    are moved to the group that most increases this sum, until no move increases it. If at most ``k`` members of a layer
-    have nonzero mass, as in the output, each of them forms its own group. Groups are sorted by decreasing absolute
-    mass. The result is deterministic for a given seed.
+    The search maximizes the sum of κ over pairs of consecutive layers. It starts from k-means clusters, and moves
+    single members to the group that most increases this sum until no move increases it. If at most ``k`` members of a
+    layer have nonzero mass, as in the output, each of them forms its own group. Groups are sorted by decreasing
+    absolute mass. The result is deterministic for a given seed.
 
-    The exact joint relevance of non-adjacent layers requires one pass per member. If both layers have more than 64
-    members, the search starts from an estimate based on the positions that the layers have in common, or on a sketch of
-    rank 8 if there are none. Members are then moved based on their exact joint relevance with groups; κ is not computed
-    in this case (NaN). For parts of a large image, joint relevance is computed at the positions of a layer that all
-    walks to the image cross.
+    The exact joint relevance of non-adjacent layers takes one pass per member. If both layers have more than 64
+    members, the search therefore starts from an estimate, based on the positions that the layers have in common or, if
+    there are none, on a sketch of rank 8. Members are then moved according to their exact joint relevance with groups,
+    and κ is not computed (NaN). For parts of a large image, joint relevance is computed at the positions of a layer
+    that all walks to the image cross.
 
     Args:
         measures: A measure with one or more samples, several measures, or a sweep that stores the joint relevance of
             these layers.
         layers: Two or more layers, each below the previous one.
-        k: Maximum number of groups per layer, or a dictionary keyed by layer name, in which None makes each member its
-            own group.
+        k: Maximum number of groups per layer, or a dictionary keyed by layer name. With None, each member of a layer is
+            its own group.
         members: The members to be grouped in each layer, keyed by layer name: ``"channel"`` (the default),
-            ``"position"``, ``"neuron"``, an integer label for every neuron, such as heads ``torch.arange(768) // 64``
-            or segments of an image, or boolean masks keyed by name. The default for the input is its positions, in a
+            ``"position"``, ``"neuron"``, an integer label for every neuron (such as heads ``torch.arange(768) // 64``,
+            or segments of an image), or boolean masks keyed by name. By default, the input is grouped by position, in a
             grid of at most 16 × 16 cells.
         names: Member names, keyed by layer, such as ``{"output": classes}``. A group is named after its member with the
             largest mass.
@@ -118,7 +118,7 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """Computes the exact dependence of the members of a layer on the groups of the adjacent layers.
+    """Source of the exact dependence of the members of a layer on the groups of the adjacent layers.
 
     Attributes:
         joints: Joint relevance of all members, exact or estimated.
@@ -167,7 +167,7 @@ def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> tupl
 
 
 def layer_name(mu: Any, layer: Any) -> str:
-    """Returns the name of a layer, given as a name, module or tap."""
+    """Returns the name of a layer that is given as a name, module or tap."""
     if isinstance(layer, str):
         return layer
     names = mu._tap(layer).names
@@ -231,7 +231,7 @@ def _by_mass(masses: Array, labels: Labels) -> Labels:
 
 
 def _names(masses: Array, labels: Labels, kind: Over, names: Names | None) -> tuple[str, ...]:
-    """Names each group after its member with the largest absolute mass, followed by the number of other members."""
+    """Names each group after its member with the largest absolute mass and the number of its other members."""
     given = dict(enumerate(names)) if names is not None and not isinstance(names, Mapping) else names or {}
     called = []
     for group in range(int(labels.max()) + 1):

@@ -13,16 +13,16 @@ from ..errors import EventError, brief
 from ..recording.taps import Tap
 
 Over = str | Tensor
-"""How neurons are grouped: ``"channel"``, ``"position"``, ``"neuron"``, or an integer label for every neuron."""
+"""Grouping of neurons: ``"channel"``, ``"position"``, ``"neuron"``, or an integer label for every neuron."""
 
 KINDS = ("channel", "position", "neuron")
 
 
 def labels_of(tap: Tap, over: Over) -> Tensor:
-    """Returns the group of every neuron of a tap, as integers of shape ``tap.shape[1:]`` on the CPU.
+    """Returns the group of every neuron of a tap, as an integer tensor of shape ``tap.shape[1:]`` on the CPU.
 
     Raises:
-        EventError: If given labels do not match the tap.
+        EventError: If ``over`` contains labels that do not match the tap.
     """
     inner = tap.shape[1:]
     if isinstance(over, Tensor):
@@ -55,7 +55,7 @@ def _own_labels(tap: Tap, over: Tensor) -> Tensor:
 
 
 def check_over(over: Any) -> None:
-    """Raises an error if ``over`` is neither a known kind of group nor a tensor."""
+    """Raises an error if ``over`` is neither a known grouping nor a tensor."""
     if not isinstance(over, Tensor) and over not in KINDS:
         raise ValueError(f"over={brief(over)} is unknown; choose 'channel', 'position', 'neuron', or integer labels.")
 
@@ -73,7 +73,7 @@ def over_each(over: Over | Sequence[Over], count: int) -> list[Over]:
 
 
 def pair_of(over: Any) -> tuple[Over, Over]:
-    """Returns the groupings of the upper and the lower tap, which may be given as a pair or as a common value."""
+    """Returns the groupings of the upper and the lower tap, given as a pair or as one value for both."""
     pair = over if isinstance(over, tuple) and len(over) == 2 else (over, over)
     for one in pair:
         check_over(one)

@@ -1,9 +1,9 @@
 r"""Joint relevance between layers with many members, exact or in low-rank form, for the group search.
 
-The joint relevance ``J`` of two distant layers requires one partial pass per member. For the search, a low-rank
-approximation is sufficient: :math:`Y = J \Omega` requires one transposed pass per random vector, and with an
-orthonormal basis ``Q`` of ``Y``, :math:`Q Q^\top J` requires one partial pass per basis vector. The joint relevance
-between the members of one layer and the groups of the other is always exact.
+The joint relevance ``J`` of two distant layers takes one partial pass per member. For the search, a low-rank
+approximation suffices: :math:`Y = J \Omega` takes one transposed pass per random vector and, with an orthonormal basis
+``Q`` of ``Y``, :math:`Q Q^\top J` takes one partial pass per basis vector. The joint relevance between the members of
+one layer and the groups of the other is always exact.
 
 Source: Halko, Martinsson and Tropp, SIAM Review 2011, for the randomized range finder; its application to joint
 relevance is new in this package.
@@ -29,16 +29,16 @@ from .memory_budget import in_chunks, width_of
 FEW = 64
 """Maximum number of members for which joint relevance is computed exactly, with one pass per member."""
 FEWER = 8
-"""Counterpart of :data:`FEW` for parts of an image whose joint relevance is computed at another layer."""
+"""The same limit for parts of an image whose joint relevance is computed at another layer."""
 RANK = 8
 """Rank of the approximation for layers with more members."""
 
 
 class PairJoints:
-    """Computes joint relevance between the members of consecutive layers.
+    """Source of the joint relevance between the members of consecutive layers.
 
-    For parts of an image, it is computed at the positions of a layer that all walks to the image cross, which requires
-    fewer and shorter passes (:func:`~nrm_plugin.measure.flow_passes.map_tap`).
+    For parts of an image, it is computed at the positions of a layer that all walks to the image cross, which takes
+    fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
 
     Args:
         mu: The measure from which joint relevance is computed.
@@ -65,7 +65,7 @@ class PairJoints:
             self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
 
     def _move_image(self) -> bool:
-        """Replaces the image with a layer of the same spatial layout and returns whether there is one."""
+        """Replaces the image with a layer of the same spatial layout; returns whether there is one."""
         image = self.taps[-1]
         if image.place != self.mu._tap("input").place:
             return False
@@ -115,7 +115,7 @@ class PairJoints:
         return self._sketch(pair)
 
     def of_groups(self, pair: int, above: Over, below: Over) -> Tensor:
-        """Returns the exact joint relevance of groups of a pair of layers, ``(N, groups above, groups below)``."""
+        """Returns the exact joint relevance of the groups of a pair of layers, ``(N, groups above, groups below)``."""
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
             if upper.place == lower.place:

@@ -54,7 +54,7 @@ def joint_matrices(
 def joint_matrix(
     recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """Computes the joint relevance of two taps with partial passes, one for each group of the tap with fewer groups.
+    """Computes the joint relevance of two taps by partial passes, one for each group of the tap with fewer groups.
 
     Args:
         recording: The recording of the forward pass.
@@ -96,7 +96,7 @@ def joint_matrix(
 
 
 def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[int]) -> tuple[Tensor, Cost]:
-    """Propagates ``K`` vectors from a tap to a lower tap, in the tensor layout of the model."""
+    """Propagates ``K`` vectors, in the tensor layout of the model, from a tap to a lower tap."""
     (arrived,), cost = propagated_to(recording, upper, [lower], vectors)
     return arrived, cost
 
@@ -136,14 +136,14 @@ _KEEPING_CHANNELS = frozenset(
     maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d clone alias
     """.split()
 )
-"""Operations that propagate all relevance within each channel."""
+"""Operations that keep all relevance within its channel."""
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
     """Computes the joint relevance of the channels of two taps separated by one linear step, from one weight gradient.
 
-    All other operations between the taps must propagate all relevance within each channel, so that a walk through a
-    channel of the step crosses the same channel of the tap. Otherwise, the result is None.
+    All other operations between the taps must keep all relevance within its channel, so that a walk through a channel
+    of the step crosses the same channel of the tap. Otherwise, the result is None.
 
     Args:
         recording: The recording of the forward pass.
@@ -174,7 +174,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
-    """Returns the vertices between two taps if they are a chain of one linear step and operations within channels."""
+    """Returns the vertices between two taps if they form a chain of one linear step and operations within channels."""
     if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not _are_plain(upper, lower):
         return None
     place, chain, linear = upper.place, [], 0
@@ -220,7 +220,7 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
 
 
 class _Collect(Visitor[int]):
-    """Visitor that collects the relevance arriving at several taps, and stops the pass below the last of them."""
+    """Visitor that collects the relevance that arrives at several taps, and stops the pass below the last of them."""
 
     def __init__(self, recording: Recording, lowers: Sequence[Tap]) -> None:
         self.recording = recording

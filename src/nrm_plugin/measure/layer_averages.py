@@ -19,7 +19,7 @@ from .measure import RelevanceMeasure
 BLUR = 1 / 8
 """Standard deviation of the blur of a reference, as a fraction of the shorter side of the image."""
 RESOLUTIONS = 2
-"""Number of resolutions, starting from the coarsest, that :func:`layer_map` averages; chosen in docs/real.md."""
+"""Number of resolutions that :func:`layer_map` averages, starting from the coarsest; chosen in docs/real.md."""
 LEAST = 4
 """Minimum number of positions along each side of the layers of :func:`layer_map`; coarser layers do not localize."""
 SAME_SHAPE = 1.5
@@ -38,7 +38,7 @@ def layer_map(
         model: An image classifier, in evaluation mode.
         images: Input images, ``(N, C, H, W)``.
         target: The class, as in :class:`~nrm_plugin.RelevanceMeasure`.
-        against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
+        against: The outputs with which the class is compared; by default the other classes, weighted by their softmax.
         reference: The reference images; by default, :func:`blurred` versions of ``images``.
         settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
 
@@ -71,7 +71,7 @@ def layer_map(
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Blurs images ``(N, C, H, W)`` with a Gaussian with a standard deviation of an eighth of the shorter side.
+    """Blurs images ``(N, C, H, W)`` by a Gaussian whose standard deviation is an eighth of the shorter side.
 
     Examples:
         >>> blurred(torch.rand(5, 3, 8, 8)).shape
@@ -79,7 +79,7 @@ def blurred(images: Tensor) -> Tensor:
     """
     short = min(images.shape[2:])
     side = 2 * min(round(3 * BLUR * short), short - 1) + 1
-    # Separable: torchvision's kernel for both axes has side × side weights.
+    # Applied along each axis, since torchvision's kernel for both axes has side × side weights.
     across = gaussian_blur(images, [side, 1], [BLUR * short, 1.0])
     result: Tensor = gaussian_blur(across, [1, side], [1.0, BLUR * short])
     return result
@@ -89,7 +89,7 @@ def late_layers(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer for each of the two coarsest resolutions of at least 4 × 4, the last layer first.
 
     Layers are chosen as in :func:`layers_by_resolution`. The list is empty if the model does not have two such
-    resolutions that are coarser than the image. Vision transformers, for example, have only one such layer, the patch
+    resolutions that are coarser than the image: vision transformers, for example, have only one such layer, the patch
     embedding.
 
     Raises:
@@ -107,10 +107,10 @@ def late_layers(mu: RelevanceMeasure) -> list[str]:
 def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer per spatial resolution, from the last layer to the input.
 
-    Candidates are the layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses and that have
-    the aspect ratio of the image, unlike attention weights. They are grouped by the power of two by which they are
-    smaller than the image. In each group, the last layer with the smallest resolution is chosen. Layers that only pool
-    the output of a larger layer, such as the last pooling layer of VGG16, are excluded.
+    Candidates are layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses and that, unlike
+    attention weights, have the aspect ratio of the image. They are grouped by the power of two by which they are
+    smaller than the image, and the last layer with the lowest resolution is chosen from each group. Layers that merely
+    pool the output of a larger layer, such as the last pooling layer of VGG16, are excluded.
 
     Args:
         mu: A measure with images ``(N, C, H, W)`` as inputs.
@@ -122,14 +122,14 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
 
 
 def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
-    """Yields the layers of :func:`layers_by_resolution` that have at least ``least`` positions along each side.
+    """Yields the layers of :func:`layers_by_resolution` with at least ``least`` positions along each side.
 
-    The input is not included.
+    The input is excluded.
     """
     (height, width), count = _grid(mu, "input"), mu._tap("input").tensor_shape[0]
     by_octave: dict[int, list[tuple[int, int, str]]] = {}
     for place, name in enumerate(mu.layers):
-        # The tensor shape is known; if samples are not in the first dimension, locating them may take another
+        # The shape of the tensor is known. If samples are not in its first dimension, locating them may take another
         # recording.
         tap = mu._tap(name)
         shape, channels = tap.tensor_shape, tap.tensor_channel_dim % 4
@@ -148,7 +148,7 @@ def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
 
 
 def _is_crossed_by_all(mu: RelevanceMeasure, name: str) -> bool:
-    """Returns whether all walks from the output to the input cross a layer, irrespective of their relevance."""
+    """Returns whether all walks from the output to the input cross a layer, regardless of their relevance."""
     return separates(mu._recording, mu._tap("output"), mu._tap(name), mu._tap("input"))
 
 

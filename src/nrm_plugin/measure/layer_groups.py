@@ -1,4 +1,4 @@
-"""Groups of layer members, which can be stored, named and applied to other inputs."""
+"""Groups of the members of layers, which can be stored, named and applied to other inputs."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ FORMAT = "nrm-plugin groups 1"
 
 
 class HasTaps(Protocol):
-    """Interface of a measure, restricted to what :class:`Groups` uses."""
+    """The part of the interface of a measure that :class:`Groups` uses."""
 
     def _tap(self, layer: Any) -> Tap: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """A partition of the members (channels, positions, neurons) of each layer, for several layers.
+    """Partitions of the members (channels, positions, neurons) of several layers.
 
-    Returned by :func:`~nrm_plugin.find_groups`. Groups are found on some inputs and can be applied to any other inputs
-    of the model.
+    Groups are returned by :func:`~nrm_plugin.find_groups`. They are found on some inputs, and can be applied to any
+    other inputs of the model.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
         labels: For each layer, the group of each member, ``(members,)``.
-        members: For each layer, the kind of its members: ``"channel"``, ``"position"`` or ``"neuron"``; or a tensor
-            with the member of every neuron.
+        members: For each layer, the kind of its members (``"channel"``, ``"position"`` or ``"neuron"``), or a tensor
+            with the member to which each neuron belongs.
         names: For each layer, the name of each group.
         masses: For each layer, the mean mass of each group over the samples on which the groups were found.
         kappas: For each pair of consecutive layers, the fraction of the dependence that the groups preserve; NaN if the
             layers are independent or the joint relevance of all members was not computed.
-        examples: For each layer and group, the index of the sample in which the group has the largest absolute mass;
-            empty if only means are known, as for a sweep.
+        examples: For each layer and group, the index of the sample in which the group has the largest absolute mass.
+            Empty if only means are known, as for a sweep.
         samples: Number of samples on which the groups were found.
 
     Examples:
@@ -94,14 +94,15 @@ class Groups:
         return sum(shares) / len(shares) if shares else math.nan
 
     def over(self, mu: HasTaps, layer: str) -> Tensor:
-        """Returns the group of each neuron of a layer, ``mu.shape(layer)[1:]``, to be used as ``over=`` and in events.
+        """Returns the group of each neuron of a layer, ``mu.shape(layer)[1:]``, for use as ``over=`` and in events.
 
         Args:
             mu: A measure of the same model for any inputs.
             layer: Name of the layer.
 
         Raises:
-            InputError: If the layer has no groups, or its members for these inputs differ from those that were grouped.
+            InputError: If the layer has no groups, or if its members differ for these inputs from those that were
+                grouped.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -141,7 +142,7 @@ class Groups:
         return at(layer)[labels == group]
 
     def named(self, names: Mapping[str, Sequence[str] | Mapping[int, str]]) -> Groups:
-        """Returns a copy with renamed groups, given a list or a dictionary (keyed by group index) for each layer.
+        """Returns a copy with renamed groups, given for each layer as a list or as a dictionary keyed by group index.
 
         Raises:
             InputError: If one of the layers or groups does not exist.
@@ -213,7 +214,7 @@ class Groups:
         }  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Returns the labels of all layers, and the members of the layers where these are given as tensors."""
+        """Returns the labels of all layers, and the members of those layers for which they are tensors."""
         own = {f"labels/{layer}": labels for layer, labels in zip(self.layers, self.labels, strict=True)}
         kinds = zip(self.layers, self.members, strict=True)
         return own | {f"members/{layer}": kind for layer, kind in kinds if isinstance(kind, Tensor)}

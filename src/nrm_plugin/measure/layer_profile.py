@@ -1,4 +1,4 @@
-"""Mass, sink, bypass and variation of each layer, with the sum of plain LRP for comparison."""
+"""Mass, sink, bypass and variation of each layer, with the total of plain LRP for comparison."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ProfileRow:
         mass: Mass of the walks that cross the tap.
         sink: Mass of the walks that are absorbed above the tap.
         bypass: Mass of the walks that bypass the tap.
-        variation: Tap variation, at least 1; values above 1 mean that the relevance of its neurons has mixed signs.
+        variation: Tap variation, at least 1; a value above 1 means that relevance at the tap has mixed signs.
         plain: Total relevance of plain LRP with the same rules and an initial relevance of 1 at the output, or None if
-            not computed.
+            it was not computed.
     """
 
     layer: str
@@ -34,13 +34,13 @@ class ProfileRow:
 def profile(
     mu: RelevanceMeasure, layers: Sequence[str] | None = None, plain: RelevanceMeasure | None = None, sample: int = 0
 ) -> list[ProfileRow]:
-    """Computes the profile of a measure, with one row per layer, from the output to the input.
+    """Computes the profile of a measure, one row per layer, from the output to the input.
 
     Args:
         mu: The measure to summarize.
         layers: Names of taps; by default, all taps.
-        plain: A measure of the same model and inputs with the same rules and ``residual="sink"``. Its marginals are the
-            relevance of plain LRP with an initial relevance of 1 at the output.
+        plain: A measure of the same model and inputs with the same rules and ``residual="sink"``, whose marginals are
+            the relevance of plain LRP with an initial relevance of 1 at the output.
         sample: Index of the sample.
 
     Raises:
@@ -75,7 +75,7 @@ def profile(
 
 
 def _distinct(mu: RelevanceMeasure) -> list[str]:
-    """Returns all layers without aliases; the last layer is listed as ``"output"`` if it is the output tensor."""
+    """Returns all layers except aliases. If the last layer is the output tensor, it is named ``"output"``."""
     *below, last = mu.layers
     if len(below) > 1 and mu.shape(below[-1]) == mu.shape(last):
         below.pop()

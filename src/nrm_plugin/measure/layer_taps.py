@@ -22,7 +22,7 @@ Layer = str | nn.Module | Atom
 
 
 def atom_of(layer: Any, side: Side = "output") -> Atom:
-    """Returns the event that a walk crosses a layer, in any neuron.
+    """Returns the event that a walk crosses any neuron of a layer.
 
     Raises:
         EventError: If ``layer`` is an event or a list of layers.
@@ -37,7 +37,7 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """Returns the layers as a list, and whether a single layer was given."""
+    """Returns the layers as a list, and whether the argument is a single layer."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 
@@ -71,7 +71,7 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
 
 
 def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[Atom]:
-    """Returns one atom for each tensor that a layer returns (or receives, depending on ``side``).
+    """Returns one atom for each tensor that a layer returns or, for the other ``side``, receives.
 
     Raises:
         EventError: If ``layer`` is an event or a sink.
@@ -104,9 +104,9 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
 
 
 def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
-    """Returns whether every walk that crosses both an upper and a lower tap also crosses a middle tap.
+    """Returns whether every walk that crosses an upper and a lower tap also crosses a middle tap.
 
-    Walks absorbed between the taps are not considered. The middle tap may be identical to the upper or the lower one.
+    Walks that are absorbed between the taps do not count. The middle tap may be the same as the upper or the lower one.
     """
     if middle.place in (upper.place, lower.place):
         return True
@@ -127,7 +127,7 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
 
 
 def is_only_pooled(recording: Recording, tap: Tap) -> bool:
-    """Returns whether a tap is obtained from larger tensors only by pooling and rearranging entries."""
+    """Returns whether a tap is computed from larger tensors by pooling and rearranging entries alone."""
     graph, seen = recording.graph, set()
     waiting = [graph.buffer(tap.place)]
     while waiting:

@@ -1,7 +1,7 @@
-r"""An estimate of the joint relevance of two layers that is computed from their marginals, without any pass.
+r"""Estimate of the joint relevance of two layers from their marginals, without any pass.
 
 In image networks, most walks stay close to their position between two layers. If they stayed exactly at their position
-``p``, and the channels that a walk crosses there were independent, the joint relevance of two channels would be
+``p``, and if the channels that a walk crosses there were independent, the joint relevance of two channels would be
 
 .. math:: \tilde J_{ij} = \sum_p \frac{\mu(i, p) \, \mu(j, p)}{\mu(p)}
 
@@ -35,7 +35,7 @@ def local_joint(
         lower: The lower layer.
         above: Marginal of the upper layer, ``(N, *shape)``.
         below: Marginal of the lower layer, ``(N, *shape)``.
-        parts: The image part of each neuron of the lower layer, to be used instead of its channels.
+        parts: The image part of each neuron of the lower layer, used in place of its channels.
         count: Number of image parts.
 
     Returns:
@@ -63,7 +63,7 @@ def _channels_first(tap: Tap, values: Tensor) -> Tensor:
 
 
 def at_positions(image: Tap, kind: Over, tap: Tap) -> Tensor | None:
-    """Returns, for each neuron of a tap, the part of the image that its position belongs to.
+    """Returns, for each neuron of a tap, the part of the image to which its position belongs.
 
     The tap and the image must have two spatial dimensions. A position belongs to the part that contains its central
     pixel. The result is None if the channels of a pixel are in different parts.

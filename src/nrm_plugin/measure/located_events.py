@@ -1,4 +1,4 @@
-"""Events over the places of a recording, with masks in place of layer names and indices."""
+"""Events over the places of a recording, which have masks in place of layer names and indices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """The event that a walk crosses a place at a neuron of the mask or, for a sink, is absorbed there.
+    """The event that a walk crosses a place at one of the neurons of a mask or, for a sink, is absorbed there.
 
     Attributes:
         place: The place.
@@ -32,7 +32,7 @@ class Located(Event):
 
 
 class Locator:
-    """Converts events to located events, in which identical atoms and masks are shared.
+    """Converter of events to located events, in which identical atoms and masks are shared.
 
     Args:
         recording: The recording of the forward pass.
@@ -101,8 +101,8 @@ class Locator:
 def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> Tensor:
     """Computes the mask of the neurons of an atom, with samples first.
 
-    An index selects along all dimensions of the tensor except the samples. If windows, heads or views share a dimension
-    with the samples, the index applies to all of them; a mask may have an additional dimension for them.
+    An index applies to all dimensions of the tensor except that of the samples. If windows, heads or views share this
+    dimension with the samples, the index applies to all of them; a mask may have an additional dimension for them.
 
     Args:
         atom: The atom whose neurons are selected.

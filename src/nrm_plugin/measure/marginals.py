@@ -1,4 +1,4 @@
-"""Relevance of every neuron of one or several taps: marginal, joint with events, or conditioned on events."""
+"""Relevance of every neuron of one or several taps: marginal, joint with events, or conditional on events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .totals import Totals
 def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
     """Returns ``μ(j)`` for every neuron of each tap, ``(N, *shape)``, as tensors that do not share memory.
 
-    Within a pass, the taps before and after a step share memory if the step does not change the relevance.
+    In a pass, the taps before and after a step share memory if the step does not change the relevance.
     """
     used = {totals.start.untyped_storage().data_ptr()}
     maps = []
@@ -30,7 +30,7 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
 
 
 def copied(values: Tensor) -> Tensor:
-    """Copies a tensor, lazily (on the first write) if torch supports this on its device."""
+    """Copies a tensor; if torch supports it on the device, only on the first write."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
     return copy

@@ -11,7 +11,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
-    """Sets a vector to zero outside a mask, where a mask of None denotes all neurons."""
+    """Sets a vector to zero outside a mask; None is the mask of all neurons."""
     return vector if mask is None else vector * mask.to(vector.device)
 
 

@@ -20,15 +20,15 @@ from .partitions import partition, patches
 
 Array = NDArray[np.float64]
 Members = Mapping[str, Any]
-"""The members of each layer, keyed by layer name: ``"channel"``, ``"position"``, ``"neuron"``, an integer label for
+"""Members of each layer, keyed by layer name: ``"channel"``, ``"position"``, ``"neuron"``, an integer label for
 every neuron, or boolean masks keyed by name."""
 
 CELLS = 16
-"""Maximum number of grid cells along each side, into which positions are grouped to limit the number of members."""
+"""Maximum number of cells along each side of the grid by which positions are grouped to limit the number of members."""
 
 
 class Measure(Protocol):
-    """Interface of :class:`~nrm_plugin.RelevanceMeasure`, restricted to the queries used here."""
+    """The part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that is used here."""
 
     @property
     def sign(self) -> Tensor: ...
@@ -66,10 +66,10 @@ def mean_joints(
     Args:
         measures: Measures with one or more samples each.
         layers: Names of the layers, from the output to the input, and the corresponding layers of the measures.
-        members: The members of each layer; by default channels, or grid cells of the image for the input.
+        members: The members of each layer; by default its channels or, for the input, grid cells of the image.
 
     Returns:
-        The mean joint relevance; and, if there is only one measure, its source of joint relevance, else None.
+        The mean joint relevance; and the source of joint relevance of the measure if there is only one, or None.
 
     Raises:
         InputError: If no measure is given.
@@ -111,7 +111,7 @@ def _array(values: Tensor) -> Array:
 
 
 def _members(tap: Tap, name: str, members: Members | None) -> Over:
-    """Returns the members of a layer, given or by default."""
+    """Returns the members that were given for a layer, or the default members."""
     given = (members or {}).get(name)
     if given is not None:
         return given if isinstance(given, str) else partition(tap, given, None).labels

@@ -1,4 +1,4 @@
-"""The relevance measure of a model for given inputs, with one method for each query."""
+"""The relevance measure of a model on given inputs, with one method per query."""
 
 from __future__ import annotations
 
@@ -38,56 +38,55 @@ from .totals import pass_totals
 
 
 class RelevanceMeasure(Recorded):
-    r"""Relevance as a normalized signed measure over the walks of a network, one measure per sample.
+    r"""Relevance as a normalized signed measure on the walks of a network, with one measure per sample.
 
     .. math:: \mu(w) = \mu(n_L) \prod_l \tilde T_{n_l n_{l+1}}, \qquad
               \mu(A) = \sum_{w \in A} \mu(w), \qquad \mu(\Omega) = 1
 
-    The model runs once, unless memory is limited, and is not modified; all queries are computed from this recording.
-    Results do not require gradients.
+    The model is run once, or several times if memory is limited, and is not modified. All queries are computed from
+    this recording, and their results do not require gradients.
 
     Args:
         model: The network, in evaluation mode.
         inputs: A tensor ``(N, …)``, a tuple of such tensors, or a mapping whose entries are passed as keyword
-            arguments; in a mapping, only floating-point tensors receive relevance. If the inputs are integers, such as
-            token ids, the embedding rows that they select receive it.
+            arguments. In a mapping, only floating-point tensors receive relevance. If the inputs are integers, such as
+            token ids, the embedding rows that they select receive the relevance.
         target: The output to explain, in Captum's format (int, tuple, list or tensor), or a function that computes it
             from the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``. None if each sample has a single
             output.
         composite: A Zennit composite, or None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized``
             composite keeps its own settings.
-        residual: What happens to relevance that a rule does not propagate: ``"redistribute"`` (the default) or
+        residual: Treatment of the relevance that a rule does not propagate: ``"redistribute"`` (the default) or
             ``"sink"``.
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
-        start: A vector of signed weights for the outputs, or a function that computes it from the outputs. It replaces
-            the target.
-        against: Outputs to contrast the target with. If given, the measure explains the difference between the target
-            and these outputs: ``"rest"`` for all other classes, weighted by their softmax; another target; or a
-            function of the outputs that returns a target or the weights of all outputs. The explained scalar is the
+        start: Signed weights of the outputs, or a function that computes them from the outputs; used in place of a
+            target.
+        against: Outputs with which the target is contrasted: ``"rest"`` for all other classes, weighted by their
+            softmax; another target; or a function of the outputs that returns a target or the weights of all outputs.
+            The measure then explains the difference between the target and these outputs. The explained scalar is the
             weighted sum :math:`\sum_k s_k f_k`, which may be negative. The sum is fused with the last layer and becomes
             the tap ``"output"``, ``(N, 1)``.
-        reference: A reference (baseline input) :math:`x^0`. If given, the measure explains the difference
-            :math:`\sum_k s_k (f_k(x) - f_k(x^0))`. The reference has the same form as the inputs, or is a single sample
-            that is used for all of them. Without a composite, every operation propagates relevance along its slope
-            between reference and input, and nothing is absorbed; with a composite, its rules are applied to
-            differences. The start vector may sum to 0. A list of references defines the mixture
-            :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
+        reference: A reference (baseline input) :math:`x^0`, in the form of the inputs, or a single sample that serves
+            as the reference of all inputs. The measure then explains the difference :math:`\sum_k s_k (f_k(x) -
+            f_k(x^0))`. Without a composite, every operation propagates relevance along its slope between reference and
+            input, and nothing is absorbed; with a composite, its rules are applied to differences. The start vector may
+            sum to 0. A list of references defines the mixture :math:`\sum_b \Delta f_b \mu_b / \sum_b \Delta f_b`.
         slopes: ``"secant"`` for slopes between reference and input, or ``"tangent"`` for derivatives at the input,
             whose linearization error is absorbed.
         additional_forward_args: Additional positional arguments for the model, as a tuple or a single argument.
         additional_forward_kwargs: Additional keyword arguments for the model.
         output: The tensor to explain if the model returns several: a key, an index, or a function of the returned
-            value. The default is the only tensor, ``"logits"`` or ``"out"``. If a tap ``at(layer)`` is given, the
-            measure explains this tap as if it were the output of the model.
-        batched: False if the first dimension of the inputs does not index samples but, for example, the nodes of a
-            graph or the time steps of a sequence, which together form one sample. Events and targets then index tensors
-            as the model does, ``at("conv1")[node, feature]``, and results have an additional first dimension of size
-            one.
+            value. By default, the only tensor, ``"logits"`` or ``"out"``. If this is a tap ``at(layer)``, the measure
+            explains the tap as if it were the output of the model.
+        batched: Whether the first dimension of the inputs indexes samples. Pass False if it indexes, for example, the
+            nodes of a graph or the time steps of a sequence, which together form one sample. Events and targets then
+            index tensors as the model does, ``at("conv1")[node, feature]``, and results have an additional first
+            dimension of size one.
         uncovered: Treatment of layers without a rule: ``"error"`` (the default) or ``"gradient"``.
         max_memory: Memory budget in bytes for the tensors stored in the recording, and for the relevance vectors of one
             pass. If the recording exceeds the budget, each pass reruns the model and processes the recording part by
-            part, with the same results. By default, the recording is not limited, and vectors are limited to 128 MiB on
-            a CPU, where a larger budget is slower, and to 1 GiB otherwise.
+            part, with the same results. By default, the recording is not limited; vectors are limited to 128 MiB on a
+            CPU, where more memory would be slower, and to 1 GiB on other devices.
 
     Raises:
         TypeError: If settings are passed in addition to a ``Normalized`` composite.
@@ -100,7 +99,7 @@ class RelevanceMeasure(Recorded):
         >>> mu(at("0")[2]).shape, mu.marginal("input", given=at("input")).shape
         (torch.Size([5]), torch.Size([5, 3]))
 
-    The examples of the methods continue this example.
+    The examples of the methods continue this one.
 
     Source: arXiv 2606.00557 for the measure; docs/measure.md for the parts that are new in this package.
     """
@@ -151,28 +150,26 @@ class RelevanceMeasure(Recorded):
         joint: Event | Sequence[Event] | None = None,
         min_ratio: float | None = None,
     ) -> Tensor | dict[Any, Tensor]:
-        r"""Returns the mass of the walks through each neuron of one tap.
+        r"""Returns the mass of the walks through each neuron of a tap.
 
         .. math:: \mu(n_l = i) = \mu(\{w : w \text{ crosses } i\})
 
         Args:
-            layer: Tap name, module or ``at(…)``, or a list of these, which is evaluated in one pass.
-            over: ``"channel"`` sums over all dimensions except samples and channels, and ``"position"`` over channels.
-                An integer tensor with a label for every neuron sums over neurons with the same label, to
+            layer: Tap name, module or ``at(…)``, or a list of these, which are evaluated in one pass.
+            over: ``"channel"`` to sum over all dimensions except samples and channels; ``"position"`` to sum over
+                channels; or an integer tensor with a label for every neuron, to sum over neurons with the same label,
                 ``(N, groups)``.
-            given: The event to condition on, for ``μ(n_l = i | event)``. A list of events yields one map per event.
-            joint: An event to intersect with, for ``μ(n_l = i and event)``, which is not divided by the mass of the
-                event.
+            given: The event to condition on, for ``μ(n_l = i | event)``, or a list of events, for one map per event.
+            joint: An event to intersect with, for ``μ(n_l = i and event)``, without division by the mass of the event.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, that is accepted as a divisor for ``given``.
 
         Returns:
-            A tensor ``(N, *shape)``, dimensionless, with an additional leading dimension for a list of events; a
-            dictionary of tensors for a list of layers. For each sample, the marginal, the sink above the tap and the
-            bypass sum to 1.
+            A dimensionless tensor ``(N, *shape)``, or ``(E, N, *shape)`` for a list of ``E`` events; a dictionary of
+            tensors for a list of layers. For each sample, the marginal, the sink above the tap and the bypass sum to 1.
 
         Raises:
             UnknownLayerError: If no tap has one of the given names; the message lists similar names.
-            NullEventError, CancellationError: If the mass of ``given`` is zero or cancels.
+            NullEventError, CancellationError: If the mass of ``given`` is zero or nearly cancels.
 
         Examples:
             >>> maps = mu.marginal(["1", "input"])
@@ -194,8 +191,8 @@ class RelevanceMeasure(Recorded):
 
         Args:
             layer: Tap name, module or ``at(…)``.
-            kind: ``"residual"`` for the mass that rules do not propagate, ``"constants"`` for the mass that ends at
-                parameters, buffers and other constants; both by default.
+            kind: ``"residual"`` for the mass that rules do not propagate, or ``"constants"`` for the mass that ends at
+                parameters, buffers and other constants; by default, both.
 
         Examples:
             >>> total = mu.marginal("1").sum(1) + mu.sink("1") + mu.bypass("1")
@@ -226,7 +223,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Returns the mass absorbed in each step, ``(N,)``, keyed by step name; steps without absorption are omitted.
+        """Returns the mass absorbed in each step, ``(N,)``, keyed by step name; steps that absorb nothing are omitted.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -240,7 +237,7 @@ class RelevanceMeasure(Recorded):
     def variation(self, layer: Layer) -> Tensor:
         r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
 
-        A value above 1 means that a neuron of the tap, absorbed relevance above it, or the bypass is negative.
+        A value above 1 means that some of this relevance is negative: that of a neuron, in the sink, or in the bypass.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -252,11 +249,11 @@ class RelevanceMeasure(Recorded):
     def walk_variation(self, surviving: bool = False) -> Tensor:
         r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``, which is 1 if and only if no walk is negative.
 
-        The walk variation bounds every ``|μ(A)|`` and, times the order of the machine precision, the rounding errors of
-        all sums. For signed rules, it grows with depth.
+        The walk variation is an upper bound on every ``|μ(A)|`` and, multiplied by the order of the machine precision,
+        on the rounding errors of all sums. For signed rules, it grows with depth.
 
         Args:
-            surviving: Whether to condition the measure on survival: the sum then runs over the walks that reach an
+            surviving: Whether to condition the measure on survival. The sum then runs over the walks that reach an
                 input, and is divided by the absolute value of their mass.
 
         Examples:
@@ -274,7 +271,7 @@ class RelevanceMeasure(Recorded):
         r"""Returns the mass of an event, ``μ(A)``, or its conditional mass, ``μ(A | B) = μ(A & B) / μ(B)``.
 
         Args:
-            event: An event, or a list of events, evaluated in one pass.
+            event: An event, or a list of events, which are evaluated in one pass.
             given: The event to condition on.
             min_ratio: Smallest ``|μ(B)|``, relative to its variation, that is accepted as a divisor; by default 1e-3 in
                 float32 and 1e-8 in float64. With 0, every nonzero divisor is accepted.
@@ -284,7 +281,7 @@ class RelevanceMeasure(Recorded):
 
         Raises:
             NullEventError: If no walk with nonzero mass satisfies the condition.
-            CancellationError: If the positive and negative walks of the condition cancel.
+            CancellationError: If the positive and negative walks of the condition nearly cancel.
         """
         events, is_single = event_list(event)
         mass = self._masses(events, given, min_ratio)
@@ -296,13 +293,13 @@ class RelevanceMeasure(Recorded):
     def conditional(self, event: Event, layer: None = ...) -> dict[str, Tensor]: ...
     @query
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
-        """Returns ``μ(event given j)`` for every neuron ``j`` of a tap above all taps of the event, ``(N, *shape)``.
+        """Returns ``μ(event given j)``, ``(N, *shape)``, for every neuron ``j`` of a tap above all taps of the event.
 
-        The query requires one transposed pass. It is also defined for neurons with ``μ(j) = 0``.
+        The query takes one transposed pass. It is defined even for neurons with ``μ(j) = 0``.
 
         Args:
             event: An event over taps below ``layer``.
-            layer: The tap, or None for a dictionary with all taps above the event.
+            layer: The tap, or None for a dictionary of all taps above the event.
 
         Raises:
             EventError: If the event refers to a tap that is not below ``layer``.
@@ -317,13 +314,13 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Returns the joint relevance of the channels of a tap and the channels of a lower tap, ``(N, upper, lower)``.
+        """Returns the joint relevance of the channels of a tap and those of a lower tap, ``(N, upper, lower)``.
 
         Args:
             upper: The upper tap, which walks cross first.
             lower: A tap below ``upper``.
             over: ``"channel"``, ``"position"``, ``"neuron"``, or an integer tensor with the group of every neuron; or a
-                pair of these for the upper and the lower tap.
+                pair of these, for the upper and the lower tap.
 
         Raises:
             EventError: If ``lower`` is not below ``upper``.
@@ -340,8 +337,8 @@ class RelevanceMeasure(Recorded):
         """Returns the joint relevance between the channels of consecutive layers, ``(N, upper, lower)`` for each pair.
 
         The marginals of all layers are computed in one pass. If two layers are separated only by a single linear layer
-        and by operations that preserve channels (ReLU, max pooling), the joint relevance of all their channels costs
-        one weight gradient.
+        and by operations that keep channels (ReLU, max pooling), the joint relevance of all their channels costs one
+        weight gradient.
 
         Args:
             layers: Two or more layers, each below the previous layer.
@@ -377,16 +374,16 @@ class RelevanceMeasure(Recorded):
 
         Args:
             layers: The layers, in any order; for any two of them, one must be below the other.
-            over: How neurons are grouped: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks
+            over: Grouping of the neurons: ``"channel"``, ``"position"``, ``"neuron"``, integer labels, or boolean masks
                 keyed by name; or a dictionary of these keyed by layer name, with channels as the default. ``"groups"``
-                divides the channels of a layer into ``k`` groups that preserve most of the dependence between layers
-                (:func:`~nrm_plugin.find_groups`), so that there is no rest.
+                divides the channels of each layer into ``k`` groups that preserve most of the dependence between
+                layers, without a rest; see :func:`~nrm_plugin.find_groups`.
             top: Maximum number of groups to show per layer, by absolute mass, or None for no limit. All other neurons
                 form one node, the rest.
             min_mass: Smallest absolute mass of a shown group.
             coverage: Fraction of the absolute mass to show in each layer, such as 0.9, with as few groups as possible.
             names: Names of the groups in each layer, as lists or dictionaries, such as ``{"output": classes}``.
-            sample: Index of the sample; required if the measure has several samples.
+            sample: Index of the sample; required if the measure has several.
             k: Number of groups in a layer for ``over="groups"``.
             groups: Groups returned by :func:`~nrm_plugin.find_groups`, which apply to all of their layers.
 
@@ -407,7 +404,7 @@ class RelevanceMeasure(Recorded):
             return flow_graph(self, taps, over, top, min_mass, coverage, names, sample)
 
     def explain(self, event: Event, given: Event | None = None) -> str:
-        """Describes a query as a formula and in words, with its cost.
+        """Describes a query by its formula, its meaning in words, and its cost.
 
         Examples:
             >>> print(mu.explain(at("0")[1] & at("input")[2]))

@@ -14,7 +14,7 @@ from ..recording.places import Place
 from ..recording.recording import Recording
 
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
-"""Default memory budget of one pass, in bytes; on a CPU, larger allocations cost more time than they save."""
+"""Default memory budget of one pass in bytes; on a CPU, larger allocations cost more time than they save."""
 COPIES = 4
 """Memory that a pass needs per vector, in multiples of the largest tap."""
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """Validates a memory budget in bytes, where None denotes the default of the device.
+    """Validates a memory budget in bytes; None stands for the default of the device.
 
     Raises:
         InputError: If ``max_memory`` is not a positive number.
@@ -42,7 +42,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     Args:
         recording: The recording of the forward pass.
         max_memory: Memory budget in bytes, or None for the default of the device.
-        places: The places at which vectors start or end; they occupy memory only between these. None if unknown.
+        places: The places at which vectors start or end, since they take memory only in between; None if unknown.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
@@ -55,13 +55,13 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Applies ``run`` to all items in chunks of ``width``, which is halved whenever memory runs out.
+    """Applies ``run`` to all items in chunks of ``width`` items, which is halved whenever memory runs out.
 
     Args:
         items: The items to process.
         width: Number of items per call.
         run: Function that returns one result per item.
-        what: Label of the progress bar, which appears after a few seconds.
+        what: Label of a progress bar that appears after a few seconds.
 
     Returns:
         The results of all items.
@@ -79,7 +79,7 @@ def in_chunks(
                 if len(chunk) == 1 or not is_out_of_memory(error):
                     raise
                 chunk_results = []
-            if not chunk_results:  # outside the handler, in which the traceback keeps tensors alive
+            if not chunk_results:  # outside the handler, since its traceback keeps tensors alive
                 width = max(1, len(chunk) // 2)
                 message = f"out of memory with {len(chunk)} at once; retrying with {width}. Pass a smaller max_memory."
                 warn(message, MemoryBudgetWarning)

@@ -15,7 +15,7 @@ from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]
 Regions = Mapping[str, Tensor]
-"""Boolean masks, keyed by region name; neurons outside all masks form the rest."""
+"""Boolean masks keyed by region name; neurons outside all masks form the rest."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Partition:
     """Named groups of the neurons of one tap.
 
     Attributes:
-        labels: Group of each neuron, ``tap.shape[1:]``; neurons outside all groups have the label ``count``.
+        labels: Group of each neuron, ``tap.shape[1:]``, or ``count`` for neurons outside all groups.
         names: Function that returns the name of a group, given its index.
         count: Number of groups.
         are_channels: Whether the groups are the channels.
@@ -41,7 +41,8 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
     Args:
         tap: The tap.
         over: A kind of group, integer labels, or masks keyed by name.
-        names: Names of the groups, keyed by index. By default, indices, or coordinates for positions and neurons.
+        names: Names of the groups, keyed by index; by default, their indices or, for positions and neurons,
+            coordinates.
     """
     if isinstance(over, Mapping):
         return Partition(_region_labels(tap, over), list(over).__getitem__, len(over))
@@ -93,7 +94,7 @@ def _region_labels(tap: Tap, masks: Regions) -> Tensor:
 
 
 def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
-    """Returns labels that divide an image into rectangular patches, to be used as ``over=``.
+    """Returns labels that divide an image into rectangular patches, for use as ``over=``.
 
     Patches are numbered from 0, row by row.
 
@@ -129,12 +130,12 @@ def patches(size: Sequence[int], parts: Sequence[int] | int) -> Tensor:
 
 
 def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tensor:
-    """Returns labels that divide an image into superpixels, to be used as ``over=`` or ``members=``.
+    """Returns labels that divide an image into superpixels, for use as ``over=`` or ``members=``.
 
     Args:
         image: Image, ``(C, H, W)``, with values in [0, 1].
         count: Approximate number of superpixels.
-        compactness: Weight of spatial proximity relative to colour similarity; larger values give more compact
+        compactness: Weight of spatial proximity relative to colour similarity. Larger values give more compact
             superpixels.
 
     Returns:

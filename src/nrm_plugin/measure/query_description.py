@@ -83,7 +83,7 @@ def _attended(event: Attended) -> str:
 
 
 def _steps(diagram: DecisionDiagram) -> tuple[int, int]:
-    """Returns the number of steps that a query has to visit, and the total number of steps."""
+    """Returns the number of steps that a query visits, and the total number of steps."""
     vertices = diagram.recording.graph.vertices
     steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
     levels = [diagram.depends(root) for root in diagram.roots]

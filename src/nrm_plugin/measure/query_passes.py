@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorator that lets queries run in any gradient mode, and raises an error if the model has changed."""
+    """Decorator that makes a query independent of the gradient mode, and raises an error if the model has changed."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,10 +48,10 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class QueryPasses:
-    """Base class of the measure, which stores the recording and runs passes over it.
+    """Base class of the measure that stores the recording and runs passes over it.
 
     Attributes:
-        cost: Number of kernels evaluated by the last query, and number of relevance vectors that they propagated.
+        cost: Number of kernels that the last query evaluated, and number of relevance vectors that they propagated.
     """
 
     cost: Cost
@@ -81,21 +81,21 @@ class QueryPasses:
         return self._recording.samples.batched
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls the method of a query; subclasses may override this."""
+        """Calls the method of a query; may be overridden by subclasses."""
         return method(self, *args, **kwargs)
 
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
 
     def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
-        """Converts values from the tensor layout of the model to the form ``(N, …)``."""
+        """Converts values from the tensor layout of the model to ``(N, …)``."""
         return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
 
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
     def _pass(self, stored: Sequence[Tap] = (), sums: bool = True) -> Totals:
-        """Runs a pass that stores the relevance of the given taps, and caches its sums for later queries."""
+        """Runs a pass that stores the relevance of the given taps, and caches its totals for later queries."""
         places = frozenset(tap.place for tap in stored)
         if self._shared is not None:
             known, wanted = self._shared
@@ -135,7 +135,7 @@ class QueryPasses:
     def _maps(
         self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None
     ) -> list[Tensor]:
-        """Returns the relevance of each tap, restricted to or conditioned on the walks of events, if any."""
+        """Returns the relevance of each tap, jointly with events or conditioned on events if any are given."""
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:
@@ -210,7 +210,7 @@ class QueryPasses:
         return [self._mixed(matrix) for matrix in matrices]
 
     def _pairs(self, layers: Sequence[Layer], remedy: str) -> list[tuple[Tap, Tap]]:
-        """Returns the taps of each pair of consecutive layers, after checking that the second is below the first."""
+        """Returns the taps of each pair of consecutive layers, and checks that the second is below the first."""
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):

@@ -1,8 +1,8 @@
 """Reconstruction of the input patterns to which selected neurons, or walks through several layers, respond.
 
-Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) use Zennit's rules. They
-do not define measures: they do not conserve relevance, and show the pattern to which a neuron responds rather than its
-contribution.
+Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) are run by Zennit's
+rules. They do not define measures, since they do not conserve relevance; they show the pattern to which a neuron
+responds rather than its contribution.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reconstruction:
 
     Attributes:
         images: The reconstructions, ``(N, C, H, W)``.
-        boxes: Receptive field of the selected neurons for each sample, ``(top, left, bottom, right)``, where ``bottom``
+        boxes: Receptive field of the selected neurons in each sample, ``(top, left, bottom, right)``, where ``bottom``
             and ``right`` are exclusive; all zeros if no selected neuron depends on the input.
 
     Examples:
@@ -88,12 +88,12 @@ def reconstruct(
         neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``. The signal then
             starts at the last of these layers, and is restricted to the selected neurons in the others.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
-        strongest: If True, start only from the selected neuron with the largest activation in the last layer, as Zeiler
-            and Fergus do; if False, start from all selected neurons. Negative activations are set to zero.
+        strongest: Whether to start only from the selected neuron with the largest activation in the last layer, as
+            Zeiler and Fergus do, instead of all selected neurons. Negative activations are set to zero.
 
     Raises:
         ValueError: If the method is unknown.
-        EventError: If the event does not consist of outputs of modules, joined by ``&``.
+        EventError: If the event does not consist of outputs of modules joined by ``&``.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.ReLU())
@@ -154,12 +154,12 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
 
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
-    """Computes the bounding box of the pixels on which the selected neurons of a layer may depend, for each sample.
+    """Computes, for each sample, the bounding box of the pixels on which the selected neurons of a layer may depend.
 
-    A bisection finds the rows and columns that influence the neurons, by setting parts of the image to NaN. The result
-    is valid for any layers, weights and activations, since no operation removes a NaN. A copy of the model runs in
-    double precision on the CPU, where convolutions compute each output separately; faster convolution algorithms mix
-    the pixels of a tile.
+    The rows and columns that influence the neurons are found by bisection, by setting parts of the image to NaN. The
+    result is valid for any layers, weights and activations, since no operation removes a NaN. A copy of the model is
+    run in double precision on the CPU, where convolutions compute each output separately; faster convolution algorithms
+    mix the pixels of a tile.
 
     Args:
         model: The network.
@@ -190,9 +190,9 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Returns whether the neurons become NaN if the image is NaN from one of its four sides up to an edge.
+    """Returns whether the neurons become NaN if the image is NaN from one of its sides up to an edge.
 
-    Sides are ordered as top, left, bottom, right; the result has shape ``(N, 4)``.
+    The result has shape ``(N, 4)``, with the sides in the order top, left, bottom, right.
     """
     probes = images.detach().unsqueeze(1).repeat(1, 4, 1, 1, 1)
     for probe, (top, left, bottom, right) in zip(probes, edges.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Properties of a measure that do not require a pass: taps and their shapes, outputs, and the explained scalar."""
+"""Properties of a measure that require no pass: taps and their shapes, outputs, and the explained scalar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .start import every_one
 
 
 class Recorded(QueryPasses):
-    """Base class of the measure, which provides the properties of its recording.
+    """Base class of the measure that provides the properties of its recording.
 
     Attributes:
         composite: The normalized composite.
@@ -47,7 +47,7 @@ class Recorded(QueryPasses):
     def sites(self) -> list[str]:
         """Names of transformer sites, such as ``blocks.1.attn.v``, which can be used like tap names.
 
-        In addition, ``blocks.1.attn.head.3`` and ``blocks.1.mlp.neuron.17`` denote the events that a walk crosses a
+        In addition, ``blocks.1.attn.head.3`` and ``blocks.1.mlp.neuron.17`` stand for the events that a walk crosses a
         head of ``blocks.1.attn`` or a neuron of ``blocks.1.mlp``. Sites are derived from the recording; a model without
         residual connections has none.
 
@@ -73,8 +73,9 @@ class Recorded(QueryPasses):
 
         With ``residual="sink"``, a mass times this output is the relevance of plain LRP.
 
-        With ``against``, this is :math:`g = \sum_k s_k f_k`, which is negative if the compared outputs exceed the
-        target. Since the measure is still normalized to 1, positive relevance is then evidence against the target.
+        With ``against``, this is :math:`g = \sum_k s_k f_k`, which is negative if the contrasted outputs exceed the
+        target. Since the measure is nevertheless normalized to 1, positive relevance is then evidence against the
+        target.
 
         Examples:
             >>> mu.output.shape
@@ -84,7 +85,7 @@ class Recorded(QueryPasses):
 
     @property
     def explains_difference(self) -> bool:
-        """Whether the measure explains a difference, between outputs (``against``) or from a reference (``reference``).
+        """Whether the measure explains a difference between outputs (``against``) or from a reference (``reference``).
 
         Examples:
             >>> mu.explains_difference
@@ -96,9 +97,8 @@ class Recorded(QueryPasses):
     def sign(self) -> Tensor:
         """The sign of the explained difference, ``(N,)``, or 1 if the measure does not explain a difference.
 
-        After multiplication by the sign, positive relevance is evidence for the target, even if the explained
-        difference is negative. Multiply maps by it before plotting or summing them, as flows, sweeps and the commands
-        do.
+        Multiplied by the sign, positive relevance is evidence for the target, even if the explained difference is
+        negative. Multiply maps by the sign before plotting or summing them, as flows, sweeps and the commands do.
 
         Examples:
             >>> mu.sign
@@ -154,7 +154,7 @@ class Recorded(QueryPasses):
         return tap.channel_dim % len(tap.shape)
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """Returns the taps of a layer: a single tap, or one for each tensor if the layer returns a tuple.
+        """Returns the taps of a layer: one for each tensor that it returns.
 
         Raises:
             UnknownLayerError: If no tap has this name.

@@ -21,7 +21,7 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns the call to record, and its reference or None.
+    """Returns the call to record, and its reference if there is one, or None.
 
     For a list of references, which defines a mixture, the call contains one copy of each sample per reference.
 
@@ -51,7 +51,7 @@ def composite_of(
     uncovered: Uncovered | None,
     reference: Any,
 ) -> Normalized:
-    """Returns the composite of a measure; with a reference but no composite, secant slopes propagate relevance."""
+    """Returns the composite of a measure; with a reference but no composite, relevance follows secant slopes."""
     if reference is None:
         return normalize(composite, residual, gain_limit, uncovered)
     if composite is not None:

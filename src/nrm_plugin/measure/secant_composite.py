@@ -17,12 +17,13 @@ from ..kernels.module_hook import StepHook
 
 
 class OnDifferences(Normalized):
-    """A composite that applies rules to differences from a reference.
+    """Composite that applies rules to differences from a reference.
 
-    The steps are the functions inside modules, which use the rules of their modules.
+    The functions inside modules become steps, and use the rules of their modules.
 
     Args:
-        composite: The composite with the rules, or None to propagate along the secant slopes of all operations.
+        composite: The composite that provides the rules, or None to propagate along the secant slopes of all
+            operations.
     """
 
     def __init__(self, composite: Normalized | None = None) -> None:
@@ -37,7 +38,7 @@ class OnDifferences(Normalized):
         self._fuse = None
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """Returns None, since the functions inside a module are steps rather than the module."""
+        """Returns None, since the functions inside a module become steps rather than the module itself."""
         return None
 
 

@@ -13,7 +13,7 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """Interface of a recording, restricted to the properties that determine the initial relevance."""
+    """The part of the interface of a recording that determines the initial relevance."""
 
     references: int
 
@@ -39,12 +39,12 @@ class Outputs(Protocol):
 
 
 def every_one(outputs: Tensor, references: int) -> Tensor:
-    """Returns one row of outputs per sample, dropping the repetitions for further references."""
+    """Returns one row of outputs per sample, without the repetitions for further references."""
     return outputs if references == 1 else outputs[::references]
 
 
 def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
-    """Computes the start vector of a measure and the scalar that it explains for each sample.
+    """Computes the start vector of a measure, and the scalar that it explains for each sample.
 
     Args:
         recording: The recording of the forward pass.

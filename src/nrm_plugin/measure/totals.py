@@ -21,9 +21,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Totals of one pass.
+    """Totals of one pass over a recording.
 
-    Sums have shape ``(N,)``, or are None if the samples cannot be distinguished within a tensor.
+    Sums have shape ``(N,)``, and are None if the samples cannot be distinguished within a tensor.
 
     Attributes:
         recording: The recording of the forward pass.
@@ -33,10 +33,10 @@ class Totals:
         absolute: ``Σ_j |μ(j)|``, keyed by tap.
         sinks: Absorbed mass, keyed by ``(vertex, kind)``.
         absolute_sinks: Sum of the absolute values of absorbed relevance, keyed by ``(vertex, kind)``.
-        branches: Mass propagated along each edge of the vertices with several edges.
+        branches: Mass propagated along each edge of a vertex with several edges.
         maps: Relevance of the taps in ``stored``.
         cost: Number of kernels evaluated and of vectors propagated.
-        has_sums: Whether masses are accumulated; if False, relevance is only stored.
+        has_sums: Whether masses are accumulated; otherwise, relevance is only stored.
     """
 
     recording: Recording

@@ -1,4 +1,4 @@
-"""Affine layers: the layers of torch, and modules that wrap functions, with or without weights."""
+"""Affine layers: those of torch, and modules that wrap functions, with or without weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS: dict[str, tuple[type[nn.Module], int]] = {
     "conv_transpose3d": (nn.ConvTranspose3d, 3),
 }
 LAYERS = frozenset(_KINDS)
-"""Names of torch functions that apply a layer with a weight."""
+"""Names of the torch functions that apply a layer with a weight."""
 
 
 @functools.cache
@@ -125,13 +125,13 @@ def twin_of(module: nn.Module) -> nn.Module:
 
 
 def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Returns whether a module is an instance of one of the given classes and does not override its ``forward``."""
+    """Returns whether a module is an instance of one of the given classes and inherits its ``forward`` unchanged."""
     own = "forward" in module.__dict__
     return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Returns whether a module is an affine layer whose ``forward`` is not overridden by a subclass or a canonizer."""
+    """Returns whether a module is an affine layer whose ``forward`` was not overridden by a subclass or a canonizer."""
     if not isinstance(module, _AFFINE) or "forward" in module.__dict__ or module._modules:
         return False
     kinds = [kind for kind in _AFFINE if isinstance(module, kind)]

@@ -1,8 +1,9 @@
-"""Layers in reduced precision, as under ``torch.autocast``, with all sums in float32.
+"""Layers that run in reduced precision, as under ``torch.autocast``, while all sums stay in float32.
 
-Only products with a weight are computed in reduced precision: the layer itself, and the linear map and its transpose in
-each branch of its rule. Relevance, column sums, gains and all other sums have the dtype of the inputs. If the model
-itself uses a shorter format than float32, these quantities and all products in kernels are computed in float32.
+Only products with a weight are computed in reduced precision: those of the layer itself, and those of the linear map
+and its transpose in each branch of its rule. Relevance, column sums, gains and all other sums have the dtype of the
+inputs. If the model itself uses a format shorter than float32, these quantities and all products in kernels are
+computed in float32.
 
 Source: new in this package.
 """
@@ -40,7 +41,7 @@ def is_short(tensor: Tensor) -> bool:
 
 
 class InFloat32(TorchFunctionMode):
-    """Torch function mode in which arguments in shorter formats are converted to float32."""
+    """Torch function mode that converts arguments in shorter formats to float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -55,7 +56,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that do not read values, so that their arguments need not be converted."""
+"""Functions that do not read values, so their arguments need no conversion."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 
@@ -109,13 +110,13 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Converts values to reduced precision, rescaled if necessary.
+    """Converts values to reduced precision, and rescales them if necessary.
 
     Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so that scaling back
     is exact.
 
     Returns:
-        The values divided by the scale, and the scale, or None if it is 1.
+        The values divided by the scale; and the scale, or None if it is 1.
     """
     if dtype is not torch.float16 or not values.numel():
         return values.to(dtype), None
@@ -125,10 +126,10 @@ def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
 
 
 def lowered(maps: LinearMap, dtype: torch.dtype) -> LinearMap:
-    """Wraps maps such that products are computed in reduced precision.
+    """Wraps linear maps so that products are computed in reduced precision.
 
     Args:
-        maps: The maps of a weight in reduced precision.
+        maps: The linear maps of a weight in reduced precision.
         dtype: The dtype of the weight.
 
     Returns:

@@ -18,7 +18,7 @@ from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Layers that are random in training mode, with the attribute that stores the drop rate, keyed by package."""
+"""Layers that are random in training mode and the attributes that store their drop rates, keyed by package."""
 
 MODES = {
     "batch_norm": 5,
@@ -26,11 +26,11 @@ MODES = {
     **dict.fromkeys("dropout alpha_dropout feature_dropout feature_alpha_dropout".split(), 2),
     **dict.fromkeys("dropout1d dropout2d dropout3d".split(), 2),
 }
-"""Position of the argument ``training`` of functions that are random or mix samples in training mode."""
+"""Position of the argument ``training`` in functions that are random or mix samples in training mode."""
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside a wrapper that is not itself a module, such as nnsight's, or else the model."""
+    """Returns the module inside a wrapper that is not a module, such as nnsight's; other models are unchanged."""
     inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -97,7 +97,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
-    """Raises :class:`ModelStateError` if a layer still has hooks from a composite; two composites would interfere."""
+    """Raises :class:`ModelStateError` if a layer still has hooks from a composite, since two would interfere."""
     for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
@@ -139,7 +139,7 @@ def _layer(name: str, module: nn.Module) -> str:
 
 
 def check_hookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raises :class:`ModelStateError` for modules that bypass the hooks of their layers, such as compiled ones."""
+    """Raises :class:`ModelStateError` for modules that bypass the hooks of their layers, such as compiled modules."""
     for name, module in modules.items():
         _check_kind(name, module)
 
@@ -154,7 +154,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Handle that disables compilation with ``module.compile()`` until it is removed, so that hooks of layers run."""
+    """Handle that disables the effect of ``module.compile()`` until it is removed, so that the hooks of layers run."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]
@@ -206,7 +206,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
     state = values_state(parameter)
     if _FINITE.get(parameter) == state:
         return
-    # The sum needs one pass over the weights and no new memory; if it overflows, the entries are checked.
+    # The sum takes one pass over the weights and no new memory. If it overflows, the entries are checked.
     for part in plain_tensors(parameter.detach()):
         if part.is_floating_point() and not bool(part.sum().isfinite()) and not bool(part.isfinite().all()):
             raise ModelStateError(f"parameter {name!r} contains nan or inf. Load or train the model again.")
@@ -214,7 +214,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address of parameters that were found to be finite, so that they are not checked again."""
+"""Version and address of the parameters that were found to be finite, so that they are not checked again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-r"""Contrasts: signed weights of the outputs, such as one class against all others, with :math:`g = \sum_k s_k f_k`.
+r"""Contrasts: signed weights of the outputs, for example one class against all others, with :math:`g = \sum_k s_k f_k`.
 
 Source: docs/differences.md.
 """
@@ -16,7 +16,7 @@ from .targets import chosen_target, sample_norms, sample_sums, start_vector
 REST = "rest"
 """Value of ``against`` that denotes the other classes, weighted by their softmax."""
 MIN_CONTRAST = 1e-6
-r"""Smallest :math:`|g|`, relative to :math:`\sum |s f|`, that can be explained."""
+r"""Smallest :math:`|g|` that can be explained, relative to :math:`\sum |s f|`."""
 
 
 def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = True) -> Tensor:
@@ -27,8 +27,8 @@ def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = 
         target: A target as accepted by :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
         against: ``"rest"`` for :math:`s = e_c - \sum_{k \neq c} p_k e_k`, where ``p`` is the softmax over the other
             classes, treated as a constant; a target, for the difference between two outputs; or a function of the
-            outputs that returns one of these or, as floating-point numbers, the complete weights ``s``, in which case
-            ``target`` must be None.
+            outputs that returns one of these. The function may also return the complete weights ``s`` as floating-point
+            numbers; ``target`` must then be None.
         batched: Whether the first dimension of the model's outputs is the batch.
 
     Raises:
@@ -78,7 +78,7 @@ def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
 
 
 def _is_vector(value: Any) -> bool:
-    """Returns whether a value contains weights of the outputs (floating-point numbers) rather than indices."""
+    """Returns whether a value contains floating-point weights of the outputs rather than indices."""
     kind = getattr(value, "dtype", None)
     if isinstance(value, Tensor):
         return value.is_floating_point()
@@ -95,7 +95,7 @@ def _whole(outputs: Tensor, target: Any, vector: Any) -> Tensor:
 
 
 def _rest(outputs: Tensor, positive: Tensor, batched: bool) -> Tensor:
-    """Returns the softmax over the other classes in the rows that contain the target, and zeros elsewhere."""
+    """Returns the softmax over the other classes in the rows that contain the target, and zeros in all other rows."""
     has_classes = sum(size > 1 for size in outputs.shape[1:]) == 1
     if not has_classes and (batched or outputs.ndim != 3 or outputs.shape[-1] < 2):
         raise TargetError(

@@ -1,8 +1,8 @@
 """Subclasses of torch layers that override ``forward``, for example for "same" padding or weight standardization.
 
-A rule modifies the weight that a layer multiplies with. If a subclass computes this weight from a parameter, modifying
-the parameter would result in a different rule: standardization, for example, turns the all-ones weights of Flat into
-zeros.
+A rule modifies the weight by which a layer multiplies its input. If a subclass computes this weight from a parameter,
+modifying the parameter results in a different rule: standardization, for example, turns the all-ones weights of Flat
+into zeros.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 }
 _KINDS = tuple(_FUNCTIONS.values())
 _TOLERANCE = 1e-3
-"""Tolerance of the test for affine functions, relative to the largest output of the module."""
+"""Tolerance when testing whether a module is affine, relative to its largest output."""
 
 
 def is_own_layer(module: nn.Module) -> bool:
@@ -103,7 +103,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which does not hold for activations or input-dependent weights."""
+    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for activations and input-dependent weights."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

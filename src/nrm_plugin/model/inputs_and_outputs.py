@@ -1,4 +1,4 @@
-"""The call to a model with its inputs, and the selection of the output to explain."""
+"""The call of a model with its inputs, and the selection of the output to explain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .checks import check_untransformed
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
-"""How an output is selected: a key or attribute, an index, or a function of the model's return value."""
+"""Selector of an output: a key or attribute, an index, or a function of the model's return value."""
 
 Change = Callable[[Tensor], Tensor]
 """A function that maps a tensor to its replacement."""
@@ -25,7 +25,7 @@ FORMATS = (torch.float32, torch.float64, *SHORT)
 """Supported dtypes of inputs and outputs; relevance is computed in float32 or float64."""
 
 EXPLAINED = ("logits", "out")
-"""Default keys in a dictionary of outputs, as used by transformers and torchvision."""
+"""Keys under which the transformers library and torchvision return their main output."""
 
 
 NOT_JOINED = (
@@ -39,9 +39,9 @@ class Call:
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
-            only floating-point tensors receive relevance; masks and numbers are passed unchanged. For integer inputs,
-            the rows that they select in a lookup receive relevance; in a mapping, this holds only if there are no
-            floating-point tensors, and not for keywords that contain "mask".
+            only floating-point tensors receive relevance; masks and numbers are passed unchanged. In place of an
+            integer input, the rows that it selects in a lookup receive relevance; in a mapping, this requires that
+            there are no floating-point tensors and that the keyword does not contain "mask".
         args: Additional positional arguments, as a tuple or a single argument.
         kwargs: Additional keyword arguments.
         batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together form one sample.
@@ -50,7 +50,7 @@ class Call:
         tensors: The tensors that receive relevance, ``(N, …)`` each, or ``(…)`` if not ``batched``.
         items: Keyword or index of each tensor, or None for a single positional tensor.
         indices: Copies of the integer inputs, keyed by keyword or index (None for a single positional input). The model
-            is called with these copies and may overwrite them.
+            is called with these copies, which it may overwrite.
 
     Raises:
         InputError: If the inputs cannot be explained.
@@ -72,7 +72,8 @@ class Call:
         self._others: list[str] = []
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            # Next to floating-point inputs, integers may be graph edges, for example; they are ids only if looked up.
+            # Next to floating-point inputs, integers may also be graph edges, for example; they are ids only if looked
+            # up.
             count = len(next(iter(given.values()))) if given and batched else None
             are_ids = {key: value for key, value in inputs.items() if _is_id(key, value)}
             fit = {key: value for key, value in are_ids.items() if count is None or value.shape[:1] == (count,)}
@@ -107,7 +108,7 @@ class Call:
         return {key: self._kwargs[key] for key in self._others}
 
     def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
-        """Returns the same call with other tensors.
+        """Returns the same call with its tensors replaced.
 
         Args:
             change: Function that maps an input, including integers, to its replacement.
@@ -130,11 +131,12 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool], read: Callable[[], str | None]) -> Iterator[None]:
-        """Context manager for running the model that raises :class:`InputError` if integer inputs are not looked up.
+        """Context manager for a run of the model that raises :class:`InputError` if integer inputs are not looked up.
 
         Args:
-            are_looked_up: Function that returns, after the run, whether any integer input was looked up.
-            read: Function that returns where the model converted integers to Python or NumPy numbers, or None.
+            are_looked_up: Function that returns after the run whether any integer input was looked up.
+            read: Function that returns the place where the model converted integers to Python or NumPy numbers, or None
+                if it did not.
         """
         try:
             yield
@@ -162,7 +164,7 @@ class Call:
         return InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """Calls the model with the given values of :attr:`tensors`, and returns the result."""
+        """Runs the model with the given values of :attr:`tensors` and returns its result."""
         if self._keywords is None:
             explained, indices = iter(tensors), iter(self.indices.values())
             values = [next(indices if is_index(tensor) else explained) for tensor in self._positional]
@@ -173,18 +175,18 @@ class Call:
 def explained_output(
     returned: Any, output: Output | None, batch: int, batched: bool = True, what: str = "the model's output"
 ) -> Tensor:
-    """Returns the output to explain, ``(N, …)``, after validating it.
+    """Validates and returns the output to explain, ``(N, …)``.
 
     Args:
         returned: The model's return value.
-        output: The tensor to select, or None if only one tensor is returned.
+        output: Selector of the tensor, or None if the model returns only one.
         batch: Number of samples.
         batched: Whether the first dimension is the batch.
         what: Name of the output, for error messages.
 
     Raises:
-        InputError: If the selected tensor does not exist or cannot be explained, or if several tensors are returned and
-            none is selected.
+        InputError: If the selected tensor does not exist or cannot be explained, or if the model returns several
+            tensors and none is selected.
     """
     tensor = chosen_output(returned, output)
     if not isinstance(tensor, Tensor):
@@ -338,7 +340,7 @@ def is_index(value: Any) -> bool:
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns whether a keyword input contains ids; integer masks, as used by transformers, are excluded by name."""
+    """Returns whether a keyword input contains ids; integer masks, as in transformers, are excluded by name."""
     return is_index(value) and "mask" not in key
 
 

@@ -42,10 +42,10 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Returns the maps of a linear layer with a modified weight that is computed block by block and never stored.
+    """Returns the maps of a linear layer whose modified weight is computed block by block and never stored.
 
-    In many networks, most weights are those of the classifier, and copying them for each rule would take longer than
-    the layer itself.
+    In many networks, most weights belong to the classifier, and copying them for each rule would take longer than
+    running the layer.
 
     Args:
         weight: The weight, ``(out, in)``.
@@ -71,7 +71,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
     Args:
         module: A linear or convolutional layer that does not override ``forward``.
         weight: The weight to use.
-        inputs: A tensor with the shape of the layer's input.
+        inputs: A tensor of the same shape as the layer's input.
     """
     if type(module).forward is nn.Linear.forward:
         if _is_even(weight):
@@ -213,7 +213,7 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
 
 
 FEW = 16
-"""Number of input channels up to which the run time of a convolution's backward pass is roughly constant."""
+"""Number of input channels up to which the backward pass of a convolution takes roughly constant time."""
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:

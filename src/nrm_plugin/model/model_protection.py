@@ -18,7 +18,7 @@ from .trace_guards import unwatched
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores, on exit, all state of a model that a recording may change.
+    """Context manager that restores all state of a model that a recording may change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written. Quantized layers are not
@@ -51,7 +51,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Returns the names and tensors of all parameters and buffers without duplicates."""
+    """Returns the names and tensors of all parameters and buffers, listing shared tensors once."""
     names: dict[Tensor, str] = {}  # tensors are hashed by identity
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -61,7 +61,7 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""The attributes of a module, and the contents of those attributes that are non-empty dictionaries."""
+"""The attributes of a module, and the contents of its attributes that are nonempty dictionaries."""
 
 
 def _state(module: nn.Module) -> _State:
@@ -86,7 +86,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 
 def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Returns whether two dictionaries have the same keys and contain the same objects, in the same order."""
+    """Returns whether two dictionaries map the same keys to the same objects in the same order."""
     if not one and not other:
         return True
     pairs = zip(one.items(), other.items(), strict=True)
@@ -94,7 +94,7 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""For each tensor, the number of in-place writes that a recording has undone."""
+"""Number of in-place writes to each tensor that a recording has undone."""
 
 
 def values_state(tensor: Tensor) -> tuple[int, int]:
@@ -109,7 +109,7 @@ def note_restored(tensor: Tensor, version: int) -> None:
 
 
 def _address(tensor: Tensor) -> int:
-    """Returns the memory address of a tensor, or of its values if it is sparse or a wrapper."""
+    """Returns the memory address of a tensor or, if it is sparse or a wrapper, of its values."""
     return _stored(next(plain_tensors(tensor))).data_ptr()
 
 
@@ -122,9 +122,9 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def step_between(size: int, entries: int) -> int:
-    """Returns a step between sampled entries, so that their number is at most ``entries``.
+    """Returns a step for sampling the entries of a tensor, so that at most ``entries`` of them are sampled.
 
-    It shares no factor with the size, so that samples of a matrix fall into all rows and columns.
+    The step is coprime to the size, so that the samples of a matrix fall into all rows and columns.
     """
     step = max(1, -(-size // entries))
     while math.gcd(step, size) > 1:
@@ -133,10 +133,11 @@ def step_between(size: int, entries: int) -> int:
 
 
 class Fingerprint:
-    """Detects in-place changes to parameters and buffers from their version counters and a sample of their entries.
+    """Record of the parameters and buffers of a model, by which in-place changes are detected.
 
-    Writes through ``parameter.data`` do not change the version counter; they are detected if they change a sampled
-    entry. All entries of small tensors are sampled.
+    The record consists of version counters and a sample of the entries. Writes through ``parameter.data`` do not change
+    the version counter, so they are detected only if they change a sampled entry. All entries of small tensors are
+    sampled.
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
@@ -160,7 +161,7 @@ class Fingerprint:
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the current and the stored sample with NaN replaced, since NaN does not compare equal to itself."""
+        """Returns the current and the stored sample with every NaN replaced, since NaN does not equal itself."""
         flat = _stored(tensor.detach()).flatten()
         entries = flat[:: step_between(flat.numel(), self._entries)]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

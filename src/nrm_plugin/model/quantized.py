@@ -1,7 +1,7 @@
 """Quantized linear layers, whose rules are applied to the dequantized weight.
 
-The weight is a tensor subclass in torchao, a tensor of integers in a special format in bitsandbytes, and a packed
-object that is not a parameter in torch.ao. In all cases, the dequantized weight is obtained from the layer itself: its
+In torchao, the weight is a tensor subclass; in bitsandbytes, a tensor of integers in a special format; in torch.ao, a
+packed object that is not a parameter. In all cases, the dequantized weight is obtained by running the layer: its
 columns are the outputs at unit vectors minus the output at zero.
 """
 
@@ -16,9 +16,9 @@ from torch.nn.parameter import is_lazy
 from ..errors import UnsupportedOperationError
 
 TOLERANCE = 0.1
-"""Largest accepted relative error of the dequantized layer, which occurs if the layer rounds its input."""
+"""Largest accepted relative error of the dequantized layer. An error occurs if the layer rounds its input."""
 ROWS = 256
-"""Number of unit vectors per call of a layer."""
+"""Number of unit vectors that are passed to a layer at once."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

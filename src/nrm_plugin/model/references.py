@@ -1,4 +1,4 @@
-"""The call to a model with a reference in place of the inputs.
+"""Calls of a model with a reference in place of its inputs.
 
 Source: docs/differences.md.
 """
@@ -29,7 +29,7 @@ def repeated(call: Call, count: int) -> Call:
 
 
 def several_calls(call: Call, references: Sequence[Any]) -> Call:
-    """Returns one call that contains several references per sample, in the order of :func:`repeated`."""
+    """Returns a single call with several references per sample, in the order of :func:`repeated`."""
     calls = [reference_call(call, reference) for reference in references]
     first = repeated(calls[0], len(calls))
     together = [*first.tensors, *first.indices.values()]
@@ -44,8 +44,8 @@ def reference_call(call: Call, reference: Any) -> Call:
     Args:
         call: The call with the inputs.
         reference: The reference in the form of the inputs: a tensor, a tuple of tensors, or a mapping. Each tensor has
-            the shape of the input, or that of a single sample, with or without the sample dimension; a single sample is
-            used for all samples. A mapping may omit inputs that do not receive relevance, such as masks.
+            the shape of the input or of a single sample, with or without the sample dimension; a single sample serves
+            as the reference of all samples. A mapping may omit inputs that receive no relevance, such as masks.
 
     Raises:
         DifferenceError: If the reference does not match the inputs, or is identical to them.
@@ -61,7 +61,7 @@ def reference_call(call: Call, reference: Any) -> Call:
 
 
 def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the entries of a reference for the inputs that receive relevance; all other entries must be unchanged."""
+    """Returns the reference for the inputs that receive relevance; all other entries must be unchanged."""
     for key, value in reference.items():
         if key in inputs:
             continue
@@ -81,7 +81,7 @@ def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Te
 
 
 def _is_same(value: Any, own: Any, batched: bool) -> bool:
-    """Returns whether an argument of the reference, possibly for a single sample, is the same as that of the inputs."""
+    """Returns whether an argument of the reference, possibly for a single sample, equals that of the inputs."""
     if value is own or not (isinstance(value, Tensor) and isinstance(own, Tensor)):
         return value is own or (type(value) is type(own) and bool(np.array_equal(value, own)))
     kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (value, own)]
@@ -144,7 +144,7 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
 
 
 def _check_apart(inputs: Mapping[Any, Tensor], references: Mapping[Any, Tensor], batched: bool) -> None:
-    """Raises :class:`DifferenceError` if a sample is identical to its reference."""
+    """Raises :class:`DifferenceError` if a sample equals its reference."""
     count = len(next(iter(inputs.values()))) if batched else 1
     same = torch.ones(count, dtype=torch.bool)
     for item, tensor in inputs.items():

@@ -1,4 +1,4 @@
-"""Embeddings with ``max_norm``, whose table torch renormalizes in place, while this package renormalizes a copy."""
+"""Embeddings with ``max_norm``: torch renormalizes their table in place, whereas this package renormalizes a copy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..errors import ModelStateError
 
 _EMBEDDINGS: tuple[Callable[..., Any], ...] = (F.embedding, F.embedding_bag)
 _NAMES = ("input", "weight", None, "max_norm", "norm_type")
-"""Names of the first arguments of both embedding functions."""
+"""Names of the first arguments of the two embedding functions."""
 
 
 class Tables:
-    """Replaces the embedding tables that torch would renormalize in place during one forward pass.
+    """Stand-ins for the embedding tables that torch would renormalize in place during one forward pass.
 
     Args:
         changed: The tables that torch would have changed so far, keyed by id. It is updated in place.
@@ -30,10 +30,10 @@ class Tables:
     def passed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments of a function, replacing a table that torch would overwrite with a renormalized copy.
+        """Returns the arguments of a function, with a renormalized copy of any table that torch would overwrite.
 
         Args:
-            function: Any function; only the arguments of embeddings with ``max_norm`` are replaced.
+            function: Any function; only embeddings with ``max_norm`` receive a different table.
             args: Positional arguments.
             kwargs: Keyword arguments.
         """
@@ -56,7 +56,7 @@ class Tables:
         return copy
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Checks that a function did not use a table that torch would have changed earlier in this pass.
+        """Checks that a function does not use a table that torch would have changed earlier in this forward pass.
 
         Args:
             args: Positional arguments of the function.
@@ -64,7 +64,7 @@ class Tables:
             result: Return value of the function.
 
         Raises:
-            ModelStateError: If a table was used.
+            ModelStateError: If such a table is used.
         """
         if not self._changed or not isinstance(result, Tensor) or id(result) in self._changed:
             return
@@ -86,7 +86,7 @@ def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
 
 
 class TablesUnwritten(TorchFunctionMode):
-    """Torch function mode that prevents embeddings with ``max_norm`` from renormalizing their tables in place."""
+    """Torch function mode that keeps embeddings with ``max_norm`` from renormalizing their tables in place."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Copies of models with some layers replaced and all weights shared; the given model is not modified."""
+"""Copies of models in which some layers are replaced. They share all weights with the model, which is not modified."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def with_first_tensor(values: Any, tensor: Tensor) -> Any:
-    """Returns a tuple or list with its first tensor replaced, or the replacement if the value is a tensor.
+    """Returns a tuple or list with its first tensor replaced; a value that is a tensor is replaced as a whole.
 
     Raises:
         InputError: If the value is neither a tensor nor a tuple or list.

@@ -1,4 +1,4 @@
-"""Access to tensors that autograd saves for routes (indices, masks), even if the model recomputes activations."""
+"""Access to tensors that autograd saves for 0/1 routes (indices, masks), even if the model recomputes activations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 def saved_in_place() -> AbstractContextManager[Any]:
     """Context manager in which autograd stores the tensors that it saves, overriding any saved-tensor hooks.
 
-    The hooks of ``torch.utils.checkpoint`` discard these tensors and recompute them by rerunning the function. Neither
-    a composite nor a recording observes this second run, which does not save the same tensors.
+    The hooks of ``torch.utils.checkpoint`` discard these tensors and recompute them by running the function again.
+    Composites and recordings do not observe this second run, which saves different tensors.
     """
     return nullcontext() if _top_hooks(True) is None else torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked)
 

@@ -1,4 +1,4 @@
-"""Copies of the user's modules that share tensors with them, so that the modules themselves are not modified."""
+"""Copies of the user's modules that share their tensors, so that the modules themselves are never modified."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOOK_DICTS = (
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module that shares its tensors, but has separate dictionaries and no hooks.
+    """Returns a copy of a module that shares its tensors, but has its own dictionaries and no hooks.
 
     Zennit's ``ParamMod`` temporarily writes modified parameters into a module, which is safe for such a copy. A shallow
     copy does not suffice, since it shares the dictionary of parameters.
@@ -39,7 +39,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
     _compute_parametrized(copy, module)
     forward = copy.__dict__.get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
-        # Bind a method that a canonizer has bound to the module to the copy, so that it reads the copy's parameters.
+        # A method that a canonizer bound to the module is bound to the copy, so that it reads the copy's parameters.
         copy.__dict__["forward"] = types.MethodType(forward.__func__, copy)
     return copy
 

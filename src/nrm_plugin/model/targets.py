@@ -38,13 +38,13 @@ def sample_norms(tensor: Tensor) -> Tensor:
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """Evaluates a target that is given as a function; other targets are returned unchanged.
+    """Evaluates a target that is given as a function, and returns other targets unchanged.
 
     Args:
         target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.
         outputs: The model's outputs.
         batched: Whether the first dimension of the outputs is the batch. If it is not, and the output is a single row
-            of scores ``(1, C)`` for a whole graph, the target may be just a class index.
+            of scores ``(1, C)`` for a whole graph, the target may be a class index alone.
 
     Raises:
         TargetError: If the function does not return a target.
@@ -70,8 +70,8 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
         output: The model's output, ``(N, …)``.
         target: As in Captum: None if there is one output per sample, an int or a tuple for all samples, or a list or
             tensor with one entry per sample.
-        start: A vector of signed weights for the outputs, with or without the batch dimension, or a function that
-            computes it from the outputs. It replaces the target.
+        start: Signed weights of the outputs, with or without the batch dimension, or a function that computes them from
+            the outputs; used in place of a target.
 
     Raises:
         TargetError: If both target and start are given, or one of them does not match the output.
@@ -102,7 +102,7 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """Function that computes the start vector for one of Captum's neuron selectors.
+    """Callable that computes the start vector for one of Captum's neuron selectors.
 
     Args:
         selector: Neuron selector in Captum's format.

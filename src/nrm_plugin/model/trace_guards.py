@@ -1,7 +1,7 @@
-"""Value reads: the points at which a computation depends on tensor values, as tracked by a trace.
+"""Value reads: the points at which a computation depends on the values of tensors, as tracked by a trace.
 
-A trace replays the tensor operations of a computation for other values. Every condition that the computation has
-evaluated is then evaluated again and compared, unless the result did not depend on it.
+A trace can replay the tensor operations of a computation for other values. A replay evaluates every condition of the
+computation again and compares the outcome, unless the result does not depend on it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Active(threading.local):
         tracer: The tracer of the trace in progress, or None.
         audits: Number of active :func:`audit` contexts.
         place: Name of the step whose kernel is being built.
-        avoided: Shortcuts that a trace must not take, because their conditions did not hold for other values.
+        avoided: Shortcuts that a trace must not take because their conditions did not hold for other values.
     """
 
     tracer: Any = None
@@ -98,7 +98,7 @@ def unwatched() -> Iterator[None]:
 def uncollected() -> Iterator[None]:
     """Context manager that disables garbage collection of reference cycles.
 
-    A recording creates many objects, so the garbage collector would otherwise traverse all objects of the process
+    A recording creates so many objects that the garbage collector would otherwise traverse all objects of the process
     several times.
     """
     is_enabled = gc.isenabled()
@@ -127,10 +127,10 @@ def kind_of(shortcut: str) -> str:
 
 
 def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
-    """Returns whether a shortcut, a computation that is valid only if a condition on values holds, may be taken.
+    """Returns whether a shortcut may be taken, a computation that is valid only if a condition on values holds.
 
-    If the condition does not hold, the general computation is used, which is always valid. Therefore, a trace depends
-    on the condition only if it holds.
+    If the condition does not hold, the general computation is used, which is always valid. A trace therefore depends on
+    the condition only if it holds.
 
     Args:
         shortcut: Name of the shortcut.

@@ -1,4 +1,4 @@
-"""User code: which modules belong to installed packages, and the names to which a function refers."""
+"""User code: which modules belong to installed packages, and to which names a function refers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..imports import PACKAGE
 
 @functools.cache
 def is_installed_module(name: str) -> bool:
-    """Returns whether a module is part of Python or an installed package, which has a version."""
+    """Returns whether a module is part of Python or of an installed package, whose code is identified by a version."""
     top = name.partition(".")[0]
     if top == PACKAGE or top in sys.stdlib_module_names - {"__main__"} or top in sys.builtin_module_names:
         return True
@@ -34,18 +34,18 @@ def is_installed_module(name: str) -> bool:
 
 @functools.cache
 def distributions() -> Mapping[str, list[str]]:
-    """Returns the installed distributions for each importable name."""
+    """Returns the installed distributions that provide each importable name."""
     return importlib.metadata.packages_distributions()
 
 
 def referenced(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yields the globals, and the members of the user's modules, to which a function refers, with their names."""
+    """Yields the name and value of each global, and each member of the user's modules, to which a function refers."""
     for name, namespace, key in names_in(function):
         yield name, namespace[key]
 
 
 def names_in(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yields the same names with the namespace that holds their value, and the key in it."""
+    """Yields the names of :func:`referenced`, each with the namespace that holds its value and its key there."""
     names = sorted(set(_names(function.__code__)))
     for name in names:
         item = function.__globals__.get(name)
@@ -57,7 +57,7 @@ def names_in(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
 
 
 def cells(function: types.FunctionType) -> list[Any]:
-    """Returns the values of the variables around a function, without those that are None or not assigned yet."""
+    """Returns the values of a function's closure, skipping variables that are None or not assigned yet."""
     return [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
 
 

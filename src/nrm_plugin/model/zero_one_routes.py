@@ -1,6 +1,6 @@
 """0/1 routes: operations whose Jacobian has only the entries 0 and 1, such as indexing, reshaping and max pooling.
 
-Relevance passes through them as a gradient does in autograd.
+Relevance passes through them in the same way as gradients in autograd.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 def is_route(module: nn.Module) -> bool:
     """Returns whether a module is a 0/1 route.
 
-    Whether dropout is inactive is not checked here, but in :func:`~nrm_plugin.model.checks.check_model`.
+    Dropout is assumed to be inactive, as ensured by :func:`~nrm_plugin.model.checks.check_model`.
     """
     return isinstance(module, _MODULES) or (isinstance(module, nn.Upsample) and module.mode.startswith("nearest"))
 
@@ -85,7 +85,8 @@ def is_route(module: nn.Module) -> bool:
 def operation(node: Node) -> str:
     """Returns the operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward``.
 
-    A custom ``autograd.Function`` may have the name of a torch operation; it is returned as ``autograd.Function NAME``.
+    A custom ``autograd.Function`` may have the same name as a torch operation; its name is therefore returned as
+    ``autograd.Function NAME``.
     """
     if isinstance(node, BackwardCFunction):
         kind = type(node)._forward_cls
@@ -110,14 +111,14 @@ _WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias", "Clone"])
 
 
 def is_whole(node: Node) -> bool:
-    """Returns whether an autograd node is a view or copy of all entries of a tensor."""
+    """Returns whether an autograd node is a view or a copy of all entries of a tensor."""
     return operation(node) in _WHOLE
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Follows in-place writes that overwrite an output entirely; returns the node and output number of the last one.
+    """Follows in-place writes that overwrite a whole output, and returns the node and output number of the last write.
 
-    Nodes that torch inserts for full backward hooks are skipped, since they are identities.
+    Nodes that torch inserts for full backward hooks are identities and are skipped.
     """
     while node is not None and (name := operation(node)) in ("Copy", "BackwardHookFunction"):
         if name != "Copy":

@@ -1,4 +1,4 @@
-"""Export of a plan as a program that returns outputs and their relevance, and depends only on PyTorch."""
+"""Export of a plan as a program that returns outputs and their relevance and depends only on PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 class EveryShortcut(frozenset[str]):
-    """A set that contains every shortcut, so that a trace takes none of them and is valid for all values."""
+    """Set that contains every shortcut, so that a trace takes none of them and is valid for all values."""
 
     def __contains__(self, shortcut: object) -> bool:
         return True
@@ -73,13 +73,13 @@ def explained_model(
 
 
 def _predicted(outputs: Tensor) -> Tensor:
-    """Returns the one-hot start vector of the class with the largest output for each sample."""
+    """Returns, for each sample, the one-hot start vector of the class with the largest output."""
     scores = outputs.reshape(len(outputs), -1)
     return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1).reshape(outputs.shape)
 
 
 class ExplainedModel(nn.Module):
-    """A module that computes outputs and relevance by running a program of tensor operations.
+    """Module that computes outputs and relevance by running a program of tensor operations.
 
     Args:
         program: The program, traced without shortcuts.
@@ -109,7 +109,7 @@ class ExplainedModel(nn.Module):
             _check_exportable(one)
 
     def forward(self, *tensors: Tensor) -> dict[str, Any]:
-        """Computes outputs, targets, and the relevance of each layer, and whether the relevance is valid.
+        """Computes outputs, targets, the relevance of each layer, and whether that relevance is valid.
 
         Args:
             tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; -1 is replaced with
@@ -155,7 +155,7 @@ class ExplainedModel(nn.Module):
 
 
 def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor with its own memory, and the permutation that restores its strides.
+    """Returns a constant as a contiguous tensor in memory of its own, and the permutation that restores its strides.
 
     ``torch.export.save`` stores each block of memory once, as one contiguous tensor.
     """
@@ -186,7 +186,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Operations whose results were read as Python values, with functions that compare them with the expected value."""
+"""Operations whose results are read as Python values, with functions that compare these with the expected value."""
 
 
 def _check_exportable(one: Operation) -> None:

@@ -1,4 +1,4 @@
-"""Fusion of batch normalizations in the forward pass of a program with the preceding convolution."""
+"""Fusion of the batch normalizations in the forward pass of a program with preceding convolutions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ aten = torch.ops.aten
 BLOCK = 1 << 15
 """Number of weight entries per block."""
 CLOSE = 4
-"""Tolerance for weights computed in a different order to be considered equal, in units of the machine epsilon.
+"""Largest difference, in units of the machine epsilon, between equal weights that are computed in different orders.
 
 It must be small: a newly initialized batch norm changes weights by half its ``eps``, which is 42 units in float32, and
-these changes accumulate over layers.
+such changes accumulate over layers.
 """
 
 
@@ -68,7 +68,7 @@ def fused(
 
 
 class _Fusion:
-    """The weight and bias of a fused layer, computed in float64, so that they are rounded only once.
+    """Weight and bias of a fused layer, computed in float64, so that they are rounded only once.
 
     Args:
         values: Weight and bias of the layer, and scale, shift, mean and variance of the batch normalization.

@@ -1,4 +1,4 @@
-"""Merging of operations, to remove repeated computations and unnecessary copies."""
+"""Merging of operations, which removes repeated computations and unnecessary copies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FORWARDED = {
 
 
 class Merger:
-    """Merges operations of a trace that compute identical tensors.
+    """Pass over a trace that merges operations that compute identical tensors.
 
     Args:
         trace: The trace to simplify.
@@ -95,7 +95,7 @@ class Merger:
         return number
 
     def _is_settled(self, one: Operation) -> bool:
-        """Returns whether an operation returns the same value in every run, so that it need not be verified."""
+        """Returns whether an operation returns the same value in every run and need not be verified."""
         if one.expected is None:
             return False
         if one.function is aten.equal.default and one.args[0] == one.args[1]:
@@ -158,7 +158,7 @@ class Merger:
         return self._writes[memory] > self._versions[memory]
 
     def _key(self, one: Operation) -> Any:
-        """Returns a key that determines the results of an operation, or None if the operation must not be merged."""
+        """Returns a key that determines the results of an operation, or None if it must not be merged."""
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None

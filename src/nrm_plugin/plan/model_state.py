@@ -1,4 +1,4 @@
-"""State of a model and settings of a composite on which a plan depends."""
+"""State of a model and settings of a composite, on which a plan depends."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .python_state import PythonState
 from .tensor_sums import TensorSums
 
 _ENTRIES = 64
-"""Number of entries per tensor that are compared by value, since writes through ``.data`` do not change the version."""
+"""Number of entries per tensor that are compared by value, since writes through ``.data`` do not change versions."""
 
 
 class ModelState:
-    """Detects changes to a model from the ids and versions of all objects that its modules contain.
+    """Record of the ids and versions of all objects that the modules of a model contain, by which changes are detected.
 
     Args:
         model: The model to watch.
@@ -31,7 +31,7 @@ class ModelState:
         with _RECORDING:
             self._take(model)
             self._python = PythonState([*model.modules(), composite])
-            # Modules and tensors that the model reads, but which are not registered in it, such as those in a list.
+            # Modules and tensors that the model reads but that are not registered in it, such as those in a list.
             modules = self._python.modules
             weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
             tensors = [tensor for tensor in (*self._python.tensors, *weights) if tensor.layout == torch.strided]
@@ -47,9 +47,10 @@ class ModelState:
         self._values = [torch.cat(views).clone() for views in self._entries]
 
     def is_outdated(self) -> bool:
-        """Returns whether anything has changed, which includes all entries of weights, and Python objects.
+        """Returns whether anything has changed, including any entry of the weights and any Python object.
 
-        A plan compares once for each call. :meth:`changed` is faster, and compares what an existing measure needs.
+        A plan makes this comparison once per call. :meth:`changed` is faster, and covers only what an existing measure
+        needs.
         """
         if self.changed():
             return True
@@ -57,7 +58,7 @@ class ModelState:
             return self._sums.have_changed() or self._python.has_changed() or self._further.changed() is not None
 
     def changed(self) -> str:
-        """Describes what has changed; returns an empty string if nothing has changed."""
+        """Describes what has changed, or returns an empty string."""
         if not self._changed():
             return ""
         with _RECORDING:  # the change may consist of hooks that another thread removes after its recording
@@ -82,7 +83,7 @@ class ModelState:
 
 
 class _Objects:
-    """Detects changes to modules and tensors from the ids of their attributes and from their versions."""
+    """Record of the ids of the attributes of modules and of the versions of tensors, by which changes are detected."""
 
     def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
         self._modules = [(module, _attributes(module), _held(module)) for module in modules]
@@ -100,10 +101,10 @@ _DICTS = (dict, OrderedDict)
 
 
 def hooked(model: nn.Module) -> str:
-    """Returns a description of the first user hook in a model, or an empty string if there is none.
+    """Describes the first user hook in a model, or returns an empty string.
 
-    Such hooks must run in every forward pass. Hooks of PyTorch itself, such as those of weight norm, only compute
-    tensors and are ignored.
+    Such hooks must run in every forward pass. PyTorch's own hooks, such as those of weight norm, merely compute tensors
+    and are ignored.
     """
     if _common_hooks():
         return "all modules have hooks"
@@ -128,7 +129,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns references to the attributes of a module, so that their ids cannot be reused by new objects."""
+    """Returns references to the attributes of a module, which keep new objects from reusing their ids."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 

@@ -1,4 +1,4 @@
-"""The plan of a model: measures for many inputs of the same shape, at the cost of one or two gradients each."""
+"""Plan of a model: measures for many inputs of the same shape, at the cost of one or two gradients each."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .programs import Programs, memory_of
 
 MOST = 8
-"""Maximum number of call forms for which programs are stored."""
+"""Maximum number of forms of calls for which programs are stored."""
 IDLE = 8
-"""Number of consecutive recordings after which a plan is no longer used for calls of a form."""
+"""Number of consecutive recordings after which a plan is no longer used for calls of this form."""
 
 
 class Plan:
-    """Computes measures of a model by replaying tensor operations, without hooks or autograd.
+    """Plan that computes measures of a model by replaying tensor operations, without hooks or autograd.
 
-    Everything that does not depend on input values is computed only once: names, graph, rules, modified and fused
-    weights, and checks. When a query is first made, it is recorded and traced. For further inputs of the same shapes,
-    the trace is replayed as a flat list of tensor operations.
+    Everything that does not depend on the values of the inputs is computed only once: names, the graph, rules, modified
+    and fused weights, and checks. When a query is made for the first time, it is recorded and traced. For further
+    inputs of the same shapes, the trace is replayed as a flat list of tensor operations.
 
     Args:
         model: The network, in evaluation mode.
@@ -106,7 +106,7 @@ class Plan:
     ) -> RelevanceMeasure:
         """Returns the measure for the given inputs.
 
-        Inputs of a new shape are recorded first, and so are all inputs after the model has changed.
+        Inputs of a new shape are recorded first, as are any inputs after the model has changed.
 
         Args:
             inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -146,7 +146,7 @@ class Plan:
         """Describes which queries are replayed, and why others are recorded every time.
 
         Returns:
-            A text that lists, for each form of call, the shapes of its tensors and, for each query, the number of
+            A text that lists, for each form of calls, the shapes of the tensors and, for each query, the number of
             operations, the memory of constants that are not tensors of the model, and the values that are verified in
             each run.
 
@@ -170,11 +170,11 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Exports a program that returns outputs and their relevance, and depends only on PyTorch.
+        """Exports a program that returns outputs and their relevance and depends only on PyTorch.
 
         The program can be loaded with ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in
-        order and with the same shapes as in ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects
-        the class with the largest output. It returns a dictionary:
+        the order and with the shapes of ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the
+        class with the largest output. It returns a dictionary:
 
         - ``"outputs"``: the outputs of the model;
         - ``"target"``: the explained class of each sample, ``(N,)``;
@@ -213,11 +213,11 @@ class Plan:
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
-        """Returns whether the model or the composite has changed, so that all programs are invalid."""
+        """Returns whether the model or the composite has changed, which makes all programs invalid."""
         return self._state.is_outdated() or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
-        """Returns whether calls of this form can be replayed and have repeated their queries so far."""
+        """Returns whether calls of this form can be replayed, and have so far repeated their queries."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
@@ -289,7 +289,7 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """A call to the model, and a key that identifies its form.
+    """Call of the model, with a key that identifies its form.
 
     Attributes:
         key: Key that is the same for all calls of this form.

@@ -32,7 +32,7 @@ from .tracer import Tracer
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all measures of a plan have in common.
+    """Settings that all measures of a plan share.
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -50,11 +50,11 @@ class Settings:
 
 
 LONGEST = 5
-"""Maximum length of a trace including queries, as a multiple of its length after the recording."""
+"""Maximum length of a trace with its queries, as a multiple of its length after the recording."""
 
 
 class PlannedOutputs:
-    """The outputs at which a planned measure starts, used in place of a recording.
+    """Outputs at which a planned measure starts, used in place of a recording.
 
     Args:
         values: The outputs in the form ``(N, …)``, the outputs as returned by the model, and, if there is a reference,
@@ -86,7 +86,7 @@ class PlannedOutputs:
 
 
 class TracedRecording:
-    """A recording of a model, together with a trace of its operations.
+    """Recording of a model, together with a trace of its operations.
 
     Args:
         settings: The settings of the plan.
@@ -98,7 +98,7 @@ class TracedRecording:
         tracer: The tracer, or None without a trace.
         recording: The recording of the forward pass.
         outputs: The outputs in the form ``(N, …)``, as returned by the model, and their differences from a reference.
-        obstacle: Why the trace cannot be replayed for other inputs; empty if it can.
+        obstacle: Reason why the trace cannot be replayed for other inputs, or an empty string.
         inputs: Indices of the inputs in the trace.
         start: Initial relevance in the layout of the outputs; set by :meth:`begin`.
         queries: The traced queries; set by :meth:`begin`.
@@ -128,7 +128,7 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the trace may be compiled to a program; with many queries, compilation would take too long."""
+        """Whether the trace may be compiled to a program, which would take too long with many queries."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
@@ -169,7 +169,7 @@ class _Traced:
 
 
 class PlannedMeasure(RelevanceMeasure):
-    """A measure that computes queries by running the programs of a plan, and records the model for other queries.
+    """Measure that computes queries by running the programs of a plan, and records the model for all other queries.
 
     Args:
         settings: The settings of the plan.
@@ -283,7 +283,7 @@ class PlannedMeasure(RelevanceMeasure):
         return query.answer(results)
 
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on a traced recording and compiles a program that repeats the query."""
+        """Computes a query on a traced recording, and compiles a program that repeats it."""
         self._check_inputs()
         if self._recorded is None or not self._recorded.is_traceable:
             self._recorded = self._record()
@@ -303,7 +303,7 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on the recording and traces it if possible, since later queries reuse its kernels."""
+        """Computes a query on the recording, and traces it if possible, since later queries reuse its kernels."""
         self._is_answering = True
         try:
             with nullcontext() if self._recorded is None else self._recorded.traced():
@@ -382,7 +382,7 @@ class PlannedMeasure(RelevanceMeasure):
 
 
 def _names_events(key: Any) -> bool:
-    """Returns whether a query contains events, whose neurons usually differ between inputs."""
+    """Returns whether a query contains events, whose neurons usually vary from input to input."""
     if isinstance(key, Atom):
         return key.index is not None
     if isinstance(key, tuple):

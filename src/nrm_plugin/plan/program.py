@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class ChangedValueError(Exception):
-    """Raised if a value on which the traced computation depended is different for the current inputs.
+    """Raised if a value on which the traced computation depended differs for the current inputs.
 
     Attributes:
         reads: The lines of code that read these values.
@@ -33,7 +33,7 @@ class ChangedValueError(Exception):
 
 
 class Program:
-    """A computation in two stages: from inputs to outputs, and from relevance of the outputs to results of queries.
+    """Computation in two stages: from inputs to outputs, and from the relevance of the outputs to results of queries.
 
     All queries share the first stage.
 
@@ -41,7 +41,7 @@ class Program:
         trace: The trace of both stages.
         inputs: Indices of the inputs.
         outputs: Indices of the tensors returned by the first stage.
-        start: Indices of the tensors with which the second stage begins, such as the relevance of the outputs.
+        start: Indices of the tensors from which the second stage starts, such as the relevance of the outputs.
         results: For each query, indices of the tensors returned by the second stage.
 
     Attributes:
@@ -50,9 +50,9 @@ class Program:
         until: Number of operations in the first stage.
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.
-        inputs, outputs, start, results: As the arguments, with the indices of the simplified trace.
-        obstacle: Why the operations cannot be replayed; empty if they can. If it is not empty, no other attribute is
-            set.
+        inputs, outputs, start, results: The arguments, as indices of the simplified trace.
+        obstacle: Reason why the operations cannot be replayed, or an empty string. If there is a reason, no other
+            attribute is set.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Program:
         self.is_shareable = not any(used[at] in shared for places in self._overwritten for at in places)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
-        """Runs the first stage; returns the outputs and the state, the tensors that the second stage needs."""
+        """Runs the first stage, and returns the outputs and the state: the tensors that the second stage needs."""
         with _plain(inputs[0].device):
             outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)
@@ -101,8 +101,8 @@ class Program:
         """Runs the second stage for one query.
 
         Args:
-            state: The state; the list is emptied, so that memory is freed as early as possible.
-            start: The tensors with which the stage begins.
+            state: The state. The list is emptied, so that memory is freed as early as possible.
+            start: The tensors from which the stage starts.
             query: Index of the query.
             is_kept: Whether the tensors of the state are needed by later queries.
 
@@ -130,7 +130,7 @@ def _early(operations: list[Operation], outputs: Sequence[int], memory: Callable
     """Moves the operations that return the outputs to the earliest possible position.
 
     Simplification restores the shapes of all results at the end, after the operations of the second stage. An operation
-    runs after all earlier writes to the memory that it reads.
+    stays after all earlier writes to the memory that it reads.
     """
     for number in dict.fromkeys(outputs):
         made = _makers(operations)
@@ -147,14 +147,14 @@ def _early(operations: list[Operation], outputs: Sequence[int], memory: Callable
 
 
 def _last_check(operations: list[Operation], start: set[int]) -> int:
-    """Returns the index of the last comparison before the start is read, or -1; outputs may depend on it."""
+    """Returns the index of the last comparison before the start is read, on which outputs may depend, or -1."""
     begin = next((index for index, one in enumerate(operations) if start & set(one.reads)), len(operations))
     checks = [i for i, one in enumerate(operations[:begin]) if one.expected is not None or one.shapes is not None]
     return max(checks, default=-1)
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:
-    """Runs a stage and converts errors of operations, which may occur if values have changed, to ChangedValueError."""
+    """Runs a stage, and converts errors of operations, which changed values may cause, to ChangedValueError."""
     try:
         return stage(*args)
     except torch.OutOfMemoryError:
@@ -212,11 +212,11 @@ _DIRECT: dict[Any, Any] = {
     aten.addmm.default: torch.addmm,
     aten.copy_.default: Tensor.copy_,
 }
-"""Functions that are equivalent to these operations, with less overhead per call."""
+"""Functions that are equivalent to these operations and have less overhead per call."""
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
-    """Raises :class:`ChangedValueError` if a value is not as expected; all tensors are read in one transfer."""
+    """Raises :class:`ChangedValueError` if a value is not as expected. All tensors are read in one transfer."""
     tensors = [value for value, _, _ in checks if isinstance(value, Tensor)]
     if any(one.dtype is not torch.bool for one in tensors):
         tensors = [one.double() for one in tensors]
@@ -234,7 +234,7 @@ def _is_same(value: Any, expected: Any) -> bool:
 
 
 class _Writer:
-    """Generates the Python source of a program."""
+    """Generator of the Python source of a program."""
 
     def __init__(
         self,
@@ -286,7 +286,7 @@ class _Writer:
         return "\n".join(lines), self.scope
 
     def _separate(self, numbers: Sequence[int], start: Sequence[int]) -> str:
-        """Generates code that ensures that results do not share memory."""
+        """Generates code that separates results that share memory."""
         used = {self.memory(number) for number in (*start, *self.passed)}
         parts = []
         for number in numbers:

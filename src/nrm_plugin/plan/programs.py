@@ -22,13 +22,13 @@ Key = tuple[Hashable, ...]
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of calls in which a value read by the model may differ before every call is recorded, or the condition of a
-shortcut may fail before it is avoided in all layers."""
+"""Number of calls in which a value that the model reads may change before every call is recorded, or in which the
+condition of a shortcut may fail before it is avoided in all layers."""
 
 
 @dataclass
 class QueryProgram:
-    """The program of one query.
+    """Program of one query.
 
     Attributes:
         program: The program, shared by all queries of one recording.
@@ -49,7 +49,7 @@ class QueryProgram:
 
 @dataclass
 class TracedQueries:
-    """The queries of one recording, which share a program.
+    """Queries of one recording, which share a program.
 
     Attributes:
         tracer: The tracer of the recording and the queries.
@@ -66,7 +66,7 @@ class TracedQueries:
     queries: list[QueryProgram] = field(default_factory=list)
 
     def with_query(self, results: list[int]) -> Program:
-        """Compiles a program for all queries and an additional one."""
+        """Compiles a program for all queries so far and a further one."""
         self.results.append(results)
         return Program(self.tracer.trace, self.inputs, self.outputs, self.start, self.results)
 
@@ -75,14 +75,14 @@ class Programs:
     """Cache of the programs for calls of the same form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: Shortcuts that are no longer taken, because their conditions failed for some inputs. A shortcut whose
-            condition failed in several calls, in the same or in other layers, is avoided in all layers.
-        obstacle: Why calls of this form cannot be replayed and must be recorded each time; empty if they can.
+        avoided: Shortcuts that are no longer taken because their conditions failed for some inputs. A shortcut whose
+            condition failed in several calls, in the same layer or in different layers, is avoided in all layers.
+        obstacle: Reason why calls of this form cannot be replayed and must be recorded each time, or an empty string.
         answers: Cached properties that do not depend on values, such as names and shapes.
         recordings: Number of recordings since a program was last used.
         latest: The most recently used program, which the next measure is expected to use.
-        asks_again: Whether a measure has received more than one query, in which case the state of the first stage is
-            kept for further queries.
+        asks_again: Whether a measure has received more than one query. The state of the first stage is then kept for
+            further queries.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Programs:
             return query
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
-        """Returns whether to trace a query: at once if it is certain to recur, otherwise once it is repeated."""
+        """Returns whether to trace a query: at once if it is certain to recur, or else when it is repeated."""
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)

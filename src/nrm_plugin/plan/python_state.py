@@ -1,4 +1,4 @@
-"""Python objects that a model reads besides its parameters and buffers, on which a plan depends as well."""
+"""Python objects on which a plan depends because the model reads them, in addition to its parameters and buffers."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from ..model.user_code import cells, is_installed_module, names_in, slots_of
 MOST = 20_000
 """Largest number of objects that are compared."""
 _LARGEST = 1 << 16
-"""Largest number of entries of an array that are compared by value; of longer arrays, as many are compared."""
+"""Largest number of entries of an array that are compared by value, also for longer arrays."""
 CONTAINERS = (dict, OrderedDict, list, set, tuple)
-"""Containers whose items are compared with the attributes of a module that holds them."""
+"""Containers whose items are compared together with the attributes of the module that holds them."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
 _PASSED_OVER = frozenset("torch numpy logging threading weakref _weakrefset zennit captum nrm_plugin builtins".split())
-"""Packages whose objects do not change how a model computes, or are compared elsewhere."""
+"""Packages whose objects are compared elsewhere, or do not change what a model computes."""
 _SKIPPED = frozenset(
     "_parameters _buffers _modules _non_persistent_buffers_set _backward_hooks _backward_pre_hooks _forward_hooks "
     "_forward_pre_hooks _state_dict_hooks __module__ __doc__ __dict__ __weakref__ __annotations__ "
     "handles hook_refs stored_tensors tensor_handles active _checked".split()
 )
-"""Attributes of modules, classes and composites that are compared elsewhere, or change when the model runs."""
+"""Attributes of modules, classes and composites that are compared elsewhere, or that change when the model runs."""
 
 Held = Callable[[], Iterable[Any]]
 
 
 class PythonState:
-    """Detects changes of containers, configurations, functions and classes that are reachable from some objects.
+    """Record of the containers, configurations, functions and classes reachable from some objects, to detect changes.
 
-    Containers and the attributes of objects are compared by identity, and arrays by value. Of functions, the variables
-    around them and the global names that they use are compared; of classes, their attributes. Code of installed
-    packages is taken not to change.
+    Containers and the attributes of objects are compared by identity, and arrays by value. Functions are compared by
+    the variables of their closures and the globals that they use, and classes by their attributes. Code of installed
+    packages is assumed not to change.
 
     Args:
         roots: The modules of the model, and further objects such as its composite.
@@ -74,7 +74,7 @@ class PythonState:
         return any(_bytes(array) != before for array, before in self._arrays)
 
     def _note(self, value: Any) -> Iterable[Any]:
-        """Stores what an object holds, and returns it."""
+        """Stores and returns the contents of an object."""
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return ()

@@ -1,4 +1,4 @@
-"""Removal of views that do not move data, such as a leading dimension of size one for a single relevance vector."""
+"""Removal of views that move no data, such as a leading dimension of size one for a single relevance vector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.
 
 
 class ViewRemover:
-    """Rewrites operations so that they read tensors in the shape in which they were created, and before broadcasting.
+    """Pass over operations that makes them read tensors in the shape in which they were created, before broadcasting.
 
     Args:
         trace: The trace, in which tensors that are created in a new shape are assigned an index.
@@ -58,7 +58,7 @@ class ViewRemover:
     # -- views ----------------------------------------------------------------------------------------------------
 
     def _source(self, one: Operation) -> int | None:
-        """Returns the source of a view of all entries in memory order, or None for other operations."""
+        """Returns the source of a view of all entries in memory order, or None for any other operation."""
         if len(one.results) != 1 or one.results[0] is None or one.writes or one.shapes is not None:
             return None
         number = one.results[0]
@@ -172,10 +172,10 @@ class ViewRemover:
         return replace(one, args=args, kwargs=kwargs, reads=UNKNOWN)
 
     def _without(self, number: int, ndim: int) -> int | None:
-        """Returns the index of the tensor that equals tensor ``number`` with its leading dimension dropped, or None.
+        """Returns the index of the tensor that equals tensor ``number`` without its leading dimension, or None.
 
-        None means that the trace contains no such tensor. If tensor ``number`` has fewer than ``ndim`` dimensions,
-        returns ``number``.
+        The result is None if the trace contains no such tensor, and ``number`` itself if that tensor has fewer than
+        ``ndim`` dimensions.
         """
         form = self.trace.forms[number]
         if len(form[0]) < ndim:
@@ -186,7 +186,7 @@ class ViewRemover:
         return root if self.trace.forms[root][0] == form[0][1:] else None
 
     def _new(self, number: int) -> int:
-        """Adds a copy of a tensor without its leading dimension to the trace and returns its index."""
+        """Adds a copy of a tensor without its leading dimension to the trace, and returns the index of the copy."""
         trace = self.trace
         made, trace.count = trace.count, trace.count + 1
         shape, stride, *rest = trace.forms[number]

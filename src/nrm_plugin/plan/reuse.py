@@ -1,4 +1,4 @@
-"""Automatic plans: the first measures are recorded, and a plan is created once inputs of the same form recur."""
+"""Automatic plans: the first measures are recorded, and a plan is created when inputs of the same form recur."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form that are recorded before a plan is created, since a plan costs several recordings."""
+"""Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
 NEVER = 1 << 62
-"""Number of recordings that prevents further plans after one has needed too much memory."""
+"""Number of recordings that rules out further plans after one needed too much memory."""
 PAID = 32
-"""Number of measures after which the cost of creating a plan is considered amortized."""
+"""Number of measures after which the cost of a plan is regarded as amortized."""
 MEMORY = 1 << 30
 """Maximum memory of the constants of an automatic plan, in bytes."""
 
@@ -31,9 +31,9 @@ MEMORY = 1 << 30
 class Measures:
     """Factory for measures that creates a plan if inputs of the same form recur.
 
-    It takes the arguments of :class:`~nrm_plugin.RelevanceMeasure`. The first measures for inputs of one form (shapes
-    and dtypes) are recorded; later inputs of this form use a plan, with the same results up to rounding. A plan is
-    discarded if the model or another setting changes, or if its constants need too much memory. Each plan that is
+    It is called with the arguments of :class:`~nrm_plugin.RelevanceMeasure`. The first measures for inputs of one form
+    (shapes and dtypes) are recorded; later inputs of this form use a plan, with the same results up to rounding. A plan
+    is discarded if the model or another setting changes, or if its constants need too much memory. Each plan that is
     discarded early doubles the number of recordings before the next one.
 
     Source: new in this package.
@@ -101,7 +101,7 @@ class Measures:
         return self._plan
 
     def _plan_for(self, model: nn.Module, values: Any, settings: dict[str, Any], arguments: Any) -> Plan | None:
-        """Returns the plan for a call, or None if the call is to be recorded."""
+        """Returns the plan for a call, or None if the call should be recorded."""
         given = (model, *settings.values())
         if not _are_same(given, self._settings) or (self._plan is not None and self._plan._has_changed()):
             self._drop()
@@ -117,7 +117,7 @@ class Measures:
         return self._plan
 
     def _is_too_large(self, plan: Plan) -> bool:
-        """Returns whether a plan needs too much memory, in which case it is discarded until a setting changes."""
+        """Returns whether a plan needs too much memory; if so, it is discarded until a setting changes."""
         if plan._count == self._measured:
             return False
         self._measured = plan._count
@@ -128,7 +128,7 @@ class Measures:
         return is_too_large
 
     def _is_repeated(self, form: Hashable) -> bool:
-        """Counts a call and returns whether its form has recurred often enough to create a plan."""
+        """Counts a call, and returns whether its form has recurred often enough to create a plan."""
         self._seen[form] = self._seen.get(form, 0) + 1
         self._seen.move_to_end(form)
         while len(self._seen) > MOST:
@@ -145,7 +145,7 @@ class Measures:
         self._seen.clear()
 
     def __reduce__(self) -> Any:
-        """Returns a new instance without a plan for copying and pickling, since a plan is bound to this process."""
+        """Copies and pickles the object without its plan, which is bound to this process."""
         return Measures, ()
 
 
@@ -156,7 +156,7 @@ _LOCK = threading.Lock()
 def measures_of(owner: Any) -> Measures:
     """Returns the :class:`Measures` instance associated with an object, creating it on first use.
 
-    It has the lifetime of the object, and is not copied or pickled with it.
+    The instance lives as long as the object, and is not copied or pickled with it.
     """
     with _LOCK:
         measures: Measures | None = _BY_OWNER.get(owner)

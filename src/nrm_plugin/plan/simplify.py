@@ -1,4 +1,4 @@
-"""Simplification of traces: constants are precomputed, and operations whose results are not used are removed.
+"""Simplification of traces: constants are precomputed, and operations whose results are unused are removed.
 
 A trace may overwrite tensors. Tensors that share memory form a group. The order of operations is preserved, and two
 operations on a group are merged only if the group is not overwritten between them.
@@ -19,11 +19,11 @@ from .reshapes import ViewRemover
 from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
-"""Maximum number of entries of a filled tensor that is stored instead of being created in each run."""
+"""Maximum number of entries of a filled tensor that is stored rather than created in each run."""
 
 
 class Simplifier:
-    """Simplifies the operations of a trace that are needed to compute given results.
+    """Simplified form of the operations of a trace that are needed to compute given results.
 
     Args:
         trace: The trace to simplify.
@@ -34,7 +34,8 @@ class Simplifier:
         operations: The remaining operations, in order.
         constants: The constants that the operations read, keyed by index.
         results: Indices of the result tensors.
-        obstacle: Why the operations cannot be replayed; empty if they can. If it is not empty, there are no operations.
+        obstacle: Reason why the operations cannot be replayed, or an empty string. If there is a reason, there are no
+            operations.
     """
 
     def __init__(self, trace: Trace, results: list[int]) -> None:
@@ -62,7 +63,7 @@ class Simplifier:
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
     def _overwritten(self, one: Operation) -> str:
-        """Returns an error message if an operation writes to an input or a weight, and an empty string otherwise."""
+        """Returns an error message if an operation writes to an input or a weight, or else an empty string."""
         given = (self.trace.memory(number) for number in one.writes)
         if any(number in self.constants or number in self.trace.placeholders for number in given):
             return f"the model overwrites one of its inputs or weights ({one.function})"
@@ -123,7 +124,7 @@ class Simplifier:
                 self.constants[number] = item
 
     def _stored(self, number: int, one: Operation) -> Tensor:
-        """Returns a constant, or an expanded scalar for a variable tensor of which only the shape is read."""
+        """Returns a constant or, for a variable tensor of which only the shape is read, an expanded scalar."""
         if number in self.constants:
             return self.constants[number]
         assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"

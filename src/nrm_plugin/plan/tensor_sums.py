@@ -1,4 +1,4 @@
-"""Changes of the values of tensors, which are found even if a write through ``.data`` leaves no other trace."""
+"""Detection of changed values of tensors, even if a write through ``.data`` leaves no other trace."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 _SMALL = 1 << 10
-"""Largest number of entries of a tensor that is stored and compared entry by entry."""
+"""Largest number of entries of a tensor that is compared entry by entry with a stored copy."""
 _MIDDLE = 1 << 16
-"""Largest number of entries of a tensor that is copied next to others, for sums over several tensors."""
+"""Largest number of entries of a tensor that is concatenated with others, for sums over several tensors."""
 _ROW = 1 << 12
 """Number of entries in a weighted sum."""
 _AT_ONCE = 1 << 22
@@ -18,10 +18,10 @@ _AT_ONCE = 1 << 22
 
 
 class TensorSums:
-    """Detects changes of tensors by weighted sums of all entries, in one pass over the memory.
+    """Weighted sums of all entries of tensors, which detect changes in one pass over the memory.
 
-    Each sum has random weights of both signs, so that exchanged entries change it as well. Small tensors, and those
-    with infinite entries or integers, are compared entry by entry.
+    The weights are random and of both signs, so that exchanging entries also changes a sum. Small tensors, integer
+    tensors, and tensors with infinite entries are compared entry by entry.
 
     Args:
         tensors: Parameters and buffers.
@@ -45,7 +45,7 @@ class TensorSums:
         self._sums = self._of_rows()
 
     def have_changed(self) -> bool:
-        """Returns whether a tensor has other values than before."""
+        """Returns whether the values of a tensor have changed."""
         if any(not torch.equal(_bits(torch.cat(views)), values) for views, values in self._stored.values()):
             return True
         return any(not torch.equal(sums, self._sums[key]) for key, sums in self._of_rows().items())
@@ -80,7 +80,7 @@ class TensorSums:
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
-    """Returns the memory of a dense tensor as a vector, or None for other tensors."""
+    """Returns the memory of a dense tensor as a vector, or None for any other tensor."""
     if tensor.layout != torch.strided or tensor.device.type == "meta" or type(tensor.data) is not Tensor:
         return None
     tensor = tensor.detach()
@@ -92,7 +92,7 @@ def _flat(tensor: Tensor) -> Tensor | None:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Returns the bytes of values, in which nan equals itself."""
+    """Returns the bytes of values, so that nan equals itself."""
     return values.view(torch.uint8)
 
 

@@ -33,7 +33,7 @@ UNKNOWN: Any = object()
 
 @dataclass(slots=True)
 class Operation:
-    """One operation of a trace.
+    """Operation of a trace.
 
     Attributes:
         function: The called operator.
@@ -41,9 +41,9 @@ class Operation:
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
         writes: Indices of the tensors that it overwrote.
-        expected: The number or boolean that it returned, on which the computation may have depended, or None if it
+        expected: The number or boolean that it returned, and on which the computation may depend, or None if it
             returned tensors.
-        shapes: The shapes of its results if they depend on values, else None.
+        shapes: The shapes of its results if they depend on values, or None.
         origin: For ``expected`` and ``shapes``, the shortcut that was taken or the line of code that read the value.
         reads: Indices of the tensors among the arguments.
         query: Index of the query that executed it; 0 for the recording.
@@ -82,7 +82,7 @@ class Operation:
 
 
 def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:
-    """Returns the operations that are needed to compute some results, or values that the computation has read.
+    """Returns the operations that are needed to compute given results, or values that the computation read.
 
     Args:
         operations: The operations to filter.
@@ -125,7 +125,7 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 @dataclass
 class Trace:
-    """The recorded operations of a computation.
+    """Recorded operations of a computation.
 
     Attributes:
         operations: The operations, in order.
@@ -146,7 +146,7 @@ class Trace:
     obstacles: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
-        """Returns the index of the first tensor that may share memory with a tensor; it identifies the memory."""
+        """Returns the index of the first tensor that may share memory with a tensor, which identifies the memory."""
         while number in self.aliases:
             number = self.aliases[number]
         return number
@@ -159,7 +159,7 @@ FILLED = frozenset(
     new_empty_strided
     """.split()
 )
-"""Operations that create tensors, and read only the shape of their argument, if any."""
+"""Operations that create tensors and read at most the shape of an argument."""
 
 
 def is_drawn(one: Operation) -> bool:

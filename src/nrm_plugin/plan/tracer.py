@@ -1,4 +1,4 @@
-"""Tracing of tensor operations below autograd, so that hooks, kernels and queries need not be aware of it."""
+"""Tracing of tensor operations below autograd, of which hooks, kernels and queries need not be aware."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ aten = torch.ops.aten
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """A block of memory that is shared by tensors of a trace.
+    """Block of memory that tensors of a trace share.
 
     Attributes:
         root: Index of the first tensor in it.
         is_traced: Whether operations of the trace write to it; otherwise it is constant.
         views: The known tensors in this memory, keyed by form.
-        reference: A weak reference, which prevents the id of the memory from being reused.
-        copy: Index of a flat tensor of the whole memory, which is created when a constant is overwritten.
+        reference: A weak reference that prevents the id of the memory from being reused.
+        copy: Index of a flat tensor of the whole memory, created when a constant is overwritten.
         is_overwritten: Whether it contains a weight or buffer that was overwritten; its constants are then copies.
     """
 
@@ -44,8 +44,8 @@ class _Memory:
 class Tracer(TorchDispatchMode):
     """Context manager that appends the operations of this thread to a trace; it may be entered repeatedly.
 
-    Operations on constants are executed but not appended; their results are constants. Operations that create tensors
-    to be filled later are appended, since a tensor is constant only once it has its final values.
+    Operations on constants are executed but not appended, and their results are constants. Operations that create
+    tensors to be filled later are appended, since a tensor is constant only when it has its final values.
 
     Attributes:
         trace: The trace to which operations are appended.
@@ -91,7 +91,7 @@ class Tracer(TorchDispatchMode):
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def placeholder(self, tensor: Tensor) -> int:
-        """Declares a tensor that differs between runs, and returns its index."""
+        """Declares a tensor whose values vary between runs, and returns its index."""
         number = self._new(tensor, is_traced=True).number
         self.trace.placeholders.append(number)
         self._vary(number)
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):
         return len(self.trace.operations)
 
     def forget_reads(self, position: int) -> None:
-        """Discards the values read since the given position, on which the computation does not depend."""
+        """Discards the values that were read since the given position, on which the computation does not depend."""
         recent = self.trace.operations[position:]
         self.trace.operations[position:] = [one for one in recent if one.expected is None and one.shapes is None]
 
@@ -211,7 +211,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
-        """Returns whether an operation can be omitted from the trace, because it reads only constants."""
+        """Returns whether an operation can be omitted from the trace because it reads only constants."""
         if facts.is_recorded:
             return False
         if not facts.writes:
@@ -290,8 +290,8 @@ class Tracer(TorchDispatchMode):
     def _make_writable(self, tensor: Tensor) -> None:
         """Prepares memory for a traced in-place operation.
 
-        Constants in this memory are copied first. If the computation itself has allocated the memory, it becomes part
-        of the trace.
+        Constants in this memory are copied first. Memory that the computation itself allocated becomes part of the
+        trace.
         """
         at = _identity(tensor)
         old = self._memories.get(at)
@@ -323,7 +323,7 @@ class Tracer(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Facts:
-    """Properties of an operation that tracing depends on.
+    """Properties of an operation on which tracing depends.
 
     Attributes:
         function: The operation.
@@ -373,7 +373,7 @@ def _facts_of(function: Any) -> _Facts:
 
 
 def _line() -> str:
-    """Returns the lines of the call stack outside PyTorch at which a value is read."""
+    """Returns the lines of the call stack, outside of PyTorch, at which a value is read."""
     frame, lines = sys._getframe(1), list[str]()
     while frame is not None and len(lines) < 4:
         name = frame.f_code.co_filename
@@ -389,7 +389,7 @@ def _identity(tensor: Tensor) -> int:
 
 
 def _form(tensor: Tensor) -> Any:
-    """Returns a key that is equal for tensors of the same entries in the same memory."""
+    """Returns a key that is equal for tensors with the same entries in the same memory."""
     if tensor.layout is not torch.strided:
         return tensor.shape, None, 0, tensor.dtype, tensor.device
     form = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
@@ -407,7 +407,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class EscapeWatch(TorchFunctionMode):
-    """Torch function mode that detects values leaving torch, since computations with them are not traced."""
+    """Torch function mode that detects values that leave torch, since computations with them are not traced."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]

@@ -1,4 +1,4 @@
-"""Audit of a recording: every operation between the inputs and the output must be a step or a known route."""
+"""Audit of a recording: every operation between the inputs and the output must be a step or a known 0/1 route."""
 
 from __future__ import annotations
 

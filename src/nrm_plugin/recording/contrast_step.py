@@ -46,12 +46,12 @@ _VIEWS = frozenset(
     asstrided clone tocopy contiguous narrow movedim swapaxes diagonal flip unbind split splitwithsizes chunk
     """.split()
 )
-"""Routes that only select and reorder entries, so that the outputs are computed by the layer below them."""
+"""Routes that only select and reorder entries, so that the layer below them computes the outputs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """A node on top of an autograd graph, with the attributes of autograd nodes that a :class:`Graph` accesses.
+    """Node on top of an autograd graph, with the attributes of autograd nodes that a :class:`Graph` reads.
 
     Attributes:
         step: The step for the contrast.
@@ -139,7 +139,7 @@ class ContrastStep(Step):
 
 
 def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Creates the node for a contrast, to be placed on top of the graph.
+    """Creates the node for a contrast, which is placed on top of the graph.
 
     Args:
         graph: The graph of a recording.
@@ -268,12 +268,12 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
 def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layout, output_layout: Layout) -> Weighted:
     r"""Returns a layer with a single output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
 
-    The layer reads only entries that are connected to an explained output. Zero weights would not exclude the others,
-    because rules such as Flat replace the weights.
+    The layer reads only entries that are connected to an explained output. Zero weights would not exclude the other
+    entries, because rules such as Flat replace the weights.
 
     Args:
         call: The recorded call of the layer.
-        weights: The weights ``s``, with the same shape as the layer's output.
+        weights: The weights ``s``, in the shape of the layer's output.
         number: The value of the contrast ``g``.
         layout: The layout of the input.
         output_layout: The layout of the output.
@@ -312,7 +312,7 @@ def _connected(mask: Tensor) -> Tensor:
 
 
 def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Gathers the entries of rows ``(N, D)`` at the given indices, where the index ``D`` gives 0."""
+    """Gathers the entries of rows ``(N, D)`` at the given indices; the index ``D`` stands for 0."""
     return rows if index is None else torch.nn.functional.pad(rows, (0, 1)).gather(1, index)
 
 

@@ -1,4 +1,4 @@
-"""Coverage: the rule or kernel of every step of a model, without computing relevance."""
+"""Coverage: the rule or kernel of every step of a model, determined without computing relevance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .recording import Recording
 
 @dataclass(frozen=True)
 class Row:
-    """One step with its rule or kernel.
+    """Step with its rule or kernel.
 
     Attributes:
         name: Layer name, or module path and function.
@@ -30,7 +30,7 @@ class Row:
         operation: Module type or function.
         rule: The rule that the composite assigns, or the kernel of the function.
         shape: Shape of the output.
-        note: Remarks, such as whether the step is uncovered or fused, or its layer reused or tied.
+        note: Remarks, for example that the step is uncovered or fused, or that its layer is reused or tied.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The steps of one forward pass in execution order.
+    """Steps of one forward pass, in execution order.
 
     Attributes:
         rows: The steps.
-        constants: Operations that combine computed values with constants; the constants can absorb mass.
+        constants: Operations that combine computed values with constants, which can absorb mass.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -135,7 +135,7 @@ def coverage(
         additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        memory: If True, return an estimate of the memory and time of a measure with the default composite instead. In
+        memory: Whether to return an estimate of the memory and time of a measure with the default composite instead. In
             this case, the model is not run, and none of its memory is allocated.
 
     Raises:
@@ -191,7 +191,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Returns the name of the earlier layer for each layer that shares a parameter with one."""
+    """Returns, for each layer that shares a parameter with an earlier layer, the name of that layer."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -24,12 +24,12 @@ from .taps import Item, Label, Observed
 
 
 class Observer:
-    """Registers hooks around those of the composite and collects tensors during one forward pass.
+    """Observer that registers hooks around those of the composite and collects tensors during one forward pass.
 
     Args:
-        indices: Integer inputs; relevance ends at the embedding rows that they select.
+        indices: Integer inputs. Relevance ends at the embedding rows that they select.
         wanted: The tap inside the model at which the measure starts, or None for the output of the model.
-        watcher: The object that is notified of steps and modules if memory is limited, or None.
+        watcher: The object that is notified of steps and modules, or None if memory is not limited.
 
     Attributes:
         modules: Name of each module; set by :meth:`watch`.
@@ -40,8 +40,8 @@ class Observer:
         inputs: The leaves of the floating-point inputs.
         gates: The gates of the forward pass.
         has_lookups: Whether the model has looked up rows with integer inputs.
-        has_untracked: Whether some values depend on the inputs without being tracked by autograd.
-        read: Where the model first converted integer inputs to Python or NumPy numbers, or None.
+        has_untracked: Whether some values depend on the inputs in a way that autograd does not track.
+        read: Location at which the model first converted integer inputs to Python or NumPy numbers, or None.
     """
 
     def __init__(self, indices: list[Tensor], wanted: Atom | None, watcher: Watcher | None = None) -> None:
@@ -78,7 +78,7 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf from an input and returns the tensor to be passed to the model in its place."""
+        """Creates a leaf from an input, and returns the tensor that is passed to the model in its place."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
@@ -116,7 +116,7 @@ class Observer:
         return self._started
 
     def _end_within(self, tensor: Tensor) -> Tensor:
-        """Like :meth:`_end`, but may be called while the model is running."""
+        """Does the same as :meth:`_end` while the model is running."""
         with torch._C.DisableTorchFunction(), torch.enable_grad(), not_recorded():
             return self._end(tensor)
 
@@ -140,11 +140,11 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that some values are not tracked by autograd, so that they may depend on several samples."""
+        """Records that some values are not tracked by autograd and may therefore depend on several samples."""
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:
-        """Records where the model converted integer inputs to Python or NumPy numbers."""
+        """Records the location at which the model converted integer inputs to Python or NumPy numbers."""
         self.read = self.read or where
 
     @without_torch_function
@@ -208,7 +208,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _own_view(value: Any) -> Any:
-    """Returns a new view of a tensor for each call, so that its tap contains only the walks through this call."""
+    """Returns a new view of a tensor, so that the tap of a call contains only the walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)

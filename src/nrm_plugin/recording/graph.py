@@ -55,7 +55,7 @@ _WITH_CONSTANTS = frozenset(
 
 @dataclass
 class Vertex:
-    """One autograd node in the graph of a recording.
+    """Autograd node in the graph of a recording.
 
     Attributes:
         node: The autograd node.
@@ -65,7 +65,7 @@ class Vertex:
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input, or None for a constant.
         is_short: Whether the vertex is a route that reads or returns a tensor in a format shorter than float32.
-        leaf: The leaf tensor if the graph ends at this vertex, else None.
+        leaf: The leaf tensor if the graph ends at this vertex, or None.
     """
 
     node: Any
@@ -82,7 +82,7 @@ class Vertex:
         """Propagates relevance ``(K, *shape)`` from the outputs to the edges.
 
         Returns:
-            Relevance at each edge, in the dtype of relevance there; and the absorbed share, or None.
+            The relevance at each edge, in the dtype of relevance there; and the absorbed share, or None.
         """
         if self.step is not None:
             (single,) = relevance
@@ -149,7 +149,7 @@ class Vertex:
 
     @functools.cached_property
     def index(self) -> IndexedRoute | None:
-        """The route as an index, or None if autograd can propagate float32 relevance through it without rounding."""
+        """The route in terms of indices, or None if autograd can propagate float32 relevance without rounding."""
         if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
             return None
         device = self.node._input_metadata[0].device
@@ -178,7 +178,7 @@ class Vertex:
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self) -> tuple[Tensor, ...] | None:
-        """Returns a 0/1 indicator of the constant entries of each output, or None if there are no constants."""
+        """Returns an indicator, 0 or 1, of the constant entries of each output, or None if there are no constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -189,7 +189,7 @@ class Vertex:
         if self._constant_share is None:
             with torch.inference_mode(False), torch.enable_grad():
                 seeds = self._seeds()
-                # Some nodes return gradients for constants, too, if they are called directly.
+                # If they are called directly, some nodes return gradients for constants, too.
                 parts = zip(self._route(list(seeds)), self.edges, strict=True)
                 totals = [part.sum() for part, edge in parts if edge is not None and _carries(part)]
                 columns = (
@@ -205,7 +205,7 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Marks:
-    """The marks that walks can reach below each vertex and edge, as bit sets.
+    """Marks that walks can reach below each vertex and edge, as bit sets.
 
     Attributes:
         below_vertex: The marks below each vertex.
@@ -217,12 +217,12 @@ class Marks:
 
 
 class Graph:
-    """The autograd graph between an output tensor and the leaves on which it depends.
+    """Autograd graph between an output tensor and the leaves on which it depends.
 
     Args:
         output: The output tensor, which must have a ``grad_fn``.
         leaves: The inputs, at which relevance ends. Tensors that do not depend on any of them are constants.
-        top: A node on top of the output, at which the graph starts if it is given.
+        top: A node on top of the output, at which the graph starts, or None.
     """
 
     def __init__(self, output: Tensor, leaves: Sequence[Tensor], top: Any = None) -> None:
@@ -236,7 +236,7 @@ class Graph:
         self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """Counts the consumers of each step, directly or through views of the whole tensor."""
+        """Counts the consumers of each step, which read its output directly or through views of the whole tensor."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
             for edge in vertex.edges:
@@ -252,7 +252,7 @@ class Graph:
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
     def buffer(self, place: Place) -> Buffer:
-        """Returns the buffer at a place: for an edge, the tensor that it reads."""
+        """Returns the buffer at a place; for an edge, this is the tensor that it reads."""
         buffer = self.vertices[place.vertex].edges[place.number] if isinstance(place, Edge) else place
         assert buffer is not None, "constants are no places"
         return buffer
@@ -283,23 +283,23 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Returns whether the result of a route depends on the relevance, which is not the case for overwritten inputs."""
+    """Returns whether the result of a route depends on the relevance, unlike that for overwritten inputs."""
     return part is not None and part.requires_grad
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """Stacks relevance vectors for each edge, given one list of edges per vector."""
+    """Stacks the relevance vectors of each edge, given one list over edges per vector."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 _Edges = dict[Any, list[tuple[Any, int]]]
-"""For each node, the nodes that it reads and the indices of their outputs, skipping writes to whole tensors."""
+"""The nodes that each node reads, with the indices of their outputs; writes to whole tensors are skipped."""
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:
-    """Sorts nodes topologically, so that each node precedes those that it propagates relevance to.
+    """Sorts nodes topologically, so that each node precedes those to which it propagates relevance.
 
     Depth-first search is implemented without recursion, since graphs can be deep.
     """
@@ -331,7 +331,7 @@ def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """Returns the nodes that a node reads and the indices of their outputs, skipping writes to whole tensors."""
+    """Returns the nodes that a node reads, with the indices of their outputs; writes to whole tensors are skipped."""
     return [written(below, number) for below, number in node.next_functions]
 
 

@@ -1,7 +1,7 @@
 """Index representation of 0/1 routes in formats shorter than float32.
 
-Autograd would round relevance to the format of the tensors, or reject float32 relevance. Instead, a route is
-represented by the index of the entry from which each entry was copied, which is exact in any format.
+In such formats, autograd would round relevance to the format of the tensors, or reject float32 relevance. A route is
+therefore represented by the index of the entry from which each entry was copied, which is exact in any format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Parts = list[Tensor | None]
 
 @dataclass(frozen=True)
 class IndexedRoute:
-    """A route, represented by indices into the entries of its inputs.
+    """Route that is represented by indices into the entries of its inputs.
 
     Attributes:
         origins: For each entry of each output, the index of the copied entry, starting from 1; 0 for constants.
@@ -62,7 +62,7 @@ class IndexedRoute:
 def indexed_route(
     route: Callable[[Parts], Parts], seeds: list[Tensor], is_input: Sequence[bool]
 ) -> IndexedRoute | None:
-    """Converts a route to indices, or returns None if an entry was copied from several entries, as with ties.
+    """Converts a route to indices, or returns None if an entry was copied from several entries, as for ties.
 
     Indices are obtained by applying the transpose to each binary digit of the entry indices.
 

@@ -1,12 +1,13 @@
-r"""Estimation of the memory and time of a measure from the shapes in a forward pass, without running the model.
+r"""Estimates of the memory and time of a measure from the shapes in a forward pass, without running the model.
 
-The forward pass runs on tensors without values. The peak of one recording and one pass of all marginals is estimated as
+The forward pass is run on tensors without values. The peak memory of one recording and one pass for all marginals is
+estimated as
 
 .. math:: \sum_k c_k \,\mathrm{bytes}_k
 
-where ``bytes_k`` is the size of the results of all operations of kind ``k``. The nonnegative coefficients minimize the
-mean relative error over 37 pairs of a network and an input size on a CPU, on which the largest error is 15.5 %;
-docs/features.md lists the errors on other networks. The method is new in this package.
+where ``bytes_k`` is the total size of the results of all operations of kind ``k``. The nonnegative coefficients
+minimize the mean relative error on a CPU over 37 pairs of a network and an input size, for which the largest error is
+15.5 %; docs/features.md lists the errors for other networks. The method is new in this package.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time per operation in seconds, and factors for the measured time per FLOP and per byte."""
+"""Time per operation in seconds, and factors by which the measured times per FLOP and per byte are multiplied."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Returns the size in bytes of relevance at a tensor, in at least float32; 0 for integer tensors."""
+    """Returns the size in bytes of relevance at a tensor, in at least float32, or 0 for integer tensors."""
     return tensor.numel() * max(tensor.element_size(), 4) if tensor.is_floating_point() else 0
 
 

@@ -1,4 +1,4 @@
-"""Names of modules as used for taps."""
+"""Names of modules, as used for taps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..errors import UnknownLayerError
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Tap names of child modules whose own name denotes the input or the output of the model."""
+"""Tap names of child modules whose own names are reserved for the input and the output of the model."""
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the tap name of each module, which is its name in ``named_modules()`` unless this name is reserved."""
+    """Returns the tap name of each module: its name in ``named_modules()``, unless that name is reserved."""
     return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """Returns the tap name of a layer, given by name or as a module; that of the model itself is ``"output"``.
+    """Returns the tap name of a layer that is given by name or as a module; the model itself is ``"output"``.
 
     Raises:
         UnknownLayerError: If the module is not part of the model.
@@ -37,8 +37,8 @@ def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
 def first_name(name: str, modules: Mapping[nn.Module, str]) -> str:
     """Replaces the name of a module that is registered under several names with the first of them.
 
-    Examples are shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` of T5, and shared blocks. The name
-    may continue with a function inside the module, or with the index of a call.
+    Examples are shared blocks and shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` in T5. The name
+    may continue with a function inside the module or with the index of a call.
     """
     if name in RESERVED:
         return name

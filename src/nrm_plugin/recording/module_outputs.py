@@ -1,4 +1,4 @@
-"""Collection of the outputs of modules during a forward pass, including that of a measure."""
+"""Collection of the outputs of modules during any forward pass, such as that of a measure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .taps import Nested
 
 @contextmanager
 def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Context manager that collects copies of the outputs of modules, with one entry per call and tensors detached.
+    """Context manager that collects detached copies of the outputs of modules, with one entry per call.
 
     Args:
         model: The network; the hooks are removed on exit.

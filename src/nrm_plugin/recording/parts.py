@@ -1,10 +1,10 @@
-"""Recording with limited memory: it is divided into parts, of which only one stores its tensors at a time.
+"""Recordings with limited memory, divided into parts of which only one stores its tensors at a time.
 
 The first run of the model determines the structure of the recording. If the tensors of the steps exceed the limit, they
-are freed. When a pass arrives at a step, the model is run again, and only the consecutive steps of one part keep their
-tensors. The outputs of some modules are stored, such as those of transformer blocks. In later runs, these modules
-return the stored outputs without running, unless they contain steps of the part. The structure, and with it the names
-of taps and the order of all sums, is always that of the first run.
+are freed. When a pass arrives at a step, the model is run again, and only the steps of one part, which are consecutive,
+keep their tensors. The outputs of some modules, such as transformer blocks, are stored: in later runs, these modules
+return the stored outputs without running, unless they contain steps of the part. The structure, and thus the names of
+taps and the order of all sums, is always that of the first run.
 
 Kernels are discarded after relevance has been propagated through them, and rebuilt for further passes.
 """
@@ -26,18 +26,18 @@ from ..kernels.step import Step
 from .units import WORTH, Unit, are_kept, bytes_of, entries, is_container, kept, mapped, size_of, versions
 
 End = Callable[[Tensor], Tensor]
-"""A function that returns a copy of a tensor at which walks end."""
+"""Function that returns a copy of a tensor at which walks end."""
 
 
 class PartRecorded(BaseException):
     """Raised to stop a run of the model once the part has been recorded.
 
-    It is not an ``Exception``, which the model might catch.
+    It is not a subclass of ``Exception``, which the model might catch.
     """
 
 
 class Watcher(Protocol):
-    """Interface of an object that follows a run of the model."""
+    """Interface of objects that follow a run of the model."""
 
     def on_step(self, step: Step, output: Tensor) -> None:
         """Called for each step, with the output of the call."""
@@ -54,7 +54,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Open:
-    """A module that is running, with the index of its call, the index of its first step, and its arguments."""
+    """Running module, with the index of its call, the index of its first step, and its arguments."""
 
     module: nn.Module
     name: str
@@ -69,13 +69,13 @@ class FirstRun:
     Args:
         limit: Memory limit in bytes.
         drop: Function that is called when the limit is exceeded.
-        reference: The first run at the reference, whose tensors and differences are also counted, or None.
+        reference: The first run at the reference, whose tensors and differences also count, or None.
 
     Attributes:
         steps: The steps, in execution order.
         sizes: Size of each step in bytes.
         values: A few entries of the output of each step.
-        units: Calls whose outputs are stored; they are not nested.
+        units: The calls whose outputs are stored, none of which contains another.
         is_over: Whether the limit was exceeded.
     """
 
@@ -116,7 +116,7 @@ class FirstRun:
         if not is_container(module):
             return
         one = self._open.pop()
-        while one.module is not module:  # discard inner calls that raised an error, which the model has caught
+        while one.module is not module:  # discard inner calls that raised an error that the model caught
             one = self._open.pop()
         inside = sum(self.sizes[one.first :])
         is_written = any(tensor._version != version for tensor, version in one.args)
@@ -129,7 +129,7 @@ class FirstRun:
             self.units.append(unit)
 
     def apart(self, part: range) -> dict[tuple[str, int], Unit]:
-        """Returns the calls with stored outputs that do not contain any step of a part."""
+        """Returns the calls with stored outputs that contain no step of a part."""
         return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
 
     def keep(self) -> None:
@@ -139,7 +139,7 @@ class FirstRun:
 
 
 class _Unfinished:
-    """Holder of steps during the first run, in which freed tensors are not needed and therefore not recomputed."""
+    """Holder of steps during the first run, which needs no freed tensors and therefore recomputes none."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -215,12 +215,12 @@ class Repeat:
 
 
 class Parts:
-    """The parts of a recording, of which at most one stores its tensors.
+    """Parts of a recording, of which at most one stores its tensors.
 
     Args:
         first: The first run of the model.
-        run: Function that runs the model again under a watcher, preceded by the run at the reference, if any, under a
-            second watcher.
+        run: Function that runs the model again under a watcher; if there is a reference, after a run at the reference
+            under a second watcher.
 
     Attributes:
         current: The part that stores its tensors, or None.
@@ -239,7 +239,7 @@ class Parts:
 
     @functools.cached_property
     def ranges(self) -> list[range]:
-        """Step indices of each part, in execution order; must not be accessed before the graph is built."""
+        """Indices of the steps of each part, in execution order; not to be read before the graph is built."""
         return divided(self._first)
 
     def fill(self, step: Step) -> None:
@@ -311,7 +311,7 @@ def divided(first: FirstRun) -> list[range]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Returns whether results of two runs agree up to rounding, since sums may be computed in a different order."""
+    """Returns whether the results of two runs agree up to rounding, since sums may be computed in another order."""
     scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
     return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
 

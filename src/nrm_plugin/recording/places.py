@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Output ``number`` of a vertex, that is, one tensor."""
+    """Output ``number`` of a vertex, which is one tensor."""
 
     vertex: int
     number: int
@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex. Its relevance is what this vertex contributes to the relevance of the tensor."""
+    """Input ``number`` of a vertex. Its relevance is the contribution of this vertex to the relevance of the tensor."""
 
     vertex: int
     number: int
@@ -39,6 +39,6 @@ class Sink:
 
 
 Place = Buffer | Edge
-"""The place of a tap."""
+"""Place of a tap."""
 
 __all__ = ["Buffer", "Edge", "Place", "Sink"]

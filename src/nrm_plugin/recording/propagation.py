@@ -1,7 +1,7 @@
-"""Propagation over the graph of a recording: relevance down to the inputs, or values up to the output.
+"""Propagation along the graph of a recording: of relevance down to the inputs, or of values up to the output.
 
 Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor may
-modify the vectors at each tap. Passes are independent of events.
+modify the vectors at each tap. Passes know nothing of events.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cost:
 
     Attributes:
         steps: Number of kernel evaluations.
-        vectors: Number of relevance vectors propagated in these; a kernel may propagate several vectors at once.
+        vectors: Number of relevance vectors propagated by these; a kernel may propagate several vectors at once.
     """
 
     steps: int = 0
@@ -38,9 +38,9 @@ class Cost:
 
 
 class Visitor(Protocol[Key]):
-    """Callbacks of a downward pass, which by default propagate all relevance.
+    """Callbacks of a downward pass. By default, they propagate all relevance.
 
-    Every vector has the shape of its tensor.
+    Each vector has the shape of its tensor.
     """
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Key]) -> Vectors[Key]:
@@ -110,7 +110,7 @@ def _route(
     visitor: Visitor[Key],
     waiting: list[dict[int, Vectors[Key]]],
 ) -> None:
-    """Propagates a single vector through a route, without the leading dimension for several vectors."""
+    """Propagates a single vector through a route, without the leading dimension of several vectors."""
     vertex = graph.vertices[index]
     vectors = [arrived[number].get(key) if number in arrived else None for number in range(len(vertex.shapes))]
     if vertex.may_hold_constants:
@@ -149,7 +149,7 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """Stacks tensors of the same shape, without a copy if they are consecutive rows of one tensor in memory.
 
-    In a trace, the stack is always a copy, since the tensors may be elsewhere in memory when the trace is replayed.
+    In a trace, they are always copied, since the tensors may be elsewhere in memory when the trace is replayed.
     """
     first = rows[0]
     if len(rows) == 1:

@@ -1,4 +1,4 @@
-"""Recording of one run of a model under a composite; no other module runs a model for a measure."""
+"""Recording of one run of a model under a composite. No other module runs a model for a measure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 class Recording:
-    """Records one forward pass of a model under a composite.
+    """Recording of one forward pass of a model under a composite.
 
     Args:
         model: The model to record.
@@ -51,15 +51,15 @@ class Recording:
         composite: The normalized composite.
         output: The output to explain if the model returns several tensors, or a tap inside the model.
         reference: The reference (baseline input), if the measure explains a difference.
-        max_memory: Memory limit in bytes. If the tensors of the recording exceed it, they are freed and recomputed in
-            parts. None for no limit.
+        max_memory: Memory limit in bytes, or None for no limit. If the tensors of the recording exceed it, they are
+            freed and recomputed in parts.
 
     Attributes:
         parts: The parts of a recording that exceeds ``max_memory``, or None.
         structure: The value-independent part of the recording: graph, taps and samples.
         output: The explained output, attached to the autograd graph.
         fingerprint: State of the weights during the forward pass.
-        references: Number of references per sample; each of them is a separate sample of the recording.
+        references: Number of references per sample, each of which is a separate sample of the recording.
 
     Raises:
         InputError: If the output is not a valid starting point for a measure.
@@ -124,12 +124,12 @@ class Recording:
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Prepares the recording for queries and converts the initial relevance to the layout of the output.
 
-        Unless samples are known to be the rows of all tensors, or there is only one, they are located in each tensor.
+        Samples are located in each tensor, unless there is only one, or they are known to be the rows of all tensors.
 
         Args:
             relevance: The initial relevance of the outputs, ``(N, …)``.
             contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at the weighted sum
-                :math:`\sum_k s_k f_k`. In this case, ``relevance`` is only used to locate samples.
+                :math:`\sum_k s_k f_k`. In this case, ``relevance`` serves only to locate samples.
 
         Returns:
             The initial relevance of the output, or of the contrast.
@@ -148,7 +148,7 @@ class Recording:
         return start
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
-        """Places the contrast on top of the outputs and returns its relevance."""
+        """Places the contrast on top of the outputs, and returns its relevance."""
         top = contrast_top(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
         self.structure = self._restructured(top)
@@ -181,7 +181,7 @@ class Recording:
     def least(self) -> float:
         """The largest mass that is treated as zero.
 
-        With a reference, this is positive, since neurons whose value equals their reference value are assigned a tiny
+        With a reference, this is positive, since neurons whose value equals that at the reference are assigned a tiny
         difference.
         """
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
@@ -220,11 +220,11 @@ def _run(
     reference: ReferencePass | None,
     watcher: Watcher | None = None,
 ) -> tuple[Tensor, Observer]:
-    """Runs the model under the hooks of the composite; returns the explained output and the observer of the run."""
+    """Runs the model under the hooks of the composite, and returns the explained output and the observer of the run."""
     inner = output if isinstance(output, Atom) else None
     observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:
-        around.enter_context(_RECORDING)  # another thread may be recording this model
+        around.enter_context(_RECORDING)  # another thread may be recording the same model
         with unwatched():
             check_model(model, call.tensors)
         device = _device(call)
@@ -259,12 +259,12 @@ def _run(
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of a measure that explains a difference.
+    """Reference of a measure that explains a difference.
 
     Attributes:
         call: The call to the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        count: Number of references per sample, which are consecutive rows of the call.
+        count: Number of references per sample; those of a sample are consecutive rows of the call.
     """
 
     call: Call
@@ -277,7 +277,7 @@ class Reference:
 
 
 def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
-    """Returns the forward pass at a reference, whose tensors are freed once they exceed a limit, and its watcher."""
+    """Returns the forward pass at a reference, whose tensors are freed if they exceed a limit, and its watcher."""
     first = FirstRun(limit, lambda: followed.drop())
     followed = ReferencePass(is_tangent, lambda: not first.is_over)
     return followed, first
@@ -285,7 +285,7 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Runs the model of a recording again, to test whether samples are independent or to recompute parts.
+    """Repetition of the model run of a recording, to test whether samples are independent or to recompute parts.
 
     Attributes:
         model, call, composite, output, reference, max_memory: As in :class:`Recording`.
@@ -312,7 +312,7 @@ class Rerun:
         return replace(self, calls_hooks=True)
 
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
-        """Repeats the forward pass of the recording, preceded by that at the reference, each under a watcher."""
+        """Repeats the forward pass of the recording, after that at the reference, each under a watcher."""
         followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:
@@ -368,7 +368,7 @@ class Rerun:
         return preserved(self.model) if self.calls_hooks else _without_hooks(self.model)
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """Returns the shapes of labelled tensors for two copies of the sample; empty if the model rejects them."""
+        """Returns the shapes of labelled tensors for two copies of the sample, or none if the model rejects them."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])
@@ -384,7 +384,7 @@ class Rerun:
 
 @contextmanager
 def _noted(note: str) -> Iterator[None]:
-    """Context manager that adds a note to errors of the model, but not to errors of this package."""
+    """Context manager that adds a note to errors raised by the model, but not to those of this package."""
     try:
         yield
     except NRMError:

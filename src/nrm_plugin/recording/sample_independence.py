@@ -1,9 +1,9 @@
 """Tests of whether the samples of a batch depend on each other: in the forward pass, in relevance, or in a rule.
 
-If independence does not follow from the operations alone, it is tested. The relevance of single samples is tracked
-through the graph, and the model is run again with some samples modified. This must not affect the outputs of the other
-samples or, if there are unknown rules, their relevance. If values outside the graph may combine samples, the model is
-also run on single samples.
+Independence is tested if it does not follow from the operations alone. The relevance of each sample is tracked through
+the graph, and the model is run again with some samples modified, which must not affect the outputs of the other samples
+or, if there are unknown rules, their relevance. If values outside the graph may combine samples, the model is also run
+on single samples.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .sample_positions import Samples
 from .sample_rows import rules_are_known
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Changes of outputs above this value, relative to the largest output, indicate a dependence between samples."""
+"""Largest change of outputs, relative to the largest output, that does not indicate a dependence between samples."""
 TOLERANCE_OF_SHORT = 3e-2
-"""Tolerance in bfloat16 and float16."""
+"""The same tolerance in bfloat16 and float16."""
 TOLERANCE_OF_RULES = 1e-3
 """Tolerance for the relevance of the inputs."""
 
@@ -34,11 +34,11 @@ TOLERANCE_OF_RULES = 1e-3
 ALONE = 16
 """Maximum number of samples that are run individually."""
 SUSPECTS = 4
-"""Maximum number of samples whose output differs when run individually that are tested further."""
+"""Maximum number of samples tested further among those whose output differs if they are run individually."""
 
 
 class Exchange(Enum):
-    """Kinds of values that replace the inputs of selected samples."""
+    """Kind of the values that replace the inputs of selected samples."""
 
     OTHERS = "values of other samples, in another order"
     FAR = "large values, which thresholds notice"
@@ -49,11 +49,11 @@ class Exchange(Enum):
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
-"""Factors applied to values of other samples; they differ from 1, so that identical samples are also modified."""
+"""Factors by which values of other samples are multiplied; since they are not 1, identical samples also change."""
 
 
 class Run(Protocol):
-    """Interface of a recording, restricted to what is used here."""
+    """The part of the interface of a recording that is used here."""
 
     output: Tensor
 
@@ -64,7 +64,7 @@ class Run(Protocol):
 
 
 class Rerun(Protocol):
-    """Interface for running the model again on modified inputs."""
+    """Interface of objects that run the model again on modified inputs."""
 
     def recording(self, change: Change) -> Run: ...
     def outputs(self, change: Change, others: Change = ...) -> Tensor: ...
@@ -107,7 +107,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
-    """Locates the samples above all operations without a kernel; returns whether all operations have kernels."""
+    """Locates the samples above all operations without a kernel, and returns whether all operations have kernels."""
     try:
         samples.find(noise)
     except FoldingError:
@@ -118,10 +118,10 @@ def _is_followed(samples: Samples, noise: Tensor) -> bool:
 
 
 def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
-    """Yields samples to modify and the kind of their new values: even and odd samples, first and second half.
+    """Yields the samples to modify (even and odd ones, first and second half) and the kind of their new values.
 
-    Gates and branches may depend on other samples through thresholds, which only large changes cross. If the model
-    looks up integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
+    Gates and branches may depend on other samples through thresholds that only large changes cross. If the model looks
+    up integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
     """
     count = recording.samples.count
     first, second = _extremes(recording)
@@ -139,7 +139,7 @@ def _extremes(recording: Run) -> tuple[Exchange, Exchange]:
 
 
 def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
-    """Returns runs that call the user's hooks only if the output depends on them."""
+    """Returns a rerun that calls the user's hooks only if the output depends on them."""
     if not rerun.has_hooks:
         return rerun
     try:
@@ -170,11 +170,11 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _check_alone(recording: Run, rerun: Rerun) -> None:
-    """Raises an error if the outputs of individual runs show that a sample depends on others.
+    """Raises an error if running samples individually shows that a sample depends on others.
 
-    This detects, for example, thresholds over all samples. If a model treats samples differently depending on their
-    position in the batch, outputs do not follow a permutation of the samples; in this case, only an exchange shows
-    whether they depend on other samples.
+    This detects, for example, thresholds over all samples. If a model treats samples differently by their position in
+    the batch, so that outputs do not follow a permutation of the samples, only an exchange shows whether samples depend
+    on each other.
     """
     numbers, suspects = torch.arange(recording.samples.count), 0
     for number in range(0, len(numbers), -(-len(numbers) // ALONE)):
@@ -190,13 +190,13 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
 
 
 def _is_ordered(recording: Run, rerun: Rerun) -> bool:
-    """Returns whether outputs vary between identical runs, or do not follow a permutation of the samples."""
+    """Returns whether outputs vary between identical runs or do not follow a permutation of the samples."""
     count = recording.samples.count
     return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
 
 
 def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
-    """Returns whether the outputs differ if the model is run on the selected rows of its inputs.
+    """Returns whether the outputs differ if the model is run on the selected rows of its inputs alone.
 
     Additional arguments for the model are passed unchanged, or restricted to the selected rows.
     """

@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Maximum fraction of the mass of a slice that may be assigned to other samples due to rounding."""
+"""Maximum fraction of the mass of a slice that may be assigned to other samples because of rounding."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Describes which dimension of a tensor indexes the samples, alone or jointly with windows, heads or views.
+    """Position of the samples in a tensor: which dimension indexes them, alone or jointly with windows, heads or views.
 
-    A dimension of size ``N · W`` is split in two: the samples become the first dimension, and ``W`` remains in place,
+    A dimension of size ``N · W`` is split in two: the samples become the first dimension, and ``W`` remains in place
     unless it is 1. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these
     numbers, and the form ``(N, …)`` is padded with zeros.
 
-    A first dimension of size 1 is dropped if the samples share another dimension with ``W > 1`` slices:
-    ``(1, N · W, …)`` has the form ``(N, W, …)``. Such tensors concatenate all samples, as for attention over one long
-    sequence, or for a grouped convolution with one group per sample. With ``N = 1``, their rows are the samples.
+    A first dimension of size 1 is dropped if the samples share another dimension with ``W > 1`` slices: a tensor ``(1,
+    N · W, …)`` has the form ``(N, W, …)``. Such tensors concatenate all samples, for example for attention over one
+    long sequence, or for a grouped convolution with one group per sample. With ``N = 1``, their rows are the samples.
 
     Attributes:
-        dim: The dimension, or None for a tensor that is a single sample, to which a first dimension of size 1 is added.
+        dim: The dimension, or None if the tensor is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices per sample along the dimension.
         order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
         slices: Size of the dimension if the form is padded; ``order`` equals ``slices`` at the padding.
         drops_first: Whether the first dimension, of size 1, is dropped.
         is_scalar: Whether the tensor is a single number without dimensions.
-        is_assumed: Whether the sample of some slices is unknown, because no relevance arrives there.
+        is_assumed: Whether the sample of some slices is unknown because no relevance arrives there.
     """
 
     dim: int | None
@@ -56,7 +56,7 @@ class Layout:
     ) -> Layout:
         """Creates the layout of a tensor of the given shape with samples along dimension ``dim``.
 
-        The other arguments are the attributes of the same name.
+        The other arguments are the attributes of the same names.
         """
         drops_first = dim > 0 and parts > 1 and shape[0] == 1
         return cls(dim, count, parts, order, slices, drops_first, is_assumed=is_assumed)
@@ -85,7 +85,7 @@ class Layout:
         return dim + 1 - self.drops_first if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def has_views(self, channel_dim: int) -> bool:
-        """Returns whether the parts are views, windows or heads, to which an index applies jointly.
+        """Returns whether the parts are views, windows or heads, to all of which an index applies.
 
         Otherwise, they are an ordinary dimension: channels, if ``channel_dim`` is the dimension of the layout, or
         tokens of concatenated samples.
@@ -146,16 +146,16 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
     """Returns the layouts that are consistent with the sample of each entry of a tensor.
 
     Args:
-        labels: The sample of each entry; -1 if unknown, because no relevance arrives there.
+        labels: The sample of each entry, or -1 if it is unknown because no relevance arrives there.
         count: Number of samples.
         mass: Weight of each entry, by default the same for all; entries of negligible weight are ignored.
-        is_last: Whether no further information is available. In this case, samples without known entries are assigned
-            the unknown slices of a dimension, or no slices if all slices are known.
+        is_last: Whether no further information is available. Samples without known entries are then assigned the
+            unknown slices of a dimension, or no slices if all slices are known.
 
     Returns:
-        The layouts, starting with the dimension with the most known slices. The list is empty if no dimension can be
-        divided among the samples, and has several elements if too few entries are known. Samples may have different
-        numbers of slices only if no dimension can be divided equally and the sample of each slice is known.
+        The layouts, in decreasing order of the number of known slices. The list is empty if no dimension can be divided
+        among the samples, and has several elements if too few entries are known. Samples may have different numbers of
+        slices only if no dimension can be divided equally and the sample of each slice is known.
     """
     layouts = _fitting(labels, count, None)
     if not layouts and mass is not None:
@@ -168,7 +168,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
 
 
 def _assumed(labels: Tensor, count: int) -> list[Layout]:
-    """Returns a layout in which the unknown slices of a dimension are assigned to the samples with missing slices."""
+    """Returns a layout in which the unknown slices of a dimension are assigned to the samples that lack slices."""
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size and size % count == 0 else None
         if known is None or bool((known >= 0).all()):
@@ -187,8 +187,8 @@ def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]
     """Returns a layout in which samples have different numbers of slices, if the sample of each slice is known.
 
     If all known entries belong to one sample, every dimension is consistent with them, and the entries of other samples
-    may merely be unknown. Therefore, samples without slices are accepted only if ``some_lack`` is True, in which case
-    the first consistent dimension is used.
+    may merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the first
+    consistent dimension is then used.
     """
     if not labels.ndim:
         return [replace(layout, is_scalar=True) for layout in _padded(labels.reshape(1), count, some_lack=True)]
@@ -269,7 +269,7 @@ def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None
 
 
 def _completed(labels: Tensor, count: int) -> list[Tensor]:
-    """Completes the unknown labels of slices with regular patterns and returns all that match the known labels."""
+    """Completes the labels of slices by regular patterns, and returns all completions that match the known labels."""
     size = len(labels)
     parts = size // count
     if bool((labels >= 0).all()):

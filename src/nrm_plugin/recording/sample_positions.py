@@ -25,17 +25,17 @@ from .propagation import Cost, Vectors, Visitor, pull, push
 from .sample_layout import Layout, doubled, layouts_of, unreached
 
 BITS = 4
-"""Number of bits of a sample index that one relevance vector encodes, as factors from 1 to 2¹⁵."""
+"""Number of bits of a sample index that one relevance vector encodes, by factors from 1 to 2¹⁵."""
 RATIO = 1e-3
-"""Entries whose binary logarithm deviates from an integer by more than this depend on several samples."""
+"""Largest deviation of a binary logarithm from an integer for entries that depend on a single sample."""
 RANGE = 40
 """Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""Smallest fraction of Σ|R| in entries of several samples that is not considered rounding error."""
+"""Smallest fraction of Σ|R| in entries of several samples that is not attributed to rounding."""
 
 
 class Samples:
-    """The samples of a recording and the layout of each tensor.
+    """Samples of a recording, and the layout of each tensor.
 
     Args:
         graph: The graph.
@@ -43,7 +43,7 @@ class Samples:
         batched: Whether the inputs have a batch dimension; otherwise, all entries form one sample.
         is_plain: Whether the samples are known to be independent rows of every tensor.
         shapes_of_two: Function that returns the shape of each labelled tensor for two samples. It is called at most
-            once, if the position of a single sample is unknown.
+            once, when the position of a single sample is unknown.
 
     Attributes:
         leaves: Relevance of the inputs in the pass of :meth:`find`, keyed by vertex.
@@ -125,7 +125,7 @@ class Samples:
         return layout or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
-        """Returns a layout for a tensor without relevance, such as that of the nearest tensor of the same shape."""
+        """Returns a layout for a tensor without relevance, for example that of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
         if self.has_constant_layouts:
             by_inputs = self._of_inputs(buffer)
@@ -143,7 +143,7 @@ class Samples:
         return unreached(shape, self.count) or next(iter(self._of_inputs(buffer) or ()), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Selects a layout for a tensor with so few relevant entries that none or several are consistent with them."""
+        """Selects a layout for a tensor with so few relevant entries that they determine none, or several."""
         by_inputs = self._of_inputs(buffer, self._labels[buffer]) or []
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
             return self._repeatable(by_inputs[0])
@@ -151,11 +151,11 @@ class Samples:
 
     @property
     def has_constant_layouts(self) -> bool:
-        """Whether layouts are constants of a trace, so that they must be valid for all values."""
+        """Whether layouts are constants of a trace and must therefore be valid for all values."""
         return self.are_fixed and is_traced()
 
     def _repeatable(self, layout: Layout | None) -> Layout | None:
-        """Returns a layout, and notes an obstacle in a trace if the layout may not be valid for other values."""
+        """Returns a layout; in a trace, notes an obstacle if the layout may not be valid for other values."""
         if self.has_constant_layouts and layout is not None and layout.is_assumed:
             note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
         return layout
@@ -178,7 +178,7 @@ class Samples:
 
         Args:
             buffer: The tensor.
-            known: The sample of each entry, -1 if unknown, which supplements the result.
+            known: The sample of each entry, or -1 if it is unknown; supplements the result.
 
         Returns:
             The consistent layouts, or None if the tensor does not depend on the inputs.
@@ -203,7 +203,7 @@ class Samples:
         return None
 
     def inspecting(self) -> AbstractContextManager[None]:
-        """Context manager for determining positions from relevance; fixed positions are constants in a trace."""
+        """Context manager for determining positions from relevance; in a trace, fixed positions are constants."""
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
@@ -217,7 +217,7 @@ class Samples:
     # -- finding them -----------------------------------------------------------------------------------------
 
     def find(self, start: Tensor) -> Cost:
-        """Locates the samples in each tensor in one pass, with one vector plus one for every 4 bits of N.
+        """Locates the samples in each tensor by one pass, with one vector plus one for every 4 bits of N.
 
         Args:
             start: Relevance of the outputs, positive wherever it may be nonzero.
@@ -229,7 +229,7 @@ class Samples:
         finder = _Finder(self)
         try:
             return pull(self.graph, [(self.graph.output, vectors)], finder)
-        finally:  # if the pass raises, the samples above the operation without a kernel are known
+        finally:  # if the pass raises an error, the samples above the operation without a kernel are known
             self._layouts.update(finder.layouts)
             self._several = finder.several
             self._labels, self.leaves = finder.labels, finder.leaves
@@ -237,7 +237,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Sums a tensor at a place over the entries of each sample, ``(N,)``; None if the samples are unknown."""
+        """Sums a tensor at a place over the entries of each sample, ``(N,)``, or returns None if these are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -292,7 +292,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Scales all vectors by a common power of two if values are very large or, as after stabilizers, very small."""
+    """Scales all vectors by a common power of two if values are very large or (after stabilizers) very small."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
@@ -302,10 +302,10 @@ def _in_range(vectors: Vectors[int]) -> Vectors[int]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """The sample of each entry of a tensor, decoded from the ratios between vectors.
+    """Sample of each entry of a tensor, decoded from the ratios between vectors.
 
     Attributes:
-        samples: The samples; -1 where no relevance arrives.
+        samples: The samples, or -1 where no relevance arrives.
         mass: ``|R|`` of each entry.
         are_mixed: Whether there are entries that depend on several samples.
     """

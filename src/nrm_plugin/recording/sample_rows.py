@@ -1,4 +1,4 @@
-"""Operations for which the rows of a tensor remain the samples, regardless of its values.
+"""Operations that keep the samples in the rows of a tensor, regardless of its values.
 
 All other operations are tested numerically; see :mod:`~nrm_plugin.recording.sample_positions`.
 """
@@ -27,14 +27,14 @@ _FREE = frozenset(
     replicationpad1d replicationpad2d replicationpad3d upsamplenearest1d upsamplenearest2d upsamplenearest3d lift
     """.split()
 )
-"""Routes that preserve rows if inputs and outputs have the same number of rows and, except for views, dimensions."""
+"""Routes that keep rows if inputs and outputs have the same number of rows and, except for views, of dimensions."""
 _ALONG = frozenset(
     """
     select slice cat stack split splitwithsizes unsafesplit unsafesplitwithsizes chunk unbind unsqueeze squeeze
     indexselect gather sort topk max min amax amin median nanmedian mode kthvalue cummax cummin unfold
     """.split()
 )
-"""Routes that preserve rows if they operate along dimensions other than the first."""
+"""Routes that keep rows if they operate along dimensions other than the first."""
 _FIXED = _FREE.union(
     """
     transpose permute t movedim swapaxes select slice narrow cat stack split splitwithsizes unsafesplit chunk unbind
@@ -43,9 +43,9 @@ _FIXED = _FREE.union(
     upsamplenearestexact3d
     """.split()
 )
-"""Routes that depend only on the shapes of tensors and on numeric arguments, not on the values of a tensor."""
+"""Routes that depend on the shapes of tensors and on numeric arguments, but not on the values of a tensor."""
 ROUNDING = 1e-3
-"""Largest difference that is considered rounding error, relative to the largest entry."""
+"""Largest difference, relative to the largest entry, that is attributed to rounding."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
 """Modules of ``torch.nn.modules`` whose layers process each row independently."""
@@ -65,7 +65,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
 
 
 def vertices_of_rows(graph: Graph, count: int, ends: Set[int]) -> set[int]:
-    """Returns the vertices whose rows are proven to be samples, given the inputs and outputs whose rows are samples."""
+    """Returns the vertices whose rows are proven to be samples, given inputs and outputs whose rows are samples."""
     keeping = [_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices]
     proven = set(ends)
     for number, vertex in enumerate(graph.vertices):  # down from the output
@@ -84,14 +84,14 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Returns whether all rules are from Zennit or this package, so that they are known to treat rows independently."""
+    """Returns whether all rules are from Zennit or this package and thus known to treat rows independently."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
 
 
 def positions_are_fixed(graph: Graph) -> bool:
-    """Returns whether the positions of samples are independent of values, such as indices among the inputs."""
+    """Returns whether the positions of samples are independent of values, for example of indices among the inputs."""
     return all(
         operation(vertex.node).lower() in _FIXED
         if vertex.step is None
@@ -171,7 +171,7 @@ def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
     """Returns whether a route that does not depend on values maps each row to the same row.
 
     The backward function of the route is evaluated on ones, and on one random number per row. If each entry of an input
-    contributes only to its own row, the two results differ by that number as a factor in each row. Strides do not
+    contributes only to its own row, the two results differ in each row by that number as a factor. Strides would not
     suffice for this test, since rows need not be contiguous, for example after a convolution in ``channels_last``
     format.
     """
@@ -212,7 +212,7 @@ def _is_index_of_rows(node: Any) -> bool:
     """Returns whether an indexing operation keeps all rows of the first dimension in order."""
     try:
         used = [number for number, index in enumerate(node._saved_indices) if index is not None]
-    except RuntimeError:  # an index was overwritten, so an error is raised when relevance arrives here
+    except RuntimeError:  # an index was overwritten, so relevance that arrives here raises an error
         return False
     return bool(used) and used[0] > 0 and used[-1] - used[0] == len(used) - 1
 

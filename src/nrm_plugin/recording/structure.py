@@ -1,4 +1,4 @@
-"""The value-independent structure of a recording, computed only once."""
+"""The part of a recording that does not depend on values, computed only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .taps import Label, Observed, Taps
 
 
 class Structure:
-    """The graph of one forward pass, its taps, and the positions of samples in its tensors.
+    """Structure of a recording: the graph of one forward pass, its taps, and the positions of samples in its tensors.
 
     The graph is audited when it is constructed.
 
@@ -29,7 +29,7 @@ class Structure:
         batched: Whether the inputs have a sample dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
-        top: The node for a contrast between outputs, at which the measure starts if it is given.
+        top: The node for a contrast between outputs, at which the measure starts, or None.
 
     Raises:
         InputError: If the output does not depend on any input.
@@ -67,7 +67,7 @@ class Structure:
 
 
 def _with_top(observed: Sequence[Observed], top: Top) -> list[Observed]:
-    """Replaces the output of the model with the contrast among the observed tensors."""
+    """Replaces the output of the model among the observed tensors with the contrast."""
     others = [seen for seen in observed if seen.label.name != OUTPUT]
     return [*others, Observed(Label(OUTPUT, "output", 0, None), top, 0, top.shape, None)]
 

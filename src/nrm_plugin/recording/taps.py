@@ -24,7 +24,7 @@ Item = int | str
 
 
 class Nested(str):
-    """The key of a tensor in a nested container of a module's output, such as ``"features.0"`` or ``"1.0"``."""
+    """Key of a tensor in a nested container of a module's output, such as ``"features.0"`` or ``"1.0"``."""
 
     __slots__ = ()
 
@@ -40,7 +40,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """A labelled tensor of the forward pass, identified by its autograd node and output number."""
+    """Labelled tensor of the forward pass, identified by its autograd node and output number."""
 
     label: Label
     node: Any
@@ -51,7 +51,7 @@ class Observed:
 
 @dataclass
 class Tap:
-    """One tensor of the computation.
+    """Tap, which is one tensor of the computation.
 
     Attributes:
         place: The place in the graph.
@@ -89,13 +89,13 @@ class Tap:
 
 
 class Taps:
-    """The taps of a recording, in the order in which walks cross them.
+    """Taps of a recording, in the order in which walks cross them.
 
     Args:
         graph: The graph.
         observed: The labelled tensors, in execution order.
         modules: Name of each module.
-        containers: Names of modules with children to which the composite assigns a rule, so that they contain no taps.
+        containers: Names of modules with children to which the composite assigns a rule and which thus contain no taps.
         samples: The samples of the recording.
 
     Attributes:
@@ -142,7 +142,7 @@ class Taps:
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
-        """Returns a label of the tap of a site, or None if the name is not that of a site or also that of a layer.
+        """Returns a label of the tap of a site, or None if no site has this name, or if a layer has it as well.
 
         Hook names of TransformerLens, such as ``blocks.1.attn.hook_v``, are also accepted.
         """
@@ -243,12 +243,12 @@ class Taps:
                 yield name + (f":{label.call}" if len(self.calls_of(name)) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
-        """Returns the name of a layer, given as a name or module; a module may be registered under several names."""
+        """Returns the name of a layer that is given as a name or as a module, which may have several names."""
         name = name_of(layer, self.modules)
         return name if name in self._names else first_name(name, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """Returns a name for a vertex: that of its step, of its tap, or of the nearest tap above, in this order."""
+        """Returns a name for a vertex: the name of its step, of its tap, or of the nearest tap above it."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -284,7 +284,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """Returns the items of the inputs or outputs of a layer, without nested items; ``[None]`` for one tensor."""
+        """Returns the items of the inputs or outputs of a layer, without nested items, or ``[None]`` for one tensor."""
         layer, side = self._of_model(layer, side)
         if self.site(layer, side) is not None:
             return [None]
@@ -296,12 +296,12 @@ class Taps:
         return _outer(self._items(name, side, calls[0]))
 
     def _of_model(self, layer: str | nn.Module, side: str) -> tuple[str | nn.Module, str]:
-        """Replaces the input side of the model itself by the tap ``"input"``."""
+        """Replaces the input side of the model itself with the tap ``"input"``."""
         is_model = isinstance(layer, nn.Module) and side == "input" and self.name_of(layer) == "output"
         return ("input", "output") if is_model else (layer, side)
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """Splits a name such as ``"lstm[0]"`` into layer and item, both of which may contain brackets themselves."""
+        """Splits a name such as ``"lstm[0]"`` into layer and item, both of which may contain brackets."""
         if not name.endswith("]") or self.calls_of(name, side):
             return name, None
         for place in (place for place, sign in enumerate(name) if sign == "["):
@@ -339,7 +339,7 @@ class Taps:
         return name, _selected(name, calls, call)
 
     def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
-        """Returns the vertices whose sinks ``at(layer, side="sink")`` refers to.
+        """Returns the vertices to whose sinks ``at(layer, side="sink")`` refers.
 
         Raises:
             UnknownLayerError: If the layer is not a step and therefore absorbs nothing.
@@ -404,7 +404,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items that a layer name refers to: those that are not nested, or all if all are nested."""
+    """Returns the items to which a layer name refers: those that are not nested, or all if all are nested."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 

@@ -1,7 +1,7 @@
 """Sites: the parts of a transformer under their common names, derived from the graph of a recording.
 
-Names of model families and layers are not used. A residual add is the sum of a tensor and a branch that depends on it,
-where the tensor is read only by the sum and in the branch. A branch that contains attention is an attention block;
+The names of model families and layers play no role. A residual add is the sum of a tensor and a branch that depends on
+it, where the tensor is read only by the sum and in the branch. A branch that contains attention is an attention block;
 other branches are MLPs or token mixers. Site names follow TransformerLens, without ``hook_``.
 """
 
@@ -25,14 +25,14 @@ PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\
 """Pattern of the names of single heads or neurons of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""Pattern of the names of functions with weights, as which all layers are recorded when explaining a difference."""
+"""Pattern of the names of functions with weights, as which all layers are recorded if a difference is explained."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
 
 @dataclass
 class Branch:
-    """A residual add and its branch.
+    """Residual add and its branch.
 
     Attributes:
         vertex: The vertex of the add.
@@ -187,12 +187,12 @@ class Structure:
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:
-        """Returns whether the values of an attention call are independent of some input that the stream depends on."""
+        """Returns whether the values of an attention call are independent of some input on which the stream depends."""
         edge = self.graph.vertices[vertex].edges[self.values(vertex).number]
         return edge is not None and bool(self.inputs_of(stream.vertex) & ~self.inputs_of(edge.vertex))
 
     def inputs_of(self, vertex: int) -> int:
-        """Returns the leaves that a vertex depends on, as a bit set."""
+        """Returns the leaves on which a vertex depends, as a bit set."""
         return (self.below[vertex] | 1 << vertex) & self.leaves
 
     def _is_block(self, branch: Branch) -> bool:
@@ -215,7 +215,7 @@ class Structure:
         return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, branch: Branch) -> bool:
-        """Returns whether a branch without attention mixes tokens with a convolution, a scan or products of tensors."""
+        """Returns whether a branch without attention mixes tokens by a convolution, a scan or products of tensors."""
         for vertex in branch.inner:
             step, node = self.step(vertex), self.graph.vertices[vertex].node
             if isinstance(step, LayerStep) and _weight_shape(step):
@@ -265,7 +265,7 @@ def _streams(structure: Structure) -> list[list[Block]]:
 
 
 def _previous(branch: Branch, structure: Structure) -> int | None:
-    """Returns the last residual add that a stream depends on, or None if the stream depends on further inputs."""
+    """Returns the last residual add on which a stream depends, or None if the stream depends on further inputs."""
     start = branch.stream.vertex
     below = structure.below[start] | 1 << start
     previous = next((vertex for vertex in _bits(below) if vertex in structure.branches), None)
@@ -296,7 +296,7 @@ def _is_position(branches: Sequence[Branch], structure: Structure) -> bool:
 
 
 def _prefixes(streams: list[list[Block]], structure: Structure) -> Iterator[tuple[str, list[Block]]]:
-    """Yields the streams with the prefixes of their site names, such as ``"encoder."``; a single stream needs none."""
+    """Yields the streams with the prefixes of their site names, such as ``"encoder."``; a single stream has none."""
     if not streams:
         return
     *others, last = sorted(streams, key=lambda blocks: -blocks[-1].branches[-1].vertex)
@@ -369,7 +369,7 @@ def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) 
 
 
 def _of_neurons(kind: str, inner: Sequence[int], structure: Structure) -> Iterator[tuple[str, Place]]:
-    """Yields the sites of the tensors read by the last linear layers of a branch; each tensor is yielded once."""
+    """Yields the sites of the tensors that the last linear layers of a branch read, each tensor once."""
     linear = [vertex for vertex in inner if structure.is_linear(vertex)]
     read: dict[Buffer, list[Edge]] = {}
     for vertex in reversed(linear):

@@ -1,4 +1,4 @@
-"""Calls of modules whose outputs are stored, so that these modules need not run when the model is run again."""
+"""Calls of modules whose outputs are stored, so that these modules need not run again when the model does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kernels.step import step_of
 from ..model.zero_one_routes import source_of
 
 WORTH = 4
-"""Smallest ratio between the memory recorded in a call and that of its outputs for which the outputs are stored."""
+"""Smallest ratio of the memory recorded in a call to that of its outputs at which the outputs are stored."""
 
 
 def size_of(tensor: Tensor) -> int:
@@ -24,7 +24,7 @@ def size_of(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Unit:
-    """One call of a module whose outputs are stored.
+    """Call of a module whose outputs are stored.
 
     Attributes:
         name: Name of the module.
@@ -58,7 +58,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def are_kept(output: Any, first: int, gates: Any) -> bool:
-    """Returns whether the stored outputs of a call can replace the call, since they depend only on its steps.
+    """Returns whether the stored outputs of a call can replace the call because they depend only on its steps.
 
     Gates, views of earlier tensors, and tensors without relevance have properties that their values do not determine.
 
@@ -97,7 +97,7 @@ def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Ten
 
 
 def entries(tensor: Tensor) -> Tensor:
-    """Returns a copy of a few entries of a tensor, at most two per dimension, which are used to compare runs."""
+    """Returns a copy of a few entries of a tensor, at most two per dimension, by which runs are compared."""
     some = tensor.detach()[tuple(slice(None, None, max(1, (size + 1) // 2)) for size in tensor.shape)]
     return some.reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
 

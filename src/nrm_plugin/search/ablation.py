@@ -20,16 +20,16 @@ FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 def ablation(
     model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Context manager that ablates all neurons that are not kept, by replacing their activations.
+    """Context manager that ablates all neurons that are not kept by replacing their activations.
 
     Args:
         model: The network; the hooks are removed on exit.
         kept: Boolean masks of the kept outputs, keyed by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or
             ``(N, *shape)``, with channels in dimension 1.
-        fill: Replacement values: ``"zero"``, the ``"mean"`` of the reference activations, or ``"resample"``, which
-            assigns to sample ``n`` the activations of reference sample ``n`` modulo the number of reference samples.
-        reference: Activations of each module on reference samples, from :func:`activations`; required unless ``fill``
-            is ``"zero"``.
+        fill: Replacement values: ``"zero"``; ``"mean"`` for the mean of the reference activations; or ``"resample"`` to
+            assign to sample ``n`` the activations of reference sample ``n``, modulo the number of reference samples.
+        reference: Activations of each module on reference samples, as returned by :func:`activations`; required unless
+            ``fill`` is ``"zero"``.
 
     Raises:
         ValueError: If ``fill`` is unknown, or requires a reference and none is given.

@@ -1,8 +1,7 @@
 r"""Attribution graphs over features, errors, inputs and outputs: influence, scores and export.
 
-Let :math:`\hat A` be the absolute edge weights, normalized such that those into each node sum to 1, and ``w`` the
-weights of the outputs. The influence of a node is the mass of the walks through it under a nonnegative normalized
-measure:
+Let :math:`\hat A` be the absolute edge weights, normalized so that those into each node sum to 1, and ``w`` the weights
+of the outputs. The influence of a node is the mass of the walks through it under a nonnegative normalized measure:
 
 .. math:: \mathrm{influence} = w \sum_{k \ge 1} \hat A^k
 
@@ -39,8 +38,8 @@ class GraphNode:
 
     Attributes:
         kind: ``"feature"``, ``"error"``, ``"input"`` or ``"output"``.
-        layer: Index among the layers with features, from the input; -1 for inputs, and the number of layers for
-            outputs.
+        layer: Index among the layers with features, starting from the input; -1 for inputs, and the number of layers
+            for outputs.
         position: Index of the token; 0 if there are no tokens.
         unit: Index of the feature or output; None for errors and inputs.
         label: Name of the node.
@@ -103,7 +102,7 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
 
 
 def normalized_edges(edges: Tensor) -> Tensor:
-    """Returns absolute edge weights in double precision, normalized such that those into each node sum to 1.
+    """Returns absolute edge weights in double precision, normalized so that those into each node sum to 1.
 
     Nodes without incoming edges keep a sum of 0.
     """
@@ -115,7 +114,8 @@ def normalized_edges(edges: Tensor) -> Tensor:
 class AttributionGraph:
     """Graph of the direct relevance between outputs, features, errors and inputs, for one sample.
 
-    Returned by :func:`~nrm_plugin.attribution_graph`. Graphs of other effects can be constructed directly.
+    Such graphs are returned by :func:`~nrm_plugin.attribution_graph`. Graphs of other effects can be constructed
+    directly.
 
     Attributes:
         nodes: The ``n`` nodes.
@@ -161,7 +161,7 @@ class AttributionGraph:
         return influence(self.edges, self.weights)
 
     def replacement(self) -> float:
-        """Returns the replacement score, the influence of the inputs as a fraction of that of inputs and errors.
+        """Returns the replacement score: the influence of the inputs as a fraction of that of inputs and errors.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -174,7 +174,7 @@ class AttributionGraph:
         return inputs / (inputs + errors)
 
     def completeness(self) -> float:
-        """Returns the completeness score, the mean fraction of a node's inputs that are not errors.
+        """Returns the completeness score: the mean fraction of a node's inputs that do not come from errors.
 
         Nodes are weighted by their influence, and outputs by the sum of their influence and weight.
 
@@ -215,7 +215,7 @@ class AttributionGraph:
         return digraph
 
     def to_graphml(self, path: str | Path | IO[bytes]) -> None:
-        """Writes the graph as GraphML, for tools such as Gephi and Cytoscape, to a path or an open binary file.
+        """Writes the graph as GraphML, for tools such as Gephi and Cytoscape, to a path or to an open binary file.
 
         Raises:
             MissingExtraError: If networkx is not installed.
@@ -231,10 +231,10 @@ class AttributionGraph:
     def to_circuit_tracer(
         self, folder: str | Path, slug: str, tokens: Sequence[str] = (), scan: str = "custom"
     ) -> Path:
-        """Writes the graph in the format of circuit-tracer's viewer and adds it to ``graph-metadata.json``.
+        """Writes the graph in the format of circuit-tracer's viewer, and adds it to ``graph-metadata.json``.
 
         Args:
-            folder: Folder of the graphs; created if it does not exist.
+            folder: Folder of the graphs, which is created if it does not exist.
             slug: Name of the graph, and of its file without the suffix.
             tokens: Text of the token at each input position.
             scan: Name of the dictionaries (transcoders), stored as ``scan`` in the file.
@@ -289,7 +289,7 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns, for each node, the share of the total influence of all nodes with at least the same influence."""
+    """Returns, for each node, the share of the total influence of the nodes that have at least its influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 

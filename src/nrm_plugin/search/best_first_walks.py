@@ -14,14 +14,14 @@ from .layer_chain import LayerChain
 from .walk_bounds import CompletionBounds, now
 
 BATCH = 8
-"""Maximum number of prefixes propagated in one pass."""
+"""Maximum number of prefixes that are propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
 """Fraction of the time budget that is spent on computing bounds."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The upper part of a group walk, to be extended by the layers below.
+    """Upper part of a group walk, which is extended by the layers below.
 
     Attributes:
         groups: Index of the group in each layer of the prefix.
@@ -45,7 +45,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class CompleteWalk:
-    """A walk with a group in every layer, and the signed joint relevance of these groups."""
+    """Walk with a group in every layer, and the signed joint relevance of these groups."""
 
     groups: tuple[int, ...]
     mass: float
@@ -87,9 +87,9 @@ class BestFirstSearch:
         return sorted(self.best, key=lambda walk: -abs(walk.mass))
 
     def run(self) -> None:
-        """Searches until the best walks are certified, or the budget is exhausted."""
+        """Searches until the best walks are certified or the budget is exhausted."""
         self._add_continuations((), self.chain.first())
-        for width in (1, 2 * math.isqrt(self.k)):  # a single walk first, and then a greedy search
+        for width in (1, 2 * math.isqrt(self.k)):  # first a single walk, then a greedy search
             for depth in range(1, self.chain.last + 1):
                 self._expand_largest(depth, width)
         while self.prefixes and self.prefixes[0].bound > self._threshold() and not self._is_over():
@@ -124,7 +124,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """Pops the prefix with the largest bound, and further prefixes as long as they have the same length."""
+        """Pops the prefix with the largest bound, and the next prefixes as long as they have the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):

@@ -28,7 +28,7 @@ Reads = Literal["output", "input"]
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A dictionary of learned features for one layer.
+    """Dictionary of learned features for one layer.
 
     Attributes:
         encoder: Weights ``(d_in, F)``.
@@ -36,13 +36,12 @@ class Dictionary:
         encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. If a bias is subtracted from the input, it must
             be folded into this bias.
         decoder_bias: Bias of the decoder, ``(d_out,)``, or None for zeros.
-        threshold: Threshold up to which pre-activations are set to zero, a number or ``(F,)``. 0 gives ReLU, positive
-            values give JumpReLU, and ``-math.inf`` disables the threshold.
+        threshold: Threshold up to which pre-activations are set to zero, as a number or ``(F,)``. 0 gives ReLU,
+            positive values give JumpReLU, and ``-math.inf`` disables the threshold.
         k: Maximum number of active features at each position, or None for no limit.
-        skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None if there
-            is none.
-        reads: ``"output"`` for an autoencoder that reconstructs the output of a layer, or ``"input"`` for a transcoder
-            from the input of a layer to its output.
+        skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None.
+        reads: ``"output"`` for an autoencoder, which reconstructs the output of a layer from itself; or ``"input"`` for
+            a transcoder, which reconstructs it from the input of the layer.
 
     Raises:
         InputError: If shapes do not match, or a weight is not finite.
@@ -122,7 +121,7 @@ class Dictionary:
         return torch.where(largest, active, 0.0)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Computes feature activations, from ``(…, d_in)`` to ``(…, F)``.
+        """Computes feature activations, ``(…, F)``, from ``x``, ``(…, d_in)``.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).encode(torch.tensor([3.0, -1.0]))
@@ -132,7 +131,7 @@ class Dictionary:
         return self.activate(linear(x, self.encoder.T.to(x), bias))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Computes the reconstruction, from ``(…, d_in)`` to ``(…, d_out)``, including biases and the skip path.
+        """Computes the reconstruction, ``(…, d_out)``, from ``x``, ``(…, d_in)``, including biases and the skip path.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).reconstruct(torch.tensor([3.0, -1.0]))
@@ -154,10 +153,10 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Crosscoder:
-    """Dictionaries of several layers whose features may also reconstruct the outputs of later layers.
+    """Dictionaries of several layers, whose features also contribute to the reconstruction of later layers.
 
     Attributes:
-        dictionaries: Dictionaries, keyed by layer name, with the encoder and the decoder of the same layer.
+        dictionaries: Dictionaries keyed by layer name, each with the encoder and the decoder of its layer.
         decoders: Weights ``(F_lower, d_upper)`` from the features of a layer to the output of a later layer, keyed by
             pairs of layer names ``(lower, upper)``.
 

@@ -26,21 +26,21 @@ ARCHITECTURES = (
     "standard", "gated", "jumprelu", "topk", "transcoder", "skip_transcoder", "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
 )  # fmt: skip
-"""Architectures of SAELens with a linear encoder and decoder, and one of the activations of a dictionary."""
+"""Architectures of SAELens with a linear encoder and decoder, and an activation that a dictionary supports."""
 _SHORT = (torch.float16, torch.bfloat16)
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
-    """Loads a dictionary in the format of SAELens, which consists of ``cfg.json`` and ``sae_weights.safetensors``.
+    """Loads a dictionary in the format of SAELens, from ``cfg.json`` and ``sae_weights.safetensors``.
 
-    Standard, gated, JumpReLU and top-k autoencoders, and transcoders with or without a skip path are supported.
+    Supported are standard, gated, JumpReLU and top-k autoencoders, and transcoders with or without a skip path.
 
     Args:
         folder: Folder that contains the files.
 
     Raises:
-        InputError: If a file or a weight is missing or cannot be read, the dictionary normalizes its input, or its
-            architecture is a different one, such as batch top-k.
+        InputError: If a file or a weight is missing or cannot be read, if the dictionary normalizes its input, or if
+            its architecture is not supported, such as batch top-k.
 
     Examples:
         >>> load_dictionary("no such folder")
@@ -62,7 +62,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
 
 
 class _Weights(dict[str, Tensor]):
-    """The tensors of a file, in at least single precision; errors name the file."""
+    """Tensors of a file, in at least single precision. Errors name the file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -128,7 +128,7 @@ def _k(config: Mapping[str, Any]) -> int | None:
 def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | Crosscoder:
     """Loads the transcoders of all layers, or a cross-layer transcoder, in the format of circuit-tracer.
 
-    Per-layer transcoders are stored in files ``layer_0.safetensors`` and so on, or in local files listed in
+    The transcoders of single layers are stored in files ``layer_0.safetensors`` and so on, or in local files listed in
     ``config.yaml``; a cross-layer transcoder is stored in files ``W_enc_0.safetensors``, ``W_dec_0.safetensors`` and so
     on.
 
@@ -200,7 +200,7 @@ def _named_files(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
 
 
 def _transcoder(weights: Mapping[str, Tensor]) -> Dictionary:
-    """Returns the transcoder of one layer; encoder and decoder may be stored in either orientation."""
+    """Returns the transcoder of one layer, whose encoder and decoder may be stored in either orientation."""
     if "log_thresholds" in weights:
         raise InputError(
             "the transcoders have log_thresholds, which circuit-tracer does not apply. Remove or apply them."

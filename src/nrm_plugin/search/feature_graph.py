@@ -1,10 +1,10 @@
-r"""The attribution graph of a measure: outputs, features, errors and inputs, connected by direct relevance.
+r"""Attribution graph of a measure: outputs, features, errors and inputs, connected by direct relevance.
 
 .. math:: A_{ji} = \mu\big(j \cap i \cap \neg \textstyle\bigcup\, \text{nodes between } j \text{ and } i\big)
 
-Walks may pass through features that are not nodes, so that no relevance is lost by the selection of nodes. If no mass
-is negative, the influence of a node therefore equals the mass of the walks through it that do not cross an error above
-it. The graph follows circuit-tracer; the definition of its edges in terms of the measure is new in this package.
+Walks may pass through features that are not nodes, so the selection of nodes loses no relevance. If no mass is
+negative, the influence of a node therefore equals the mass of the walks through it that cross no error above it. The
+graph follows circuit-tracer; the definition of its edges by the measure is new in this package.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .features import ordered_sites
 
 @dataclass(frozen=True)
 class _Tap:
-    """The nodes of one tap.
+    """Nodes of one tap.
 
     Attributes:
         name: Name of the tap.
         nodes: The nodes.
         labels: Node index of each neuron, ``tap.shape[1:]``, or the number of nodes for neurons that are not nodes.
-        targets: Number of nodes that can have edges into them: all except errors and inputs, which are last.
+        targets: Number of nodes with incoming edges: all except errors and inputs, which come last.
     """
 
     name: str
@@ -61,18 +61,19 @@ def attribution_graph(
 ) -> AttributionGraph:
     """Computes the graph of direct relevance between outputs, the most relevant features, errors and inputs.
 
-    The nodes are the outputs with nonzero weight, the ``top`` features (each at one position), one error for each layer
-    and position, and the groups of the input. Each output and feature requires one relevance vector per lower layer.
+    The nodes are the outputs with nonzero weight, the ``top`` features (each at one position), one error per layer and
+    position, and the groups of the input. Each output and feature takes one relevance vector per lower layer.
 
     Args:
         mu: A measure of ``model``.
         model: The model returned by :func:`~nrm_plugin.with_features`.
         top: Number of features, selected by absolute mass.
-        sample: Index of the sample; required if the measure has several samples.
+        sample: Index of the sample; required if the measure has several.
         inputs: Groups of the input: ``"position"``, ``"channel"``, ``"neuron"`` or labels.
-        input_layer: The tap of the input nodes; by default, the first tap, which is ``"input"``, or the embedding of
-            integer inputs.
-        names: Names of the nodes, as ``{"input": tokens, "output": classes}``, and feature names, keyed by layer name.
+        input_layer: The tap of the input nodes; by default the first tap: ``"input"``, or the embedding of integer
+            inputs.
+        names: Names of the nodes, such as ``{"input": tokens, "output": classes}``; names of features are keyed by
+            layer name.
 
     Raises:
         InputError: If the sample does not exist, or ``top`` is not positive.
@@ -118,7 +119,7 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
 
 
 def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event], number: int) -> Tensor:
-    """Returns the mass of the walks from each target to each source that cross no node in between, ``(targets, K)``."""
+    """Returns the mass of the walks from each target to each source without a node in between, ``(targets, K)``."""
     events = [reduce(lambda event, tap: event & ~tap, between, target.event(k)) for k in range(target.targets)]
     if not events:
         return torch.zeros(0, len(source.nodes), dtype=torch.float64)

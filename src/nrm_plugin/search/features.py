@@ -1,11 +1,11 @@
-r"""Dictionary features as taps, with the reconstruction error as additional neurons of the same tap.
+r"""Features of dictionaries as taps, with the reconstruction error as further neurons of the same tap.
 
 .. math:: y = W_D^\top f + b_D + e = (W_D^\top \;|\; I) \begin{pmatrix} f \\ e \end{pmatrix} + b_D
 
-The layer is replaced with this sum, which is a linear layer, so that any rule can be applied to it. Features and error
-are neurons of one tap, so their masses sum to the mass of the layer, except for the relevance that the rule assigns to
-the bias. Relevance of the features propagates through the encoder, and relevance of the error through the original
-layer. The construction is new in this package.
+The layer is replaced with this sum, which is itself a linear layer, so any rule can be applied to it. Features and
+error are neurons of one tap, so their masses sum to the mass of the layer, except for the relevance that the rule
+assigns to the bias. Relevance of the features propagates through the encoder, and that of the error through the
+original layer. The construction is new in this package.
 
 Source: Marks et al., arXiv 2403.19647, for errors of autoencoders as nodes of a circuit; docs/features.md.
 """
@@ -37,16 +37,16 @@ def with_features(
 ) -> nn.Module:
     """Returns a copy of a model that exposes the features of some layers as taps.
 
-    The copy shares the model's weights and produces the same outputs. A layer ``"mlp"`` is replaced with
-    ``"mlp.layer"``, the layer itself, ``"mlp.encoder"``, ``"mlp.features"`` and ``"mlp.decoder"``. The tap
-    ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d`` neurons of the error and,
-    if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` remains the output of the layer. Composites that map
-    names to rules must use ``"mlp.layer"``. The given model is not modified.
+    The copy shares the weights of the model and computes the same outputs; the given model is not modified. A layer
+    ``"mlp"`` is replaced with ``"mlp.layer"`` (the layer itself), ``"mlp.encoder"``, ``"mlp.features"`` and
+    ``"mlp.decoder"``. The tap ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d``
+    neurons of the error and, if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` remains the output of the
+    layer. Composites that map names to rules must use ``"mlp.layer"``.
 
     Args:
         model: The network.
-        dictionaries: Dictionaries, keyed by layer name, or a crosscoder. If a layer returns a tuple, its first tensor
-            is reconstructed; channels are in the last dimension.
+        dictionaries: Dictionaries keyed by layer name, or a crosscoder. If a layer returns a tuple, its first tensor is
+            reconstructed. Channels are in the last dimension.
         errors: ``"pass"`` to propagate the relevance of the error through the layer, or ``"absorb"`` to absorb it, as
             in attribution graphs.
 
@@ -79,13 +79,13 @@ def with_features(
 
 
 class _Board:
-    """Stores the features computed so far in a forward pass, for the decoders of later layers."""
+    """Store of the features computed so far in a forward pass, for the decoders of later layers."""
 
     def __init__(self, sites: int) -> None:
         self.sites, self.features = sites, dict[str, Tensor]()
 
     def put(self, site: str, features: Tensor) -> None:
-        """Stores the features of a layer; they are discarded once all layers have been computed."""
+        """Stores the features of a layer until all layers have been computed."""
         self.features[site] = features
         if len(self.features) == self.sites:
             self.features = {}
@@ -101,7 +101,7 @@ class _Board:
 
 
 class WithFeatures(nn.Module):
-    """A wrapper that computes the features and the error of a layer's output, and returns their decoded sum."""
+    """Wrapper that computes the features and the error of the output of a layer, and returns their decoded sum."""
 
     def __init__(
         self, layer: nn.Module, site: str, crosscoder: Crosscoder, board: _Board, errors: Errors, like: Tensor
@@ -145,7 +145,7 @@ class WithFeatures(nn.Module):
         return tensor
 
     def __getattr__(self, name: str) -> Any:
-        """Returns attributes of the original layer, which the surrounding model may access."""
+        """Returns an attribute of the original layer, which the surrounding model may access."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -171,7 +171,7 @@ def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 
 def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
-    """Applies :meth:`Dictionary.activate`; relevance of a feature propagates to its pre-activation."""
+    """Applies :meth:`Dictionary.activate`. The relevance of a feature propagates to its pre-activation."""
     if has_torch_function((pre,)):
         active: Tensor = handle_torch_function(feature_activation, (pre,), pre, dictionary)
         return active
@@ -181,7 +181,7 @@ def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
 def reconstruction_error(
     values: Tensor, features: Sequence[Tensor], skip: Sequence[Tensor], decoder: nn.Linear, errors: Errors
 ) -> Tensor:
-    """Computes ``values`` minus their reconstruction; relevance of the error goes to ``values`` or is absorbed."""
+    """Computes ``values`` minus their reconstruction. The relevance of the error goes to ``values`` or is absorbed."""
     relevant = (values, *features, *skip)
     if has_torch_function(relevant):
         error: Tensor = handle_torch_function(
@@ -195,7 +195,7 @@ def reconstruction_error(
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
     """Returns ``values``, but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    If ``total`` were returned, sums that should be zero could be rounding errors, by which a rule would then divide.
+    If ``total`` were returned, sums that should be zero could be rounding errors, and a rule would divide by them.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -214,7 +214,7 @@ def _error_kernel(call: FunctionCall) -> Kernel:
 
 
 class _AbsorbingKernel(Kernel):
-    """A kernel that propagates no relevance, so that all of it is absorbed."""
+    """Kernel that propagates no relevance, so that all of it is absorbed."""
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = list(shapes)
@@ -229,9 +229,9 @@ class _AbsorbingKernel(Kernel):
 
 
 def feature_groups(model: nn.Module, site: str) -> Tensor:
-    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, to be used as ``over=``.
+    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, for use as ``over=``.
 
-    Each feature is a group; the error is group ``F``; the skip path, if any, is group ``F + 1``.
+    Each feature is a group. The error is group ``F``, and the skip path, if there is one, is group ``F + 1``.
 
     Args:
         model: The model returned by :func:`with_features`.
@@ -286,7 +286,7 @@ def _sites(model: nn.Module, site: str | None = None) -> dict[str, WithFeatures]
 
 
 def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Computes the replacement score, the fraction of relevance that reaches the input without crossing an error.
+    r"""Computes the replacement score: the fraction of relevance that reaches the input without crossing an error.
 
     .. math:: \mu(\neg E \mid E \cup \text{survived}), \qquad E = \text{the walk crosses an error}
 
@@ -299,7 +299,7 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         an attribution graph.
 
     Raises:
-        CancellationError: If the mass of the walks in the condition cancels.
+        CancellationError: If the mass of the walks in the condition nearly cancels.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))
@@ -307,21 +307,21 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         >>> replacement(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
         torch.Size([5])
 
-    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation as an event is new in this package.
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation by events is new in this package.
     """
     errors = reconstruction_errors(model)
     return mu(~errors, given=errors | ~ABSORBED)
 
 
 def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
-    r"""Computes the completeness score, the fraction of steps between nodes that do not end in an error.
+    r"""Computes the completeness score: the fraction of steps between nodes that do not end in an error.
 
-    Nodes are the output, the features, the errors and the input. A walk ends in the first error that it crosses:
+    The nodes are the output, the features, the errors and the input. A walk ends at the first error that it crosses:
 
     .. math:: 1 - \frac{\mu(E)}{1 + \sum_l \mu(F_l \cap \neg E_{>l}) + \mu(E) + \mu(\text{survived} \cap \neg E)}
 
-    where :math:`F_l` are the walks that cross a feature of layer ``l``, and :math:`E_{>l}` those that cross an error
-    above it.
+    where :math:`F_l` is the event that a walk crosses a feature of layer ``l``, and :math:`E_{>l}` the event that it
+    crosses an error above that layer.
 
     Args:
         mu: A measure of ``model``.
@@ -337,8 +337,7 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         >>> completeness(RelevanceMeasure(traced, torch.randn(5, 3), 1), traced).shape
         torch.Size([5])
 
-    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation in terms of events is new in this
-    package.
+    Source: Ameisen et al., Circuit Tracing (2025), for the score; its formulation by events is new in this package.
     """
     sites = ordered_sites(mu, model)
     errors = reconstruction_errors(model)

@@ -23,7 +23,7 @@ MAX_COMBINATIONS = 200_000
 
 @dataclass(frozen=True)
 class TopSets:
-    """Sets of groups, one set per layer, with the mass of the walks that cross all of them.
+    """Sets of groups, one per layer, with the mass of the walks that cross all of these sets.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
@@ -56,17 +56,17 @@ def top_sets(
 
     .. math:: \max_{S_1, \dots, S_L} \mu(n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L), \qquad |S_m| = s_m
 
-    The search is coordinate ascent: from the output to the input, the set of each layer is replaced with the groups
+    The search is a coordinate ascent. From the output to the input, the set of each layer is replaced with the groups
     that have the largest joint relevance with the sets of the other layers, in one pass per layer, until the joint
-    relevance no longer increases. Each set is optimal given the others, but the combination need not be optimal. With
-    ``exact=True``, all combinations of sets in all layers except the last are enumerated, each of which determines the
+    relevance no longer increases. Each set is then optimal given the others, but their combination need not be. With
+    ``exact=True``, all combinations of sets in all layers except the last are enumerated; each of them determines the
     best set in the last layer.
 
     Args:
         mu: A single-sample measure.
         layers: Taps, each below the previous one.
-        size: Number of groups per layer, the same for all layers or one per layer.
-        over: The kind of group, as in :func:`top_walks`.
+        size: Number of groups per layer: one number for all layers, or one per layer.
+        over: The kind of groups, as in :func:`top_walks`.
         exact: Whether to enumerate all combinations.
 
     Raises:
@@ -133,7 +133,7 @@ def _exact_sets(chain: LayerChain, sizes: list[int]) -> list[list[int] | None]:
 def _all_walks(chain: LayerChain) -> Tensor:
     """Computes ``μ(g_1, …, g_L)`` for every combination of groups.
 
-    One vector is propagated for each combination of groups in the layers above the last layer.
+    One vector is propagated for each combination of groups in all layers except the last.
     """
     with torch.inference_mode(False), torch.no_grad():
         vectors = chain.first().unsqueeze(0)

@@ -1,9 +1,9 @@
-r"""Masses of all walks over groups of several layers, for few enough groups to enumerate all walks.
+r"""Masses of all walks over the groups of several layers, if there are few enough to enumerate them.
 
 .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
-Relevance is propagated from the output down to an intermediate layer, and the groups of the lowest layer are propagated
-up to the same layer by transposed passes; the mass of a walk is the inner product of both. The method is new in this
+Relevance is propagated down from the output to an intermediate layer, and the groups of the lowest layer are propagated
+up to the same layer by transposed passes. The mass of a walk is the inner product of the two. The method is new in this
 package.
 """
 
@@ -33,13 +33,13 @@ MOST = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class GroupWalks:
-    """The mass of every walk over the groups of several layers.
+    """Masses of all walks over the groups of several layers.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
         names: Names of the groups in each layer.
-        masses: Joint relevance of one group in each layer, with one dimension per layer. Summing over all dimensions
-            except two adjacent ones gives the ribbons of a flow.
+        masses: Joint relevance of one group in each layer, with one dimension per layer. Summed over all dimensions
+            except two adjacent ones, these are the ribbons of a flow.
 
     Examples:
         >>> from nrm_plugin.search.group_walks import group_walks
@@ -56,7 +56,7 @@ class GroupWalks:
     def strongest(self, count: int = 10) -> list[tuple[str, float]]:
         """Returns the names and masses of the walks with the largest absolute mass.
 
-        Names are those of the groups, from the input to the output.
+        A name joins those of the groups, from the input to the output.
         """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
@@ -65,7 +65,7 @@ class GroupWalks:
     def through_nodes(self, count: int = 10) -> list[tuple[tuple[str, ...], float]]:
         """Returns the node keys and masses of the walks with the largest absolute mass.
 
-        Keys are those of the nodes in a flow over the same groups, from the input to the output.
+        The keys are those of the nodes of a flow over the same groups, from the input to the output.
         """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
@@ -135,12 +135,12 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
 
 
 def least_passes(counts: Sequence[int]) -> int:
-    """Returns the minimum number of partial passes to compute all walks over layers with these numbers of groups."""
+    """Returns the minimum number of partial passes that compute all walks over layers with these numbers of groups."""
     return min(_passes(counts, level) for level in range(len(counts)))
 
 
 def _passes(counts: Sequence[int], middle: int) -> int:
-    """Returns the number of partial passes needed when the downward and transposed passes meet at the given layer."""
+    """Returns the number of partial passes if the downward and transposed passes meet at the given layer."""
     down = sum(math.prod(counts[: level + 1]) for level in range(middle))
     return down + sum(math.prod(counts[level + 1 :]) for level in range(middle, len(counts) - 1))
 

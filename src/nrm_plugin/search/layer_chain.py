@@ -20,17 +20,17 @@ from ..recording.propagation import push
 
 
 class LayerChain:
-    """A chain of layers from the output to the input, with groups of their neurons; all tensors are flattened.
+    """Chain of layers from the output to the input, with groups of their neurons. All tensors are flattened.
 
     Args:
         mu: A single-sample measure.
         layers: Taps, each below the previous one.
-        over: The kind of groups, for all layers or for each.
+        over: The kind of groups: one for all layers, or one per layer.
 
     Attributes:
         labels: For each layer, the group of each neuron, ``(n_m,)``.
         counts: Number of groups in each layer.
-        widths: For each layer, the number of vectors that fit into memory while they are propagated to the next layer.
+        widths: For each layer, the number of vectors that fit into memory when propagated to the next layer.
 
     Raises:
         ValueError: If no layer is given, or the number of kinds differs from the number of layers.
@@ -70,7 +70,7 @@ class LayerChain:
         return propagated(self.recording, upper, lower, rows)[0].flatten(1)
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
-        r"""Applies the transpose of :meth:`propagate` to values ``(K, n_{m+1})``, to ``(K, n_m)``.
+        r"""Applies the transpose of :meth:`propagate` to values ``(K, n_{m+1})``; returns ``(K, n_m)``.
 
         .. math:: \sum_{i'} \tilde T_{i'i} v(i')
 

@@ -21,13 +21,13 @@ from .walk_bounds import now
 
 @dataclass(frozen=True)
 class NeuronPath:
-    """The upper part of a walk of single neurons.
+    """Upper part of a walk of single neurons.
 
     Attributes:
         place: The tensor at which the path ends.
         neuron: Flat index of the last neuron in this tensor.
         mass: Product of the start-vector entry and the kernel entries along the path.
-        bound: Mass of the best completion, exact up to rounding.
+        bound: Mass of the best completion, which is exact up to rounding.
         number: Creation index, which breaks ties.
         neurons: Flat index of the neuron at each named tap of the path, from the output to the input.
     """
@@ -45,7 +45,7 @@ class NeuronPath:
 
 
 class MaxProduct:
-    r"""Computes the largest mass of a continuation from each neuron to an input, in one pass up from the inputs.
+    r"""Pass up from the inputs that computes, for each neuron, the largest mass of a continuation to an input.
 
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
@@ -77,7 +77,7 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if no other walks have mass or time runs out."""
+        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or if time runs out."""
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
         heapq.heapify(prefixes)
@@ -127,7 +127,7 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields columns of the kernel that computes a tensor, ``(K, in)`` for each input tensor of the step."""
+        """Yields columns of the kernel of the step that computes a tensor, ``(K, in)`` for each input of the step."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))

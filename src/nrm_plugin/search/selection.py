@@ -1,8 +1,8 @@
 r"""Selection of neurons, and the error of an explanation that is restricted to them.
 
-The measure is restricted to the walks through kept neurons in every selected layer, and compared with the full measure
-in terms of the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with
-those of smallest joint relevance. The method is new in this package, and based on the neuron selection of arXiv
+The measure is restricted to the walks through kept neurons in every selected layer. It is compared with the full
+measure by the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with
+those of smallest joint relevance. The method is new in this package; it is based on the neuron selection of arXiv
 2412.05686.
 
 Source: docs/critical-paths.md.
@@ -32,7 +32,7 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
-    The error is zero if and only if all values are identical. Since its unit is squared relevance, errors are
+    The error is zero if and only if all values are identical. Its unit is that of squared relevance, so errors are
     comparable only between maps of the same size.
 
     Args:
@@ -51,8 +51,8 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
-    Neurons that are zero in both tensors contribute 0 and are counted in :math:`n`. Neurons that are zero in only one
-    of the tensors, or have opposite signs, contribute 200 regardless of their magnitude.
+    Neurons that are zero in both tensors contribute 0 but count towards :math:`n`. Neurons that are zero in only one of
+    the tensors, or that have opposite signs, contribute 200 regardless of their magnitude.
 
     Args:
         full: Values of the full measure, ``(N, …)``.
@@ -69,7 +69,7 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Restriction:
-    """The measure restricted to the walks through kept neurons, compared with the full measure.
+    """Measure restricted to the walks through kept neurons, and its errors compared with the full measure.
 
     Attributes:
         heat_map: ``μ(pixel and kept)``, ``(N, …)``.
@@ -96,7 +96,7 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Restricts the measure to walks through kept neurons in every layer and computes the resulting errors.
+    r"""Restricts the measure to the walks through kept neurons in every layer, and computes the resulting errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 
@@ -171,7 +171,7 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of the error curve, for one number of kept groups.
+    """Point of the error curve, for one number of kept groups.
 
     Attributes:
         count: Total number of kept groups in all layers.
@@ -197,8 +197,7 @@ class Selection:
     Attributes:
         kept: Mask of the kept groups in each layer, ``(N, groups)``.
         count: Total number of kept groups in all layers, ``(N,)``.
-        order: Rank of each group, ``(N, all groups)``, concatenated over layers; 0 for the group that is eliminated
-            last.
+        order: Rank of each group, ``(N, all groups)``, concatenated over layers; rank 0 is eliminated last.
         curve: Errors for several numbers of kept groups, in descending order.
         event: The event that a walk crosses a kept neuron in every layer.
 
@@ -228,23 +227,23 @@ def select_neurons(
 ) -> Selection:
     r"""Selects the groups of neurons that best preserve the explanation.
 
-    Groups are selected by backward elimination. Each round computes the joint relevance of every group :math:`g` in
+    Groups are selected by backward elimination. Each round computes the joint relevance of every group :math:`g` of
     every layer with the kept groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`,
-    which is the mass that the heat map would lose without the group. It then eliminates the groups with the smallest
+    which is the mass that the heat map would lose without the group, and eliminates the groups with the smallest
     absolute values. Each layer keeps at least one group. Groups are selected separately for each sample, but all
     samples share the same passes.
 
     With ``error``, the smallest of these nested sets that satisfies the limit is found by bisection over the order of
-    elimination. For nonnegative kernels, the error increases with every elimination; for signed kernels, there may be a
-    smaller set in this order. Other sets are not considered.
+    elimination. For nonnegative kernels, the error increases with every elimination; for signed kernels, the order may
+    contain a smaller set that also satisfies the limit. Other sets are not considered.
 
     Args:
         mu: The measure whose neurons are selected.
         layers: One or more layers, in any order, which are restricted jointly.
         budget: Total number of groups to keep in all layers.
         error: ``{"mse": limit}`` or ``{"smape": limit}`` for the heat map of the input.
-        over: The kind of group: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer.
-        rounds: Number of elimination rounds; more rounds give a better selection but take longer.
+        over: The kind of groups: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer.
+        rounds: Number of elimination rounds. More rounds give a better selection but take longer.
 
     Raises:
         ValueError: If neither or both of ``budget`` and ``error`` are given, or the budget is below one group per
@@ -284,7 +283,7 @@ def _check_limits(pool: _GroupPool, budget: int | None, error: Mapping[Metric, f
 
 
 class _GroupPool:
-    """The groups of all selected layers, concatenated."""
+    """Groups of all selected layers, concatenated."""
 
     def __init__(self, mu: RelevanceMeasure, layers: Sequence[str], over: Over | Sequence[Over]) -> None:
         if isinstance(layers, str) or not len(layers) or len(set(layers)) < len(layers):
@@ -298,7 +297,7 @@ class _GroupPool:
         self.full = mu.marginal("input")
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Splits ``(N, all groups)`` by layer, to ``(N, groups)`` each."""
+        """Splits ``(N, all groups)`` into one tensor ``(N, groups)`` per layer."""
         return dict(zip(self.layers, torch.split(flat, self.counts, 1), strict=True))
 
     def masks(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -306,7 +305,7 @@ class _GroupPool:
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """Computes the joint relevance of each group with the kept groups, and the errors of the restriction to these.
+        """Computes the joint relevance of each group with the kept groups, and the errors of the restriction to them.
 
         Returns:
             The joint relevance, ``(N, all groups)``, and a point of the error curve.
@@ -322,7 +321,7 @@ class _GroupPool:
 
 
 def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
-    """Ranks all groups by the order of elimination; the best ``last`` groups are ranked in one round.
+    """Ranks all groups by the order of their elimination; the best ``last`` groups are ranked in one round.
 
     Returns:
         The rank of each group, ``(N, all groups)``, and the error curve.
@@ -343,7 +342,7 @@ def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list
 
 
 def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
-    """Sorts the kept groups by absolute joint relevance, after placing the strongest group of each layer first."""
+    """Sorts the kept groups by absolute joint relevance, with the strongest group of each layer first."""
     score = joint.abs().masked_fill(~kept, -1)
     for part in torch.split(score, pool.counts, 1):
         part.scatter_(1, part.argmax(1, keepdim=True), torch.inf)

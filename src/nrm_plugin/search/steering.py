@@ -1,8 +1,8 @@
-r"""Steering: adding a vector to the activations of a layer, or removing its direction, during the forward pass.
+r"""Steering: a vector is added to the activations of a layer, or its direction is removed, during the forward pass.
 
 .. math:: a \to a + s v \qquad \text{or} \qquad a \to a - \frac{v v^\top}{v^\top v} a
 
-Conditionals provide such vectors: :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Their entries are masses per
+Such vectors can be conditionals, :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Their entries are masses per
 unit of relevance rather than activations, so their scale has to be chosen.
 
 Source: Turner et al., arXiv 2308.10248 (addition); Arditi et al., arXiv 2406.11717 (removal); docs/features.md.
@@ -29,14 +29,14 @@ def steered(
 ) -> Iterator[nn.Module]:
     """Context manager that adds a vector to the output of a layer, or removes its direction from it.
 
-    A forward hook is registered after all other hooks of the layer, and removed on exit, even if an error is raised.
-    Nothing else in the model is changed. If a layer returns a tuple, its first tensor is steered.
+    A forward hook is registered after all other hooks of the layer, and is removed on exit, even if an error is raised.
+    Nothing else in the model changes. If the layer returns a tuple, its first tensor is steered.
 
     Args:
         model: The network.
         layer: Name of the layer, as in ``model.named_modules()``.
-        vector: A direction in the space of channels, ``(C,)``, which is applied at every position; or values that
-            broadcast to the output of the layer, ``(…)`` or ``(N, …)``.
+        vector: A direction in channel space, ``(C,)``, which is applied at every position; or values that broadcast to
+            the output of the layer, ``(…)`` or ``(N, …)``.
         scale: Factor by which the added vector is multiplied, or the fraction of the direction to remove.
         mode: ``"add"``, or ``"remove"`` to project onto the orthogonal complement of the vector. A vector ``(C,)`` is
             projected out at each position, and other vectors over all neurons of a sample.
@@ -47,8 +47,8 @@ def steered(
 
     Raises:
         UnknownLayerError: If the layer is not in the model.
-        InputError: If the vector is not finite, if a zero vector is to be removed, or, during the forward pass, if
-            shapes do not match.
+        InputError: If the vector is not finite, or if a vector to remove is zero; during the forward pass, if shapes do
+            not match.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,14 +1,14 @@
-r"""Relevant subspaces of a layer: fitted on a batch, and queried as taps.
+r"""Relevant subspaces of a layer, which are fitted on a batch and queried as taps.
 
-The relevance of a layer is written as activation times context, :math:`R_i = a_i c_i`. Orthonormal directions
-:math:`U_k` decompose it into parts, one for each subspace:
+The relevance of a layer is the product of activation and context, :math:`R_i = a_i c_i`. Orthonormal directions
+:math:`U_k` decompose it into one part per subspace:
 
 .. math:: R^{(k)}_i = a_i\, (U_k U_k^\top c)_i, \qquad \sum_k R^{(k)}_i = R_i, \qquad
           \sum_i R^{(k)}_i = (U_k^\top a)^\top (U_k^\top c)
 
 These parts are the result of LRP-0 in a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
-this layer with one neuron for each pair of a subspace and a neuron, so that no relevance is divided by the activation
-of a direction. The use of the parts as a tap of the measure, and the rest, are new in this package.
+this layer with one neuron for each pair of a subspace and a neuron, so that relevance is never divided by the
+activation of a direction. The rest, and the use of the parts as a tap of the measure, are new in this package.
 
 Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer;
 docs/subspaces.md.
@@ -31,15 +31,15 @@ from ..kernels.base import Kernel
 from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
-"""Neurons with at most this fraction of the largest absolute activation of the sample are considered silent.
+"""Fraction of the largest absolute activation of a sample up to which a neuron is silent.
 
-They have no context, since it would be arbitrarily large for rules that assign relevance to nearly silent neurons.
+Silent neurons have no context, since it would be arbitrarily large for rules that assign relevance to them.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of the channels of a layer, and their complement (the rest).
+    r"""Orthogonal subspaces of the channel space of a layer, and their complement (the rest).
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
@@ -76,7 +76,7 @@ class Subspaces:
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
-        r"""Computes the projections :math:`U_k U_k^\top a` and the remainder, from ``(N, …)`` to ``(N, K + 1, …)``.
+        r"""Computes the projections :math:`U_k U_k^\top a` and the remainder of ``(N, …)``, as ``(N, K + 1, …)``.
 
         Examples:
             >>> Subspaces(torch.eye(2)[:, :1], (1,)).parts(torch.tensor([[3.0, 4.0]]))
@@ -87,11 +87,11 @@ class Subspaces:
         return torch.stack([*projected, values - sum(projected[1:], projected[0])], 1)
 
     def split(self, values: Tensor, relevance: Tensor) -> Tensor:
-        r"""Splits the relevance of a layer into parts that sum to it, ``(…, N, *shape)`` to ``(…, N, K + 1, *shape)``.
+        r"""Splits the relevance of a layer, ``(…, N, *shape)``, into parts that sum to it, ``(…, N, K + 1, *shape)``.
 
-        The last part is the rest, which consists of the relevance of directions outside all subspaces and all relevance
-        of silent neurons. Neurons are silent, and have no context :math:`c = R / a`, if their absolute activation is at
-        most 1e-4 times the largest in the sample.
+        The last part is the rest: the relevance of directions outside all subspaces, and all relevance of silent
+        neurons. A neuron is silent, and has no context :math:`c = R / a`, if its absolute activation is at most 1e-4
+        times the largest in the sample.
 
         Args:
             values: Activations, ``(N, *shape)``.
@@ -109,7 +109,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """Splits nonnegative masses like :meth:`split`, but with the absolute values of the kernel."""
+        """Splits nonnegative masses like :meth:`split`, but by the absolute values of the kernel."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -149,7 +149,7 @@ def _inverse(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int = 1) -> Subspaces:
-    r"""Finds the directions with the most relevance over a batch (principal relevant component analysis).
+    r"""Finds the directions that carry the most relevance over a batch (principal relevant component analysis).
 
     .. math:: \max_{U^\top U = I} \mathrm E[(U^\top a)^\top (U^\top c)]
 
@@ -159,7 +159,8 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
     Args:
         values: Activations of a layer, ``(N, …)``.
         relevance: Relevance of these neurons, such as ``mu.marginal(layer)``.
-        sizes: Number of directions per subspace, in decreasing order of relevance; a single number for one subspace.
+        sizes: Number of directions in each subspace, in decreasing order of relevance, or a single number for one
+            subspace.
         dim: Channel dimension.
 
     Raises:
@@ -191,11 +192,11 @@ def drsa(
 
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
-    where :math:`a_n` are activations, :math:`c_n` are contexts (relevance divided by activation), and
-    :math:`M^p[x] = (\mathrm{mean}\; x^p)^{1/p}` are power means: the mean over samples favours a few large values, and
-    the mean over subspaces favours the use of all subspaces. The objective is maximized by gradient ascent; after each
-    step, the basis is projected onto the matrices with orthonormal columns. The decreasing step size and the selection
-    of the best of several restarts are new in this package.
+    where :math:`a_n` are activations, :math:`c_n` are contexts (relevance divided by activation), and :math:`M^p[x] =
+    (\mathrm{mean}\; x^p)^{1/p}` are power means. The mean over samples favours a few large values, and the mean over
+    subspaces favours the use of all subspaces. The objective is maximized by gradient ascent; after each step, the
+    basis is projected onto the matrices with orthonormal columns. The decreasing step size, and the selection of the
+    best of several restarts, are new in this package.
 
     Args:
         values: Activations of a layer, ``(N, …)``.
@@ -286,14 +287,14 @@ def _sizes(sizes: int | Sequence[int], channels: int) -> tuple[int, ...]:
 def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.Module:
     """Returns a copy of a model that exposes the subspaces of some layers as taps.
 
-    The copy shares the model's weights and produces the same outputs. A layer ``"conv"`` is replaced with
-    ``"conv.layer"``, the layer itself, and ``"conv.subspaces"``, ``(N, K + 1, *shape)``, with one channel per subspace
-    and a last channel for the rest. The tap ``"conv"`` remains the output of the layer. Composites that map names to
-    rules must use ``"conv.layer"``. The given model is not modified.
+    The copy shares the weights of the model and computes the same outputs; the given model is not modified. A layer
+    ``"conv"`` is replaced with ``"conv.layer"`` (the layer itself) and ``"conv.subspaces"``, ``(N, K + 1, *shape)``,
+    with one channel per subspace and a last channel for the rest. The tap ``"conv"`` remains the output of the layer.
+    Composites that map names to rules must use ``"conv.layer"``.
 
     Args:
         model: The network.
-        subspaces: Subspaces, keyed by layer name; each layer must return a single tensor.
+        subspaces: Subspaces keyed by layer name; each of these layers must return a single tensor.
 
     Raises:
         UnknownLayerError: If one of the layers is not in the model.
@@ -317,7 +318,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
 
 
 class _WithSubspaces(nn.Module):
-    """A wrapper that splits the output of a layer into its parts in the subspaces, and returns their sum."""
+    """Wrapper that splits the output of a layer into its parts in the subspaces, and returns their sum."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()
@@ -358,7 +359,7 @@ def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 class _PartsKernel(Kernel):
-    """A kernel that propagates all relevance of the parts of a neuron to this neuron."""
+    """Kernel that propagates all relevance of the parts of a neuron to this neuron."""
 
     is_stochastic = True
 
@@ -372,7 +373,7 @@ class _PartsKernel(Kernel):
 
 
 class _SumKernel(Kernel):
-    """The kernel given by :meth:`Subspaces.split`, in which no relevance bypasses the parts."""
+    """Kernel given by :meth:`Subspaces.split`, in which no relevance bypasses the parts."""
 
     is_stochastic = True
 

@@ -1,4 +1,4 @@
-r"""Upper bounds on the mass of the completions of a prefix, for the search for relevant group walks.
+r"""Upper bounds on the mass of the completions of a prefix, used in the search for relevant group walks.
 
 .. math:: h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
@@ -17,9 +17,9 @@ from ..measure.memory_budget import DEFAULT
 from .layer_chain import LayerChain
 
 MIN_ROWS = 16
-"""Bound tables with at most this number of rows are computed even after the deadline."""
+"""Maximum number of rows of a bound table that is computed even after the deadline."""
 OVERTIME = 0.5
-"""Maximum expected overrun of the time limit for a bound table, as a fraction of this limit."""
+"""Maximum expected overrun of the time limit by a bound table, as a fraction of this limit."""
 NEGLIGIBLE = 1e-4
 """Maximum fraction of negative mass for which signed passes are used in place of absolute ones."""
 
@@ -31,7 +31,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Lumps:
-    """The groups of a layer, some of which are merged into lumps; a bound for a lump is valid for each of its groups.
+    """Groups of a layer, merged into lumps. A bound for a lump is valid for each of its groups.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.
@@ -43,7 +43,7 @@ class Lumps:
 
 
 class CompletionBounds:
-    """Upper bounds on the relevance of completions of a walk from each neuron, computed from the inputs up.
+    """Upper bounds on the relevance of the completions of a walk from each neuron, computed from the inputs up.
 
     If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 
@@ -52,8 +52,8 @@ class CompletionBounds:
         deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:
-        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above it, ``(groups, n)``, or None
-            if time or memory did not suffice.
+        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above, ``(groups, n)``, or None if
+            time or memory did not suffice.
         completions: :math:`h_m` for each layer, ``(n_m,)``.
         tables: The sums before the maximum, ``(groups, n_m)``, or None if time or memory did not suffice.
     """
@@ -115,7 +115,7 @@ class CompletionBounds:
         return Lumps(lumps[labels], min(count, 2 * single))
 
     def _table(self, level: int, lumps: Lumps, bound: bool, until: float) -> Tensor | None:
-        """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` for each lump of the next layer, ``(count, n_m)``; None if too slow."""
+        """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` for each lump of the next layer, ``(count, n_m)``, None if too slow."""
         chain, values = self.chain, self.completions[0]
         size = lumps.count * len(chain.labels[level]) * values.element_size()
         has_deadline = lumps.count > MIN_ROWS

@@ -1,8 +1,8 @@
 r"""Search for the walks with the most relevance, over groups of neurons in selected layers or over single neurons.
 
 A *group walk* consists of one group of neurons in each of several layers; its mass is the joint relevance of these
-groups. The search and its bound are new in this package, and based on the search for relevant walks of single neurons
-by Xiong et al. (ICML 2023).
+groups. The search and its bound are new in this package; they are based on the search for relevant walks of single
+neurons by Xiong et al. (ICML 2023).
 
 Source: docs/critical-paths.md.
 """
@@ -32,13 +32,13 @@ from .walk_bounds import now
 
 @dataclass(frozen=True)
 class GroupWalk:
-    """A walk over groups, with the mass of the walks that cross all of these groups.
+    """Walk over groups, with the mass of the walks that cross all of these groups.
 
     Attributes:
-        groups: Index of the channel (position, neuron, label) in each layer, from the output to the input, or None for
-            layers that a walk of single neurons does not cross.
+        groups: Index of the group (channel, position, neuron or label) in each layer, from the output to the input, or
+            None for layers that a walk of single neurons does not cross.
         mass: Signed joint relevance of the groups.
-        certified: Whether all walks that are not returned are proven to have at most the same absolute mass.
+        certified: Whether every walk that is not returned is proven to have at most the same absolute mass.
 
     Examples:
         >>> GroupWalk((3, 0), 0.5, True).groups
@@ -52,7 +52,7 @@ class GroupWalk:
 
 @dataclass(frozen=True)
 class TopWalks:
-    """The result of a search for relevant walks.
+    """Result of a search for relevant walks.
 
     Attributes:
         layers: The layers, from the output to the input.
@@ -133,7 +133,7 @@ def top_walks(
     expansions: int | None = None,
     groups: Groups | None = None,
 ) -> TopWalks:
-    r"""Searches for the ``k`` group walks with the largest absolute mass and bounds the mass of all others.
+    r"""Searches for the ``k`` group walks with the largest absolute mass, and bounds the mass of all others.
 
     .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
@@ -143,25 +143,24 @@ def top_walks(
               h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
     where :math:`r_m` is the relevance of the prefix and :math:`\tilde T` the kernel of all steps between two layers. If
-    memory allows, the maximum is taken outside the sum, which gives a tighter bound. To find good walks early, the
+    memory allows, the maximum is taken outside of the sum, which tightens the bound. To find good walks early, the
     search starts greedily with the prefixes of largest mass, and later alternates between these and the prefixes of
-    largest bound. It can be stopped at any time: masses are exact and the bound is valid, up to rounding.
+    largest bound. It can be stopped at any time: up to rounding, masses are exact and the bound is valid.
 
     Without ``layers``, walks consist of single neurons from the output to an input. If all kernels are nonnegative, as
     with :class:`~nrm_plugin.composites.NRMAbsolute`, max-product finds the largest walks exactly:
 
     .. math:: V(i) = 1 \text{ at inputs}, \; V(j) = \max_i \tilde T_{ij} V(i), \; \max_w \mu(w) = \max_k \mu(k) V(k)
 
-    Max-product computes the kernel of every step column by column, with one vector per output of the step, which takes
+    Max-product computes the kernel of every step column by column, with one vector per output of the step. This takes
     seconds for small networks and hours for VGG16.
 
     Args:
         mu: A single-sample measure.
         layers: One or more taps, each below the previous one; or None for all taps, which requires ``over="neuron"``.
         k: Number of walks to return.
-        over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; ``"groups"`` for
-            groups that preserve most of the dependence between the layers, in which case all walks over these groups
-            are enumerated.
+        over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; or ``"groups"`` for
+            groups that preserve most of the dependence between the layers. All walks over such groups are enumerated.
         budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
             it; without ``layers``, they are always completed.
         expansions: Number of expanded prefixes after which the search stops, for reproducible results.
@@ -171,7 +170,7 @@ def top_walks(
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
             without ``over="neuron"``.
         EventError: If a layer is not below the previous one.
-        NRMError: If ``layers`` is None and a kernel has negative entries, so that max-product does not apply.
+        NRMError: If ``layers`` is None and a kernel has negative entries, to which max-product does not apply.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
