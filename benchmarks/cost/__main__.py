@@ -129,6 +129,7 @@ def timed(of: dict[str, Any], work: Work, count: int, rounds: int, light: bool, 
     torch.set_num_threads(count)
     firsts = [f"{way}, {name}" for way in (FIRST, RECORDED) for name in COMPOSITES] if light else ()
     row: dict[str, Any] = {**of, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
+    row["processor"] = environment()["processor"]
     if light:
         work = {name: run for name, run in work.items() if not name.startswith(AGAIN)}
     row |= summary(alternated(work, rounds, 0.0 if light else seconds, once=firsts))
