@@ -125,16 +125,16 @@ def one(
 
 
 def timed(of: dict[str, Any], work: Work, count: int, rounds: int, light: bool, seconds: float) -> dict[str, Any]:
-    """Times with ``count`` threads; with one thread, also the profiles of computations that miss a target."""
+    """Times with ``count`` threads; with one thread, also the profiles of plans and the stages of first calls."""
     torch.set_num_threads(count)
     firsts = [f"{way}, {name}" for way in (FIRST, RECORDED) for name in COMPOSITES] if light else ()
     row: dict[str, Any] = {**of, "threads": count, "load": round_to(os.getloadavg()[0], 2)}
+    row["processor"] = environment()["processor"]
     if light:
         work = {name: run for name, run in work.items() if not name.startswith(AGAIN)}
     row |= summary(alternated(work, rounds, 0.0 if light else seconds, once=firsts))
     if count == 1 and not light:
-        slow = [name for name in COMPOSITES if any(key.startswith("plan") for key in page.missed(row, name))]
-        row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in slow}
+        row["profiles"] = {name: profile(work[f"{PLANNED}, {name}"]) for name in COMPOSITES}
         row["stages"] = {name: rounded(stages(work[f"{FIRST}, {name}"])) for name in COMPOSITES}
     return row
 

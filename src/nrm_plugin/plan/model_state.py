@@ -141,7 +141,7 @@ def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
             flat = tensor.detach().view(-1)
             groups.setdefault((tensor.device, tensor.dtype), []).append(flat[:: step_between(flat.numel(), _ENTRIES)])
-    return [views for views in groups.values() if not any(bool(view.isnan().any()) for view in views)]
+    return [views for views in groups.values() if not bool(torch.cat(views).isnan().any())]
 
 
 def settings(value: Any, depth: int = 4) -> Any:
