@@ -264,19 +264,12 @@ def where(results: Results) -> str:
     place, settings = results["environment"], results["settings"]
     packages = ("python", "torch", "torchvision", "zennit", "captum", "quantus", "zennit-crp")
     named = ", ".join(f"{name} {place[name]}" for name in packages)
-    spent = results["time"]
-    named_parts = {
-        ", ".join([KINDS.get(part, part), *rest]): seconds
-        for key, seconds in spent["seconds of clock and processor"].items()
-        for part, *rest in [key.split(", ")]
-    }
-    parts = "; ".join(f"{name}: {clock} s, {own} s" for name, (clock, own) in named_parts.items())
+    minutes = {key: round(results["time"][key] / 60) for key in ("seconds", "seconds of processors")}
     return (
         f"{settings['samples']} samples for each network, seed {settings['seed']}, {settings['resamples']} bootstrap "
         f"resamples; {named}; {place['processes']} processes of one thread each, on {place['processor']}. The whole "
-        f"command took {spent['seconds']} s of wall time and {spent['seconds of processors']} s of processor time, "
-        f"on a shared machine (load {spent['load before']} before and {spent['load after']} after). Wall and processor "
-        f"time: {parts}.\n"
+        f"command took {minutes['seconds']} minutes ({minutes['seconds of processors']} minutes of processor time) "
+        "on a shared machine.\n"
     )
 
 
