@@ -1,4 +1,4 @@
-"""Module outputs used to rank reference samples by activation, recorded while a measure runs the model."""
+"""Outputs of modules by which reference samples are ranked, recorded while a measure runs the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import InputError
 
 
 def single_activations(outputs: Mapping[str, list[Any]]) -> dict[str, Tensor]:
-    """Returns the output tensor of each module in the last forward pass and clears the recorded lists.
+    """Returns the output tensor of each module in the last forward pass, and clears the recorded lists.
 
     Raises:
         InputError: If a module was not called exactly once, or does not return a single tensor.
