@@ -192,7 +192,7 @@ class QueryResults:
         return values.sum(rest) if rest else values
 
     def _summed(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """Sums values over the neurons of each group, and returns ``(N, groups)``."""
+        """Sums values over the neurons of each group and returns ``(N, groups)``."""
         if isinstance(over, Labels):
             labels = over.tensor.expand(values.shape[1:])
             return by_label(values.flatten(1), labels)

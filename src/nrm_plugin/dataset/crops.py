@@ -80,7 +80,7 @@ def crops(
     uncovered: Uncovered | None = None,
     show_progress: bool = False,
 ) -> dict[int | str, list[Crop]]:
-    r"""Crops reference examples to receptive fields, and computes their joint heat maps.
+    r"""Crops reference examples to receptive fields and computes their joint heat maps.
 
     The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask
     selects the pixels at which the smoothed heat map is at least 0.2 times its maximum. If the total relevance within

@@ -269,7 +269,7 @@ def from_json(data: Any) -> Query:
 
 
 def check_queries(queries: Any) -> tuple[Query, ...]:
-    """Validates the queries of a sweep, and returns them as a tuple.
+    """Validates the queries of a sweep and returns them as a tuple.
 
     Raises:
         SweepError: If there are no queries, an object is not a query, or a name is repeated or reserved.

@@ -28,7 +28,7 @@ INPUTS, LABEL, SAMPLE = "inputs", "label", "sample"
 
 
 class SweepBatches:
-    """Callable that evaluates queries on a batch of columns, and returns the rows of a sweep.
+    """Callable that evaluates queries on a batch of columns and returns the rows of a sweep.
 
     Use it in ``ray.data.Dataset.map_batches(SweepBatches, fn_constructor_kwargs={…}, …)`` and
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.

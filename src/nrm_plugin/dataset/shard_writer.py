@@ -121,7 +121,7 @@ def write_shard(
 
 
 def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes a safetensors file, and converts I/O errors of safetensors to :class:`OSError`.
+    """Writes a safetensors file and converts I/O errors of safetensors to :class:`OSError`.
 
     Raises:
         OSError: If the file cannot be written.

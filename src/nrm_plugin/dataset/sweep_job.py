@@ -66,7 +66,7 @@ class SweepJob:
     # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
-        """Returns the finished shards keyed by index, and moves damaged files aside.
+        """Returns the finished shards keyed by index and moves damaged files aside.
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.

@@ -67,7 +67,7 @@ def sweep(
     engine_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Evaluates queries on every sample of a data set, and stores the results.
+    """Evaluates queries on every sample of a data set and stores the results.
 
     If a sweep fails, is killed or is interrupted by Ctrl-C, completed shards are kept: the same call resumes the sweep,
     and yields the same rows as an uninterrupted one. Under ``torchrun``, the shards are divided among the processes.

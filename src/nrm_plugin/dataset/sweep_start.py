@@ -79,7 +79,7 @@ def _resumed_or_new(job: SweepJob, settings: dict[str, Any], resume: bool, locks
 
 
 def _read(folder: Path) -> Manifest:
-    """Reads the manifest, and checks its settings against their fingerprint.
+    """Reads the manifest and checks its settings against their fingerprint.
 
     Raises:
         ManifestError: If the manifest is missing, damaged, or was edited.
