@@ -21,11 +21,11 @@ class ModelError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model and the metadata of its weights.
+    """Model with the metadata of its weights.
 
     Attributes:
         model: The model, with its weights loaded.
-        weights: Description of where the weights come from.
+        weights: Origin of the weights.
         transforms: torchvision's preprocessing preset.
         categories: Class names; empty if unknown.
         notes: Messages for the user.

@@ -1,4 +1,4 @@
-"""The command ``nrm-plugin`` and its subcommands; the module of a subcommand is imported only when it is run.
+"""The command ``nrm-plugin`` and its subcommands, each in a module that is imported only when it is run.
 
 Neither this module nor the argument parsers import torch, so that ``--help`` and ``--version`` are fast.
 """
@@ -40,14 +40,14 @@ UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that prints errors on a single line, and imports the selected command when it is parsed."""
+    """Argument parser that prints errors on a single line, and imports the selected subcommand while parsing."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Adds the arguments of the selected command before parsing."""
+        """Adds the arguments of the selected subcommand before parsing."""
         if self._command:
             module: Any = importlib.import_module(f".{self._command.replace('-', '_')}", __package__)
             self.description, self.epilog, self._command = module.DESCRIPTION, module.EXAMPLES, ""
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command-line arguments. Defaults to ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0 on success; 1 if some images could not be explained, or if an error stopped the command; 2 if
-            the options are invalid, with the reason in one line on stderr; 130 after an interrupt.
+        The exit status: 0 on success; 1 if an image could not be explained, or if an error stopped the command; 2 if
+        the options are invalid, with a one-line reason on stderr; 130 after an interrupt.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

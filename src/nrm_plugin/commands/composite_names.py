@@ -15,7 +15,7 @@ from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """Raised if a composite is unknown, or requires arguments for which there is no option."""
+    """Raised if a composite is unknown or requires arguments for which there is no option."""
 
 
 def composite_names() -> list[str]:
@@ -24,7 +24,7 @@ def composite_names() -> list[str]:
 
 
 def check_composite_name(name: str) -> None:
-    """Raises :class:`CompositeError` with close matches if Zennit's registry does not contain ``name``."""
+    """Raises :class:`CompositeError` with similar names if Zennit's registry does not contain ``name``."""
     if name not in COMPOSITES:
         near = difflib.get_close_matches(name, COMPOSITES, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""

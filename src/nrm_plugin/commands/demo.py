@@ -89,7 +89,7 @@ def _table(report: Report) -> Iterator[str]:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Returns the column names; ``bypass`` is included only if it is nonzero."""
+    """Returns the names of the columns, including ``bypass`` only if it is nonzero."""
     return [name for name in COLUMNS if name != "bypass" or any(bool(row.bypass.any()) for row in rows)]
 
 

@@ -56,7 +56,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
 
 
 def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
-    """Returns the measure for the predicted digit, whose output exceeds those of the other digits."""
+    """Returns the measure of the predicted digit, whose output exceeds those of the other digits."""
     return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
 
 

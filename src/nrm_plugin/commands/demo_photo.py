@@ -17,7 +17,7 @@ CLASSES = "classes.txt"
 
 
 def explain_photo(photo: Path | None, out: Path) -> int:
-    """Explains a photograph with heat maps and a flow, printing the commands it runs, and returns the exit status.
+    """Explains a photograph by heat maps and a flow, prints the commands that it runs, and returns the exit status.
 
     Args:
         photo: Image file. Defaults to the photograph bundled with the package.

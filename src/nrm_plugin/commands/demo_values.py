@@ -19,7 +19,7 @@ LAYERS = (
     "classifier.3", "classifier.0", "features.12", "features.10", "features.7", "features.5", "features.2",
     "features.0", "input",
 )  # fmt: skip
-"""Layers of the table, from the output to the input; the layers in between pass relevance on unchanged."""
+"""Layers of the table, from the output to the input. The layers in between pass relevance on unchanged."""
 TABLE_COMPOSITE = EpsilonPlus
 """Composite of the table and the layer budgets.
 
@@ -28,12 +28,12 @@ It is one of Zennit's composites, since the default composite absorbs no relevan
 
 
 class DemoError(NRMError, ValueError):
-    """Raised if the requested digits are invalid, or more of them are requested than are held out."""
+    """Raised if the requested digits are invalid, or if more of them are requested than are held out."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out digit.
+    """Held-out digit.
 
     Attributes:
         name: Prefix of the file names.

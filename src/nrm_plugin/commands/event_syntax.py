@@ -1,4 +1,4 @@
-"""Parser for event expressions such as ``features.28[3,7] & ~features.14[5]``, which are never evaluated as code.
+"""Parser for expressions of events such as ``features.28[3,7] & ~features.14[5]``, which are never evaluated as code.
 
 - ``union``: one or more ``intersection``, separated by ``|``
 - ``intersection``: one or more ``part``, separated by ``&``
@@ -29,7 +29,7 @@ class ConditionError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """An event and the expression from which it was parsed.
+    """Event with the expression from which it was parsed.
 
     Attributes:
         text: The expression as given by the user.

@@ -137,7 +137,7 @@ def _columns() -> int:
 
 
 def is_colored(choice: str) -> bool:
-    """Returns whether to print colours: as requested, or if the terminal supports them for ``"auto"``."""
+    """Returns whether to print colours: as requested or, for ``"auto"``, if the terminal supports them."""
     if choice != "auto":
         return choice == "always"
     is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where the caller closed it

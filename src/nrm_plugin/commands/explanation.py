@@ -1,4 +1,4 @@
-"""Explanation of one image. This module neither prints nor writes files."""
+"""Explanation of one image. Nothing is printed or written here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .request import SECANTS, Against, Request, RequestError, check_layers, comp
 
 @dataclass(frozen=True)
 class Totals:
-    """Relevance totals at one tap; mass, sink and bypass sum to 1, or to -1 for a negative difference.
+    """Relevance totals at one tap. Mass, sink and bypass sum to 1, or to -1 if a negative difference is explained.
 
     Attributes:
         mass, sink, bypass, variation: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -61,8 +61,8 @@ class ConditionalExplanation:
     Attributes:
         condition: The condition, with its text and its event.
         mass: Mass of the event.
-        relevance: Input relevance given the event, ``(C, H, W)``; if the class is contrasted with others, it has the
-            sign of the mass. None if the mass is zero or nearly cancels.
+        relevance: Relevance of the inputs given the event, ``(C, H, W)``. If the class is contrasted with others, it
+            has the sign of the mass. None if the mass is zero or nearly cancels.
         problem: Reason why the relevance is undefined.
     """
 
@@ -78,7 +78,7 @@ class LayerMap:
 
     Attributes:
         layers: The layers, from the last to the first.
-        relevance: Map ``(H, W)``, interpolated to pixels; positive values are evidence for the class.
+        relevance: Map ``(H, W)``, interpolated to pixels. Positive values are evidence for the class.
         reference: Name or file of the reference image, or None if there is none.
     """
 
@@ -89,14 +89,14 @@ class LayerMap:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Explanation of one image; tensors are on the CPU.
+    """Explanation of one image. Tensors are on the CPU.
 
     Attributes:
         source: The image file.
         image: The preprocessed image, ``(3, S, S)`` in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        against: What the explained class is contrasted with.
+        against: The contrast of the explained class.
         difference: The explained difference between outputs, or None without a contrast.
         relevance: Relevance of the inputs, ``(C, S, S)``. Like the relevance of layers and the totals, it is multiplied
             by the sign of the difference, so that positive relevance is evidence for the class.
@@ -105,7 +105,8 @@ class Explanation:
         given: Explanations conditional on the requested events.
         photo: The image for figures, including the part that the model's crop leaves out.
         reference: Name or file of the reference image, or None if there is none.
-        layer_map: Relevance map averaged over late layers; None if not requested, or if the model has no such layers.
+        layer_map: Relevance map averaged over late layers, or None if it was not requested or the model has no such
+            layers.
         shows_pixels: Whether to plot the relevance of the pixels.
         notes: Deviations from the request, with their reasons.
     """
@@ -148,7 +149,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         return replace(result, layer_map=_layer_map(measure_of(loaded, inputs, apart), apart.reference))
     except NRMError as error:
         layer_map = _layer_map(measure_of(loaded, inputs, request), request.reference)
-        reason = str(error).partition(". ")[0]  # without the remedy, since no reference was asked for
+        reason = str(error).partition(". ")[0]  # without the remedy, since no reference was requested
         note = f"the coarse heat map is not compared with the blurred image: {reason}. It explains the output itself"
         return replace(result, layer_map=layer_map, notes=(note,))
 
@@ -189,7 +190,7 @@ def _layer_map(mu: RelevanceMeasure, reference: str | None) -> LayerMap | None:
 def _has_late_layers(loaded: LoadedModel, mu: RelevanceMeasure, inputs: Tensor) -> bool:
     """Returns whether a model has late layers.
 
-    The result is cached, since a planned measure would otherwise have to record the model.
+    The result is cached, since a planned measure would have to record the model to determine it.
     """
     shape = tuple(inputs.shape)
     if shape not in loaded.has_late_layers:

@@ -38,9 +38,9 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""At most one in this number of pixels may exceed the colour scale."""
+"""Number of pixels among which at most one may exceed the colour scale."""
 LEAST_LOST = 0.005
-"""Fraction of relevance lost before the pixels above which the title mentions it."""
+"""Fraction of relevance that may be lost above the pixels before the title mentions it."""
 LONGEST_HEADER = 10**8
 """Maximum header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")
@@ -55,10 +55,10 @@ def write(
 
     Args:
         loaded: The explained model.
-        request: The request that led to the explanation.
+        request: The request that was explained.
         result: The explanation to write.
         out: Output folder.
-        taken: File names already used, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
+        taken: File names that are in use, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
         cells: Resolution of the heat maps; see :func:`cells_of`.
 
     Returns:
@@ -87,7 +87,7 @@ def write(
 
 
 def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
-    """Returns the suffixes of the files written for a layer; no figure is written if no channel has relevance."""
+    """Returns the suffixes of the files written for a layer; there is no figure if no channel has relevance."""
     return ("png", "csv") if layer.top else ("csv",)
 
 
@@ -95,7 +95,7 @@ def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
 
 
 def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
-    """Returns all settings that affect the results as metadata strings; lists and dictionaries are encoded as JSON."""
+    """Returns all settings that affect the results as metadata strings, with lists and dictionaries encoded as JSON."""
     about = image_settings(loaded, request, result.source.path, result.source.digest, result.target, result.against)
     about["given"] = [condition.text for condition in request.given]
     if result.layer_map is not None:
@@ -162,7 +162,7 @@ def _save_table(layer: LayerExplanation, path: Path) -> None:
 def color_limit(maps: Sequence[Values]) -> float | None:
     """Computes a colour limit for heat maps ``(H, W)`` that is robust to extreme pixels.
 
-    At most one in :data:`CLIPPED` pixels exceeds this limit. Returns None if the limit is zero.
+    At most one in :data:`CLIPPED` pixels exceeds this limit. The result is None if the limit is zero.
     """
     values = torch.stack([torch.as_tensor(one) for one in maps]).abs().flatten() if maps else torch.zeros(1)
     inside = values.sort().values[: max(1, len(values) - len(values) // CLIPPED)]

@@ -1,4 +1,4 @@
-"""Error messages of the commands: one line on stderr, not suppressed by ``--quiet``. Does not import torch."""
+"""Error messages of the commands, as one line on stderr that ``--quiet`` does not suppress. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import TextIO
 from ..errors import NRMError, is_out_of_memory, printable
 
 FAILED, INTERRUPTED = 1, 130
-"""Exit statuses after an error other than invalid options, and after an interrupt."""
+"""Exit statuses after an error that is not due to invalid options, and after an interrupt."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
-"""Options that reduce memory usage if lowered, keyed by attribute."""
+"""Options whose reduction saves memory, keyed by attribute."""
 
 _quieted: list[TextIO] = []
 

@@ -20,7 +20,7 @@ from .options import (
 )
 
 MOST_CHANNELS = 40
-"""Maximum number of channels per layer in a figure; equals :data:`nrm_plugin.plots.flow_columns.MAX_GROUPS`."""
+"""Maximum number of channels per layer in a figure, equal to :data:`nrm_plugin.plots.flow_columns.MAX_GROUPS`."""
 
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from

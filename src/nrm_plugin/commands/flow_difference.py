@@ -54,12 +54,12 @@ from .request import (
 )
 
 CHANNELS = 16
-"""Number of channels per layer, those whose relevance differs most, for which both flows are computed."""
+"""Number of channels per layer for which both flows are computed: those whose relevance differs most."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two flows to compare.
+    """One of two flows that are compared.
 
     Attributes:
         image: The explained image.
@@ -143,7 +143,7 @@ def _heading(loaded: LoadedModel, first: Side, second: Side) -> str:
 
 
 def _softmax(*both: Side) -> str:
-    """Describes the softmax values of both explained outputs; empty for models with one output."""
+    """Describes the softmax values of both explained outputs, or returns an empty string for a single output."""
     if both[0].mu.outputs.numel() < 2:
         return ""
     shares = [float(side.mu.outputs.flatten().double().softmax(0)[side.target]) for side in both]
@@ -152,10 +152,10 @@ def _softmax(*both: Side) -> str:
 
 
 def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str) -> tuple[Side, Side]:
-    """Returns the two flows to compare; ``minus`` is an image file, or another class of the same image.
+    """Returns the two flows to compare, where ``minus`` is an image file or another class of the same image.
 
     Raises:
-        RequestError: If ``minus`` is the explained class, or neither an image nor a class.
+        RequestError: If ``minus`` is the explained class, or is neither an image nor a class.
     """
     other = load_image(Path(minus)) if Path(minus).is_file() else None
     mu, target = _measured(loaded, image, request)
@@ -201,8 +201,8 @@ def flow_difference(
     """Computes the difference between two flows over the same groups, and between their joint heat maps.
 
     Returns:
-        The graph; heat maps keyed by node; the layer whose positions they show, empty for pixels; regions of the input
-        nodes, ``(H, W)``; and the number of channels of each channel group.
+        The graph; heat maps keyed by node; the layer whose positions they show, or an empty string for pixels; regions
+        of the input nodes, ``(H, W)``; and the number of channels of each group of channels.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.
@@ -244,7 +244,7 @@ def _group_names(groups: Groups) -> dict[str, Names]:
 
 
 def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:
-    """Adds the channels outside all groups to the number of other groups of each layer."""
+    """Counts the channels outside of all groups as other groups of their layer."""
     layers = []
     for layer in graph.layers:
         kind = over.get(layer.name)
@@ -254,7 +254,7 @@ def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) ->
 
 
 def _joint_maps(mu: RelevanceMeasure, flow: MappedFlow) -> dict[str, np.ndarray]:
-    """Converts conditional heat maps to joint relevance of each node with the positions."""
+    """Converts conditional heat maps to the joint relevance of each node with the positions."""
     masses = {node.key: abs(node.mass) if mu.explains_difference else node.mass for node in flow.graph.nodes}
     return {key: masses[key] * values for key, values in flow.maps.items()}
 

@@ -1,4 +1,4 @@
-"""Options of a flow, and the grouping of neurons in its layers."""
+"""Options of a flow, and the grouping of the neurons in its layers."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Regions = Mapping[str, NDArray[np.bool_]]
 NARROW = 5.0
 """Figure width in inches below which the resolution is doubled."""
 MOST_PATCHES = 16
-"""Maximum number of image patches along each side that are grouped if scikit-image is not installed."""
+"""Maximum number of image patches along each side, which are grouped if scikit-image is not installed."""
 COMPACT = 40.0
-"""Compactness of SLIC for few superpixels; lower values would merge them to even fewer."""
+"""Compactness of SLIC for few superpixels. Lower values would merge them to even fewer."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
-"""Matches group names that consist of the largest channel and the number of other channels."""
+"""Pattern of the names of groups that consist of the largest channel and the number of other channels."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FlowOptions:
         dark: Whether to plot for a dark background.
         width: Width of the figure in inches, or None for the default.
         kind: File type of the figure.
-        groups: Number of channel groups per layer, a group file, or None for single channels.
+        groups: Number of groups of channels per layer, a file of groups, or None for single channels.
         minus: Class or image file of a second flow to subtract, or None.
     """
 
@@ -70,12 +70,12 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Resolution in dots per inch, doubled for narrow figures, since their letters are small."""
+        """Resolution in dots per inch, which is doubled for narrow figures because their letters are small."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property
     def count(self) -> int:
-        """Number of groups to compute; 0 for single channels or groups from a file."""
+        """Number of groups to compute, 0 for single channels or groups from a file."""
         return self.groups if isinstance(self.groups, int) else 0
 
 
@@ -84,9 +84,9 @@ class Division:
     """Grouping of the neurons in each layer of a flow.
 
     Attributes:
-        over: Neuron groups keyed by layer. Other layers are grouped by channel.
-        names: Group names keyed by layer.
-        groups: Groups of channels or input regions; None unless requested.
+        over: Groups of neurons keyed by layer. All other layers are grouped by channel.
+        names: Names of the groups, keyed by layer.
+        groups: Groups of channels or input regions, or None if they were not requested.
     """
 
     over: Mapping[str, Any]
@@ -124,12 +124,12 @@ def division(
 def groups_of(
     mu: RelevanceMeasure, layers: Sequence[str], wanted: int | Path, image: Tensor, names: Mapping[str, Names]
 ) -> Groups:
-    """Reads or computes the groups of each layer of a flow; input groups consist of superpixels or patches.
+    """Reads or computes the groups of each layer of a flow. Groups of the input consist of superpixels or patches.
 
     Args:
         mu: The measure to query.
         layers: The layers, in any order.
-        wanted: Number of groups per layer, or a group file.
+        wanted: Number of groups per layer, or a file of groups.
         image: Image ``(C, H, W)`` in [0, 1].
         names: Names of the group members, keyed by layer.
 
@@ -151,7 +151,7 @@ def groups_of(
 
 
 def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups) -> dict[str, Tensor]:
-    """Returns the group label of each neuron in the grouped layers; for the input, of each pixel, ``(H, W)``."""
+    """Returns the group of each neuron in the grouped layers or, for the input, of each pixel, ``(H, W)``."""
     labels = {layer: groups.over(mu, layer) for layer in layers if layer in groups.layers}
     if INPUT in labels and labels[INPUT].ndim > 2:
         labels[INPUT] = labels[INPUT].select(mu.channel_dim(INPUT) - 1, 0)
@@ -159,7 +159,7 @@ def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups
 
 
 def regions_of(graph: FlowGraph, over: Mapping[str, Any]) -> Regions:
-    """Returns the region ``(H, W)`` of each input group that a flow shows, keyed by node.
+    """Returns the region ``(H, W)`` of each group of the input that a flow shows, keyed by node.
 
     Args:
         graph: The flow.
@@ -170,7 +170,7 @@ def regions_of(graph: FlowGraph, over: Mapping[str, Any]) -> Regions:
 
 
 def channel_counts(graph: FlowGraph, groups: Groups | None) -> Counts:
-    """Returns the number of channels of each channel group in a flow, keyed by node."""
+    """Returns the number of channels of each group of channels in a flow, keyed by node."""
     if groups is None:
         return {}
     sizes = {
@@ -193,7 +193,7 @@ def _members_of_the_input(image: Tensor) -> Tensor:
 
 
 def _connected(mu: RelevanceMeasure, groups: Groups, members: Tensor) -> Groups:
-    """Splits the input groups into connected regions, numbered by relevance."""
+    """Makes each group of the input a connected region and numbers the groups by relevance."""
     number = groups.layers.index(INPUT)
     masses = mu.marginal(INPUT, over=members)[0].double().cpu()
     labels = connected_parts(groups.labels[number].cpu(), members.cpu(), masses.abs())
@@ -211,7 +211,7 @@ def _connected(mu: RelevanceMeasure, groups: Groups, members: Tensor) -> Groups:
 
 
 def _few_parts(image: Tensor, count: int) -> Tensor:
-    """Returns labels of about ``count`` superpixels, or patches if scikit-image is not installed."""
+    """Returns labels of about ``count`` superpixels or, if scikit-image is not installed, patches."""
     if find_spec("skimage") is not None:
         return segments(image, count, COMPACT)
     size = image.shape[-2:]
@@ -224,7 +224,7 @@ def _count(groups: Groups) -> int:
 
 
 def _with_short_names(groups: Groups) -> Groups:
-    """Replaces group names that list channels with short ones, since they would not fit below a thumbnail.
+    """Replaces the names of groups that list channels with short ones, which fit below a thumbnail.
 
     Names are unique: each layer has its own letter, starting at the input, as in A1, A2, …, B1, …
     """
@@ -246,7 +246,7 @@ def patch_names(count: int) -> dict[int, str]:
 
 
 def _class_names(loaded: LoadedModel, mu: RelevanceMeasure, request: Request) -> dict[str, Names]:
-    """Returns the class names of the output. A fused difference is a single number, named after the explained class."""
+    """Returns the names of the outputs. A fused difference is a single output, named after the explained class."""
     count = mu.shape("output")[1:].numel()
     if count == 1 and compared_with(loaded, request, mu.outputs) is not None:
         target = explained_class(loaded, request.target, mu.outputs)

@@ -1,4 +1,4 @@
-"""Flow of relevance for one image: the figure, the HTML page, the numbers and the layer profile."""
+"""Flow of relevance for one image: its figure, HTML page, numbers and layer profile."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ from .photos import crop_note, photo
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
-"""Maximum number of partial passes for walks over groups, and number of walks listed on the page."""
+"""Maximum number of partial passes for walks over groups, and number of walks that the page lists."""
 LEAST_NEXT = 0.01
-"""Softmax of the second class above which a caption mentions it."""
+"""Softmax value above which a caption mentions the second class."""
 LEAST_PROFILE = 0.01
 """Fraction of relevance lost at a layer above which the layer profile is plotted."""
 
@@ -62,13 +62,13 @@ class ImageFlow:
     Attributes:
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
-        against: What the explained class is contrasted with.
+        against: The contrast of the explained class.
         difference: The explained difference between outputs, or None without a contrast.
         graph: The flow.
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
-        groups: The groups; None unless requested.
+        groups: The groups, or None if they were not requested.
         maps_at: Layer whose positions the heat maps show; empty for single pixels.
         walks: The strongest walks over groups; empty if computing all walks would take too many passes.
         profile: Layer profile, compared with plain LRP.
@@ -105,7 +105,7 @@ def explain_flow(
         request: The request, including the layers of the flow.
         options: Options of the flow figure.
         out: Output folder, which must exist.
-        taken: File names already used, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
+        taken: File names that are in use, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Raises:
         RequestError: If the target, the layers or the patches do not match the model, or if the model fails.
@@ -167,7 +167,7 @@ def _flow(
 
 
 def _walks(mu: RelevanceMeasure, graph: FlowGraph, groups: Groups | None) -> Walks:
-    """Returns the strongest walks over groups, or an empty list if computing them takes too many passes."""
+    """Returns the strongest walks over groups, or an empty list if computing them would take too many passes."""
     if groups is None or not all(layer.name in groups.layers and not layer.others for layer in graph.layers):
         return []
     counts = [len(groups.names[groups.layers.index(layer.name)]) for layer in graph.layers]
@@ -185,7 +185,7 @@ def _write(
     out: Path,
     taken: set[str],
 ) -> list[Path]:
-    """Writes the figure, the numbers, the HTML page, and the layer profile and groups if applicable."""
+    """Writes the figure, the numbers, the HTML page and, if applicable, the layer profile and the groups."""
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
     settings |= {} if options.groups is None else {"groups": printable(options.groups)}
@@ -234,7 +234,7 @@ def _places(flow: ImageFlow) -> dict[str, str]:
 
 
 def _rank(flow: ImageFlow) -> str:
-    """Describes the softmax value and rank of the explained class; empty for models with one output."""
+    """Describes the softmax value and rank of the explained class, or returns an empty string for a single output."""
     if len(flow.outputs) < 2:
         return ""
     softmax = flow.outputs.double().softmax(0)
@@ -249,7 +249,7 @@ def _rank(flow: ImageFlow) -> str:
 
 
 def _whole(flow: ImageFlow) -> str:
-    """Describes the difference between outputs that corresponds to 100 %; empty without a positive difference."""
+    """Describes the difference between outputs that equals 100 %, or returns an empty string if it is not positive."""
     if flow.difference is None or flow.difference <= 0:
         return ""
     others = f"that of {flow.rival}"

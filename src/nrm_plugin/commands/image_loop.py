@@ -1,4 +1,4 @@
-"""Processing of several images; an image that fails does not stop the others."""
+"""Processing of several images, of which one that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMON = (
     OutputError, RequestError, ReferenceImageError, CompositeError, ModelStateError, UnsupportedOperationError,
     UnsupportedRuleError,
 )  # fmt: skip
-"""Errors that stop the command unless an image has been explained before, since they affect all images."""
+"""Errors that affect all images and therefore stop the command, unless an image has been explained before."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Printed:
 
 
 Explain = Callable[[LoadedModel, LoadedImage, Request, Path, set[str]], Printed]
-"""Function that explains an image and writes files to a folder, adding their stem to the set of used stems."""
+"""Function that explains an image, writes files to a folder, and adds their stem to the set of used stems."""
 
 
 def explain_each(options: argparse.Namespace, explain: Explain) -> int:
-    """Explains images one by one, writing the files of each image before reading the next.
+    """Explains images one by one and writes the files of each image before reading the next.
 
     Args:
         options: The parsed options of the command.
         explain: Function applied to each image.
 
     Returns:
-        The exit status: 1 if some images could not be explained.
+        The exit status, which is 1 if an image could not be explained.
 
     Raises:
         NRMError: If no image can be explained with these options.
@@ -86,7 +86,7 @@ def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callabl
 
 
 def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
-    """Returns the readable image files without duplicates, and error messages for the others."""
+    """Returns the readable image files without duplicates, and an error message for each of the others."""
     present, problems = [], []
     for path in dict.fromkeys(images):
         try:

@@ -1,4 +1,4 @@
-"""Reference images."""
+"""Reference images, given by a name or a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = {
     "black": "a black image",
     "white": "a white image",
 }
-"""Descriptions of the references that are not files."""
+"""Descriptions of the references that have a name."""
 
 
 class ReferenceImageError(NRMError, ValueError):
@@ -26,7 +26,7 @@ class ReferenceImageError(NRMError, ValueError):
 
 
 def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
-    """Returns the reference for a preprocessed image, with the shape of the inputs.
+    """Returns the reference for a preprocessed image, in the shape of the inputs.
 
     Args:
         loaded: The model.
@@ -51,5 +51,5 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
 
 
 def reference_words(name: str | None) -> str:
-    """Describes a reference for a title; empty without a reference."""
+    """Describes a reference for a title, or returns an empty string without a reference."""
     return "" if name is None else f", compared with {NAMES.get(name) or printable(Path(name).name)}"

@@ -17,7 +17,7 @@ from ..plots.heatmaps import joint as draw_joint
 from ..plots.ribbons import Column, Ribbon, percent
 
 CHUNK = 12
-"""Number of events per pass; in VGG16, each event requires as much memory as a backward pass."""
+"""Number of events per pass. In VGG16, each event requires as much memory as a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ChannelJoint:
         return [tuple(map(int, torch.unravel_index(place, self.values.shape))) for place in order]
 
     def event(self, place: Sequence[int]) -> Event:
-        """Returns the event whose mass is ``values[place]``; a shorter index omits the lower layers."""
+        """Returns the event whose mass is ``values[place]``. A shorter index omits the lower layers."""
         first, *rest = (
             at(layer).channel(channels[index])
             for layer, channels, index in zip(self.layers, self.channels, place, strict=False)
@@ -62,7 +62,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
 
     Args:
         mu: A single-sample measure.
-        layers: At least two taps, each above or below the others, in any order.
+        layers: At least two taps in any order, each above or below every other.
         count: Number of channels per layer; all channels if a layer has fewer.
 
     Raises:
@@ -100,7 +100,7 @@ def joint_heat_maps(mu: RelevanceMeasure, events: Sequence[Event]) -> Tensor:
 def joint_figure(
     mu: RelevanceMeasure, image: Tensor, pixels: Tensor, joint: ChannelJoint, marks: int = 4, heading: str = ""
 ) -> Figure:
-    """Plots the image, the flow between channels, and joint heat maps of the strongest channel combinations.
+    """Plots the image, the flow between channels, and joint heat maps of the strongest combinations of channels.
 
     Args:
         mu: The measure from which ``joint`` was computed.

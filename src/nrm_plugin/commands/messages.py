@@ -1,4 +1,4 @@
-"""Terminal output of the commands. Except for names, it is ASCII, so that every terminal can display it."""
+"""Terminal output of the commands, which is ASCII except for names, so that every terminal can display it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .output_files import class_name
 from .request import SECANTS, Against, Request
 
 BEST = 5
-"""Number of classes listed."""
+"""Number of classes that are listed."""
 
 
 def heading(loaded: LoadedModel, request: Request) -> str:
-    """Returns the header line with the model, the rules and the device, common to all images of a run."""
+    """Returns the header line with the model, the rules and the device, which all images of a run share."""
     model = f"{printable(loaded.name)} (weights: {loaded.weights})"
     words = reference_words(request.reference)
     if request.composite == SECANTS:

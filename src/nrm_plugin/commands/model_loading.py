@@ -17,7 +17,7 @@ from .user_models import own_model
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be explained, with its preprocessing and metadata.
+    """Model that is ready to be explained, with its preprocessing and metadata.
 
     Attributes:
         name: Name given by the user.
@@ -41,12 +41,12 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """Any parameter of the model, to determine its device and dtype; an empty tensor if the model has none."""
+        """Any parameter of the model, which has its device and dtype, or an empty tensor if there is none."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The inputs for a black and a white image, on the device and in the dtype of the model."""
+        """The inputs for a black image and for a white image, on the device and in the dtype of the model."""
         return self.preprocessing.bounds(self.parameter)
 
 

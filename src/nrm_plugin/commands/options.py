@@ -1,4 +1,4 @@
-"""Options shared by several commands, and parsers for their values. This module does not import torch."""
+"""Options of several commands, and parsers for their values. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 CHANNELS = 7
 """Default number of channels per layer that ``explain`` plots."""
 AUTO, PIXELS, LAYER_CELLS = "auto", "pixels", "layer"
-"""Heat-map resolutions: automatic (see :data:`MOST_CELLS`), single pixels, or the positions of the layer."""
+"""Resolutions of heat maps: automatic (see :data:`MOST_CELLS`), single pixels, or the positions of the layer."""
 MOST_CELLS = 56
-"""Default number of heat-map cells along each side, about the limit of what the eye resolves in a figure."""
+"""Default number of cells of a heat map along each side, about as many as the eye resolves in a figure."""
 BOTH, OF_LAYERS, OF_PIXELS = "both", "layers", "pixels"
 """Choices of ``--map``: both heat maps, only the coarse one of late layers, or only the pixel-wise one."""
 DEFAULT_RULES = "nrm_default"

@@ -1,4 +1,4 @@
-"""Output files of the commands: file names that never overwrite other results, settings, headings and figures."""
+"""Output files of the commands: settings, headings, figures, and file names that never overwrite other results."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from .weight_files import NONE
 
 PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
 TITLE = 34
-"""Number of characters that fit above a heat map."""
+"""Number of characters that fit on a line above a heat map."""
 LETTERS = 21
-"""Number of heading characters per heat map in a row."""
+"""Number of characters of a heading per heat map in a row."""
 
 _noted: set[str] = set()
-"""Characters already reported as missing from all fonts."""
+"""Characters that have already been reported as missing from all fonts."""
 
 
 class OutputError(NRMError, OSError):
-    """Raised if a result cannot be written. No partial file is left behind."""
+    """Raised if a result cannot be written, in which case no partial file is left behind."""
 
 
 def check_folder(folder: Path) -> None:
@@ -62,13 +62,13 @@ def check_folder(folder: Path) -> None:
 
 
 def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[Path], bool]) -> str:
-    """Returns a file name prefix such that only results of the same query are overwritten.
+    """Returns a prefix of file names with which only results of the same query are overwritten.
 
     Args:
         out: Output folder.
         stem: Preferred prefix, such as the name of the image.
         ends: Suffixes of the file names, starting with that of the file that contains the settings.
-        taken: Prefixes used in this call; the new one is added.
+        taken: Prefixes that are in use; the new one is added.
         is_same: Function that returns whether an existing settings file is from the same query and may be overwritten.
     """
     for number in itertools.count(1):
@@ -151,12 +151,12 @@ def explained_title(loaded: LoadedModel, index: int, against: Against, reference
 
 
 def weights_title(loaded: LoadedModel) -> str:
-    """Returns a note for figure headings if the weights are random, otherwise an empty string."""
+    """Returns a note for figure headings if the weights are random, or else an empty string."""
     return "  (random weights)" if loaded.weights == NONE else ""
 
 
 def short(text: str, length: int = TITLE) -> str:
-    """Truncates a text in the middle and escapes dollar signs for matplotlib."""
+    """Shortens a text in the middle and escapes dollar signs for matplotlib."""
     clean = printable(text)
     half = (length - 1) // 2
     clean = clean if len(clean) <= length else f"{clean[:half]}…{clean[-half:]}"
@@ -185,7 +185,7 @@ def heading_lines(lines: Sequence[str], heat_maps: int, letters: int = LETTERS) 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary file, which replaces ``path`` atomically once it is complete.
+    """Context manager that yields a temporary file, which atomically replaces ``path`` when it is complete.
 
     Raises:
         OutputError: If the file cannot be written. An existing file is left unchanged.

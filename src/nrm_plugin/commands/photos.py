@@ -58,7 +58,7 @@ def side_by_side(first: Photo, second: Photo, regions: Mapping[str, NDArray[np.b
 
 
 def crop_note(shown: Photo) -> str:
-    """Describes how much of an image the model saw; empty if it saw all of it."""
+    """Describes how much of an image the model saw, or returns an empty string if it saw all of it."""
     left, top, right, bottom = shown.seen
     share = 1 - (right - left) * (bottom - top)
     if share < LEAST:

@@ -40,7 +40,7 @@ class Listing:
     Attributes:
         sweep: The stored sweep.
         references: References of all channels of the query.
-        groups: The listed channels.
+        groups: The channels that are listed.
         files: File names of the samples; empty if the sweep does not store them.
     """
 
@@ -116,7 +116,7 @@ def _target(text: str | None, loaded: LoadedModel | None) -> int | None:
 
 
 def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> list[int | str]:
-    """Returns the requested channels, by default those with the largest mean over their references."""
+    """Returns the requested channels or, by default, those with the largest mean over their references."""
     if requested is None:
         order = ranked.values.nanmean(1).argsort(descending=True, stable=True)[:count].tolist()
         return [ranked.groups[row] for row in order]
@@ -132,7 +132,7 @@ def _value(value: float, by: str) -> str:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Returns the file names of the samples; empty if the sweep does not store them."""
+    """Returns the file names of the samples, or an empty list if the sweep does not store them."""
     try:
         with (folder / SAMPLES).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             return [row["file"] for row in csv.DictReader(file)]

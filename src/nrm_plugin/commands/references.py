@@ -8,7 +8,7 @@ from pathlib import Path
 from .options import add_computation, add_model, add_out, whole_number
 
 MOST_IMAGES = 16
-"""Maximum number of rows and columns in a figure; equals :data:`nrm_plugin.dataset.reference_plots.MOST`."""
+"""Maximum number of rows and columns in a figure, equal to :data:`nrm_plugin.dataset.reference_plots.MOST`."""
 
 DESCRIPTION = """\
 What does a channel represent? Lists the images of a sweep in which each channel has the most relevance, and with

@@ -32,7 +32,7 @@ NONE = "none"
 Against = int | str | None
 """Contrast of the explained class: another class, :data:`~nrm_plugin.model.contrast.REST`, or None."""
 INDEX = re.compile(r"\s*[+-]?[0-9]{1,4000}\s*")
-"""Matches class indices, as opposed to class names."""
+"""Pattern of class indices, as opposed to class names."""
 
 
 class RequestError(NRMError, ValueError):
@@ -41,19 +41,19 @@ class RequestError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of the computation, shared by all images.
+    """Settings of the computation that all images share.
 
     Attributes:
         target: Index or name of the explained class, or None for the predicted class.
-        against: Index or name of a class to contrast with, ``"rest"`` or ``"none"``. None selects ``"rest"`` if there
-            are several classes.
+        against: Index or name of the class that serves as a contrast, ``"rest"`` or ``"none"``. None selects ``"rest"``
+            if there are several classes.
         layers: Layers whose channels are listed.
         given: Conditions, each with its own heat map.
         composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
         residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         device: Device of the computation.
         channels: Number of channels per layer with a heat map.
-        reference: Name or file of the reference image, or None without one.
+        reference: Name or file of the reference image, or None if there is none.
         map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None if the command has no choice.
         layers_reference: Reference image used only for the map of late layers, or None.
     """
@@ -73,7 +73,7 @@ class Request:
 
 
 def check_device(name: str) -> torch.device:
-    """Returns a device by name, after checking that it is usable.
+    """Returns the device with the given name and checks that it is usable.
 
     Raises:
         RequestError: If the device is not available.
@@ -113,7 +113,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
 
 
 def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Against:
-    """Returns what the explained class of one image is contrasted with.
+    """Returns the contrast of the explained class for one image.
 
     Args:
         loaded: The model.
@@ -121,7 +121,7 @@ def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Aga
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the contrast is unknown, or identical to the explained class.
+        RequestError: If the contrast is unknown, or is the explained class itself.
     """
     count = outputs.numel()
     if request.against == NONE or (request.against is None and count == 1):
@@ -139,7 +139,7 @@ def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Aga
 
 
 def check_class_names(loaded: LoadedModel, count: int) -> None:
-    """Raises :class:`RequestError` if class names are known, but their number differs from that of the outputs."""
+    """Raises :class:`RequestError` if class names are known but their number differs from that of the outputs."""
     if len(loaded.categories) not in (0, count):
         raise RequestError(
             f"there are {len(loaded.categories)} class names, but {loaded.name} has {count} outputs. --classes takes a "
@@ -175,7 +175,7 @@ def target_of(requested: str, categories: Sequence[str], count: int | None, opti
         option: Name of the command-line option, for error messages.
 
     Raises:
-        RequestError: If the class is unknown or its name is ambiguous; the message lists similar names.
+        RequestError: If the class is unknown, or its name ambiguous; the message lists similar names.
     """
     indices = "" if count is None else f", 0 to {count - 1}"
     if INDEX.fullmatch(requested):
@@ -273,7 +273,7 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
-    """Returns whether there are several classes, running the model only if the class names are unknown."""
+    """Returns whether there are several classes; the model is run only if the class names are unknown."""
     count = len(loaded.categories) or output_count(loaded, inputs) or 1
     return count > 1
 
@@ -293,7 +293,7 @@ def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized 
 
 
 def check_layers(mu: RelevanceMeasure, loaded: LoadedModel, names: Sequence[str]) -> None:
-    """Raises :class:`RequestError` with close matches if the model lacks one of the named layers."""
+    """Raises :class:`RequestError` with similar names if the model lacks one of the named layers."""
     for name in names:
         calls = [layer for layer in mu.layers if layer.startswith(f"{name}:")]
         if name in mu.layers:

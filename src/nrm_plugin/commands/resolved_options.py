@@ -64,7 +64,7 @@ def _check_no_rules(options: argparse.Namespace) -> None:
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """Loads the model given by the options and prints notes about it if ``notes`` is set."""
+    """Loads the model given by the options and prints notes about it if ``notes`` is true."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(
         options.model, weights, options.size, options.mean, options.std, categories, getattr(options, "fit", "crop")
@@ -78,7 +78,7 @@ def class_names(path: Path) -> list[str]:
     """Reads class names from a file, one per line.
 
     Raises:
-        RequestError: If the file cannot be read, or is not UTF-8.
+        RequestError: If the file cannot be read or is not UTF-8.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -95,7 +95,7 @@ def class_names(path: Path) -> list[str]:
 def one_line_warnings() -> Iterator[None]:
     """Context manager that prints warnings on a single line, without the source code.
 
-    Letters that no font has are reported as a note when a figure is written, not by matplotlib.
+    matplotlib does not report letters that no font contains; a note does so when a figure is written.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

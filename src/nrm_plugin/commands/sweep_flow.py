@@ -23,7 +23,7 @@ from .resolved_options import class_names
 
 @dataclass(frozen=True)
 class Classes:
-    """Selection of the samples of a sweep to average.
+    """Selection of the samples of a sweep that are averaged.
 
     Attributes:
         target: Explained class of the samples, or None for all samples.
@@ -49,7 +49,7 @@ class Classes:
         return printable(self.categories[target]) if target < len(self.categories) else str(target)
 
     def title(self, preposition: str) -> str:
-        """Returns the classes for a heading; empty if all samples are averaged."""
+        """Returns the classes for a heading, or an empty string if all samples are averaged."""
         first = "" if self.target is None else f" {preposition} class {self.name(self.target)}"
         return first + ("" if self.minus is None else f" minus class {self.name(self.minus)}")
 
@@ -81,7 +81,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
 
 
 def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
-    """Raises :class:`RequestError` if the number of class names differs from that of the outputs, where known."""
+    """Raises :class:`RequestError` if the number of class names is known to differ from that of the outputs."""
     for query in sweep.queries.values():
         groups = query.groups or ()
         for layer, count in zip(query.layers, groups, strict=False):
@@ -117,7 +117,7 @@ def _mean(sweep: Sweep, layers: Sequence[str], target: int | None, classes: Clas
 
 
 def _compared(sweep: Sweep, classes: Classes) -> str:
-    """Describes, for a heading, what the classes in a sweep are contrasted with."""
+    """Describes the contrast of the classes in a sweep, for a heading."""
     against = sweep.manifest.settings.get("against")
     if against is None:
         return ""

@@ -30,7 +30,7 @@ from .sweep_data import SAMPLES, data_of
 SKIPPED = 3
 """Exit status of a sweep that is complete except for skipped samples."""
 LISTED = 20
-"""Maximum number of skipped samples to print."""
+"""Maximum number of skipped samples that are printed."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:
@@ -81,7 +81,7 @@ def queries_of(options: argparse.Namespace) -> list[Query]:
 
 
 def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
-    """Returns the explained target, after checking the class names and, for ``"label"``, the labels of an image folder.
+    """Returns the explained target, and checks the class names and, for ``"label"``, the labels of an image folder.
 
     Raises:
         RequestError: If the number of class names differs from that of the outputs, or the class does not exist.
@@ -98,10 +98,10 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
 
 
 def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Against:
-    """Returns what the explained class is contrasted with.
+    """Returns the contrast of the explained class.
 
     Raises:
-        RequestError: If the contrast does not exist, or is identical to the explained class.
+        RequestError: If the contrast does not exist, or is the explained class itself.
     """
     if options.against in (None, NONE):
         return None
@@ -134,7 +134,7 @@ def _swept(
     target: Target,
     against: Against,
 ) -> Sweep:
-    """Runs the sweep. The list of sample files is written even if the sweep fails."""
+    """Runs the sweep and writes the list of sample files even if it fails."""
     on_ray = {"concurrency": options.concurrency, "num_gpus": options.gpus} if options.engine == "ray" else None
     try:
         return sweep(

@@ -1,4 +1,4 @@
-"""Loading of models and tokenizers with transformers, from a local folder or by name."""
+"""Loading of models and tokenizers by the transformers library, from a local folder or by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import NRMError, extra, printable
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
 """Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
 REASON = 240
-"""Largest number of letters of a message of transformers that is shown."""
+"""Maximum number of characters that are shown of a message of the transformers library."""
 
 
 class TextModelError(NRMError, OSError):
@@ -28,7 +28,7 @@ class TextModelError(NRMError, OSError):
 
 @dataclass(frozen=True)
 class TextModel:
-    """A text model and its tokenizer.
+    """Text model with its tokenizer.
 
     Attributes:
         name: Folder or name given by the user.
@@ -119,7 +119,7 @@ def _loaded(name: str, what: str, load: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Context manager that silences transformers. Missing weights are reported as notes instead."""
+    """Context manager that silences the transformers library; missing weights are reported as notes instead."""
     logger = logging.getLogger("transformers")
     level = logger.level
     library.logging.set_verbosity_error()

@@ -23,7 +23,7 @@ from .text_models import TextModel
 
 @dataclass(frozen=True)
 class Texts:
-    """Explains texts with the same model and request.
+    """Explanations of texts by the same model and request.
 
     Attributes:
         loaded: The model and its tokenizer.
@@ -36,7 +36,7 @@ class Texts:
     options: argparse.Namespace
 
     def explained(self, text: str, **changed: Any) -> TextExplanation:
-        """Explains one text. ``changed`` overrides arguments of :func:`~nrm_plugin.attribution.text.explain_text`."""
+        """Explains one text; ``changed`` overrides arguments of :func:`~nrm_plugin.attribution.text.explain_text`."""
         request = self.request
         rules: dict[str, Any] = {"composite": None, "residual": None, "gain_limit": None}
         if request.composite != SECANTS:
@@ -82,7 +82,7 @@ class Texts:
 
 
 def reference_of(options: argparse.Namespace) -> str | None:
-    """Returns the requested reference; by default :data:`AUTO`, or None if rules are given."""
+    """Returns the requested reference or, by default, :data:`AUTO`, or None if rules are given."""
     if options.reference is None:
         has_rules = options.composite or options.residual == "sink" or options.gain_limit is not None
         return None if has_rules else AUTO
@@ -90,7 +90,7 @@ def reference_of(options: argparse.Namespace) -> str | None:
 
 
 def texts_of(given: Sequence[str]) -> list[str]:
-    """Returns the texts, replacing ``-`` with the lines of stdin.
+    """Returns the texts, with the lines of stdin in place of ``-``.
 
     Raises:
         RequestError: If all texts are empty.

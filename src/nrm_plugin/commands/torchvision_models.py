@@ -25,12 +25,12 @@ from .weight_files import NONE, SUFFIXES, WeightsError, classes_of, fill, read_s
 
 DEFAULT = "DEFAULT"
 TIMEOUT = 30
-"""Download timeout in seconds without data."""
+"""Number of seconds without data after which a download is aborted."""
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-"""Environment variables of torch that enforce, or disable, ``weights_only`` loading."""
+"""Environment variables of torch that enforce or disable ``weights_only`` loading."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-"""Matches parameter names in torchvision's old DenseNet files, with dots inside submodule names."""
+"""Pattern of parameter names in torchvision's old DenseNet files, which have dots inside submodule names."""
 
 
 def torchvision_model(name: str, weights: str) -> BuiltModel:
@@ -62,7 +62,7 @@ def torchvision_model(name: str, weights: str) -> BuiltModel:
 
 
 def check_torchvision_name(name: str) -> None:
-    """Raises :class:`ModelError` with close matches unless torchvision has a classifier with this name."""
+    """Raises :class:`ModelError` with similar names unless torchvision has a classifier with this name."""
     classifiers = list_models(module=torchvision.models)
     if name in classifiers:
         return
@@ -126,7 +126,7 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
-    """Builds a model with weights from a file; torchvision's own files also set class names and preprocessing."""
+    """Builds a model with weights from a file; torchvision's own files also determine class names and preprocessing."""
     state = read_state(path)
     official = next((item for item in available if Path(urlsplit(item.url).path).name == path.name), None)
     if name.startswith("densenet"):
@@ -143,7 +143,7 @@ def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
 
 
 def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any]:
-    """Infers arguments for the model builder from the weights."""
+    """Infers the arguments of the model builder from the weights."""
     arguments: dict[str, Any] = {}
     if name.startswith("vit") and official is not None:
         arguments["image_size"] = official.meta["min_size"][0]
@@ -156,7 +156,7 @@ def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any
 
 
 def _without_storage(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Builds a model on the meta device, since initializing VGG16 randomly takes longer than reading a file."""
+    """Builds a model on the meta device, because random initialization of VGG16 takes longer than reading a file."""
     try:
         with torch.device("meta"), _without_warnings():
             return _built(name, **arguments)

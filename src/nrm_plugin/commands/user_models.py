@@ -41,10 +41,10 @@ def own_model(name: str, weights: str | None) -> BuiltModel:
 
     Args:
         name: As in :func:`imported`.
-        weights: A weight file. None or ``"none"`` keeps the weights of the model.
+        weights: A weight file. With None or ``"none"``, the model keeps its weights.
 
     Raises:
-        ModelError: If the model does not exist, or cannot be built.
+        ModelError: If the model does not exist or cannot be built.
         WeightsError: If the weights in the file do not match the model.
     """
     with seeded(), _importable():
@@ -144,7 +144,7 @@ def _called(factory: Any, name: str) -> nn.Module:
 
 
 def _one_line(error: Exception) -> str:
-    """Formats an error raised by the user's code in one line, with file name and line number."""
+    """Formats an error raised by the user's code in one line, with its file name and line number."""
     # The message of a syntax error contains the position; its frames belong to the import system.
     frames = [] if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

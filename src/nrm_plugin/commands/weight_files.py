@@ -1,4 +1,4 @@
-"""Reading of weight files without executing code, and matching of their entries to a model."""
+"""Reading of weight files without executing code, and matching of their entries with a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
 """Value of ``--weights`` that selects random weights."""
 HEAD = 512
-"""Number of leading bytes used to detect the file type."""
+"""Number of leading bytes by which the type of a file is detected."""
 PAGE = "a page of HTML, such as an error of the server; download the file again"
 KINDS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run: git lfs pull"),
@@ -36,7 +36,7 @@ KINDS = (
     (b"\x1f\x8b", "compressed by gzip; unpack it"),
     (b"\x93numpy", "an array of NumPy; save a state dict: torch.save(model.state_dict(), FILE)"),
 )
-"""Leading bytes of other file types in lower case, and their descriptions."""
+"""Leading bytes of other types of files in lower case, and descriptions of these types."""
 
 State = dict[str, Tensor]
 
@@ -78,7 +78,7 @@ def read_state(path: Path) -> State:
 
 
 def _check_file(path: Path, name: str) -> bytes:
-    """Returns the leading bytes of a file, after checking that it may contain weights."""
+    """Returns the leading bytes of a file and checks that it may contain weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
@@ -101,7 +101,7 @@ def _check_file(path: Path, name: str) -> bytes:
 
 
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
-    """Returns the entries of a zip archive; empty for other files, such as safetensors or those of torch before 1.6."""
+    """Returns the entries of a zip archive, or none for other files, such as safetensors or torch's before 1.6."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
@@ -110,7 +110,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
-    """Describes a file without a state dict, with a remedy; empty if the file may contain one."""
+    """Describes a file without a state dict, with a remedy, or returns an empty string if the file may contain one."""
     if any(entry.endswith("/archive_format") for entry in entries):
         return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
     if head.startswith(b"PK\x03\x04") and not entries:
@@ -142,7 +142,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Removes key prefixes added by wrappers from a state dict, unless the model's own keys have them as well."""
+    """Removes key prefixes that wrappers add to a state dict, unless the keys of the model have them as well."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -156,7 +156,7 @@ def without_prefixes(state: State, model: nn.Module) -> State:
 
 
 def classes_of(state: State, model: nn.Module) -> int | None:
-    """Returns the number of classes implied by the weights if they otherwise match the model; None if not.
+    """Returns the number of classes that the weights imply if they otherwise match the model, or None.
 
     Args:
         state: The weights, as a state dict.
@@ -176,7 +176,7 @@ def classes_of(state: State, model: nn.Module) -> int | None:
 
 
 def _stored(tensor: Tensor) -> int:
-    """Returns the number of entries in the storage of a tensor; 0 for layouts that are not strided."""
+    """Returns the number of entries in the storage of a tensor, or 0 for layouts that are not strided."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() if tensor.layout == torch.strided else 0
 
 

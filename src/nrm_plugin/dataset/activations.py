@@ -1,4 +1,4 @@
-"""Module outputs used to rank reference samples by activation, recorded while a measure runs the model."""
+"""Outputs of modules by which reference samples are ranked, recorded while a measure runs the model."""
 
 from __future__ import annotations
 

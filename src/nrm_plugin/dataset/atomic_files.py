@@ -8,11 +8,11 @@ import platform
 from pathlib import Path
 
 LONGEST = 100
-"""Maximum length of a file name, in bytes, that is included in the temporary name; longer ones are hashed."""
+"""Maximum length in bytes of a file name that is included in the temporary name; longer names are hashed."""
 
 
 class AtomicFile:
-    """Context manager that yields a temporary file and renames it once its content is synced to disk.
+    """Context manager that yields a temporary file, and renames it when its content has been synced to disk.
 
     Args:
         path: The final path, which is left unchanged if an error is raised in the context.
@@ -47,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Blocks until a file or folder is written to disk."""
+    """Blocks until a file or folder has been written to disk."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

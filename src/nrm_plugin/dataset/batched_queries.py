@@ -36,11 +36,11 @@ class Requirements:
         queries: The queries to evaluate.
 
     Attributes:
-        marginals: Taps whose marginals are required.
-        joint_marginals: For each event, the taps at which marginals joint with this event are required.
-        masses: Events whose masses are required.
-        joint_matrices: Upper tap, lower tap and groups of the required joint matrices.
-        activations: Layers whose activations are required.
+        marginals: The taps whose marginals are required.
+        joint_marginals: The taps at which marginals joint with an event are required, keyed by event.
+        masses: The events whose masses are required.
+        joint_matrices: The upper tap, lower tap and groups of each required joint matrix.
+        activations: The layers whose activations are required.
     """
 
     def __init__(self, queries: Iterable[Query]) -> None:
@@ -80,7 +80,7 @@ class Requirements:
 
 
 class QueryResults:
-    """Results of queries on a measure, multiplied by its sign so that they can be summed over samples.
+    """Results of queries on a measure, multiplied by its sign, so that they can be summed over samples.
 
     Args:
         mu: The measure of the batch.
@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of a query, ``(N, *groups)``, with NaN where a quotient is undefined."""
+        """Returns the result of a query, ``(N, *groups)``, which is NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tupl
 
 
 def _quotient(numerator: Tensor, denominator: Tensor, is_undefined: Tensor) -> Tensor:
-    """Divides two tensors, with NaN where the quotient is undefined."""
+    """Divides two tensors; the quotient is NaN where it is undefined."""
     return (numerator / denominator).masked_fill(is_undefined, torch.nan)
 
 

@@ -44,7 +44,7 @@ def check_samples(
         source: A data set with a length.
         contents: The stored hashes, keyed by sample.
         seed: Seed for the random states in which samples are read.
-        on_error: ``"skip"`` ignores samples that can no longer be read, ``"raise"`` raises an error.
+        on_error: Whether samples that can no longer be read are ignored (``"skip"``) or raise an error (``"raise"``).
         progress: Whether to show a progress bar.
 
     Raises:
@@ -72,7 +72,7 @@ def check_samples(
 
 
 def _nothing(samples: Sequence[Any]) -> None:
-    """Collate function that discards the samples, since only their hashes are compared."""
+    """Collates samples by discarding them, since only their hashes are compared."""
 
 
 __all__ = ["check_samples", "contents_to_compare"]

@@ -39,14 +39,14 @@ class IndexableDataset(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """A cropped reference example.
+    """Cropped reference example.
 
     Attributes:
         sample: Index of the sample in the data set.
         value: Relevance or activation of the group.
         target: The explained class.
-        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, with exclusive
-            bottom and right.
+        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, where ``bottom``
+            and ``right`` are exclusive.
         image: The cropped image, ``(C, h, w)``.
         heat: Joint relevance of each pixel with the group, summed over the colour channels, ``(h, w)``.
         mask: Mask of the relevant pixels, ``(h, w)``.
@@ -80,22 +80,22 @@ def crops(
     uncovered: Uncovered | None = None,
     show_progress: bool = False,
 ) -> dict[int | str, list[Crop]]:
-    r"""Crops reference examples to receptive fields and computes their conditional heat maps.
+    r"""Crops reference examples to receptive fields and computes their joint heat maps.
 
     The heat map of a channel is :math:`\mu(\text{pixel} \cap \text{channel})` for the explained target. The mask
-    selects the pixels where the smoothed heat map is at least 0.2 times its maximum; if the total relevance within the
-    crop is negative, the sign of the heat map is reversed first.
+    selects the pixels at which the smoothed heat map is at least 0.2 times its maximum. If the total relevance within
+    the crop is negative, the sign of the heat map is reversed first.
 
     Args:
         model: The network.
-        data: Indexable data set of images ``(C, H, W)`` or pairs ``(image, label)``.
-        references: The references to crop, of one layer or of the events.
-        groups: Groups of the references to crop. Defaults to all groups.
+        data: Indexable data set of images ``(C, H, W)``, or of pairs ``(image, label)``.
+        references: The references to crop, either of one layer or of events.
+        groups: Groups whose references are cropped. Defaults to all groups.
         k: Number of crops per group. Defaults to all references.
         events: Events keyed by name; required for references of events.
         layer: Layer of the channels, if it differs from the name of the references.
         against: As in the search for the references.
-        whole: Whether to return whole images. This skips the computation of receptive fields, which dominates the run
+        whole: Whether to return whole images. This skips the computation of receptive fields, which takes most of the
             time for large networks: about thirty forward passes in double precision per distinct position.
         to_image: Function that converts a model input to an image in [0, 1], such as the inverse normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.

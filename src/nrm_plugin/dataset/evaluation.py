@@ -1,4 +1,4 @@
-"""Evaluation of a batch: its measure, targets and predictions, and the results of all queries."""
+"""Evaluation of a batch: its measure, its targets and predictions, and the results of all queries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]
 LABELS = ("label", "labels")
 NO_CLASS = -1
-"""Placeholder for targets or predictions that are not a class."""
+"""Placeholder for a target or prediction that is not a class."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BatchResults:
 
 
 class Evaluation:
-    """Evaluates the queries of a sweep on a batch.
+    """Evaluation of the queries of a sweep on batches.
 
     Args:
         model: The network, in evaluation mode.
@@ -158,7 +158,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of the first parameter or buffer of a model; the CPU if there are none."""
+    """Returns the device of the first parameter or buffer of a model, or the CPU if there are none."""
     return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
 
 
@@ -176,7 +176,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
         batch: The batch, which is passed to a target function.
 
     Raises:
-        SweepError: If the target is ``"label"``, but there are no labels.
+        SweepError: If the target is ``"label"`` but there are no labels.
     """
     if target == "prediction":
         return predicted_classes
@@ -237,11 +237,11 @@ def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, mu: R
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)
-"""Error types that are not caused by individual samples, except :class:`InputError` and :class:`TargetError`."""
+"""Types of errors that individual samples do not cause, except :class:`InputError` and :class:`TargetError`."""
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns whether an error may be due to individual samples, so that other samples can still be evaluated."""
+    """Returns whether an error may be due to individual samples, in which case other samples can still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

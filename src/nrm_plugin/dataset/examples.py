@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name of the references of events, since events do not belong to a layer."""
+"""Name of the references of events, which do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 
@@ -49,10 +49,10 @@ class References:
         name: Name of the layer, or of the query in a sweep.
         by: ``"relevance"`` or ``"activation"``.
         groups: Group of each row: a channel index or the name of an event.
-        samples: Indices in the data set, ``(K, k)``; -1 in empty entries.
-        values: Relevance or activation, ``(K, k)``; NaN in empty entries.
-        targets: Explained classes, ``(K, k)``; -1 if unknown.
-        positions: Position of the largest value within the group, as a flat (row-major) index, ``(K, k)``; -1 if
+        samples: Indices in the data set, ``(K, k)``, or -1 in empty entries.
+        values: Relevance or activation, ``(K, k)``, or NaN in empty entries.
+        targets: Explained classes, ``(K, k)``, or -1 if unknown.
+        positions: Position of the largest value within the group, as a flat (row-major) index, ``(K, k)``, or -1 if
             unknown.
         target: Explained class to which the references are restricted, or None.
         layer: Layer of the channels, if ``name`` is the name of a query.
@@ -123,7 +123,7 @@ class FoundReferences:
 
     Args:
         groups: Groups of each layer, keyed by layer name.
-        rankings: Rankings keyed by ``(name, by, target)``; target None ranks all samples.
+        rankings: Rankings keyed by ``(name, by, target)``; those with target None rank all samples.
         count: Number of ranked samples.
     """
 
@@ -143,7 +143,7 @@ class FoundReferences:
 
     @property
     def targets(self) -> list[int]:
-        """Targets for which samples were ranked separately."""
+        """The targets for which samples were ranked separately."""
         return sorted({target for _, _, target in self._rankings if target is not None})
 
     def of(self, name: str = EVENTS, by: By = "relevance", target: int | None = None) -> References:
@@ -216,10 +216,10 @@ KINDS: dict[By, tuple[str, ...]] = {
     "relevance": ("Marginal", "Joint", "EventMass", "Conditional", "Sink", "Bypass", "Variation"),
     "activation": ("Activation",),
 }
-"""Query types that can rank samples; a layer name selects a query of the first type."""
+"""Types of queries that can rank samples; the name of a layer selects a query of the first type."""
 
 COLUMNS = ("sample", "target", "group", "lower", "value")
-"""Columns of a sweep that are required for ranking."""
+"""Columns of a sweep that rankings require."""
 
 
 def references(
@@ -238,14 +238,14 @@ def references(
         group: A group, or a pair of an upper and a lower group for joint relevance. Defaults to all groups.
         k: Number of samples per group.
         by: ``"relevance"``, or ``"activation"`` for activation queries.
-        target: Restricts the samples to this explained class. Defaults to all samples.
+        target: Explained class to which the samples are restricted, or None for all samples.
 
     Returns:
-        The references, with ties broken by sample index. Positions are known if the sweep has a ``Peak`` query for the
-        layer.
+        The references, with ties broken by sample index. Their positions are known if the sweep has a ``Peak`` query
+        for the layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or the query is of type ``Maps`` and therefore has no
+        ReferencesError: If the query, group or target is unknown, or if the query is of type ``Maps``, which has no
             rows.
         SweepError: If the folder does not contain a sweep, or a file is damaged.
     """
@@ -278,12 +278,12 @@ def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
 
 
 def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
-    """Returns the query with the given name, or that of type ``kind`` without an event for the layer with this name.
+    """Returns the query with the given name or, for the name of a layer, its query of type ``kind`` without an event.
 
     Args:
         name: Name of a query or layer.
         candidates: Queries of a sweep.
-        kind: Query type selected by the name of a layer.
+        kind: Type of query that the name of a layer selects.
         what: Description of the candidates, for the error message.
 
     Raises:
@@ -298,7 +298,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Returns whether the groups of a query are the channels of a layer, without an event."""
+    """Returns whether the groups of a query are the channels of a layer, and it has no event."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 

@@ -1,7 +1,7 @@
-"""Fingerprints of objects, including user code: JSON values that are identical for objects with the same behaviour.
+"""Fingerprints of objects, including user code: JSON values that are equal for objects with the same behaviour.
 
-Code in installed packages is identified by the package version, and all other code by its bytecode and the objects to
-which it refers.
+Code of installed packages is identified by their versions, and all other code by its bytecode and the objects to which
+it refers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_DEPTH = 12
 TRANSIENT = ("handles", "hook_refs", "stored_tensors", "__weakref__")
 """Hook attributes that are run-time state, not settings."""
 PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, bytes, range, slice, Path, np.generic)
-"""Types described by their string representation."""
+"""Types that are described by their string representation."""
 NOT_BEHAVIOUR = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__slots__",
                  "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}  # fmt: skip
 """Class attributes that do not affect behaviour."""
@@ -39,7 +39,7 @@ Function = types.FunctionType
 
 
 def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """Describes an object as a JSON value that is identical for objects with the same behaviour, even across processes.
+    """Describes an object by a JSON value that is equal for objects with the same behaviour, even across processes.
 
     A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
     package are named by their path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).
@@ -90,7 +90,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 
 def content_hash(sample: Any) -> str:
-    """Hashes a sample of a data set from its tensors, arrays, images, numbers and strings."""
+    """Hashes the tensors, arrays, images, numbers and strings of a sample of a data set."""
     return digest(_content(sample))
 
 
@@ -147,7 +147,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_installed(value: type | Function) -> bool:
-    """Returns whether a class or function is part of Python or an installed package, which has a version."""
+    """Returns whether a class or function is part of Python or of an installed package, which has a version."""
     return is_installed_module(value.__module__ or "builtins")
 
 

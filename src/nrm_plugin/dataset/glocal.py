@@ -4,8 +4,8 @@ The mean flow over samples is the flow of their mean measure, which is itself a 
 
 .. math:: \bar\mu(A \cap B) = \sum_n w_n \mu_n(A \cap B), \qquad \sum_n w_n = 1, \qquad \bar\mu(\Omega) = 1
 
-Hence every cut sums to 1. The difference between two mean flows is signed, and its cuts sum to 0. Mean flows are new in
-this package.
+Every cut of a mean flow therefore sums to 1. The difference between two mean flows is signed, and its cuts sum to 0.
+Mean flows are new in this package.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def mean_flow(
         measures: A measure, or an iterable of measures, one per batch.
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
-        groups: Groups from :func:`~nrm_plugin.find_groups`, applied to all of their layers; or the indices of the
-            groups to show, keyed by layer name, while all others are merged into the rest. The joint matrix of two
-            wide, non-adjacent layers requires one pass per group.
+        groups: Groups from :func:`~nrm_plugin.find_groups`, which apply to all of their layers; or the indices of the
+            groups to show, keyed by layer name, so that all others are merged into the rest. The joint matrix of two
+            wide layers that are not adjacent takes one pass per group.
         top: Maximum number of groups per layer, selected by absolute mean mass, or None for all. All groups are
-            computed, since the selection depends on the mean.
+            computed in any case, since the selection depends on the mean.
         min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
         coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
         names: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
@@ -119,7 +119,7 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """Replaces the group indices and names of a layer with those of the full partition."""
+    """Replaces the indices and names of the groups of a layer with those of the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 
@@ -185,10 +185,10 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
 
 
 def difference(first: FlowGraph, second: FlowGraph) -> FlowGraph:
-    """Subtracts the second graph from the first. The result is signed, and every cut sums to 0.
+    """Subtracts the second graph from the first; the result is signed, and each of its cuts sums to 0.
 
-    For mean flows of two sets of samples, the result shows the channels and edges in which they differ. Compute both
-    flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,
+    For the mean flows of two sets of samples, the result shows the channels and edges in which the sets differ. Compute
+    both flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,
     b).smaller(top=8)``.
 
     Raises:

@@ -26,12 +26,12 @@ MOST = 16
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
     """Plots the difference between two mean flows as ribbons between bars, with the input on the left.
 
-    The output is left out if two other layers remain, since both flows hold all of its relevance.
+    The output is omitted if two other layers remain, since both flows contain all of its relevance.
 
     Args:
         graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups, as returned by ``graph.smaller(top=8)``.
-        first: Name of the first flow, whose excess is red.
-        second: Name of the second flow, whose excess is blue.
+        first: Name of the first flow; red shows where it is larger.
+        second: Name of the second flow; blue shows where it is larger.
         heading: Title of the figure.
         dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
 

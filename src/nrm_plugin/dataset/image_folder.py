@@ -1,4 +1,4 @@
-"""Folder of images as a data set."""
+"""Folders of images as data sets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Each top-level subfolder corresponds to the class of the same name. If no subfolder has the name of a class, and the
     class names are unknown or as many as the subfolders, the subfolders are numbered as classes in sorted order. Images
-    in other subfolders, or outside of subfolders, have the label -1. In contrast, torchvision's ``ImageFolder``
+    in other subfolders, or outside of subfolders, have the label -1. torchvision's ``ImageFolder``, by contrast,
     requires a subfolder for each class and ignores the class names of the model.
 
     Args:
@@ -47,7 +47,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         fingerprint: Hash of the file names and labels.
 
     Raises:
-        SweepError: If the folder does not exist or does not contain any images, or a subfolder cannot be read.
+        SweepError: If the folder does not exist or contains no images, or if a subfolder cannot be read.
     """
 
     def __init__(self, folder: Path, preprocess: Preprocessing, categories: Sequence[str] = ()) -> None:
@@ -74,7 +74,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
 
     def note(self) -> str:
-        """Describes the files that were left out in one sentence; empty if there are none."""
+        """Describes the files that were left out in one sentence, or returns an empty string if there are none."""
         names = [printable(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
         more = len(self.left_out) - len(names)
         listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
@@ -87,7 +87,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:
-        """Returns the size and modification time of a file; the file counts as unchanged if both are the same."""
+        """Returns the size and modification time of a file, which counts as unchanged if both are the same."""
         try:
             status = self.paths[index].stat()
         except OSError:
@@ -95,7 +95,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return f"{status.st_size} {status.st_mtime_ns}"
 
     def check_labels(self) -> None:
-        """Raises :class:`SweepError` if images have no label since their subfolder is not a class of the model."""
+        """Raises :class:`SweepError` if images have no label because their subfolder is not a class of the model."""
         if self.unknown:
             listed = ", ".join(printable(name) + self._near(name) for name in self.unknown[:MAX_LISTED])
             more = f" and {len(self.unknown) - MAX_LISTED} more" if len(self.unknown) > MAX_LISTED else ""
@@ -122,7 +122,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yields the files in a folder and its subfolders. Links to an enclosing folder are yielded, but not followed."""
+    """Yields the files in a folder and its subfolders. Links to an enclosing folder are yielded but not followed."""
     real = os.path.realpath(folder)
     if real in above:
         yield folder

@@ -18,13 +18,13 @@ from ..errors import NRMError, printable
 LIMIT = 178_956_970
 """Maximum number of decoded pixels, as in Pillow."""
 LARGE = LIMIT // 2
-"""Number of pixels above which JPEG files are decoded at reduced size to save memory."""
+"""Number of pixels above which a JPEG file is decoded at a reduced size to save memory."""
 REDUCED = 2048
-"""Minimum side length after reduction, far larger than the input size of models."""
+"""Minimum side length after this reduction, far larger than the input size of models."""
 MAX_ASPECT = 200
 """Maximum aspect ratio, beyond which resizing could exhaust memory."""
 DARK = 4096
-"""Pixel value below which a 16-bit image is reported as dark, since it probably has only 12 bits."""
+"""Pixel value below which a 16-bit image is reported as dark, because it probably has only 12 bits."""
 
 URL = re.compile(r"[a-zA-Z]{2,}:/")
 
@@ -54,13 +54,13 @@ class LoadedImage:
 
 
 def load_image(path: Path) -> LoadedImage:
-    """Reads the first frame of an image file as upright 8-bit RGB, on a white background.
+    """Reads the first frame of an image file as an upright 8-bit RGB image on a white background.
 
     Args:
         path: File in PNG, JPEG, WebP, TIFF, GIF, BMP or another format supported by Pillow.
 
     Raises:
-        ImageError: If the file does not exist, is not an image, is damaged or too large, or its value range is unknown.
+        ImageError: If the file does not exist, is not an image, is damaged or too large, or has an unknown value range.
     """
     name = printable(path)
     check_image_file(path)

@@ -17,12 +17,12 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    r"""Mean conditional relevance of the groups in a layer given the groups in a layer above.
+    r"""Mean conditional relevance of the groups of a layer given the groups of a layer above.
 
     .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}
 
-    Sums are accumulated in double precision, which the device must support. Up to rounding errors, they do not depend
-    on how samples are split into batches and processes.
+    Sums are accumulated in double precision, which the device must support. Up to rounding errors, the result does not
+    depend on how samples are divided into batches and among processes.
 
     Args:
         groups: Number of groups of each layer, ``(K_upper, K_lower)``.
@@ -71,8 +71,8 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         """Adds the samples of a measure to the metric.
 
         Raises:
-            InputError: If the number of groups does not match, or relevance is not finite. In both cases, the batch is
-                not counted.
+            InputError: If the number of groups does not match, or if relevance is not finite. The batch is then not
+                counted.
         """
         lower = at(self.lower) if isinstance(self.lower, str) else self.lower
         joint = mu.joint(self.upper, self.lower, over=self.over).double()

@@ -12,7 +12,7 @@ from torch import nn
 from .fingerprints import described, digest, hashed, is_installed, package_version, tensor_bytes, user_code
 
 MODULE_STATE = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+"""Attributes of every module."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -20,9 +20,9 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Hashes everything in a model that affects its outputs.
 
     Returns:
-        A mapping with ``class``; ``structure``, a hash of the model's repr; ``tensors``, a hash of the parameters and
-        buffers; ``code``, with a hash of each user-defined class and function and the versions of all other packages;
-        and ``attributes``, keyed by name for user-defined modules, with a single hash for all other modules.
+        A mapping with the keys ``class``; ``structure``, a hash of the model's repr; ``tensors``, a hash of the
+        parameters and buffers; ``code``, a hash of each user-defined class and function, and the versions of all other
+        packages; and ``attributes``, keyed by name for user-defined modules, with a single hash for all other modules.
     """
     content = hashlib.blake2b(digest_size=16)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -51,7 +51,7 @@ def _code(model: nn.Module) -> dict[str, str]:
 
 
 _GENERATED = (torch.fx.GraphModule, torch.jit.ScriptModule)
-"""Module classes with generated code."""
+"""Classes of modules with generated code."""
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 r"""Class-wise count, mean and sum of squared deviations, accumulated over batches in double precision.
 
-torchmetrics provides means, but no class-wise variances that can be merged across processes. Two sets of samples are
-merged without cancellation between large sums:
+torchmetrics provides means, but no class-wise variances that can be merged across processes. Here, two sets of samples
+are merged without cancellation between large sums:
 
 .. math:: n = n_a + n_b, \quad \delta = m_b - m_a, \quad
           m = m_a + \delta \frac{n_b}{n}, \quad
@@ -25,9 +25,9 @@ class Moments(NamedTuple):
     """Class-wise mean and variance of relevance over samples.
 
     Attributes:
-        samples: Number of samples per class, ``(classes,)``; a scalar without classes.
+        samples: Number of samples per class, ``(classes,)``, or a scalar without classes.
         mean: Mean relevance, ``(classes, *groups)``, dimensionless; NaN for a class without samples.
-        variance: Variance of the same shape; NaN for a class with too few samples.
+        variance: Variance, in the same shape; NaN for a class with too few samples.
     """
 
     samples: Tensor
@@ -58,7 +58,7 @@ def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def merged(states: Tensor) -> Tensor:
-    """Merges states ``(several, …, 3)`` into the state of all of their samples."""
+    """Merges states ``(several, …, 3)`` into the state of all their samples."""
     total = states[0]
     for state in states[1:]:
         count = total[..., COUNT] + state[..., COUNT]

@@ -23,13 +23,13 @@ class PreprocessingError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Converts images to model inputs.
+    """Conversion of images to model inputs.
 
     Attributes:
         transform: torchvision's preset: resize, centre crop, scale to [0, 1], and normalize with mean and standard
             deviation.
         fit: ``"crop"`` for the centre square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
-            colour; or ``"squeeze"`` for the whole image stretched to a square.
+            colour; or ``"squeeze"`` for the whole image, stretched to a square.
     """
 
     transform: Any
@@ -113,8 +113,8 @@ def preprocessing(
 
     Args:
         make: Factory of the preset: ``transforms`` of torchvision weights.
-        size: Length to which the shorter side is resized, and side length of the centre crop. Defaults to the values
-            that the weights specify.
+        size: Length to which the shorter side is resized, which is also the side length of the centre crop. Defaults to
+            the values that the weights specify.
         mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to the values that the weights
             specify.
         std: Standard deviation of each channel, with as many values as ``mean``.

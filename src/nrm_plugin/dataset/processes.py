@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from .sweep_layout import LOCKS, SweepError, path_inside
 
 PATIENCE = 60.0
-"""Timeout in seconds while another process creates or checks the manifest."""
+"""Time in seconds to wait while another process creates or checks the manifest."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ProcessRank:
 
     @classmethod
     def current(cls) -> ProcessRank:
-        """Reads the rank from ``torch.distributed`` or from the environment of ``torchrun``; otherwise rank 0 of 1."""
+        """Reads the rank from ``torch.distributed`` or from the environment of ``torchrun``, by default rank 0 of 1."""
         if _is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -52,8 +52,8 @@ def _is_initialized() -> bool:
 class FolderLocks:
     """Locks on a sweep folder: one per rank, held until the process ends, and one for the manifest.
 
-    The operating system releases locks when their process ends. Lock files are never removed, since a process could
-    otherwise lock a file that another process has just replaced.
+    The operating system releases the locks of a process when it ends. Lock files are never removed, since a process
+    could otherwise lock a file that another process has just replaced.
 
     Attributes:
         folder: The sweep folder.

@@ -18,7 +18,7 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
         total: Number of samples, or None if unknown.
         done: Number of samples already stored.
         is_shown: Whether to show the progress bar.
-        what: Description of the activity, or None when samples are evaluated.
+        what: Description of the activity, or None for the evaluation of samples.
     """
 
     def __init__(self, total: int | None, done: int, is_shown: bool, what: str | None = None) -> None:
@@ -33,9 +33,9 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
 
 
 def resident() -> int | None:
-    """Returns the resident memory of this process in bytes, or its peak if the current value is not available.
+    """Returns the resident memory of this process in bytes, or its peak if the current value is unavailable.
 
-    Returns None on systems without the module ``resource``, such as Windows.
+    The result is None on systems without the module ``resource``, such as Windows.
     """
     try:
         import resource

@@ -1,9 +1,9 @@
 """Prototypes: clusters of similar explanations, such as the typical explanations of a class.
 
-Each explanation is a vector, the relevance of the channels of a layer. Explanations are clustered by a Gaussian mixture
-or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its coverage is the
-fraction of all samples that are members. A new sample is described by the nearest prototype and by how it differs from
-this prototype.
+Each explanation is a vector, which contains the relevance of the channels of a layer. Explanations are clustered by a
+Gaussian mixture or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its
+coverage is the fraction of all samples that are members. A new sample is described by the nearest prototype and by its
+differences from it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Nearest:
         distance: Euclidean distance to the centre.
         difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
         outlying: Fraction of the fitted samples that fit worse, by likelihood for a mixture and by distance for
-            k-means; 0 if the sample fits worse than all of them.
+            k-means. It is 0 if the sample fits worse than all of them.
     """
 
     prototype: int
@@ -51,7 +51,7 @@ class Nearest:
 
 @dataclass(frozen=True, eq=False)
 class Prototypes:
-    """Clusters of explanations, ordered by coverage; returned by :func:`find_prototypes`.
+    """Clusters of explanations, ordered by coverage, as returned by :func:`find_prototypes`.
 
     Attributes:
         centres: Relevance of each prototype, ``(P, K)``.
@@ -186,7 +186,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """Computes the goodness of fit for each sample: its log-likelihood, or minus its distance to the nearest centre."""
+    """Computes the goodness of fit of each sample: its log-likelihood, or minus its distance to the nearest centre."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 

@@ -1,4 +1,4 @@
-"""Queries of a sweep: named, immutable objects that can be stored as JSON."""
+"""Queries of a sweep, which are named, immutable objects that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_LABEL_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Labels:
-    """Hashable, serializable integer labels of neurons.
+    """Integer labels of neurons in a hashable, serializable form.
 
     Attributes:
         shape: Shape of the labels.
@@ -57,7 +57,7 @@ class Query:
     """Base class of the quantities that a sweep computes for each sample.
 
     Attributes:
-        name: Name of the query in the rows. Defaults to a name derived from its arguments.
+        name: Name of the query in the rows. Defaults to one derived from its arguments.
     """
 
     name: str = field(default="", kw_only=True)
@@ -89,7 +89,7 @@ class Query:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers, from the upper to the lower."""
+        """Names of the layers, the upper one first."""
         names = [item.name for item in fields(self) if item.name in ("layer", "upper", "lower")]
         return tuple(_text(getattr(self, name)) for name in names)
 
@@ -139,7 +139,7 @@ class Joint(Query):
 
 @dataclass(frozen=True)
 class EventMass(Query):
-    """``μ(event)`` or ``μ(event | given)``, one value per sample.
+    """``μ(event)`` or ``μ(event | given)``, as one value per sample.
 
     Args:
         event: The event whose mass is computed.
@@ -154,13 +154,13 @@ class EventMass(Query):
 
 @dataclass(frozen=True)
 class Conditional(Query):
-    """``μ(event | group)`` for each group of a layer, the fraction of the group's relevance that belongs to the event.
+    """``μ(event | group)`` for each group of a layer: the fraction of the group's relevance that belongs to the event.
 
     Args:
         event: The event whose share of the relevance of each group is computed.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
-        min_ratio: Values are null if ``|μ(group)|`` is at most this fraction of the total absolute mass of its neurons.
+        min_ratio: Values are null if ``|μ(group)|`` is at most this fraction of the absolute mass of its neurons.
     """
 
     event: Event
@@ -171,21 +171,21 @@ class Conditional(Query):
 
 @dataclass(frozen=True)
 class Sink(Query):
-    """Mass absorbed above a layer, one value per sample."""
+    """Mass absorbed above a layer, as one value per sample."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Bypass(Query):
-    """Mass of the walks that bypass a layer, one value per sample."""
+    """Mass of the walks that bypass a layer, as one value per sample."""
 
     layer: LayerSpec
 
 
 @dataclass(frozen=True)
 class Variation(Query):
-    """Tap variation of a layer, one value per sample."""
+    """Tap variation of a layer, as one value per sample."""
 
     layer: LayerSpec
 
@@ -210,7 +210,7 @@ class Activation(Query):
 
 @dataclass(frozen=True)
 class Peak(Query):
-    """Position of the largest relevance or activation in each channel, as a flat (row-major) index.
+    """Position of the largest relevance or activation of each channel, as a flat (row-major) index.
 
     Args:
         layer: Name of a tap, or of a module for activations.
@@ -228,7 +228,7 @@ class Peak(Query):
 
 @dataclass(frozen=True)
 class Maps(Query):
-    """``μ(neuron)`` for each neuron of a layer as one tensor per sample, such as a heat map.
+    """``μ(neuron)`` for each neuron of a layer, as one tensor per sample, such as a heat map.
 
     Args:
         layer: Name of a tap.

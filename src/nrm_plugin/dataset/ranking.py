@@ -1,4 +1,4 @@
-"""Top-k rankings of samples for each group, updated batch by batch in constant memory."""
+"""Top-k rankings of the samples for each group, updated batch by batch in constant memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NO_SAMPLE = torch.iinfo(torch.int64).max
-"""Sample index of empty entries, chosen so that they sort after all samples."""
+"""Sample index of empty entries, chosen so that these are sorted after all samples."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class TopSamples:
 class Ranking:
     """Top-k samples of each group, over all samples and optionally per target.
 
-    Memory is proportional to ``k`` per group and target.
+    The memory is proportional to ``k`` for each group and target.
 
     Args:
         k: Number of samples per group.

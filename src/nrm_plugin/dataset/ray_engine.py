@@ -34,7 +34,8 @@ class SweepBatches:
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.
 
     Args:
-        model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
+        model: The network in evaluation mode, or a function without arguments that returns it and is called once per
+            worker.
         queries: The queries to evaluate; ``Maps`` queries are not supported.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
         composite: As in :func:`~nrm_plugin.dataset.sweep`.
@@ -47,7 +48,7 @@ class SweepBatches:
         device: Device of the model. Defaults to its current device.
 
     Raises:
-        SweepError: If one of the queries is of type ``Maps`` and therefore has no rows.
+        SweepError: If one of the queries is of type ``Maps``, which has no rows.
     """
 
     def __init__(
@@ -155,9 +156,10 @@ def run(
         job: The sweep job. All machines must be able to access its folder.
         numbers: Indices of the shards.
         on_progress: Callback that receives the number of new samples after each shard.
-        concurrency: Number of workers, or minimum and maximum. Defaults to the number that fits on the cluster.
-        num_gpus: GPUs per worker, possibly a fraction.
-        num_cpus: CPUs per worker, and threads of its model.
+        concurrency: Number of workers, or their minimum and maximum number. Defaults to the number that fits on the
+            cluster.
+        num_gpus: Number of GPUs per worker, possibly a fraction.
+        num_cpus: Number of CPUs per worker, which is also the number of threads of its model.
 
     Raises:
         MissingExtraError: If Ray is not installed.

@@ -35,12 +35,12 @@ def reference_figure(
 
     Args:
         rows: Crops keyed by channel, from :func:`~nrm_plugin.dataset.crops.crops`.
-        style: ``"mask"`` fades pixels that are not relevant to the channel, ``"plain"`` shows the crops, ``"heat"``
-            overlays the conditional heat maps, and ``"both"`` shows crops with heat maps below them.
+        style: ``"mask"`` to fade pixels that are not relevant to the channel, ``"plain"`` for the crops alone,
+            ``"heat"`` to overlay the joint heat maps, or ``"both"`` for crops with heat maps below them.
         heading: Title of the figure.
         dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         labels: Row labels keyed by channel. Defaults to the channel indices.
-        unit: ``"%"`` if values are fractions of relevance; otherwise the suffix of printed values.
+        unit: ``"%"`` if values are fractions of the relevance, or else the suffix of printed values.
 
     Raises:
         InputError: If there are no crops, or too many of them, or the style is unknown.

@@ -1,4 +1,4 @@
-"""Relevance maximization: reference examples of channels and events in one pass over the data."""
+"""Relevance maximization: reference examples of channels and events, from one pass over the data."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def find_references(
 ) -> FoundReferences:
     r"""Finds the samples in which each channel has the largest relevance or activation, in one pass over the data.
 
-    Memory is proportional to ``k`` per channel and target, regardless of the number of samples. Ties are broken by
-    sample index.
+    The memory is proportional to ``k`` for each channel and target, regardless of the number of samples. Ties are
+    broken by sample index.
 
     Args:
         model: The network, in evaluation mode.
@@ -61,14 +61,14 @@ def find_references(
             Samples are numbered in iteration order.
         layers: Names of the layers whose channels are ranked.
         k: Number of samples per channel.
-        by: ``"relevance"``, ``"activation"`` or both; activations are outputs of modules.
-        events: Events keyed by name; samples are ranked by the mass of each event.
+        by: ``"relevance"``, ``"activation"`` or both. Activations are outputs of modules.
+        events: Events keyed by name. Samples are also ranked by the mass of each event.
         target: Explained class: the label, the prediction, or one class for all samples.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
             sign of the difference, so that large values are evidence for the target.
         unit: ``"measure"`` for ``μ``, a fraction of the total relevance; ``"output"`` for the usual LRP score, ``μ``
-            times the explained output; ``"layer"``, the default of zennit-crp, for the LRP score divided by the sum of
-            the absolute scores of all channels of the layer, with activations normalized in the same way.
+            times the explained output; or ``"layer"``, the default of zennit-crp, for the LRP score divided by the sum
+            of the absolute scores of all channels of the layer, and for activations normalized in the same way.
         reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
         per_target: Whether to rank the samples of each target as well.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.

@@ -3,9 +3,9 @@ r"""Relevance matrices: mean conditional relevance between the groups of two lay
 .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}, \qquad
           \sum_i T_{ij} + \mathrm{off}_j = 1
 
-Samples are weighted by the absolute mass of ``j``, so that samples in which it is small, and the conditional unstable,
-contribute little. Walks through ``j`` that do not cross the lower layer are counted in ``off``. The weighting is new in
-this package.
+Samples are weighted by the absolute mass of ``j``, so that samples in which it is small, and the conditional thus
+unstable, contribute little. Walks through ``j`` that do not cross the lower layer count towards ``off``. The weighting
+is new in this package.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ FORMAT = "nrm-plugin relevance matrix 1"
 
 
 class RelevanceMatrix:
-    r"""Mean conditional relevance of the groups in a layer given the groups in a layer above.
+    r"""Mean conditional relevance of the groups of a layer given the groups of a layer above.
 
     Args:
-        matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; columns of groups without relevance
-            are NaN.
-        off: Mean fraction of the mass of each upper group that is carried by walks that do not cross the lower layer,
-            ``(K_upper,)``.
+        matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; NaN in the columns of groups without
+            relevance.
+        off: Mean fraction of the mass of each upper group in walks that do not cross the lower layer, ``(K_upper,)``.
         weight: Mean absolute mass of each upper group, ``(K_upper,)``.
         samples: Number of samples.
         upper: Name of the upper layer; empty if unknown.
@@ -79,7 +78,7 @@ class RelevanceMatrix:
         return relevance @ self.matrix.nan_to_num(0.0).to(relevance).T
 
     def then(self, below: RelevanceMatrix) -> RelevanceMatrix:
-        """Multiplies by the matrix for the layers below, assuming that walks form a Markov chain over the groups.
+        """Multiplies by the matrix of lower layers, assuming that walks form a Markov chain over the groups.
 
         Args:
             below: Matrix whose upper groups are the lower groups of this matrix.

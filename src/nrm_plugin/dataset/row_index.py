@@ -1,4 +1,4 @@
-"""Index of a sweep: the rows of each query sorted by group and value, for fast access to the top samples."""
+"""Index of a sweep: the rows of each query, sorted by group and value for fast access to the top samples."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MAX_SORTED = 1 << 22
 CHUNK = 1 << 15
 """Maximum number of rows in a row group, unless a single neuron group has more."""
 CODED = ["query", "group", "lower", "target", "prediction"]
-"""Columns with few distinct values, which are dictionary-encoded."""
+"""Columns that are dictionary-encoded, since they have few distinct values."""
 
 
 def write_index(sweep: Sweep) -> Path:
     """Writes the index, with one file per query and the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
-    Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted: they have so many
+    Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted. They have so many
     rows that sorting could take longer than computing the measure, and the rows of a group are contiguous in each shard
     anyway.
 

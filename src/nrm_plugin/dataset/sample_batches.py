@@ -1,4 +1,4 @@
-"""Batches of a data set without failed samples, identical in every run and every process."""
+"""Batches of a data set without failed samples, which are identical in every run and every process."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LOADER_OPTIONS = ("collate_fn", "pin_memory", *WORKER_OPTIONS)
 
 @dataclass(frozen=True)
 class FailedSample:
-    """A sample that could not be read or evaluated.
+    """Sample that could not be read or evaluated.
 
     Attributes:
         sample: Index of the sample in the data set.
-        why: The error message, in one line.
+        why: The error message, in a single line.
     """
 
     sample: int
@@ -43,7 +43,7 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch as read from a data set.
+    """Batch as read from a data set.
 
     Attributes:
         samples: Sample indices.
@@ -60,14 +60,14 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set and the options for reading it.
+    """Data set with the options for reading it.
 
     Attributes:
         data: The data set.
         batch_size: Number of samples per batch.
         num_workers: Number of worker processes.
         options: Other arguments of ``DataLoader``.
-        loader: Data loader of an iterable data set, otherwise None.
+        loader: Data loader of an iterable data set, or None.
     """
 
     data: Any
@@ -91,13 +91,13 @@ class DataSource:
             return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
-        """Returns the stamps by which samples are identified without reading them; empty if the data set has none."""
+        """Returns the stamps that identify samples without reading them, or an empty list if the data set has none."""
         stamp = getattr(self.data, "stamp", None)
         return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by hashes, as they are if the data set has stamps or no fingerprint."""
+        """Whether samples are identified by hashes, which is the case if the data set has stamps or no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -112,7 +112,7 @@ def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> D
     """Creates a data source from a data set or data loader.
 
     Args:
-        data: A data set, or a data loader, whose data set is read in index order.
+        data: A data set, or a data loader whose data set is read in index order.
         batch_size: Number of samples per batch. Defaults to that of the loader, or to 16.
         num_workers: Number of worker processes. Defaults to that of the loader, or to 0.
 
@@ -203,9 +203,9 @@ class ShardPlan:
 
 
 class IndexedDataset(Dataset[tuple[int, Any, str]]):
-    """Wraps a data set to return each sample with its index and hash, or a :class:`FailedSample` if reading fails.
+    """Wrapper of a data set that returns each sample with its index and hash, or a :class:`FailedSample`.
 
-    Random states are seeded for each sample, so that random transforms are reproducible.
+    Random generators are seeded for each sample, so that random transforms are reproducible.
 
     Args:
         data: The data set.
@@ -227,7 +227,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
 
 @contextmanager
 def seeded(seed: int, index: int) -> Iterator[None]:
-    """Context manager that seeds all random generators for one sample, and restores their states afterwards."""
+    """Context manager that seeds all random generators for one sample and restores their states afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     number = (seed * 1_000_003 + index) % (1 << 32)
     try:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard, as described in the footer of its row file.
+    """Shard, as described in the footer of its row file.
 
     Attributes:
         path: The row file.
         rank, number: Rank of the process that wrote the shard, and index of the shard.
         settings: Fingerprint of the sweep settings.
         first, last: Indices of the first and last sample, inclusive.
-        failed: Samples in this range without rows, with their errors.
+        failed: Samples in this range that have no rows, with their errors.
         replaces: Damaged files that the shard replaces, with their errors.
         groups: Groups of each query, as in :class:`~nrm_plugin.dataset.QueryInfo`.
         chunks: ``(query, first group, last group)`` of each row group.
@@ -124,7 +124,7 @@ class Shard:
             raise ShardError(f"{self.maps} is damaged: {error}.") from error
 
     def check_settings(self, fingerprint: str) -> None:
-        """Raises :class:`ShardError` if the shard is from a sweep with different settings."""
+        """Raises :class:`ShardError` if the shard belongs to a sweep with different settings."""
         if self.settings != fingerprint:
             raise ShardError(f"{self.path} belongs to another sweep, with different settings.")
 
@@ -153,7 +153,7 @@ class Shard:
         groups: tuple[int, int] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """Reads rows, optionally only those of a query or of an inclusive range of groups.
+        """Reads all rows, or only those of a query or of an inclusive range of groups.
 
         Raises:
             ShardError: If the file is damaged.
@@ -189,7 +189,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the row file of each shard, keyed by index; the one of the lowest rank if a shard has several files."""
+    """Returns the row file of each shard, keyed by index; if there are several, the one of the lowest rank."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

@@ -1,4 +1,4 @@
-"""Writing of shards. Files are renamed to their final names once they are complete and synced to disk."""
+"""Writing of shards, whose files are renamed to their final names when they are complete and synced to disk."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16
 """Maximum number of rows in a row group, unless a single neuron group has more."""
 OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
-"""Matches operating-system errors in safetensors messages."""
+"""Pattern for errors of the operating system in messages of safetensors."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
-"""Columns with few distinct values, which are dictionary-encoded."""
+"""Columns that are dictionary-encoded, since they have few distinct values."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes a shard. Maps are written before rows, so that a row file never exists without its map file.
+    """Writes a shard, maps before rows, so that a row file never exists without its map file.
 
     Args:
         folder: The sweep folder.
@@ -121,7 +121,7 @@ def write_shard(
 
 
 def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes a safetensors file, converting I/O errors of safetensors to :class:`OSError`.
+    """Writes a safetensors file and converts I/O errors of safetensors to :class:`OSError`.
 
     Raises:
         OSError: If the file cannot be written.
@@ -162,7 +162,7 @@ def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> B
 
 
 def tables(results: BatchResults, name: str, names: Sequence[str], value: str) -> Iterator[tuple[int, pa.Table]]:
-    """Yields ``(first group, table)`` for consecutive groups of a query, with rows by group, lower group and sample."""
+    """Yields ``(first group, table)`` for consecutive groups of a query, sorted by group, lower group and sample."""
     values = results.values[name]
     groups = values.shape[1] if values.ndim > 1 else 1
     by_group = np.moveaxis(values.reshape(len(values), groups, -1), 0, 2)

@@ -81,12 +81,12 @@ class ClasswiseRelevance(_Relevance):
               v_{ck} = \frac{1}{n_c - 1} \sum_{n:\, t_n = c} (\mu_n(k) - m_{ck})^2
 
     Sums are accumulated in double precision, which the device must support, and merged without cancellation. Up to
-    rounding errors, they do not depend on how samples are split into batches and processes.
+    rounding errors, the result does not depend on how samples are divided into batches and among processes.
 
     Args:
         groups: Number of groups ``K``, such as the channels of a layer.
         classes: Number of classes, or None to pool all samples.
-        layer: Name of the layer, or ``at(layer)``; only required to update with measures.
+        layer: Name of the layer, or ``at(layer)``; required only for updates with measures.
         over: Groups of the layer, as in :meth:`~nrm_plugin.RelevanceMeasure.marginal`.
         correction: Number subtracted from the count in the denominator of the variance: 1 for the unbiased estimate, 0
             for the variance of the samples.
@@ -146,7 +146,7 @@ class JointRelevance(_Relevance):
     Args:
         groups: Number of groups of each layer, ``(K_upper, K_lower)``.
         classes: Number of classes, each with its own matrix, or None to pool all samples.
-        upper: Name of the layer nearer to the output, or ``at(layer)``; only required to update with measures.
+        upper: Name of the layer nearer to the output, or ``at(layer)``; required only for updates with measures.
         lower: The layer nearer to the input, given in the same way.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
         correction: As in :class:`ClasswiseRelevance`.

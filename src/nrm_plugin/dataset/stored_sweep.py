@@ -1,4 +1,4 @@
-"""Reading of stored sweeps, complete or not, without the model."""
+"""Reading of stored sweeps, which may be incomplete, without the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Sweep:
-    """A stored sweep, complete or not. Use :meth:`open` to open one.
+    """Stored sweep, which may be incomplete; opened by :meth:`open`.
 
     Attributes:
         path: Folder of the sweep.
@@ -58,7 +58,7 @@ class Sweep:
 
         Args:
             path: The folder of the sweep.
-            on_error: ``"raise"`` raises an error for damaged files, ``"skip"`` skips them and lists them in
+            on_error: ``"raise"`` to raise an error for damaged files, or ``"skip"`` to skip them and list them in
                 ``bad_shards``.
 
         Raises:
@@ -75,7 +75,7 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards have been evaluated; samples may have failed."""
+        """Whether all shards have been evaluated, although samples may have failed."""
         return self.manifest.state == "complete"
 
     @cached_property
@@ -91,10 +91,10 @@ class Sweep:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The stored shards, in order.
+        """The stored shards in order.
 
         Raises:
-            ShardError: If a file is damaged or is from a different sweep.
+            ShardError: If a file is damaged or belongs to a different sweep.
         """
         shards: list[Shard] = []
         for path in shards_in(self.path).values():
@@ -112,7 +112,7 @@ class Sweep:
         return shards
 
     def _check_coverage(self, shards: Sequence[Shard]) -> None:
-        """Reports samples of a complete sweep that are in none of its shards."""
+        """Reports the samples of a complete sweep that are in none of its shards."""
         expected = 0
         for first, last in (*((shard.first, shard.last) for shard in shards), (self.manifest.samples or 0, 0)):
             if first != expected:
@@ -141,7 +141,7 @@ class Sweep:
         return self.queries[name]
 
     def mean_joints(self, layers: Sequence[str], target: int | None = None) -> MeanJoints:
-        """Computes the mean joint relevance of consecutive layers, as input to :func:`~nrm_plugin.find_groups`.
+        """Computes the mean joint relevance of consecutive layers, as required by :func:`~nrm_plugin.find_groups`.
 
         Args:
             layers: Names of the layers, from the output to the input. The sweep must contain the queries of
@@ -216,7 +216,7 @@ class Sweep:
             k: Number of samples.
             lower: For a joint matrix, restricts the rows to this group of the lower layer.
             target: Explained class to which the rows are restricted, or None for all samples.
-            largest: If False, returns the smallest values instead, in increasing order.
+            largest: Whether to return the largest values rather than the smallest ones, which are in increasing order.
 
         Returns:
             At most ``k`` rows. Ties are broken by sample index, and null values are excluded.

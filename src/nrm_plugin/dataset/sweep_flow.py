@@ -23,7 +23,7 @@ from .sweep_sums import Sums, flow_queries_of, sums_of
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-3
-"""Maximum deviation from 1 of the sum over a cut."""
+"""Maximum deviation of the sum over a cut from 1."""
 
 
 def flow_queries(layers: Sequence[str], over: Mapping[str, Any] | None = None) -> list[Query]:
@@ -61,8 +61,8 @@ def flow_of_sweep(
     """Computes the mean flow over samples of a sweep, without the model.
 
     The sweep must contain the marginals, sink and bypass of each layer, and the joint relevance of consecutive layers;
-    see :func:`flow_queries`. The mass of the walks through a group of one layer and no group of the next layer is
-    computed as the marginal minus the sum of joint relevance.
+    see :func:`flow_queries`. The mass of the walks that cross a group of one layer but no group of the next is computed
+    as the marginal minus the sum of joint relevance.
 
     Args:
         sweep: The sweep, or its folder.
@@ -73,7 +73,7 @@ def flow_of_sweep(
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         coverage: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         names: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
-        groups: Groups of the stored channels from :func:`~nrm_plugin.find_groups`, applied to all of their layers.
+        groups: Groups of the stored channels from :func:`~nrm_plugin.find_groups`, which apply to all of their layers.
 
     Raises:
         InputError: If the members of the groups differ from those of the sweep.
@@ -101,7 +101,7 @@ def flow_of_sweep(
 
 
 def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
-    """Aggregates a flow over single channels into a flow over groups of them.
+    """Aggregates a flow over single channels to a flow over groups of channels.
 
     Raises:
         InputError: If the members of the groups differ from the nodes of a layer.
@@ -127,7 +127,7 @@ def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
 
 
 def reduced(graph: FlowGraph, top: int | None, min_mass: float | None, coverage: float | None) -> FlowGraph:
-    """Applies :meth:`FlowGraph.smaller`; returns the graph unchanged if there are no thresholds."""
+    """Applies :meth:`FlowGraph.smaller`, or returns the graph unchanged if there are no thresholds."""
     return graph if top is min_mass is coverage is None else graph.smaller(top, min_mass, coverage)
 
 
@@ -146,7 +146,7 @@ def _layer(name: str, sums: Sums, queries: Sequence[QueryInfo], names: Names | N
 
 
 def _joint(upper: FlowLayer, lower: FlowLayer, joint: Array) -> Array:
-    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)`` with an empty rest and with all other walks."""
+    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)``, by an empty rest and by all other walks."""
     matrix = np.zeros((len(upper.groups) + 2, len(lower.groups) + 2))
     matrix[:-2, :-2] = joint
     matrix[:-2, -1] = np.array(upper.masses) - joint.sum(1)

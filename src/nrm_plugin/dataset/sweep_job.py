@@ -25,7 +25,7 @@ from .shard_writer import ShardInfo, write_shard
 from .sweep_layout import OnError, SettingsError, ShardError, SweepError
 
 OnProgress = Callable[[int], object]
-"""Callback with the number of newly evaluated samples."""
+"""Callback that receives the number of newly evaluated samples."""
 
 
 class SampleError(SweepError):
@@ -34,7 +34,7 @@ class SampleError(SweepError):
 
 @dataclass(frozen=True)
 class SweepJob:
-    """The settings and data needed to evaluate any shard of a sweep.
+    """Settings and data needed to evaluate any shard of a sweep.
 
     Attributes:
         evaluation: Evaluation of a batch.
@@ -66,11 +66,12 @@ class SweepJob:
     # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
-        """Returns the finished shards, keyed by index, and moves damaged files aside.
+        """Returns the finished shards keyed by index and moves damaged files aside.
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
-            of: Indices of the shards to verify completely, using their checksums rather than only their footers.
+            of: Indices of the shards that are verified completely, by their checksums rather than only by their
+                footers.
 
         Raises:
             ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
@@ -215,7 +216,7 @@ class SweepJob:
             return self._without_failing(loaded, error)
 
     def _without_failing(self, loaded: LoadedBatch, error: Exception) -> tuple[BatchResults | None, list[FailedSample]]:
-        """Evaluates each sample separately to find the failing ones, and then the remaining samples together."""
+        """Evaluates each sample separately to find those that fail, and then all others together."""
         failed = [failure for sample in loaded.samples for failure in self._failure_of(sample)]
         indices = {failure.sample for failure in failed}
         remaining = [sample for sample in loaded.samples if sample not in indices]

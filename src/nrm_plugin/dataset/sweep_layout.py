@@ -55,7 +55,7 @@ class SettingsError(SweepError):
 
 
 class ShardError(SweepError):
-    """Raised if a file of a sweep is damaged or is from a different sweep."""
+    """Raised if a file of a sweep is damaged or belongs to a different sweep."""
 
 
 class ManifestError(ShardError):
@@ -75,9 +75,9 @@ def arrow() -> Any:
 def schema(value: str = "float") -> pa.Schema:
     """Returns the Arrow schema of the result rows.
 
-    ``sample`` is the index in the data set, ``target`` the explained class and ``prediction`` the predicted class, or
-    -1 if undefined. ``group`` is a channel, position, neuron or label, and ``lower`` the group in the lower layer of a
-    joint matrix, otherwise -1. ``value`` is null if its denominator is zero or almost zero.
+    ``sample`` is the index in the data set. ``target`` is the explained class and ``prediction`` the predicted class,
+    or -1 if undefined. ``group`` is a channel, position, neuron or label. ``lower`` is the group in the lower layer of
+    a joint matrix, or -1. ``value`` is null if its denominator is zero or almost zero.
 
     Args:
         value: Type of stored values, ``"float"`` or ``"double"``.
@@ -117,7 +117,7 @@ class QueryInfo:
 
     @property
     def is_map(self) -> bool:
-        """Whether the results are tensors in ``maps/`` instead of rows."""
+        """Whether the results are tensors in ``maps/`` rather than rows."""
         return self.kind == "Maps"
 
     @property
@@ -138,9 +138,9 @@ class Manifest:
         samples: Number of samples, or None for an iterable data set that is not finished.
         value: ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
-        failed: Samples without rows, as ``{"sample": 3, "why": "…"}``.
-        bad_shards: Damaged files that were evaluated again, as ``{"file": "…", "why": "…"}``.
-        environment: Number of threads and device, which are not settings.
+        failed: Samples without rows, each as ``{"sample": 3, "why": "…"}``.
+        bad_shards: Damaged files that were evaluated again, each as ``{"file": "…", "why": "…"}``.
+        environment: Number of threads and device, which do not count as settings.
     """
 
     settings: Mapping[str, Any]
@@ -165,7 +165,7 @@ class Manifest:
         """Reads the manifest of a sweep folder.
 
         Raises:
-            SweepError: If the folder has no manifest, or its manifest has another format.
+            SweepError: If the folder has no manifest, or one in another format.
             ManifestError: If the manifest is damaged or was edited.
         """
         path = path_inside(folder, MANIFEST)
@@ -204,7 +204,7 @@ def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """Returns the path of a file in a sweep folder. The folder may come from an untrusted source.
+    """Returns the path of a file in a sweep folder, which may come from an untrusted source.
 
     Raises:
         ShardError: If the file is a link to a path outside the folder.

@@ -1,4 +1,4 @@
-"""Execution of a sweep: start or resumption, distribution of shards among processes, and completion."""
+"""Execution of a sweep: its start or resumption, the distribution of shards among processes, and its completion."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def sweep(
 ) -> Sweep:
     """Evaluates queries on every sample of a data set and stores the results.
 
-    Completed shards are kept if a sweep is killed, fails or is interrupted by Ctrl-C: the same call resumes it, and
-    yields the same rows as an uninterrupted sweep. Under ``torchrun``, the shards are divided among the processes.
+    If a sweep fails, is killed or is interrupted by Ctrl-C, completed shards are kept: the same call resumes the sweep,
+    and yields the same rows as an uninterrupted one. Under ``torchrun``, the shards are divided among the processes.
 
     Args:
         model: The network, in evaluation mode and on the device to use.
         data: A data set with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
             again and compared by hash, unless the data set has a method ``stamp(index)`` that returns the same value as
-            before. Without such a method, a string attribute ``fingerprint`` is compared instead, if there is one. The
-            data set of a ``DataLoader`` is read in index order, regardless of the sampler. An ``IterableDataset`` is
-            numbered in iteration order; to resume, it is read again from the beginning and must yield the same samples
-            in the same order.
+            before or, without such a method, the same string attribute ``fingerprint``. The data set of a
+            ``DataLoader`` is read in index order, regardless of the sampler. An ``IterableDataset`` is numbered in
+            iteration order; to resume a sweep, it is read again from the beginning and must yield the same samples in
+            the same order.
         queries: The queries to evaluate, such as ``[Marginal("features.28"), Sink("features.28")]``.
-        out: Folder for the results, created if missing.
+        out: Folder for the results, which is created if it does not exist.
         target: ``"prediction"``, ``"label"``, a class index, a function that returns the targets of a given batch, or
             None for a model with a single output.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -92,18 +92,18 @@ def sweep(
             so that positive values are evidence for the target in every sample.
         unpack: Function that splits a batch into inputs and labels. By default, a batch is a tensor of inputs, a pair
             ``(inputs, labels)``, or a mapping with ``"label"`` or ``"labels"``.
-        batch_size: Number of samples per batch. Defaults to that of the loader, or 16. A sweep can be resumed with a
+        batch_size: Number of samples per batch. Defaults to that of the loader, or to 16. A sweep can be resumed with a
             different batch size, which changes results only by rounding errors.
-        num_workers: Number of worker processes that read samples. Defaults to that of the loader, or 0.
-        shard: Number of samples per shard, rounded up to whole batches; if a process is killed, at most one shard is
+        num_workers: Number of worker processes that read samples. Defaults to that of the loader, or to 0.
+        shard: Number of samples per shard, rounded up to whole batches. If a process is killed, at most one shard is
             lost. A resumed sweep keeps its shard size.
         seed: Seed from which the random state of each sample is derived.
-        resume: Whether to resume a sweep in the folder. If False, an existing sweep raises an error.
+        resume: Whether to resume a sweep that the folder contains, rather than raise an error.
         retry_failed: Whether to evaluate shards with failed samples again.
         on_error: ``"raise"`` to stop at the first sample that cannot be read or evaluated, or at a damaged file;
             ``"skip"`` to skip and list such samples, and to evaluate damaged files again.
-        index: Whether to also store the rows sorted by group and value once the sweep is complete, for
-            :meth:`Sweep.top`.
+        index: Whether to store the rows a second time, sorted by group and value for :meth:`Sweep.top`, when the sweep
+            is complete.
         engine: ``"local"``, or ``"ray"`` for a Ray cluster.
         engine_options: Options of Ray: ``concurrency``, and ``num_gpus`` and ``num_cpus`` per worker.
         progress: Whether to show a progress bar.
@@ -112,8 +112,8 @@ def sweep(
         The stored sweep, which is complete unless other processes are still running.
 
     Raises:
-        SweepError: If the folder contains a sweep with different settings or samples (listed in the message), another
-            process writes to the folder, or a sample or shard fails.
+        SweepError: If the folder contains a sweep with different settings or samples (listed in the message), if
+            another process writes to the folder, or if a sample or shard fails.
         NRMError: If no measure of the model can be constructed with this composite, or a query does not match the
             model.
         MissingExtraError: If pyarrow or Ray is not installed.
@@ -222,7 +222,7 @@ def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list
 
 @contextmanager
 def _recording_interruption(folder: Path) -> Iterator[None]:
-    """Context manager that records interruptions, and the samples failed so far, in the manifest."""
+    """Context manager that records interruptions, and the samples that have failed so far, in the manifest."""
     try:
         yield
     except BaseException:
@@ -233,7 +233,7 @@ def _recording_interruption(folder: Path) -> Iterator[None]:
 
 
 def summarized(folder: Path) -> Manifest:
-    """Returns the manifest, updated with the groups, ranks, failed samples and damaged files recorded in the shards."""
+    """Returns the manifest, updated by the groups, ranks, failed samples and damaged files recorded in the shards."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(

@@ -1,4 +1,4 @@
-"""Settings of a sweep that affect its results, as comparable JSON."""
+"""Settings of a sweep that affect its results, in the form of comparable JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""Version of the settings since which the model and the data are identified."""
+"""Version of the settings from which on they identify the model and the data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
-"""Batching settings, which affect results only through rounding errors."""
+"""Settings of batches, which affect results only by rounding errors."""
 MAX_LISTED = 8
 """Maximum number of differences listed in a message."""
 
 
 class SettingsWarning(UserWarning):
-    """Issued when resuming a sweep of an earlier version, since its settings do not identify code and data."""
+    """Issued when a sweep of an earlier version is resumed, since its settings do not identify code and data."""
 
 
 def settings_of(
@@ -91,8 +91,8 @@ def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, A
 
     Args:
         folder: The sweep folder.
-        stored: The stored settings. Settings that an earlier version did not record are not compared; in this case, a
-            warning is issued.
+        stored: The stored settings. Settings that an earlier version did not record are not compared, and a warning is
+            issued.
         settings: The settings of the call.
 
     Raises:
@@ -127,7 +127,7 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Returns whether the stored settings identify a model; those of earlier versions do not identify its code."""
+    """Returns whether stored settings identify the same model; those of earlier versions do not identify its code."""
     now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
     before: dict[str, Any] = stored["model"]
     return {key: value for key, value in now.items() if key in before} == before

@@ -1,4 +1,4 @@
-"""Start of a sweep, in a new folder or as the resumption of a stored sweep."""
+"""Start of a sweep, in a new folder or by resuming a stored sweep."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .sweep_settings import check_same
 
 
 def begin(job: SweepJob, settings: dict[str, Any], resume: bool, locks: FolderLocks) -> SweepJob:
-    """Creates the sweep folder and its manifest, or checks that the folder contains the same sweep.
+    """Creates the sweep folder with its manifest, or checks that the folder contains the same sweep.
 
     Args:
         job: The sweep job.
         settings: The settings of the sweep.
         resume: Whether the folder may already contain a sweep.
-        locks: Locks of the folder; the lock of this rank remains acquired.
+        locks: Locks of the folder. The lock of this rank remains acquired.
 
     Returns:
         The job, with the shard size and fingerprint of the stored shards.

@@ -1,4 +1,4 @@
-"""Sums of query results over the samples of a stored sweep, as required for flows and the search for groups."""
+"""Sums of query results over the samples of a stored sweep, for flows and the search for groups."""
 
 from __future__ import annotations
 
@@ -140,5 +140,5 @@ class Sums:
         return mean
 
     def total(self, queries: Sequence[QueryInfo]) -> float:
-        """Returns the sum of the mean results of queries, over all of their groups."""
+        """Returns the sum of the mean results of queries over all of their groups."""
         return sum(float(self.mean(info.name).sum()) for info in queries)

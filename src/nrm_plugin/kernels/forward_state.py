@@ -35,7 +35,7 @@ def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
 
 
 def protected(value: Any) -> Any:
-    """Detaches constant tensors in an argument of a step, and protects them from later in-place operations.
+    """Detaches constant tensors in an argument of a step and protects them from later in-place operations.
 
     Parameters are returned unchanged, since they keep their values while a model runs.
     """
@@ -68,7 +68,7 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into ``target`` in place, and returns a tensor with the autograd history of the result."""
+    """Copies a result into ``target`` in place and returns a tensor with the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)

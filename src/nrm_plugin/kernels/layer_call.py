@@ -71,7 +71,7 @@ class LayerCall:
         name: str,
         image: Image | None = None,
     ) -> LayerCall:
-        """Creates the record of a call, and saves only the tensors that the rule reads."""
+        """Creates the record of a call and saves only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
         # The output itself is linked to a step, so storing it would create a reference cycle.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)

@@ -275,7 +275,7 @@ class LinkInPlace(torch.autograd.Function):
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Attaches a step to the autograd graph, and returns ``output`` with the step as its ``grad_fn``."""
+    """Attaches a step to the autograd graph and returns ``output`` with the step as its ``grad_fn``."""
     step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
     result: Tensor = Link.apply(step, [output, _origin_of(*inputs)], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result

@@ -16,7 +16,7 @@ from ..recording.transformer_sites import PART
 
 
 def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
-    """Rewrites an attention event as an event over taps, and returns other events unchanged.
+    """Rewrites an attention event as an event over taps and returns other events unchanged.
 
     A walk through a pair (query, key) crosses the attention output at the query token and then the values at the key
     token (or the attention weights, if the rule propagates relevance to them). It stays within one head.

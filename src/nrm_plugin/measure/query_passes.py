@@ -210,7 +210,7 @@ class QueryPasses:
         return [self._mixed(matrix) for matrix in matrices]
 
     def _pairs(self, layers: Sequence[Layer], remedy: str) -> list[tuple[Tap, Tap]]:
-        """Returns the taps of each pair of consecutive layers, and checks that the second is below the first."""
+        """Returns the taps of each pair of consecutive layers and checks that the second is below the first."""
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):

@@ -44,7 +44,7 @@ def every_one(outputs: Tensor, references: int) -> Tensor:
 
 
 def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple[Tensor, Tensor]:
-    """Computes the start vector of a measure, and the scalar that it explains for each sample.
+    """Computes the start vector of a measure and the scalar that it explains for each sample.
 
     Args:
         recording: The recording of the forward pass.

@@ -110,7 +110,7 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Converts values to reduced precision, and rescales them if necessary.
+    """Converts values to reduced precision and rescales them if necessary.
 
     Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so that scaling back
     is exact.

@@ -283,7 +283,7 @@ class PlannedMeasure(RelevanceMeasure):
         return query.answer(results)
 
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on a traced recording, and compiles a program that repeats it."""
+        """Computes a query on a traced recording and compiles a program that repeats it."""
         self._check_inputs()
         if self._recorded is None or not self._recorded.is_traceable:
             self._recorded = self._record()
@@ -303,7 +303,7 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on the recording, and traces it if possible, since later queries reuse its kernels."""
+        """Computes a query on the recording and traces it if possible, since later queries reuse its kernels."""
         self._is_answering = True
         try:
             with nullcontext() if self._recorded is None else self._recorded.traced():

@@ -89,7 +89,7 @@ class Program:
         self.is_shareable = not any(used[at] in shared for places in self._overwritten for at in places)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
-        """Runs the first stage, and returns the outputs and the state: the tensors that the second stage needs."""
+        """Runs the first stage and returns the outputs and the state: the tensors that the second stage needs."""
         with _plain(inputs[0].device):
             outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)

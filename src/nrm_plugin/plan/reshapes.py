@@ -186,7 +186,7 @@ class ViewRemover:
         return root if self.trace.forms[root][0] == form[0][1:] else None
 
     def _new(self, number: int) -> int:
-        """Adds a copy of a tensor without its leading dimension to the trace, and returns the index of the copy."""
+        """Adds a copy of a tensor without its leading dimension to the trace and returns the index of the copy."""
         trace = self.trace
         made, trace.count = trace.count, trace.count + 1
         shape, stride, *rest = trace.forms[number]

@@ -128,7 +128,7 @@ class Measures:
         return is_too_large
 
     def _is_repeated(self, form: Hashable) -> bool:
-        """Counts a call, and returns whether its form has recurred often enough to create a plan."""
+        """Counts a call and returns whether its form has recurred often enough to create a plan."""
         self._seen[form] = self._seen.get(form, 0) + 1
         self._seen.move_to_end(form)
         while len(self._seen) > MOST:

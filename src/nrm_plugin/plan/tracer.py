@@ -91,7 +91,7 @@ class Tracer(TorchDispatchMode):
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def placeholder(self, tensor: Tensor) -> int:
-        """Declares a tensor whose values vary between runs, and returns its index."""
+        """Declares a tensor whose values vary between runs and returns its index."""
         number = self._new(tensor, is_traced=True).number
         self.trace.placeholders.append(number)
         self._vary(number)

@@ -1,4 +1,4 @@
-"""Heat maps and images as NumPy arrays, with checked shapes."""
+"""Conversion of heat maps and images to NumPy arrays of checked shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Values = Tensor | Array
 
 
 def as_array(values: Tensor | ArrayLike) -> Array:
-    """Returns a tensor of any floating-point format, or an array, as an array in double precision."""
+    """Returns an array, or a tensor in any floating-point format, as an array in double precision."""
     return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
 
 

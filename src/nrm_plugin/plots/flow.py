@@ -60,27 +60,27 @@ def flow_figure(
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
     Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; at each node, negative
-    ribbons are below positive ones. Grey is the rest of a layer, hatched orange is relevance absorbed above the layer,
-    and dotted orange is relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are not
-    drawn; the legend states their total.
+    ribbons are below positive ones. Grey marks the rest of a layer, hatched orange the relevance absorbed above it, and
+    dotted orange the relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are not drawn;
+    the legend states their total.
 
     Args:
         graph: The flow graph.
-        heading: What the flow explains, above the title.
+        heading: Description of what the flow explains, above the title.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, to be drawn as thumbnails.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
         image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is drawn next to
             the caption, and in grey behind the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for one column of a paper; by default, at least 7.2.
         maps_at: The layer at whose positions the heat maps are computed, for the legend; by default, single pixels.
-        walks: The strongest walks over groups; those named in the caption are drawn within the ribbons.
+        walks: The strongest walks over groups. Those that the caption names are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
             names, below each group of channels, the image part that contributes most to it.
-        counts: Number of channels in each group, keyed by node; shown where there is enough space.
-        finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If empty, the
-            heading is the title.
+        counts: Number of channels in each group, keyed by node, which is shown where there is enough space.
+        finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If it is empty,
+            the heading is the title.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -165,7 +165,7 @@ def color_of(tone: str, palette: Palette) -> str:
 
 
 def curve(band: Band) -> list[tuple[float, float]]:
-    """Returns the corners and Bézier control points of a ribbon: along its upper edge, then back along its lower."""
+    """Returns the corners and Bézier control points of a ribbon, along its upper edge and back along its lower edge."""
     (x, start), (right, end) = band.start, band.end
     middle, half = (x + right) / 2, band.width / 2
     over = [(x, start - half), (middle, start - half), (middle, end - half), (right, end - half)]
@@ -174,7 +174,7 @@ def curve(band: Band) -> list[tuple[float, float]]:
 
 
 def walk_bands(scene: Scene, walks: Walks) -> list[Band]:
-    """Returns bands for the walks named in the caption, drawn to scale at the upper edges of the ribbons."""
+    """Returns bands for the walks that the caption names, drawn to scale at the upper edges of the ribbons."""
     ribbons = {(band.lower, band.upper): band for band in scene.bands}
     filled = dict.fromkeys(ribbons, 0.0)
     bands = []

@@ -19,16 +19,16 @@ NAMED = 3
 NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.1, 1e-3
 """Maximum number of named walks, smallest relevance of a named walk, and smallest relevance that is mentioned."""
 WORTH_SAYING = 0.01
-"""Relevance below this value is not mentioned."""
+"""Smallest relevance that is mentioned."""
 WIDE = 0.1
-"""The widest ribbon between two layers is named if it has at least this relevance."""
+"""Smallest relevance at which the widest ribbon between two layers is named."""
 DENSE = 1.25
 """Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
 FEW = 0.25
-"""If the shown channels of a layer account for a smaller share of relevance, the caption states this."""
+"""Share of the relevance below which the caption states how little the shown channels of a layer account for."""
 PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
 Walks = Sequence[tuple[Sequence[str], float]]
-"""Walks over groups, sorted by decreasing mass: the keys of their nodes, from the input to the output, and masses."""
+"""Walks over groups, sorted by decreasing mass: keys of their nodes, from the input to the output, and their masses."""
 
 
 def flow_caption(
@@ -62,12 +62,12 @@ def flow_caption(
 
 
 def named_walks(walks: Walks) -> Walks:
-    """Returns the walks to be named in a caption, with an absolute mass of at least :data:`NAMED_WALK`."""
+    """Returns the walks that a caption names, whose absolute mass is at least :data:`NAMED_WALK`."""
     return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if abs(mass) >= NAMED_WALK]
 
 
 def named(node: FlowNode, graph: FlowGraph) -> str:
-    """Returns the name of a node as used in a sentence, with its layer unless this is the input or the output."""
+    """Returns the name of a node for use in a sentence, with its layer unless that is the input or the output."""
     name = node_name(node)
     return name if node.layer in ("input", "output") else f"{name} of {node.layer}"
 
@@ -94,7 +94,7 @@ def _parts(graph: FlowGraph, target: str, areas: Mapping[str, float], places: Ma
 
 
 def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
-    """Names the image part with the most relevance per area, unless it is also the one with the most relevance."""
+    """Names the image part with the most relevance per area, unless it also has the most relevance."""
     nodes = groups_of(graph.layers[-1]) if graph.layers else []
     known = [node for node in nodes if areas.get(node.key, 0.0) > 0 and node.mass >= WORTH_SAYING]
     if len(known) < 2:
@@ -107,7 +107,7 @@ def _densest(graph: FlowGraph, areas: Mapping[str, float]) -> str:
 
 
 def _few_channels(graph: FlowGraph) -> str:
-    """States how much relevance the shown channels of layers account for, if it is less than a quarter."""
+    """States how much of the relevance the shown channels of each layer account for, if it is less than a quarter."""
     few = [layer for layer in graph.layers[::-1] if _shows_few(layer)]
     if not few:
         return ""
@@ -176,7 +176,7 @@ def _strongest_walks(graph: FlowGraph, walks: Walks) -> str:
 
 
 def _narrow_ribbons(graph: FlowGraph, walks: Walks) -> list[str]:
-    """Explains why ribbons are narrower than a named walk: other walks through the ribbon have the opposite sign."""
+    """Explains why a ribbon is narrower than a named walk: other walks through it have the opposite sign."""
     ribbons = {(edge.lower.key, edge.upper.key): edge.mass for edge in graph.edges}
     narrow = {
         pair: (ribbons.get(pair, 0.0), math.copysign(1, mass))

@@ -13,9 +13,9 @@ from .flow_order import column_orders
 MAX_GROUPS = 40
 """Maximum number of groups per layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
-"""Smallest relevance at which nodes for walks off a layer, and for the rest of a layer, are drawn."""
+"""Smallest relevance at which the nodes for the rest of a layer, and for walks off a layer, are drawn."""
 NUMBERED = {"input": "group", "output": "output"}
-"""Terms for the groups of a layer, keyed by layer name; in all other layers, they are channels."""
+"""Terms for the groups of a layer, keyed by layer name. In all other layers, the groups are channels."""
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
@@ -74,8 +74,8 @@ def is_difference(graph: FlowGraph) -> bool:
 def without_output(graph: FlowGraph) -> FlowGraph:
     """Returns a difference without the output if two other layers remain.
 
-    Both flows hold all relevance of their outputs, so that the output shows 100 % and -100 % for two classes, and
-    nothing for one class in two images; the scale would be that of these bars, not of the differences.
+    Each flow contains all relevance of its output, so the output shows 100 % and -100 % for two classes, and nothing
+    for one class in two images. Its bars would determine the scale, instead of the differences.
     """
     if len(graph.layers) < 3 or graph.layers[0].name != "output":
         return graph
@@ -83,7 +83,7 @@ def without_output(graph: FlowGraph) -> FlowGraph:
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone of a node, which determines its colour, from the sign of its value or from its kind."""
+    """Returns the tone of a node, which determines its colour, according to the sign of its value or its kind."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
     return "negative" if value < 0 else "rest" if node.kind == "rest" else "positive"
@@ -97,7 +97,7 @@ def node_name(node: FlowNode) -> str:
 
 
 def region_name(node: FlowNode) -> str:
-    """Returns the name of an input region as displayed in the photograph, where a number is sufficient."""
+    """Returns the name of an input region as displayed in the photograph, where a number suffices."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 

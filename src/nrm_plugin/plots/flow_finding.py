@@ -1,4 +1,4 @@
-"""The main finding of a flow in one sentence, which is the title of its figure."""
+"""The main finding of a flow as a sentence, which is the title of its figure."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from .flow_columns import NUMBERED, is_difference, node_name
 from .ribbons import percent
 
 HALF = 0.5
-"""The named nodes of a layer are the fewest that hold this share of the relevance, but at most :data:`NAMED`."""
+"""Share of the relevance of a layer that the named nodes hold: as few as possible, but at most :data:`NAMED`."""
 NAMED = 3
 AGAINST = -0.25
-"""Evidence against the output of at least this mass is part of the finding."""
+"""Smallest mass of evidence against the output that is part of the finding."""
 ALIKE = 0.01
-"""If no node differs by this share, the finding is that two flows hardly differ."""
+"""Difference that at least one node must reach, since otherwise two flows are said to hardly differ."""
 THROUGH = "passes through"
 WORD_AND_NUMBER = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
 SEVERAL = re.compile(r" \+ \d+$")
-"""End of the name of a group of several members, such as "teapot + 474"."""
+"""Pattern of the end of the name of a group with several members, such as "teapot + 474"."""
 Places = Mapping[str, str]
-"""Where in the image each input node lies, such as "upper left", keyed by node."""
+"""Location of each input node in the image, such as "upper left", keyed by node."""
 
 
 def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = None) -> str:
-    """Returns one sentence on what carries the output: its main sources, and the main nodes of a layer above them.
+    """Returns a sentence on the relevance of the output: its main sources, and the main nodes of a layer above them.
 
-    Each number is the sum of the masses of the named nodes, which the figure shows. Of the layers between the lowest
-    layer and the output, the sentence is about the one in which the fewest nodes hold half of the relevance. If most
-    relevance passes through nodes that are not shown, it says so.
+    Each number is the sum of the masses of the named nodes, which the figure shows. Among the layers between the lowest
+    layer and the output, the sentence describes the one in which the fewest nodes hold half of the relevance. If most
+    of the relevance passes through nodes that are not shown, it says so.
 
     Args:
         graph: The graph.
         target: Name of the explained output; by default, the name of the only output node.
-        places: Where in the image each input node lies, such as "upper left", keyed by node.
+        places: Location of each input node in the image, such as "upper left", keyed by node.
 
     Returns:
-        The sentence, without a full stop; empty for a difference of two flows, and if the lowest layer has no groups.
+        The sentence, without a full stop. It is empty for a difference between two flows, and if the lowest layer has
+        no groups.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -58,12 +59,12 @@ def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = Non
 
 
 def difference_finding(graph: FlowGraph, first: str, second: str, places: Places | None = None) -> str:
-    """Returns one sentence on where two flows differ most, or on how little they differ.
+    """Returns a sentence on where two flows differ most, or on how little they differ.
 
     Args:
         graph: The first flow minus the second.
-        first: Name of the first flow, whose excess is red.
-        second: Name of the second flow, whose excess is blue.
+        first: Name of the first flow; red shows where it is larger.
+        second: Name of the second flow; blue shows where it is larger.
         places: As in :func:`flow_finding`.
     """
     nodes = [node for layer in graph.layers if layer.name != "output" for node in groups_of(layer)]
@@ -100,7 +101,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def together(names: Sequence[str]) -> str:
-    """Lists names, and names a common word once: "part 1" and "part 2" are "parts 1 and 2"."""
+    """Lists names and states a common word only once: "part 1" and "part 2" become "parts 1 and 2"."""
     matches = [WORD_AND_NUMBER.fullmatch(name) for name in names]
     words = {match["word"] if match else None for match in matches}
     if len(names) < 2 or len(words) > 1 or None in words:
@@ -119,14 +120,14 @@ def leading(layer: FlowLayer) -> list[FlowNode]:
 
 
 def _concentration(layer: FlowLayer) -> tuple[bool, int, float]:
-    """Returns a key that is larger if fewer nodes of a layer hold half of the relevance, or if they hold more of it."""
+    """Returns a sort key that is larger if fewer nodes of a layer hold half of the relevance, or if they hold more."""
     nodes = leading(layer)
     total = sum(node.mass for node in nodes)
     return total >= HALF, -len(nodes), total
 
 
 def _clause(layer: FlowLayer, says: str, places: Places) -> str:
-    """Returns the main nodes of a layer with the sum of their masses, or how much the nodes that are not shown have."""
+    """Describes the main nodes of a layer and their total mass, or the mass of the nodes that are not shown."""
     of_layer = "" if layer.name == "input" else f" of {layer.name}"
     if layer.others and layer.rest >= HALF:
         return f"{percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"
@@ -147,7 +148,7 @@ def members_of(layer: FlowLayer) -> str:
 
 
 def groups_of(layer: FlowLayer) -> list[FlowNode]:
-    """Returns the nodes of a layer without those for the rest, the sink and the bypass."""
+    """Returns the nodes of a layer, except those for the rest, the sink and the bypass."""
     return layer.nodes[: len(layer.groups)]
 
 

@@ -1,4 +1,4 @@
-"""Flow graphs as HTML pages: single files with SVG and a small script that require no network access or packages."""
+"""Flow graphs as HTML pages: single files with SVG and a small script that need neither network nor packages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, pai
 from .ribbons import DARK, LIGHT, Palette, percent
 
 WIDTH = 12.0
-"""Nominal width of the drawing in inches, to which font sizes refer; the page scales it to the window."""
+"""Nominal width of the drawing in inches, to which font sizes refer. The page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content security policy with which the browser blocks all network requests of the page."""
 
@@ -50,14 +50,14 @@ def sankey(
     """Returns a flow graph as a self-contained HTML page for light and dark backgrounds.
 
     Hovering over a node or a ribbon shows its values. Clicking on a node, or pressing Enter, conditions on this node:
-    all nodes whose joint relevance with it is given by the graph or by ``pairs`` then show their relevance given this
-    node. Arrow keys move between nodes, Escape resets the view, and ``/`` starts a search. A table contains all values
-    for screen readers.
+    all nodes whose joint relevance with it is known from the graph or from ``pairs`` then show their relevance given
+    this node. Arrow keys move between nodes, Escape resets the view, and ``/`` starts a search. A table for screen
+    readers contains all values.
 
     Args:
         graph: The flow graph.
         heading: Title of the page.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, to be drawn as thumbnails.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
         image: As in :func:`~nrm_plugin.plots.flow_figure`.
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
         pairs: Joint relevance of nodes in non-adjacent layers, from
@@ -257,7 +257,7 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def _data(graph: FlowGraph, scene: Scene, pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
-    """Returns the data of the page: nodes with their columns, ribbons, and joint relevance of pairs of nodes."""
+    """Returns the data of the page: nodes with their columns, ribbons, and the joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)

@@ -32,7 +32,7 @@ THUMBNAILS = (
 )
 CROP = "A white frame in the photograph marks the part that thumbnails show."
 VISIBLE = 1e-4
-"""Smallest visible relevance of a bar."""
+"""Smallest relevance at which a bar is visible."""
 SIGNS = ("evidence for the output", "evidence against it")
 
 
@@ -80,7 +80,7 @@ def key_text(
 
 
 def _output_group(graph: FlowGraph | None) -> str:
-    """Returns the name of a group of outputs, such as "teapot + 474"; empty if there is none."""
+    """Returns the name of a group of outputs, such as "teapot + 474", or an empty string if there is none."""
     nodes = [node for node in graph.nodes if node.layer == "output" and node.kind == "group"] if graph else []
     return next((node.label for node in nodes if SEVERAL.search(node.label)), "")
 
@@ -93,7 +93,7 @@ def _colors(graph: FlowGraph | None, signs: tuple[str, str], has_blue: bool) -> 
 
 
 def _is_negative(graph: FlowGraph) -> bool:
-    """Returns whether a part of a bar or a ribbon is visibly negative."""
+    """Returns whether a ribbon, or part of a bar, is visibly negative."""
     sums = [joint.clip(max=0).sum(axis) for joint in graph.joints for axis in (0, 1)]
     masses = [[node.mass for node in graph.nodes]]
     return min((float(np.min(values)) for values in [*sums, *masses] if len(values)), default=0.0) < -VISIBLE

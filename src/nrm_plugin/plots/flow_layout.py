@@ -1,4 +1,4 @@
-"""Layout of a flow: positions of nodes, ribbons, thumbnails and text, in points from the upper left corner.
+"""Layout of a flow: the positions of nodes, ribbons, thumbnails and text, in points from the upper left corner.
 
 The same layout is used for the figure and the HTML page.
 """
@@ -21,9 +21,9 @@ from .ribbons import percent
 HAIRLINE = 0.3
 """Smallest width of a ribbon that is drawn, in points."""
 NARROW = 5.0
-"""Figures narrower than this, in inches, become higher if columns are long, so that thumbnails remain legible."""
+"""Width in inches below which a figure becomes taller if columns are long, so that thumbnails remain legible."""
 CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are those of channels."
-"""Sentences in the legend about names below thumbnails."""
+"""Sentences of the legend about names below thumbnails."""
 GAP = 9.0
 """Vertical space between two nodes, in points."""
 WIDER, BESIDE = 1.5, 140.0
@@ -32,9 +32,9 @@ in points."""
 DARKER, PALER = 0.66, 0.26
 """Opacity of the fewest ribbons between the groups of two layers that hold half of their relevance, and of others."""
 FAINT = 0.14
-"""Opacity of ribbons between two rests, or between two nodes of walks that do not cross a layer."""
+"""Opacity of ribbons between two rests, or between two nodes for walks off a layer."""
 SHORT = 2
-"""Columns with at most this many nodes have room for names of three lines."""
+"""Maximum number of nodes of a column that has room for names of three lines."""
 LEAST = 20.0
 """Smallest width of a thumbnail, in points."""
 SMALLER = 0.8
@@ -71,8 +71,8 @@ def flow_scene(
         ratio: Height-to-width ratio of the thumbnails.
         photo_ratio: Height-to-width ratio of the photograph next to the caption, or None without a photograph.
         notes: Alternative notes below the name of each node, from longest to shortest, keyed by node.
-        counts: Number of channels of each group, keyed by node; shown where there is enough space.
-        finding: The main finding, which is the title; the heading is then a smaller line above it.
+        counts: Number of channels of each group, keyed by node, which is shown where there is enough space.
+        finding: The main finding, which is the title. The heading is then a smaller line above it.
 
     Raises:
         FlowError: If a layer has too many groups for a figure.
@@ -113,7 +113,7 @@ def flow_scene(
 def _counted(
     column: list[tuple[int, FlowNode]], counts: Counts, sizes: Sizes, number: int
 ) -> list[tuple[int, FlowNode]]:
-    """Returns a column whose labels include the numbers of channels, if all of them fit below the thumbnails."""
+    """Returns a column whose labels include the numbers of channels if all of these fit below the thumbnails."""
     for unit in ("channels", "ch."):
         longer = [(row, counted(node, counts, unit)) for row, node in column]
         widest = max((text_width(node_name(node), sizes.letters) for _, node in longer), default=0.0)
@@ -191,7 +191,7 @@ def _column_headings(graph: FlowGraph, sizes: Sizes, top: float) -> list[Label]:
 def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
     """Returns the number and mass of the shown groups of a layer, such as ``3 of 6: 80%`` or ``all 6: 100%``.
 
-    For the difference between two flows, masses sum to zero and are omitted.
+    For the difference between two flows, masses sum to zero and are left out.
     """
     if not layer.groups:
         return "no relevance crosses it"
@@ -326,7 +326,7 @@ def _bars(
 def _labels(
     graph: FlowGraph, number: int, node: FlowNode, box: Box, y: float, sizes: Sizes, is_between: bool
 ) -> tuple[Label, ...]:
-    """Returns the labels with the name and mass of a node, which must fit between its bars if ``is_between``."""
+    """Returns labels with the name and mass of a node, which must fit between its bars if ``is_between``."""
     last = len(graph.layers) - 1
     room = sizes.node(number) + 0.5 * sizes.gap if last else sizes.width
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters
@@ -362,7 +362,7 @@ def _name_lines(name: str, count: int, room: float, size: float) -> list[str]:
 
 
 def _fitting(node: FlowNode, room: float, size: float, is_bare: bool = False) -> str:
-    """Returns the name of a node, abbreviating "channel" if it does not fit the available width, or omitting it."""
+    """Returns the name of a node, with "channel" abbreviated or omitted if it does not fit the available width."""
     name = node_name(node)
     if is_bare:
         return name.removeprefix("channel ")
@@ -414,7 +414,7 @@ def _bands(
 
 
 def _half(values: Array) -> float:
-    """Returns the least absolute value of the fewest ribbons that hold half of the relevance between groups."""
+    """Returns the smallest absolute value among the fewest ribbons that hold half of the relevance between groups."""
     sizes = np.sort(np.abs(values), axis=None)[::-1]
     enough = np.cumsum(sizes) >= 0.5 * sizes.sum()
     return float(sizes[int(enough.argmax())]) if sizes.sum() > 0 else 0.0
@@ -427,7 +427,7 @@ def _tone(kinds: Collection[str], value: float) -> str:
 def _tops(values: Array, unit: float) -> Array:
     """Returns the upper ends of the ribbons at the nodes of one column, relative to the centre of the node.
 
-    The ribbons of a node are ordered like their other ends, with positive ribbons above negative ones.
+    The ribbons of a node are in the order of their other ends, with positive ribbons above negative ones.
     """
     positive, negative = values.clip(min=0), -values.clip(max=0)
     before = np.cumsum(positive, 1) - positive

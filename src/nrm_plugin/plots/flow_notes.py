@@ -1,4 +1,4 @@
-"""Notes on groups of channels: the image parts that contribute most to each, and its number of channels."""
+"""Notes on groups of channels: the image parts that contribute most to a group, and its number of channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Counts = Mapping[str, int]
 Pairs = Mapping[tuple[str, str], float]
 """Joint relevance of nodes in any two layers, keyed by the upper and the lower node."""
 GROUP = re.compile(r"[A-Z]\d+")
-"""Pattern of the names that the command assigns to groups of channels, and also to patches of the input."""
+"""Pattern of the names that the command gives to groups of channels, and also to patches of the input."""
 HIGH = ", high: "
 HIGHS = "“High” is a part with a clearly larger share of the group than of all relevance."
 """Prefix of the second image part in a note, and the sentence that explains it in the legend."""
@@ -39,11 +39,11 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 
 
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
-    r"""Returns notes on the groups of channels whose relevance is spread over the image differently from all relevance.
+    r"""Returns notes on the groups of channels whose relevance is not distributed over the image like all relevance.
 
     A part ``B`` of the image stands out in a group ``A`` if its share :math:`\mu(B \mid A)` of the relevance of the
     group clearly exceeds its share :math:`\mu(B)` of all relevance. A note names the part with the largest share and,
-    if it is a different one, the part that stands out most: "most: part 1 31%, high: part 3 25%".
+    if this is a different part, the one that stands out most: "most: part 1 31%, high: part 3 25%".
 
     Args:
         graph: A flow whose lowest layer is the input.

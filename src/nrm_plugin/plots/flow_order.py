@@ -13,7 +13,7 @@ Order = NDArray[np.int64]
 ROUNDS = 2
 """Number of rounds in which adjacent nodes are swapped in all columns."""
 STARTS, SMALL = 6, 16
-"""Number of additional random initializations, and the maximum column length for which they are used."""
+"""Number of additional random initializations, and the maximum length of columns for which they are used."""
 SWEEPS = 12
 """Number of sweeps over the columns, alternating between left to right and right to left."""
 
@@ -66,7 +66,7 @@ def _shuffled(order: Order, free: int, generator: np.random.Generator) -> Order:
 
 
 def total_crossings(widths: Sequence[Array], orders: Sequence[Order]) -> float:
-    """Returns the product of the widths of the two crossing ribbons, summed over all crossings."""
+    """Sums the product of the widths of two crossing ribbons over all crossings."""
     pairs = zip(widths, orders, orders[1:], strict=False)
     return sum(crossings(width[np.ix_(left, right)]) for width, left, right in pairs)
 
@@ -86,7 +86,7 @@ def crossings(widths: Array) -> float:
 def _by_barycentre(
     widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
 ) -> Order:
-    """Sorts a column by the mean position of the nodes that its ribbons connect to in the previous column."""
+    """Sorts a column by the mean position of the nodes to which its ribbons lead in the previous column."""
     places, total = np.zeros(len(orders[column])), np.zeros(len(orders[column]))
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
     for pair, side in sides[:1] if 0 <= sides[0][0] < len(widths) else sides[1:]:

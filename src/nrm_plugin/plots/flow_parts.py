@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from ..measure.flow_graph import FlowNode
 
 BAR, MARGIN = 4.5, 8.0
-"""Width of a bar and margin around the drawing, in points."""
+"""Width of a bar, and margin around the drawing, in points."""
 LINE = 1.22
 """Line spacing, as a multiple of the font size."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle, given by its upper left corner, width and height."""
+    """Rectangle, given by its upper left corner, width and height."""
 
     x: float
     y: float
@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text, with the position of its vertically centred anchor, its font size and its tone."""
+    """Line of text, with the position of its vertically centred anchor, its font size and its tone."""
 
     x: float
     y: float
@@ -47,7 +47,7 @@ class Label:
 
 @dataclass(frozen=True)
 class DrawnNode:
-    """A drawn node of a flow.
+    """Node of a flow as it is drawn.
 
     Attributes:
         node: The node of the flow graph.
@@ -69,10 +69,10 @@ class DrawnNode:
 
 @dataclass(frozen=True)
 class Band:
-    """A drawn ribbon between a node on the left and a node on the right.
+    """Ribbon between a node on the left and a node on the right as it is drawn.
 
     Attributes:
-        lower, upper: Keys of both nodes; the lower one is on the left.
+        lower, upper: Keys of the two nodes; the lower one is on the left.
         value: Joint relevance.
         start, end: End points of the centre line.
         width: Width of the ribbon.
@@ -92,7 +92,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Scene:
-    """The layout of a complete drawing.
+    """Layout of a complete drawing.
 
     Attributes:
         width, height: Size of the drawing.
@@ -115,7 +115,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a flow drawing; lengths are in points.
+    """Dimensions of a drawing of a flow; lengths are in points.
 
     Attributes:
         width: Width of the drawing.
@@ -124,7 +124,7 @@ class Sizes:
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
         notes: Number of additional lines for notes per node in each column.
-        bare: Whether the channels of each column are named by their numbers alone, for lack of space.
+        bare: Whether the channels of each column are named by their numbers alone for lack of space.
     """
 
     width: float

@@ -12,7 +12,7 @@ THIRDS = (
 )
 EDGES = "along the edges"
 TOUCHED = 0.5
-"""Smallest fraction of a side of the image that a region along this side covers."""
+"""Smallest fraction of a side of the image that a region must cover to lie along this side."""
 MOST = 0.5
 """Fraction of the relevance of a region above which a single ninth of the image is named as its location."""
 

@@ -1,4 +1,4 @@
-"""Text width in the standard font of figures, and line breaking."""
+"""Width of text in the standard font of figures, and line breaking."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 HINTED = 1.06
-"""Factor by which hinting widens small text, relative to its outlines."""
+"""Factor by which hinting widens small text relative to its outlines."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -33,7 +33,7 @@ def cut(text: str, room: float, size: float, is_bold: bool = False) -> str:
 
 
 def wrapped_lines(text: str, room: float, size: float, is_bold: bool = False) -> list[str]:
-    """Breaks a text at spaces into lines of the given width; words that are too long are shortened."""
+    """Breaks a text at spaces into lines of the given width, and shortens words that are too long."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

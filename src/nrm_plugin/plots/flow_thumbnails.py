@@ -22,11 +22,11 @@ Box = tuple[int, int, int, int]
 """Top, left, bottom and right edge of an image crop, in pixels."""
 
 CELLS = 32
-"""Resolution of a smoothed thumbnail along its longer side, about what the eye can resolve."""
+"""Resolution of a smoothed thumbnail along its longer side, about as much as the eye can resolve."""
 PIXELS = 120
 """Side length of a thumbnail in pixels."""
 SHARP = 40
-"""Images with at most this many pixels along each side are not smoothed, so that pixels remain visible."""
+"""Maximum number of pixels along each side of an image that is not smoothed, so that its pixels remain visible."""
 INSIDE = 0.97
 """Fraction of the absolute relevance that the crop of the thumbnails contains along each axis."""
 OUTSIDE = 0.4
@@ -39,7 +39,7 @@ LEAST = 0.35
 
 @dataclass(frozen=True)
 class Photo:
-    """The explained image and the image file from which it was cropped.
+    """Explained image, and the image file from which it was cropped.
 
     Attributes:
         image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
@@ -74,7 +74,7 @@ class NodeThumbnails:
         grey: The same crop of the photograph in grey, ``(H, W)`` in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
         edges: Boolean mask of the outline of each input node, ``(H, W)``, keyed by node.
-        inside: Boolean mask of the region of each input node, ``(H, W)``, keyed by node; other pixels are faded.
+        inside: Boolean mask of the region of each input node, ``(H, W)``, keyed by node. All other pixels are faded.
     """
 
     box: Box
@@ -92,7 +92,7 @@ class NodeThumbnails:
 
 
 def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
-    """Computes the thumbnails of the nodes that have heat maps, or returns None if there are none.
+    """Computes the thumbnails of the nodes that have heat maps, or returns None if no node has one.
 
     Each heat map is divided by its total absolute relevance. All heat maps of a layer share one colour scale, whose
     limit is the median of their maxima.
@@ -176,7 +176,7 @@ def has_blue(thumbnails: NodeThumbnails | None) -> bool:
 
 
 def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
-    """Returns a point inside each region, far from its border, to place its name.
+    """Returns a point inside each region, far from its border, at which its name is placed.
 
     Points are fractions of the width and height of the image of the file, from the upper left corner.
     """
@@ -222,7 +222,7 @@ def smoothed(values: Array) -> Array:
 
 
 def crop(weights: Array) -> Box:
-    """Returns the crop of an image, with its aspect ratio, that contains most of the nonnegative weights."""
+    """Returns the crop of an image, in its aspect ratio, that contains most of the nonnegative weights."""
     height, width = weights.shape
     if max(height, width) <= SHARP or not weights.any():
         return (0, 0, height, width)
@@ -269,7 +269,7 @@ def _blurred(values: Array, radius: float) -> Array:
 
 
 def _border(mask: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
-    """Returns a mask of the pixels of a region that are close to its border or to the border of the image."""
+    """Returns a mask of the pixels of a region that are close to its border or to that of the image."""
     inner = np.pad(mask, thickness)
     for axis in (0, 1):
         inner = np.logical_and.reduce([np.roll(inner, step, axis) for step in range(-thickness, thickness + 1)])

@@ -1,4 +1,4 @@
-"""Lookup of installed fonts for characters that are missing in the standard font of a figure."""
+"""Lookup of installed fonts for characters that the standard font of a figure lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 PLACEHOLDERS = "Last Resort"
-"""A matplotlib font with placeholder boxes for all characters."""
+"""Font of matplotlib with placeholder boxes for all characters."""
 
 
 def use_installed_fonts(figure: Figure) -> str:
@@ -41,7 +41,7 @@ def font_with(letter: str) -> str:
 
 @functools.cache
 def letters_of(path: str) -> frozenset[int]:
-    """Returns the code points of a font; empty if matplotlib cannot render it, as for coloured bitmap fonts."""
+    """Returns the code points of a font, or none if matplotlib cannot render it, as for coloured bitmap fonts."""
     try:
         font = FT2Font(path)
         font.set_size(10, 72)

@@ -1,8 +1,8 @@
 """Figures of heat maps, joint relevance, and the mass, sink and bypass of layers.
 
-Functions return a new matplotlib ``Figure`` or draw on given axes, without the global state of pyplot. Positive
-relevance is red and negative relevance is blue, in colour-blind-friendly shades. Colour bars show relevance as a
-percentage of the total of the sample.
+The functions return a new matplotlib ``Figure`` or draw on given axes, without using the global state of pyplot.
+Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades. Colour bars show relevance as
+a percentage of the total of the sample.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Budget:
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
         bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
-        reference: Sums for comparison at each layer, such as those of plain Zennit, marked with diamonds.
-        image: Image ``(C, H, W)`` to draw next to the title.
+        reference: Sums at each layer for comparison, such as those of plain Zennit, marked by diamonds.
+        image: Image ``(C, H, W)`` that is drawn next to the title.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
-    """Saves a figure with the given background colour and returns the path.
+    """Saves a figure with the given background colour and returns its path.
 
     Args:
         figure: The figure to save.
@@ -85,7 +85,7 @@ def heat_map(
         values: Relevance ``(H, W)``, dimensionless.
         title: Title of the figure.
         image: Image ``(C, H, W)``, shown in low contrast behind the heat map.
-        limit: Absolute value shown in the darkest colours; by default the largest absolute value.
+        limit: Absolute value shown in the darkest colours; by default, the largest absolute value.
         cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
             sum over each cell, which preserves the total. By default, pixels are shown.
 
@@ -120,7 +120,7 @@ def image_and_heat_map(
         limit: Absolute value shown in the darkest colours, for all heat maps or for each; by default, the largest
             absolute value of each heat map.
         cells: As in :func:`heat_map`.
-        shown: Image to show on the left; by default ``image``, which is also shown behind the heat maps.
+        shown: Image that is shown on the left; by default ``image``, which is also shown behind the heat maps.
     """
     several = [values] if isinstance(values, Tensor | np.ndarray) else values
     maps = [_summed(one, cells) for one in several]
@@ -154,7 +154,7 @@ def heat_maps(
         heading: Title of the figure.
         image: Image ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
         columns: Number of columns.
-        limit: Absolute value shown in the darkest colours; by default the largest absolute value of all maps.
+        limit: Absolute value shown in the darkest colours; by default, the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
 
     Raises:
@@ -196,7 +196,7 @@ def joint(
     titles: Sequence[str],
     heading: str = "",
 ) -> Figure:
-    """Draws an image with its heat map, a flow between channels, and joint heat maps, in one figure.
+    """Draws an image with its heat map, a flow between channels, and joint heat maps in one figure.
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1].
@@ -255,7 +255,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
 
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
-    """Draws an image ``(C, H, W)`` with values in [0, 1]; images with one channel are drawn dark on light."""
+    """Draws an image ``(C, H, W)`` with values in [0, 1]. Images with one channel are drawn dark on light."""
     pixels = image_array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
@@ -386,7 +386,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Returns whether a value exceeds the given limit, beyond which colours are saturated."""
+    """Returns whether a value exceeds the limit beyond which colours are saturated."""
     return limit is not None and _bound([as_array(values) for values in maps]) > limit
 
 

@@ -1,4 +1,4 @@
-"""Flow plots on matplotlib axes, with joint relevance between nodes drawn as ribbons between bars."""
+"""Flow plots on matplotlib axes, in which joint relevance between nodes is drawn as ribbons between bars."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c",
 ROW, GAP = 0.085, 0.025
 """Height of a node label and distance between two nodes, as fractions of the height of the plot."""
 VISIBLE = 0.012
-"""Smallest width of the widest ribbon at which widths are distinguishable, as a fraction of the height of the plot."""
+"""Width of the widest ribbon from which on widths are distinguishable, as a fraction of the height of the plot."""
 BAR = 0.022
 """Half the width of a bar, as a fraction of the distance between two columns."""
 
 
 ROUNDING = 1e-13
-"""Percentages below this value are considered float64 rounding errors."""
+"""Percentage below which a value is attributed to rounding errors in float64."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One layer of a flow plot.
+    """Layer of a flow plot.
 
     Attributes:
         name: Heading of the column.
@@ -84,7 +84,7 @@ class Ribbon:
     Attributes:
         nodes: Index of the node in each column.
         value: Joint relevance, drawn as the width of the ribbon.
-        mark: A short label to draw on an opaque ribbon; empty for a transparent ribbon.
+        mark: Short label that is drawn on an opaque ribbon; empty for a transparent ribbon.
         start: Index of the first column of the ribbon.
         kind: Kind of the ribbon, as for the nodes of :class:`Column`.
         strength: Opacity of a ribbon without a mark.
@@ -138,7 +138,7 @@ def draw_flow(
         columns: The layers, from left to right.
         ribbons: Joint relevance of nodes in all columns or in some consecutive columns.
         palette: Colours of the plot.
-        scale: Factor for the height of text, to be used for axes higher than 5 inches.
+        scale: Factor for the height of text, for axes that are higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
     axes.set_ylim(-0.07 * scale, 1 + 0.13 * scale)
@@ -161,9 +161,9 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the height of each node in a column: that of its bar or, if larger, of its stacked ribbons.
+    """Returns the height of each node in a column: that of its bar or, if larger, that of its stacked ribbons.
 
-    The stacked ribbons are higher than the bar if relevance of opposite sign cancels.
+    The stacked ribbons are higher than the bar if relevance of opposite signs cancels.
     """
     return [max(abs(value), *_stacks(number, node, ribbons)) for node, value in enumerate(column.marginals)]
 
@@ -212,7 +212,7 @@ def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit:
 
 
 def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float) -> list[list[float]]:
-    """Returns the heights at which ribbons cross columns; nodes stack ribbons in the order of their other ends."""
+    """Returns the heights at which ribbons cross columns. Nodes stack ribbons in the order of their other ends."""
     lanes = [[0.0] * len(one.nodes) for one in ribbons]
     starts = sorted({one.start for one in ribbons})
     for number, heights in enumerate(centers):

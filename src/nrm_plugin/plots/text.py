@@ -37,12 +37,12 @@ LINE, LETTER, FONT = 1.9, 0.602, 10.5
 
 @dataclass(frozen=True)
 class Word:
-    """A token as it is displayed.
+    """Token as it is displayed.
 
     Attributes:
         text: The text of the token.
         value: Relevance of the token.
-        is_spaced: Whether the token is preceded by a space.
+        is_spaced: Whether a space precedes the token.
         is_special: Whether the token is not part of the text, such as padding.
     """
 
@@ -63,15 +63,16 @@ def text_figure(
     heading: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Draws text whose tokens are coloured by relevance; several maps are stacked and share a colour scale.
+    """Draws text whose tokens are coloured by relevance. Several maps are stacked and share a colour scale.
 
     Args:
         tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
             token has one of these prefixes, each token is a word.
         values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map per head.
         titles: One title per map.
-        special: Tokens that are not text, such as ``tokenizer.all_special_tokens``, drawn in italics with a frame.
-        limit: Absolute relevance shown in the strongest colours; by default the largest absolute value.
+        special: Tokens that are not text, such as ``tokenizer.all_special_tokens``; they are drawn in italics with a
+            frame.
+        limit: Absolute relevance shown in the strongest colours; by default, the largest absolute value.
         width: Width in inches; longer lines are broken.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
@@ -151,7 +152,7 @@ def words_html(
         bound: Absolute relevance shown in the strongest colours.
         is_cut: Whether any value exceeds ``bound``.
         heading: Heading of the fragment.
-        whole: Description of the total that percentages refer to.
+        whole: Description of the total to which percentages refer.
     """
     parts = [f"<style>{_style()}</style>", '<div class="nrm-text">']
     parts += [f"<h4>{escape(heading)}</h4>"] if heading else []
@@ -214,12 +215,12 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
 
 
 def _cells(text: str) -> int:
-    """Returns the width of a text in characters, where wide East Asian characters count twice."""
+    """Returns the width of a text in characters; wide East Asian characters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]]:
-    """Breaks words into lines, each word with its first column; words longer than a line are split."""
+    """Breaks words into lines and returns each with its first column; words longer than a line are split."""
     lines: list[list[tuple[float, Word]]] = [[]]
     at = 0.0
     for word in words:
@@ -246,7 +247,7 @@ def _broken(word: Word, columns: int) -> list[Word]:
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """Returns the background colour of a token for a value between -1 and 1, where 0 gives the colour of the page."""
+    """Returns the background colour of a token for a value between -1 and 1; 0 yields the colour of the page."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)

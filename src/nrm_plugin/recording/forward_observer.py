@@ -78,7 +78,7 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf from an input, and returns the tensor that is passed to the model in its place."""
+        """Creates a leaf from an input and returns the tensor that is passed to the model in its place."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)

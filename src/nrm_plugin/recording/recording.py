@@ -148,7 +148,7 @@ class Recording:
         return start
 
     def _contrasted(self, contrast: Tensor) -> Tensor:
-        """Places the contrast on top of the outputs, and returns its relevance."""
+        """Places the contrast on top of the outputs and returns its relevance."""
         top = contrast_top(self.graph, self.samples, self.output, contrast)
         names = self.taps.output_names()
         self.structure = self._restructured(top)
@@ -220,7 +220,7 @@ def _run(
     reference: ReferencePass | None,
     watcher: Watcher | None = None,
 ) -> tuple[Tensor, Observer]:
-    """Runs the model under the hooks of the composite, and returns the explained output and the observer of the run."""
+    """Runs the model under the hooks of the composite and returns the explained output and the observer of the run."""
     inner = output if isinstance(output, Atom) else None
     observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:

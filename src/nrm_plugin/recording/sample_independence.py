@@ -107,7 +107,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
-    """Locates the samples above all operations without a kernel, and returns whether all operations have kernels."""
+    """Locates the samples above all operations without a kernel and returns whether all operations have kernels."""
     try:
         samples.find(noise)
     except FoldingError:

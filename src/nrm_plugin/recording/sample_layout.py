@@ -269,7 +269,7 @@ def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None
 
 
 def _completed(labels: Tensor, count: int) -> list[Tensor]:
-    """Completes the labels of slices by regular patterns, and returns all completions that match the known labels."""
+    """Completes the labels of slices by regular patterns and returns all completions that match the known labels."""
     size = len(labels)
     parts = size // count
     if bool((labels >= 0).all()):

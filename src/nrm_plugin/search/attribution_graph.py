@@ -231,7 +231,7 @@ class AttributionGraph:
     def to_circuit_tracer(
         self, folder: str | Path, slug: str, tokens: Sequence[str] = (), scan: str = "custom"
     ) -> Path:
-        """Writes the graph in the format of circuit-tracer's viewer, and adds it to ``graph-metadata.json``.
+        """Writes the graph in the format of circuit-tracer's viewer and adds it to ``graph-metadata.json``.
 
         Args:
             folder: Folder of the graphs, which is created if it does not exist.

@@ -96,7 +96,7 @@ class Restriction:
 def restriction(
     mu: RelevanceMeasure, kept: Mapping[str, Tensor], at_layer: str = "input", over: Over = "neuron"
 ) -> Restriction:
-    r"""Restricts the measure to the walks through kept neurons in every layer, and computes the resulting errors.
+    r"""Restricts the measure to the walks through kept neurons in every layer and computes the resulting errors.
 
     .. math:: \hat r_i = \mu(n_0 = i \wedge n_{l_1} \in S_1 \wedge \dots \wedge n_{l_L} \in S_L)
 

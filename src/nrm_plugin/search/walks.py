@@ -133,7 +133,7 @@ def top_walks(
     expansions: int | None = None,
     groups: Groups | None = None,
 ) -> TopWalks:
-    r"""Searches for the ``k`` group walks with the largest absolute mass, and bounds the mass of all others.
+    r"""Searches for the ``k`` group walks with the largest absolute mass and bounds the mass of all others.
 
     .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
