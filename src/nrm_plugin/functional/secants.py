@@ -79,24 +79,24 @@ def elementwise(call: DifferenceCall) -> Kernel:
         return by_slopes(call, averaged_slopes(call))
     if call.is_tangent:
         return by_slopes(call, [derivative(call.call.run, call.values[0].expand(call.after.shape))])
-    share = _propagated_share(call)
-    return call.call.identity() if share is None else SplitKernel([share], call.shapes, None, call.is_exact)
-
-
-def _propagated_share(call: DifferenceCall) -> Tensor | None:
-    """Returns the fraction of relevance that a function of one tensor propagates, or None if it propagates all of it.
-
-    The slope is the quotient of the two differences. The fraction is therefore 1 where the output differs, and 0 where
-    only the input differs. Where neither differs, the slope is the derivative.
-    """
-    is_same, is_constant = call.differences[0].is_zero, call.difference.is_zero
-    if is_constant is None:
-        return None
-    differs = (~is_constant).to(call.after.dtype)
+    is_same = call.differences[0].is_zero
     if is_same is None:
-        return differs
+        return call.call.identity()
+    return SplitKernel([_propagated_share(call, is_same)], call.shapes, None, call.is_exact)
+
+
+def _propagated_share(call: DifferenceCall, is_same: Tensor) -> Tensor:
+    """Returns the fraction of relevance that a function of one tensor propagates.
+
+    The slope is the quotient of the two differences, so the fraction is 1 where the input differs. If only the output
+    is the same, its relevance is too small to matter. Where the input is the same, the slope is the derivative.
+
+    Args:
+        call: The call at the input and at the reference.
+        is_same: Mask of the entries at which the input is the same.
+    """
     slope = derivative(call.call.run, call.values[0].expand(call.after.shape).nan_to_num(0.0, 0.0, 0.0))
-    return torch.where(is_same, slope * call.before[0] / call.after, differs)
+    return torch.where(is_same, slope * call.before[0] / call.after, 1.0)
 
 
 secant_of("logaddexp", "logaddexp2")(elementwise)
