@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..kernels.base import Kernel
 from ..kernels.forward_state import Saved
 from ..kernels.layer_call import LayerCall
-from ..kernels.reference_pass import LEAST
 from ..kernels.rule_reader import read_rule
 from ..model.affine_layers import LAYERS, layer_like
 from .averaging import POOLS
@@ -30,7 +29,7 @@ _PRODUCTS = ("matmul", "einsum", "tensordot")
 
 def on_differences(both: DifferenceCall) -> FunctionCall:
     """Replaces the input values of a call with their differences."""
-    deltas = [delta.masked_fill(delta.abs() <= LEAST[delta.dtype], 0.0) for delta in both.before]
+    deltas = [one.delta if one.is_zero is None else one.delta.masked_fill(one.is_zero, 0.0) for one in both.differences]
     pairs = zip(both.call.inputs, deltas, strict=True)
     return replace(both.call, inputs=tuple(replace(item, saved=Saved(delta, values=False)) for item, delta in pairs))
 

@@ -28,7 +28,7 @@ NOT_ELEMENTWISE = frozenset(
 CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 """Functions that convert their first argument to another dtype or device."""
 CLOSE = 0.7
-"""Slopes are derivatives for differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon."""
+"""For differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon, slopes are derivatives."""
 
 
 def secant(
@@ -53,7 +53,7 @@ def secant(
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Computes the derivative of an elementwise function, with zero in place of values that are not finite."""
+    """Computes the derivative of an elementwise function, replacing values that are not finite with zero."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         output = function(leaf)
@@ -72,31 +72,31 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for an elementwise function; with rules, it is the identity for functions of one tensor."""
+    """Returns the kernel for an elementwise function; with rules, functions of one tensor use the identity."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
         return by_slopes(call, averaged_slopes(call))
     if call.is_tangent:
         return by_slopes(call, [derivative(call.call.run, call.values[0].expand(call.after.shape))])
-    share = _propagated_share(call)
-    return call.call.identity() if share is None else SplitKernel([share], call.shapes, None, call.is_exact)
-
-
-def _propagated_share(call: DifferenceCall) -> Tensor | None:
-    """Returns the fraction of relevance that a function of one tensor propagates, or None if it propagates all of it.
-
-    The slope is the quotient of the two differences, so the fraction is 1 where the output differs, and 0 where only
-    the input differs. Where neither differs, the slope is the derivative.
-    """
-    is_same, is_constant = call.differences[0].is_zero, call.difference.is_zero
-    if is_constant is None:
-        return None
-    differs = (~is_constant).to(call.after.dtype)
+    is_same = call.differences[0].is_zero
     if is_same is None:
-        return differs
+        return call.call.identity()
+    return SplitKernel([_propagated_share(call, is_same)], call.shapes, None, call.is_exact)
+
+
+def _propagated_share(call: DifferenceCall, is_same: Tensor) -> Tensor:
+    """Returns the fraction of relevance that a function of one tensor propagates.
+
+    The slope is the quotient of the two differences, so the fraction is 1 where the input differs. If only the output
+    is the same, its relevance is too small to matter. Where the input is the same, the slope is the derivative.
+
+    Args:
+        call: The call at the input and at the reference.
+        is_same: Mask of the entries at which the input is the same.
+    """
     slope = derivative(call.call.run, call.values[0].expand(call.after.shape).nan_to_num(0.0, 0.0, 0.0))
-    return torch.where(is_same, slope * call.before[0] / call.after, differs)
+    return torch.where(is_same, slope * call.before[0] / call.after, 1.0)
 
 
 secant_of("logaddexp", "logaddexp2")(elementwise)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import GradModeError, InputError, NRMError, brief, samples
 from .autocast import SHORT
 from .checks import check_untransformed
+from .trace_guards import holds
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Output = str | int | Callable[[Any], Tensor]
@@ -212,7 +213,7 @@ def explained_output(
         )
     if tensor.grad_fn is None:
         raise InputError(NOT_JOINED)
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise InputError(
             f"{what} has nan or inf entries ({_infinite(tensor)}). Inputs and parameters are finite, so "
             "look for a division by zero, a logarithm or an overflow in the model."
@@ -327,11 +328,20 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
                 f"{what} has {len(tensor)} samples, but the first one has {len(tensors[0])}. If the first dimension "
                 "is not the batch, as for nodes and edges of a graph, pass batched=False."
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise InputError(
                 f"{what} has nan or inf entries ({_infinite(tensor)}) and cannot be explained. Remove these samples, "
                 "or replace the entries: `inputs.nan_to_num()`."
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether all entries of a tensor are finite."""
+    if not tensor.is_floating_point():
+        return True
+    # The range is nan or infinite if an entry is, and takes less time; it may also overflow.
+    in_range = tensor.numel() == 0 or holds("a finite range", lambda: tensor.amax() - tensor.amin() < torch.inf)
+    return in_range or bool(torch.isfinite(tensor).all())
 
 
 def is_index(value: Any) -> bool:
@@ -374,5 +384,6 @@ __all__ = [
     "check_inputs",
     "chosen_output",
     "explained_output",
+    "is_finite",
     "is_index",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DifferenceError, brief, samples
-from .inputs_and_outputs import Call, is_index
+from .inputs_and_outputs import Call, is_finite, is_index
 
 
 def repeated(call: Call, count: int) -> Call:
@@ -137,7 +137,7 @@ def _fitted(value: Any, tensor: Tensor, item: Any, batched: bool) -> Tensor:
     if value.shape != tensor.shape:
         one = f", or {tuple(tensor.shape[1:])} for one reference of all samples" if batched else ""
         raise DifferenceError(f"{what} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)}{one}.")
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if not is_finite(value):
         raise DifferenceError(f"{what} has nan or inf entries, so a difference from it is not a number.")
     fitted: Tensor = value.detach().clone()
     return fitted
