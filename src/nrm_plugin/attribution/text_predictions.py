@@ -129,7 +129,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
         start = getattr(config, "decoder_start_token_id", None)
         if start is None:
             raise InputError(
-                f"{type(model).__name__} has no decoder_start_token_id in its config, where decoding starts."
+                f"{type(model).__name__} has no decoder_start_token_id in its config, from which decoding starts."
             )
         # A text of one token has two start tokens, so that the shapes differ. The first does not attend to the second.
         inputs["decoder_input_ids"] = torch.full((1, 2 if tokens.ids.shape[1] == 1 else 1), start, device=device)

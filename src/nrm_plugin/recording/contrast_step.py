@@ -234,7 +234,7 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
     step, call = layer.step, layer.step.layer_call
     if not is_by_modifiers(call.rule) and type(call.rule) is not PlainGradient:
         raise UnsupportedRuleError(
-            f"the rule {type(call.rule).__name__} of layer {call.name!r} has its own backward, so that it cannot be "
+            f"the rule {type(call.rule).__name__} of layer {call.name!r} has its own backward, so it cannot be "
             "applied to a contrast of the outputs of this layer. Write the rule with BasicHook's modifiers, or map "
             "the last layer to another rule."
         )
