@@ -21,7 +21,7 @@ PRESERVING = frozenset(
 
 
 class Gates:
-    """The gates of a forward pass.
+    """Gates of a forward pass.
 
     Outputs of softmax, sigmoid, hardsigmoid and exp are gates, as are reshaped gates, gates after dropout, products of
     gates, ``1 - gate`` and ``gate / anything``.

@@ -52,7 +52,7 @@ _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg 
 
 
 class Ids:
-    """The ids of a forward pass.
+    """Ids of a forward pass.
 
     Args:
         given: Integer inputs, as the objects that are passed to the model.

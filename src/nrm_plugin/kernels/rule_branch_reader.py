@@ -168,7 +168,7 @@ class _BranchReader:
 
 @dataclass(frozen=True)
 class _ColumnBlock:
-    """One block of the columns of a kernel.
+    """Block of the columns of a kernel.
 
     Attributes:
         at: The block of ``(N, *out)``.

@@ -31,7 +31,7 @@ class Holder(Protocol):
 
 
 class Step(ABC):
-    r"""One call of a module or function with its normalized kernel.
+    r"""Call of a module or function with its normalized kernel.
 
     The kernel is :math:`\tilde T_{ij} = g(c_j) T_{ij}`, and the sink absorbs :math:`R_j (1 - g(c_j) c_j)`.
 

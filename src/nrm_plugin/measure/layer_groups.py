@@ -23,7 +23,7 @@ FORMAT = "nrm-plugin groups 1"
 
 
 class HasTaps(Protocol):
-    """The part of the interface of a measure that :class:`Groups` uses."""
+    """Part of the interface of a measure that :class:`Groups` uses."""
 
     def _tap(self, layer: Any) -> Tap: ...
 

@@ -35,7 +35,7 @@ NOT_JOINED = (
 
 
 class Call:
-    """A call to a model: the input tensors that receive relevance, and all other arguments.
+    """Call to a model: the input tensors that receive relevance, and all other arguments.
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,

@@ -15,7 +15,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class LinearMap(NamedTuple):
-    """A linear map, its transpose, and its gradient with respect to the weight.
+    """Linear map, its transpose, and its gradient with respect to the weight.
 
     Attributes:
         down: The transposed map, from ``(K, N, *out)`` to ``(K, N, *in)``.
