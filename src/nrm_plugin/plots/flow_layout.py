@@ -27,7 +27,7 @@ CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are tho
 GAP = 9.0
 """Vertical space between two nodes, in points."""
 WIDER, BESIDE = 1.5, 140.0
-"""Largest width of the photograph, as a multiple of that of a square one, and the least room for the finding beside it
+"""Largest width of the photograph, as a multiple of that of a square one, and the least room for the finding next to it
 in points."""
 DARKER, PALER = 0.66, 0.26
 """Opacity of the fewest ribbons between the groups of two layers that hold half of their relevance, and of others."""
