@@ -1,4 +1,4 @@
-"""Prediction tasks of models of the transformers library: classes, masked tokens and next tokens."""
+"""Prediction tasks of Hugging Face Transformers models: classes, masked tokens and next tokens."""
 
 from __future__ import annotations
 

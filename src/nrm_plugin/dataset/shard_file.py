@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard, as described in the footer of its row file.
+    """Shard as described in the footer of its row file.
 
     Attributes:
         path: The row file.
