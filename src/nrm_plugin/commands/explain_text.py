@@ -12,11 +12,11 @@ from .options import add_computation, add_out
 if TYPE_CHECKING:
     from ..attribution.text import TextExplanation
 
-DESCRIPTION = """\ Which words are evidence for what a text model predicts? Explains classifiers, masked and causal
-language models, and encoder-decoder models of the transformers library by the normalized relevance measure: the total
-relevance is 1; words in red, or marked +, are positive evidence, and words in blue, or marked -, negative evidence. By
-default, the explanation is of the difference between the prediction and all others (see --against). If the tokenizer
-has a mask
+DESCRIPTION = """\
+Which words are evidence for what a text model predicts? Explains classifiers, masked and causal language models, and
+encoder-decoder models of the transformers library by the normalized relevance measure: the total relevance is 1; words
+in red, or marked +, are positive evidence, and words in blue, or marked -, negative evidence. By default, the
+explanation is of the difference between the prediction and all others (see --against). If the tokenizer has a mask
 token, it is of the change in this difference relative to a text in which all words are masked (see --reference)."""
 
 EXAMPLES = """\

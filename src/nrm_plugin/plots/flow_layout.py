@@ -347,7 +347,7 @@ def _labels(
 
 
 def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
-    """Returns a label below another one, with the longest version of a note that fits."""
+    """Returns a label below another one that contains the longest version of a note that fits."""
     size = 0.9 * above.size
     room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
     text = next((text for text in texts if SMALLER * text_width(text, size) <= 0.98 * room), texts[-1])
