@@ -241,8 +241,7 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
-        # The output is passed in a list. Passed directly, it would become a view, which in-place operations must not
-        # change.
+        # The output is passed in a list: otherwise, it would be a view, which in-place operations must not change.
         ctx.step, ctx.origin, ctx.weights = step, holder.pop(), RUNNING.weights
         output: Tensor = holder.pop()
         return output
