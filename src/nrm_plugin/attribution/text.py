@@ -1,4 +1,4 @@
-"""Explanations of models of the transformers library by the relevance of words."""
+"""Explanations of Hugging Face Transformers models by the relevance of words."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def explain_text(
     residual: Residual | None = None,
     gain_limit: float | None = None,
 ) -> TextExplanation:
-    """Explains a prediction of a model of the transformers library by the relevance of each word of the text.
+    """Explains a prediction of a Hugging Face Transformers model by the relevance of each word of the text.
 
     What is explained depends on the model: the class of the text, the masked token, the next token, or the first token
     that a decoder generates.
@@ -144,14 +144,14 @@ def explain_text(
         against: Contrast for the target: ``"rest"`` for all other classes or tokens, weighted by their softmax; another
             class or token; or None to explain the output itself.
         reference: Another text with the same number of tokens, or a token that replaces all tokens except special
-            tokens. The explanation is then of the change in the prediction relative to this reference, and nothing is
-            absorbed. The default, ``"auto"``, uses the tokenizer's mask token if there is one, no rules are given, and
-            the two predictions can be compared: they must differ, and a mixture of experts must use the same experts
-            for both. None explains the prediction itself by the rules of the composite.
+            tokens. The change in the prediction relative to this reference is then explained, and nothing is absorbed.
+            The default, ``"auto"``, uses the tokenizer's mask token if there is one, no rules are given, and the two
+            predictions can be compared: they must differ, and a mixture of experts must use the same experts for both.
+            None explains the prediction itself by the rules of the composite.
         position: Index of the token whose prediction is explained, if the model predicts several.
         layers: Layers or sites, such as ``blocks.1.attn``, whose most relevant heads or channels are listed.
-        given: Events or names, such as ``blocks.1.attn.head.3``, given which the conditional relevance of the words is
-            computed.
+        given: Events or names, such as ``blocks.1.attn.head.3``. For each of them, the relevance of the words
+            conditional on it is computed.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`. If this argument or one of the next two is given,
             ``reference`` defaults to None.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -220,7 +220,7 @@ def _explanation(
         chosen: Index of the explained output.
         labels: Names of the explained output, of the outputs with which it is compared, and of the reference.
         layers: Names of the layers whose relevance is listed.
-        given: Events given which the conditional relevance of the words is computed.
+        given: Events on which the relevance of the words is conditioned, one at a time.
     """
     task, mu, tokens = words.task, words.mu, words.relevance()
     started = sum(float(mu.sign * mu.marginal(end).sum()) for end in mu.ends if end not in words.ends)

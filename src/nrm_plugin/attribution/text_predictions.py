@@ -1,4 +1,4 @@
-"""Prediction tasks of models of the transformers library: classes, masked tokens and next tokens."""
+"""Prediction tasks of Hugging Face Transformers models: classes, masked tokens and next tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """A text and a model's prediction for it.
+    """Text with a model's prediction for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
@@ -129,7 +129,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
         start = getattr(config, "decoder_start_token_id", None)
         if start is None:
             raise InputError(
-                f"{type(model).__name__} has no decoder_start_token_id in its config, where decoding starts."
+                f"{type(model).__name__} has no decoder_start_token_id in its config, from which decoding starts."
             )
         # A text of one token has two start tokens, so that the shapes differ. The first does not attend to the second.
         inputs["decoder_input_ids"] = torch.full((1, 2 if tokens.ids.shape[1] == 1 else 1), start, device=device)

@@ -14,7 +14,7 @@ OPENING = ("Ġ", "▁")
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a text, or a special token.
+    """Word of a text, or special token.
 
     Attributes:
         text: The word as it appears in the text, or the special token.
@@ -31,7 +31,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text with its tokens and words.
+    """Text with its tokens and words.
 
     Attributes:
         text: The original text.

@@ -23,7 +23,7 @@ from .options import joined
 COMMANDS = {
     "demo": "explain held-out digits with a bundled network",
     "explain": "explain images with a torchvision classifier or your own model",
-    "explain-text": "explain texts with a model of transformers in a folder",
+    "explain-text": "explain texts with a Hugging Face Transformers model",
     "flow": "plot how relevance flows through several layers",
     "layers": "list the layers of a model, for --layer and --given",
     "sweep": "query every image of a folder or a data set and store the results",

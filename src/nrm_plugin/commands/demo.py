@@ -39,13 +39,14 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``demo``."""
     parser.add_argument("--digits", nargs="+", type=_digit, default=DIGITS, metavar="N",
-                        help=f"0 to 9, or '{MISCLASSIFIED}' for a misclassified digit; of each kind the digit with the "
-                        f"most confident prediction, then the next one (default: {' '.join(DIGITS)})")  # fmt: skip
+                        help=f"0 to 9, or '{MISCLASSIFIED}' for a misclassified digit; selects the most confidently "
+                        "predicted digit of a kind and, if the kind is repeated, the next one (default: "
+                        f"{' '.join(DIGITS)})")  # fmt: skip
     parser.add_argument("--against", choices=("rest", "none"), default="rest",
-                        help="the figures explain the difference of the predicted digit from the other digits (rest), "
+                        help="the figures explain the difference between the predicted digit and the others (rest), "
                         "or its output alone (default: %(default)s)")  # fmt: skip
     parser.add_argument("--real", nargs="?", const=True, default=False, type=Path, metavar="IMAGE",
-                        help="explain a photograph instead, by default one of a cat, by heat map and flow")  # fmt: skip
+                        help="explain a photograph instead (by default, one of a cat)")  # fmt: skip
     add_out(parser, "nrm-demo")
 
 

@@ -95,7 +95,7 @@ def choose(model: nn.Module, images: Tensor, labels: Tensor, kinds: Sequence[str
         name = kind if number == 0 else f"{kind}-{number + 1}"
         samples.append(Sample(name, index, int(labels[index]), int(predicted[index])))
     if not samples:
-        raise DemoError("no digits are requested.")
+        raise DemoError("no digits were requested.")
     return samples, float((predicted == labels).double().mean())
 
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Which parts of an image are evidence for a class? Explains images with a torchvision classifier or your own model by the
-normalized relevance measure: the total relevance is 1, red is positive evidence, blue is negative. One heat map shows
-where the evidence is, coarsely, by the relevance of late layers; the other one shows the relevance of the pixels. What
-is explained is the difference of the class from the other classes, unless --against says otherwise."""
+normalized relevance measure: the total relevance is 1, red is positive evidence, blue is negative. A coarse heat map
+shows where the evidence is, by the relevance of late layers; a second one shows the relevance of the pixels. Both
+explain the difference between the class and the other classes, unless --against says otherwise."""
 
 EXAMPLES = """\
 examples:

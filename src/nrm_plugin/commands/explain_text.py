@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Which words are evidence for what a text model predicts? Explains classifiers, masked and causal language models, and
-encoder-decoder models of transformers by the normalized relevance measure: the total relevance is 1; red words, or +,
-are positive evidence, blue words, or -, negative. What is explained is the difference of the prediction from all other
-ones, unless --against says otherwise; if the tokenizer has a mask token, the change of this difference from a text
-whose words are all masked, unless --reference or --composite say otherwise."""
+encoder-decoder models of the transformers library by the normalized relevance measure: the total relevance is 1; words
+in red, or marked +, are positive evidence, and words in blue, or marked -, negative evidence. By default, the
+explanation is of the difference between the prediction and all others (see --against). If the tokenizer has a mask
+token, it is of the change in this difference relative to a text in which all words are masked (see --reference)."""
 
 EXAMPLES = """\
 examples:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``explain-text``."""
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text in quotes; - for one text per line of stdin")
     parser.add_argument("--model", required=True, metavar="FOLDER|NAME",
-                        help="folder with config.json, weights and tokenizer; or a name of the hub")  # fmt: skip
+                        help="folder with config.json, weights and tokenizer; or a model on the hub")  # fmt: skip
     query = parser.add_argument_group("query")
     query.add_argument("--target", metavar="CLASS|TOKEN",
                        help="class by name or index, or token to explain (default: the most likely one)")  # fmt: skip
@@ -58,9 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="explain the difference from all others, weighted by their softmax (rest), or from one of "
                        "them; none: the output alone (default: %(default)s)")  # fmt: skip
     query.add_argument("--reference", metavar="TEXT|TOKEN|none",
-                       help="explain the change from this text of as many tokens, or from one token for every word, "
-                       "special tokens kept; none: the prediction itself (default: the mask token, if the tokenizer "
-                       "has one and no --composite, --gain-limit or --residual sink is given)")  # fmt: skip
+                       help="explain the change from this text, which must have the same number of tokens, or from a "
+                       "text in which this token replaces all but special tokens; none: the prediction itself "
+                       "(default: the mask token, if the tokenizer has one and no --composite, --gain-limit or "
+                       "--residual sink is given)")  # fmt: skip
     query.add_argument("--position", type=int, metavar="N",
                        help="token whose prediction is explained, if the model predicts several")  # fmt: skip
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",

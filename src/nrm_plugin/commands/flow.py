@@ -25,7 +25,7 @@ MOST_CHANNELS = 40
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
 the pixels to the class, compared with the other classes unless --against says otherwise. Channels that are not shown
-are merged, so that each layer has all relevance, 100 %."""
+are merged, so each layer accounts for all of the relevance, 100 %."""
 
 EXAMPLES = """\
 examples:
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fit(parser)
     query = parser.add_argument_group("query")
     query.add_argument("--layers", nargs="+", required=True, metavar="LAYER",
-                       help="layers in any order, each above or below the others; input is divided into patches, "
-                       "output has the class")  # fmt: skip
+                       help="layers in any order, each above or below the others; the input is divided into patches, "
+                       "and the output shows the class")  # fmt: skip
     add_target(query)
     add_against(query, "rest, if there are several classes")
     add_reference(query)

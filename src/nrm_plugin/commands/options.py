@@ -48,8 +48,8 @@ def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, requir
 def add_fit(parser: argparse.ArgumentParser) -> None:
     """Adds ``--fit``, the preprocessing of images that are not square."""
     parser.add_argument("--fit", choices=("crop", "pad", "squeeze"), default="crop",
-                        help="of an image that is not square, the model sees the centre (crop), all with a margin in "
-                        "the mean colour (pad), or all stretched to a square (squeeze) "
+                        help="what the model sees of an image that is not square: its centre (crop), the whole image "
+                        "with a margin in the mean colour (pad), or the whole image stretched to a square (squeeze) "
                         "(default: %(default)s)")  # fmt: skip
 
 
@@ -63,15 +63,15 @@ def add_cells(parser: Any) -> None:
 def add_reference(group: Any) -> None:
     """Adds ``--reference``."""
     group.add_argument("--reference", metavar="blur|mean|black|white|FILE",
-                       help="explain the difference to the blurred image, an image of its mean colour, a black or a "
-                       "white one, or another image (default: no reference)")  # fmt: skip
+                       help="explain the difference from the blurred image, an image of its mean colour, a black or "
+                       "white image, or another image (default: no reference)")  # fmt: skip
 
 
 def add_map(group: Any) -> None:
     """Adds ``--map``, the choice of heat maps."""
     group.add_argument("--map", choices=(BOTH, OF_LAYERS, OF_PIXELS), default=BOTH,
-                       help="layers: the mean over late layers, coarse, of the difference from the blurred image, "
-                       "unless --reference or --composite is given; pixels: the relevance of the pixels, fine-grained "
+                       help="layers: a coarse map, the mean over late layers, of the difference from the blurred image "
+                       "unless --reference or --composite is given; pixels: the fine-grained relevance of the pixels "
                        "(default: %(default)s)")  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def add_target(group: Any) -> None:
 def add_against(group: Any, default: str) -> None:
     """Adds ``--against``, the contrast for the explained class; ``default`` describes its default."""
     group.add_argument("--against", metavar="rest|none|CLASS",
-                       help="explain the difference of the class from the other classes, weighted by their softmax "
-                       "(rest), or from one class; none: the output of the class alone (default: "
+                       help="explain the difference between the class and the other classes, weighted by their softmax "
+                       "(rest), or one other class; none: the output of the class alone (default: "
                        f"{default})")  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def add_composite(parser: Any, default: str | None = DEFAULT_RULES) -> None:
     parser.add_argument("--composite", default=default, metavar="RULES",
                         help="name of a composite in Zennit's registry, such as nrm_absolute, epsilon_plus_flat or "
                         f"epsilon_gamma_box; an unknown name lists them all (default: {DEFAULT_RULES}"
-                        f"{'' if default else '; with a reference, none but the slopes to it'})")  # fmt: skip
+                        f"{'' if default else '; with a reference, slopes instead of rules'})")  # fmt: skip
 
 
 def add_computation(parser: argparse.ArgumentParser, rules: str | None = DEFAULT_RULES) -> None:

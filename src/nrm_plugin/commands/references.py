@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--query", required=True, metavar="LAYER|QUERY",
                        help="a layer of the sweep, or one of its queries by name")  # fmt: skip
     query.add_argument("--by", choices=("relevance", "activation"), default="relevance",
-                       help="what images are ranked by (default: %(default)s)")  # fmt: skip
+                       help="criterion by which images are ranked (default: %(default)s)")  # fmt: skip
     query.add_argument("--groups", nargs="+", type=whole_number(2**31, "channel", least=0), metavar="N",
                        help="channels (default: those whose references have the largest mean)")  # fmt: skip
     query.add_argument("--rows", type=whole_number(MOST_IMAGES), default=8, metavar="N",

@@ -15,7 +15,7 @@ examples:
   nrm-plugin sweep photos --model vgg16 --layers features.28 features.21 --out swept
       relevance of the channels of two layers, for the predicted class of each image
   nrm-plugin sweep photos --model vgg16 --layers features.28 features.21 --joint --activations --heat-maps --out swept
-      also of all pairs of channels, the largest activations, and heat maps
+      the same, and the relevance of all pairs of channels, the largest activations, and heat maps
   nrm-plugin sweep my_data.py:validation --model my_nets.py:make --layers conv5 --target label --batch-size 64
       your own data set, or a function that returns it, of preprocessed inputs or (inputs, label)
   torchrun --nproc-per-node 4 --no-python nrm-plugin sweep photos --model vgg16 --layers features.28 --out swept
@@ -64,7 +64,7 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=whole_number(MANY), default=16, metavar="N",
                        help="images in a batch (default: %(default)s)")  # fmt: skip
     group.add_argument("--shard-size", type=whole_number(MANY), default=256, metavar="N",
-                       help="images in a file of results: at most these are lost if the command is killed (default: "
+                       help="images per file of results; a killed command loses at most one file (default: "
                        "%(default)s)")  # fmt: skip
     group.add_argument("--workers", type=whole_number(MANY, least=0), default=0, metavar="N",
                        help="processes that load images (default: %(default)s)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Loading of models and tokenizers by the transformers library, from a local folder or by name."""
+"""Loading of Hugging Face Transformers models and their tokenizers, from a local folder or by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import NRMError, extra, printable
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
 """Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
 REASON = 240
-"""Maximum number of characters that are shown of a message of the transformers library."""
+"""Maximum number of characters shown of a message of the transformers library."""
 
 
 class TextModelError(NRMError, OSError):

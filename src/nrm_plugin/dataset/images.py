@@ -38,7 +38,7 @@ class ImageError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A decoded image file.
+    """Decoded image file.
 
     Attributes:
         path: Path of the file.

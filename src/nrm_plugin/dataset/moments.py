@@ -71,7 +71,7 @@ def merged(states: Tensor) -> Tensor:
 
 
 def moments(state: Tensor, correction: int = 1) -> Moments:
-    """Computes count, mean and variance of a state.
+    """Computes the count, mean and variance of a state.
 
     Args:
         state: A state, ``(classes, *groups, 3)``.

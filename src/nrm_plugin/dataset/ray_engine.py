@@ -104,7 +104,7 @@ class SweepBatches:
 
 
 def _columns(batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """Converts columns to inputs and labels; floating-point inputs are cast to ``dtype``."""
+    """Converts columns to inputs and labels, casting floating-point inputs to ``dtype``."""
     if INPUTS not in batch:
         raise SweepError(
             f"the batch has no column {INPUTS!r}; its columns are {', '.join(batch)}. Pass unpack=, a function that "

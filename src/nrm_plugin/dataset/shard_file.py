@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard, as described in the footer of its row file.
+    """Shard as described in the footer of its row file.
 
     Attributes:
         path: The row file.
@@ -189,7 +189,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the row file of each shard, keyed by index; if there are several, the one of the lowest rank."""
+    """Returns the row file of each shard, keyed by index; if there are several, that of the lowest rank."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

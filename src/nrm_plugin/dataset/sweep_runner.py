@@ -233,7 +233,7 @@ def _recording_interruption(folder: Path) -> Iterator[None]:
 
 
 def summarized(folder: Path) -> Manifest:
-    """Returns the manifest, updated by the groups, ranks, failed samples and damaged files recorded in the shards."""
+    """Returns the manifest, updated with the groups, ranks, failed samples and damaged files recorded in the shards."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(

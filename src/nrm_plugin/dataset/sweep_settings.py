@@ -23,7 +23,7 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""Version of the settings from which on they identify the model and the data."""
+"""First version of the settings that identifies the model and the data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
 """Settings of batches, which affect results only by rounding errors."""
 MAX_LISTED = 8

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class StoredQueries(Protocol):
-    """The part of the interface of :class:`~nrm_plugin.dataset.Sweep` that is needed to compute sums."""
+    """Part of the interface of :class:`~nrm_plugin.dataset.Sweep` that is needed to compute sums."""
 
     on_error: OnError
 

@@ -35,7 +35,7 @@ class PackageError(NRMError, RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """A package with a pinned version and checksum.
+    """Package with a pinned version and checksum.
 
     Attributes:
         name: Name in its registry.

@@ -20,7 +20,7 @@ SIDES: tuple[Side, ...] = ("input", "output", "sink")
 
 
 class Event:
-    """A set of walks. Events are combined with ``&``, ``|``, ``~`` and ``-``.
+    """Set of walks. Events are combined with ``&``, ``|``, ``~`` and ``-``.
 
     Events satisfy the laws ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``, ``a - b == a & ~b``.
 
@@ -163,7 +163,7 @@ class Not(Event):
 
 @dataclass(frozen=True, repr=False)
 class Absorbed(Event):
-    """The walks that are absorbed in any step, by the residual or by constants."""
+    """Walks that are absorbed in any step, by the residual or by constants."""
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         yield self
@@ -185,7 +185,7 @@ def _name(layer: str | nn.Module) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Atom(Event):
-    """The walks that cross a tap in one of the indexed neurons, or in any neuron if there is no index.
+    """Walks that cross a tap in one of the indexed neurons, or in any neuron if there is no index.
 
     Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor that the module returned. With
     ``side="input"``, it is the input of the module, and only walks through this call are selected, not those through
@@ -239,7 +239,7 @@ class Atom(Event):
 
 @dataclass(frozen=True, repr=False)
 class Attended(Event):
-    """The walks through the attention of a layer, restricted to given heads, query tokens and key tokens.
+    """Walks through the attention of a layer, restricted to given heads, query tokens and key tokens.
 
     These events are created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer
     is a module that computes attention exactly once, by a fused function or by matrix products and a softmax, or the

@@ -37,7 +37,7 @@ _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
 
 @dataclass(frozen=True, eq=False)
 class CustomCall:
-    """A call to ``Function.apply``.
+    """Call to ``Function.apply``.
 
     Attributes:
         function: The function class.

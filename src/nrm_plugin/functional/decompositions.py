@@ -210,7 +210,7 @@ def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None,
 def product_and_bias(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor, *args: Any, **options: Any
 ) -> Tensor:
-    """Computes a layer as a product without bias, and a sum, which have separate kernels."""
+    """Computes a layer as a product without bias plus the bias, each with its own kernel."""
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 

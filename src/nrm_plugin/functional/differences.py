@@ -28,7 +28,7 @@ from .function_call import FunctionCall
 
 @dataclass(frozen=True)
 class DifferenceCall:
-    """A function call at an input and at a reference.
+    """Function call at an input and at a reference.
 
     Attributes:
         call: The call at the input.

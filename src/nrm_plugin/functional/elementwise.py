@@ -102,7 +102,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
     """Returns the magnitude of a summand or, if it is itself a sum that is used only once, of all its summands.
 
-    Hence ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` yield the same shares.
+    The shares of ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` are therefore the same.
     """
     step = step_of(item.producer)
     if step is not None and step.uses <= 1 and step.rule == "sum":

@@ -48,7 +48,7 @@ class Slot:
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces the slots in arguments, which may be nested, with tensors."""
+    """Replaces the slots in possibly nested arguments with tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):

@@ -21,7 +21,7 @@ PRESERVING = frozenset(
 
 
 class Gates:
-    """The gates of a forward pass.
+    """Gates of a forward pass.
 
     Outputs of softmax, sigmoid, hardsigmoid and exp are gates, as are reshaped gates, gates after dropout, products of
     gates, ``1 - gate`` and ``gate / anything``.
@@ -38,7 +38,7 @@ class Gates:
             self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Returns whether a tensor is a gate, or entries of one."""
+        """Returns whether a tensor is a gate, or was routed from one."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
             step = step_of(node)

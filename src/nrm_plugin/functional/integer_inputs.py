@@ -52,7 +52,7 @@ _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg 
 
 
 class Ids:
-    """The ids of a forward pass.
+    """Ids of a forward pass.
 
     Args:
         given: Integer inputs, as the objects that are passed to the model.
@@ -149,7 +149,7 @@ class Ids:
         return max((kind for kind in kinds if kind is not None), default=None)
 
     def _is_lookup(self, call: ObservedCall) -> bool:
-        """Returns whether ids select entries or rows of a constant table; a table of matrices is a weight instead."""
+        """Returns whether ids select entries or rows of a constant table; a table of matrices counts as a weight."""
         name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
         tables = [tensor for tensor in arguments if tensor.is_floating_point()]
         are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())

@@ -21,7 +21,7 @@ WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set
 
 @dataclass(frozen=True, eq=False)
 class ObservedCall:
-    """An observed function call.
+    """Observed function call.
 
     Attributes:
         function: The called function.

@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function outside torch, whose name may also exist in torch, or None for torch."""
+    """Returns the namespace of a function that is not torch's, but may have the same name, or None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")

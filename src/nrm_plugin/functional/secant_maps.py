@@ -77,7 +77,7 @@ class PathKernel(MultiplierKernel):
     def _jacobians(
         self, call: FunctionCall, change: Callable[[Tensor], Tensor]
     ) -> list[tuple[float, Tensor, list[Tensor]]]:
-        """Evaluates the function at each quadrature node and returns weights, outputs and inputs."""
+        """Evaluates the function at each quadrature node and returns the weight, output and inputs of each."""
         values, references = self.call.values, self.call.reference_values
         images = []
         for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:

@@ -71,10 +71,10 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
         )
     return UnsupportedOperationError(
         f"relevance would pass the operation {operation(node)} (autograd node {node.name()}{where}), which has no "
-        "kernel: it is neither a step nor a 0/1 route, for it is computed with complex numbers, in place, in a script, "
-        "in an autograd.Function, or inside a transform of torch.func such as vmap. Do this in a separate module, "
-        "and assign a rule to this module in the composite's layer_map: zennit.rules.Epsilon() if it is linear, "
-        "Pass() if it is elementwise."
+        "kernel: it is neither a step nor a 0/1 route, because it is computed with complex numbers, in place, in a "
+        "script, in an autograd.Function, or inside a transform of torch.func such as vmap. Move it to a separate "
+        "module, and assign a rule to that module in the composite's layer_map: zennit.rules.Epsilon() if it is "
+        "linear, Pass() if it is elementwise."
     )
 
 

@@ -81,7 +81,7 @@ def closed_absolute(
 
 @dataclass(frozen=True)
 class _Term:
-    r"""One term :math:`a_i |w_{ij}| m_j` of a kernel.
+    r"""Term :math:`a_i |w_{ij}| m_j` of a kernel.
 
     Attributes:
         input: ``a``, ``(N, *in)``.

@@ -17,7 +17,7 @@ from zennit.core import Hook
 
 
 class Saved:
-    """A tensor that a step needs in the backward pass, protected from later in-place operations.
+    """Tensor that a step needs in the backward pass, protected from later in-place operations.
 
     Args:
         tensor: The tensor to save.
@@ -82,7 +82,7 @@ def write(target: Tensor, result: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RunningModule:
-    """A module with a rule whose forward pass is in progress.
+    """Module with a rule whose forward pass is in progress.
 
     Attributes:
         hook: The hook of the module.

@@ -23,7 +23,7 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Image:
-    """The output of a layer without its bias.
+    """Output of a layer without its bias.
 
     Attributes:
         saved: The output without bias, ``(N, *out)``.
@@ -36,7 +36,7 @@ class Image:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer with a rule.
+    """Call of a layer with a rule.
 
     Attributes:
         rule: The rule applied to the layer.

@@ -71,8 +71,7 @@ class LayerStep(Step):
     def _build(self) -> Kernel:
         self.fold()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # the image is used only once
-        # The column sums of a dense layer fused with a batch normalization are checked, so the kernel must provide
-        # them.
+        # The column sums of a dense layer fused with batch normalization are checked, so the kernel must provide them.
         kernel = read_rule(call, None if self.has_dense_norm else self.normalization)
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):
             self.layer_call = without_values(self.layer_call)

@@ -22,7 +22,7 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Number of weights from which on a linear layer is modified block by block."""
+"""Smallest number of weights for which a linear layer is modified block by block."""
 
 
 @dataclass

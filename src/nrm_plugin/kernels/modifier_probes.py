@@ -48,7 +48,7 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def is_positive(source: Tensor) -> bool:
-    """Returns whether all entries are nonnegative, by their minimum, which is faster than comparing each entry."""
+    """Returns whether all entries are nonnegative; their minimum is computed faster than a comparison of each entry."""
     return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)
 
 

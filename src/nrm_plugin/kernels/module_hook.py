@@ -52,7 +52,7 @@ Arguments = dict[int | str, Tensor]
 
 @dataclass(frozen=True)
 class OpenCall:
-    """A call of a module that has not returned yet.
+    """Call of a module that has not returned yet.
 
     Attributes:
         source: The input, attached to the autograd graph.

@@ -90,7 +90,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Normalization:
-    """The normalization of the columns of a kernel.
+    """Normalization of the columns of a kernel.
 
     Attributes:
         residual: With ``"redistribute"``, each column is multiplied by its gain, and the sink absorbs only the

@@ -60,7 +60,7 @@ def difference(value: Tensor, reference: Tensor) -> Difference:
 
 @dataclass(frozen=True)
 class ReferenceCall:
-    """One function call in the forward pass at the reference.
+    """Function call in the forward pass at the reference.
 
     Attributes:
         name: Name of the function.
@@ -76,7 +76,7 @@ class ReferenceCall:
 
 
 class ReferencePass:
-    """The sequence of function calls in the forward pass at the reference.
+    """Sequence of function calls in the forward pass at the reference.
 
     The calls are stored during the forward pass at the reference. After :meth:`replay`, they are compared with the
     calls in the forward pass at the inputs, and an error is raised where the two passes differ.

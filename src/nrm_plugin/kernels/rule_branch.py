@@ -14,7 +14,7 @@ from ..model.linear_maps import LinearMap, side_by_side
 
 @dataclass
 class Branch:
-    r"""One branch ``k`` of a rule at one call.
+    r"""Branch ``k`` of a rule at one call.
 
     Attributes:
         source: ``in_k``, ``(N, *in)``, or the input from which it is computed.

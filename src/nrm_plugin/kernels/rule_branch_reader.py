@@ -139,7 +139,7 @@ class _BranchReader:
         leaders: dict[int, int],
         outputs: Callable[[Block], list[Tensor]],
     ) -> Iterator[_ColumnBlock]:
-        """Yields factors and column sums, block by block.
+        """Yields the factors and column sums block by block.
 
         A rule takes about a dozen elementwise operations, which are faster if a block fits into the cache. Where the
         denominator is zero, the factor is set to zero, so that the column propagates no relevance.
@@ -168,7 +168,7 @@ class _BranchReader:
 
 @dataclass(frozen=True)
 class _ColumnBlock:
-    """One block of the columns of a kernel.
+    """Block of the columns of a kernel.
 
     Attributes:
         at: The block of ``(N, *out)``.

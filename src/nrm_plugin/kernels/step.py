@@ -31,7 +31,7 @@ class Holder(Protocol):
 
 
 class Step(ABC):
-    r"""One call of a module or function with its normalized kernel.
+    r"""Call of a module or function with its normalized kernel.
 
     The kernel is :math:`\tilde T_{ij} = g(c_j) T_{ij}`, and the sink absorbs :math:`R_j (1 - g(c_j) c_j)`.
 
@@ -241,8 +241,7 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
-        # The output is passed in a list. Passed directly, it would become a view, which in-place operations must not
-        # change.
+        # The output is passed in a list: otherwise, it would be a view, which in-place operations must not change.
         ctx.step, ctx.origin, ctx.weights = step, holder.pop(), RUNNING.weights
         output: Tensor = holder.pop()
         return output

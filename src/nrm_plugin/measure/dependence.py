@@ -59,7 +59,7 @@ def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
 
 
 def group_sums(values: Array, labels: Labels, count: int | None = None) -> Array:
-    """Sums the rows of ``(members, n)`` within each group, to ``(groups, n)``."""
+    """Sums the rows of ``(members, n)`` within each group; returns ``(groups, n)``."""
     members = np.zeros((int(labels.max()) + 1 if count is None else count, len(labels)))
     members[labels, np.arange(len(labels))] = 1
     return members @ values

@@ -38,7 +38,7 @@ GROUPS = "groups"
 
 
 class Measure(Protocol):
-    """The part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that flows use."""
+    """Part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that flows use."""
 
     @property
     def batch(self) -> int: ...
@@ -53,7 +53,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """A layer of a flow and the groups shown in it.
+    """Layer of a flow and the groups shown in it.
 
     Attributes:
         atom: The tap.

@@ -21,7 +21,7 @@ class FlowError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class FlowLayer:
-    """One layer of a flow graph.
+    """Layer of a flow graph.
 
     The sum of all masses, ``sum(masses) + rest + sink + bypass``, is 1, or -1 if the measure explains a negative
     difference.
@@ -71,7 +71,7 @@ def _off_label(sink: float, bypass: float) -> str:
 
 @dataclass(frozen=True)
 class FlowNode:
-    """A node of a flow graph: a set of walks at one layer.
+    """Node of a flow graph: a set of walks at one layer.
 
     Attributes:
         layer: Name of the layer.
@@ -96,7 +96,7 @@ class FlowNode:
 
 @dataclass(frozen=True)
 class FlowEdge:
-    """An edge of a flow graph: the walks through two nodes of consecutive layers.
+    """Edge of a flow graph: the walks through two nodes of consecutive layers.
 
     Attributes:
         upper: The node closer to the output.

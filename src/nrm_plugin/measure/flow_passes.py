@@ -156,7 +156,7 @@ class FlowPasses:
         return values
 
     def _positions(self, values: Tensor, tap: Tap) -> Tensor:
-        """Sums values ``(K, N, *shape)`` over channels, to ``(N, K, *positions)``."""
+        """Sums values ``(K, N, *shape)`` over channels; returns ``(N, K, *positions)``."""
         channel = 1 + tap.channel_dim % len(tap.shape)
         mixed: Tensor = self.mu._mixed(values.sum(channel).transpose(0, 1))
         return mixed
@@ -186,7 +186,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
         image: Name of the tap of the image.
 
     Returns:
-        The name of the tap and the tap.
+        The name of the tap, and the tap itself.
     """
     lowest = mu._tap(image)
     if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:

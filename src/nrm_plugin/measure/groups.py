@@ -100,7 +100,7 @@ def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
 
 
 def by_label(values: Tensor, labels: Tensor) -> Tensor:
-    """Sums values ``(…, neurons)`` within each group, to ``(…, groups)``."""
+    """Sums values ``(…, neurons)`` within each group; returns ``(…, groups)``."""
     flat = labels.reshape(-1).to(values.device)
     total = values.new_zeros((*values.shape[:-1], int(labels.max()) + 1))
     return total.index_add_(-1, flat, values)

@@ -23,7 +23,7 @@ FORMAT = "nrm-plugin groups 1"
 
 
 class HasTaps(Protocol):
-    """The part of the interface of a measure that :class:`Groups` uses."""
+    """Part of the interface of a measure that :class:`Groups` uses."""
 
     def _tap(self, layer: Any) -> Tap: ...
 
@@ -193,7 +193,7 @@ class Groups:
             with safe_open(path, "pt") as file:
                 plain = json.loads((file.metadata() or {})["groups"])
                 if plain.pop("format") != FORMAT:
-                    raise ValueError("its format is another one")
+                    raise ValueError("its format is different")
                 kinds = [file.get_tensor(f"members/{layer}") if kind is None else kind
                          for layer, kind in zip(plain["layers"], plain.pop("members"), strict=True)]  # fmt: skip
                 labels = tuple(file.get_tensor(f"labels/{layer}") for layer in plain["layers"])

@@ -17,7 +17,7 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """The event that a walk crosses a place at one of the neurons of a mask or, for a sink, is absorbed there.
+    """Event that a walk crosses a place at one of the neurons of a mask or, for a sink, is absorbed there.
 
     Attributes:
         place: The place.

@@ -28,7 +28,7 @@ CELLS = 16
 
 
 class Measure(Protocol):
-    """The part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that is used here."""
+    """Part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that is used here."""
 
     @property
     def sign(self) -> Tensor: ...

@@ -164,7 +164,7 @@ class QueryPasses:
         return [EventResult(mixed(one.mass), mixed(one.variation), [mixed(m) for m in one.maps]) for one in results]
 
     def _mixed(self, values: Tensor) -> Tensor:
-        """Sums ``(N · references, …)`` over the references of each sample, to ``(N, …)``."""
+        """Sums ``(N · references, …)`` over the references of each sample; returns ``(N, …)``."""
         count = self._recording.references
         return values if count == 1 else values.reshape(-1, count, *values.shape[1:]).sum(1)
 

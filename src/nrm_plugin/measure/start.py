@@ -13,7 +13,7 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """The part of the interface of a recording that determines the initial relevance."""
+    """Part of the interface of a recording that determines the initial relevance."""
 
     references: int
 

@@ -36,7 +36,7 @@ def layer_like(function: str) -> nn.Module:
 
 
 class Weightless(nn.Module):
-    """A module without weights that applies a linear function to one tensor.
+    """Module without weights that applies a linear function to one tensor.
 
     Args:
         function: Linear function that maps ``(N, *in)`` to ``(N, *out)``.
@@ -52,7 +52,7 @@ class Weightless(nn.Module):
 
 
 class Weighted(nn.Module):
-    """A module that applies a function of its input, weight and bias.
+    """Module that applies a function of its input, weight and bias.
 
     Args:
         function: Function that maps ``(source, weight, bias or None)`` to the output. It must be linear in both

@@ -99,7 +99,7 @@ def _rest(outputs: Tensor, positive: Tensor, batched: bool) -> Tensor:
     has_classes = sum(size > 1 for size in outputs.shape[1:]) == 1
     if not has_classes and (batched or outputs.ndim != 3 or outputs.shape[-1] < 2):
         raise TargetError(
-            f'against="{REST}" compares a class with the others, so that outputs must be scores of classes, (N, C), '
+            f'against="{REST}" compares a class with the others, so outputs must be scores of classes, (N, C), '
             f"but their shape is {tuple(outputs.shape)}. Give the output to compare with, or a function of the outputs "
             "that returns the weights of all outputs."
         )

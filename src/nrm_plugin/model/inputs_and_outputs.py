@@ -36,7 +36,7 @@ NOT_JOINED = (
 
 
 class Call:
-    """A call to a model: the input tensors that receive relevance, and all other arguments.
+    """Call to a model: the input tensors that receive relevance, and all other arguments.
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
@@ -73,8 +73,7 @@ class Call:
         self._others: list[str] = []
         if isinstance(inputs, Mapping):
             given = {key: value for key, value in inputs.items() if _is_explained(value)}
-            # Next to floating-point inputs, integers may also be graph edges, for example; they are ids only if looked
-            # up.
+            # Next to floating-point inputs, integers may be graph edges, for example; they are ids only if looked up.
             count = len(next(iter(given.values()))) if given and batched else None
             are_ids = {key: value for key, value in inputs.items() if _is_id(key, value)}
             fit = {key: value for key, value in are_ids.items() if count is None or value.shape[:1] == (count,)}

@@ -15,7 +15,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class LinearMap(NamedTuple):
-    """A linear map, its transpose, and its gradient with respect to the weight.
+    """Linear map, its transpose, and its gradient with respect to the weight.
 
     Attributes:
         down: The transposed map, from ``(K, N, *out)`` to ``(K, N, *in)``.
@@ -240,7 +240,7 @@ def side_by_side(maps: list[LinearMap]) -> Map | None:
 
 
 def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
-    """Returns stride, padding, dilation, transposed, output padding and groups, in the order of aten's arguments."""
+    """Returns stride, padding, dilation, transposed, output padding and groups in the order of aten's arguments."""
     if module.padding_mode != "zeros":
         return None
     transposed = issubclass(kind, nn.modules.conv._ConvTransposeNd)

@@ -59,7 +59,7 @@ def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], s
         if bool(error > TOLERANCE * size):
             raise UnsupportedOperationError(
                 f"layer {name!r} ({type(module).__module__}.{type(module).__name__}) is quantized, and is not linear: "
-                f"its output differs from that by its values at unit vectors by {float(error / size):.0%}. Explain the "
+                f"its output differs by {float(error / size):.0%} from that of its dequantized weight. Explain the "
                 "model before it is quantized, or dequantize this layer."
             )
     linear = nn.Linear(count, len(bias), device="meta")

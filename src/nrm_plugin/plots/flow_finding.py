@@ -13,9 +13,9 @@ HALF = 0.5
 """Share of the relevance of a layer that the named nodes hold: as few as possible, but at most :data:`NAMED`."""
 NAMED = 3
 AGAINST = -0.25
-"""Smallest mass of evidence against the output that is part of the finding."""
+"""Mass that evidence against the output must reach to be part of the finding."""
 ALIKE = 0.01
-"""Difference that at least one node must reach, since otherwise two flows are said to hardly differ."""
+"""Largest difference of a node for which the finding is that two flows hardly differ."""
 THROUGH = "passes through"
 WORD_AND_NUMBER = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
 SEVERAL = re.compile(r" \+ \d+$")

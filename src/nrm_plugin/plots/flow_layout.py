@@ -27,7 +27,7 @@ CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are tho
 GAP = 9.0
 """Vertical space between two nodes, in points."""
 WIDER, BESIDE = 1.5, 140.0
-"""Largest width of the photograph, as a multiple of that of a square one, and the least room for the finding beside it
+"""Largest width of the photograph, as a multiple of that of a square one, and the least room for the finding next to it
 in points."""
 DARKER, PALER = 0.66, 0.26
 """Opacity of the fewest ribbons between the groups of two layers that hold half of their relevance, and of others."""
@@ -347,7 +347,7 @@ def _labels(
 
 
 def _note(texts: Sequence[str], above: Label, sizes: Sizes, number: int, is_between: bool) -> Label:
-    """Returns a label below another one, with the longest version of a note that fits."""
+    """Returns a label below another one that contains the longest version of a note that fits."""
     size = 0.9 * above.size
     room = sizes.sides[number] - 1 if is_between else sizes.node(number) + 0.5 * sizes.gap
     text = next((text for text in texts if SMALLER * text_width(text, size) <= 0.98 * room), texts[-1])

@@ -49,7 +49,7 @@ DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c",
 ROW, GAP = 0.085, 0.025
 """Height of a node label and distance between two nodes, as fractions of the height of the plot."""
 VISIBLE = 0.012
-"""Width of the widest ribbon from which on widths are distinguishable, as a fraction of the height of the plot."""
+"""Smallest width of the widest ribbon at which widths can be told apart, as a fraction of the height of the plot."""
 BAR = 0.022
 """Half the width of a bar, as a fraction of the distance between two columns."""
 

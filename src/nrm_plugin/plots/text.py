@@ -177,7 +177,7 @@ def _checked(
         The words of each map, the absolute relevance shown in the strongest colours, and whether any value exceeds it.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
-        raise InputError("tokens must be a list of strings, as of tokenizer.convert_ids_to_tokens(ids).")
+        raise InputError("tokens must be a list of strings, as returned by tokenizer.convert_ids_to_tokens(ids).")
     array = as_array(values)
     rows = array[None] if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != len(tokens) or not len(tokens) or not len(rows):

@@ -75,7 +75,7 @@ class Top:
 
 
 class ColumnKernel(Kernel):
-    """The kernel for a step with a single output per sample, stored as one column.
+    """Kernel for a step with a single output per sample, stored as one column.
 
     Args:
         column: The relevance that each input entry receives per unit of output relevance, in the layout of the input.
@@ -113,7 +113,7 @@ class ColumnKernel(Kernel):
 
 
 class ContrastStep(Step):
-    """The step for a contrast.
+    """Step for a contrast.
 
     Args:
         name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
@@ -180,7 +180,7 @@ def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: b
 
 @dataclass(frozen=True)
 class _Layer:
-    """The layer with weights that computes the outputs.
+    """Layer with weights that computes the outputs.
 
     Attributes:
         step: The step of the layer.
@@ -234,7 +234,7 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
     step, call = layer.step, layer.step.layer_call
     if not is_by_modifiers(call.rule) and type(call.rule) is not PlainGradient:
         raise UnsupportedRuleError(
-            f"the rule {type(call.rule).__name__} of layer {call.name!r} has its own backward, so that it cannot be "
+            f"the rule {type(call.rule).__name__} of layer {call.name!r} has its own backward, so it cannot be "
             "applied to a contrast of the outputs of this layer. Write the rule with BasicHook's modifiers, or map "
             "the last layer to another rule."
         )

@@ -127,7 +127,7 @@ class Observer:
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step, output: Tensor) -> None:
-        """Assigns the name and call index to the step of a module; steps of functions already have them."""
+        """Assigns the name and call index to the step of a module; steps of functions already have both."""
         if module is not None:
             step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
         if self._watcher is not None:

@@ -33,7 +33,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """The sink of a vertex, which contains the relevance absorbed there."""
+    """Sink of a vertex, which contains the relevance absorbed there."""
 
     vertex: int
 

@@ -53,7 +53,7 @@ SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
 
 
 class Run(Protocol):
-    """The part of the interface of a recording that is used here."""
+    """Part of the interface of a recording that is used here."""
 
     output: Tensor
 

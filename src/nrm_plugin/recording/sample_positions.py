@@ -302,7 +302,7 @@ def _in_range(vectors: Vectors[int]) -> Vectors[int]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Sample of each entry of a tensor, decoded from the ratios between vectors.
+    """Samples of the entries of a tensor, decoded from the ratios between vectors.
 
     Attributes:
         samples: The samples, or -1 where no relevance arrives.

@@ -380,8 +380,8 @@ class Taps:
             if container == "" or name.startswith(f"{container}."):
                 return HookedContainerError(
                     f"{name!r} lies inside {container or 'the model'!r}, to which the composite assigns a rule, so "
-                    "that it is a single step without taps inside. Use its input or output, or map rules to the "
-                    "modules inside it."
+                    "it is a single step without taps inside. Use its input or output, or map rules to the modules "
+                    "inside it."
                 )
         if name in self.fused and side == "output":
             raise UnknownLayerError(

@@ -34,7 +34,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class GraphNode:
-    """A node of an attribution graph.
+    """Node of an attribution graph.
 
     Attributes:
         kind: ``"feature"``, ``"error"``, ``"input"`` or ``"output"``.

@@ -146,7 +146,7 @@ def _passes(counts: Sequence[int], middle: int) -> int:
 
 
 def _split(rows: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Restricts relevance ``(R, n)`` to each group, to ``(R · count, n)``."""
+    """Restricts relevance ``(R, n)`` to each group; returns ``(R · count, n)``."""
     return (rows[:, None] * _one_hot(labels, count, rows)).flatten(0, 1)
 
 

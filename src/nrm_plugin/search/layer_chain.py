@@ -84,7 +84,7 @@ class LayerChain:
         return collected.flatten(1)
 
     def sums(self, level: int, values: Tensor) -> Tensor:
-        """Sums ``(…, n_m)`` within each group, to ``(…, groups)``."""
+        """Sums ``(…, n_m)`` within each group; returns ``(…, groups)``."""
         total = values.new_zeros((*values.shape[:-1], self.counts[level]))
         return total.index_add_(-1, self.labels[level], values)
 
