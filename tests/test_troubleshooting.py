@@ -153,6 +153,24 @@ def biased_norm() -> None:
     RelevanceMeasure(net, X, 1, composite=NRMEpsilonPlus(canonizers=[FuseBatchNorm()])).marginal("input")
 
 
+class Random(nn.Module):
+    def forward(self, x):
+        return x * torch.rand_like(x)
+
+
+def drawing() -> None:
+    RelevanceMeasure(nn.Sequential(chain(), Random()).eval(), X, 1)
+
+
+class Infinite(nn.Module):
+    def forward(self, x):
+        return (x.log() - x.log()).nan_to_num(0.0) + x
+
+
+def infinite() -> None:
+    RelevanceMeasure(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), Infinite(), nn.Linear(5, 3)), X, 1).marginal("input")
+
+
 CAUSES: dict[str, Callable[..., object]] = {
     "InputError": lambda: RelevanceMeasure(chain(), X * float("nan"), 1),
     "DifferenceError": lambda: RelevanceMeasure(chain(), X, 1, reference=X),
@@ -167,6 +185,7 @@ CAUSES: dict[str, Callable[..., object]] = {
     "EventError": lambda: RelevanceMeasure(chain(), X, 1)(at("0")[9]),
     "NullEventError": null_event,
     "CancellationError": lambda: RelevanceMeasure(chain(), X, 1)(at("input")[0], given=at("1"), min_ratio=2.0),
+    "NonFiniteError": infinite,
     "UncoveredLayerError": uncovered,
     "UnsupportedOperationError": unknown_operation,
     "UnsupportedRuleError": overridden,
@@ -175,6 +194,7 @@ CAUSES: dict[str, Callable[..., object]] = {
     "MemoryBudgetWarning": out_of_memory,
     "BatchNormWarning": biased_norm,
     "PrecisionWarning": lambda: RelevanceMeasure(chain(), X, 1, reference=X + 1e-5),
+    "RandomnessWarning": drawing,
 }
 
 

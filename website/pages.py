@@ -93,9 +93,9 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         "Errors and warnings",
         {
             "errors": """NRMError InputError DifferenceError TargetError GradModeError ModelStateError UnknownLayerError
-            HookedContainerError StorageError EventError NullEventError CancellationError StaleMeasureError
-            UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError
-            FoldingError MissingExtraError BatchNormWarning MemoryBudgetWarning PrecisionWarning"""
+            HookedContainerError StorageError EventError NullEventError CancellationError NonFiniteError
+            StaleMeasureError UnsupportedRuleError NonlinearRuleError UnsupportedOperationError UncoveredLayerError
+            FoldingError MissingExtraError BatchNormWarning MemoryBudgetWarning PrecisionWarning RandomnessWarning"""
         },
     ),
 }

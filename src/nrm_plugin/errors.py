@@ -64,6 +64,10 @@ class CancellationError(NRMError, ZeroDivisionError):
     """Raised if positive and negative mass nearly cancel in the conditioning event."""
 
 
+class NonFiniteError(NRMError, ArithmeticError):
+    """Raised if relevance is NaN or infinite, because values inside the model are, or are too large for their dtype."""
+
+
 class StaleMeasureError(NRMError, RuntimeError):
     """Raised if a parameter was modified in place after the measure was constructed."""
 
@@ -102,6 +106,10 @@ class BatchNormWarning(UserWarning):
 
 class PrecisionWarning(UserWarning):
     """Issued if the explained difference is barely larger than the rounding error of the outputs."""
+
+
+class RandomnessWarning(UserWarning):
+    """Issued if the model draws random numbers in evaluation mode, so that the measure is that of one draw."""
 
 
 class MemoryBudgetWarning(UserWarning):

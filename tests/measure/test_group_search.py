@@ -16,7 +16,7 @@ from torch import nn
 from nrm_plugin import Groups, RelevanceMeasure, find_groups, patches
 from nrm_plugin.dataset.glocal import difference, mean_flow
 from nrm_plugin.errors import EventError, InputError
-from nrm_plugin.measure.flow_graph import FlowError
+from nrm_plugin.measure.flow_graph import FlowError, FlowGraph
 
 LAYERS = ["output", "5", "3", "0", "input"]
 
@@ -111,6 +111,10 @@ def test_groups_of_some_inputs_apply_to_others_and_to_a_file(groups, tmp_path):
     groups.save(tmp_path / "groups.safetensors")
     again = Groups.load(tmp_path / "groups.safetensors")
     assert again == groups
+    assert (groups.origin, again.origin) == ("", "groups.safetensors, where they were found on 3 samples")
+    from_file = other.flow(LAYERS, groups=again.named({"3": {1: "legs"}}))
+    for one in (from_file, from_file.times(2), from_file.smaller(top=2), FlowGraph.from_json(from_file.to_json())):
+        assert one.origin == again.origin
     assert again.named({"3": {1: "legs"}}) != groups
     assert other.flow(LAYERS, groups=again.named({"3": {1: "legs"}})).layers[2].labels.count("legs") == 1
     (tmp_path / "groups.safetensors").write_bytes(b"no groups")

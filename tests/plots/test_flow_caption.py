@@ -37,6 +37,12 @@ def test_the_caption_says_the_largest_numbers():
     )
 
 
+def test_the_caption_names_the_file_of_the_groups():
+    graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS, origin="pets.safetensors, where they were found on 3 samples")
+    end = " The groups are from pets.safetensors, where they were found on 3 samples."
+    assert flow_caption(graph) == flow_caption(FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)) + end
+
+
 def test_walks_over_groups_are_named_with_the_parts_that_hold_most():
     graph = FlowGraph((TOP, MIDDLE, LOWEST), JOINTS)
     walks = [

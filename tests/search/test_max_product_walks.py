@@ -9,11 +9,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import nn
 from zennit.composites import NameMapComposite
 
-from nrm_plugin import Absolute, RelevanceMeasure, best_walk, top_walks
+from nrm_plugin import Absolute, NRMAbsolute, RelevanceMeasure, best_walk, top_walks
 from nrm_plugin.errors import NRMError
 from tests.nets import tiny_net, zennit_composite
 from tests.oracles import AbsoluteShare, enumerate_walks
@@ -77,13 +79,25 @@ def test_over_all_layers_of_a_chain_both_searches_agree():
     np.testing.assert_allclose([walk.mass for walk in chain.walks], [walk.mass for walk in single.walks])
 
 
-def test_a_search_that_is_stopped_bounds_the_missed_mass():
+def test_a_search_that_is_stopped_returns_the_largest_walk_and_bounds_the_missed_mass():
     mu = chain_measure(non_negative)
-    best = top_walks(mu, k=1, over="neuron").walks[0]
-    for limits in ({"expansions": 0}, {"budget": 0.0}):
-        stopped = top_walks(mu, k=1, over="neuron", **limits)
-        assert (stopped.expanded, stopped.walks) == (1, ())
-        assert stopped.missed == pytest.approx(best.mass)
+    best = top_walks(mu, k=2, over="neuron", budget=math.inf)
+    for limits in ({"budget": math.inf, "expansions": 0}, {"budget": 0.0}):
+        stopped = top_walks(mu, k=2, over="neuron", **limits)
+        assert len(stopped.walks) == 1
+        assert stopped.walks[0].mass == pytest.approx(best.walks[0].mass)
+        assert best.walks[1].mass <= stopped.missed * (1 + 1e-9)
+
+
+def test_a_search_among_equal_walks_is_stopped_after_one_walk():
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(6)]
+    for layer in layers:
+        nn.init.ones_(layer.weight)
+    mu = RelevanceMeasure(nn.Sequential(*layers), torch.ones(1, 4), 1, composite=NRMAbsolute())
+    stopped = top_walks(mu, k=3, over="neuron", expansions=1)
+    assert len(stopped.walks) == 1
+    assert stopped.walks[0].mass == pytest.approx(4**-6)
+    assert stopped.expanded <= 20  # of 4**6 walks
 
 
 def test_negative_kernels_raise():

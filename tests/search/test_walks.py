@@ -77,7 +77,8 @@ def test_a_search_without_budget_certifies_nothing_and_still_has_a_bound():
     top = top_walks(mu, ["6", "4", "2", "0"], 3, budget=0.0)
     assert top.certified == 0
     assert top.missed > 0
-    assert top.expanded == 1
+    assert top.walks
+    assert top.expanded <= 3  # the prefixes of one walk
 
 
 def test_a_search_that_is_stopped_early_returns_k_walks():

@@ -78,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Explains the texts and returns the exit status."""
+    from .hub_names import is_offline
+
+    is_offline(options.model)  # raises for a wrong name before anything slow is imported
     from .output_files import check_folder
     from .request import check_device
     from .resolved_options import one_line_warnings, request_of

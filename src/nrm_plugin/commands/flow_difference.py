@@ -226,6 +226,7 @@ def flow_difference(
         raise RequestError(f"--layers {' '.join(map(printable, layers))}: {error}") from error
     graph = _counted(difference(flows[0].graph, flows[1].graph), first.mu, over)
     graph = graph.smaller(top=max(options.top, options.count))
+    graph = graph if divided.groups is None else replace(graph, origin=divided.groups.origin)
     joints = [_joint_maps(side.mu, flow) for side, flow in zip((first, second), flows, strict=True)]
     keys = {node.key for node in graph.nodes if node.kind == "group"} & joints[0].keys() & joints[1].keys()
     maps = {key: joints[0][key] - joints[1][key] for key in keys}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,16 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import NRMError, extra, printable
+from ..errors import extra, printable
+from .hub_names import TextModelError, is_offline
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
 """Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
 REASON = 240
 """Maximum number of characters shown of a message of the transformers library."""
-
-
-class TextModelError(NRMError, OSError):
-    """Raised if a model or its tokenizer cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +51,7 @@ def text_model(name: str, device: Any = "cpu") -> TextModel:
         TextModelError: If a file is missing, the name is unknown, or the model has no prediction head.
     """
     library = extra("transformers", "text")
-    folder = Path(name)
-    is_local = folder.exists()
-    if is_local and not (folder / "config.json").is_file():
-        raise TextModelError(
-            f"{printable(name)} has no config.json, so it is not a model saved by transformers. Save it with "
-            "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
-        )
-    if not is_local and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise TextModelError(f"there is no folder {printable(name)}.")
+    is_local = is_offline(name)
     with _quiet(library):
         config = _loaded(
             name, "configuration", lambda: library.AutoConfig.from_pretrained(name, local_files_only=is_local)

@@ -14,6 +14,7 @@ from ..errors import UnsupportedOperationError
 from ..kernels.base import Kernel
 from ..kernels.forward_state import RUNNING
 from ..kernels.reference_pass import ReferencePass
+from ..model.checks import check_function
 from ..model.zero_one_routes import operation
 from . import secant_maxima, secant_products  # noqa: F401  (imported to register kernels)
 from .differences import SECANTS, DifferenceCall, SecantFactory
@@ -107,6 +108,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
     factory = _factory_of(observed)
     if factory is None:
         return NO_KERNEL
+    check_function(observed.name.base, observed.args, observed.kwargs, observed.path)
     call = forward_pass.function_call(observed)
     factory = ruled if factory is SECANTS.get(call.name) and has_rule(call) else factory
     returned = call.run(*call.values)

@@ -34,6 +34,14 @@ from .intercepted_pass import InterceptedPass
 from .observed_call import ObservedCall
 from .registry import name_of
 
+DRAWING = frozenset(
+    """
+    rand rand_like randn randn_like randint randint_like randperm normal bernoulli multinomial poisson binomial uniform
+    exponential geometric cauchy log_normal random gumbel_softmax fractional_max_pool2d fractional_max_pool3d
+    """.split()
+)
+"""Functions that draw random numbers also in evaluation mode, without the suffix of their in-place forms."""
+
 
 class InterceptionMode(TorchFunctionMode):
     """Mode that intercepts the function calls of a forward pass.
@@ -52,6 +60,8 @@ class InterceptionMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = self._tables.passed(func, args, kwargs or {})
+        if getattr(func, "__name__", "").rstrip("_") in DRAWING and RUNNING.listener is not None:
+            RUNNING.listener.on_draw(func.__name__, self.forward_pass.path)
         known = None if RUNNING.made is None else known_leaves(args)
         with saved_in_place():
             result = self._result(func, args, kwargs)

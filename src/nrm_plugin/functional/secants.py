@@ -31,25 +31,24 @@ CLOSE = 0.7
 """For differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon, slopes are derivatives."""
 
 
-def secant(
-    function: Callable[[Tensor], Tensor], pair: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor] | None = None
+def change(
+    function: Callable[[Tensor], Tensor], pair: tuple[Tensor, Tensor], difference: Tensor | None = None
 ) -> Tensor:
-    """Computes the slope of an elementwise function between two points, or its derivative where they are close.
+    """Computes the change of an elementwise function between two points; where they are close, its linearization.
 
     Args:
         function: The elementwise function.
         pair: The two points, which broadcast to the shape of the output.
-        outputs: Values of the function at these points, if known.
+        difference: The difference between the two points, in which zeros may be replaced with tiny numbers.
     """
-    one, two = (function(point) for point in pair) if outputs is None else outputs
     run = pair[0] - pair[1]
     scale = torch.maximum(pair[0].abs(), pair[1].abs())
-    is_far = run.abs() > torch.finfo(run.dtype).eps ** CLOSE * scale
-    is_far &= run.isfinite()
+    is_far = (run.abs() > torch.finfo(run.dtype).eps ** CLOSE * scale) | run.isinf()
+    rise = function(pair[0]) - function(pair[1])
     if bool(is_far.all()):
-        return (one - two) / run
+        return rise
     slope = derivative(function, torch.where(run.isfinite(), pair[0] - run / 2, torch.zeros_like(run)))
-    return torch.where(is_far, (one - two) / torch.where(is_far, run, torch.ones_like(run)), slope)
+    return torch.where(is_far, rise, slope * (run.nan_to_num(0.0) if difference is None else difference))
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
@@ -76,7 +75,8 @@ def elementwise(call: DifferenceCall) -> Kernel:
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
-        return by_slopes(call, averaged_slopes(call))
+        after = call.divisor.reciprocal()
+        return SplitKernel([part * after for part in averaged_changes(call)], call.shapes, None, call.is_exact)
     if call.is_tangent:
         return by_slopes(call, [derivative(call.call.run, call.values[0].expand(call.after.shape))])
     is_same = call.differences[0].is_zero
@@ -102,28 +102,29 @@ def _propagated_share(call: DifferenceCall, is_same: Tensor) -> Tensor:
 secant_of("logaddexp", "logaddexp2")(elementwise)
 
 
-def averaged_slopes(call: DifferenceCall) -> list[Tensor]:
-    """Computes the slope of each input by changing inputs one at a time, averaged over all orders."""
+def averaged_changes(call: DifferenceCall) -> list[Tensor]:
+    """Computes the change of the output due to each input, by changing one at a time, averaged over all orders."""
     numbers = range(len(call.values))
     totals: list[Tensor | None] = [None for _ in numbers]
     orders = list(itertools.permutations(numbers))
     for order in orders:
         point = list(call.reference_values)
         for number in order:
-            slope = _slope_of_one(call, point, number) / len(orders)
+            part = _change_by_one(call, point, number) / len(orders)
             total = totals[number]
-            totals[number] = slope if total is None else total + slope
+            totals[number] = part if total is None else total + part
             point[number] = call.values[number]
     return [total for total in totals if total is not None]
 
 
-def _slope_of_one(call: DifferenceCall, point: list[Tensor], number: int) -> Tensor:
+def _change_by_one(call: DifferenceCall, point: list[Tensor], number: int) -> Tensor:
     shape = call.after.shape
 
     def function(value: Tensor) -> Tensor:
         return call.call.run(*point[:number], value, *point[number + 1 :])  # type: ignore[no-any-return]
 
-    return secant(function, (call.values[number].expand(shape), call.reference_values[number].expand(shape)))
+    pair = call.values[number].expand(shape), call.reference_values[number].expand(shape)
+    return change(function, pair, call.before[number].expand(shape))
 
 
 @secant_of("add", "sub", "rsub")
@@ -153,4 +154,4 @@ def conversion(call: DifferenceCall) -> Kernel:
     return SplitKernel(shares, call.shapes, None, False)
 
 
-__all__ = ["CONVERSIONS", "averaged_slopes", "by_slopes", "derivative", "secant"]
+__all__ = ["CONVERSIONS", "averaged_changes", "by_slopes", "change", "derivative"]

@@ -148,6 +148,9 @@ class Listener(Protocol):
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
         """Called when a function returns a tensor through which relevance is propagated."""
 
+    def on_draw(self, name: str, where: str) -> None:
+        """Called for each call of a function that draws random numbers."""
+
     def on_untracked(self) -> None:
         """Called when a result, such as a sort order, depends on the inputs in a way that autograd does not track."""
 

@@ -18,8 +18,13 @@ from ..model.autocast import working_dtype
 from ..model.trace_guards import holds
 from .forward_state import Saved
 
-LEAST = {torch.float32: 1e-24, torch.float64: 1e-100}
-"""The magnitude that is added to differences, keyed by dtype; it changes none that are far larger."""
+LEAST = {torch.float32: 1e-20, torch.float64: 1e-100}
+"""The magnitude that is added to differences, keyed by dtype; it changes none that are far larger.
+
+The relevance of a neuron without a difference is its multiplier times this number, and conditional masses given the
+neuron are divided by it. The number is in the middle of the range between the rounding error and the smallest float,
+for values of up to about 1e15.
+"""
 
 
 class Difference:

@@ -197,8 +197,15 @@ class Step(ABC):
         return InFloat32() if self.is_short else nullcontext()
 
     def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Converts values at the inputs to the dtype of the output."""
-        return tuple(value if value is None else value.to(self.dtype) for value in values)
+        """Converts values at the inputs to one dtype, which is at least as wide as that of the output.
+
+        In a step from float64 to float32, they are not rounded before the step: values given a neuron whose relevance
+        is tiny exceed the range of float32, until they are multiplied by the relevance that this neuron receives.
+        """
+        dtype = self.dtype
+        for value in values:
+            dtype = dtype if value is None else torch.promote_types(dtype, value.dtype)
+        return tuple(value if value is None else value.to(dtype) for value in values)
 
 
 def _scaled(relevance: Tensor, gain: Tensor | None) -> Tensor:

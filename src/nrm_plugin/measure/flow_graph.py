@@ -30,6 +30,7 @@ class FlowGraph:
             the groups, followed by rest and off. Each row sums to the mass of the upper node, and each column to the
             mass of the lower node.
         carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
+        origin: Where the groups come from if they were read from a file; otherwise empty.
 
     Raises:
         FlowError: If a joint relevance is NaN or infinite.
@@ -48,6 +49,7 @@ class FlowGraph:
     layers: tuple[FlowLayer, ...]
     joints: tuple[Array, ...]
     carried: float | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
         for (upper, lower), joint in zip(pairwise(self.layers), self.joints, strict=True):
@@ -60,7 +62,7 @@ class FlowGraph:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FlowGraph):
             return NotImplemented
-        same = self.layers == other.layers and self.carried == other.carried
+        same = (self.layers, self.carried, self.origin) == (other.layers, other.carried, other.origin)
         return same and all(np.array_equal(a, b) for a, b in zip(self.joints, other.joints, strict=True))
 
     def __hash__(self) -> int:
@@ -120,7 +122,7 @@ class FlowGraph:
         layers = tuple(merged(layer, groups) for layer, groups in zip(self.layers, shown, strict=True))
         sums = [merging(len(layer.groups), groups) for layer, groups in zip(self.layers, shown, strict=True)]
         joints = tuple(up @ joint @ down.T for joint, (up, down) in zip(self.joints, pairwise(sums), strict=True))
-        return FlowGraph(layers, joints, self.carried if layers == self.layers else None)
+        return FlowGraph(layers, joints, self.carried if layers == self.layers else None, self.origin)
 
     def times(self, factor: float) -> FlowGraph:
         """Returns the graph with all masses multiplied by a factor, such as the explained output.
@@ -133,7 +135,7 @@ class FlowGraph:
         """
         carried = None if self.carried is None else factor * self.carried
         joints = tuple(factor * joint for joint in self.joints)
-        return FlowGraph(tuple(layer.times(factor) for layer in self.layers), joints, carried)
+        return FlowGraph(tuple(layer.times(factor) for layer in self.layers), joints, carried, self.origin)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the graph as nested dictionaries and lists of numbers and strings.
@@ -156,7 +158,8 @@ class FlowGraph:
             for layer in self.layers
         ]  # fmt: skip
         joints = [joint.tolist() for joint in self.joints]
-        return {"format": FORMAT, "layers": layers, "joints": joints, "carried": self.carried}
+        plain = {"format": FORMAT, "layers": layers, "joints": joints, "carried": self.carried}
+        return plain | ({"origin": self.origin} if self.origin else {})
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Returns the graph as JSON, and also writes it to a file if a path is given.
@@ -197,7 +200,7 @@ class FlowGraph:
                 raise ValueError("its joint relevance does not fit its layers")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise FlowError(f"this is not a flow graph written by to_json(): {error}.") from error
-        return cls(layers, joints, entries.get("carried"))
+        return cls(layers, joints, entries.get("carried"), str(entries.get("origin", "")))
 
     def to_networkx(self) -> Any:
         """Converts the graph to a ``networkx.DiGraph`` with edges from the output down and masses as attributes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,7 @@ def mapped_flow(
 
     with mu._sharing([*(layer for layer, _ in taps), name]):
         graph = flow_graph(mu, taps, over, top, min_mass, coverage, names, sample, joints)
+    graph = graph if groups is None else replace(graph, origin=groups.origin)
     labels = [_labels(mu, layer, over) for layer in graph.layers]
     passes = done[0] if done else flow_passes(mu, only, labels, tap)
     maps, pairs = _read(mu, graph, labels, passes, lowest or LOWEST, 0 if sample is None else sample)

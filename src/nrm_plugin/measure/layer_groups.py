@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import EventError, InputError, brief
+from ..errors import EventError, InputError, brief, printable
 from ..events.event import Event, at
 from ..recording.taps import Tap
 from .groups import Over, labels_of
@@ -47,6 +47,7 @@ class Groups:
         examples: For each layer and group, the index of the sample in which the group has the largest absolute mass.
             Empty if only means are known, as for a sweep.
         samples: Number of samples on which the groups were found.
+        source: Name of the file from which the groups were read; empty if they were not. It is not stored.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -63,6 +64,20 @@ class Groups:
     kappas: tuple[float, ...]
     examples: tuple[tuple[int, ...], ...]
     samples: int
+    source: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Description of the file from which the groups were read, and of its samples; empty without a file.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
+            >>> groups = find_groups(RelevanceMeasure(net, torch.rand(5, 3), 1), ["1", "input"], k=2)
+            >>> groups.origin, replace(groups, source="mine.safetensors").origin
+            ('', 'mine.safetensors, where they were found on 5 samples')
+        """
+        samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
+        return f"{printable(self.source)}, where they were found on {samples}" if self.source else ""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{layer}: {len(names)}" for layer, names in zip(self.layers, self.names, strict=True))
@@ -199,7 +214,8 @@ class Groups:
                 labels = tuple(file.get_tensor(f"labels/{layer}") for layer in plain["layers"])
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{os.fspath(path)} was not written by Groups.save(): {brief(str(error))}.") from error
-        return cls(labels=labels, members=tuple(kinds), **{key: _tuple(value) for key, value in plain.items()})
+        known = {key: _tuple(value) for key, value in plain.items()}
+        return cls(labels=labels, members=tuple(kinds), source=os.path.basename(os.fspath(path)), **known)
 
     def _number(self, layer: str) -> int:
         if layer not in self.layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Unpack, overload
 
@@ -401,7 +402,8 @@ class RelevanceMeasure(Recorded):
         taps = ordered_taps(self, layers)
         over, names, top = with_groups(self, taps, over, names, k, groups, top)
         with self._sharing([layer for layer, _ in taps]):
-            return flow_graph(self, taps, over, top, min_mass, coverage, names, sample)
+            graph = flow_graph(self, taps, over, top, min_mass, coverage, names, sample)
+        return graph if groups is None else replace(graph, origin=groups.origin)
 
     def explain(self, event: Event, given: Event | None = None) -> str:
         """Describes a query by its formula, its meaning in words, and its cost.

@@ -24,6 +24,7 @@ from .conditionals import Conditionals, are_below, check_below
 from .conditions import check_condition, check_event, event_list
 from .event_diagram import DecisionDiagram
 from .event_masses import EventResult, event_results
+from .finite_results import check_finite
 from .groups import Over, pair_of, summed
 from .joints import joint_matrices
 from .layer_taps import Layer, is_below, tap_of
@@ -35,14 +36,17 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorator that makes a query independent of the gradient mode, and raises an error if the model has changed."""
+    """Decorator that lets queries run in any gradient mode, and checks that the model and the results are valid."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         args[0]._check_fresh()  # type: ignore[attr-defined]
         one = args[0]._one_query  # type: ignore[attr-defined]
         with one, torch.inference_mode(False), torch.no_grad(), exact(args[0]._start.device):  # type: ignore[attr-defined]
-            return args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined, no-any-return]
+            answer = args[0]._answer(method, args[1:], kwargs)  # type: ignore[attr-defined]
+            if not is_traced():  # otherwise, the query that is traced checks its own results
+                check_finite(args[0], answer)
+            return answer  # type: ignore[no-any-return]
 
     return wrapped
 

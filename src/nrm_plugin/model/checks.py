@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 from zennit.core import BasicHook, Hook
 
-from ..errors import GradModeError, InputError, ModelStateError, UnsupportedRuleError
+from ..errors import GradModeError, InputError, ModelStateError, RandomnessWarning, UnsupportedRuleError, warn
 from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
+from .trace_guards import unwatched
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
 """Layers that are random in training mode and the attributes that store their drop rates, keyed by package."""
@@ -79,17 +80,45 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def check_drawn(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Context manager that raises :class:`ModelStateError` if the model draws random numbers in training mode."""
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    before = _random_state(device) if training else None
+def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]) -> Iterator[None]:
+    """Context manager that checks whether the model draws random numbers.
+
+    Args:
+        model: The model.
+        device: Device of the inputs.
+        note: Called if the model draws random numbers in evaluation mode.
+
+    Raises:
+        ModelStateError: If the model draws random numbers, and a module is in training mode.
+    """
+    with unwatched():
+        before = _random_state(device)
     yield
-    if before is not None and not torch.equal(before, _random_state(device)):
+    with unwatched():
+        is_drawn = not torch.equal(before, _random_state(device))
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if is_drawn and not training:
+        note()
+    elif is_drawn:
         listed = ", ".join(map(repr, training[:3])) + (", …" if len(training) > 3 else "")
         raise ModelStateError(
             f"the model draws random numbers, and some of its modules are in training mode ({listed}), so the measure "
             "would be that of a random network. Call `model.eval()`."
         )
+
+
+def warn_of_draws(calls: Sequence[str] | None) -> None:
+    """Warns that the model has drawn random numbers in evaluation mode, and names the functions that may do so."""
+    if calls is None:  # none were drawn
+        return
+    names = list(dict.fromkeys(calls))
+    listed = f": {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else ""
+    warn(
+        f"the model draws random numbers although it is in evaluation mode{listed}. The measure is that of one draw, "
+        "which depends on torch's random state and which all passes of the measure repeat. Set the state by "
+        "torch.manual_seed(), average over several states, or make the model deterministic.",
+        RandomnessWarning,
+    )
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -258,4 +287,5 @@ __all__ = [
     "check_unhooked",
     "check_unpatched",
     "check_untransformed",
+    "warn_of_draws",
 ]

@@ -32,7 +32,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         named = [tensor for _, tensor in named_tensors(model) if id(tensor) not in packed]
         tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in named]
         versions = [(tensor, tensor._version) for tensor, _, _ in tensors if isinstance(tensor, nn.Parameter)]
-        random = torch.get_rng_state()
+        drawn, on_devices = torch.get_rng_state(), _random_states()
     try:
         yield
     finally:
@@ -47,7 +47,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for tensor, version in versions:
             if tensor._version != version:  # a canonizer has overwritten and restored the weight
                 note_restored(tensor, version)
-        torch.set_rng_state(random)
+        torch.set_rng_state(drawn)
+        for number, values in enumerate(on_devices):
+            torch.cuda.set_rng_state(values, number)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -58,6 +60,11 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
             if tensor is not None:
                 names.setdefault(tensor, f"{path}.{name}" if path else name)
     return [(name, tensor) for tensor, name in names.items()]
+
+
+def _random_states() -> list[Tensor]:
+    """Returns the states of the random number generators of all GPUs, if any is in use."""
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call, unused-ignore]
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]

@@ -91,7 +91,8 @@ class Plan:
         avoided: frozenset[str] | None = frozenset() if form.tensors else None
         with uncollected():
             recorded = TracedRecording(form.settings, form.call, form.tensors, avoided)
-        self._first = (form.key, _identities(form.tensors), recorded)
+        if recorded.recording.draws is None:  # otherwise, the first measure has its own draw, like all others
+            self._first = (form.key, _identities(form.tensors), recorded)
 
     def __call__(
         self,

@@ -40,6 +40,8 @@ def flow_caption(
 ) -> str:
     """Describes the main results of a flow: where relevance comes from, its strongest walks, and negative evidence.
 
+    If the groups were read from a file, the last sentence names it.
+
     Args:
         graph: The flow graph.
         target: Name of the explained output; by default, the name of the output node with the largest mass.
@@ -58,6 +60,7 @@ def flow_caption(
     ways = [_strongest_walks(graph, walks), *_narrow_ribbons(graph, walks)] if walks else _ways(graph)
     parts = [_parts(graph, target, areas or {}, places or {}), _densest(graph, areas or {})]
     sentences = [*parts, _few_channels(graph), *ways, _against(graph, target), *_elsewhere(graph)]
+    sentences += [f"The groups are from {graph.origin}."] if graph.origin else []
     return " ".join(sentence for sentence in sentences if sentence)
 
 

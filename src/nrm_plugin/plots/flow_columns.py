@@ -79,7 +79,7 @@ def without_output(graph: FlowGraph) -> FlowGraph:
     """
     if len(graph.layers) < 3 or graph.layers[0].name != "output":
         return graph
-    return FlowGraph(graph.layers[1:], graph.joints[1:])
+    return FlowGraph(graph.layers[1:], graph.joints[1:], origin=graph.origin)
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:

@@ -41,6 +41,8 @@ class Observer:
         gates: The gates of the forward pass.
         has_lookups: Whether the model has looked up rows with integer inputs.
         has_untracked: Whether some values depend on the inputs in a way that autograd does not track.
+        draws: The called functions that draw random numbers in evaluation mode, with the paths of their modules.
+        has_drawn: Whether torch's random state has changed during the forward pass.
         read: Location at which the model first converted integer inputs to Python or NumPy numbers, or None.
     """
 
@@ -52,7 +54,8 @@ class Observer:
         self.observed: list[Observed] = []
         self.leaves: list[Tensor] = []
         self._leaves: set[int] = set()
-        self.has_lookups = self.has_untracked = False
+        self.has_lookups = self.has_untracked = self.has_drawn = False
+        self.draws: list[str] = []
         self.read: str | None = None
         self.indices, self.inputs = indices, list[Tensor]()
         self._wanted = wanted
@@ -90,6 +93,14 @@ class Observer:
         self.leaves.append(leaf)
         self._leaves.add(id(leaf))
         return leaf.clone()
+
+    def on_draw(self, name: str, where: str) -> None:
+        """Called for each call of a function that draws random numbers."""
+        self.draws.append(f"{name!r} in {where or 'the model'!r}")
+
+    def on_drawn(self) -> None:
+        """Called after the forward pass if the model has drawn random numbers."""
+        self.has_drawn = True
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
         """Records a labelled tensor if it depends on the inputs."""

@@ -17,7 +17,7 @@ from ..events.event import Atom
 from ..kernels.forward_state import before_writing, forward_pass
 from ..kernels.reference_pass import LEAST, ReferencePass, difference
 from ..model.autocast import asked_for, current, exact, layers_in, working_dtype
-from ..model.checks import check_drawn, check_model, check_module
+from ..model.checks import check_drawn, check_model, check_module, warn_of_draws
 from ..model.inputs_and_outputs import Call, Change, Output, chosen_output, explained_output
 from ..model.model_protection import Fingerprint, named_tensors, note_restored, preserved
 from ..model.renormalization import TablesUnwritten
@@ -59,6 +59,7 @@ class Recording:
         structure: The value-independent part of the recording: graph, taps and samples.
         output: The explained output, attached to the autograd graph.
         fingerprint: State of the weights during the forward pass.
+        draws: The functions that drew random numbers in evaluation mode; None if the model draws none.
         references: Number of references per sample, each of which is a separate sample of the recording.
 
     Raises:
@@ -97,6 +98,7 @@ class Recording:
             if max_memory is not None:
                 first = FirstRun(max_memory, followed.drop, first)
         self.output, observer = _run(model, call, composite, output, followed, first)
+        self.draws = observer.draws if observer.has_drawn else None
         self.parts = None if first is None else self._divided(first)
         with unwatched():
             self.fingerprint = Fingerprint(model)
@@ -137,6 +139,7 @@ class Recording:
         Raises:
             FoldingError: If a sample, or the kernel of a layer for a sample, depends on other samples.
         """
+        warn_of_draws(self.draws)
         start = self._layout.fold(relevance)
         with exact(start.device):  # kernels that are built here are used by all queries
             if self.samples.count > 1 and not self.samples.is_plain:
@@ -234,7 +237,7 @@ def _run(
             _buffers_kept(model),
             torch.enable_grad(),
             _precision(device),
-            check_drawn(model, device),
+            check_drawn(model, device, observer.on_drawn),
         ):
             around.enter_context(block)
         with unwatched():

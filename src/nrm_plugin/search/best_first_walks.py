@@ -89,9 +89,9 @@ class BestFirstSearch:
     def run(self) -> None:
         """Searches until the best walks are certified or the budget is exhausted."""
         self._add_continuations((), self.chain.first())
-        for width in (1, 2 * math.isqrt(self.k)):  # first a single walk, then a greedy search
+        for width in (1, 2 * math.isqrt(self.k)):  # a single walk first, in any case, and then a greedy search
             for depth in range(1, self.chain.last + 1):
-                self._expand_largest(depth, width)
+                self._expand_largest(depth, width, is_required=not self.best)
         while self.prefixes and self.prefixes[0].bound > self._threshold() and not self._is_over():
             self._expand(self._most_promising())
             deepest = max((len(prefix.groups) for prefix in self.prefixes), default=0)
@@ -108,14 +108,17 @@ class BestFirstSearch:
     def _batch(self, depth: int) -> int:
         return min(BATCH, self.chain.widths[depth - 1])
 
-    def _expand_largest(self, depth: int, width: int) -> None:
-        """Expands the prefixes of a given length with the largest mass."""
+    def _expand_largest(self, depth: int, width: int, is_required: bool = False) -> None:
+        """Expands the prefixes of a given length with the largest mass, unless the budget is exhausted.
+
+        If it is required, the largest one is expanded in any case.
+        """
         threshold = self._threshold()
         candidates = [prefix for prefix in self.prefixes if len(prefix.groups) == depth and prefix.bound > threshold]
         chosen = heapq.nlargest(width, candidates, key=lambda prefix: prefix.mass)
         batch = self._batch(depth) if chosen else 1
         for first in range(0, len(chosen), batch):
-            if self._is_over():
+            if self._is_over() and (first or not is_required):
                 return
             part = chosen[first : first + batch]
             expanded = {prefix.number for prefix in part}

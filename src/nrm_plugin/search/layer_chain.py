@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import EventError, brief
 from ..events.event import Atom, Event, at
+from ..measure.finite_results import check_finite
 from ..measure.groups import Over, check_over, labels_of
 from ..measure.joints import propagated
 from ..measure.layer_taps import Layer
@@ -67,7 +68,9 @@ class LayerChain:
         """Propagates relevance ``(K, n_m)`` from one layer to the next, ``(K, n_{m+1})``."""
         upper, lower = self.taps[level : level + 2]
         rows = {number: row.view(upper.tensor_shape) for number, row in enumerate(vectors)}
-        return propagated(self.recording, upper, lower, rows)[0].flatten(1)
+        arrived = propagated(self.recording, upper, lower, rows)[0].flatten(1)
+        check_finite(self.mu, arrived)
+        return arrived
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
         r"""Applies the transpose of :meth:`propagate` to values ``(K, n_{m+1})``; returns ``(K, n_m)``.
@@ -81,6 +84,7 @@ class LayerChain:
         collected, _ = push(self.recording.graph, lower.place, upper.place, rows, bound)
         if collected is None:
             return self.mu._start.new_zeros(len(values), len(self.labels[level]))
+        check_finite(self.mu, collected)
         return collected.flatten(1)
 
     def sums(self, level: int, values: Tensor) -> Tensor:

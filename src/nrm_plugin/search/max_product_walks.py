@@ -6,12 +6,13 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import NRMError
+from ..measure.finite_results import check_finite
 from ..measure.measure import RelevanceMeasure
 from ..measure.memory_budget import width_of
 from ..recording.places import Buffer, Place
@@ -61,6 +62,7 @@ class MaxProduct:
     """
 
     def __init__(self, mu: RelevanceMeasure) -> None:
+        self._mu = mu
         self.recording, self.graph, self.start = mu._recording, mu._recording.graph, mu._start.flatten()
         if bool((self.start < 0).any()):
             raise _has_negative_entries("the start vector")
@@ -77,23 +79,28 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or if time runs out."""
+        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or if time runs out.
+
+        The first walk is always completed.
+        """
         output = self.graph.output
         prefixes = self._continuations(None, output, self.start, k)
         heapq.heapify(prefixes)
         complete: list[NeuronPath] = []
         limit = math.inf if expansions is None else expansions
         while prefixes and len(complete) < k:
-            if self.expanded and (now() > deadline or self.expanded >= limit):
+            is_over = self.expanded > 0 and (now() > deadline or self.expanded >= limit)
+            if is_over and complete:
                 break
             path = heapq.heappop(prefixes)
             if self._is_input(path.place):
                 complete.append(path)
                 continue
-            self.expanded += 1
-            for edge, columns in self._columns(path.place, [path.neuron]):
-                for longer in self._continuations(path, edge, path.mass * columns[0], k):
-                    heapq.heappush(prefixes, longer)
+            longer = self._expanded(path, k)
+            if is_over and longer:  # with exact bounds, the best continuations lead straight to the largest walk
+                heapq.heappush(prefixes, replace(longer.pop(longer.index(min(longer))), bound=math.inf))
+            for one in longer:
+                heapq.heappush(prefixes, one)
         self.missed = prefixes[0].bound if prefixes else 0.0
         return complete
 
@@ -112,6 +119,12 @@ class MaxProduct:
                 paths.append(NeuronPath(place, neuron, float(masses[neuron]), bound, next(self._numbers), neurons))
         return paths
 
+    def _expanded(self, path: NeuronPath, k: int) -> list[NeuronPath]:
+        """Returns the best continuations of a path in all tensors that its last step reads."""
+        self.expanded += 1
+        parts = self._columns(path.place, [path.neuron])
+        return [longer for edge, part in parts for longer in self._continuations(path, edge, path.mass * part[0], k)]
+
     def _is_input(self, place: Buffer) -> bool:
         return all(edge is None for edge in self.graph.vertices[place.vertex].edges)
 
@@ -124,6 +137,7 @@ class MaxProduct:
                 if bool((columns < 0).any()):
                     raise _has_negative_entries(f"the kernel of {self.recording.taps.name_at(place.vertex)}")
                 best[neurons] = torch.maximum(best[neurons], (columns * self.completions[edge]).amax(1))
+        check_finite(self._mu, best)
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:

@@ -162,8 +162,10 @@ def top_walks(
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; or ``"groups"`` for
             groups that preserve most of the dependence between the layers. All walks over such groups are enumerated.
         budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
-            it; without ``layers``, they are always completed.
-        expansions: Number of expanded prefixes after which the search stops, for reproducible results.
+            it; without ``layers``, they are always completed. The first walk is completed in any case; ``missed``
+            bounds the mass of walks that were not found.
+        expansions: Number of expanded prefixes after which the search stops, apart from those of the first walk. With
+            ``budget=math.inf``, results do not depend on the speed of the machine.
         groups: The groups for ``over="groups"``; by default, they are found by a search on this measure.
 
     Raises:
