@@ -57,6 +57,16 @@ def test_colours_show_the_sign_and_the_text_stays_whole():
     assert f"\x1b[48;5;{shade}m\x1b[38;5;231m{explanation.text.words[strongest].text}" in line
 
 
+def test_units_are_heads_neurons_or_channels_and_signs_among_their_words_are_quoted():
+    layers = ["blocks.0.attn", "blocks.0.mlp.neuron", "blocks.0.mlp.post", "blocks.0.mlp_out"]
+    explanation = explain_text(text_net("class"), StubTokenizer(), "dull , and fine", layers=layers)
+    kinds = {layer: {row.title.split()[0] for row in rows} for layer, rows in explanation.layers.items()}
+    assert kinds == dict(zip(layers, ({"head"}, {"neuron"}, {"neuron"}, {"channel"}), strict=True))
+    used = [line for line in str(explanation).splitlines() if line.startswith("    ")]
+    assert any('"," ' in line for line in used)
+    assert not any(", , " in line or line.lstrip().startswith(", ") for line in used)
+
+
 def test_a_target_that_is_behind_is_marked():
     ahead = explain_text(text_net("class"), StubTokenizer(), TEXT, reference=None)
     behind = explain_text(text_net("class"), StubTokenizer(), TEXT, ahead.against, reference=None)

@@ -339,3 +339,16 @@ def test_the_start_token_of_a_decoder_is_no_word_also_of_a_text_of_one_token():
     assert 0 < one.decoder < 1
     assert float(one.words.sum()) == pytest.approx(float(two.words.sum()))
     assert float(one.words.sum()) + one.decoder + one.absorbed == pytest.approx(1)
+
+
+@pytest.mark.parametrize("place", ["config", "generation_config"])
+def test_decoding_starts_at_the_first_token_of_a_text_if_no_other_token_is_set(place):
+    model, tokenizer = Decoding().eval(), StubTokenizer(has_class_token=False)
+    expected = explain_text(model, tokenizer, TEXT, 5)
+    model.config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=None, vocab_size=len(WORDS))
+    with pytest.raises(InputError, match="not known where decoding starts"):
+        explain_text(model, tokenizer, TEXT, 5)
+    settings = model.config if place == "config" else SimpleNamespace()
+    settings.bos_token_id = 2
+    setattr(model, place, settings)
+    assert explain_text(model, tokenizer, TEXT, 5).output == expected.output

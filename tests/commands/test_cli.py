@@ -100,3 +100,18 @@ def test_a_limit_of_the_gain_is_a_number(text: str, capsys: pytest.CaptureFixtur
         main(["explain", "x.png", "--model", "vgg16", "--gain-limit", text])
     assert end.value.code == 2
     assert f"{text!r} is not a number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_the_prose_of_the_help_fits_a_terminal_of_80_columns(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line for line in lines if line.startswith(("  nrm-plugin ", "  torchrun "))]
+    assert [line for line in lines if len(line) > 80 and line not in commands] == []
+    if name:
+        module = importlib.import_module(f"nrm_plugin.commands.{name.replace('-', '_')}")
+        assert " ".join(module.DESCRIPTION.split()) in " ".join(" ".join(lines).split())
+        assert " ".join(module.EXAMPLES.split()) in " ".join(" ".join(lines).split())
+        assert commands == [line for line in module.EXAMPLES.splitlines() if line in commands]

@@ -72,7 +72,11 @@ def test_texts_are_explained_as_by_the_function(folder, monkeypatch, capsys):
     expected = explain_text(text_net("class").float(), StubTokenizer(), TEXT)
     assert stored["texts"][0]["word_relevance"] == pytest.approx(expected.words.tolist(), abs=1e-6)
     assert len(stored["texts"][0]["layers"]["blocks.1.attn.z"]) == 2
-    assert "never" in (folder / "nrm-explained/texts.html").read_text()
+    page = (folder / "nrm-explained/texts.html").read_text()
+    assert "never" in page
+    assert "<h1>Relevance of words, net</h1>" in page
+    assert main(["explain-text", TEXT, "--model", str(folder / "net")]) == 0
+    assert "<h1>Relevance of words, net</h1>" in (folder / "nrm-explained/texts.html").read_text()
 
 
 @pytest.mark.medium
@@ -153,7 +157,8 @@ def test_lines_of_stdin_are_texts_and_one_that_fails_does_not_stop_the_others(fo
     [
         (["--model", "missing/", "--model", "./missing"], "there is no folder ./missing"),
         (["--model", "."], "has no config.json"),
-        (["--model", "net", "--target", "nice"], "'nice' is not a class of the model"),
+        (["--model", "net", "--target", "nice"], "--target 'nice' is not a class of the model"),
+        (["--model", "net", "--position", "3"], "--position 3 applies to models that predict tokens"),
         (["--model", "net", "--layer", "blocks.9.attn"], "--sites lists the names"),
         (["--model", "net", "--given", "blocks.0.attn["], "is not an event"),
         (["--model", "net", "--device", "quantum"], "--device quantum cannot be used"),

@@ -104,13 +104,36 @@ def test_overwritten_results_change_no_other_query():
 
 
 def test_states_above_the_budget_are_not_kept():
-    plan = planned(net(), max_memory=8)
-    mu = plan(images(6), 1)
-    QUERIES[0](mu)
-    assert mu._state is None
+    plan = planned(net())
     mu, recorded = plan(images(6), 1), RelevanceMeasure(plan.model, images(6), 1)
+    mu._max_memory = 8
     for query in QUERIES:
         torch.testing.assert_close(query(mu), query(recorded))
+        assert mu._state is None
+
+
+@pytest.mark.parametrize("reference", [None, images(9)], ids=["output", "difference"])
+@pytest.mark.parametrize(("limit", "is_limited"), [(1000, True), (10**8, False)])
+def test_a_plan_with_little_memory_records_in_parts_and_says_so(reference, limit, is_limited):
+    plan = Plan(net(), images(0), max_memory=limit)
+    for seed in range(3):
+        mu = plan(images(seed), 1, reference=reference)
+        recorded = RelevanceMeasure(plan.model, images(seed), 1, reference=reference)
+        for query in QUERIES:
+            torch.testing.assert_close(query(mu), query(recorded))
+        assert (mu.parts > 1) == is_limited
+        assert (mu._recorded is not None) == (is_limited or seed == 0)
+        assert mu._recorded is None or (mu._recorded.recording.parts is not None) == is_limited
+    assert ("recorded every time: the recording exceeds max_memory" in plan.explain()) == is_limited
+    assert (plan.memory == 0) or not is_limited
+
+
+def test_a_plan_with_little_memory_is_exported(tmp_path):
+    plan = Plan(net(), images(0), max_memory=1000)
+    plan.export(tmp_path / "relevance.pt2", images(0))
+    program = torch.export.load(tmp_path / "relevance.pt2").module()
+    relevance = program(images(3), torch.tensor([1, 1]))["relevance"]["input"]
+    torch.testing.assert_close(relevance, plan(images(3), 1).marginal("input"))
 
 
 def test_a_single_query_keeps_no_state():

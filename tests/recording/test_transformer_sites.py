@@ -13,6 +13,7 @@ from tests.text_nets import Block
 
 STANDARD = "resid_pre attn.q attn.k attn.v attn attn_out resid_mid mlp.neuron mlp_out resid_post".split()
 PARALLEL = "resid_pre attn.q attn.k attn.v attn attn_out mlp.neuron mlp_out resid_post".split()
+ALONGSIDE = ["parallel", "parallel, one norm", "parallel sum"]
 
 
 class Stack(nn.Module):
@@ -52,6 +53,9 @@ class Written(Block):
     def forward(self, x: Tensor) -> Tensor:
         if self.spelling == "parallel":
             return self.mlp(self.two(x)) + (self.attended(self.one(x)) + x)
+        if self.spelling == "parallel, one norm":
+            read = self.one(x)
+            return x + self.attended(read) + self.mlp(read)
         if self.spelling == "parallel sum":
             return x + (self.attended(self.one(x)) + self.mlp(self.one(x)))
         if self.spelling == "in place":
@@ -81,12 +85,25 @@ def check_layers(mu: RelevanceMeasure, same: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("is_difference", [False, True])
-@pytest.mark.parametrize("spelling", ["matmul", "einsum", "in place", "parallel", "parallel sum"])
+@pytest.mark.parametrize("spelling", ["matmul", "einsum", "in place", *ALONGSIDE])
 def test_sites_do_not_depend_on_the_spelling_or_the_reference(spelling, is_difference):
     torch.manual_seed(0)
     mu = measured(drawn(Written(spelling), Written(spelling)), is_difference=is_difference)
     expected = PARALLEL if spelling.startswith("parallel") else STANDARD
     assert mu.sites == [f"blocks.{block}.{name}" for block, name in product(range(2), expected)]
+
+
+@pytest.mark.parametrize("spelling", ALONGSIDE)
+def test_parallel_branches_are_the_outputs_of_attention_and_mlp(spelling):
+    torch.manual_seed(0)
+    mu = measured(drawn(Written(spelling), Written(spelling)))
+    for block in range(2):
+        check_layers(mu, {
+            f"blocks.{block}.attn_out": f"layers.{block}.out",
+            f"blocks.{block}.mlp_out": f"layers.{block}.down",
+            f"blocks.{block}.mlp.neuron": at(f"layers.{block}.down", side="input"),
+            f"blocks.{block}.resid_post": f"layers.{block}",
+        })  # fmt: skip
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -232,6 +249,57 @@ def test_branches_that_mix_tokens_without_attention_are_mixers():
     mu = measured(drawn(Convolved(), Convolved()))
     names = "resid_pre mixer.neuron mixer_out resid_post".split()
     assert mu.sites == [f"blocks.{block}.{name}" for block, name in product(range(2), names)]
+
+
+class Routed(nn.Module):
+    """A mixer, then experts whose results for their own rows are concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.up = Convolved(), nn.Linear(8, 12)
+        self.downs = nn.ModuleList(nn.Linear(12, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mixer(x)
+        rows = torch.relu(self.up(x)).flatten(0, 1)
+        order = torch.tensor([0, 2, 4, 1, 3])
+        done = torch.cat([down(part) for down, part in zip(self.downs, rows[order].split([3, 2]), strict=True)])
+        return x + done[order.argsort()].view_as(x)
+
+
+def test_experts_after_a_mixer_are_the_mlp_of_its_block():
+    torch.manual_seed(0)
+    mu = measured(drawn(Routed(), Routed()))
+    names = "resid_pre mixer.neuron mixer_out resid_mid mlp.neuron mlp_out resid_post".split()
+    assert mu.sites == [f"blocks.{block}.{name}" for block, name in product(range(2), names)]
+
+
+class Hybrid(Block):
+    """Attention and a convolution side by side, then an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+        self.mixer = nn.Sequential(nn.Conv1d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv1d(12, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.one(x)
+        x = x + self.attended(read) + self.mixer(read.transpose(1, 2)).transpose(1, 2)
+        return x + self.down(torch.relu(self.up(self.two(x))))
+
+
+def test_a_mixer_beside_attention_is_named_apart_from_the_mlp():
+    torch.manual_seed(0)
+    mu = measured(drawn(Hybrid(), Hybrid()))
+    middle = STANDARD.index("resid_mid")
+    names = [*STANDARD[:middle], "mixer.neuron", "mixer_out", *STANDARD[middle:]]
+    assert mu.sites == [f"blocks.{block}.{name}" for block, name in product(range(2), names)]
+    check_layers(mu, {
+        "blocks.1.attn_out": "layers.1.out",
+        "blocks.1.mlp_out": "layers.1.down",
+        "blocks.1.mlp.neuron": at("layers.1.down", side="input"),
+    })  # fmt: skip
+    convolved = mu.marginal("layers.1.mixer").transpose(1, 2)
+    torch.testing.assert_close(mu.marginal("blocks.1.mixer_out"), convolved, atol=1e-12, rtol=0)
 
 
 def test_models_without_residual_connections_have_no_sites():

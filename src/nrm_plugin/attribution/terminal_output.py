@@ -94,7 +94,9 @@ def _used(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str
         yield from colored(text, values, width, True)
         return
     order = values.abs().argsort(descending=True, stable=True)[:LISTED].tolist()
-    best = [(_shortened(printable(text.words[n].text), width // 3), float(values[n])) for n in order]
+    names = {n: printable(text.words[n].text) for n in order}
+    names = {n: name if any(map(str.isalnum, name)) else _quoted(name) for n, name in names.items()}
+    best = [(_shortened(name, width // 3), float(values[n])) for n, name in names.items()]
     yield from _wrapped([f"{word} {_percent(value)}" for word, value in best if round(value, 4)], width)
 
 

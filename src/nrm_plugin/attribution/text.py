@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +34,8 @@ from .words import Tokens, Word
 
 BEST = 5
 """Number of predictions that an explanation lists, and of units per layer."""
+NEURONS = re.compile(r"\.(neuron\d*|post)$")
+"""Pattern of the sites whose channels are called neurons."""
 AUTO = "auto"
 """Default of ``reference``, which selects the mask token if the tokenizer has one and no rules are given."""
 
@@ -321,7 +324,7 @@ class Words:
         """Yields the most relevant heads of an attention layer, or channels of any other layer."""
         heads = head_count(self.mu._recording, layer)
         count = self.mu.shape(layer)[self.mu.channel_dim(layer)] if heads is None else heads
-        kind = "channel" if heads is None else "head"
+        kind = "head" if heads is not None else "neuron" if NEURONS.search(layer) else "channel"
         events: list[Event] = [at(layer).head(n) if heads else at(layer).channel(n) for n in range(count)]
         channels = heads is None
         mass = self.mu.marginal(layer, over="channel")[0].flatten() if channels else self.mu(events)[:, 0]

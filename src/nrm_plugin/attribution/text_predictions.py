@@ -115,6 +115,19 @@ class Task:
         )
 
 
+def _first_token(model: nn.Module) -> int:
+    """Returns the token with which the decoder of a model starts, as in ``generate`` of transformers."""
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for settings in ("config", "generation_config"):
+            token = getattr(getattr(model, settings, None), name, None)
+            if isinstance(token, int):
+                return token
+    raise InputError(
+        f"{type(model).__name__} has neither decoder_start_token_id nor bos_token_id in its config, so it is not known "
+        "where decoding starts. Set model.config.decoder_start_token_id."
+    )
+
+
 def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -> Task:
     """Tokenizes a text and infers the prediction task by running the model.
 
@@ -126,11 +139,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
     others = _accepted(model, others)
     inputs, config = {"input_ids": tokens.ids}, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and not _is_classifier(model):
-        start = getattr(config, "decoder_start_token_id", None)
-        if start is None:
-            raise InputError(
-                f"{type(model).__name__} has no decoder_start_token_id in its config, from which decoding starts."
-            )
+        start = _first_token(model)
         # A text of one token has two start tokens, so that the shapes differ. The first does not attend to the second.
         inputs["decoder_input_ids"] = torch.full((1, 2 if tokens.ids.shape[1] == 1 else 1), start, device=device)
     logits = _logits(model, inputs, others)

@@ -9,9 +9,11 @@ import argparse
 import difflib
 import importlib
 import io
+import itertools
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -39,11 +41,34 @@ EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with exa
 UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
+class Help(argparse.HelpFormatter):
+    """Formatter that wraps the prose of descriptions and examples to the terminal, and keeps command lines whole."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for kind, group in itertools.groupby(text.splitlines(), _indentation):
+            if kind is None:
+                lines += group
+                continue
+            for paragraph in [" ".join(group)] if not kind else group:
+                lines += textwrap.wrap(paragraph, width, subsequent_indent=kind, break_on_hyphens=False)
+        return "".join(f"{indent}{line}\n" for line in lines)
+
+
+def _indentation(line: str) -> str | None:
+    """Returns the indentation with which a line is continued, or None for an empty line or a command."""
+    own = line[: len(line) - len(line.lstrip())]
+    is_command = bool(own) and line.lstrip().startswith(("nrm-plugin", "torchrun"))
+    is_kept = not line.strip() or is_command or line.endswith(":")
+    aligned = re.match(r"\s+\S+(, \S+)*\s{2,}", line)
+    return None if is_kept else " " * len(aligned[0]) if aligned else own
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser that prints errors on a single line, and imports the selected subcommand while parsing."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
+        super().__init__(formatter_class=Help, **arguments)
         self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -54,7 +79,7 @@ class Parser(argparse.ArgumentParser):
             module.add_arguments(self)
             self.set_defaults(run=module.run)
             self.add_argument("--quiet", action="store_true",
-                              help="print only errors and failed images; no results, warnings or progress")  # fmt: skip
+                              help="print only errors; no results, warnings or progress")  # fmt: skip
             self.add_argument("--debug", action="store_true", help="print the traceback of an error")
             args = joined(args)
         return super().parse_known_args(args, namespace)

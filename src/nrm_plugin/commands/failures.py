@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,6 +16,8 @@ from ..errors import NRMError, is_out_of_memory, printable
 
 FAILED, INTERRUPTED = 1, 130
 """Exit statuses after an error that is not due to invalid options, and after an interrupt."""
+ARGUMENTS = ("target", "against", "reference", "position", "composite", "residual", "gain_limit", "device")
+"""Arguments of Python that are options of the same name."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
 """Options whose reduction saves memory, keyed by attribute."""
@@ -43,13 +46,22 @@ def errors() -> TextIO:
 
 def line(error: BaseException, options: argparse.Namespace) -> str:
     """Formats an error as a one-line message."""
-    text = " ".join(str(error).split())
+    text = _with_options(" ".join(str(error).split()), options)
     if is_out_of_memory(error):
         lower = [option for name, option in LOWER.items() if getattr(options, name, None)]
         text = f"out of memory: {text[:300] or type(error).__name__}. Lower {' or '.join(lower) or 'the input size'}."
     elif not isinstance(error, (NRMError, OSError)):
         text = f"unexpected {type(error).__name__}: {text[:300]} (--debug prints the traceback)"
     return f"nrm-plugin {options.name}: error: {printable(text)}"
+
+
+def _with_options(text: str, options: argparse.Namespace) -> str:
+    """Writes the arguments of Python that a message names, such as ``gain_limit=3``, as options of the command."""
+    for name in filter(options.__contains__, ARGUMENTS):
+        option = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"\b{name}=(?=[^\s.,:;])", f"{option} ", text)
+        text = re.sub(rf"\b{name}=", option, text)
+    return text
 
 
 @contextlib.contextmanager

@@ -102,13 +102,20 @@ def texts_of(given: Sequence[str]) -> list[str]:
     return nonempty
 
 
+def _title(name: str) -> str:
+    """Returns the name of a model, without the path to its folder."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def write(
     results: Sequence[TextExplanation], loaded: TextModel, request: Request, options: argparse.Namespace
 ) -> list[Path]:
     """Writes the HTML page and the numbers of all texts, and returns the paths."""
     page, numbers = options.out / "texts.html", options.out / "texts.json"
     with writing(page) as temporary:
-        temporary.write_text(text_page(results, f"Relevance of words, {printable(loaded.name)}"), encoding="utf-8")
+        temporary.write_text(
+            text_page(results, f"Relevance of words, {printable(_title(loaded.name))}"), encoding="utf-8"
+        )
     settings = {
         "model": printable(loaded.name),
         "composite": request.composite,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def explained_model(
     programs = Programs()
     programs.avoided = EveryShortcut()
     with torch.enable_grad():
-        recorded = TracedRecording(settings, call, tensors, programs.avoided)
+        whole = replace(settings, max_memory=None)  # a trace needs all tensors of the recording
+        recorded = TracedRecording(whole, call, tensors, programs.avoided)
     mu = PlannedMeasure(settings, programs, call, tensors, None, _predicted, None, recorded)
     mu.marginal(list(layers))
     if programs.latest is None:

@@ -45,7 +45,8 @@ class Plan:
         model: The network, in evaluation mode.
         inputs: Example inputs with the shapes of later inputs, ``(N, …)``.
         composite, residual, gain_limit, output, batched, uncovered, reference, slopes, max_memory: As in
-            :class:`~nrm_plugin.RelevanceMeasure`.
+            :class:`~nrm_plugin.RelevanceMeasure`. If a recording exceeds ``max_memory``, every call is recorded in
+            parts, and nothing is replayed.
         additional_forward_args, additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:

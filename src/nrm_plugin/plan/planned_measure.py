@@ -117,11 +117,15 @@ class TracedRecording:
         drawn = _random_states()
         with self.traced():
             made, reference = call()
-            self.recording = Recording(settings.model, made, settings.composite, settings.output, reference)
+            self.recording = Recording(
+                settings.model, made, settings.composite, settings.output, reference, settings.max_memory
+            )
             self.outputs = [self.recording.unfolded(), self.recording.outputs()]
             if reference is not None:
                 self.outputs.append(self.recording.differences())
         self.obstacle = "" if _random_states() == drawn else "the model draws random numbers of Python or NumPy"
+        if self.recording.parts is not None:
+            self.tracer, self.obstacle = None, "the recording exceeds max_memory, so it is recomputed in parts"
         self._length = 0
         self.start: Tensor | None = None
         self.queries: TracedQueries | None = None
@@ -220,6 +224,8 @@ class PlannedMeasure(RelevanceMeasure):
                 return outputs
         if self._recorded is None:
             self._recorded = self._record()
+        if self._recorded.recording.parts is not None:
+            self._programs.obstacle = self._recorded.obstacle
         return self._recorded.outputs
 
     def _record(self, is_traced: bool = True) -> TracedRecording:
@@ -325,6 +331,10 @@ class PlannedMeasure(RelevanceMeasure):
     @property
     def layers(self) -> list[str]:
         return list(self._known("layers"))
+
+    @property
+    def parts(self) -> int:
+        return int(self._known("parts"))
 
     @property
     def batch(self) -> int:

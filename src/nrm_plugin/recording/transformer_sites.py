@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -41,6 +41,7 @@ class Branch:
         inner: The vertices on the paths between the add and the stream.
         attention: The vertices of attention calls in the branch.
         crossing: The attention calls whose values come from another stream.
+        skipped: The vertex of an add of a parallel branch to the same stream, which this add includes; -1 if none.
     """
 
     vertex: int
@@ -49,6 +50,7 @@ class Branch:
     inner: list[int]
     attention: list[int]
     crossing: list[int]
+    skipped: int = -1
 
 
 @dataclass
@@ -100,6 +102,8 @@ class Structure:
             if branch is not None:
                 candidates[number] = branch
         known = {number: branch for number, branch in candidates.items() if self._is_block(branch)}
+        for branch in list(known.values()):
+            known.pop(branch.skipped, None)
         self.branches = {n: branch for n, branch in known.items() if known.keys().isdisjoint(branch.inner)}
 
     def step(self, vertex: int) -> Step | None:
@@ -146,11 +150,18 @@ class Structure:
             assert top is not None
             assert stream is not None
             top, stream = self.source(top), self.source(stream)
+            skipped = []
             while not self.depends(top.vertex, stream.vertex) and stream.vertex in known:
+                skipped.append(stream.vertex)
                 stream = known[stream.vertex].stream  # skip a previous add, as for parallel attention and MLP
             if top != stream and self.depends(top.vertex, stream.vertex):
-                return self._branch(number, stream, branch)
+                found = self._branch(number, stream, branch)
+                is_parallel = len(skipped) == 1 and any(self.depends(top.vertex, v) for v in self._weighted(found))
+                return replace(found, skipped=skipped[0]) if is_parallel else found
         return None
+
+    def _weighted(self, branch: Branch) -> list[int]:
+        return [vertex for vertex in branch.inner if vertex in branch.attention or self.is_linear(vertex)]
 
     def _branch(self, number: int, stream: Buffer, edge: int) -> Branch:
         members = self.below[number] | 1 << number
@@ -203,7 +214,7 @@ class Structure:
         within = self.below[branch.vertex] | 1 << branch.vertex
         if self._readers[branch.stream.vertex] & ~within:
             return False
-        return bool(branch.attention) or self.is_mixer(branch) or any(map(self.is_linear, branch.inner))
+        return self.is_mixer(branch.inner) or bool(self._weighted(branch))
 
     def is_linear(self, vertex: int) -> bool:
         """Returns whether a step multiplies by weights, such as a linear layer or a convolution."""
@@ -214,19 +225,19 @@ class Structure:
             return len(_weight_shape(step)) > 1
         return WEIGHTED.search(step.rule) is not None
 
-    def is_mixer(self, branch: Branch) -> bool:
-        """Returns whether a branch without attention mixes tokens by a convolution, a scan or products of tensors."""
-        for vertex in branch.inner:
-            step, node = self.step(vertex), self.graph.vertices[vertex].node
-            if isinstance(step, LayerStep) and _weight_shape(step):
-                if any(size > 1 for size in _weight_shape(step)[2:]):
-                    return True
-                continue
-            joins = sum(edge is not None for edge in self.graph.vertices[vertex].edges) > 1
-            name = operation(node).lower() if step is None else f"{step.rule} {step.name.rpartition('.')[2]}"
-            if MIXING.search(name) and (joins or not PRODUCTS.search(name)):
-                return True
-        return False
+    def is_mixer(self, vertices: Sequence[int]) -> bool:
+        """Returns whether vertices without attention mix tokens with a convolution, a scan or products of tensors."""
+        return any(map(self._is_mixing, vertices))
+
+    def _is_mixing(self, number: int) -> bool:
+        vertex, step = self.graph.vertices[number], self.step(number)
+        if isinstance(step, LayerStep) and _weight_shape(step):
+            return any(size > 1 for size in _weight_shape(step)[2:])
+        name = operation(vertex.node).lower() if step is None else f"{step.rule} {step.name.rpartition('.')[2]}"
+        below = [self.source(edge).vertex for edge in vertex.edges if edge is not None]
+        if name.startswith("cat") and all(map(self.is_linear, below)):
+            return False  # of the results of several experts
+        return bool(MIXING.search(name)) and (len(below) > 1 or not PRODUCTS.search(name))
 
 
 def _bits(number: int) -> Iterator[int]:
@@ -277,10 +288,10 @@ def _previous(branch: Branch, structure: Structure) -> int | None:
 def _blocks(branches: Sequence[Branch], structure: Structure) -> list[Block]:
     blocks: list[Block] = []
     for branch in branches:
-        is_mixer = not branch.attention and structure.is_mixer(branch)
+        is_mixer = not branch.attention and structure.is_mixer(branch.inner)
         own = blocks[-1].branches if blocks else []
         has_attention = any(other.attention for other in own)
-        is_full = bool(own) and not own[-1].attention and not (structure.is_mixer(own[-1]) and not has_attention)
+        is_full = bool(own) and not own[-1].attention and not (structure.is_mixer(own[-1].inner) and not has_attention)
         is_self = len(branch.attention) > len(branch.crossing)
         is_next = is_self or (not branch.attention and (is_full or (is_mixer and not has_attention)))
         if not own or is_next:
@@ -315,7 +326,7 @@ def _sites_of(block: Block, structure: Structure) -> Iterator[tuple[str, Place]]
     has_attention = any(branch.attention for branch in block.branches)
     for position, branch in enumerate(block.branches):
         is_last = position == len(block.branches) - 1
-        is_mixer = not has_attention and structure.is_mixer(branch)
+        is_mixer = not has_attention and structure.is_mixer(branch.inner)
         yield from _sites_of_branch(branch, "mixer" if is_mixer else "mlp", structure)
         crossing = bool(branch.crossing) and len(branch.attention) == len(branch.crossing)
         name = "resid_post" if is_last else "resid_mid_cross" if crossing else "resid_mid"
@@ -338,8 +349,10 @@ def _sites_of_branch(branch: Branch, kind: str, structure: Structure) -> Iterato
     if "mlp" in parts:
         place = parts["mlp"]
         top = structure.graph.buffer(place).vertex
-        yield from _of_neurons("mlp", [v for v in branch.inner if structure.depends(top, v)], structure)
-        yield "mlp_out", place
+        inner = [vertex for vertex in branch.inner if structure.depends(top, vertex)]
+        kind = "mixer" if structure.is_mixer(inner) else "mlp"
+        yield from _of_neurons(kind, inner, structure)
+        yield f"{kind}_out", place
 
 
 def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
@@ -352,12 +365,23 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
         for number, edge in enumerate(edges):
             members = [] if edge is None else [v for v in branch.inner if structure.depends(edge.vertex, v)]
             if any(vertex in branch.attention for vertex in members):
-                joined["attention"] = Edge(vertex, number)
+                joined["attention"] = _without_stream(Edge(vertex, number), branch, structure)
             elif any(map(structure.is_linear, members)):
                 joined["mlp"] = Edge(vertex, number)
         if len(joined) == 2:
             return joined
     return {}
+
+
+def _without_stream(place: Edge, branch: Branch, structure: Structure) -> Edge:
+    """Returns the edge that reads the branch itself, if an edge reads its sum with the stream."""
+    while True:
+        top = structure.source(structure.graph.buffer(place)).vertex
+        step, edges = structure.step(top), structure.graph.vertices[top].edges
+        is_stream = [edge is not None and structure.source(edge) == branch.stream for edge in edges]
+        if step is None or step.rule not in SUMS or len(edges) != 2 or sum(is_stream) != 1:
+            return place
+        place = Edge(top, is_stream.index(False))
 
 
 def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) -> Iterator[tuple[str, Place]]:
