@@ -42,6 +42,7 @@ from benchmarks.cost.nets import BATCHED, BATCHES, NETS, Net
 from benchmarks.cost.stages import stages
 from benchmarks.cost.timing import (
     RETURNING,
+    WAITING,
     alternated,
     clocked,
     forked,
@@ -231,7 +232,7 @@ def measured(names: list[str], options: argparse.Namespace) -> None:
     """Times all nets, and stores the results one by one."""
     counts, rounds = ([1], min(options.rounds, 3)) if options.quick else (options.threads, options.rounds)
     for name in missing(names, counts, options, "rows", "threads"):
-        found = spawned("--one", name, "--threads", *counts, "--rounds", rounds, *limits_of(options))
+        found = spawned("--one", name, "--threads", *counts, "--rounds", rounds, *limits_of(options), **WAITING)
         for row in found.get("rows") or [{"net": name, "threads": count, **found} for count in counts]:
             store(options.out, "rows", [row], ("net", "threads"))
             print(page.line(row), flush=True)

@@ -19,6 +19,9 @@ from benchmarks.cost.ways import PLAIN, Work, message
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 """Freed memory is returned to the system immediately, so that a peak contains no unused memory."""
 
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+"""A thread that waits for others sleeps, so that it uses no processor time."""
+
 Clocks = list[tuple[float, float]]
 """Processor and wall-clock seconds of every round."""
 
