@@ -17,7 +17,7 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    r"""Mean conditional relevance of the groups of a layer given the groups of a layer above.
+    r"""Metric of the mean conditional relevance of the groups of a layer given the groups of a layer above.
 
     .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}
 

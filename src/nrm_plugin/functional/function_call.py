@@ -73,7 +73,7 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """Function call. Its *inputs* are the tensors among its arguments that receive relevance.
+    """Call of a function, whose *inputs* are the tensors among its arguments that receive relevance.
 
     Attributes:
         name: Name shared by all variants of the function, such as ``"add"``.
