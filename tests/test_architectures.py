@@ -150,6 +150,14 @@ def test_no_builder_of_torchvision_is_omitted_silently(monkeypatch):
     assert "| NRMDefault | 0 of 1 |" in page
 
 
+def test_only_figures_above_their_limit_are_bold_on_the_page():
+    figures = {"error_taps": 2e-7, "residual": 0.2, "constants": 0.0, "variation_input": 1.0, "variation_blocks": 7.0}
+    row = {"model": "resnet18", "shape": [3, 96, 96], "seconds": 0.5, **figures}
+    rows = [{**row, "composite": "NRMDefault"}, {**row, "composite": "EpsilonPlusFlat", "variation_input": 1.6}]
+    page = tables({"environment": {}, "rows": rows})
+    assert "| resnet18 | 96×96 | 2e-07 | 0.5 | 1 | 7 | 0.200 | **1.6** | 7 |  |  |  |" in page
+
+
 def test_the_committed_results_are_complete_within_the_limits_and_shown_on_the_page():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = {(row["model"], row["composite"]): row for row in results["rows"]}
