@@ -13,7 +13,9 @@ from ..model.contrast import REST
 from .layer_averages import late_layers
 from .measure import RelevanceMeasure
 
-CANCELS = 3.0
+LEAST_EVIDENCE = 1 / 4
+"""Minimum evidence of a late position, as a fraction of the largest evidence; chosen on digits in docs/real.md."""
+CANCELS = 2.0
 """Ratio of the variation of the pixels to that of late layers above which too much relevance of pixels cancels."""
 
 
@@ -22,11 +24,12 @@ def pixel_map(
 ) -> Tensor:
     r"""Computes fine-grained heat maps of objects on a plain ground, as the command ``nrm-plugin explain``.
 
-    .. math:: \mu_c(n_0 = p \text{ and the walk crosses } E), \qquad E = \{q : \nu(q) > 0\}
+    .. math:: \mu_c(n_0 = p \text{ and the walk crosses } E), \qquad E = \{q : \nu(q) > \tfrac14 \max \nu\}
 
     The map is the relevance :math:`\mu_c` of the pixels for the class alone, of the walks that cross the last of the
     :func:`~nrm_plugin.measure.layer_averages.late_layers` at positions :math:`q` with evidence for the class rather
-    than other classes, by the contrast :math:`\nu`. Both measures explain the difference from the reference.
+    than other classes: at least a quarter of the largest, by the contrast :math:`\nu`. Both measures explain the
+    difference from the reference.
 
     Args:
         model: An image classifier, in evaluation mode.
@@ -81,7 +84,8 @@ def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Ten
     event = None
     for last in late_layers(contrast)[:1]:
         relevance = float(contrast.sign) * contrast.marginal(last)
-        is_evidence = relevance.sum(contrast.channel_dim(last), keepdim=True) > 0
+        evidence = relevance.sum(contrast.channel_dim(last), keepdim=True)
+        is_evidence = evidence > LEAST_EVIDENCE * evidence.amax().clamp(min=0)
         event = at(last)[is_evidence.expand_as(relevance)[0].cpu()] if bool(is_evidence.any()) else None
     pixels = alone.marginal("input") if event is None else alone.marginal("input", joint=event)
     return float(alone.sign) * pixels.sum(1)
@@ -91,7 +95,7 @@ def is_fine_grained(mu: RelevanceMeasure) -> bool:
     """Returns whether the relevance of single pixels is about as stable as that of late layers.
 
     In deep networks, most of the relevance of single pixels cancels, and only its sums over larger areas are
-    meaningful. The relevance is stable if the variation of the pixels is at most three times that of the late layers.
+    meaningful. The relevance is stable if the variation of the pixels is at most twice that of the late layers.
     Without late layers, the pixels are all there is.
 
     Args:
