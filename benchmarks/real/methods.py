@@ -21,7 +21,9 @@ from zennit.core import Composite
 
 from nrm_plugin import ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, Plan, RelevanceMeasure
 from nrm_plugin.composites import Normalized
-from nrm_plugin.measure.layer_averages import blurred, late_layers, layer_average
+from nrm_plugin.measure.layer_averages import blurred, late_layers, layer_average, layer_map
+from nrm_plugin.measure.pixel_maps import is_fine_grained, through_evidence
+from nrm_plugin.measure.plain_ground import plain_ground
 from nrm_plugin.model.contrast import contrast_vector
 
 from .networks import Network, batch_norms
@@ -135,6 +137,21 @@ class Measured:
             return layer_average(mu, self._layers[question.net.name])
         sign = mu.sign.reshape(-1, 1, 1, 1)  # positive relevance is evidence for the class
         return mu.marginal("input") * sign
+
+
+def explain_first(question: Question) -> Tensor:
+    """Returns the heat map that ``nrm-plugin explain`` shows first by default, image by image."""
+    maps = []
+    for image, target in zip(question.inputs.split(1), question.targets.tolist(), strict=True):
+        model, ground = question.net.model, plain_ground(question.net.image(image[0]))
+        if ground is not None:
+            plain = {"reference": question.net.normalized(ground.reshape(-1, 1, 1)).expand_as(image).contiguous()}
+            alone = RelevanceMeasure(model, image, target, **plain)
+            if is_fine_grained(alone):
+                maps.append(through_evidence(alone, RelevanceMeasure(model, image, target, against="rest", **plain)))
+                continue
+        maps.append(layer_map(model, image, target))
+    return torch.cat(maps)
 
 
 def gamma_box(net: Network, **settings: Any) -> EpsilonGammaBox:
@@ -292,6 +309,8 @@ def _ours(
     return Method(Measured(composite, reference, is_averaged), against, is_ours=True)
 
 
+FIRST = "explain, first map"
+"""The heat map that ``nrm-plugin explain`` shows first by default."""
 OURS = {
     "default": lambda net: NRMDefault(),
     "default, ε = 0 in the classifier": lambda net: NRMDefault(layer_map=[(nn.Linear, ConservingEpsilon(0.0))]),
@@ -309,6 +328,7 @@ METHODS: dict[str, Method] = {
         OURS["EpsilonPlusFlat"], "rest", is_averaged=True
     ),
     "reference blur, last two resolutions, against the rest": _ours(None, "rest", "blur", True),
+    FIRST: Method(explain_first, "rest", is_ours=True),
     "reference grey, last two resolutions, against the rest": _ours(None, "rest", "grey", True),
     "reference grey, against the rest": _ours(None, "rest", "grey"),
     "reference blur, against the rest": _ours(None, "rest", "blur"),

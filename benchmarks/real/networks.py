@@ -54,6 +54,10 @@ class Network:
         """Returns the inputs of the model from images in [0, 1], ``(…, C, H, W)``."""
         return (images - self.mean) / self.std
 
+    def image(self, inputs: Tensor) -> Tensor:
+        """Returns the images in [0, 1] from inputs of the model; rounding errors are clamped."""
+        return (inputs * self.std + self.mean).clamp(0, 1)
+
     @cached_property
     def fast(self) -> nn.Module:
         """A copy of the model for passes without layers: batch norms are fused, and channels come last in memory."""

@@ -26,6 +26,7 @@ def real(results: Results) -> dict[str, str]:
         "compared": _compared(results["nets"]),
         "losses": _losses(results["nets"]),
         "tried": _tried(results["tried"]),
+        "grounds": _grounds(results["grounds"]),
         "more methods": _all_metrics(results["more methods"]),
     }
 
@@ -92,6 +93,18 @@ def _tried(tried: Results) -> str:
         for row in tried["rows"]
     )  # fmt: skip
     return grid("| measure | map | photographs | SRG ↑ | SRG minus GradCAM | inside ↑ | own ↑ | wins ↑ |", cells)
+
+
+def _grounds(grounds: Results) -> str:
+    """Maps that were tried for objects on a plain ground, on networks for digits."""
+    cells = []
+    for number, row in enumerate(grounds["rows"]):
+        is_new = number == 0 or grounds["rows"][number - 1]["network"] != row["network"]
+        counts = f"{row['network']} ({row['images']}, {2 * row['pairs']})" if is_new else ""
+        values = [f"{row[key]:.2f}" for key in ("SRG", "deletion", "inside", "pointing")]
+        cells.append([counts, row["map"], *values, f"{row['own']:.3f}", f"{row['wins']:.2f}"])
+    head = "SRG ↑ | deletion ↓ | inside ↑ | pointing ↑ | own ↑ | wins ↑"
+    return grid(f"| network (images, explanations of pairs) | map | {head} |", cells)
 
 
 def _all_metrics(measured: Results) -> str:

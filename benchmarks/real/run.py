@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.default_composite import interval, resamples
 
 from . import metrics, photos
-from .methods import METHODS, Method, Question, heat_map
+from .methods import FIRST, METHODS, Method, Question, heat_map
 from .networks import NETWORKS, Network
 from .scenes import Pairs, Scenes, pairs, single
 from .stored import stored
@@ -67,7 +67,7 @@ SIZES = {
 
 
 DRAWN = "reference blur, last two resolutions, against the rest", "default, against the rest"
-"""The two heat maps that ``nrm-plugin explain`` draws; the others are compared with the first one."""
+"""The two heat maps that ``nrm-plugin explain`` draws of photographs; others are compared with the first one."""
 COMPARED = (
     *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "EpsilonPlusFlat, against the rest",
     "reference blur, against the rest", "EpsilonPlusFlat, last two resolutions, against the rest",
@@ -76,11 +76,11 @@ COMPARED = (
 )  # fmt: skip
 """Methods of the comparison on networks for photographs."""
 FASHION = (
-    *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "reference blur, against the rest", "DeepLift",
+    FIRST, *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "reference blur, against the rest", "DeepLift",
     "IntegratedGradients, 20 steps", "expected gradients", "reference grey, last two resolutions, against the rest",
     "reference grey, against the rest", "reference grey",
 )  # fmt: skip
-"""Methods of the comparison on networks for Fashion-MNIST."""
+"""Methods of the comparison on networks for Fashion-MNIST, whose images have a plain ground."""
 
 
 class Task:

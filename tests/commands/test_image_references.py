@@ -43,7 +43,7 @@ def test_named_references_are_images(here: Path):
     Image.new("RGB", (50, 40), (10, 200, 30)).save("green.png")
     green = loaded.preprocessing(Image.open("green.png"))
     torch.testing.assert_close(reference_image(loaded, inputs, "green.png"), green)
-    with pytest.raises(ReferenceImageError, match="--reference gone is neither blur, mean, black, white nor an image"):
+    with pytest.raises(ReferenceImageError, match="gone is neither blur, mean, black, white, a colour such as #f0"):
         reference_image(loaded, inputs, "gone")
 
 

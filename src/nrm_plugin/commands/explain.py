@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query = parser.add_argument_group("query")
     add_target(query)
     add_against(query, "rest, if there are several classes")
-    add_reference(query)
+    add_reference(query, "the plain ground of the image, if it has one and little relevance of pixels cancels")
     add_map(query)
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
                        help="list the most relevant channels of this layer; may be repeated")  # fmt: skip
@@ -104,7 +104,7 @@ def _explain(
     from .image_loop import Printed
 
     result = explanation(loaded, image, request)
-    files = write(loaded, request, result, out, taken, cells)
+    files = write(loaded, result.request, result, out, taken, cells)
     problems = [
         f"{printable(image.path)}, --given {given.condition.text!r}: {given.problem}"
         for given in result.given

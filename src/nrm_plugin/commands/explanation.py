@@ -11,12 +11,24 @@ from ..errors import CancellationError, NRMError, NullEventError
 from ..events.event import at
 from ..measure.layer_averages import late_layers, layer_average
 from ..measure.measure import RelevanceMeasure
+from ..measure.pixel_maps import is_fine_grained, through_evidence
 from ..plots.flow_thumbnails import Photo
 from .event_syntax import Condition
+from .image_references import ground_name
 from .model_loading import LoadedModel
 from .options import BOTH, OF_LAYERS
 from .photos import photo
-from .request import SECANTS, Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
+from .request import (
+    NONE,
+    SECANTS,
+    Against,
+    Request,
+    RequestError,
+    check_layers,
+    compared_with,
+    explained_class,
+    measure_of,
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ class Explanation:
     """Explanation of one image. Tensors are on the CPU.
 
     Attributes:
+        request: The request, with the reference that was chosen for this image.
         source: The image file.
         image: The preprocessed image, ``(3, S, S)`` in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
@@ -107,10 +120,13 @@ class Explanation:
         reference: Name or file of the reference image, or None if there is none.
         layer_map: Relevance map averaged over late layers, or None if it was not requested or the model has no such
             layers.
+        pixel_map: Relevance of the pixels ``(H, W)`` for the class alone, through late positions with evidence for it,
+            compared with the plain ground of the image; None without a plain ground.
         shows_pixels: Whether to plot the relevance of the pixels.
         notes: Deviations from the request, with their reasons.
     """
 
+    request: Request
     source: LoadedImage
     image: Tensor
     outputs: Tensor
@@ -124,6 +140,7 @@ class Explanation:
     photo: Photo
     reference: str | None = None
     layer_map: LayerMap | None = None
+    pixel_map: Tensor | None = None
     shows_pixels: bool = True
     notes: tuple[str, ...] = ()
 
@@ -141,7 +158,41 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         NRMError: If no measure of the model can be constructed with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
-    result = _of_one_measure(loaded, source, inputs, request)
+    ground = ground_name(loaded, inputs) if request.finds_ground else None
+    on_ground = None if ground is None else _on_ground(loaded, source, inputs, request, ground)
+    if isinstance(on_ground, Explanation):
+        return on_ground
+    result = _without_ground(loaded, source, inputs, request)
+    return result if on_ground is None else replace(result, notes=(*result.notes, on_ground))
+
+
+def _on_ground(
+    loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request, ground: str
+) -> Explanation | str:
+    """Explains the difference from the plain ground, or returns a note with the reason why not.
+
+    Args:
+        loaded: The model.
+        source: The image to explain.
+        inputs: The preprocessed image.
+        request: The request.
+        ground: The plain ground, as the name of a reference.
+    """
+    request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_ground=False)
+    note = f"the plain ground of the image, {ground}, is not its reference: "
+    try:
+        alone = measure_of(loaded, inputs, replace(request, against=NONE))
+        if not is_fine_grained(alone):
+            return f"{note}most relevance of single pixels cancels in this model"
+        mu = measure_of(loaded, inputs, request)
+        pixels = None if request.map == OF_LAYERS else through_evidence(alone, mu)[0].cpu()
+        return replace(_of_one_measure(loaded, source, inputs, request, mu), pixel_map=pixels)
+    except NRMError as error:
+        return f"{note}{str(error).partition('. ')[0]}"
+
+
+def _without_ground(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request) -> Explanation:
+    result = _of_one_measure(loaded, source, inputs, request, measure_of(loaded, inputs, request))
     if request.layers_reference is None or result.notes:
         return result
     apart = replace(request, composite=SECANTS, reference=request.layers_reference)
@@ -154,8 +205,9 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         return replace(result, layer_map=layer_map, notes=(note,))
 
 
-def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request) -> Explanation:
-    mu = measure_of(loaded, inputs, request)
+def _of_one_measure(
+    loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request, mu: RelevanceMeasure
+) -> Explanation:
     check_layers(mu, loaded, [*request.layers, *(name for given in request.given for name in given.layers)])
     relevance = float(mu.sign) * mu.marginal("input")[0]
     against = compared_with(loaded, request, mu.outputs)
@@ -163,6 +215,7 @@ def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, re
     notes = _without_layers(loaded, request) if is_mapped and not _has_late_layers(loaded, mu, inputs) else ()
     is_apart = notes or request.layers_reference is not None
     return Explanation(
+        request,
         source,
         loaded.preprocessing.inverse(inputs).cpu(),
         mu.outputs.flatten().cpu(),
@@ -176,8 +229,8 @@ def _of_one_measure(loaded: LoadedModel, source: LoadedImage, inputs: Tensor, re
         photo(loaded, source, inputs),
         request.reference,
         _layer_map(mu, request.reference) if is_mapped and not is_apart else None,
-        request.map != OF_LAYERS,
-        notes,
+        shows_pixels=request.map != OF_LAYERS,
+        notes=notes,
     )
 
 

@@ -114,6 +114,8 @@ def tensors(result: Explanation) -> dict[str, Tensor]:
         "bypass": number(result.totals.bypass),
         **({} if result.difference is None else {"difference": number(result.difference)}),
     }
+    if result.pixel_map is not None:
+        named["pixel_map"] = result.pixel_map
     if result.layer_map is not None:
         named["layer_map"] = result.layer_map.relevance
     for layer in result.layers:
@@ -185,12 +187,14 @@ def _overview(loaded: LoadedModel, result: Explanation, cells: int | str) -> Fig
 def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
     """Returns the heat maps ``(H, W)`` with their titles."""
     drawn = []
+    if result.pixel_map is not None:
+        drawn.append(("the evidence, pixel by pixel", result.pixel_map))
     if result.layer_map is not None:
         # The heading names the reference of all results.
         own = "" if result.layer_map.reference == result.reference else reference_words(result.layer_map.reference)
         title = f"where the evidence is, by late layers{short(own)}".replace(", compared", ",\ncompared")
         drawn.append((title, result.layer_map.relevance))
-    if result.shows_pixels:
+    if result.shows_pixels and result.pixel_map is None:
         title = f"the evidence, pixel by pixel\n{wrapped(totals_text(result.totals), TITLE)}"
         drawn.append((title, result.relevance.sum(0)))
     return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -9,16 +10,20 @@ from torch import Tensor
 from ..dataset.images import ImageError, load_image
 from ..errors import NRMError, printable
 from ..measure.layer_averages import blurred
+from ..measure.plain_ground import plain_ground
 from .model_loading import LoadedModel
 
 BLUR = "blur"
+COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue for greyscale models, as in Pillow."""
 NAMES = {
     BLUR: "the blurred image",
     "mean": "its mean colour",
     "black": "a black image",
     "white": "a white image",
 }
-"""Descriptions of the references that have a name."""
+"""Descriptions of the references that are neither colours nor files."""
 
 
 class ReferenceImageError(NRMError, ValueError):
@@ -31,7 +36,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
     Args:
         loaded: The model.
         inputs: The preprocessed image, ``(1, C, S, S)``.
-        name: One of :data:`NAMES`, or an image file.
+        name: One of :data:`NAMES`, a colour such as ``#f0f0f0``, or an image file.
 
     Raises:
         ReferenceImageError: If ``name`` is neither a known name nor an image file.
@@ -42,14 +47,43 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
         return inputs.mean((2, 3), keepdim=True).expand_as(inputs).contiguous()
     if name in ("black", "white"):
         return loaded.preprocessing.bounds(inputs)[name == "white"].expand_as(inputs).contiguous()
+    if COLOUR.fullmatch(name):
+        return _of_colour(loaded, inputs, name)
     try:
         return loaded.preprocessing(load_image(Path(name)).image).to(inputs)
     except ImageError as error:
         raise ReferenceImageError(
-            f"--reference {printable(name)} is neither {', '.join(NAMES)} nor an image that can be read: {error}"
+            f"--reference {printable(name)} is neither {', '.join(NAMES)}, a colour such as #f0f0f0, nor an image that "
+            f"can be read: {error}"
         ) from error
 
 
 def reference_words(name: str | None) -> str:
     """Describes a reference for a title, or returns an empty string without a reference."""
-    return "" if name is None else f", compared with {NAMES.get(name) or printable(Path(name).name)}"
+    if name is None:
+        return ""
+    words = f"a plain image of {name}" if COLOUR.fullmatch(name) else printable(Path(name).name)
+    return f", compared with {NAMES.get(name, words)}"
+
+
+def ground_name(loaded: LoadedModel, inputs: Tensor) -> str | None:
+    """Returns the plain ground of a preprocessed image as the name of a reference, or None if it has none.
+
+    Args:
+        loaded: The model.
+        inputs: The preprocessed image, ``(1, C, S, S)``.
+    """
+    colour = plain_ground(loaded.preprocessing.inverse(inputs))
+    if colour is None:
+        return None
+    name = "#" + "".join(f"{round(255 * float(value)):02x}" for value in colour)
+    return {"#000000": "black", "#ffffff": "white"}.get(name, name)
+
+
+def _of_colour(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
+    """Returns a plain image of a colour, with the shape of the inputs."""
+    values = inputs.new_tensor([int(name[start : start + 2], 16) / 255 for start in (1, 3, 5)])
+    if inputs.shape[1] == 1:
+        values = (values * values.new_tensor(LUMINANCE)).sum(0, keepdim=True)
+    black, white = loaded.preprocessing.bounds(inputs)
+    return (black + values.reshape(1, -1, 1, 1) * (white - black)).expand_as(inputs).contiguous()

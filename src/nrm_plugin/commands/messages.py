@@ -52,10 +52,15 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
     yield from crop_note(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
+    if result.pixel_map is not None:
+        yield f"  reference: the plain ground of the image{reference_words(result.reference)}"
+        yield "    --reference blur compares with the blurred image, --reference none as without a plain ground"
+        yield "  fine heat map: the pixels whose relevance passes through late positions with evidence for the class"
     if result.layer_map is not None:
         about = f"{' and '.join(result.layer_map.layers)}{reference_words(result.layer_map.reference)}"
         yield f"  coarse heat map: mean over {about}"
-    yield f"  {'fine heat map: ' if result.shows_pixels else ''}relevance {_totals(result.totals, 'at the pixels')}"
+    is_drawn = result.shows_pixels and result.pixel_map is None
+    yield f"  {'fine heat map: ' if is_drawn else ''}relevance {_totals(result.totals, 'at the pixels')}"
     yield from (f"  note: {note}" for note in result.notes)
     for layer in result.layers:
         yield f"  {layer.name}: {_totals(layer.totals, 'crosses it')}, variation {layer.totals.variation:.3g}"

@@ -17,6 +17,8 @@ MOST_CELLS = 56
 BOTH, OF_LAYERS, OF_PIXELS = "both", "layers", "pixels"
 """Choices of ``--map``: both heat maps, only the coarse one of late layers, or only the pixel-wise one."""
 DEFAULT_RULES = "nrm_default"
+NO_REFERENCE = "none"
+"""Value of ``--reference`` that explains outputs without a reference."""
 MISCLASSIFIED = "misread"
 """Name of misclassified digits in the demo."""
 PER_CHANNEL = ("--mean", "--std")
@@ -60,11 +62,12 @@ def add_cells(parser: Any) -> None:
                         f"numbers are the same (default: {MOST_CELLS}, and the cells of a layer)")  # fmt: skip
 
 
-def add_reference(group: Any) -> None:
-    """Adds ``--reference``."""
-    group.add_argument("--reference", metavar="blur|mean|black|white|FILE",
-                       help="explain the difference from the blurred image, an image of its mean colour, a black or "
-                       "white image, or another image (default: no reference)")  # fmt: skip
+def add_reference(group: Any, default: str = NO_REFERENCE) -> None:
+    """Adds ``--reference``; ``default`` describes its default."""
+    group.add_argument("--reference", metavar="blur|mean|black|white|#RRGGBB|FILE|none",
+                       help="explain the difference from the blurred image, an image of its mean colour, a black or a "
+                       "white one, one of another colour, or another image; none: no reference "
+                       f"(default: {default})")  # fmt: skip
 
 
 def add_map(group: Any) -> None:

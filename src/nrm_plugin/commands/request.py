@@ -56,6 +56,7 @@ class Request:
         reference: Name or file of the reference image, or None if there is none.
         map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None if the command has no choice.
         layers_reference: Reference image used only for the map of late layers, or None.
+        finds_ground: Whether the plain ground of an image, if it has one, is its reference.
     """
 
     target: str | None = None
@@ -70,6 +71,7 @@ class Request:
     reference: str | None = None
     map: str | None = None
     layers_reference: str | None = None
+    finds_ground: bool = False
 
 
 def check_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from .composite_names import check_composite_name
 from .event_syntax import parse
 from .image_references import BLUR
 from .model_loading import LoadedModel, load
-from .options import BOTH, CHANNELS, DEFAULT_RULES, OF_LAYERS
+from .options import BOTH, CHANNELS, DEFAULT_RULES, NO_REFERENCE, OF_LAYERS
 from .request import SECANTS, Request, RequestError
 
 
@@ -27,6 +27,9 @@ def request_of(options: argparse.Namespace) -> Request:
         ConditionError: If an event cannot be parsed.
     """
     drawn, reference = getattr(options, "map", None), getattr(options, "reference", None)
+    has_rules = options.composite or options.gain_limit is not None or options.residual == "sink"
+    finds_ground = drawn is not None and not reference and not has_rules
+    reference = None if reference == NO_REFERENCE else reference
     layers_reference = None if options.composite or reference else BLUR if drawn == BOTH else None
     if drawn == OF_LAYERS and not options.composite:
         reference = reference or BLUR
@@ -50,6 +53,7 @@ def request_of(options: argparse.Namespace) -> Request:
         reference=reference,
         map=drawn,
         layers_reference=layers_reference,
+        finds_ground=finds_ground,
     )
 
 
