@@ -1,5 +1,6 @@
 """A layer has its own rule however it stores or computes its weight, also where the functions inside it are steps."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -132,3 +133,28 @@ def test_a_weight_is_looked_up_by_its_caller_its_owner_or_its_kind():
     assert rules.of_weight(model[4].weight, like, "0") is None, "another layer owns it"
     assert rules.of_weight(torch.ones(4, 4), like, "0") is flat
     assert rules.of_weight(torch.ones(4, 4), nn.Conv2d(1, 1, 1), "0") is None, "the caller is of another kind"
+
+
+class Sparse(nn.Module):
+    """A product with a sparse or dense parameter, and a layer."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.last = nn.Parameter(weight), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.weight @ x.T).T)
+
+
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_models_may_have_sparse_parameters(convert):
+    weight, x = torch.randn(4, 4).double(), torch.randn(2, 4).double()
+    with warnings.catch_warnings(action="ignore"):  # torch calls its CSR format a prototype
+        sparse, dense = Sparse(convert(weight)), Sparse(weight)
+        for reference in (None, x.flip(0)):
+            mu = RelevanceMeasure(sparse, x, 1, reference=reference)
+            total = mu.marginal("input").sum(1) + mu.sink("input")
+            torch.testing.assert_close(total, torch.ones(2).double())
+    same = RelevanceMeasure(dense, x, 1, reference=reference)
+    torch.testing.assert_close(mu.marginal("input"), same.marginal("input"))

@@ -124,16 +124,38 @@ def test_no_query_returns_numbers_that_are_not_finite(query):
 
 
 def test_neurons_that_do_not_change_have_finite_conditional_masses_in_large_networks():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    with torch.no_grad():
-        net[0].weight.mul_(1e14)
-        net[0].bias[:4] = -1e20  # never active
-    mu = RelevanceMeasure(net, torch.ones(1, 4), 1, reference=torch.zeros(1, 4))
-    assert mu.marginal("1")[0, :4].abs().max() < 1e-12
-    below = mu.conditional(at("input")[0], "1")
+    net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 2))
+    net[0].weight.data = 1e15 * torch.tensor([[1.0, -1.0, 0.0, 0.0], [1.0, 2.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
+    x = torch.tensor([[1.0, 2.0, 0.0, 1.0]])
+    mu = RelevanceMeasure(net, x, 1, reference=x - 1)
+    assert float(mu.marginal("0")[0, 0].abs()) < 1e-12  # inputs 0 and 1 cancel
+    below = mu.conditional(at("input")[0], "0")
     assert bool(below.isfinite().all())
-    torch.testing.assert_close((below * mu.marginal("1")).sum(1), mu(at("input")[0]), rtol=1e-4, atol=1e-5)
+    assert float(below[0, 0].abs()) > 1e30
+    torch.testing.assert_close((below * mu.marginal("0")).sum(1), mu(at("input")[0]), rtol=1e-4, atol=1e-5)
+
+
+class InFloat32(nn.Module):
+    """Root-mean-square normalization in float32, as in Llama."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        short = h.to(torch.float32)
+        return (short * (short.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).to(h.dtype)
+
+
+def test_conditional_masses_in_float64_pass_through_conversions_to_float32():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), InFloat32(), nn.Linear(4, 4), nn.Tanh(), InFloat32(), nn.Linear(4, 2)).double()
+    net[0].weight.data[0] = torch.tensor([1.0, -1.0, 0.0, 0.0])  # inputs 0 and 1 cancel in neuron 0
+    x = torch.tensor([[1.0, 2.0, 0.5, -1.0]]).double()
+    mu = RelevanceMeasure(net, x, 1, reference=x - 1)
+    event = at("input")[0]
+    for layer in ("0", "2", "3"):
+        below = mu.conditional(event, layer)
+        assert bool(below.isfinite().all())
+        joint = mu.marginal(layer, joint=event)
+        torch.testing.assert_close(below * mu.marginal(layer), joint, rtol=0, atol=1e-6)
+        torch.testing.assert_close(joint.sum(1), mu(event), rtol=0, atol=1e-6)
 
 
 def test_large_results_are_finite():

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from zennit.core import Composite, Hook
 
+from ..model.model_protection import memory_address
 from ..model.quantized import plain_tensors
 from ..rules import Absolute
 
@@ -70,7 +71,7 @@ class CompositeRules:
                 if parameter is not None:
                     self._by_weight[id(parameter)] = (module, rule)
                     for part in plain_tensors(parameter):
-                        self._by_memory.setdefault(part.untyped_storage().data_ptr(), (module, rule))
+                        self._by_memory.setdefault(memory_address(part), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
         """Returns the rule for modules of this type, as if ``module`` were the last one in the model."""
@@ -105,4 +106,4 @@ def _owns(module: nn.Module, memory: int) -> bool:
 
 def _memory(weight: Tensor) -> int:
     """Returns the address of the memory of a weight."""
-    return next(plain_tensors(weight)).untyped_storage().data_ptr()
+    return memory_address(next(plain_tensors(weight)))

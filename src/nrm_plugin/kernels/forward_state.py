@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from zennit.core import Hook
 
+from ..model.model_protection import memory_address
+
 
 class Saved:
     """Tensor that a step needs in the backward pass, protected from later in-place operations.
@@ -31,7 +33,7 @@ class Saved:
 
 
 def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
-    RUNNING.saved.setdefault(tensor.untyped_storage().data_ptr(), []).append(weakref.ref(holder))
+    RUNNING.saved.setdefault(memory_address(tensor), []).append(weakref.ref(holder))
 
 
 def protected(value: Any) -> Any:
@@ -54,12 +56,12 @@ def protect_weights(module: nn.Module) -> None:
 
 def is_saved(tensor: Tensor) -> bool:
     """Returns whether a step has saved a tensor that shares storage with ``tensor``."""
-    return any(saved() is not None for saved in RUNNING.saved.get(tensor.untyped_storage().data_ptr(), ()))
+    return any(saved() is not None for saved in RUNNING.saved.get(memory_address(tensor), ()))
 
 
 def before_writing(tensor: Tensor) -> None:
     """Copies all saved tensors that share storage with ``tensor``, which is about to be modified in place."""
-    for reference in RUNNING.saved.pop(tensor.untyped_storage().data_ptr(), ()):
+    for reference in RUNNING.saved.pop(memory_address(tensor), ()):
         saved = reference()
         if isinstance(saved, Tensor):
             saved.data = saved.detach().clone()

@@ -120,6 +120,11 @@ def _address(tensor: Tensor) -> int:
     return _stored(next(plain_tensors(tensor))).data_ptr()
 
 
+def memory_address(tensor: Tensor) -> int:
+    """Returns the address of the storage of a tensor, or of that of its values if it is sparse."""
+    return _stored(tensor).untyped_storage().data_ptr()
+
+
 def _stored(tensor: Tensor) -> Tensor:
     """Returns the stored entries of a tensor."""
     if tensor.layout == torch.strided:
