@@ -16,9 +16,10 @@ if importlib.util.find_spec("transformers") is None:
 
 import transformers as hf
 
-from nrm_plugin import ABSORBED, Normalized, NRMDefault, RelevanceMeasure, at
+from nrm_plugin import ABSORBED, Normalized, NRMDefault, RelevanceMeasure, at, coverage
 from nrm_plugin.errors import UnsupportedOperationError
 from tests.hosts.further_models import FURTHER, INPUTS, UNSUPPORTED
+from tests.recording.test_memory_estimate import allocated
 
 hf.logging.set_verbosity_error()
 warnings.simplefilter("ignore")
@@ -249,3 +250,44 @@ def test_a_further_model_conserves_relevance_or_names_the_operation_without_a_ke
         assert scaled <= 1e-5, layer
     assert float(mu.sink(mu.layers[0], kind="residual").abs().max()) <= 0.05
     assert float(mu.marginal(mu.layers[0]).abs().sum()) > 0.01
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+LONG: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 256, "n_layer": 4, "n_head": 4}),
+    "OPT": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {"hidden_size": 192, "word_embed_proj_dim": 192, "ffn_dim": 768, "num_hidden_layers": 3,
+         "num_attention_heads": 4},
+    ),
+    "Gemma 2": (
+        "Gemma2ForCausalLM", "Gemma2Config",
+        {**SIZES, "hidden_size": 256, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1024},
+    ),
+    "Mixtral": (
+        "MixtralForCausalLM", "MixtralConfig",
+        {**SIZES, "hidden_size": 192, "num_key_value_heads": 2, "num_local_experts": 4, "intermediate_size": 512},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_the_peak_of_a_decoder_is_estimated_up_to_a_factor_of_two(name, worst):
+    kind, config, options = LONG[name]
+    if not hasattr(hf, kind):
+        pytest.skip(f"this version has no {kind}")
+    torch.manual_seed(0)
+    model = getattr(hf, kind)(getattr(hf, config)(vocab_size=800, **options)).eval()
+    inputs = ids(384)
+    estimate = coverage(model, inputs, memory=True).peak
+
+    def measured() -> None:
+        mu = RelevanceMeasure(model, inputs, (383, 3), output="logits")
+        mu.marginal(mu.ends[0])
+
+    peak = allocated(measured)
+    worst("memory estimate of decoders, ratio", max(estimate / peak, peak / estimate))
+    assert peak / 2.2 < estimate < peak * 2.2

@@ -126,6 +126,21 @@ def test_a_mapping_and_ids_are_accepted():
     assert estimate.flops == 2 * 3 * 8 * 2
 
 
+def test_the_weights_of_experts_are_counted_once_and_their_products_by_rows():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 16, 24))
+
+        def forward(self, x):
+            return nn.functional.grouped_mm(x, self.weight, offs=torch.tensor([8, 8, 20, 32], dtype=torch.int32))
+
+    estimate = coverage(Experts().eval(), torch.randn(32, 16), memory=True)
+    assert estimate.flops == 2 * 32 * 16 * 24
+    assert estimate.bytes_by_kind["linear"] == 4 * 32 * 24
+    assert estimate.bytes_by_kind["functional_weights"] == 4 * 4 * 16 * 24
+
+
 def test_a_model_that_reads_values_raises():
     class Reads(nn.Module):
         def forward(self, x):

@@ -150,6 +150,11 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         self._convolutions: dict[int, tuple[int, Tensor]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._grouped_mm.default and args[1].ndim == 3:
+            # Without values, the operation only accepts bfloat16. The product with one weight has the same size.
+            result = args[0] @ args[1][0]
+            self._add("mm", args[:2], result)
+            return result
         result = function(*args, **(kwargs or {}))
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         returns = function._schema.returns
