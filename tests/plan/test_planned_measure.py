@@ -157,3 +157,15 @@ def test_queries_of_neurons_share_the_forward_pass(first):
     mu(event)
     before = convolutions(lambda: mu.marginal("input", joint=event))
     assert before == convolutions(lambda: mu.marginal("input", joint=event))
+
+
+def test_zero_differences_take_no_mask_in_elementwise_functions_that_keep_all_relevance():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    x, reference = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    assert bool((net[:2](x) == net[:2](reference)).any())
+    plan = Plan(net, x, reference=reference)
+    plan(x, target=0, reference=reference).marginal("input")
+    (programs,) = plan._forms.values()
+    assert programs.latest is not None
+    names = {str(one.function) for one in programs.latest.operations}
+    assert names.isdisjoint(["aten.where.self", "aten.bitwise_not.default"])

@@ -159,11 +159,12 @@ _PLACES = (
 def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
     """Computes the logarithmic mean ``(a - b) / (log a - log b)`` of nonnegative numbers, 0 if one of them is 0."""
     high, low = torch.maximum(one, two), torch.minimum(one, two)
-    is_positive = high > 0
-    gap = torch.where(is_positive, (high - low) / torch.where(is_positive, high, 1.0), 0.0)
+    tiny = torch.finfo(high.dtype).tiny
+    divisor = high.clamp_min(tiny)
+    gap = (high - low) / divisor
     # log1p is accurate where the numbers are close, log where they are far apart.
-    log = -torch.where(gap < 0.5, torch.log1p(-gap), (low / torch.where(is_positive, high, 1.0)).log())
-    return high * torch.where(gap > 0, gap / torch.where(gap > 0, log, 1.0), 1.0)
+    log = -torch.where(gap < 0.5, torch.log1p(-gap), (low / divisor).log())
+    return high * ((gap + tiny) / (log + tiny))  # 1 if the numbers are equal
 
 
 class SoftmaxKernel(MultiplierKernel):
@@ -185,8 +186,8 @@ class SoftmaxKernel(MultiplierKernel):
         super().__init__(call)
         one, two = call.values[0] * sign, call.reference_values[0] * sign
         self.dim, self.sign = dim % max(1, one.ndim) + 1, sign
-        self.share = exponential_shares(one, two, dim)
         probabilities = one.softmax(dim).nan_to_num(0.0), two.softmax(dim).nan_to_num(0.0)
+        self.share = _shares(probabilities, _totals(one, two, dim))
         self.slope = torch.ones_like(one) if is_log else logarithmic_mean(*probabilities)
 
     def multipliers(self, above: Tensor) -> Multipliers:
@@ -201,11 +202,22 @@ class SoftmaxKernel(MultiplierKernel):
 
 def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
     """Computes the slopes of log-sum-exp along dimensions, which are positive and sum to at most one."""
-    totals = torch.logsumexp(one, dim, keepdim=True), torch.logsumexp(two, dim, keepdim=True)
+    totals = _totals(one, two, dim)
+    first, second = ((value - total).exp().nan_to_num(0.0) for value, total in zip((one, two), totals, strict=True))
+    return _shares((first, second), totals)
+
+
+def _totals(one: Tensor, two: Tensor, dim: int | list[int]) -> tuple[Tensor, Tensor]:
+    return torch.logsumexp(one, dim, keepdim=True), torch.logsumexp(two, dim, keepdim=True)
+
+
+def _shares(probabilities: tuple[Tensor, Tensor], totals: tuple[Tensor, Tensor]) -> Tensor:
+    """Computes the slopes of log-sum-exp from the softmax and the log-sum-exp at the input and at the reference."""
     shift = torch.maximum(*totals)
     shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
-    entries = logarithmic_mean((one - shift).exp(), (two - shift).exp())
-    mean = logarithmic_mean((totals[0] - shift).exp(), (totals[1] - shift).exp())
+    first, second = ((total - shift).exp() for total in totals)
+    mean = logarithmic_mean(first, second)
+    entries = logarithmic_mean(probabilities[0] * first, probabilities[1] * second)
     return entries / torch.where(mean > 0, mean, 1.0)
 
 
