@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.cost import __main__ as command
-from benchmarks.cost import dynamic_lrp_way, lxt_way, page, timing, timm_models, ways
+from benchmarks.cost import dynamic_lrp_way, lxt_way, page, pages, summary, timing, timm_models, ways
 from benchmarks.cost.nets import BATCHED, NETS, Graph, Net, Recurrent, draw_zeros, settle, tiny
 from benchmarks.cost.page import Figure
 from benchmarks.cost.stages import STAGES, stages
@@ -470,11 +470,9 @@ def test_the_tables_list_targets_missed_with_a_profile_and_rows_that_failed():
     assert "| VGG16 224 | EpsilonPlusFlat | 1.5 / 1.6 |" in text
     assert "| VGG16 224 | NRMDefault | 3 / 1.6 ✗ |" in text
     missed = "plan 3 / 1.6 ✗, plan : Zennit 0.75 / 0.7 ✗"
-    assert (
-        f"- **VGG16 224, 1 thread, NRMDefault**: {missed}. Plan: outside of operators 30%; `mul` 20% (7 calls)." in text
-    )
+    assert f"- **VGG16 224, NRMDefault**: 1 thread: {missed}. Plan: outside of operators 30%; `mul` 20% (7 c" in text
     late_text = "first call 9 / 3 ✗. First call, in gradients: simplification 2.5, source 1."
-    assert f"- **ResNet-18 224, 1 thread, NRMDefault**: {late_text}" in text
+    assert f"- **ResNet-18 224, NRMDefault**: 1 thread: {late_text}" in text
     assert "Load of the machine meanwhile: 2.5 to 2.5 processes." in text
     assert "- VGG16 224, batch 8, peak memory of recorded, NRMDefault: no memory" in text
     assert "hook" not in text
@@ -611,10 +609,57 @@ def test_a_plan_for_a_batch_is_made_for_other_inputs_of_the_same_size():
     assert not (made.other == made.x).any()
 
 
-def test_the_page_shows_the_committed_results():
-    text = page.PAGE.read_text()
-    if command.RESULTS.exists():
-        assert page.rendered(json.loads(command.RESULTS.read_text()), text) == text
-    else:
-        assert "Not measured yet." in text
-    assert "x 1" in page.rendered({"environment": {"x": 1}}, text)
+def test_the_pages_show_the_committed_results():
+    results = json.loads(command.RESULTS.read_text())
+    for path in pages.PARTS:
+        assert pages.rendered(results, path) == path.read_text()
+    assert "x 1" in pages.rendered({"environment": {"x": 1}}, page.DETAILS)
+
+
+def test_misses_of_all_numbers_of_threads_share_the_profile_of_one_thread():
+    one, two = row_of(plan_NRMDefault=1.5), row_of(threads=2, plan_NRMDefault=2.0)
+    one["profiles"] = {"NRMDefault": {"seconds": 1, "outside operators": 0.3, "operators": {"aten::mul": [0.2, 7]}}}
+    (text,) = page.misses({"rows": [two, one]})
+    assert (
+        text
+        == "**VGG16 224, NRMDefault**: 2 threads: plan 2 / 1.6 ✗. Plan: outside of operators 30%; `mul` 20% (7 calls)."
+    )
+
+
+def test_rows_of_another_processor_are_named():
+    rows = [
+        {**row_of(net), "load": load, "processor": name}
+        for net, load, name in (("a", 1, "X"), ("b", 3, "X"), ("c", 2, "Y"))
+    ]
+    assert page.loads(rows) == "Measured on X, load of the machine meanwhile: 1 to 3 processes. On Y: c."
+
+
+def test_a_plan_pays_from_the_number_of_inputs_at_which_it_takes_less_time_in_total():
+    assert summary.pays_from(10.0, 1.0, 4.0) == 3  # 10 + 1 + 1 = 4 + 4 + 4
+    assert summary.pays_from(10.1, 1.0, 4.0) == 4
+    assert summary.pays_from(2.0, 1.0, 3.0) == 1
+    assert summary.pays_from(10.0, 4.0, 4.0) is None
+    assert summary.pays_from(None, 4.0, 5.0) is None
+
+
+def test_the_summary_shows_the_range_of_both_composites_and_the_peak_of_the_largest_batch():
+    names = {"plan": (1.5, 1.25), "first call": (10.0, 4.0), "recorded": (4.0, 1.0)}
+    given = {
+        f"{way}, {c}": value for way, pair in names.items() for c, value in zip(ways.COMPOSITES, pair, strict=True)
+    }
+    row = row_of(zennit=4.0, **given)
+    peaks = [
+        {"net": "VGG16 224", "batch": batch, "MiB": {PLAIN: 10.0, "plan, NRMDefault": mib}}
+        for batch, mib in ((1, 90), (8, 20))
+    ]
+    text = summary.summary({"rows": [row, row_of(threads=2)], "peaks": peaks})
+    assert "| VGG16 224 | 1000 ms | 1.2–1.5 | 4–10 | 1–4 | 4 | 4 | 2 |" in text
+    assert text.count("VGG16") == 1
+
+
+def test_rounding_is_also_what_the_last_bit_of_the_inputs_changes(monkeypatch):
+    made = ways.Ways(SMALL, SMALL.made(), SMALL.inputs())
+    changed = ways.of_moved_inputs(made, ways.NRMDefault)
+    assert 0 < changed["neuron"] < 1e-5
+    off = {"neuron": 3e-6, "sum": 3e-6}
+    assert ways.faults({"plan, X, float32": off, "rounding of inputs, Y": {"neuron": 1e-6, "sum": 0.0}}) == []

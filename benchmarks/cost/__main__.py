@@ -1,10 +1,10 @@
 """Time and memory of a measure as multiples of one plain input gradient, next to Zennit and Captum, with targets.
 
 ``python -m benchmarks.cost`` measures every net, its peak memory, and one small model of each module of timm, stores
-the results as JSON with the environment, writes the tables of docs/cost.md and prints them as measured / target;
-``make bench`` installs timm, transformers and LXT and runs it. Nets whose package is not installed are
-skipped. ``--nets`` selects nets and leaves the other results unchanged; ``--missing`` measures only what has no stored
-result, so that an interrupted run continues; ``--quick`` measures times with one thread only; ``--times``,
+the results as JSON with the environment, writes the tables of docs/cost.md and docs/cost-details.md, and prints them as
+measured / target; ``make bench`` installs timm, transformers and LXT and runs it. Nets whose package is not installed
+are skipped. ``--nets`` selects nets and leaves the other results unchanged; ``--missing`` measures only what has
+no stored result, so that an interrupted run continues; ``--quick`` measures times with one thread only; ``--times``,
 ``--batches``, ``--peaks`` and ``--timm`` measure one of the four parts; ``--print`` and ``--render`` only print and
 only write the stored results.
 
@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost import page, timm_models
+from benchmarks.cost import page, pages, timm_models
 from benchmarks.cost.nets import BATCHED, BATCHES, NETS, Net
 from benchmarks.cost.stages import stages
 from benchmarks.cost.timing import (
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, help="most memory of one process, in GiB (default: no limit)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write or to read")
     parser.add_argument("--print", action="store_true", help="only print the stored results")
-    parser.add_argument("--render", action="store_true", help="only write the tables of docs/cost.md")
+    parser.add_argument("--render", action="store_true", help="only write the tables of the pages")
     parser.add_argument("--profile", metavar="NET", help="print the profile of one net")
     parser.add_argument("--one", metavar="NET", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
@@ -366,7 +366,7 @@ def main() -> None:
             run(args)
         results = json.loads(args.out.read_text())
         if args.out == RESULTS and not args.print:
-            page.write(results)
+            pages.write(results)
         if not args.render:
             print(page.overview(results), page.tables(results), sep="\n\n")
 

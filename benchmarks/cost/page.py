@@ -1,9 +1,9 @@
-"""Tables of docs/cost.md: measured / target, and the profile of every row that exceeds a target."""
+"""Tables of docs/cost-details.md: measured / target, and the profile of every row that exceeds a target."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from benchmarks.cost.ways import (
 )
 from benchmarks.tables import grid
 
-PAGE = Path(__file__).parents[2] / "docs/cost.md"
+DETAILS = Path(__file__).parents[2] / "docs/cost-details.md"
 Row = dict[str, Any]
 
 LIGHT = ("MobileNetV2", "MobileNetV3-small", "EfficientNet-B0", "ConvNeXt-atto", "GhostNetV3-0.5")
@@ -175,10 +175,10 @@ def tables(results: dict[str, Any]) -> str:
         parts += ["### timm", timm_table(results["timm"]), loads(results["timm"])]
     measured = [*rows, *results.get("batches", []), *results.get("timm", [])]
     notes = [*failures(measured), *peak_failures(results.get("peaks", []))]
-    parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
-    parts += ["### Not measured", "\n".join(f"- {text}" for text in notes) or "Nothing."]
+    parts += ["### Failed", "\n".join(f"- {text}" for text in notes) or "Nothing."]
     if measured:
         parts += ["### Agreement before timing", agreement(measured)]
+    parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
     return "\n\n".join(parts)
 
 
@@ -237,9 +237,17 @@ def label_of(row: Row) -> str:
 
 
 def loads(rows: list[Row]) -> str:
-    """Load of the machine by other processes, which slows down Python more than large tensor operations."""
+    """Rounds, load of the machine by other processes, and the rows that were measured on each processor."""
     found = [row["load"] for row in rows if "load" in row]
-    return f"Load of the machine meanwhile: {min(found):.2g} to {max(found):.2g} processes." if found else ""
+    if not found:
+        return ""
+    nets: dict[str, list[str]] = {}
+    for row in rows:
+        nets.setdefault(row.get("processor", ""), []).append(named(row).removeprefix("timm/"))
+    usual = max(nets, key=lambda processor: len(nets[processor]))
+    others = [f" On {processor}: {', '.join(names)}." for processor, names in nets.items() if processor != usual]
+    start = f"Measured on {usual}, load" if usual else "Load"
+    return f"{start} of the machine meanwhile: {min(found):.2g} to {max(found):.2g} processes.{''.join(others)}"
 
 
 def timm_table(rows: list[Row]) -> str:
@@ -295,17 +303,30 @@ def agreement(rows: list[Row]) -> str:
 
 
 def misses(results: dict[str, Any]) -> Iterator[str]:
-    """Every exceeded target: by how much, and where the time goes."""
-    for row in [*usable(results.get("rows", [])), *usable(results.get("batches", []))]:
-        for composite in COMPOSITES:
-            if exceeded := missed(row, composite):
-                yield f"**{label_of(row)}, {composite}**: {listed(exceeded)}.{reasons(row, composite, exceeded)}"
+    """Every exceeded target: by how much, and where the time goes; all numbers of threads of a net in one entry."""
+    rows = usable(results.get("rows", []))
+    for several in [[row for row in rows if row["net"] == net] for net in dict.fromkeys(row["net"] for row in rows)]:
+        yield from entries(several, several[0]["net"])
+    for row in usable(results.get("batches", [])):
+        yield from entries([row], named(row))
     for row in results.get("peaks", []):
         for composite in COMPOSITES:
             exceeded = {name: figure for name, figure in memory(row, composite).items() if figure.is_missed}
             if exceeded:
                 label = f"{row['net']}, batch {row['batch']}, {composite}, peak memory"
                 yield f"**{label}**: {listed(exceeded)}.{held(row, composite)}"
+
+
+def entries(rows: list[Row], label: str) -> Iterator[str]:
+    """Yields the misses of one net, by composite; the profile of one thread serves all."""
+    for composite in COMPOSITES:
+        exceeded = {row["threads"]: missed(row, composite) for row in rows}
+        found = {count: figures for count, figures in exceeded.items() if figures}
+        if found:
+            parts = [f"{threads_of(count)}: {listed(figures)}." for count, figures in sorted(found.items())]
+            names = {name for figures in found.values() for name in figures}
+            why = next((text for row in rows if (text := reasons(row, composite, names))), "")
+            yield f"**{label}, {composite}**: {' '.join(parts)}{why}"
 
 
 def held(row: Row, composite: str) -> str:
@@ -322,7 +343,7 @@ def listed(figures: dict[str, Figure]) -> str:
     return ", ".join(f"{name} {figure}" for name, figure in figures.items())
 
 
-def reasons(row: Row, composite: str, exceeded: dict[str, Figure]) -> str:
+def reasons(row: Row, composite: str, exceeded: Iterable[str]) -> str:
     """Where the time of the computations that exceed a target goes."""
     is_slow = any(name.startswith("plan") for name in exceeded)
     text = reason(row.get("profiles", {}).get(composite)) if is_slow else ""
@@ -381,16 +402,3 @@ def line(row: Row) -> str:
         + [f"    {cell}  {name}" for name, cell in shown.items() if name != PLAIN]
         + [f"    no {name}: {text}" for name, text in row["failed"].items()]
     )
-
-
-def write(results: dict[str, Any]) -> None:
-    """Writes the tables of the page."""
-    PAGE.write_text(rendered(results, PAGE.read_text()))
-
-
-def rendered(results: dict[str, Any], page: str) -> str:
-    """Returns the page with the overview and the tables of these results."""
-    for mark, text in (("overview", overview(results)), ("measured", tables(results))):
-        head, rest = page.split(f"<!-- {mark} -->")
-        page = f"{head}<!-- {mark} -->\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    return page

@@ -205,3 +205,16 @@ def test_sums_of_tensors_with_infinite_entries_and_of_unusual_layouts():
     assert not sums.have_changed()
     permuted[3, 4, 5] += 1
     assert sums.have_changed()
+
+
+def test_a_tensor_without_finite_sums_leaves_those_of_others_compared():
+    """Large entries overflow in a sum; entries that are not finite change it to nan, which equals nothing."""
+    finite, huge, wrong = torch.ones(5000), torch.full((5000,), 3e38), torch.full((5000,), math.nan)
+    sums = TensorSums([finite, huge, wrong])
+    assert not sums.have_changed()
+    for values in (finite, huge, wrong):
+        kept = values[4321].clone()
+        values[4321] = 2
+        assert sums.have_changed()
+        values[4321] = kept
+        assert not sums.have_changed()
