@@ -62,7 +62,11 @@ def pixel_map(
     maps = []
     for place in range(len(images)):
         image, plain = (part[place : place + 1].contiguous() for part in (images, references))
-        own = target[place] if isinstance(target, (list, tuple)) or getattr(target, "ndim", 0) else target
+        own = (
+            target[place]
+            if isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim)
+            else target
+        )
         alone = RelevanceMeasure(model, image, own, reference=plain, **settings)
         contrast = RelevanceMeasure(model, image, own, against=against, reference=plain, **settings)
         maps.append(through_evidence(alone, contrast))
