@@ -17,6 +17,8 @@ SHOWN = ("SRG, plain", "deletion", "inside", "pointing", "own", "wins")
 """Metrics of the comparison by network."""
 CHOSEN_ON = {"EfficientNet-Lite0": "all", "VGG16": "one"}
 """Networks on which settings were chosen; all others are held out."""
+OTHER_PACKAGES = ("GradCAM", "DeepLift", "IntegratedGradients", "expected gradients")
+"""Prefixes of the methods of other packages. The other methods are further settings of the measure."""
 
 
 def real(results: Results) -> dict[str, str]:
@@ -60,25 +62,32 @@ def _losses(nets: Results) -> str:
 
 def _counts(nets: Results) -> str:
     """By network, the metrics in which the first method is first, level with the best other, or behind."""
-    rows, sums = [], {"held out": [0, 0, 0], "all": [0, 0, 0]}
+    rows, sums = [], {"held out": [0, 0, 0, 0], "all": [0, 0, 0, 0]}
     for net, measured in nets.items():
-        first, *_ = measured["methods"].values()
-        places = [_place(measured["methods"], key) for key in SHOWN if key in first]
-        counts = [places.count(place) for place in (1, 0, -1)]
+        methods = measured["methods"]
+        first, *_ = methods
+        foreign = {name: row for name, row in methods.items() if name == first or name.startswith(OTHER_PACKAGES)}
+        keys = [key for key in SHOWN if key in methods[first]]
+        places = [_place(methods, key) for key in keys]
+        behind = [_place(foreign, key) for key in keys].count(-1)
+        counts = [*(places.count(place) for place in (1, 0, -1)), behind]
         rows.append([net, CHOSEN_ON.get(net, "none, held out"), len(places), *counts])
         for group in ("all",) if net in CHOSEN_ON else ("held out", "all"):
             sums[group] = [sum(pair) for pair in zip(sums[group], counts, strict=True)]
-    rows += [[f"*{group}*", "", sum(counts), *counts] for group, counts in sums.items()]
-    count, whole = sum(sums["held out"]), sum(sums["all"])
-    sentence = f"First or level in {count - sums['held out'][2]} of {count} rows of the networks that are held out"
-    every = f"in {whole - sums['all'][2]} of {whole} rows of all networks"
-    table = grid("| network | settings chosen on it | rows | first | level | behind |", rows)
-    return f"**{sentence}**, and {every}.\n\n{table}"
+    rows += [[f"*{group}*", "", sum(counts[:3]), *counts] for group, counts in sums.items()]
+    count, whole = (sum(sums[group][:3]) for group in ("held out", "all"))
+    sentence = (
+        f"**First or level in {count - sums['held out'][2]} of {count} rows of the held-out networks**, and in "
+        f"{whole - sums['all'][2]} of {whole} rows of all networks. Compared with the methods of other packages alone, "
+        f"first or level in {count - sums['held out'][3]} and {whole - sums['all'][3]} rows."
+    )
+    head = "| network | settings chosen on it | rows | first | level | behind | behind a method of another package |"
+    return f"{sentence}\n\n{grid(head, rows)}"
 
 
 def _place(methods: Results, key: str) -> int:
     """1 if the first method is significantly better than every other one, -1 if worse than any, and 0 otherwise."""
-    behind = [row[key]["behind"] for name, row in list(methods.items())[1:] if key in row]
+    behind = [row[key]["behind"] for row in list(methods.values())[1:] if key in row]
     if any(interval[2] < 0 for interval in behind):
         return -1
     return int(all(interval[1] > 0 for interval in behind))
