@@ -397,7 +397,7 @@ class NRMRelative(Normalized):
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
         >>> mu = RelevanceMeasure(net, torch.rand(5, 3), 1, composite=NRMRelative())
         >>> (mu.marginal("input").sum(1) + mu.sink("input")).round(decimals=3)
         tensor([1., 1., 1., 1., 1.])

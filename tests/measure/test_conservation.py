@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import zennit.rules
 from torch import nn
 from zennit.composites import LayerMapComposite
 
 from nrm_plugin import ABSORBED, RelevanceMeasure, at
+from nrm_plugin.errors import NullEventError
 
 
 def test_sinks_of_both_signs_are_summed_with_their_signs() -> None:
@@ -21,3 +23,12 @@ def test_sinks_of_both_signs_are_summed_with_their_signs() -> None:
     expected = torch.tensor([-1 / 3 / 2 + 1 / 5 / 2], dtype=torch.float64)
     for absorbed in (mu.sink("input"), mu.sink_above([at("input")]), sum(mu.sinks().values()), mu(ABSORBED)):
         torch.testing.assert_close(absorbed, expected)
+
+
+def test_the_walk_variation_conditioned_on_survival_needs_surviving_relevance() -> None:
+    """For an input of zero, all relevance of the output is absorbed by the bias."""
+    net = nn.Linear(2, 1).double().eval()
+    mu = RelevanceMeasure(net, torch.tensor([[1.0, 2.0], [0.0, 0.0]]).double(), 0, residual="sink")
+    assert bool((mu.walk_variation() >= 1 - 1e-9).all())
+    with pytest.raises(NullEventError, match="no relevance reaches an input .sample 1."):
+        mu.walk_variation(surviving=True)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..errors import brief
+from ..errors import NullEventError, brief, samples
 from ..recording.places import Buffer
 from ..recording.recording import Recording
 from ..recording.taps import Tap
@@ -94,10 +94,20 @@ def walk_variation(absolute: Totals, signed: Totals | None) -> Tensor:
         absolute: Totals of a pass with the absolute values of all kernels.
         signed: Totals of an ordinary pass, for the variation of the measure conditioned on survival; or None for that
             of the measure itself.
+
+    Raises:
+        NullEventError: If no relevance of a sample survives.
     """
     total = surviving_mass(absolute)
     if signed is not None:
-        return total / surviving_mass(signed).abs()
+        survived = surviving_mass(signed)
+        if not bool(survived.all()):
+            raise NullEventError(
+                "the walk variation cannot be conditioned on survival: no relevance reaches an input "
+                f"({samples((survived == 0).tolist())}). Omit these samples, or call walk_variation() without "
+                "surviving=True."
+            )
+        return total / survived.abs()
     for mass in absolute.sinks.values():
         total = total + checked(absolute.recording, mass, "a sink")
     return total

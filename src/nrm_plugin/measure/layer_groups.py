@@ -73,6 +73,7 @@ class Groups:
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
             >>> groups = find_groups(RelevanceMeasure(net, torch.rand(5, 3), 1), ["1", "input"], k=2)
+            >>> from dataclasses import replace
             >>> groups.origin, replace(groups, source="mine.safetensors").origin
             ('', 'mine.safetensors, where they were found on 5 samples')
         """

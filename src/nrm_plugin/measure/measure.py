@@ -257,6 +257,9 @@ class RelevanceMeasure(Recorded):
             surviving: Whether to condition the measure on survival. The sum then runs over the walks that reach an
                 input, and is divided by the absolute value of their mass.
 
+        Raises:
+            NullEventError: If ``surviving`` is set and no relevance of a sample survives.
+
         Examples:
             >>> bool((mu.walk_variation() >= mu.variation("1") - 1e-4).all())
             True
