@@ -206,7 +206,7 @@ def vectors_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query with one value per group, or of a layer with a ``Marginal`` query.
-        target: Explained class to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
 
     Returns:
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.

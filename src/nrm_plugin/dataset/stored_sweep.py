@@ -146,7 +146,7 @@ class Sweep:
         Args:
             layers: Names of the layers, from the output to the input. The sweep must contain the queries of
                 :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-            target: Explained class to which the samples are restricted, or None for all samples.
+            target: Only use samples for which this class was explained; None for all samples.
 
         Raises:
             FlowError: If a query is missing, or there are no samples.

@@ -67,8 +67,8 @@ def flow_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         layers: Names of the layers, from the output to the input.
-        target: Explained class to which the samples are restricted, or None for all samples.
-        samples: Indices to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
+        samples: Indices of the samples to use, or None for all samples.
         top: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         coverage: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.

@@ -37,8 +37,8 @@ def sums_of(
     Args:
         sweep: The stored sweep.
         infos: Manifest entries of the queries.
-        target: Explained class to which the samples are restricted, or None for all samples.
-        selected: Indices to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
+        selected: Indices of the samples to use, or None for all samples.
     """
     sums = Sums({info.name: info.groups or () for info in infos})
     for shard in sweep.shards:
@@ -56,7 +56,7 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
     Args:
         sweep: The sweep, with the queries of :func:`~nrm_plugin.dataset.glocal.flow_queries`.
         layers: Names of the layers, from the output to the input.
-        target: Explained class to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
 
     Raises:
         FlowError: If a query is missing, or there are no samples.
