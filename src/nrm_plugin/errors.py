@@ -135,7 +135,7 @@ LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Issues a warning that points to the innermost line outside of this package and the libraries that call its hooks."""
+    """Issues a warning that points to the innermost line outside of this package and the libraries that call hooks."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1

@@ -1,9 +1,9 @@
 """Ordered decision diagrams for events.
 
-The variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all of its
-atoms. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live node at
-each tap. The largest number of live nodes is the width of the diagram; it can be 2 even if the disjunctive normal form
-of the formula has exponential size.
+The variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all atoms
+at this tap. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live
+node at each tap. The largest number of live nodes is the width of the diagram; it can be 2 even if the disjunctive
+normal form of the formula has exponential size.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """Returns the maximum number of undecided nodes that are live at one tap, over all roots."""
+        """Returns the maximum number of undecided nodes that are live at any one tap, over all roots."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

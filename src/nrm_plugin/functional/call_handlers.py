@@ -22,7 +22,7 @@ from .intercepted_pass import InterceptedPass, written
 from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
 from .registry import KERNELS, kernel_factory_of
-from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
+from .scatter import is_advanced_index, is_sparse_product, sum_of_messages, write_at
 
 NOT_HANDLED: Final = object()
 OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
@@ -96,7 +96,7 @@ def _copy_before_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any
 
 def _indexed_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     is_write = call.name.base in ("setitem", "index_put") and bool(call.inputs) and len(call.args) in (3, 4)
-    if not is_write or call.kwargs.keys() - {"accumulate"} or not is_indexed_by_tensor(call.args[1]):
+    if not is_write or call.kwargs.keys() - {"accumulate"} or not is_advanced_index(call.args[1]):
         return NOT_HANDLED
     with forward_pass.intercepting:
         result = write_at(*call.args, **call.kwargs)

@@ -17,7 +17,7 @@ from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
 from ..model.checks import check_untransformed
 from .attention import ATTENTIONS
-from .custom_functions import attach_steps, tensors_of
+from .autograd_functions import attach_steps, tensors_of
 from .function_call import Settings
 from .interception_mode import InterceptionMode
 from .recurrent import packs_in

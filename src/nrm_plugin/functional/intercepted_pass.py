@@ -34,9 +34,9 @@ from ..model.checks import check_function
 from ..model.trace_guards import without_modes
 from ..model.zero_one_routes import source_of
 from .attention import layout
+from .autograd_functions import CustomCalls
 from .complex_kernels import complex_kernel
 from .complex_tensors import ComplexTensors, Expression, map_items
-from .custom_functions import CustomCalls
 from .differences import DifferenceCall, SecantFactory
 from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel

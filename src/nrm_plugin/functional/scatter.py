@@ -345,7 +345,7 @@ def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
     return result
 
 
-def is_indexed_by_tensor(index: Any) -> bool:
+def is_advanced_index(index: Any) -> bool:
     """Returns whether an index contains lists or non-scalar tensors, rather than only slices and numbers."""
     parts = index if isinstance(index, (tuple, list)) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0) for part in parts)
@@ -404,7 +404,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 __all__ = [
     "index_add_to_zeros",
-    "is_indexed_by_tensor",
+    "is_advanced_index",
     "is_sparse_product",
     "scatter_add_to_zeros",
     "scatter_extremum",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not
-from ..events.index import show
+from ..events.neuron_index import show
 from ..recording.recording import Recording
 from .conditions import check_event
 from .event_diagram import DecisionDiagram
