@@ -1,4 +1,4 @@
-"""Relevance of layers, the counterpart of Captum's ``LayerLRP``."""
+"""Relevance of layers; the counterpart of Captum's ``LayerLRP``."""
 
 from __future__ import annotations
 

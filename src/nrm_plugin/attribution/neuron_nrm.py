@@ -1,4 +1,4 @@
-"""Relevance of inputs to neurons inside the network, the counterpart of Captum's ``NeuronGradient``."""
+"""Relevance of inputs to neurons inside the network; the counterpart of Captum's ``NeuronGradient``."""
 
 from __future__ import annotations
 
@@ -145,5 +145,5 @@ class NeuronNRM(NRM, NeuronAttribution):
 
 
 def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
-    """Returns the weight of each activation in the difference between two selections of neurons."""
+    """Returns the weight of each activation in the difference between two neuron selections."""
     return neurons.slope(values) - others.slope(values)

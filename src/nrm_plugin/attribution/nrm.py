@@ -1,4 +1,4 @@
-"""Relevance of inputs, the counterpart of Captum's ``LRP``."""
+"""Relevance of inputs; the counterpart of Captum's ``LRP``."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class NRM(GradientAttribution):
         against: Any = None,
         baselines: Any = None,
     ) -> RelevanceMeasure:
-        """Returns the measure that underlies the attributions, for queries such as sinks and joint relevance.
+        """Returns the measure behind the attributions, for queries such as sinks and joint relevance.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -256,7 +256,7 @@ class NRM(GradientAttribution):
     # -- internal ---------------------------------------------------------------------------------------------
 
     def _layer(self, layer: Any) -> Any:
-        """Returns the layer of the unwrapped model that corresponds to a layer of a ``DataParallel`` model."""
+        """Returns the unwrapped model's counterpart of a layer in a ``DataParallel`` model."""
         if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:

@@ -23,13 +23,13 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 30
-"""Maximum number of sweeps, each of which considers every member for a move once."""
+"""Maximum number of sweeps; each sweep considers moving every member once."""
 SHAKEN = 0.3
 """Fraction of the members of a layer that are assigned to random groups in a restart."""
 LLOYD = 12
 """Maximum number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3
-"""Smallest total of the joint relevance, relative to its absolute sum, that is used as a divisor."""
+"""Smallest accepted divisor: total joint relevance, relative to its absolute sum."""
 INDEPENDENT = 1e-5
 """Fraction of the absolute joint relevance up to which dependence is attributed to rounding errors in float32."""
 STILL = 1e-12
@@ -171,8 +171,8 @@ def refined(
         labels: For each layer, the group of each member.
         counts: Number of groups in each layer.
         free: Indices of the layers whose members are moved.
-        grouped: Function of the index of a layer and the current partitions that returns the dependence of each member
-            on the groups of adjacent layers, ``(members, adjacent groups)``.
+        grouped: Function ``(layer index, partitions)`` that returns the dependence of each member on the groups of
+            adjacent layers, ``(members, adjacent groups)``.
 
     Returns:
         For each layer, the improved group of each member.

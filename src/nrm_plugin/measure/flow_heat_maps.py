@@ -36,8 +36,8 @@ class MappedFlow:
         graph: The flow graph.
         maps: The heat maps of the nodes, ``(H, W)``, at the resolution of the image.
         pairs: Joint relevance of nodes in non-adjacent layers.
-        layer: The layer at whose positions the heat maps are computed.
-        positions: The number of positions of this layer along height and width; empty for the input itself.
+        layer: The layer whose positions form the heat maps.
+        positions: Size of this layer along height and width; empty for the input itself.
     """
 
     graph: FlowGraph
@@ -175,7 +175,7 @@ def flow_maps_and_pairs(
 
 
 def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
-    """Returns the node of each neuron: the index of its shown group, or the number of shown groups for the rest."""
+    """Returns the node of each neuron: the index of the shown group, or the number of shown groups for the rest."""
     kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
     groups = partition(mu._tap(layer.name), kind, None)
     places = torch.full((max(groups.count, int(groups.labels.max())) + 1,), len(layer.groups), dtype=torch.long)
