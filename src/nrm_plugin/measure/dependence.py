@@ -53,7 +53,7 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Computes the fraction κ of the dependence that two partitions preserve, in [0, 1], or NaN if there is none."""
+    """Computes κ, the fraction of the dependence preserved by two partitions, between 0 and 1; NaN if undefined."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 

@@ -21,7 +21,7 @@ BLUR = 1 / 8
 RESOLUTIONS = 2
 """Number of resolutions that :func:`layer_map` averages, starting from the coarsest; chosen in docs/real.md."""
 LEAST = 4
-"""Minimum number of positions along each side of the layers of :func:`layer_map`; coarser layers do not localize."""
+"""Minimum number of positions along each side of a layer in :func:`layer_map`; coarser layers do not localize."""
 SAME_SHAPE = 1.5
 """Maximum ratio between the aspect ratios of a layer and of the image."""
 

@@ -1,4 +1,4 @@
-"""Copies of models in which some layers are replaced. They share all weights with the model, which is not modified."""
+"""Copies of models with some layers replaced. A copy shares all weights with the model, which is not modified."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def operation(node: Node) -> str:
 
 @functools.cache
 def _operation(name: str) -> str:
-    """Extracts the operation from the name of a torch node; cached, since there are only a few hundred names."""
+    """Extracts the operation from a torch node's name; cached, since there are only a few hundred names."""
     name = name.rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name

@@ -44,7 +44,7 @@ class Dictionary:
             a transcoder, which reconstructs it from the input of the layer.
 
     Raises:
-        InputError: If shapes do not match, or a weight is not finite.
+        InputError: If the shapes do not match or a weight is not finite.
 
     Examples:
         >>> dictionary = Dictionary(torch.eye(4)[:, :3], torch.eye(4)[:3])
@@ -153,7 +153,7 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Crosscoder:
-    """Dictionaries of several layers, whose features also contribute to the reconstruction of later layers.
+    """Dictionaries for several layers; features also contribute to the reconstruction of later layers.
 
     Attributes:
         dictionaries: Dictionaries keyed by layer name, each with the encoder and the decoder of its layer.

@@ -32,7 +32,7 @@ from .walk_bounds import now
 
 @dataclass(frozen=True)
 class GroupWalk:
-    """Walk over groups, with the mass of the walks that cross all of these groups.
+    """Walk over groups, with the mass of the walks that cross all of its groups.
 
     Attributes:
         groups: Index of the group (channel, position, neuron or label) in each layer, from the output to the input, or
@@ -81,7 +81,7 @@ class TopWalks:
 
     @property
     def certified(self) -> int:
-        """Number of walks that are certified to be among the largest.
+        """Number of walks certified to be among the largest.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.1, False)), 0.2, 1, 0.0).certified
