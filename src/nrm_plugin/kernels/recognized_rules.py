@@ -17,7 +17,7 @@ from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
-"""Rules whose branches are cheap to compute because denominators are positive or the layer is not modified."""
+"""Rules with cheap branches, because denominators are positive or the layer is not modified."""
 
 
 NEGLIGIBLE = 1e-20
@@ -26,10 +26,10 @@ NEGLIGIBLE = 1e-20
 
 @dataclass(frozen=True)
 class RuleForm:
-    """Parameters of a common rule whose mapper and modifiers have not been changed by the user.
+    """Parameters of a common rule, recognized if the user has not changed its mapper and modifiers.
 
     Attributes:
-        epsilon: The positive constant that stabilizes denominators.
+        epsilon: The positive constant that stabilizes the denominators.
         share: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`; 0 for other rules.
     """
 

@@ -86,7 +86,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
 
 
 def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
-    """Returns whether ``kernel.pull`` is linear, tested on random relevance with the shape of ``like``."""
+    """Returns whether ``kernel.pull`` is linear, tested on random relevance shaped like ``like``."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]

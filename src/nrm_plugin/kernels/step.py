@@ -24,7 +24,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """Interface of objects that recompute tensors that a step has freed to save memory."""
+    """Interface required of objects that recompute the freed tensors of a step."""
 
     def fill(self, step: Step) -> None:
         """Recomputes the tensors of a step; they remain available until those of another step are requested."""
@@ -314,7 +314,7 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradient."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradients."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 

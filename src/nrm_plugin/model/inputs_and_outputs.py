@@ -40,9 +40,9 @@ class Call:
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
-            only floating-point tensors receive relevance; masks and numbers are passed unchanged. Integer inputs pass
-            their relevance to the rows that they look up; in a mapping, only if there are no floating-point tensors and
-            the keyword does not contain "mask".
+            only floating-point tensors receive relevance; masks and numbers are passed unchanged. In place of an
+            integer input, the looked-up rows receive relevance; in a mapping, only if there are no floating-point
+            tensors and the keyword does not contain "mask".
         args: Additional positional arguments, as a tuple or a single argument.
         kwargs: Additional keyword arguments.
         batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together form one sample.

@@ -27,7 +27,7 @@ class Cost:
 
     Attributes:
         steps: Number of kernel evaluations.
-        vectors: Number of relevance vectors propagated by these; a kernel may propagate several vectors at once.
+        vectors: Number of propagated relevance vectors; a kernel can propagate several vectors at once.
     """
 
     steps: int = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Maximum fraction of the mass of a slice that may be assigned to other samples because of rounding."""
+"""Maximum fraction of a slice's mass that rounding can assign to other samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Layout:
         return dim + 1 - self.drops_first if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def has_views(self, channel_dim: int) -> bool:
-        """Returns whether the parts are views, windows or heads, to all of which an index applies.
+        """Returns whether the parts are views, windows or heads; an index then applies to all of them.
 
         Otherwise, they are an ordinary dimension: channels, if ``channel_dim`` is the dimension of the layout, or
         tokens of concatenated samples.
@@ -148,7 +148,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
     Args:
         labels: The sample of each entry, or -1 if it is unknown because no relevance arrives there.
         count: Number of samples.
-        mass: Weight of each entry, by default the same for all; entries of negligible weight are ignored.
+        mass: Weight of each entry, by default equal for all entries; entries with negligible weight are ignored.
         is_last: Whether no further information is available. Samples without known entries are then assigned the
             unknown slices of a dimension, or no slices if all slices are known.
 

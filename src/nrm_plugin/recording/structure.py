@@ -1,4 +1,4 @@
-"""The part of a recording that does not depend on values, computed only once."""
+"""The value-independent part of a recording, computed only once."""
 
 from __future__ import annotations
 
