@@ -290,9 +290,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """Composite that uses the rule Absolute in all layers.
-
-    No walk has negative mass, so the variation is 1 at every tap.
+    """Composite with the rule Absolute in all layers. No walk has negative mass, so the variation is 1 at every tap.
 
     Args:
         layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
