@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         path: Path of the module that called the function.
-        packs: Batch sizes of each packed sequence passed to a module, and the rank of each sample by length.
+        packs: Batch sizes of each packed sequence passed to a module, and each sample's rank by length.
     """
 
     path: str
@@ -75,7 +75,7 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and its bias if that is a separate summand.
+    """Returns the contribution of the hidden state, and the bias if it is a separate summand.
 
     The bias is separate if the user passes an initial state, so that it absorbs no relevance in samples whose state is
     zero.
@@ -153,7 +153,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns the initial states, with None for zeros, and whether the user passed any of them."""
+    """Returns ``(initial states, with None for zeros; whether the user passed any of them)``."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:

@@ -70,7 +70,7 @@ def _without_bias(call: FunctionCall) -> FunctionCall:
 
 
 def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
-    """Returns the kernel that a factory creates for differences in place of values."""
+    """Returns the kernel created by a factory for differences in place of values."""
     return factory(on_differences(both))
 
 

@@ -28,7 +28,7 @@ NOT_ELEMENTWISE = frozenset(
 CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 """Functions that convert their first argument to another dtype or device."""
 CLOSE = 0.7
-"""For differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon, slopes are derivatives."""
+"""Slopes are derivatives for differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon."""
 
 
 def change(
@@ -39,7 +39,7 @@ def change(
     Args:
         function: The elementwise function.
         pair: The two points, which broadcast to the shape of the output.
-        difference: The difference between the two points, in which zeros may be replaced with tiny numbers.
+        difference: The difference between the two points; zeros may be replaced with tiny numbers.
     """
     run = pair[0] - pair[1]
     scale = torch.maximum(pair[0].abs(), pair[1].abs())

@@ -288,7 +288,7 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place; returns the tensor."""
+    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place, and returns it."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 

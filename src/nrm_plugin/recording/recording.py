@@ -316,7 +316,7 @@ class Rerun:
         return replace(self, calls_hooks=True)
 
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
-        """Repeats the forward pass of the recording, after that at the reference, each under a watcher."""
+        """Repeats the pass at the reference, if any, and the recorded forward pass, each under a watcher."""
         followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:
