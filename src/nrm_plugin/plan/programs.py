@@ -75,12 +75,12 @@ class Programs:
     """Cache of the programs for calls of the same form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: Shortcuts that are no longer taken because their conditions failed for some inputs. A shortcut whose
-            condition failed in several calls, in the same layer or in different layers, is avoided in all layers.
+        avoided: Shortcuts no longer taken because their conditions failed for some inputs. A shortcut whose condition
+            failed in several calls, in the same layer or in different layers, is avoided in all layers.
         obstacle: Reason why calls of this form cannot be replayed and must be recorded each time, or an empty string.
         answers: Cached properties that do not depend on values, such as names and shapes.
         recordings: Number of recordings since a program was last used.
-        latest: The most recently used program, which the next measure is expected to use.
+        latest: The most recently used program, which the next measure is expected to use again.
         asks_again: Whether a measure has received more than one query. The state of the first stage is then kept for
             further queries.
     """

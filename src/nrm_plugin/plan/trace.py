@@ -37,16 +37,16 @@ class Operation:
 
     Attributes:
         function: The called operator.
-        args, kwargs: Its arguments, with a :class:`Value` in place of each tensor.
+        args, kwargs: The arguments, with a :class:`Value` in place of each tensor.
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
-        writes: Indices of the tensors that it overwrote.
-        expected: The number or boolean that it returned, and on which the computation may depend, or None if it
-            returned tensors.
-        shapes: The shapes of its results if they depend on values, or None.
+        writes: Indices of the overwritten tensors.
+        expected: The returned number or boolean, which the computation might depend on, or None if tensors were
+            returned.
+        shapes: The shapes of the results if they depend on values, or None.
         origin: For ``expected`` and ``shapes``, the shortcut that was taken or the line of code that read the value.
         reads: Indices of the tensors among the arguments.
-        query: Index of the query that executed it; 0 for the recording.
+        query: Index of the query that executed the operation; 0 for the recording.
     """
 
     function: Any
@@ -146,7 +146,7 @@ class Trace:
     obstacles: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
-        """Returns the index of the first tensor that may share memory with a tensor, which identifies the memory."""
+        """Returns the index of the first tensor that might share memory with a tensor; it identifies the memory."""
         while number in self.aliases:
             number = self.aliases[number]
         return number
@@ -173,4 +173,4 @@ def draws(function: Any) -> bool:
 
 
 _DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw random numbers only in training mode, in which measures are not computed."""
+"""Operations that draw random numbers only in training mode, for which measures are not computed."""

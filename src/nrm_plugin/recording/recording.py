@@ -126,8 +126,7 @@ class Recording:
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Prepares the recording for queries and converts the initial relevance to the layout of the output.
 
-        Samples are located in each tensor, unless there is only one sample or all tensors are known to have samples as
-        rows.
+        Samples are located in each tensor, unless there is only one or the rows of all tensors are known to be samples.
 
         Args:
             relevance: The initial relevance of the outputs, ``(N, …)``.
