@@ -75,7 +75,7 @@ class ConditionalExplanation:
         mass: Mass of the event.
         relevance: Relevance of the inputs given the event, ``(C, H, W)``. If the class is contrasted with others, it
             has the sign of the mass. None if the mass is zero or nearly cancels.
-        problem: Reason why the relevance is undefined.
+        problem: Reason for undefined relevance.
     """
 
     condition: Condition
@@ -169,7 +169,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
 def _on_ground(
     loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request, ground: str
 ) -> Explanation | str:
-    """Explains the difference from the plain ground, or returns a note with the reason why not.
+    """Explains the difference from the plain ground, or returns a note stating why this is not possible.
 
     Args:
         loaded: The model.

@@ -41,7 +41,7 @@ MOST_PATCHES = 16
 COMPACT = 40.0
 """Compactness of SLIC for few superpixels. Lower values would merge them to even fewer."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
-"""Pattern of the names of groups that consist of the largest channel and the number of other channels."""
+"""Pattern for group names that state the largest channel and the number of other channels."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Resolution in dots per inch, which is doubled for narrow figures because their letters are small."""
+        """Resolution in dots per inch, doubled for narrow figures because their letters are small."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property

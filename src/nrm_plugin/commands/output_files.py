@@ -40,7 +40,7 @@ _noted: set[str] = set()
 
 
 class OutputError(NRMError, OSError):
-    """Raised if a result cannot be written, in which case no partial file is left behind."""
+    """Raised if a result cannot be written; no partial file is left behind."""
 
 
 def check_folder(folder: Path) -> None:

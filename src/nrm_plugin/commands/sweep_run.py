@@ -30,7 +30,7 @@ from .sweep_data import SAMPLES, data_of
 SKIPPED = 3
 """Exit status of a sweep that is complete except for skipped samples."""
 LISTED = 20
-"""Maximum number of skipped samples that are printed."""
+"""Maximum number of printed skipped samples."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:

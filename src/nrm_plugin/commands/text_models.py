@@ -19,7 +19,7 @@ from .hub_names import TextModelError, is_offline
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
 """Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
 REASON = 240
-"""Maximum number of characters shown of a message of the transformers library."""
+"""Maximum number of characters shown from a transformers message."""
 
 
 @dataclass(frozen=True)

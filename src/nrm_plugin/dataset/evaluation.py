@@ -237,11 +237,11 @@ def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, mu: R
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)
-"""Types of errors that individual samples do not cause, except :class:`InputError` and :class:`TargetError`."""
+"""Types of errors not caused by individual samples, except :class:`InputError` and :class:`TargetError`."""
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns whether an error may be due to individual samples, in which case other samples can still be evaluated."""
+    """Returns whether individual samples might have caused an error, so that others can still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

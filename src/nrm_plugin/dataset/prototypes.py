@@ -1,9 +1,9 @@
 """Prototypes: clusters of similar explanations, such as the typical explanations of a class.
 
-Each explanation is a vector, which contains the relevance of the channels of a layer. Explanations are clustered by a
-Gaussian mixture or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its
-coverage is the fraction of all samples that are members. A new sample is described by the nearest prototype and by its
-differences from it.
+Each explanation is a vector: the relevance of the channels in a layer. Explanations are clustered by a Gaussian mixture
+or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its coverage is the
+fraction of all samples that are members. A new sample is described by its nearest prototype and its differences from
+this prototype.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Nearest:
     outlying: float
 
     def strongest(self, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the ``top`` groups with the largest absolute differences, with their differences."""
+        """Returns the ``top`` groups with the largest absolute differences, and these differences."""
         order = np.argsort(-np.abs(self.difference), kind="stable")[:top]
         return [(int(group), float(self.difference[group])) for group in order]
 
@@ -55,7 +55,7 @@ class Prototypes:
 
     Attributes:
         centres: Relevance of each prototype, ``(P, K)``.
-        members: Index of the prototype to which each sample belongs, ``(N,)``.
+        members: Prototype index of each sample, ``(N,)``.
         samples: Sample indices in the data set, ``(N,)``.
         distances: Euclidean distance from each sample to the centre of its prototype, ``(N,)``.
     """
@@ -92,7 +92,7 @@ class Prototypes:
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the ``top`` groups with the largest absolute relevance in a prototype, with their relevance."""
+        """Returns the ``top`` groups with the largest absolute relevance in a prototype, and this relevance."""
         centre = self.centres[prototype]
         order = np.argsort(-np.abs(centre), kind="stable")[:top]
         return [(int(group), float(centre[group])) for group in order]

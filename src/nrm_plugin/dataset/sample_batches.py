@@ -1,4 +1,4 @@
-"""Batches of a data set without failed samples, which are identical in every run and every process."""
+"""Batches of a data set without failed samples; identical in every run and every process."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Data set with the options for reading it.
+    """Data set with reading options.
 
     Attributes:
         data: The data set.
@@ -91,13 +91,13 @@ class DataSource:
             return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
-        """Returns the stamps that identify samples without reading them, or an empty list if the data set has none."""
+        """Returns the stamps, which identify samples without reading them, or an empty list if there are none."""
         stamp = getattr(self.data, "stamp", None)
         return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by hashes, which is the case if the data set has stamps or no fingerprint."""
+        """Whether samples are identified by hashes, because the data set has stamps or no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -203,7 +203,7 @@ class ShardPlan:
 
 
 class IndexedDataset(Dataset[tuple[int, Any, str]]):
-    """Wrapper of a data set that returns each sample with its index and hash, or a :class:`FailedSample`.
+    """Data-set wrapper whose items are samples with index and hash, or a :class:`FailedSample`.
 
     Random generators are seeded for each sample, so that random transforms are reproducible.
 
@@ -243,7 +243,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """Collate function that omits failed samples, and samples whose structure differs from that of the majority.
+    """Collate function that omits failed samples, and samples whose structure differs from the majority's.
 
     Attributes:
         collate: Collate function for the remaining samples.

@@ -33,7 +33,7 @@ CHUNK = 1 << 16
 OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
 """Pattern for operating-system errors in safetensors messages."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
-"""Columns that are dictionary-encoded, since they have few distinct values."""
+"""Dictionary-encoded columns, which have few distinct values."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes a shard, maps before rows, so that a row file never exists without its map file.
+    """Writes a shard: maps before rows, so that a row file never exists without its map file.
 
     Args:
         folder: The sweep folder.

@@ -112,7 +112,7 @@ class Sweep:
         return shards
 
     def _check_coverage(self, shards: Sequence[Shard]) -> None:
-        """Reports the samples of a complete sweep that are in none of its shards."""
+        """Reports samples that are in no shard of a complete sweep."""
         expected = 0
         for first, last in (*((shard.first, shard.last) for shard in shards), (self.manifest.samples or 0, 0)):
             if first != expected:
@@ -214,8 +214,8 @@ class Sweep:
             query: Name of a query.
             group: The group, or None for a query with one value per sample.
             k: Number of samples.
-            lower: For a joint matrix, restricts the rows to this group of the lower layer.
-            target: Explained class to which the rows are restricted, or None for all samples.
+            lower: For a joint matrix, only return rows of this group in the lower layer.
+            target: Only return samples for which this class was explained; None for all samples.
             largest: Whether to return the largest values rather than the smallest ones, which are in increasing order.
 
         Returns:

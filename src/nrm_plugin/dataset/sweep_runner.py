@@ -97,8 +97,8 @@ def sweep(
         num_workers: Number of worker processes that read samples. Defaults to that of the loader, or to 0.
         shard: Number of samples per shard, rounded up to whole batches. If a process is killed, at most one shard is
             lost. A resumed sweep keeps its shard size.
-        seed: Seed from which the random state of each sample is derived.
-        resume: Whether to resume a sweep that the folder contains, rather than raise an error.
+        seed: Seed for the random state set before each sample is read.
+        resume: Whether to resume a sweep in this folder, rather than raise an error.
         retry_failed: Whether to evaluate shards with failed samples again.
         on_error: ``"raise"`` to stop at the first sample that cannot be read or evaluated, or at a damaged file;
             ``"skip"`` to skip and list such samples, and to evaluate damaged files again.
@@ -222,7 +222,7 @@ def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list
 
 @contextmanager
 def _recording_interruption(folder: Path) -> Iterator[None]:
-    """Context manager that records interruptions, and the samples that have failed so far, in the manifest."""
+    """Context manager that records interruptions and failed samples in the manifest."""
     try:
         yield
     except BaseException:

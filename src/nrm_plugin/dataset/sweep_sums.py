@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class StoredQueries(Protocol):
-    """Part of the interface of :class:`~nrm_plugin.dataset.Sweep` that is needed to compute sums."""
+    """Interface required of a sweep: the part of :class:`~nrm_plugin.dataset.Sweep` used to compute sums."""
 
     on_error: OnError
 
@@ -32,7 +32,7 @@ class StoredQueries(Protocol):
 def sums_of(
     sweep: StoredQueries, infos: Sequence[QueryInfo], target: int | None, selected: NDArray[np.int64] | None
 ) -> Sums:
-    """Sums the values of queries over samples.
+    """Sums query results over samples.
 
     Args:
         sweep: The stored sweep.
@@ -110,7 +110,7 @@ class Sums:
     """Sums of query results over samples, accumulated shard by shard.
 
     Args:
-        groups: Shape of the result of each query, keyed by name.
+        groups: Result shape of each query, keyed by query name.
     """
 
     def __init__(self, groups: Mapping[str, tuple[int, ...]]) -> None:
@@ -140,5 +140,5 @@ class Sums:
         return mean
 
     def total(self, queries: Sequence[QueryInfo]) -> float:
-        """Returns the sum of the mean results of queries over all of their groups."""
+        """Returns the sum of mean query results over all groups."""
         return sum(float(self.mean(info.name).sum()) for info in queries)

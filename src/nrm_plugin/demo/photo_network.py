@@ -42,7 +42,7 @@ def load_photo_network() -> nn.Module:
 def efficientnet_lite(number: int, folder: Path) -> nn.Module:
     """Loads an EfficientNet-Lite in evaluation mode.
 
-    The features after the last activation are the output of ``_avg_pooling.0``, an identity added here.
+    The features after the last activation are the output of ``_avg_pooling.0``, an identity layer added here.
 
     Args:
         number: Variant of the network, from 0 for Lite0 to 4 for Lite4.

@@ -57,7 +57,7 @@ class ObservedCall:
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Returns whether the result contains tensor values as Python objects, like ``int(x)`` but not ``x.int()``."""
+        """Returns whether the result holds tensor values as Python objects: true for ``int(x)``, not ``x.int()``."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
