@@ -115,7 +115,7 @@ def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Aga
 
 
 def _first_inputs(data: Any) -> Any:
-    """Returns the first inputs of the user's data set, or None for image folders and data sets without indexing."""
+    """Returns the first inputs of the user's dataset, or None for image folders and datasets without indexing."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
         return None
     with contextlib.suppress(Exception):  # any error that the user's data set raises is reported by the sweep itself

@@ -1,4 +1,4 @@
-"""Comparison of the samples of a data set with those of a stored sweep, without running the model."""
+"""Comparison of the samples of a dataset with those of a stored sweep, without running the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_samples(
 
     Args:
         folder: The folder of the sweep.
-        source: A data set with a length.
+        source: A dataset with a length.
         contents: The stored hashes, keyed by sample.
         seed: Seed for the random state set before each sample is read.
         on_error: Whether samples that can no longer be read are ignored (``"skip"``) or raise an error (``"raise"``).

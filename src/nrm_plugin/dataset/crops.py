@@ -32,7 +32,7 @@ PROBE_BATCH = 8
 
 
 class IndexableDataset(Protocol):
-    """Data set whose samples are accessible by index."""
+    """Dataset whose samples are accessible by index."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -42,7 +42,7 @@ class Crop:
     """Cropped reference example.
 
     Attributes:
-        sample: Index of the sample in the data set.
+        sample: Index of the sample in the dataset.
         value: Relevance or activation of the group.
         target: The explained class.
         box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, where ``bottom``
@@ -88,7 +88,7 @@ def crops(
 
     Args:
         model: The network.
-        data: Indexable data set of images ``(C, H, W)``, or of pairs ``(image, label)``.
+        data: Indexable dataset of images ``(C, H, W)``, or of pairs ``(image, label)``.
         references: The references to crop, either of one layer or of events.
         groups: Groups to show. Defaults to all groups.
         k: Number of crops per group. Defaults to all references.

@@ -34,7 +34,7 @@ class BatchResults:
     """Results of the queries for a batch.
 
     Attributes:
-        sample: Sample indices in the data set, ``(n,)``.
+        sample: Sample indices in the dataset, ``(n,)``.
         target: Explained classes, ``(n,)``; -1 if the target is not a class.
         prediction: Predicted classes, ``(n,)``; -1 if the model is not a classifier.
         values: Results keyed by query name, ``(n, *groups)``.
@@ -80,7 +80,7 @@ class Evaluation:
         """Evaluates a batch.
 
         Args:
-            sample: Indices of the samples in the data set.
+            sample: Indices of the samples in the dataset.
             batch: The batch, as collated by the data loader.
 
         Raises:

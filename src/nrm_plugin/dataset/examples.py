@@ -49,7 +49,7 @@ class References:
         name: Name of the layer, or of the query in a sweep.
         by: ``"relevance"`` or ``"activation"``.
         groups: Group of each row: a channel index or an event name.
-        samples: Indices in the data set, ``(K, k)``, or -1 in empty entries.
+        samples: Indices in the dataset, ``(K, k)``, or -1 in empty entries.
         values: Relevance or activation, ``(K, k)``, or NaN in empty entries.
         targets: Explained classes, ``(K, k)``, or -1 if unknown.
         positions: Position of the largest value within the group, as a flat (row-major) index, ``(K, k)``, or -1 if

@@ -1,4 +1,4 @@
-"""Folders of images as data sets."""
+"""Folders of images as datasets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_LISTED = 8
 
 
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
-    """Data set of the images in a folder and its subfolders, sorted by name.
+    """Dataset of the images in a folder and its subfolders, sorted by name.
 
     Each top-level subfolder corresponds to the class of the same name. If no subfolder has the name of a class, and the
     class names are unknown or as many as the subfolders, the subfolders are numbered as classes in sorted order. Images

@@ -1,4 +1,4 @@
-"""Relevance matrices over a data set, as a torchmetrics metric synchronized across processes."""
+"""Relevance matrices over a dataset, as a torchmetrics metric synchronized across processes."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Prototypes:
     Attributes:
         centres: Relevance of each prototype, ``(P, K)``.
         members: Prototype index of each sample, ``(N,)``.
-        samples: Sample indices in the data set, ``(N,)``.
+        samples: Sample indices in the dataset, ``(N,)``.
         distances: Euclidean distance from each sample to the centre of its prototype, ``(N,)``.
     """
 
@@ -139,7 +139,7 @@ def find_prototypes(
             :func:`vectors_of_sweep`.
         count: Number of prototypes.
         method: ``"mixture"`` of Gaussians, or ``"kmeans"``.
-        samples: Sample indices in the data set. Defaults to 0 to N - 1.
+        samples: Sample indices in the dataset. Defaults to 0 to N - 1.
         covariance: ``covariance_type`` of scikit-learn's ``GaussianMixture``; a full covariance requires many samples.
         seed: Seed for the initialization.
 

@@ -39,7 +39,7 @@ class SweepJob:
     Attributes:
         evaluation: Evaluation of a batch.
         source: The data source.
-        plan: Assignment of samples to shards, or None for an iterable data set.
+        plan: Assignment of samples to shards, or None for an iterable dataset.
         shard_batches: Number of batches per shard.
         folder: The sweep folder.
         fingerprint: Hash of the settings.
@@ -128,13 +128,13 @@ class SweepJob:
             self._evaluate_shard(number, rank, of_shard, self.plan.range(number)[0], on_progress)
 
     def run_stream(self, done: dict[int, Shard], on_progress: OnProgress) -> int:
-        """Evaluates an iterable data set, skipping finished shards.
+        """Evaluates an iterable dataset, skipping finished shards.
 
         Returns:
             The number of samples.
 
         Raises:
-            SweepError: If the samples of finished shards differ from those of the data set.
+            SweepError: If the samples of finished shards differ from those of the dataset.
         """
         assert self.source.loader is not None
         batches, sample, number = iter(self.source.loader), 0, 0

@@ -67,16 +67,16 @@ def sweep(
     engine_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Evaluates queries on every sample of a data set and stores the results.
+    """Evaluates queries on every sample of a dataset and stores the results.
 
     If a sweep fails, is killed or is interrupted by Ctrl-C, completed shards are kept: the same call resumes the sweep,
     and yields the same rows as an uninterrupted one. Under ``torchrun``, the shards are divided among the processes.
 
     Args:
         model: The network, in evaluation mode and on the device to use.
-        data: A data set with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
-            again and compared by hash, unless the data set has a method ``stamp(index)`` that returns the same value as
-            before or, without such a method, the same string attribute ``fingerprint``. The data set of a
+        data: A dataset with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
+            again and compared by hash, unless the dataset has a method ``stamp(index)`` that returns the same value as
+            before or, without such a method, the same string attribute ``fingerprint``. The dataset of a
             ``DataLoader`` is read in index order, regardless of the sampler. An ``IterableDataset`` is numbered in
             iteration order; to resume a sweep, it is read again from the beginning and must yield the same samples in
             the same order.
