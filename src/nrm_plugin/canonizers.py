@@ -16,7 +16,7 @@ class FuseBatchNorm(Canonizer):
 
     Use it in a :class:`~nrm_plugin.Normalized` composite, or in a composite that is passed to
     :class:`~nrm_plugin.RelevanceMeasure`, which normalizes the composite. Adjacent layers are detected during the
-    forward pass, so neither the order in which layers are registered nor the implementation of ``forward`` matters.
+    forward pass, so that neither the registration order of layers nor the implementation of ``forward`` matters.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus

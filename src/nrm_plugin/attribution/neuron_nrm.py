@@ -95,7 +95,7 @@ class NeuronNRM(NRM, NeuronAttribution):
             against: A second selector. If given, the relevance explains the difference between the two selected
                 activations.
             given: Event to condition on.
-            joint: Event with which joint relevance is computed.
+            joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the activation of the neurons;
                 ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.

@@ -142,7 +142,7 @@ class NRM(GradientAttribution):
                 explain the difference between the target and this contrast; see :class:`~nrm_plugin.RelevanceMeasure`.
                 With ``unit="output"``, relevance sums to this difference, which may be negative.
             given: Event to condition on.
-            joint: Event with which joint relevance is computed.
+            joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the explained output of each
                 sample; ``"measure"`` for relevance that sums to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.

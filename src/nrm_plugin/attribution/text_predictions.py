@@ -64,7 +64,7 @@ class Task:
             argument: Name of the argument, for error messages.
 
         Raises:
-            TargetError: If there is no such class, or the word is not a single token.
+            TargetError: If there is no such class or the word is not a single token.
         """
         count = len(self.logits)
         if isinstance(wanted, str) and self.labels and wanted.strip().isdecimal() and wanted not in self.labels:

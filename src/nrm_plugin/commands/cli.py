@@ -33,8 +33,8 @@ COMMANDS = {
 }
 """Summary of each command for ``--help``.
 
-The module of the same name in this package, with ``_`` for ``-``, defines ``DESCRIPTION``, ``EXAMPLES``,
-``add_arguments(parser)`` and ``run(options)``, which returns the exit status.
+Each command is a module of the same name in this package, with ``_`` for ``-``, that defines ``DESCRIPTION``,
+``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status.
 """
 
 EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with examples. Start with: nrm-plugin demo"

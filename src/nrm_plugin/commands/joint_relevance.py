@@ -103,7 +103,7 @@ def joint_figure(
     """Plots the image, the flow between channels, and joint heat maps of the strongest combinations of channels.
 
     Args:
-        mu: The measure from which ``joint`` was computed.
+        mu: The measure used to compute ``joint``.
         image: Image ``(C, H, W)`` in [0, 1].
         pixels: Pixel relevance, ``(H, W)``.
         joint: Joint relevance of the channels.

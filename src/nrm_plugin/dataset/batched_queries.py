@@ -239,7 +239,7 @@ def _with_tensors(over: Any) -> Any:
 
 
 def _chains(matrices: Iterable[tuple[Atom, Atom, Any]]) -> Iterable[tuple[Sequence[Atom], Any]]:
-    """Merges pairs of layers into chains, in which each layer is below the previous one."""
+    """Merges pairs of layers into chains, with each layer below the previous one."""
     remaining = dict.fromkeys(matrices)
     while remaining:
         upper, lower, over = next(iter(remaining))

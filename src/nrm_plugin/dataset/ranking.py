@@ -29,7 +29,7 @@ class TopSamples:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TopSamples:
-        """Creates a ranking in which all entries are empty."""
+        """Creates a ranking with only empty entries."""
         return cls(
             torch.full(shape, -torch.inf, dtype=dtype),
             torch.full(shape, NO_SAMPLE),

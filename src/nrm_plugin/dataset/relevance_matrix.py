@@ -3,9 +3,9 @@ r"""Relevance matrices: mean conditional relevance between the groups of two lay
 .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}, \qquad
           \sum_i T_{ij} + \mathrm{off}_j = 1
 
-Samples are weighted by the absolute mass of ``j``, so that samples in which it is small, and the conditional thus
-unstable, contribute little. Walks through ``j`` that do not cross the lower layer count towards ``off``. The weighting
-is new in this package.
+Samples are weighted by the absolute mass of ``j``, so that samples with a small mass, whose conditional is unstable,
+contribute little. Walks through ``j`` that do not cross the lower layer count towards ``off``. The weighting is new in
+this package.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ FALSE, TRUE = 0, 1
 class Diagram:
     """Reduced ordered decision diagram with shared nodes and one root per event.
 
-    Variables are numbered in the order in which a walk crosses them, and ``levels[v]`` is the tap of variable ``v``.
-    Nodes are numbered as well: 0 is false, and 1 is true.
+    Variables are numbered in walk order, and ``levels[v]`` is the tap of variable ``v``. Nodes are numbered as well: 0
+    is false, and 1 is true.
     """
 
     levels: Sequence[int]
@@ -73,7 +73,7 @@ class Diagram:
         return node > TRUE and self.level(node) <= level
 
     def variables(self, node: int) -> set[int]:
-        """Returns the variables on which a node still depends."""
+        """Returns the variables that a node still depends on."""
         variables: set[int] = set()
         stack = [node]
         seen = set()

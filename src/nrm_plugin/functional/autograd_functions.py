@@ -69,7 +69,7 @@ class CustomCalls:
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the ``autograd.Function``, if any, from which a torch function is called.
+        """Records the ``autograd.Function``, if any, that calls a torch function.
 
         Raises:
             UnsupportedOperationError: If the function writes to a view of a computed tensor, which has no autograd node

@@ -1,7 +1,7 @@
 """Complex tensors of a forward pass, represented as functions of the real tensors that they depend on.
 
-Complex tensors are not taps: all functions between the real tensors on which they depend and the next real tensor form
-a single step, whose kernel is derived by evaluating the expression at other real tensors.
+Complex tensors are not taps: all functions between their real sources and the next real tensor form a single step,
+whose kernel is derived by evaluating the expression at other real tensors.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Ids:
             self._marked[id(tensor)] = tensor, kind
 
     def _mark_written(self, tensor: Tensor, kind: Kind) -> None:
-        """Marks a tensor to which ids were written and, if it is a view, its base."""
+        """Marks a tensor after ids were written to it, and also its base if it is a view."""
         for item in (tensor, tensor._base):
             if item is not None:
                 self._mark(item, max(kind, self.kind(item) or kind))

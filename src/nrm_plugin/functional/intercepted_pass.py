@@ -217,7 +217,7 @@ class InterceptedPass:
     def complex_step(self, observed: ObservedCall) -> Any:
         """Runs a function with complex arguments or results.
 
-        A real output is recorded as a step. Its inputs are the real tensors on which the complex arguments depend.
+        A real output is recorded as a step. Its inputs are the real tensors that the complex arguments depend on.
         """
         expression = self.complex_tensors.expression(observed)
         output = observed.run()

@@ -1,4 +1,4 @@
-"""Decomposition of recurrent layers into loops over operations that have kernels.
+"""Decomposition of recurrent layers into loops over operations with kernels.
 
 torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced with
 a loop over time. The linear maps in the loop use the rule that the composite assigns to the layer or, if there is none,
@@ -197,7 +197,7 @@ for _kind in CELLS:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Weights and options of a recurrent layer, in the form in which torch passes them to the fused function."""
+    """Weights and options of a recurrent layer, as torch passes them to the fused function."""
 
     kind: str
     params: Sequence[Tensor]

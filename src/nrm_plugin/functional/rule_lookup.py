@@ -48,9 +48,9 @@ class CompositeRules:
     """Rule lookup in a composite.
 
     Args:
-        composite: The composite in which rules are looked up.
+        composite: The composite that assigns the rules.
         model: The model whose modules own the weights.
-        uncovered: Rule for layers to which the composite assigns none.
+        uncovered: Rule for layers without a rule in the composite.
     """
 
     def __init__(self, composite: Composite, model: nn.Module, uncovered: Hook | None = None) -> None:

@@ -140,7 +140,7 @@ def addition(call: DifferenceCall) -> Kernel:
 
 @secant_of("mul")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a product, in which each slope is the mean of the other factor."""
+    """Returns the kernel for a product; each slope is the mean of the other factor."""
     if len(call.values) == 1:
         return elementwise(call)
     first, second = ((one + two) / 2 for one, two in zip(call.values, call.reference_values, strict=True))

@@ -160,7 +160,7 @@ class Listener(Protocol):
         """Called when the model converts integer inputs to Python or NumPy numbers; ``where`` locates the call."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Called when integer inputs select rows of a constant; returns the tensor that replaces these rows."""
+        """Called when integer inputs select rows from a constant; returns a replacement for these rows."""
 
 
 RUNNING = _Running()

@@ -1,4 +1,4 @@
-"""Record of one layer call, from which the rule's kernel is computed."""
+"""Record of one layer call, the basis for the rule's kernel."""
 
 from __future__ import annotations
 

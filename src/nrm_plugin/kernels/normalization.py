@@ -1,4 +1,4 @@
-r"""Normalization of a kernel: the gain, by which each column is multiplied, and the deficit, which the sink absorbs.
+r"""Normalization of a kernel: each column is multiplied by its gain, and the sink absorbs the remaining deficit.
 
 .. math:: \tilde T_{ij} = g(c_j)\, T_{ij}, \qquad \tilde T_{\mathrm{sink}, j} = 1 - g(c_j)\, c_j
 

@@ -27,7 +27,7 @@ from .vjp_kernel import VjpKernel
 
 
 class PlainGradient(Hook):
-    """Rule for layers to which the composite assigns none: the plain gradient, as in Zennit."""
+    """Rule for layers without a rule in the composite: the plain gradient, as in Zennit."""
 
 
 def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:

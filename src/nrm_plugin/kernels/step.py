@@ -319,7 +319,7 @@ def _origin_of(*inputs: Tensor) -> Tensor | None:
 
 
 class Origin(torch.autograd.Function):
-    """Zero that depends on the tensors from which a kernel was computed, and raises an error if it is differentiated.
+    """Zero that depends on the tensors behind a kernel, and raises an error if it is differentiated.
 
     Autograd treats kernels as constants. This zero is added to the relevance, so that differentiating relevance raises
     an error where the gradient would otherwise be zero or incomplete.

@@ -74,7 +74,7 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """Returns the torch function mode in which a module with the given rule runs, or None."""
+    """Returns the torch function mode for running a module with the given rule, or None."""
     if is_quantized(module):
         return None
     if is_affine(module) and _is_rounded(module):  # the output is rounded, so no exact output without bias exists

@@ -14,7 +14,7 @@ def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         labels: The group of each member, ``(members,)``.
-        members: The member (part) to which each pixel belongs, ``(H, W)``, such as a superpixel.
+        members: The member (part, such as a superpixel) that contains each pixel, ``(H, W)``.
         weights: The weight of each member, ``(members,)``, such as its absolute relevance.
 
     Returns:

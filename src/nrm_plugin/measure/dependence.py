@@ -31,9 +31,9 @@ LLOYD = 12
 CANCELLED = 1e-3
 """Smallest accepted divisor: total joint relevance, relative to its absolute sum."""
 INDEPENDENT = 1e-5
-"""Fraction of the absolute joint relevance up to which dependence is attributed to rounding errors in float32."""
+"""Largest dependence attributed to float32 rounding errors, as a fraction of the absolute joint relevance."""
 STILL = 1e-12
-"""Fraction of the sum of absolute values up to which gains are attributed to rounding errors."""
+"""Largest gain attributed to rounding errors, as a fraction of the sum of absolute values."""
 
 
 def dependence(joint: Array) -> Array:
@@ -129,7 +129,7 @@ class _Search:
         return cls(pairs, counts, labels, [layer for layer, given in enumerate(fixed) if given is None], random)
 
     def shaken(self) -> _Search:
-        """Returns a copy in which some members of one layer are assigned to random groups."""
+        """Returns a copy with some members of one layer assigned to random groups."""
         labels = [own.copy() for own in self.labels]
         layer = self.free[self.random.integers(len(self.free))]
         own = labels[layer]

@@ -19,7 +19,7 @@ from ..model.targets import MIN_TOTAL, sample_sums
 from ..recording.sample_independence import tolerance_of
 
 ROUNDING = 16
-"""Factor by which the difference between outputs must exceed their rounding error."""
+"""Minimum ratio of the difference between outputs to their rounding error."""
 PRECISE = 1e-3
 """Largest rounding error, as a fraction of the difference between outputs, for which no warning is issued."""
 

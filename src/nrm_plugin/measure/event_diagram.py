@@ -61,7 +61,7 @@ class DecisionDiagram:
         return levels
 
     def depends(self, node: int) -> int:
-        """Returns the levels on which a node depends, as a bit set."""
+        """Returns the levels that a node depends on, as a bit set."""
         if node not in self._depends:
             levels = {self.nodes.levels[variable] for variable in self.nodes.variables(node)}
             self._depends[node] = sum(1 << level for level in levels)

@@ -123,7 +123,7 @@ def flow_maps(
     walks that do not cross a layer, and none at all if the inputs have no positions.
 
     Args:
-        mu: The measure from which the graph was computed.
+        mu: The measure used to compute the graph.
         graph: The flow graph; its layers must be names of taps.
         over: Grouping of the neurons of each layer, as in the computation of the graph.
         sample: Index of the sample, as in the computation of the graph.

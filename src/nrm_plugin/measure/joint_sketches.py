@@ -41,7 +41,7 @@ class PairJoints:
     fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
 
     Args:
-        mu: The measure from which joint relevance is computed.
+        mu: The measure that provides joint relevance.
         layers: Layers, from the output to the input.
         kinds: The members of each layer.
 

@@ -39,14 +39,14 @@ class Groups:
         layers: Names of the layers, from the output to the input.
         labels: For each layer, the group of each member, ``(members,)``.
         members: For each layer, the kind of its members (``"channel"``, ``"position"`` or ``"neuron"``), or a tensor
-            with the member to which each neuron belongs.
+            with the member index of each neuron.
         names: For each layer, the name of each group.
-        masses: For each layer, the mean mass of each group over the samples on which the groups were found.
+        masses: For each layer, the mean mass of each group over the samples used to find the groups.
         kappas: For each pair of consecutive layers, the fraction of the dependence that the groups preserve; NaN if the
             layers are independent or the joint relevance of all members was not computed.
-        examples: For each layer and group, the index of the sample in which the group has the largest absolute mass.
-            Empty if only means are known, as for a sweep.
-        samples: Number of samples on which the groups were found.
+        examples: For each layer and group, the sample index with the largest absolute mass of the group. Empty if only
+            means are known, as for a sweep.
+        samples: Number of samples used to find the groups.
         source: Name of the file from which the groups were read; empty for groups not read from a file. It is not
             stored.
 

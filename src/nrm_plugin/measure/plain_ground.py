@@ -12,7 +12,7 @@ TOLERANCE = 8 / 255
 LEAST_OF_IMAGE, LEAST_OF_BORDER, LEAST_OF_SIDE = 1 / 4, 1 / 3, 1 / 10
 """Minimum fraction covered by the ground: of the image, of its border, and of each of its four sides."""
 STRAIGHT = 0.9
-"""Minimum fraction without ground of each edge of a rectangle, such as a photograph between bars or in a frame."""
+"""Minimum ground-free fraction of each edge of a rectangle, such as a photograph between bars or in a frame."""
 
 
 def plain_ground(image: Tensor) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""Reconstruction of the input patterns to which selected neurons, or walks through several layers, respond.
+"""Reconstruction of the input patterns that activate selected neurons, or walks through several layers.
 
 Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) are run by Zennit's
-rules. They do not define measures, since they do not conserve relevance; they show the pattern to which a neuron
-responds rather than its contribution.
+rules. They do not define measures, since they do not conserve relevance; they show the pattern that activates a neuron
+rather than its contribution.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def fused(
 
     Args:
         operations: The operations of a program.
-        trace: The trace, in which new constants are assigned an index.
-        constants: The constants, to which fused weights are added.
+        trace: The trace, which receives indices for new constants.
+        constants: The constants; fused weights are added to them.
         results: Indices of the result tensors.
 
     Returns:

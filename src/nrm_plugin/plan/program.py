@@ -41,7 +41,7 @@ class Program:
         trace: The trace of both stages.
         inputs: Indices of the inputs.
         outputs: Indices of the tensors returned by the first stage.
-        start: Indices of the tensors from which the second stage starts, such as the relevance of the outputs.
+        start: Indices of the tensors that start the second stage, such as the relevance of the outputs.
         results: For each query, indices of the tensors returned by the second stage.
 
     Attributes:
@@ -102,7 +102,7 @@ class Program:
 
         Args:
             state: The state. The list is emptied, so that memory is freed as early as possible.
-            start: The tensors from which the stage starts.
+            start: The tensors that start the stage.
             query: Index of the query.
             is_kept: Whether later queries need the tensors of the state.
 

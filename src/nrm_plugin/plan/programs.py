@@ -22,8 +22,8 @@ Key = tuple[Hashable, ...]
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of calls in which a value that the model reads may change before every call is recorded, or in which the
-condition of a shortcut may fail before it is avoided in all layers."""
+"""Number of calls with a changed value read by the model before every call is recorded, or with a failed shortcut
+condition before the shortcut is avoided in all layers."""
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Programs:
                 self._programs.popitem(last=False)
 
     def reject(self, error: ChangedValueError) -> None:
-        """Discards all programs after a value on which they depend has changed."""
+        """Discards all programs after a value that they depend on has changed."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
             kinds = {kind_of(name) for name in names}

@@ -30,7 +30,7 @@ class Simplifier:
         results: Indices of the result tensors.
 
     Attributes:
-        trace: A copy of the trace, to which simplification adds tensors.
+        trace: A copy of the trace; simplification adds tensors to it.
         operations: The remaining operations, in order.
         constants: The constants that the operations read, keyed by index.
         results: Indices of the result tensors.

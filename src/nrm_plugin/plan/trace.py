@@ -1,4 +1,4 @@
-"""Traces: the tensor operations of a computation, as a flat list in which every tensor has an index."""
+"""Traces: the tensor operations of a computation, as a flat list with an index for every tensor."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Tracer(TorchDispatchMode):
     tensors to be filled later are appended, since a tensor is constant only when it has its final values.
 
     Attributes:
-        trace: The trace to which operations are appended.
+        trace: The trace that operations are appended to.
         shortcut: Name of the shortcut whose condition is being evaluated.
         query: Index of the query in progress; 0 during the recording.
     """
@@ -323,7 +323,7 @@ class Tracer(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Facts:
-    """Properties of an operation on which tracing depends.
+    """Properties of an operation that determine how it is traced.
 
     Attributes:
         function: The operation.

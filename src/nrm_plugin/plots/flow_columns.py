@@ -67,7 +67,7 @@ def has_rests(graph: FlowGraph) -> bool:
 
 
 def is_difference(graph: FlowGraph) -> bool:
-    """Returns whether a graph is the difference between two flows, in which the masses of each layer sum to 0."""
+    """Returns whether a graph is the difference between two flows, so that the masses of each layer sum to 0."""
     return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
 
 

@@ -65,7 +65,7 @@ def flow_scene(
         graph: The flow graph.
         heading: The title.
         caption: The text below the title.
-        key: The legend below the flow, to which a note about omitted ribbons is appended.
+        key: The legend below the flow; a note about omitted ribbons is appended to it.
         width: Width in inches; by default 7.2, or more if there are more than three layers or long columns.
         thumbnails: The thumbnails, keyed by node; only the keys are used.
         ratio: Height-to-width ratio of the thumbnails.

@@ -11,7 +11,7 @@ from .arrays import Array
 
 Order = NDArray[np.int64]
 ROUNDS = 2
-"""Number of rounds in which adjacent nodes are swapped in all columns."""
+"""Number of rounds of swapping adjacent nodes in all columns."""
 STARTS, SMALL = 6, 16
 """Number of additional random initializations, and the maximum column length for which they are used."""
 SWEEPS = 12

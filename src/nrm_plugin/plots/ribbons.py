@@ -169,7 +169,7 @@ def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[flo
 
 
 def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the total width of the ribbons at a node, separately for each column in which ribbons start."""
+    """Returns the total width of the ribbons at a node, separately for each start column."""
     widths: dict[int, float] = {}
     for ribbon in ribbons:
         if ribbon.node(number) == node:

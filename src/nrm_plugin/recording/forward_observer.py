@@ -33,7 +33,7 @@ class Observer:
 
     Attributes:
         modules: Name of each module; set by :meth:`watch`.
-        containers: Names of modules with children to which the composite assigns a rule.
+        containers: Names of modules with children and a rule of their own.
         observed: All labelled tensors that depend on the inputs.
         leaves: The tensors at which relevance ends.
         indices: The integer inputs.

@@ -216,7 +216,7 @@ class Marks:
 
 
 class Graph:
-    """Autograd graph between an output tensor and the leaves on which it depends.
+    """Autograd graph between an output tensor and the leaves that it depends on.
 
     Args:
         output: The output tensor, which must have a ``grad_fn``.
@@ -298,7 +298,7 @@ _Edges = dict[Any, list[tuple[Any, int]]]
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:
-    """Sorts nodes topologically, so that each node precedes those to which it propagates relevance.
+    """Sorts nodes topologically, in the direction of relevance propagation.
 
     Depth-first search is implemented without recursion, since graphs can be deep.
     """

@@ -1,4 +1,4 @@
-"""Propagation along the graph of a recording: of relevance down to the inputs, or of values up to the output.
+"""Propagation through the graph of a recording: relevance down to the inputs, or values up to the output.
 
 Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor may
 modify the vectors at each tap. Passes know nothing of events.
@@ -122,7 +122,7 @@ def _route(
 
 
 def _of_shape(row: Tensor, shape: torch.Size) -> Tensor:
-    """Sums over the dimensions in which the tensor at an edge was broadcast."""
+    """Sums over the broadcast dimensions of the tensor at an edge."""
     return row if row.shape == shape else row.sum_to_size(shape)
 
 

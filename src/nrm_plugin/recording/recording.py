@@ -47,7 +47,7 @@ class Recording:
 
     Args:
         model: The model to record.
-        call: The arguments with which the model is called.
+        call: The arguments of the model call.
         composite: The normalized composite.
         output: The output to explain if the model returns several tensors, or a tap inside the model.
         reference: The reference (baseline input), if the measure explains a difference.
@@ -206,7 +206,7 @@ class Recording:
 
     @property
     def taps(self) -> Taps:
-        """The taps, keyed by name and by place."""
+        """The taps, for lookup by name or place."""
         return self.structure.taps
 
     @property

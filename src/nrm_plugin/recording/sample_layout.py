@@ -168,7 +168,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
 
 
 def _assumed(labels: Tensor, count: int) -> list[Layout]:
-    """Returns a layout in which the unknown slices of a dimension are assigned to the samples that lack slices."""
+    """Returns a layout that assigns the unknown slices of a dimension to the samples that lack slices."""
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size and size % count == 0 else None
         if known is None or bool((known >= 0).all()):
@@ -184,7 +184,7 @@ def _assumed(labels: Tensor, count: int) -> list[Layout]:
 
 
 def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]:
-    """Returns a layout in which samples have different numbers of slices, if the sample of each slice is known.
+    """Returns a layout with different numbers of slices per sample, if the sample of each slice is known.
 
     If all known entries belong to one sample, every dimension is consistent with them, and the entries of other samples
     may merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the first

@@ -2,7 +2,7 @@
 
 The first dimension of a tensor is not always the batch: attention over windows folds windows into it, and other layers
 have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output by a
-different power of two, and the factor by which an entry changes identifies its sample. No other module assumes that the
+different power of two, and the relative change of an entry identifies its sample. No other module assumes that the
 first dimension of a tensor indexes samples.
 """
 
@@ -174,7 +174,7 @@ class Samples:
         return fitting[0] if fitting else None
 
     def _of_inputs(self, buffer: Buffer, known: Tensor | None = None) -> list[Layout] | None:
-        """Determines the layouts of a tensor from the input samples on which each of its entries depends.
+        """Determines the layouts of a tensor from the input samples that each of its entries depends on.
 
         Args:
             buffer: The tensor.

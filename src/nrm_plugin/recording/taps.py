@@ -89,7 +89,7 @@ class Tap:
 
 
 class Taps:
-    """Taps of a recording, in the order in which walks cross them.
+    """Taps of a recording, in walk order.
 
     Args:
         graph: The graph.
@@ -301,7 +301,7 @@ class Taps:
         return ("input", "output") if is_model else (layer, side)
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """Splits a name such as ``"lstm[0]"`` into layer and item, both of which may contain brackets."""
+        """Splits a name such as ``"lstm[0]"`` into layer and item; both can contain brackets."""
         if not name.endswith("]") or self.calls_of(name, side):
             return name, None
         for place in (place for place, sign in enumerate(name) if sign == "["):

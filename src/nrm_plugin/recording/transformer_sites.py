@@ -199,12 +199,12 @@ class Structure:
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:
-        """Returns whether the values of an attention call are independent of some input on which the stream depends."""
+        """Returns whether the values of an attention call are independent of some input that the stream depends on."""
         edge = self.graph.vertices[vertex].edges[self.values(vertex).number]
         return edge is not None and bool(self.inputs_of(stream.vertex) & ~self.inputs_of(edge.vertex))
 
     def inputs_of(self, vertex: int) -> int:
-        """Returns the leaves on which a vertex depends, as a bit set."""
+        """Returns the leaves that a vertex depends on, as a bit set."""
         return (self.below[vertex] | 1 << vertex) & self.leaves
 
     def _is_block(self, branch: Branch) -> bool:

@@ -36,8 +36,8 @@ class Dictionary:
         encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. If a bias is subtracted from the input, it must
             be folded into this bias.
         decoder_bias: Bias of the decoder, ``(d_out,)``, or None for zeros.
-        threshold: Threshold up to which pre-activations are set to zero, as a number or ``(F,)``. 0 gives ReLU,
-            positive values give JumpReLU, and ``-math.inf`` disables the threshold.
+        threshold: Pre-activations up to this threshold are set to zero; a number or ``(F,)``. 0 gives ReLU, positive
+            values give JumpReLU, and ``-math.inf`` disables the threshold.
         k: Maximum number of active features at each position, or None for no limit.
         skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None.
         reads: ``"output"`` for an autoencoder, which reconstructs the output of a layer from itself; or ``"input"`` for

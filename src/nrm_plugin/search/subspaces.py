@@ -373,7 +373,7 @@ class _PartsKernel(Kernel):
 
 
 class _SumKernel(Kernel):
-    """Kernel given by :meth:`Subspaces.split`, in which no relevance bypasses the parts."""
+    """Kernel given by :meth:`Subspaces.split`; no relevance bypasses the parts."""
 
     is_stochastic = True
 

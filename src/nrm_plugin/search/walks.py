@@ -172,7 +172,7 @@ def top_walks(
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
             without ``over="neuron"``.
         EventError: If a layer is not below the previous one.
-        NRMError: If ``layers`` is None and a kernel has negative entries, to which max-product does not apply.
+        NRMError: If ``layers`` is None and a kernel has negative entries, which max-product does not support.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
