@@ -52,7 +52,7 @@ def condition_event(condition: Condition) -> Event | None:
 class ConceptNRM:
     """Conditional and joint relevance with the interface of zennit-crp's ``CondAttribution``.
 
-    Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions may
+    Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions can
     refer to different layers, in any order. Conditions with the same outputs share one forward pass.
 
     Args:

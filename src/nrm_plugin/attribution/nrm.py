@@ -140,7 +140,7 @@ class NRM(GradientAttribution):
             verbose: Whether to print the rule applied at each step.
             against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the attributions
                 explain the difference between the target and this contrast; see :class:`~nrm_plugin.RelevanceMeasure`.
-                With ``unit="output"``, relevance sums to this difference, which may be negative.
+                With ``unit="output"``, relevance sums to this difference, which can be negative.
             given: Event to condition on.
             joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the explained output of each

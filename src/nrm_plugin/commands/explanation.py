@@ -71,7 +71,7 @@ class ConditionalExplanation:
     """Explanation conditional on an event.
 
     Attributes:
-        condition: The condition, with its text and its event.
+        condition: The condition (text and event).
         mass: Mass of the event.
         relevance: Relevance of the inputs given the event, ``(C, H, W)``. If the class is contrasted with others, it
             has the sign of the mass. None if the mass is zero or nearly cancels.
@@ -106,7 +106,7 @@ class Explanation:
     Attributes:
         request: The request, with the reference that was chosen for this image.
         source: The image file.
-        image: The preprocessed image, ``(3, S, S)`` in [0, 1].
+        image: The preprocessed image, ``(3, S, S)`` with values in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.

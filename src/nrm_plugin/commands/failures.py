@@ -66,7 +66,7 @@ def _with_options(text: str, options: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """Context manager that records interrupts, since interrupting an import may raise an unrelated error."""
+    """Context manager that records interrupts, since interrupting an import can raise an unrelated error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

@@ -104,7 +104,7 @@ def division(
         mu: The measure for the image.
         request: The request, with the layers.
         options: Options of the flow figure.
-        image: Image ``(C, H, W)`` in [0, 1].
+        image: Image ``(C, H, W)`` with values in [0, 1].
 
     Raises:
         RequestError: If there are more patches than pixels, or the file of groups cannot be read.
@@ -130,7 +130,7 @@ def groups_of(
         mu: The measure to query.
         layers: The layers, in any order.
         wanted: Number of groups per layer, or a file of groups.
-        image: Image ``(C, H, W)`` in [0, 1].
+        image: Image ``(C, H, W)`` with values in [0, 1].
         names: Names of the group members, keyed by layer.
 
     Raises:

@@ -104,7 +104,7 @@ def joint_figure(
 
     Args:
         mu: The measure used to compute ``joint``.
-        image: Image ``(C, H, W)`` in [0, 1].
+        image: Image ``(C, H, W)`` with values in [0, 1].
         pixels: Pixel relevance, ``(H, W)``.
         joint: Joint relevance of the channels.
         marks: Number of combinations to label and show as heat maps.

@@ -181,7 +181,7 @@ def _stored(tensor: Tensor) -> int:
 
 
 def fill(model: nn.Module, state: State, name: str, where: str) -> None:
-    """Loads weights into a model, which may be on the meta device.
+    """Loads weights into a model, possibly on the meta device.
 
     Args:
         model: The model to fill.

@@ -1,4 +1,4 @@
-"""Evaluation of a batch: its measure, its targets and predictions, and the results of all queries."""
+"""Evaluation of a batch: measure, targets, predictions, and the results of all queries."""
 
 from __future__ import annotations
 

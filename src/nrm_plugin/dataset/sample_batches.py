@@ -168,7 +168,7 @@ class ShardPlan:
 
     Attributes:
         count: Number of samples.
-        batch_size: Number of samples per batch; the last batch of a shard may be smaller.
+        batch_size: Number of samples per batch; the last batch of a shard can be smaller.
         shard_size: Number of samples per shard.
     """
 

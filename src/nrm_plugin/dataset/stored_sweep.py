@@ -1,4 +1,4 @@
-"""Reading of stored sweeps, which may be incomplete, without the model."""
+"""Reading of stored sweeps, complete or not, without the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Sweep:
-    """Stored sweep, which may be incomplete; opened by :meth:`open`.
+    """Stored sweep, complete or not, as opened by :meth:`open`.
 
     Attributes:
         path: Folder of the sweep.
@@ -75,7 +75,7 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards have been evaluated, although samples may have failed."""
+        """Whether all shards have been evaluated, even if some samples failed."""
         return self.manifest.state == "complete"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Execution of a sweep: its start or resumption, the distribution of shards among processes, and its completion."""
+"""Execution of a sweep: start or resumption, distribution of shards among processes, and completion."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class Layout:
 
     Attributes:
         shared: Output dimensions that weights and values share, from left to right, as negative indices: samples first,
-            heads last. If there is only one, it may be either of them.
+            heads last. A single dimension can be either of the two.
         queries: Dimension of the query tokens in the output.
         keys: For each input that receives relevance, the index of the input and its key-token dimension.
     """

@@ -95,7 +95,7 @@ class DifferenceCall:
     def divisor(self) -> Tensor:
         """Divisor that converts relevance of the output to its multiplier.
 
-        Without rules, this is ``δ``. With rules, relevance may be nonzero where the difference is zero, for example if
+        Without rules, this is ``δ``. With rules, relevance can be nonzero where the difference is zero, for example if
         a rule adds a floor to the inputs of a layer. Such relevance has no multiplier; it is divided by infinity and
         thus absorbed.
         """

@@ -1,8 +1,8 @@
 r"""Secant kernels for maxima and max pooling.
 
 Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference between the maxima
-is divided between these two entries. Either of them may switch from the reference to the input first, and the two
-orders are averaged. If entry ``m`` switches first, it receives
+is divided between these two entries. Either of them can switch from the reference to the input first; the two orders
+are averaged. If entry ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
 
@@ -83,7 +83,7 @@ def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @secant_of("maximum", "minimum")
 def extremum(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for the elementwise maximum or minimum of two tensors, one of which may be constant."""
+    """Returns the kernel for the elementwise maximum or minimum of two tensors, possibly with a constant one."""
     sign = 1.0 if call.name == "maximum" else -1.0
     if len(call.values) == 1:
         return _of_one(call)

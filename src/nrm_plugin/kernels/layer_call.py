@@ -18,7 +18,7 @@ from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""A function that runs a module on a given first input, with the other arguments of the recorded call."""
+"""Function that runs a module on a given first input, with the other arguments of the recorded call."""
 
 
 @dataclass(frozen=True)

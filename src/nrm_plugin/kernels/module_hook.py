@@ -307,7 +307,7 @@ def _is_free(tensor: Tensor) -> bool:
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Repeats an in-place write of the module on its original input, which a skip connection may still read."""
+    """Repeats an in-place write of the module on its original input, which a skip connection might still read."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
     with not_recorded():

@@ -40,7 +40,7 @@ class RuleForm:
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
 """Modifiers and parameters of rules, keyed by the gradient mapper that all copies of a rule share.
 
-The modifiers are compared again at each use, since users may replace them.
+The modifiers are compared again at each use, since users can replace them.
 """
 
 
@@ -65,7 +65,7 @@ def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _read(rule: BasicHook) -> RuleForm | None:
-    """Returns the parameters of a rule if its mapper and modifiers agree with those of its class on a few numbers."""
+    """Returns the parameters of a rule if mapper and modifiers agree with its class on a few numbers."""
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None

@@ -32,7 +32,7 @@ class Difference:
 
     Args:
         delta: The difference ``δ``; no entry is zero, see :func:`difference`.
-        has_zeros: Whether entries of the difference may be zero.
+        has_zeros: Whether entries of the difference can be zero.
 
     Attributes:
         delta: The difference ``δ``, as passed.

@@ -141,7 +141,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """Builds the kernel of a rule with a custom ``backward``, which may use the plain gradient and its own state."""
+    """Builds the kernel of a rule with a custom ``backward``, which can use the plain gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():

@@ -50,7 +50,7 @@ class Step(ABC):
         uses: Number of consumers of the output that are known so far.
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend only on the same row of the inputs.
-        joined: Lower steps whose tensors the kernel may read.
+        joined: Lower steps whose tensors the kernel might read.
         holder: Object that recomputes the tensors of the step after :meth:`empty`, or None if the step keeps them.
         number: Index of the step in the holder.
     """
@@ -296,7 +296,7 @@ def link_in_place(step: Step, tensor: Tensor) -> Tensor:
 def step_of(node: Any) -> Step | None:
     """Returns the step of an autograd node, or None for other nodes.
 
-    The type is checked, since a user's ``autograd.Function`` may have an attribute of the same name.
+    The type is checked, since a user's ``autograd.Function`` might have an attribute of the same name.
     """
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None

@@ -59,8 +59,8 @@ class Shown:
         atom: The tap.
         layer: The layer of the graph.
         labels: For each neuron, the index of its shown group, or the number of shown groups if it belongs to the rest.
-        has_all_channels: Whether all channels are shown, so that their joint relevance may take less than one pass per
-            channel.
+        has_all_channels: Whether all channels are shown, so that their joint relevance might take less than one pass
+            per channel.
     """
 
     atom: Atom

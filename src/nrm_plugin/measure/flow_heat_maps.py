@@ -116,11 +116,11 @@ def mapped_flow(
 def flow_maps(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
 ) -> dict[str, NDArray[np.float64]]:
-    r"""Computes the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
+    r"""Computes the conditional heat maps of all nodes in a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
     Heat maps are summed over the colour channels and over the slices of a volume; a one-dimensional signal is treated
-    as an image with one row. The heat map of a group of input pixels is their relevance. There are no heat maps of the
-    walks that do not cross a layer, and none at all if the inputs have no positions.
+    as an image with one row. The heat map of a group of input pixels is their relevance. Walks that do not cross a
+    layer have no heat map. If the inputs have no positions, there are no heat maps at all.
 
     Args:
         mu: The measure used to compute the graph.
@@ -130,7 +130,7 @@ def flow_maps(
         lowest: The tap at whose positions the heat maps are computed.
 
     Returns:
-        The heat maps, ``(H, W)``, keyed by node. Each sums to the fraction of the mass of the node that reaches the
+        The heat maps, ``(H, W)``, keyed by node. Each heat map sums to the fraction of the node's mass that reaches the
         input. If the measure explains a difference between outputs, each map has the sign of its node, so that positive
         values are evidence for the target.
 
@@ -232,7 +232,7 @@ def _pairs(
 
 
 def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
-    """Returns the conditional heat map of a node: its joint relevance with each position, divided by its mass.
+    """Returns the conditional heat map of a node: joint relevance with each position, divided by the node's mass.
 
     The heat map is zero if the mass is zero.
     """

@@ -106,7 +106,7 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
 def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
     """Returns whether every walk that crosses an upper and a lower tap also crosses a middle tap.
 
-    Walks that are absorbed between the taps do not count. The middle tap may be the same as the upper or the lower one.
+    Walks that are absorbed between the taps do not count. The middle tap can be the upper or the lower tap itself.
     """
     if middle.place in (upper.place, lower.place):
         return True

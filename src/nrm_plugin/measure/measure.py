@@ -65,7 +65,7 @@ class RelevanceMeasure(Recorded):
         against: Outputs to contrast the target with: ``"rest"`` for all other classes, weighted by their softmax;
             another target; or a function of the outputs that returns a target or the weights of all outputs. The
             measure then explains the difference between the target and these outputs. The explained scalar is the
-            weighted sum :math:`\sum_k s_k f_k`, which may be negative. The sum is fused with the last layer and becomes
+            weighted sum :math:`\sum_k s_k f_k`, which can be negative. The sum is fused with the last layer and becomes
             the tap ``"output"``, ``(N, 1)``.
         reference: A reference (baseline input) :math:`x^0`, in the form of the inputs, or a single sample that serves
             as the reference of all inputs. The measure then explains the difference :math:`\sum_k s_k (f_k(x) -

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""Floating-point formats shorter than float32 that are supported for models, inputs and outputs."""
+"""Supported floating-point formats shorter than float32, for models, inputs and outputs."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -51,7 +51,7 @@ class Call:
         tensors: The tensors that receive relevance, ``(N, …)`` each, or ``(…)`` if not ``batched``.
         items: Keyword or index of each tensor, or None for a single positional tensor.
         indices: Copies of the integer inputs, keyed by keyword or index (None for a single positional input). The model
-            is called with these copies, which it may overwrite.
+            is called with these copies, since it might overwrite them.
 
     Raises:
         InputError: If the inputs cannot be explained.

@@ -22,7 +22,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written. Quantized layers are not
-    restored, since they may convert their weights once, at their first call, together with state outside the module.
+    restored, since they might convert their weights once, at their first call, together with state outside the module.
     """
     with unwatched():
         every = list(model.modules())

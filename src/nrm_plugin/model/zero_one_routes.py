@@ -85,7 +85,7 @@ def is_route(module: nn.Module) -> bool:
 def operation(node: Node) -> str:
     """Returns the operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward``.
 
-    A custom ``autograd.Function`` may have the same name as a torch operation; its name is therefore returned as
+    A custom ``autograd.Function`` might have the same name as a torch operation; its name is therefore returned as
     ``autograd.Function NAME``.
     """
     if isinstance(node, BackwardCFunction):

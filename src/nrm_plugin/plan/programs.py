@@ -18,7 +18,7 @@ from .program import ChangedValueError, Program
 from .tracer import Tracer
 
 Key = tuple[Hashable, ...]
-"""Key of a query: the name of its method and its arguments."""
+"""Key of a query: method name and arguments."""
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3

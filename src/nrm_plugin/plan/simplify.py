@@ -1,6 +1,6 @@
 """Simplification of traces: constants are precomputed, and operations whose results are unused are removed.
 
-A trace may overwrite tensors. Tensors that share memory form a group. The order of operations is preserved, and two
+A trace can overwrite tensors. Tensors that share memory form a group. The order of operations is preserved, and two
 operations on a group are merged only if the group is not overwritten between them.
 """
 

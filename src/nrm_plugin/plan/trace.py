@@ -132,7 +132,7 @@ class Trace:
         constants: Tensors that do not depend on placeholders, keyed by index.
         placeholders: Indices of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor, and whether it is conjugated or negated.
-        aliases: For tensors that may share the memory of an earlier tensor, the index of that tensor.
+        aliases: For tensors that might share the memory of an earlier tensor, the index of that tensor.
         count: Number of tensors.
         obstacles: Reasons why the operations cannot be replayed for other values.
     """

@@ -42,7 +42,7 @@ class _Memory:
 
 
 class Tracer(TorchDispatchMode):
-    """Context manager that appends the operations of this thread to a trace; it may be entered repeatedly.
+    """Context manager that appends the operations of this thread to a trace; it can be entered repeatedly.
 
     Operations on constants are executed but not appended, and their results are constants. Operations that create
     tensors to be filled later are appended, since a tensor is constant only when it has its final values.

@@ -69,8 +69,8 @@ def flow_figure(
         heading: Description of what the flow explains, above the title.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails.
-        image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is drawn next to
-            the caption, and in grey behind the thumbnails.
+        image: The explained image, ``(C, H, W)`` with values in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is
+            drawn next to the caption, and in grey behind the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for one column of a paper; by default, at least 7.2.
         maps_at: The layer whose positions form the heat maps, for the legend; by default, single pixels.

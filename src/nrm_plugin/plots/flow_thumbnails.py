@@ -72,7 +72,7 @@ class NodeThumbnails:
     Attributes:
         box: The crop of the input that all thumbnails show.
         values: Colour values between -1 and 1, ``(H, W)``, keyed by node.
-        grey: The same crop of the photograph in grey, ``(H, W)`` in [0, 1], or None without a photograph.
+        grey: The same crop of the photograph in grey, ``(H, W)`` with values in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
         edges: Boolean outline mask of each input node, ``(H, W)``, keyed by node.
         inside: Boolean region mask of each input node, ``(H, W)``, keyed by node. All other pixels are faded.

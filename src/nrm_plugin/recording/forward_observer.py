@@ -151,7 +151,7 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that some values are not tracked by autograd and may therefore depend on several samples."""
+        """Records that some values are not tracked by autograd, so that they might depend on several samples."""
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:

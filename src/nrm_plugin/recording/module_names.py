@@ -38,7 +38,7 @@ def first_name(name: str, modules: Mapping[nn.Module, str]) -> str:
     """Replaces the name of a module with its first name if it is registered under several names.
 
     Examples are shared blocks and shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` in T5. The name
-    may continue with a function inside the module or with the index of a call.
+    can continue with a function inside the module or with a call index.
     """
     if name in RESERVED:
         return name

@@ -311,7 +311,7 @@ def divided(first: FirstRun) -> list[range]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Returns whether the results of two runs agree up to rounding, since sums may be computed in another order."""
+    """Returns whether the results of two runs agree up to rounding, since the order of sums can differ."""
     scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
     return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
 

@@ -1,6 +1,6 @@
 """Propagation through the graph of a recording: relevance down to the inputs, or values up to the output.
 
-Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor may
+Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor can
 modify the vectors at each tap. Passes know nothing of events.
 """
 
@@ -67,7 +67,7 @@ def pull(
     Args:
         graph: The graph of a recording.
         start: The initial relevance at one or several buffers.
-        visitor: The object that receives all vectors and may modify them.
+        visitor: The object that receives all vectors and can modify them.
         absolute: Whether to use the absolute values of the kernels.
 
     Returns:
@@ -149,7 +149,7 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """Stacks tensors of the same shape, without a copy if they are consecutive rows of one tensor in memory.
 
-    In a trace, they are always copied, since the tensors may be elsewhere in memory when the trace is replayed.
+    In a trace, they are always copied, since the tensors might be elsewhere in memory when the trace is replayed.
     """
     first = rows[0]
     if len(rows) == 1:

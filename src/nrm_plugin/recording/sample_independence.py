@@ -2,8 +2,8 @@
 
 Independence is tested if it does not follow from the operations alone. The relevance of each sample is tracked through
 the graph, and the model is run again with some samples modified, which must not affect the outputs of the other samples
-or, if there are unknown rules, their relevance. If values outside the graph may combine samples, the model is also run
-on single samples.
+or, if there are unknown rules, their relevance. If values outside the graph might combine samples, the model is also
+run on single samples.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _is_followed(samples: Samples, noise: Tensor) -> bool:
 def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
     """Yields the samples to modify (even and odd ones, first and second half) and the kind of their new values.
 
-    Gates and branches may depend on other samples through thresholds that only large changes cross. If the model looks
+    Gates and branches can depend on other samples through thresholds that only large changes cross. If the model looks
     up integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
     """
     count = recording.samples.count

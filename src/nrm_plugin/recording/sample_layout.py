@@ -154,7 +154,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
 
     Returns:
         The layouts, in decreasing order of the number of known slices. The list is empty if no dimension can be divided
-        among the samples, and has several elements if too few entries are known. Samples may have different numbers of
+        among the samples, and has several elements if too few entries are known. Samples can have different numbers of
         slices only if no dimension can be divided equally and the sample of each slice is known.
     """
     layouts = _fitting(labels, count, None)
@@ -187,7 +187,7 @@ def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]
     """Returns a layout with different numbers of slices per sample, if the sample of each slice is known.
 
     If all known entries belong to one sample, every dimension is consistent with them, and the entries of other samples
-    may merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the first
+    might merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the first
     consistent dimension is then used.
     """
     if not labels.ndim:

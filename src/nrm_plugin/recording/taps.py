@@ -268,7 +268,7 @@ class Taps:
     def find(
         self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
     ) -> list[Tap]:
-        """Returns the taps with the given layer name, side, call and item; there may be several for ``call="any"``.
+        """Returns the taps with the given layer name, side, call and item; there can be several for ``call="any"``.
 
         Raises:
             UnknownLayerError: If no tap matches; the message lists similar names.

@@ -2,7 +2,7 @@ r"""Attribution graph of a measure: outputs, features, errors and inputs, connec
 
 .. math:: A_{ji} = \mu\big(j \cap i \cap \neg \textstyle\bigcup\, \text{nodes between } j \text{ and } i\big)
 
-Walks may pass through features that are not nodes, so the selection of nodes loses no relevance. If no mass is
+Walks can pass through features that are not nodes, so the selection of nodes loses no relevance. If no mass is
 negative, the influence of a node therefore equals the mass of the walks through it that cross no error above it. The
 graph follows circuit-tracer; the definition of its edges by the measure is new in this package.
 """

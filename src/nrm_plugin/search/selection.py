@@ -234,8 +234,8 @@ def select_neurons(
     samples share the same passes.
 
     With ``error``, the smallest of these nested sets that satisfies the limit is found by bisection over the order of
-    elimination. For nonnegative kernels, the error increases with every elimination; for signed kernels, the order may
-    contain a smaller set that also satisfies the limit. Other sets are not considered.
+    elimination. For nonnegative kernels, the error increases with every elimination; for signed kernels, the order
+    might contain a smaller set that also satisfies the limit. Other sets are not considered.
 
     Args:
         mu: The measure whose neurons are selected.

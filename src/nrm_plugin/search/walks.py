@@ -161,7 +161,7 @@ def top_walks(
         k: Number of walks to return.
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; or ``"groups"`` for
             groups that preserve most of the dependence between the layers. All walks over such groups are enumerated.
-        budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
+        budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds can exceed
             it; without ``layers``, they are always completed. The first walk is completed in any case; ``missed``
             bounds the mass of walks that were not found.
         expansions: Number of expanded prefixes after which the search stops, apart from those of the first walk. With
