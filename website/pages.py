@@ -64,7 +64,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "data-sets": (
-        "Data sets",
+        "Datasets",
         {
             "dataset": """sweep Sweep Query Marginal Joint Conditional EventMass Sink Bypass Variation Maps Activation
             Peak SweepBatches Manifest QueryInfo SweepError""",

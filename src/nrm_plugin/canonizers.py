@@ -14,9 +14,9 @@ from .functional import Interception
 class FuseBatchNorm(Canonizer):
     """Canonizer that fuses batch normalization into adjacent layers without modifying the model.
 
-    It must be used in a :class:`~nrm_plugin.Normalized` composite, or in a composite that is passed to
-    :class:`~nrm_plugin.RelevanceMeasure`, which normalizes it. Adjacent layers are detected during the forward pass, so
-    neither the order in which layers are registered nor the implementation of ``forward`` matters.
+    Use it in a :class:`~nrm_plugin.Normalized` composite, or in a composite that is passed to
+    :class:`~nrm_plugin.RelevanceMeasure`, which normalizes the composite. Adjacent layers are detected during the
+    forward pass, so that neither the registration order of layers nor the implementation of ``forward`` matters.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus

@@ -45,11 +45,11 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Recurrent modules, whose rule is applied to the linear maps of every time step."""
+"""Recurrent modules, whose rules are applied to the linear maps of every time step."""
 
 
 class Normalized(Composite):
-    """Wrapper that normalizes the rules of a Zennit composite: relevance is either propagated or absorbed by a sink.
+    """Normalizes the rules of a Zennit composite: relevance is either propagated or absorbed by a sink.
 
     It can be used like any Zennit composite: as a context, in an attributor, or inside a ``MixedComposite``. Within its
     context, the gradient of an output is the relevance of that output under the normalized kernels. With
@@ -136,7 +136,7 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """Returns the module types that are decomposed into functions, although Zennit maps them as activations."""
+        """Returns the module types that are decomposed into functions, although Zennit treats them as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
@@ -217,7 +217,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _is_compound_norm(module: nn.Module) -> bool:
-    """Returns whether a batch-norm module also computes an activation or other operations, which are separate steps."""
+    """Returns whether a batch-norm module also computes separate steps, such as an activation."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and type(module).forward is not norm.forward
 

@@ -21,11 +21,11 @@ class NRMError(Exception):
 
 
 class InputError(NRMError, ValueError):
-    """Raised if inputs are invalid: empty, not finite, or of the wrong type, dtype or device."""
+    """Raised if inputs are invalid: empty, not finite, or with the wrong type, dtype or device."""
 
 
 class DifferenceError(InputError):
-    """Raised if a reference does not match the inputs, or the model runs different operations on it."""
+    """Raised if a reference does not match the inputs, or if the model runs different operations on the two."""
 
 
 class TargetError(NRMError, ValueError):
@@ -65,7 +65,7 @@ class CancellationError(NRMError, ZeroDivisionError):
 
 
 class NonFiniteError(NRMError, ArithmeticError):
-    """Raised if relevance is NaN or infinite, because values inside the model are, or are too large for their dtype."""
+    """Raised if relevance is NaN or infinite, because values in the model are, or because they overflow their dtype."""
 
 
 class StaleMeasureError(NRMError, RuntimeError):
@@ -109,7 +109,7 @@ class PrecisionWarning(UserWarning):
 
 
 class RandomnessWarning(UserWarning):
-    """Issued if the model draws random numbers in evaluation mode, so that the measure is that of one draw."""
+    """Issued if the model draws random numbers in evaluation mode, so that the measure describes only one draw."""
 
 
 class MemoryBudgetWarning(UserWarning):
@@ -117,11 +117,12 @@ class MemoryBudgetWarning(UserWarning):
 
 
 MEMORY = re.compile("out of ?memory|not enough memory|allocate memory|DefaultCPUAllocator", re.IGNORECASE)
-"""Pattern for the type and message of torch's out-of-memory errors; those for CPU memory have no type of their own."""
+"""Pattern for the type and message of torch's out-of-memory errors; errors about CPU memory have no type of their
+own."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether an error, or one of its causes, is an out-of-memory error."""
+    """Returns whether an error or one of its causes is an out-of-memory error."""
     if error is None:
         return False
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -134,7 +135,7 @@ LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Issues a warning that points to the innermost line outside of this package and those that call its hooks."""
+    """Issues a warning that points to the innermost line outside of this package and the libraries that call hooks."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -165,7 +166,7 @@ SHOWN = 8
 
 
 def brief(value: object, length: int = 120) -> str:
-    """Formats a value for an error message: as its repr if that is short, or else by its class, shape or first entries.
+    """Formats a value for an error message: its repr if that is short, and otherwise its class, shape or first entries.
 
     Args:
         value: Any value given by the user.
@@ -184,7 +185,7 @@ def brief(value: object, length: int = 120) -> str:
 
 
 def printable(text: object) -> str:
-    """Escapes control characters, line breaks and surrogates in a text, which XML and figures cannot contain."""
+    """Escapes characters that XML and figures cannot contain: control characters, line breaks and surrogates."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 

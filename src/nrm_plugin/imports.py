@@ -41,7 +41,7 @@ STORED = {
     "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
-"""Path by which the settings of stored sweeps refer to each moved module, relative to the package."""
+"""Path under which the settings of stored sweeps record each moved module, relative to the package."""
 REGISTRY = "zennit.composites"
 
 
@@ -78,7 +78,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """Returns the path by which stored sweeps refer to a module; it stays the same when the module is moved."""
+    """Returns the path under which stored sweeps record a module; it stays the same when the module is moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 

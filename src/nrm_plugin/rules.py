@@ -14,7 +14,7 @@ from zennit.types import ConvolutionTranspose
 
 
 class Absolute(BasicHook):
-    r"""Rule that distributes relevance in proportion to the absolute values of the contributions.
+    r"""Rule that distributes relevance in proportion to the absolute contributions.
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
@@ -56,7 +56,7 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""Variant of LRP-ε that redistributes what ε absorbs in proportion to the absolute values of the inputs.
+    r"""Variant of LRP-ε that redistributes the relevance absorbed by ε, in proportion to the absolute inputs.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
@@ -194,7 +194,7 @@ class EvenMod(ParamMod):
 
 
 def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
-    """Returns a modifier for weights whose output channels are in dimension ``outputs``."""
+    """Returns a modifier for weights with output channels in dimension ``outputs``."""
 
     def even(parameter: Tensor, name: str) -> Tensor:
         others = [dim for dim in range(parameter.ndim) if dim != outputs]
@@ -216,13 +216,13 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
 
 
 def mean_sizes(weight: Tensor) -> Tensor:
-    """Returns the mean absolute weight of each output channel, ``(out,)``, for layers that are not transposed."""
+    """Returns the mean absolute weight of each output channel, ``(out,)``, for non-transposed layers."""
     even: Tensor = _evened(0)(weight, "weight")
     return even.as_strided((len(even),), (even.stride(0),))
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns the positive lower bound on the input magnitudes of each sample, ``(N, 1, …)``."""
+    """Returns the positive lower bound on input magnitudes for each sample, ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares

@@ -73,7 +73,7 @@ class NRMAttributor(Attributor):
 
         Args:
             input: Inputs ``(N, …)``, or any other inputs accepted by :class:`~nrm_plugin.RelevanceMeasure`.
-            attr_output_fn: Function that maps the output to the start vector.
+            attr_output_fn: Function that computes the start vector from the output.
 
         Raises:
             TargetError: If the start vector sums to zero, or does not match the output.

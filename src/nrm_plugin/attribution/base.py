@@ -26,7 +26,7 @@ from ..model.targets import sample_sums
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Wrappers that are removed from a model, so that it runs on a single device."""
+"""Wrappers that are removed from a model so that it runs on a single device."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Returns the inputs as a tuple, and whether they were passed as a tuple."""
+    """Returns ``(inputs as a tuple, whether they were passed as a tuple)``."""
     given = tuple(inputs) if isinstance(inputs, list) else inputs
     if not isinstance(given, (Tensor, tuple)):
         raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
@@ -44,13 +44,13 @@ def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], b
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
-    """Returns ``values`` as a tuple if the inputs were passed as a tuple, or else its only element."""
+    """Returns ``values`` as a tuple if the inputs were passed as a tuple, and otherwise its only element."""
     return _format_output(was_tuple, values)
 
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of ``attribute`` that determine what it returns; its docstring describes them."""
+    """Arguments of ``attribute`` that determine its return value; see its docstring."""
 
     given: Event | None
     joint: Event | None
@@ -130,7 +130,7 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Computes the marginal of each input, in the shape of the input; zero for inputs that do not affect the output.
+    """Computes the marginal of each input, with the shape of the input; zero if the input does not affect the output.
 
     Raises:
         InputError: If the inputs affect the output only as lookup indices.
@@ -159,7 +159,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Returns the attributions, or a tuple that also contains ``delta`` and ``sink`` unless they are None."""
+    """Returns the attributions, together with ``delta`` and ``sink`` unless they are None."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

@@ -25,7 +25,7 @@ OUTPUT = "y"
 
 
 def condition_event(condition: Condition) -> Event | None:
-    """Converts a condition to an event: the walks that cross one of the given channels in each layer of the condition.
+    """Converts a condition to an event: the walks that cross one of the given channels in each of its layers.
 
     Args:
         condition: Mapping from layer names to channels, such as ``{"features.28": [3], "y": [281]}``; ``"y"`` is
@@ -52,7 +52,7 @@ def condition_event(condition: Condition) -> Event | None:
 class ConceptNRM:
     """Conditional and joint relevance with the interface of zennit-crp's ``CondAttribution``.
 
-    Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions may
+    Walks that bypass a layer of the condition, for example through a skip connection, do not satisfy it. Conditions can
     refer to different layers, in any order. Conditions with the same outputs share one forward pass.
 
     Args:
@@ -93,7 +93,7 @@ class ConceptNRM:
         against: Any = None,
         baselines: Any = None,
     ) -> Tensor:
-        """Computes the relevance of each neuron of a layer under each condition.
+        """Computes the relevance of each neuron in a layer under each condition.
 
         Args:
             inputs: Inputs ``(N, …)``, or a tuple of such tensors.
@@ -161,7 +161,7 @@ class ConceptNRM:
 
 
 def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]:
-    """Returns the arguments with which a :class:`~nrm_plugin.RelevanceMeasure` explains the chosen outputs."""
+    """Returns the :class:`~nrm_plugin.RelevanceMeasure` arguments that explain the chosen outputs."""
     if against is None:
         return {"start": functools.partial(_start, chosen)}
     if chosen is None or len(chosen) != 1:

@@ -17,9 +17,9 @@ Reduce = Literal["mean", "sum"]
 
 
 class DataLoaderNRM:
-    """Wrapper that applies an attribution method of this package to the batches of a data loader.
+    """Applies an attribution method of this package to the batches of a data loader.
 
-    Captum's ``DataLoaderAttribution`` ablates features across the whole data set, and therefore supports only
+    Captum's ``DataLoaderAttribution`` ablates features across the whole dataset, and therefore supports only
     ``FeatureAblation``. Relevance takes one pass per batch instead. As in Captum, an ``InputRole`` specifies how each
     part of a batch is used.
 

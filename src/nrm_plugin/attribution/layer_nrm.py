@@ -1,4 +1,4 @@
-"""Relevance of layers, the counterpart of Captum's ``LayerLRP``."""
+"""Relevance of layers; the counterpart of Captum's ``LayerLRP``."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class LayerNRM(NRM, LayerAttribution):
             verbose: Whether to print the rule applied at each step.
             against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
             given: Event to condition on.
-            joint: Event with which joint relevance is computed.
+            joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
             return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
             baselines: If given, the relevance explains the change in the output relative to the baselines; see

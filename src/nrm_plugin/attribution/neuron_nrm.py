@@ -1,4 +1,4 @@
-"""Relevance of inputs to neurons inside the network, the counterpart of Captum's ``NeuronGradient``."""
+"""Relevance of inputs to neurons inside the network; the counterpart of Captum's ``NeuronGradient``."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class NeuronNRM(NRM, NeuronAttribution):
             against: A second selector. If given, the relevance explains the difference between the two selected
                 activations.
             given: Event to condition on.
-            joint: Event with which joint relevance is computed.
+            joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the activation of the neurons;
                 ``"measure"`` for relevance that sums to 1.
             return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
@@ -145,5 +145,5 @@ class NeuronNRM(NRM, NeuronAttribution):
 
 
 def _difference(neurons: Neurons, others: Neurons, values: Tensor) -> Tensor:
-    """Returns the weight of each activation in the difference between two selections of neurons."""
+    """Returns the weight of each activation in the difference between two neuron selections."""
     return neurons.slope(values) - others.slope(values)

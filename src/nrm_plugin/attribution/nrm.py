@@ -1,4 +1,4 @@
-"""Relevance of inputs, the counterpart of Captum's ``LRP``."""
+"""Relevance of inputs; the counterpart of Captum's ``LRP``."""
 
 from __future__ import annotations
 
@@ -140,9 +140,9 @@ class NRM(GradientAttribution):
             verbose: Whether to print the rule applied at each step.
             against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the attributions
                 explain the difference between the target and this contrast; see :class:`~nrm_plugin.RelevanceMeasure`.
-                With ``unit="output"``, relevance sums to this difference, which may be negative.
+                With ``unit="output"``, relevance sums to this difference, which can be negative.
             given: Event to condition on.
-            joint: Event with which joint relevance is computed.
+            joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the explained output of each
                 sample; ``"measure"`` for relevance that sums to 1.
             return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
@@ -177,7 +177,7 @@ class NRM(GradientAttribution):
         against: Any = None,
         baselines: Any = None,
     ) -> RelevanceMeasure:
-        """Returns the measure that underlies the attributions, for queries such as sinks and joint relevance.
+        """Returns the measure behind the attributions, for queries such as sinks and joint relevance.
 
         Args:
             inputs: As in :meth:`attribute`.
@@ -256,7 +256,7 @@ class NRM(GradientAttribution):
     # -- internal ---------------------------------------------------------------------------------------------
 
     def _layer(self, layer: Any) -> Any:
-        """Returns the layer of the unwrapped model that corresponds to a layer of a ``DataParallel`` model."""
+        """Returns the unwrapped model's counterpart of a layer in a ``DataParallel`` model."""
         if not isinstance(self.model, WRAPPERS):
             return layer
         if layer is self.model:

@@ -19,7 +19,7 @@ LISTED = 12
 SHADES = {1: (217, 173, 167, 131, 124), -1: (189, 152, 110, 67, 25)}
 """Codes of 256-colour backgrounds for positive (1) and negative (-1) relevance, from weak to strong."""
 REST = "the rest"
-"""Name of the contrast when a target is compared with all other outputs."""
+"""Name of the contrast if a target is compared with all other outputs."""
 KINDS = {"class": "class", "mask": "token behind the mask", "next": "next token", "token": "class of the token"}
 
 

@@ -33,9 +33,9 @@ from .text_predictions import Task, task_of, tokenized
 from .words import Tokens, Word
 
 BEST = 5
-"""Number of predictions that an explanation lists, and of units per layer."""
+"""Number of predictions, and of units per layer, that an explanation lists."""
 NEURONS = re.compile(r"\.(neuron\d*|post)$")
-"""Pattern of the sites whose channels are called neurons."""
+"""Pattern for sites whose channels are called neurons."""
 AUTO = "auto"
 """Default of ``reference``, which selects the mask token if the tokenizer has one and no rules are given."""
 
@@ -67,7 +67,7 @@ class TextExplanation:
         text: The text, with its tokens and words.
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.
         target: Name of the explained class or token.
-        against: Class or token that the target is contrasted with; empty if there is none.
+        against: Contrast: the class or token with which the target is compared; empty if there is none.
         reference: Reference text, or the token that replaces every word; empty without a reference.
         output: The explained scalar: an output, a difference between outputs, or the change of either relative to the
             reference.
@@ -221,9 +221,9 @@ def _explanation(
     Args:
         words: The relevance of the text.
         chosen: Index of the explained output.
-        labels: Names of the explained output, of the outputs with which it is compared, and of the reference.
+        labels: Names of the explained output, of its contrast, and of the reference.
         layers: Names of the layers whose relevance is listed.
-        given: Events on which the relevance of the words is conditioned, one at a time.
+        given: Events to condition the relevance of the words on, one at a time.
     """
     task, mu, tokens = words.task, words.mu, words.relevance()
     started = sum(float(mu.sign * mu.marginal(end).sum()) for end in mu.ends if end not in words.ends)
@@ -269,8 +269,8 @@ def _of_masks(
 ) -> tuple[str | None, RelevanceMeasure]:
     """Returns the mask token, and a measure that explains how the prediction changes relative to mask tokens.
 
-    The measure explains the prediction itself, and the token is None, if there is no mask token, if the prediction is
-    the same for both texts, or if the model runs different operations on them, such as different experts.
+    If there is no mask token, if the prediction is the same for both texts, or if the model runs different operations
+    on them, such as different experts, the measure explains the prediction itself, and the token is None.
     """
     if mask:
         with contextlib.suppress(DifferenceError, TargetError, UnsupportedOperationError):

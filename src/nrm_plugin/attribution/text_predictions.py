@@ -44,7 +44,7 @@ class Task:
     tokenizer: Any
 
     def output(self, returned: Any) -> Tensor:
-        """Extracts the logits of the prediction, ``(1, K)``, from the return value of the model."""
+        """Extracts the prediction logits, ``(1, K)``, from the model's return value."""
         logits: Tensor = returned["logits"] if isinstance(returned, dict) else returned
         return logits if self.position is None else logits[:, self.position]
 
@@ -64,7 +64,7 @@ class Task:
             argument: Name of the argument, for error messages.
 
         Raises:
-            TargetError: If there is no such class, or the word is not a single token.
+            TargetError: If there is no such class or the word is not a single token.
         """
         count = len(self.logits)
         if isinstance(wanted, str) and self.labels and wanted.strip().isdecimal() and wanted not in self.labels:
@@ -116,7 +116,7 @@ class Task:
 
 
 def _first_token(model: nn.Module) -> int:
-    """Returns the token with which the decoder of a model starts, as in ``generate`` of transformers."""
+    """Returns the decoder's start token, as used by ``generate`` in transformers."""
     for name in ("decoder_start_token_id", "bos_token_id"):
         for settings in ("config", "generation_config"):
             token = getattr(getattr(model, settings, None), name, None)
@@ -237,7 +237,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any])
 
 
 def _misfit(model: nn.Module, ids: Tensor) -> str:
-    """Describes why a model fails on token ids: too many of them, those of another tokenizer, or an unknown reason."""
+    """Describes why a model fails on token ids: too many ids, ids from another tokenizer, or an unknown reason."""
     config, name = getattr(model, "config", None), type(model).__name__
     count, largest = ids.shape[1], int(ids.max())
     rows = getattr(config, "vocab_size", None) or largest + 1

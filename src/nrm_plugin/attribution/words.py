@@ -18,9 +18,9 @@ class Word:
 
     Attributes:
         text: The word as it appears in the text, or the special token.
-        tokens: Positions of its tokens.
+        tokens: Token positions of the word.
         is_spaced: Whether a space precedes the word.
-        is_special: Whether it is a special token of the tokenizer, such as a mask.
+        is_special: Whether this is a special token of the tokenizer, such as a mask.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Tokens:
     words: tuple[Word, ...]
 
     def largest(self, values: Tensor) -> float:
-        """Returns the largest absolute value of any word, the limit of the colour scale, or 1 if all values are zero.
+        """Returns the limit of the colour scale: the largest absolute value of any word, or 1 if all values are zero.
 
         Special tokens are ignored unless the values of all words are zero, since a class token often receives most of
         the relevance.
@@ -56,7 +56,7 @@ class Tokens:
         return own or float(values.abs().max()) or 1.0
 
     def of_words(self, values: Tensor) -> Tensor:
-        """Sums values of tokens, ``(…, T)``, over the tokens of each word; returns ``(…, words)``."""
+        """Sums token values, ``(…, T)``, over each word; returns ``(…, words)``."""
         result = values.new_zeros(*values.shape[:-1], len(self.words))
         for number, word in enumerate(self.words):
             result[..., number] = values[..., list(word.tokens)].sum(-1)

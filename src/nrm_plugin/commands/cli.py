@@ -33,8 +33,8 @@ COMMANDS = {
 }
 """Summary of each command for ``--help``.
 
-The module of the same name in this package, with ``_`` for ``-``, defines ``DESCRIPTION``, ``EXAMPLES``,
-``add_arguments(parser)`` and ``run(options)``, which returns the exit status.
+Each command is a module of the same name in this package, with ``_`` for ``-``, that defines ``DESCRIPTION``,
+``EXAMPLES``, ``add_arguments(parser)`` and ``run(options)``, which returns the exit status.
 """
 
 EPILOG = "nrm-plugin COMMAND --help describes the options of a command, with examples. Start with: nrm-plugin demo"
@@ -42,7 +42,7 @@ UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Help(argparse.HelpFormatter):
-    """Formatter that wraps the prose of descriptions and examples to the terminal, and keeps command lines whole."""
+    """Formatter that wraps prose to the terminal width and keeps command lines whole."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []
@@ -56,7 +56,7 @@ class Help(argparse.HelpFormatter):
 
 
 def _indentation(line: str) -> str | None:
-    """Returns the indentation with which a line is continued, or None for an empty line or a command."""
+    """Returns the indentation of a line's continuation, or None for an empty line or a command."""
     own = line[: len(line) - len(line.lstrip())]
     is_command = bool(own) and line.lstrip().startswith(("nrm-plugin", "torchrun"))
     is_kept = not line.strip() or is_command or line.endswith(":")
@@ -65,7 +65,7 @@ def _indentation(line: str) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that prints errors on a single line, and imports the selected subcommand while parsing."""
+    """Argument parser that prints errors on a single line and imports the selected subcommand while parsing."""
 
     def __init__(self, command: str = "", **arguments: Any) -> None:
         super().__init__(formatter_class=Help, **arguments)

@@ -15,7 +15,7 @@ from ..errors import NRMError
 
 
 class CompositeError(NRMError, ValueError):
-    """Raised if a composite is unknown or requires arguments for which there is no option."""
+    """Raised if a composite is unknown or requires arguments without a command-line option."""
 
 
 def composite_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Exit status of commands that read a stored sweep, whose files may be damaged."""
+"""Exit status of commands that read a stored sweep with possibly damaged files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .resolved_options import one_line_warnings
 
 
 def read_stored(options: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
-    """Runs a command that reads a sweep, and returns :data:`FAILED` if a file is damaged."""
+    """Runs a command that reads a sweep; returns :data:`FAILED` if a file is damaged."""
     with one_line_warnings():
         check_folder(options.out)
         try:

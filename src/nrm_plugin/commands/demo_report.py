@@ -1,4 +1,4 @@
-"""The demo: explanations of held-out digits, as classified by the bundled network, by numbers per layer and figures."""
+"""The demo: explains how the bundled network classifies held-out digits, by numbers per layer and figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Report:
         samples: The digits.
         accuracy: Accuracy of the network on all held-out digits.
         rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
-        figures: Files of the figures: three per digit, and the layer budgets of all digits.
+        figures: Figure files: three per digit, and the layer budgets of all digits.
         flow: Figure and HTML page of the flow for the first digit.
         against: ``"rest"`` if the figures contrast each digit with the other digits, or ``"none"``.
         composite: Name of the composite used for the rows.

@@ -39,7 +39,7 @@ class Sample:
         name: Prefix of the file names.
         index: Index among the held-out digits.
         label: True class.
-        predicted: Predicted class, which is the class to explain.
+        predicted: Predicted class, to be explained.
     """
 
     name: str

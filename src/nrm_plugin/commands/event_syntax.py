@@ -29,7 +29,7 @@ class ConditionError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """Event with the expression from which it was parsed.
+    """Event with its source expression.
 
     Attributes:
         text: The expression as given by the user.

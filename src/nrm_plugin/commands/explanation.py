@@ -71,11 +71,11 @@ class ConditionalExplanation:
     """Explanation conditional on an event.
 
     Attributes:
-        condition: The condition, with its text and its event.
+        condition: The condition (text and event).
         mass: Mass of the event.
         relevance: Relevance of the inputs given the event, ``(C, H, W)``. If the class is contrasted with others, it
             has the sign of the mass. None if the mass is zero or nearly cancels.
-        problem: Reason why the relevance is undefined.
+        problem: Reason for undefined relevance.
     """
 
     condition: Condition
@@ -106,7 +106,7 @@ class Explanation:
     Attributes:
         request: The request, with the reference that was chosen for this image.
         source: The image file.
-        image: The preprocessed image, ``(3, S, S)`` in [0, 1].
+        image: The preprocessed image, ``(3, S, S)`` with values in [0, 1].
         outputs: Outputs of the model, ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
@@ -169,7 +169,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
 def _on_ground(
     loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request, ground: str
 ) -> Explanation | str:
-    """Explains the difference from the plain ground, or returns a note with the reason why not.
+    """Explains the difference from the plain ground, or returns a note stating why this is not possible.
 
     Args:
         loaded: The model.

@@ -38,13 +38,13 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""Number of pixels among which at most one may exceed the colour scale."""
+"""Number of pixels of which at most one may exceed the colour scale."""
 LEAST_LOST = 0.005
-"""Fraction of relevance that may be lost above the pixels before the title mentions it."""
+"""Fraction of relevance lost above the pixels beyond which the title mentions the loss."""
 LONGEST_HEADER = 10**8
 """Maximum header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")
-"""Metadata that may differ between runs with the same settings."""
+"""Metadata that can differ between runs with the same settings."""
 HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
 
 

@@ -15,12 +15,12 @@ from typing import TextIO
 from ..errors import NRMError, is_out_of_memory, printable
 
 FAILED, INTERRUPTED = 1, 130
-"""Exit statuses after an error that is not due to invalid options, and after an interrupt."""
+"""Exit statuses after an error other than invalid options, and after an interrupt."""
 ARGUMENTS = ("target", "against", "reference", "position", "composite", "residual", "gain_limit", "device")
-"""Arguments of Python that are options of the same name."""
+"""Python arguments that correspond to an option of the same name."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
          "patches": "--patches", "top": "--top", "rows": "--rows", "k": "--k"}  # fmt: skip
-"""Options whose reduction saves memory, keyed by attribute."""
+"""Options that save memory when reduced, keyed by attribute."""
 
 _quieted: list[TextIO] = []
 
@@ -56,7 +56,7 @@ def line(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def _with_options(text: str, options: argparse.Namespace) -> str:
-    """Writes the arguments of Python that a message names, such as ``gain_limit=3``, as options of the command."""
+    """Rewrites Python arguments in a message, such as ``gain_limit=3``, as command-line options."""
     for name in filter(options.__contains__, ARGUMENTS):
         option = f"--{name.replace('_', '-')}"
         text = re.sub(rf"\b{name}=(?=[^\s.,:;])", f"{option} ", text)
@@ -66,7 +66,7 @@ def _with_options(text: str, options: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """Context manager that records interrupts, since interrupting an import may raise an unrelated error."""
+    """Context manager that records interrupts, since interrupting an import can raise an unrelated error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

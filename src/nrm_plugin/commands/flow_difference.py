@@ -54,7 +54,7 @@ from .request import (
 )
 
 CHANNELS = 16
-"""Number of channels per layer for which both flows are computed: those whose relevance differs most."""
+"""Number of channels per layer in both flows: the channels whose relevance differs most."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ def flow_difference(
     """Computes the difference between two flows over the same groups, and between their joint heat maps.
 
     Returns:
-        The graph; heat maps keyed by node; the layer whose positions they show, or an empty string for pixels; regions
-        of the input nodes, ``(H, W)``; and the number of channels of each group of channels.
+        The graph; heat maps keyed by node; the layer whose positions the maps show, or an empty string for pixels;
+        regions of the input nodes, ``(H, W)``; and the number of channels of each group of channels.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.

@@ -41,7 +41,7 @@ MOST_PATCHES = 16
 COMPACT = 40.0
 """Compactness of SLIC for few superpixels. Lower values would merge them to even fewer."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
-"""Pattern of the names of groups that consist of the largest channel and the number of other channels."""
+"""Pattern for group names that state the largest channel and the number of other channels."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FlowOptions:
 
     @property
     def dpi(self) -> int:
-        """Resolution in dots per inch, which is doubled for narrow figures because their letters are small."""
+        """Resolution in dots per inch, doubled for narrow figures because their letters are small."""
         return 2 * DPI if self.width is not None and self.width < NARROW else DPI
 
     @property
@@ -104,7 +104,7 @@ def division(
         mu: The measure for the image.
         request: The request, with the layers.
         options: Options of the flow figure.
-        image: Image ``(C, H, W)`` in [0, 1].
+        image: Image ``(C, H, W)`` with values in [0, 1].
 
     Raises:
         RequestError: If there are more patches than pixels, or the file of groups cannot be read.
@@ -130,7 +130,7 @@ def groups_of(
         mu: The measure to query.
         layers: The layers, in any order.
         wanted: Number of groups per layer, or a file of groups.
-        image: Image ``(C, H, W)`` in [0, 1].
+        image: Image ``(C, H, W)`` with values in [0, 1].
         names: Names of the group members, keyed by layer.
 
     Raises:

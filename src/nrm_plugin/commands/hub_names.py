@@ -63,7 +63,7 @@ def is_cached(name: str) -> bool:
 
 
 def is_reachable(timeout: float = TIMEOUT) -> bool:
-    """Returns whether the hub, or the proxy through which it is reached, accepts connections.
+    """Returns whether the hub or its proxy accepts connections.
 
     Args:
         timeout: Limit in seconds for both the lookup of the address and the connection.
@@ -88,7 +88,7 @@ def _connect(host: str, port: int, timeout: float, done: list[Any]) -> None:
 
 
 def _address(endpoint: str) -> tuple[str, int]:
-    """Returns host and port of an address, or of the proxy that the environment sets for it."""
+    """Returns the host and port of an address, or of its proxy if the environment sets one."""
     url = urllib.parse.urlsplit(endpoint)
     proxies = {} if urllib.request.proxy_bypass(url.hostname or "") else urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")

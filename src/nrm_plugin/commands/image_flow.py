@@ -48,7 +48,7 @@ from .photos import crop_note, photo
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
-"""Maximum number of partial passes for walks over groups, and number of walks that the page lists."""
+"""Maximum number of partial passes for walks over groups, and number of walks listed on the page."""
 LEAST_NEXT = 0.01
 """Softmax value above which a caption mentions the second class."""
 LEAST_PROFILE = 0.01

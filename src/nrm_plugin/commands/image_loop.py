@@ -1,4 +1,4 @@
-"""Processing of several images, of which one that fails does not stop the others."""
+"""Processing of several images; if one fails, the others are still processed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMON = (
     OutputError, RequestError, ReferenceImageError, CompositeError, ModelStateError, UnsupportedOperationError,
     UnsupportedRuleError,
 )  # fmt: skip
-"""Errors that affect all images and therefore stop the command, unless an image has been explained before."""
+"""Errors that affect all images and therefore stop the command, unless an image was already explained."""
 
 
 @dataclass(frozen=True)

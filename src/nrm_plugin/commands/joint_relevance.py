@@ -103,8 +103,8 @@ def joint_figure(
     """Plots the image, the flow between channels, and joint heat maps of the strongest combinations of channels.
 
     Args:
-        mu: The measure from which ``joint`` was computed.
-        image: Image ``(C, H, W)`` in [0, 1].
+        mu: The measure used to compute ``joint``.
+        image: Image ``(C, H, W)`` with values in [0, 1].
         pixels: Pixel relevance, ``(H, W)``.
         joint: Joint relevance of the channels.
         marks: Number of combinations to label and show as heat maps.

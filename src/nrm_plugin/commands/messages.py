@@ -1,4 +1,4 @@
-"""Terminal output of the commands, which is ASCII except for names, so that every terminal can display it."""
+"""Terminal output of the commands, in ASCII except for names, so that every terminal can display it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .output_files import class_name
 from .request import SECANTS, Against, Request
 
 BEST = 5
-"""Number of classes that are listed."""
+"""Number of listed classes."""
 
 
 def heading(loaded: LoadedModel, request: Request) -> str:
-    """Returns the header line with the model, the rules and the device, which all images of a run share."""
+    """Returns the header line with the model, rules and device shared by all images of a run."""
     model = f"{printable(loaded.name)} (weights: {loaded.weights})"
     words = reference_words(request.reference)
     if request.composite == SECANTS:
@@ -41,7 +41,7 @@ def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int
 
 
 def crop_note(shown_image: Photo) -> Iterator[str]:
-    """Yields a line about the part of an image that the model did not see, if any."""
+    """Yields a line about the unseen part of an image, if any."""
     text = photos.crop_note(shown_image)
     if text:
         yield f"  note: {text[0].lower()}{text[1:].removesuffix('.')}; --fit pad shows the model all of it"

@@ -46,7 +46,7 @@ class LoadedModel:
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The inputs for a black image and for a white image, on the device and in the dtype of the model."""
+        """The inputs for a black and a white image, with the device and dtype of the model."""
         return self.preprocessing.bounds(self.parameter)
 
 

@@ -1,4 +1,4 @@
-"""Options of several commands, and parsers for their values. This module does not import torch."""
+"""Options shared by several commands, and parsers for their values. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, requir
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--fit``, the preprocessing of images that are not square."""
+    """Adds the ``--fit`` option, which controls how non-square images are preprocessed."""
     parser.add_argument("--fit", choices=("crop", "pad", "squeeze"), default="crop",
                         help="what the model sees of an image that is not square: its centre (crop), the whole image "
                         "with a margin in the mean colour (pad), or the whole image stretched to a square (squeeze) "
@@ -56,14 +56,14 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cells(parser: Any) -> None:
-    """Adds ``--cells``, the resolution of heat maps."""
+    """Adds the ``--cells`` option, which sets the resolution of heat maps."""
     parser.add_argument("--cells", type=cells, default=AUTO, metavar="N|pixels|layer",
                         help="draw sums over N × N cells, single pixels, or the cells of the layer of --layer; the "
                         f"numbers are the same (default: {MOST_CELLS}, and the cells of a layer)")  # fmt: skip
 
 
 def add_reference(group: Any, default: str = NO_REFERENCE) -> None:
-    """Adds ``--reference``; ``default`` describes its default."""
+    """Adds the ``--reference`` option; ``default`` describes its default."""
     group.add_argument("--reference", metavar="blur|mean|black|white|#RRGGBB|FILE|none",
                        help="explain the difference from the blurred image, an image of its mean colour, a black or a "
                        "white one, one of another colour, or another image; none: no reference "
@@ -71,7 +71,7 @@ def add_reference(group: Any, default: str = NO_REFERENCE) -> None:
 
 
 def add_map(group: Any) -> None:
-    """Adds ``--map``, the choice of heat maps."""
+    """Adds the ``--map`` option, which selects the heat maps."""
     group.add_argument("--map", choices=(BOTH, OF_LAYERS, OF_PIXELS), default=BOTH,
                        help="layers: a coarse map, the mean over late layers, of the difference from the blurred image "
                        "unless --reference or --composite is given; pixels: the fine-grained relevance of the pixels "
@@ -79,13 +79,13 @@ def add_map(group: Any) -> None:
 
 
 def add_target(group: Any) -> None:
-    """Adds ``--target``, the explained class."""
+    """Adds the ``--target`` option, which selects the explained class."""
     group.add_argument("--target", metavar="CLASS",
                        help="index or name of the class to explain (default: the predicted class)")  # fmt: skip
 
 
 def add_against(group: Any, default: str) -> None:
-    """Adds ``--against``, the contrast for the explained class; ``default`` describes its default."""
+    """Adds the ``--against`` option, which sets the contrast; ``default`` describes its default."""
     group.add_argument("--against", metavar="rest|none|CLASS",
                        help="explain the difference between the class and the other classes, weighted by their softmax "
                        "(rest), or one other class; none: the output of the class alone (default: "
@@ -93,7 +93,7 @@ def add_against(group: Any, default: str) -> None:
 
 
 def add_composite(parser: Any, default: str | None = DEFAULT_RULES) -> None:
-    """Adds ``--composite``. If ``default`` is None, the default depends on the reference."""
+    """Adds the ``--composite`` option. If ``default`` is None, the default depends on the reference."""
     parser.add_argument("--composite", default=default, metavar="RULES",
                         help="name of a composite in Zennit's registry, such as nrm_absolute, epsilon_plus_flat or "
                         f"epsilon_gamma_box; an unknown name lists them all (default: {DEFAULT_RULES}"
@@ -113,7 +113,7 @@ def add_computation(parser: argparse.ArgumentParser, rules: str | None = DEFAULT
 
 
 def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Adds ``--out``, the output folder, with the given default."""
+    """Adds the ``--out`` option, which sets the output folder, with the given default."""
     parser.add_argument("--out", type=Path, default=Path(folder), metavar="DIR",
                         help="folder for the results; created if missing (default: %(default)s)")  # fmt: skip
 
@@ -171,7 +171,7 @@ def gain_limit(text: str) -> float:
 
 
 def joined(words: Sequence[str]) -> list[str]:
-    """Joins space-separated numbers after ``--mean`` or ``--std`` into a single argument."""
+    """Joins the space-separated numbers after ``--mean`` or ``--std`` into a single argument."""
     result: list[str] = []
     for word in words:
         name, _, values = (result[-1] if result else "").partition("=")

@@ -33,14 +33,14 @@ PACKAGES = ("nrm-plugin", "torch", "torchvision", "zennit", "captum")
 TITLE = 34
 """Number of characters that fit on a line above a heat map."""
 LETTERS = 21
-"""Number of characters of a heading per heat map in a row."""
+"""Number of heading characters per heat map in a row."""
 
 _noted: set[str] = set()
-"""Characters that have already been reported as missing from all fonts."""
+"""Characters already reported as missing from all fonts."""
 
 
 class OutputError(NRMError, OSError):
-    """Raised if a result cannot be written, in which case no partial file is left behind."""
+    """Raised if a result cannot be written; no partial file is left behind."""
 
 
 def check_folder(folder: Path) -> None:
@@ -62,14 +62,15 @@ def check_folder(folder: Path) -> None:
 
 
 def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[Path], bool]) -> str:
-    """Returns a prefix of file names with which only results of the same query are overwritten.
+    """Returns a file-name prefix with which results are overwritten only if they belong to the same query.
 
     Args:
         out: Output folder.
         stem: Preferred prefix, such as the name of the image.
         ends: Suffixes of the file names, starting with that of the file that contains the settings.
         taken: Prefixes that are in use; the new one is added.
-        is_same: Function that returns whether an existing settings file is from the same query and may be overwritten.
+        is_same: Function that returns whether an existing settings file belongs to the same query, so that it can be
+            overwritten.
     """
     for number in itertools.count(1):
         name = stem if number == 1 else f"{stem}-{number}"
@@ -81,7 +82,10 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
 
 
 def json_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], settings: Mapping[str, Any]) -> str:
-    """Applies :func:`free_stem` to JSON results, which belong to the same query if their ``"settings"`` are equal."""
+    """Like :func:`free_stem`, but for JSON results.
+
+    An existing file counts as the same query if its ``"settings"`` are equal.
+    """
     return free_stem(out, stem, ends, taken, lambda path: _stored_settings(path) == json.loads(json.dumps(settings)))
 
 

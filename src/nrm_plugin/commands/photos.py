@@ -16,7 +16,7 @@ from .model_loading import LoadedModel
 LARGEST = 640
 """Maximum side length of photographs in figures, in pixels."""
 LEAST = 0.01
-"""Unseen fraction of an image above which a note is shown."""
+"""Unseen fraction of an image above which a note appears."""
 
 
 def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:

@@ -40,7 +40,7 @@ class Listing:
     Attributes:
         sweep: The stored sweep.
         references: References of all channels of the query.
-        groups: The channels that are listed.
+        groups: The listed channels.
         files: File names of the samples; empty if the sweep does not store them.
     """
 
@@ -116,7 +116,7 @@ def _target(text: str | None, loaded: LoadedModel | None) -> int | None:
 
 
 def _groups(ranked: References, requested: Sequence[int] | None, count: int) -> list[int | str]:
-    """Returns the requested channels or, by default, those with the largest mean over their references."""
+    """Returns the requested channels or, by default, those with the largest mean value over their references."""
     if requested is None:
         order = ranked.values.nanmean(1).argsort(descending=True, stable=True)[:count].tolist()
         return [ranked.groups[row] for row in order]

@@ -41,7 +41,7 @@ class RequestError(NRMError, ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of the computation that all images share.
+    """Computation settings shared by all images.
 
     Attributes:
         target: Index or name of the explained class, or None for the predicted class.
@@ -56,7 +56,7 @@ class Request:
         reference: Name or file of the reference image, or None if there is none.
         map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None if the command has no choice.
         layers_reference: Reference image used only for the map of late layers, or None.
-        finds_ground: Whether the plain ground of an image, if it has one, is its reference.
+        finds_ground: Whether the reference of an image is its plain ground, if it has one.
     """
 
     target: str | None = None

@@ -99,7 +99,7 @@ def class_names(path: Path) -> list[str]:
 def one_line_warnings() -> Iterator[None]:
     """Context manager that prints warnings on a single line, without the source code.
 
-    matplotlib does not report letters that no font contains; a note does so when a figure is written.
+    Letters missing from all fonts are not reported by matplotlib, but by a note when a figure is written.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

@@ -1,4 +1,4 @@
-"""Arguments and entry point of ``nrm-plugin sweep``, which queries all images of a data set."""
+"""Arguments and entry point of ``nrm-plugin sweep``, which queries all images of a dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data of a sweep: a folder of images, or the user's own data set."""
+"""Data of a sweep: a folder of images, or the user's own dataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES = "samples.csv"
 
 
 def data_of(name: str, loaded: LoadedModel) -> Any:
-    """Opens an image folder, or imports the user's own data set.
+    """Opens an image folder, or imports the user's own dataset.
 
     Raises:
         ModelError: If the module, file or name does not exist.

@@ -23,7 +23,7 @@ from .resolved_options import class_names
 
 @dataclass(frozen=True)
 class Classes:
-    """Selection of the samples of a sweep that are averaged.
+    """Selection of the samples to average in a sweep.
 
     Attributes:
         target: Explained class of the samples, or None for all samples.

@@ -30,7 +30,7 @@ from .sweep_data import SAMPLES, data_of
 SKIPPED = 3
 """Exit status of a sweep that is complete except for skipped samples."""
 LISTED = 20
-"""Maximum number of skipped samples that are printed."""
+"""Maximum number of printed skipped samples."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Aga
 
 
 def _first_inputs(data: Any) -> Any:
-    """Returns the first inputs of the user's data set, or None for image folders and data sets without indexing."""
+    """Returns the first inputs of the user's dataset, or None for image folders and datasets without indexing."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
         return None
     with contextlib.suppress(Exception):  # any error that the user's data set raises is reported by the sweep itself

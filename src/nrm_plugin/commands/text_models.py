@@ -17,9 +17,9 @@ from ..errors import extra, printable
 from .hub_names import TextModelError, is_offline
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
-"""Suffixes of ``AutoModel`` classes, in the order in which they are tried if the configuration names no class."""
+"""Suffixes of ``AutoModel`` classes, in the order of trial if the configuration names no class."""
 REASON = 240
-"""Maximum number of characters shown of a message of the transformers library."""
+"""Maximum number of characters shown from a transformers message."""
 
 
 @dataclass(frozen=True)

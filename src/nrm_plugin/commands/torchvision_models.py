@@ -25,7 +25,7 @@ from .weight_files import NONE, SUFFIXES, WeightsError, classes_of, fill, read_s
 
 DEFAULT = "DEFAULT"
 TIMEOUT = 30
-"""Number of seconds without data after which a download is aborted."""
+"""Seconds without data after which a download is aborted."""
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 """Environment variables of torch that enforce or disable ``weights_only`` loading."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}

@@ -1,4 +1,4 @@
-"""Import of the user's own models and data sets, given as ``package.module:name`` or ``file.py:name``."""
+"""Import of the user's own models and datasets, given as ``package.module:name`` or ``file.py:name``."""
 
 from __future__ import annotations
 

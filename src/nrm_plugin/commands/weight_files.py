@@ -19,12 +19,12 @@ from ..errors import NRMError, printable
 NESTS = ("state_dict", "model_state_dict", "model", "net")
 """Checkpoint keys under which training scripts store the state dict."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Key prefixes added by data parallelism, compilation and training frameworks."""
+"""Key prefixes added by data parallelism, compilation or training frameworks."""
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NONE = "none"
 """Value of ``--weights`` that selects random weights."""
 HEAD = 512
-"""Number of leading bytes by which the type of a file is detected."""
+"""Number of leading bytes read to detect the type of a file."""
 PAGE = "a page of HTML, such as an error of the server; download the file again"
 KINDS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run: git lfs pull"),
@@ -78,7 +78,7 @@ def read_state(path: Path) -> State:
 
 
 def _check_file(path: Path, name: str) -> bytes:
-    """Returns the leading bytes of a file and checks that it may contain weights."""
+    """Returns the leading bytes of a file and checks that it can contain weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
@@ -110,7 +110,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
-    """Describes a file without a state dict, with a remedy, or returns an empty string if the file may contain one."""
+    """Describes a file without a state dict, with a remedy; returns an empty string if the file can contain one."""
     if any(entry.endswith("/archive_format") for entry in entries):
         return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
     if head.startswith(b"PK\x03\x04") and not entries:
@@ -142,7 +142,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Removes key prefixes that wrappers add to a state dict, unless the keys of the model have them as well."""
+    """Removes key prefixes added by wrappers to a state dict, unless the model's keys have them as well."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -181,7 +181,7 @@ def _stored(tensor: Tensor) -> int:
 
 
 def fill(model: nn.Module, state: State, name: str, where: str) -> None:
-    """Loads weights into a model, which may be on the meta device.
+    """Loads weights into a model, possibly on the meta device.
 
     Args:
         model: The model to fill.

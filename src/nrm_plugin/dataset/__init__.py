@@ -1,4 +1,4 @@
-"""Measures of whole data sets: stored sweeps, statistics, reference examples, glocal flows and prototypes.
+"""Measures of whole datasets: stored sweeps, statistics, reference examples, glocal flows and prototypes.
 
 Imports: errors, imports, events, model, kernels, composites, recording, measure, plan, plots.
 """

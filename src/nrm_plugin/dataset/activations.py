@@ -1,4 +1,4 @@
-"""Outputs of modules by which reference samples are ranked, recorded while a measure runs the model."""
+"""Module outputs for ranking reference samples, recorded while a measure runs the model."""
 
 from __future__ import annotations
 

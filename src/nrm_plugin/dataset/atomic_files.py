@@ -8,11 +8,11 @@ import platform
 from pathlib import Path
 
 LONGEST = 100
-"""Maximum length in bytes of a file name that is included in the temporary name; longer names are hashed."""
+"""Maximum length in bytes of file names that are included in temporary names; longer names are hashed."""
 
 
 class AtomicFile:
-    """Context manager that yields a temporary file, and renames it when its content has been synced to disk.
+    """Context manager that yields a temporary file and renames it once its content is synced to disk.
 
     Args:
         path: The final path, which is left unchanged if an error is raised in the context.

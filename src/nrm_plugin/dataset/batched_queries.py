@@ -36,11 +36,11 @@ class Requirements:
         queries: The queries to evaluate.
 
     Attributes:
-        marginals: The taps whose marginals are required.
+        marginals: Taps with a required marginal.
         joint_marginals: The taps at which marginals joint with an event are required, keyed by event.
-        masses: The events whose masses are required.
+        masses: Events with a required mass.
         joint_matrices: The upper tap, lower tap and groups of each required joint matrix.
-        activations: The layers whose activations are required.
+        activations: Layers with required activations.
     """
 
     def __init__(self, queries: Iterable[Query]) -> None:
@@ -80,7 +80,7 @@ class Requirements:
 
 
 class QueryResults:
-    """Results of queries on a measure, multiplied by its sign, so that they can be summed over samples.
+    """Results of queries on a measure, multiplied by the measure's sign, so that they can be summed over samples.
 
     Args:
         mu: The measure of the batch.
@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of a query, ``(N, *groups)``, which is NaN where a quotient is undefined."""
+        """Returns the result of a query, ``(N, *groups)``; NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def tap(layer: LayerSpec) -> Atom:
 
 
 def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tuple[Atom, ...], list[Event]]:
-    """Groups events whose marginals are required at the same taps, so that they share passes."""
+    """Groups events with marginals at the same taps, so that these events share passes."""
     events: dict[tuple[Atom, ...], list[Event]] = {}
     for event, layers in marginals.items():
         events.setdefault(tuple(layers), []).append(event)
@@ -239,7 +239,7 @@ def _with_tensors(over: Any) -> Any:
 
 
 def _chains(matrices: Iterable[tuple[Atom, Atom, Any]]) -> Iterable[tuple[Sequence[Atom], Any]]:
-    """Merges pairs of layers into chains, in which each layer is below the previous one."""
+    """Merges pairs of layers into chains, with each layer below the previous one."""
     remaining = dict.fromkeys(matrices)
     while remaining:
         upper, lower, over = next(iter(remaining))

@@ -1,4 +1,4 @@
-"""Checksums of stored files, in which every byte is part of a segment that is verified before its content is used."""
+"""Checksums of stored files. Every byte belongs to a segment, which is verified before its content is used."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _hashes(path: Path, parts: Iterable[tuple[int, int]]) -> Iterable[str]:
 
 
 def row_group_ends(metadata: Any) -> list[int]:
-    """Returns the end offset of each row group of a Parquet file, the last of which is followed by the footer."""
+    """Returns the end offset of each row group in a Parquet file; the footer follows the last row group."""
     ends = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)

@@ -1,4 +1,4 @@
-"""Comparison of the samples of a data set with those of a stored sweep, without running the model."""
+"""Comparison of the samples of a dataset with those of a stored sweep, without running the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sweep_layout import OnError
 
 
 def contents_to_compare(source: DataSource, shards: Iterable[Shard]) -> dict[int, str]:
-    """Returns the stored hashes of samples whose stamp has changed or is unknown.
+    """Returns the stored hashes of samples with a changed or unknown stamp.
 
     Failed samples and samples stored by earlier versions have no hash and are not compared.
     """
@@ -41,9 +41,9 @@ def check_samples(
 
     Args:
         folder: The folder of the sweep.
-        source: A data set with a length.
+        source: A dataset with a length.
         contents: The stored hashes, keyed by sample.
-        seed: Seed for the random states in which samples are read.
+        seed: Seed for the random state set before each sample is read.
         on_error: Whether samples that can no longer be read are ignored (``"skip"``) or raise an error (``"raise"``).
         progress: Whether to show a progress bar.
 
@@ -72,7 +72,7 @@ def check_samples(
 
 
 def _nothing(samples: Sequence[Any]) -> None:
-    """Collates samples by discarding them, since only their hashes are compared."""
+    """Discards samples, since only their hashes are compared."""
 
 
 __all__ = ["check_samples", "contents_to_compare"]

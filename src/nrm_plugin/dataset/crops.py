@@ -32,7 +32,7 @@ PROBE_BATCH = 8
 
 
 class IndexableDataset(Protocol):
-    """Data set whose samples are accessible by index."""
+    """Dataset whose samples are accessible by index."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -42,7 +42,7 @@ class Crop:
     """Cropped reference example.
 
     Attributes:
-        sample: Index of the sample in the data set.
+        sample: Index of the sample in the dataset.
         value: Relevance or activation of the group.
         target: The explained class.
         box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, where ``bottom``
@@ -88,16 +88,17 @@ def crops(
 
     Args:
         model: The network.
-        data: Indexable data set of images ``(C, H, W)``, or of pairs ``(image, label)``.
+        data: Indexable dataset of images ``(C, H, W)``, or of pairs ``(image, label)``.
         references: The references to crop, either of one layer or of events.
-        groups: Groups whose references are cropped. Defaults to all groups.
+        groups: Groups to show. Defaults to all groups.
         k: Number of crops per group. Defaults to all references.
         events: Events keyed by name; required for references of events.
         layer: Layer of the channels, if it differs from the name of the references.
         against: As in the search for the references.
         whole: Whether to return whole images. This skips the computation of receptive fields, which takes most of the
             time for large networks: about thirty forward passes in double precision per distinct position.
-        to_image: Function that converts a model input to an image in [0, 1], such as the inverse normalization.
+        to_image: Function that converts a model input to an image with values in [0, 1], such as the inverse
+            normalization.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -165,7 +166,7 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Returns the position at which a channel has the largest relevance in each sample, ``(N,)``."""
+    """Returns the position of a channel's largest relevance in each sample, ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
     return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
 

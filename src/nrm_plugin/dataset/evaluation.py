@@ -1,4 +1,4 @@
-"""Evaluation of a batch: its measure, its targets and predictions, and the results of all queries."""
+"""Evaluation of a batch: measure, targets, predictions, and the results of all queries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BatchResults:
     """Results of the queries for a batch.
 
     Attributes:
-        sample: Sample indices in the data set, ``(n,)``.
+        sample: Sample indices in the dataset, ``(n,)``.
         target: Explained classes, ``(n,)``; -1 if the target is not a class.
         prediction: Predicted classes, ``(n,)``; -1 if the model is not a classifier.
         values: Results keyed by query name, ``(n, *groups)``.
@@ -80,7 +80,7 @@ class Evaluation:
         """Evaluates a batch.
 
         Args:
-            sample: Indices of the samples in the data set.
+            sample: Indices of the samples in the dataset.
             batch: The batch, as collated by the data loader.
 
         Raises:
@@ -237,11 +237,11 @@ def _activation(atom: Atom, outputs: Mapping[str, list[Any]], inputs: Any, mu: R
 
 
 SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryError, NRMError)
-"""Types of errors that individual samples do not cause, except :class:`InputError` and :class:`TargetError`."""
+"""Types of errors not caused by individual samples, except :class:`InputError` and :class:`TargetError`."""
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns whether an error may be due to individual samples, in which case other samples can still be evaluated."""
+    """Returns whether individual samples might have caused an error, so that others can still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name of the references of events, which do not belong to a layer."""
+"""Name under which the references of events are stored, since they do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 
@@ -43,18 +43,18 @@ class ReferencesError(NRMError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Reference examples of groups, in decreasing order of value.
+    """Reference examples for each group of a layer, in decreasing order of value.
 
     Attributes:
         name: Name of the layer, or of the query in a sweep.
         by: ``"relevance"`` or ``"activation"``.
-        groups: Group of each row: a channel index or the name of an event.
-        samples: Indices in the data set, ``(K, k)``, or -1 in empty entries.
+        groups: Group of each row: a channel index or an event name.
+        samples: Indices in the dataset, ``(K, k)``, or -1 in empty entries.
         values: Relevance or activation, ``(K, k)``, or NaN in empty entries.
         targets: Explained classes, ``(K, k)``, or -1 if unknown.
         positions: Position of the largest value within the group, as a flat (row-major) index, ``(K, k)``, or -1 if
             unknown.
-        target: Explained class to which the references are restricted, or None.
+        target: Explained class of all references, or None if they are not restricted to a class.
         layer: Layer of the channels, if ``name`` is the name of a query.
     """
 
@@ -119,11 +119,11 @@ class References:
 
 
 class FoundReferences:
-    """References of several layers and events, over all samples and per target.
+    """Reference samples found for several layers and events, both over all samples and for each target.
 
     Args:
-        groups: Groups of each layer, keyed by layer name.
-        rankings: Rankings keyed by ``(name, by, target)``; those with target None rank all samples.
+        groups: The ranked channels of each layer, or the names of the events, keyed by layer name or :data:`EVENTS`.
+        rankings: Rankings, keyed by ``(name, by, target)``; if the target is None, all samples are ranked.
         count: Number of ranked samples.
     """
 
@@ -147,15 +147,15 @@ class FoundReferences:
         return sorted({target for _, _, target in self._rankings if target is not None})
 
     def of(self, name: str = EVENTS, by: By = "relevance", target: int | None = None) -> References:
-        """Returns the references of a layer or of the events.
+        """Returns the references found for a layer or for the events.
 
         Args:
             name: Name of the layer.
             by: ``"relevance"`` or ``"activation"``.
-            target: Restricts the samples to this explained class. Defaults to all samples.
+            target: Only return samples for which this class was explained. Defaults to all samples.
 
         Raises:
-            ReferencesError: If the layer was not ranked, or there are no samples with this target.
+            ReferencesError: If the layer was not ranked or there are no samples with this target.
         """
         top = self._rankings.get((name, by, target))
         if top is not None:
@@ -216,7 +216,7 @@ KINDS: dict[By, tuple[str, ...]] = {
     "relevance": ("Marginal", "Joint", "EventMass", "Conditional", "Sink", "Bypass", "Variation"),
     "activation": ("Activation",),
 }
-"""Types of queries that can rank samples; the name of a layer selects a query of the first type."""
+"""Query types that can rank samples; a layer name selects a query of the first type."""
 
 COLUMNS = ("sample", "target", "group", "lower", "value")
 """Columns of a sweep that rankings require."""
@@ -238,7 +238,7 @@ def references(
         group: A group, or a pair of an upper and a lower group for joint relevance. Defaults to all groups.
         k: Number of samples per group.
         by: ``"relevance"``, or ``"activation"`` for activation queries.
-        target: Explained class to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
 
     Returns:
         The references, with ties broken by sample index. Their positions are known if the sweep has a ``Peak`` query
@@ -278,12 +278,12 @@ def _ranked_query(sweep: Sweep, name: str, by: By) -> QueryInfo:
 
 
 def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str) -> QueryInfo:
-    """Returns the query with the given name or, for the name of a layer, its query of type ``kind`` without an event.
+    """Returns the query of a given name or, for a layer name, the query of type ``kind`` without an event.
 
     Args:
         name: Name of a query or layer.
         candidates: Queries of a sweep.
-        kind: Type of query that the name of a layer selects.
+        kind: Query type selected by a layer name.
         what: Description of the candidates, for the error message.
 
     Raises:
@@ -298,7 +298,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Returns whether the groups of a query are the channels of a layer, and it has no event."""
+    """Returns whether a query has no event and its groups are the channels of a layer."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 
@@ -330,7 +330,7 @@ def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
 def _with_positions(
     sweep: Sweep, info: QueryInfo, ranked: References, group: int | tuple[int, int] | None
 ) -> References:
-    """Adds the layer to references, and the positions of the largest values if the sweep has a ``Peak`` query."""
+    """Adds the layer to references, and the position of each largest value if the sweep has a ``Peak`` query."""
     ranked = replace(ranked, layer=info.layers[0])
     peaks = [query for query in sweep.queries.values() if query.kind == "Peak" and query.layers == info.layers
              and query.spec.get("of") == ranked.by]  # fmt: skip

@@ -1,7 +1,7 @@
 """Fingerprints of objects, including user code: JSON values that are equal for objects with the same behaviour.
 
-Code of installed packages is identified by their versions, and all other code by its bytecode and the objects to which
-it refers.
+Code of installed packages is identified by the package versions, and all other code by its bytecode and the objects
+that it uses.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
 
 def content_hash(sample: Any) -> str:
-    """Hashes the tensors, arrays, images, numbers and strings of a sample of a data set."""
+    """Hashes the tensors, arrays, images, numbers and strings in a sample."""
     return digest(_content(sample))
 
 
@@ -152,7 +152,7 @@ def is_installed(value: type | Function) -> bool:
 
 
 def package_version(module: str) -> str:
-    """Returns the version of the package that contains a module, or ``"?"`` if unknown."""
+    """Returns the version of a module's package, or ``"?"`` if unknown."""
     top = module.partition(".")[0]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(top)
@@ -162,7 +162,7 @@ def package_version(module: str) -> str:
 
 
 def user_code(value: type | Function) -> dict[str, str]:
-    """Hashes the code of a class or function, and of the user's objects to which it refers, keyed by name."""
+    """Hashes the code of a class or function and of the user's objects that it uses; returns hashes keyed by name."""
     hashes: dict[str, str] = {}
     _visit(value, hashes, set())
     return dict(sorted(hashes.items()))
@@ -173,7 +173,7 @@ def _code_entry(kind: type) -> dict[str, Any]:
 
 
 def _visit(value: Any, hashes: dict[str, str], seen: set[int]) -> None:
-    """Adds the hashes of a user's class or function, and of the objects to which it refers, to ``hashes``."""
+    """Adds the hashes of a user's class or function, and of the objects that it uses, to ``hashes``."""
     value = _unwrapped(value)
     if not isinstance(value, (type, Function)) or id(value) in seen or is_installed(value):
         return
@@ -222,7 +222,7 @@ def _visit_or_note(name: str, item: Any, constants: dict[str, Any], hashes: dict
 
 
 def _constant(item: Any) -> Any:
-    """Describes a value to which code refers: data by content, other objects of installed packages by type."""
+    """Describes a value used by code: data by content, other objects of installed packages by type."""
     data = (bool, int, float, str, type(None), Tensor, np.ndarray, list, tuple, dict, set, frozenset, functools.partial)
     is_data = isinstance(item, (*data, *PLAIN, enum.Enum)) or not is_installed(type(item))
     return described(item, MAX_DEPTH // 2) if is_data else _name(type(item))

@@ -187,8 +187,8 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
 def difference(first: FlowGraph, second: FlowGraph) -> FlowGraph:
     """Subtracts the second graph from the first; the result is signed, and each of its cuts sums to 0.
 
-    For the mean flows of two sets of samples, the result shows the channels and edges in which the sets differ. Compute
-    both flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,
+    For the mean flows of two sets of samples, the result shows which channels and edges differ between the sets.
+    Compute both flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,
     b).smaller(top=8)``.
 
     Raises:

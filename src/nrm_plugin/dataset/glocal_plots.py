@@ -56,7 +56,7 @@ def prototypes_figure(
 
     Args:
         prototypes: The prototypes.
-        images: Images ``(C, H, W)`` in [0, 1], keyed by sample index, including the members
+        images: Images ``(C, H, W)`` with values in [0, 1], keyed by sample index, including the members
             ``prototypes.of(number)[:k]`` of each prototype.
         k: Number of members per prototype.
         top: Number of groups per prototype.

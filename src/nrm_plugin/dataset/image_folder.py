@@ -1,4 +1,4 @@
-"""Folders of images as data sets."""
+"""Folders of images as datasets."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""File extensions that are treated as images even if the file is damaged; other files are identified by content."""
+"""File extensions treated as images even if the file is damaged; other files are identified by content."""
 MAX_LISTED = 8
 """Maximum number of subfolders or files listed in a message."""
 
 
 class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
-    """Data set of the images in a folder and its subfolders, sorted by name.
+    """Dataset of the images in a folder and its subfolders, sorted by name.
 
     Each top-level subfolder corresponds to the class of the same name. If no subfolder has the name of a class, and the
     class names are unknown or as many as the subfolders, the subfolders are numbered as classes in sorted order. Images
@@ -74,7 +74,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
 
     def note(self) -> str:
-        """Describes the files that were left out in one sentence, or returns an empty string if there are none."""
+        """Describes the omitted files in one sentence, or returns an empty string if there are none."""
         names = [printable(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
         more = len(self.left_out) - len(names)
         listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
@@ -87,7 +87,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:
-        """Returns the size and modification time of a file, which counts as unchanged if both are the same."""
+        """Returns the size and modification time of a file; if both are the same, the file counts as unchanged."""
         try:
             status = self.paths[index].stat()
         except OSError:

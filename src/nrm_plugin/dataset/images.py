@@ -22,9 +22,9 @@ LARGE = LIMIT // 2
 REDUCED = 2048
 """Minimum side length after this reduction, far larger than the input size of models."""
 MAX_ASPECT = 200
-"""Maximum aspect ratio, beyond which resizing could exhaust memory."""
+"""Maximum aspect ratio; beyond it, resizing could exhaust memory."""
 DARK = 4096
-"""Pixel value below which a 16-bit image is reported as dark, because it probably has only 12 bits."""
+"""Pixel value below which a 16-bit image is reported as dark, since it probably has only 12 bits."""
 
 URL = re.compile(r"[a-zA-Z]{2,}:/")
 

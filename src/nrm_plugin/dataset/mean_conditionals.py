@@ -1,4 +1,4 @@
-"""Relevance matrices over a data set, as a torchmetrics metric that synchronizes across processes."""
+"""Relevance matrices over a dataset, as a torchmetrics metric synchronized across processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    r"""Metric of the mean conditional relevance of the groups of a layer given the groups of a layer above.
+    r"""Metric for the mean conditional relevance of a layer's groups, given the groups of a layer above.
 
     .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}
 

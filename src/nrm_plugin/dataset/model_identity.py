@@ -79,7 +79,7 @@ def _values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> Any:
-    """Returns numbers and short strings unchanged, and the hash of any other value."""
+    """Returns numbers and short strings unchanged, and hashes any other value."""
     is_short = value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= 40)
     return value if is_short else digest(value)
 

@@ -63,7 +63,7 @@ class Preprocessing:
         }
 
     def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Returns the part of an image that the model sees, as (left, top, right, bottom) in [0, 1].
+        """Returns the part of an image seen by the model: (left, top, right, bottom), as fractions of the image size.
 
         Args:
             size: Width and height of the image.
@@ -92,7 +92,7 @@ class Preprocessing:
         return square
 
     def inverse(self, inputs: Tensor) -> Tensor:
-        """Converts an input ``(1, C, S, S)`` to an image ``(3, S, S)`` in [0, 1]."""
+        """Converts an input ``(1, C, S, S)`` to an image ``(3, S, S)`` with values in [0, 1]."""
         mean, std = (inputs.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
@@ -113,8 +113,8 @@ def preprocessing(
 
     Args:
         make: Factory of the preset: ``transforms`` of torchvision weights.
-        size: Length to which the shorter side is resized, which is also the side length of the centre crop. Defaults to
-            the values that the weights specify.
+        size: Length of the shorter side after resizing, and side length of the centre crop. Defaults to the values that
+            the weights specify.
         mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to the values that the weights
             specify.
         std: Standard deviation of each channel, with as many values as ``mean``.

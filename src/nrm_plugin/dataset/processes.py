@@ -73,7 +73,7 @@ class FolderLocks:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Context manager that holds the manifest lock, and acquires the lock of this rank until the process ends.
+        """Context manager that holds the manifest lock and acquires this rank's lock until the process ends.
 
         Raises:
             SweepError: If another process writes to the folder with the same rank, or if the file system of the folder

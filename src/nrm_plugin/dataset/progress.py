@@ -1,4 +1,4 @@
-"""Progress bar of a sweep that shows memory usage."""
+"""Progress bar of a sweep, which also shows memory usage."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Prototypes: clusters of similar explanations, such as the typical explanations of a class.
 
-Each explanation is a vector, which contains the relevance of the channels of a layer. Explanations are clustered by a
-Gaussian mixture or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its
-coverage is the fraction of all samples that are members. A new sample is described by the nearest prototype and by its
-differences from it.
+Each explanation is a vector: the relevance of the channels in a layer. Explanations are clustered by a Gaussian mixture
+or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its coverage is the
+fraction of all samples that are members. A new sample is described by its nearest prototype and its differences from
+this prototype.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Nearest:
     outlying: float
 
     def strongest(self, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the ``top`` groups with the largest absolute differences, with their differences."""
+        """Returns the ``top`` groups with the largest absolute differences, and these differences."""
         order = np.argsort(-np.abs(self.difference), kind="stable")[:top]
         return [(int(group), float(self.difference[group])) for group in order]
 
@@ -55,8 +55,8 @@ class Prototypes:
 
     Attributes:
         centres: Relevance of each prototype, ``(P, K)``.
-        members: Index of the prototype to which each sample belongs, ``(N,)``.
-        samples: Sample indices in the data set, ``(N,)``.
+        members: Prototype index of each sample, ``(N,)``.
+        samples: Sample indices in the dataset, ``(N,)``.
         distances: Euclidean distance from each sample to the centre of its prototype, ``(N,)``.
     """
 
@@ -92,7 +92,7 @@ class Prototypes:
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the ``top`` groups with the largest absolute relevance in a prototype, with their relevance."""
+        """Returns the ``top`` groups with the largest absolute relevance in a prototype, and this relevance."""
         centre = self.centres[prototype]
         order = np.argsort(-np.abs(centre), kind="stable")[:top]
         return [(int(group), float(centre[group])) for group in order]
@@ -139,7 +139,7 @@ def find_prototypes(
             :func:`vectors_of_sweep`.
         count: Number of prototypes.
         method: ``"mixture"`` of Gaussians, or ``"kmeans"``.
-        samples: Sample indices in the data set. Defaults to 0 to N - 1.
+        samples: Sample indices in the dataset. Defaults to 0 to N - 1.
         covariance: ``covariance_type`` of scikit-learn's ``GaussianMixture``; a full covariance requires many samples.
         seed: Seed for the initialization.
 
@@ -186,7 +186,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """Computes the goodness of fit of each sample: its log-likelihood, or minus its distance to the nearest centre."""
+    """Computes the goodness of fit of each sample: log-likelihood, or minus the distance to the nearest centre."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 
@@ -206,7 +206,7 @@ def vectors_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query with one value per group, or of a layer with a ``Marginal`` query.
-        target: Explained class to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
 
     Returns:
         The vectors, ``(N, K)``, and the sample indices, ``(N,)``.

@@ -1,4 +1,4 @@
-"""Queries of a sweep, which are named, immutable objects that can be stored as JSON."""
+"""Queries of a sweep: named, immutable objects that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ Over = str | Labels
 
 @dataclass(frozen=True)
 class Query:
-    """Base class of the quantities that a sweep computes for each sample.
+    """Base class for quantities computed by a sweep for each sample.
 
     Attributes:
-        name: Name of the query in the rows. Defaults to one derived from its arguments.
+        name: Name of the query in the rows. Defaults to a name derived from the arguments.
     """
 
     name: str = field(default="", kw_only=True)
@@ -157,7 +157,7 @@ class Conditional(Query):
     """``μ(event | group)`` for each group of a layer: the fraction of the group's relevance that belongs to the event.
 
     Args:
-        event: The event whose share of the relevance of each group is computed.
+        event: Event whose share in the relevance of each group is computed.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
         min_ratio: Values are null if ``|μ(group)|`` is at most this fraction of the absolute mass of its neurons.

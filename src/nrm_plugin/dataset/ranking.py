@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NO_SAMPLE = torch.iinfo(torch.int64).max
-"""Sample index of empty entries, chosen so that these are sorted after all samples."""
+"""Sample index of empty entries, chosen to sort them after all samples."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TopSamples:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TopSamples:
-        """Creates a ranking in which all entries are empty."""
+        """Creates a ranking with only empty entries."""
         return cls(
             torch.full(shape, -torch.inf, dtype=dtype),
             torch.full(shape, NO_SAMPLE),
@@ -46,7 +46,7 @@ class TopSamples:
         return TopSamples(*(part[index] for part in self.parts))
 
     def where(self, is_ranked: Tensor) -> TopSamples:
-        """Returns a copy in which entries that do not satisfy ``is_ranked`` are empty."""
+        """Returns a copy with empty entries in place of those that do not satisfy ``is_ranked``."""
         empty = TopSamples.empty((), self.values.dtype)
         pairs = zip(self.parts, empty.parts, strict=True)
         return TopSamples(*(torch.where(is_ranked, part, other) for part, other in pairs))

@@ -34,8 +34,7 @@ class SweepBatches:
     ``datasets.Dataset.map(SweepBatches(…), batched=True, with_indices=True, remove_columns=…)``.
 
     Args:
-        model: The network in evaluation mode, or a function without arguments that returns it and is called once per
-            worker.
+        model: The network in evaluation mode, or a function without arguments that returns it, called once per worker.
         queries: The queries to evaluate; ``Maps`` queries are not supported.
         target: As in :func:`~nrm_plugin.dataset.sweep`.
         composite: As in :func:`~nrm_plugin.dataset.sweep`.

@@ -57,7 +57,7 @@ def find_references(
 
     Args:
         model: The network, in evaluation mode.
-        data: A data set of ``(input, label)`` pairs, a data loader without shuffling, or an iterable of such batches.
+        data: A dataset of ``(input, label)`` pairs, a data loader without shuffling, or an iterable of such batches.
             Samples are numbered in iteration order.
         layers: Names of the layers whose channels are ranked.
         k: Number of samples per channel.
@@ -75,7 +75,7 @@ def find_references(
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        batch_size: Number of samples per batch, if ``data`` is a data set.
+        batch_size: Number of samples per batch, if ``data`` is a dataset.
         device: Device of the inputs. Defaults to that of the model.
         show_progress: Whether to show a progress bar.
 

@@ -3,9 +3,9 @@ r"""Relevance matrices: mean conditional relevance between the groups of two lay
 .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}, \qquad
           \sum_i T_{ij} + \mathrm{off}_j = 1
 
-Samples are weighted by the absolute mass of ``j``, so that samples in which it is small, and the conditional thus
-unstable, contribute little. Walks through ``j`` that do not cross the lower layer count towards ``off``. The weighting
-is new in this package.
+Samples are weighted by the absolute mass of ``j``, so that samples with a small mass, whose conditional is unstable,
+contribute little. Walks through ``j`` that do not cross the lower layer count towards ``off``. The weighting is new in
+this package.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FORMAT = "nrm-plugin relevance matrix 1"
 
 
 class RelevanceMatrix:
-    r"""Mean conditional relevance of the groups of a layer given the groups of a layer above.
+    r"""Mean conditional relevance of a layer's groups, given the groups of a layer above.
 
     Args:
         matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; NaN in the columns of groups without
             relevance.
-        off: Mean fraction of the mass of each upper group in walks that do not cross the lower layer, ``(K_upper,)``.
+        off: Mean fraction of each upper group's mass in walks that do not cross the lower layer, ``(K_upper,)``.
         weight: Mean absolute mass of each upper group, ``(K_upper,)``.
         samples: Number of samples.
         upper: Name of the upper layer; empty if unknown.

@@ -26,7 +26,7 @@ MAX_SORTED = 1 << 22
 CHUNK = 1 << 15
 """Maximum number of rows in a row group, unless a single neuron group has more."""
 CODED = ["query", "group", "lower", "target", "prediction"]
-"""Columns that are dictionary-encoded, since they have few distinct values."""
+"""Dictionary-encoded columns, which have few distinct values."""
 
 
 def write_index(sweep: Sweep) -> Path:

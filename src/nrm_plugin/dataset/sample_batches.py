@@ -1,4 +1,4 @@
-"""Batches of a data set without failed samples, which are identical in every run and every process."""
+"""Batches of a dataset without failed samples; identical in every run and every process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FailedSample:
     """Sample that could not be read or evaluated.
 
     Attributes:
-        sample: Index of the sample in the data set.
+        sample: Index of the sample in the dataset.
         why: The error message, in a single line.
     """
 
@@ -43,7 +43,7 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """Batch as read from a data set.
+    """Batch as read from a dataset.
 
     Attributes:
         samples: Sample indices.
@@ -60,14 +60,14 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Data set with the options for reading it.
+    """Dataset with reading options.
 
     Attributes:
-        data: The data set.
+        data: The dataset.
         batch_size: Number of samples per batch.
         num_workers: Number of worker processes.
         options: Other arguments of ``DataLoader``.
-        loader: Data loader of an iterable data set, or None.
+        loader: Data loader of an iterable dataset, or None.
     """
 
     data: Any
@@ -78,12 +78,12 @@ class DataSource:
 
     @property
     def count(self) -> int | None:
-        """Number of samples, or None for an iterable data set."""
+        """Number of samples, or None for an iterable dataset."""
         return None if self.loader is not None else len(self.data)
 
     @property
     def preparation(self) -> Any:
-        """The data set's description of its preprocessing, or None if it has none."""
+        """The dataset's description of its preprocessing, or None if it has none."""
         preparation = getattr(self.data, "preparation", None)
         try:
             return json.loads(json.dumps(preparation))
@@ -91,13 +91,13 @@ class DataSource:
             return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
-        """Returns the stamps that identify samples without reading them, or an empty list if the data set has none."""
+        """Returns the stamps, which identify samples without reading them, or an empty list if there are none."""
         stamp = getattr(self.data, "stamp", None)
         return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by hashes, which is the case if the data set has stamps or no fingerprint."""
+        """Whether samples are identified by hashes, because the dataset has stamps or no fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -109,16 +109,16 @@ class DataSource:
 
 
 def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> DataSource:
-    """Creates a data source from a data set or data loader.
+    """Creates a data source from a dataset or data loader.
 
     Args:
-        data: A data set, or a data loader whose data set is read in index order.
+        data: A dataset, or a data loader whose dataset is read in index order.
         batch_size: Number of samples per batch. Defaults to that of the loader, or to 16.
         num_workers: Number of worker processes. Defaults to that of the loader, or to 0.
 
     Raises:
-        SweepError: If ``data`` is neither a data set nor a loader, an argument is invalid, or the loader yields only a
-            subset of its data set.
+        SweepError: If ``data`` is neither a dataset nor a loader, an argument is invalid, or the loader yields only a
+            subset of its dataset.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -168,7 +168,7 @@ class ShardPlan:
 
     Attributes:
         count: Number of samples.
-        batch_size: Number of samples per batch; the last batch of a shard may be smaller.
+        batch_size: Number of samples per batch; the last batch of a shard can be smaller.
         shard_size: Number of samples per shard.
     """
 
@@ -203,12 +203,12 @@ class ShardPlan:
 
 
 class IndexedDataset(Dataset[tuple[int, Any, str]]):
-    """Wrapper of a data set that returns each sample with its index and hash, or a :class:`FailedSample`.
+    """Dataset wrapper whose items are samples with index and hash, or a :class:`FailedSample`.
 
     Random generators are seeded for each sample, so that random transforms are reproducible.
 
     Args:
-        data: The data set.
+        data: The dataset.
         seed: Seed for the random states.
         is_hashed: Whether to hash samples; otherwise the hash is an empty string.
     """
@@ -243,7 +243,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """Collate function that omits failed samples, and samples whose structure differs from that of the majority.
+    """Collate function that omits failed samples, and samples whose structure differs from the majority's.
 
     Attributes:
         collate: Collate function for the remaining samples.
@@ -289,7 +289,7 @@ def one_line(error: BaseException) -> str:
 
 
 def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) -> Iterator[LoadedBatch]:
-    """Loads batches of a data set in the given order; workers prefetch batches."""
+    """Loads batches of a dataset in the given order; workers prefetch batches."""
     options = {key: value for key, value in source.options.items() if key != "collate_fn"}
     loader: Iterable[LoadedBatch] = DataLoader(
         IndexedDataset(source.data, seed, source.is_hashed),

@@ -1,4 +1,4 @@
-"""Reading of shards: Parquet files whose footers describe their content."""
+"""Reading of shards: Parquet files with a description of the content in the footer."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the row file of each shard, keyed by index; if there are several, that of the lowest rank."""
+    """Returns the row file of each shard, keyed by index; if there are several, the lowest rank's file."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

@@ -1,4 +1,4 @@
-"""Writing of shards, whose files are renamed to their final names when they are complete and synced to disk."""
+"""Writing of shards; files receive their final names when they are complete and synced to disk."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16
 """Maximum number of rows in a row group, unless a single neuron group has more."""
 OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
-"""Pattern for errors of the operating system in messages of safetensors."""
+"""Pattern for operating-system errors in safetensors messages."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
-"""Columns that are dictionary-encoded, since they have few distinct values."""
+"""Dictionary-encoded columns, which have few distinct values."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class ShardInfo:
         failed: Samples without rows.
         replaces: Damaged files that the shard replaces.
         value: ``"float"`` or ``"double"``.
-        content: Hash of each sample in the range, empty for failed samples; or of each batch of an iterable data set.
-        stamps: Stamp of each sample, by which it is identified without reading it.
+        content: Hash of each sample in the range, or of each batch of an iterable dataset; empty for failed samples.
+        stamps: A cheap identifier of each sample (for example, the size and modification time of its file), available
+            without loading the sample.
     """
 
     settings: str
@@ -78,7 +79,7 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes a shard, maps before rows, so that a row file never exists without its map file.
+    """Writes a shard: maps before rows, so that a row file never exists without its map file.
 
     Args:
         folder: The sweep folder.

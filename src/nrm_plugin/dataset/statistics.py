@@ -1,4 +1,4 @@
-"""Class-wise mean and variance of relevance over a data set, as torchmetrics metrics.
+"""Class-wise mean and variance of relevance over a dataset, as torchmetrics metrics.
 
 The metrics can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance,
 and ``compute`` merges the states of all processes.

@@ -1,4 +1,4 @@
-"""Reading of stored sweeps, which may be incomplete, without the model."""
+"""Reading of stored sweeps, complete or not, without the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Sweep:
-    """Stored sweep, which may be incomplete; opened by :meth:`open`.
+    """Stored sweep, complete or not, as opened by :meth:`open`.
 
     Attributes:
         path: Folder of the sweep.
@@ -75,7 +75,7 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards have been evaluated, although samples may have failed."""
+        """Whether all shards have been evaluated, even if some samples failed."""
         return self.manifest.state == "complete"
 
     @cached_property
@@ -112,7 +112,7 @@ class Sweep:
         return shards
 
     def _check_coverage(self, shards: Sequence[Shard]) -> None:
-        """Reports the samples of a complete sweep that are in none of its shards."""
+        """Reports samples that are in no shard of a complete sweep."""
         expected = 0
         for first, last in (*((shard.first, shard.last) for shard in shards), (self.manifest.samples or 0, 0)):
             if first != expected:
@@ -146,7 +146,7 @@ class Sweep:
         Args:
             layers: Names of the layers, from the output to the input. The sweep must contain the queries of
                 :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-            target: Explained class to which the samples are restricted, or None for all samples.
+            target: Only use samples for which this class was explained; None for all samples.
 
         Raises:
             FlowError: If a query is missing, or there are no samples.
@@ -214,8 +214,8 @@ class Sweep:
             query: Name of a query.
             group: The group, or None for a query with one value per sample.
             k: Number of samples.
-            lower: For a joint matrix, restricts the rows to this group of the lower layer.
-            target: Explained class to which the rows are restricted, or None for all samples.
+            lower: For a joint matrix, only return rows of this group in the lower layer.
+            target: Only return samples for which this class was explained; None for all samples.
             largest: Whether to return the largest values rather than the smallest ones, which are in increasing order.
 
         Returns:

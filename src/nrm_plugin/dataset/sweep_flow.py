@@ -67,13 +67,14 @@ def flow_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         layers: Names of the layers, from the output to the input.
-        target: Explained class to which the samples are restricted, or None for all samples.
-        samples: Indices to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
+        samples: Indices of the samples to use, or None for all samples.
         top: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         coverage: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         names: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
-        groups: Groups of the stored channels from :func:`~nrm_plugin.find_groups`, which apply to all of their layers.
+        groups: Groups of the stored channels from :func:`~nrm_plugin.find_groups`, which apply to all layers that they
+            contain.
 
     Raises:
         InputError: If the members of the groups differ from those of the sweep.
@@ -146,7 +147,7 @@ def _layer(name: str, sums: Sums, queries: Sequence[QueryInfo], names: Names | N
 
 
 def _joint(upper: FlowLayer, lower: FlowLayer, joint: Array) -> Array:
-    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)``, by an empty rest and by all other walks."""
+    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)`` with an empty rest and all other walks."""
     matrix = np.zeros((len(upper.groups) + 2, len(lower.groups) + 2))
     matrix[:-2, :-2] = joint
     matrix[:-2, -1] = np.array(upper.masses) - joint.sum(1)

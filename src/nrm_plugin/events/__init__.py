@@ -1,4 +1,4 @@
-"""Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
+"""Events: sets of walks, defined by Boolean formulas over the neurons that each walk crosses.
 
 The package also provides decision diagrams for events, and converts events to and from JSON.
 

@@ -1,9 +1,9 @@
 """Ordered decision diagrams for events.
 
-The variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all of its
-atoms. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live node at
-each tap. The largest number of live nodes is the width of the diagram; it can be 2 even if the disjunctive normal form
-of the formula has exponential size.
+The variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all atoms
+at this tap. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live
+node at each tap. The largest number of live nodes is the width of the diagram; it can be 2 even if the disjunctive
+normal form of the formula has exponential size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ FALSE, TRUE = 0, 1
 class Diagram:
     """Reduced ordered decision diagram with shared nodes and one root per event.
 
-    Variables are numbered in the order in which a walk crosses them, and ``levels[v]`` is the tap of variable ``v``.
-    Nodes are numbered as well: 0 is false, and 1 is true.
+    Variables are numbered in walk order, and ``levels[v]`` is the tap of variable ``v``. Nodes are numbered as well: 0
+    is false, and 1 is true.
     """
 
     levels: Sequence[int]
@@ -73,7 +73,7 @@ class Diagram:
         return node > TRUE and self.level(node) <= level
 
     def variables(self, node: int) -> set[int]:
-        """Returns the variables on which a node still depends."""
+        """Returns the variables that a node still depends on."""
         variables: set[int] = set()
         stack = [node]
         seen = set()
@@ -88,7 +88,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """Returns the maximum number of undecided nodes that are live at one tap, over all roots."""
+        """Returns the maximum number of undecided nodes that are live at any one tap, over all roots."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

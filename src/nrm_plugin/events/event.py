@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor, nn
 
 from ..errors import EventError, brief
-from .index import Index, checked_index, key_of, show, shown_in_call
+from .neuron_index import Index, checked_index, key_of, show, shown_in_call
 
 Side = Literal["input", "output", "sink"]
 SIDES: tuple[Side, ...] = ("input", "output", "sink")
@@ -75,7 +75,7 @@ class Event:
         raise NotImplementedError
 
     def mapped(self, replace: Callable[[Event], Event]) -> Event:
-        """Returns the event with each atom of its formula replaced with ``replace(atom)``.
+        """Returns the event with every atom replaced with ``replace(atom)``.
 
         Examples:
             >>> (at("conv")[3] & ~at("fc")).mapped(lambda atom: atom | at("skip"))
@@ -185,7 +185,7 @@ def _name(layer: str | nn.Module) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Atom(Event):
-    """Walks that cross a tap in one of the indexed neurons, or in any neuron if there is no index.
+    """Walks that cross a tap in one of the indexed neurons, or in any neuron if no index is given.
 
     Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor that the module returned. With
     ``side="input"``, it is the input of the module, and only walks through this call are selected, not those through

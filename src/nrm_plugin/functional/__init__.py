@@ -1,4 +1,4 @@
-"""Kernels for functions and operators such as ``a + b``, ``F.linear`` and attention, and their interception.
+"""Kernels for functions and operators such as ``a + b``, ``F.linear`` and attention, and interception of calls.
 
 Imports: errors, model, rules, kernels.
 """

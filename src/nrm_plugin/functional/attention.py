@@ -2,7 +2,7 @@ r"""Kernels for fused attention and softmax, and the head and token dimensions o
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
-By default, the weights ``A`` are treated as constants, and all relevance is propagated to the values. With
+By default, the weights ``A`` are treated as constants, so that all relevance is propagated to the values. With
 ``attention="halves"``, half of it is propagated to the weights, and from there to queries and keys, as in AttnLRP
 (arXiv 2402.05602).
 
@@ -73,7 +73,7 @@ def decomposed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Computes ``scaled_dot_product_attention`` by elementary operations, each of which has a kernel."""
+    """Computes ``scaled_dot_product_attention`` by elementary operations, which all have kernels."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -94,7 +94,7 @@ def decomposed_attention(
 
 @kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
-    """Returns the kernel for softmax: the elementwise identity, or the AttnLRP rule for ``attention="halves"``."""
+    """Returns the softmax kernel: the elementwise identity or, for ``attention="halves"``, the AttnLRP rule."""
     if call.settings.attention != "halves":
         return call.identity()
     dim = call.argument(1, "dim")
@@ -142,9 +142,9 @@ class Layout:
 
     Attributes:
         shared: Output dimensions that weights and values share, from left to right, as negative indices: samples first,
-            heads last. If there is only one, it may be either of them.
+            heads last. A single dimension can be either of the two.
         queries: Dimension of the query tokens in the output.
-        keys: For each input that receives relevance, its index and the dimension of its key tokens.
+        keys: For each input that receives relevance, the index of the input and its key-token dimension.
     """
 
     shared: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Kernels for averages, sums and interpolation, by the composite's rule for average pooling.
+"""Kernels for averages, sums and interpolation, based on the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -33,7 +33,7 @@ _BICUBIC_GRID = (
 def pooling(call: FunctionCall) -> Kernel:
     """Returns the kernel of the rule for average pooling.
 
-    Inputs other than the averaged one, such as grid points or boxes, receive no relevance.
+    Only the averaged input receives relevance; grid points, boxes and the like do not.
     """
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):

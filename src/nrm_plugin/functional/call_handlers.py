@@ -22,11 +22,11 @@ from .intercepted_pass import InterceptedPass, written
 from .observed_call import WRITERS, ObservedCall
 from .recurrent import RECURRENCES, Context
 from .registry import KERNELS, kernel_factory_of
-from .scatter import is_indexed_by_tensor, is_sparse_product, sum_of_messages, write_at
+from .scatter import is_advanced_index, is_sparse_product, sum_of_messages, write_at
 
 NOT_HANDLED: Final = object()
 OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
-"""Functions whose results have data-dependent shapes and are not tracked by autograd."""
+"""Functions with results of data-dependent shape that are not tracked by autograd."""
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
 """Functions that use only the shape and format of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
@@ -60,7 +60,7 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
-    """Returns whether the result of a function of computed values is not tracked by autograd."""
+    """Returns whether autograd does not track the result of a function of computed values."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if call.name.base in OF_UNKNOWN_SHAPE:
         return True
@@ -96,7 +96,7 @@ def _copy_before_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any
 
 def _indexed_write(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
     is_write = call.name.base in ("setitem", "index_put") and bool(call.inputs) and len(call.args) in (3, 4)
-    if not is_write or call.kwargs.keys() - {"accumulate"} or not is_indexed_by_tensor(call.args[1]):
+    if not is_write or call.kwargs.keys() - {"accumulate"} or not is_advanced_index(call.args[1]):
         return NOT_HANDLED
     with forward_pass.intercepting:
         result = write_at(*call.args, **call.kwargs)

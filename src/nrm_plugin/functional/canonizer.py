@@ -17,7 +17,7 @@ from ..kernels.normalization import Normalization
 from ..kernels.rule_reader import PlainGradient
 from ..model.checks import check_untransformed
 from .attention import ATTENTIONS
-from .custom_functions import attach_steps, tensors_of
+from .autograd_functions import attach_steps, tensors_of
 from .function_call import Settings
 from .interception_mode import InterceptionMode
 from .recurrent import packs_in
@@ -37,7 +37,7 @@ class Interception(Canonizer):
         normalization: Treatment of the residual of a kernel.
         sums: How sums distribute relevance: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"gradient"`` uses the plain gradient for layers without a rule.
-        fuse: Function that is called with every new step of a layer, and may fuse it with adjacent steps.
+        fuse: Function called with every new layer step; it can fuse the step with adjacent ones.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
         audited: Whether all layers are steps as well; if so, an error is raised when relevance reaches any other
             operation.
@@ -164,7 +164,7 @@ class Interception(Canonizer):
         return Settings(rules, self.normalization, self.sums, self.fuse, self.attention)
 
     def _notice(self, given: Iterable[Tensor]) -> None:
-        """Records where relevance may end: at inputs that require a gradient or, if there are none, at any leaf."""
+        """Records where relevance can end: at inputs that require a gradient or, if there are none, at any leaf."""
         if listener() is not None:
             return
         self._first_node = next_node()

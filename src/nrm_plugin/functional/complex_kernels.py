@@ -2,8 +2,8 @@ r"""Kernel for affine functions of real tensors that compute complex intermediat
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
-The matrix is computed by applying the function to unit vectors. Dimensions along which the function acts identically at
-each position, such as samples and channels, are detected first and left out of the matrix.
+The matrix is computed by applying the function to unit vectors. Dimensions such as samples and channels, along which
+the function acts identically at each position, are detected first and left out of the matrix.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -24,7 +24,7 @@ from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 ENTRIES = 1 << 26
-"""Maximum number of entries of a matrix."""
+"""Maximum number of matrix entries."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ def _layout(shape: torch.Size, first: list[int], pairs: list[tuple[int, int]]) -
 
 
 def _smallest(bias: Tensor) -> Tensor | None:
-    """Removes leading dimensions along which a bias is constant; returns None if the bias is zero."""
+    """Removes leading dimensions in which a bias is constant; returns None if the bias is zero."""
     while bias.ndim > 1 and bool((bias == bias[:1]).all()):
         bias = bias[0]
     return bias if bool(bias.any()) else None
 
 
 class _Probe:
-    """Probe that evaluates the function of a call at other inputs.
+    """Evaluates the function of a call at other inputs.
 
     Args:
         call: The call whose function is evaluated.

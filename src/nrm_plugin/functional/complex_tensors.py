@@ -1,7 +1,7 @@
-"""Complex tensors of a forward pass, represented as expressions of the real tensors on which they depend.
+"""Complex tensors of a forward pass, represented as functions of the real tensors that they depend on.
 
-Complex tensors are not taps: all functions between the real tensors on which they depend and the next real tensor form
-a single step, whose kernel is derived by evaluating the expression at other real tensors.
+Complex tensors are not taps: all functions between their real sources and the next real tensor form a single step,
+whose kernel is derived by evaluating the expression at other real tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .observed_call import ObservedCall
 
 @dataclass(frozen=True, eq=False)
 class RealSource:
-    """Real tensor on which complex tensors depend.
+    """Real tensor that complex tensors depend on.
 
     Attributes:
         tensor: The tensor, with its autograd graph.

@@ -66,8 +66,8 @@ def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
 def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -> None:
     """Raises :class:`DifferenceError` unless a route copies the same entries as at the reference.
 
-    Constant indices are compared before the call runs. Here, those that the call itself computes are compared, such as
-    a sort order.
+    Constant indices are compared before the call runs. Here, the indices computed by the call itself, such as a sort
+    order, are compared.
     """
     items = output if isinstance(output, (list, tuple)) else (output,)
     nodes: set[Any] = {item.grad_fn for item in items if isinstance(item, Tensor)}
@@ -85,7 +85,7 @@ _BY_VALUE = frozenset(
     "maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d fractionalmaxpool2d "
     "fractionalmaxpool3d".split()
 )
-"""Routes whose indices depend on the values of their inputs."""
+"""Routes whose indices depend on input values."""
 
 
 def _indices(node: Any, observed: ObservedCall) -> Tensor:

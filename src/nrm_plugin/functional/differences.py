@@ -35,8 +35,7 @@ class DifferenceCall:
         output: Output of the call.
         references: Inputs and output of the same call at the reference.
         passes: The forward pass at the reference.
-        has_rules: Whether rules of layers are applied to differences, and may thus assign relevance to zero
-            differences.
+        has_rules: Whether layer rules are applied to differences, and can thus assign relevance to zero differences.
     """
 
     call: FunctionCall
@@ -52,7 +51,7 @@ class DifferenceCall:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the columns of all secants sum to one, so that column sums need not be computed."""
+        """Whether all secant columns sum to one, so that column sums need not be computed."""
         return not self.is_tangent and not self.has_rules
 
     @property
@@ -96,7 +95,7 @@ class DifferenceCall:
     def divisor(self) -> Tensor:
         """Divisor that converts relevance of the output to its multiplier.
 
-        Without rules, this is ``δ``. With rules, relevance may be nonzero where the difference is zero, for example if
+        Without rules, this is ``δ``. With rules, relevance can be nonzero where the difference is zero, for example if
         a rule adds a floor to the inputs of a layer. Such relevance has no multiplier; it is divided by infinity and
         thus absorbed.
         """

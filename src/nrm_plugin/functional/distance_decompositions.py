@@ -75,7 +75,7 @@ def _matrix_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Computes a Frobenius, column-sum or row-sum norm; norms that are based on singular values have no kernel."""
+    """Computes a Frobenius, column-sum or row-sum norm; norms based on singular values have no kernel."""
     if ord == "fro":
         return _norm(A, 2, dim, keepdim, dtype=dtype)
     if ord in ("nuc", 2, -2):

@@ -19,7 +19,7 @@ from .function_kernels import HalvesKernel, SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
-"""Replacement for the denominator of signed shares where it is exactly zero."""
+"""Replacement for denominators of signed shares that are exactly zero."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "threshold": lambda: nn.Threshold(0.0, 0.0),
     "batch_norm": lambda: nn.BatchNorm2d(1),
 }
-"""Functions with an equivalent module, whose rule applies to them."""
+"""Functions with an equivalent module; the module's rule applies to them."""
 
 ELEMENTWISE = (
     "log_softmax softmin dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d "
@@ -61,7 +61,7 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Returns the kernel of the rule for the equivalent module, or the identity if there is no rule."""
+    """Returns the kernel of the equivalent module's rule, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
@@ -100,7 +100,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns the magnitude of a summand or, if it is itself a sum that is used only once, of all its summands.
+    """Returns the magnitude of a summand or, if the summand is itself a sum with no other use, of all its summands.
 
     The shares of ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` are therefore the same.
     """

@@ -29,7 +29,7 @@ class Settings:
         rules: Lookup of the composite's rule for a module or weight.
         normalization: Treatment of the residual of a kernel.
         sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
-        fuse: Function that is called with every new step of a layer, and may fuse it with adjacent steps.
+        fuse: Function called with every new layer step; it can fuse the step with adjacent ones.
         attention: ``"value"`` if attention weights receive no relevance, or ``"halves"`` if they receive half of it.
     """
 
@@ -48,7 +48,7 @@ class Slot:
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces the slots in possibly nested arguments with tensors."""
+    """Replaces the slots in arguments, possibly nested, with tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -62,7 +62,7 @@ class CallInput:
 
     Attributes:
         saved: The tensor, saved for the backward pass.
-        is_gate: Whether the tensor is a gate, which weights a signal and receives no relevance in a product.
+        is_gate: Whether the tensor is a gate: a factor that weights a signal and receives no relevance in a product.
         producer: Autograd node that computed the tensor.
     """
 
@@ -73,7 +73,7 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """Call of a function, whose *inputs* are the tensors among its arguments that receive relevance.
+    """Function call; its *inputs* are the tensor arguments that receive relevance.
 
     Attributes:
         name: Name shared by all variants of the function, such as ``"add"``.
@@ -172,7 +172,7 @@ class FunctionCall:
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
             to: Index of the input that receives relevance; the other inputs are constants.
-            run: Function of this input to which the rule is applied; by default, the called function.
+            run: Function of this input that the rule is applied to; by default, the called function.
         """
         values = self.values
 

@@ -1,4 +1,4 @@
-"""Kernels for functions with several inputs, some of which may receive no relevance."""
+"""Kernels for functions with several inputs; some inputs might receive no relevance."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..kernels.base import Kernel
 from ..kernels.vjp_kernel import VjpKernel
 
 _SMALLEST = 1e-30
-"""Number added to magnitudes, so that shares are equal if all summands are zero."""
+"""Number added to magnitudes, so that all shares are equal if all summands are zero."""
 
 
 class BroadcastKernel(Kernel):
-    """Kernel that passes all relevance to one input, summed over the dimensions along which that input was broadcast.
+    """Kernel that passes all relevance to one input, summed over the broadcast dimensions of this input.
 
     Args:
         shapes: Shape of each input.
@@ -167,7 +167,7 @@ def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[tor
 
 
 def sum_to_shape(relevance: Tensor, shape: torch.Size) -> Tensor:
-    """Sums ``(K, *out)`` over the dimensions in which an input of shape ``shape`` was broadcast."""
+    """Sums ``(K, *out)`` over the broadcast dimensions of an input with shape ``shape``."""
     lead = relevance.ndim - 1 - len(shape)
     return relevance.sum_to_size((len(relevance), *(1,) * lead, *shape)).reshape(len(relevance), *shape)
 

@@ -23,8 +23,8 @@ PRESERVING = frozenset(
 class Gates:
     """Gates of a forward pass.
 
-    Outputs of softmax, sigmoid, hardsigmoid and exp are gates, as are reshaped gates, gates after dropout, products of
-    gates, ``1 - gate`` and ``gate / anything``.
+    Gates are the outputs of softmax, sigmoid, hardsigmoid and exp, and also reshaped gates, gates after dropout,
+    products of gates, ``1 - gate`` and ``gate / anything``.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Gates:
             self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Returns whether a tensor is a gate, or was routed from one."""
+        """Returns whether a tensor is a gate or was routed from one."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
             step = step_of(node)

@@ -32,7 +32,7 @@ class Kind(enum.IntEnum):
 
 LOOKUPS = frozenset("embedding embedding_bag getitem index index_select gather take take_along_dim".split())
 _ELEMENTS = frozenset("gather take take_along_dim embedding embedding_bag".split())
-"""Functions that look up single elements, or rows of a matrix."""
+"""Functions that look up single elements or matrix rows."""
 _STRUCTURAL = frozenset(
     "argmax argmin argsort nonzero argwhere count_nonzero bincount histc scatter_add scatter_reduce index_add "
     "index_put index_fill index_reduce".split()
@@ -43,7 +43,7 @@ _JOINING = frozenset(
     "bincount histc count_nonzero nonzero argmax argmin argsort sort topk kthvalue cumsum cumprod cummax cummin diff "
     "quantile scatter_add index_add scatter_reduce".split()
 )
-"""Functions that may combine ids of different samples."""
+"""Functions that might combine ids of different samples."""
 _PLACE_OF_DIM = {"topk": 2, "kthvalue": 2, "quantile": 2, "norm": 2}
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
 """Functions that use only the shape or type of their other arguments."""
@@ -56,7 +56,7 @@ class Ids:
 
     Args:
         given: Integer inputs, as the objects that are passed to the model.
-        inputs: Leaves of the floating-point inputs, which the model may convert to ids.
+        inputs: Leaves of the floating-point inputs, which the model might convert to ids.
     """
 
     def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
@@ -115,7 +115,7 @@ class Ids:
         return self._followed(call, kind, result, looked_up)
 
     def _may_join(self, call: ObservedCall, result: Any) -> bool:
-        """Returns whether a function of ids returns Python objects, or may combine values of different samples."""
+        """Returns whether a function of ids returns Python objects or might combine values of different samples."""
         if call.leaves(result):
             return True
         if call.name.base not in _JOINING:
@@ -149,7 +149,7 @@ class Ids:
         return max((kind for kind in kinds if kind is not None), default=None)
 
     def _is_lookup(self, call: ObservedCall) -> bool:
-        """Returns whether ids select entries or rows of a constant table; a table of matrices counts as a weight."""
+        """Returns whether ids select entries or rows in a constant table; a table of matrices counts as a weight."""
         name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
         tables = [tensor for tensor in arguments if tensor.is_floating_point()]
         are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())
@@ -176,7 +176,7 @@ class Ids:
             self._marked[id(tensor)] = tensor, kind
 
     def _mark_written(self, tensor: Tensor, kind: Kind) -> None:
-        """Marks a tensor to which ids were written and, if it is a view, its base."""
+        """Marks a tensor after ids were written to it, and also its base if it is a view."""
         for item in (tensor, tensor._base):
             if item is not None:
                 self._mark(item, max(kind, self.kind(item) or kind))
@@ -196,7 +196,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """Returns the number of dimensions of a table that are indexed."""
+    """Returns the number of indexed table dimensions."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None
@@ -206,7 +206,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Returns whether a tensor is computed from the given leaves alone, by routes and elementwise functions."""
+    """Returns whether a tensor is computed only from the given leaves, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

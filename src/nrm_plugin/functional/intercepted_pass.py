@@ -34,9 +34,9 @@ from ..model.checks import check_function
 from ..model.trace_guards import without_modes
 from ..model.zero_one_routes import source_of
 from .attention import layout
+from .autograd_functions import CustomCalls
 from .complex_kernels import complex_kernel
 from .complex_tensors import ComplexTensors, Expression, map_items
-from .custom_functions import CustomCalls
 from .differences import DifferenceCall, SecantFactory
 from .function_call import CallInput, FunctionCall, Settings, Slot
 from .function_kernels import BroadcastKernel
@@ -93,7 +93,7 @@ class InterceptedPass:
     # -- functions with a kernel ------------------------------------------------------------------------------------
 
     def step(self, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Runs a function that has a kernel, and returns the output of its step."""
+        """Runs a function that has a kernel and returns the output of its step."""
         self._check_covered(observed)
         if listener() is not None:  # a context may run in training mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
@@ -197,7 +197,7 @@ class InterceptedPass:
     # -- functions without a kernel ---------------------------------------------------------------------------------
 
     def route_or_unknown(self, observed: ObservedCall) -> Any:
-        """Runs a function without a kernel, whose output is an unknown step unless autograd recorded only routes."""
+        """Runs a function without a kernel; its output is an unknown step unless autograd recorded only routes."""
         output = observed.run()
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
@@ -217,7 +217,7 @@ class InterceptedPass:
     def complex_step(self, observed: ObservedCall) -> Any:
         """Runs a function with complex arguments or results.
 
-        A real output is recorded as a step. Its inputs are the real tensors on which the complex arguments depend.
+        A real output is recorded as a step. Its inputs are the real tensors that the complex arguments depend on.
         """
         expression = self.complex_tensors.expression(observed)
         output = observed.run()
@@ -250,7 +250,7 @@ class InterceptedPass:
         return self.linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
-        """Links an output of a function without a kernel to a step that raises an error if relevance reaches it."""
+        """Links the output of a function without a kernel to a step that raises an error if relevance reaches it."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
             return output
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
@@ -276,11 +276,11 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """Whether functions of constants are observed too, because their results may depend on ids."""
+        """Whether functions of constants are observed too, because their results might depend on ids."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """Returns the result of a call, in which rows selected by ids are replaced with additional inputs."""
+        """Returns the result of a call, with rows selected by ids replaced with additional inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))

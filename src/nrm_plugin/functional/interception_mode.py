@@ -40,7 +40,7 @@ DRAWING = frozenset(
     exponential geometric cauchy log_normal random gumbel_softmax fractional_max_pool2d fractional_max_pool3d
     """.split()
 )
-"""Functions that draw random numbers also in evaluation mode, without the suffix of their in-place forms."""
+"""Functions that draw random numbers even in evaluation mode, without in-place suffixes."""
 
 
 class InterceptionMode(TorchFunctionMode):
@@ -91,7 +91,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
-        """Returns the observed call of a function, in which tensors that receive no relevance are detached."""
+        """Returns the observed call of a function; tensors that receive no relevance are detached in it."""
         path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
@@ -119,7 +119,7 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".s
 
 
 _DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""Functions that would read relevance, which steps propagate in place of gradients."""
+"""Functions that would read relevance instead of gradients, since steps propagate relevance."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:

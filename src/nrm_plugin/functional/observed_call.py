@@ -16,7 +16,7 @@ from .registry import FunctionName, name_of
 _LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
 """Functions that convert tensor values to Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
-"""Functions that write to their first argument or a copy of it, and are recorded by autograd."""
+"""Functions that write to their first argument or to a copy of it, and are recorded by autograd."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class ObservedCall:
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Returns whether the result contains tensor values as Python objects, like ``int(x)`` but not ``x.int()``."""
+        """Returns whether the result holds tensor values as Python objects: true for ``int(x)``, not ``x.int()``."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
@@ -72,13 +72,13 @@ class ObservedCall:
 
     @property
     def target(self) -> Tensor | None:
-        """Tensor to which the result is written, or None for a new tensor."""
+        """Target that receives the result, or None for a new tensor."""
         target = self.kwargs.get("out", self.args[0] if self.args and self.is_in_place else None)
         return target if isinstance(target, Tensor) else None
 
     @property
     def overwritten(self) -> Tensor | None:
-        """Tensor to which the call may write, or None."""
+        """Tensor that the call might overwrite, or None."""
         target = self.args[0] if self.args and self.name.base in WRITERS and "out" not in self.kwargs else self.target
         return target if isinstance(target, Tensor) else None
 

@@ -40,7 +40,7 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Returns the kernel for a function that is affine in its first input, from the rule for the weight of the layer.
+    """Returns the kernel for a function that is affine in its first input, based on the rule for the layer's weight.
 
     Args:
         call: The call to the function.
@@ -49,8 +49,8 @@ def kernel_of_layer(
         bias: The bias, or None.
         like: Layer of the equivalent type.
         bias_dim: Dimension of the output along which the bias is added.
-        padding_mode: As in convolutions, but different from ``"zeros"`` if an input may contribute to an output through
-            two weights.
+        padding_mode: As in convolutions, but not ``"zeros"`` if an input can contribute to an output through two
+            weights.
     """
     rule = call.settings.rules.of_weight(weight, like, call.path)
     if rule is None:  # in an operator such as @, Python would interpret it as an unsupported operand
@@ -196,7 +196,7 @@ def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | 
 
 
 def constants_of(call: FunctionCall) -> list[Tensor]:
-    """Returns the floating-point tensors among the arguments that receive no relevance."""
+    """Returns the floating-point tensor arguments that receive no relevance."""
     return [value for value in _tensors_in((*call.args, *call.kwargs.values())) if value.is_floating_point()]
 
 

@@ -1,4 +1,4 @@
-"""Decomposition of quantiles, integrals and derivatives along a dimension into operations on entries.
+"""Decomposition of quantiles, integrals and derivatives along a dimension into operations on single entries.
 
 Source: docs/measure.md (operations without a module).
 """

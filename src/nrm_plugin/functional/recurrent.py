@@ -1,4 +1,4 @@
-"""Decomposition of recurrent layers into loops over operations that have kernels.
+"""Decomposition of recurrent layers into loops over operations with kernels.
 
 torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced with
 a loop over time. The linear maps in the loop use the rule that the composite assigns to the layer or, if there is none,
@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         path: Path of the module that called the function.
-        packs: Batch sizes of each packed sequence passed to a module, and the rank of each sample by length.
+        packs: Batch sizes of each packed sequence passed to a module, and each sample's rank by length.
     """
 
     path: str
@@ -75,7 +75,7 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and its bias if that is a separate summand.
+    """Returns the contribution of the hidden state, and the bias if it is a separate summand.
 
     The bias is separate if the user passes an initial state, so that it absorbs no relevance in samples whose state is
     zero.
@@ -153,7 +153,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns the initial states, with None for zeros, and whether the user passed any of them."""
+    """Returns ``(initial states, with None for zeros; whether the user passed any of them)``."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -197,7 +197,7 @@ for _kind in CELLS:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Weights and options of a recurrent layer, in the form in which torch passes them to the fused function."""
+    """Weights and options of a recurrent layer, as torch passes them to the fused function."""
 
     kind: str
     params: Sequence[Tensor]

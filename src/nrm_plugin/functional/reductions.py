@@ -20,7 +20,7 @@ class ReductionKernel(Kernel):
     """Kernel that splits the relevance of each output among the reduced entries.
 
     Args:
-        share: Share of each input entry; the shares of an output sum to one.
+        share: Share of each input entry; for every output, the shares sum to one.
         reduced_shape: Shape of the output, in which reduced dimensions have size one.
     """
 

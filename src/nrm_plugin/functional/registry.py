@@ -1,4 +1,4 @@
-"""Registry of kernels, and of decompositions into functions that have kernels, keyed by function name.
+"""Registry of kernels and of decompositions into functions with kernels, keyed by function name.
 
 All variants of a function share one name: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and ``operator.iadd`` on
 tensors are all ``add``.
@@ -62,7 +62,7 @@ _NAMESPACES = ("special_", "linalg_")
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
 """Namespaces of the operators that are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions whose signature differs from that of the function of the same name without prefix."""
+"""Functions whose signature differs from that of the unprefixed function of the same name."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function that is not torch's, but may have the same name, or None for torch."""
+    """Returns the namespace of a function that is not torch's but might have the same name, or None for torch."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Returns whether a function belongs to torch; such functions are looked up by name because of their variants."""
+    """Returns whether a function belongs to torch, and is therefore looked up by name, to cover its variants."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",

@@ -1,4 +1,4 @@
-"""Lookup of the rule for a function: the rule for the equivalent module or for the module that owns the weight."""
+"""Lookup of a function's rule: that of the equivalent module or of the module that owns the weight."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class RuleLookup(Protocol):
         """Returns the rule for modules of this type."""
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Returns the rule for the module that owns a weight, or else the rule for modules of the type of ``like``.
+        """Returns the rule for the module that owns a weight or, if there is none, for modules of the type of ``like``.
 
         Args:
             weight: The weight.
-            like: A layer of the kind of the function.
+            like: A layer equivalent to the function.
             path: Path of the module that calls the function.
         """
 
@@ -48,9 +48,9 @@ class CompositeRules:
     """Rule lookup in a composite.
 
     Args:
-        composite: The composite in which rules are looked up.
+        composite: The composite that assigns the rules.
         model: The model whose modules own the weights.
-        uncovered: Rule for layers to which the composite assigns none.
+        uncovered: Rule for layers without a rule in the composite.
     """
 
     def __init__(self, composite: Composite, model: nn.Module, uncovered: Hook | None = None) -> None:
@@ -81,7 +81,7 @@ class CompositeRules:
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Returns the rule for the module that owns a weight or its memory (for slices), or else that for ``like``.
+        """Returns the rule for the module that owns a weight or its memory (for slices), or otherwise for ``like``.
 
         The layer that calls the function has precedence if it owns the weight, which other layers may share, or if no
         module owns it because it is computed, by a parametrization, a norm, a mask, or ``functional_call``.

@@ -35,7 +35,7 @@ def on_differences(both: DifferenceCall) -> FunctionCall:
 
 
 def has_rule(call: FunctionCall) -> bool:
-    """Returns whether the composite has a rule for a call of a layer, product with a constant, sum or average."""
+    """Returns whether the composite has a rule for this call of a layer, product with a constant, sum or average."""
     rules = call.settings.rules
     if call.name in LAYERS:
         weight = call.argument(1, "weight")
@@ -70,7 +70,7 @@ def _without_bias(call: FunctionCall) -> FunctionCall:
 
 
 def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
-    """Returns the kernel that a factory creates for differences in place of values."""
+    """Returns the kernel created by a factory for differences in place of values."""
     return factory(on_differences(both))
 
 

@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Returns a decorator that makes a function interceptable, like the torch function of the given name."""
+    """Returns a decorator that makes a function interceptable, like the torch function with the given name."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -118,7 +118,7 @@ KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
 def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
-    """Adds summed entries to a constant. Positions without entries keep the constant."""
+    """Adds summed entries to a constant. Positions without entries keep the value of the constant."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
@@ -187,7 +187,7 @@ def _scatter_reduce(
 def _attach_constant(constant: Tensor, signal: Tensor) -> Tensor:
     """Attaches a constant to the autograd graph of the signal, so that it can absorb relevance.
 
-    In a maximum, it absorbs the relevance of the groups in which it is the largest entry.
+    In a maximum, the constant absorbs the relevance of the groups in which it is the largest entry.
     """
     if not signal.numel():
         return constant
@@ -345,8 +345,8 @@ def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
     return result
 
 
-def is_indexed_by_tensor(index: Any) -> bool:
-    """Returns whether an index contains tensors or lists, rather than only slices and numbers."""
+def is_advanced_index(index: Any) -> bool:
+    """Returns whether an index contains lists or non-scalar tensors, rather than only slices and numbers."""
     parts = index if isinstance(index, (tuple, list)) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0) for part in parts)
 
@@ -404,7 +404,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 __all__ = [
     "index_add_to_zeros",
-    "is_indexed_by_tensor",
+    "is_advanced_index",
     "is_sparse_product",
     "scatter_add_to_zeros",
     "scatter_extremum",

@@ -41,7 +41,7 @@ class MultiplierKernel(Kernel):
         """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers by absolute slopes, or returns None if these require a dense matrix."""
+        """Propagates multipliers through the absolute slopes, or returns None if that would require a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -65,8 +65,8 @@ class PathKernel(MultiplierKernel):
 
     Args:
         call: The call at the input and at the reference.
-        absolute: Function that converts a call to one with absolute coefficients, whose slopes are the absolute slopes,
-            or None if there is no such call.
+        absolute: Function that replaces the coefficients of a call with their absolute values, so that its slopes
+            become the absolute slopes; None if that is not possible.
     """
 
     def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
@@ -77,7 +77,7 @@ class PathKernel(MultiplierKernel):
     def _jacobians(
         self, call: FunctionCall, change: Callable[[Tensor], Tensor]
     ) -> list[tuple[float, Tensor, list[Tensor]]]:
-        """Evaluates the function at each quadrature node and returns the weight, output and inputs of each."""
+        """Evaluates the function at each quadrature node; returns ``(weight, output, inputs)`` for each node."""
         values, references = self.call.values, self.call.reference_values
         images = []
         for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:
@@ -253,7 +253,7 @@ secant_of("logsumexp")(LogSumExpKernel)
 
 
 class NormKernel(MultiplierKernel):
-    r"""Kernel for layers that divide by a standard deviation: a mean, difference, square, rsqrt and product.
+    r"""Kernel for layers that divide by a standard deviation, composed of mean, difference, square, rsqrt and product.
 
     .. math:: \Delta y = \gamma \left( \frac{\rho + \rho^0}{2} \Delta c
               - \frac{c + c^0}{2} \frac{(\rho \rho^0)^2}{\rho + \rho^0} \Delta v \right), \qquad

@@ -1,8 +1,8 @@
 r"""Secant kernels for maxima and max pooling.
 
 Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference between the maxima
-is divided between these two entries. Either of them may switch from the reference to the input first, and the two
-orders are averaged. If entry ``m`` switches first, it receives
+is divided between these two entries. Either of them can switch from the reference to the input first; the two orders
+are averaged. If entry ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
 
@@ -66,7 +66,7 @@ class StackedKernel(MaximumKernel):
 
 
 def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the slopes in [0, 1] of the largest entry at the input and of the largest entry at the reference."""
+    """Computes the slopes, between 0 and 1, of the entries that are largest at the input and at the reference."""
     at_first, at_second = (one[first], two[first]), (one[second], two[second])
     gain_first = (torch.maximum(at_first[0], at_second[1]) - at_second[1]).nan_to_num(0.0)
     gain_second = (torch.maximum(at_first[1], at_second[0]) - at_second[1]).nan_to_num(0.0)
@@ -83,7 +83,7 @@ def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @secant_of("maximum", "minimum")
 def extremum(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for the elementwise maximum or minimum of two tensors, one of which may be constant."""
+    """Returns the kernel for the elementwise maximum or minimum of two tensors, possibly with a constant one."""
     sign = 1.0 if call.name == "maximum" else -1.0
     if len(call.values) == 1:
         return _of_one(call)
@@ -111,7 +111,7 @@ def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 
 class GroupsKernel(MaximumKernel):
-    """Kernel for the maxima of groups of entries of several tensors, which are given as one flat tensor."""
+    """Kernel for the maxima of groups of entries; several tensors are given as one flat tensor."""
 
     def spread(self, below: Tensor) -> Multipliers:
         shapes = [delta.shape for delta in self.before]
@@ -129,7 +129,7 @@ def extremum_of_groups(call: DifferenceCall) -> Kernel:
 
 
 def _places_of_groups(call: FunctionCall, values: list[Tensor], dim: int, index: Tensor) -> Tensor:
-    """Returns the index of the extremum of each group in the flattened entries of all tensors, 0 if it is empty."""
+    """Returns the index of each group's extremum in the flattened entries of all tensors; 0 for empty groups."""
     source, *own = values
     results = call.run(*values)
     numbers = torch.arange(sum(value.numel() for value in values), device=source.device)

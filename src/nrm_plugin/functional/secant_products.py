@@ -77,7 +77,7 @@ def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap
 
 @secant_of("matmul", "einsum", "tensordot")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a tensor product, in which factors may be constant."""
+    """Returns the kernel for a tensor product; factors may be constant."""
     return PathKernel(call, _with_absolute_constants)
 
 

@@ -28,7 +28,7 @@ NOT_ELEMENTWISE = frozenset(
 CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 """Functions that convert their first argument to another dtype or device."""
 CLOSE = 0.7
-"""For differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon, slopes are derivatives."""
+"""Slopes are derivatives for differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon."""
 
 
 def change(
@@ -39,7 +39,7 @@ def change(
     Args:
         function: The elementwise function.
         pair: The two points, which broadcast to the shape of the output.
-        difference: The difference between the two points, in which zeros may be replaced with tiny numbers.
+        difference: The difference between the two points; zeros may be replaced with tiny numbers.
     """
     run = pair[0] - pair[1]
     scale = torch.maximum(pair[0].abs(), pair[1].abs())
@@ -140,7 +140,7 @@ def addition(call: DifferenceCall) -> Kernel:
 
 @secant_of("mul")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a product, in which each slope is the mean of the other factor."""
+    """Returns the kernel for a product; each slope is the mean of the other factor."""
     if len(call.values) == 1:
         return elementwise(call)
     first, second = ((one + two) / 2 for one, two in zip(call.values, call.reference_values, strict=True))

@@ -44,7 +44,7 @@ class UnknownKernel(Kernel):
 
 
 def arrives(relevance: Tensor | None) -> bool:
-    """Returns whether any relevance is nonzero, or True if its values cannot be read."""
+    """Returns whether any relevance is nonzero; True if its values cannot be read."""
     try:
         return relevance is not None and bool(relevance.any())
     except RuntimeError:  # values of batched gradients cannot be read

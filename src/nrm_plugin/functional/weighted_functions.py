@@ -1,4 +1,4 @@
-"""Layers with weights that are called as functions: they use the rule of the module that owns the weight.
+"""Layers with weights, called as functions: they use the rule of the module that owns the weight.
 
 Source: docs/measure.md (operations without a module).
 """

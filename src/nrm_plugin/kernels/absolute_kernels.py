@@ -15,7 +15,7 @@ from .base import Kernel, vjp
 from .rule_branch import Branch, WeightedLayer
 
 DENSE_LIMIT = 4096
-"""Largest number of outputs per sample for which ``|T|`` is computed column by column."""
+"""Maximum number of outputs per sample for which ``|T|`` is computed column by column."""
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:

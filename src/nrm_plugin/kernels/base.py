@@ -70,7 +70,7 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Computes the branches of the rule that are still missing but needed to propagate the given relevance.
+        """Computes missing branches of the rule that are needed to propagate the given relevance.
 
         Args:
             relevance: Relevance at the output, ``(K, N, *out)``, or None to compute all branches.

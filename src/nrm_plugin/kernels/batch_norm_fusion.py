@@ -127,7 +127,7 @@ def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
 
 
 def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
-    """Returns whether a batch normalization acts on the output channels of a layer."""
+    """Returns whether a batch normalization acts on a layer's output channels."""
     module = _norm(norm)
     if module is None or module.running_mean is None or not _is_weighted(layer) or len(layer.shape) < 2:
         return False

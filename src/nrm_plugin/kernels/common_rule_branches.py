@@ -1,7 +1,7 @@
 """Branches of common rules on torch layers, computed with few operations.
 
-The factors of these rules are known functions of one or two outputs of the layer, so there is no need to replace the
-parameters of the layer or to apply the gradient mapper of the rule.
+The factors of these rules are known functions of one or two layer outputs, so that neither the parameters of the layer
+need to be replaced nor the gradient mapper of the rule applied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .recognized_rules import RuleForm, form_of, modified_bias
 from .rule_branch import Branch
 
 KEPT = 1 << 16
-"""Largest number of entries of a modified input that is stored; larger ones are recomputed."""
+"""Largest number of entries in a stored modified input; larger inputs are recomputed."""
 
 _FORMATS = (torch.float32, torch.float64)
 
@@ -60,11 +60,11 @@ def closed_branches(
 
 @dataclass(frozen=True)
 class _Image:
-    """Output, without bias, of the modified layer of one branch at its modified input.
+    """Bias-free output of one branch: the modified layer, evaluated at the modified input.
 
     Attributes:
         values: The output without bias, ``(N, *out)``.
-        source, weight, maps: The modified input, the modified weight, and the linear map of the layer with this weight.
+        source, weight, maps: The modified input, the modified weight, and the linear map with this weight.
         is_own: Whether ``values`` may be overwritten, because nothing else reads them.
     """
 
@@ -75,19 +75,19 @@ class _Image:
     is_own: bool = True
 
     def memory(self) -> Tensor:
-        """Returns memory for a factor: that of ``values`` if it may be overwritten, or else a new tensor."""
+        """Returns memory for a factor: ``values`` if it may be overwritten, and otherwise a new tensor."""
         return self.values if self.is_own else torch.empty_like(self.values)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader that computes the branches of one rule at one call.
+    """Computes the branches of one rule at one call.
 
     Attributes:
         call, rule, normalization: As in :func:`closed_branches`.
         form: The parameters of the rule.
         weight: The weight of the layer.
-        writer: Writer that accumulates the columns of the kernel.
+        writer: Accumulates the columns of the kernel.
     """
 
     call: LayerCall

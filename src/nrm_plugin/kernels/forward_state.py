@@ -19,7 +19,7 @@ from ..model.model_protection import memory_address
 
 
 class Saved:
-    """Tensor that a step needs in the backward pass, protected from later in-place operations.
+    """Tensor needed by a step in the backward pass, protected from later in-place operations.
 
     Args:
         tensor: The tensor to save.
@@ -108,10 +108,10 @@ class _Running(threading.local):
         weights: The parameters of the model that require a gradient outside of this pass.
         first_node: Sequence number of the first autograd node of this pass, or None without a listener.
         given: Ids of the parameters among the inputs of the model, used without a listener.
-        made: The leaves that the model created, keyed by id, or None if such leaves may receive relevance.
+        made: The leaves created by the model, keyed by ``id()``, or None if such leaves can receive relevance.
         depending: Whether each autograd node visited in this pass depends on an input of the model.
-        renormalized: The embedding tables that torch would have renormalized in this pass, keyed by id.
-        reference: The forward pass at the reference if a difference is explained, or else None.
+        renormalized: The embedding tables that torch would have renormalized in this pass, keyed by ``id()``.
+        reference: The forward pass at the reference, or None if no difference is explained.
     """
 
     def __init__(self) -> None:
@@ -154,13 +154,13 @@ class Listener(Protocol):
         """Called for each call of a function that draws random numbers."""
 
     def on_untracked(self) -> None:
-        """Called when a result, such as a sort order, depends on the inputs in a way that autograd does not track."""
+        """Called when autograd does not track how a result, such as a sort order, depends on the inputs."""
 
     def on_read(self, where: str) -> None:
         """Called when the model converts integer inputs to Python or NumPy numbers; ``where`` locates the call."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Called when integer inputs select rows of a constant; returns the tensor that replaces these rows."""
+        """Called when integer inputs select rows from a constant; returns a replacement for these rows."""
 
 
 RUNNING = _Running()
@@ -193,7 +193,7 @@ P = ParamSpec("P")
 
 
 def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
-    """Decorator that makes operations inside a hook bypass ``__torch_function__``, whose overhead exceeds their cost.
+    """Decorator for hooks whose operations bypass ``__torch_function__``, which would cost more than the operations.
 
     It has no effect if an argument is an instance of a subclass of ``Tensor``, which needs ``__torch_function__``.
     """
@@ -232,7 +232,7 @@ def listener() -> Listener | None:
 
 
 def note_untracked() -> None:
-    """Notifies the listener of results that depend on the inputs in a way that autograd does not track."""
+    """Notifies the listener of results whose dependence on the inputs is not tracked by autograd."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 

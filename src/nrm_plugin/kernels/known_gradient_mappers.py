@@ -34,7 +34,7 @@ _LEADERS: dict[type, tuple[int, ...]] = {
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
-"""Closed forms, keyed by the gradient mapper that all copies of a rule share; None if there is no closed form."""
+"""Closed forms, keyed by gradient mapper (shared by all copies of a rule); None if there is no closed form."""
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:
@@ -66,7 +66,7 @@ def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
 
 
 def stabilizer_of(rule: BasicHook) -> float | None:
-    """Returns the ε that stabilizes the denominators of a known rule, or None if it is not a constant."""
+    """Returns the stabilizer ε of a known rule's denominators, or None if it is not a constant."""
     stabilizer = _nonlocals(rule).get("stabilizer_fn", _nonlocals(rule).get("stabilize"))
     if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None
@@ -122,7 +122,7 @@ def _conserving(epsilon: float, inverse: Callable[[Tensor], Tensor]) -> Factors:
 
 
 def inverse_by(epsilon: float) -> Callable[[Tensor], Tensor]:
-    """Returns the stabilized reciprocal, the function ``1 / (z + sign(z) epsilon)``."""
+    """Returns the stabilized reciprocal as a function, ``z → 1 / (z + sign(z) epsilon)``."""
 
     def inverse(z: Tensor) -> Tensor:
         raised = z + 0.0  # negative zero is treated as positive, as in Zennit

@@ -1,4 +1,4 @@
-"""Record of one call of a layer, from which the kernel of its rule is computed."""
+"""Record of one layer call, the basis for the rule's kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""A function that runs a module on a given first input, with the other arguments of the recorded call."""
+"""Function that runs a module on a given first input, with the other arguments of the recorded call."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class LayerCall:
         module: A copy of the layer, which may be modified.
         run: Function that runs a module on a given first input.
         saved_input: The first input, ``(N, *in)``.
-        like: A tensor in the shape of the output, ``(N, *out)``, but without memory for its entries.
+        like: A tensor with the shape of the output, ``(N, *out)``, but without memory for its entries.
         name: Layer name, for error messages.
         saved_output: The output, or None if the rule does not read it or fusion has changed the layer.
         image: The output without bias, if the hook recorded it.
-        precision: The dtype in which the layer multiplies by its weight if it is less precise than that of the input.
+        precision: The dtype of the product with the weight if it is less precise than that of the input, or None.
     """
 
     rule: Hook
@@ -93,12 +93,12 @@ class LayerCall:
 
 
 def reads_image(rule: Hook) -> bool:
-    """Returns whether a rule uses the output without bias of the unmodified layer, so that the hook must record it."""
+    """Returns whether a rule uses the unmodified layer's output without bias, so that the hook must record it."""
     return type(rule) in (Epsilon, ConservingEpsilon)
 
 
 def _reads_output(rule: Hook) -> bool:
-    """Returns whether a rule may use the output of the unmodified layer in addition to those of its modified layers."""
+    """Returns whether a rule might use the output of the unmodified layer, in addition to the modified layers."""
     return type(rule) not in (*LINEAR_RULES, Absolute, ConservingEpsilon, Relative) or type(rule) is Gamma
 
 
@@ -114,7 +114,7 @@ def without_values(call: LayerCall) -> LayerCall:
 
 
 def shape_like(tensor: Tensor) -> Tensor:
-    """Returns an expanded scalar with the shape and the device of ``tensor``, and the dtype of its relevance."""
+    """Returns an expanded scalar with the shape and device of ``tensor`` and the dtype of its relevance."""
     if type(tensor) is Tensor:
         return _entry(working_dtype(tensor.dtype), tensor.device).expand(tensor.shape)
     return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)

@@ -1,4 +1,4 @@
-"""Steps of layers, whose recorded call may be modified by batch-norm fusion before the kernel is built."""
+"""Steps of layers; batch-norm fusion can modify the recorded call before the kernel is built."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LayerStep(Step):
         layer_call: The record of the call, including the parameters and the input that fusion sets.
         folds: Deferred fusions, to be applied before the kernel is built.
         norms: The batch-norm layers that read the output of the layer.
-        layer_below: For a batch normalization, the step of the layer whose output it reads.
-        feeds_fold: Whether the layer above may be fused with this step and would then read the input of this step.
+        layer_below: For a batch normalization, the layer step whose output it reads.
+        feeds_fold: Whether the layer above could be fused with this step, and would then read this step's input.
         has_dense_norm: Whether a linear layer and a batch normalization were fused in this step.
     """
 
@@ -87,7 +87,7 @@ class LayerStep(Step):
 
     @property
     def is_identity(self) -> bool:
-        """Whether this is a batch normalization fused into the layer below, as the only consumer of its output."""
+        """Whether this is a batch normalization fused into the layer below, whose output has no other consumer."""
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
@@ -96,7 +96,7 @@ class LayerStep(Step):
         Args:
             weight: The new weight.
             bias: The new bias.
-            factor: The factor by which the output without bias changes, if known.
+            factor: The multiplier of the output without bias, if known.
         """
         call = self.layer_call
         call.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

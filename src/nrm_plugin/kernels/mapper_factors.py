@@ -40,7 +40,7 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
         like: A tensor with the shape of the output, ``(N, *out)``.
 
     Returns:
-        The mapper, or None if that of the rule is not an elementwise product.
+        The mapper, or None if the rule's gradient mapper is not an elementwise product.
     """
     first = next(iter(blocks(like)))
     factors = mapped(rule, torch.ones_like(like[first]), outputs(first))

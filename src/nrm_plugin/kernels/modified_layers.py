@@ -22,7 +22,7 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Smallest number of weights for which a linear layer is modified block by block."""
+"""Minimum number of weights for which a linear layer is modified block by block."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype in which the layer multiplies if it is less precise than that of the input, or None."""
+    """Returns the dtype of the layer's products if it is less precise than that of the input, or None."""
     return call.precision if source.dtype == torch.float32 else None
 
 

@@ -13,7 +13,7 @@ from ..model.trace_guards import audit, holds
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
-"""Branch signs of known rules, keyed by type, since all instances of a type have the same signs."""
+"""Branch signs of known rules, keyed by type (all instances of a type have the same signs)."""
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
@@ -72,7 +72,7 @@ def _is_zero(source: Tensor) -> bool:
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k``, or None for other reducers.
 
-    If all modified inputs are ones, the reducer may also be ``Σ ρ_k g_k``.
+    If all modified inputs are all-ones tensors, the reducer can also be ``Σ ρ_k g_k``.
     """
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:

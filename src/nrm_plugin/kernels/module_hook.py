@@ -1,7 +1,7 @@
 """The hook that turns each call of a module into a step.
 
-The module runs on a detached input, and its output is linked to the original input by the kernel of its rule. The
-backward function of the module is never called, and each call of a reused module has a kernel of its own.
+The module runs on a detached input, and the kernel of the rule links its output to the original input. The module's
+backward function is never called, and each call of a reused module has its own kernel.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module operates in place and, had it not received a copy, would have overwritten its input."""
+        """Whether the module operates in place and would have overwritten its input if it had not received a copy."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 
@@ -88,7 +88,7 @@ class StepHook(Hook):
         normalization: The normalization of the columns.
         name: Layer name, for error messages.
         checked: Rules that were found to be linear, shared by all copies of the hook.
-        fuse: Function that is called with each new step and its input, to schedule its fusion with adjacent steps.
+        fuse: Function called with each new step and its input, to schedule fusion with adjacent steps.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class StepHook(Hook):
     def remove(self) -> None:
         """Removes the hook and discards calls that never returned.
 
-        Such calls remain after a keyboard interrupt, after which torch does not run hooks.
+        Such calls remain after a keyboard interrupt, since torch then does not run hooks.
         """
         super().remove()
         for running in RUNNING.modules:
@@ -269,13 +269,13 @@ class StepHook(Hook):
 
 
 def _has_ids() -> bool:
-    """Returns whether the model has integer inputs, which any module may use to look up rows."""
+    """Returns whether the model has integer inputs, which any module might use to look up rows."""
     listening = listener()
     return listening is not None and bool(listening.indices)
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """Returns a copy of the module and a function that runs it. The copy of a custom layer has its computed weight."""
+    """Returns a copy of the module and a function that runs it. A copied custom layer has its computed weight."""
     if is_quantized(module):
         return module, call.run  # never modified: rules act on another layer with its dequantized weight
     shell = shared_copy(module)
@@ -307,7 +307,7 @@ def _is_free(tensor: Tensor) -> bool:
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Repeats an in-place write of the module on its original input, which a skip connection may still read."""
+    """Repeats an in-place write of the module on its original input, which a skip connection might still read."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
     with not_recorded():

@@ -1,4 +1,4 @@
-r"""Normalization of a kernel: the gain of each column, and the deficit that the sink absorbs.
+r"""Normalization of a kernel: each column is multiplied by its gain, and the sink absorbs the remaining deficit.
 
 .. math:: \tilde T_{ij} = g(c_j)\, T_{ij}, \qquad \tilde T_{\mathrm{sink}, j} = 1 - g(c_j)\, c_j
 
@@ -25,7 +25,7 @@ RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
 
 
 def gain(column_sum: Tensor, limit: float) -> Tensor:
-    r"""Returns the gain of a column, the factor by which it is rescaled to reduce the absorbed share.
+    r"""Returns the gain of a column: a rescaling factor that reduces the share absorbed by the sink.
 
     .. math::
         g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
@@ -133,7 +133,7 @@ class Normalization:
         return holds("restored columns", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
-        """Returns the same as :meth:`scaling`, but computes it block by block on a CPU."""
+        """Computes the result of :meth:`scaling` block by block on a CPU."""
         if column_sum.device.type != "cpu":
             return self.scaling(column_sum)
         factor, share = None, None
@@ -182,7 +182,7 @@ class Deficit(Columns):
     """Columns of a normalized kernel.
 
     Attributes:
-        share: Share of each column that the sink absorbs, ``(N, *out)``, or None if all shares are zero.
+        share: Share of each column absorbed by the sink, ``(N, *out)``, or None if all shares are zero.
     """
 
     share: Tensor | None
@@ -197,11 +197,11 @@ class Deficit(Columns):
 
 
 class ColumnWriter:
-    """Writer that accumulates the columns of a kernel block by block, and returns the gain of each block.
+    """Accumulates the columns of a kernel block by block and reports the gain (``g`` in :func:`gain`) of each block.
 
     Args:
         like: A tensor with the shape of the output.
-        normalization: The normalization of the kernel, or None for the kernel before normalization.
+        normalization: The normalization of the kernel, or None to leave the kernel unnormalized.
     """
 
     def __init__(self, like: Tensor, normalization: Normalization | None) -> None:
@@ -209,7 +209,7 @@ class ColumnWriter:
         self._values: Tensor | None = None
 
     def gain(self, at: Block, column_sum: Tensor | None) -> Tensor | None:
-        """Adds the columns of one block and returns their gain, or None if all gains are one.
+        """Adds the columns of one block and returns their gains, or None if all gains are one.
 
         Args:
             at: The block.

@@ -17,7 +17,7 @@ from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
-"""Rules whose branches are cheap to compute because denominators are positive or the layer is not modified."""
+"""Rules with cheap branches, because denominators are positive or the layer is not modified."""
 
 
 NEGLIGIBLE = 1e-20
@@ -26,10 +26,10 @@ NEGLIGIBLE = 1e-20
 
 @dataclass(frozen=True)
 class RuleForm:
-    """Parameters of a common rule whose mapper and modifiers have not been changed by the user.
+    """Parameters of a common rule, recognized if the user has not changed its mapper and modifiers.
 
     Attributes:
-        epsilon: The positive constant that stabilizes denominators.
+        epsilon: The positive constant that stabilizes the denominators.
         share: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`; 0 for other rules.
     """
 
@@ -40,7 +40,7 @@ class RuleForm:
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
 """Modifiers and parameters of rules, keyed by the gradient mapper that all copies of a rule share.
 
-The modifiers are compared again at each use, since users may replace them.
+The modifiers are compared again at each use, since users can replace them.
 """
 
 
@@ -65,7 +65,7 @@ def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _read(rule: BasicHook) -> RuleForm | None:
-    """Returns the parameters of a rule if its mapper and modifiers agree with those of its class on a few numbers."""
+    """Returns the parameters of a rule if mapper and modifiers agree with its class on a few numbers."""
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None

@@ -19,9 +19,9 @@ from ..model.trace_guards import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-20, torch.float64: 1e-100}
-"""The magnitude that is added to differences, keyed by dtype; it changes none that are far larger.
+"""The magnitude added to differences, keyed by dtype; far larger differences are not changed by it.
 
-The relevance of a neuron without a difference is its multiplier times this number, and conditional masses given the
+The relevance of a neuron without a difference is this number times the multiplier, and conditional masses given the
 neuron are divided by it. The number is in the middle of the range between the rounding error and the smallest float,
 for values of up to about 1e15.
 """
@@ -31,11 +31,11 @@ class Difference:
     """The difference between a tensor and its reference.
 
     Args:
-        delta: The difference ``δ``, in which no entry is zero, see :func:`difference`.
-        has_zeros: Whether entries of the difference may be zero.
+        delta: The difference ``δ``; no entry is zero, see :func:`difference`.
+        has_zeros: Whether entries of the difference can be zero.
 
     Attributes:
-        delta: As the argument.
+        delta: The difference ``δ``, as passed.
     """
 
     def __init__(self, delta: Tensor, has_zeros: bool) -> None:

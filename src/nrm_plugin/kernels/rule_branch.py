@@ -1,4 +1,4 @@
-"""Branches of a rule on an affine layer: the terms of its sum, each with its own modified input and modified layer."""
+"""Branches of a rule on an affine layer: the terms of a sum, each with a modified input and a modified layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Branch:
     r"""Branch ``k`` of a rule at one call.
 
     Attributes:
-        source: ``in_k``, ``(N, *in)``, or the input from which it is computed.
+        source: ``in_k``, ``(N, *in)``, or the input that it is computed from.
         factor: ``m_k(1)``, ``(N, *out)``; in a normalized kernel, multiplied by the gain.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
@@ -54,7 +54,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """Unmodified layer of a rule, whose weight is modified in each branch.
+    """Unmodified layer of a rule; each branch modifies its weight.
 
     Attributes:
         weight: The weight of the layer.

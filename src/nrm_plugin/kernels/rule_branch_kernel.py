@@ -15,7 +15,7 @@ from .normalization import Columns
 from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
-"""The branches with nonzero sign and input, and the columns of their sum."""
+"""Branches with nonzero sign and input, and the columns of their sum."""
 
 
 class BranchKernel(Kernel):

@@ -72,7 +72,7 @@ def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class _BranchReader:
-    """Reader that computes the branches of a rule at one call.
+    """Computes the branches of a rule at one call.
 
     Attributes:
         call, rule, normalization: As in :func:`branch_kernel`.
@@ -87,7 +87,7 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Computes further branches of a rule whose first branches have shown that it is a sum over branches."""
+        """Computes further branches of a rule already known to be a sum over branches."""
         branches = self.read(chosen)
         assert branches is not None
         return branches

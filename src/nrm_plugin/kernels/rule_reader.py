@@ -27,7 +27,7 @@ from .vjp_kernel import VjpKernel
 
 
 class PlainGradient(Hook):
-    """Rule for layers to which the composite assigns none: the plain gradient, as in Zennit."""
+    """Rule for layers without a rule in the composite: the plain gradient, as in Zennit."""
 
 
 def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:
@@ -86,7 +86,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
 
 
 def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
-    """Returns whether ``kernel.pull`` is linear, tested on random relevance with the shape of ``like``."""
+    """Returns whether ``kernel.pull`` is linear, tested on random relevance shaped like ``like``."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]
@@ -141,7 +141,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """Builds the kernel of a rule with a custom ``backward``, which may use the plain gradient and its own state."""
+    """Builds the kernel of a rule with a custom ``backward``, which can use the plain gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():

@@ -24,7 +24,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """Interface of objects that recompute tensors that a step has freed to save memory."""
+    """Interface required of objects that recompute the freed tensors of a step."""
 
     def fill(self, step: Step) -> None:
         """Recomputes the tensors of a step; they remain available until those of another step are requested."""
@@ -50,7 +50,7 @@ class Step(ABC):
         uses: Number of consumers of the output that are known so far.
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend only on the same row of the inputs.
-        joined: Lower steps whose tensors the kernel may read.
+        joined: Lower steps whose tensors the kernel might read.
         holder: Object that recomputes the tensors of the step after :meth:`empty`, or None if the step keeps them.
         number: Index of the step in the holder.
     """
@@ -288,7 +288,7 @@ def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place; returns the tensor."""
+    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place, and returns it."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
@@ -296,7 +296,7 @@ def link_in_place(step: Step, tensor: Tensor) -> Tensor:
 def step_of(node: Any) -> Step | None:
     """Returns the step of an autograd node, or None for other nodes.
 
-    The type is checked, since a user's ``autograd.Function`` may have an attribute of the same name.
+    The type is checked, since a user's ``autograd.Function`` might have an attribute of the same name.
     """
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None
@@ -314,12 +314,12 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradient."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradients."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class Origin(torch.autograd.Function):
-    """Zero that depends on the tensors from which a kernel was computed, and raises an error if it is differentiated.
+    """Zero that depends on the tensors behind a kernel, and raises an error if it is differentiated.
 
     Autograd treats kernels as constants. This zero is added to the relevance, so that differentiating relevance raises
     an error where the gradient would otherwise be zero or incomplete.

@@ -1,4 +1,4 @@
-"""Torch function modes in which modules with a rule run, to avoid copies or to record the output without bias."""
+"""Torch function modes for modules with a rule, which avoid copies or record the output without bias."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .layer_call import Image, reads_image
 
 
 class SeparateBias(TorchFunctionMode):
-    """Mode that computes the output of a layer without bias, which the kernel needs, and adds the bias afterwards.
+    """Computes the layer output without bias, which the kernel needs, and adds the bias afterwards.
 
     Args:
         layer: One of torch's linear or convolutional layers.
@@ -61,7 +61,7 @@ class SeparateBias(TorchFunctionMode):
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Mode that runs an in-place activation out of place, which saves a copy of its input."""
+    """Runs an in-place activation out of place, so that its input need not be copied."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,7 +74,7 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """Returns the torch function mode in which a module with the given rule runs, or None."""
+    """Returns the torch function mode for running a module with the given rule, or None."""
     if is_quantized(module):
         return None
     if is_affine(module) and _is_rounded(module):  # the output is rounded, so no exact output without bias exists
@@ -93,7 +93,7 @@ def _is_rounded(layer: nn.Module) -> bool:
 
 
 def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
-    """Returns the output without bias that a mode recorded, or None if there is none or the rule does not read it."""
+    """Returns the output without bias recorded by a mode, or None if there is none or if the rule does not read it."""
     if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
         return None
     image, weight = mode.image
@@ -111,7 +111,7 @@ def is_torch_activation(module: nn.Module) -> bool:
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Returns whether a module may modify its input; affine layers and modules with ``inplace=False`` may not."""
+    """Returns whether a module might modify its input; False for affine layers and modules with ``inplace=False``."""
     # getattr on the module would format an error message for every module without the attribute.
     inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
     return inplace is not False and not is_affine(module)

@@ -1,4 +1,4 @@
-"""Kernels of rules that are given as arbitrary linear functions of the relevance."""
+"""Kernels of rules given as arbitrary linear functions of the relevance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Kernel
 
 
 class VjpKernel(Kernel):
-    """Kernel that is given by a linear function of the relevance, such as a vector-Jacobian product.
+    """Kernel given by a linear function of the relevance, such as a vector-Jacobian product.
 
     Args:
         function: Function that maps relevance ``(N, *out)`` to ``(N, *in)`` for each input. It must be linear and

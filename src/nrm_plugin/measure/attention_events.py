@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import EventError, brief
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, at
-from ..events.index import Index, show
+from ..events.neuron_index import Index, show
 from ..functional.attention import Layout
 from ..kernels.step import Step
 from ..recording.module_names import OUTPUT
@@ -34,7 +34,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 
 def head_count(recording: Recording, layer: str) -> int | None:
-    """Returns the number of heads of an attention layer, given by its site or tap name, or None for other layers."""
+    """Returns the head count of an attention layer, given by site or tap name; None for other layers."""
     name, calls = recording.taps.called(layer, "output", None)
     steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
     step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
@@ -83,7 +83,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Returns the mask of the selected heads, which have a dimension of their own or share one with the samples."""
+    """Returns a mask of the selected heads, which have their own dimension or share one with the samples."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -124,7 +124,7 @@ def _along(shape: torch.Size, dim: int, chosen: Tensor) -> Tensor:
 
 
 def _shortened(mask: Tensor) -> Tensor:
-    """Reduces the sample dimension of a mask to size one if the mask is the same for all samples."""
+    """Reduces the sample dimension to size one if the mask is the same for all samples."""
     return mask[0] if len(mask) == 1 or bool((mask == mask[:1]).all()) else mask
 
 

@@ -1,9 +1,10 @@
-r"""Attention sinks: how much relevance each key token of an attention layer receives from the other tokens.
+r"""Attention sinks (tokens such as ``[BOS]``): how much relevance each key token receives from the other tokens.
 
 .. math:: s_k = \sum_{q \ne k} \mu\big((q, k) \mid \text{attention}\big)
 
-Attention sinks are tokens, often the first one, to which most heads attend (Xiao et al., arXiv 2309.17453). This module
-measures whether they also receive most of the relevance. The measurement is new in this package.
+Attention sinks are tokens, often the first one, to which most heads attend (Xiao et al., arXiv 2309.17453). They are
+unrelated to the sinks that absorb relevance. This module measures whether attention sinks also receive most of the
+relevance. The measurement is new in this package.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None)
     Args:
         mu: A measure of a model with attention.
         layer: A layer that computes self-attention exactly once.
-        tokens: Number of tokens; by default, the size of the first dimension of ``layer`` after the samples.
+        tokens: Number of tokens; by default, the size of the first non-sample dimension of ``layer``.
 
     Returns:
         The shares, ``(N, tokens)``, dimensionless.
 
     Raises:
         EventError: If the layer does not compute attention.
-        CancellationError, NullEventError: If the mass of the walks through the attention is zero or cancels.
+        CancellationError, NullEventError: If the mass of the walks through the attention is zero or nearly cancels.
 
     Examples:
         >>> attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()

@@ -24,13 +24,13 @@ from .masked_vectors import masked
 class Conditionals:
     """Transposed pass that computes ``μ(event given j)`` for every neuron ``j`` of each tap.
 
-    Values are propagated upwards, starting where it is decided whether a walk belongs to the event.
+    Values are propagated upwards, starting at the vertices that decide whether a walk belongs to the event.
 
     Args:
         diagram: The decision diagram for the events.
         places: The taps at which conditional masses are required.
-        nodes: The nodes of the diagram at which a walk may be after crossing a tap.
-        like: A tensor with the dtype of the relevance.
+        nodes: The diagram nodes that a walk can reach by crossing a tap.
+        like: A tensor with the same dtype as the relevance.
     """
 
     def __init__(self, diagram: DecisionDiagram, places: Sequence[Place], nodes: Iterable[int], like: Tensor) -> None:

@@ -13,7 +13,7 @@ from ..errors import CancellationError, EventError, NullEventError, brief, sampl
 from ..events.event import Event
 
 MIN_RATIO = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Smallest ``|μ(B)|``, relative to the variation of ``B``, that is accepted as a divisor, keyed by dtype."""
+"""Smallest accepted divisor ``|μ(B)|``, relative to the variation of ``B``, keyed by dtype."""
 
 
 class Condition(TypedDict, total=False):
@@ -33,7 +33,7 @@ def check_event(event: object, remedy: str = "") -> None:
 
 
 def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
-    """Returns the events as a list, and whether the argument is a single event.
+    """Returns ``(events as a list, whether the argument is a single event)``.
 
     Raises:
         EventError: If the argument is neither an event nor a sequence of events.

@@ -14,7 +14,7 @@ def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         labels: The group of each member, ``(members,)``.
-        members: The member (part) to which each pixel belongs, ``(H, W)``, such as a superpixel.
+        members: The member (part, such as a superpixel) that contains each pixel, ``(H, W)``.
         weights: The weight of each member, ``(members,)``, such as its absolute relevance.
 
     Returns:
@@ -43,7 +43,7 @@ def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
 
 
 def _borders(members: Tensor, count: int) -> Tensor:
-    """Returns the length of the border between each pair of members in pixels, ``(count, count)``."""
+    """Returns the border length between each pair of members, in pixels, ``(count, count)``."""
     pairs = [(members[1:], members[:-1]), (members[:, 1:], members[:, :-1])]
     one, other = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
     borders = torch.bincount(one * count + other, minlength=count**2).reshape(count, count)

@@ -23,17 +23,17 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 30
-"""Maximum number of sweeps, each of which considers every member for a move once."""
+"""Maximum number of sweeps; each sweep considers moving every member once."""
 SHAKEN = 0.3
 """Fraction of the members of a layer that are assigned to random groups in a restart."""
 LLOYD = 12
 """Maximum number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3
-"""Smallest total of the joint relevance, relative to its absolute sum, that is used as a divisor."""
+"""Smallest accepted divisor: total joint relevance, relative to its absolute sum."""
 INDEPENDENT = 1e-5
-"""Fraction of the absolute joint relevance up to which dependence is attributed to rounding errors in float32."""
+"""Largest dependence attributed to float32 rounding errors, as a fraction of the absolute joint relevance."""
 STILL = 1e-12
-"""Fraction of the sum of absolute values up to which gains are attributed to rounding errors."""
+"""Largest gain attributed to rounding errors, as a fraction of the sum of absolute values."""
 
 
 def dependence(joint: Array) -> Array:
@@ -53,7 +53,7 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Computes the fraction κ of the dependence that two partitions preserve, in [0, 1], or NaN if there is none."""
+    """Computes κ, the fraction of the dependence preserved by two partitions, between 0 and 1; NaN if undefined."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 
@@ -129,7 +129,7 @@ class _Search:
         return cls(pairs, counts, labels, [layer for layer, given in enumerate(fixed) if given is None], random)
 
     def shaken(self) -> _Search:
-        """Returns a copy in which some members of one layer are assigned to random groups."""
+        """Returns a copy with some members of one layer assigned to random groups."""
         labels = [own.copy() for own in self.labels]
         layer = self.free[self.random.integers(len(self.free))]
         own = labels[layer]
@@ -171,8 +171,8 @@ def refined(
         labels: For each layer, the group of each member.
         counts: Number of groups in each layer.
         free: Indices of the layers whose members are moved.
-        grouped: Function of the index of a layer and the current partitions that returns the dependence of each member
-            on the groups of adjacent layers, ``(members, adjacent groups)``.
+        grouped: Function ``(layer index, partitions)`` that returns the dependence of each member on the groups of
+            adjacent layers, ``(members, adjacent groups)``.
 
     Returns:
         For each layer, the improved group of each member.

@@ -19,7 +19,7 @@ from ..model.targets import MIN_TOTAL, sample_sums
 from ..recording.sample_independence import tolerance_of
 
 ROUNDING = 16
-"""Factor by which the difference between outputs must exceed their rounding error."""
+"""Minimum ratio of the difference between outputs to their rounding error."""
 PRECISE = 1e-3
 """Largest rounding error, as a fraction of the difference between outputs, for which no warning is issued."""
 
@@ -39,8 +39,8 @@ def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
         PrecisionWarning: If the difference of a sample has fewer than three significant digits in float32 or float64.
 
     Raises:
-        TargetError: If the weighted differences of a sample are zero, or cancel.
-        FoldingError: If a sample depends on other samples, or on its position in the batch.
+        TargetError: If the weighted differences of a sample are zero or cancel.
+        FoldingError: If a sample depends on other samples or on its position in the batch.
     """
     count = recording.references
     outputs, vector = recording.unfolded(), vector.repeat_interleave(count, 0)

@@ -14,7 +14,7 @@ from ..recording.recording import Recording
 from .located_events import Locator
 
 Crossing = list[tuple[int, Tensor | None]]
-"""Successor nodes, each with the mask of the neurons that lead to it; None is the mask of all neurons."""
+"""Successor nodes, each with a mask of the neurons that lead to it; None stands for all neurons."""
 
 
 class DecisionDiagram:
@@ -27,7 +27,7 @@ class DecisionDiagram:
     Attributes:
         roots: The root node of each event.
         levels: The level of each place and sink. Places are ordered as walks cross them, followed by sinks.
-        open: For each vertex, a bit set of the levels that a walk can still reach below the vertex.
+        open: For each vertex, a bit set of the levels that a walk can still reach below it.
     """
 
     def __init__(self, recording: Recording, events: Sequence[Event]) -> None:
@@ -61,22 +61,22 @@ class DecisionDiagram:
         return levels
 
     def depends(self, node: int) -> int:
-        """Returns the levels on which a node depends, as a bit set."""
+        """Returns the levels that a node depends on, as a bit set."""
         if node not in self._depends:
             levels = {self.nodes.levels[variable] for variable in self.nodes.variables(node)}
             self._depends[node] = sum(1 << level for level in levels)
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """Returns the terminal node if nothing below a vertex can change the outcome, or else the node itself."""
+        """Returns the terminal node if nothing below a vertex can change the outcome, and otherwise the node itself."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:
-        """Returns the terminal node, true or false, of a walk that ends at a leaf."""
+        """Returns the terminal node, true or false, for a walk that ends at a leaf."""
         return self.nodes.step(node, self.absorbed_level, 0)
 
     def cross(self, node: int, level: int) -> Crossing:
-        """Returns the successors of a node when a walk crosses the tap at a level, each with its mask of neurons."""
+        """Returns the successors of a node for a walk that crosses the tap at a level, each with a neuron mask."""
         if (node, level) not in self._crossings:
             self._crossings[node, level] = self._cross(node, level)
         return self._crossings[node, level]
@@ -94,7 +94,7 @@ class DecisionDiagram:
         return list(remaining.items())
 
     def absorb(self, node: int, vertex: int) -> Crossing:
-        """Returns the terminal nodes (true or false) of a walk absorbed at a vertex, each with its mask of neurons."""
+        """Returns the terminal nodes (true or false) for a walk absorbed at a vertex, each with a neuron mask."""
         answer = 1 << len(self.nodes.levels) - 1
         level = self.levels.get(Sink(vertex))
         crossing = [(node, None)] if level is None else self.cross(node, level)

@@ -1,4 +1,4 @@
-"""Masses and maps of events, from one pass that decides tap by tap to which events a walk belongs."""
+"""Masses and maps of events, from one pass that decides membership in the events tap by tap."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EventResult:
 
     Attributes:
         mass: ``μ(event)``, ``(N,)``.
-        variation: Σ|μ| over the neurons at which membership in the event is decided, ``(N,)``.
+        variation: Σ|μ| over the neurons that decide membership in the event, ``(N,)``.
         maps: ``μ(j & event)`` at each stored tap, ``(N, *shape)``.
     """
 
@@ -49,7 +49,7 @@ class EventPass:
 
     Attributes:
         mass: μ of each event, ``(E, N)``.
-        variation: Σ|μ| over the neurons at which membership in each event is decided, ``(E, N)``.
+        variation: Σ|μ| over the neurons that decide membership in each event, ``(E, N)``.
     """
 
     def __init__(self, diagram: DecisionDiagram, start: Tensor, stored: Iterable[Place] = ()) -> None:
@@ -180,7 +180,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """Returns the places to which events and queries refer, or None if all places may matter, as for sinks."""
+    """Returns the places named in events and queries, or None if any place might matter, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

@@ -1,6 +1,6 @@
 """Check that results are finite, and search for the step in which relevance stops being finite.
 
-Only results are checked. The source is searched for, by one more pass, if this check fails.
+Only results are checked. If a check fails, one more pass searches for the source.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..recording.recording import Recording
 
 
 class Measure(Protocol):
-    """The part of a measure that is needed to search for the source."""
+    """Interface required of a measure to search for the source of non-finite relevance."""
 
     @property
     def _recording(self) -> Recording: ...
@@ -77,7 +77,7 @@ def _message(measure: Measure) -> str:
 
 
 def source(recording: Recording, start: Tensor, is_absolute: bool = False) -> int | None:
-    """Returns the first vertex at which finite relevance arrives and relevance that is not finite leaves.
+    """Returns the first vertex that turns finite relevance into non-finite relevance.
 
     Args:
         recording: The recording of the forward pass.
@@ -99,7 +99,7 @@ class _FoundError(Exception):
 
 
 class _Search:
-    """Visitor that ends the pass at the first relevance that is not finite."""
+    """Visitor that ends the pass at the first non-finite relevance."""
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
         return self._checked(buffer.vertex, vectors)

@@ -38,7 +38,7 @@ GROUPS = "groups"
 
 
 class Measure(Protocol):
-    """Part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that flows use."""
+    """Interface required of a measure: the part of :class:`~nrm_plugin.RelevanceMeasure` that flows use."""
 
     @property
     def batch(self) -> int: ...
@@ -58,10 +58,9 @@ class Shown:
     Attributes:
         atom: The tap.
         layer: The layer of the graph.
-        labels: For each neuron, the index of its group among the shown groups, or the number of shown groups if it
-            belongs to the rest.
-        has_all_channels: Whether all channels are shown, so that their joint relevance may take less than one pass per
-            channel.
+        labels: For each neuron, the index of its shown group, or the number of shown groups if it belongs to the rest.
+        has_all_channels: Whether all channels are shown, so that their joint relevance might take less than one pass
+            per channel.
     """
 
     atom: Atom
@@ -212,7 +211,7 @@ def _shown(
         layer: The layer.
         tap: The tap of the layer.
         groups: All groups of its neurons.
-        masses: Mass of each group, followed by the mass of the neurons outside all groups, if any.
+        masses: Mass of each group, followed by that of the neurons outside all groups, if any.
         thresholds: The thresholds.
         number: Index of the sample.
     """
@@ -238,8 +237,8 @@ def _shown(
 def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
     """Returns the ``over`` argument of the joint query for each layer.
 
-    This is ``"channel"`` if the layer and an adjacent one both show all channels, which takes fewer passes, and the
-    labels of the layer otherwise.
+    If the layer and an adjacent one both show all channels, this is ``"channel"``, which takes fewer passes; otherwise
+    it is the labels of the layer.
     """
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):

@@ -30,7 +30,7 @@ class FlowGraph:
             the groups, followed by rest and off. Each row sums to the mass of the upper node, and each column to the
             mass of the lower node.
         carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
-        origin: Where the groups come from if they were read from a file; otherwise empty.
+        origin: Origin of the groups if they were read from a file; otherwise empty.
 
     Raises:
         FlowError: If a joint relevance is NaN or infinite.

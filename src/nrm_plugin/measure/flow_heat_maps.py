@@ -36,8 +36,8 @@ class MappedFlow:
         graph: The flow graph.
         maps: The heat maps of the nodes, ``(H, W)``, at the resolution of the image.
         pairs: Joint relevance of nodes in non-adjacent layers.
-        layer: The layer at whose positions the heat maps are computed.
-        positions: The number of positions of this layer along height and width; empty for the input itself.
+        layer: The layer whose positions form the heat maps.
+        positions: Size of this layer along height and width; empty for the input itself.
     """
 
     graph: FlowGraph
@@ -116,21 +116,21 @@ def mapped_flow(
 def flow_maps(
     mu: RelevanceMeasure, graph: FlowGraph, over: Any = "channel", sample: int = 0, lowest: str = LOWEST
 ) -> dict[str, NDArray[np.float64]]:
-    r"""Computes the conditional heat maps of the nodes of a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
+    r"""Computes the conditional heat maps of all nodes in a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
     Heat maps are summed over the colour channels and over the slices of a volume; a one-dimensional signal is treated
-    as an image with one row. The heat map of a group of input pixels is their relevance. There are no heat maps of the
-    walks that do not cross a layer, and none at all if the inputs have no positions.
+    as an image with one row. The heat map of a group of input pixels is their relevance. Walks that do not cross a
+    layer have no heat map. If the inputs have no positions, there are no heat maps at all.
 
     Args:
-        mu: The measure from which the graph was computed.
+        mu: The measure used to compute the graph.
         graph: The flow graph; its layers must be names of taps.
         over: Grouping of the neurons of each layer, as in the computation of the graph.
         sample: Index of the sample, as in the computation of the graph.
         lowest: The tap at whose positions the heat maps are computed.
 
     Returns:
-        The heat maps, ``(H, W)``, keyed by node. Each sums to the fraction of the mass of the node that reaches the
+        The heat maps, ``(H, W)``, keyed by node. Each heat map sums to the fraction of the node's mass that reaches the
         input. If the measure explains a difference between outputs, each map has the sign of its node, so that positive
         values are evidence for the target.
 
@@ -175,7 +175,7 @@ def flow_maps_and_pairs(
 
 
 def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
-    """Returns the node of each neuron: the index of its shown group, or the number of shown groups for the rest."""
+    """Returns the node of each neuron: the index of the shown group, or the number of shown groups for the rest."""
     kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
     groups = partition(mu._tap(layer.name), kind, None)
     places = torch.full((max(groups.count, int(groups.labels.max())) + 1,), len(layer.groups), dtype=torch.long)
@@ -232,7 +232,7 @@ def _pairs(
 
 
 def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
-    """Returns the conditional heat map of a node: its joint relevance with each position, divided by its mass.
+    """Returns the conditional heat map of a node: joint relevance with each position, divided by the node's mass.
 
     The heat map is zero if the mass is zero.
     """

@@ -27,7 +27,7 @@ from .layer_taps import separates
 from .memory_budget import in_chunks, width_of
 
 POSITIONS = 48
-"""Number of positions along each side of a tap that suffice for the heat maps of a flow."""
+"""Number of positions along each side of a tap that is sufficient for flow heat maps."""
 
 
 class FlowPasses:
@@ -37,7 +37,7 @@ class FlowPasses:
         mu: The measure whose flow is computed.
         taps: The layers, from the output to the input.
         labels: For each layer, the node of each neuron.
-        maps: The tap at whose positions heat maps are computed, or None for no heat maps.
+        maps: The tap whose positions form the heat maps, or None for no heat maps.
 
     Attributes:
         joints: Joint relevance ``(N, K_upper, K_lower)``, keyed by the indices of the upper and the lower layer.
@@ -62,7 +62,7 @@ class FlowPasses:
             self._run(number)
 
     def _run(self, number: int) -> None:
-        """Runs the pass for the nodes of a layer, and sums the relevance that arrives at lower layers by node."""
+        """Runs the pass for the nodes of a layer and sums the relevance arriving at lower layers, node by node."""
         nodes, upper = self._nodes(number), self.taps[number]
         places = {self._stop.place} | {tap.place for tap in self.taps[number + 1 :]}
         below = [tap for tap in self._layers() if tap.place in places and tap.place != upper.place]
@@ -79,7 +79,7 @@ class FlowPasses:
             self.maps[number] = self._positions(rows, self._map_tap)
 
     def _layers(self) -> list[Tap]:
-        """Returns the taps at which vectors are collected, including the one at which passes stop."""
+        """Returns the taps at which vectors are collected, including the last one, where passes stop."""
         layers = self.taps[: -1 if self._is_split else None]
         return layers if any(tap.place == self._stop.place for tap in layers) else [*layers, self._stop]
 
@@ -138,7 +138,7 @@ class FlowPasses:
         self.joints[upper, lower] = self.mu._mixed(rows)
 
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
-        """Returns the joint relevance of each node of a layer and each pixel, ``(N, K, *image positions)``.
+        """Returns the joint relevance of each node in a layer and each pixel, ``(N, K, *image positions)``.
 
         If heat maps are computed at another tap than the image, the relevance of each position is distributed evenly
         over the corresponding pixels. The result is None for layers below that tap, except for the image itself.
@@ -173,7 +173,7 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
 
 
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
-    """Chooses the tap at whose positions the heat maps of a flow are computed.
+    """Chooses the tap whose positions form the heat maps of a flow.
 
     Candidates are the last layer and the taps below all layers. They must have the aspect ratio of the image and at
     least :data:`POSITIONS` positions along each side, and all walks from the layers to the image must cross them. Among

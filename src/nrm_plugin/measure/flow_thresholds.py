@@ -15,7 +15,7 @@ from .flow_nodes import Array, FlowLayer
 TOP = 8
 """Default maximum number of groups shown per layer."""
 NEGLIGIBLE = 1e-12
-"""Absolute mass up to which a group counts as zero and is not shown, since stabilizers produce such values."""
+"""Absolute mass up to which a group counts as zero and is not shown; stabilizers produce such tiny values."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """Returns the matrix that sums the nodes of a layer to those of a smaller graph, ``(shown + 2, count + 2)``."""
+    """Returns a matrix ``(shown + 2, count + 2)`` that sums the nodes of a layer to those of a smaller graph."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1
@@ -77,7 +77,7 @@ def merging(count: int, shown: Sequence[int]) -> Array:
 
 
 def merged(layer: FlowLayer, shown: Sequence[int]) -> FlowLayer:
-    """Returns a layer with only the shown groups; the mass of the others is added to the rest."""
+    """Returns the layer with only the shown groups; the mass of the other groups is added to the rest."""
     dropped = [position for position in range(len(layer.groups)) if position not in set(shown)]
     return replace(
         layer,

@@ -25,16 +25,16 @@ from .partitions import Names
 K = 8
 """Default number of groups in a layer."""
 ROUNDS = 1
-"""Number of times that each layer is refined by exact joint relevance after a search on an estimate."""
+"""Number of refinements of each layer by exact joint relevance, after a search on an estimate."""
 FEW_RESTARTS = 2
-"""Maximum number of restarts of a search on an estimate, which is too inaccurate to justify more."""
+"""Maximum number of search restarts on an estimate, which is too inaccurate to justify more."""
 RESTARTS = 30
 """Default number of restarts of the search."""
 
 
 @runtime_checkable
 class JointSource(Protocol):
-    """Interface of objects that store joint relevance, such as a sweep."""
+    """Interface required of objects that store joint relevance, such as a sweep."""
 
     def mean_joints(self, layers: Sequence[str]) -> MeanJoints: ...
 

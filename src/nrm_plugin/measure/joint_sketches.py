@@ -29,7 +29,7 @@ from .memory_budget import in_chunks, width_of
 FEW = 64
 """Maximum number of members for which joint relevance is computed exactly, with one pass per member."""
 FEWER = 8
-"""The same limit for parts of an image whose joint relevance is computed at another layer."""
+"""As :data:`FEW`, for parts of an image whose joint relevance is computed at another layer."""
 RANK = 8
 """Rank of the approximation for layers with more members."""
 
@@ -41,7 +41,7 @@ class PairJoints:
     fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
 
     Args:
-        mu: The measure from which joint relevance is computed.
+        mu: The measure that provides joint relevance.
         layers: Layers, from the output to the input.
         kinds: The members of each layer.
 
@@ -84,7 +84,7 @@ class PairJoints:
         return self._masses[place]
 
     def of_members(self, pair: int) -> tuple[Tensor, bool]:
-        """Computes the joint relevance of the members of a pair of layers, exactly or approximately.
+        """Computes the joint relevance of the members of two layers, exactly or approximately.
 
         Returns:
             The joint relevance, ``(N, upper, lower)``, and whether it is exact.
@@ -101,7 +101,7 @@ class PairJoints:
         return self._estimate(pair, is_image), False
 
     def _estimate(self, pair: int, is_image: bool) -> Tensor:
-        """Estimates the joint relevance of the members of a pair of layers, ``(N, upper, lower)``."""
+        """Estimates the joint relevance of the members of two layers, ``(N, upper, lower)``."""
         upper, lower = self.taps[pair : pair + 2]
         kind = self.kinds[pair + 1]
         if upper.place == lower.place:
@@ -115,7 +115,7 @@ class PairJoints:
         return self._sketch(pair)
 
     def of_groups(self, pair: int, above: Over, below: Over) -> Tensor:
-        """Returns the exact joint relevance of the groups of a pair of layers, ``(N, groups above, groups below)``."""
+        """Returns the exact joint relevance of the groups in two layers, ``(N, groups above, groups below)``."""
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
             if upper.place == lower.place:

@@ -194,7 +194,7 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
 
 
 def _are_plain(*taps: Tap) -> bool:
-    """Returns whether the first dimension of the tensors of all taps indexes samples."""
+    """Returns whether the first dimension of every tap's tensor indexes samples."""
     return all(tap.layout.is_plain for tap in taps)
 
 
@@ -220,7 +220,7 @@ def _keeps_channels(recording: Recording, vertex: Vertex) -> bool:
 
 
 class _Collect(Visitor[int]):
-    """Visitor that collects the relevance that arrives at several taps, and stops the pass below the last of them."""
+    """Visitor that collects the relevance arriving at several taps and stops the pass below the last of them."""
 
     def __init__(self, recording: Recording, lowers: Sequence[Tap]) -> None:
         self.recording = recording

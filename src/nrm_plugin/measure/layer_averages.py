@@ -21,7 +21,7 @@ BLUR = 1 / 8
 RESOLUTIONS = 2
 """Number of resolutions that :func:`layer_map` averages, starting from the coarsest; chosen in docs/real.md."""
 LEAST = 4
-"""Minimum number of positions along each side of the layers of :func:`layer_map`; coarser layers do not localize."""
+"""Minimum number of positions along each side of a layer in :func:`layer_map`; coarser layers do not localize."""
 SAME_SHAPE = 1.5
 """Maximum ratio between the aspect ratios of a layer and of the image."""
 
@@ -38,7 +38,7 @@ def layer_map(
         model: An image classifier, in evaluation mode.
         images: Input images, ``(N, C, H, W)``.
         target: The class, as in :class:`~nrm_plugin.RelevanceMeasure`.
-        against: The outputs with which the class is compared; by default the other classes, weighted by their softmax.
+        against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
         reference: The reference images; by default, :func:`blurred` versions of ``images``.
         settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
 
@@ -108,9 +108,9 @@ def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer per spatial resolution, from the last layer to the input.
 
     Candidates are layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses and that, unlike
-    attention weights, have the aspect ratio of the image. They are grouped by the power of two by which they are
-    smaller than the image, and the last layer with the lowest resolution is chosen from each group. Layers that merely
-    pool the output of a larger layer, such as the last pooling layer of VGG16, are excluded.
+    attention weights, have the aspect ratio of the image. They are grouped by their downsampling factor, rounded to a
+    power of two, and the last layer with the lowest resolution is chosen from each group. Layers that merely pool the
+    output of a larger layer, such as the last pooling layer of VGG16, are excluded.
 
     Args:
         mu: A measure with images ``(N, C, H, W)`` as inputs.

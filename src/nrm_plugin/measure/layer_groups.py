@@ -23,7 +23,7 @@ FORMAT = "nrm-plugin groups 1"
 
 
 class HasTaps(Protocol):
-    """Part of the interface of a measure that :class:`Groups` uses."""
+    """Interface required of a measure by :class:`Groups`."""
 
     def _tap(self, layer: Any) -> Tap: ...
 
@@ -39,15 +39,16 @@ class Groups:
         layers: Names of the layers, from the output to the input.
         labels: For each layer, the group of each member, ``(members,)``.
         members: For each layer, the kind of its members (``"channel"``, ``"position"`` or ``"neuron"``), or a tensor
-            with the member to which each neuron belongs.
+            with the member index of each neuron.
         names: For each layer, the name of each group.
-        masses: For each layer, the mean mass of each group over the samples on which the groups were found.
+        masses: For each layer, the mean mass of each group over the samples used to find the groups.
         kappas: For each pair of consecutive layers, the fraction of the dependence that the groups preserve; NaN if the
             layers are independent or the joint relevance of all members was not computed.
-        examples: For each layer and group, the index of the sample in which the group has the largest absolute mass.
-            Empty if only means are known, as for a sweep.
-        samples: Number of samples on which the groups were found.
-        source: Name of the file from which the groups were read; empty if they were not. It is not stored.
+        examples: For each layer and group, the sample index with the largest absolute mass of the group. Empty if only
+            means are known, as for a sweep.
+        samples: Number of samples used to find the groups.
+        source: Name of the file from which the groups were read; empty for groups not read from a file. It is not
+            stored.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -68,7 +69,7 @@ class Groups:
 
     @property
     def origin(self) -> str:
-        """Description of the file from which the groups were read, and of its samples; empty without a file.
+        """Describes the file from which the groups were read and its samples; empty without a file.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -117,8 +118,7 @@ class Groups:
             layer: Name of the layer.
 
         Raises:
-            InputError: If the layer has no groups, or if its members differ for these inputs from those that were
-                grouped.
+            InputError: If the layer has no groups, or if its members for these inputs differ from the grouped ones.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))

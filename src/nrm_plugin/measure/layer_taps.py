@@ -1,4 +1,4 @@
-"""Lookup of the taps of the layers in a query, and their order along walks."""
+"""Lookup of the taps for the layers in a query, and their order along walks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """Returns the layers as a list, and whether the argument is a single layer."""
+    """Returns ``(layers as a list, whether the argument is a single layer)``."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 
@@ -71,7 +71,7 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
 
 
 def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[Atom]:
-    """Returns one atom for each tensor that a layer returns or, for the other ``side``, receives.
+    """Returns one atom per tensor that a layer returns or, for ``side="input"``, receives.
 
     Raises:
         EventError: If ``layer`` is an event or a sink.
@@ -106,7 +106,7 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
 def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
     """Returns whether every walk that crosses an upper and a lower tap also crosses a middle tap.
 
-    Walks that are absorbed between the taps do not count. The middle tap may be the same as the upper or the lower one.
+    Walks that are absorbed between the taps do not count. The middle tap can be the upper or the lower tap itself.
     """
     if middle.place in (upper.place, lower.place):
         return True

@@ -20,7 +20,7 @@ from ..recording.taps import Tap
 from .groups import Over, labels_of
 
 GRID = 7
-"""Maximum number of cells along each side of the grid on which the positions of two layers are compared."""
+"""Maximum number of cells along each side of the grid used to compare positions in two layers."""
 CANCELLED = 1e-3
 """Smallest relevance of a cell, relative to its absolute relevance, that is used as a divisor."""
 
@@ -63,7 +63,7 @@ def _channels_first(tap: Tap, values: Tensor) -> Tensor:
 
 
 def at_positions(image: Tap, kind: Over, tap: Tap) -> Tensor | None:
-    """Returns, for each neuron of a tap, the part of the image to which its position belongs.
+    """Returns, for each neuron of a tap, the image part that contains its position.
 
     The tap and the image must have two spatial dimensions. A position belongs to the part that contains its central
     pixel. The result is None if the channels of a pixel are in different parts.

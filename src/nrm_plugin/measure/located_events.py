@@ -1,4 +1,4 @@
-"""Events over the places of a recording, which have masks in place of layer names and indices."""
+"""Events over the places of a recording, with masks in place of layer names and indices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """Event that a walk crosses a place at one of the neurons of a mask or, for a sink, is absorbed there.
+    """Event that a walk crosses a place at a neuron in a mask or, for a sink, is absorbed there.
 
     Attributes:
         place: The place.
@@ -32,7 +32,7 @@ class Located(Event):
 
 
 class Locator:
-    """Converter of events to located events, in which identical atoms and masks are shared.
+    """Converts events to located events; identical atoms and masks are shared.
 
     Args:
         recording: The recording of the forward pass.

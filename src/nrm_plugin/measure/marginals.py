@@ -30,7 +30,7 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
 
 
 def copied(values: Tensor) -> Tensor:
-    """Copies a tensor; if torch supports it on the device, only on the first write."""
+    """Copies a tensor; lazily, on the first write, if torch supports this on the device."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
     return copy

@@ -1,4 +1,4 @@
-"""Accumulation of relevance vectors, and their restriction to the neurons of a mask."""
+"""Accumulation of relevance vectors, and their restriction to the neurons in a mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
-    """Sets a vector to zero outside a mask; None is the mask of all neurons."""
+    """Sets a vector to zero outside a mask; None stands for all neurons."""
     return vector if mask is None else vector * mask.to(vector.device)
 
 

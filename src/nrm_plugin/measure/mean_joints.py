@@ -24,11 +24,11 @@ Members = Mapping[str, Any]
 every neuron, or boolean masks keyed by name."""
 
 CELLS = 16
-"""Maximum number of cells along each side of the grid by which positions are grouped to limit the number of members."""
+"""Maximum number of cells along each side of the grid that groups positions, to limit the number of members."""
 
 
 class Measure(Protocol):
-    """Part of the interface of :class:`~nrm_plugin.RelevanceMeasure` that is used here."""
+    """Interface required of a measure: the part of :class:`~nrm_plugin.RelevanceMeasure` used here."""
 
     @property
     def sign(self) -> Tensor: ...
@@ -69,7 +69,7 @@ def mean_joints(
         members: The members of each layer; by default its channels or, for the input, grid cells of the image.
 
     Returns:
-        The mean joint relevance; and the source of joint relevance of the measure if there is only one, or None.
+        The mean joint relevance, and the source of joint relevance if there is only one measure (otherwise None).
 
     Raises:
         InputError: If no measure is given.

@@ -28,11 +28,11 @@ from .group_search import K
 from .groups import Over, over_each
 from .layer_groups import Groups
 from .layer_taps import Layer, layer_list, several_layers
+from .measure_properties import Recorded
 from .memory_budget import check_memory
 from .partitions import Names
 from .query_description import explanation
 from .query_passes import query
-from .recorded_properties import Recorded
 from .references import Slopes, composite_of, reference_of
 from .start import start_of
 from .totals import pass_totals
@@ -62,10 +62,10 @@ class RelevanceMeasure(Recorded):
         gain_limit: Largest gain ``G`` of a column, 2 by default; ``math.inf`` removes the effect of ε and bias.
         start: Signed weights of the outputs, or a function that computes them from the outputs; used in place of a
             target.
-        against: Outputs with which the target is contrasted: ``"rest"`` for all other classes, weighted by their
-            softmax; another target; or a function of the outputs that returns a target or the weights of all outputs.
-            The measure then explains the difference between the target and these outputs. The explained scalar is the
-            weighted sum :math:`\sum_k s_k f_k`, which may be negative. The sum is fused with the last layer and becomes
+        against: Outputs to contrast the target with: ``"rest"`` for all other classes, weighted by their softmax;
+            another target; or a function of the outputs that returns a target or the weights of all outputs. The
+            measure then explains the difference between the target and these outputs. The explained scalar is the
+            weighted sum :math:`\sum_k s_k f_k`, which can be negative. The sum is fused with the last layer and becomes
             the tap ``"output"``, ``(N, 1)``.
         reference: A reference (baseline input) :math:`x^0`, in the form of the inputs, or a single sample that serves
             as the reference of all inputs. The measure then explains the difference :math:`\sum_k s_k (f_k(x) -

@@ -16,7 +16,7 @@ from ..recording.recording import Recording
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
 """Default memory budget of one pass in bytes; on a CPU, larger allocations cost more time than they save."""
 COPIES = 4
-"""Memory that a pass needs per vector, in multiples of the largest tap."""
+"""Memory required by a pass per vector, in multiples of the largest tap."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

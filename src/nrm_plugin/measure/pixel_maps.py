@@ -14,15 +14,15 @@ from .layer_averages import late_layers
 from .measure import RelevanceMeasure
 
 LEAST_EVIDENCE = 1 / 4
-"""Minimum evidence of a late position, as a fraction of the largest evidence; chosen on digits in docs/real.md."""
+"""Minimum evidence at a late position, as a fraction of the largest evidence; chosen on digits in docs/real.md."""
 CANCELS = 2.0
-"""Ratio of the variation of the pixels to that of late layers above which too much relevance of pixels cancels."""
+"""Largest accepted ratio of pixel variation to late-layer variation; above it, too much pixel relevance cancels."""
 
 
 def pixel_map(
     model: nn.Module, images: Tensor, target: Any = None, *, reference: Any, against: Any = REST, **settings: Any
 ) -> Tensor:
-    r"""Computes fine-grained heat maps of objects on a plain ground, as the command ``nrm-plugin explain``.
+    r"""Computes fine-grained heat maps of objects on a plain ground, as ``nrm-plugin explain`` does.
 
     .. math:: \mu_c(n_0 = p \text{ and the walk crosses } E), \qquad E = \{q : \nu(q) > \tfrac14 \max \nu\}
 
@@ -71,7 +71,7 @@ def pixel_map(
 
 
 def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Tensor:
-    """Returns the relevance of the pixels for a class that passes through late positions with evidence for it.
+    """Returns the pixel relevance for a class that passes through late positions with evidence for this class.
 
     Without late layers, or without such positions, all relevance of the pixels is returned.
 
@@ -95,9 +95,9 @@ def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Ten
 def is_fine_grained(mu: RelevanceMeasure) -> bool:
     """Returns whether the relevance of single pixels is about as stable as that of late layers.
 
-    In deep networks, most of the relevance of single pixels cancels, and only its sums over larger areas are
-    meaningful. The relevance is stable if the variation of the pixels is at most twice that of the late layers.
-    Without late layers, the pixels are all there is.
+    In deep networks, most of the relevance of single pixels cancels, and only sums over larger areas are meaningful.
+    The relevance is stable if the variation of the pixels is at most twice that of the late layers. Without late
+    layers, the pixels are all there is.
 
     Args:
         mu: A measure with one image.

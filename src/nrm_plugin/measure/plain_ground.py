@@ -10,17 +10,17 @@ from ..errors import InputError
 TOLERANCE = 8 / 255
 """Maximum difference of a channel from the colour of the ground; noise and compression stay below it."""
 LEAST_OF_IMAGE, LEAST_OF_BORDER, LEAST_OF_SIDE = 1 / 4, 1 / 3, 1 / 10
-"""Minimum fractions of the image, of its border and of each of its four sides that the ground covers."""
+"""Minimum fraction covered by the ground: of the image, of its border, and of each of its four sides."""
 STRAIGHT = 0.9
-"""Minimum fraction without ground of each edge of a rectangle, such as a photograph between bars or in a frame."""
+"""Minimum ground-free fraction of each edge of a rectangle, such as a photograph between bars or in a frame."""
 
 
 def plain_ground(image: Tensor) -> Tensor | None:
     """Returns the colour of the plain ground of an image, or None if it has none.
 
     The candidate is the most frequent colour along the border. It is the ground if it covers at least a third of the
-    border, a tenth of each side and a quarter of the image. A sky, which does not reach the bottom, is no ground. Bars
-    above and below a photograph, and frames, are none either: what they enclose is a rectangle.
+    border, a tenth of each side and a quarter of the image. A sky does not count, since it does not reach the bottom.
+    Neither do frames, or bars above and below a photograph, since they enclose a rectangle.
 
     Args:
         image: An image ``(C, H, W)`` with values in [0, 1], not normalized.
@@ -59,7 +59,7 @@ def plain_ground(image: Tensor) -> Tensor | None:
 
 
 def _border_colour(image: Tensor) -> Tensor:
-    """Returns the colour ``(C,)`` with the largest number of similar pixels on the border."""
+    """Returns the colour with the most similar pixels on the border, ``(C,)``."""
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
     colours, counts = torch.unique((border * 255).round(), dim=1, return_counts=True)
     similar = _is_near(colours[:, :, None] / 255, colours[:, None] / 255).to(counts.dtype)  # (different, different)

@@ -1,16 +1,16 @@
-"""Description of a query: its formula, its meaning in words, and its cost."""
+"""Description of a query: formula, meaning in words, and cost."""
 
 from __future__ import annotations
 
 from ..events.event import Absorbed, All, Any_, Atom, Attended, Event, Not
-from ..events.index import show
+from ..events.neuron_index import show
 from ..recording.recording import Recording
 from .conditions import check_event
 from .event_diagram import DecisionDiagram
 
 
 def explanation(recording: Recording, event: Event, given: Event | None) -> str:
-    """Describes a query in three lines: its formula, its meaning in words, and its cost."""
+    """Describes a query in three lines: formula, meaning in words, and cost."""
     check_event(event)
     if given is not None:
         check_event(given, "given= takes one event. ")

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorator that lets queries run in any gradient mode, and checks that the model and the results are valid."""
+    """Decorator that lets queries run in any gradient mode and checks that the model and the results are valid."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -55,7 +55,7 @@ class QueryPasses:
     """Base class of the measure that stores the recording and runs passes over it.
 
     Attributes:
-        cost: Number of kernels that the last query evaluated, and number of relevance vectors that they propagated.
+        cost: Number of kernels evaluated by the last query, and number of relevance vectors propagated by them.
     """
 
     cost: Cost

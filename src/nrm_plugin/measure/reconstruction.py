@@ -1,8 +1,8 @@
-"""Reconstruction of the input patterns to which selected neurons, or walks through several layers, respond.
+"""Reconstruction of the input patterns that activate selected neurons, or walks through several layers.
 
 Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) are run by Zennit's
-rules. They do not define measures, since they do not conserve relevance; they show the pattern to which a neuron
-responds rather than its contribution.
+rules. They do not define measures, since they do not conserve relevance; they show the pattern that activates a neuron
+rather than its contribution.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
 
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
-    """Computes, for each sample, the bounding box of the pixels on which the selected neurons of a layer may depend.
+    """Computes, for each sample, the bounding box of the pixels on which the selected neurons might depend.
 
     The rows and columns that influence the neurons are found by bisection, by setting parts of the image to NaN. The
     result is valid for any layers, weights and activations, since no operation removes a NaN. A copy of the model is
@@ -190,7 +190,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Returns whether the neurons become NaN if the image is NaN from one of its sides up to an edge.
+    """Returns whether the neurons become NaN if the image is set to NaN between one of its sides and an edge.
 
     The result has shape ``(N, 4)``, with the sides in the order top, left, bottom, right.
     """

@@ -1,4 +1,4 @@
-"""The reference and the composite of a measure that explains a difference.
+"""Reference and composite of measures that explain a difference.
 
 Source: docs/differences.md.
 """
@@ -21,7 +21,7 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns the call to record, and its reference if there is one, or None.
+    """Returns ``(call to record, its reference or None)``.
 
     For a list of references, which defines a mixture, the call contains one copy of each sample per reference.
 

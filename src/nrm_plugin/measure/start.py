@@ -13,7 +13,7 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """Part of the interface of a recording that determines the initial relevance."""
+    """Interface required of a recording to determine the initial relevance."""
 
     references: int
 
@@ -32,7 +32,7 @@ class Outputs(Protocol):
         """Returns the outputs in the shape returned by the model."""
 
     def differences(self) -> Tensor:
-        """Returns the differences between the outputs and the outputs at the reference, ``(N, …)``."""
+        """Returns the outputs minus the outputs at the reference, ``(N, …)``."""
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         """See :meth:`~nrm_plugin.recording.recording.Recording.started`."""

@@ -35,7 +35,7 @@ class Totals:
         absolute_sinks: Sum of the absolute values of absorbed relevance, keyed by ``(vertex, kind)``.
         branches: Mass propagated along each edge of a vertex with several edges.
         maps: Relevance of the taps in ``stored``.
-        cost: Number of kernels evaluated and of vectors propagated.
+        cost: Numbers of evaluated kernels and propagated vectors.
         has_sums: Whether masses are accumulated; otherwise, relevance is only stored.
     """
 
@@ -71,7 +71,7 @@ class Totals:
         return self._further(vectors)
 
     def _further(self, vectors: Vectors[str]) -> Vectors[str]:
-        """Returns the vectors to propagate further: none if all stored taps are reached and no masses are summed."""
+        """Returns the vectors to propagate further; none if all stored taps are reached and no masses are summed."""
         return vectors if self.has_sums or not self.stored or len(self.maps) < len(self.stored) else {}
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:

@@ -25,13 +25,13 @@ LAYERS = frozenset(_KINDS)
 
 @functools.cache
 def _template(function: str) -> nn.Module:
-    """Creates a layer without storage, once per function, since copying a layer is faster than initializing it."""
+    """Creates a layer with unallocated parameters, once per function, since copying is faster than initialization."""
     kind, arguments = _KINDS[function]
     return kind(*(1,) * arguments, device="meta")
 
 
 def layer_like(function: str) -> nn.Module:
-    """Returns a new layer for a function such as ``conv2d``, without storage and with default options."""
+    """Returns a layer for a function such as ``conv2d``, with default options and unallocated parameters."""
     return shared_copy(_template(function))
 
 

@@ -1,9 +1,9 @@
 """Layers that run in reduced precision, as under ``torch.autocast``, while all sums stay in float32.
 
-Only products with a weight are computed in reduced precision: those of the layer itself, and those of the linear map
-and its transpose in each branch of its rule. Relevance, column sums, gains and all other sums have the dtype of the
-inputs. If the model itself uses a format shorter than float32, these quantities and all products in kernels are
-computed in float32.
+Only products with a weight are computed in reduced precision: in the layer itself, and in the linear map and its
+transpose in each branch of the rule. Relevance, column sums, gains and all other sums have the dtype of the inputs. If
+the model itself uses a format shorter than float32, these quantities and all products in kernels are computed in
+float32.
 
 Source: new in this package.
 """
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""Floating-point formats shorter than float32 that are supported for models, inputs and outputs."""
+"""Supported floating-point formats shorter than float32, for models, inputs and outputs."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +56,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that do not read values, so their arguments need no conversion."""
+"""Functions that do not read values, so that their arguments need no conversion."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 

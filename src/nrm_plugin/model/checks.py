@@ -19,7 +19,7 @@ from .quantized import plain_tensors
 from .trace_guards import unwatched
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Layers that are random in training mode and the attributes that store their drop rates, keyed by package."""
+"""Layers that are random in training mode, with the attributes that store their drop rates, keyed by package."""
 
 MODES = {
     "batch_norm": 5,
@@ -108,7 +108,7 @@ def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]
 
 
 def warn_of_draws(calls: Sequence[str] | None) -> None:
-    """Warns that the model has drawn random numbers in evaluation mode, and names the functions that may do so."""
+    """Warns that the model has drawn random numbers in evaluation mode, and names the functions that might do so."""
     if calls is None:  # none were drawn
         return
     names = list(dict.fromkeys(calls))
@@ -168,7 +168,7 @@ def _layer(name: str, module: nn.Module) -> str:
 
 
 def check_hookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raises :class:`ModelStateError` for modules that bypass the hooks of their layers, such as compiled modules."""
+    """Raises :class:`ModelStateError` for modules that bypass their layers' hooks, such as compiled modules."""
     for name, module in modules.items():
         _check_kind(name, module)
 
@@ -183,7 +183,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Handle that disables the effect of ``module.compile()`` until it is removed, so that the hooks of layers run."""
+    """Handle that disables ``module.compile()`` until it is removed, so that layer hooks run."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]
@@ -243,7 +243,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address of the parameters that were found to be finite, so that they are not checked again."""
+"""Version and address of parameters known to be finite, which are not checked again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from ..errors import TargetError, brief, samples
 from .targets import chosen_target, sample_norms, sample_sums, start_vector
 
 REST = "rest"
-"""Value of ``against`` that denotes the other classes, weighted by their softmax."""
+"""Value of ``against`` for all other classes, weighted by their softmax."""
 MIN_CONTRAST = 1e-6
 r"""Smallest :math:`|g|` that can be explained, relative to :math:`\sum |s f|`."""
 

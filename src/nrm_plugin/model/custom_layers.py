@@ -1,6 +1,6 @@
 """Subclasses of torch layers that override ``forward``, for example for "same" padding or weight standardization.
 
-A rule modifies the weight by which a layer multiplies its input. If a subclass computes this weight from a parameter,
+A rule modifies the weight that multiplies the input of a layer. If a subclass computes this weight from a parameter,
 modifying the parameter results in a different rule: standardization, for example, turns the all-ones weights of Flat
 into zeros.
 """
@@ -36,7 +36,7 @@ def is_own_layer(module: nn.Module) -> bool:
 
 
 class WeightRecorder(TorchFunctionMode):
-    """Torch function mode that records the weight and bias that a layer passes to a torch function."""
+    """Torch function mode that records the weight and bias passed by a layer to a torch function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class WeightRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """Returns the module as a layer with the recorded weight, or None if the module is not affine.
+        """Converts the module to a layer with the recorded weight, or returns None if it is not affine.
 
         Args:
             module: A copy of the module.

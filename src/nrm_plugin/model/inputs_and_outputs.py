@@ -41,8 +41,8 @@ class Call:
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
             only floating-point tensors receive relevance; masks and numbers are passed unchanged. In place of an
-            integer input, the rows that it selects in a lookup receive relevance; in a mapping, this requires that
-            there are no floating-point tensors and that the keyword does not contain "mask".
+            integer input, the looked-up rows receive relevance; in a mapping, only if there are no floating-point
+            tensors and the keyword does not contain "mask".
         args: Additional positional arguments, as a tuple or a single argument.
         kwargs: Additional keyword arguments.
         batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together form one sample.
@@ -51,7 +51,7 @@ class Call:
         tensors: The tensors that receive relevance, ``(N, …)`` each, or ``(…)`` if not ``batched``.
         items: Keyword or index of each tensor, or None for a single positional tensor.
         indices: Copies of the integer inputs, keyed by keyword or index (None for a single positional input). The model
-            is called with these copies, which it may overwrite.
+            is called with these copies, since it might overwrite them.
 
     Raises:
         InputError: If the inputs cannot be explained.
@@ -135,8 +135,8 @@ class Call:
 
         Args:
             are_looked_up: Function that returns after the run whether any integer input was looked up.
-            read: Function that returns the place where the model converted integers to Python or NumPy numbers, or None
-                if it did not.
+            read: Function that locates where the model converted integers to Python or NumPy numbers; returns None if
+                it did not.
         """
         try:
             yield
@@ -370,7 +370,7 @@ def _not_floating(tensor: Tensor) -> str:
 
 
 def _infinite(tensor: Tensor) -> str:
-    """Lists the samples with infinite or NaN entries, for error messages."""
+    """Lists the samples with infinite or NaN entries for error messages."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 

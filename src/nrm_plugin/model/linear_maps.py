@@ -20,8 +20,8 @@ class LinearMap(NamedTuple):
     Attributes:
         down: The transposed map, from ``(K, N, *out)`` to ``(K, N, *in)``.
         up: The map, from ``(K, N, *in)`` to ``(K, N, *out)``.
-        weight_gradient: Function that returns the gradient of the inner product of the output at an input ``(1, *in)``
-            with relevance ``(1, *out)`` with respect to the weight, or None if there is no closed form.
+        weight_gradient: Function of an input ``(1, *in)`` and relevance ``(1, *out)`` that returns the weight gradient
+            of the inner product of output and relevance; None if there is no closed form.
         convolution: Weight, options and input shape, if the layer is a convolution.
     """
 
@@ -42,7 +42,7 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Returns the maps of a linear layer whose modified weight is computed block by block and never stored.
+    """Returns the maps of a linear layer; its modified weight is computed block by block and never stored.
 
     In many networks, most weights belong to the classifier, and copying them for each rule would take longer than
     running the layer.
@@ -89,14 +89,14 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 
 
 def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a layer whose weights are all one, so that its output is the same in all channels.
+    """Returns the maps of a layer with all-ones weights, whose output is the same in all channels.
 
     ``up`` returns a single channel, which broadcasts. The result is None for groups, for transposed layers, and for
     layers that :func:`explicit_maps` does not support.
 
     Args:
         module: As in :func:`explicit_maps`.
-        weight: The weight of the layer, of which only the shape, dtype and device are used.
+        weight: The weight of the layer; only its shape, dtype and device are used.
         inputs: As in :func:`explicit_maps`.
     """
     plain = explicit_maps(module, weight, inputs)
@@ -119,7 +119,7 @@ def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap 
 
 
 def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
-    """Returns the maps of a layer whose weights are all one and whose windows contain a single position."""
+    """Returns the maps of a layer with all-ones weights and windows of a single position."""
 
     def down(relevance: Tensor) -> Tensor:
         single = relevance.sum(dim, keepdim=True)
@@ -129,7 +129,7 @@ def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
 
 
 def _is_even(weight: Tensor) -> bool:
-    """Returns whether all weights of an output channel share one stored value, as in an expanded tensor."""
+    """Returns whether the weights of an output channel share one stored value, as in an expanded tensor."""
     inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
     return weight.stride(0) != 0 and bool(inner) and not any(inner)
 
@@ -213,7 +213,7 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
 
 
 FEW = 16
-"""Number of input channels up to which the backward pass of a convolution takes roughly constant time."""
+"""Number of input channels up to which a convolution's backward pass takes roughly constant time."""
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:

@@ -18,11 +18,11 @@ from .trace_guards import unwatched
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores all state of a model that a recording may change.
+    """Context manager that restores all model state that a recording might change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
     buffers, training mode and random state. State that has not changed is not written. Quantized layers are not
-    restored, since they may convert their weights once, at their first call, together with state outside the module.
+    restored, since they might convert their weights once, at their first call, together with state outside the module.
     """
     with unwatched():
         every = list(model.modules())
@@ -68,7 +68,7 @@ def _random_states() -> list[Tensor]:
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""The attributes of a module, and the contents of its attributes that are nonempty dictionaries."""
+"""The attributes of a module, and the contents of nonempty dictionaries among them."""
 
 
 def _state(module: nn.Module) -> _State:
@@ -105,7 +105,7 @@ _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def values_state(tensor: Tensor) -> tuple[int, int]:
-    """Returns a key that changes with the values of a tensor: its version, without undone writes, and its address."""
+    """Returns a key that changes with a tensor's values: its version, not counting undone writes, and its address."""
     undone = int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
     return tensor._version - undone, _address(tensor)
 
@@ -121,7 +121,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def memory_address(tensor: Tensor) -> int:
-    """Returns the address of the storage of a tensor, or of that of its values if it is sparse."""
+    """Returns the storage address of a tensor or, if it is sparse, of its values."""
     return _stored(tensor).untyped_storage().data_ptr()
 
 
@@ -145,7 +145,7 @@ def step_between(size: int, entries: int) -> int:
 
 
 class Fingerprint:
-    """Record of the parameters and buffers of a model, by which in-place changes are detected.
+    """Record of a model's parameters and buffers, for the detection of in-place changes.
 
     The record consists of version counters and a sample of the entries. Writes through ``parameter.data`` do not change
     the version counter, so they are detected only if they change a sampled entry. All entries of small tensors are

@@ -1,4 +1,4 @@
-"""Quantized linear layers, whose rules are applied to the dequantized weight.
+"""Quantized linear layers; rules are applied to the dequantized weight.
 
 In torchao, the weight is a tensor subclass; in bitsandbytes, a tensor of integers in a special format; in torch.ao, a
 packed object that is not a parameter. In all cases, the dequantized weight is obtained by running the layer: its
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import UnsupportedOperationError
 
 TOLERANCE = 0.1
-"""Largest accepted relative error of the dequantized layer. An error occurs if the layer rounds its input."""
+"""Largest accepted relative error of the dequantized layer, which arises if the layer rounds its input."""
 ROWS = 256
 """Number of unit vectors that are passed to a layer at once."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +75,7 @@ def packed_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yields the plain tensors that a tensor consists of: the tensor itself, or those inside a wrapper subclass."""
+    """Yields the plain tensors in a tensor: the tensor itself, or the tensors inside a wrapper subclass."""
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return

@@ -17,7 +17,7 @@ from .inputs_and_outputs import Call, is_finite, is_index
 
 
 def repeated(call: Call, count: int) -> Call:
-    """Returns a call in which every sample, including its additional arguments, is repeated ``count`` times."""
+    """Returns the call with every sample, including its additional arguments, repeated ``count`` times."""
     if not call.batched:
         raise DifferenceError("several references require samples, but batched=False treats all inputs as one sample.")
     size = call.batch

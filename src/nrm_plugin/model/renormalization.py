@@ -1,4 +1,4 @@
-"""Embeddings with ``max_norm``: torch renormalizes their table in place, whereas this package renormalizes a copy."""
+"""Embeddings with ``max_norm``: torch renormalizes their tables in place, whereas this package renormalizes copies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tables:
     """Stand-ins for the embedding tables that torch would renormalize in place during one forward pass.
 
     Args:
-        changed: The tables that torch would have changed so far, keyed by id. It is updated in place.
+        changed: Dictionary of the tables that torch would have changed so far, keyed by ``id()``; updated in place.
     """
 
     def __init__(self, changed: dict[int, Tensor]) -> None:

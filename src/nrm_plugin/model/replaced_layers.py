@@ -1,4 +1,4 @@
-"""Copies of models in which some layers are replaced. They share all weights with the model, which is not modified."""
+"""Copies of models with some layers replaced. A copy shares all weights with the model, which is not modified."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """Returns the given tensor, or the first tensor in a tuple, list or mapping, or None if there is none."""
+    """Returns the first tensor in a tensor, tuple, list or mapping, or None if there is none."""
     if isinstance(values, Tensor):
         return values
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, (tuple, list)) else ()

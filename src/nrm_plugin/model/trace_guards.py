@@ -1,4 +1,4 @@
-"""Value reads: the points at which a computation depends on the values of tensors, as tracked by a trace.
+"""Value reads: points at which a computation depends on tensor values, as tracked by a trace.
 
 A trace can replay the tensor operations of a computation for other values. A replay evaluates every condition of the
 computation again and compares the outcome, unless the result does not depend on it.
@@ -24,7 +24,7 @@ class _Active(threading.local):
         tracer: The tracer of the trace in progress, or None.
         audits: Number of active :func:`audit` contexts.
         place: Name of the step whose kernel is being built.
-        avoided: Shortcuts that a trace must not take because their conditions did not hold for other values.
+        avoided: Shortcuts that a trace must not take because their conditions failed for other values.
     """
 
     tracer: Any = None
@@ -59,7 +59,7 @@ def audit() -> Iterator[None]:
 
 @contextmanager
 def repeated(place: str = "") -> Iterator[None]:
-    """Context manager for computations inside an :func:`audit` that must nevertheless be repeated for other inputs.
+    """Context manager for computations in an :func:`audit` that must nevertheless be repeated for other inputs.
 
     Args:
         place: Name of the step or layer, used in the names of shortcuts.
@@ -127,7 +127,7 @@ def kind_of(shortcut: str) -> str:
 
 
 def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
-    """Returns whether a shortcut may be taken, a computation that is valid only if a condition on values holds.
+    """Returns whether to take a shortcut: a computation that is valid only if a condition on values holds.
 
     If the condition does not hold, the general computation is used, which is always valid. A trace therefore depends on
     the condition only if it holds.

@@ -1,4 +1,4 @@
-"""User code: which modules belong to installed packages, and to which names a function refers."""
+"""User code: which modules belong to installed packages, and which names a function uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..imports import PACKAGE
 
 @functools.cache
 def is_installed_module(name: str) -> bool:
-    """Returns whether a module is part of Python or of an installed package, whose code is identified by a version."""
+    """Returns whether a module is part of Python or of an installed package, so that a version identifies its code."""
     top = name.partition(".")[0]
     if top == PACKAGE or top in sys.stdlib_module_names - {"__main__"} or top in sys.builtin_module_names:
         return True
@@ -39,13 +39,13 @@ def distributions() -> Mapping[str, list[str]]:
 
 
 def referenced(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yields the name and value of each global, and each member of the user's modules, to which a function refers."""
+    """Yields the name and value of each global, and of each member of the user's modules, used by a function."""
     for name, namespace, key in names_in(function):
         yield name, namespace[key]
 
 
 def names_in(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yields the names of :func:`referenced`, each with the namespace that holds its value and its key there."""
+    """Yields the names in :func:`referenced`, each with the namespace that holds its value and its key there."""
     names = sorted(set(_names(function.__code__)))
     for name in names:
         item = function.__globals__.get(name)

@@ -85,7 +85,7 @@ def is_route(module: nn.Module) -> bool:
 def operation(node: Node) -> str:
     """Returns the operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward``.
 
-    A custom ``autograd.Function`` may have the same name as a torch operation; its name is therefore returned as
+    A custom ``autograd.Function`` might have the same name as a torch operation; its name is therefore returned as
     ``autograd.Function NAME``.
     """
     if isinstance(node, BackwardCFunction):
@@ -96,7 +96,7 @@ def operation(node: Node) -> str:
 
 @functools.cache
 def _operation(name: str) -> str:
-    """Extracts the operation from the name of a torch node; cached, since there are only a few hundred names."""
+    """Extracts the operation from a torch node's name; cached, since there are only a few hundred names."""
     name = name.rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name

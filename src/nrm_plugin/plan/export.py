@@ -1,4 +1,4 @@
-"""Export of a plan as a program that returns outputs and their relevance and depends only on PyTorch."""
+"""Export of a plan as a program that returns outputs with their relevance and depends only on PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 class EveryShortcut(frozenset[str]):
-    """Set that contains every shortcut, so that a trace takes none of them and is valid for all values."""
+    """Set of all shortcuts; a trace that avoids it takes no shortcut and is valid for all values."""
 
     def __contains__(self, shortcut: object) -> bool:
         return True
@@ -86,7 +86,7 @@ class ExplainedModel(nn.Module):
     Args:
         program: The program, traced without shortcuts.
         layers: Names of the layers whose relevance is returned.
-        outputs: Example outputs, which determine their shape and dtype.
+        outputs: Example outputs, which determine shape and dtype.
 
     Raises:
         InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
@@ -111,7 +111,7 @@ class ExplainedModel(nn.Module):
             _check_exportable(one)
 
     def forward(self, *tensors: Tensor) -> dict[str, Any]:
-        """Computes outputs, targets, the relevance of each layer, and whether that relevance is valid.
+        """Computes outputs, targets, the relevance of each layer, and the validity of this relevance.
 
         Args:
             tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; -1 is replaced with
@@ -157,7 +157,7 @@ class ExplainedModel(nn.Module):
 
 
 def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor in memory of its own, and the permutation that restores its strides.
+    """Returns a constant as a contiguous tensor in separate memory, and the permutation that restores its strides.
 
     ``torch.export.save`` stores each block of memory once, as one contiguous tensor.
     """
@@ -188,7 +188,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Operations whose results are read as Python values, with functions that compare these with the expected value."""
+"""Operations whose results are read as Python values, with functions that compare them with the expected value."""
 
 
 def _check_exportable(one: Operation) -> None:

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 BLOCK = 1 << 15
 """Number of weight entries per block."""
 CLOSE = 4
-"""Largest difference, in units of the machine epsilon, between equal weights that are computed in different orders.
+"""Largest difference, in units of the machine epsilon, between equal weights computed in different orders.
 
 It must be small: a newly initialized batch norm changes weights by half its ``eps``, which is 42 units in float32, and
 such changes accumulate over layers.
@@ -30,8 +30,8 @@ def fused(
 
     Args:
         operations: The operations of a program.
-        trace: The trace, in which new constants are assigned an index.
-        constants: The constants, to which fused weights are added.
+        trace: The trace, which receives indices for new constants.
+        constants: The constants; fused weights are added to them.
         results: Indices of the result tensors.
 
     Returns:

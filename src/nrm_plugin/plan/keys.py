@@ -1,4 +1,4 @@
-"""Keys of calls and queries, which describe their form, but not the values of the tensors of a call."""
+"""Keys of calls and queries, which describe the form but not the tensor values of a call."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_flatten
 from ..events.event import Event
 
 _LARGEST = 1 << 20
-"""Maximum number of entries for which a tensor in a query, such as neuron labels, is compared by value."""
+"""Maximum number of entries in a query tensor, such as neuron labels, that is compared by value."""
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
-    """Returns a key that describes the form of the arguments of a model, and the tensors among them.
+    """Returns ``(key for the form of a model's arguments, the tensors among them)``.
 
     Raises:
         TypeError: If an argument has no hashable equivalent.

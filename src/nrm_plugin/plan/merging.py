@@ -36,7 +36,7 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations whose result may equal their first argument, keyed by ``id``, since hashing PyTorch operations is slow."""
+"""Operations that can return their first argument, keyed by ``id()``, since hashing PyTorch operations is slow."""
 
 
 class Merger:
@@ -57,7 +57,7 @@ class Merger:
         self._given = {*trace.constants, *trace.placeholders}
 
     def merged(self, operations: list[Operation]) -> tuple[list[Operation], list[int]]:
-        """Returns the remaining operations and the indices of the results."""
+        """Returns ``(remaining operations, indices of the results)``."""
         memory = self.trace.memory
         self._writes = Counter(memory(number) for one in operations for number in one.writes)
         made = {number for one in operations for number in one.results if number is not None}

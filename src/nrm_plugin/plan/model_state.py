@@ -1,4 +1,4 @@
-"""State of a model and settings of a composite, on which a plan depends."""
+"""Model state and composite settings that a plan depends on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENTRIES = 64
 
 
 class ModelState:
-    """Record of the ids and versions of all objects that the modules of a model contain, by which changes are detected.
+    """Record of the ids and versions of all objects in the modules of a model, for the detection of changes.
 
     Args:
         model: The model to watch.
@@ -83,7 +83,7 @@ class ModelState:
 
 
 class _Objects:
-    """Record of the ids of the attributes of modules and of the versions of tensors, by which changes are detected."""
+    """Record of attribute ids and tensor versions, for the detection of changes."""
 
     def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
         self._modules = [(module, _attributes(module), _held(module)) for module in modules]
@@ -121,7 +121,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the ids of a module's attributes and of the items in its containers."""
+    """Returns the ids of a module's attributes and of the items in container attributes."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]

@@ -29,9 +29,9 @@ from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .programs import Programs, memory_of
 
 MOST = 8
-"""Maximum number of forms of calls for which programs are stored."""
+"""Maximum number of call forms with stored programs."""
 IDLE = 8
-"""Number of consecutive recordings after which a plan is no longer used for calls of this form."""
+"""Number of consecutive recordings after which a plan is abandoned for calls of this form."""
 
 
 class Plan:
@@ -172,7 +172,7 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Exports a program that returns outputs and their relevance and depends only on PyTorch.
+        """Exports a program that returns outputs with their relevance and depends only on PyTorch.
 
         The program can be loaded with ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in
         the order and with the shapes of ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the
@@ -215,7 +215,7 @@ class Plan:
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
-        """Returns whether the model or the composite has changed, which makes all programs invalid."""
+        """Returns whether the model or the composite has changed, so that all programs are invalid."""
         return self._state.is_outdated() or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
@@ -291,7 +291,7 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """Call of the model, with a key that identifies its form.
+    """Model call with a key that identifies its form.
 
     Attributes:
         key: Key that is the same for all calls of this form.

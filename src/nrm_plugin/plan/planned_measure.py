@@ -32,7 +32,7 @@ from .tracer import Tracer
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all measures of a plan share.
+    """Settings shared by all measures of a plan.
 
     Attributes:
         model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -50,11 +50,11 @@ class Settings:
 
 
 LONGEST = 5
-"""Maximum length of a trace with its queries, as a multiple of its length after the recording."""
+"""Maximum length of a trace with queries, as a multiple of its length after the recording."""
 
 
 class PlannedOutputs:
-    """Outputs at which a planned measure starts, used in place of a recording.
+    """Starting point of a planned measure: the outputs, used in place of a recording.
 
     Args:
         values: The outputs in the form ``(N, …)``, the outputs as returned by the model, and, if there is a reference,
@@ -132,7 +132,7 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the trace may be compiled to a program, which would take too long with many queries."""
+        """Whether the trace can be compiled to a program; with many queries, this would take too long."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
@@ -173,7 +173,7 @@ class _Traced:
 
 
 class PlannedMeasure(RelevanceMeasure):
-    """Measure that computes queries by running the programs of a plan, and records the model for all other queries.
+    """Measure that computes queries by running a plan's programs, and records the model for all other queries.
 
     Args:
         settings: The settings of the plan.
@@ -318,7 +318,7 @@ class PlannedMeasure(RelevanceMeasure):
             self._is_answering = False
 
     def _known(self, name: str, *args: Any) -> Any:
-        """Returns a property that does not depend on values, cached from the recording of any call of this form."""
+        """Returns a value-independent property, cached from the recording of any call of this form."""
         key = (name, frozen(args))
         if key not in self._programs.answers:
             plain = super()

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class ChangedValueError(Exception):
-    """Raised if a value on which the traced computation depended differs for the current inputs.
+    """Raised if a value that determined the traced computation differs for the current inputs.
 
     Attributes:
         reads: The lines of code that read these values.
@@ -41,7 +41,7 @@ class Program:
         trace: The trace of both stages.
         inputs: Indices of the inputs.
         outputs: Indices of the tensors returned by the first stage.
-        start: Indices of the tensors from which the second stage starts, such as the relevance of the outputs.
+        start: Indices of the tensors that start the second stage, such as the relevance of the outputs.
         results: For each query, indices of the tensors returned by the second stage.
 
     Attributes:
@@ -102,9 +102,9 @@ class Program:
 
         Args:
             state: The state. The list is emptied, so that memory is freed as early as possible.
-            start: The tensors from which the stage starts.
+            start: The tensors that start the stage.
             query: Index of the query.
-            is_kept: Whether the tensors of the state are needed by later queries.
+            is_kept: Whether later queries need the tensors of the state.
 
         Returns:
             The results of the query.
@@ -147,14 +147,14 @@ def _early(operations: list[Operation], outputs: Sequence[int], memory: Callable
 
 
 def _last_check(operations: list[Operation], start: set[int]) -> int:
-    """Returns the index of the last comparison before the start is read, on which outputs may depend, or -1."""
+    """Returns the index of the last comparison before the start is read (outputs can depend on it), or -1."""
     begin = next((index for index, one in enumerate(operations) if start & set(one.reads)), len(operations))
     checks = [i for i, one in enumerate(operations[:begin]) if one.expected is not None or one.shapes is not None]
     return max(checks, default=-1)
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:
-    """Runs a stage, and converts errors of operations, which changed values may cause, to ChangedValueError."""
+    """Runs a stage and converts operation errors, which changed values can cause, to ChangedValueError."""
     try:
         return stage(*args)
     except torch.OutOfMemoryError:
@@ -234,7 +234,7 @@ def _is_same(value: Any, expected: Any) -> bool:
 
 
 class _Writer:
-    """Generator of the Python source of a program."""
+    """Generator of a program's Python source."""
 
     def __init__(
         self,

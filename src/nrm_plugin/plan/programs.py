@@ -18,12 +18,12 @@ from .program import ChangedValueError, Program
 from .tracer import Tracer
 
 Key = tuple[Hashable, ...]
-"""Key of a query: the name of its method and its arguments."""
+"""Key of a query: method name and arguments."""
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of calls in which a value that the model reads may change before every call is recorded, or in which the
-condition of a shortcut may fail before it is avoided in all layers."""
+"""Number of calls with a changed value read by the model before every call is recorded, or with a failed shortcut
+condition before the shortcut is avoided in all layers."""
 
 
 @dataclass
@@ -75,12 +75,12 @@ class Programs:
     """Cache of the programs for calls of the same form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: Shortcuts that are no longer taken because their conditions failed for some inputs. A shortcut whose
-            condition failed in several calls, in the same layer or in different layers, is avoided in all layers.
+        avoided: Shortcuts no longer taken because their conditions failed for some inputs. A shortcut whose condition
+            failed in several calls, in the same layer or in different layers, is avoided in all layers.
         obstacle: Reason why calls of this form cannot be replayed and must be recorded each time, or an empty string.
         answers: Cached properties that do not depend on values, such as names and shapes.
         recordings: Number of recordings since a program was last used.
-        latest: The most recently used program, which the next measure is expected to use.
+        latest: The most recently used program, which the next measure is expected to use again.
         asks_again: Whether a measure has received more than one query. The state of the first stage is then kept for
             further queries.
     """
@@ -145,7 +145,7 @@ class Programs:
                 self._programs.popitem(last=False)
 
     def reject(self, error: ChangedValueError) -> None:
-        """Discards all programs after a value on which they depend has changed."""
+        """Discards all programs after a value that they depend on has changed."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
             kinds = {kind_of(name) for name in names}

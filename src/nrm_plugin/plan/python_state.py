@@ -1,4 +1,4 @@
-"""Python objects on which a plan depends because the model reads them, in addition to its parameters and buffers."""
+"""Python objects that a plan depends on, because the model reads them in addition to parameters and buffers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST = 20_000
 _LARGEST = 1 << 16
 """Largest number of entries of an array that are compared by value, also for longer arrays."""
 CONTAINERS = (dict, OrderedDict, list, set, tuple)
-"""Containers whose items are compared together with the attributes of the module that holds them."""
+"""Containers compared item by item, together with the attributes of the module that holds them."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
 _PASSED_OVER = frozenset("torch numpy logging threading weakref _weakrefset zennit captum nrm_plugin builtins".split())
 """Packages whose objects are compared elsewhere, or do not change what a model computes."""
@@ -44,8 +44,8 @@ class PythonState:
         roots: The modules of the model, and further objects such as its composite.
 
     Attributes:
-        modules: Modules that were reached but are not among the roots, such as those in a list. Their attributes, like
-            those of the roots, are not compared.
+        modules: Modules that were reached but are not among the roots, such as modules in a list. Attributes of these
+            modules and of the roots are not compared.
         tensors: Tensors that were reached.
     """
 

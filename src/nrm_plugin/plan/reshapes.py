@@ -1,4 +1,4 @@
-"""Removal of views that move no data, such as a leading dimension of size one for a single relevance vector."""
+"""Removal of views that move no data, such as the leading dimension of size one of a single relevance vector."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.
 
 
 class ViewRemover:
-    """Pass over operations that makes them read tensors in the shape in which they were created, before broadcasting.
+    """Pass that makes operations read tensors in their original shape, before broadcasting.
 
     Args:
-        trace: The trace, in which tensors that are created in a new shape are assigned an index.
+        trace: The trace, which receives new indices for tensors created in a new shape.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -152,7 +152,7 @@ class ViewRemover:
             self._narrow[number] = source
 
     def _unexpanded(self, one: Operation) -> Operation:
-        """Makes an elementwise operation read tensors before they are broadcast, if the result is the same."""
+        """Makes an elementwise operation read tensors before broadcasting, if the result is the same."""
         if one.function.overloadpacket not in ELEMENTWISE or not any(number in self._narrow for number in one.reads):
             return one
         forms = self.trace.forms

@@ -21,15 +21,15 @@ from .plan import MOST, Plan
 PLAIN = 2
 """Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
 NEVER = 1 << 62
-"""Number of recordings that rules out further plans after one needed too much memory."""
+"""Recording count that rules out further plans after one plan needed too much memory."""
 PAID = 32
-"""Number of measures after which the cost of a plan is regarded as amortized."""
+"""Number of measures after which a plan counts as amortized."""
 MEMORY = 1 << 30
 """Maximum memory of the constants of an automatic plan, in bytes."""
 
 
 class Measures:
-    """Factory for measures that creates a plan if inputs of the same form recur.
+    """Factory for measures, which creates a plan if inputs of the same form recur.
 
     It is called with the arguments of :class:`~nrm_plugin.RelevanceMeasure`. The first measures for inputs of one form
     (shapes and dtypes) are recorded; later inputs of this form use a plan, with the same results up to rounding. A plan
@@ -154,7 +154,7 @@ _LOCK = threading.Lock()
 
 
 def measures_of(owner: Any) -> Measures:
-    """Returns the :class:`Measures` instance associated with an object, creating it on first use.
+    """Returns an object's :class:`Measures` instance, which is created on first use.
 
     The instance lives as long as the object, and is not copied or pickled with it.
     """

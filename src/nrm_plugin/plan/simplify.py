@@ -1,6 +1,6 @@
 """Simplification of traces: constants are precomputed, and operations whose results are unused are removed.
 
-A trace may overwrite tensors. Tensors that share memory form a group. The order of operations is preserved, and two
+A trace can overwrite tensors. Tensors that share memory form a group. The order of operations is preserved, and two
 operations on a group are merged only if the group is not overwritten between them.
 """
 
@@ -19,18 +19,18 @@ from .reshapes import ViewRemover
 from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
-"""Maximum number of entries of a filled tensor that is stored rather than created in each run."""
+"""Maximum number of entries in a filled tensor that is stored rather than created in each run."""
 
 
 class Simplifier:
-    """Simplified form of the operations of a trace that are needed to compute given results.
+    """Simplified form of a trace: the operations needed to compute given results.
 
     Args:
         trace: The trace to simplify.
         results: Indices of the result tensors.
 
     Attributes:
-        trace: A copy of the trace, to which simplification adds tensors.
+        trace: A copy of the trace; simplification adds tensors to it.
         operations: The remaining operations, in order.
         constants: The constants that the operations read, keyed by index.
         results: Indices of the result tensors.
@@ -124,7 +124,7 @@ class Simplifier:
                 self.constants[number] = item
 
     def _stored(self, number: int, one: Operation) -> Tensor:
-        """Returns a constant or, for a variable tensor of which only the shape is read, an expanded scalar."""
+        """Returns a constant or, if only the shape of a variable tensor is read, an expanded scalar."""
         if number in self.constants:
             return self.constants[number]
         assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"

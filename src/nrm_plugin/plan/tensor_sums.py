@@ -1,4 +1,4 @@
-"""Detection of changed values of tensors, even if a write through ``.data`` leaves no other trace."""
+"""Detection of changed tensor values, even if a write through ``.data`` leaves no other trace."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 _SMALL = 1 << 10
-"""Largest number of entries of a tensor that is compared entry by entry with a stored copy."""
+"""Maximum number of entries in a tensor that is compared entry by entry with a stored copy."""
 _MIDDLE = 1 << 16
-"""Largest number of entries of a tensor that is concatenated with others, for sums over several tensors."""
+"""Maximum number of entries in a tensor that is concatenated with others, for sums over several tensors."""
 _ROW = 1 << 12
 """Number of entries in a weighted sum."""
 _AT_ONCE = 1 << 22

@@ -1,4 +1,4 @@
-"""Traces: the tensor operations of a computation, as a flat list in which every tensor has an index."""
+"""Traces: the tensor operations of a computation, as a flat list with an index for every tensor."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Operation:
 
     Attributes:
         function: The called operator.
-        args, kwargs: Its arguments, with a :class:`Value` in place of each tensor.
+        args, kwargs: The arguments, with a :class:`Value` in place of each tensor.
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
-        writes: Indices of the tensors that it overwrote.
-        expected: The number or boolean that it returned, and on which the computation may depend, or None if it
-            returned tensors.
-        shapes: The shapes of its results if they depend on values, or None.
+        writes: Indices of the overwritten tensors.
+        expected: The returned number or boolean, which the computation might depend on, or None if tensors were
+            returned.
+        shapes: The shapes of the results if they depend on values, or None.
         origin: For ``expected`` and ``shapes``, the shortcut that was taken or the line of code that read the value.
         reads: Indices of the tensors among the arguments.
-        query: Index of the query that executed it; 0 for the recording.
+        query: Index of the query that executed the operation; 0 for the recording.
     """
 
     function: Any
@@ -132,7 +132,7 @@ class Trace:
         constants: Tensors that do not depend on placeholders, keyed by index.
         placeholders: Indices of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor, and whether it is conjugated or negated.
-        aliases: For tensors that may share the memory of an earlier tensor, the index of that tensor.
+        aliases: For tensors that might share the memory of an earlier tensor, the index of that tensor.
         count: Number of tensors.
         obstacles: Reasons why the operations cannot be replayed for other values.
     """
@@ -146,7 +146,7 @@ class Trace:
     obstacles: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
-        """Returns the index of the first tensor that may share memory with a tensor, which identifies the memory."""
+        """Returns the index of the first tensor that might share memory with a tensor; it identifies the memory."""
         while number in self.aliases:
             number = self.aliases[number]
         return number
@@ -173,4 +173,4 @@ def draws(function: Any) -> bool:
 
 
 _DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw random numbers only in training mode, in which measures are not computed."""
+"""Operations that draw random numbers only in training mode, for which measures are not computed."""

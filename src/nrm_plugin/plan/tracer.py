@@ -1,4 +1,4 @@
-"""Tracing of tensor operations below autograd, of which hooks, kernels and queries need not be aware."""
+"""Tracing of tensor operations below autograd; hooks, kernels and queries need not be aware of it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ aten = torch.ops.aten
 
 @dataclass(slots=True, eq=False)
 class _Memory:
-    """Block of memory that tensors of a trace share.
+    """Block of memory shared by tensors of a trace.
 
     Attributes:
-        root: Index of the first tensor in it.
-        is_traced: Whether operations of the trace write to it; otherwise it is constant.
+        root: Index of the first tensor in the block.
+        is_traced: Whether operations of the trace write to the block; otherwise it is constant.
         views: The known tensors in this memory, keyed by form.
         reference: A weak reference that prevents the id of the memory from being reused.
         copy: Index of a flat tensor of the whole memory, created when a constant is overwritten.
-        is_overwritten: Whether it contains a weight or buffer that was overwritten; its constants are then copies.
+        is_overwritten: Whether the block contains an overwritten weight or buffer; constants in it are then copies.
     """
 
     root: int
@@ -42,13 +42,13 @@ class _Memory:
 
 
 class Tracer(TorchDispatchMode):
-    """Context manager that appends the operations of this thread to a trace; it may be entered repeatedly.
+    """Context manager that appends the operations of this thread to a trace; it can be entered repeatedly.
 
     Operations on constants are executed but not appended, and their results are constants. Operations that create
     tensors to be filled later are appended, since a tensor is constant only when it has its final values.
 
     Attributes:
-        trace: The trace to which operations are appended.
+        trace: The trace that operations are appended to.
         shortcut: Name of the shortcut whose condition is being evaluated.
         query: Index of the query in progress; 0 during the recording.
     """
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):
         return len(self.trace.operations)
 
     def forget_reads(self, position: int) -> None:
-        """Discards the values that were read since the given position, on which the computation does not depend."""
+        """Discards the values read since the given position, which the computation does not depend on."""
         recent = self.trace.operations[position:]
         self.trace.operations[position:] = [one for one in recent if one.expected is None and one.shapes is None]
 
@@ -323,15 +323,15 @@ class Tracer(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Facts:
-    """Properties of an operation on which tracing depends.
+    """Properties of an operation that determine how it is traced.
 
     Attributes:
         function: The operation.
-        writes: Position and name of the arguments that it overwrites.
-        is_recorded: Whether it is traced even if it reads only constants.
-        makes_memory: Whether its results may be in newly allocated memory.
-        is_static: Whether it returns numbers that do not depend on values.
-        is_shaped_by_values: Whether the shapes of its results depend on values.
+        writes: Position and name of the overwritten arguments.
+        is_recorded: Whether the operation is traced even if it reads only constants.
+        makes_memory: Whether the results can be in newly allocated memory.
+        is_static: Whether the operation returns numbers that do not depend on values.
+        is_shaped_by_values: Whether the shapes of the results depend on values.
     """
 
     function: Any
@@ -427,7 +427,7 @@ class EscapeWatch(TorchFunctionMode):
 
 
 def _list_entries(args: Any) -> list[Any]:
-    """Returns the lists among the arguments, whose tensors torch reads without dispatch."""
+    """Returns the list arguments, whose tensors torch reads without dispatch."""
     nested = [item for value in args if isinstance(value, tuple) for item in value]
     return [value for value in (*args, *nested) if isinstance(value, list)]
 

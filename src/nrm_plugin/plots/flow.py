@@ -61,19 +61,19 @@ def flow_figure(
 
     Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; at each node, negative
     ribbons are below positive ones. Grey marks the rest of a layer, hatched orange the relevance absorbed above it, and
-    dotted orange the relevance that bypasses it. Small nodes of these three kinds and very thin ribbons are not drawn;
+    dotted orange the relevance that bypasses it. Very thin ribbons and small nodes of these three kinds are not drawn;
     the legend states their total.
 
     Args:
         graph: The flow graph.
         heading: Description of what the flow explains, above the title.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
-        image: The explained image, ``(C, H, W)`` in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is drawn next to
-            the caption, and in grey behind the thumbnails.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails.
+        image: The explained image, ``(C, H, W)`` with values in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is
+            drawn next to the caption, and in grey behind the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for one column of a paper; by default, at least 7.2.
-        maps_at: The layer at whose positions the heat maps are computed, for the legend; by default, single pixels.
+        maps_at: The layer whose positions form the heat maps, for the legend; by default, single pixels.
         walks: The strongest walks over groups. Those that the caption names are drawn within the ribbons.
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
@@ -165,7 +165,7 @@ def color_of(tone: str, palette: Palette) -> str:
 
 
 def curve(band: Band) -> list[tuple[float, float]]:
-    """Returns the corners and Bézier control points of a ribbon, along its upper edge and back along its lower edge."""
+    """Returns a ribbon's corners and Bézier control points, along the upper edge and back along the lower edge."""
     (x, start), (right, end) = band.start, band.end
     middle, half = (x + right) / 2, band.width / 2
     over = [(x, start - half), (middle, start - half), (middle, end - half), (right, end - half)]
@@ -216,7 +216,7 @@ def _draw_node(axes: Axes, node: DrawnNode, thumbnails: NodeThumbnails | None, p
 
 
 def _draw_regions(axes: Axes, box: Box, photo: Photo, graph: FlowGraph) -> None:
-    """Writes the names of the input nodes into their regions of the photograph."""
+    """Writes the name of each input node into its region of the photograph."""
     names = {node.key: region_name(node) for node in graph.nodes}
     for key, (x, y) in region_places(photo).items():
         axes.text(

@@ -21,11 +21,11 @@ NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.1, 1e-3
 WORTH_SAYING = 0.01
 """Smallest relevance that is mentioned."""
 WIDE = 0.1
-"""Smallest relevance at which the widest ribbon between two layers is named."""
+"""Minimum relevance at which the widest ribbon between two layers is named."""
 DENSE = 1.25
 """Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
 FEW = 0.25
-"""Share of the relevance below which the caption states how little the shown channels of a layer account for."""
+"""Share of relevance below which the caption states how little the shown channels of a layer account for."""
 PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
 Walks = Sequence[tuple[Sequence[str], float]]
 """Walks over groups, sorted by decreasing mass: keys of their nodes, from the input to the output, and their masses."""

@@ -1,4 +1,4 @@
-"""Selection of the nodes of a flow that are drawn, and their order, names and colours."""
+"""Selection of the drawn nodes of a flow, and their order, names and colours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple
 
     Args:
         layer: The layer.
-        joint_mass: Size of each node, by which small nodes are omitted; by default, its absolute mass.
+        joint_mass: Size of each node, which decides whether it is drawn; by default, the absolute mass.
 
     Raises:
         FlowError: If the layer has too many groups for a figure.
@@ -67,7 +67,7 @@ def has_rests(graph: FlowGraph) -> bool:
 
 
 def is_difference(graph: FlowGraph) -> bool:
-    """Returns whether a graph is the difference between two flows, in which the masses of each layer sum to 0."""
+    """Returns whether a graph is the difference between two flows, so that the masses of each layer sum to 0."""
     return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
 
 
@@ -83,7 +83,7 @@ def without_output(graph: FlowGraph) -> FlowGraph:
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone of a node, which determines its colour, according to the sign of its value or its kind."""
+    """Returns the tone of a node, which determines its colour, from its kind or the sign of its value."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
     return "negative" if value < 0 else "rest" if node.kind == "rest" else "positive"
@@ -97,7 +97,7 @@ def node_name(node: FlowNode) -> str:
 
 
 def region_name(node: FlowNode) -> str:
-    """Returns the name of an input region as displayed in the photograph, where a number suffices."""
+    """Returns the name of an input region as displayed in the photograph, where a number is enough."""
     return node_name(node).removeprefix("part ").removeprefix("group ")
 
 

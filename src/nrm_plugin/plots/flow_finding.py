@@ -10,12 +10,12 @@ from .flow_columns import NUMBERED, is_difference, node_name
 from .ribbons import percent
 
 HALF = 0.5
-"""Share of the relevance of a layer that the named nodes hold: as few as possible, but at most :data:`NAMED`."""
+"""Share of a layer's relevance held by the named nodes: as few nodes as possible, but at most :data:`NAMED`."""
 NAMED = 3
 AGAINST = -0.25
-"""Mass that evidence against the output must reach to be part of the finding."""
+"""Minimum mass of evidence against the output that is mentioned in the finding."""
 ALIKE = 0.01
-"""Largest difference of a node for which the finding is that two flows hardly differ."""
+"""Largest node difference for which the finding states that two flows hardly differ."""
 THROUGH = "passes through"
 WORD_AND_NUMBER = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
 SEVERAL = re.compile(r" \+ \d+$")

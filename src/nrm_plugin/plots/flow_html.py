@@ -28,9 +28,9 @@ from .flow_thumbnails import NodeThumbnails, Photo, Pixels, node_thumbnails, pai
 from .ribbons import DARK, LIGHT, Palette, percent
 
 WIDTH = 12.0
-"""Nominal width of the drawing in inches, to which font sizes refer. The page scales it to the window."""
+"""Nominal width of the drawing in inches, the reference for font sizes. The page scales it to the window."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""Content security policy with which the browser blocks all network requests of the page."""
+"""Content security policy that makes the browser block all network requests of the page."""
 
 
 def sankey(
@@ -57,7 +57,7 @@ def sankey(
     Args:
         graph: The flow graph.
         heading: Title of the page.
-        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, which are drawn as thumbnails.
+        maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails.
         image: As in :func:`~nrm_plugin.plots.flow_figure`.
         caption: As in :func:`~nrm_plugin.plots.flow_figure`.
         pairs: Joint relevance of nodes in non-adjacent layers, from

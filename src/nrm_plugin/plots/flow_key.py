@@ -53,7 +53,7 @@ def key_text(
         has_thumbnails: Whether nodes have thumbnails.
         has_off: Whether nodes for walks off a layer are drawn.
         signs: Descriptions of positive and negative relevance.
-        maps_at: The layer at whose positions the heat maps are computed; by default, single pixels.
+        maps_at: The layer whose positions form the heat maps; by default, single pixels.
         graph: The flow graph. If given, the legend explains only the elements that occur in it.
         walks: The strongest walks, as in the caption.
         is_cropped: Whether thumbnails show only a part of the photograph.

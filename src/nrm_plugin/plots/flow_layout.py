@@ -27,18 +27,18 @@ CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are tho
 GAP = 9.0
 """Vertical space between two nodes, in points."""
 WIDER, BESIDE = 1.5, 140.0
-"""Largest width of the photograph, as a multiple of that of a square one, and the least room for the finding next to it
-in points."""
+"""Largest width of the photograph, as a multiple of a square one's, and the minimum room for the finding next to it, in
+points."""
 DARKER, PALER = 0.66, 0.26
-"""Opacity of the fewest ribbons between the groups of two layers that hold half of their relevance, and of others."""
+"""Opacity of the largest ribbons between groups, which together hold half of the relevance, and of all others."""
 FAINT = 0.14
 """Opacity of ribbons between two rests, or between two nodes for walks off a layer."""
 SHORT = 2
-"""Maximum number of nodes of a column that has room for names of three lines."""
+"""Maximum number of nodes in a column with room for three-line names."""
 LEAST = 20.0
 """Smallest width of a thumbnail, in points."""
 SMALLER = 0.8
-"""Factor by which the font size of a note may be reduced to fit a longer version."""
+"""Smallest font-size factor for a note, used to fit a longer version."""
 Column = Sequence[tuple[int, FlowNode]]
 Notes = Mapping[str, Sequence[str]]
 
@@ -65,7 +65,7 @@ def flow_scene(
         graph: The flow graph.
         heading: The title.
         caption: The text below the title.
-        key: The legend below the flow, to which a note about omitted ribbons is appended.
+        key: The legend below the flow; a note about omitted ribbons is appended to it.
         width: Width in inches; by default 7.2, or more if there are more than three layers or long columns.
         thumbnails: The thumbnails, keyed by node; only the keys are used.
         ratio: Height-to-width ratio of the thumbnails.

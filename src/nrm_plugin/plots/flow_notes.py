@@ -15,10 +15,10 @@ Counts = Mapping[str, int]
 Pairs = Mapping[tuple[str, str], float]
 """Joint relevance of nodes in any two layers, keyed by the upper and the lower node."""
 GROUP = re.compile(r"[A-Z]\d+")
-"""Pattern of the names that the command gives to groups of channels, and also to patches of the input."""
+"""Pattern for the names given by the command to groups of channels, and also to input patches."""
 HIGH = ", high: "
 HIGHS = "“High” is a part with a clearly larger share of the group than of all relevance."
-"""Prefix of the second image part in a note, and the sentence that explains it in the legend."""
+"""Prefix of the second image part in a note, and the legend's sentence about it."""
 LEAST_SHARE, LEAST_RATIO, LEAST_MASS = 0.15, 1.25, 0.01
 """Criteria for an image part to stand out in a group: the smallest share of the relevance of the group, the smallest
 ratio of this share to the share of all relevance, and the smallest absolute mass of the group.

@@ -11,9 +11,9 @@ from .arrays import Array
 
 Order = NDArray[np.int64]
 ROUNDS = 2
-"""Number of rounds in which adjacent nodes are swapped in all columns."""
+"""Number of rounds of swapping adjacent nodes in all columns."""
 STARTS, SMALL = 6, 16
-"""Number of additional random initializations, and the maximum length of columns for which they are used."""
+"""Number of additional random initializations, and the maximum column length for which they are used."""
 SWEEPS = 12
 """Number of sweeps over the columns, alternating between left to right and right to left."""
 
@@ -86,7 +86,7 @@ def crossings(widths: Array) -> float:
 def _by_barycentre(
     widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
 ) -> Order:
-    """Sorts a column by the mean position of the nodes to which its ribbons lead in the previous column."""
+    """Sorts the nodes of a column by the mean position of their ribbons' other ends in the previous column."""
     places, total = np.zeros(len(orders[column])), np.zeros(len(orders[column]))
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
     for pair, side in sides[:1] if 0 <= sides[0][0] < len(widths) else sides[1:]:
@@ -114,7 +114,7 @@ def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> 
 
 
 def _gain(widths: Sequence[Array], orders: Sequence[Order], column: int, place: int) -> float:
-    """Returns the reduction of crossings if the nodes at ``place`` and ``place + 1`` are swapped."""
+    """Returns the reduction in crossings from swapping the nodes at ``place`` and ``place + 1``."""
     first, second = orders[column][place : place + 2]
     gain = 0.0
     for pair, side in ((column - 1, 1), (column, 0)):

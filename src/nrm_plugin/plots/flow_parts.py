@@ -51,12 +51,12 @@ class DrawnNode:
 
     Attributes:
         node: The node of the flow graph.
-        column: Index of its column, from the left.
-        box: Bounding box of all its elements.
-        thumbnail: Position of its thumbnail, or None without a thumbnail.
-        bars: Rectangles on its sides, to which ribbons are attached, each with a tone: ``positive``, ``negative``,
-            ``rest``, ``sink`` or ``bypass``.
-        labels: Its lines of text.
+        column: Index of the column, from the left.
+        box: Bounding box of the whole node.
+        thumbnail: Position of the thumbnail, or None without a thumbnail.
+        bars: Bars on both sides, where ribbons are attached, each with a tone: ``positive``, ``negative``, ``rest``,
+            ``sink`` or ``bypass``.
+        labels: Lines of text.
     """
 
     node: FlowNode

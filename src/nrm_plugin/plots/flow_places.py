@@ -12,16 +12,16 @@ THIRDS = (
 )
 EDGES = "along the edges"
 TOUCHED = 0.5
-"""Smallest fraction of a side of the image that a region must cover to lie along this side."""
+"""Smallest covered fraction of an image side at which a region lies along this side."""
 MOST = 0.5
-"""Fraction of the relevance of a region above which a single ninth of the image is named as its location."""
+"""Fraction of a region's relevance above which a single ninth of the image is named as its location."""
 
 
 def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None = None) -> str:
     """Describes the location of a region in an image: "upper left", "centre", …, or "along the edges".
 
-    The location is the ninth of the image with more than half of the relevance of the region. If there is none, it is
-    "along the edges" if the region covers at least half of three or more sides of the image, and otherwise the ninth
+    The location is the ninth of the image that contains more than half of the region's relevance. If there is none, it
+    is "along the edges" if the region covers at least half of three or more sides of the image, and otherwise the ninth
     that contains its centre of mass.
 
     Args:

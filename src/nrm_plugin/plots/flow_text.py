@@ -8,7 +8,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 HINTED = 1.06
-"""Factor by which hinting widens small text relative to its outlines."""
+"""Factor for the widening of small text by hinting, relative to the outlines."""
 
 
 @functools.lru_cache(maxsize=4096)

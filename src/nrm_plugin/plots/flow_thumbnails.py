@@ -26,9 +26,9 @@ CELLS = 32
 PIXELS = 120
 """Side length of a thumbnail in pixels."""
 SHARP = 40
-"""Maximum number of pixels along each side of an image that is not smoothed, so that its pixels remain visible."""
+"""Maximum side length, in pixels, of images that are not smoothed, so that single pixels remain visible."""
 INSIDE = 0.97
-"""Fraction of the absolute relevance that the crop of the thumbnails contains along each axis."""
+"""Fraction of the absolute relevance that the cropped thumbnails contain along each axis."""
 OUTSIDE = 0.4
 """Opacity of the photograph outside the region of an input node."""
 PALE = 0.03
@@ -39,12 +39,13 @@ LEAST = 0.35
 
 @dataclass(frozen=True)
 class Photo:
-    """Explained image, and the image file from which it was cropped.
+    """Explained image, and the original image from which it was cropped.
 
     Attributes:
-        image: The input of the model as an image, ``(C, H, W)`` in [0, 1], with one or three channels.
-        whole: The image in the file, ``(3, H, W)`` in [0, 1], or None if it is the input of the model.
-        seen: The part of the file that is the input of the model: left, top, right and bottom as fractions.
+        image: The model input as an image, ``(C, H, W)`` with values in [0, 1] and one or three channels.
+        whole: The original image, ``(3, H, W)`` with values in [0, 1], or None if it is the model input itself.
+        seen: The part of the original image that the model receives: left, top, right and bottom, as fractions of its
+            size.
         regions: Boolean masks of the input groups, ``(H, W)``, keyed by node; drawn as outlines.
     """
 
@@ -55,12 +56,12 @@ class Photo:
 
     @property
     def colors(self) -> Array:
-        """The input of the model as an image, ``(H, W, 3)``."""
+        """The model input as an image, ``(H, W, 3)``."""
         return _colors(self.image)
 
     @property
     def file(self) -> Array:
-        """The image in the file, ``(H, W, 3)``."""
+        """The original image, ``(H, W, 3)``."""
         return _colors(self.image if self.whole is None else self.whole)
 
 
@@ -71,10 +72,10 @@ class NodeThumbnails:
     Attributes:
         box: The crop of the input that all thumbnails show.
         values: Colour values between -1 and 1, ``(H, W)``, keyed by node.
-        grey: The same crop of the photograph in grey, ``(H, W)`` in [0, 1], or None without a photograph.
+        grey: The same crop of the photograph in grey, ``(H, W)`` with values in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
-        edges: Boolean mask of the outline of each input node, ``(H, W)``, keyed by node.
-        inside: Boolean mask of the region of each input node, ``(H, W)``, keyed by node. All other pixels are faded.
+        edges: Boolean outline mask of each input node, ``(H, W)``, keyed by node.
+        inside: Boolean region mask of each input node, ``(H, W)``, keyed by node. All other pixels are faded.
     """
 
     box: Box
@@ -176,9 +177,9 @@ def has_blue(thumbnails: NodeThumbnails | None) -> bool:
 
 
 def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
-    """Returns a point inside each region, far from its border, at which its name is placed.
+    """Returns a label position for each region: a point inside it, far from its border.
 
-    Points are fractions of the width and height of the image of the file, from the upper left corner.
+    Positions are fractions of the width and height of the original image, measured from the top-left corner.
     """
     left, top, right, bottom = photo.seen
     places = {}
@@ -269,7 +270,7 @@ def _blurred(values: Array, radius: float) -> Array:
 
 
 def _border(mask: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
-    """Returns a mask of the pixels of a region that are close to its border or to that of the image."""
+    """Returns a mask of the pixels in a region that are close to the border of the region or of the image."""
     inner = np.pad(mask, thickness)
     for axis in (0, 1):
         inner = np.logical_and.reduce([np.roll(inner, step, axis) for step in range(-thickness, thickness + 1)])

@@ -11,7 +11,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 PLACEHOLDERS = "Last Resort"
-"""Font of matplotlib with placeholder boxes for all characters."""
+"""matplotlib font with placeholder boxes for all characters."""
 
 
 def use_installed_fonts(figure: Figure) -> str:

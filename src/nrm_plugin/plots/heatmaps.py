@@ -40,7 +40,7 @@ class Budget:
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
         bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
-        reference: Sums at each layer for comparison, such as those of plain Zennit, marked by diamonds.
+        reference: Sums at each layer for comparison, such as plain Zennit's, marked by diamonds.
         image: Image ``(C, H, W)`` that is drawn next to the title.
     """
 
@@ -386,7 +386,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Returns whether a value exceeds the limit beyond which colours are saturated."""
+    """Returns whether a value exceeds the limit at which colours saturate."""
     return limit is not None and _bound([as_array(values) for values in maps]) > limit
 
 

@@ -49,7 +49,7 @@ DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c",
 ROW, GAP = 0.085, 0.025
 """Height of a node label and distance between two nodes, as fractions of the height of the plot."""
 VISIBLE = 0.012
-"""Smallest width of the widest ribbon at which widths can be told apart, as a fraction of the height of the plot."""
+"""Smallest width of the widest ribbon at which widths are distinguishable, as a fraction of the plot height."""
 BAR = 0.022
 """Half the width of a bar, as a fraction of the distance between two columns."""
 
@@ -116,7 +116,7 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """Returns the factor by which label heights are reduced to fit the longest column.
+    """Returns a reduction factor for label heights that fits the longest column.
 
     Figures are enlarged by the inverse of this factor.
     """
@@ -169,7 +169,7 @@ def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[flo
 
 
 def _stacks(number: int, node: int, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the total width of the ribbons at a node, separately for each column in which ribbons start."""
+    """Returns the total width of the ribbons at a node, separately for each start column."""
     widths: dict[int, float] = {}
     for ribbon in ribbons:
         if ribbon.node(number) == node:
@@ -197,7 +197,7 @@ def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]
 
 
 def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
-    """Returns a round factor that widens very thin ribbons as far as their nodes have space, or 1 for wider ribbons."""
+    """Returns a round factor that widens very thin ribbons as far as the nodes have space; 1 for wider ribbons."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
         return 1

@@ -32,7 +32,7 @@ OPENING = ("Ġ", "▁")
 """Prefixes of tokens that begin a word."""
 BREAKS = {"Ċ": "↵", "\n": "↵", "\t": "→"}
 LINE, LETTER, FONT = 1.9, 0.602, 10.5
-"""Line height and character width relative to the font size, and the font size in points."""
+"""Line height and character width, relative to the font size, and the font size in points."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def shade(value: float, palette: Palette) -> tuple[float, float, float]:
 
 
 def ink_on(color: tuple[float, float, float]) -> str:
-    """Returns black or white, whichever has the higher contrast with the given colour."""
+    """Returns black or white, whichever contrasts more with the given colour."""
     bright = luminance(color)
     return "#000000" if (bright + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 

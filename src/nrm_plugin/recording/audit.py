@@ -39,7 +39,7 @@ def _near(node: Any, observed: Iterable[Observed]) -> str:
 
 
 def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-    """Raises :class:`UncoveredLayerError` if a leaf module without a rule is not a 0/1 route."""
+    """Raises :class:`UncoveredLayerError` if a leaf module has no rule and is not a 0/1 route."""
     visited = {value.grad_fn for value in args if isinstance(value, Tensor)}
     stack = [output.grad_fn]
     while stack:

@@ -46,17 +46,17 @@ _VIEWS = frozenset(
     asstrided clone tocopy contiguous narrow movedim swapaxes diagonal flip unbind split splitwithsizes chunk
     """.split()
 )
-"""Routes that only select and reorder entries, so that the layer below them computes the outputs."""
+"""Routes that only select and reorder entries; the outputs are then computed by the layer below."""
 
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """Node on top of an autograd graph, with the attributes of autograd nodes that a :class:`Graph` reads.
+    """Node on top of an autograd graph, with the autograd-node attributes that :class:`Graph` reads.
 
     Attributes:
         step: The step for the contrast.
-        next_functions: The node that the step reads, and the index of its output.
-        shape, dtype, device: Those of the contrast.
+        next_functions: The node read by the step, and the index of its output.
+        shape, dtype, device: Shape, dtype and device of the contrast.
     """
 
     step: Step
@@ -139,7 +139,7 @@ class ContrastStep(Step):
 
 
 def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Creates the node for a contrast, which is placed on top of the graph.
+    """Creates the node for a contrast and places it on top of the graph.
 
     Args:
         graph: The graph of a recording.
@@ -196,7 +196,7 @@ class _Layer:
 
 
 def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
-    """Returns the layer with weights that computes the outputs, or None if another operation computes them."""
+    """Returns the layer with weights that computes the outputs, or None if another operation does."""
     buffer = graph.output
     while True:
         vertex = graph.vertices[buffer.vertex]
@@ -216,7 +216,7 @@ def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
 
 
 def _below_view(vertex: Vertex, number: int, weights: Tensor) -> Tensor | None:
-    """Returns the weights of the entries that a view selects, or None for other operations."""
+    """Returns the weights of the entries selected by a view, or None for other operations."""
     if vertex.step is not None or operation(vertex.node).lower() not in _VIEWS:
         return None
     parts, _ = vertex.pull([weights.unsqueeze(0) if k == number else None for k in range(len(vertex.shapes))])

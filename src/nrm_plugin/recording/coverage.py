@@ -1,4 +1,4 @@
-"""Coverage: the rule or kernel of every step of a model, determined without computing relevance."""
+"""Coverage: the rule or kernel of every step in a model, determined without computing relevance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
         operation: Module type or function.
         rule: The rule that the composite assigns, or the kernel of the function.
         shape: Shape of the output.
-        note: Remarks, for example that the step is uncovered or fused, or that its layer is reused or tied.
+        note: Remarks, for example that the step is uncovered or fused, or that the layer is reused or tied.
     """
 
     name: str

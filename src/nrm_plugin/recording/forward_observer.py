@@ -24,24 +24,24 @@ from .taps import Item, Label, Observed
 
 
 class Observer:
-    """Observer that registers hooks around those of the composite and collects tensors during one forward pass.
+    """Registers hooks around the composite's hooks and collects tensors during one forward pass.
 
     Args:
-        indices: Integer inputs. Relevance ends at the embedding rows that they select.
+        indices: Integer inputs. Relevance ends at the embedding rows selected by them.
         wanted: The tap inside the model at which the measure starts, or None for the output of the model.
         watcher: The object that is notified of steps and modules, or None if memory is not limited.
 
     Attributes:
         modules: Name of each module; set by :meth:`watch`.
-        containers: Names of modules with children to which the composite assigns a rule.
+        containers: Names of modules with children and a rule of their own.
         observed: All labelled tensors that depend on the inputs.
         leaves: The tensors at which relevance ends.
         indices: The integer inputs.
         inputs: The leaves of the floating-point inputs.
         gates: The gates of the forward pass.
         has_lookups: Whether the model has looked up rows with integer inputs.
-        has_untracked: Whether some values depend on the inputs in a way that autograd does not track.
-        draws: The called functions that draw random numbers in evaluation mode, with the paths of their modules.
+        has_untracked: Whether the dependence of some values on the inputs is not tracked by autograd.
+        draws: The called functions that draw random numbers in evaluation mode, with the paths of the calling modules.
         has_drawn: Whether torch's random state has changed during the forward pass.
         read: Location at which the model first converted integer inputs to Python or NumPy numbers, or None.
     """
@@ -81,7 +81,7 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf from an input and returns the tensor that is passed to the model in its place."""
+        """Creates a leaf from an input and returns the tensor to pass to the model instead."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
@@ -127,7 +127,7 @@ class Observer:
         return self._started
 
     def _end_within(self, tensor: Tensor) -> Tensor:
-        """Does the same as :meth:`_end` while the model is running."""
+        """Like :meth:`_end`, but while the model is running."""
         with torch._C.DisableTorchFunction(), torch.enable_grad(), not_recorded():
             return self._end(tensor)
 
@@ -151,7 +151,7 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that some values are not tracked by autograd and may therefore depend on several samples."""
+        """Records that some values are not tracked by autograd, so that they might depend on several samples."""
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:
@@ -219,7 +219,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _own_view(value: Any) -> Any:
-    """Returns a new view of a tensor, so that the tap of a call contains only the walks through this call."""
+    """Returns a new view of a tensor, so that the tap of a call contains only walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)

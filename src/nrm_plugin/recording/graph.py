@@ -1,8 +1,7 @@
 """The graph of a recording: vertices are autograd nodes, buffers are their outputs, and edges are their inputs.
 
 A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`. All other vertices are 0/1 routes, through
-which autograd itself propagates relevance. Vertices are numbered in the order in which walks cross them, from the
-output to the inputs.
+which autograd itself propagates relevance. Vertices are numbered in walk order, from the output to the inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _IN_ANY_FORMAT = frozenset(
     Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
     """.split()
 )
-"""Routes through which autograd can propagate float32 relevance, regardless of the dtype of the tensors."""
+"""Routes for which autograd can propagate float32 relevance, regardless of the tensors' dtype."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -149,7 +148,7 @@ class Vertex:
 
     @functools.cached_property
     def index(self) -> IndexedRoute | None:
-        """The route in terms of indices, or None if autograd can propagate float32 relevance without rounding."""
+        """The route in index form, or None if autograd can propagate float32 relevance without rounding."""
         if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
             return None
         device = self.node._input_metadata[0].device
@@ -174,7 +173,7 @@ class Vertex:
 
     @property
     def may_hold_constants(self) -> bool:
-        """Whether the vertex is a route that may combine computed values with constants."""
+        """Whether the vertex is a route that might combine computed values with constants."""
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self) -> tuple[Tensor, ...] | None:
@@ -209,7 +208,7 @@ class Marks:
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including those of the edge itself and of its buffer.
+        below_edge: The marks below each edge of each vertex, including the marks of the edge itself and of its buffer.
     """
 
     below_vertex: list[int]
@@ -217,7 +216,7 @@ class Marks:
 
 
 class Graph:
-    """Autograd graph between an output tensor and the leaves on which it depends.
+    """Autograd graph between an output tensor and the leaves that it depends on.
 
     Args:
         output: The output tensor, which must have a ``grad_fn``.
@@ -236,7 +235,7 @@ class Graph:
         self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """Counts the consumers of each step, which read its output directly or through views of the whole tensor."""
+        """Counts the consumers of each step that read its output, directly or through views of the whole tensor."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
             for edge in vertex.edges:
@@ -283,7 +282,7 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Returns whether the result of a route depends on the relevance, unlike that for overwritten inputs."""
+    """Returns whether the result of a route depends on the relevance, which is not the case for overwritten inputs."""
     return part is not None and part.requires_grad
 
 
@@ -295,11 +294,11 @@ def _columns(rows: list[Any]) -> list[Tensor | None]:
 
 
 _Edges = dict[Any, list[tuple[Any, int]]]
-"""The nodes that each node reads, with the indices of their outputs; writes to whole tensors are skipped."""
+"""The nodes read by each node, with the indices of their outputs; writes to whole tensors are skipped."""
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:
-    """Sorts nodes topologically, so that each node precedes those to which it propagates relevance.
+    """Sorts nodes topologically, in the direction of relevance propagation.
 
     Depth-first search is implemented without recursion, since graphs can be deep.
     """
@@ -331,7 +330,7 @@ def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """Returns the nodes that a node reads, with the indices of their outputs; writes to whole tensors are skipped."""
+    """Returns the nodes read by a node, with the indices of their outputs; writes to whole tensors are skipped."""
     return [written(below, number) for below, number in node.next_functions]
 
 

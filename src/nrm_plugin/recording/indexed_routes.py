@@ -1,7 +1,7 @@
 """Index representation of 0/1 routes in formats shorter than float32.
 
 In such formats, autograd would round relevance to the format of the tensors, or reject float32 relevance. A route is
-therefore represented by the index of the entry from which each entry was copied, which is exact in any format.
+therefore represented by the source index of every copied entry, which is exact in any format.
 """
 
 from __future__ import annotations

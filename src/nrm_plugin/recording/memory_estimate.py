@@ -48,7 +48,7 @@ COEFFICIENTS = {
     "largest": 2.22,
     "input": 4.62,
 }
-"""Peak memory per byte of the results, for each kind of operation."""
+"""Peak memory per byte of results, for each kind of operation."""
 
 KINDS = {
     "convolution": "convolution",
@@ -61,7 +61,7 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time per operation in seconds, and factors by which the measured times per FLOP and per byte are multiplied."""
+"""Time per operation in seconds, and multipliers for the measured times per FLOP and per byte."""
 
 
 @dataclass(frozen=True)

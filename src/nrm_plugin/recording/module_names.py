@@ -10,7 +10,7 @@ from ..errors import UnknownLayerError
 
 INPUT, OUTPUT = "input", "output"
 RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
-"""Tap names of child modules whose own names are reserved for the input and the output of the model."""
+"""Tap names of child modules whose own names are reserved for the model input and output."""
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
@@ -19,7 +19,7 @@ def module_names(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """Returns the tap name of a layer that is given by name or as a module; the model itself is ``"output"``.
+    """Returns the tap name of a layer, given by name or as a module; the model itself is ``"output"``.
 
     Raises:
         UnknownLayerError: If the module is not part of the model.
@@ -35,10 +35,10 @@ def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
 
 
 def first_name(name: str, modules: Mapping[nn.Module, str]) -> str:
-    """Replaces the name of a module that is registered under several names with the first of them.
+    """Replaces the name of a module with its first name if it is registered under several names.
 
     Examples are shared blocks and shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` in T5. The name
-    may continue with a function inside the module or with the index of a call.
+    can continue with a function inside the module or with a call index.
     """
     if name in RESERVED:
         return name

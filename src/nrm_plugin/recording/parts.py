@@ -1,4 +1,4 @@
-"""Recordings with limited memory, divided into parts of which only one stores its tensors at a time.
+"""Recordings with limited memory, divided into parts; only one part stores its tensors at a time.
 
 The first run of the model determines the structure of the recording. If the tensors of the steps exceed the limit, they
 are freed. When a pass arrives at a step, the model is run again, and only the steps of one part, which are consecutive,
@@ -54,7 +54,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Open:
-    """Running module, with the index of its call, the index of its first step, and its arguments."""
+    """Running module, with call index, index of the first step, and arguments."""
 
     module: nn.Module
     name: str
@@ -64,18 +64,18 @@ class _Open:
 
 
 class FirstRun:
-    """Watcher of the first run of the model, which frees all tensors once they exceed the limit.
+    """Watcher of the first run, which frees all tensors once they exceed the limit.
 
     Args:
         limit: Memory limit in bytes.
         drop: Function that is called when the limit is exceeded.
-        reference: The first run at the reference, whose tensors and differences also count, or None.
+        reference: The first run at the reference, whose tensors and differences count towards the limit, or None.
 
     Attributes:
         steps: The steps, in execution order.
         sizes: Size of each step in bytes.
         values: A few entries of the output of each step.
-        units: The calls whose outputs are stored, none of which contains another.
+        units: The calls whose outputs are stored; none of these calls contains another.
         is_over: Whether the limit was exceeded.
     """
 
@@ -139,7 +139,7 @@ class FirstRun:
 
 
 class _Unfinished:
-    """Holder of steps during the first run, which needs no freed tensors and therefore recomputes none."""
+    """Holder of steps during the first run, which never needs freed tensors and thus recomputes none."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -149,7 +149,7 @@ _UNFINISHED = _Unfinished()
 
 
 class Repeat:
-    """Watcher of a later run, in which only the steps of one part keep their tensors.
+    """Watcher of a later run, which keeps only the tensors of one part.
 
     Args:
         first: The first run of the model.
@@ -215,7 +215,7 @@ class Repeat:
 
 
 class Parts:
-    """Parts of a recording, of which at most one stores its tensors.
+    """Parts of a recording; at most one part stores its tensors.
 
     Args:
         first: The first run of the model.
@@ -311,7 +311,7 @@ def divided(first: FirstRun) -> list[range]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Returns whether the results of two runs agree up to rounding, since sums may be computed in another order."""
+    """Returns whether the results of two runs agree up to rounding, since the order of sums can differ."""
     scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
     return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
 

@@ -1,4 +1,4 @@
-"""Places in the graph of a recording, at which relevance can be read or absorbed."""
+"""Places in the graph of a recording where relevance can be read or absorbed."""
 
 from __future__ import annotations
 

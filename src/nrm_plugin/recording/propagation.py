@@ -1,6 +1,6 @@
-"""Propagation along the graph of a recording: of relevance down to the inputs, or of values up to the output.
+"""Propagation through the graph of a recording: relevance down to the inputs, or values up to the output.
 
-Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor may
+Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor can
 modify the vectors at each tap. Passes know nothing of events.
 """
 
@@ -27,7 +27,7 @@ class Cost:
 
     Attributes:
         steps: Number of kernel evaluations.
-        vectors: Number of relevance vectors propagated by these; a kernel may propagate several vectors at once.
+        vectors: Number of propagated relevance vectors; a kernel can propagate several vectors at once.
     """
 
     steps: int = 0
@@ -67,7 +67,7 @@ def pull(
     Args:
         graph: The graph of a recording.
         start: The initial relevance at one or several buffers.
-        visitor: The object that receives all vectors and may modify them.
+        visitor: The object that receives all vectors and can modify them.
         absolute: Whether to use the absolute values of the kernels.
 
     Returns:
@@ -122,7 +122,7 @@ def _route(
 
 
 def _of_shape(row: Tensor, shape: torch.Size) -> Tensor:
-    """Sums over the dimensions in which the tensor at an edge was broadcast."""
+    """Sums over the broadcast dimensions of the tensor at an edge."""
     return row if row.shape == shape else row.sum_to_size(shape)
 
 
@@ -149,7 +149,7 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """Stacks tensors of the same shape, without a copy if they are consecutive rows of one tensor in memory.
 
-    In a trace, they are always copied, since the tensors may be elsewhere in memory when the trace is replayed.
+    In a trace, they are always copied, since the tensors might be elsewhere in memory when the trace is replayed.
     """
     first = rows[0]
     if len(rows) == 1:

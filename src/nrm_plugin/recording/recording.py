@@ -35,7 +35,7 @@ from .taps import Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16
-"""Maximum number of entries of a buffer that is restored after the run."""
+"""Maximum number of entries in a buffer that is restored after the run."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Recording:
 
     Args:
         model: The model to record.
-        call: The arguments with which the model is called.
+        call: The arguments of the model call.
         composite: The normalized composite.
         output: The output to explain if the model returns several tensors, or a tap inside the model.
         reference: The reference (baseline input), if the measure explains a difference.
@@ -60,7 +60,7 @@ class Recording:
         output: The explained output, attached to the autograd graph.
         fingerprint: State of the weights during the forward pass.
         draws: The functions that drew random numbers in evaluation mode; None if the model draws none.
-        references: Number of references per sample, each of which is a separate sample of the recording.
+        references: Number of references per sample; each of them is a separate sample in the recording.
 
     Raises:
         InputError: If the output is not a valid starting point for a measure.
@@ -126,7 +126,7 @@ class Recording:
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
         r"""Prepares the recording for queries and converts the initial relevance to the layout of the output.
 
-        Samples are located in each tensor, unless there is only one, or they are known to be the rows of all tensors.
+        Samples are located in each tensor, unless there is only one or the rows of all tensors are known to be samples.
 
         Args:
             relevance: The initial relevance of the outputs, ``(N, …)``.
@@ -206,7 +206,7 @@ class Recording:
 
     @property
     def taps(self) -> Taps:
-        """The taps, keyed by name and by place."""
+        """The taps, for lookup by name or place."""
         return self.structure.taps
 
     @property
@@ -267,7 +267,7 @@ class Reference:
     Attributes:
         call: The call to the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        count: Number of references per sample; those of a sample are consecutive rows of the call.
+        count: Number of references per sample; the references of one sample are consecutive rows in the call.
     """
 
     call: Call
@@ -280,7 +280,7 @@ class Reference:
 
 
 def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
-    """Returns the forward pass at a reference, whose tensors are freed if they exceed a limit, and its watcher."""
+    """Returns the forward pass at a reference and its watcher; tensors are freed if they exceed a limit."""
     first = FirstRun(limit, lambda: followed.drop())
     followed = ReferencePass(is_tangent, lambda: not first.is_over)
     return followed, first
@@ -288,7 +288,7 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Repetition of the model run of a recording, to test whether samples are independent or to recompute parts.
+    """Repeats the model run of a recording, to test whether samples are independent or to recompute parts.
 
     Attributes:
         model, call, composite, output, reference, max_memory: As in :class:`Recording`.
@@ -307,7 +307,7 @@ class Rerun:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether the user has registered hooks on the model; these may change its output."""
+        """Whether the user has registered hooks on the model, which might change its output."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def with_hooks(self) -> Rerun:
@@ -315,7 +315,7 @@ class Rerun:
         return replace(self, calls_hooks=True)
 
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
-        """Repeats the forward pass of the recording, after that at the reference, each under a watcher."""
+        """Repeats the pass at the reference, if any, and the recorded forward pass, each under a watcher."""
         followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:

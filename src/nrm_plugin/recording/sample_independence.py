@@ -2,8 +2,8 @@
 
 Independence is tested if it does not follow from the operations alone. The relevance of each sample is tracked through
 the graph, and the model is run again with some samples modified, which must not affect the outputs of the other samples
-or, if there are unknown rules, their relevance. If values outside the graph may combine samples, the model is also run
-on single samples.
+or, if there are unknown rules, their relevance. If values outside the graph might combine samples, the model is also
+run on single samples.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .sample_positions import Samples
 from .sample_rows import rules_are_known
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Largest change of outputs, relative to the largest output, that does not indicate a dependence between samples."""
+"""Largest change in outputs, relative to the largest output, that is not taken for a dependence between samples."""
 TOLERANCE_OF_SHORT = 3e-2
-"""The same tolerance in bfloat16 and float16."""
+"""As :data:`TOLERANCE`, in bfloat16 and float16."""
 TOLERANCE_OF_RULES = 1e-3
 """Tolerance for the relevance of the inputs."""
 
@@ -34,11 +34,11 @@ TOLERANCE_OF_RULES = 1e-3
 ALONE = 16
 """Maximum number of samples that are run individually."""
 SUSPECTS = 4
-"""Maximum number of samples tested further among those whose output differs if they are run individually."""
+"""Maximum number of samples tested further if their outputs differ when run individually."""
 
 
 class Exchange(Enum):
-    """Kind of the values that replace the inputs of selected samples."""
+    """Kind of values that replace the inputs of selected samples."""
 
     OTHERS = "values of other samples, in another order"
     FAR = "large values, which thresholds notice"
@@ -49,11 +49,11 @@ class Exchange(Enum):
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
-"""Factors by which values of other samples are multiplied; since they are not 1, identical samples also change."""
+"""Multipliers for values of other samples; since they differ from 1, identical samples also change."""
 
 
 class Run(Protocol):
-    """Part of the interface of a recording that is used here."""
+    """Interface required of a recording."""
 
     output: Tensor
 
@@ -64,7 +64,7 @@ class Run(Protocol):
 
 
 class Rerun(Protocol):
-    """Interface of objects that run the model again on modified inputs."""
+    """Interface required of objects that run the model again on modified inputs."""
 
     def recording(self, change: Change) -> Run: ...
     def outputs(self, change: Change, others: Change = ...) -> Tensor: ...
@@ -120,7 +120,7 @@ def _is_followed(samples: Samples, noise: Tensor) -> bool:
 def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
     """Yields the samples to modify (even and odd ones, first and second half) and the kind of their new values.
 
-    Gates and branches may depend on other samples through thresholds that only large changes cross. If the model looks
+    Gates and branches can depend on other samples through thresholds that only large changes cross. If the model looks
     up integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
     """
     count = recording.samples.count
@@ -246,7 +246,7 @@ def _is_close(one: Tensor, two: Tensor, output: Tensor) -> bool:
 
 
 def tolerance_of(output: Tensor) -> Tensor:
-    """Returns the largest difference between two runs of a sample that is attributed to rounding."""
+    """Returns the largest difference between two runs of a sample that can be attributed to rounding."""
     return TOLERANCE.get(output.dtype, TOLERANCE_OF_SHORT) * output.detach().abs().max()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Maximum fraction of the mass of a slice that may be assigned to other samples because of rounding."""
+"""Maximum fraction of a slice's mass that rounding can assign to other samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Layout:
         return dim + 1 - self.drops_first if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def has_views(self, channel_dim: int) -> bool:
-        """Returns whether the parts are views, windows or heads, to all of which an index applies.
+        """Returns whether the parts are views, windows or heads; an index then applies to all of them.
 
         Otherwise, they are an ordinary dimension: channels, if ``channel_dim`` is the dimension of the layout, or
         tokens of concatenated samples.
@@ -148,13 +148,13 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
     Args:
         labels: The sample of each entry, or -1 if it is unknown because no relevance arrives there.
         count: Number of samples.
-        mass: Weight of each entry, by default the same for all; entries of negligible weight are ignored.
+        mass: Weight of each entry, by default equal for all entries; entries with negligible weight are ignored.
         is_last: Whether no further information is available. Samples without known entries are then assigned the
             unknown slices of a dimension, or no slices if all slices are known.
 
     Returns:
         The layouts, in decreasing order of the number of known slices. The list is empty if no dimension can be divided
-        among the samples, and has several elements if too few entries are known. Samples may have different numbers of
+        among the samples, and has several elements if too few entries are known. Samples can have different numbers of
         slices only if no dimension can be divided equally and the sample of each slice is known.
     """
     layouts = _fitting(labels, count, None)
@@ -168,7 +168,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
 
 
 def _assumed(labels: Tensor, count: int) -> list[Layout]:
-    """Returns a layout in which the unknown slices of a dimension are assigned to the samples that lack slices."""
+    """Returns a layout that assigns the unknown slices of a dimension to the samples that lack slices."""
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size and size % count == 0 else None
         if known is None or bool((known >= 0).all()):
@@ -184,10 +184,10 @@ def _assumed(labels: Tensor, count: int) -> list[Layout]:
 
 
 def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]:
-    """Returns a layout in which samples have different numbers of slices, if the sample of each slice is known.
+    """Returns a layout with different numbers of slices per sample, if the sample of each slice is known.
 
     If all known entries belong to one sample, every dimension is consistent with them, and the entries of other samples
-    may merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the first
+    might merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the first
     consistent dimension is then used.
     """
     if not labels.ndim:

@@ -2,7 +2,7 @@
 
 The first dimension of a tensor is not always the batch: attention over windows folds windows into it, and other layers
 have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output by a
-different power of two, and the factor by which an entry changes identifies its sample. No other module assumes that the
+different power of two, and the relative change of an entry identifies its sample. No other module assumes that the
 first dimension of a tensor indexes samples.
 """
 
@@ -25,13 +25,13 @@ from .propagation import Cost, Vectors, Visitor, pull, push
 from .sample_layout import Layout, doubled, layouts_of, unreached
 
 BITS = 4
-"""Number of bits of a sample index that one relevance vector encodes, by factors from 1 to 2¹⁵."""
+"""Number of sample-index bits encoded by one relevance vector, with factors from 1 to 2¹⁵."""
 RATIO = 1e-3
-"""Largest deviation of a binary logarithm from an integer for entries that depend on a single sample."""
+"""Largest deviation of a binary logarithm from an integer if the entry depends on a single sample."""
 RANGE = 40
 """Bound on the binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""Smallest fraction of Σ|R| in entries of several samples that is not attributed to rounding."""
+"""Smallest fraction of Σ|R| in entries of several samples that cannot be attributed to rounding."""
 
 
 class Samples:
@@ -51,7 +51,7 @@ class Samples:
         inputs: The vertices of the model inputs, whose rows are the samples.
         labels: The labels of each tensor.
         rows: For a single sample, the vertices whose rows are proven to be the samples.
-        may_mix: Whether values outside the graph may combine samples.
+        may_mix: Whether values outside the graph might combine samples.
         are_fixed: Whether the positions of the samples are independent of the values of the inputs.
     """
 
@@ -143,7 +143,7 @@ class Samples:
         return unreached(shape, self.count) or next(iter(self._of_inputs(buffer) or ()), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Selects a layout for a tensor with so few relevant entries that they determine none, or several."""
+        """Selects a layout for a tensor with so few relevant entries that they determine no layout or several."""
         by_inputs = self._of_inputs(buffer, self._labels[buffer]) or []
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
             return self._repeatable(by_inputs[0])
@@ -155,7 +155,7 @@ class Samples:
         return self.are_fixed and is_traced()
 
     def _repeatable(self, layout: Layout | None) -> Layout | None:
-        """Returns a layout; in a trace, notes an obstacle if the layout may not be valid for other values."""
+        """Returns a layout; in a trace, notes an obstacle if the layout might not be valid for other values."""
         if self.has_constant_layouts and layout is not None and layout.is_assumed:
             note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
         return layout
@@ -174,7 +174,7 @@ class Samples:
         return fitting[0] if fitting else None
 
     def _of_inputs(self, buffer: Buffer, known: Tensor | None = None) -> list[Layout] | None:
-        """Determines the layouts of a tensor from the input samples on which each of its entries depends.
+        """Determines the layouts of a tensor from the input samples that each of its entries depends on.
 
         Args:
             buffer: The tensor.
@@ -220,7 +220,7 @@ class Samples:
         """Locates the samples in each tensor by one pass, with one vector plus one for every 4 bits of N.
 
         Args:
-            start: Relevance of the outputs, positive wherever it may be nonzero.
+            start: Relevance of the outputs, positive wherever it can be nonzero.
 
         Raises:
             FoldingError: If entries of a tensor depend on several samples.

@@ -43,9 +43,9 @@ _FIXED = _FREE.union(
     upsamplenearestexact3d
     """.split()
 )
-"""Routes that depend on the shapes of tensors and on numeric arguments, but not on the values of a tensor."""
+"""Routes that depend on tensor shapes and numeric arguments, but not on tensor values."""
 ROUNDING = 1e-3
-"""Largest difference, relative to the largest entry, that is attributed to rounding."""
+"""Largest difference, relative to the largest entry, that can be attributed to rounding."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
 """Modules of ``torch.nn.modules`` whose layers process each row independently."""
@@ -57,7 +57,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
     Args:
         graph: The graph.
         count: Number of samples.
-        looked_up: Embeddings of integer inputs, which the model may have transposed before the lookup.
+        looked_up: Embeddings of integer inputs, which the model might have transposed before the lookup.
     """
     if any(count in leaf.shape[1:-1] for leaf in looked_up):
         return False
@@ -84,7 +84,7 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Returns whether all rules are from Zennit or this package and thus known to treat rows independently."""
+    """Returns whether all rules are from Zennit or this package, and thus known to treat rows independently."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
@@ -218,7 +218,7 @@ def _is_index_of_rows(node: Any) -> bool:
 
 
 def _signed(number: Any) -> int:
-    """Converts a dimension as stored by autograd, which represents negative numbers modulo 2⁶⁴."""
+    """Converts a dimension stored by autograd, which represents negative numbers modulo 2⁶⁴."""
     return int(number) - (1 << 64) if int(number) >= 1 << 63 else int(number)
 
 

@@ -1,4 +1,4 @@
-"""The part of a recording that does not depend on values, computed only once."""
+"""The value-independent part of a recording, computed only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .taps import Label, Observed, Taps
 
 
 class Structure:
-    """Structure of a recording: the graph of one forward pass, its taps, and the positions of samples in its tensors.
+    """Structure of a recording: graph, taps, and sample positions in all tensors of one forward pass.
 
     The graph is audited when it is constructed.
 

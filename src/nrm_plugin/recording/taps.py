@@ -1,4 +1,4 @@
-"""Taps: the tensors of a recording at which relevance can be read, looked up by layer name."""
+"""Taps: tensors of a recording where relevance can be read, looked up by layer name."""
 
 from __future__ import annotations
 
@@ -89,19 +89,19 @@ class Tap:
 
 
 class Taps:
-    """Taps of a recording, in the order in which walks cross them.
+    """Taps of a recording, in walk order.
 
     Args:
         graph: The graph.
         observed: The labelled tensors, in execution order.
         modules: Name of each module.
-        containers: Names of modules with children to which the composite assigns a rule and which thus contain no taps.
+        containers: Names of modules with children and a rule of their own, which therefore contain no taps.
         samples: The samples of the recording.
 
     Attributes:
         all: All taps.
         index: Index in ``all``, keyed by place.
-        fused: Names of the layers whose output is fused with a contrast.
+        fused: Names of layers whose output is fused with a contrast.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class Taps:
                 yield name + (f":{label.call}" if len(self.calls_of(name)) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
-        """Returns the name of a layer that is given as a name or as a module, which may have several names."""
+        """Returns the name of a layer, given by name or as a module, which can have several names."""
         name = name_of(layer, self.modules)
         return name if name in self._names else first_name(name, self.modules)
 
@@ -268,7 +268,7 @@ class Taps:
     def find(
         self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
     ) -> list[Tap]:
-        """Returns the taps with the given layer name, side, call and item; there may be several for ``call="any"``.
+        """Returns the taps with the given layer name, side, call and item; there can be several for ``call="any"``.
 
         Raises:
             UnknownLayerError: If no tap matches; the message lists similar names.
@@ -301,7 +301,7 @@ class Taps:
         return ("input", "output") if is_model else (layer, side)
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """Splits a name such as ``"lstm[0]"`` into layer and item, both of which may contain brackets."""
+        """Splits a name such as ``"lstm[0]"`` into layer and item; both can contain brackets."""
         if not name.endswith("]") or self.calls_of(name, side):
             return name, None
         for place in (place for place, sign in enumerate(name) if sign == "["):
@@ -404,7 +404,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items to which a layer name refers: those that are not nested, or all if all are nested."""
+    """Returns the items to which a layer name refers: all non-nested items, or all items if all are nested."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 

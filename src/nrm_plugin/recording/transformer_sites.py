@@ -1,8 +1,8 @@
 """Sites: the parts of a transformer under their common names, derived from the graph of a recording.
 
 The names of model families and layers play no role. A residual add is the sum of a tensor and a branch that depends on
-it, where the tensor is read only by the sum and in the branch. A branch that contains attention is an attention block;
-other branches are MLPs or token mixers. Site names follow TransformerLens, without ``hook_``.
+it; only the sum and the branch read the tensor. A branch that contains attention is an attention block; other branches
+are MLPs or token mixers. Site names follow TransformerLens, without ``hook_``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\
 """Pattern of the names of single heads or neurons of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""Pattern of the names of functions with weights, as which all layers are recorded if a difference is explained."""
+"""Pattern for names of functions with weights; all layers are recorded as such if a difference is explained."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
@@ -36,12 +36,13 @@ class Branch:
 
     Attributes:
         vertex: The vertex of the add.
-        stream: The tensor to which the branch is added.
+        stream: The tensor that the branch is added to.
         number: Index of the edge of the add that reads the branch.
         inner: The vertices on the paths between the add and the stream.
         attention: The vertices of attention calls in the branch.
         crossing: The attention calls whose values come from another stream.
-        skipped: The vertex of an add of a parallel branch to the same stream, which this add includes; -1 if none.
+        skipped: The vertex that adds a parallel branch to the same stream and is included in this add; -1 if there is
+            none.
     """
 
     vertex: int
@@ -126,7 +127,7 @@ class Structure:
         return self.graph.vertices[edges[0].vertex].leaf is None
 
     def undivided(self, buffer: Buffer) -> Buffer:
-        """Returns the tensor of which a buffer is a view or a part."""
+        """Returns the tensor that a buffer is a view or a part of."""
         while True:
             buffer = self.source(buffer)
             vertex = self.graph.vertices[buffer.vertex]
@@ -198,12 +199,12 @@ class Structure:
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:
-        """Returns whether the values of an attention call are independent of some input on which the stream depends."""
+        """Returns whether the values of an attention call are independent of some input that the stream depends on."""
         edge = self.graph.vertices[vertex].edges[self.values(vertex).number]
         return edge is not None and bool(self.inputs_of(stream.vertex) & ~self.inputs_of(edge.vertex))
 
     def inputs_of(self, vertex: int) -> int:
-        """Returns the leaves on which a vertex depends, as a bit set."""
+        """Returns the leaves that a vertex depends on, as a bit set."""
         return (self.below[vertex] | 1 << vertex) & self.leaves
 
     def _is_block(self, branch: Branch) -> bool:
@@ -276,7 +277,7 @@ def _streams(structure: Structure) -> list[list[Block]]:
 
 
 def _previous(branch: Branch, structure: Structure) -> int | None:
-    """Returns the last residual add on which a stream depends, or None if the stream depends on further inputs."""
+    """Returns the last residual add that a stream depends on, or None if the stream depends on further inputs."""
     start = branch.stream.vertex
     below = structure.below[start] | 1 << start
     previous = next((vertex for vertex in _bits(below) if vertex in structure.branches), None)

@@ -1,4 +1,4 @@
-"""Calls of modules whose outputs are stored, so that these modules need not run again when the model does."""
+"""Module calls with stored outputs, so that these modules need not run again with the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kernels.step import step_of
 from ..model.zero_one_routes import source_of
 
 WORTH = 4
-"""Smallest ratio of the memory recorded in a call to that of its outputs at which the outputs are stored."""
+"""Smallest ratio of recorded memory to output memory at which the outputs of a call are stored."""
 
 
 def size_of(tensor: Tensor) -> int:
@@ -58,7 +58,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def are_kept(output: Any, first: int, gates: Any) -> bool:
-    """Returns whether the stored outputs of a call can replace the call because they depend only on its steps.
+    """Returns whether stored outputs can replace a call, because they depend only on its steps.
 
     Gates, views of earlier tensors, and tensors without relevance have properties that their values do not determine.
 
@@ -97,7 +97,7 @@ def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Ten
 
 
 def entries(tensor: Tensor) -> Tensor:
-    """Returns a copy of a few entries of a tensor, at most two per dimension, by which runs are compared."""
+    """Returns a copy of a few entries, at most two per dimension, for comparisons between runs."""
     some = tensor.detach()[tuple(slice(None, None, max(1, (size + 1) // 2)) for size in tensor.shape)]
     return some.reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
 

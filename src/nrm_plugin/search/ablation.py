@@ -20,7 +20,7 @@ FILLS: tuple[Fill, ...] = ("zero", "mean", "resample")
 def ablation(
     model: nn.Module, kept: Mapping[str, Tensor], fill: Fill = "zero", reference: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Context manager that ablates all neurons that are not kept by replacing their activations.
+    """Context manager that ablates all neurons except the kept ones by replacing their activations.
 
     Args:
         model: The network; the hooks are removed on exit.

@@ -1,7 +1,7 @@
 r"""Attribution graphs over features, errors, inputs and outputs: influence, scores and export.
 
-Let :math:`\hat A` be the absolute edge weights, normalized so that those into each node sum to 1, and ``w`` the weights
-of the outputs. The influence of a node is the mass of the walks through it under a nonnegative normalized measure:
+Let :math:`\hat A` be the absolute edge weights, normalized so that the edges into each node sum to 1, and let ``w`` be
+the output weights. The influence of a node is the mass of the walks through it under a nonnegative normalized measure:
 
 .. math:: \mathrm{influence} = w \sum_{k \ge 1} \hat A^k
 
@@ -68,7 +68,7 @@ class GraphNode:
 
 
 def influence(edges: Tensor, weights: Tensor) -> Tensor:
-    r"""Computes the influence of every node of an attribution graph, :math:`w \sum_{k \ge 1} \hat A^k`.
+    r"""Computes the influence of every node in an attribution graph, :math:`w \sum_{k \ge 1} \hat A^k`.
 
     Args:
         edges: Signed effect of each source (column) on each target (row), ``(n, n)``.
@@ -78,14 +78,15 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
         The influence, ``(n,)``, in double precision. Outputs without outgoing edges have influence 0.
 
     Raises:
-        InputError: If shapes do not match, a value is not finite, or the graph has a cycle.
+        InputError: If the shapes do not match, a value is not finite, or the graph has a cycle.
 
     Examples:
         >>> edges = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [1.0, -3.0, 0.0]])
         >>> influence(edges, torch.tensor([0.0, 0.0, 1.0]))
         tensor([1.0000, 0.7500, 0.0000], dtype=torch.float64)
 
-    Source: circuit-tracer.
+    Follows the definition in circuit-tracer. Here :math:`\hat A` contains the absolute ``edges``, each row divided by
+    its sum, and ``w`` the ``weights``.
     """
     if edges.ndim != 2 or edges.shape[0] != edges.shape[1] or weights.shape != edges.shape[:1]:
         raise InputError(f"edges must be (n, n) and weights (n,); got {tuple(edges.shape)} and {tuple(weights.shape)}.")
@@ -102,7 +103,7 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
 
 
 def normalized_edges(edges: Tensor) -> Tensor:
-    """Returns absolute edge weights in double precision, normalized so that those into each node sum to 1.
+    """Returns absolute edge weights in double precision, normalized so that the edges into each node sum to 1.
 
     Nodes without incoming edges keep a sum of 0.
     """
@@ -124,7 +125,7 @@ class AttributionGraph:
         weights: Weight of each output, ``(n,)``, zero for all other nodes.
 
     Raises:
-        InputError: If shapes do not match the number of nodes, or two nodes have the same key.
+        InputError: If the shapes do not match the number of nodes, or if two nodes have the same key.
 
     Examples:
         >>> nodes = (GraphNode("input", -1, 0, None, "a"), GraphNode("feature", 0, 0, 7, "7"),
@@ -161,7 +162,7 @@ class AttributionGraph:
         return influence(self.edges, self.weights)
 
     def replacement(self) -> float:
-        """Returns the replacement score: the influence of the inputs as a fraction of that of inputs and errors.
+        """Returns the replacement score: the influence of the inputs, divided by the influence of inputs and errors.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -235,7 +236,7 @@ class AttributionGraph:
 
         Args:
             folder: Folder of the graphs, which is created if it does not exist.
-            slug: Name of the graph, and of its file without the suffix.
+            slug: Name of the graph, and of its file without suffix.
             tokens: Text of the token at each input position.
             scan: Name of the dictionaries (transcoders), stored as ``scan`` in the file.
 
@@ -243,7 +244,7 @@ class AttributionGraph:
             The path of the file.
 
         Raises:
-            InputError: If the slug contains a path separator, or there are too few tokens.
+            InputError: If the slug contains a path separator or there are too few tokens.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -289,7 +290,7 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns, for each node, the share of the total influence of the nodes that have at least its influence."""
+    """Returns, for each node, the share of the total influence held by all nodes with at least its influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 

@@ -14,9 +14,9 @@ from .layer_chain import LayerChain
 from .walk_bounds import CompletionBounds, now
 
 BATCH = 8
-"""Maximum number of prefixes that are propagated in one pass."""
+"""Maximum number of prefixes propagated in one pass."""
 SHARE_OF_BOUNDS = 0.6
-"""Fraction of the time budget that is spent on computing bounds."""
+"""Fraction of the time budget spent on computing bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class CompleteWalk:
-    """Walk with a group in every layer, and the signed joint relevance of these groups."""
+    """Walk with one group in every layer, and the signed joint relevance of these groups."""
 
     groups: tuple[int, ...]
     mass: float
@@ -79,7 +79,7 @@ class BestFirstSearch:
 
     @property
     def missed(self) -> float:
-        """Upper bound on the absolute mass of all walks that are not among the best."""
+        """Upper bound on the absolute mass of every walk that is not among the best."""
         return max(self._dropped, self.prefixes[0].bound if self.prefixes else 0.0)
 
     def largest_first(self) -> list[CompleteWalk]:
@@ -111,7 +111,7 @@ class BestFirstSearch:
     def _expand_largest(self, depth: int, width: int, is_required: bool = False) -> None:
         """Expands the prefixes of a given length with the largest mass, unless the budget is exhausted.
 
-        If it is required, the largest one is expanded in any case.
+        If required, the largest one is expanded in any case.
         """
         threshold = self._threshold()
         candidates = [prefix for prefix in self.prefixes if len(prefix.groups) == depth and prefix.bound > threshold]

@@ -36,15 +36,15 @@ class Dictionary:
         encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. If a bias is subtracted from the input, it must
             be folded into this bias.
         decoder_bias: Bias of the decoder, ``(d_out,)``, or None for zeros.
-        threshold: Threshold up to which pre-activations are set to zero, as a number or ``(F,)``. 0 gives ReLU,
-            positive values give JumpReLU, and ``-math.inf`` disables the threshold.
+        threshold: Pre-activations up to this threshold are set to zero; a number or ``(F,)``. 0 gives ReLU, positive
+            values give JumpReLU, and ``-math.inf`` disables the threshold.
         k: Maximum number of active features at each position, or None for no limit.
         skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None.
         reads: ``"output"`` for an autoencoder, which reconstructs the output of a layer from itself; or ``"input"`` for
             a transcoder, which reconstructs it from the input of the layer.
 
     Raises:
-        InputError: If shapes do not match, or a weight is not finite.
+        InputError: If the shapes do not match or a weight is not finite.
 
     Examples:
         >>> dictionary = Dictionary(torch.eye(4)[:, :3], torch.eye(4)[:3])
@@ -153,7 +153,7 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Crosscoder:
-    """Dictionaries of several layers, whose features also contribute to the reconstruction of later layers.
+    """Dictionaries for several layers; features also contribute to the reconstruction of later layers.
 
     Attributes:
         dictionaries: Dictionaries keyed by layer name, each with the encoder and the decoder of its layer.

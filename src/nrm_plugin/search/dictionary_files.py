@@ -21,12 +21,12 @@ from .dictionaries import Crosscoder, Dictionary
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _INPUTS = ("mlp.hook_in", "ln2.hook_normalized", "hook_mlp_in")
-"""Names of hook points at the input of an MLP."""
+"""Names of hook points at MLP inputs."""
 ARCHITECTURES = (
     "standard", "gated", "jumprelu", "topk", "transcoder", "skip_transcoder", "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
 )  # fmt: skip
-"""Architectures of SAELens with a linear encoder and decoder, and an activation that a dictionary supports."""
+"""SAELens architectures with a linear encoder and decoder, and an activation supported by :class:`Dictionary`."""
 _SHORT = (torch.float16, torch.bfloat16)
 
 
@@ -200,7 +200,7 @@ def _named_files(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
 
 
 def _transcoder(weights: Mapping[str, Tensor]) -> Dictionary:
-    """Returns the transcoder of one layer, whose encoder and decoder may be stored in either orientation."""
+    """Returns the transcoder of one layer; its encoder and decoder can be stored in either orientation."""
     if "log_thresholds" in weights:
         raise InputError(
             "the transcoders have log_thresholds, which circuit-tracer does not apply. Remove or apply them."

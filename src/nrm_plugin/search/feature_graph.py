@@ -2,7 +2,7 @@ r"""Attribution graph of a measure: outputs, features, errors and inputs, connec
 
 .. math:: A_{ji} = \mu\big(j \cap i \cap \neg \textstyle\bigcup\, \text{nodes between } j \text{ and } i\big)
 
-Walks may pass through features that are not nodes, so the selection of nodes loses no relevance. If no mass is
+Walks can pass through features that are not nodes, so the selection of nodes loses no relevance. If no mass is
 negative, the influence of a node therefore equals the mass of the walks through it that cross no error above it. The
 graph follows circuit-tracer; the definition of its edges by the measure is new in this package.
 """
@@ -119,7 +119,7 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
 
 
 def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event], number: int) -> Tensor:
-    """Returns the mass of the walks from each target to each source without a node in between, ``(targets, K)``."""
+    """Returns the mass of the walks from each target to each source that cross no node in between, ``(targets, K)``."""
     events = [reduce(lambda event, tap: event & ~tap, between, target.event(k)) for k in range(target.targets)]
     if not events:
         return torch.zeros(0, len(source.nodes), dtype=torch.float64)

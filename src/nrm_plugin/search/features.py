@@ -101,7 +101,7 @@ class _Board:
 
 
 class WithFeatures(nn.Module):
-    """Wrapper that computes the features and the error of the output of a layer, and returns their decoded sum."""
+    """Wraps a layer; its output is decomposed into features and error, whose decoded sum is returned."""
 
     def __init__(
         self, layer: nn.Module, site: str, crosscoder: Crosscoder, board: _Board, errors: Errors, like: Tensor
@@ -145,7 +145,7 @@ class WithFeatures(nn.Module):
         return tensor
 
     def __getattr__(self, name: str) -> Any:
-        """Returns an attribute of the original layer, which the surrounding model may access."""
+        """Returns an attribute of the original layer, which the surrounding model might access."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -195,7 +195,7 @@ def reconstruction_error(
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
     """Returns ``values``, but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    If ``total`` were returned, sums that should be zero could be rounding errors, and a rule would divide by them.
+    If ``total`` were returned, a sum that should be zero could be a rounding error, and a rule would divide by it.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -214,7 +214,7 @@ def _error_kernel(call: FunctionCall) -> Kernel:
 
 
 class _AbsorbingKernel(Kernel):
-    """Kernel that propagates no relevance, so that all of it is absorbed."""
+    """Kernel that propagates no relevance and thus absorbs all of it."""
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = list(shapes)

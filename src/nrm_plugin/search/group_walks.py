@@ -56,7 +56,7 @@ class GroupWalks:
     def strongest(self, count: int = 10) -> list[tuple[str, float]]:
         """Returns the names and masses of the walks with the largest absolute mass.
 
-        A name joins those of the groups, from the input to the output.
+        A walk is named after its groups, from the input to the output.
         """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
@@ -65,7 +65,7 @@ class GroupWalks:
     def through_nodes(self, count: int = 10) -> list[tuple[tuple[str, ...], float]]:
         """Returns the node keys and masses of the walks with the largest absolute mass.
 
-        The keys are those of the nodes of a flow over the same groups, from the input to the output.
+        The keys identify the nodes of a flow over the same groups, from the input to the output.
         """
         order = np.argsort(-np.abs(self.masses), axis=None, kind="stable")[:count]
         walks = zip(*np.unravel_index(order, self.masses.shape), strict=True)
@@ -135,7 +135,7 @@ def all_masses(chain: LayerChain, counts: Sequence[int]) -> Array:
 
 
 def least_passes(counts: Sequence[int]) -> int:
-    """Returns the minimum number of partial passes that compute all walks over layers with these numbers of groups."""
+    """Returns the minimum number of partial passes for all walks over layers with the given group counts."""
     return min(_passes(counts, level) for level in range(len(counts)))
 
 

@@ -98,7 +98,7 @@ class LayerChain:
 
 
 def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
-    """Expands ``over`` to a list with the kind of groups for each layer.
+    """Expands ``over`` to a list with one kind of groups per layer.
 
     Raises:
         ValueError: If a kind is unknown, or the number of kinds differs from ``count``.

@@ -46,7 +46,7 @@ class NeuronPath:
 
 
 class MaxProduct:
-    r"""Pass up from the inputs that computes, for each neuron, the largest mass of a continuation to an input.
+    r"""Upward pass from the inputs; for each neuron, computes the largest mass of a continuation to an input.
 
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
@@ -109,7 +109,7 @@ class MaxProduct:
         return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
 
     def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
-        """Returns the ``k`` best continuations of a path in a tensor, and one more to bound all others."""
+        """Returns the ``k`` best continuations of a path in a tensor, and one more that bounds all others."""
         bounds, chosen = (masses * self.completions[place]).topk(min(len(masses), k + 1))
         crossed = {} if path is None else path.neurons
         paths = []
@@ -120,7 +120,7 @@ class MaxProduct:
         return paths
 
     def _expanded(self, path: NeuronPath, k: int) -> list[NeuronPath]:
-        """Returns the best continuations of a path in all tensors that its last step reads."""
+        """Returns the best continuations of a path in all tensors read by its last step."""
         self.expanded += 1
         parts = self._columns(path.place, [path.neuron])
         return [longer for edge, part in parts for longer in self._continuations(path, edge, path.mass * part[0], k)]

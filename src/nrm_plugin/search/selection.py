@@ -69,7 +69,7 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Restriction:
-    """Measure restricted to the walks through kept neurons, and its errors compared with the full measure.
+    """Measure restricted to the walks through kept neurons, and its deviation from the full measure.
 
     Attributes:
         heat_map: ``μ(pixel and kept)``, ``(N, …)``.
@@ -234,8 +234,8 @@ def select_neurons(
     samples share the same passes.
 
     With ``error``, the smallest of these nested sets that satisfies the limit is found by bisection over the order of
-    elimination. For nonnegative kernels, the error increases with every elimination; for signed kernels, the order may
-    contain a smaller set that also satisfies the limit. Other sets are not considered.
+    elimination. For nonnegative kernels, the error increases with every elimination; for signed kernels, the order
+    might contain a smaller set that also satisfies the limit. Other sets are not considered.
 
     Args:
         mu: The measure whose neurons are selected.
@@ -305,7 +305,7 @@ class _GroupPool:
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """Computes the joint relevance of each group with the kept groups, and the errors of the restriction to them.
+        """Computes the joint relevance of each group with the kept groups, and the errors of restricting to these.
 
         Returns:
             The joint relevance, ``(N, all groups)``, and a point of the error curve.
@@ -321,7 +321,7 @@ class _GroupPool:
 
 
 def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
-    """Ranks all groups by the order of their elimination; the best ``last`` groups are ranked in one round.
+    """Ranks all groups by elimination order; the best ``last`` groups are ranked in a single round.
 
     Returns:
         The rank of each group, ``(N, all groups)``, and the error curve.
@@ -350,7 +350,7 @@ def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
 
 
 def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: float) -> Tensor:
-    """Returns, for each sample, the smallest number of groups for which the error is within the limit, ``(N,)``."""
+    """Returns, for each sample, the smallest group count with an error within the limit, ``(N,)``."""
     low = torch.full((len(order),), len(pool.layers), device=order.device)
     high = torch.full_like(low, pool.size)
     while bool((low < high).any()):

@@ -37,7 +37,7 @@ def steered(
         layer: Name of the layer, as in ``model.named_modules()``.
         vector: A direction in channel space, ``(C,)``, which is applied at every position; or values that broadcast to
             the output of the layer, ``(…)`` or ``(N, …)``.
-        scale: Factor by which the added vector is multiplied, or the fraction of the direction to remove.
+        scale: Factor that multiplies the added vector, or the fraction of the direction to remove.
         mode: ``"add"``, or ``"remove"`` to project onto the orthogonal complement of the vector. A vector ``(C,)`` is
             projected out at each position, and other vectors over all neurons of a sample.
         dim: Channel dimension of the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.
@@ -47,8 +47,8 @@ def steered(
 
     Raises:
         UnknownLayerError: If the layer is not in the model.
-        InputError: If the vector is not finite, or if a vector to remove is zero; during the forward pass, if shapes do
-            not match.
+        InputError: If the vector is not finite, or if a vector to remove is zero; during the forward pass, if the
+            shapes do not match.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -31,7 +31,7 @@ from ..kernels.base import Kernel
 from ..model.replaced_layers import Replacement, with_replaced
 
 FLOOR = 1e-4
-"""Fraction of the largest absolute activation of a sample up to which a neuron is silent.
+"""Largest absolute activation of a silent neuron, as a fraction of the largest in the sample.
 
 Silent neurons have no context, since it would be arbitrarily large for rules that assign relevance to them.
 """
@@ -109,7 +109,7 @@ class Subspaces:
         return torch.stack([*(part * values for part in projected), rest], -values.ndim)
 
     def _split_absolute(self, values: Tensor, mass: Tensor) -> Tensor:
-        """Splits nonnegative masses like :meth:`split`, but by the absolute values of the kernel."""
+        """Splits nonnegative masses like :meth:`split`, but with the absolute kernel."""
         inverse, silent = _inverse(values)
         context = mass * inverse.abs()
         whole = torch.eye(len(self.basis), dtype=values.dtype, device=values.device)
@@ -318,7 +318,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
 
 
 class _WithSubspaces(nn.Module):
-    """Wrapper that splits the output of a layer into its parts in the subspaces, and returns their sum."""
+    """Wraps a layer; its output is split into one part per subspace, and the sum of the parts is returned."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 class _PartsKernel(Kernel):
-    """Kernel that propagates all relevance of the parts of a neuron to this neuron."""
+    """Kernel that propagates all relevance from the parts of a neuron to the neuron."""
 
     is_stochastic = True
 
@@ -373,7 +373,7 @@ class _PartsKernel(Kernel):
 
 
 class _SumKernel(Kernel):
-    """Kernel given by :meth:`Subspaces.split`, in which no relevance bypasses the parts."""
+    """Kernel given by :meth:`Subspaces.split`; no relevance bypasses the parts."""
 
     is_stochastic = True
 

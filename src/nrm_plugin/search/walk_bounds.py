@@ -17,15 +17,15 @@ from ..measure.memory_budget import DEFAULT
 from .layer_chain import LayerChain
 
 MIN_ROWS = 16
-"""Maximum number of rows of a bound table that is computed even after the deadline."""
+"""Maximum row count of bound tables that are computed even after the deadline."""
 OVERTIME = 0.5
-"""Maximum expected overrun of the time limit by a bound table, as a fraction of this limit."""
+"""Maximum expected overrun of the time limit for a bound table, as a fraction of the limit."""
 NEGLIGIBLE = 1e-4
-"""Maximum fraction of negative mass for which signed passes are used in place of absolute ones."""
+"""Maximum fraction of negative mass at which signed passes replace absolute ones."""
 
 
 def now() -> float:
-    """Returns the current time in seconds, on the clock used for all time budgets."""
+    """Returns the current time in seconds, from the clock used for all time budgets."""
     return time.perf_counter()
 
 
@@ -43,7 +43,7 @@ class Lumps:
 
 
 class CompletionBounds:
-    """Upper bounds on the relevance of the completions of a walk from each neuron, computed from the inputs up.
+    """Upper bounds on the relevance of all completions of a walk from each neuron, computed from the inputs up.
 
     If there is not enough time for one pass per group, the groups with the smallest marginals are merged.
 
@@ -103,7 +103,7 @@ class CompletionBounds:
         self.tables.insert(0, table)
 
     def _lumps(self, level: int, affordable: float) -> Lumps:
-        """Merges the groups of the next layer into about ``affordable`` lumps, half of which are single groups."""
+        """Merges the groups of the next layer into about ``affordable`` lumps; half of these are single groups."""
         labels, count = self.chain.labels[level + 1], self.chain.counts[level + 1]
         if max(affordable, MIN_ROWS) >= count:
             return Lumps(labels, count)

@@ -32,7 +32,7 @@ from .walk_bounds import now
 
 @dataclass(frozen=True)
 class GroupWalk:
-    """Walk over groups, with the mass of the walks that cross all of these groups.
+    """Walk over groups, with the mass of the walks that cross all of its groups.
 
     Attributes:
         groups: Index of the group (channel, position, neuron or label) in each layer, from the output to the input, or
@@ -81,7 +81,7 @@ class TopWalks:
 
     @property
     def certified(self) -> int:
-        """Number of walks that are certified to be among the largest.
+        """Number of walks certified to be among the largest.
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.1, False)), 0.2, 1, 0.0).certified
@@ -161,7 +161,7 @@ def top_walks(
         k: Number of walks to return.
         over: ``"channel"``, ``"position"``, ``"neuron"`` or labels, or a list with one per layer; or ``"groups"`` for
             groups that preserve most of the dependence between the layers. All walks over such groups are enumerated.
-        budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds may exceed
+        budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds can exceed
             it; without ``layers``, they are always completed. The first walk is completed in any case; ``missed``
             bounds the mass of walks that were not found.
         expansions: Number of expanded prefixes after which the search stops, apart from those of the first walk. With
@@ -172,7 +172,7 @@ def top_walks(
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
             without ``over="neuron"``.
         EventError: If a layer is not below the previous one.
-        NRMError: If ``layers`` is None and a kernel has negative entries, to which max-product does not apply.
+        NRMError: If ``layers`` is None and a kernel has negative entries, which max-product does not support.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Detection in the autograd graph of the ``autograd.Function`` classes that a model uses, which no mode observes.
+"""Detection of a model's ``autograd.Function`` classes in the autograd graph, since no mode observes their calls.
 
 An elementwise function propagates relevance like an activation, through a step attached to its autograd node. It must
 pass two tests: its Jacobian, computed by its ``backward`` at the values of the pass, is diagonal, and no output element
@@ -32,7 +32,7 @@ PROBES = 8
 """Number of probe vectors passed to the ``backward`` of a function."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Packages whose functions are steps already, or have a ``backward`` that must not be probed (checkpoints)."""
+"""Packages whose functions already are steps, or whose ``backward`` must not be probed (checkpoints)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class CustomCall:
 
 
 def _own(value: Any) -> Any:
-    """Clones tensors, since the function may write to them."""
+    """Clones tensors, since the function might write to them."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -69,7 +69,7 @@ class CustomCalls:
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the ``autograd.Function``, if any, from which a torch function is called.
+        """Records the ``autograd.Function``, if any, that calls a torch function.
 
         Raises:
             UnsupportedOperationError: If the function writes to a view of a computed tensor, which has no autograd node
@@ -89,7 +89,7 @@ class CustomCalls:
             )
 
     def of(self, node: Any) -> list[CustomCall]:
-        """Returns the calls that may have created a node: those with the same class and inputs."""
+        """Returns the calls that could have created a node: calls with the same class and inputs."""
         below = {id(edge[0]) for edge in node.next_functions if edge[0] is not None}
         same = [call for call in self.calls if call.function is type(node)._forward_cls]
         return [call for call in same if {id(item.grad_fn) for item in _tensors(call.args)} & below]
@@ -187,7 +187,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """Returns a tensor in the shape of a node's output that takes no memory."""
+    """Returns a tensor that has the shape of a node's output and takes no memory."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -221,7 +221,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Returns whether a tensor with this node may receive relevance, unlike tensors computed before the pass."""
+    """Returns whether a tensor with this node can receive relevance, unlike tensors computed before the pass."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -250,9 +250,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of the Jacobian by a function's ``backward``, or returns None if it is not diagonal.
+    """Computes the Jacobian's diagonal by a function's ``backward``, or returns None if the Jacobian is not diagonal.
 
-    The probes are signed powers of two, so products with a diagonal matrix have no rounding errors.
+    The probes are signed powers of two, so that products with a diagonal matrix have no rounding errors.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)

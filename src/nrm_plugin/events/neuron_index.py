@@ -1,4 +1,4 @@
-"""Indices in ``at(layer)[…]``: validation, equality and formatting."""
+"""Neuron indices, as in ``at(layer)[…]``: validation, equality and formatting."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import EventError, brief
 
 SHOWN = 12
-"""Maximum number of neurons listed when an event is printed."""
+"""Maximum number of neurons listed in a printed event."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Index in ``at(layer)[…]``. Two indices are equal if they contain the same numbers."""
+    """Neuron index, as in ``at(layer)[…]``. Two indices are equal if they contain the same numbers."""
 
     key: Hashable
     value: Any
@@ -117,7 +117,7 @@ def shown_in_call(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Formats an index as written in brackets."""
+    """Formats an index as it is written inside brackets."""
     if isinstance(value, tuple):
         return ", ".join(show(item) for item in value)
     if isinstance(value, slice):

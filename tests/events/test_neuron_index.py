@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nrm_plugin import at
-from nrm_plugin.events.index import SHOWN, Index, checked_index, key_of, show, shown_in_call
+from nrm_plugin.events.neuron_index import SHOWN, Index, checked_index, key_of, show, shown_in_call
 
 MASK = torch.tensor([True, False, True])
 
