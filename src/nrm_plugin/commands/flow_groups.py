@@ -37,7 +37,7 @@ Regions = Mapping[str, NDArray[np.bool_]]
 NARROW = 5.0
 """Figure width in inches below which the resolution is doubled."""
 MOST_PATCHES = 16
-"""Maximum number of image patches along each side, which are grouped if scikit-image is not installed."""
+"""Maximum number of image patches along each side, for grouping without scikit-image."""
 COMPACT = 40.0
 """Compactness of SLIC for few superpixels. Lower values would merge them to even fewer."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")

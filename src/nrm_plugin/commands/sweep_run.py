@@ -28,7 +28,7 @@ from .resolved_options import model_of, one_line_warnings, request_of
 from .sweep_data import SAMPLES, data_of
 
 SKIPPED = 3
-"""Exit status of a sweep that is complete except for skipped samples."""
+"""Exit status of a sweep completed except for skipped samples."""
 LISTED = 20
 """Maximum number of printed skipped samples."""
 

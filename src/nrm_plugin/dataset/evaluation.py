@@ -26,7 +26,7 @@ Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]
 LABELS = ("label", "labels")
 NO_CLASS = -1
-"""Placeholder for a target or prediction that is not a class."""
+"""Placeholder for a non-class target or prediction."""
 
 
 @dataclass(frozen=True)

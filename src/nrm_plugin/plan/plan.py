@@ -134,7 +134,7 @@ class Plan:
     def _measured(
         self, inputs: Inputs, target: Any, start: Any, against: Any, reference: Any, args: Any, kwargs: Any
     ) -> RelevanceMeasure:
-        """Returns the measure of inputs, for a model that has not changed."""
+        """Returns the measure of inputs for an unchanged model."""
         form = self._form(inputs, args, kwargs, reference)
         recorded, self._first = self._first, None
         if recorded is not None and recorded[:2] != (form.key, _identities(form.tensors)):

@@ -1,4 +1,4 @@
-r"""Selection of neurons, and the error of an explanation that is restricted to them.
+r"""Selection of neurons, and the error of an explanation restricted to them.
 
 The measure is restricted to the walks through kept neurons in every selected layer. It is compared with the full
 measure by the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with
