@@ -84,7 +84,7 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
     """Returns the explained target, and checks the class names and, for ``"label"``, the labels of an image folder.
 
     Raises:
-        RequestError: If the number of class names differs from that of the outputs, or the class does not exist.
+        RequestError: If the number of class names differs from that of the outputs, or if the class does not exist.
         SweepError: If images have no label.
     """
     is_class = text not in ("prediction", "label")

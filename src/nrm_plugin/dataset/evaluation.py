@@ -84,7 +84,7 @@ class Evaluation:
             batch: The batch, as collated by the data loader.
 
         Raises:
-            NRMError: If the measure cannot be computed for these inputs, or a query does not match the model.
+            NRMError: If the measure cannot be computed for these inputs, or if a query does not match the model.
         """
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))

@@ -165,7 +165,7 @@ class Manifest:
         """Reads the manifest of a sweep folder.
 
         Raises:
-            SweepError: If the folder has no manifest, or one in another format.
+            SweepError: If the folder has no manifest or one in another format.
             ManifestError: If the manifest is damaged or was edited.
         """
         path = path_inside(folder, MANIFEST)

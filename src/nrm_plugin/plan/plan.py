@@ -195,7 +195,8 @@ class Plan:
         Raises:
             InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
             UnknownLayerError: If no tap has one of the given names.
-            UnsupportedOperationError: If shapes in the model depend on input values, or the model draws random numbers.
+            UnsupportedOperationError: If shapes in the model depend on input values, or if the model draws random
+                numbers.
             MissingExtraError: If onnx or onnxscript is required but not installed.
 
         Examples:

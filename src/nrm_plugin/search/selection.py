@@ -108,7 +108,7 @@ def restriction(
         over: Groups over which the heat map is summed before the comparison.
 
     Raises:
-        InputError: If a mask does not match its layer, or no layer is given.
+        InputError: If a mask does not match its layer, or if no layer is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
