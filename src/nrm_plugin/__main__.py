@@ -1,4 +1,4 @@
-"""Entry point for ``python -m nrm_plugin``, which is equivalent to the command ``nrm-plugin``."""
+"""Entry point for ``python -m nrm_plugin``, equivalent to the command ``nrm-plugin``."""
 
 import sys
 

@@ -49,7 +49,7 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """Raised if a tap is inside a container that has its own rule and is therefore a single step."""
+    """Raised if a tap is inside a container with its own rule, which is therefore a single step."""
 
 
 class EventError(NRMError, ValueError):
@@ -131,7 +131,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")
-"""Packages that are skipped when locating a warning, since their code was not written by the user."""
+"""Packages skipped when locating a warning, since the user did not write their code."""
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -26,7 +26,7 @@ from ..model.targets import sample_sums
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Wrappers that are removed from a model so that it runs on a single device."""
+"""Wrappers removed from a model so that it runs on a single device."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ def condition_event(condition: Condition) -> Event | None:
         The event, or None if the condition names no layer and is therefore satisfied by every walk.
 
     Raises:
-        EventError: If the condition is not a mapping, or its channels are not a list of numbers.
+        EventError: If the condition is not a mapping, or if its channels are not a list of numbers.
 
     Examples:
         >>> condition_event({"features.28": [3], "features.14": [5, 8], "y": [281]})

@@ -107,7 +107,7 @@ class NeuronNRM(NRM, NeuronAttribution):
             them.
 
         Raises:
-            TargetError: If the selector does not match the layer, or the selected activations cancel.
+            TargetError: If the selector does not match the layer, or if the selected activations cancel.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

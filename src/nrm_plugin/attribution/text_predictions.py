@@ -96,7 +96,7 @@ class Task:
         )
 
     def _token(self, wanted: str, argument: str) -> int:
-        """Returns the id of a word that is a single token, preferring the token with a leading space."""
+        """Returns the id of a single-token word, preferring the token with a leading space."""
         known = self.tokenizer.get_vocab()
         for spelling in (f"Ġ{wanted}", f"▁{wanted}", wanted):
             if spelling in known and not wanted.startswith((" ", "Ġ", "▁")):

@@ -1,4 +1,4 @@
-"""The command ``nrm-plugin`` and its subcommands, each in a module that is imported only when it is run.
+"""The command ``nrm-plugin`` and its subcommands; the module of a subcommand is imported only to run it.
 
 Neither this module nor the argument parsers import torch, so that ``--help`` and ``--version`` are fast.
 """

@@ -39,7 +39,7 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
         bounds: Lowest and highest input values, ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:
-        CompositeError: If the name is unknown, or the composite has other required arguments.
+        CompositeError: If the name is unknown, or if the composite has other required arguments.
     """
     check_composite_name(name)
     kind = _plain(COMPOSITES[name])

@@ -162,7 +162,7 @@ def _save_table(layer: LayerExplanation, path: Path) -> None:
 
 
 def color_limit(maps: Sequence[Values]) -> float | None:
-    """Computes a colour limit for heat maps ``(H, W)`` that is robust to extreme pixels.
+    """Computes a colour limit for heat maps ``(H, W)``, robust to extreme pixels.
 
     At most one in :data:`CLIPPED` pixels exceeds this limit. The result is None if the limit is zero.
     """

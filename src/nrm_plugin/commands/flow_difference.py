@@ -59,7 +59,7 @@ CHANNELS = 16
 
 @dataclass(frozen=True)
 class Side:
-    """One of two flows that are compared.
+    """One of the two compared flows.
 
     Attributes:
         image: The explained image.

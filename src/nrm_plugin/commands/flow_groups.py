@@ -37,7 +37,7 @@ Regions = Mapping[str, NDArray[np.bool_]]
 NARROW = 5.0
 """Figure width in inches below which the resolution is doubled."""
 MOST_PATCHES = 16
-"""Maximum number of image patches along each side, which are grouped if scikit-image is not installed."""
+"""Maximum number of image patches along each side, for grouping without scikit-image."""
 COMPACT = 40.0
 """Compactness of SLIC for few superpixels. Lower values would merge them to even fewer."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
@@ -107,8 +107,8 @@ def division(
         image: Image ``(C, H, W)`` with values in [0, 1].
 
     Raises:
-        RequestError: If there are more patches than pixels, or the file of groups cannot be read.
-        InputError: If the file does not contain groups, or the groups do not match the model.
+        RequestError: If there are more patches than pixels, or if the file of groups cannot be read.
+        InputError: If the file does not contain groups, or if the groups do not match the model.
     """
     height, width = mu.shape(INPUT)[-2:]
     if options.patches > min(height, width):
@@ -135,7 +135,7 @@ def groups_of(
 
     Raises:
         RequestError: If the file cannot be read.
-        InputError: If the file does not contain groups, or the groups do not match the model.
+        InputError: If the file does not contain groups, or if the groups do not match the model.
     """
     if isinstance(wanted, Path):
         return _with_short_names(_stored(wanted))

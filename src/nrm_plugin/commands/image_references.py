@@ -23,7 +23,7 @@ NAMES = {
     "black": "a black image",
     "white": "a white image",
 }
-"""Descriptions of the references that are neither colours nor files."""
+"""Descriptions of named references, which are neither colours nor files."""
 
 
 class ReferenceImageError(NRMError, ValueError):

@@ -17,7 +17,7 @@ from .user_models import own_model
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Model that is ready to be explained, with its preprocessing and metadata.
+    """Model ready to be explained, with preprocessing and metadata.
 
     Attributes:
         name: Name given by the user.
@@ -41,7 +41,7 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """Any parameter of the model, which has its device and dtype, or an empty tensor if there is none."""
+        """Any model parameter, to determine device and dtype, or an empty tensor if there is none."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property

@@ -97,7 +97,7 @@ def _stored_settings(path: Path) -> object:
 
 
 def name_part(layer: str) -> str:
-    """Converts a layer name to a part of a file name that is valid on any system."""
+    """Converts a layer name to part of a file name, valid on any system."""
     return re.sub(r"[^\w.\-]", "_", layer)
 
 

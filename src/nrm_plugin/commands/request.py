@@ -103,7 +103,7 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
         outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the model is not a classifier, or the class is unknown.
+        RequestError: If the model is not a classifier, or if the class is unknown.
     """
     if outputs.ndim > 2 or outputs.numel() == 0:
         raise RequestError(

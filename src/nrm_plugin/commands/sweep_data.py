@@ -21,7 +21,7 @@ def data_of(name: str, loaded: LoadedModel) -> Any:
 
     Raises:
         ModelError: If the module, file or name does not exist.
-        SweepError: If the folder does not exist, or the user's function fails.
+        SweepError: If the folder does not exist, or if the user's function fails.
     """
     if not name:
         raise SweepError("the name of the folder or data set is empty.")

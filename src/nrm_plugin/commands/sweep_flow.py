@@ -58,7 +58,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     """Prints the mean flow of a sweep, writes its files, and returns the exit status.
 
     Raises:
-        RequestError: If options conflict, or the class is unknown.
+        RequestError: If options conflict, or if the class is unknown.
         FlowError: If the sweep does not contain the queries required for this flow.
     """
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]

@@ -28,7 +28,7 @@ from .resolved_options import model_of, one_line_warnings, request_of
 from .sweep_data import SAMPLES, data_of
 
 SKIPPED = 3
-"""Exit status of a sweep that is complete except for skipped samples."""
+"""Exit status of a sweep completed except for skipped samples."""
 LISTED = 20
 """Maximum number of printed skipped samples."""
 
@@ -84,7 +84,7 @@ def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
     """Returns the explained target, and checks the class names and, for ``"label"``, the labels of an image folder.
 
     Raises:
-        RequestError: If the number of class names differs from that of the outputs, or the class does not exist.
+        RequestError: If the number of class names differs from that of the outputs, or if the class does not exist.
         SweepError: If images have no label.
     """
     is_class = text not in ("prediction", "label")

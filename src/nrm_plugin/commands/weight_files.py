@@ -176,7 +176,7 @@ def classes_of(state: State, model: nn.Module) -> int | None:
 
 
 def _stored(tensor: Tensor) -> int:
-    """Returns the number of entries in the storage of a tensor, or 0 for layouts that are not strided."""
+    """Returns the number of entries in the storage of a tensor, or 0 for non-strided layouts."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() if tensor.layout == torch.strided else 0
 
 

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 LONGEST = 100
-"""Maximum length in bytes of file names that are included in temporary names; longer names are hashed."""
+"""Maximum length in bytes of file names included in temporary names; longer names are hashed."""
 
 
 class AtomicFile:

@@ -109,7 +109,7 @@ def crops(
         Crops keyed by group, in decreasing order of value.
 
     Raises:
-        ReferencesError: If a group has no references, or an event is missing.
+        ReferencesError: If a group has no references, or if an event is missing.
         InputError: If the samples are not images.
 
     Examples:

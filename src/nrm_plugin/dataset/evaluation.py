@@ -26,7 +26,7 @@ Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]
 LABELS = ("label", "labels")
 NO_CLASS = -1
-"""Placeholder for a target or prediction that is not a class."""
+"""Placeholder for a non-class target or prediction."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Evaluation:
             batch: The batch, as collated by the data loader.
 
         Raises:
-            NRMError: If the measure cannot be computed for these inputs, or a query does not match the model.
+            NRMError: If the measure cannot be computed for these inputs, or if a query does not match the model.
         """
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))

@@ -247,7 +247,7 @@ def references(
     Raises:
         ReferencesError: If the query, group or target is unknown, or if the query is of type ``Maps``, which has no
             rows.
-        SweepError: If the folder does not contain a sweep, or a file is damaged.
+        SweepError: If the folder does not contain a sweep, or if a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:

@@ -65,7 +65,7 @@ def prototypes_figure(
         names: Function that returns the name of a group.
 
     Raises:
-        InputError: If an image is missing, or there are too many prototypes or members.
+        InputError: If an image is missing, or if there are too many prototypes or members.
     """
     count = len(prototypes.centres)
     if count > MOST or not 1 <= k <= MOST:

@@ -75,7 +75,7 @@ class Prototypes:
 
     @property
     def coverage(self) -> Array:
-        """Fraction of the samples that are members of each prototype, ``(P,)``."""
+        """Fraction of the samples in each prototype, ``(P,)``."""
         coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
         return coverage
 
@@ -104,7 +104,7 @@ class Prototypes:
             vectors: Relevance of the same groups, ``(N, K)``.
 
         Raises:
-            InputError: If the number of groups does not match, or values are not finite.
+            InputError: If the number of groups does not match, or if values are not finite.
         """
         values = _vectors(vectors)
         if values.shape[1] != self.centres.shape[1]:
@@ -214,7 +214,7 @@ def vectors_of_sweep(
     Raises:
         ReferencesError: If the query is unknown, there are no samples with this target, or conditional values are
             undefined.
-        SweepError: If the folder does not contain a sweep, or a file is damaged.
+        SweepError: If the folder does not contain a sweep, or if a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     queries = sweep.queries.values()

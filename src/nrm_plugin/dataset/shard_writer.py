@@ -201,7 +201,7 @@ def _table(
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes incomplete files left by processes of this machine that are no longer running."""
+    """Removes incomplete files left by terminated processes of this machine."""
     mark = f".{platform.node()}."
     for path in (path for inner in (folder, folder / ROWS, folder / MAPS) for path in inner.glob(".*.tmp")):
         owner = path.name.removesuffix(".tmp").rpartition(".")[2]

@@ -149,7 +149,7 @@ class Sweep:
             target: Only use samples for which this class was explained; None for all samples.
 
         Raises:
-            FlowError: If a query is missing, or there are no samples.
+            FlowError: If a query is missing, or if there are no samples.
         """
         return joints_of_sweep(self, layers, target)
 
@@ -164,7 +164,7 @@ class Sweep:
             columns: Column names, or None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
-            SweepError: If the query or column is unknown, or a shard is damaged.
+            SweepError: If the query or column is unknown, or if a shard is damaged.
         """
         pa = arrow()
         if query is not None:

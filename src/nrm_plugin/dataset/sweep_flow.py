@@ -78,8 +78,8 @@ def flow_of_sweep(
 
     Raises:
         InputError: If the members of the groups differ from those of the sweep.
-        FlowError: If a query or sample is missing, or a cut does not sum to 1.
-        SweepError: If the folder does not contain a sweep, or a file is damaged.
+        FlowError: If a query or sample is missing, or if a cut does not sum to 1.
+        SweepError: If the folder does not contain a sweep, or if a file is damaged.
     """
     check_thresholds(top, min_mass, coverage)
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)

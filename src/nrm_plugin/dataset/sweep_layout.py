@@ -36,7 +36,7 @@ SUMS = "_sums.json"
 """Name of the file with the checksums of the index."""
 PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
-"""Parquet metadata key of the shard description, which is JSON."""
+"""Parquet metadata key of the shard description (JSON)."""
 SCALAR = -1
 """Value of ``group`` for queries with one value per sample, and of ``lower`` for queries without a lower layer."""
 
@@ -165,7 +165,7 @@ class Manifest:
         """Reads the manifest of a sweep folder.
 
         Raises:
-            SweepError: If the folder has no manifest, or one in another format.
+            SweepError: If the folder has no manifest or one in another format.
             ManifestError: If the manifest is damaged or was edited.
         """
         path = path_inside(folder, MANIFEST)

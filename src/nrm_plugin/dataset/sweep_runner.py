@@ -114,7 +114,7 @@ def sweep(
     Raises:
         SweepError: If the folder contains a sweep with different settings or samples (listed in the message), if
             another process writes to the folder, or if a sample or shard fails.
-        NRMError: If no measure of the model can be constructed with this composite, or a query does not match the
+        NRMError: If no measure of the model can be constructed with this composite, or if a query does not match the
             model.
         MissingExtraError: If pyarrow or Ray is not installed.
     """

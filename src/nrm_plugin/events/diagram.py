@@ -88,7 +88,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """Returns the maximum number of undecided nodes that are live at any one tap, over all roots."""
+        """Returns the maximum number of undecided nodes live at any one tap, over all roots."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

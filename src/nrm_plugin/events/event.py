@@ -163,7 +163,7 @@ class Not(Event):
 
 @dataclass(frozen=True, repr=False)
 class Absorbed(Event):
-    """Walks that are absorbed in any step, by the residual or by constants."""
+    """Walks absorbed in any step, by the residual or by constants."""
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         yield self

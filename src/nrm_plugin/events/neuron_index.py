@@ -32,7 +32,7 @@ class Index:
 
 
 def key_of(value: Any) -> Hashable:
-    """Returns a hashable key that is the same for all indices with the same numbers."""
+    """Returns a hashable key, the same for all indices with the same numbers."""
     if isinstance(value, Tensor):
         return ("tensor", str(value.dtype), tuple(value.shape), value.numpy().tobytes())
     if isinstance(value, slice):

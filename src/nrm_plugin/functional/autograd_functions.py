@@ -129,7 +129,7 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 
 
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
-    """Returns the nodes of custom functions below an output, with the indices of their outputs that are used."""
+    """Returns the nodes of custom functions below an output, with the indices of their used outputs."""
     nodes: dict[Any, set[int]] = {}
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(output)]
     visited: set[Any] = set()

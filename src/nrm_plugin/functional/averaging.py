@@ -67,5 +67,5 @@ def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:
-    """Returns whether a call is ``torch.stack([a, b]).sum(dim)``, which is equivalent to ``a + b``."""
+    """Returns whether a call is ``torch.stack([a, b]).sum(dim)``, equivalent to ``a + b``."""
     return call.name == "sum" and "Stack" in str(getattr(call.inputs[0].producer, "name", lambda: "")())

@@ -26,7 +26,7 @@ from .scatter import is_advanced_index, is_sparse_product, sum_of_messages, writ
 
 NOT_HANDLED: Final = object()
 OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
-"""Functions with results of data-dependent shape that are not tracked by autograd."""
+"""Functions whose results have data-dependent shapes and are not tracked by autograd."""
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
 """Functions that use only the shape and format of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())

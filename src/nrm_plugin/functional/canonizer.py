@@ -98,7 +98,7 @@ class Interception(Canonizer):
         self._handles.append(root_module.register_forward_hook(self._stop_hook(), always_call=True))
 
     def remove(self) -> None:
-        """Removes the hooks and ends forward passes that were interrupted."""
+        """Removes the hooks and ends interrupted forward passes."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

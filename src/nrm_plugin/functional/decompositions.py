@@ -1,4 +1,4 @@
-"""Python decompositions of functions into functions that have kernels."""
+"""Python decompositions of functions into functions with kernels."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class FunctionCall:
         return SplitKernel(tensors, self.shapes, None, is_stochastic)
 
     def route(self) -> Kernel:
-        """Returns a kernel that passes relevance to the entries that were copied, as for gathers and permutations.
+        """Returns a kernel that passes relevance to the copied entries, as for gathers and permutations.
 
         Output entries that are not copied from an input leave a residual.
         """

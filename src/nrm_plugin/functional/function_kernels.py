@@ -143,7 +143,7 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """Kernel that passes relevance to the entries that were copied, and splits it among ties as autograd does.
+    """Kernel that passes relevance to the copied entries and splits it among ties as autograd does.
 
     Args:
         function: Gradient of the operation, which maps ``(N, *out)`` to ``(N, *in)`` for each input.

@@ -1,4 +1,4 @@
-"""Integer inputs (ids), which are tracked by object identity until the model uses them as indices.
+"""Integer inputs (ids), tracked by object identity until the model uses them as indices.
 
 Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input. Rows
 selected by other integers, such as positions, are constants, even if they have the same values as ids.
@@ -23,7 +23,7 @@ class Kind(enum.IntEnum):
     """Kind of a tensor without relevance. The kind of a result is the largest kind of the arguments."""
 
     STRUCTURE = 1
-    """Comparisons, positions and counts of ids, such as masks and degrees, which are constants."""
+    """Constants: comparisons, positions and counts of ids, such as masks and degrees."""
     IDS = 2
     """Ids, or numbers computed from each id, for example by a shift or hash."""
     ONE_HOT = 3

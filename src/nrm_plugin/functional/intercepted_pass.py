@@ -52,7 +52,7 @@ from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, unco
 from .weighted_functions import channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
-"""Routes that are not recorded as taps."""
+"""Routes not recorded as taps."""
 
 
 class InterceptedPass:

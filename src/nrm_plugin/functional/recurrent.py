@@ -270,7 +270,7 @@ class _Layers:
 
 
 def _of_running(is_running: Tensor, state: State, before: State) -> State:
-    """Returns the new state of samples that have not ended, and the previous state of the others."""
+    """Returns the new state of running samples, and the previous state of ended ones."""
     mask = is_running.unsqueeze(1)
     pairs = zip(state, before, strict=True)
     return tuple(new if new is None or old is None else torch.where(mask, new, old) for new, old in pairs)
@@ -329,7 +329,7 @@ class _Packing:
         self.lengths = (sizes.unsqueeze(0) > order.unsqueeze(1)).sum(1)
 
     def rows(self, data: Tensor) -> list[Tensor]:
-        """Unpacks ``(entries, …)`` to ``(N, …)`` per time step; sequences that have ended repeat their last entry."""
+        """Unpacks ``(entries, …)`` to ``(N, …)`` per time step; ended sequences repeat their last entry."""
         times = [torch.minimum(self.lengths - 1, torch.full_like(self.lengths, t)) for t in range(len(self.offsets))]
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 

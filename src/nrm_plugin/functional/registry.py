@@ -60,7 +60,7 @@ _SYNONYMS = {
 _NAMESPACES = ("special_", "linalg_")
 """Name prefixes of the functions in torch's namespaces."""
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
-"""Namespaces of the operators that are looked up by name."""
+"""Namespaces of operators looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
 """Functions whose signature differs from that of the unprefixed function of the same name."""
 
@@ -110,7 +110,7 @@ def kernel_of(*names: str) -> Callable[[Function], Function]:
 
 
 def decomposition_of(*names: str) -> Callable[[Function], Function]:
-    """Registers a decomposition of the functions with the given names into operations that have kernels."""
+    """Registers a decomposition of the functions with the given names into operations with kernels."""
     return _registering(DECOMPOSITIONS, names)
 
 

@@ -141,7 +141,7 @@ secant_of("scatter_add")(lambda call: PathKernel(call))
 
 @secant_of("grid_sample", "roi_align", "deform_conv2d")
 def sampling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for sampling at constant positions, which is linear in the first input."""
+    """Returns the kernel for sampling at constant positions; sampling is linear in the first input."""
     if len(call.values) == 1 and isinstance(call.call.args[0] if call.call.args else None, Slot):
         return PathKernel(call)
     return UnknownKernel(UnsupportedOperationError(_PLACES.format(name=call.name)), call.shapes)
@@ -201,7 +201,7 @@ class SoftmaxKernel(MultiplierKernel):
 
 
 def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
-    """Computes the slopes of log-sum-exp along dimensions, which are positive and sum to at most one."""
+    """Computes the slopes of log-sum-exp along dimensions; slopes are positive and sum to at most one."""
     totals = _totals(one, two, dim)
     first, second = ((value - total).exp().nan_to_num(0.0) for value, total in zip((one, two), totals, strict=True))
     return _shares((first, second), totals)

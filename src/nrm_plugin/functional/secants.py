@@ -52,7 +52,7 @@ def change(
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Computes the derivative of an elementwise function, replacing values that are not finite with zero."""
+    """Computes the derivative of an elementwise function, with non-finite values replaced with zero."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         output = function(leaf)

@@ -146,7 +146,7 @@ def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tens
 
 
 def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
-    """Returns the error for a layer that is called as a function and has no rule in the composite."""
+    """Returns the error for a layer called as a function, without a rule in the composite."""
     return UncoveredLayerError(
         f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
         "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "

@@ -8,7 +8,7 @@ from zennit.core import BasicHook, Hook
 from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus
 
 LINEAR_RULES = (AlphaBeta, Epsilon, Flat, Gamma, Norm, Pass, WSquare, ZBox, ZPlus)
-"""Zennit's rules that are linear in the relevance."""
+"""Zennit rules linear in the relevance."""
 
 
 def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
@@ -17,12 +17,12 @@ def is_by_modifiers(hook: Hook) -> TypeGuard[BasicHook]:
 
 
 def is_known_linear(hook: Hook) -> bool:
-    """Returns whether a rule is one of the rules of Zennit or this package that are linear in the relevance."""
+    """Returns whether a rule is among the linear rules of Zennit or this package."""
     return type(hook) in LINEAR_RULES or type(hook).__module__ == "nrm_plugin.rules"
 
 
 def own_copy(hook: Hook) -> Hook:
-    """Returns the rule to use for one call: a known rule itself, or a copy of any other rule, which may be stateful."""
+    """Returns the rule to use for one call: a known rule itself, or a copy of any other (possibly stateful) rule."""
     return hook if is_known_linear(hook) else hook.copy()
 
 

@@ -21,7 +21,7 @@ COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
 
 
 NEGLIGIBLE = 1e-20
-"""Largest stabilizer of ConservingEpsilon that is regarded as negligible."""
+"""Largest stabilizer of ConservingEpsilon regarded as negligible."""
 
 
 @dataclass(frozen=True)

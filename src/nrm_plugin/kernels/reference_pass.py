@@ -101,7 +101,7 @@ class ReferencePass:
         self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Difference]] = {}
 
     def difference(self, value: Tensor, other: Tensor) -> Difference:
-        """Returns the difference between a tensor and its reference, which is cached for all steps."""
+        """Returns the difference between a tensor and its reference, cached for all steps."""
         key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
         if key not in self._deltas:
             self._deltas[key] = (value, other, difference(value, other))  # keeps the memory from being reused

@@ -113,7 +113,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """Builds the kernel of a rule that is defined by modifiers, for any module."""
+    """Builds the kernel of a rule defined by modifiers, for any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():

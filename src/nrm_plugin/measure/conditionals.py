@@ -142,7 +142,7 @@ def _rows(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object) -> None:
-    """Raises :class:`EventError` if an event refers to a tap that is not below the given tap."""
+    """Raises :class:`EventError` if an event refers to a tap not below the given tap."""
     if not are_below(diagram, tap):
         raise EventError(
             f"{event} refers to a tap that is not below {tap.names[0] if tap.names else layer!r}; the conditional "

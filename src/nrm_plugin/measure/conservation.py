@@ -124,7 +124,7 @@ def surviving_mass(totals: Totals) -> Tensor:
 
 
 def _last_vertices(recording: Recording) -> set[int]:
-    """Returns the vertices that are directly above a leaf."""
+    """Returns the vertices directly above a leaf."""
     vertices = recording.graph.vertices
     leaves = {number for number, vertex in enumerate(vertices) if vertex.leaf is not None}
     return {

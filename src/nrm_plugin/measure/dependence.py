@@ -25,7 +25,7 @@ Labels = NDArray[np.int64]
 SWEEPS = 30
 """Maximum number of sweeps; each sweep considers moving every member once."""
 SHAKEN = 0.3
-"""Fraction of the members of a layer that are assigned to random groups in a restart."""
+"""Fraction of a layer's members assigned to random groups in a restart."""
 LLOYD = 12
 """Maximum number of k-means iterations for the initial partition."""
 CANCELLED = 1e-3

@@ -28,7 +28,7 @@ class Measure(Protocol):
 
 
 def check_finite(measure: Any, results: Any) -> None:
-    """Raises :class:`NonFiniteError`, which names the step that is the source, unless all results are finite.
+    """Raises :class:`NonFiniteError`, which names the source step, unless all results are finite.
 
     Args:
         measure: The measure.

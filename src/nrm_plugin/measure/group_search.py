@@ -167,7 +167,7 @@ def _joints(source: Any, layers: Sequence[Any], members: Members | None) -> tupl
 
 
 def layer_name(mu: Any, layer: Any) -> str:
-    """Returns the name of a layer that is given as a name, module or tap."""
+    """Returns the name of a layer, given as a name, module or tap."""
     if isinstance(layer, str):
         return layer
     names = mu._tap(layer).names

@@ -111,7 +111,7 @@ def _array(values: Tensor) -> Array:
 
 
 def _members(tap: Tap, name: str, members: Members | None) -> Over:
-    """Returns the members that were given for a layer, or the default members."""
+    """Returns the given members of a layer, or the default members."""
     given = (members or {}).get(name)
     if given is not None:
         return given if isinstance(given, str) else partition(tap, given, None).labels

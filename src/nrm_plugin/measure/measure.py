@@ -393,7 +393,7 @@ class RelevanceMeasure(Recorded):
 
         Raises:
             FlowError, InputError: If a threshold is out of range or the sample does not exist.
-            EventError: If neither of two layers is below the other, or the groups do not match their layer.
+            EventError: If neither of two layers is below the other, or if the groups do not match their layer.
 
         Examples:
             >>> graph = mu.flow(["output", "1", "input"], top=2, names={"output": ["cat", "dog"]}, sample=0)

@@ -120,7 +120,7 @@ _AFFINE = (*WEIGHTED, *WEIGHTLESS)
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """Returns the torch layer that is equivalent to a wrapped function; other modules are returned unchanged."""
+    """Returns the torch layer equivalent to a wrapped function; other modules are returned unchanged."""
     return module.__dict__.get("twin") or module
 
 

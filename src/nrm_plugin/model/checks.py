@@ -31,7 +31,7 @@ MODES = {
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside a wrapper that is not a module, such as nnsight's; other models are unchanged."""
+    """Returns the module inside a non-module wrapper, such as nnsight's; other models are returned unchanged."""
     inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
     return inner if isinstance(inner, nn.Module) else model
 

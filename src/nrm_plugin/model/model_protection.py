@@ -164,7 +164,7 @@ class Fingerprint:
         self._entries = entries
 
     def changed(self) -> list[str]:
-        """Returns the names of the tensors that have changed."""
+        """Returns the names of changed tensors."""
         return [
             name
             for name, tensor, state, place, sample in self._seen

@@ -18,7 +18,7 @@ from ..errors import UnsupportedOperationError
 TOLERANCE = 0.1
 """Largest accepted relative error of the dequantized layer, which arises if the layer rounds its input."""
 ROWS = 256
-"""Number of unit vectors that are passed to a layer at once."""
+"""Number of unit vectors passed to a layer at once."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -56,7 +56,7 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def with_first_tensor(values: Any, tensor: Tensor) -> Any:
-    """Returns a tuple or list with its first tensor replaced; a value that is a tensor is replaced as a whole.
+    """Returns a tuple or list with the first tensor replaced; a plain tensor is replaced as a whole.
 
     Raises:
         InputError: If the value is neither a tensor nor a tuple or list.

@@ -38,7 +38,7 @@ def sample_norms(tensor: Tensor) -> Tensor:
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """Evaluates a target that is given as a function, and returns other targets unchanged.
+    """Evaluates a target given as a function; other targets are returned unchanged.
 
     Args:
         target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.
@@ -74,7 +74,7 @@ def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tenso
             the outputs; used in place of a target.
 
     Raises:
-        TargetError: If both target and start are given, or one of them does not match the output.
+        TargetError: If both target and start are given, or if one of them does not match the output.
     """
     output = output.to(working_dtype(output.dtype))
     if start is not None:

@@ -57,7 +57,7 @@ def names_in(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
 
 
 def cells(function: types.FunctionType) -> list[Any]:
-    """Returns the values of a function's closure, skipping variables that are None or not assigned yet."""
+    """Returns the values in a function's closure, skipping variables that are None or unassigned."""
     return [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
 
 

@@ -16,7 +16,7 @@ from .python_state import PythonState
 from .tensor_sums import TensorSums
 
 _ENTRIES = 64
-"""Number of entries per tensor that are compared by value, since writes through ``.data`` do not change versions."""
+"""Number of entries per tensor compared by value, since writes through ``.data`` do not change versions."""
 
 
 class ModelState:
@@ -90,7 +90,7 @@ class _Objects:
         self._tensors = [(tensor, values_state(tensor)) for tensor in tensors]
 
     def changed(self) -> nn.Module | Tensor | None:
-        """Returns the first module or tensor that has changed."""
+        """Returns the first changed module or tensor."""
         for module, attributes, _ in self._modules:
             if _attributes(module) != attributes:
                 return module

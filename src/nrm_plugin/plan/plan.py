@@ -134,7 +134,7 @@ class Plan:
     def _measured(
         self, inputs: Inputs, target: Any, start: Any, against: Any, reference: Any, args: Any, kwargs: Any
     ) -> RelevanceMeasure:
-        """Returns the measure of inputs, for a model that has not changed."""
+        """Returns the measure of inputs for an unchanged model."""
         form = self._form(inputs, args, kwargs, reference)
         recorded, self._first = self._first, None
         if recorded is not None and recorded[:2] != (form.key, _identities(form.tensors)):
@@ -195,7 +195,8 @@ class Plan:
         Raises:
             InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
             UnknownLayerError: If no tap has one of the given names.
-            UnsupportedOperationError: If shapes in the model depend on input values, or the model draws random numbers.
+            UnsupportedOperationError: If shapes in the model depend on input values, or if the model draws random
+                numbers.
             MissingExtraError: If onnx or onnxscript is required but not installed.
 
         Examples:

@@ -212,7 +212,7 @@ _DIRECT: dict[Any, Any] = {
     aten.addmm.default: torch.addmm,
     aten.copy_.default: Tensor.copy_,
 }
-"""Functions that are equivalent to these operations and have less overhead per call."""
+"""Functions equivalent to these operations, with less overhead per call."""
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..model.user_code import cells, is_installed_module, names_in, slots_of
 
 MOST = 20_000
-"""Largest number of objects that are compared."""
+"""Maximum number of compared objects."""
 _LARGEST = 1 << 16
-"""Largest number of entries of an array that are compared by value, also for longer arrays."""
+"""Maximum number of array entries compared by value, even in longer arrays."""
 CONTAINERS = (dict, OrderedDict, list, set, tuple)
 """Containers compared item by item, together with the attributes of the module that holds them."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)

@@ -19,7 +19,7 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form that are recorded before a plan is created, which costs several recordings."""
+"""Number of measures of one form recorded before a plan is created, which costs several recordings."""
 NEVER = 1 << 62
 """Recording count that rules out further plans after one plan needed too much memory."""
 PAID = 32
@@ -145,7 +145,7 @@ class Measures:
         self._seen.clear()
 
     def __reduce__(self) -> Any:
-        """Copies and pickles the object without its plan, which is bound to this process."""
+        """Copies and pickles the object without the plan, which is bound to this process."""
         return Measures, ()
 
 

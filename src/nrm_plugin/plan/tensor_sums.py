@@ -14,7 +14,7 @@ _MIDDLE = 1 << 16
 _ROW = 1 << 12
 """Number of entries in a weighted sum."""
 _AT_ONCE = 1 << 22
-"""Number of entries in a short format that are converted at once."""
+"""Number of short-format entries converted at once."""
 
 _Groups = dict[Any, tuple[list[Tensor], list[Tensor]]]
 """Tensors of middle size and larger ones, by device and dtype."""

@@ -82,7 +82,7 @@ class Operation:
 
 
 def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:
-    """Returns the operations that are needed to compute given results, or values that the computation read.
+    """Returns the operations needed to compute given results, or values read by the computation.
 
     Args:
         operations: The operations to filter.

@@ -234,7 +234,7 @@ class Tracer(TorchDispatchMode):
         return is_traced
 
     def _note_fresh(self, result: Any, given: Any) -> None:
-        """Records memory that was allocated by an operation on constants."""
+        """Records memory allocated by an operation on constants."""
         for tensor in _tensors_in(result):
             at = _identity(tensor)
             if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
@@ -389,7 +389,7 @@ def _identity(tensor: Tensor) -> int:
 
 
 def _form(tensor: Tensor) -> Any:
-    """Returns a key that is equal for tensors with the same entries in the same memory."""
+    """Returns a key, equal for tensors with the same entries in the same memory."""
     if tensor.layout is not torch.strided:
         return tensor.shape, None, 0, tensor.dtype, tensor.device
     form = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device

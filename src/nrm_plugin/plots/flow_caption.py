@@ -17,9 +17,9 @@ NO_BREAK = "\u00a0"
 NAMED = 3
 """Maximum number of nodes in a list."""
 NAMED_WALKS, NAMED_WALK, LEAST_WALK = 2, 0.1, 1e-3
-"""Maximum number of named walks, smallest relevance of a named walk, and smallest relevance that is mentioned."""
+"""Maximum number of named walks, smallest relevance of a named walk, and smallest mentioned relevance."""
 WORTH_SAYING = 0.01
-"""Smallest relevance that is mentioned."""
+"""Smallest mentioned relevance."""
 WIDE = 0.1
 """Minimum relevance at which the widest ribbon between two layers is named."""
 DENSE = 1.25

@@ -19,7 +19,7 @@ NUMBERED = {"input": "group", "output": "output"}
 
 
 def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple[int, FlowNode]]:
-    """Returns the nodes of a layer that are drawn, each with its row index in the joint relevance.
+    """Returns the drawn nodes of a layer, each with its row index in the joint relevance.
 
     Args:
         layer: The layer.

@@ -1,4 +1,4 @@
-"""The main finding of a flow as a sentence, which is the title of its figure."""
+"""The main finding of a flow as a sentence: the title of its figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HALF = 0.5
 """Share of a layer's relevance held by the named nodes: as few nodes as possible, but at most :data:`NAMED`."""
 NAMED = 3
 AGAINST = -0.25
-"""Minimum mass of evidence against the output that is mentioned in the finding."""
+"""Minimum mass at which the finding mentions evidence against the output."""
 ALIKE = 0.01
 """Largest node difference for which the finding states that two flows hardly differ."""
 THROUGH = "passes through"
@@ -127,7 +127,7 @@ def _concentration(layer: FlowLayer) -> tuple[bool, int, float]:
 
 
 def _clause(layer: FlowLayer, says: str, places: Places) -> str:
-    """Describes the main nodes of a layer and their total mass, or the mass of the nodes that are not shown."""
+    """Describes the main nodes of a layer and their total mass, or the mass of the hidden nodes."""
     of_layer = "" if layer.name == "input" else f" of {layer.name}"
     if layer.others and layer.rest >= HALF:
         return f"{percent(layer.rest)} {says} the {layer.others} {members_of(layer)}{of_layer} that are not shown"

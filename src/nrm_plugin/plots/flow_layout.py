@@ -19,7 +19,7 @@ from .flow_text import cut, text_width, wrapped_lines
 from .ribbons import percent
 
 HAIRLINE = 0.3
-"""Smallest width of a ribbon that is drawn, in points."""
+"""Smallest width of a drawn ribbon, in points."""
 NARROW = 5.0
 """Width in inches below which a figure becomes taller if columns are long, so that thumbnails remain legible."""
 CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are those of channels."

@@ -26,7 +26,7 @@ ratio of this share to the share of all relevance, and the smallest absolute mas
 
 
 def is_group(label: str, layer: str) -> bool:
-    """Returns whether a node is a group of channels that was named by the command."""
+    """Returns whether a node is a group of channels named by the command."""
     return layer not in ("input", "output") and GROUP.fullmatch(label) is not None
 
 

@@ -33,7 +33,7 @@ def cut(text: str, room: float, size: float, is_bold: bool = False) -> str:
 
 
 def wrapped_lines(text: str, room: float, size: float, is_bold: bool = False) -> list[str]:
-    """Breaks a text at spaces into lines of the given width, and shortens words that are too long."""
+    """Breaks a text at spaces into lines of the given width, and shortens overlong words."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

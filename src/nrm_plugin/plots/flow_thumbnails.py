@@ -26,7 +26,7 @@ CELLS = 32
 PIXELS = 120
 """Side length of a thumbnail in pixels."""
 SHARP = 40
-"""Maximum side length, in pixels, of images that are not smoothed, so that single pixels remain visible."""
+"""Maximum side length, in pixels, of unsmoothed images, so that single pixels remain visible."""
 INSIDE = 0.97
 """Fraction of the absolute relevance that the cropped thumbnails contain along each axis."""
 OUTSIDE = 0.4
@@ -93,7 +93,7 @@ class NodeThumbnails:
 
 
 def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
-    """Computes the thumbnails of the nodes that have heat maps, or returns None if no node has one.
+    """Computes the thumbnails of the nodes with heat maps, or returns None if no node has one.
 
     Each heat map is divided by its total absolute relevance. All heat maps of a layer share one colour scale, whose
     limit is the median of their maxima.

@@ -131,7 +131,7 @@ class Vertex:
         return _columns(rows)
 
     def forget(self) -> None:
-        """Frees the cached tensors of a route, which are recomputed on demand."""
+        """Frees the cached tensors of a route; they are recomputed on demand."""
         self._constant_share = None
         self.__dict__.pop("index", None)
 

@@ -17,7 +17,7 @@ Parts = list[Tensor | None]
 
 @dataclass(frozen=True)
 class IndexedRoute:
-    """Route that is represented by indices into the entries of its inputs.
+    """Route represented by indices into its input entries.
 
     Attributes:
         origins: For each entry of each output, the index of the copied entry, starting from 1; 0 for constants.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Output ``number`` of a vertex, which is one tensor."""
+    """Output ``number`` of a vertex: one tensor."""
 
     vertex: int
     number: int

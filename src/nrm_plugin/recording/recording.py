@@ -35,7 +35,7 @@ from .taps import Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16
-"""Maximum number of entries in a buffer that is restored after the run."""
+"""Maximum number of entries in a buffer restored after the run."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Recording:
 
     @property
     def least(self) -> float:
-        """The largest mass that is treated as zero.
+        """The largest mass treated as zero.
 
         With a reference, this is positive, since neurons whose value equals that at the reference are assigned a tiny
         difference.

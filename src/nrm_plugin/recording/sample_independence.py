@@ -32,7 +32,7 @@ TOLERANCE_OF_RULES = 1e-3
 
 
 ALONE = 16
-"""Maximum number of samples that are run individually."""
+"""Maximum number of individually run samples."""
 SUSPECTS = 4
 """Maximum number of samples tested further if their outputs differ when run individually."""
 

@@ -143,7 +143,7 @@ class Layout:
 
 
 def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: bool = False) -> list[Layout]:
-    """Returns the layouts that are consistent with the sample of each entry of a tensor.
+    """Returns the layouts consistent with the sample of each tensor entry.
 
     Args:
         labels: The sample of each entry, or -1 if it is unknown because no relevance arrives there.

@@ -51,7 +51,7 @@ class Observed:
 
 @dataclass
 class Tap:
-    """Tap, which is one tensor of the computation.
+    """Tap: one tensor of the computation.
 
     Attributes:
         place: The place in the graph.
@@ -257,7 +257,7 @@ class Taps:
         return next((tap.names[0] for tap in above if tap.names), "constants")
 
     def calls_of(self, name: str, side: str = "output") -> list[int]:
-        """Returns the indices of the calls of a layer that have taps."""
+        """Returns the indices of a layer's calls that have taps."""
         return self._calls.get((name, side), [])
 
     def _items(self, name: str, side: str, call: int) -> list[Item | None]:

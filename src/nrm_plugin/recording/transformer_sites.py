@@ -249,7 +249,7 @@ def _bits(number: int) -> Iterator[int]:
 
 
 def _weight_shape(step: LayerStep) -> tuple[int, ...]:
-    """Returns the shape of the weight of a layer, which is empty for layers without weights."""
+    """Returns the weight shape of a layer; empty for layers without weights."""
     weight = getattr(step.layer_call.module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 

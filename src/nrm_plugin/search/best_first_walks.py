@@ -21,7 +21,7 @@ SHARE_OF_BOUNDS = 0.6
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Upper part of a group walk, which is extended by the layers below.
+    """Upper part of a group walk, to be extended by the layers below.
 
     Attributes:
         groups: Index of the group in each layer of the prefix.

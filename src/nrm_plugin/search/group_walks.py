@@ -96,7 +96,7 @@ def group_walks(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups | No
 
     Raises:
         ValueError: If the measure has several samples.
-        InputError: If there are more than four million walks, or a layer has no groups.
+        InputError: If there are more than four million walks, or if a layer has no groups.
     """
     check_one_sample(mu)
     ordered = [layer for layer, _ in ordered_taps(mu, layers)]

@@ -34,7 +34,7 @@ class LayerChain:
         widths: For each layer, the number of vectors that fit into memory when propagated to the next layer.
 
     Raises:
-        ValueError: If no layer is given, or the number of kinds differs from the number of layers.
+        ValueError: If no layer is given, or if the number of kinds differs from the number of layers.
         EventError: If a layer is not below the previous one.
     """
 
@@ -101,7 +101,7 @@ def kinds_of_groups(over: Over | Sequence[Over], count: int) -> list[Over]:
     """Expands ``over`` to a list with one kind of groups per layer.
 
     Raises:
-        ValueError: If a kind is unknown, or the number of kinds differs from ``count``.
+        ValueError: If a kind is unknown, or if the number of kinds differs from ``count``.
     """
     kinds = [over] * count if isinstance(over, (str, Tensor)) else list(over)
     if len(kinds) != count:

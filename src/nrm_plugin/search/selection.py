@@ -1,4 +1,4 @@
-r"""Selection of neurons, and the error of an explanation that is restricted to them.
+r"""Selection of neurons, and the error of an explanation restricted to them.
 
 The measure is restricted to the walks through kept neurons in every selected layer. It is compared with the full
 measure by the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with
@@ -108,7 +108,7 @@ def restriction(
         over: Groups over which the heat map is summed before the comparison.
 
     Raises:
-        InputError: If a mask does not match its layer, or no layer is given.
+        InputError: If a mask does not match its layer, or if no layer is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

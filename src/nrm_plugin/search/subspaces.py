@@ -1,4 +1,4 @@
-r"""Relevant subspaces of a layer, which are fitted on a batch and queried as taps.
+r"""Relevant subspaces of a layer, fitted on a batch and queried as taps.
 
 The relevance of a layer is the product of activation and context, :math:`R_i = a_i c_i`. Orthonormal directions
 :math:`U_k` decompose it into one part per subspace:
@@ -188,7 +188,7 @@ def drsa(
     restarts: int = 3,
     seed: int = 0,
 ) -> Subspaces:
-    r"""Finds subspaces that are relevant for different samples (disentangled relevant subspace analysis).
+    r"""Finds subspaces relevant for different samples (disentangled relevant subspace analysis).
 
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
@@ -343,7 +343,7 @@ class _Parts(nn.Module):
 
 
 def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
-    """Applies :meth:`Subspaces.parts` as a function that is recorded as a step."""
+    """Applies :meth:`Subspaces.parts` as a function recorded as a step."""
     if has_torch_function((values,)):
         parts: Tensor = handle_torch_function(subspace_parts, (values,), values, subspaces)
         return parts
@@ -351,7 +351,7 @@ def subspace_parts(values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
-    """Returns the sum of all parts, which is bitwise equal to ``values``."""
+    """Returns the sum of all parts, bitwise equal to ``values``."""
     if has_torch_function((parts, values)):
         total: Tensor = handle_torch_function(subspace_sum, (parts, values), parts, values, subspaces)
         return total

@@ -91,7 +91,7 @@ class TopWalks:
 
     @property
     def mass(self) -> float:
-        """Total mass of the returned walks, which are disjoint events.
+        """Total mass of the returned walks (disjoint events).
 
         Examples:
             >>> TopWalks(("1",), (GroupWalk((3,), 0.5, True), GroupWalk((0,), 0.25, False)), 0.3, 1, 0.0).mass
