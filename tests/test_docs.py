@@ -39,7 +39,7 @@ def test_the_links_of_a_page_resolve(page: Path) -> None:
 # -- commands: they are not run, only their modules, options, targets and tests are looked up -------------------------
 
 WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-MEASURED = re.compile(r"\d[eE][-+]?\d|<!-- |\d × |\d %|\btimes (?:a|one|the)\b")
+MEASURED = re.compile(r"\d[eE][-+]?\d|<!-- |\d × |\d ?%|\btimes (?:a|one|the)\b")
 """Signs of a measured number: an exponent, a generated table, a factor, a percentage."""
 
 

@@ -396,20 +396,23 @@ def test_expensive_methods_explain_all_images_of_networks_for_small_images(monke
 
 
 def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
-    def net(*behind):
+    def net(*behind, foreign=()):
         others = {f"{n}": {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for n, one in enumerate(behind)}
+        others |= {"DeepLift": {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for one in foreign}
         return {"methods": {"ours": {"own": {}, "inside": {}}, **others}}
 
     nets = {
         "VGG16": net([-2, -3, -1], [2, 1, 3]),
         "EfficientNet-Lite1": net([-0.5, -1, 1], [2, 1, 3]),
-        "EfficientNet-Lite2": net([3, 2, 4], [2, 1, 3]),
+        "EfficientNet-Lite2": net([3, 2, 4], foreign=[[-2, -3, -1]]),
     }
     shown = pages._counts(nets)
-    assert "First or level in 4 of 4 rows of the networks that are held out**, and in 5 of 6 rows" in shown
-    assert "| VGG16 | one | 2 | 1 | 0 | 1 |" in shown
-    assert "| EfficientNet-Lite1 | none, held out | 2 | 1 | 1 | 0 |" in shown
-    assert "| *held out* |  | 4 | 3 | 1 | 0 |" in shown
+    assert "First or level in 3 of 4 rows of the held-out networks**, and in 4 of 6 rows of all networks" in shown
+    assert "methods of other packages alone, first or level in 3 and 5 rows." in shown
+    assert "| VGG16 | one | 2 | 1 | 0 | 1 | 0 |" in shown
+    assert "| EfficientNet-Lite1 | none, held out | 2 | 1 | 1 | 0 | 0 |" in shown
+    assert "| EfficientNet-Lite2 | none, held out | 2 | 1 | 0 | 1 | 1 |" in shown
+    assert "| *held out* |  | 4 | 2 | 1 | 1 | 1 |" in shown
 
 
 def test_methods_of_the_comparison_exist():
