@@ -396,15 +396,15 @@ def test_expensive_methods_explain_all_images_of_networks_for_small_images(monke
 
 
 def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
-    def net(*behind, foreign=()):
+    def net(*behind, **foreign):
         others = {f"{n}": {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for n, one in enumerate(behind)}
-        others |= {"DeepLift": {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for one in foreign}
+        others |= {name: {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for name, one in foreign.items()}
         return {"methods": {"ours": {"own": {}, "inside": {}}, **others}}
 
     nets = {
         "VGG16": net([-2, -3, -1], [2, 1, 3]),
         "EfficientNet-Lite1": net([-0.5, -1, 1], [2, 1, 3]),
-        "EfficientNet-Lite2": net([3, 2, 4], foreign=[[-2, -3, -1]]),
+        "EfficientNet-Lite2": net([3, 2, 4], DeepLift=[-2, -3, -1]),
     }
     shown = pages._counts(nets)
     assert "First or level in 3 of 4 rows of the held-out networks**, and in 4 of 6 rows of all networks" in shown
