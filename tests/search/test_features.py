@@ -112,8 +112,8 @@ def test_every_event_with_features_is_the_sum_of_its_walks(case, seed, data):
         spec_with_parts(case, layer, dictionary), case.x[sample], case.start[sample], own, residual, 2.0
     )
     # A rule such as ZBox assigns relevance to silent neurons, whose sum of features and error is zero up to rounding.
-    # The shares of ε-rules then depend on the sign of the rounding, and exceed 1e5.
-    assume(walks.variation() < 1e4)
+    # The shares of ε-rules then depend on the sign of the rounding, which can differ between the two, and exceed 1e5.
+    assume(max(walks.variation(), float(mu.walk_variation()[sample])) < 1e4)
     close = {"rtol": 0, "atol": 1e-9 * max(1.0, walks.variation())}
     tap = f"{layer}.features"
     np.testing.assert_allclose(mu.marginal(tap)[sample], walks.marginal("parts"), **close)

@@ -188,7 +188,7 @@ def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
     """Returns the heat maps ``(H, W)`` with their titles."""
     drawn = []
     if result.pixel_map is not None:
-        drawn.append(("the evidence, pixel by pixel", result.pixel_map))
+        drawn.append(("the evidence, pixel by pixel\nfor the class alone", result.pixel_map))
     if result.layer_map is not None:
         # The heading names the reference of all results.
         own = "" if result.layer_map.reference == result.reference else reference_words(result.layer_map.reference)

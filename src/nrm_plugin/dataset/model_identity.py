@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..recording.recording import _RECORDING
 from .fingerprints import described, digest, hashed, is_installed, package_version, tensor_bytes, user_code
 
 MODULE_STATE = frozenset(vars(nn.Module()))
@@ -19,22 +20,25 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Hashes everything in a model that affects its outputs.
 
+    Waits until no other thread is recording a model, since the hooks of a recording are not part of the model.
+
     Returns:
         A mapping with the keys ``class``; ``structure``, a hash of the model's repr; ``tensors``, a hash of the
         parameters and buffers; ``code``, a hash of each user-defined class and function, and the versions of all other
         packages; and ``attributes``, keyed by name for user-defined modules, with a single hash for all other modules.
     """
-    content = hashlib.blake2b(digest_size=16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content.update(tensor_bytes(tensor))
-    return {
-        "class": type(model).__name__,
-        "structure": hashed(repr(model).encode()),
-        "tensors": content.hexdigest(),
-        "code": _code(model),
-        "attributes": _attributes(model),
-    }
+    with _RECORDING:
+        content = hashlib.blake2b(digest_size=16)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            content.update(tensor_bytes(tensor))
+        return {
+            "class": type(model).__name__,
+            "structure": hashed(repr(model).encode()),
+            "tensors": content.hexdigest(),
+            "code": _code(model),
+            "attributes": _attributes(model),
+        }
 
 
 def _code(model: nn.Module) -> dict[str, str]:
