@@ -1,4 +1,4 @@
-"""Formatting of Markdown tables."""
+"""Formatting of Markdown tables, and their places in a page."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def with_bounds(values: Sequence[float], digits: int = 2, sign: str = "") -> str
 def small(number: float, digits: int = 0) -> str:
     """Formats a mass; values below one in a million are 0."""
     return "0" if abs(number) < 1e-6 else f"{number:.{digits}e}" if abs(number) < 5e-4 else f"{number:.3f}"
+
+
+def with_part(page: str, mark: str, part: str) -> str:
+    """Returns a page with the text between ``<!-- mark -->`` and the next ``<!-- end -->`` replaced.
+
+    Raises:
+        ValueError: If the page does not have the mark exactly once.
+    """
+    head, rest = page.split(f"<!-- {mark} -->")
+    return f"{head}<!-- {mark} -->\n{part}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import with_part
+
 ROOT = Path(__file__).parents[1]
 CONFIG, SESSION = "benchmarks/mutants.toml", "build/mutants.sqlite"
 RESULTS, PAGE = ROOT / "benchmarks/results/mutants.json", ROOT / "docs/mutants.md"
@@ -101,8 +103,7 @@ def rendered(page: str, measured: Results) -> str:
         lines.append(f"| `{row['place'].removeprefix('src/nrm_plugin/')}` | {change} | {row['judgement']} |")
     libraries = ", ".join(f"{name} {value}" for name, value in measured["environment"].items())
     lines += ["", f"Measured at commit {measured['commit']} with {libraries}."]
-    head, rest = page.split("<!-- measured -->")
-    return f"{head}<!-- measured -->\n{chr(10).join(lines)}\n<!-- end -->{rest.split('<!-- end -->')[1]}"
+    return with_part(page, "measured", "\n".join(lines))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.faithfulness.metrics import verdict
 from benchmarks.faithfulness.page import compared
+from benchmarks.markdown import with_part
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -255,9 +256,7 @@ def rendered(page: str) -> str:
     for source, stored in results.items():
         place = ", ".join(f"{name} {value}" for name, value in stored["environment"].items())
         lines.append(f"- `{source}.json`: {place}")
-    head, rest = page.split("<!-- measured -->")
-    _, tail = rest.split("<!-- end -->")
-    return head + "<!-- measured -->\n" + "\n".join(lines) + "\n<!-- end -->" + tail
+    return with_part(page, "measured", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from zennit.composites import EpsilonPlusFlat
 
+from benchmarks.markdown import with_part
 from benchmarks.speed import environment
 from nrm_plugin.dataset.examples import FoundReferences
 from nrm_plugin.dataset.reference_search import find_references
@@ -167,7 +168,7 @@ def main() -> None:
 
 def render(results: dict[str, Any]) -> None:
     """Writes the table of the page."""
-    lines = ["", "", "| net | data | identical references | fastest run in s: ours, zennit-crp | median speed-up |"]
+    lines = ["", "| net | data | identical references | fastest run in s: ours, zennit-crp | median speed-up |"]
     lines.append("|---|---|---|---|---|")
     for one in results["runs"]:
         net = f"{one['net']}, {one['channels']} channels of {one['layers']} layers"
@@ -177,8 +178,7 @@ def render(results: dict[str, Any]) -> None:
         lines.append(f"| {net} | {data} | {same} | {seconds} | {one['factor']:.1f} |")
     place = results["environment"]
     lines += ["", f"torch {place['torch']}, zennit {place['zennit']}, float32, one core of {place['processor']}."]
-    head, rest = PAGE.read_text().split("<!-- measured -->")
-    PAGE.write_text(head + "<!-- measured -->" + "\n".join(lines) + "\n<!-- end -->" + rest.split("<!-- end -->")[1])
+    PAGE.write_text(with_part(PAGE.read_text(), "measured", "\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import with_part
 from benchmarks.special_case import Row
 from benchmarks.special_case_rows import ROWS
 
@@ -68,9 +69,7 @@ def rendered(results: dict[str, Any], page: str) -> str:
         expression = row["expression"].replace("|", "\\|")
         lines.append(f"| {row['method']}{paper} | `{expression}` | {row['reference']} | {row['difference']:.0e} |")
     place = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
-    head, rest = page.split("<!-- measured -->")
-    _, tail = rest.split("<!-- end -->")
-    return head + "<!-- measured -->\n" + "\n".join([*lines, "", f"Measured with {place}."]) + "\n<!-- end -->" + tail
+    return with_part(page, "measured", "\n".join([*lines, "", f"Measured with {place}."]))
 
 
 if __name__ == "__main__":

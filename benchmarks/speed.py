@@ -37,6 +37,7 @@ from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
 
 from benchmarks.decoder import WIDTH, Decoder
+from benchmarks.markdown import with_part
 from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure, at
 
 ROOT = Path(__file__).parents[1]
@@ -423,10 +424,7 @@ def render(results: dict[str, Any]) -> None:
         f"{TOKENS} tokens, float32. ✗: target missed. zennit-crp was timed on a sample of conditions and "
         "extrapolated linearly.",
     ]
-    page = PAGE.read_text()
-    head, rest = page.split("<!-- measured -->")
-    _, tail = rest.split("<!-- end -->")
-    PAGE.write_text(head + "<!-- measured -->\n" + "\n".join(lines) + "\n<!-- end -->" + tail)
+    PAGE.write_text(with_part(PAGE.read_text(), "measured", "\n".join(lines)))
 
 
 def _cell(value: float | None, most: float) -> str:

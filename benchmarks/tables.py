@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circuits.pages import circuits, known_circuit
-from benchmarks.markdown import grid, small, with_bounds
+from benchmarks.markdown import grid, small, with_bounds, with_part
 from benchmarks.path_patching.pages import path_patching
 from benchmarks.real.pages import real
 
@@ -368,8 +368,7 @@ def rendered(source: str, page: str) -> str:
     """Returns the page with the tables of the committed results."""
     results = json.loads((RESULTS / f"{source}.json").read_text())
     for mark, table in PAGES[source][1](results).items():
-        head, rest = page.split(f"<!-- {mark} -->")
-        page = f"{head}<!-- {mark} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+        page = with_part(page, mark, table)
     return page
 
 

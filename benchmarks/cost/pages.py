@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.cost.page import DETAILS, overview, tables
 from benchmarks.cost.summary import summary
+from benchmarks.markdown import with_part
 
 SHORT = DETAILS.with_name("cost.md")
 PARTS = {SHORT: {"summary": summary}, DETAILS: {"overview": overview, "measured": tables}}
@@ -23,6 +24,5 @@ def rendered(results: dict[str, Any], page: Path) -> str:
     """Returns one page with the tables of these results."""
     text = page.read_text()
     for mark, part in PARTS[page].items():
-        head, rest = text.split(f"<!-- {mark} -->")
-        text = f"{head}<!-- {mark} -->\n{part(results)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+        text = with_part(text, mark, part(results))
     return text
