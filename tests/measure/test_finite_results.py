@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nrm_plugin import JointNRM, LayerNRM, NRMAttributor, Plan, RelevanceMeasure, at, top_walks
 from nrm_plugin.errors import NonFiniteError
-from nrm_plugin.measure.finite_results import is_finite
+from nrm_plugin.model.inputs_and_outputs import is_finite
 
 X = torch.tensor([[0.5, -1.0, 2.0, 0.3], [1.5, 0.2, -0.4, -0.7]]).double()
 X0 = torch.tensor([[0.1, 0.4, -0.2, 0.6]]).double()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..model.inputs_and_outputs import is_finite
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.propagation import Vectors, pull
 from ..recording.recording import Recording
@@ -36,14 +37,6 @@ def check_finite(measure: Any, results: Any) -> None:
     """
     if not all(is_finite(tensor) for tensor in _tensors(results)):
         raise NonFiniteError(_message(measure))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Returns whether all entries of a tensor are finite."""
-    if not tensor.is_floating_point():
-        return True
-    # The sum needs no new memory; if it overflows, the entries are checked.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _tensors(results: Any) -> Iterator[Tensor]:
@@ -116,4 +109,4 @@ class _Search:
         return vectors
 
 
-__all__ = ["check_finite", "is_finite", "source"]
+__all__ = ["check_finite", "source"]
