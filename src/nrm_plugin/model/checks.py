@@ -96,10 +96,12 @@ def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]
     yield
     with unwatched():
         is_drawn = not torch.equal(before, _random_state(device))
+    if not is_drawn:
+        return
     training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if is_drawn and not training:
+    if not training:
         note()
-    elif is_drawn:
+    else:
         listed = ", ".join(map(repr, training[:3])) + (", …" if len(training) > 3 else "")
         raise ModelStateError(
             f"the model draws random numbers, and some of its modules are in training mode ({listed}), so the measure "
