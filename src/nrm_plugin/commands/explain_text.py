@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     """Explains the texts and returns the exit status."""
     from .hub_names import is_offline
 
-    is_offline(options.model)  # raises for a wrong name before anything slow is imported
+    is_local = is_offline(options.model)  # raises for a wrong name before anything slow is imported
     from .output_files import check_folder
     from .request import check_device
     from .resolved_options import one_line_warnings, request_of
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         texts = texts_of(options.texts)
         if not options.sites:
             check_folder(options.out)
-        loaded = text_model(options.model, check_device(options.device))
+        loaded = text_model(options.model, check_device(options.device), is_local)
         for note in loaded.notes:
             print(f"nrm-plugin: warning: {note}", file=sys.stderr)
         work = Texts(loaded, request, options)

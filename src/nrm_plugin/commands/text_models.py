@@ -39,19 +39,22 @@ class TextModel:
     notes: tuple[str, ...] = ()
 
 
-def text_model(name: str, device: Any = "cpu") -> TextModel:
+def text_model(name: str, device: Any = "cpu", is_local: bool | None = None) -> TextModel:
     """Loads a model and its tokenizer.
 
     Args:
         name: A folder with ``config.json``, weights and tokenizer, or a model name on the Hugging Face Hub.
         device: Device on which to run the model.
+        is_local: Whether to load the model without the network; None to find out, see
+            :func:`~nrm_plugin.commands.hub_names.is_offline`.
 
     Raises:
         MissingExtraError: If transformers is not installed.
         TextModelError: If a file is missing, the name is unknown, or the model has no prediction head.
     """
     library = extra("transformers", "text")
-    is_local = is_offline(name)
+    if is_local is None:
+        is_local = is_offline(name)
     with _quiet(library):
         config = _loaded(
             name, "configuration", lambda: library.AutoConfig.from_pretrained(name, local_files_only=is_local)
