@@ -179,9 +179,9 @@ def write_page(results: dict[str, Any]) -> None:
         dense.append(
             [
                 title,
-                f"{100 * net['accuracy']:.1f} %",
-                *(f"{100 * row['dense']:.1f} %" for row in (plain, fused)),
-                f"{100 * net['lost_columns']:.0f} %",
+                f"{100 * net['accuracy']:.1f}%",
+                *(f"{100 * row['dense']:.1f}%" for row in (plain, fused)),
+                f"{100 * net['lost_columns']:.0f}%",
                 "yes" if any(row["warns"] for row in net["rows"]) else "no",
             ]
         )

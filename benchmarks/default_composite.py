@@ -55,7 +55,7 @@ UNTRAINED = (
 CHUNK = 128  # batch size; the walk variation is computed for the first chunk only
 PATCH, AT_ONCE = 2, 4  # side of a patch; patches replaced between two forward passes
 RESAMPLES = 2000
-FAITHFULNESS = ("flip", "span", "pooled")  # reported as mean and 95 % interval over samples
+FAITHFULNESS = ("flip", "span", "pooled")  # reported as mean and 95% interval over samples
 
 
 # -- candidates -----------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def resamples(group: Tensor) -> Tensor:
 
 
 def interval(values: Tensor, weights: Tensor) -> list[float]:
-    """Returns the mean, and the bounds of its 95 % bootstrap interval."""
+    """Returns the mean, and the bounds of its 95% bootstrap interval."""
     if not bool(values.isfinite().all()):
         raise ValueError("the value of a sample is not finite; the mean would hide this.")
     low, high = torch.quantile(weights @ values, torch.tensor([0.025, 0.975]))
@@ -494,7 +494,7 @@ def composite_tables(results: dict[str, Any]) -> str:
                 ]
             )
         parts.append(
-            f"**{name}** ({100 * net['accuracy']:.1f} % accuracy, {net['channels']} channels; "
+            f"**{name}** ({100 * net['accuracy']:.1f}% accuracy, {net['channels']} channels; "
             f"flip in random order {net['flip_random_order'][0]:.2f})\n\n" + markdown(header, lines)
         )
     return "\n".join(parts)

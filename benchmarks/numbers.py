@@ -160,7 +160,7 @@ def mutants(results: Results) -> str:
     detected = sum(row["killed"] + row["timed out"] for row in rows)
     equivalent = sum(row["judgement"].startswith("equivalent") for row in results["survivors"])
     tried = sum(row["tried"] for row in rows)
-    return f"{100 * detected / (tried - equivalent):.1f} % of {tried - equivalent}"
+    return f"{100 * detected / (tried - equivalent):.1f}% of {tried - equivalent}"
 
 
 def verdicts(results: Results) -> str:

@@ -5,7 +5,7 @@
 For correctly classified held-out digits, each method ranks the channels of several convolutions, after their ReLU.
 Every digit has its own ranking, and the same number of channels is retained over all layers. All other channels are
 set to zero, to their mean over other digits, or to the values of another digit. Reported are the share of digits with
-an unchanged prediction and the mean probability of the class, with 95 % bootstrap intervals over digits, and paired
+an unchanged prediction and the mean probability of the class, with 95% bootstrap intervals over digits, and paired
 differences of probability to `select_neurons (ε, z⁺)`.
 
 Methods: `select_neurons` (joint relevance), marginal relevance of the same measure, plain LRP (Zennit, EpsilonPlus),
@@ -114,7 +114,7 @@ def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]
 
 
 def interval(values: Tensor, draw: torch.Generator) -> list[float]:
-    """Returns the mean and its 95 % bootstrap interval."""
+    """Returns the mean and its 95% bootstrap interval."""
     picks = torch.randint(len(values), (DRAWS, len(values)), generator=draw)
     means = values[picks].mean(1)
     return [round(float(v), 4) for v in (values.mean(), means.quantile(0.025), means.quantile(0.975))]

@@ -75,4 +75,4 @@ COUNTS = (
 
 def percentage(mass: float) -> str:
     """A mass in percent."""
-    return f"{100 * mass:.4g} %"
+    return f"{100 * mass:.4g}%"

@@ -228,7 +228,7 @@ def methods(name: str, result: Results, comparison: Comparison) -> str:
     for row, values in result["methods"].items():
         shown = f"**{row}**" if row in comparison.ours else f"*{row}*" if row in comparison.unranked else row
         lines.append([shown.replace("|", r"\|"), *(_cell(values[key]) + " ★" * (best[key] == row) for key in keys)])
-    about = f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f} %" if "samples" in result else ""
+    about = f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f}%" if "samples" in result else ""
     head = f"**{name}**" + (f" ({about})" if about else "")
     return head + "\n\n" + markdown(["method", *(_label(comparison, key) for key in keys)], lines)
 
@@ -237,8 +237,8 @@ def planted_tables(result: Results) -> str:
     """Returns the three tables on planted paths, and the effect of the planted weights."""
     within, between = (result[f"same without weights {where} streams"] for where in ("within", "between"))
     head = (
-        f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f} %. Without the weights between streams, "
-        f"{100 * between:.1f} % of the predictions are unchanged; without those within streams, {100 * within:.1f} %.\n"
+        f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f}%. Without the weights between streams, "
+        f"{100 * between:.1f}% of the predictions are unchanged; without those within streams, {100 * within:.1f}%.\n"
     )
     parts = [methods(name, part, planted.CHANNELS if name.startswith("channels") else planted.EDGES)
              for name, part in result["questions"].items()]  # fmt: skip

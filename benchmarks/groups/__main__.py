@@ -53,7 +53,7 @@ def baselines(arrays: Arrays, layers: Sequence[str], seed: int) -> dict[str, lis
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """Returns the mean and 95 % bootstrap interval over inputs."""
+    """Returns the mean and 95% bootstrap interval over inputs."""
     known = np.array([value for value in values if not math.isnan(value)])
     draws = np.random.default_rng(0).choice(known, (2000, len(known))).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])

@@ -157,7 +157,7 @@ def ratios(numerator: Tensor, denominator: Tensor, draw: Tensor) -> Tensor:
 
 
 def bounds(values: Tensor) -> list[float]:
-    """Returns the first value, and the bounds of the 95 % interval of the others."""
+    """Returns the first value, and the bounds of the 95% interval of the others."""
     low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975]))
     return [rounded(values[0]), rounded(low), rounded(high)]
 

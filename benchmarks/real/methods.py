@@ -291,7 +291,7 @@ def smooth_grad(model: nn.Module) -> NoiseTunnel:
 
 
 def _noise(question: Question) -> float:
-    """Returns 15 % of the range of the inputs."""
+    """Returns 15% of the range of the inputs."""
     return 0.15 * float(question.inputs.max() - question.inputs.min())
 
 

@@ -181,7 +181,7 @@ def loaded(attention: str = "sdpa") -> tuple[nn.Module, Any]:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Returns the mean, and 95 % interval of the mean over texts, by the bootstrap."""
+    """Returns the mean, and 95% interval of the mean over texts, by the bootstrap."""
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLED, len(values)))
     means = values[drawn].mean(1)
     return [float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]

@@ -124,7 +124,7 @@ def test_layer_table_and_figures(here: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     for channel in order[:2]:
         assert f"channel {channel}" in printed
-        assert f"{100 * float(mass[channel]):.2f} %" in printed
+        assert f"{100 * float(mass[channel]):.2f}%" in printed
     assert f"channel {order[2]} " not in printed
     for name in ("relevance", "3", "given"):
         with Image.open(f"nrm-explained/china-{name}.png") as figure:

@@ -83,7 +83,7 @@ def test_both_maps_are_drawn_and_stored(here: Path, drawn, capsys):
     assert limits[0] != pytest.approx(limits[1])  # each map has its own colour scale
     printed = capsys.readouterr().out
     assert "  coarse heat map: mean over 3 and 1, compared with the blurred image\n" in printed
-    assert "  fine heat map: relevance 100.00 % at the pixels" in printed
+    assert "  fine heat map: relevance 100.00% at the pixels" in printed
 
 
 @pytest.mark.parametrize(

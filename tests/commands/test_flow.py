@@ -78,8 +78,8 @@ def test_the_files_have_the_values_of_the_measure(here, capsys):
     assert [layer.groups for layer in graph.layers] == [layer.groups for layer in expected.layers]
     for one, other in zip(graph.joints, expected.joints, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
-    assert f"a: {100 * sum(expected.layers[1].masses):.2f} % in 3 of 6 groups" in " ".join(printed.split())
-    assert f"{100 * expected.layers[1].bypass:.2f} % around it" in printed
+    assert f"a: {100 * sum(expected.layers[1].masses):.2f}% in 3 of 6 groups" in " ".join(printed.split())
+    assert f"{100 * expected.layers[1].bypass:.2f}% around it" in printed
     stored = json.loads(Path("nrm-flow/noise-flow.json").read_text())
     assert (stored["settings"]["target"], stored["settings"]["composite"]) == (target, "epsilon_plus")
     leaky = RelevanceMeasure(loaded.model, inputs, target, against="rest", composite=EpsilonPlus(), residual="sink")

@@ -114,7 +114,7 @@ def test_the_mean_flow_is_plotted(capsys, tmp_path):
     assert main([*command, "--layers", *LAYERS[::-1], "--target", "3"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("swept: mean flow of class 3\n")
-    assert "output: 100.00 % in 1 of 10 groups" in printed
+    assert "output: 100.00% in 1 of 10 groups" in printed
     graph = FlowGraph.from_json(tmp_path / "swept-flow.json")
     assert graph == flow_of_sweep("swept", LAYERS, 3, top=4)
     for layer in graph.layers:

@@ -29,7 +29,7 @@ def lines(explanation: Any, width: int = 80, color: bool = False) -> list[str]:
 
 
 def _lines(explanation: Any, width: int, color: bool) -> Iterator[str]:
-    yield from _wrapped([f"{_quoted(name)} {100 * share:.1f} %" for name, share in explanation.predictions],
+    yield from _wrapped([f"{_quoted(name)} {100 * share:.1f}%" for name, share in explanation.predictions],
                         width, f"predicted {KINDS[explanation.kind]}: ")  # fmt: skip
     others = f" rather than {_other(explanation.against)}" if explanation.against else ""
     origin = f" from the reference {_quoted(explanation.reference)}" if explanation.reference else ""
@@ -172,7 +172,7 @@ def _quoted(text: str) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{round(100 * value, 1) + 0.0:+.1f} %"
+    return f"{round(100 * value, 1) + 0.0:+.1f}%"
 
 
 __all__ = ["colored", "lines", "number"]

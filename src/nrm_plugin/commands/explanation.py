@@ -291,7 +291,7 @@ def _conditional(mu: RelevanceMeasure, condition: Condition, against: Against) -
         return ConditionalExplanation(condition, mass, None, "no relevance passes through these walks")
     except CancellationError:
         problem = (
-            f"positive and negative relevance of these walks cancel to {100 * mass:.2g} %, which is too small to "
+            f"positive and negative relevance of these walks cancel to {100 * mass:.2g}%, which is too small to "
             "divide by"
         )
         return ConditionalExplanation(condition, mass, None, f"{problem}. Select fewer channels")

@@ -25,7 +25,7 @@ MOST_CHANNELS = 40
 DESCRIPTION = """\
 How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
 the pixels to the class, compared with the other classes unless --against says otherwise. Channels that are not shown
-are merged, so each layer accounts for all of the relevance, 100 %."""
+are merged, so each layer accounts for all of the relevance, 100%."""
 
 EXAMPLES = """\
 examples:

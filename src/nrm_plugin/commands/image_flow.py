@@ -249,7 +249,7 @@ def _rank(flow: ImageFlow) -> str:
 
 
 def _whole(flow: ImageFlow) -> str:
-    """Describes the difference between outputs that equals 100 %, or returns an empty string if it is not positive."""
+    """Describes the difference between outputs that equals 100%, or returns an empty string if it is not positive."""
     if flow.difference is None or flow.difference <= 0:
         return ""
     others = f"that of {flow.rival}"

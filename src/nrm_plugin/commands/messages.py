@@ -123,7 +123,7 @@ def classes(loaded: LoadedModel, outputs: Tensor, target: int, against: Against)
     for index in listed:
         mark = "  <- explained" if index == target else "  <- compared with" if index == against else ""
         is_single = len(outputs) == 1
-        number = f"output {float(outputs[index]):.4g}" if is_single else f"{100 * float(softmax[index]):6.2f} %"
+        number = f"output {float(outputs[index]):.4g}" if is_single else f"{100 * float(softmax[index]):6.2f}%"
         yield f"  {index:4} {names[index]:{width}}{'  ' if width else ' '}{number}{mark}"
 
 
@@ -134,7 +134,7 @@ def _totals(totals: Totals, where: str) -> str:
 
 def _percent(value: float) -> str:
     # Adding zero turns a -0.00 into 0.00.
-    return f"{round(100 * value, 2) + 0.0:7.2f} %"
+    return f"{round(100 * value, 2) + 0.0:7.2f}%"
 
 
 def _columns(cells: Sequence[str], across: int = 2) -> Iterator[str]:

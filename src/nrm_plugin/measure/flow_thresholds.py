@@ -63,7 +63,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
     if min_mass is not None and not (isinstance(min_mass, Real) and 0 <= min_mass < math.inf):
         raise InputError(f"min_mass={brief(min_mass)} must be a number of at least 0.")
     if coverage is not None and not (isinstance(coverage, Real) and 0 < coverage <= 1):
-        raise InputError(f"coverage={brief(coverage)} must be above 0 and at most 1: 0.9 for 90 %.")
+        raise InputError(f"coverage={brief(coverage)} must be above 0 and at most 1: 0.9 for 90%.")
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:

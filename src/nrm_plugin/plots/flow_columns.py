@@ -74,7 +74,7 @@ def is_difference(graph: FlowGraph) -> bool:
 def without_output(graph: FlowGraph) -> FlowGraph:
     """Returns a difference without the output if two other layers remain.
 
-    Each flow contains all relevance of its output, so the output shows 100 % and -100 % for two classes, and nothing
+    Each flow contains all relevance of its output, so the output shows 100% and -100% for two classes, and nothing
     for one class in two images. Its bars would determine the scale, instead of the differences.
     """
     if len(graph.layers) < 3 or graph.layers[0].name != "output":

@@ -43,7 +43,7 @@ def _section(explanation: TextExplanation) -> Iterator[str]:
     behind = ", which is behind" if explanation.against and explanation.output < 0 else ""
     behind = ", further ahead with the reference" if behind and explanation.reference else behind
     origin = f" from the reference {_quoted(explanation.reference)}" if explanation.reference else ""
-    predicted = ", ".join(f"{_quoted(name)} {100 * share:.1f} %" for name, share in explanation.predictions)
+    predicted = ", ".join(f"{_quoted(name)} {100 * share:.1f}%" for name, share in explanation.predictions)
     yield f"<h2>{_quoted(explanation.target)}{others}{behind}</h2>"
     yield f"<p class=note>predicted {escape(KINDS[explanation.kind])}: {predicted}; {number(explanation)}{origin}</p>"
     yield _colored(explanation, [("", explanation.words)])

@@ -7,7 +7,7 @@ estimated as
 
 where ``bytes_k`` is the total size of the results of all operations of kind ``k``. The nonnegative coefficients
 minimize the mean relative error on a CPU over 37 pairs of a network and an input size, for which the largest error is
-15.5 %; docs/features.md lists the errors for other networks. The method is new in this package.
+15.5%; docs/features.md lists the errors for other networks. The method is new in this package.
 """
 
 from __future__ import annotations
