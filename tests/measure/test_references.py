@@ -304,7 +304,7 @@ def test_forms_of_a_reference():
         mu = RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": same})
         assert torch.equal(mu.marginal("tanh"), expected.marginal("tanh"))
     for other in (~mask, mask[:, :3], mask.long(), None):
-        with pytest.raises(DifferenceError, match="another value for 'mask' than the inputs"):
+        with pytest.raises(DifferenceError, match="a different value for 'mask' than the inputs"):
             RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": other})
     for given, message in (({"a": X0}, "no value for the input 'b'"), ({"a": X0, "b": X0, "c": X0}, "value for 'c'")):
         with pytest.raises(DifferenceError, match=message):
