@@ -453,8 +453,8 @@ class Branches(nn.Module):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h.tanh(), "other operations"),
-        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h, "other operations"),
+        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h.tanh(), "different operations"),
+        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h, "different operations"),
         (lambda h: h * (h > 0), "a mask"),
         (lambda h: torch.where(h > 0, h, 0.0), "a mask"),
         (lambda h: h[:, h.detach()[0].argsort()[:2]], "indices"),
