@@ -37,9 +37,9 @@ IDLE = 8
 class Plan:
     """Plan that computes measures of a model by replaying tensor operations, without hooks or autograd.
 
-    All that does not depend on the values of the inputs is computed only once: names, the graph, rules, modified and
-    fused weights, and checks. The first time a query is made, it is recorded and traced. For further inputs of the same
-    shapes, the trace is replayed as a flat list of tensor operations.
+    Everything that does not depend on the values of the inputs is computed only once: names, the graph, rules, modified
+    and fused weights, and checks. The first time a query is made, it is recorded and traced. For further inputs of the
+    same shapes, the trace is replayed as a flat list of tensor operations.
 
     Args:
         model: The network, in evaluation mode.
