@@ -135,7 +135,7 @@ def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tenso
     Args:
         image: Image, ``(C, H, W)``, with values in [0, 1].
         count: Approximate number of superpixels.
-        compactness: Weight of spatial proximity relative to colour similarity. Larger values give more compact
+        compactness: Weight of spatial proximity relative to color similarity. Larger values give more compact
             superpixels.
 
     Returns:
