@@ -21,7 +21,7 @@ from ..recording.propagation import push
 
 
 class LayerChain:
-    """Chain of layers from the output to the input, with groups of their neurons. All tensors are flattened.
+    """Chain of layers from the output to the input, with their neurons divided into groups. Tensors are flattened.
 
     Args:
         mu: A single-sample measure.

@@ -158,6 +158,6 @@ class MaxProduct:
 
 def _has_negative_entries(what: str) -> NRMError:
     return NRMError(
-        f"{what} has negative entries, so the best walk need not consist of best parts. Use rules without negative "
+        f"{what} has negative entries, so max-product cannot find the best walk. Use rules without negative "
         "contributions, such as NRMAbsolute, or give the layers: top_walks(mu, layers, over='neuron')."
     )
