@@ -265,7 +265,7 @@ def _labels(config: Any, count: int) -> tuple[str, ...]:
 
 
 def _looks_ahead(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any], logits: Tensor) -> bool:
-    """Returns whether the logits of the first token depend on the last token, as in masked language models."""
+    """Returns True if the logits of the first token depend on the last token, as in masked language models."""
     ids = inputs["input_ids"]
     if ids.shape[1] < 2:
         return False
