@@ -13,7 +13,7 @@ Values = Tensor | Array
 
 
 def as_array(values: Tensor | ArrayLike) -> Array:
-    """Returns an array, or a tensor in any floating-point format, as an array in double precision."""
+    """Converts an array, or a tensor of any floating-point dtype, to a NumPy array in double precision."""
     return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
 
 

@@ -1,4 +1,4 @@
-"""The main finding of a flow as a sentence: the title of its figure."""
+"""Main finding of a flow in one sentence, for use as the title of its figure."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def leading(layer: FlowLayer) -> list[FlowNode]:
 
 
 def _concentration(layer: FlowLayer) -> tuple[bool, int, float]:
-    """Returns a sort key that is larger if fewer nodes of a layer hold half of the relevance, or if they hold more."""
+    """Sort key that ranks layers by how few nodes hold half of the relevance, and then by how much these hold."""
     nodes = leading(layer)
     total = sum(node.mass for node in nodes)
     return total >= HALF, -len(nodes), total
