@@ -53,8 +53,8 @@ def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -
     yield from crop_note(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
     if result.pixel_map is not None:
-        yield f"  reference: the plain ground of the image{reference_words(result.reference)}"
-        yield "    --reference blur compares with the blurred image, --reference none as without a plain ground"
+        yield f"  reference: the plain background of the image{reference_words(result.reference)}"
+        yield "    --reference blur compares with the blurred image, --reference none as without a plain background"
         yield "  fine heat map: the pixels whose relevance passes through late positions with evidence for the class"
     if result.layer_map is not None:
         about = f"{' and '.join(result.layer_map.layers)}{reference_words(result.layer_map.reference)}"

@@ -153,7 +153,7 @@ def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> B
         if len(shapes) > 1:
             raise SweepError(
                 f"{query.name} has groups of shape {' and '.join(map(str, sorted(shapes)))}: the samples differ in "
-                "size. Resize them in the data set, or query channels."
+                "size. Resize them in the dataset, or query channels."
             )
         values[query.name] = np.concatenate(columns)
     sample, target, prediction = (

@@ -117,12 +117,12 @@ class QueryInfo:
 
     @property
     def is_map(self) -> bool:
-        """Whether the results are tensors in ``maps/`` rather than rows."""
+        """True if the results are tensors in ``maps/`` rather than rows."""
         return self.kind == "Maps"
 
     @property
     def has_event(self) -> bool:
-        """Whether the relevance is joint with, or conditional on, an event."""
+        """True if the relevance is joint with, or conditional on, an event."""
         return any(self.spec.get(key) is not None for key in ("joint", "given"))
 
 
