@@ -93,7 +93,7 @@ def flow_graph(
     sample: int | None = None,
     joints: Callable[[Sequence[Shown]], Sequence[Tensor]] | None = None,
 ) -> FlowGraph:
-    """Computes the flow of relevance through several layers.
+    """Computes a flow graph from the marginals and the joint relevance of a measure.
 
     Args:
         mu: The measure whose flow is computed.

@@ -37,7 +37,7 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """Returns ``(layers as a list, whether the argument is a single layer)``."""
+    """Converts one or several layers to a list, and returns True as the second value if a single layer was given."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 

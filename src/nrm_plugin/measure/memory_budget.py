@@ -55,7 +55,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Applies ``run`` to all items in chunks of ``width`` items, which is halved whenever memory runs out.
+    """Applies ``run`` to chunks of ``width`` items; the width is halved whenever memory runs out.
 
     Args:
         items: The items to process.
