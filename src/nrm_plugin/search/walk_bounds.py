@@ -31,7 +31,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Lumps:
-    """Groups of a layer, merged into lumps. A bound for a lump is valid for each of its groups.
+    """Partition of the groups of a layer into lumps; a bound for a lump is valid for each of its groups.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.
