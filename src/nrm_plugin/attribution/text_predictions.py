@@ -20,7 +20,7 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """Text with a model's prediction for it.
+    """Prediction task: a text, and the prediction of a model for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
