@@ -43,7 +43,7 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """Batch as read from a dataset.
+    """Batch read from a dataset.
 
     Attributes:
         samples: Sample indices.

@@ -45,7 +45,7 @@ class ShardInfo:
         first, last: Indices of the first and last sample, inclusive.
         failed: Samples without rows.
         replaces: Damaged files that the shard replaces.
-        value: ``"float"`` or ``"double"``.
+        value: Arrow type of stored values, ``"float"`` or ``"double"``.
         content: Hash of each sample in the range, or of each batch of an iterable dataset; empty for failed samples.
         stamps: A cheap identifier of each sample (for example, the size and modification time of its file), available
             without loading the sample.

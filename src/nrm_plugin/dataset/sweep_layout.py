@@ -136,7 +136,7 @@ class Manifest:
         queries: The queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
         samples: Number of samples, or None for an iterable dataset that is not finished.
-        value: ``"float"`` or ``"double"``.
+        value: Arrow type of stored values, ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, each as ``{"sample": 3, "why": "…"}``.
         bad_shards: Damaged files that were evaluated again, each as ``{"file": "…", "why": "…"}``.
