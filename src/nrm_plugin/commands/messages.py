@@ -34,7 +34,7 @@ def heading(loaded: LoadedModel, request: Request) -> str:
 
 
 def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
-    """Yields the lines about an image and its classes."""
+    """Yields the output lines for an image: its path, notes and classes."""
     yield printable(source.path)
     yield from (f"  note: it {note}" for note in source.notes)
     yield from classes(loaded, outputs, target, against)
@@ -48,7 +48,7 @@ def crop_note(shown_image: Photo) -> Iterator[str]:
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the lines about an explanation."""
+    """Yields the output lines for an explanation: heat maps, totals, layers, conditions and files."""
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
     yield from crop_note(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)

@@ -62,7 +62,7 @@ def check_folder(folder: Path) -> None:
 
 
 def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[Path], bool]) -> str:
-    """Returns a file-name prefix with which results are overwritten only if they belong to the same query.
+    """Returns a file-name prefix that overwrites only results of the same query.
 
     Args:
         out: Output folder.
