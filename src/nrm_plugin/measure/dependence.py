@@ -153,7 +153,7 @@ class _Search:
         return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
 
     def _grouped(self, layer: int) -> Array:
-        """Returns the dependence of the members of a layer on adjacent groups, ``(members, adjacent groups)``."""
+        """Returns the dependence of each member on the groups of adjacent layers, ``(members, adjacent groups)``."""
         sides = []
         if layer > 0:
             sides.append(group_sums(self.pairs[layer - 1], self.labels[layer - 1], self.counts[layer - 1]).T)

@@ -173,7 +173,7 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
 
 
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
-    """Chooses the tap whose positions form the heat maps of a flow.
+    """Chooses the tap at whose positions the heat maps of a flow are computed.
 
     Candidates are the last layer and the taps below all layers. They must have the aspect ratio of the image and at
     least :data:`POSITIONS` positions along each side, and all walks from the layers to the image must cross them. Among

@@ -17,7 +17,7 @@ from .layer_taps import is_only_pooled, separates
 from .measure import RelevanceMeasure
 
 BLUR = 1 / 8
-"""Standard deviation of the blur of a reference, as a fraction of the shorter side of the image."""
+"""Standard deviation of the Gaussian blur of reference images, as a fraction of their shorter side."""
 RESOLUTIONS = 2
 """Number of resolutions that :func:`layer_map` averages, starting from the coarsest; chosen in docs/real.md."""
 LEAST = 4

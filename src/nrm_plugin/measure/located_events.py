@@ -99,7 +99,7 @@ class Locator:
 
 
 def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> Tensor:
-    """Computes the mask of the neurons of an atom, with samples first.
+    """Computes the neuron mask of an atom, with samples first.
 
     An index applies to all dimensions of the tensor except that of the samples. If windows, heads or views share this
     dimension with the samples, the index applies to all of them; a mask may have an additional dimension for them.
