@@ -61,7 +61,7 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Returns the relevance of the neurons of the first layer, ``(n_0,)``."""
+        """Returns the marginal of the first layer, ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:

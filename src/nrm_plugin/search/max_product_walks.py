@@ -141,7 +141,7 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields columns of the kernel of the step that computes a tensor, ``(K, in)`` for each input of the step."""
+        """Yields kernel columns of the step that computes a tensor, ``(K, in)`` for each input of the step."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))

@@ -39,7 +39,7 @@ Silent neurons have no context, since it would be arbitrarily large for rules th
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of the channel space of a layer, and their complement (the rest).
+    r"""Orthogonal subspaces of a layer's channel space, and their complement (the rest).
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
