@@ -21,7 +21,7 @@ def map_array(values: Values) -> Array:
     """Returns a heat map as an array ``(H, W)``.
 
     Raises:
-        InputError: If it has another shape, or entries that are nan or infinite.
+        InputError: If it has another shape, or contains NaN or infinite values.
     """
     array = as_array(values)
     if array.ndim != 2 or not array.size:

@@ -59,7 +59,7 @@ def flow_figure(
 ) -> Figure:
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
-    Positive relevance is red and negative relevance is blue, in color-blind-friendly shades; at each node, negative
+    Positive relevance is red and negative relevance is blue, in colorblind-friendly shades; at each node, negative
     ribbons are below positive ones. Gray marks the rest of a layer, hatched orange the relevance absorbed above it, and
     dotted orange the relevance that bypasses it. Very thin ribbons and small nodes of these three kinds are not drawn;
     the legend states their total.

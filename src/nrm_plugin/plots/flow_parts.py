@@ -115,7 +115,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a drawing of a flow; lengths are in points.
+    """Dimensions of a flow drawing; lengths are in points.
 
     Attributes:
         width: Width of the drawing.

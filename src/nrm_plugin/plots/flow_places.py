@@ -1,4 +1,4 @@
-"""Descriptions of the location of a region in an image."""
+"""Descriptions of where a region is located in an image."""
 
 from __future__ import annotations
 

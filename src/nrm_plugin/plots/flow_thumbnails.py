@@ -32,9 +32,9 @@ INSIDE = 0.97
 OUTSIDE = 0.4
 """Opacity of the photograph outside the region of an input node."""
 PALE = 0.03
-"""Absolute color value below which a color is hardly visible."""
+"""Absolute value below which the color of a heat map is hardly visible."""
 LEAST = 0.35
-"""Smallest size of the crop, as a fraction of the size of the image."""
+"""Smallest size of the crop, as a fraction of the image size."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class NodeThumbnails:
-    """Thumbnails of the nodes of a flow, ready to be drawn.
+    """Thumbnails of flow nodes, ready to be drawn.
 
     Attributes:
         box: The crop of the input that all thumbnails show.
@@ -194,7 +194,7 @@ def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
 
 
 def opacity(values: Array) -> Array:
-    """Returns the opacity of the colors of a heat map, for values between -1 and 1."""
+    """Returns the opacity of heat-map colors for values between -1 and 1."""
     result: Array = 0.9 * np.abs(values) ** 0.8
     return result
 

@@ -1,7 +1,7 @@
 """Figures of heat maps, joint relevance, and the mass, sink and bypass of layers.
 
 The functions return a new matplotlib ``Figure`` or draw on given axes, without using the global state of pyplot.
-Positive relevance is red and negative relevance is blue, in color-blind-friendly shades. Color bars show relevance as
+Positive relevance is red and negative relevance is blue, in colorblind-friendly shades. Color bars show relevance as
 a percentage of the total of the sample.
 """
 

@@ -20,10 +20,10 @@ INK, PALE = "#222222", "#6b6b6b"
 
 @dataclass(frozen=True)
 class Palette:
-    """Colors of a plot.
+    """Color palette of a flow plot.
 
     Attributes:
-        positive, negative: Colors of relevance: red and blue, in color-blind-friendly shades.
+        positive, negative: Colors of relevance: red and blue, in colorblind-friendly shades.
         ink, pale: Colors of text.
         paper: Background color.
         other: Color of the rest of a layer, outside the shown groups.
@@ -47,7 +47,7 @@ LIGHT = Palette()
 DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c", "#f0b73f")
 
 ROW, GAP = 0.085, 0.025
-"""Height of a node label and distance between two nodes, as fractions of the height of the plot."""
+"""Height of a node label and distance between two nodes, as fractions of the plot height."""
 VISIBLE = 0.012
 """Smallest width of the widest ribbon at which widths are distinguishable, as a fraction of the plot height."""
 BAR = 0.022
@@ -230,7 +230,7 @@ def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: 
 
 
 def _height(lane: Sequence[float], x: float) -> float:
-    """Returns the height of the center of a ribbon at ``x``, by solving the cubic curve of :func:`_draw_ribbon`."""
+    """Returns the center height of a ribbon at ``x``, by solving the cubic curve of :func:`_draw_ribbon`."""
     left = min(int(x), len(lane) - 2)
     steps = np.linspace(0, 1, 64)
     across = 1.5 * steps * (1 - steps) + steps**3

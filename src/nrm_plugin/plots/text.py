@@ -1,6 +1,6 @@
 """Text whose tokens are colored by relevance, as a figure or as an HTML fragment without scripts.
 
-Positive relevance is red and negative relevance is blue, in color-blind-friendly shades; zero has the background
+Positive relevance is red and negative relevance is blue, in colorblind-friendly shades; zero has the background
 color. Relevance is shown as a percentage of the total of the sample.
 """
 
