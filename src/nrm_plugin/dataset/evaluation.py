@@ -1,4 +1,4 @@
-"""Evaluation of the queries of a sweep on a batch, with targets and predictions."""
+"""Evaluation of sweep queries on a batch, with targets and predictions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class BatchResults:
 
 
 class Evaluation:
-    """Evaluation of the queries of a sweep on batches.
+    """Callable that evaluates the queries of a sweep on a batch.
 
     Args:
         model: The network, in evaluation mode.

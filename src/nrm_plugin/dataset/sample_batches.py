@@ -273,7 +273,7 @@ class FaultTolerantCollate:
 
 
 def structure(sample: Any) -> Any:
-    """Returns the nested types and shapes of the parts of a sample."""
+    """Returns the nested structure of a sample: the shape of each tensor or array, and the type of any other value."""
     if isinstance(sample, Mapping):
         return {key: structure(value) for key, value in sample.items()}
     if isinstance(sample, (list, tuple)):

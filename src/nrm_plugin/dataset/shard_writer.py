@@ -138,7 +138,7 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
-    """Concatenates the results of the batches of a shard.
+    """Concatenates batch results within a shard.
 
     Raises:
         SweepError: If the groups of a query differ between batches.

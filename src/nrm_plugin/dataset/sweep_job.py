@@ -1,4 +1,4 @@
-"""Evaluation of the shards of a sweep, in any order and by any process."""
+"""Evaluation of sweep shards, in any order and by any process."""
 
 from __future__ import annotations
 
