@@ -1,4 +1,4 @@
-"""Which composite should be the default? Compares candidates on four trained nets and checks untrained ones.
+"""Comparison of candidates for the default composite, on four trained nets and on untrained ones.
 
 ``python -m benchmarks.default_composite`` measures, writes the results as JSON, and renders the tables and the figure
 of ``docs/default-composite.md``; ``--render`` only renders. Training needs the digits of scikit-learn.
@@ -99,7 +99,7 @@ def by_contribution() -> ConservingEpsilon:
 
 
 def flat_gamma(gamma: float) -> Composite:
-    """γ on convolutions, layer-scaled ε on linear layers, Flat first, absolute shares at sums and average pooling."""
+    """Returns γ on convolutions, scaled ε on linear layers, Flat first, absolute shares at sums and pooling."""
     rules = [(Convolution, Gamma(gamma)), (nn.Linear, Epsilon(Stabilizer(epsilon=0.25, norm_scale=True)))]
     return NRMDefault(layer_map=rules, first_map=[(Convolution, Flat())])
 
@@ -169,7 +169,7 @@ def shapes_net(block: Callable[[int], list[nn.Module]], channels: int) -> nn.Seq
 
 
 def draw_shapes(count: int) -> tuple[Tensor, Tensor]:
-    """Coloured discs, squares, triangles, crosses and rings on noisy backgrounds, ``(N, 3, 16, 16)`` in [0, 1]."""
+    """Draws discs, squares, triangles, crosses and rings on noisy backgrounds, ``(N, 3, 16, 16)`` in [0, 1]."""
     axis = torch.arange(16.0)
     centre, radius = 5.5 + 4 * torch.rand(2, count, 1, 1), 4 + 1.5 * torch.rand(count, 1, 1)
     y, x = (axis[:, None] - centre[0]) / radius, (axis[None, :] - centre[1]) / radius
@@ -269,7 +269,7 @@ def measure(net: Net, composite: Composite, policy: dict[str, Any], drops: dict[
 
 
 def flip(net: Net, heat: Tensor, most_first: bool) -> Tensor:
-    """Area under the target logit while patches are replaced by the fill, in units of the mean logit, ``(N,)``.
+    """Computes the area under the target logit during patch flipping, in units of the mean logit, ``(N,)``.
 
     Args:
         net: The net and its samples.
@@ -389,7 +389,7 @@ def compare(net: Net) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
-    """Median of the sink, median and maximum of the variations, mean and interval of the faithfulness metrics."""
+    """Summarizes the sink, the variations and the faithfulness metrics over samples."""
     return {
         "sink": rounded(metrics["sink"].median()),
         **{key: [rounded(metrics[key].median()), rounded(metrics[key].max())] for key in ("variation", "walk")},
@@ -435,7 +435,7 @@ def random_net(name: str, deviation: float, batch: Tensor) -> nn.Module:
 
 
 def resamples(group: Tensor) -> Tensor:
-    """Weights of the samples in every bootstrap resample, ``(B, N)``; copies of one image share their weight."""
+    """Returns the weight of each sample in every bootstrap resample, ``(B, N)``; copies of one image share it."""
     count = int(group.max()) + 1
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
     counts = torch.zeros(RESAMPLES, count).scatter_add(1, drawn, torch.ones(RESAMPLES, count))[:, group]
@@ -615,7 +615,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and render, or only render."""
+    """Measures the candidates and renders the page, or only renders it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.default_composite", description=main.__doc__)
     parser.add_argument("--samples", type=int, default=512, help="per net (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write, or to read with --render")

@@ -1,4 +1,4 @@
-"""Do the tests detect errors in the core? Mutation tests of kernels, events and measure.
+"""Mutation tests of kernels, events and the measure.
 
 ``python -m benchmarks.mutants`` lets cosmic-ray run a random sample of the mutants that benchmarks/mutants.toml
 describes, and writes benchmarks/results/mutants.json and the tables of docs/mutants.md. Judgements of known survivors
@@ -29,7 +29,7 @@ Results = dict[str, Any]
 
 
 def sampled(mutants: dict[str, tuple[str, str, int]], size: int, seed: int) -> set[str]:
-    """Keys of a random sample with the same share of every module; values are module, operator and occurrence."""
+    """Returns the keys of a random sample with the same share of every module."""
     draw = random.Random(seed)
     keys = sorted(mutants, key=mutants.__getitem__)
     draw.shuffle(keys)

@@ -94,7 +94,7 @@ def violation(composite: str) -> Callable[[Results], str]:
 
 
 def changed(results: Results) -> str:
-    """How many models were modified."""
+    """Returns the number of models that had to be modified."""
     measured = [row for row in results["rows"] if "is_unchanged" in row]
     models = {(row["package"], row["model"]) for row in measured}
     return f"{sum(not row['is_unchanged'] for row in measured)} of {len(models)}"
@@ -122,7 +122,7 @@ def throughput(results: Results) -> str:
 
 
 def class_probability(method: str) -> Callable[[Results], str]:
-    """Probability of the class with a tenth to a seventh of the channels, the others set to zero, by net."""
+    """Returns the probability of the class with a tenth to a seventh of the channels retained, by net."""
 
     def figure(results: Results) -> str:
         cells = []
@@ -170,7 +170,7 @@ def verdicts(results: Results) -> str:
 
 
 def recovered(one: str, other: str) -> Callable[[Results], str]:
-    """Returns the average precision of planted edges between neighbouring layers."""
+    """Returns the average precision of planted edges between neighboring layers."""
 
     def figure(results: Results) -> str:
         methods = results["planted"]["questions"]["neighbouring layers"]["methods"]

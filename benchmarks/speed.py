@@ -176,7 +176,7 @@ Work = dict[str, Callable[[], object]]
 
 
 def marginals_work(net: nn.Module, x: Tensor, is_vgg: bool) -> Work:
-    """The plain gradient, all marginals, and the same with Zennit."""
+    """Returns the timed computations: a plain gradient, all marginals, Zennit's relevance, and Captum's LRP."""
     work: Work = {PLAIN: lambda: plain_gradient(net, x)}
     for name, make in COMPOSITES.items():
         if name in ("EpsilonPlus", "NRMDefault") or is_vgg:
@@ -193,7 +193,7 @@ def marginals_work(net: nn.Module, x: Tensor, is_vgg: bool) -> Work:
 
 
 def queries_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
-    """Joints and conditionals on VGG16; and the factors to extrapolate computations timed on a sample."""
+    """Returns joints and conditionals on VGG16, and factors to extrapolate computations timed on a sample."""
 
     def joints(composite: Composite) -> object:
         mu = RelevanceMeasure(net, x, TARGET, composite=composite)

@@ -108,7 +108,7 @@ METHODS = {
 
 
 def selection(results: Results) -> dict[str, str]:
-    """Probability of the class by number of channels retained, by net."""
+    """Returns the table of class probability by the number of channels retained, for each net."""
     tables = {}
     for net in results["nets"]:
         rows = {(row["method"], row["kept"], row["fill"]): row for row in net["rows"]}
@@ -192,7 +192,7 @@ def differences(results: Results) -> dict[str, str]:
 
 
 def variations(nets: dict[str, list[Results]]) -> str:
-    """Median and maximum of the largest variation of a tap and of that of walks, by measure and network."""
+    """Returns the median and maximum of the tap and walk variation, by measure and network."""
 
     def cell(row: Results) -> str:
         return "; ".join(f"{short(row[kind][0])} ({short(row[kind][-1])})" for kind in ("taps", "walks"))
@@ -209,7 +209,7 @@ SET_NAMES = {"alone": "by mass", "same mass": "same size and mass"}
 
 
 def groups(results: Results) -> dict[str, str]:
-    """Dependence retained by groups, ablations, and transfer of groups from one half of the inputs to the other."""
+    """Returns the tables of dependence preserved by groups, of ablations, and of groups found on other inputs."""
 
     def share(figure: Results) -> str:
         return f"{figure['mean']:.2f} ({figure['low']:.2f}–{figure['high']:.2f})"

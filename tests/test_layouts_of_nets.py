@@ -344,7 +344,7 @@ CONCATENATED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", CONCATENATED)
 def test_an_index_selects_the_same_neurons_if_the_samples_are_concatenated(name, count):
-    """It selected all channels of a grouped convolution of several samples, and one of a single sample."""
+    """Regression test: the index selected all channels for several samples, but one channel for a single sample."""
     torch.manual_seed(0)
     concatenated, rows = (Rows(function).double().eval() for function in CONCATENATED[name])
     rows.load_state_dict(concatenated.state_dict())
@@ -373,7 +373,7 @@ LOOPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_number_of_one_sample_is_a_tap(name):
-    """A loop over the samples computes tensors without dimensions, at which every query raised FoldingError."""
+    """Regression test: in a loop over samples, queries at zero-dimensional tensors raised FoldingError."""
     one, several = LOOPS[name]
     looped = Rows(lambda h: torch.stack([one(row) for row in h])[:, None].expand(-1, 6) * h.sigmoid())
     batched = Rows(lambda h: several(h)[:, None].expand(-1, 6) * h.sigmoid())
@@ -571,7 +571,7 @@ def test_a_model_that_checks_the_range_of_its_inputs_has_a_measure():
 
 
 def test_a_constant_without_relevance_needs_no_samples():
-    """The zeros that the largest values are written into have no dimension of samples; every query raised."""
+    """Regression test: every query raised, since zeros into which values are written have no sample dimension."""
     torch.manual_seed(0)
     index = torch.tensor([0, 1, 2, 0, 1, 2])
     net = Rows(lambda h: torch.zeros_like(h).scatter_reduce(1, index.expand(len(h), 6), h, "amax")).double().eval()

@@ -1,4 +1,4 @@
-"""A plan is right, or records the model: control flow that reads values, and models that changed.
+"""Plans give correct results or record the model again: data-dependent control flow, and changed models.
 
 Covers: nrm_plugin.plan.model_state, nrm_plugin.plan.trace, nrm_plugin.plan.programs, nrm_plugin.plan.planned_measure.
 """

@@ -123,7 +123,7 @@ NAVIGATION = {
 
 
 def home() -> str:
-    """The README, with the navigation."""
+    """Returns the README, with the navigation."""
     trees = [
         "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", *pages, "```"])
         for caption, pages in NAVIGATION.items()
@@ -133,7 +133,7 @@ def home() -> str:
 
 
 def documented(page: str) -> list[str]:
-    """The full names on a page of the reference, in order."""
+    """Returns the full names on a page of the reference, in order."""
     return [
         ".".join(filter(None, ("nrm_plugin", module, name)))
         for module, names in REFERENCE[page][1].items()
@@ -142,14 +142,14 @@ def documented(page: str) -> list[str]:
 
 
 def reference(page: str) -> str:
-    """A page of the reference."""
+    """Returns a page of the reference."""
     title, _ = REFERENCE[page]
     head = f"{title}\n{'=' * len(title)}"
     return "\n\n".join([head, INTRODUCTIONS.get(page, ""), *map(directive, documented(page))]) + "\n"
 
 
 def directive(path: str) -> str:
-    """The Sphinx directive that documents an object."""
+    """Returns the Sphinx directive that documents an object."""
     module, _, name = path.rpartition(".")
     documented_object = getattr(importlib.import_module(module), name)
     if not isinstance(documented_object, type):

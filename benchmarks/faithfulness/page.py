@@ -95,7 +95,7 @@ def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Resu
 
 
 def counts(results: Results) -> str:
-    """Numbers of metrics in which the default composite is better than, tied with or worse than the best other one."""
+    """Returns the number of metrics in which the default composite is better than, tied with or worse than the best."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
         networks = "transformer" if "transformer" in name else "convolutional networks"
@@ -114,7 +114,7 @@ def _all_last(row: tuple[str, Any]) -> tuple[bool, str]:
 
 
 def verdicts(results: Results) -> str:
-    """The default composite against the best other method of each metric."""
+    """Compares the default composite with the best other method of each metric."""
     lines = []
     for kind, name, comparison, key, best in compared(results):
         ahead = best["ahead"][best["default"]]
@@ -218,7 +218,7 @@ def _mean_rank(name: str, by_method: Results, comparison: Comparison, keys: list
 
 
 def methods(name: str, result: Results, comparison: Comparison) -> str:
-    """Table of one net with a row for each method; ours are bold, and a star marks the best of each column."""
+    """Returns the table of one net, one row per method; ours are bold, and a star marks the best of each column."""
     keys = list(comparison.better)
     best = {}
     for key in keys:
@@ -246,7 +246,7 @@ def planted_tables(result: Results) -> str:
 
 
 def pairs(results: Results) -> str:
-    """Ours against the other method with the same rules."""
+    """Compares ours with the other method that uses the same rules."""
     lines = []
     for _, name, comparison, result in comparisons(results):
         for pair, values in result["pairs"].items():
@@ -310,7 +310,7 @@ def _emphasized(word: str) -> str:
 
 
 def save(figure: Any, name: str, dpi: int) -> None:
-    """Saves a small file; 256 colours suffice for lines and text."""
+    """Saves a small file; 256 colors suffice for lines and text."""
     from matplotlib import pyplot
 
     buffer = io.BytesIO()

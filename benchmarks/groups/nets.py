@@ -29,7 +29,7 @@ class Case:
     tails: dict[str, Callable[[Tensor], Tensor]]
 
     def ablated(self, layer: str, x: Tensor, masks: Tensor) -> Tensor:
-        """Outputs ``(M, K)`` for one input, with the output of a layer multiplied by each mask ``(M, …)``."""
+        """Returns outputs ``(M, K)`` for one input, with the output of a layer multiplied by each mask ``(M, …)``."""
         kept: list[Tensor] = []
 
         def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Case:
 
 
 def _photos(net: networks.Network, count: int) -> Tensor:
-    """Returns photographs on grey, spread evenly over the folders of animals, plants, food and things."""
+    """Returns photographs on gray, spread evenly over the folders of animals, plants, food and things."""
     chosen = [stamp for stamp in photos.stamps() if stamp.label in networks.FOLDERS]
     step = len(chosen) / count
     height, width = net.size

@@ -128,7 +128,7 @@ def ranking(cases: list[Case]) -> dict[str, Any]:
 
 
 def summary(parts: list[Values]) -> dict[str, Any]:
-    """Means with intervals over samples, and paired differences of each joint score from the best product."""
+    """Returns means with intervals over samples, and paired differences of each joint score from the best product."""
     pooled = {
         score: {key: torch.cat([part[score][key] for part in parts]) for key in values}
         for score, values in parts[0].items()

@@ -27,7 +27,7 @@ SCORES = ("tangents", "secants", "by the rule")
 
 
 def path_patching(results: Results) -> dict[str, str]:
-    """Joint relevance compared with the best product in all nets, and correlations with path patching by net."""
+    """Returns the tables of joint relevance against the best product, and of correlations with path patching."""
     found = {"standing": _standing(results), "differences": _differences(results)}
     for name, net in results["nets"].items():
         rows, errors = [], []
@@ -69,7 +69,7 @@ def _differences(results: Results) -> str:
 
 
 def _standing(results: Results) -> str:
-    """Rows in which joint relevance is better than the best product, level with it, or worse, by net and metric.
+    """Counts the rows in which joint relevance is better than, tied with or worse than the best product.
 
     Nets whose errors have no intervals are not counted by error.
     """
@@ -101,7 +101,7 @@ def _counted(net: Results, score: str, metric: str) -> list[int]:
 
 
 def is_edge(kind: str) -> bool:
-    """Returns whether the chains of a kind are edges between single neurons of two layers."""
+    """Returns True if the chains of a kind are edges between single neurons of two layers."""
     return kind.startswith("single") and "2 layers" in kind
 
 
@@ -121,7 +121,7 @@ def _rankings(results: Results) -> Iterator[tuple[str, Results]]:
 
 
 def _places(results: Results) -> str:
-    """The columns of all rankings in which each score is first or within the interval of the first."""
+    """Counts the rankings in which each score is first or within the interval of the first."""
     columns = [{score: row[key] for score, row in fills[fill].items()}
                for _, fills in _rankings(results) for key, fill in FIGURES]  # fmt: skip
     counts = {

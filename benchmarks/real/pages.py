@@ -22,7 +22,7 @@ OTHER_PACKAGES = ("GradCAM", "DeepLift", "IntegratedGradients", "expected gradie
 
 
 def real(results: Results) -> dict[str, str]:
-    """Metrics in which other methods are better, comparison by network, settings that were tried, and more methods."""
+    """Returns the tables of metrics, networks, settings that were tried, and further methods."""
     return {
         "counts": _counts(results["nets"]),
         "compared": _compared(results["nets"]),
@@ -34,7 +34,7 @@ def real(results: Results) -> dict[str, str]:
 
 
 def _compared(nets: Results) -> str:
-    """The metrics of every network, and the lead of the first method over the others in SRG."""
+    """Returns the metrics of every network, and the lead of the first method in SRG."""
     rows = []
     for net, measured in nets.items():
         for number, (name, row) in enumerate(measured["methods"].items()):
@@ -48,7 +48,7 @@ def _compared(nets: Results) -> str:
 
 
 def _losses(nets: Results) -> str:
-    """Metrics in which another method is significantly better than the first one."""
+    """Returns the table of metrics in which another method is significantly better than the first one."""
     losses = []
     for net, measured in nets.items():
         ours, *others = measured["methods"].items()
@@ -61,7 +61,7 @@ def _losses(nets: Results) -> str:
 
 
 def _counts(nets: Results) -> str:
-    """By network, the metrics in which the first method is first, level with the best other, or behind."""
+    """Counts, by network, the metrics in which the first method is first, tied with the best other, or behind."""
     rows, sums = [], {"held out": [0, 0, 0, 0], "all": [0, 0, 0, 0]}
     for net, measured in nets.items():
         methods = measured["methods"]
@@ -86,7 +86,7 @@ def _counts(nets: Results) -> str:
 
 
 def _place(methods: Results, key: str) -> int:
-    """1 if the first method is significantly better than every other one, -1 if worse than any, and 0 otherwise."""
+    """Returns 1 if the first method is significantly better than all others, -1 if worse than any, and 0 otherwise."""
     behind = [row[key]["behind"] for row in list(methods.values())[1:] if key in row]
     if any(interval[2] < 0 for interval in behind):
         return -1
@@ -94,7 +94,7 @@ def _place(methods: Results, key: str) -> int:
 
 
 def _tried(tried: Results) -> str:
-    """Settings of averages over layers, on the network on which one was chosen."""
+    """Returns the table of settings for layer averages, on the network on which one of them was chosen."""
     cells = (
         [row["measure"], row["map"], row["photographs"], f"{row['SRG']:.2f}",
          "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]), f"{row['inside']:.2f}", f"{row['own']:.3f}",
@@ -105,7 +105,7 @@ def _tried(tried: Results) -> str:
 
 
 def _grounds(grounds: Results) -> str:
-    """Maps that were tried for objects on a plain ground, on networks for digits."""
+    """Returns the table of heat maps that were tried for objects on a plain background, on networks for digits."""
     cells = []
     for number, row in enumerate(grounds["rows"]):
         is_new = number == 0 or grounds["rows"][number - 1]["network"] != row["network"]

@@ -80,7 +80,7 @@ def test_both_maps_are_drawn_and_stored(here: Path, drawn, capsys):
     for found, expected in zip(values(figure), (coarse, fine.sum(0)), strict=True):
         close(torch.as_tensor(found), torch.as_tensor(cell_sums(expected, SIZE)))
     limits = [axes.images[-1].get_clim()[1] for axes in figure.axes if axes.get_title()][1:]
-    assert limits[0] != pytest.approx(limits[1])  # each map has its own colour scale
+    assert limits[0] != pytest.approx(limits[1])  # each map has its own color scale
     printed = capsys.readouterr().out
     assert "  coarse heat map: mean over 3 and 1, compared with the blurred image\n" in printed
     assert "  fine heat map: relevance 100.00% at the pixels" in printed
@@ -105,7 +105,7 @@ def test_a_reference_or_rules_apply_to_both_maps(here: Path, drawn, options, ref
     close(tensors["relevance"], mu.sign * mu.marginal("input")[0])
     assert json.loads(about["layer_map"])["reference"] == (reference or "none")
     assert titles(drawn[0])[1] == "where the evidence is, by late layers"
-    assert ("compared with its mean colour" in drawn[0].get_suptitle()) == (reference is not None)
+    assert ("compared with its mean color" in drawn[0].get_suptitle()) == (reference is not None)
 
 
 def test_only_the_coarse_map_is_of_one_measure(here: Path, drawn, capsys):

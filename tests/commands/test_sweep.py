@@ -189,7 +189,7 @@ def test_a_stopped_sweep_continues_with_another_batch_size(sizes, photos, monkey
         ({"more": ["--target", "9" * 30]}, "is out of range"),
         ({"data": "nowhere"}, "the folder nowhere does not exist"),
         ({"data": "nets.py"}, "nets.py is not a folder"),
-        ({"data": ""}, "the name of the folder or data set is empty"),
+        ({"data": ""}, "the name of the folder or dataset is empty"),
         ({"data": "nets.py:missing"}, "has no 'missing'"),
         ({"data": "nets.py:broken"}, "no such disk"),
         ({"more": ["--residual", "sink", "--gain-limit", "3"]}, "no effect"),

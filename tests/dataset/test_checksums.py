@@ -1,4 +1,4 @@
-"""Whatever byte of a sweep changes, nothing wrong is read as right, and resuming heals it."""
+"""A changed byte anywhere in a sweep is detected when it is read, and repaired when the sweep is resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ASKED: dict[str, Callable[[Sweep], object]] = {
 
 
 def readings(folder: Path) -> dict[str, object]:
-    """What a sweep answers, or the type of its error; anything but a SweepError is raised."""
+    """Returns the results read from a sweep, with SweepError in place of those that raise it."""
     answers: dict[str, object] = {}
     for name, ask in ASKED.items():
         try:

@@ -75,7 +75,7 @@ def test_references_equal_single_samples_sorted_by_hand(net, data, by, unit, red
             references = results.of(layer, by, target)
             for group in references.groups:
                 rows = [(row[group], n) for n, row in enumerate(scores) if target in (None, row[group][2])]
-                # Rounded, because rounding errors depend on the batch size: the repeated images are then a tie.
+                # Rounded because rounding errors depend on the batch size: the repeated images are then a tie.
                 rows = sorted(rows, key=lambda row: (-round(row[0][0], 10), row[1]))[:4]
                 listed = references.of(group)
                 assert len(listed) == min(4, len(rows))

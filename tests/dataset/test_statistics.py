@@ -1,4 +1,4 @@
-"""Mean and variance over a data set equal those of numpy over all samples, whatever the batches.
+"""Mean and variance over a dataset equal those of numpy over all samples, whatever the batches.
 
 Covers: nrm_plugin.dataset.moments.
 """

@@ -69,7 +69,7 @@ def test_interpolation_is_bilinear_between_the_centres_of_cells():
     relevance = mu.marginal("7").sum(1) * mu.sign.reshape(-1, 1, 1)
     share = relevance / relevance.abs().sum((1, 2), keepdim=True) / 16
     assert torch.allclose(heat[:, 0, 0], share[:, 0, 0])
-    between = share[:, 0, 0] * 0.625 + share[:, 0, 1] * 0.375  # pixel 3 is 1.5 of 4 pixels from the first centre
+    between = share[:, 0, 0] * 0.625 + share[:, 0, 1] * 0.375  # pixel 3 is 1.5 of 4 pixels from the first center
     assert torch.allclose(heat[:, 0, 3], between)
 
 

@@ -249,7 +249,7 @@ def test_chain_rule_and_bayes_both_ways(both: Both, data: st.DataObject) -> None
 
 @pytest.mark.parametrize("name", ["conv_chain", "skip", "fork"])
 def test_given_survival_marginals_are_forward_times_backward(name: str) -> None:
-    """And the plain scores of a leaky rule are not the marginals of any measure: the reason for this package."""
+    """By contrast, the plain scores of a leaky rule are not the marginals of any measure."""
     for seed in range(20):
         case = tiny_net(name, seed)
         rules = {node.tap: Epsilon(0.3) for node in case.spec if node.kind == "linear"}

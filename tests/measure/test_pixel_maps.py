@@ -1,4 +1,4 @@
-"""Pixels through late positions with evidence for a class, position by position."""
+"""Pixel maps restricted to positions of a late layer, compared with a sum over these positions."""
 
 from __future__ import annotations
 

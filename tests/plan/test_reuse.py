@@ -1,4 +1,4 @@
-"""Measures that are taken again and again: planned from the third one of a form on, with the same results."""
+"""Repeated measures of the same form: planned from the third one on, with the same results."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ GREY, COLORS = torch.rand(1, 2, 3), torch.rand(3, 2, 3)
 
 
 def maps_of(figure: Figure) -> list[np.ndarray]:
-    """Arrays of all coloured heat maps of a figure, in the order of drawing."""
+    """Arrays of all colored heat maps of a figure, in the order of drawing."""
     images = [image for axes in figure.axes for image in axes.images]
     return [np.asarray(image.get_array()) for image in images if image.get_cmap().name == heatmaps.DIVERGING]
 

@@ -1,4 +1,4 @@
-"""Text coloured by relevance shows the given numbers, for any tokens."""
+"""Text colored by relevance shows the given numbers, for any tokens."""
 
 from __future__ import annotations
 
