@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.circuits.pages import circuits, known_circuit
 from benchmarks.markdown import grid, small, with_bounds, with_part
-from benchmarks.path_patching.pages import path_patching
-from benchmarks.real.pages import real
+from benchmarks.path_patching.pages import path_patching, path_patching_summary
+from benchmarks.real.pages import real, real_summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -335,7 +335,9 @@ def text_heads(results: Results) -> dict[str, str]:
     return {"heads": grid(f"| % | {' | '.join(results['words'])} | sum |", rows)}
 
 
-PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
+Tables = dict[str, tuple[str, Callable[[Results], dict[str, str]]]]
+
+PAGES: Tables = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
@@ -343,8 +345,8 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "circuits": ("circuits.md", circuits),
     "known_circuit": ("known-circuit.md", known_circuit),
     "differences": ("differences.md", differences),
-    "path_patching": ("joint-relevance.md", path_patching),
-    "real": ("real.md", real),
+    "path_patching": ("joint-relevance-details.md", path_patching),
+    "real": ("real-details.md", real),
     "flow": ("flow.md", flow),
     "groups": ("groups.md", groups),
     "top_walks": ("critical-paths.md", top_walks),
@@ -357,6 +359,13 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
 }
 
 
+SUMMARIES: Tables = {
+    "path_patching": ("joint-relevance.md", path_patching_summary),
+    "real": ("real.md", real_summary),
+}
+"""Pages with a summary of results whose tables are on a page of details."""
+
+
 def stored(source: str) -> Results:
     """Returns the committed results; empty if there are none."""
     path = RESULTS / f"{source}.json"
@@ -364,18 +373,20 @@ def stored(source: str) -> Results:
     return results
 
 
-def rendered(source: str, page: str) -> str:
+def rendered(source: str, page: str, pages: Tables = PAGES) -> str:
     """Returns the page with the tables of the committed results."""
     results = json.loads((RESULTS / f"{source}.json").read_text())
-    for mark, table in PAGES[source][1](results).items():
+    for mark, table in pages[source][1](results).items():
         page = with_part(page, mark, table)
     return page
 
 
 def write(source: str) -> None:
     """Writes the tables of one results file."""
-    page = ROOT / "docs" / PAGES[source][0]
-    page.write_text(rendered(source, page.read_text()))
+    for pages in (PAGES, SUMMARIES):
+        if source in pages:
+            page = ROOT / "docs" / pages[source][0]
+            page.write_text(rendered(source, page.read_text(), pages))
 
 
 if __name__ == "__main__":

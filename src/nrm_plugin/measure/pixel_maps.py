@@ -14,7 +14,7 @@ from .layer_averages import late_layers
 from .measure import RelevanceMeasure
 
 LEAST_EVIDENCE = 1 / 4
-"""Minimum evidence at a late position, as a fraction of the largest evidence; chosen on digits in docs/real.md."""
+"""Minimum evidence at a late position, as a fraction of the largest; chosen on digits in docs/real-details.md."""
 CANCELS = 2.0
 """Largest accepted ratio of pixel variation to late-layer variation; above it, too much pixel relevance cancels."""
 
@@ -54,7 +54,7 @@ def pixel_map(
         >>> pixel_map(net, torch.rand(5, 3, 16, 16), target=1, reference=torch.zeros(3, 16, 16)).shape
         torch.Size([5, 16, 16])
 
-    Source: new in this package; compared with other methods in docs/real.md.
+    Source: new in this package; compared with other methods in docs/real-details.md.
     """
     if images.ndim != 4:
         raise InputError(f"expected images (N, C, H, W), got {tuple(images.shape)}.")
