@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.default_composite import markdown
+from benchmarks.default_composite_page import markdown
 from benchmarks.faithfulness import latent, pixels, planted
 from benchmarks.faithfulness.metrics import Comparison, verdict
 from benchmarks.markdown import with_part
