@@ -77,12 +77,17 @@ COMPARED = {
 """Methods that the summary compares with the selection, with their names."""
 
 
+def rounded(value: float) -> str:
+    """Formats a factor with two digits, and with commas if it is large."""
+    return f"{value:.2g}" if value < 10 else f"{float(f'{value:.2g}'):,.0f}"
+
+
 def top_walks_summary(results: Results) -> dict[str, str]:
     """Returns how many walks are certified, and their mass relative to that of a greedy graph."""
     rows = [
         (
             f"{row['size']} × {row['size']}", row["rule"], f"{row['certified']} of {row['walks']}",
-            f"{row['missed'] / row['largest']:.2g} ×", f"{row['mass'] / row['greedy_mass']:.2f} ×",
+            f"{rounded(row['missed'] / row['largest'])} ×", f"{row['mass'] / row['greedy_mass']:.2f} ×",
             f"{row['seconds']:.0f}, {row['greedy_seconds']:.0f}",
         )
         for row in results["rows"]

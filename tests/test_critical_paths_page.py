@@ -27,3 +27,12 @@ def test_the_summary_of_walks_has_multiples_of_the_largest_and_of_the_greedy_wal
     row |= {"greedy_mass": 2.0, "seconds": 12.1, "greedy_seconds": 2.8}
     table = page.top_walks_summary({"rows": [row]})["walks"]
     assert table.splitlines()[2] == "| 96 × 96 | one | 3 of 5 | 0.5 × | 1.50 × | 12, 3 |"
+
+
+def test_large_factors_have_two_digits_and_commas():
+    assert [page.rounded(value) for value in (0.734, 2.66, 84_321, 41_300_000)] == [
+        "0.73",
+        "2.7",
+        "84,000",
+        "41,000,000",
+    ]
