@@ -77,7 +77,7 @@ def flow(results: Results) -> dict[str, str]:
     """Returns a sentence about the cost of a flow, and a table of flows with heat maps."""
     factor = min(results["seconds"]["flow"]) / min(results["seconds"]["marginals"])
     layers = ", ".join(f"`{layer}`" for layer in reversed(results["layers"][1:]))
-    setting = f"A flow of VGG16 at 224 × 224 pixels over {layers} and 16 patches of `input`, with `top=8`,"
+    setting = f"for VGG16 at 224 × 224 pixels, over {layers} and 16 patches of `input`, with `top=8`"
     least = {work: min(times) for work, times in results["seconds"].items()}
     works = {
         "channels with pictures": "8 strongest channels per layer, 16 patches, with heat maps",
@@ -89,7 +89,7 @@ def flow(results: Results) -> dict[str, str]:
     pictures = ", ".join(f"`{layer}`" for layer in reversed(results["with pictures"]))
     head = f"| VGG16 at 224 × 224, {pictures} | plain gradients |"
     return {
-        "measured": f"{setting} takes {factor:.0f} times the marginals of all layers.",
+        "measured": f"A flow takes {factor:.0f} times as long as the marginals of all layers ({setting}).",
         "pictures": grid(head, rows),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import random
 import sys
@@ -42,6 +43,14 @@ def pytest_runtest_setup() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for each kind of absent device
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from visiting all imported modules and collected tests again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--planned", action="store_true", help="answer every test by plans made on other values")
     parser.addoption("--examples", type=int, help="at most so many examples of each property")
@@ -76,6 +85,12 @@ def in_turn(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
     places = itertools.product(range(len(left)), range(len(right)))
     marks = {True: (), False: pytest.mark.slow}
     return [pytest.param(left[i], right[j], marks=marks[(i - j) % period == 0]) for i, j in places]
+
+
+def each_once(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
+    """As many pairs as the longer of two lists, for a test whose parameters are paired in full by a faster one."""
+    left, right = list(rows), list(columns)
+    return [(left[i % len(left)], right[i % len(right)]) for i in range(max(len(left), len(right)))]
 
 
 def lrp_0(canonizers: list[Any] | None = None) -> Composite:

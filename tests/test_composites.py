@@ -344,7 +344,7 @@ def test_the_composites_of_this_package_are_known_to_zennit(net, x, start):
 
 def test_a_name_that_is_taken_raises():
     known = dict(COMPOSITES)
-    with pytest.raises(NRMError, match=r"already knows a composite 'epsilon_plus' \(zennit.composites.EpsilonPlus\)"):
+    with pytest.raises(NRMError, match=r"a composite named 'epsilon_plus' \(zennit.composites.EpsilonPlus\)"):
         register("epsilon_plus")(NRMDefault)
     with pytest.raises(NRMError, match="nrm_default"):
         register("nrm_default")(NRMAbsolute)

@@ -11,7 +11,18 @@ from zennit.canonizers import SequentialMergeBatchNorm
 
 from nrm_plugin import Normalized, RelevanceMeasure
 from nrm_plugin.errors import NonlinearRuleError
-from tests.conftest import LINEAR, NONLINEAR, SIZES, UNCOVERED, composite, images, slow_but, torchvision_net, untouched
+from tests.conftest import (
+    LINEAR,
+    NONLINEAR,
+    SIZES,
+    UNCOVERED,
+    composite,
+    each_once,
+    images,
+    slow_but,
+    torchvision_net,
+    untouched,
+)
 
 RESIDUALS = ("sink", "redistribute")
 FAST = ("epsilon_plus_flat", "epsilon_gamma_box", "lrp_0")
@@ -66,8 +77,7 @@ def test_the_parts_sum_to_one_after_merging_batch_norm(name, worst):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("net", SIZES)
+@pytest.mark.parametrize(("name", "net"), each_once(LINEAR, SIZES))
 def test_the_parts_sum_to_one_on_images_of_full_size(net, name, worst):
     model, x = torchvision_net(net, width=4096), images(224, batch=1)
     for residual in RESIDUALS:

@@ -6,6 +6,7 @@ Covers: nrm_plugin.imports.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -66,17 +67,29 @@ def test_importing_an_unknown_module_raises() -> None:
 MODULES = sorted(path.stem for path in (ROOT / "src/nrm_plugin").iterdir() if path.suffix in ("", ".py"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("__")])
-def test_any_module_can_be_imported_first(module: str) -> None:
-    known = "print('nrm_default' in __import__('zennit.composites').composites.COMPOSITES)"
-    assert printed(f"import nrm_plugin.{module}; {known}") == "True"
+FIRST = """
+import os, sys, captum.attr, torchvision, zennit.composites
+for statement in sys.argv[1:]:
+    process = os.fork()
+    if not process:
+        exec(statement)
+        os._exit("nrm_default" not in zennit.composites.COMPOSITES)
+    if os.waitpid(process, 0)[1]:
+        print(statement)
+"""
+"""Prints the statements that fail, or register no composites, as the first import of this package in a process."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Absolute", "at", "RelevanceMeasure", "FuseBatchNorm", "Interception"])
-def test_any_name_can_be_imported_first(name: str) -> None:
-    assert printed(f"from nrm_plugin import {name}; print({name}.__name__)") == name
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_any_module_or_name_can_be_imported_first() -> None:
+    modules = [f"import nrm_plugin.{name}" for name in MODULES if not name.startswith("__")]
+    names = [f"from nrm_plugin import {name}" for name in ("Absolute", "at", "RelevanceMeasure", "FuseBatchNorm")]
+    assert len(modules) > 10
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FIRST]
+    failed = "import nrm_plugin.absent"
+    process = subprocess.run([*command, *modules, *names, failed], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines() == [failed], process.stderr
 
 
 @pytest.mark.zennit

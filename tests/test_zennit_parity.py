@@ -23,7 +23,7 @@ from zennit.rules import Epsilon, Pass, ZPlus
 from zennit.types import Activation, Linear
 
 from nrm_plugin import Normalized, RelevanceMeasure, at
-from tests.conftest import LINEAR, SIZES, composite, images, slow_but, torchvision_net, untouched
+from tests.conftest import LINEAR, SIZES, composite, each_once, images, slow_but, torchvision_net, untouched
 
 pytestmark = pytest.mark.zennit
 
@@ -139,8 +139,7 @@ def test_marginals_are_zennits_relevance_after_batch_norm_was_merged(name, worst
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LINEAR if name not in IN_DOUBLE])
-@pytest.mark.parametrize("net_name", SIZES)
+@pytest.mark.parametrize(("name", "net_name"), each_once([name for name in LINEAR if name not in IN_DOUBLE], SIZES))
 def test_marginals_are_zennits_relevance_on_images_of_full_size(net_name, name, worst):
     model, x = torchvision_net(net_name, width=4096), images(224, batch=1)
     assert_same_at_every_tap(model, x, lambda: composite(name, []), worst, f"parity at 224, {net_name}, {name}")

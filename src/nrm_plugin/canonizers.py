@@ -1,4 +1,4 @@
-"""Canonizers that fuse batch normalization and intercept functions."""
+"""Canonizers for batch-norm fusion and the interception of functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FuseBatchNorm(Canonizer):
     """
 
     def apply(self, root_module: nn.Module) -> list[Any]:
-        """Raises an error, because a plain Zennit composite cannot use fused kernels.
+        """Raises an error, since a plain Zennit composite cannot use fused kernels.
 
         Raises:
             NRMError: Always.
@@ -41,10 +41,10 @@ class FuseBatchNorm(Canonizer):
         )
 
     def register(self) -> None:
-        """Does nothing; implements Zennit's canonizer interface."""
+        """Does nothing. Required by Zennit's canonizer interface."""
 
     def remove(self) -> None:
-        """Does nothing; implements Zennit's canonizer interface."""
+        """Does nothing. Required by Zennit's canonizer interface."""
 
 
 __all__ = ["FuseBatchNorm", "Interception"]

@@ -1,4 +1,4 @@
-"""The wrapper ``Normalized`` for Zennit composites, and the composites of this package."""
+"""``Normalized``, a wrapper for Zennit composites, and the composites of this package."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Recurrent modules, whose rules are applied to the linear maps of every time step."""
+"""Recurrent modules, whose rules apply to the linear maps of every time step."""
 
 
 class Normalized(Composite):
-    """Normalizes the rules of a Zennit composite: relevance is either propagated or absorbed by a sink.
+    """Zennit composite with normalized rules, which account for all relevance as either propagated or absorbed.
 
-    It can be used like any Zennit composite: as a context, in an attributor, or inside a ``MixedComposite``. Within its
+    It is used like any Zennit composite: as a context, in an attributor, or inside a ``MixedComposite``. Within its
     context, the gradient of an output is the relevance of that output under the normalized kernels. With
     ``create_graph=True``, this relevance can be differentiated with respect to the start vector. Differentiating it
     with respect to inputs or weights raises ``UnsupportedOperationError``, as does relevance that reaches an operation
     without a kernel.
 
     In a measure, only the inputs receive relevance, and all other tensors are constants. In a context, relevance also
-    reaches other leaf tensors that require a gradient and were created before the forward pass, except parameters;
-    leaves that the model creates are constants if an input requires a gradient. A context does not separate samples: if
+    reaches other leaf tensors that require a gradient and were created before the forward pass, except parameters. Leaf
+    tensors created by the model are constants if an input requires a gradient. A context does not separate samples: if
     the samples of a batch depend on each other, the result is the relevance of the whole batch, as in a measure with
     ``batched=False``.
 
     Args:
         composite: The composite that maps modules to rules; its canonizers are applied as well.
         residual: Treatment of the relevance that a rule does not propagate: ``"redistribute"`` or ``"sink"``.
-        gain_limit: Upper bound ``G`` on the gain of a column.
+        gain_limit: Upper bound ``G``, at least 1, on the factor by which a column of a rule is rescaled.
         sums: How the sum ``a + b`` distributes relevance: ``"absolute"`` (alias ``"ratio"``) or ``"signed"``.
         uncovered: Treatment of layers without a rule: ``"error"`` raises an error when a measure is constructed;
-            ``"gradient"`` uses the plain gradient, as Zennit does.
+            ``"gradient"`` propagates relevance by the gradient, as Zennit does.
         attention: ``"value"`` treats attention weights as constants and propagates all relevance to the values;
             ``"halves"`` propagates half of it to the weights, and through the softmax to queries and keys, as in
             AttnLRP.
@@ -100,7 +100,7 @@ class Normalized(Composite):
         if isinstance(composite, Normalized):
             raise TypeError(
                 "the composite is already Normalized; normalizing it twice would give it two sets of settings. Pass "
-                "the composite inside it, with the settings you want: Normalized(composite.composite, …)."
+                "the composite that it wraps, with the intended settings: Normalized(composite.composite, …)."
             )
         if uncovered not in ("error", "gradient"):
             raise ValueError(f"uncovered={brief(uncovered)} is unknown; choose 'error' or 'gradient'.")
@@ -136,15 +136,15 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """Returns the module types decomposed into functions, although Zennit treats them as activations."""
+        """Returns the module types that are decomposed into functions, although Zennit treats them as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
         """Registers the hooks of the composite on a module and its submodules.
 
         Raises:
-            ModelStateError: If the module still has hooks from another composite, since one of the two would silently
-                have no effect.
+            ModelStateError: If the module has hooks of another composite, as one of the two would silently have no
+                effect.
             UnsupportedRuleError: If another package has patched Zennit.
         """
         self.remove()
@@ -160,7 +160,7 @@ class Normalized(Composite):
             raise
 
     def remove(self) -> None:
-        """Removes hooks and canonizers in reverse order of registration, so that each restores the earlier state."""
+        """Removes hooks and canonizers in reverse order of registration, so that each restores the previous state."""
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
@@ -174,7 +174,7 @@ class Normalized(Composite):
     def inactive(self) -> Iterator[Normalized]:
         """Context manager that restores the original forward and backward passes of the model.
 
-        Unlike in Zennit, outputs computed before entering the context still propagate relevance, because a step never
+        Unlike in Zennit, outputs computed before entering the context still propagate relevance, since a step never
         runs the backward pass of its module.
 
         Examples:
@@ -212,23 +212,23 @@ def check_composite(composite: Any) -> None:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Returns whether a module has no children."""
+    """Returns True if a module has no child modules."""
     return not module._modules
 
 
 def _is_compound_norm(module: nn.Module) -> bool:
-    """Returns whether a batch-norm module also computes separate steps, such as an activation."""
+    """Returns True if a batch-norm module also performs other operations, such as an activation."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and type(module).forward is not norm.forward
 
 
 def register(name: str) -> Any:
-    """Registers a composite class with Zennit under ``name``; raises an error if the name is taken, unlike Zennit."""
+    """Decorator that registers a composite class with Zennit, and that raises an error if the name is taken."""
 
     def decorate(composite: type[Composite]) -> type[Composite]:
         known = COMPOSITES.get(name)
         if known is not None and known.__qualname__ != composite.__qualname__:
-            raise NRMError(f"Zennit already knows a composite {name!r} ({known.__module__}.{known.__qualname__}).")
+            raise NRMError(f"Zennit already has a composite named {name!r} ({known.__module__}.{known.__qualname__}).")
         return register_composite(name)(composite)  # type: ignore[no-any-return]
 
     return decorate
@@ -244,7 +244,7 @@ class _Depthwise(type):
 
 
 class Depthwise(metaclass=_Depthwise):
-    """Virtual class of depthwise convolutions, for use in layer maps."""
+    """Virtual base class of depthwise convolutions, for use in layer maps."""
 
 
 @register("nrm_default")
@@ -256,7 +256,7 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
     Args:
         epsilon: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
-        layer_map, first_map: Rules that take precedence over the rules of the composite, as in Zennit.
+        layer_map, first_map: Rules that take precedence over those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit, or None for batch-norm fusion.
 
@@ -290,10 +290,10 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
 @register("nrm_absolute")
 class NRMAbsolute(LayerMapComposite):
-    """Composite with the rule Absolute in all layers. No walk has negative mass, so the variation is 1 at every tap.
+    """Composite with the rule Absolute in all layers. No walk has negative mass, so the variation is 1 in every layer.
 
     Args:
-        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
+        layer_map: Rules that take precedence over those of the composite, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit, or None for batch-norm fusion.
 
@@ -319,10 +319,10 @@ class Named(Normalized):
 
     Args:
         residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Keyword arguments for Zennit's composite.
+        rules: Keyword arguments of Zennit's composite.
 
     Attributes:
-        rules: The class of Zennit's composite.
+        rules: Class of Zennit's composite.
 
     Examples:
         >>> from zennit.composites import COMPOSITES
@@ -387,12 +387,12 @@ class NRMExcitationBackprop(Named):
 
 @register("nrm_relative")
 class NRMRelative(Normalized):
-    """Composite that uses Relative in layers with weights and average pooling, and Absolute in sums.
+    """Composite with the rule Relative in layers with weights and average pooling, and Absolute in sums.
 
     Relevance is conserved only up to a factor, so condition queries on survival: ``given=~ABSORBED``.
 
     Args:
-        layer_map: Rules that take precedence over the rules of the composite, as in Zennit.
+        layer_map: Rules that take precedence over those of the composite, as in Zennit.
         canonizers: As in Zennit, or None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 
@@ -428,7 +428,7 @@ class NRMRelative(Normalized):
 def normalize(
     composite: Composite | None, residual: Residual | None, gain_limit: float | None, uncovered: Uncovered | None
 ) -> Normalized:
-    """Wraps a composite in :class:`Normalized` with the given settings; None stands for :class:`NRMDefault`.
+    """Wraps a composite, by default :class:`NRMDefault`, in :class:`Normalized` with the given settings.
 
     Raises:
         TypeError: If ``composite`` is not a composite, or if settings are given for a composite that is already

@@ -21,11 +21,11 @@ class NRMError(Exception):
 
 
 class InputError(NRMError, ValueError):
-    """Raised if inputs are invalid: empty, not finite, or with the wrong type, dtype or device."""
+    """Raised if inputs are empty, contain NaN or infinity, or have an unsupported type, dtype or device."""
 
 
 class DifferenceError(InputError):
-    """Raised if a reference does not match the inputs, or if the model runs different operations on the two."""
+    """Raised if a reference does not match the inputs, or if the model executes different operations on the two."""
 
 
 class TargetError(NRMError, ValueError):
@@ -37,11 +37,11 @@ class GradModeError(NRMError, RuntimeError):
 
 
 class ModelStateError(NRMError, RuntimeError):
-    """Raised if the model cannot be recorded, for example in training mode or with hooks from another composite."""
+    """Raised if the model cannot be recorded, for example in training mode or with hooks of another composite."""
 
 
 class UnknownLayerError(NRMError, KeyError):
-    """Raised if a measure has no tap with the given name."""
+    """Raised if no recorded tap (hook point) has the given name."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would escape line breaks in the message.
@@ -49,23 +49,23 @@ class UnknownLayerError(NRMError, KeyError):
 
 
 class HookedContainerError(UnknownLayerError):
-    """Raised if a tap is inside a container with its own rule, which is therefore a single step."""
+    """Raised if a tap lies inside a container that has a rule of its own and is therefore recorded as one step."""
 
 
 class EventError(NRMError, ValueError):
-    """Raised if an event does not match its tap: an index is out of range, or a mask has the wrong shape."""
+    """Raised if an event does not fit its tap, for example if an index is out of range or a mask has another shape."""
 
 
 class NullEventError(NRMError, ZeroDivisionError):
-    """Raised if the conditioning event contains no walk with nonzero mass."""
+    """Raised if no walk with nonzero mass belongs to the conditioning event, so that the conditional is undefined."""
 
 
 class CancellationError(NRMError, ZeroDivisionError):
-    """Raised if positive and negative mass nearly cancel in the conditioning event."""
+    """Raised if the positive and negative mass of the conditioning event nearly cancel."""
 
 
 class NonFiniteError(NRMError, ArithmeticError):
-    """Raised if relevance is NaN or infinite, because values in the model are, or because they overflow their dtype."""
+    """Raised if relevance is NaN or infinite, due to such values in the model or to overflow."""
 
 
 class StaleMeasureError(NRMError, RuntimeError):
@@ -85,23 +85,23 @@ class UnsupportedOperationError(NRMError, TypeError):
 
 
 class UncoveredLayerError(UnsupportedOperationError):
-    """Raised if the composite assigns no rule to a layer whose Jacobian has entries other than 0 and 1."""
+    """Raised if a layer that is not a 0/1 route has no rule in the composite."""
 
 
 class StorageError(NRMError, TypeError):
-    """Raised if a measure is copied or pickled; store the results of its queries instead."""
+    """Raised if a measure is copied or pickled. Store the results of its queries instead."""
 
 
 class FoldingError(NRMError, ValueError):
-    """Raised if tensor entries cannot be assigned to samples, for example because the model mixes samples."""
+    """Raised if the elements of a tensor cannot be assigned to samples, for example if the model mixes samples."""
 
 
 class MissingExtraError(NRMError, ImportError):
-    """Raised if an optional dependency is required but not installed."""
+    """Raised if a feature requires an optional dependency that is not installed."""
 
 
 class BatchNormWarning(UserWarning):
-    """Issued if most of the relevance is absorbed by the bias of a layer fused with batch normalization."""
+    """Issued if the bias of a layer fused with batch normalization absorbs most of the relevance."""
 
 
 class PrecisionWarning(UserWarning):
@@ -109,7 +109,7 @@ class PrecisionWarning(UserWarning):
 
 
 class RandomnessWarning(UserWarning):
-    """Issued if the model draws random numbers in evaluation mode, so that the measure describes only one draw."""
+    """Issued if the model draws random numbers in evaluation mode; the measure then describes a single draw."""
 
 
 class MemoryBudgetWarning(UserWarning):
@@ -117,12 +117,12 @@ class MemoryBudgetWarning(UserWarning):
 
 
 MEMORY = re.compile("out of ?memory|not enough memory|allocate memory|DefaultCPUAllocator", re.IGNORECASE)
-"""Pattern for the type and message of torch's out-of-memory errors; errors about CPU memory have no type of their
-own."""
+"""Pattern that matches the type and message of torch's out-of-memory errors. Running out of CPU memory raises a plain
+RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether an error or one of its causes is an out-of-memory error."""
+    """Returns True if an error or one of its causes is an out-of-memory error."""
     if error is None:
         return False
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -131,11 +131,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")
-"""Packages skipped when locating a warning, since the user did not write their code."""
+"""Packages whose stack frames are skipped when a warning is attributed to a line of user code."""
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Issues a warning that points to the innermost line outside of this package and the libraries that call hooks."""
+    """Issues a warning attributed to the innermost caller outside of :data:`LIBRARIES`."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -143,7 +143,7 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def unknown_layer(name: str, known: Iterable[str]) -> str:
-    """Returns the error message for an unknown tap name, with similar names."""
+    """Returns the error message for an unknown tap name, with suggestions of similar names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     listing = ", ".join(repr(item) for item in (near or names[:8]))
@@ -155,22 +155,24 @@ def unknown_layer(name: str, known: Iterable[str]) -> str:
 
 
 def samples(flags: Sequence[bool]) -> str:
-    """Formats the indices of the flagged samples, as in ``samples 0, 3``."""
+    """Formats the indices of the flagged samples, such as ``samples 0, 3``."""
     indices = [str(index) for index, flag in enumerate(flags) if flag]
     more = ", …" if len(indices) > 10 else ""
     return f"sample{'s' if len(indices) != 1 else ''} {', '.join(indices[:10])}{more}"
 
 
 SHOWN = 8
-"""Maximum number of collection entries shown in a message."""
+"""Maximum number of elements of a collection shown in a message."""
 
 
 def brief(value: object, length: int = 120) -> str:
-    """Formats a value for an error message: its repr if that is short, and otherwise its class, shape or first entries.
+    """Formats a value for an error message, abbreviating long values.
+
+    Tensors and modules are represented by their class, and tensors also by their shape and dtype.
 
     Args:
         value: Any value given by the user.
-        length: Maximum length in characters.
+        length: Maximum length in characters; collections may be twice as long.
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -185,7 +187,7 @@ def brief(value: object, length: int = 120) -> str:
 
 
 def printable(text: object) -> str:
-    """Escapes characters that XML and figures cannot contain: control characters, line breaks and surrogates."""
+    """Escapes the characters that XML and figures cannot contain: control characters, line breaks and surrogates."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
@@ -206,7 +208,7 @@ def _brief_entries(values: Collection[object], length: int) -> str:
 
 
 def autocast_outside(name: str, kind: str) -> str:
-    """Returns the error message for a layer that runs under ``torch.autocast`` in the context of a composite."""
+    """Returns the error message for a layer called under ``torch.autocast`` inside a composite's context."""
     return (
         f"layer {name!r} ({kind}) runs under torch.autocast, which would propagate relevance in half precision, too "
         "imprecise for its sums. Call the model outside of torch.autocast, or construct a RelevanceMeasure inside "
@@ -218,15 +220,19 @@ def derivative_inside(path: str = "") -> str:
     """Returns the error message for a model that calls autograd in its forward pass, for example to compute forces."""
     where = f" in {path!r}" if path else ""
     return (
-        f"the model computes a derivative in its forward pass{where}, by torch.autograd or backward(). There, autograd "
-        "propagates relevance in place of gradients, so that the derivative would be wrong. Measure the model without "
-        "it, such as an energy without forces; or compute it in a separate module, and assign a rule to this module in "
-        "the composite's layer_map."
+        f"the model computes a derivative in its forward pass{where}, with torch.autograd or backward(). There, "
+        "autograd propagates relevance instead of gradients, so the derivative would be wrong. Measure the model "
+        "without it, such as an energy without forces; or compute it in a separate module, and assign a rule to this "
+        "module in the composite's layer_map."
     )
 
 
 def extra(module: str, name: str) -> ModuleType:
-    """Imports an optional dependency.
+    """Imports a module that is provided by an optional dependency.
+
+    Args:
+        module: Full name of the module.
+        name: The extra of this package that installs the dependency.
 
     Raises:
         MissingExtraError: If the dependency is not installed.

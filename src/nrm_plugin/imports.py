@@ -41,12 +41,12 @@ STORED = {
     "kernels.batch_norm_fusion": "fusion",
     "kernels.normalization": "steps",
 } | {present: former for former, present in MOVED.items()}
-"""Path under which the settings of stored sweeps record each moved module, relative to the package."""
+"""Path by which the settings of stored sweeps identify each moved module, relative to the package."""
 REGISTRY = "zennit.composites"
 
 
 def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
-    """Issues a :class:`DeprecationWarning` at the line that called the deprecated function.
+    """Issues a :class:`DeprecationWarning` attributed to the caller of the deprecated function.
 
     Args:
         what: The deprecated name, as written by the user.
@@ -58,7 +58,7 @@ def warn_deprecated(what: str, instead: str, stacklevel: int = 2) -> None:
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator that accepts keyword arguments under their former names, with a deprecation warning.
+    """Decorator that accepts keyword arguments under their former names and issues a deprecation warning.
 
     Args:
         names: The current names, keyed by former name.
@@ -78,13 +78,13 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
 
 
 def stored_path(module: str) -> str:
-    """Returns the path under which stored sweeps record a module; it stays the same when the module is moved."""
+    """Returns the module path recorded in stored sweeps, which does not change when the module is moved."""
     package, _, name = module.partition(".")
     return f"{package}.{STORED[name]}" if package == PACKAGE and name in STORED else module
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finder and loader for deprecated module paths, which also registers the composites with Zennit."""
+    """Meta path finder and loader for deprecated module paths. It also registers the composites with Zennit."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -100,7 +100,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fills the deprecated module with the names of its replacement."""
+        """Populates the deprecated module with the attributes of its replacement."""
         path = f"{PACKAGE}.{MOVED[module.__name__.partition('.')[2]]}"
         warn_deprecated(f"the module {module.__name__}", path)
         replacement = importlib.import_module(path)
@@ -139,7 +139,7 @@ def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> impo
 
 
 class _Package(types.ModuleType):
-    """Module type of this package, which keeps deprecated modules from shadowing functions such as ``coverage``."""
+    """Module type of this package, which prevents deprecated modules from shadowing functions such as ``coverage``."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, types.ModuleType) and name in MOVED):

@@ -1,4 +1,4 @@
-"""LRP rules that Zennit does not provide."""
+"""LRP rules that are not part of Zennit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zennit.types import ConvolutionTranspose
 
 
 class Absolute(BasicHook):
-    r"""Rule that distributes relevance in proportion to the absolute contributions.
+    r"""Rule that distributes relevance in proportion to the absolute value of each contribution.
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
@@ -25,8 +25,7 @@ class Absolute(BasicHook):
     Args:
         stabilizer: Value added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of additional parameters to set to zero, as in Zennit's rules.
-        floor: Value added to the absolute value of every input, as a multiple of the mean absolute value of the inputs
-            of the sample.
+        floor: Value added to the absolute value of every input, relative to the mean absolute input of the sample.
 
     Examples:
         >>> from zennit.composites import LayerMapComposite
@@ -72,7 +71,7 @@ class ConservingEpsilon(BasicHook):
         epsilon: The parameter ε; 0 gives LRP-0 without bias.
         stabilizer: Value added to the denominator, or a callable, as in Zennit's rules.
         zero_params: Names of additional parameters to set to zero, as in Zennit's rules.
-        floor: Lower bound on :math:`|a_i|`, as a multiple of its mean over the sample.
+        floor: Lower bound on :math:`|a_i|`, relative to its mean over the sample.
 
     Raises:
         ValueError: If ``epsilon`` is negative.
@@ -115,7 +114,7 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Rule that multiplies contributions by one factor per layer instead of dividing by one denominator per neuron.
+    r"""Rule that scales contributions by one factor per layer, where other rules divide by one denominator per neuron.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
@@ -150,12 +149,12 @@ class Relative(BasicHook):
         )
 
     def copy(self) -> Relative:
-        """Returns a copy of the rule."""
+        """Returns a new instance of the rule; it has no parameters."""
         return type(self)()
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Returns the largest absolute value in each sample, ``(N, 1, …)``, clamped to a positive minimum."""
+    """Returns the maximum absolute value of each sample, ``(N, 1, …)``, clamped to a positive minimum."""
     dims = tuple(range(1, values.ndim)) or (0,)
     return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -177,7 +176,7 @@ def _kept(parameter: Tensor, name: str) -> Tensor:
 
 
 class EvenMod(ParamMod):
-    """Parameter modifier that replaces all weights of an output channel with their mean absolute value.
+    """Parameter modifier that sets all weights of an output channel to their mean absolute value.
 
     Args:
         zero_params: Names of parameters to set to zero.
@@ -194,7 +193,7 @@ class EvenMod(ParamMod):
 
 
 def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
-    """Returns a modifier for weights with output channels in dimension ``outputs``."""
+    """Returns a modifier function for weights whose dimension ``outputs`` indexes the output channels."""
 
     def even(parameter: Tensor, name: str) -> Tensor:
         others = [dim for dim in range(parameter.ndim) if dim != outputs]
@@ -222,7 +221,7 @@ def mean_sizes(weight: Tensor) -> Tensor:
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns the positive lower bound on input magnitudes for each sample, ``(N, 1, …)``."""
+    """Returns a positive lower bound on the absolute inputs of each sample, ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares

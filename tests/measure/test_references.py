@@ -304,7 +304,7 @@ def test_forms_of_a_reference():
         mu = RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": same})
         assert torch.equal(mu.marginal("tanh"), expected.marginal("tanh"))
     for other in (~mask, mask[:, :3], mask.long(), None):
-        with pytest.raises(DifferenceError, match="another value for 'mask' than the inputs"):
+        with pytest.raises(DifferenceError, match="a different value for 'mask' than the inputs"):
             RelevanceMeasure(Two(), masked, 1, reference={"b": X0, "a": X0, "mask": other})
     for given, message in (({"a": X0}, "no value for the input 'b'"), ({"a": X0, "b": X0, "c": X0}, "value for 'c'")):
         with pytest.raises(DifferenceError, match=message):
@@ -453,8 +453,8 @@ class Branches(nn.Module):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h.tanh(), "other operations"),
-        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h, "other operations"),
+        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h.tanh(), "different operations"),
+        (lambda h: h.relu() if float(h.detach().sum()) > 0 else h, "different operations"),
         (lambda h: h * (h > 0), "a mask"),
         (lambda h: torch.where(h > 0, h, 0.0), "a mask"),
         (lambda h: h[:, h.detach()[0].argsort()[:2]], "indices"),

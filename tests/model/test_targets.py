@@ -40,16 +40,16 @@ FORMS = "Give an int, a tuple of ints for an output of several dimensions, or a 
     ("float array", np.ones(2), TargetError, "float64", "is an index", FORMS),
     ("words in an array", np.array(["cat", "dog"]), TargetError, "target has dtype", FORMS),
     ("no values", torch.tensor([1, 2], device="meta"), TargetError, "meta", FORMS),
-    ("words", ["cat", "dog"], TargetError, "target 'cat'", "not made of integers", FORMS),
-    ("nones", [None, 1], TargetError, "target None", "not made of integers", FORMS),
-    ("bools in a list", [True, False], TargetError, "target True", "not made of integers", FORMS),
+    ("words", ["cat", "dog"], TargetError, "target 'cat'", "does not consist of integers", FORMS),
+    ("nones", [None, 1], TargetError, "target None", "does not consist of integers", FORMS),
+    ("bools in a list", [True, False], TargetError, "target True", "does not consist of integers", FORMS),
     ("too many", [1, 2, 3], TargetError, "3 entries for 2 samples", "one for all or one for each"),
     ("too few", [], TargetError, "0 entries for 2 samples", "one for all or one for each"),
     ("tuple", (1, 2), TargetError, "target (1, 2) has 2 indices", "(2, 5)", "one int for all samples"),
     ("empty tuple", (), TargetError, "has 0 indices", "(2, 5)", "one int for all samples"),
     ("tuples", [(1, 2), (0, 1)], TargetError, "target (1, 2) has 2 indices", "(2, 5)"),
     ("two dimensions", torch.zeros(2, 2).long(), TargetError, "target (0, 0) has 2 indices", "(2, 5)"),
-    ("three dimensions", torch.zeros(2, 2, 2).long(), TargetError, "not made of integers", FORMS),
+    ("three dimensions", torch.zeros(2, 2, 2).long(), TargetError, "does not consist of integers", FORMS),
 )
 def test_an_invalid_target_raises(measured, case, error, words):
     with measured.raises(error, *words):

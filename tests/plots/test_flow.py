@@ -140,7 +140,7 @@ def test_nothing_overlaps_and_nothing_is_cut_off(counts, width):
     small = [Bbox.from_extents(box.x0 + 1, box.y0 + 1.5, box.x1 - 1, box.y1 - 1.5) for box in boxes]
     assert not [1 for one, other in itertools.combinations(small, 2) if one.overlaps(other)]
     images = [image.get_window_extent(renderer) for image in figure.axes[0].images]
-    assert len(images) == len([key for key in maps if key in {n.node.key for n in flow_scene(graph).nodes}]) + 1
+    assert len(images) == len(maps.keys() & {node.node.key for node in flow_scene(graph).nodes}) + 1
     inner = [Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1) for box in images]
     assert not [1 for one, other in itertools.combinations(inner, 2) if one.overlaps(other)]
     assert not [1 for one in small for other in inner if one.overlaps(other)]

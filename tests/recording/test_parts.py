@@ -257,7 +257,7 @@ def test_a_reference_on_another_path_raises_as_without_a_limit():
 
     x = torch.ones(1, 5, dtype=torch.float64)
     for limit in (None, 1):
-        with pytest.raises(DifferenceError, match="runs other operations"):
+        with pytest.raises(DifferenceError, match="runs different operations"):
             RelevanceMeasure(Branching().double(), x, 1, reference=-x, max_memory=limit)
 
 

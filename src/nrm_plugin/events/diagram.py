@@ -1,9 +1,9 @@
-"""Ordered decision diagrams for events.
+"""Ordered decision diagrams of events.
 
-The variables are ordered as a walk crosses their taps, from the output to the input; crossing a tap decides all atoms
-at this tap. A node represents the formula that remains to be decided. A pass propagates one relevance vector per live
-node at each tap. The largest number of live nodes is the width of the diagram; it can be 2 even if the disjunctive
-normal form of the formula has exponential size.
+The variables are ordered as a walk crosses their taps (hook points), from the output to the input. Crossing a tap
+decides all atoms at this tap, and a node represents the formula that remains to be decided. A pass propagates one
+relevance vector per live node at each tap. The largest number of live nodes is the width of the diagram. It can be 2
+even if the disjunctive normal form of the formula has exponential size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ FALSE, TRUE = 0, 1
 class Diagram:
     """Reduced ordered decision diagram with shared nodes and one root per event.
 
-    Variables are numbered in walk order, and ``levels[v]`` is the tap of variable ``v``. Nodes are numbered as well: 0
-    is false, and 1 is true.
+    Variables are numbered in walk order, and ``levels[v]`` is the index of the tap that decides variable ``v``. Node 0
+    is false, and node 1 is true.
     """
 
     levels: Sequence[int]
@@ -51,7 +51,7 @@ class Diagram:
         return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
-        """Returns the index of the first tap that affects a node; terminal nodes come after all taps."""
+        """Returns the index of the tap that decides a node; terminal nodes have the index after the last tap."""
         variable = self._nodes[node][0]
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
@@ -60,8 +60,8 @@ class Diagram:
 
         Args:
             node: The node before the crossing.
-            level: Index of the tap that was crossed. Atoms of higher taps that were not crossed count as false.
-            answers: Bit set of the true variables.
+            level: Index of the tap that was crossed. Undecided atoms of higher taps count as false.
+            answers: Bit mask of the variables that are true.
         """
         while node > TRUE and self.level(node) <= level:
             variable, low, high = self._nodes[node]
@@ -69,11 +69,11 @@ class Diagram:
         return node
 
     def is_touched(self, node: int, level: int) -> bool:
-        """Returns whether crossing tap ``level`` can change the node."""
+        """Returns True if crossing tap ``level`` can change the node."""
         return node > TRUE and self.level(node) <= level
 
     def variables(self, node: int) -> set[int]:
-        """Returns the variables that a node still depends on."""
+        """Returns the variables that a node depends on."""
         variables: set[int] = set()
         stack = [node]
         seen = set()
@@ -88,7 +88,7 @@ class Diagram:
         return variables
 
     def width(self, roots: Sequence[int]) -> int:
-        """Returns the maximum number of undecided nodes live at any one tap, over all roots."""
+        """Returns the maximum number of undecided nodes at any one tap, over all roots."""
         alive: dict[int, set[int]] = {}
         for root in roots:
             stack, seen = [root], set()

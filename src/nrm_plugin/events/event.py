@@ -22,7 +22,8 @@ SIDES: tuple[Side, ...] = ("input", "output", "sink")
 class Event:
     """Set of walks. Events are combined with ``&``, ``|``, ``~`` and ``-``.
 
-    Events satisfy the laws ``mu(a | b) + mu(a & b) == mu(a) + mu(b)``, ``mu(a) + mu(~a) == 1``, ``a - b == a & ~b``.
+    For events ``a`` and ``b`` and a measure ``mu``, ``mu(a | b) + mu(a & b) == mu(a) + mu(b)`` and ``mu(a) + mu(~a) ==
+    1``. The difference ``a - b`` is ``a & ~b``.
 
     Examples:
         >>> either = at("conv")[3] | at("conv")[5]
@@ -75,7 +76,7 @@ class Event:
         raise NotImplementedError
 
     def mapped(self, replace: Callable[[Event], Event]) -> Event:
-        """Returns the event with every atom replaced with ``replace(atom)``.
+        """Returns the event in which every atom is replaced by ``replace(atom)``.
 
         Examples:
             >>> (at("conv")[3] & ~at("fc")).mapped(lambda atom: atom | at("skip"))
@@ -144,7 +145,7 @@ class Any_(Event):  # noqa: N801  (`Any` is taken by typing)
 
 @dataclass(frozen=True, repr=False)
 class Not(Event):
-    """Complement of an event (``~``), including the walks that bypass its taps or are absorbed above them."""
+    """Complement of an event (``~``), including walks that bypass the taps of the event or are absorbed above them."""
 
     part: Event
 
@@ -163,7 +164,7 @@ class Not(Event):
 
 @dataclass(frozen=True, repr=False)
 class Absorbed(Event):
-    """Walks absorbed in any step, by the residual or by constants."""
+    """Walks that are absorbed in any step, in the residual of its rule or in constants."""
 
     def atoms(self) -> Iterator[Atom | Absorbed | Attended]:
         yield self
@@ -185,11 +186,11 @@ def _name(layer: str | nn.Module) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Atom(Event):
-    """Walks that cross a tap in one of the indexed neurons, or in any neuron if no index is given.
+    """Walks that cross a tap (hook point) at one of the indexed neurons, or at any neuron if no index is given.
 
-    Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor that the module returned. With
+    Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor returned by the module. With
     ``side="input"``, it is the input of the module, and only walks through this call are selected, not those through
-    other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed in this step at the indexed
+    other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed in the module at the indexed
     output neurons.
     """
 
@@ -207,16 +208,16 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """Selects channels: dimension 1 of ``(N, C, …)``, or the last dimension of token sequences."""
+        """Selects channels: dimension 1 of ``(N, C, …)``, or the last dimension for token sequences."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 
     def head(self, index: Any) -> Attended:
-        """Returns the event that a walk passes through one of the given attention heads of this layer."""
+        """Returns the event that a walk passes through any of the given attention heads of this layer."""
         return Attended(self).head(index)
 
     def token(self, index: Any) -> Attended:
-        """Returns the event that a walk crosses the attention output of this layer at one of the given tokens."""
+        """Returns the event that a walk crosses the attention output of this layer at any of the given tokens."""
         return Attended(self).token(index)
 
     def pair(self, query: Any, key: Any) -> Attended:
@@ -239,7 +240,7 @@ class Atom(Event):
 
 @dataclass(frozen=True, repr=False)
 class Attended(Event):
-    """Walks through the attention of a layer, restricted to given heads, query tokens and key tokens.
+    """Walks that pass through the attention of a layer, restricted to given heads, query tokens and key tokens.
 
     These events are created by ``at(layer).head(…)``, ``.token(…)`` and ``.pair(…)``, which can be chained. The layer
     is a module that computes attention exactly once, by a fused function or by matrix products and a softmax, or the
@@ -263,11 +264,11 @@ class Attended(Event):
         return replace(self, heads=self._chosen("head", self.heads, index))
 
     def token(self, index: Any) -> Attended:
-        """Restricts the event to query tokens."""
+        """Restricts the event to the given query tokens."""
         return replace(self, queries=self._chosen("token", self.queries, index))
 
     def pair(self, query: Any, key: Any) -> Attended:
-        """Restricts the event to query tokens and key tokens."""
+        """Restricts the event to attention from the given query tokens to the given key tokens."""
         return replace(self.token(query), keys=self._chosen("pair", self.keys, key))
 
     def _chosen(self, what: str, known: Index | None, value: Any) -> Index:

@@ -1,4 +1,4 @@
-"""Neuron indices, as in ``at(layer)[…]``: validation, equality and formatting."""
+"""Validation, comparison and formatting of neuron indices, as in ``at(layer)[…]``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Index:
-    """Neuron index, as in ``at(layer)[…]``. Two indices are equal if they contain the same numbers."""
+    """Neuron index, as in ``at(layer)[…]``. Indices are equal if they have the same form and the same numbers."""
 
     key: Hashable
     value: Any
@@ -32,7 +32,7 @@ class Index:
 
 
 def key_of(value: Any) -> Hashable:
-    """Returns a hashable key, the same for all indices with the same numbers."""
+    """Returns a hashable key of an index, equal for indices of the same form with the same numbers."""
     if isinstance(value, Tensor):
         return ("tensor", str(value.dtype), tuple(value.shape), value.numpy().tobytes())
     if isinstance(value, slice):
@@ -43,7 +43,7 @@ def key_of(value: Any) -> Hashable:
 
 
 def checked_index(atom: object, value: Any) -> Any:
-    """Converts an index to ints, slices, ellipses, integer or boolean tensors, and tuples of these.
+    """Validates an index and converts it to an int, slice, ellipsis, integer or boolean tensor, or a tuple of these.
 
     Raises:
         EventError: If the index is invalid.
@@ -117,7 +117,7 @@ def shown_in_call(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Formats an index as it is written inside brackets."""
+    """Formats an index as it is written in brackets, as in ``1:3``."""
     if isinstance(value, tuple):
         return ", ".join(show(item) for item in value)
     if isinstance(value, slice):

@@ -1,4 +1,4 @@
-"""Kernels for functions and operators such as ``a + b``, ``F.linear`` and attention, and interception of calls.
+"""Kernels of functions and operators such as ``a + b``, ``F.linear`` and attention, and the interception of calls.
 
 Imports: errors, model, rules, kernels.
 """

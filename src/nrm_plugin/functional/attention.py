@@ -1,4 +1,4 @@
-r"""Kernels for fused attention and softmax, and the head and token dimensions of attention products.
+r"""Kernels of fused attention and softmax, and the head and token dimensions of attention.
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
@@ -32,12 +32,12 @@ FUSED = "scaled_dot_product_attention"
 
 @kernel_of(FUSED)
 def fused_attention(call: FunctionCall) -> Kernel:
-    r"""Returns a kernel that propagates all relevance to the values, in proportion to their absolute contributions.
+    r"""Returns the kernel that propagates all relevance to the values, in proportion to their absolute contributions.
 
     .. math:: T_{ik,jk} = \frac{A_{ij} |V_{jk}|}{\sum_{j'} A_{ij'} |V_{j'k}|}
 
-    The weights are computed by the function itself, which returns ``A`` when the values are the identity matrix. Masks,
-    causality and grouped queries are therefore handled as in torch.
+    The weights ``A`` are obtained by calling the function with the identity matrix as the values. Masks, causality and
+    grouped queries are therefore handled as in torch.
     """
     slot = call.argument(2, "value")
     if call.argument(4, "dropout_p", 0.0):
@@ -73,7 +73,7 @@ def decomposed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Computes ``scaled_dot_product_attention`` by elementary operations, which all have kernels."""
+    """Computes ``scaled_dot_product_attention`` from elementary operations, all of which have kernels."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -94,7 +94,7 @@ def decomposed_attention(
 
 @kernel_of("softmax")
 def softmax(call: FunctionCall) -> Kernel:
-    """Returns the softmax kernel: the elementwise identity or, for ``attention="halves"``, the AttnLRP rule."""
+    """Returns the kernel of softmax: the elementwise identity or, for ``attention="halves"``, the AttnLRP rule."""
     if call.settings.attention != "halves":
         return call.identity()
     dim = call.argument(1, "dim")
@@ -104,13 +104,13 @@ def softmax(call: FunctionCall) -> Kernel:
 
 
 class SoftmaxKernel(Kernel):
-    r"""Kernel for softmax from its first-order Taylor expansion, whose constant term is treated as a bias.
+    r"""Kernel of softmax by first-order Taylor expansion, whose constant term is treated as a bias.
 
     .. math:: R_i = x_i \Bigl(R_i - s_i \sum_j R_j\Bigr)
 
     Args:
-        source: Scores ``x``. Masked scores (minus infinity) receive no relevance.
-        output: Output ``s``.
+        source: The scores ``x``. Masked scores (minus infinity) receive no relevance.
+        output: The output ``s`` of softmax.
         dim: Dimension along which ``s`` sums to one.
 
     Source: AttnLRP, arXiv 2402.05602, proposition 3.1.
@@ -129,7 +129,7 @@ class SoftmaxKernel(Kernel):
 
 
 def is_decomposed(attention: str, value: Any) -> bool:
-    """Returns whether fused attention is decomposed, so that its weights can receive relevance."""
+    """Returns True if fused attention must be decomposed, so that its weights can receive relevance."""
     return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
 
 
@@ -138,11 +138,11 @@ def is_decomposed(attention: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of a product of attention weights and values: the dimensions of its heads and tokens.
+    """Head and token dimensions of a product of attention weights and values.
 
     Attributes:
-        shared: Output dimensions that weights and values share, from left to right, as negative indices: samples first,
-            heads last. A single dimension can be either of the two.
+        shared: Output dimensions shared by weights and values, from left to right, as negative indices: samples first,
+            heads last. A single dimension may be either of the two.
         queries: Dimension of the query tokens in the output.
         keys: For each input that receives relevance, the index of the input and its key-token dimension.
     """
@@ -153,7 +153,7 @@ class Layout:
 
 
 def layout(call: FunctionCall, output: Tensor) -> Layout | None:
-    """Returns the layout of fused attention or of a product with a gate, or None for other calls."""
+    """Returns the layout of fused attention or of a product with a gate, and None for other calls."""
     if call.name == FUSED:
         value = call.argument(2, "value")
         if not isinstance(value, Slot) or output.ndim < 2:
@@ -193,7 +193,7 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
     """Returns the subscripts of the two operands and the output of an ``einsum``, with Greek letters for ellipses.
 
-    The result is None if the output is implicit, or if there are not exactly two operands.
+    The result is None if the output subscripts are implicit, or if there are not exactly two operands.
     """
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:

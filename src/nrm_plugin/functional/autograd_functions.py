@@ -1,4 +1,4 @@
-"""Detection of a model's ``autograd.Function`` classes in the autograd graph, since no mode observes their calls.
+"""Steps for the ``autograd.Function`` classes of a model. No mode observes their calls; they are found in the graph.
 
 An elementwise function propagates relevance like an activation, through a step attached to its autograd node. It must
 pass two tests: its Jacobian, computed by its ``backward`` at the values of the pass, is diagonal, and no output element
@@ -32,12 +32,12 @@ PROBES = 8
 """Number of probe vectors passed to the ``backward`` of a function."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Packages whose functions already are steps, or whose ``backward`` must not be probed (checkpoints)."""
+"""Packages whose functions already are steps, or whose ``backward`` must not be probed, as for checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
 class CustomCall:
-    """Call to ``Function.apply``.
+    """Call of ``Function.apply``.
 
     Attributes:
         function: The function class.
@@ -48,19 +48,19 @@ class CustomCall:
     args: tuple[Any, ...]
 
     def run(self, source: Tensor, number: int) -> Any:
-        """Runs the function with argument ``number`` replaced with ``source``."""
+        """Runs the function with argument ``number`` replaced by ``source``."""
         args = [source if index == number else _own(value) for index, value in enumerate(self.args)]
         return self.function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _own(value: Any) -> Any:
-    """Clones tensors, since the function might write to them."""
+    """Returns a copy of a tensor, since the function may write to it, and any other argument unchanged."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @dataclass
 class CustomCalls:
-    """Calls to ``Function.apply`` in a forward pass.
+    """Calls of ``Function.apply`` in a forward pass.
 
     Attributes:
         calls: The calls, in order.
@@ -69,11 +69,15 @@ class CustomCalls:
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the ``autograd.Function``, if any, that calls a torch function.
+        """Records the call of ``Function.apply``, if any, inside which a torch function is called.
+
+        Args:
+            function: The torch function.
+            args: Its positional arguments.
 
         Raises:
-            UnsupportedOperationError: If the function writes to a view of a computed tensor, which has no autograd node
-                of its own.
+            UnsupportedOperationError: If the torch function writes to a view of a computed tensor, for which autograd
+                has no separate node.
         """
         frame = _frame_of_apply(sys._getframe(1))
         if frame is None or str(frame.f_locals["cls"].__module__).startswith(_HOSTS):
@@ -89,7 +93,7 @@ class CustomCalls:
             )
 
     def of(self, node: Any) -> list[CustomCall]:
-        """Returns the calls that could have created a node: calls with the same class and inputs."""
+        """Returns the calls that may have created an autograd node: those with the same class and inputs."""
         below = {id(edge[0]) for edge in node.next_functions if edge[0] is not None}
         same = [call for call in self.calls if call.function is type(node)._forward_cls]
         return [call for call in same if {id(item.grad_fn) for item in _tensors(call.args)} & below]
@@ -114,11 +118,11 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
 
 
 def attach_steps(output: Any, calls: CustomCalls) -> None:
-    """Attaches a step to every custom function between the inputs and the output of a model.
+    """Attaches a step to every ``autograd.Function`` of the user between the inputs and the output of a model.
 
     Args:
         output: Return value of the model.
-        calls: Calls recorded in the forward pass.
+        calls: The calls recorded in the forward pass.
     """
     for node, numbers in _custom_nodes(output).items():
         with not_recorded(), torch.no_grad():
@@ -129,7 +133,7 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 
 
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
-    """Returns the nodes of custom functions below an output, with the indices of their used outputs."""
+    """Returns the nodes of user functions below an output, and for each the indices of the outputs in use."""
     nodes: dict[Any, set[int]] = {}
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(output)]
     visited: set[Any] = set()
@@ -161,7 +165,7 @@ def _is_of_host(node: Any) -> bool:
 
 
 def _attach(node: Any, kernel: Kernel) -> None:
-    """Attaches a step to a node, so that the backward pass replaces its gradient with the propagated relevance."""
+    """Attaches a step to a node, whose backward pass then returns propagated relevance in place of the gradient."""
     output = _like(node, 0)
     step = FunctionStep(type(node)._forward_cls.__name__, output, lambda: kernel, Normalization("sink"), "elementwise")
     step.unsupported_call = node.name() if isinstance(kernel, UnknownKernel) else None
@@ -176,7 +180,7 @@ def _attach(node: Any, kernel: Kernel) -> None:
 
 
 def _reject(node: Any) -> None:
-    """Registers a hook that raises an error if relevance reaches a function with several outputs."""
+    """Registers a hook that raises an error if relevance reaches a function of several outputs."""
     error = _error(node, "returns several tensors that are used, or one other than the first")
 
     def check(below: tuple[Any, ...], above: tuple[Any, ...]) -> None:
@@ -187,7 +191,7 @@ def _reject(node: Any) -> None:
 
 
 def _like(node: Any, number: int) -> Tensor:
-    """Returns a tensor that has the shape of a node's output and takes no memory."""
+    """Returns an expanded scalar with the shape, dtype and device of an output of a node."""
     seen = node._input_metadata[number]
     return torch.empty((), dtype=seen.dtype, device=seen.device).expand(seen.shape)
 
@@ -221,7 +225,7 @@ def _shape_below(node: Any, number: int) -> torch.Size:
 
 
 def _carries(node: Any) -> bool:
-    """Returns whether a tensor with this node can receive relevance, unlike tensors computed before the pass."""
+    """Returns True if the output of a node can receive relevance, unlike tensors computed before the pass."""
     if node is None or RUNNING.first_node is None:
         return node is not None
     return not hasattr(node, "variable") and node._sequence_nr() >= RUNNING.first_node
@@ -235,7 +239,7 @@ def _signature_fault(node: Any, shapes: list[torch.Size], live: list[int]) -> st
 
 
 def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
-    """Describes why a function of one tensor is not elementwise, or returns an empty string if it is."""
+    """Describes why a function of one tensor is not elementwise. Returns an empty string if it is."""
     try:
         slope = _slope(node, live)
     except (NotImplementedError, AssertionError) as error:  # the function has no usable backward
@@ -250,7 +254,7 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the Jacobian's diagonal by a function's ``backward``, or returns None if the Jacobian is not diagonal.
+    """Computes the diagonal of a function's Jacobian from its ``backward``, or returns None if it is not diagonal.
 
     The probes are signed powers of two, so that products with a diagonal matrix have no rounding errors.
     """
@@ -273,7 +277,7 @@ def _slope(node: Any, live: int) -> Tensor | None:
 
 
 def _at_edge(node: Any, products: Any, live: int) -> Tensor | None:
-    """Selects the gradient of input edge ``live`` from the results of ``backward``."""
+    """Selects the gradient of the input with index ``live`` from the return value of ``backward``."""
     parts = products if isinstance(products, tuple) else (products,)
     needed = [part for part, is_needed in zip(parts, node.needs_input_grad, strict=False) if is_needed]
     rank = sum(edge[0] is not None for edge in node.next_functions[:live])

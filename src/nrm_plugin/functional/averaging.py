@@ -1,4 +1,4 @@
-"""Kernels for averages, sums and interpolation, based on the composite's rule for average pooling.
+"""Kernels of averages, sums and interpolation, by the composite's rule for average pooling.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -31,9 +31,9 @@ _BICUBIC_GRID = (
 
 @kernel_of(*POOLS)
 def pooling(call: FunctionCall) -> Kernel:
-    """Returns the kernel of the rule for average pooling.
+    """Returns the kernel of the composite's rule for average pooling, applied to the averaged input.
 
-    Only the averaged input receives relevance; grid points, boxes and the like do not.
+    Other inputs, such as grid points and boxes, receive no relevance.
     """
     mode = str(call.argument(3, "mode", "nearest")) if call.name in ("interpolate", "upsample") else ""
     if mode.startswith("nearest"):
@@ -47,12 +47,12 @@ def pooling(call: FunctionCall) -> Kernel:
 
 
 def rule_of_averages(call: FunctionCall) -> Hook:
-    """Returns the composite's rule for average pooling, or :class:`~nrm_plugin.rules.Absolute` if there is none."""
+    """Returns the composite's rule for average pooling, or :class:`~nrm_plugin.rules.Absolute` if it has none."""
     return call.settings.rules.of_module(nn.AvgPool2d(1)) or Absolute()
 
 
 def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
-    r"""Returns the kernel for bicubic interpolation :math:`A X B^\top`, with :math:`|A|` and :math:`|B|` as weights."""
+    r"""Returns the kernel of bicubic interpolation :math:`A X B^\top`, with the weights :math:`|A|` and :math:`|B|`."""
     value = call.values[0]
     height, width = value.shape[-2:]
 
@@ -67,5 +67,5 @@ def _absolute_bicubic(call: FunctionCall, rule: Absolute) -> Kernel:
 
 
 def _is_sum_of_stack(call: FunctionCall) -> bool:
-    """Returns whether a call is ``torch.stack([a, b]).sum(dim)``, equivalent to ``a + b``."""
+    """Returns True if a call is ``torch.stack([a, b]).sum(dim)``, equivalent to ``a + b``."""
     return call.name == "sum" and "Stack" in str(getattr(call.inputs[0].producer, "name", lambda: "")())

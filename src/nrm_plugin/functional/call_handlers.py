@@ -1,4 +1,4 @@
-"""Handlers of intercepted calls, tried in order until one applies.
+"""Handlers of intercepted function calls, tried in order until one applies.
 
 A handler returns the result of the call, or ``NOT_HANDLED``.
 """
@@ -26,19 +26,19 @@ from .scatter import is_advanced_index, is_sparse_product, sum_of_messages, writ
 
 NOT_HANDLED: Final = object()
 OF_UNKNOWN_SHAPE = frozenset("unique unique_consecutive".split())
-"""Functions whose results have data-dependent shapes and are not tracked by autograd."""
+"""Functions whose results have a data-dependent shape and are not tracked by autograd."""
 FILLS = frozenset("new_zeros new_ones new_empty zeros_like ones_like empty_like rand_like randn_like".split())
-"""Functions that use only the shape and format of a tensor, not its values."""
+"""Functions that use only the shape, dtype and device of a tensor, not its values."""
 METADATA = frozenset("requires_grad detach backward register_hook retain_grad is_floating_point".split())
 
 
 @dataclass(frozen=True)
 class Handler:
-    """Handler of intercepted calls.
+    """Handler of one type of intercepted call.
 
     Attributes:
         name: Type of call.
-        reason: Why such calls are handled separately.
+        reason: Reason why such calls are handled separately.
         run: Function that returns the result of the call, or ``NOT_HANDLED``.
     """
 
@@ -48,7 +48,7 @@ class Handler:
 
 
 def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
-    """Returns the result of the first handler that applies to a call; the last one applies to every call."""
+    """Returns the result of a call from the first handler that applies. The last one applies to every call."""
     for handler in HANDLERS:
         result = handler.run(call, forward_pass)
         if result is not NOT_HANDLED:
@@ -60,7 +60,7 @@ def handle(call: ObservedCall, forward_pass: InterceptedPass) -> Any:
 
 
 def _leaves_the_graph(call: ObservedCall, result: Any) -> bool:
-    """Returns whether autograd does not track the result of a function of computed values."""
+    """Returns True if autograd does not track the result of a function of computed values."""
     items = result if isinstance(result, (list, tuple)) else (result,)
     if call.name.base in OF_UNKNOWN_SHAPE:
         return True

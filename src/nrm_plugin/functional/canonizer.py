@@ -1,4 +1,4 @@
-"""Canonizer that intercepts functions and assigns kernels to them."""
+"""Canonizer that intercepts function calls and turns them into steps."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from .unsupported import raise_on_arrival
 
 
 class Interception(Canonizer):
-    """Canonizer that intercepts the function calls of a model and applies the registered kernels.
+    """Canonizer that intercepts the function calls of a model and applies the registered kernels to them.
 
     :class:`~nrm_plugin.Normalized` applies it automatically. It can also be added to a plain Zennit composite, as in
     ``EpsilonPlusFlat(canonizers=[Interception()])``.
 
     Args:
-        composite: Composite that provides the rules for functions with an equivalent module, or None for the default
+        composite: Composite that provides the rules of functions with an equivalent module, or None for the default
             kernels.
-        normalization: Treatment of the residual of a kernel.
+        normalization: Treatment of the residual of a kernel. By default, the sink absorbs it.
         sums: How sums distribute relevance: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
-        uncovered: ``"gradient"`` uses the plain gradient for layers without a rule.
-        fuse: Function called with every new layer step; it can fuse the step with adjacent ones.
+        uncovered: ``"error"``, or ``"gradient"`` to propagate relevance by the gradient in layers without a rule.
+        fuse: Callback that receives each new layer step and its input, and may fuse the step with adjacent ones.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
-        audited: Whether all layers are steps as well; if so, an error is raised when relevance reaches any other
-            operation.
+        audited: Whether all layers are steps as well, so that relevance that reaches any other operation raises an
+            error.
 
     Examples:
         >>> Interception(sums="signed").sums
@@ -87,7 +87,7 @@ class Interception(Canonizer):
         return [instance]
 
     def register(self, root_module: nn.Module) -> None:
-        """Registers hooks that start and stop the interception and keep track of the running module."""
+        """Registers hooks that start and stop the interception and track the running module."""
         paths = {module: name for name, module in root_module.named_modules()}
         enter, leave = self._enter_hook(paths), self._leave_hook()
         start = self._start_hook(root_module)
@@ -98,7 +98,7 @@ class Interception(Canonizer):
         self._handles.append(root_module.register_forward_hook(self._stop_hook(), always_call=True))
 
     def remove(self) -> None:
-        """Removes the hooks and ends interrupted forward passes."""
+        """Removes the hooks and ends any interrupted forward pass."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

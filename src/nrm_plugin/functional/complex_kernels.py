@@ -1,9 +1,9 @@
-r"""Kernel for affine functions of real tensors that compute complex intermediate results, such as an FFT filter.
+r"""Kernels of affine functions of real tensors with complex intermediate results, such as an FFT filter.
 
 .. math:: y = M x + b, \qquad \text{for instance } M = \mathrm{Re}(F_s) \otimes \mathrm{Re}(F_h) - \dots
 
-The matrix is computed by applying the function to unit vectors. Dimensions such as samples and channels, along which
-the function acts identically at each position, are detected first and left out of the matrix.
+The matrix is computed by applying the function to unit vectors. Dimensions along which the function acts identically at
+each position, such as samples and channels, are detected first and left out of the matrix.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -24,12 +24,12 @@ from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 ENTRIES = 1 << 26
-"""Maximum number of matrix entries."""
+"""Maximum number of entries of the matrix."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Conversion of a tensor to ``(samples, positions, features)`` and back.
+    """Reshaping of a tensor to ``(samples, positions, features)`` and back.
 
     Attributes:
         shape: Shape of the tensor.
@@ -57,17 +57,17 @@ class Layout:
         return moved.reshape(len(tensor), samples, positions, self.features)
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        """Inverse of :meth:`fold`."""
+        """Inverts :meth:`fold`."""
         sizes = [self.shape[dim] for dim in self.order]
         inverse = [self.order.index(dim) + 1 for dim in range(len(self.order))]
         return tensor.reshape(len(tensor), *sizes).permute(0, *inverse)
 
 
 class FoldedKernel(Kernel):
-    """Kernel for a linear layer whose input concatenates the features of several tensors.
+    """Kernel of a linear layer whose input concatenates the features of several tensors.
 
     Args:
-        inner: Kernel for the layer, with a single input.
+        inner: Kernel of the layer, with a single input.
         inputs: Layout of each input.
         output: Layout of the output.
     """
@@ -95,7 +95,7 @@ class FoldedKernel(Kernel):
 
 
 def complex_kernel(call: FunctionCall) -> Kernel:
-    """Returns the kernel for a call whose result is jointly affine in its inputs."""
+    """Returns the kernel of a call whose result is jointly affine in its inputs."""
     with torch.no_grad():
         probe = _Probe(call)
         if not probe.is_affine():
@@ -126,14 +126,14 @@ def _layout(shape: torch.Size, first: list[int], pairs: list[tuple[int, int]]) -
 
 
 def _smallest(bias: Tensor) -> Tensor | None:
-    """Removes leading dimensions in which a bias is constant; returns None if the bias is zero."""
+    """Removes leading dimensions along which a bias is constant. Returns None if the bias is zero."""
     while bias.ndim > 1 and bool((bias == bias[:1]).all()):
         bias = bias[0]
     return bias if bool(bias.any()) else None
 
 
 class _Probe:
-    """Evaluates the function of a call at other inputs.
+    """Evaluations of the function of a call at other inputs.
 
     Args:
         call: The call whose function is evaluated.
@@ -155,7 +155,7 @@ class _Probe:
         return torch.randn(like.shape, generator=self._generator, dtype=torch.float64).to(like)
 
     def is_affine(self) -> bool:
-        """Tests superposition at the inputs of the call and at random inputs of the same magnitude."""
+        """Tests superposition at the inputs of the call and at random inputs of similar magnitude."""
         other = [self._random(value) * value.abs().mean().clamp(min=1e-6) for value in self.values]
         for first in (list(self.values), [self._random(value) for value in other]):
             both = self.linear([one - 2 * two for one, two in zip(first, other, strict=True)])
@@ -195,7 +195,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix ``(out, in)`` of the features from unit vectors, one per position in each evaluation."""
+        """Computes the matrix ``(out, in)`` of the features from unit vectors, one per position and evaluation."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))

@@ -1,7 +1,7 @@
-"""Complex tensors of a forward pass, represented as functions of the real tensors that they depend on.
+"""Complex tensors of a forward pass, represented as functions of the real tensors from which they are computed.
 
-Complex tensors are not taps: all functions between their real sources and the next real tensor form a single step,
-whose kernel is derived by evaluating the expression at other real tensors.
+Complex tensors are not taps (hook points): all functions between their real sources and the next real tensor form a
+single step, whose kernel is derived by evaluating the expression at other real tensors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .observed_call import ObservedCall
 
 @dataclass(frozen=True, eq=False)
 class RealSource:
-    """Real tensor that complex tensors depend on.
+    """Real tensor from which complex tensors are computed.
 
     Attributes:
         tensor: The tensor, with its autograd graph.
-        saved: Values of the tensor.
-        version: Version counter of the tensor.
+        saved: The values of the tensor.
+        version: The version counter at which the values were saved.
     """
 
     tensor: Tensor
@@ -33,7 +33,7 @@ class RealSource:
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether the tensor was modified in place, so that its autograd graph belongs to later values."""
+        """True if the tensor was modified in place, so that its autograd graph belongs to later values."""
         return self.tensor._version != self.version
 
 
@@ -45,8 +45,8 @@ class Expression:
         name: Name of the first function that returned a complex tensor.
         function: The called function.
         args: Positional arguments, with sources and expressions in place of tensors that depend on the model inputs.
-        kwargs: Keyword arguments, likewise.
-        sources: Unique real sources of all arguments.
+        kwargs: Keyword arguments, in the same form.
+        sources: Distinct real sources of all arguments.
         item: Index of the result among several outputs, or None for a single output.
         writes: Whether the function writes to its first argument, which is then the result.
     """
@@ -60,7 +60,7 @@ class Expression:
     writes: bool = False
 
     def on(self, values: Sequence[Tensor]) -> Any:
-        """Evaluates the expression at other values of its sources."""
+        """Evaluates the expression with other values for its sources."""
         return self._value(dict(zip(map(id, self.sources), values, strict=True)))
 
     def _value(self, known: dict[int, Any]) -> Any:
@@ -82,11 +82,11 @@ class ComplexTensors:
     _sources: dict[int, RealSource] = field(default_factory=dict)  # by identity of the tensor
 
     def are_among(self, arguments: Iterable[Any]) -> bool:
-        """Returns whether any of the arguments is a complex tensor of this pass."""
+        """Returns True if any of the arguments is a complex tensor of this pass."""
         return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
 
     def expression(self, call: ObservedCall) -> Expression:
-        """Returns the expression for the result of a call that has not run yet."""
+        """Returns the expression of the result of a call, before the call runs."""
         written = call.overwritten
         args = tuple(self._template(value) for value in call.args)
         if written is not None and args[0] is written:  # a constant before this call
@@ -101,7 +101,7 @@ class ComplexTensors:
         return Expression(name, call.function, args, kwargs, tuple(sources.values()), writes=writes)
 
     def remember(self, tensor: Tensor, expression: Expression) -> Tensor:
-        """Stores the expression of a tensor if it is complex, and returns the tensor."""
+        """Stores the expression of a tensor if the tensor is complex, and returns the tensor."""
         if tensor.is_complex() and tensor.grad_fn is not None:
             self._expressions[tensor.grad_fn] = expression
         return tensor
@@ -154,7 +154,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def map_items(output: Any, change: Callable[[Any], Any]) -> Any:
-    """Applies a function to the output of a call, or to each of several outputs."""
+    """Applies a function to the result of a call, or to each item of a tuple or list."""
     return type(output)([change(item) for item in output]) if isinstance(output, (list, tuple)) else change(output)
 
 

@@ -1,4 +1,4 @@
-"""Python decompositions of functions into functions with kernels."""
+"""Decompositions of functions into functions that have kernels."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor
 def _mean_of_variance(
     input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any
 ) -> Tensor:
-    """Computes the mean over the dimensions of a variance."""
+    """Computes the mean, with the arguments of a variance."""
     return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
 
@@ -173,7 +173,7 @@ def _embedding(
     *options: Any,
     **more: Any,
 ) -> Any:
-    """Looks up the rows of a computed table."""
+    """Looks up rows of a table that the model computes."""
     return NotImplemented if input.is_floating_point() or max_norm is not None else weight[input]
 
 
@@ -191,7 +191,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    """Looks up and sums rows of a table whose entries, or the weights of the rows, are computed."""
+    """Looks up and sums rows of a table, if the table or the weights of the rows are computed by the model."""
     if input.is_floating_point() or offsets is not None or mode == "max":  # torch.embedding_bag has the table first
         return NotImplemented
     rows = functional.embedding(input, weight)
@@ -203,14 +203,14 @@ def _embedding_bag(
 
 
 def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> bool:
-    """Returns whether a functional layer has a bias, and its weight or bias is computed by the model."""
+    """Returns True if a functional layer has a bias and the model computes its weight or its bias."""
     return bias is not None and (weight.requires_grad or bias.requires_grad)
 
 
 def product_and_bias(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor, *args: Any, **options: Any
 ) -> Tensor:
-    """Computes a layer as a product without bias plus the bias, each with its own kernel."""
+    """Computes a layer as a product plus a bias, so that each has its own kernel."""
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 
@@ -218,7 +218,7 @@ def product_and_bias(
 
 
 def python_body(function: Any) -> Callable[..., Any] | None:
-    """Returns the Python body of a torch function without its ``__torch_function__`` dispatch, or None."""
+    """Returns a copy of a torch function written in Python, without ``__torch_function__`` dispatch, or None."""
     code = getattr(function, "__code__", None)
     checks = [word for word in code.co_names if word.startswith("has_torch_function")] if code is not None else []
     if code is None or not checks:

@@ -1,4 +1,4 @@
-"""Steps that explain a difference: each function call is paired with the same call at the reference.
+"""Steps that explain a difference. Each function call is paired with the same call on the reference.
 
 Source: docs/differences.md.
 """
@@ -33,13 +33,13 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 def reference_pass() -> ReferencePass | None:
-    """Returns the forward pass at the reference, or None if no difference is explained."""
+    """Returns the forward pass on the reference, or None if no difference is explained."""
     reference: ReferencePass | None = RUNNING.reference
     return reference
 
 
 def check_constants(reference: ReferencePass, observed: ObservedCall) -> None:
-    """Raises :class:`DifferenceError` unless the constants of a call match those at the reference."""
+    """Raises :class:`DifferenceError` unless the constants of a call equal those on the reference."""
     constants: Any = [observed.slots, observed.keyword_slots]
     if observed.name.base == "where" and len(observed.slots) == 3:
         constants = _used_by_where(*observed.slots)
@@ -52,7 +52,7 @@ _OVERWRITERS = frozenset(["copy", "setitem", "index_put"])
 
 
 def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
-    """Returns the arguments of ``torch.where``, with unselected entries set to zero."""
+    """Returns the arguments of ``torch.where``, with zeros in place of the elements that are not selected."""
     if not (isinstance(condition, Tensor) and condition.dtype == torch.bool):  # called as a method
         condition, first = first, condition
     kept = [condition]
@@ -64,10 +64,10 @@ def _used_by_where(condition: Any, first: Any, second: Any) -> list[Any]:
 
 
 def check_route(reference: ReferencePass, observed: ObservedCall, output: Any) -> None:
-    """Raises :class:`DifferenceError` unless a route copies the same entries as at the reference.
+    """Raises :class:`DifferenceError` unless a route copies the same elements as on the reference.
 
-    Constant indices are compared before the call runs. Here, the indices computed by the call itself, such as a sort
-    order, are compared.
+    Constant indices are compared before the call. Here, the indices computed by the call itself, such as a sort order,
+    are compared.
     """
     items = output if isinstance(output, (list, tuple)) else (output,)
     nodes: set[Any] = {item.grad_fn for item in items if isinstance(item, Tensor)}
@@ -85,14 +85,14 @@ _BY_VALUE = frozenset(
     "maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d fractionalmaxpool2d "
     "fractionalmaxpool3d".split()
 )
-"""Routes whose indices depend on input values."""
+"""Routes whose indices depend on the values of their input."""
 
 
 def _indices(node: Any, observed: ObservedCall) -> Tensor:
     indices = getattr(node, "_saved_indices", None)
     if not isinstance(indices, Tensor):
         raise UnsupportedOperationError(
-            f"{observed.name.base!r} in {observed.path or 'the model'!r} copies entries that depend on their values, "
+            f"{observed.name.base!r} in {observed.path or 'the model'!r} copies elements that depend on their values, "
             "and has no kernel of differences. Use amax, max(dim), topk or sort, or explain the output without "
             "reference=."
         )
@@ -100,7 +100,7 @@ def _indices(node: Any, observed: ObservedCall) -> Tensor:
 
 
 def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, reference: ReferencePass) -> Any:
-    """Runs a function as a step with its kernel on differences.
+    """Runs a function as a step with its kernel for differences.
 
     Returns:
         The result of the function, or ``NO_KERNEL``.
@@ -129,7 +129,7 @@ def difference_step(observed: ObservedCall, forward_pass: InterceptedPass, refer
 
 
 def _factory_of(observed: ObservedCall) -> SecantFactory | None:
-    """Returns the factory for a function's kernel on differences; kernels registered by the user take precedence."""
+    """Returns the factory of a function's kernel for differences. Kernels registered by the user take precedence."""
     try:
         own = KERNELS_BY_FUNCTION.get(observed.function)
     except TypeError:  # not hashable

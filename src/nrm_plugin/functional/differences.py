@@ -1,10 +1,10 @@
-r"""Function calls at an input and a reference, and the registry of kernels on differences.
+r"""Function calls on an input and on a reference, and the registry of kernels for differences.
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
 Relevance is the product of multiplier and difference. Where the difference is zero, the masses of the walks through the
 neuron cancel, but the multiplier is still needed. Every kernel therefore replaces zero differences with the same tiny
-number, so that the relevance is smaller than any rounding error, and the next kernel can recover the multiplier by
+number. The resulting relevance is smaller than any rounding error, and the next kernel can recover the multiplier by
 dividing by this number.
 
 Source: docs/differences.md.
@@ -28,13 +28,13 @@ from .function_call import FunctionCall
 
 @dataclass(frozen=True)
 class DifferenceCall:
-    """Function call at an input and at a reference.
+    """Function call on an input, paired with the same call on a reference.
 
     Attributes:
-        call: The call at the input.
+        call: The call on the input.
         output: Output of the call.
-        references: Inputs and output of the same call at the reference.
-        passes: The forward pass at the reference.
+        references: Inputs and output of the call on the reference.
+        passes: The forward pass on the reference.
         has_rules: Whether layer rules are applied to differences, and can thus assign relevance to zero differences.
     """
 
@@ -46,28 +46,28 @@ class DifferenceCall:
 
     @property
     def is_tangent(self) -> bool:
-        """Whether slopes are derivatives at the input (tangents) instead of secants."""
+        """True if slopes are derivatives at the input (tangents) instead of secants."""
         return self.passes.is_tangent
 
     @property
     def is_exact(self) -> bool:
-        """Whether all secant columns sum to one, so that column sums need not be computed."""
+        """True if all secant columns sum to one, so that column sums need not be computed."""
         return not self.is_tangent and not self.has_rules
 
     @property
     def values(self) -> list[Tensor]:
-        """The inputs, in the working precision."""
+        """Inputs of the call, in the working precision."""
         return [_working(value) for value in self.call.values]
 
     @property
     def reference_values(self) -> list[Tensor]:
-        """The inputs at the reference, or at the input itself for tangents."""
+        """Inputs of the call on the reference or, for tangents, on the input itself."""
         values = [_working(saved.tensor) for saved in self.references[:-1]]
         return self.values if self.is_tangent else values
 
     @property
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """The outputs at the input and at the reference."""
+        """Outputs on the input and on the reference; for tangents, twice the former."""
         both = _working(self.output.tensor), _working(self.references[-1].tensor)
         return (both[0], both[0]) if self.is_tangent else both
 
@@ -83,17 +83,17 @@ class DifferenceCall:
 
     @property
     def before(self) -> list[Tensor]:
-        """Difference ``δ`` of each input, as a tensor."""
+        """Difference ``δ`` of each input."""
         return [difference.delta for difference in self.differences]
 
     @property
     def after(self) -> Tensor:
-        """Difference ``δ`` of the output, as a tensor."""
+        """Difference ``δ`` of the output."""
         return self.difference.delta
 
     @cached_property
     def divisor(self) -> Tensor:
-        """Divisor that converts relevance of the output to its multiplier.
+        """Divisor that converts the relevance of the output to its multiplier.
 
         Without rules, this is ``δ``. With rules, relevance can be nonzero where the difference is zero, for example if
         a rule adds a floor to the inputs of a layer. Such relevance has no multiplier; it is divided by infinity and
@@ -104,13 +104,13 @@ class DifferenceCall:
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Difference of each input."""
+        """Difference of each input, with the mask of its zeros."""
         pairs = zip(self.call.values, self.references[:-1], strict=True)
         return [self.passes.difference(value, saved.tensor) for value, saved in pairs]
 
     @cached_property
     def difference(self) -> Difference:
-        """Difference of the output."""
+        """Difference of the output, with the mask of its zeros."""
         return self.passes.difference(self.output.tensor, self.references[-1].tensor)
 
 
@@ -123,7 +123,7 @@ SECANTS: dict[str, SecantFactory] = {}
 
 
 def secant_of(*names: str) -> Callable[[SecantFactory], SecantFactory]:
-    """Registers the kernel on differences for the functions with the given names."""
+    """Decorator that registers the kernel for differences of the functions with the given names."""
 
     def decorate(factory: SecantFactory) -> SecantFactory:
         assert not SECANTS.keys() & set(names), "the module that is imported later would win"

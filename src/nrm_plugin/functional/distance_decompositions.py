@@ -1,4 +1,4 @@
-"""Decomposition of distances, similarities and norms into differences, products and vector norms.
+"""Decompositions of distances, similarities and norms into differences, products and vector norms.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -25,7 +25,7 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 
 
 def _at_least(x: Tensor, dim: int, eps: float) -> Tensor:
-    """Computes vector norms, clamped to at least ``eps``."""
+    """Computes vector norms along a dimension, clamped to at least ``eps``."""
     return _norm(x, dim=dim).clamp_min(eps)
 
 
@@ -75,7 +75,7 @@ def _matrix_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Computes a Frobenius, column-sum or row-sum norm; norms based on singular values have no kernel."""
+    """Computes a Frobenius, 1- or ∞-norm. Norms defined by singular values have no kernel."""
     if ord == "fro":
         return _norm(A, 2, dim, keepdim, dtype=dtype)
     if ord in ("nuc", 2, -2):

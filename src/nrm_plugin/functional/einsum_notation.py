@@ -24,12 +24,12 @@ class Einsum:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments in the form of an equation followed by operands."""
+        """The arguments as an equation followed by the operands."""
         return (f"{','.join(self.subscripts)}->{self.output}", *self.operands)
 
 
 def read_einsum(args: Sequence[Any], rank: Callable[[Any], int]) -> Einsum:
-    """Parses arguments in either form: an equation and operands, or alternating operands and lists of integers.
+    """Parses the arguments of ``torch.einsum``: an equation and operands, or operands alternating with integer lists.
 
     Args:
         args: Arguments of the call.

@@ -1,4 +1,4 @@
-"""Kernels for elementwise operations: activations, normalization layers and arithmetic.
+"""Kernels of elementwise operations: activations, normalization layers and arithmetic.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -19,7 +19,7 @@ from .function_kernels import HalvesKernel, SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
-"""Replacement for denominators of signed shares that are exactly zero."""
+"""Stabilizer of the denominator of signed shares."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "threshold": lambda: nn.Threshold(0.0, 0.0),
     "batch_norm": lambda: nn.BatchNorm2d(1),
 }
-"""Functions with an equivalent module; the module's rule applies to them."""
+"""Functions with an equivalent module, whose rule applies to them."""
 
 ELEMENTWISE = (
     "log_softmax softmin dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d "
@@ -61,22 +61,24 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Returns the kernel of the equivalent module's rule, or the identity if there is no rule."""
+    """Returns the kernel of the rule of the equivalent module, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 
 
 @kernel_of(*ELEMENTWISE, "div")
 def elementwise(call: FunctionCall) -> Kernel:
-    """Returns a kernel that passes all relevance to the same element of the first input."""
+    """Returns the kernel that passes all relevance to the same element of the first input."""
     return call.identity()
 
 
 @kernel_of("add", "sub", "rsub")
 def addition(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel for a sum, which splits relevance in proportion to absolute values. Constants are biases.
+    r"""Returns the kernel of a sum, which splits relevance in proportion to absolute values.
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
+
+    A constant summand is treated as a bias. With ``sums="signed"``, the shares are ``a / (a + b)``.
     """
     if len(call.inputs) == 1:
         return call.identity()
@@ -100,7 +102,7 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns the magnitude of a summand or, if the summand is itself a sum with no other use, of all its summands.
+    """Returns the absolute value of a summand or, if it is a sum with no other consumer, those of its summands, added.
 
     The shares of ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` are therefore the same.
     """
@@ -114,9 +116,9 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Returns the kernel for a product, which passes all relevance to the signal.
+    """Returns the kernel of a product, which passes all relevance to the signal and none to the gate.
 
-    If neither or both of the factors are gates, relevance passes to the larger tensor, or is split equally if both have
+    If neither or both of the factors are gates, all relevance passes to the larger tensor, or half to each if they have
     the same size.
     """
     if len(call.inputs) == 1:
@@ -129,7 +131,7 @@ def product(call: FunctionCall) -> Kernel:
 
 @kernel_of("maximum", "minimum")
 def extremum(call: FunctionCall) -> Kernel:
-    """Returns a kernel that passes relevance to the larger (or smaller) input, or half to each if they are equal."""
+    """Returns the kernel that passes relevance to the larger (or smaller) input, or half to each if they are equal."""
     if len(call.inputs) == 1:
         return call.identity()
     first, second = call.values
@@ -140,7 +142,7 @@ def extremum(call: FunctionCall) -> Kernel:
 
 @kernel_of("hypot")
 def hypotenuse(call: FunctionCall) -> Kernel:
-    """Returns a kernel that splits relevance in proportion to squares, :math:`T_a = a^2 / (a^2 + b^2)`."""
+    """Returns the kernel that splits relevance in proportion to squares, :math:`T_a = a^2 / (a^2 + b^2)`."""
     if len(call.inputs) == 1:
         return call.identity()
     squares = [value.square() for value in call.values]

@@ -1,4 +1,4 @@
-"""Function calls whose inputs receive relevance, and the construction of their kernels."""
+"""Function calls whose inputs receive relevance, and the construction of kernels for them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Settings:
     """Settings of function steps, shared by all forward passes of a model.
 
     Attributes:
-        rules: Lookup of the composite's rule for a module or weight.
+        rules: Lookup of the composite's rules by module or weight.
         normalization: Treatment of the residual of a kernel.
         sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
-        fuse: Function called with every new layer step; it can fuse the step with adjacent ones.
+        fuse: Callback that receives each new layer step and its input, and may fuse the step with adjacent ones.
         attention: ``"value"`` if attention weights receive no relevance, or ``"halves"`` if they receive half of it.
     """
 
@@ -42,13 +42,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Slot:
-    """Placeholder for an argument that receives relevance, with its index among these arguments."""
+    """Placeholder for an argument that receives relevance. ``number`` is its index among these arguments."""
 
     number: int
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces the slots in arguments, possibly nested, with tensors."""
+    """Replaces the slots in an argument, which may be nested, by tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -73,14 +73,14 @@ class CallInput:
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """Function call; its *inputs* are the tensor arguments that receive relevance.
+    """Function call. Its *inputs* are the tensor arguments that receive relevance.
 
     Attributes:
         name: Name shared by all variants of the function, such as ``"add"``.
         function: The called function.
         path: Path of the module that called the function.
-        args: Positional arguments, with slots in place of inputs.
-        kwargs: Keyword arguments, with slots in place of inputs.
+        args: Positional arguments, with a :class:`Slot` in place of each input.
+        kwargs: Keyword arguments, with a :class:`Slot` in place of each input.
         inputs: The inputs, in order.
         settings: Settings of all function steps.
     """
@@ -105,7 +105,7 @@ class FunctionCall:
 
     @property
     def gates(self) -> tuple[bool, ...]:
-        """Whether each input is a gate."""
+        """For each input, True if it is a gate."""
         return tuple(item.is_gate for item in self.inputs)
 
     def run(self, *values: Tensor) -> Any:
@@ -114,13 +114,13 @@ class FunctionCall:
         return self.function(*(fill(value, values) for value in self.args), **keywords)
 
     def argument(self, position: int, keyword: str, default: Any = None) -> Any:
-        """Returns an argument by position or keyword; inputs are returned as slots."""
+        """Returns an argument by position or keyword. An input is returned as a :class:`Slot`."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(keyword, default)
 
     # -- kernels for most functions ----------------------------------------------------------------------------------
 
     def identity(self, to: int = 0) -> Kernel:
-        """Returns a kernel that passes relevance elementwise to one input; the others receive none.
+        """Returns the kernel that passes all relevance elementwise to one of the inputs.
 
         Args:
             to: Index of the input. If it was broadcast, relevance is summed over the broadcast dimensions.
@@ -128,7 +128,7 @@ class FunctionCall:
         return BroadcastKernel(self.shapes, to)
 
     def split(self, shares: Sequence[Tensor | float]) -> Kernel:
-        r"""Returns a kernel that splits relevance elementwise among the inputs, :math:`R_k = q_k R`.
+        r"""Returns the kernel that splits relevance elementwise among the inputs, :math:`R_k = q_k R`.
 
         Args:
             shares: ``q_k`` for each input, as numbers or as tensors that broadcast to the output. The residual, one
@@ -149,9 +149,9 @@ class FunctionCall:
         return SplitKernel(tensors, self.shapes, None, is_stochastic)
 
     def route(self) -> Kernel:
-        """Returns a kernel that passes relevance to the copied entries, as for gathers and permutations.
+        """Returns the kernel that passes relevance to the elements that the function copies, such as a gather.
 
-        Output entries that are not copied from an input leave a residual.
+        Output elements that are not copied from an input leave a residual.
         """
         with torch.enable_grad():
             leaves = [value.detach().requires_grad_() for value in self.values]
@@ -167,12 +167,12 @@ class FunctionCall:
     def by_rule(self, rule: Hook, to: int = 0, run: Callable[[Tensor], Tensor] | None = None) -> Kernel:
         """Returns the kernel of a Zennit rule for a function that is linear in one input.
 
-        The function is treated like a layer without weights.
+        The rule treats the function as a layer without weights.
 
         Args:
             rule: The rule, such as ``zennit.rules.Norm()``.
-            to: Index of the input that receives relevance; the other inputs are constants.
-            run: Function of this input that the rule is applied to; by default, the called function.
+            to: Index of the input that receives relevance. The other inputs are constants.
+            run: Function of this input to which the rule is applied; by default, the called function.
         """
         values = self.values
 

@@ -1,4 +1,4 @@
-"""Kernels for functions with several inputs; some inputs might receive no relevance."""
+"""Kernels of functions with several inputs, some of which may receive no relevance."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..kernels.base import Kernel
 from ..kernels.vjp_kernel import VjpKernel
 
 _SMALLEST = 1e-30
-"""Number added to magnitudes, so that all shares are equal if all summands are zero."""
+"""Offset added to absolute values, so that all shares are equal if all summands are zero."""
 
 
 class BroadcastKernel(Kernel):
-    """Kernel that passes all relevance to one input, summed over the broadcast dimensions of this input.
+    """Kernel that passes all relevance to one input, summed over the dimensions along which this input is broadcast.
 
     Args:
         shapes: Shape of each input.
@@ -40,7 +40,7 @@ class SplitKernel(Kernel):
     Args:
         shares: Share ``q_k`` of each input, which broadcasts to the shape of the output.
         shapes: Shape of each input.
-        magnitude: Total magnitude of the summands, for sums that contain this sum.
+        magnitude: Sum of the absolute values of the summands, for sums that contain this sum, or None.
         is_stochastic: Whether the shares sum to one.
     """
 
@@ -62,10 +62,10 @@ class SplitKernel(Kernel):
 
 
 class HalvesKernel(Kernel):
-    r"""Kernel for a sum of two tensors, :math:`T_a = |a| / (|a| + |b|)`; the other input receives the rest.
+    r"""Kernel of a sum of two tensors, with the shares :math:`|a| / (|a| + |b|)` and :math:`|b| / (|a| + |b|)`.
 
     Args:
-        sizes: Function that returns the magnitude of each summand.
+        sizes: Function that returns the absolute value of each summand.
         shapes: Shape of each input.
     """
 
@@ -80,7 +80,7 @@ class HalvesKernel(Kernel):
 
     @functools.cached_property
     def magnitude(self) -> Tensor:
-        """Total magnitude of the summands, for sums that contain this sum."""
+        """Sum of the absolute values of the summands, for sums that contain this sum."""
         first, second = self._sizes()
         return first + second
 
@@ -92,7 +92,7 @@ class HalvesKernel(Kernel):
 
 
 class SingleInputKernel(Kernel):
-    """Kernel for a call in which only one input receives relevance.
+    """Kernel of a call in which a single input receives relevance.
 
     Args:
         inner: Kernel for this input.
@@ -118,10 +118,10 @@ class SingleInputKernel(Kernel):
 
 
 class EqualPartsKernel(Kernel):
-    """Kernel that splits relevance equally among some factors of a product; the others receive none.
+    """Kernel that splits relevance equally among some factors of a product. The others receive none.
 
     Args:
-        kernels: Kernels keyed by the index of the factor.
+        kernels: Kernels of the factors that receive relevance, keyed by the index of the factor.
         shapes: Shape of each factor.
     """
 
@@ -143,7 +143,7 @@ class EqualPartsKernel(Kernel):
 
 
 class RouteKernel(VjpKernel):
-    """Kernel that passes relevance to the copied entries and splits it among ties as autograd does.
+    """Kernel that passes relevance to the copied elements and, like autograd, splits it among ties.
 
     Args:
         function: Gradient of the operation, which maps ``(N, *out)`` to ``(N, *in)`` for each input.
@@ -159,7 +159,7 @@ class RouteKernel(VjpKernel):
 
 
 def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Returns the relevance ``(K, *in)`` of each input, with zeros for inputs missing from ``parts``."""
+    """Returns the relevance of each input, ``(K, *in)``, with zeros for inputs that are not in ``parts``."""
     return tuple(
         parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
         for number, shape in enumerate(shapes)
@@ -167,7 +167,7 @@ def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[tor
 
 
 def sum_to_shape(relevance: Tensor, shape: torch.Size) -> Tensor:
-    """Sums ``(K, *out)`` over the broadcast dimensions of an input with shape ``shape``."""
+    """Sums ``(K, *out)`` over the dimensions along which an input of shape ``shape`` is broadcast."""
     lead = relevance.ndim - 1 - len(shape)
     return relevance.sum_to_size((len(relevance), *(1,) * lead, *shape)).reshape(len(relevance), *shape)
 

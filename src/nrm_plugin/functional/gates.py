@@ -1,4 +1,4 @@
-"""Gates: factors of a product that receive no relevance, such as attention weights."""
+"""Gates: factors of a product that weight a signal and receive no relevance, such as attention weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GATE_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
 PRESERVING = frozenset(
     "dropout alpha_dropout feature_dropout clone contiguous to float double type_as neg rsub mul matmul".split()
 )
-"""Functions that return a gate if all of their arguments are gates."""
+"""Functions that return a gate if all their arguments are gates."""
 
 
 class Gates:
@@ -38,7 +38,7 @@ class Gates:
             self._nodes.add(node)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Returns whether a tensor is a gate or was routed from one."""
+        """Returns True if a tensor is a gate or was routed from one."""
         node, _ = written(tensor.grad_fn, 0)
         while node is not None and node not in self._nodes:
             step = step_of(node)
@@ -56,13 +56,13 @@ class Gates:
             self._tag_all(output)
 
     def tag_result(self, name: str, inputs: Sequence[Tensor], output: object, with_constants: bool) -> None:
-        """Marks the output of a function as a gate, depending on the function and its arguments.
+        """Marks the output of a function as a gate if the function and its arguments make it one.
 
         Args:
             name: Name of the function.
-            inputs: Arguments that receive relevance.
+            inputs: The arguments that receive relevance.
             output: Return value of the function.
-            with_constants: Whether the arguments include other tensors or numbers.
+            with_constants: Whether the arguments also include numbers, or tensors without relevance.
         """
         flags = [self.holds(tensor) for tensor in inputs]
         is_shifted = name in ("add", "sub") and with_constants

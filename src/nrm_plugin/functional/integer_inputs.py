@@ -1,7 +1,7 @@
-"""Integer inputs (ids), tracked by object identity until the model uses them as indices.
+"""Tracking of integer inputs (ids), by object identity, until the model uses them as indices.
 
-Integers receive no relevance, but the rows that they select do: walks end at these rows, as at any other input. Rows
-selected by other integers, such as positions, are constants, even if they have the same values as ids.
+Integers receive no relevance, but the rows that they look up do: walks end at these rows, as at any other input. Rows
+looked up by other integers, such as positions, are constants, even if these have the same values as ids.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
-    """Kind of a tensor without relevance. The kind of a result is the largest kind of the arguments."""
+    """Kind of a tensor without relevance. A function returns the largest kind among its arguments."""
 
     STRUCTURE = 1
-    """Constants: comparisons, positions and counts of ids, such as masks and degrees."""
+    """Constants such as masks and degrees: comparisons, positions or counts of ids."""
     IDS = 2
-    """Ids, or numbers computed from each id, for example by a shift or hash."""
+    """Ids, or integers computed from them one by one, for example by a shift or hash."""
     ONE_HOT = 3
-    """One-hot encodings of ids, which select rows in a product. Walks end at their floating-point form."""
+    """One-hot encodings of ids, which select rows by a product. Walks end at their floating-point form."""
 
 
 LOOKUPS = frozenset("embedding embedding_bag getitem index index_select gather take take_along_dim".split())
 _ELEMENTS = frozenset("gather take take_along_dim embedding embedding_bag".split())
-"""Functions that look up single elements or matrix rows."""
+"""Functions that look up single elements, or rows of a matrix."""
 _STRUCTURAL = frozenset(
     "argmax argmin argsort nonzero argwhere count_nonzero bincount histc scatter_add scatter_reduce index_add "
     "index_put index_fill index_reduce".split()
 )
-"""Functions of integers that return positions or counts."""
+"""Functions that return positions or counts of integers."""
 _JOINING = frozenset(
     "max min amax amin aminmax sum mean prod any all median nanmedian mode std var norm unique unique_consecutive "
     "bincount histc count_nonzero nonzero argmax argmin argsort sort topk kthvalue cumsum cumprod cummax cummin diff "
     "quantile scatter_add index_add scatter_reduce".split()
 )
-"""Functions that might combine ids of different samples."""
+"""Functions that may combine ids of different samples."""
 _PLACE_OF_DIM = {"topk": 2, "kthvalue": 2, "quantile": 2, "norm": 2}
 _OF_FIRST = frozenset("expand_as view_as reshape_as type_as to resize_as".split())
-"""Functions that use only the shape or type of their other arguments."""
+"""Functions that use only the shape or dtype of all arguments but the first."""
 _CONVERSIONS = frozenset("long int short to type".split())
 _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg abs relu".split())
 
 
 class Ids:
-    """Ids of a forward pass.
+    """Tensors of a forward pass that depend on ids, and their kinds.
 
     Args:
-        given: Integer inputs, as the objects that are passed to the model.
-        inputs: Leaves of the floating-point inputs, which the model might convert to ids.
+        given: The integer inputs, as the objects that are passed to the model.
+        inputs: Leaf tensors of the floating-point inputs, which the model may convert to ids.
     """
 
     def __init__(self, given: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
@@ -70,18 +70,16 @@ class Ids:
 
     @property
     def are_known(self) -> bool:
-        """Whether there are ids to track."""
+        """True if there are ids to track."""
         return bool(self._marked)
 
     def kind(self, tensor: Tensor) -> Kind | None:
-        """Returns the kind of a tensor, or None if it does not depend on ids or receives relevance."""
+        """Returns the kind of a tensor, or None if it receives relevance or does not depend on ids."""
         known = self._marked.get(id(tensor))
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Tracks ids through a call and returns its result.
-
-        Rows that ids look up are replaced with tensors at which walks end.
+        """Tracks ids through a call, and returns its result with looked-up rows replaced by tensors at which walks end.
 
         Args:
             call: The function call.
@@ -115,7 +113,7 @@ class Ids:
         return self._followed(call, kind, result, looked_up)
 
     def _may_join(self, call: ObservedCall, result: Any) -> bool:
-        """Returns whether a function of ids returns Python objects or might combine values of different samples."""
+        """Returns True if a function of ids returns Python objects or may combine ids of different samples."""
         if call.leaves(result):
             return True
         if call.name.base not in _JOINING:
@@ -149,7 +147,7 @@ class Ids:
         return max((kind for kind in kinds if kind is not None), default=None)
 
     def _is_lookup(self, call: ObservedCall) -> bool:
-        """Returns whether ids select entries or rows in a constant table; a table of matrices counts as a weight."""
+        """Returns True if ids select elements or rows of a constant table. A table of matrices counts as a weight."""
         name, arguments = call.name.base, list(tensors_in((*call.args, *call.kwargs.values())))
         tables = [tensor for tensor in arguments if tensor.is_floating_point()]
         are_selected = any(self.kind(tensor) is Kind.IDS for tensor in arguments if not tensor.is_floating_point())
@@ -158,7 +156,7 @@ class Ids:
         return name in _ELEMENTS or tables[0].ndim - _selected_dims(call) <= 1
 
     def _is_one_hot(self, call: ObservedCall) -> bool:
-        """Returns whether a function writes at positions given by ids, except along samples or graph nodes."""
+        """Returns True if a function writes at positions given by ids, unless along the samples or graph nodes."""
         index = call.argument(2, "index") if call.name.base == "scatter" else call.argument(0, "input")
         if call.name.base not in ("one_hot", "scatter") or not isinstance(index, Tensor):
             return False
@@ -166,7 +164,7 @@ class Ids:
         return self.kind(index) is Kind.IDS and (along is None or along % index.ndim > 0)
 
     def _is_converted(self, call: ObservedCall, result: Any) -> bool:
-        """Returns whether a function converts input entries to integers, possibly after a shift or rounding."""
+        """Returns True if a function converts elements of an input to integers, possibly after shifting or rounding."""
         if not isinstance(result, Tensor) or result.is_floating_point() or result.is_complex():
             return False
         return _is_elementwise_of(call.inputs[0], self._inputs)
@@ -176,14 +174,14 @@ class Ids:
             self._marked[id(tensor)] = tensor, kind
 
     def _mark_written(self, tensor: Tensor, kind: Kind) -> None:
-        """Marks a tensor after ids were written to it, and also its base if it is a view."""
+        """Marks a tensor to which ids were written and, if it is a view, its base."""
         for item in (tensor, tensor._base):
             if item is not None:
                 self._mark(item, max(kind, self.kind(item) or kind))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested lists and tuples."""
+    """Yields the tensors in nested lists and tuples, depth first."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -196,7 +194,7 @@ def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
 
 
 def _selected_dims(call: ObservedCall) -> int:
-    """Returns the number of indexed table dimensions."""
+    """Returns the number of dimensions of the table that are indexed."""
     if call.name.base == "index_select":
         return 1
     index = call.args[1] if len(call.args) > 1 else None
@@ -206,7 +204,7 @@ def _selected_dims(call: ObservedCall) -> int:
 
 
 def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
-    """Returns whether a tensor is computed only from the given leaves, by routes and elementwise functions."""
+    """Returns True if a tensor is computed from the given leaf tensors alone, by routes and elementwise functions."""
     stack: list[Any] = [tensor.grad_fn]
     visited: set[Any] = set()
     while stack:

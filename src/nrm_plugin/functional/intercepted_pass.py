@@ -1,4 +1,4 @@
-"""Forward pass under interception, in which function calls become steps of the measure."""
+"""Forward pass under interception, in which each function call becomes a step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from .unsupported import UnknownKernel, consists_of_routes, is_elementwise, unco
 from .weighted_functions import channel_dim, layer_call
 
 _SILENT = frozenset("view reshape flatten permute transpose squeeze unsqueeze contiguous expand clone get".split())
-"""Routes not recorded as taps."""
+"""Routes whose outputs are not recorded as taps (hook points)."""
 
 
 class InterceptedPass:
@@ -65,10 +65,10 @@ class InterceptedPass:
     Attributes:
         gates: The gates found in this pass.
         complex_tensors: Complex tensors, as expressions of real tensors.
-        custom_calls: Calls to ``autograd.Function`` classes.
+        custom_calls: Calls of ``autograd.Function`` classes.
         module_paths: Paths of the running modules, outermost first.
-        packs: Orders of the packed sequences passed to modules.
-        decomposing: Functions that are currently replaced with their Python bodies.
+        packs: Batch sizes and sample order of each packed sequence passed to a module.
+        decomposing: Functions whose Python bodies are currently running in their place.
     """
 
     def __init__(self, settings: Settings, intercepting: AbstractContextManager[Any]) -> None:
@@ -93,7 +93,7 @@ class InterceptedPass:
     # -- functions with a kernel ------------------------------------------------------------------------------------
 
     def step(self, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Runs a function that has a kernel and returns the output of its step."""
+        """Runs a function that has a kernel, as a step, and returns its output."""
         self._check_covered(observed)
         if listener() is not None:  # a context may run in training mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
@@ -106,7 +106,7 @@ class InterceptedPass:
             return self._linked_step(call, output.detach(), observed, factory)
 
     def _linked_step(self, call: FunctionCall, output: Tensor, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Records the output of a call as a step and returns the output of the step."""
+        """Records a call as a step and returns the linked output."""
         if any(output.data_ptr() == value.data_ptr() for value in call.values):
             output = output.clone()  # an operation may return its input, a step may not
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
@@ -117,7 +117,7 @@ class InterceptedPass:
         return written(observed, linked)
 
     def function_call(self, observed: ObservedCall) -> FunctionCall:
-        """Converts an observed call to a :class:`FunctionCall` and saves its inputs."""
+        """Converts an observed call to a :class:`FunctionCall`, whose inputs are saved."""
         function, keyword_slots = observed.out_of_place()
         name = observed.name.base
         knows_gates = RUNNING.reference is None or name in ("matmul", "einsum")  # events may refer to their heads
@@ -129,7 +129,7 @@ class InterceptedPass:
         return FunctionCall(name, function, self.path, slots, keywords, inputs, self.settings)
 
     def _check_covered(self, observed: ObservedCall) -> None:
-        """Raises :class:`UncoveredLayerError` if the composite has no rule for a layer called as a function."""
+        """Raises :class:`UncoveredLayerError` if the composite has no rule for a functional layer."""
         if observed.name.base not in LAYERS:
             return
         weight = observed.argument(1, "weight")
@@ -149,7 +149,7 @@ class InterceptedPass:
         layer: LayerCall | None = None,
         rows: bool = False,
     ) -> Tensor:
-        """Creates the step for a call, links it to the output, and notifies the listener."""
+        """Creates the step of a call, links it to the output, and notifies the listener."""
         path, number = self._numbered(call.name)
         normalization = self.settings.normalization
         step: Step
@@ -181,7 +181,7 @@ class InterceptedPass:
         factory: SecantFactory,
         inputs: Sequence[Tensor],
     ) -> Tensor:
-        """Creates and links the step for a call that propagates the difference from a reference."""
+        """Creates and links the step of a call that propagates the difference from a reference."""
         others = reference.meet(call.name, call.path, [*call.values, output])
         has_rules = has_any_rule(self.settings.rules)
         both = DifferenceCall(call, Saved(output), others, reference, has_rules)
@@ -189,7 +189,7 @@ class InterceptedPass:
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Returns the path of a function in the running module, and the index of its call."""
+        """Returns the path of a function called in the running module, and the index of the call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -197,7 +197,7 @@ class InterceptedPass:
     # -- functions without a kernel ---------------------------------------------------------------------------------
 
     def route_or_unknown(self, observed: ObservedCall) -> Any:
-        """Runs a function without a kernel; its output is an unknown step unless autograd recorded only routes."""
+        """Runs a function without a kernel. Relevance that reaches its output raises an error, unless it is a route."""
         output = observed.run()
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)
@@ -217,7 +217,8 @@ class InterceptedPass:
     def complex_step(self, observed: ObservedCall) -> Any:
         """Runs a function with complex arguments or results.
 
-        A real output is recorded as a step. Its inputs are the real tensors that the complex arguments depend on.
+        A real output is recorded as a step, whose inputs are the real tensors from which the complex arguments were
+        computed.
         """
         expression = self.complex_tensors.expression(observed)
         output = observed.run()
@@ -229,7 +230,7 @@ class InterceptedPass:
         return type(output)([self._of_complex(item, one) for item, one in zip(output, items, strict=True)])
 
     def _of_complex(self, output: Any, expression: Expression) -> Any:
-        """Records an output of a function with complex arguments: complex ones as expressions, real ones as steps."""
+        """Records an output of a function with complex arguments, as an expression if complex or a step if real."""
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output
         if output.is_complex():
@@ -250,7 +251,7 @@ class InterceptedPass:
         return self.linked(call, output.detach().clone(), lambda: complex_kernel(call), call.name, tensors)
 
     def _unknown_step(self, call: FunctionCall, output: Any, inputs: Sequence[Tensor]) -> Any:
-        """Links the output of a function without a kernel to a step that raises an error if relevance reaches it."""
+        """Links the output of a function without a kernel to a step that raises an error if relevance arrives."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not output.requires_grad:
             return output
         where = f"{call.name!r} in {call.path or 'the model'!r} ({source_line()})"
@@ -276,11 +277,11 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """Whether functions of constants are observed too, because their results might depend on ids."""
+        """True if functions of constants are also observed, since their results may depend on ids."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
-        """Returns the result of a call, with rows selected by ids replaced with additional inputs."""
+        """Returns the result of a call, with rows looked up by ids replaced by additional inputs."""
         if self._ids is None:
             return result
         return self._ids.follow(call, result, None if is_in_module_step() else partial(self._looked_up, call))
@@ -296,9 +297,9 @@ class InterceptedPass:
 
     @without_torch_function
     def activation_step(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        """Records the output of an elementwise module as a step if its functions cannot be observed.
+        """Records the output of an elementwise module as a step if the functions inside it cannot be observed.
 
-        Examples are activations in TorchScript or with a custom ``autograd.Function``. The result is None for all other
+        Examples are activations in TorchScript or with a custom ``autograd.Function``. Returns None for all other
         modules.
         """
         if is_inside_step() or not isinstance(output, Tensor):
@@ -326,7 +327,7 @@ class InterceptedPass:
 
 
 def written(observed: ObservedCall, result: Any) -> Any:
-    """Writes a result to the target of the call, if there is one, and returns it."""
+    """Writes a result to the target of the call, if the call is in place or has ``out=``, and returns it."""
     return result if observed.target is None else write(observed.target, result)
 
 

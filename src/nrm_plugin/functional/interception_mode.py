@@ -1,7 +1,7 @@
-"""Torch function mode that observes all function calls of a forward pass.
+"""Torch function mode that observes the function calls of a forward pass.
 
-A ``TorchFunctionMode`` observes functions, methods and operators before autograd does. Modules with a rule are steps of
-their own; functions inside them are not observed.
+A ``TorchFunctionMode`` observes functions, methods and operators before autograd does. A module with a rule is a step
+of its own, and functions inside it are not observed.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ DRAWING = frozenset(
     exponential geometric cauchy log_normal random gumbel_softmax fractional_max_pool2d fractional_max_pool3d
     """.split()
 )
-"""Functions that draw random numbers even in evaluation mode, without in-place suffixes."""
+"""Names, without in-place suffixes, of functions that draw random numbers even in evaluation mode."""
 
 
 class InterceptionMode(TorchFunctionMode):
-    """Mode that intercepts the function calls of a forward pass.
+    """Torch function mode that intercepts the function calls of a forward pass.
 
     Args:
         settings: Settings of all function steps.
@@ -91,7 +91,7 @@ class InterceptionMode(TorchFunctionMode):
         return forward_pass.with_ids(call, handle(call, forward_pass))
 
     def _observed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ObservedCall:
-        """Returns the observed call of a function; tensors that receive no relevance are detached in it."""
+        """Returns the observed call, in which tensors that receive no relevance are detached."""
         path = self.forward_pass.path
         if getattr(func, "__name__", "") != "__get__":  # attributes are read from the original tensor
             args = constants_detached(args)
@@ -104,7 +104,7 @@ class InterceptionMode(TorchFunctionMode):
         return call
 
     def _before_untracked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Records a function that runs without gradients, such as those inside ``autograd.Function.forward``."""
+        """Records a function that runs without gradients, such as those inside ``Function.forward``."""
         note_untracked()
         self.forward_pass.custom_calls.observe(func, args)
         name = name_of(func)
@@ -113,17 +113,17 @@ class InterceptionMode(TorchFunctionMode):
 
 
 _FORMS = frozenset("dim size stride numel nelement element_size is_floating_point is_complex".split())
-"""Tensor methods that read only the shape or format."""
+"""Tensor methods that read only the shape or dtype."""
 _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".split())
-"""Tensor attributes that depend only on the shape, format and device."""
+"""Tensor attributes that do not depend on values."""
 
 
 _DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""Functions that would read relevance instead of gradients, since steps propagate relevance."""
+"""Functions that would compute relevance instead of gradients, since steps propagate relevance."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:
-    """Returns whether a function reads no tensor values and thus need not be observed."""
+    """Returns True if a function reads no values of a tensor and need not be observed."""
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__" if name == "__get__" else "__objclass__", None)
     if name == "__get__":

@@ -1,7 +1,7 @@
-"""Decomposition of linear algebra into matrix products and elementwise products.
+"""Decompositions of linear algebra into matrix products and elementwise products.
 
-The solution of a linear system with a constant matrix is a product with the constant inverse. The inverse of a computed
-matrix has no kernel.
+The solution of a linear system with a constant matrix is a product with its inverse. The inverse of a computed matrix
+has no kernel.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -105,7 +105,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Any:
 
 
 def _by_constant(solve: Callable[[Tensor], Tensor], matrix: Tensor, right: Tensor, left: bool = True) -> Any:
-    """Solves a linear system with a constant matrix by multiplying the right-hand side by the inverse."""
+    """Solves a linear system with a constant matrix by multiplying the right-hand side by the inverse matrix."""
     if matrix.requires_grad:
         return NotImplemented
     with not_recorded():

@@ -1,4 +1,4 @@
-"""Function calls as observed by interception, before their kernels are known."""
+"""Function calls as observed by interception, before kernels are assigned to them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .registry import FunctionName, name_of
 _LEAVING = frozenset("item tolist numpy array bool float int index equal allclose is_nonzero".split())
 """Functions that convert tensor values to Python objects."""
 WRITERS = frozenset("copy fill zero setitem masked_fill index_put index_fill set".split())
-"""Functions that write to their first argument or to a copy of it, and are recorded by autograd."""
+"""Functions that write to their first argument or a copy of it, which autograd records."""
 
 
 @dataclass(frozen=True, eq=False)
 class ObservedCall:
-    """Observed function call.
+    """Function call observed by interception.
 
     Attributes:
         function: The called function.
         name: Normalized name of the function.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        inputs: Arguments that receive relevance, in order.
-        slots: Positional arguments with slots in place of inputs.
-        keyword_slots: Keyword arguments except ``out``, with slots in place of inputs.
+        inputs: The arguments that receive relevance, in order.
+        slots: Positional arguments, with a :class:`Slot` in place of each input.
+        keyword_slots: Keyword arguments except ``out``, with a :class:`Slot` in place of each input.
         path: Path of the module that called the function.
     """
 
@@ -45,7 +45,7 @@ class ObservedCall:
 
     @classmethod
     def of(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> ObservedCall:
-        """Creates the observed call for a function and its arguments."""
+        """Creates the record of a call from a function and its arguments."""
         inputs: list[Tensor] = []
         slots = tuple(_with_slots(value, inputs) for value in args)
         keyword_slots = {key: _with_slots(value, inputs) for key, value in kwargs.items() if key != "out"}
@@ -53,11 +53,11 @@ class ObservedCall:
         return cls(function, name, args, kwargs, tuple(inputs), slots, keyword_slots, path)
 
     def run(self) -> Any:
-        """Runs the function."""
+        """Calls the function with the observed arguments."""
         return self.function(*self.args, **self.kwargs)
 
     def leaves(self, result: Any) -> bool:
-        """Returns whether the result holds tensor values as Python objects: true for ``int(x)``, not ``x.int()``."""
+        """Returns True if the function returned Python objects, as ``int(x)`` does and ``x.int()`` does not."""
         items = result if isinstance(result, (list, tuple)) else (result,)
         return self.name.base in _LEAVING and not all(isinstance(item, Tensor) for item in items)
 
@@ -67,30 +67,30 @@ class ObservedCall:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether this variant of the function writes to its first argument."""
+        """True if this variant of the function writes to its first argument."""
         return self.name.in_place or bool(self.kwargs.get("inplace"))
 
     @property
     def target(self) -> Tensor | None:
-        """Target that receives the result, or None for a new tensor."""
+        """Tensor that receives the result, or None if the result is a new tensor."""
         target = self.kwargs.get("out", self.args[0] if self.args and self.is_in_place else None)
         return target if isinstance(target, Tensor) else None
 
     @property
     def overwritten(self) -> Tensor | None:
-        """Tensor that the call might overwrite, or None."""
+        """Tensor that the call may overwrite, or None."""
         target = self.args[0] if self.args and self.name.base in WRITERS and "out" not in self.kwargs else self.target
         return target if isinstance(target, Tensor) else None
 
     @property
     def has_constants(self) -> bool:
-        """Whether any argument is a number, or a tensor that receives no relevance."""
+        """True if any argument is a number, or a tensor that receives no relevance."""
         values = (*self.args, *self.kwargs.values())
         count = sum(isinstance(value, Tensor) for value in values)
         return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
 
     def out_of_place(self) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Returns an out-of-place variant of the function, and the keyword arguments for it."""
+        """Returns the out-of-place variant of the function, and the keyword arguments for it."""
         if self.keyword_slots.get("inplace"):
             return self.function, {**self.keyword_slots, "inplace": False}
         # This is not a method, since a step that stores a method would form a reference cycle with the tensors of this
@@ -103,7 +103,7 @@ def _on_copy(function: Callable[..., Any], first: Any, *rest: Any, **options: An
 
 
 def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
-    """Replaces tensors that receive relevance with slots, and appends them to ``inputs``."""
+    """Replaces the tensors that receive relevance by slots, and appends them to ``inputs``."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point():
             inputs.append(value)
@@ -115,9 +115,9 @@ def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
 
 
 def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionName:
-    """Returns the name of the function that is equivalent for these arguments, or ``name`` if there is none.
+    """Returns the name of a function that is equivalent for these arguments, or ``name`` if there is none.
 
-    ``x.clamp(min=0)`` is equivalent to ReLU, and ``x.max(y)`` to a maximum.
+    For example, ``x.clamp(min=0)`` is equivalent to ReLU, and ``x.max(y)`` to ``maximum``.
     """
     if name.base in ("max", "min"):
         is_pair = isinstance(args[1] if len(args) > 1 else kwargs.get("other"), Tensor)
@@ -131,7 +131,7 @@ def _as_called(name: FunctionName, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def source_line() -> str:
-    """Returns the line of the model's source code that called the function."""
+    """Returns the location and text of the line in the user's code that called the function."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and "/nrm_plugin/" not in frame.filename:
             return f"{frame.filename}:{frame.lineno}: {frame.line}"

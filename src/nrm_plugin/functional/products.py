@@ -1,4 +1,4 @@
-"""Kernels for matrix products and other tensor contractions.
+"""Kernels of matrix products and other tensor contractions.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -40,16 +40,16 @@ def kernel_of_layer(
     bias_dim: int = -1,
     padding_mode: str = "zeros",
 ) -> Kernel:
-    """Returns the kernel for a function that is affine in its first input, based on the rule for the layer's weight.
+    """Returns the kernel of a function that is affine in its first input, by the composite's rule for this weight.
 
     Args:
-        call: The call to the function.
-        run: Function of input, weight and bias.
+        call: The function call.
+        run: The function of input, weight and bias.
         weight: The weight, with one row per output.
         bias: The bias, or None.
-        like: Layer of the equivalent type.
+        like: A layer of the equivalent type.
         bias_dim: Dimension of the output along which the bias is added.
-        padding_mode: As in convolutions, but not ``"zeros"`` if an input can contribute to an output through two
+        padding_mode: As in convolutions. It must not be ``"zeros"`` if an input can contribute to an output through two
             weights.
     """
     rule = call.settings.rules.of_weight(weight, like, call.path)
@@ -62,7 +62,7 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Returns the kernel for a product: a linear layer if a factor is constant, otherwise a split among non-gates."""
+    """Returns the kernel of a product: that of a linear layer if a factor is constant, or a split among non-gates."""
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -80,7 +80,7 @@ def contraction(call: FunctionCall) -> Kernel:
 
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
-    """Returns the kernel for one factor of a product, treating the other factors as constants."""
+    """Returns the kernel of one factor of a product, whose other factors are treated as constants."""
     values = call.values
     if isinstance(rule, Absolute):  # shares follow the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], changed_constants(call, constants_of(call), Tensor.abs)
@@ -96,12 +96,12 @@ def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kerne
 
 @dataclass(frozen=True)
 class ConstantMatrix:
-    """Constant factor of a product in the form of a linear layer's weight.
+    """Constant factor of a product, as the weight of a linear layer.
 
     Attributes:
         weight: The weight, with one row per output.
         restore: Function that converts the weight back to the original factor.
-        is_layer: Whether the product is a linear layer over the last dimension, whose outputs are channels.
+        is_layer: Whether the product is a linear layer along the last dimension, whose outputs are channels.
     """
 
     weight: Tensor
@@ -110,7 +110,7 @@ class ConstantMatrix:
 
 
 def _contraction_with_constant(call: FunctionCall) -> Kernel:
-    """Returns the kernel for a product with a constant, treated as a linear layer."""
+    """Returns the kernel of a product with a constant, which is treated as a linear layer."""
     constants = constants_of(call)
     if not constants:  # an einsum of one tensor is a sum or a transpose
         return pooling(call)
@@ -132,7 +132,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
 
 
 def _with_one_constant(call: FunctionCall) -> FunctionCall:
-    """Replaces the constants of an ``einsum`` with their product."""
+    """Replaces the constant operands of an ``einsum`` by their product."""
     read = read_einsum(call.args, lambda one: call.values[0].ndim if isinstance(one, Slot) else one.ndim)
     pairs = list(zip(read.subscripts, read.operands, strict=True))
     signal = next(pair for pair in pairs if isinstance(pair[1], Slot))
@@ -145,7 +145,7 @@ def _with_one_constant(call: FunctionCall) -> FunctionCall:
 
 
 def changed_constants(call: FunctionCall, constants: list[Tensor], change: Callable[[Tensor], Tensor]) -> FunctionCall:
-    """Applies ``change`` to some of the constants of a call."""
+    """Returns a copy of a call in which ``change`` is applied to the given constants."""
     for constant in constants:
         factor = change(constant)
         args = tuple(_replaced(value, constant, factor) for value in call.args)
@@ -155,7 +155,7 @@ def changed_constants(call: FunctionCall, constants: list[Tensor], change: Calla
 
 
 def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
-    """Converts the constant factor of a contraction to the weight of a linear layer."""
+    """Returns the constant factor of a contraction as the weight of a linear layer."""
     if call.name == "einsum":
         matrix = _matrix_of_einsum(call, constant)
         return ConstantMatrix(constant, lambda weight: weight, False) if matrix is None else matrix
@@ -174,7 +174,7 @@ def matrix_of(call: FunctionCall, constant: Tensor) -> ConstantMatrix:
 
 
 def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | None:
-    """Converts the constant factor of an ``einsum`` to a matrix, whose rows correspond to output subscripts."""
+    """Returns the constant operand of an ``einsum`` as a matrix with a row per output position, or None."""
     equation, operands = call.args[0], list(call.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])

@@ -1,4 +1,4 @@
-"""Decomposition of quantiles, integrals and derivatives along a dimension into operations on single entries.
+"""Decompositions of quantiles, integrals and derivatives along a dimension into elementary operations.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -27,7 +27,7 @@ def _quantile(input: Tensor, q: Any, dim: int | None = None, keepdim: bool = Fal
 def _nanquantile(
     input: Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
 ) -> Any:
-    """Computes quantiles by interpolation between the two adjacent sorted entries."""
+    """Computes quantiles by interpolation between the two adjacent sorted values."""
     quantiles = torch.as_tensor(q, dtype=input.dtype, device=input.device)
     if quantiles.requires_grad:
         return NotImplemented

@@ -1,9 +1,9 @@
-"""Decomposition of recurrent layers into loops over operations with kernels.
+"""Decompositions of recurrent layers into loops over operations that have kernels.
 
-torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced with
-a loop over time. The linear maps in the loop use the rule that the composite assigns to the layer or, if there is none,
+torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced by a
+loop over time. The linear maps in the loop use the rule that the composite assigns to the layer or, if there is none,
 the rule for linear layers; sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and
-cell states are taps.
+cell states are taps (hook points).
 
 Source: docs/recurrent-and-graphs.md.
 """
@@ -23,12 +23,12 @@ from ..kernels.forward_state import RUNNING, listener
 
 Weights = Sequence[Tensor]
 State = tuple[Tensor | None, ...]
-"""Hidden state and, in an LSTM, cell state; None is a zero initial state."""
+"""Hidden state and, in an LSTM, cell state. None stands for an initial state of zeros."""
 
 
 @dataclass
 class Context:
-    """Context of a call to a recurrent function.
+    """Context of a call of a recurrent function.
 
     Attributes:
         path: Path of the module that called the function.
@@ -39,30 +39,30 @@ class Context:
     packs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def tap(self, name: str, time: int, tensor: Tensor) -> None:
-        """Records a state at a time step as a tap."""
+        """Records a state at one time step as a tap."""
         listening = listener()
         if listening is not None and tensor.requires_grad:
             listening.on_function(f"{self.path}.{name}" if self.path else name, time, tensor, -1)
 
     def order(self, batch_sizes: Tensor) -> Tensor:
-        """Returns the rank by length of each sample in a packed sequence."""
+        """Returns the rank of each sample of a packed sequence, ordered by length."""
         known = next((order for sizes, order in self.packs if sizes is batch_sizes), None)
         return torch.arange(int(batch_sizes[0])) if known is None else known
 
 
 def packs_in(args: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """Returns the batch sizes and sample ranks of the packed sequences passed to a module."""
+    """Returns the batch sizes and sample ranks of each packed sequence among the arguments of a module."""
     packed = [value for value in args if isinstance(value, PackedSequence)]
     return [(pack.batch_sizes, pack.unsorted_indices) for pack in packed if pack.unsorted_indices is not None]
 
 
 Recurrence = Callable[..., Any]
 RECURRENCES: dict[str, Recurrence] = {}
-"""Loops that replace recurrent functions, keyed by name. Their first argument is the context."""
+"""Loops that replace recurrent functions, keyed by function name. Their first argument is the :class:`Context`."""
 
 
 def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
-    """Registers a loop that replaces the recurrent function with the given name."""
+    """Decorator that registers a loop as the replacement of the recurrent function with the given name."""
 
     def decorate(body: Recurrence) -> Recurrence:
         RECURRENCES[name] = body
@@ -75,7 +75,7 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and the bias if it is a separate summand.
+    """Returns the contribution of the hidden state, and the bias if it must be a separate summand.
 
     The bias is separate if the user passes an initial state, so that it absorbs no relevance in samples whose state is
     zero.
@@ -97,11 +97,11 @@ def _sum(first: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 def lstm_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
-    r"""Computes one time step of an LSTM.
+    r"""Computes one time step of an LSTM, in which the three sigmoids are gates.
 
     .. math:: c' = \sigma(f) \odot c + \sigma(i) \odot \tanh g, \qquad h' = W_{hr}\,(\sigma(o) \odot \tanh c')
 
-    with :math:`(i, f, g, o) = W_{ih} x + b_{ih} + W_{hh} h + b_{hh}`; the three sigmoids are gates.
+    with :math:`(i, f, g, o) = W_{ih} x + b_{ih} + W_{hh} h + b_{hh}`.
     """
     h, c = state
     projection = weights[-1] if len(weights) in (3, 5) else None
@@ -114,7 +114,7 @@ def lstm_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> Stat
 
 
 def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
-    r"""Computes one time step of a GRU, where :math:`\sigma(r)` and :math:`\sigma(z)` are gates.
+    r"""Computes one time step of a GRU, in which :math:`\sigma(r)` and :math:`\sigma(z)` are gates.
 
     .. math:: h' = (1 - \sigma(z)) \odot \tanh(n_x + \sigma(r) \odot n_h) + \sigma(z) \odot h
 
@@ -135,7 +135,10 @@ def gru_step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State
 
 
 def rnn_step(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, State, bool, Weights], State]:
-    r"""Returns the time step of an Elman network, :math:`h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})`."""
+    r"""Returns the time step of an Elman network.
+
+    .. math:: h' = \phi(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+    """
 
     def step(x: Tensor, state: State, is_given: bool, weights: Weights) -> State:
         return (activation(_sum(_from_input(x, weights), *_from_hidden(state[0], is_given, weights))),)
@@ -153,7 +156,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns ``(initial states, with None for zeros; whether the user passed any of them)``."""
+    """Returns the initial states, with None for zeros, and True if the user passed any nonzero constant state."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -212,14 +215,14 @@ class _Layers:
         return 2 if self.bidirectional else 1
 
     def weights(self, number: int) -> Weights:
-        """Returns the weights of one layer and direction."""
+        """Returns the weights of one layer and direction, with index ``number``."""
         size = len(self.params) // (self.num_layers * self.directions)
         return self.params[number * size : (number + 1) * size]
 
     def run(
         self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs all layers; returns the output at each time step, and the final states in the shape of ``initial``.
+        """Runs all layers. Returns the output at each time step, and the final states in the shape of ``initial``.
 
         Args:
             context: The context of the call.
@@ -270,7 +273,7 @@ class _Layers:
 
 
 def _of_running(is_running: Tensor, state: State, before: State) -> State:
-    """Returns the new state of running samples, and the previous state of ended ones."""
+    """Returns the new state of samples that are still running, and the previous state of those that have ended."""
     mask = is_running.unsqueeze(1)
     pairs = zip(state, before, strict=True)
     return tuple(new if new is None or old is None else torch.where(mask, new, old) for new, old in pairs)
@@ -312,9 +315,9 @@ for _kind in CELLS:
 
 
 class _Packing:
-    """Positions of samples in a packed sequence.
+    """Positions of the samples in a packed sequence.
 
-    Entries are ordered by time and, within a time step, by sample, longest first. The loop runs on all samples at each
+    Rows are ordered by time and, within a time step, by sample, longest first. The loop runs on all samples at each
     time step, in the order of the batch, so that relevance can be absorbed separately for each sample.
 
     Args:
@@ -329,17 +332,17 @@ class _Packing:
         self.lengths = (sizes.unsqueeze(0) > order.unsqueeze(1)).sum(1)
 
     def rows(self, data: Tensor) -> list[Tensor]:
-        """Unpacks ``(entries, …)`` to ``(N, …)`` per time step; ended sequences repeat their last entry."""
+        """Unpacks packed rows to ``(N, …)`` per time step. Sequences that have ended repeat their last row."""
         times = [torch.minimum(self.lengths - 1, torch.full_like(self.lengths, t)) for t in range(len(self.offsets))]
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 
     def packed(self, rows: list[Tensor]) -> Tensor:
-        """Inverse of :meth:`rows`."""
+        """Inverts :meth:`rows`."""
         parts = [row.index_select(0, self._running(time)) for time, row in enumerate(rows)]
         return torch.cat(parts)
 
     def _running(self, time: int) -> Tensor:
-        """Returns the samples that have not ended at a time step, longest first."""
+        """Returns the indices of the samples that have not ended at a time step, longest first."""
         return self.inverse[: int((self.lengths > time).sum())]
 
 
@@ -357,7 +360,7 @@ def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) 
 def _pad(
     context: Context, data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int
 ) -> tuple[Tensor, Tensor]:
-    """Pads packed entries to a batch. The padding is a constant, assigned to its sample."""
+    """Unpacks a packed sequence to a padded batch. The padding is a constant that belongs to its sample."""
     packing = _Packing(batch_sizes, context.order(batch_sizes).to(data.device))
     rows = packing.rows(data)
     rows += [rows[-1]] * (total - len(rows))

@@ -1,4 +1,4 @@
-"""Kernels for reductions that are neither sums nor averages: log-sum-exp and norms."""
+"""Kernels of reductions other than sums and averages: log-sum-exp and norms."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .unsupported import UnknownKernel
 
 
 class ReductionKernel(Kernel):
-    """Kernel that splits the relevance of each output among the reduced entries.
+    """Kernel that splits the relevance of each output among the elements that were reduced.
 
     Args:
-        share: Share of each input entry; for every output, the shares sum to one.
-        reduced_shape: Shape of the output, in which reduced dimensions have size one.
+        share: Share of each input element. For every output, the shares sum to one.
+        reduced_shape: Shape of the output with the reduced dimensions kept, at size one.
     """
 
     is_stochastic = True
@@ -36,7 +36,7 @@ class ReductionKernel(Kernel):
 
 
 def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
-    """Returns a kernel with shares proportional to ``sizes``, or equal shares if these are all zero."""
+    """Returns the kernel whose shares are proportional to ``sizes``, or equal if these are all zero."""
     dims = tuple(range(sizes.ndim)) if dims is None or dims == () else dims
     total = sizes.sum(dims, keepdim=True)
     equal = torch.full_like(total, total.numel() / sizes.numel())
@@ -45,14 +45,14 @@ def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
 
 @kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel for log-sum-exp, whose shares are its gradient, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""Returns the kernel of log-sum-exp, whose shares are softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
     return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
 
 @kernel_of("logaddexp", "logaddexp2")
 def log_add_exp(call: FunctionCall) -> Kernel:
-    """Returns the kernel for log-add-exp, with softmax shares; a constant is treated as a bias."""
+    """Returns the kernel of log-add-exp, whose shares are softmax. A constant is treated as a bias."""
     if len(call.inputs) == 1:
         return call.identity()
     factor = math.log(2) if call.name == "logaddexp2" else 1.0
@@ -62,10 +62,10 @@ def log_add_exp(call: FunctionCall) -> Kernel:
 
 @kernel_of("vector_norm")
 def vector_norm(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel for a vector norm, with shares :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
+    r"""Returns the kernel of a vector norm, whose shares are :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
 
     The shares follow from Euler's theorem on homogeneous functions. The norm of order ∞ (-∞) is the largest (smallest)
-    magnitude, and passes relevance to the entries with this magnitude.
+    absolute value, and passes relevance to the elements that attain it.
     """
     value, order, dims = call.values[0], call.argument(1, "ord", 2), call.argument(2, "dim")
     size = value.abs()
@@ -82,7 +82,7 @@ def vector_norm(call: FunctionCall) -> Kernel:
 def _vector_norm(
     x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    """Computes a vector norm from powers and a sum, for measures with a reference."""
+    """Decomposes a vector norm into powers and a sum, for measures with a reference."""
     dims = tuple(range(x.ndim)) if dim is None else dim
     order, size = float(ord), (x if dtype is None else x.to(dtype)).abs()
     if abs(order) == math.inf:

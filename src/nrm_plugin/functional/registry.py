@@ -1,4 +1,4 @@
-"""Registry of kernels and of decompositions into functions with kernels, keyed by function name.
+"""Registry of kernels, and of decompositions into functions that have kernels, keyed by function name.
 
 All variants of a function share one name: ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__`` and ``operator.iadd`` on
 tensors are all ``add``.
@@ -58,11 +58,11 @@ _SYNONYMS = {
     "fmin": "minimum",
 }
 _NAMESPACES = ("special_", "linalg_")
-"""Name prefixes of the functions in torch's namespaces."""
+"""Prefixes of the names of functions in torch's namespaces."""
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
-"""Namespaces of operators looked up by name."""
+"""Namespaces whose operators are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions whose signature differs from that of the unprefixed function of the same name."""
+"""Functions whose signature differs from that of the function without the prefix."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class FunctionName:
 
 
 def name_of(function: Any) -> FunctionName:
-    """Returns the normalized name of a function."""
+    """Returns the normalized name of a function, such as ``add`` for ``Tensor.__iadd__``."""
     name = str(getattr(function, "__name__", function)).partition(".")[0]
     in_place = False
     if (owner := _foreign_owner(function)) is not None:
@@ -96,7 +96,7 @@ def name_of(function: Any) -> FunctionName:
 
 
 def _foreign_owner(function: Any) -> str | None:
-    """Returns the namespace of a function that is not torch's but might have the same name, or None for torch."""
+    """Returns the namespace of a function that is not part of torch, or None for torch's own functions."""
     owner = str(getattr(function, "__module__", None) or "torch")
     if owner.startswith("torch._ops."):  # custom operators; torch's operators are in aten
         space = owner.removeprefix("torch._ops.")
@@ -105,12 +105,12 @@ def _foreign_owner(function: Any) -> str | None:
 
 
 def kernel_of(*names: str) -> Callable[[Function], Function]:
-    """Registers a factory of kernels for the functions with the given names."""
+    """Decorator that registers a kernel factory for the functions with the given names."""
     return _registering(KERNELS, names)
 
 
 def decomposition_of(*names: str) -> Callable[[Function], Function]:
-    """Registers a decomposition of the functions with the given names into operations with kernels."""
+    """Decorator that registers a decomposition of the functions with the given names into functions with kernels."""
     return _registering(DECOMPOSITIONS, names)
 
 
@@ -124,15 +124,15 @@ def _registering(table: dict[str, Any], names: tuple[str, ...]) -> Callable[[Fun
 
 
 def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory], KernelFactory]:
-    """Registers or replaces the kernel for one or several functions.
+    """Decorator that registers the kernel of one or more functions, replacing any existing one.
 
     The decorated function is called when relevance first reaches a call of one of the functions. It receives the
     :class:`~nrm_plugin.functional.FunctionCall`, and returns a kernel with one input for each of ``call.values``, the
-    tensors that receive relevance. Four methods of the call provide the kernels for most functions:
+    tensors that receive relevance. Four methods of the call return the kernels that most functions need:
 
     - ``call.identity()``: relevance passes to the first input, elementwise,
     - ``call.split(shares)``: each input receives its share, elementwise,
-    - ``call.route()``: relevance passes to the entries that the function copied,
+    - ``call.route()``: relevance passes to the elements that the function copied,
     - ``call.by_rule(rule)``: a Zennit rule is applied, for functions that are linear in their input.
 
     For any other linear map, return a subclass of :class:`nrm_plugin.functional.Kernel`.
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Returns whether a function belongs to torch, and is therefore looked up by name, to cover its variants."""
+    """Returns True if a function is part of torch. It is then looked up by name, which covers its variants."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",
@@ -173,7 +173,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def kernel_factory_of(function: Any, name: FunctionName) -> KernelFactory | None:
-    """Returns the kernel factory for a function, or None if it has no kernel."""
+    """Returns the factory of a function's kernel, or None if the function has no kernel."""
     try:
         factory = KERNELS_BY_FUNCTION.get(function)
     except TypeError:  # not hashable

@@ -1,4 +1,4 @@
-"""Detection of calls that act on each row (index of the first dimension) separately, regardless of the values."""
+"""Detection of calls that act on each row (index of the first dimension) separately, whatever the values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .function_call import FunctionCall, Slot
 _ALONG = {"softmax": 1, "softmin": 1, "log_softmax": 1, "mean": 1, "sum": 1, "cumsum": 1, "logsumexp": 1} | {
     "vector_norm": 2
 }
-"""Functions that combine entries along a dimension, and the position of their argument ``dim``."""
+"""Position of the argument ``dim`` of functions that combine elements along a dimension."""
 _ELEMENTWISE = frozenset([*ACTIVATIONS, *ELEMENTWISE, "div", "add", "sub", "rsub", "mul", "hypot", "logaddexp"]) | {
     "maximum",
     "minimum",
@@ -26,12 +26,12 @@ _OF_SAMPLES = {"linear": 2, "group_norm": 2, "instance_norm": 3} | {
     for kind in ("conv", "conv_transpose", "max_pool", "adaptive_max_pool", "fractional_max_pool")
     for dims in (1, 2, 3)
 }
-"""Functions that act on each sample separately if the input has at least this many dimensions."""
+"""Minimum number of input dimensions for which each function acts on every sample separately."""
 _POOLS = frozenset(POOLS) - {*_ALONG, "grid_sample", "roi_align", "fold", "col2im"}
 
 
 def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
-    """Returns whether each output row depends on, and propagates relevance to, only the same row of each input."""
+    """Returns True if each row of the output depends on, and propagates relevance to, the same row of each input."""
     values, name = call.values, call.name
     if not output.ndim or any(value.shape[:1] != output.shape[:1] for value in values):
         return False
@@ -62,7 +62,7 @@ def keeps_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
-    """Returns whether a matrix product acts on each row separately: a product with a constant, or a batched product."""
+    """Returns True if a matrix product acts on each row separately, with a constant factor or as a batched product."""
     dims = [value.ndim for value in call.values]
     first, second = call.argument(0, "input"), call.argument(1, "other")
     if isinstance(first, Slot) and isinstance(second, Tensor) and second.ndim <= 2:
@@ -71,7 +71,7 @@ def _is_product_of_rows(call: FunctionCall, output: Tensor) -> bool:
 
 
 def _is_inner(dim: Any, dims: int) -> bool:
-    """Returns whether dimensions are given and do not include the first one."""
+    """Returns True if ``dim`` is given and does not include the first dimension."""
     stored = dim if isinstance(dim, (tuple, list)) else [dim]
     return bool(stored) and all(isinstance(one, int) and one % dims != 0 for one in stored)
 

@@ -1,4 +1,4 @@
-"""Lookup of a function's rule: that of the equivalent module or of the module that owns the weight."""
+"""Lookup of a function's rule: that of the equivalent module, or of the module that owns the weight."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LOOPS = (nn.RNNBase, nn.RNNCellBase)
 
 
 class RuleLookup(Protocol):
-    """Interface for the lookup of rules."""
+    """Interface of a rule lookup."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule for modules of this type."""
+        """Returns the rule of modules with the type of ``module``, or None."""
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Returns the rule for the module that owns a weight or, if there is none, for modules of the type of ``like``.
+        """Returns the rule of the module that owns a weight or, if there is none, of modules with the type of ``like``.
 
         Args:
             weight: The weight.
@@ -33,10 +33,10 @@ class RuleLookup(Protocol):
 
 
 class NoRules:
-    """Rule lookup without a composite."""
+    """Rule lookup for the default kernels, without a composite."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns None, which selects the default kernel."""
+        """Returns None, which selects the default kernel of the function."""
         return None
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
@@ -45,12 +45,12 @@ class NoRules:
 
 
 class CompositeRules:
-    """Rule lookup in a composite.
+    """Rule lookup in a composite, for one model.
 
     Args:
         composite: The composite that assigns the rules.
         model: The model whose modules own the weights.
-        uncovered: Rule for layers without a rule in the composite.
+        uncovered: Rule of layers to which the composite assigns none.
     """
 
     def __init__(self, composite: Composite, model: nn.Module, uncovered: Hook | None = None) -> None:
@@ -74,14 +74,14 @@ class CompositeRules:
                         self._by_memory.setdefault(memory_address(part), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule for modules of this type, as if ``module`` were the last one in the model."""
+        """Returns the rule of modules with the type of ``module``, as if it were the last module of the model."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Returns the rule for the module that owns a weight or its memory (for slices), or otherwise for ``like``.
+        """Returns the rule of the module that owns a weight or its memory (for slices), or else that of ``like``.
 
         The layer that calls the function has precedence if it owns the weight, which other layers may share, or if no
         module owns it because it is computed, by a parametrization, a norm, a mask, or ``functional_call``.
@@ -100,10 +100,10 @@ class CompositeRules:
 
 
 def _owns(module: nn.Module, memory: int) -> bool:
-    """Returns whether a parameter of a module is stored at an address."""
+    """Returns True if a module has a parameter at this memory address."""
     return any(parameter is not None and _memory(parameter) == memory for parameter in module._parameters.values())
 
 
 def _memory(weight: Tensor) -> int:
-    """Returns the address of the memory of a weight."""
+    """Returns the memory address of a weight."""
     return memory_address(next(plain_tensors(weight)))

@@ -1,6 +1,6 @@
-r"""Rules of a composite applied to differences: :math:`a \to \Delta a`, :math:`z \to \Delta z`, without biases.
+r"""Rules of a composite, applied to differences: :math:`a \to \Delta a`, :math:`z \to \Delta z`, without biases.
 
-The rules apply to layers with weights, sums and averages. All other operations propagate along secant slopes.
+The rules apply to layers with weights, sums and averages. All other operations use secant slopes.
 
 Source: docs/differences.md.
 """
@@ -28,14 +28,14 @@ _PRODUCTS = ("matmul", "einsum", "tensordot")
 
 
 def on_differences(both: DifferenceCall) -> FunctionCall:
-    """Replaces the input values of a call with their differences."""
+    """Returns a copy of a call in which the input values are replaced by their differences."""
     deltas = [one.delta if one.is_zero is None else one.delta.masked_fill(one.is_zero, 0.0) for one in both.differences]
     pairs = zip(both.call.inputs, deltas, strict=True)
     return replace(both.call, inputs=tuple(replace(item, saved=Saved(delta, values=False)) for item, delta in pairs))
 
 
 def has_rule(call: FunctionCall) -> bool:
-    """Returns whether the composite has a rule for this call of a layer, product with a constant, sum or average."""
+    """Returns True if the composite has a rule for a call of a layer, sum, average, or product with a constant."""
     rules = call.settings.rules
     if call.name in LAYERS:
         weight = call.argument(1, "weight")
@@ -49,13 +49,13 @@ def has_rule(call: FunctionCall) -> bool:
 
 
 def has_any_rule(rules: RuleLookup) -> bool:
-    """Returns whether a composite has a rule for linear layers or convolutions."""
+    """Returns True if a composite has a rule for linear layers or convolutions."""
     layers = (layer_like("linear"), layer_like("conv2d"))
     return any(rules.of_module(layer) is not None for layer in layers)
 
 
 def ruled(both: DifferenceCall) -> Kernel:
-    """Returns the kernel for the composite's rule on differences."""
+    """Returns the kernel of the composite's rule, applied to differences."""
     call = on_differences(both)
     if call.name in LAYERS:
         layer = layer_call(_without_bias(call), both.after)
@@ -70,7 +70,7 @@ def _without_bias(call: FunctionCall) -> FunctionCall:
 
 
 def of_own(factory: KernelFactory, both: DifferenceCall) -> Kernel:
-    """Returns the kernel created by a factory for differences in place of values."""
+    """Returns the kernel that a factory creates when it receives differences as input values."""
     return factory(on_differences(both))
 
 

@@ -1,7 +1,7 @@
-r"""Functions that graph networks use: scatter and segment reductions, indexed writes and sparse products.
+r"""Functions used by graph networks: scatter and segment reductions, indexed writes and sparse products.
 
-The relevance of a node is split among its messages by the composite's rule for average pooling, as among the entries of
-a mean. With the composites of this package,
+The relevance of a node is split among its messages by the composite's rule for average pooling, as in a mean. With the
+composites of this package,
 
 .. math:: T_{en} = \frac{|m_e|}{\sum_{e' \to n} |m_{e'}|}.
 
@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Returns a decorator that makes a function interceptable, like the torch function with the given name."""
+    """Returns a decorator that makes a function interceptable, under the name of a torch function."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -51,7 +51,7 @@ def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[...
 
 @_intercepted_as("index_add")
 def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    """Computes ``y[index[e]] += source[e]`` along a dimension, starting from zeros."""
+    """Computes ``y[index[e]] += source[e]`` along a dimension, where ``y`` is initially zero."""
     shape = list(source.shape)
     shape[dim] = size
     return source.new_zeros(shape).index_add(dim, index, source)
@@ -59,7 +59,7 @@ def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Te
 
 @_intercepted_as("scatter_add")
 def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.Size) -> Tensor:
-    """Computes ``scatter_add`` into a tensor of zeros, with an index for every entry."""
+    """Computes ``scatter_add`` into a tensor of zeros, with an index of the shape of ``source``."""
     return source.new_zeros(shape).scatter_add(dim, index, source)
 
 
@@ -69,24 +69,30 @@ def scatter_extremum(
 ) -> Tensor:
     """Computes the maximum or minimum of each group, or zero for an empty group.
 
-    ``own`` contains one additional entry per group, or is None; ``how`` is ``"amax"`` or ``"amin"``.
+    Args:
+        source: The elements of all groups.
+        own: One additional element per group, or None.
+        dim: Dimension along which ``index`` selects a group.
+        index: Group of each element, as in ``scatter_reduce``.
+        shape: Shape of the result.
+        how: ``"amax"`` or ``"amin"``.
     """
     target = source.new_zeros(shape) if own is None else own
     return target.scatter_reduce(dim, index, source, how, include_self=own is not None)
 
 
 class ExtremumKernel(Kernel):
-    """Kernel that splits the relevance of each extremum equally among the entries that attain it.
+    """Kernel that splits the relevance of each extremum equally among the elements that attain it.
 
     Unlike autograd, it does not count values excluded by ``include_self=False``.
 
     Args:
-        dim, index: Group of each entry, as in ``scatter_reduce``.
-        share: Share of each entry within its group.
-        own: Share of the additional entry of each group, or None.
+        dim, index: Group of each element, as in ``scatter_reduce``.
+        share: Share of each element within its group.
+        own: Share of the additional element of each group, or None.
     """
 
-    is_stochastic = True  # groups without members are replaced with constants afterwards
+    is_stochastic = True  # groups without members are replaced by constants afterward
 
     def __init__(self, dim: int, index: Tensor, share: Tensor, own: Tensor | None) -> None:
         self.dim, self.index, self.share, self.own = dim % max(1, index.ndim), index, share, own
@@ -118,7 +124,7 @@ KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
 def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
-    """Adds summed entries to a constant. Positions without entries keep the value of the constant."""
+    """Adds scattered sums to a constant, which keeps its value at positions without summands."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
@@ -148,13 +154,13 @@ def _scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
 
 
 def _counts(like: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Counts how many entries are added at each position."""
+    """Returns the number of summands at each position."""
     ones = torch.ones(index.shape, dtype=like.dtype, device=like.device)
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device).scatter_add(dim, index, ones)
 
 
 def _cropped(src: Tensor, index: Tensor) -> Tensor:
-    """Crops the source to the shape of a smaller index, as ``scatter`` does."""
+    """Crops the source to the shape of the index, as ``scatter`` does."""
     return src if src.shape == index.shape else src[tuple(slice(size) for size in index.shape)]
 
 
@@ -185,9 +191,9 @@ def _scatter_reduce(
 
 
 def _attach_constant(constant: Tensor, signal: Tensor) -> Tensor:
-    """Attaches a constant to the autograd graph of the signal, so that it can absorb relevance.
+    """Attaches a constant to the autograd graph of ``signal``, so that it can absorb relevance.
 
-    In a maximum, the constant absorbs the relevance of the groups in which it is the largest entry.
+    In a maximum, the constant absorbs the relevance of the groups in which it is the largest element.
     """
     if not signal.numel():
         return constant
@@ -238,16 +244,16 @@ def _segment_reduce(
 
 
 _EMPTY = {"max": -math.inf, "min": math.inf, "mean": math.nan}
-"""Result of ``segment_reduce`` for empty segments."""
+"""Value of ``segment_reduce`` for an empty segment."""
 
 
 # -- writes by index --------------------------------------------------------------------------------------------------
 
 
 def _lookup(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Runs a function that copies entries as an indexed lookup, and returns its result.
+    """Runs a function that copies elements, and returns its result as an indexed lookup.
 
-    The origin of each output entry is found by running the function on the indices of the entries.
+    The origin of each output element is found by running the function on the indices of the elements.
     """
     computed = [value for value in (*args, *kwargs.values()) if _carries(value)]
     numbers = _numbers_of(computed)
@@ -268,7 +274,7 @@ def _carries(value: Any) -> bool:
 
 
 def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Numbers the entries of several tensors consecutively from one; returns the numbers keyed by tensor identity."""
+    """Numbers the elements of several tensors consecutively from one. Returns the numbers, keyed by ``id(tensor)``."""
     numbers, start = {}, 1
     for tensor in tensors:
         count = torch.arange(start, start + tensor.numel(), dtype=torch.float64, device=tensor.device)
@@ -278,7 +284,7 @@ def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """Replaces a computed tensor with the numbers of its entries, and a constant with zeros."""
+    """Replaces a computed tensor by the numbers of its elements, and a constant by zeros."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value
@@ -325,7 +331,7 @@ def _put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False)
 
 
 def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -> Tensor:
-    """Computes ``target[index] = value`` out of place, or ``target[index] += value`` if ``accumulate`` is true."""
+    """Computes ``target[index] = value`` out of place, or ``target[index] += value`` if ``accumulate`` is True."""
     if accumulate:
         positions = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index]
         return _add_at(target, positions.reshape(-1), value.expand(positions.shape))
@@ -335,7 +341,7 @@ def write_at(target: Tensor, index: Any, value: Any, accumulate: bool = False) -
 
 
 def _add_at(target: Tensor, positions: Tensor, value: Tensor) -> Tensor:
-    """Adds values at flat positions of a tensor, out of place."""
+    """Adds values at the given positions of a flattened tensor, out of place."""
     return _index_add(target.reshape(-1), 0, positions, value.reshape(-1)).reshape(target.shape)
 
 
@@ -346,7 +352,7 @@ def _set_at(target: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def is_advanced_index(index: Any) -> bool:
-    """Returns whether an index contains lists or non-scalar tensors, rather than only slices and numbers."""
+    """Returns True if an index contains lists or non-scalar tensors, besides slices and integers."""
     parts = index if isinstance(index, (tuple, list)) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0) for part in parts)
 
@@ -361,15 +367,15 @@ _REDUCED = (
 
 
 def is_sparse_product(args: Sequence[Any]) -> bool:
-    """Returns whether either factor is a sparse matrix."""
+    """Returns True if either factor of a product is sparse."""
     return any(isinstance(value, Tensor) and value.layout != torch.strided for value in args[:2])
 
 
 @decomposition_of("_sparse_mm", "spmm", "smm", "hspmm")
 def sum_of_messages(input: Tensor, mat2: Tensor, reduce: str = "sum") -> Tensor:
-    """Computes ``A x`` or ``x A`` for a sparse constant ``A`` of any layout, as messages summed at nodes.
+    """Computes ``A x`` or ``x A`` for a constant sparse matrix ``A`` of any layout, as messages summed at nodes.
 
-    Each nonzero entry of ``A`` is a message, and all messages are held in memory.
+    Each nonzero of ``A`` is a message. All messages are held in memory at once.
     """
     matrix, source = (input, mat2) if is_sparse_product([input]) else (mat2, input)
     if matrix.requires_grad or is_sparse_product([source]) or not is_sparse_product([matrix]):

@@ -1,4 +1,4 @@
-r"""Secant kernels for linear and multilinear functions, softmax and normalization layers, in terms of multipliers.
+r"""Secant kernels of linear and multilinear functions, softmax and normalization layers, which propagate multipliers.
 
 .. math:: m_i = \sum_j \mathrm{slope}_{ij} m_j, \qquad R = \delta m
 
@@ -26,10 +26,10 @@ Multipliers = tuple[Tensor, ...]
 
 
 class MultiplierKernel(Kernel):
-    """Base class of kernels that propagate multipliers.
+    """Base class of kernels that propagate multipliers, the ratios of relevance to difference.
 
     Args:
-        call: The call at the input and at the reference.
+        call: The call on the input and on the reference.
     """
 
     def __init__(self, call: DifferenceCall) -> None:
@@ -38,10 +38,10 @@ class MultiplierKernel(Kernel):
 
     @abstractmethod
     def multipliers(self, above: Tensor) -> Multipliers:
-        """Propagates multipliers ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
+        """Propagates multipliers from the output, ``(K, N, *out)``, to each input, ``(K, N, *in)``."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers through the absolute slopes, or returns None if that would require a dense matrix."""
+        """Propagates multipliers by the absolute slopes, or returns None if this would take a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -59,14 +59,14 @@ class MultiplierKernel(Kernel):
 
 
 class PathKernel(MultiplierKernel):
-    """Kernel for a polynomial function, given by its mean Jacobian along the line from the reference to the input.
+    """Kernel of a polynomial function: its mean Jacobian along the line from the reference to the input.
 
-    The mean is computed exactly by Gauss-Legendre quadrature; products of two inputs require only one node.
+    The mean is computed exactly, by Gauss-Legendre quadrature. A product of two inputs requires a single node.
 
     Args:
-        call: The call at the input and at the reference.
-        absolute: Function that replaces the coefficients of a call with their absolute values, so that its slopes
-            become the absolute slopes; None if that is not possible.
+        call: The call on the input and on the reference.
+        absolute: Function that replaces the coefficients of a call by their absolute values, so that its slopes become
+            the absolute slopes; None if that is not possible.
     """
 
     def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
@@ -77,7 +77,7 @@ class PathKernel(MultiplierKernel):
     def _jacobians(
         self, call: FunctionCall, change: Callable[[Tensor], Tensor]
     ) -> list[tuple[float, Tensor, list[Tensor]]]:
-        """Evaluates the function at each quadrature node; returns ``(weight, output, inputs)`` for each node."""
+        """Evaluates the function at each quadrature node. Returns ``(weight, output, inputs)`` per node."""
         values, references = self.call.values, self.call.reference_values
         images = []
         for place, weight in _QUADRATURE[1 if len(values) < 3 else 2]:
@@ -97,7 +97,7 @@ class PathKernel(MultiplierKernel):
 
 
 _QUADRATURE = {1: [(0.5, 1.0)], 2: [(0.5 - math.sqrt(3) / 6, 0.5), (0.5 + math.sqrt(3) / 6, 0.5)]}
-"""Nodes and weights of the Gauss-Legendre quadrature."""
+"""Nodes and weights of Gauss-Legendre quadrature on [0, 1], keyed by the number of nodes."""
 
 
 def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -> Multipliers:
@@ -110,7 +110,7 @@ def _averaged(images: list[tuple[float, Tensor, list[Tensor]]], above: Tensor) -
 
 
 def polynomial(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a function with complex intermediate values that is linear or a product of two inputs."""
+    """Returns the kernel of a function with complex intermediate values, if it is linear or a product of two inputs."""
     kernel = PathKernel(call)
     columns = kernel.column_sum(call.after)
     scale = torch.finfo(call.after.dtype).eps ** 0.5 * call.outputs[0].abs().amax()
@@ -131,7 +131,7 @@ def _unchanged(call: FunctionCall) -> FunctionCall:
 
 @secant_of(*(name for name in POOLS if name not in ("grid_sample", "roi_align", "lp_pool2d")), "index_add")
 def average(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a sum, average or interpolation."""
+    """Returns the kernel of a sum, average or interpolation."""
     mode = call.call.argument(3, "mode", "nearest") if call.name in ("interpolate", "upsample") else ""
     return PathKernel(call, None if mode == "bicubic" or call.name == "index_add" else _unchanged)
 
@@ -141,7 +141,7 @@ secant_of("scatter_add")(lambda call: PathKernel(call))
 
 @secant_of("grid_sample", "roi_align", "deform_conv2d")
 def sampling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for sampling at constant positions; sampling is linear in the first input."""
+    """Returns the kernel of sampling at constant positions, which is linear in the first input."""
     if len(call.values) == 1 and isinstance(call.call.args[0] if call.call.args else None, Slot):
         return PathKernel(call)
     return UnknownKernel(UnsupportedOperationError(_PLACES.format(name=call.name)), call.shapes)
@@ -157,7 +157,7 @@ _PLACES = (
 
 
 def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
-    """Computes the logarithmic mean ``(a - b) / (log a - log b)`` of nonnegative numbers, 0 if one of them is 0."""
+    """Computes the logarithmic mean ``(a - b) / (log a - log b)`` of nonnegative numbers, or 0 if either is 0."""
     high, low = torch.maximum(one, two), torch.minimum(one, two)
     tiny = torch.finfo(high.dtype).tiny
     divisor = high.clamp_min(tiny)
@@ -168,7 +168,7 @@ def logarithmic_mean(one: Tensor, two: Tensor) -> Tensor:
 
 
 class SoftmaxKernel(MultiplierKernel):
-    r"""Kernel for softmax, from the secants of the exponentials and the logarithm in :math:`p = e^{z - \log \sum e^z}`.
+    r"""Kernel of softmax, from the secants of the exponentials and the logarithm in :math:`p = e^{z - \log \sum e^z}`.
 
     .. math:: \mathrm{slope}_{ij} = \ell_i (\delta_{ij} - w_j), \qquad
               \ell = \mathcal L(p, p^0), \quad w_j = \frac{\mathcal L(e^{z_j}, e^{z^0_j})}{\mathcal L(S, S^0)}
@@ -176,7 +176,7 @@ class SoftmaxKernel(MultiplierKernel):
     where :math:`\mathcal L` is the logarithmic mean. No slope exceeds one, and :math:`\sum_j w_j \leq 1`.
 
     Args:
-        call: The call at the input and at the reference.
+        call: The call on the input and on the reference.
         dim: Dimension of the softmax.
         sign: -1 for softmin.
         is_log: Whether the function is log-softmax.
@@ -201,7 +201,7 @@ class SoftmaxKernel(MultiplierKernel):
 
 
 def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
-    """Computes the slopes of log-sum-exp along dimensions; slopes are positive and sum to at most one."""
+    """Computes the slopes of log-sum-exp along dimensions, which are positive and sum to at most one."""
     totals = _totals(one, two, dim)
     first, second = ((value - total).exp().nan_to_num(0.0) for value, total in zip((one, two), totals, strict=True))
     return _shares((first, second), totals)
@@ -212,7 +212,7 @@ def _totals(one: Tensor, two: Tensor, dim: int | list[int]) -> tuple[Tensor, Ten
 
 
 def _shares(probabilities: tuple[Tensor, Tensor], totals: tuple[Tensor, Tensor]) -> Tensor:
-    """Computes the slopes of log-sum-exp from the softmax and the log-sum-exp at the input and at the reference."""
+    """Computes the slopes of log-sum-exp from the softmax and the log-sum-exp of the input and of the reference."""
     shift = torch.maximum(*totals)
     shift = torch.where(shift.isfinite(), shift, torch.zeros_like(shift))
     first, second = ((total - shift).exp() for total in totals)
@@ -223,7 +223,7 @@ def _shares(probabilities: tuple[Tensor, Tensor], totals: tuple[Tensor, Tensor])
 
 @secant_of("softmax", "log_softmax", "softmin")
 def softmax(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for softmax, log-softmax or softmin."""
+    """Returns the kernel of softmax, log-softmax or softmin."""
     dim = call.call.argument(1, "dim")
     if dim is None:  # the deprecated default of torch
         dim = 0 if call.values[0].ndim in (0, 1, 3) else 1
@@ -231,7 +231,7 @@ def softmax(call: DifferenceCall) -> Kernel:
 
 
 class LogSumExpKernel(MultiplierKernel):
-    """Kernel for log-sum-exp, with the slopes of :func:`exponential_shares`."""
+    """Kernel of log-sum-exp, with the slopes of :func:`exponential_shares`."""
 
     def __init__(self, call: DifferenceCall) -> None:
         super().__init__(call)
@@ -253,15 +253,17 @@ secant_of("logsumexp")(LogSumExpKernel)
 
 
 class NormKernel(MultiplierKernel):
-    r"""Kernel for layers that divide by a standard deviation, composed of mean, difference, square, rsqrt and product.
+    r"""Kernel of a layer that divides by a standard deviation, composed of elementary secants.
 
     .. math:: \Delta y = \gamma \left( \frac{\rho + \rho^0}{2} \Delta c
               - \frac{c + c^0}{2} \frac{(\rho \rho^0)^2}{\rho + \rho^0} \Delta v \right), \qquad
               \Delta v = \frac{1}{n} \sum (c + c^0) \Delta c
 
+    where ``c`` is the centered input, ``v`` its variance, and ``ρ`` the reciprocal of its standard deviation.
+
     Args:
-        call: The call at the input and at the reference.
-        group: Shape ``(…, entries)`` in which the last dimension is normalized.
+        call: The call on the input and on the reference.
+        group: Shape to which the input is reshaped, and whose last dimension is normalized.
         weight: ``γ``, which broadcasts to the input, or None for ones.
         eps: Value added to the variance.
         is_centred: Whether the mean is subtracted.
@@ -290,7 +292,7 @@ class NormKernel(MultiplierKernel):
 
 @secant_of("layer_norm", "native_layer_norm", "rms_norm")
 def layer_norm(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for layer normalization or RMS normalization."""
+    """Returns the kernel of layer normalization or RMS normalization."""
     shape = list(call.call.argument(1, "normalized_shape"))
     weight = call.call.argument(2, "weight")
     is_centred = call.name != "rms_norm"
@@ -315,7 +317,7 @@ _COMPUTED = (
 
 @secant_of("group_norm")
 def group_norm(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for group normalization."""
+    """Returns the kernel of group normalization."""
     value = call.values[0]
     groups, eps = int(call.call.argument(1, "num_groups")), float(call.call.argument(4, "eps", 1e-5))
     weight = _per_channel(call.call.argument(2, "weight"), value)
@@ -324,7 +326,7 @@ def group_norm(call: DifferenceCall) -> Kernel:
 
 @secant_of("instance_norm")
 def instance_norm(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for instance normalization."""
+    """Returns the kernel of instance normalization."""
     value, options = call.values[0], call.call
     if not options.argument(5, "use_input_stats", True):  # elementwise, by constant statistics
         return PathKernel(call)

@@ -1,8 +1,8 @@
-r"""Secant kernels for maxima and max pooling.
+r"""Secant kernels of maxima and max pooling.
 
-Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference between the maxima
-is divided between these two entries. Either of them can switch from the reference to the input first; the two orders
-are averaged. If entry ``m`` switches first, it receives
+Let :math:`m` be the argmax at the input and :math:`m^0` the argmax at the reference. The difference of the maxima is
+divided between these two elements. Either of them can switch from the reference to the input first; the two orders are
+averaged. If element ``m`` switches first, it receives
 
 .. math:: \max(a_m, a^0_{m^0}) - a^0_{m^0}
 
@@ -27,12 +27,12 @@ from .secant_maps import MultiplierKernel, Multipliers
 
 
 class MaximumKernel(MultiplierKernel):
-    """Kernel for maxima over groups of entries.
+    """Kernel of maxima over groups of elements.
 
     Args:
-        call: The call at the input and at the reference.
-        pair: The entries at input and reference, ``(*in)``.
-        places: Argmax of each group at input and reference, ``(*out)``, as indices into the flattened entries.
+        call: The call on the input and on the reference.
+        pair: The elements at input and reference, ``(*in)``.
+        places: Argmax of each group at input and reference, ``(*out)``, as indices into the flattened elements.
         sign: -1 for minima.
     """
 
@@ -53,12 +53,12 @@ class MaximumKernel(MultiplierKernel):
     absolute_multipliers = multipliers  # slopes are in [0, 1]
 
     def spread(self, below: Tensor) -> Multipliers:
-        """Splits the multipliers of all entries into those of each input."""
+        """Splits the multipliers of all elements, ``(K, *in)``, into those of each input."""
         return (below,)
 
 
 class StackedKernel(MaximumKernel):
-    """Kernel for the elementwise maximum of two tensors, with broadcasting."""
+    """Kernel of the elementwise maximum of two tensors, with broadcasting."""
 
     def spread(self, below: Tensor) -> Multipliers:
         shapes = (delta.shape for delta in self.before)
@@ -66,7 +66,7 @@ class StackedKernel(MaximumKernel):
 
 
 def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the slopes, between 0 and 1, of the entries that are largest at the input and at the reference."""
+    """Computes the slopes, in [0, 1], of the elements that are largest at the input and at the reference."""
     at_first, at_second = (one[first], two[first]), (one[second], two[second])
     gain_first = (torch.maximum(at_first[0], at_second[1]) - at_second[1]).nan_to_num(0.0)
     gain_second = (torch.maximum(at_first[1], at_second[0]) - at_second[1]).nan_to_num(0.0)
@@ -83,7 +83,7 @@ def _slopes(one: Tensor, two: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @secant_of("maximum", "minimum")
 def extremum(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for the elementwise maximum or minimum of two tensors, possibly with a constant one."""
+    """Returns the kernel of the elementwise maximum or minimum of two tensors, one of which may be constant."""
     sign = 1.0 if call.name == "maximum" else -1.0
     if len(call.values) == 1:
         return _of_one(call)
@@ -102,7 +102,7 @@ def _of_one(call: DifferenceCall) -> Kernel:
 
 
 def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """Converts indices along a dimension (with ``keepdim``) to indices into the flattened tensor."""
+    """Converts indices along a dimension, with ``keepdim``, to indices into the flattened tensor."""
     numbers = torch.arange(shape.numel(), device=index.device).reshape(shape)
     return numbers.gather(dim, index)
 
@@ -111,7 +111,7 @@ def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 
 class GroupsKernel(MaximumKernel):
-    """Kernel for the maxima of groups of entries; several tensors are given as one flat tensor."""
+    """Kernel of maxima over groups of elements, where all inputs are flattened and concatenated."""
 
     def spread(self, below: Tensor) -> Multipliers:
         shapes = [delta.shape for delta in self.before]
@@ -120,7 +120,7 @@ class GroupsKernel(MaximumKernel):
 
 
 def extremum_of_groups(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for :func:`scatter_extremum`."""
+    """Returns the kernel of :func:`scatter_extremum`."""
     _, _, dim, index, _, how = call.call.args
     values = call.values, call.reference_values
     places = tuple(_places_of_groups(call.call, one, dim, index) for one in values)
@@ -129,7 +129,7 @@ def extremum_of_groups(call: DifferenceCall) -> Kernel:
 
 
 def _places_of_groups(call: FunctionCall, values: list[Tensor], dim: int, index: Tensor) -> Tensor:
-    """Returns the index of each group's extremum in the flattened entries of all tensors; 0 for empty groups."""
+    """Returns the index of each group's extremum in the concatenated flattened inputs, or 0 for an empty group."""
     source, *own = values
     results = call.run(*values)
     numbers = torch.arange(sum(value.numel() for value in values), device=source.device)
@@ -147,7 +147,7 @@ def _places_of_groups(call: FunctionCall, values: list[Tensor], dim: int, index:
 
 @secant_of("max", "min", "amax", "amin")
 def along_dimensions(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for the maximum or minimum along dimensions."""
+    """Returns the kernel of the maximum or minimum along dimensions."""
     sign = 1.0 if call.name.endswith("max") else -1.0
     value, dims = call.values[0], call.call.argument(1, "dim")
     dims = list(range(value.ndim)) if dims is None or dims == () else [dims] if isinstance(dims, int) else list(dims)
@@ -158,7 +158,7 @@ def along_dimensions(call: DifferenceCall) -> Kernel:
 
 
 def _argmax(values: Tensor, dims: list[int]) -> Tensor:
-    """Returns the argmax along several dimensions as a flat index, in the shape of the other dimensions."""
+    """Returns the argmax along several dimensions, as an index into the flattened tensor."""
     kept = [dim for dim in range(values.ndim) if dim not in dims]
     numbers = torch.arange(values.numel(), device=values.device).reshape(values.shape)
     rows = values.permute(*kept, *dims).flatten(len(kept)) if dims else values.unsqueeze(-1)
@@ -182,7 +182,7 @@ _POOLS: dict[str, tuple[Any, int]] = {
 
 @secant_of(*_POOLS, *(f"{name}_with_indices" for name in _POOLS))
 def pooling(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for max pooling."""
+    """Returns the kernel of max pooling."""
     function, dims = _POOLS[call.name.removesuffix("_with_indices")]
     pair = call.values[0], call.reference_values[0]
     options = {key: value for key, value in call.call.kwargs.items() if key not in ("input", "self", "return_indices")}

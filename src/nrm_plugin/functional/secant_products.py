@@ -1,4 +1,4 @@
-"""Secant kernels for layers with weights and for tensor products.
+"""Secant kernels of layers with weights and of tensor products.
 
 Source: docs/differences.md.
 """
@@ -22,12 +22,12 @@ from .weighted_functions import twin_of_call
 
 
 class LinearKernel(MultiplierKernel):
-    """Kernel for a layer with constant weight, which propagates multipliers through the transposed linear map.
+    """Kernel of a layer with a constant weight, which propagates multipliers by the transposed linear map.
 
     Args:
-        call: The call at the input and at the reference.
+        call: The call on the input and on the reference.
         maps: The linear map of the layer, and its transpose.
-        absolute: Function that returns the map with absolute weights.
+        absolute: Function that returns the linear map with absolute weights.
     """
 
     def __init__(self, call: DifferenceCall, maps: LinearMap, absolute: Callable[[], LinearMap]) -> None:
@@ -36,7 +36,7 @@ class LinearKernel(MultiplierKernel):
 
     @cached_property
     def absolute(self) -> LinearMap:
-        """The map with absolute weights."""
+        """Linear map with absolute weights."""
         return self._absolute()
 
     def multipliers(self, above: Tensor) -> Multipliers:
@@ -58,7 +58,7 @@ class LinearKernel(MultiplierKernel):
 
 @secant_of(*LAYERS)
 def layer(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a layer, or for a product if the model computes its weight."""
+    """Returns the kernel of a layer, or of a product if the model computes its weight."""
     weight = call.call.argument(1, "weight")
     if len(call.values) == 1 and isinstance(weight, Tensor):
         weight = weight.detach().to(call.values[0].dtype)
@@ -77,7 +77,7 @@ def _absolute_maps(twin: nn.Module, weight: Tensor, values: Tensor) -> LinearMap
 
 @secant_of("matmul", "einsum", "tensordot")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a tensor product; factors may be constant."""
+    """Returns the kernel of a tensor product, whose factors may be constant."""
     return PathKernel(call, _with_absolute_constants)
 
 

@@ -1,9 +1,9 @@
-r"""Secant kernels for elementwise functions, sums and products.
+r"""Secant kernels of elementwise functions, sums and products.
 
 .. math:: \frac{\varphi(z) - \varphi(z^0)}{z - z^0}, \qquad
     ab - a^0 b^0 = \frac{b + b^0}{2} (a - a^0) + \frac{a + a^0}{2} (b - b^0)
 
-For a function of several tensors, inputs are changed one at a time, and slopes are averaged over all orders.
+The inputs of a function of several tensors are changed one at a time, and the slopes are averaged over all orders.
 
 Source: docs/differences.md.
 """
@@ -28,18 +28,18 @@ NOT_ELEMENTWISE = frozenset(
 CONVERSIONS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 """Functions that convert their first argument to another dtype or device."""
 CLOSE = 0.7
-"""Slopes are derivatives for differences below ``ε ** CLOSE`` times the value, where ε is the machine epsilon."""
+"""Exponent of the machine epsilon ε. For relative differences below ``ε ** CLOSE``, slopes are derivatives."""
 
 
 def change(
     function: Callable[[Tensor], Tensor], pair: tuple[Tensor, Tensor], difference: Tensor | None = None
 ) -> Tensor:
-    """Computes the change of an elementwise function between two points; where they are close, its linearization.
+    """Computes the change of an elementwise function between two points, by linearization where they are close.
 
     Args:
         function: The elementwise function.
         pair: The two points, which broadcast to the shape of the output.
-        difference: The difference between the two points; zeros may be replaced with tiny numbers.
+        difference: The difference between the two points. Zeros may be replaced by tiny numbers.
     """
     run = pair[0] - pair[1]
     scale = torch.maximum(pair[0].abs(), pair[1].abs())
@@ -52,7 +52,7 @@ def change(
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    """Computes the derivative of an elementwise function, with non-finite values replaced with zero."""
+    """Computes the derivative of an elementwise function. NaN and infinity are replaced by zero."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         output = function(leaf)
@@ -63,7 +63,7 @@ def derivative(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
 
 
 def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
-    """Returns the kernel for an elementwise function from its slopes, which broadcast to the output."""
+    """Returns the kernel of an elementwise function with the given slopes, which broadcast to the output."""
     after = call.divisor.reciprocal()
     shares = [slope * before * after for slope, before in zip(slopes, call.before, strict=True)]
     return SplitKernel(shares, call.shapes, None, call.is_exact)
@@ -71,7 +71,7 @@ def by_slopes(call: DifferenceCall, slopes: Sequence[Tensor]) -> SplitKernel:
 
 @secant_of(*ACTIVATIONS, *(name for name in ELEMENTWISE if name not in NOT_ELEMENTWISE), "div", "hypot")
 def elementwise(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for an elementwise function; with rules, functions of one tensor use the identity."""
+    """Returns the kernel of an elementwise function. With rules, it is the identity for functions of one tensor."""
     if call.has_rules and call.shapes == [call.after.shape]:
         return call.call.identity()
     if len(call.values) > 1:
@@ -86,14 +86,14 @@ def elementwise(call: DifferenceCall) -> Kernel:
 
 
 def _propagated_share(call: DifferenceCall, is_same: Tensor) -> Tensor:
-    """Returns the fraction of relevance that a function of one tensor propagates.
+    """Returns the fraction of its relevance that a function of one tensor propagates.
 
     The slope is the quotient of the two differences, so the fraction is 1 where the input differs. If only the output
-    is the same, its relevance is too small to matter. Where the input is the same, the slope is the derivative.
+    is the same, its relevance is negligible. Where the input is the same, the slope is the derivative.
 
     Args:
-        call: The call at the input and at the reference.
-        is_same: Mask of the entries at which the input is the same.
+        call: The call on the input and on the reference.
+        is_same: Mask of the elements at which the input is the same.
     """
     slope = derivative(call.call.run, call.values[0].expand(call.after.shape).nan_to_num(0.0, 0.0, 0.0))
     return torch.where(is_same, slope * call.before[0] / call.after, 1.0)
@@ -103,7 +103,7 @@ secant_of("logaddexp", "logaddexp2")(elementwise)
 
 
 def averaged_changes(call: DifferenceCall) -> list[Tensor]:
-    """Computes the change of the output due to each input, by changing one at a time, averaged over all orders."""
+    """Computes the change of the output due to each input, changed one at a time and averaged over all orders."""
     numbers = range(len(call.values))
     totals: list[Tensor | None] = [None for _ in numbers]
     orders = list(itertools.permutations(numbers))
@@ -129,7 +129,7 @@ def _change_by_one(call: DifferenceCall, point: list[Tensor], number: int) -> Te
 
 @secant_of("add", "sub", "rsub")
 def addition(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a sum or difference of tensors; a constant summand cancels."""
+    """Returns the kernel of a sum or difference of tensors, in which a constant summand cancels."""
     options = call.call
     alpha = float(options.kwargs.get("alpha", options.args[2] if len(options.args) > 2 else 1))
     factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[call.name]
@@ -140,7 +140,7 @@ def addition(call: DifferenceCall) -> Kernel:
 
 @secant_of("mul")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a product; each slope is the mean of the other factor."""
+    """Returns the kernel of a product. The slope of each factor is the mean of the other factor."""
     if len(call.values) == 1:
         return elementwise(call)
     first, second = ((one + two) / 2 for one, two in zip(call.values, call.reference_values, strict=True))
@@ -149,7 +149,7 @@ def product(call: DifferenceCall) -> Kernel:
 
 @secant_of(*CONVERSIONS)
 def conversion(call: DifferenceCall) -> Kernel:
-    """Returns the kernel for a dtype conversion, whose rounding error is absorbed by the sink."""
+    """Returns the kernel of a dtype conversion. The sink absorbs the rounding error."""
     shares = [call.before[0] / call.divisor, *(torch.zeros_like(call.after) for _ in call.shapes[1:])]
     return SplitKernel(shares, call.shapes, None, False)
 

@@ -1,4 +1,4 @@
-"""Errors for relevance that reaches an operation without a kernel, and inspection of its autograd nodes."""
+"""Errors for relevance that reaches an operation without a kernel, and inspection of autograd nodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MASKS = 10
 
 
 class UnknownKernel(Kernel):
-    """Kernel for an unknown operation that raises an error if nonzero relevance reaches it.
+    """Kernel of an unknown operation, which raises an error if nonzero relevance reaches it.
 
     Args:
         error: The error to raise.
@@ -44,7 +44,7 @@ class UnknownKernel(Kernel):
 
 
 def arrives(relevance: Tensor | None) -> bool:
-    """Returns whether any relevance is nonzero; True if its values cannot be read."""
+    """Returns True if any relevance is nonzero, or if its values cannot be read."""
     try:
         return relevance is not None and bool(relevance.any())
     except RuntimeError:  # values of batched gradients cannot be read
@@ -52,12 +52,12 @@ def arrives(relevance: Tensor | None) -> bool:
 
 
 def is_known(node: Any) -> bool:
-    """Returns whether an autograd node is a step or a known route."""
+    """Returns True if an autograd node is a step or a 0/1 route."""
     return step_of(node) is not None or is_route_node(node)
 
 
 def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
-    """Returns the error for relevance at an autograd node that is neither a step nor a known route.
+    """Returns the error for relevance at an autograd node that is neither a step nor a 0/1 route.
 
     Args:
         node: The node that relevance has reached.
@@ -70,8 +70,8 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
             "`model.gradient_checkpointing_disable()`."
         )
     return UnsupportedOperationError(
-        f"relevance would pass the operation {operation(node)} (autograd node {node.name()}{where}), which has no "
-        "kernel: it is neither a step nor a 0/1 route, because it is computed with complex numbers, in place, in a "
+        f"relevance would pass through the operation {operation(node)} (autograd node {node.name()}{where}), which has "
+        "no kernel: it is neither a step nor a 0/1 route, as it is computed with complex numbers, in place, in a "
         "script, in an autograd.Function, or inside a transform of torch.func such as vmap. Move it to a separate "
         "module, and assign a rule to that module in the composite's layer_map: zennit.rules.Epsilon() if it is "
         "linear, Pass() if it is elementwise."
@@ -79,7 +79,7 @@ def unknown_node_error(node: Any, where: str = "") -> UnsupportedOperationError:
 
 
 def raise_on_arrival(outputs: Iterable[Tensor], first_node: int) -> None:
-    """Registers hooks that raise an error if relevance reaches a node that is neither a step nor a known route.
+    """Registers hooks that raise an error if relevance reaches a node that is neither a step nor a 0/1 route.
 
     They replace the audit in a forward pass that is not recorded.
 
@@ -114,7 +114,7 @@ def _is_checkpoint(node: Any) -> bool:
 
 
 def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: bool = True) -> bool:
-    """Returns whether autograd recorded only routes (and steps, if ``with_steps``) between inputs and an output."""
+    """Returns True if autograd recorded only 0/1 routes (and steps, if ``with_steps``) between inputs and output."""
     visited = {tensor.grad_fn for tensor in inputs}
     stack = [output.grad_fn]
     while stack:
@@ -129,7 +129,7 @@ def consists_of_routes(output: Tensor, inputs: Sequence[Tensor], with_steps: boo
 
 
 def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tensor) -> bool:
-    """Tests whether a function is elementwise, by changing half of the elements at a time.
+    """Returns True if a function is elementwise, tested by changing half of the elements at a time.
 
     Each of the 10 masks separates half of all pairs of elements, so a dependence is missed with a probability of
     1/1024.
@@ -146,7 +146,7 @@ def is_elementwise(run: Callable[[Tensor], Tensor], source: Tensor, output: Tens
 
 
 def uncovered_layer_error(path: str, like: nn.Module, name: str) -> UncoveredLayerError:
-    """Returns the error for a layer called as a function, without a rule in the composite."""
+    """Returns the error for a functional layer that has no rule in the composite."""
     return UncoveredLayerError(
         f"layer {path!r} ({type(like).__name__}, called as {name}) has no rule in this composite. Zennit would use its "
         "plain gradient, which does not conserve relevance. Map the layer to a rule in the composite's layer_map, or "

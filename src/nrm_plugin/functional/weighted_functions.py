@@ -1,4 +1,4 @@
-"""Layers with weights, called as functions: they use the rule of the module that owns the weight.
+"""Functional layers with weights, which use the rule of the module that owns the weight.
 
 Source: docs/measure.md (operations without a module).
 """
@@ -26,7 +26,7 @@ kernel_of(*LAYERS)(contraction)  # for computed weights; with a constant weight,
 
 
 def layer_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts a functional layer or batch normalization to a module call, or returns None for other functions."""
+    """Converts a functional layer or batch normalization to the call of a module. Returns None for other functions."""
     if len(call.inputs) != 1 or not isinstance(call.argument(0, "input"), Slot):
         return None
     if call.name == "batch_norm":
@@ -60,7 +60,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
 
 
 def twin_of_call(call: FunctionCall, like: nn.Module) -> nn.Module:
-    """Configures a torch layer with the options of a call."""
+    """Configures a layer with the options of a functional call, and returns it."""
     if isinstance(like, nn.modules.conv._ConvNd):
         dims = len(like.kernel_size)
         options = {
@@ -77,17 +77,17 @@ def twin_of_call(call: FunctionCall, like: nn.Module) -> nn.Module:
 
 
 def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """Repeats a convolution option for each spatial dimension."""
+    """Expands a convolution option to one value per spatial dimension."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
 
 
 _NORM = nn.BatchNorm2d(1, device="meta").eval()
-"""Template for functional batch normalization; copying it is faster than constructing a module."""
+"""Template for functional batch normalization, since copying is faster than constructing a module."""
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:
-    """Converts ``F.batch_norm`` to a call of ``nn.BatchNorm2d``, or returns None if it uses batch statistics."""
+    """Converts ``F.batch_norm`` to a call of ``nn.BatchNorm2d``. Returns None if it uses batch statistics."""
     # torch.batch_norm takes nine arguments in another order, F.batch_norm at most eight.
     swapped = len(call.args) + len(call.kwargs) > 8
     weight_at, mean_at = (1, 3) if swapped else (3, 1)
@@ -117,7 +117,7 @@ def _batch_norm(module: nn.Module, source: Tensor) -> Tensor:
 
 @kernel_of("deform_conv2d")
 def deformable_convolution(call: FunctionCall) -> Kernel:
-    """Returns the kernel for a convolution with computed offsets, from the rule for the module that owns the weight."""
+    """Returns the kernel of a convolution with computed offsets, by the rule of the module that owns the weight."""
     weight, bias, fixed = call.args[1], call.args[4], tuple(call.values[1:])
     if not isinstance(call.args[0], Slot) or isinstance(weight, Slot):
         return UnknownKernel(UnsupportedOperationError(_COMPUTED_WEIGHT), call.shapes)
@@ -139,7 +139,7 @@ _COMPUTED_WEIGHT = (
 
 
 def channel_dim(call: FunctionCall) -> int | None:
-    """Returns the channel dimension of the output: last for features, 1 for images, None for other functions."""
+    """Returns the channel dimension of the output: -1 for features, 1 for images, or None if it has no channels."""
     if call.name in LAYERS:
         return -1 if call.name == "linear" else 1
     if call.name in ("matmul", "einsum", "tensordot") and len(call.inputs) == 1:

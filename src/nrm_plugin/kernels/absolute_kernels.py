@@ -1,4 +1,4 @@
-r"""Propagation of relevance by absolute kernels, :math:`\sum_j |T_{ij}| R_j`, in closed form or column by column."""
+r"""Propagation of relevance with absolute kernels, :math:`\sum_j |T_{ij}| R_j`, in closed form or column by column."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DENSE_LIMIT = 4096
 
 
 def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
-    r"""Computes ``Σ_j |T_ij| R_j`` from the columns of ``T``, in chunks of columns.
+    r"""Computes ``Σ_j |T_ij| R_j`` from the explicit columns of ``T``.
 
     Args:
         kernel: Any kernel that does not mix samples.
@@ -30,7 +30,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
         Relevance at each input, ``(K, N, *in)``.
 
     Raises:
-        NRMError: If the output has more than ``DENSE_LIMIT`` entries per sample.
+        NRMError: If the output has more than ``DENSE_LIMIT`` elements per sample.
     """
     size = math.prod(relevance.shape[2:])
     if size > DENSE_LIMIT:
@@ -57,7 +57,7 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 def closed_absolute(
     branches: list[Branch], layer: WeightedLayer | None, like: Tensor, relevance: Tensor
 ) -> Tensor | None:
-    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule, if there is a closed form.
+    """Computes ``Σ_j |T_ij| R_j`` from the branches of a rule in closed form.
 
     Args:
         branches: All branches of a rule.
@@ -95,7 +95,7 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Splits a kernel into terms with disjoint support, or returns None if there is no such split.
+    r"""Splits a kernel into terms with disjoint support, or returns None if its terms overlap.
 
     On the positive weights, and likewise on the negative ones, each modified weight of a rule is a multiple of the
     original weight. Branches with equal factors are summed first, as ZBox requires; the resulting terms must not
@@ -124,7 +124,7 @@ def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: T
 
 
 def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
-    """Returns λ such that ``modified = λ weight`` on all weights of the given sign, or None if there is no such λ."""
+    """Returns λ such that ``modified = λ weight`` on all weights of the given sign, or None if there is none."""
     chosen = (weight * sign) > 0
     here, there = weight[chosen], modified[chosen]
     if here.numel() == 0:
@@ -135,7 +135,7 @@ def _multiple(modified: Tensor, weight: Tensor, sign: float) -> float | None:
 
 
 def _down(layer: WeightedLayer, like: Tensor, sign: float) -> Callable[[Tensor], Tensor]:
-    """Returns a function that multiplies relevance by the transpose of ``|w|``, using only weights of one sign."""
+    """Returns the function that multiplies relevance by the transpose of ``|w|``, restricted to weights of one sign."""
     leaf = like.detach().requires_grad_()
     with torch.enable_grad():
         image = layer.rerun(leaf, (layer.weight * sign).clamp(min=0))
@@ -151,7 +151,7 @@ def _overlap(groups: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _from_patches(branches: list[Branch], layer: WeightedLayer, relevance: Tensor) -> Tensor:
-    """Computes ``Σ_j |T_ij| R_j`` for arbitrary branches from unfolded input patches, one output channel at a time."""
+    """Computes ``Σ_j |T_ij| R_j`` for any branches from unfolded input patches, one output channel at a time."""
     like, weight = branches[0].input.detach(), layer.weight
     size = weight[0].numel()
     # With this weight, a layer unfolds its input into patches.

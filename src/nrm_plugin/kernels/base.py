@@ -17,21 +17,21 @@ from torch import Tensor
 
 
 class Kernel(ABC):
-    """Base class of kernels: the linear map that a call applies to relevance, before normalization."""
+    """Base class of kernels: the linear map by which a call propagates relevance, before normalization."""
 
     is_stochastic = False
-    """Whether every column sums to exactly one, so that no gain is applied and nothing is absorbed."""
+    """True if every column sums to exactly one, so that no gain is applied and no relevance is absorbed."""
 
     @abstractmethod
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        """Propagates relevance ``(K, N, *out)`` to each input, ``(K, N, *in)``."""
+        """Propagates relevance from the output, ``(K, N, *out)``, to each input, ``(K, N, *in)``."""
 
     @abstractmethod
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        r"""Propagates relevance like :meth:`pull`, with :math:`|T_{ij}|` in place of :math:`T_{ij}`."""
+        r"""Propagates relevance like :meth:`pull`, by :math:`|T_{ij}|` instead of :math:`T_{ij}`."""
 
     def push(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Applies the transposed kernel, :math:`\sum_i T_{ij} v_i`.
+        r"""Applies the transposed kernel, :math:`\sum_i T_{ij} v_i`, from the inputs to the output.
 
         Args:
             values: ``v`` at each input, ``(K, N, *in)``, or None for zeros.
@@ -51,7 +51,7 @@ class Kernel(ABC):
             return vjp([part for part, _ in pairs], seed, [value.unsqueeze(1) for _, value in pairs])[0].squeeze(1)
 
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
-        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for ``v >= 0``, by default the exact sum.
+        r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for ``v >= 0``; by default, the exact sum.
 
         The arguments and the return value are those of :meth:`push`.
         """
@@ -70,18 +70,18 @@ class Kernel(ABC):
         return torch.cat(rows)
 
     def complete_for(self, relevance: Tensor | None) -> bool:
-        """Computes missing branches of the rule that are needed to propagate the given relevance.
+        """Computes the branches of the rule that are still missing and that the given relevance requires.
 
         Args:
             relevance: Relevance at the output, ``(K, N, *out)``, or None to compute all branches.
 
         Returns:
-            Whether the column sums have changed.
+            True if the column sums have changed.
         """
         return False
 
     def column_sum(self, like: Tensor) -> Tensor:
-        """Computes the column sums ``c``, with the shape of the output ``like``, by pushing ones through the kernel."""
+        r"""Computes the column sums :math:`c_j = \sum_i T_{ij}`, with the shape of the output ``like``."""
         with torch.inference_mode(False), torch.enable_grad():
             seed = torch.zeros_like(like).unsqueeze(0).requires_grad_()
             # The zeros at a gate have no grad_fn.
@@ -110,7 +110,7 @@ class IdentityKernel(Kernel):
 
 
 def vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Tensor]) -> tuple[Tensor, ...]:
-    """Computes the vector-Jacobian products of ``K`` vectors, stacked along the first dimension; retains the graph."""
+    """Computes vector-Jacobian products of ``K`` vectors, stacked along the first dimension, and retains the graph."""
     create = torch.is_grad_enabled()
     if len(relevance[0]) == 1:
         parts = torch.autograd.grad(images, inputs, [item[0] for item in relevance], True, create)

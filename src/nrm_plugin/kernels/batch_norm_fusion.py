@@ -65,9 +65,9 @@ def fuse(step: LayerStep, source: Tensor) -> None:
 
 
 def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
-    """Returns a function that performs a fusion when the kernel is built.
+    """Returns a function that performs a fusion when the kernel is constructed.
 
-    The function holds weak references to the steps, since the steps store it and strong references would form cycles.
+    It holds weak references to the steps, since the steps store it and strong references would form cycles.
     """
     references = weakref.ref(first), weakref.ref(second)
 
@@ -80,7 +80,7 @@ def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, secon
 
 
 def _producer(node: Any) -> Step | None:
-    """Returns the step that computed a tensor, skipping views (such as flattening) and in-place writes."""
+    """Returns the step that computed a tensor, skipping views such as flattening, and in-place writes."""
     return step_of(source_of(node))
 
 
@@ -89,7 +89,7 @@ def _input_node(node: Any) -> Any:
 
 
 def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
-    """Returns the batch-norm module of a step if it has running statistics and the rule Pass, or None otherwise."""
+    """Returns the batch-norm module of a step with the rule Pass and running statistics, or None for other steps."""
     norm = step.layer_call.module
     if type(step.layer_call.rule) is not Pass or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return None
@@ -120,14 +120,14 @@ def _is_relu(step: Step) -> bool:
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
-    """Returns the number of groups of a layer, whether it is a transposed convolution, and whether it is linear."""
+    """Returns the number of groups of a layer, and whether it is transposed and whether it is fully connected."""
     if isinstance(module, Weighted):
         return module.groups, module.is_transposed, module.bias_dim == -1
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
 
 
 def _fits_output(norm: LayerStep, layer: LayerStep) -> bool:
-    """Returns whether a batch normalization acts on a layer's output channels."""
+    """Returns True if a batch normalization acts on the output channels of a layer."""
     module = _norm(norm)
     if module is None or module.running_mean is None or not _is_weighted(layer) or len(layer.shape) < 2:
         return False
@@ -157,7 +157,7 @@ def _fold_output(norm: LayerStep, layer: LayerStep) -> None:
 def _fold_input(layer: LayerStep, norm: LayerStep, clipped: bool) -> None:
     """Folds a batch normalization into the layer above it, possibly across a ReLU.
 
-    The layer then reads the input of the batch normalization, which is clipped if there is a ReLU.
+    The layer then reads the input of the batch normalization, clipped if there is a ReLU.
     """
     affine = None if norm.is_identity else _affine(norm)
     if affine is None:

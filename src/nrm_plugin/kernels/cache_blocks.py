@@ -1,4 +1,4 @@
-"""Partition of tensors into blocks that fit into the processor cache."""
+"""Partition of tensors into blocks that fit into the CPU cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Block = tuple[slice, ...]
 
 
 def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
-    """Splits a tensor ``(N, C, …)`` along its first two dimensions into blocks of about ``size`` entries."""
+    """Splits a tensor ``(N, C, …)`` along its first two dimensions into blocks of about ``size`` elements."""
     if like.numel() <= size or like.ndim < 2 or is_traced():
         yield whole(like)
         return
@@ -29,5 +29,5 @@ def blocks_for(like: Tensor) -> Iterator[Block]:
 
 
 def whole(like: Tensor) -> Block:
-    """Returns the block that covers an entire tensor."""
+    """Returns the block that covers the entire tensor."""
     return tuple(slice(None) for _ in like.shape)

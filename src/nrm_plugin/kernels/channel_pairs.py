@@ -1,4 +1,4 @@
-"""Joint relevance of the input and output channels of a layer, from one weight gradient instead of many passes."""
+"""Joint relevance of the input and output channels of a layer, from a single weight gradient per branch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .rule_branch_kernel import BranchKernel
 
 
 def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
-    r"""Computes the joint relevance of all pairs of an output and an input channel of one step.
+    r"""Computes the joint relevance of all pairs of an output and an input channel.
 
     .. math:: J_{noi} = \sum_k \sum_\tau W_k[o,i,\tau]\; \frac{\partial}{\partial W_k[o,i,\tau]}
               \langle \mathrm{branch}_k(\rho_k in_k),\, m_k(1) \odot R \rangle_n

@@ -1,7 +1,7 @@
-"""Branches of common rules on torch layers, computed with few operations.
+"""Branches of common rules on torch layers, computed in closed form.
 
-The factors of these rules are known functions of one or two layer outputs, so that neither the parameters of the layer
-need to be replaced nor the gradient mapper of the rule applied.
+The factors of these rules are known functions of one or two layer outputs, so neither the parameters of the layer need
+to be replaced nor the gradient mapper of the rule applied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .recognized_rules import RuleForm, form_of, modified_bias
 from .rule_branch import Branch
 
 KEPT = 1 << 16
-"""Largest number of entries in a stored modified input; larger inputs are recomputed."""
+"""Maximum number of elements of a stored modified input. Larger inputs are recomputed."""
 
 _FORMATS = (torch.float32, torch.float64)
 
@@ -37,7 +37,7 @@ _FORMATS = (torch.float32, torch.float64)
 def closed_branches(
     call: LayerCall, rule: BasicHook, normalization: Normalization | None
 ) -> tuple[list[Branch], Columns] | None:
-    """Computes the branches of a common rule on a linear or convolutional layer.
+    """Computes the branches of a common rule on a linear or convolutional layer in closed form.
 
     Args:
         call: The recorded call of the layer.
@@ -65,7 +65,7 @@ class _Image:
     Attributes:
         values: The output without bias, ``(N, *out)``.
         source, weight, maps: The modified input, the modified weight, and the linear map with this weight.
-        is_own: Whether ``values`` may be overwritten, because nothing else reads them.
+        is_own: Whether ``values`` may be overwritten, as no other computation reads them.
     """
 
     values: Tensor
@@ -75,13 +75,13 @@ class _Image:
     is_own: bool = True
 
     def memory(self) -> Tensor:
-        """Returns memory for a factor: ``values`` if it may be overwritten, and otherwise a new tensor."""
+        """Returns a tensor to write a factor to: ``values`` if it may be overwritten, and otherwise a new tensor."""
         return self.values if self.is_own else torch.empty_like(self.values)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Computes the branches of one rule at one call.
+    """Computation of the branches of one rule for one call.
 
     Attributes:
         call, rule, normalization: As in :func:`closed_branches`.
@@ -98,7 +98,7 @@ class _Reader:
     normalization: Normalization | None
 
     def single(self) -> tuple[list[Branch], Columns] | None:
-        """Computes the branches of a rule with the common factor ``1 / (z + bias)``, including the stabilizer."""
+        """Computes the branches of a rule whose factors are all ``1 / (z + bias)``, stabilized."""
         images = self._images()
         if images is None:
             return None
@@ -117,7 +117,7 @@ class _Reader:
     def _branch(
         self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
     ) -> Branch:
-        """Returns a branch that stores its modified input if it is small, and otherwise recomputes it on demand."""
+        """Returns a branch that stores its modified input if it is small, and recomputes it on demand otherwise."""
         is_kept = source is self.call.input or source.numel() <= KEPT
         return Branch(
             source if is_kept else self.call.input,
@@ -166,7 +166,7 @@ class _Reader:
         return None if bias is None else broadcast(bias, self.call.module, self.call.like).expand(self.call.like.shape)
 
     def _positive(self, at: Block, image: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Computes the factors of a block in which neither the output nor the bias has negative entries."""
+        """Computes the factors of a block in which both the output and the bias are nonnegative."""
         added = self.form.epsilon if bias is None else bias + self.form.epsilon
         if self.normalization is not None and self.normalization.restores(image, added):
             torch.reciprocal(image, out=out)  # the factor times the gain

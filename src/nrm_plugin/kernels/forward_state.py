@@ -1,4 +1,4 @@
-"""Thread-local state of a forward pass: the listener, the running modules, and the tensors saved by steps."""
+"""Thread-local state of a forward pass: its listener, the running modules, and the tensors saved by steps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..model.model_protection import memory_address
 
 
 class Saved:
-    """Tensor needed by a step in the backward pass, protected from later in-place operations.
+    """Tensor that a step needs in the backward pass, protected from later in-place operations.
 
     Args:
         tensor: The tensor to save.
-        values: Whether the values are needed; if not, the tensor is not copied before an in-place operation.
+        values: Whether the values are needed. If False, the tensor is not copied before an in-place operation.
     """
 
     def __init__(self, tensor: Tensor, values: bool = True) -> None:
@@ -37,7 +37,7 @@ def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
 
 
 def protected(value: Any) -> Any:
-    """Detaches constant tensors in an argument of a step and protects them from later in-place operations.
+    """Detaches the tensors in a constant argument of a step and protects them from later in-place operations.
 
     Parameters are returned unchanged, since they keep their values while a model runs.
     """
@@ -49,18 +49,18 @@ def protected(value: Any) -> Any:
 
 
 def protect_weights(module: nn.Module) -> None:
-    """Protects the weights of a module created by a step from in-place operations on shared memory."""
+    """Protects the weights of a module created by a step from in-place operations on the same memory."""
     for weight in module.parameters():
         _protect(weight, weight)
 
 
 def is_saved(tensor: Tensor) -> bool:
-    """Returns whether a step has saved a tensor that shares storage with ``tensor``."""
+    """Returns True if a step has saved a tensor that shares storage with ``tensor``."""
     return any(saved() is not None for saved in RUNNING.saved.get(memory_address(tensor), ()))
 
 
 def before_writing(tensor: Tensor) -> None:
-    """Copies all saved tensors that share storage with ``tensor``, which is about to be modified in place."""
+    """Copies all saved tensors that share storage with ``tensor``. Called before ``tensor`` is modified in place."""
     for reference in RUNNING.saved.pop(memory_address(tensor), ()):
         saved = reference()
         if isinstance(saved, Tensor):
@@ -70,7 +70,7 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into ``target`` in place and returns a tensor with the autograd history of the result."""
+    """Copies a result into ``target`` in place, and returns a tensor with the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)
@@ -108,10 +108,10 @@ class _Running(threading.local):
         weights: The parameters of the model that require a gradient outside of this pass.
         first_node: Sequence number of the first autograd node of this pass, or None without a listener.
         given: Ids of the parameters among the inputs of the model, used without a listener.
-        made: The leaves created by the model, keyed by ``id()``, or None if such leaves can receive relevance.
-        depending: Whether each autograd node visited in this pass depends on an input of the model.
+        made: The leaf tensors created by the model, keyed by ``id()``, or None if they can receive relevance.
+        depending: For each autograd node visited in this pass, True if it depends on an input of the model.
         renormalized: The embedding tables that torch would have renormalized in this pass, keyed by ``id()``.
-        reference: The forward pass at the reference, or None if no difference is explained.
+        reference: The forward pass on the reference, or None if no difference is explained.
     """
 
     def __init__(self) -> None:
@@ -142,13 +142,13 @@ class Listener(Protocol):
     gates: Any
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Returns whether relevance ends at a leaf tensor: an input, or rows selected by an integer input."""
+        """Returns True if relevance ends at this leaf tensor: a model input, or rows looked up by an integer input."""
 
     def on_step(self, module: nn.Module | None, step: Any, output: Tensor) -> None:
         """Called after each step of a module or function, with the output of the call."""
 
     def on_function(self, name: str, call: int, output: Tensor, channel_dim: int | None) -> None:
-        """Called when a function returns a tensor through which relevance is propagated."""
+        """Called when a function returns a tensor through which relevance passes."""
 
     def on_draw(self, name: str, where: str) -> None:
         """Called for each call of a function that draws random numbers."""
@@ -157,27 +157,27 @@ class Listener(Protocol):
         """Called when autograd does not track how a result, such as a sort order, depends on the inputs."""
 
     def on_read(self, where: str) -> None:
-        """Called when the model converts integer inputs to Python or NumPy numbers; ``where`` locates the call."""
+        """Called when the model converts integer inputs to Python or NumPy numbers at the call ``where``."""
 
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Called when integer inputs select rows from a constant; returns a replacement for these rows."""
+        """Called when integer inputs select rows of a constant table. Returns a replacement for these rows."""
 
 
 RUNNING = _Running()
 
 
 def is_inside_step() -> bool:
-    """Returns whether recording is suspended: inside a module with a rule, or inside :class:`not_recorded`."""
+    """Returns True if recording is suspended, inside a module with a rule or inside :class:`not_recorded`."""
     return RUNNING.pauses > 0 or bool(RUNNING.modules)
 
 
 def is_in_module_step() -> bool:
-    """Returns whether results are not attached to the graph: inside a module step, or inside :class:`not_recorded`."""
+    """Returns True if results are not attached to the graph, inside a module step or inside :class:`not_recorded`."""
     return RUNNING.pauses > 0 or any(running.call is not None for running in RUNNING.modules)
 
 
 class not_recorded:  # noqa: N801  # a class, since entering a generator-based context takes three times as long
-    """Context manager that disables recording."""
+    """Context manager in which operations are not recorded as steps."""
 
     __slots__ = ()
 
@@ -193,9 +193,9 @@ P = ParamSpec("P")
 
 
 def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for hooks whose operations bypass ``__torch_function__``, which would cost more than the operations.
+    """Decorator for hooks that disables ``__torch_function__``, whose overhead would exceed the cost of the hook.
 
-    It has no effect if an argument is an instance of a subclass of ``Tensor``, which needs ``__torch_function__``.
+    It has no effect if an argument is an instance of a tensor subclass, which needs ``__torch_function__``.
     """
 
     @functools.wraps(hook)
@@ -218,33 +218,33 @@ def _is_subclass(value: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Returns whether a ``torch.func`` transform such as ``vmap`` or ``grad`` is active.
+    """Returns True if a ``torch.func`` transform such as ``vmap`` or ``grad`` is active.
 
-    Operations inside a transform are not steps. Constants may be computed in a transform, but an error is raised if
-    relevance arrives at its results.
+    Operations inside a transform are not steps. A transform may compute constants, but an error is raised if relevance
+    reaches its results.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def listener() -> Listener | None:
-    """Returns the listener of the forward pass in this thread, or None."""
+    """Returns the listener of the forward pass in this thread, or None if there is none."""
     return RUNNING.listener
 
 
 def note_untracked() -> None:
-    """Notifies the listener of results whose dependence on the inputs is not tracked by autograd."""
+    """Notifies the listener that autograd does not track how a result depends on the inputs."""
     if RUNNING.listener is not None:
         RUNNING.listener.on_untracked()
 
 
 def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
-    """Returns whether a tensor requires a gradient but was not computed from the model inputs in this pass.
+    """Returns True if a tensor requires a gradient but was not computed from the model inputs in this pass.
 
     Foreign tensors, such as initial states and parameters stored in a list or closure, are treated as constants. With a
-    listener, the model is called with copies of its inputs, so every leaf tensor is foreign, as is every tensor
-    computed before the pass. Without a listener, the caller may read the relevance of any leaf, so only two kinds of
-    leaves are foreign: parameters that are not among the inputs, and leaves that the model creates although it is
-    called with inputs that require a gradient.
+    listener, the model is called with copies of its inputs, so all leaf tensors are foreign, as are all tensors
+    computed before the pass. Without a listener, the caller may read the relevance of any leaf tensor, so only two
+    kinds of leaf tensors are foreign: parameters that are not among the inputs, and tensors that the model creates
+    although its inputs require a gradient.
 
     Args:
         tensor: Any tensor.
@@ -265,7 +265,7 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
 
 
 def _depends_on_inputs(node: Any) -> bool:
-    """Returns whether an autograd node depends on a model input; each node is visited once per pass."""
+    """Returns True if an autograd node depends on a model input. Each node is visited once per pass."""
     listening, known, stack = RUNNING.listener, RUNNING.depending, [node]
     assert listening is not None, "without a listener, the inputs are not known"
     while stack:
@@ -281,12 +281,12 @@ def _depends_on_inputs(node: Any) -> bool:
 
 
 def known_leaves(values: tuple[Any, ...]) -> set[int]:
-    """Returns the ids of the tensors among the arguments of a function that require a gradient before it is called."""
+    """Returns the ids of the tensors among the arguments of a function that require a gradient before the call."""
     return {id(value) for value in values if isinstance(value, Tensor) and value.requires_grad}
 
 
 def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
-    """Records the leaf tensors that a function created, given its results and the known leaves among its arguments."""
+    """Records the leaf tensors that a function created: those among its results that are not in ``known``."""
     made = RUNNING.made
     if made is None:
         return
@@ -296,7 +296,7 @@ def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
 
 
 def constants_detached(value: Any, is_exact: bool = False) -> Any:
-    """Detaches all foreign tensors in an argument of a function; other arguments are returned unchanged."""
+    """Detaches the foreign tensors in an argument of a function, and returns any other argument unchanged."""
     if isinstance(value, Tensor):
         return value.detach() if is_foreign(value, is_exact) else value
     if type(value) in (list, tuple):
@@ -314,12 +314,12 @@ def next_node() -> int:
 
 @contextmanager
 def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[None]:
-    """Context manager that provides a fresh state for one forward pass and restores the previous state afterwards.
+    """Context manager that provides a fresh state for one forward pass, and restores the previous state on exit.
 
     Args:
         listener: The object notified of every step, or None for a pass without recording. With a listener, the model
             must be called on copies of its inputs made inside this context.
-        reference: The :class:`~nrm_plugin.kernels.reference_pass.ReferencePass` when explaining a difference.
+        reference: The :class:`~nrm_plugin.kernels.reference_pass.ReferencePass` if a difference is explained, or None.
     """
     outer = dict(RUNNING.__dict__)
     first_node = None
@@ -334,6 +334,6 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a torch function mode of this thread, along with any inner modes that an interrupt left active."""
+    """Exits a torch function mode of this thread, and any inner modes left active by an interrupt."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

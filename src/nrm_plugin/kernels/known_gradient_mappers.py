@@ -1,8 +1,8 @@
-r"""Closed forms of the gradient mappers of known rules: the factors :math:`m_k(1)` from the outputs of the branches.
+r"""Closed forms of known gradient mappers: the factors :math:`m_k(1)` as functions of the branch outputs.
 
-For any rule, the factors can be computed by applying its mapper to ones. However, the mappers of Zennit's rules compute
-each denominator once per branch and determine signs by comparisons, which takes longer than the arithmetic of the
-layer. The closed forms use the stabilizer of the rule instead.
+The factors of any rule can be computed by applying its mapper to ones. However, the mappers of Zennit's rules compute
+each denominator once per branch and determine signs by comparisons, which takes longer than the layer itself. The
+closed forms avoid both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
 def closed_mapper(rule: BasicHook) -> Mapper | None:
     """Returns the gradient mapper of a known rule in closed form, or None for other rules.
 
-    The closed form is checked once against the mapper of the rule.
+    Each closed form is verified once against the mapper of the rule.
     """
     if type(rule) not in _LEADERS:
         return None
@@ -53,7 +53,7 @@ def closed_mapper(rule: BasicHook) -> Mapper | None:
 
 
 def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
-    """Returns whether the closed form and the mapper of a rule give the same factors, even where outputs are zero."""
+    """Returns True if the closed form gives the same factors as the mapper of the rule, also for zero outputs."""
     count = len(rule.input_modifiers)
     numbers = torch.sin(torch.arange(1.0, 1 + 24 * count, dtype=torch.float64) ** 2).reshape(count, 2, 3, 4)
     numbers[:, 0, 0] = 0
@@ -66,7 +66,7 @@ def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
 
 
 def stabilizer_of(rule: BasicHook) -> float | None:
-    """Returns the stabilizer ε of a known rule's denominators, or None if it is not a constant."""
+    """Returns the stabilizer ε in the denominators of a known rule, or None if it is not a constant."""
     stabilizer = _nonlocals(rule).get("stabilizer_fn", _nonlocals(rule).get("stabilize"))
     if not isinstance(stabilizer, Stabilizer) or stabilizer.clip or stabilizer.norm_scale or stabilizer.epsilon < 0:
         return None
@@ -122,7 +122,7 @@ def _conserving(epsilon: float, inverse: Callable[[Tensor], Tensor]) -> Factors:
 
 
 def inverse_by(epsilon: float) -> Callable[[Tensor], Tensor]:
-    """Returns the stabilized reciprocal as a function, ``z → 1 / (z + sign(z) epsilon)``."""
+    """Returns the stabilized reciprocal ``z → 1 / (z + sign(z) epsilon)`` as a function."""
 
     def inverse(z: Tensor) -> Tensor:
         raised = z + 0.0  # negative zero is treated as positive, as in Zennit

@@ -1,4 +1,4 @@
-"""Record of one layer call, the basis for the rule's kernel."""
+"""Record of one call of a layer, from which the kernel of its rule is constructed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .forward_state import Saved
 from .known_rules import LINEAR_RULES
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-"""Function that runs a module on a given first input, with the other arguments of the recorded call."""
+"""Function that runs a module on a given first input, with the remaining arguments of the recorded call."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Image:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Call of a layer with a rule.
+    """Record of one call of a layer that has a rule.
 
     Attributes:
         rule: The rule applied to the layer.
         module: A copy of the layer, which may be modified.
         run: Function that runs a module on a given first input.
         saved_input: The first input, ``(N, *in)``.
-        like: A tensor with the shape of the output, ``(N, *out)``, but without memory for its entries.
+        like: An expanded scalar with the shape of the output, ``(N, *out)``.
         name: Layer name, for error messages.
         saved_output: The output, or None if the rule does not read it or fusion has changed the layer.
         image: The output without bias, if the hook recorded it.
@@ -71,7 +71,7 @@ class LayerCall:
         name: str,
         image: Image | None = None,
     ) -> LayerCall:
-        """Creates the record of a call and saves only the tensors that the rule reads."""
+        """Creates the record of a call, saving only the tensors that the rule reads."""
         saved_output = Saved(output) if _reads_output(rule) else None
         # The output itself is linked to a step, so storing it would create a reference cycle.
         return cls(rule, module, run, saved_input, shape_like(output), name, saved_output, image)
@@ -88,17 +88,17 @@ class LayerCall:
 
     @property
     def is_output_known(self) -> bool:
-        """Whether the values of the output were saved."""
+        """True if the values of the output were saved."""
         return self.saved_output is not None
 
 
 def reads_image(rule: Hook) -> bool:
-    """Returns whether a rule uses the unmodified layer's output without bias, so that the hook must record it."""
+    """Returns True if a rule uses the output of the unmodified layer without bias, which the hook must then record."""
     return type(rule) in (Epsilon, ConservingEpsilon)
 
 
 def _reads_output(rule: Hook) -> bool:
-    """Returns whether a rule might use the output of the unmodified layer, in addition to the modified layers."""
+    """Returns True if a rule may use the output of the unmodified layer."""
     return type(rule) not in (*LINEAR_RULES, Absolute, ConservingEpsilon, Relative) or type(rule) is Gamma
 
 
@@ -109,7 +109,7 @@ def forward(module: nn.Module, source: Tensor) -> Tensor:
 
 
 def without_values(call: LayerCall) -> LayerCall:
-    """Returns a copy of the record that keeps the shapes of its tensors, but not their values."""
+    """Returns a copy of the record that keeps only the shapes of its tensors."""
     return replace(call, saved_input=Saved(shape_like(call.input), values=False), saved_output=None, run=forward)
 
 

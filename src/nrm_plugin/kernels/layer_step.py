@@ -1,4 +1,4 @@
-"""Steps of layers; batch-norm fusion can modify the recorded call before the kernel is built."""
+"""Steps of layers, whose recorded call batch-norm fusion can modify before the kernel is constructed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .step import Step
 
 
 class LayerStep(Step):
-    """Step of a layer.
+    """Step of a layer: a node of the computation graph that represents one call.
 
     Args:
         layer_call: The record of the call.
@@ -31,11 +31,11 @@ class LayerStep(Step):
         rule: Name of the operation; by default, the name of the rule.
 
     Attributes:
-        layer_call: The record of the call, including the parameters and the input that fusion sets.
-        folds: Deferred fusions, to be applied before the kernel is built.
+        layer_call: The record of the call, including the parameters and the input set by fusion.
+        folds: Deferred fusions, applied before the kernel is constructed.
         norms: The batch-norm layers that read the output of the layer.
         layer_below: For a batch normalization, the layer step whose output it reads.
-        feeds_fold: Whether the layer above could be fused with this step, and would then read this step's input.
+        feeds_fold: Whether the layer above may be fused with this step, and would then read the input of this step.
         has_dense_norm: Whether a linear layer and a batch normalization were fused in this step.
     """
 
@@ -57,12 +57,12 @@ class LayerStep(Step):
         self.has_dense_norm = False
 
     def empty(self) -> None:
-        """Frees all tensors of the step and keeps only its structure."""
+        """Frees all tensors of the step, keeping only its structure."""
         super().empty()
         self.layer_call = replace(without_values(self.layer_call), image=None)
 
     def fold(self) -> None:
-        """Applies all deferred batch-norm fusions; the recorded call is final afterwards."""
+        """Applies all deferred batch-norm fusions, after which the recorded call is final."""
         self.fill()
         self._dequantize()
         while self.folds:
@@ -78,7 +78,7 @@ class LayerStep(Step):
         return kernel
 
     def _dequantize(self) -> None:
-        """Replaces a quantized layer with a dequantized copy."""
+        """Replaces a quantized layer by a dequantized copy."""
         call = self.layer_call
         if type(call.rule) is not Pass and is_quantized(call.module):
             self.layer_call = replace(
@@ -87,11 +87,11 @@ class LayerStep(Step):
 
     @property
     def is_identity(self) -> bool:
-        """Whether this is a batch normalization fused into the layer below, whose output has no other consumer."""
+        """True if this is a batch normalization fused into the layer below, whose output has no other consumer."""
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
-        """Sets the weight and bias of the copied layer, so that its output differs from that in the model.
+        """Sets the weight and bias of the copied layer, so that its output differs from that of the layer in the model.
 
         Args:
             weight: The new weight.
@@ -109,7 +109,7 @@ class LayerStep(Step):
         self.layer_call = replace(call, saved_output=None, image=image)
 
     def set_input(self, source: Tensor) -> None:
-        """Sets the input of the layer."""
+        """Sets the input of the recorded call."""
         self.layer_call = replace(self.layer_call, saved_input=Saved(source, values=False))
 
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
@@ -124,4 +124,4 @@ class LayerStep(Step):
 
 
 Fuse = Callable[[LayerStep, Tensor], None]
-"""A function that schedules the fusion of a new step, given the step and its input."""
+"""Function that schedules the fusion of a new step, given the step and its input."""

@@ -1,4 +1,4 @@
-r"""Factors :math:`m_k(1)` of the gradient mapper of a rule."""
+r"""Factors :math:`m_k(1)` by which the gradient mapper of a rule multiplies relevance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mapper:
     Attributes:
         leaders: For each branch, the index of the first branch with the same factor.
         factors: Function that returns the factors of the requested leaders, given the outputs of all branches.
-        is_local: Whether each entry of a factor depends only on the same entry of the outputs.
+        is_local: Whether each element of a factor depends only on the same element of the outputs.
     """
 
     leaders: tuple[int, ...]
@@ -32,7 +32,7 @@ class Mapper:
 
 
 def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], like: Tensor) -> Mapper | None:
-    """Constructs the factors of a rule by applying its gradient mapper to ones.
+    """Returns the factors of a rule, computed by applying its gradient mapper to ones.
 
     Args:
         rule: Any rule.
@@ -62,13 +62,13 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
 
 
 def mapped(rule: BasicHook, relevance: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """Applies the gradient mapper of a rule to relevance and returns one tensor per branch."""
+    """Applies the gradient mapper of a rule to relevance. Returns one tensor per branch."""
     result = rule.gradient_mapper(relevance, outputs)
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
-    """Returns whether the gradient mapper multiplies each entry of the relevance by a factor."""
+    """Returns True if the gradient mapper multiplies each element of the relevance by a factor."""
     like = outputs[0]
     probe = torch.linspace(-1, 2, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
     factors = mapped(rule, torch.ones_like(like), outputs)
@@ -80,12 +80,12 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Returns whether a factor depends only on the same entry of the outputs, and not, for example, on their mean.
+    """Returns True if each element of a factor depends only on the same element of the outputs, not on their mean, say.
 
     Args:
         rule: The rule to test.
-        outputs: The outputs of all branches at a few entries.
-        factors: The factors of these entries, computed from a larger block of outputs.
+        outputs: The outputs of all branches in a small block.
+        factors: The factors in this block, computed from a larger block of outputs.
     """
     return all(
         torch.allclose(here, there, rtol=1e-6, atol=0, equal_nan=True)

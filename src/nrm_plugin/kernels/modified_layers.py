@@ -22,19 +22,19 @@ from .layer_call import LayerCall, Run
 from .modifier_probes import is_zero
 
 LARGE = 1 << 22
-"""Minimum number of weights for which a linear layer is modified block by block."""
+"""Minimum number of weights for a linear layer to be modified block by block."""
 
 
 @dataclass
 class ModifiedLayer:
-    """Result of evaluating a modified layer at its modified input.
+    """Output and linear map of a modified layer at its modified input.
 
     Attributes:
-        image: The output without bias; a scalar if all entries are equal.
-        bias: The bias, in a shape that broadcasts to the output.
+        image: The output without bias, or a scalar if all its elements are equal.
+        bias: The bias, in a shape that broadcasts against the output.
         maps: The linear map, or None if the input is zero or only the output is needed.
         weight: Function that computes the modified weight.
-        is_own: Whether ``image`` may be overwritten because nothing else reads it.
+        is_own: Whether ``image`` may be overwritten, as no other computation reads it.
     """
 
     image: Tensor
@@ -44,7 +44,7 @@ class ModifiedLayer:
     is_own: bool = False
 
     def output(self, at: Block, shape: torch.Size) -> Tensor:
-        """Returns one block of the output with bias; ``shape`` is the shape of the whole output."""
+        """Returns one block of the output with bias. The whole output has shape ``shape``."""
         image = self.image.expand(shape)[at]
         if self.bias is None:
             return image
@@ -52,7 +52,7 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Returns memory for a factor in the shape of ``like``, reusing that of the image if possible."""
+        """Returns a tensor of the shape of ``like`` to write a factor to, reusing the image if possible."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
@@ -74,7 +74,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
 
 
 def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float) -> ModifiedLayer:
-    """Evaluates a modified layer without bias, since subtracting the bias from the output would lose precision."""
+    """Evaluates a modified layer without bias, since subtracting the bias from its output would lose precision."""
     bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
     is_unmodified = source is call.input and _share_memory(modified._parameters, call.module._parameters)
     if sign == 0 and call.is_output_known and is_unmodified:
@@ -110,12 +110,12 @@ def _explicit_maps(call: LayerCall, modified: nn.Module, matrix: Tensor, source:
 
 
 def _shorter_format(call: LayerCall, source: Tensor) -> torch.dtype | None:
-    """Returns the dtype of the layer's products if it is less precise than that of the input, or None."""
+    """Returns the dtype in which the layer multiplies by its weight if it is less precise than float32, or None."""
     return call.precision if source.dtype == torch.float32 else None
 
 
 def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
-    """Returns whether the layer is a large linear layer and the modifier is that of a built-in rule."""
+    """Returns True if the layer is a large linear layer and the modifier belongs to a built-in rule."""
     weight = call.module._parameters.get("weight")
     if weight is None or weight.numel() < LARGE or type(twin_of(call.module)).forward is not nn.Linear.forward:
         return False
@@ -127,7 +127,7 @@ def is_by_blocks(call: LayerCall, modify: ParamMod) -> bool:
 
 
 def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLayer:
-    """Evaluates a modified linear layer block by block, without storing the whole modified weight."""
+    """Evaluates a modified linear layer block by block, never storing the whole modified weight."""
     weight = call.module._parameters["weight"]
     assert weight is not None
     matrix = weight.detach()

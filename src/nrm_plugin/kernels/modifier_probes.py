@@ -1,4 +1,4 @@
-"""Identification of the input modifiers and the reducer of a rule by evaluating them on a few numbers."""
+"""Identification of the input modifiers and the reducer of a rule by evaluating them on test values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..model.trace_guards import audit, holds
 from .known_rules import is_known_linear
 
 _KNOWN_SIGNS: dict[type, list[float]] = {}
-"""Branch signs of known rules, keyed by type (all instances of a type have the same signs)."""
+"""Branch signs of known rules, keyed by type. All instances of a type have the same signs."""
 
 
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
-    """Returns the modified inputs of a rule.
+    """Returns the modified inputs of a rule, one per branch.
 
-    Identical inputs share memory, for example if all activations are nonnegative.
+    Equal inputs share memory, which includes the positive part of nonnegative activations.
     """
     known, sources = [inputs], []
     # The bounds of ZBox may have the shape of an image, which does not match the probe, and are not parts of the input.
@@ -37,7 +37,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Returns ``"positive"`` or ``"negative"`` if a modifier selects that part of its input, or an empty string."""
+    """Returns ``"positive"`` or ``"negative"`` if a modifier selects that part of its input, or else ``""``."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -48,7 +48,7 @@ def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
 
 
 def is_positive(source: Tensor) -> bool:
-    """Returns whether all entries are nonnegative; their minimum is computed faster than a comparison of each entry."""
+    """Returns True if all elements are nonnegative."""
     return source.numel() == 0 or holds("no negative input", lambda: source.amin() >= 0)
 
 
@@ -57,12 +57,12 @@ def _is_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def is_zero(source: Tensor) -> bool:
-    """Returns whether all entries are zero."""
+    """Returns True if all elements are zero."""
     return holds("zero input", lambda: _is_zero(source))
 
 
 def _is_zero(source: Tensor) -> bool:
-    """Returns whether all entries are zero. Usually, the first few entries suffice to show that they are not."""
+    """Returns True if all elements are zero. A few of them are tested first, which usually suffices."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -70,7 +70,7 @@ def _is_zero(source: Tensor) -> bool:
 
 
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
-    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k``, or None for other reducers.
+    """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k``, or None if the reducer has another form.
 
     If all modified inputs are all-ones tensors, the reducer can also be ``Σ ρ_k g_k``.
     """

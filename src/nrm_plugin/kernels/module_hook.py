@@ -1,7 +1,7 @@
-"""The hook that turns each call of a module into a step.
+"""Hook that turns each call of a module into a step of the computation graph.
 
-The module runs on a detached input, and the kernel of the rule links its output to the original input. The module's
-backward function is never called, and each call of a reused module has its own kernel.
+The module runs on a detached input, and the kernel of the rule links its output to the original input. The backward
+function of the module is never called, and each call of a reused module has its own kernel.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from .step import link, link_in_place
 from .torch_function_modes import Mode, OutOfPlace, is_torch_activation, mode_for, seen_image, writes_in_place
 
 Arguments = dict[int | str, Tensor]
-"""Tensors among the arguments of a module, keyed by index or keyword."""
+"""Tensors among the arguments of a module, keyed by position or keyword."""
 
 
 @dataclass(frozen=True)
 class OpenCall:
-    """Call of a module that has not returned yet.
+    """Call of a module that has not yet returned.
 
     Attributes:
         source: The input, attached to the autograd graph.
-        passed: The detached tensor that was passed to the module in its place.
+        passed: The detached tensor that the module received instead.
         version: The version counter of ``passed`` before the call.
         saved_input: The input, protected from later writes.
         run: Function that runs the module on a given first input.
@@ -76,19 +76,19 @@ class OpenCall:
 
     @property
     def wrote(self) -> bool:
-        """Whether the module operates in place and would have overwritten its input if it had not received a copy."""
+        """True if the module operates in place and would have overwritten its input if it had not received a copy."""
         return isinstance(self.mode, OutOfPlace) or self.passed._version != self.version
 
 
 class StepHook(Hook):
-    """Zennit hook that turns each call of a module into a step, using the rule of another hook.
+    """Zennit hook that turns each call of a module into a step, applying the rule of another hook.
 
     Args:
         rule: The hook that the composite assigns to the module.
         normalization: The normalization of the columns.
         name: Layer name, for error messages.
         checked: Rules that were found to be linear, shared by all copies of the hook.
-        fuse: Function called with each new step and its input, to schedule fusion with adjacent steps.
+        fuse: Callback that receives each new step and its input, and schedules fusion with adjacent steps.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class StepHook(Hook):
         self._checked: weakref.WeakSet[Hook] = weakref.WeakSet() if checked is None else checked
 
     def copy(self) -> StepHook:
-        """Returns a hook with the same rule, to be registered on another module."""
+        """Returns a hook with the same rule for another module."""
         return StepHook(self.rule, self.normalization, self.name, self._checked, self.fuse)
 
     def register(self, module: nn.Module) -> RemovableHandleList:
-        """Registers the hook on a module and returns the handles that remove it."""
+        """Registers the hook on a module. Returns the handles that remove it."""
         return RemovableHandleList(
             [
                 RemovableHandle(self),
@@ -124,9 +124,9 @@ class StepHook(Hook):
         )
 
     def remove(self) -> None:
-        """Removes the hook and discards calls that never returned.
+        """Removes the hook and discards unfinished calls.
 
-        Such calls remain after a keyboard interrupt, since torch then does not run hooks.
+        Calls remain unfinished after a keyboard interrupt, since torch then does not run forward hooks.
         """
         super().remove()
         for running in RUNNING.modules:
@@ -136,7 +136,7 @@ class StepHook(Hook):
 
     @without_torch_function
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Detaches the arguments of the module (forward pre-hook)."""
+        """Detaches the arguments of the module. Registered as a forward pre-hook."""
         if is_transformed():
             RUNNING.modules.append(RunningModule(self, module, None))
             return None
@@ -204,7 +204,7 @@ class StepHook(Hook):
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Links the output of the module to its input (forward hook); ``output`` is None if the module failed."""
+        """Links the output of the module to its input. Registered as a forward hook that also runs after an error."""
         call = self._last_call(module)
         if call is not None and call.mode is not None:
             call.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ class StepHook(Hook):
         return self._linked(call, step, output)
 
     def _last_call(self, module: nn.Module) -> OpenCall | None:
-        """Closes and returns the last call of the module, discarding calls inside it that never returned."""
+        """Removes and returns the last call of the module, discarding unfinished calls inside it."""
         modules = RUNNING.modules
         for number in range(len(modules) - 1, -1, -1):
             if modules[number].hook is self and modules[number].module is module:
@@ -252,7 +252,7 @@ class StepHook(Hook):
                 self.fuse(step, source)
 
     def _check_rule(self, step: LayerStep) -> None:
-        """Raises an error if the rule is not linear; unknown rules are tested at their first call."""
+        """Raises an error if the rule is not linear. Rules unknown to this package are tested at their first call."""
         if self.rule not in self._checked and not is_known_linear(self.rule):
             with torch.inference_mode(False), not_recorded():
                 check_linear(step.kernel, step.layer_call)
@@ -269,13 +269,13 @@ class StepHook(Hook):
 
 
 def _has_ids() -> bool:
-    """Returns whether the model has integer inputs, which any module might use to look up rows."""
+    """Returns True if the model has integer inputs, which any module may use for a lookup."""
     listening = listener()
     return listening is not None and bool(listening.indices)
 
 
 def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
-    """Returns a copy of the module and a function that runs it. A copied custom layer has its computed weight."""
+    """Returns a copy of the module, or of a custom layer with its computed weight, and a function that runs it."""
     if is_quantized(module):
         return module, call.run  # never modified: rules act on another layer with its dequantized weight
     shell = shared_copy(module)
@@ -288,7 +288,7 @@ def _shell(module: nn.Module, call: OpenCall) -> tuple[nn.Module, Run]:
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
-    """Returns whether the module has full backward hooks that receive relevance.
+    """Returns True if the module has full backward hooks that receive relevance.
 
     Hooks receive relevance in the context of a composite, but not in a measure.
     """
@@ -302,12 +302,12 @@ def _has_backward_hooks(module: nn.Module) -> bool:
 
 
 def _is_free(tensor: Tensor) -> bool:
-    """Returns whether a tensor may be overwritten because it is neither a view nor a leaf, and no step has saved it."""
+    """Returns True if a tensor may be overwritten: it is neither a view nor a leaf, and no step has saved it."""
     return tensor._base is None and not tensor.is_leaf and not is_saved(tensor)
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Repeats an in-place write of the module on its original input, which a skip connection might still read."""
+    """Repeats an in-place write of the module on its original input, which a skip connection may still read."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
     with not_recorded():
@@ -319,7 +319,7 @@ def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
 
 
 def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """Returns the floating-point tensors among the arguments of a module, keyed by index or keyword."""
+    """Returns the floating-point tensors among the arguments of a module, keyed by position or keyword."""
     items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return {key: value for key, value in items if isinstance(value, Tensor) and value.is_floating_point()}
 

@@ -25,7 +25,7 @@ RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
 
 
 def gain(column_sum: Tensor, limit: float) -> Tensor:
-    r"""Returns the gain of a column: a rescaling factor that reduces the share absorbed by the sink.
+    r"""Returns the gain ``g(c)``, the factor that rescales a column to reduce the share absorbed by the sink.
 
     .. math::
         g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
@@ -49,17 +49,17 @@ def gain(column_sum: Tensor, limit: float) -> Tensor:
 
 
 def _line(column_sum: Tensor, limit: float) -> Tensor:
-    """Returns ``1 + (G - 1) G c``, or 1 if ``c`` is negative: the gain of columns that are not rescaled to one."""
+    """Returns ``1 + (G - 1) G max(c, 0)``, the gain of columns that are not rescaled to a sum of one."""
     return torch.rsub(column_sum.clamp(min=0), 1, alpha=(1 - limit) * limit)
 
 
 def least_restored(dtype: torch.dtype, limit: float) -> float:
-    """Returns the smallest column sum that is rescaled to one."""
+    """Returns the smallest column sum for which the gain rescales the column to a sum of one."""
     return max(1 / limit, torch.finfo(dtype).tiny)
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """Returns the share ``1 - g c`` that the sink absorbs, exactly 0 for columns that are rescaled to one."""
+    """Returns the share ``1 - g c`` absorbed by the sink, exactly 0 for columns that are rescaled to a sum of one."""
     if not math.isfinite(limit):
         return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
     # With the linear gain, the share reaches zero exactly at the smallest column sum that is rescaled to one. Clamping
@@ -68,16 +68,16 @@ def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Returns whether values of a tensor may be inspected to save work.
+    """Returns True if reading the values of a tensor is cheap enough to save work.
 
-    On devices other than the CPU, this would require a synchronization.
+    On devices other than the CPU, it would require a synchronization.
     """
     return tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Gain and deficit of the columns of a kernel.
+    """Gain of each column of a kernel, and the deficit absorbed by the sink.
 
     Attributes:
         gain: ``g(c)``, or None if all gains are one.
@@ -112,7 +112,7 @@ class Normalization:
             )
 
     def scaling(self, column_sum: Tensor) -> Scaling:
-        """Returns the gain and deficit for the given column sums, in their shape."""
+        """Returns the gain and the deficit for column sums ``c``, with the shape of ``c``."""
         if self.residual == "sink":
             return Scaling(deficit=1 - column_sum)
         limit = float(self.gain_limit)
@@ -123,9 +123,9 @@ class Normalization:
         return Scaling(factor, deficit(column_sum, factor, limit))
 
     def restores(self, image: Tensor, added: Tensor | float) -> bool:
-        """Returns whether all columns with sums ``image / (image + added)`` are rescaled to one.
+        """Returns True if all columns with sums ``image / (image + added)`` are rescaled to a sum of one.
 
-        Both tensors must be nonnegative.
+        Both arguments must be nonnegative.
         """
         limit = float(self.gain_limit)
         if self.residual == "sink" or not 1 < limit < math.inf or not may_read(image):
@@ -133,7 +133,7 @@ class Normalization:
         return holds("restored columns", lambda: torch.sub(image, added, alpha=1 / (limit - 1)).amin() >= 0)
 
     def scaling_by_blocks(self, column_sum: Tensor) -> Scaling:
-        """Computes the result of :meth:`scaling` block by block on a CPU."""
+        """Computes :meth:`scaling` block by block if the tensor is on the CPU."""
         if column_sum.device.type != "cpu":
             return self.scaling(column_sum)
         factor, share = None, None
@@ -149,20 +149,20 @@ class Normalization:
 
 
 class Columns(ABC):
-    """Base class for the columns of a kernel that consists of branches."""
+    """Base class of the columns of a branch kernel, represented by their sums or by their deficits."""
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
-        """Merges the columns of two disjoint groups of branches; each column is nonzero in at most one of them."""
+        """Merges the columns of two disjoint groups of branches. Each column is nonzero in at most one group."""
 
     @abstractmethod
     def sums(self, like: Tensor) -> Tensor:
-        """Returns the column sums of the kernel, with the shape of ``like``."""
+        """Returns the column sums ``c`` of the kernel, with the shape of ``like``."""
 
 
 @dataclass(frozen=True)
 class ColumnSums(Columns):
-    """Columns of a kernel before normalization.
+    """Column sums of a kernel that is not normalized.
 
     Attributes:
         values: ``c``, ``(N, *out)``.
@@ -179,7 +179,7 @@ class ColumnSums(Columns):
 
 @dataclass(frozen=True)
 class Deficit(Columns):
-    """Columns of a normalized kernel.
+    """Deficits of the columns of a normalized kernel.
 
     Attributes:
         share: Share of each column absorbed by the sink, ``(N, *out)``, or None if all shares are zero.
@@ -197,7 +197,7 @@ class Deficit(Columns):
 
 
 class ColumnWriter:
-    """Accumulates the columns of a kernel block by block and reports the gain (``g`` in :func:`gain`) of each block.
+    """Accumulates the columns of a kernel block by block, and computes the gain of each block.
 
     Args:
         like: A tensor with the shape of the output.
@@ -209,7 +209,7 @@ class ColumnWriter:
         self._values: Tensor | None = None
 
     def gain(self, at: Block, column_sum: Tensor | None) -> Tensor | None:
-        """Adds the columns of one block and returns their gains, or None if all gains are one.
+        """Stores the columns of one block and returns their gains ``g(c)``, or None if all gains are one.
 
         Args:
             at: The block.
@@ -234,7 +234,7 @@ class ColumnWriter:
         self._values[at] = values
 
     def columns(self) -> ColumnSums | Deficit:
-        """Returns the columns of all blocks."""
+        """Returns the accumulated columns of all blocks."""
         if self._normalization is not None:
             return Deficit(self._values)
         return ColumnSums(torch.zeros_like(self._like) if self._values is None else self._values)

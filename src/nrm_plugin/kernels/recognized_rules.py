@@ -1,4 +1,4 @@
-"""Recognition of common rules: a rule is compared once with its definition instead of being probed at each call."""
+"""Recognition of common rules: a rule is compared once with its definition, instead of being probed at each call."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..rules import Absolute, ConservingEpsilon, EvenMod
 from .known_gradient_mappers import closed_mapper, conserved_share, stabilizer_of
 
 COMMON = (Absolute, ConservingEpsilon, Epsilon, ZPlus)
-"""Rules with cheap branches, because denominators are positive or the layer is not modified."""
+"""Rules with cheap branches: their denominators are positive, or they do not modify the layer."""
 
 
 NEGLIGIBLE = 1e-20
-"""Largest stabilizer of ConservingEpsilon regarded as negligible."""
+"""Largest stabilizer of ConservingEpsilon that is treated as negligible."""
 
 
 @dataclass(frozen=True)
 class RuleForm:
-    """Parameters of a common rule, recognized if the user has not changed its mapper and modifiers.
+    """Parameters of a common rule whose mapper and modifiers are those of its class.
 
     Attributes:
         epsilon: The positive constant that stabilizes the denominators.
@@ -40,12 +40,12 @@ class RuleForm:
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
 """Modifiers and parameters of rules, keyed by the gradient mapper that all copies of a rule share.
 
-The modifiers are compared again at each use, since users can replace them.
+The modifiers are compared at each use, since users can replace them.
 """
 
 
 def form_of(rule: BasicHook) -> RuleForm | None:
-    """Returns the parameters of a common rule, or None for other rules and for rules changed by the user."""
+    """Returns the parameters of a common rule, or None for any other rule, including one modified by the user."""
     if type(rule) not in COMMON:
         return None
     own, modifiers = rule.gradient_mapper, _modifiers(rule)
@@ -65,7 +65,7 @@ def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _read(rule: BasicHook) -> RuleForm | None:
-    """Returns the parameters of a rule if mapper and modifiers agree with its class on a few numbers."""
+    """Returns the parameters of a rule if its mapper and modifiers agree with those of its class on test values."""
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None

@@ -1,4 +1,4 @@
-"""The forward pass at the reference, whose function calls are matched with those of the forward pass at the inputs.
+"""Forward pass on the reference, whose function calls are matched with those of the forward pass on the inputs.
 
 Source: docs/differences.md.
 """
@@ -19,20 +19,20 @@ from ..model.trace_guards import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-20, torch.float64: 1e-100}
-"""The magnitude added to differences, keyed by dtype; far larger differences are not changed by it.
+"""Offset added to the magnitude of differences, keyed by dtype. It does not change far larger differences.
 
-The relevance of a neuron without a difference is this number times the multiplier, and conditional masses given the
-neuron are divided by it. The number is in the middle of the range between the rounding error and the smallest float,
-for values of up to about 1e15.
+The relevance of a neuron whose difference is zero is this offset times the multiplier, and masses conditioned on the
+neuron are divided by it. It lies midway between the rounding error and the smallest float, for values of up to about
+1e15.
 """
 
 
 class Difference:
-    """The difference between a tensor and its reference.
+    """Difference between a tensor and its reference.
 
     Args:
-        delta: The difference ``δ``; no entry is zero, see :func:`difference`.
-        has_zeros: Whether entries of the difference can be zero.
+        delta: The difference ``δ``; no element is zero, see :func:`difference`.
+        has_zeros: Whether elements of the difference may be zero up to the offset :data:`LEAST`.
 
     Attributes:
         delta: The difference ``δ``, as passed.
@@ -43,15 +43,15 @@ class Difference:
 
     @cached_property
     def is_zero(self) -> Tensor | None:
-        """Mask of the entries whose difference is zero, or None if there are none."""
+        """Mask of the elements whose difference is zero, or None if there are none."""
         return self.delta.abs() < 2 * LEAST[self.delta.dtype] if self._has_zeros else None
 
 
 def difference(value: Tensor, reference: Tensor) -> Difference:
     """Computes the difference between a tensor and its reference.
 
-    A tiny number, see :data:`LEAST`, is added to the magnitude of each entry, so that none is zero. This takes less
-    time than a search for zeros. The difference between equal infinities counts as zero.
+    The offset :data:`LEAST` is added to the magnitude of each element, so that none is zero. This takes less time than
+    a search for zeros. The difference between equal infinities is zero.
     """
     dtype = working_dtype(value.dtype)
     delta = value.to(dtype) - reference.to(dtype)
@@ -65,7 +65,7 @@ def difference(value: Tensor, reference: Tensor) -> Difference:
 
 @dataclass(frozen=True)
 class ReferenceCall:
-    """Function call in the forward pass at the reference.
+    """Function call in the forward pass on the reference.
 
     Attributes:
         name: Name of the function.
@@ -81,15 +81,15 @@ class ReferenceCall:
 
 
 class ReferencePass:
-    """Sequence of function calls in the forward pass at the reference.
+    """Sequence of function calls in the forward pass on the reference.
 
-    The calls are stored during the forward pass at the reference. After :meth:`replay`, they are compared with the
-    calls in the forward pass at the inputs, and an error is raised where the two passes differ.
+    The calls are stored during the forward pass on the reference. After :meth:`replay`, they are compared with the
+    calls in the forward pass on the inputs, and an error is raised where the two passes differ.
 
     Args:
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        is_wanted: Function that returns whether the tensors of the next step are needed; if not, only their shapes are
-            stored.
+        is_wanted: Function that returns True if the tensors of the next step are needed; otherwise, only their shapes
+            are stored.
     """
 
     def __init__(self, is_tangent: bool = False, is_wanted: Callable[[], bool] = lambda: True) -> None:
@@ -101,7 +101,7 @@ class ReferencePass:
         self._deltas: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, Difference]] = {}
 
     def difference(self, value: Tensor, other: Tensor) -> Difference:
-        """Returns the difference between a tensor and its reference, cached for all steps."""
+        """Returns the difference between a tensor and its reference, computed once for all steps."""
         key = (value.data_ptr(), other.data_ptr(), value.shape, value.stride())
         if key not in self._deltas:
             self._deltas[key] = (value, other, difference(value, other))  # keeps the memory from being reused
@@ -109,24 +109,24 @@ class ReferencePass:
 
     @property
     def is_replayed(self) -> bool:
-        """Whether the forward pass at the inputs has started."""
+        """True if the forward pass on the inputs has started."""
         return self._is_replayed
 
     def replay(self) -> None:
-        """Starts the forward pass at the inputs, which is compared with the stored calls."""
+        """Starts the forward pass on the inputs, which is compared with the stored calls."""
         self._is_replayed = True
 
     def drop(self) -> None:
-        """Frees the tensors of all stored calls; their shapes and the constants are kept."""
+        """Frees the tensors of all stored calls, keeping their shapes and the constants."""
         self._calls = [replace(call, tensors=tuple(map(_without_values, call.tensors))) for call in self._calls]
         self._deltas.clear()
 
     def close(self) -> None:
-        """Frees all stored calls when the forward pass at the inputs ends, possibly early."""
+        """Frees all stored calls at the end of the forward pass on the inputs, even after an error."""
         self._calls.clear()
 
     def meet(self, name: str, where: str, tensors: Sequence[Tensor], constants: Any = ()) -> tuple[Saved, ...]:
-        """Stores a call of the pass at the reference, or matches a call of the pass at the inputs with the stored one.
+        """Stores a call of the pass on the reference, or matches a call of the pass on the inputs with the stored one.
 
         Args:
             name: Name of the function.
@@ -135,7 +135,7 @@ class ReferencePass:
             constants: All other arguments.
 
         Returns:
-            The tensors of this call in the forward pass at the reference.
+            The tensors of this call in the forward pass on the reference.
 
         Raises:
             DifferenceError: If the call, a shape, or a constant differs between the two passes.
@@ -159,7 +159,7 @@ class ReferencePass:
         return other.tensors
 
     def finish(self) -> None:
-        """Raises :class:`DifferenceError` if the forward pass at the reference has further calls."""
+        """Raises :class:`DifferenceError` if the forward pass on the reference made further calls."""
         if not self._is_replayed:
             return
         if self._number < len(self._calls):
@@ -170,13 +170,13 @@ class ReferencePass:
 
 
 def _without_values(saved: Saved) -> Saved:
-    """Returns a saved tensor of the same shape without memory for its entries."""
+    """Returns a saved tensor of the same shape that takes no memory."""
     tensor = saved.tensor
     return Saved(tensor.new_zeros(()).expand(tensor.shape), values=False)
 
 
 def _kept(value: Any) -> Any:
-    """Replaces the tensors in nested arguments with :class:`Saved` objects."""
+    """Replaces the tensors in nested arguments by :class:`Saved` objects."""
     if isinstance(value, Tensor):
         return Saved(value)
     if isinstance(value, (list, tuple)):
@@ -189,12 +189,12 @@ def _kept(value: Any) -> Any:
 
 
 def _difference(one: Any, two: Any) -> str:
-    """Describes the first difference between the constants of two calls; returns an empty string if there is none."""
+    """Describes the first difference between the constants of two calls, or returns an empty string."""
     if isinstance(one, Saved) and isinstance(two, Saved):
         return _difference_of_tensors(one.tensor, two.tensor)
     if isinstance(one, list) and isinstance(two, list):
         if len(one) != len(two):
-            return f"a list of {len(one)} entries and of {len(two)}"
+            return f"lists of {len(one)} and {len(two)} items"
         return next(filter(None, (_difference(*pair) for pair in zip(one, two, strict=True))), "")
     if isinstance(one, (bool, int, float, str)) and isinstance(two, (bool, int, float, str)):
         return "" if one == two or one != one else f"{one!r} and {two!r}"
@@ -212,11 +212,11 @@ def _difference_of_tensors(one: Tensor, two: Tensor) -> str:
     if one.is_floating_point() and torch.equal(one.nan_to_num(), two.nan_to_num()):
         return ""
     kind = "a mask" if one.dtype == torch.bool else "numbers" if one.is_floating_point() else "indices"
-    return f"{kind} of shape {tuple(one.shape)} with {int((one != two).sum())} different entries"
+    return f"{kind} of shape {tuple(one.shape)} with {int((one != two).sum())} different elements"
 
 
 _CONTROL = (
-    "the model runs other operations for the reference than for the inputs: it calls {name!r} in {where!r} for the "
+    "the model runs different operations for the reference and the inputs: it calls {name!r} in {where!r} for the "
     "inputs, but {found} for the reference. A difference requires the same operations for both. Choose a reference "
     "on the same path, or explain the output without reference=."
 )

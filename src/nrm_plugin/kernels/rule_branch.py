@@ -1,4 +1,4 @@
-"""Branches of a rule on an affine layer: the terms of a sum, each with a modified input and a modified layer."""
+"""Branches of a rule on an affine layer: the terms of its sum, each with a modified input and a modified layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..model.linear_maps import LinearMap, side_by_side
 
 @dataclass
 class Branch:
-    r"""Branch ``k`` of a rule at one call.
+    r"""Branch ``k`` of a rule for one call.
 
     Attributes:
-        source: ``in_k``, ``(N, *in)``, or the input that it is computed from.
-        factor: ``m_k(1)``, ``(N, *out)``; in a normalized kernel, multiplied by the gain.
+        source: ``in_k``, ``(N, *in)``, or the input from which it is computed.
+        factor: ``m_k(1)``, ``(N, *out)``, multiplied by the gain if the kernel is normalized.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
         modified: Function that computes the modified weight, or None for a module without weights.
@@ -39,7 +39,7 @@ class Branch:
 
     @property
     def weight(self) -> Tensor:
-        """The modified weight; only for a module with weights."""
+        """The modified weight. Not available for a module without weights."""
         assert self.modified is not None
         return self.modified()
 
@@ -48,19 +48,19 @@ class Branch:
         return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
 
     def push(self, values: Tensor) -> Tensor:
-        """Applies the transpose of :meth:`pull`."""
+        """Applies the transpose of :meth:`pull`, from ``(K, N, *in)`` to ``(K, N, *out)``."""
         return _signed(self.sign, self.factor * self.maps.up(self.input * values))
 
 
 @dataclass(frozen=True)
 class WeightedLayer:
-    """Unmodified layer of a rule; each branch modifies its weight.
+    """Unmodified layer of a rule, whose weight each branch modifies.
 
     Attributes:
         weight: The weight of the layer.
         rerun: Function ``(input, weight) -> output`` that runs the layer without its bias.
-        is_injective: Whether each pair of an input and an output entry is connected by at most one weight, so that
-            absolute values can be taken factor by factor. This does not hold if padding repeats entries.
+        is_injective: Whether each pair of an input and an output neuron is connected by at most one weight, so that
+            absolute values can be taken factor by factor. This does not hold if padding repeats inputs.
         groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.
     """
@@ -73,7 +73,7 @@ class WeightedLayer:
 
 
 def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
-    """Propagates relevance through branches that share a factor, in a single convolution if possible."""
+    """Propagates relevance through branches with the same factor, in a single convolution if possible."""
     down = side_by_side([branch.maps for branch in branches]) if len(branches) > 1 else None
     if down is None:
         return functools.reduce(torch.add, (branch.pull(relevance) for branch in branches))
@@ -82,7 +82,7 @@ def pull_together(branches: list[Branch], relevance: Tensor) -> Tensor:
 
 
 def _times(product: Tensor, factor: Tensor) -> Tensor:
-    """Computes ``product * factor``, in place if the product has memory of its own."""
+    """Computes ``product * factor``, in place if the product owns its memory."""
     if torch.is_grad_enabled() or not all(product.stride()):
         return product * factor
     return product.mul_(factor)

@@ -15,11 +15,11 @@ from .normalization import Columns
 from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
-"""Branches with nonzero sign and input, and the columns of their sum."""
+"""Branches with nonzero sign and input, and the columns of the kernel that is their sum."""
 
 
 class BranchKernel(Kernel):
-    r"""Kernel of a rule on an affine module as a sum over branches, the form in which Zennit defines rules.
+    r"""Kernel of a rule on an affine module, as a sum over branches, the form in which Zennit defines rules.
 
     .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
@@ -29,8 +29,8 @@ class BranchKernel(Kernel):
             :class:`Deficit` if the factors include the gain and the kernel is thus already normalized.
         like: A tensor with the shape of the input, ``(N, *in)``.
         layer: The layer that the branches modify, or None for a module without weights.
-        read_others: Function that computes the remaining branches. It is called when relevance arrives at outputs where
-            the factors of the first branches are zero, such as negative outputs in the γ-rule.
+        read_others: Function that computes the remaining branches. It is called when relevance arrives at outputs for
+            which the factors of the first branches are zero, such as negative outputs in the γ-rule.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BranchKernel(Kernel):
         return True
 
     def _is_outside_of_branches(self, relevance: Tensor) -> bool:
-        """Returns whether relevance arrives at an output where all factors are zero."""
+        """Returns True if relevance arrives at an output for which all factors are zero."""
         try:
             arrived = relevance != 0
             for branch in self.branches:
@@ -70,7 +70,7 @@ class BranchKernel(Kernel):
         return (functools.reduce(torch.add, parts),)
 
     def _by_factor(self) -> list[list[Branch]]:
-        """Groups branches that share the same factor tensor."""
+        """Groups the branches that share a factor tensor."""
         groups: dict[int, list[Branch]] = {}
         for branch in self.branches:
             groups.setdefault(id(branch.factor), []).append(branch)
@@ -90,7 +90,7 @@ class BranchKernel(Kernel):
         r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i`: the sum of the absolute values of all branches.
 
         The bound is exact if the branches have disjoint support, as for all Zennit rules except ZBox, and padding does
-        not repeat entries.
+        not repeat inputs.
         """
         if self.layer is None:
             return super().push_bound(values, shape)

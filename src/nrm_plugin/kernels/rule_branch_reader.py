@@ -1,4 +1,4 @@
-"""Decomposition of a rule at one call of an affine layer into branches, the form in which Zennit defines rules."""
+"""Decomposition of a rule into branches for one call of an affine layer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .rule_branch import Branch, WeightedLayer
 from .rule_branch_kernel import BranchKernel, ReadBranches
 
 _SEPARATE: dict[type, list[tuple[int, ...]]] = {Gamma: [(0, 1), (2, 3)]}
-"""Groups of branches with disjoint outputs: the γ-rule has one pair for positive and one for negative outputs."""
+"""Groups of branches with disjoint outputs. The γ-rule has one pair for positive and one for negative outputs."""
 
 
 def branch_kernel(call: LayerCall, rule: BasicHook, normalization: Normalization | None) -> BranchKernel | None:
-    """Builds the kernel of a rule as a sum over branches.
+    """Returns the kernel of a rule for one call, as a sum over branches.
 
     Args:
         call: The recorded call of the layer.
@@ -72,7 +72,7 @@ def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class _BranchReader:
-    """Computes the branches of a rule at one call.
+    """Computation of the branches of a rule for one call.
 
     Attributes:
         call, rule, normalization: As in :func:`branch_kernel`.
@@ -87,14 +87,14 @@ class _BranchReader:
     signs: list[float]
 
     def certain(self, chosen: tuple[int, ...]) -> ReadBranches:
-        """Computes further branches of a rule already known to be a sum over branches."""
+        """Computes further branches of a rule that is already known to be a sum over branches."""
         branches = self.read(chosen)
         assert branches is not None
         return branches
 
     @torch.no_grad()
     def read(self, chosen: tuple[int, ...]) -> ReadBranches | None:
-        """Computes the branches with the given indices, or returns None if the rule has another form."""
+        """Computes the branches with the given indices. Returns None if the rule has another form."""
         if not all(self._is_identity(modifier) for modifier in self.rule.output_modifiers):
             return None
         layers = self._modified_layers(chosen)
@@ -122,7 +122,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """Returns the modified layers of the chosen branches and of those that the mapper reads, or placeholders."""
+        """Returns the modified layers of the chosen branches and those that the mapper reads, or placeholders."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
@@ -139,7 +139,7 @@ class _BranchReader:
         leaders: dict[int, int],
         outputs: Callable[[Block], list[Tensor]],
     ) -> Iterator[_ColumnBlock]:
-        """Yields the factors and column sums block by block.
+        """Yields the factors and the column sums block by block.
 
         A rule takes about a dozen elementwise operations, which are faster if a block fits into the cache. Where the
         denominator is zero, the factor is set to zero, so that the column propagates no relevance.
@@ -156,7 +156,7 @@ class _BranchReader:
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
         """Stores the factors, multiplied by the gain if there is a normalization, and returns the columns.
 
-        Factors reuse the memory of the outputs, since each block is read before it is overwritten.
+        Factors reuse the memory of the outputs, as each block is read before it is overwritten.
         """
         writer = ColumnWriter(self.call.like, self.normalization)
         for block in read:
@@ -168,7 +168,7 @@ class _BranchReader:
 
 @dataclass(frozen=True)
 class _ColumnBlock:
-    """Block of the columns of a kernel.
+    """Factors and column sums of one block of the outputs.
 
     Attributes:
         at: The block of ``(N, *out)``.
@@ -182,7 +182,7 @@ class _ColumnBlock:
 
 
 def _leaders(mapper: Mapper, numbers: list[int]) -> dict[int, int]:
-    """Returns, for each of the given branches, the first of them with the same factor."""
+    """Returns, for each of the given branches, the first of them that has the same factor."""
     return {k: next(other for other in numbers if mapper.leaders[other] == mapper.leaders[k]) for k in numbers}
 
 

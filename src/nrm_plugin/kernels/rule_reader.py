@@ -1,4 +1,4 @@
-"""Conversion of a Zennit rule at one call of a module into a kernel.
+"""Conversion of a Zennit rule into a kernel, for one call of a module.
 
 Three forms are tried in turn: the identity (``Pass``), a sum over branches on an affine module (all built-in rules),
 and an arbitrary linear function of the relevance, whose derivative gives the column sums.
@@ -27,15 +27,15 @@ from .vjp_kernel import VjpKernel
 
 
 class PlainGradient(Hook):
-    """Rule for layers without a rule in the composite: the plain gradient, as in Zennit."""
+    """Rule of layers to which the composite assigns none: the gradient, as in Zennit."""
 
 
 def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Kernel:
-    """Builds the kernel of a rule at one call.
+    """Returns the kernel of a rule for one call.
 
     Args:
         call: The recorded call.
-        normalization: The normalization of the columns. The kernel includes the gain if this saves work.
+        normalization: The normalization of the columns. The kernel includes the gain if this saves computation.
 
     Raises:
         UnsupportedRuleError: If the rule changes how the module runs, or has none of the three forms.
@@ -56,7 +56,7 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
 
 
 def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Kernel:
-    """Builds the kernel of a rule on a module at a given input, without a recorded call.
+    """Returns the kernel of a rule for a module at a given input, without a recorded call.
 
     Args:
         rule: The rule; it is copied.
@@ -72,7 +72,7 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
 
 
 def check_linear(kernel: Kernel, call: LayerCall) -> None:
-    """Raises an error if the rule is not linear in the relevance.
+    """Raises an error if a rule is not linear in the relevance.
 
     Raises:
         NonlinearRuleError: If the rule is not linear; the message names the rule and the layer.
@@ -86,7 +86,7 @@ def check_linear(kernel: Kernel, call: LayerCall) -> None:
 
 
 def is_linear_in_relevance(kernel: Kernel, like: Tensor) -> bool:
-    """Returns whether ``kernel.pull`` is linear, tested on random relevance shaped like ``like``."""
+    """Returns True if ``kernel.pull`` is linear, tested on random relevance of the shape of ``like``."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2, *like.shape), generator=generator, dtype=like.dtype).to(like.device)
     first, second = noise[:1], noise[1:]
@@ -113,7 +113,7 @@ def _identity(call: LayerCall) -> IdentityKernel:
 
 
 def _by_modifiers(call: LayerCall, rule: BasicHook) -> VjpKernel:
-    """Builds the kernel of a rule defined by modifiers, for any module."""
+    """Returns the kernel of a rule that is defined by modifiers, for any module."""
     sources = [modifier(call.input).detach().requires_grad_() for modifier in rule.input_modifiers]
     outputs = []
     with torch.enable_grad():
@@ -141,7 +141,7 @@ def _plain_gradient(call: LayerCall) -> VjpKernel:
 
 
 def _by_backward(call: LayerCall) -> VjpKernel:
-    """Builds the kernel of a rule with a custom ``backward``, which can use the plain gradient and its own state."""
+    """Returns the kernel of a rule with a custom ``backward``, which may use the gradient and its own state."""
     rule, module, inputs, output = call.rule, call.module, call.input, call.output
     if not call.is_output_known:
         with torch.no_grad():
@@ -164,5 +164,5 @@ def _by_backward(call: LayerCall) -> VjpKernel:
 
 
 def _takes_kwargs(rule: Hook) -> bool:
-    """Returns whether ``rule.forward`` takes ``(module, args, kwargs, output)``, as in Zennit 1."""
+    """Returns True if ``rule.forward`` takes ``(module, args, kwargs, output)``, as in Zennit 1."""
     return len(inspect.signature(rule.forward).parameters) == 4

@@ -1,6 +1,6 @@
-"""Steps: calls of modules and functions, each linked into the autograd graph by its normalized kernel.
+"""Steps: calls of modules and functions, linked into the autograd graph by their normalized kernels.
 
-The gradients that ``torch.autograd`` computes are then relevance.
+The gradients that ``torch.autograd`` computes in this graph are relevance.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .rule_branch_kernel import BranchKernel
 
 
 class Holder(Protocol):
-    """Interface required of objects that recompute the freed tensors of a step."""
+    """Interface of objects that recompute the freed tensors of a step."""
 
     def fill(self, step: Step) -> None:
-        """Recomputes the tensors of a step; they remain available until those of another step are requested."""
+        """Recomputes the tensors of a step, which remain available until those of another step are requested."""
 
 
 class Step(ABC):
-    r"""Call of a module or function with its normalized kernel.
+    r"""Call of a module or function, with its normalized kernel.
 
     The kernel is :math:`\tilde T_{ij} = g(c_j) T_{ij}`, and the sink absorbs :math:`R_j (1 - g(c_j) c_j)`.
 
@@ -43,15 +43,15 @@ class Step(ABC):
 
     Attributes:
         normalization: The normalization of the columns.
-        call: Call index of the module or function.
+        call: Index of the call among those of the same module or function.
         dtype: The dtype of relevance at the output.
         device: The device of the output.
-        is_short: Whether the model computed the output in a format shorter than float32; the kernel is in float32.
-        uses: Number of consumers of the output that are known so far.
+        is_short: Whether the model computed the output in a lower precision than float32. The kernel is in float32.
+        uses: Number of known consumers of the output.
         attention: Layout of heads and tokens, if the step multiplies attention weights by values.
         keeps_rows: Whether each row of the output is known to depend only on the same row of the inputs.
-        joined: Lower steps whose tensors the kernel might read.
-        holder: Object that recomputes the tensors of the step after :meth:`empty`, or None if the step keeps them.
+        joined: Lower steps whose tensors the kernel may read.
+        holder: Object that recomputes the tensors of the step after :meth:`empty`, or None if they are never freed.
         number: Index of the step in the holder.
     """
 
@@ -75,11 +75,11 @@ class Step(ABC):
 
     @abstractmethod
     def _build(self) -> Kernel:
-        """Builds the kernel; called when relevance first arrives."""
+        """Constructs the kernel. Called when relevance first arrives."""
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel of the rule, which is already normalized if its columns are a :class:`Deficit`."""
+        """Kernel of the rule. It is already normalized if its columns are a :class:`Deficit`."""
         if self._kernel is not None:
             return self._kernel
         self.fill()
@@ -87,14 +87,14 @@ class Step(ABC):
             return self._built()
 
     def _built(self) -> Kernel:
-        """Returns the kernel, building it if needed; must be called inside the contexts of :attr:`kernel`."""
+        """Returns the kernel, constructing it if necessary. Requires the contexts entered by :attr:`kernel`."""
         if self._kernel is None:
             with repeated(f"{self.name}:{self.call}"):
                 self._kernel = self._build()
         return self._kernel
 
     def forget_kernel(self) -> None:
-        """Discards the kernel, for example because fusion has changed the layer."""
+        """Discards the kernel, for example after fusion has changed the layer."""
         self._kernel = self._scaling = None
 
     def fill(self) -> None:
@@ -103,11 +103,11 @@ class Step(ABC):
             self.holder.fill(self)
 
     def empty(self) -> None:
-        """Frees all tensors of the step and keeps only its structure."""
+        """Frees all tensors of the step, keeping only its structure."""
         self.forget_kernel()
 
     def _scaling_by(self, kernel: Kernel) -> Scaling:
-        """Computes the gain and deficit of the columns of a kernel."""
+        """Computes the gain and the deficit of the columns of a kernel."""
         if kernel.is_stochastic:
             return Scaling()
         if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):
@@ -119,7 +119,7 @@ class Step(ABC):
         return self.normalization.scaling_by_blocks(column_sum)
 
     def _scaling_for(self, relevance: Tensor | None) -> Scaling:
-        """Returns the gain and deficit, valid where ``relevance`` is nonzero, or everywhere if it is None."""
+        """Returns the gain and the deficit, valid where ``relevance`` is nonzero, or everywhere if it is None."""
         self.fill()
         with self._lock, not_recorded(), torch.inference_mode(False), torch.no_grad(), self._arithmetic():
             kernel = self._built()
@@ -132,10 +132,10 @@ class Step(ABC):
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Propagates relevance ``(K, N, *out)`` to the inputs.
+        """Propagates relevance from the output, ``(K, N, *out)``, to the inputs and the sink.
 
         Returns:
-            The relevance at each input, ``(K, N, *in)``, in any dtype; and the share that the sink absorbs, ``(N,
+            The relevance at each input, ``(K, N, *in)``, in any dtype; and the share absorbed by the sink, ``(N,
             *out)``, or None for zero. The share is undefined where no relevance arrives.
         """
         with self._short_lived():
@@ -145,7 +145,7 @@ class Step(ABC):
                 return kernel.pull(_scaled(relevance, scaling.gain)), scaling.deficit
 
     def pull_absolute(self, mass: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        r"""Propagates the absolute mass of walks by :math:`|\tilde T_{ij}|`; otherwise like :meth:`pull`."""
+        r"""Propagates the absolute mass of walks by :math:`|\tilde T_{ij}|`. The return value is as in :meth:`pull`."""
         with self._short_lived():
             scaling = self._scaling_for(mass)
             kernel = self.kernel
@@ -154,7 +154,7 @@ class Step(ABC):
         return parts, None if scaling.deficit is None else scaling.deficit.abs()
 
     def push(self, values: tuple[Tensor | None, ...], absorbed: Tensor | None) -> Tensor | None:
-        """Applies the transpose of :meth:`pull`.
+        """Applies the transpose of :meth:`pull`, from the inputs and the sink to the output.
 
         Args:
             values: Values at each input, ``(K, N, *in)``, or None for zeros.
@@ -176,7 +176,7 @@ class Step(ABC):
         return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
-        """Returns an upper bound on the transpose of :meth:`pull_absolute`, with zeros at the sink."""
+        """Returns an upper bound on the transpose of :meth:`pull_absolute`, ``(K, N, *out)``, with 0 at the sink."""
         with self._short_lived():
             scaling = self._scaling_for(None)  # also completes the kernel
             kernel = self.kernel
@@ -197,10 +197,10 @@ class Step(ABC):
         return InFloat32() if self.is_short else nullcontext()
 
     def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Converts values at the inputs to one dtype, which is at least as wide as that of the output.
+        """Converts values at the inputs to a common dtype, which is at least as wide as that of the output.
 
-        In a step from float64 to float32, they are not rounded before the step: values given a neuron whose relevance
-        is tiny exceed the range of float32, until they are multiplied by the relevance that this neuron receives.
+        In a step from float64 to float32, values are not rounded before the step. Conditional on a neuron with tiny
+        relevance, they can exceed the range of float32 until they are multiplied by the relevance of this neuron.
         """
         dtype = self.dtype
         for value in values:
@@ -217,7 +217,7 @@ class FunctionStep(Step):
 
     Args:
         name, output, normalization, rule: As in :class:`Step`.
-        build: Function that builds the kernel.
+        build: Function that constructs the kernel.
 
     Attributes:
         unsupported_call: The call, if the function has no kernel, or None.
@@ -231,20 +231,20 @@ class FunctionStep(Step):
         self.unsupported_call: Any = None
 
     def _build(self) -> Kernel:
-        assert self._build_kernel is not None, "the kernel of a function is built once"
+        assert self._build_kernel is not None, "the kernel of a function is constructed once"
         kernel = self._build_kernel()
         if self.holder is None:
             self._build_kernel = None  # it stores the inputs of the function
         return kernel
 
     def empty(self) -> None:
-        """Frees all tensors of the step and keeps only its structure."""
+        """Frees all tensors of the step, keeping only its structure."""
         super().empty()
         self._build_kernel = None
 
 
 class Link(torch.autograd.Function):
-    """Autograd function that links the output of a step to its inputs; its gradient is the relevance."""
+    """Autograd function that links the output of a step to its inputs, and whose gradient is the relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Variant of :class:`Link` that links a tensor modified in place to its previous version."""
+    """Variant of :class:`Link` for a tensor modified in place, which it links to its previous version."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:
@@ -281,14 +281,14 @@ class LinkInPlace(torch.autograd.Function):
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Attaches a step to the autograd graph and returns ``output`` with the step as its ``grad_fn``."""
+    """Attaches a step to the autograd graph, and returns ``output`` with the step as its ``grad_fn``."""
     step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
     result: Tensor = Link.apply(step, [output, _origin_of(*inputs)], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place, and returns it."""
+    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place, which it returns."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
@@ -296,14 +296,14 @@ def link_in_place(step: Step, tensor: Tensor) -> Tensor:
 def step_of(node: Any) -> Step | None:
     """Returns the step of an autograd node, or None for other nodes.
 
-    The type is checked, since a user's ``autograd.Function`` might have an attribute of the same name.
+    The type is checked, since an ``autograd.Function`` of the user may have an attribute of the same name.
     """
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None
 
 
 def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
-    """Returns the relevance at each input; with ``create_graph=True``, attached to the origin of the kernel."""
+    """Returns the relevance at each input. With ``create_graph=True``, it is attached to the origin of the kernel."""
     with exact(relevance.device):
         parts, _ = ctx.step.pull(relevance.unsqueeze(0).to(ctx.step.dtype))
     rows = tuple(part.squeeze(0) for part in parts)
@@ -314,12 +314,12 @@ def _propagated(ctx: Any, relevance: Tensor) -> tuple[Tensor, ...]:
 
 
 def _origin_of(*inputs: Tensor) -> Tensor | None:
-    """Returns the origin of a kernel computed from these inputs, or None in a measure, which has no gradients."""
+    """Returns the origin of a kernel computed from these inputs, or None in a measure, where no gradients exist."""
     return None if listener() is not None else Origin.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 class Origin(torch.autograd.Function):
-    """Zero that depends on the tensors behind a kernel, and raises an error if it is differentiated.
+    """Zero tensor that depends on the tensors behind a kernel and raises an error when it is differentiated.
 
     Autograd treats kernels as constants. This zero is added to the relevance, so that differentiating relevance raises
     an error where the gradient would otherwise be zero or incomplete.

@@ -1,4 +1,4 @@
-"""Torch function modes for modules with a rule, which avoid copies or record the output without bias."""
+"""Torch function modes in which modules with a rule run, to avoid copies or record the output without bias."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .layer_call import Image, reads_image
 
 
 class SeparateBias(TorchFunctionMode):
-    """Computes the layer output without bias, which the kernel needs, and adds the bias afterwards.
+    """Torch function mode that computes the output of a layer without bias, for the kernel, before adding the bias.
 
     Args:
         layer: One of torch's linear or convolutional layers.
@@ -61,7 +61,7 @@ class SeparateBias(TorchFunctionMode):
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Runs an in-place activation out of place, so that its input need not be copied."""
+    """Torch function mode that runs an in-place activation out of place, so that its input need not be copied."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,7 +74,7 @@ Mode = SeparateBias | OutOfPlace | WeightRecorder
 
 
 def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
-    """Returns the torch function mode for running a module with the given rule, or None."""
+    """Returns the torch function mode in which a module with the given rule runs, or None."""
     if is_quantized(module):
         return None
     if is_affine(module) and _is_rounded(module):  # the output is rounded, so no exact output without bias exists
@@ -87,13 +87,13 @@ def mode_for(module: nn.Module, rule: Hook) -> Mode | None:
 
 
 def _is_rounded(layer: nn.Module) -> bool:
-    """Returns whether the model itself enables autocast for a layer in its forward pass."""
+    """Returns True if the model itself enables autocast for a layer."""
     weight = layer._parameters.get("weight")
     return weight is not None and asked_for(weight.device) is not None
 
 
 def seen_image(mode: Mode | None, rule: Hook) -> Image | None:
-    """Returns the output without bias recorded by a mode, or None if there is none or if the rule does not read it."""
+    """Returns the output without bias recorded by a mode, or None if there is none or the rule does not read it."""
     if not isinstance(mode, SeparateBias) or mode.image is None or not reads_image(rule):
         return None
     image, weight = mode.image
@@ -104,14 +104,14 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardtanh, n
 
 
 def is_torch_activation(module: nn.Module) -> bool:
-    """Returns whether a module is a torch activation whose ``forward`` is not overridden."""
+    """Returns True if a module is an activation of torch whose ``forward`` is not overridden."""
     if not isinstance(module, _ACTIVATIONS) or "forward" in module.__dict__:
         return False
     return any(type(module).forward is kind.forward for kind in _ACTIVATIONS)
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Returns whether a module might modify its input; False for affine layers and modules with ``inplace=False``."""
+    """Returns True if a module may modify its input, which affine layers and ``inplace=False`` exclude."""
     # getattr on the module would format an error message for every module without the attribute.
     inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
     return inplace is not False and not is_affine(module)

@@ -1,4 +1,4 @@
-"""Kernels of rules given as arbitrary linear functions of the relevance."""
+"""Kernels given by an arbitrary linear function of the relevance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's model: layers, inputs and outputs, and how the model is run without being modified.
+"""The user's model: its layers, inputs and outputs, and how it is run without being modified.
 
 Relevance is not computed here.
 

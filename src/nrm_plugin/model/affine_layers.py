@@ -1,4 +1,4 @@
-"""Affine layers: those of torch, and modules that wrap functions, with or without weights."""
+"""Affine layers of torch, and modules that wrap affine functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS: dict[str, tuple[type[nn.Module], int]] = {
     "conv_transpose3d": (nn.ConvTranspose3d, 3),
 }
 LAYERS = frozenset(_KINDS)
-"""Names of the torch functions that apply a layer with a weight."""
+"""Names of the functions in ``torch.nn.functional`` that correspond to an affine layer with a weight."""
 
 
 @functools.cache
@@ -31,12 +31,12 @@ def _template(function: str) -> nn.Module:
 
 
 def layer_like(function: str) -> nn.Module:
-    """Returns a layer for a function such as ``conv2d``, with default options and unallocated parameters."""
+    """Returns a layer of the type that corresponds to a function such as ``conv2d``, with unallocated parameters."""
     return shared_copy(_template(function))
 
 
 class Weightless(nn.Module):
-    """Module without weights that applies a linear function to one tensor.
+    """Module that applies a linear function without weights to a tensor.
 
     Args:
         function: Linear function that maps ``(N, *in)`` to ``(N, *out)``.
@@ -52,7 +52,7 @@ class Weightless(nn.Module):
 
 
 class Weighted(nn.Module):
-    """Module that applies a function of its input, weight and bias.
+    """Module that applies an affine function, given as a function of the input, weight and bias.
 
     Args:
         function: Function that maps ``(source, weight, bias or None)`` to the output. It must be linear in both
@@ -120,18 +120,18 @@ _AFFINE = (*WEIGHTED, *WEIGHTLESS)
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """Returns the torch layer equivalent to a wrapped function; other modules are returned unchanged."""
+    """Returns the torch layer equivalent to a module that wraps a function, and any other module unchanged."""
     return module.__dict__.get("twin") or module
 
 
 def is_torch_class(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Returns whether a module is an instance of one of the given classes and inherits its ``forward`` unchanged."""
+    """Returns True if a module is an instance of one of the given classes and inherits its ``forward`` unchanged."""
     own = "forward" in module.__dict__
     return not own and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Returns whether a module is an affine layer whose ``forward`` was not overridden by a subclass or a canonizer."""
+    """Returns True if a module is an affine layer whose ``forward`` was not overridden by a subclass or a canonizer."""
     if not isinstance(module, _AFFINE) or "forward" in module.__dict__ or module._modules:
         return False
     kinds = [kind for kind in _AFFINE if isinstance(module, kind)]
@@ -141,7 +141,7 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
-    """Reshapes the bias of a layer so that it broadcasts to the output."""
+    """Reshapes the bias of a layer so that it broadcasts against the output."""
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
     if last or bias.ndim > 1:  # a position-dependent bias has the shape of the output
         return bias

@@ -1,9 +1,9 @@
-"""Layers that run in reduced precision, as under ``torch.autocast``, while all sums stay in float32.
+"""Mixed precision, as under ``torch.autocast``: layers run in reduced precision, and all sums stay in float32.
 
-Only products with a weight are computed in reduced precision: in the layer itself, and in the linear map and its
-transpose in each branch of the rule. Relevance, column sums, gains and all other sums have the dtype of the inputs. If
-the model itself uses a format shorter than float32, these quantities and all products in kernels are computed in
-float32.
+Only products with a weight are computed in reduced precision: those of the layer itself, and those of the linear map
+and its transpose in each branch of the rule. Relevance, column sums, gains and all other sums have the dtype of the
+inputs. If the model itself has a dtype of lower precision than float32, these quantities and all products in kernels
+are computed in float32.
 
 Source: new in this package.
 """
@@ -22,26 +22,26 @@ from torch.overrides import TorchFunctionMode
 from .linear_maps import LinearMap
 
 SHORT = (torch.bfloat16, torch.float16)
-"""Supported floating-point formats shorter than float32, for models, inputs and outputs."""
+"""Half-precision dtypes supported for models, inputs and outputs."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of relevance at a tensor of the given dtype, which is float32 for shorter formats."""
+    """Returns the dtype of the relevance of a tensor: its own dtype, but at least float32."""
     return torch.float32 if is_short_format(dtype) else dtype
 
 
 def is_short_format(dtype: torch.dtype) -> bool:
-    """Returns whether a dtype is a floating-point format shorter than float32, including 8-bit formats."""
+    """Returns True if a dtype is a floating-point dtype of less than 32 bits, such as bfloat16 or an 8-bit float."""
     return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Returns whether a tensor is in a floating-point format shorter than float32."""
+    """Returns True if a tensor has a floating-point dtype of less than 32 bits."""
     return is_short_format(tensor.dtype)
 
 
 class InFloat32(TorchFunctionMode):
-    """Torch function mode that converts arguments in shorter formats to float32."""
+    """Torch function mode that converts floating-point arguments of less than 32 bits to float32."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,7 +56,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that do not read values, so that their arguments need no conversion."""
+"""Functions that read only metadata, so that their arguments need no conversion."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 
@@ -110,13 +110,13 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Converts values to reduced precision and rescales them if necessary.
+    """Casts a tensor to reduced precision, rescaled for float16.
 
-    Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so that scaling back
-    is exact.
+    Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so that rescaling is
+    exact.
 
     Returns:
-        The values divided by the scale; and the scale, or None if it is 1.
+        The tensor divided by the scale, in the given dtype; and the scale, or None if it is 1.
     """
     if dtype is not torch.float16 or not values.numel():
         return values.to(dtype), None
@@ -126,14 +126,14 @@ def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
 
 
 def lowered(maps: LinearMap, dtype: torch.dtype) -> LinearMap:
-    """Wraps linear maps so that products are computed in reduced precision.
+    """Wraps a linear map so that its products are computed in reduced precision.
 
     Args:
-        maps: The linear maps of a weight in reduced precision.
+        maps: The linear map of a weight in reduced precision.
         dtype: The dtype of the weight.
 
     Returns:
-        Maps whose arguments and results may have any dtype.
+        A linear map whose arguments may have any dtype, which its results share.
     """
 
     def down(relevance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Validation of a model before it is recorded: its class, device, dtype, values and training mode."""
+"""Validation of a model before it is recorded: its class, device, dtype, parameters and training mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .quantized import plain_tensors
 from .trace_guards import unwatched
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Layers that are random in training mode, with the attributes that store their drop rates, keyed by package."""
+"""Class name of each package's stochastic-depth layer, and the attribute that stores its drop rate."""
 
 MODES = {
     "batch_norm": 5,
@@ -27,11 +27,11 @@ MODES = {
     **dict.fromkeys("dropout alpha_dropout feature_dropout feature_alpha_dropout".split(), 2),
     **dict.fromkeys("dropout1d dropout2d dropout3d".split(), 2),
 }
-"""Position of the argument ``training`` in functions that are random or mix samples in training mode."""
+"""Position of the argument ``training`` of functions that draw random numbers or mix samples in training mode."""
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside a non-module wrapper, such as nnsight's; other models are returned unchanged."""
+    """Returns the module inside a non-module wrapper, such as nnsight's, and any other model unchanged."""
     inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -43,7 +43,7 @@ def check_module(model: Any) -> None:
     what, remedy = f"{type(model).__name__}", "For a function, wrap it in a module that contains its layers."
     if isinstance(model, type) and issubclass(model, nn.Module):
         what, remedy = f"the class {model.__name__}", f"Pass an instance: {model.__name__}(…)."
-    raise InputError(f"the model is {what}, expected a torch.nn.Module, whose layers have rules. {remedy}")
+    raise InputError(f"the model must be a torch.nn.Module, to whose layers rules are assigned, got {what}. {remedy}")
 
 
 def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
@@ -81,12 +81,12 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
 
 @contextmanager
 def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]) -> Iterator[None]:
-    """Context manager that checks whether the model draws random numbers.
+    """Context manager that checks whether the model draws random numbers inside it.
 
     Args:
         model: The model.
         device: Device of the inputs.
-        note: Called if the model draws random numbers in evaluation mode.
+        note: Callback for random numbers that are drawn in evaluation mode.
 
     Raises:
         ModelStateError: If the model draws random numbers, and a module is in training mode.
@@ -110,7 +110,7 @@ def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]
 
 
 def warn_of_draws(calls: Sequence[str] | None) -> None:
-    """Warns that the model has drawn random numbers in evaluation mode, and names the functions that might do so."""
+    """Warns that the model draws random numbers in evaluation mode, and names the functions that may do so."""
     if calls is None:  # none were drawn
         return
     names = list(dict.fromkeys(calls))
@@ -128,7 +128,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
-    """Raises :class:`ModelStateError` if a layer still has hooks from a composite, since two would interfere."""
+    """Raises :class:`ModelStateError` if a layer has hooks of another composite, which would interfere with ours."""
     for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
@@ -158,7 +158,7 @@ def check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], wh
     training = kwargs.get("training", kwargs.get("train", args[at] if len(args) > at else False))
     is_off = "dropout" in name and (args[1] if len(args) > 1 else kwargs.get("p", 0.5)) == 0
     if training and not is_off:
-        what = "mixes the samples of a batch" if name == "batch_norm" else "draws at random"
+        what = "mixes the samples of a batch" if name == "batch_norm" else "draws random numbers"
         raise ModelStateError(
             f"{name!r} in {where or 'the model'!r} is called with training=True, so it {what}, and samples have no "
             "measures of their own. Call `model.eval()`, and pass `training=self.training` to the function."
@@ -170,13 +170,13 @@ def _layer(name: str, module: nn.Module) -> str:
 
 
 def check_hookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raises :class:`ModelStateError` for modules that bypass their layers' hooks, such as compiled modules."""
+    """Raises :class:`ModelStateError` if a module bypasses the hooks of its layers, as compiled modules do."""
     for name, module in modules.items():
         _check_kind(name, module)
 
 
 def check_untransformed(values: Iterable[Any]) -> None:
-    """Raises :class:`GradModeError` for tensors inside a ``torch.func`` transform, which bypasses hooks."""
+    """Raises :class:`GradModeError` if a tensor is inside a ``torch.func`` transform, which bypasses hooks."""
     if any(isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values):
         raise GradModeError(
             "a tensor is inside a transform of torch.func (vmap, grad, jacrev, …), which replaces autograd. Call the "
@@ -185,7 +185,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Handle that disables ``module.compile()`` until it is removed, so that layer hooks run."""
+    """Handle that disables ``module.compile()`` until it is removed, so that the hooks of layers run."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]
@@ -227,7 +227,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
         raise ModelStateError(
             f"parameter {name!r} is offloaded by accelerate: it has values only while its layer runs, but a measure "
             "needs them for its passes. Load the model without offload, such as device_map='auto' with enough memory "
-            "on all devices together, in a shorter format or quantized."
+            "on all devices together, in half precision or quantized."
         )
     if parameter.device.type == "meta":
         raise ModelStateError(
@@ -237,7 +237,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
     state = values_state(parameter)
     if _FINITE.get(parameter) == state:
         return
-    # The sum takes one pass over the weights and no new memory. If it overflows, the entries are checked.
+    # The sum takes one pass over the weights and no new memory. If it overflows, the elements are checked.
     for part in plain_tensors(parameter.detach()):
         if part.is_floating_point() and not bool(part.sum().isfinite()) and not bool(part.isfinite().all()):
             raise ModelStateError(f"parameter {name!r} contains nan or inf. Load or train the model again.")
@@ -245,7 +245,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address of parameters known to be finite, which are not checked again."""
+"""Version and address at which each parameter was last found to be finite, so that it is not checked again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

@@ -14,13 +14,13 @@ from ..errors import TargetError, brief, samples
 from .targets import chosen_target, sample_norms, sample_sums, start_vector
 
 REST = "rest"
-"""Value of ``against`` for all other classes, weighted by their softmax."""
+"""Value of ``against`` that stands for all other classes, weighted by their softmax."""
 MIN_CONTRAST = 1e-6
 r"""Smallest :math:`|g|` that can be explained, relative to :math:`\sum |s f|`."""
 
 
 def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = True) -> Tensor:
-    r"""Computes the weights ``s`` of the outputs, with the shape of the outputs, ``(N, …)``.
+    r"""Computes the weights ``s`` of the outputs, with the same shape ``(N, …)``.
 
     Args:
         outputs: The outputs, ``(N, …)``; a single sample without a batch dimension is passed as ``(1, …)``.
@@ -78,7 +78,7 @@ def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
 
 
 def _is_vector(value: Any) -> bool:
-    """Returns whether a value contains floating-point weights of the outputs rather than indices."""
+    """Returns True if a value is an array of floating-point weights rather than of indices."""
     kind = getattr(value, "dtype", None)
     if isinstance(value, Tensor):
         return value.is_floating_point()

@@ -31,12 +31,12 @@ _TOLERANCE = 1e-3
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """Returns whether a module is a subclass of a torch layer that overrides ``forward``."""
+    """Returns True if a module is a subclass of a torch layer that overrides ``forward``."""
     return isinstance(module, _KINDS) and not is_affine(module)
 
 
 class WeightRecorder(TorchFunctionMode):
-    """Torch function mode that records the weight and bias passed by a layer to a torch function."""
+    """Torch function mode that records the weight and bias with which a layer calls a torch function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class WeightRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def layer(self, module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], source: Tensor) -> Weighted | None:
-        """Converts the module to a layer with the recorded weight, or returns None if it is not affine.
+        """Returns an affine layer with the recorded weight, or None if the module is not affine.
 
         Args:
             module: A copy of the module.
@@ -82,7 +82,7 @@ class WeightRecorder(TorchFunctionMode):
 
 
 class _Substituted(TorchFunctionMode):
-    """Torch function mode that substitutes the weight and bias passed to a function."""
+    """Torch function mode that replaces the weight and bias passed to one function."""
 
     def __init__(self, function: Any, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, keyw
 
 
 def _is_affine(function: Callable[[Tensor], Tensor], source: Tensor) -> bool:
-    """Returns whether ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for activations and input-dependent weights."""
+    """Tests ``f(-2 x) = 3 f(0) - 2 f(x)``, which fails for activations and input-dependent weights."""
     image, constant, other = function(source), function(torch.zeros_like(source)), function(-2 * source)
     size = torch.maximum(image.abs().max(), constant.abs().max())
     return bool((other - 3 * constant + 2 * image).abs().max() <= _TOLERANCE * size)

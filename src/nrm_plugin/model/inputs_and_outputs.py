@@ -1,4 +1,4 @@
-"""The call of a model with its inputs, and the selection of the output to explain."""
+"""A call of the model with its inputs, and the output to explain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Output = str | int | Callable[[Any], Tensor]
 Change = Callable[[Tensor], Tensor]
 """A function that maps a tensor to its replacement."""
 FORMATS = (torch.float32, torch.float64, *SHORT)
-"""Supported dtypes of inputs and outputs; relevance is computed in float32 or float64."""
+"""Supported dtypes of inputs and outputs. Relevance is computed in float32 or float64."""
 
 EXPLAINED = ("logits", "out")
 """Keys under which the transformers library and torchvision return their main output."""
@@ -36,22 +36,22 @@ NOT_JOINED = (
 
 
 class Call:
-    """Call to a model: the input tensors that receive relevance, and all other arguments.
+    """Arguments of a call of the model: the tensors that receive relevance, and all other arguments.
 
     Args:
-        inputs: A tensor, a tuple of tensors, or a mapping whose entries are passed as keyword arguments. In a mapping,
-            only floating-point tensors receive relevance; masks and numbers are passed unchanged. In place of an
-            integer input, the looked-up rows receive relevance; in a mapping, only if there are no floating-point
-            tensors and the keyword does not contain "mask".
+        inputs: A tensor, a tuple of tensors, or a mapping whose items are passed as keyword arguments. In a mapping,
+            only floating-point tensors receive relevance; masks and numbers are passed unchanged. For integer inputs
+            (ids), the embeddings that they look up receive relevance; in a mapping, only if there are no
+            floating-point tensors and the keyword does not contain "mask".
         args: Additional positional arguments, as a tuple or a single argument.
         kwargs: Additional keyword arguments.
         batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together form one sample.
 
     Attributes:
         tensors: The tensors that receive relevance, ``(N, …)`` each, or ``(…)`` if not ``batched``.
-        items: Keyword or index of each tensor, or None for a single positional tensor.
-        indices: Copies of the integer inputs, keyed by keyword or index (None for a single positional input). The model
-            is called with these copies, since it might overwrite them.
+        items: Keyword or position of each tensor, or None for a single positional tensor.
+        indices: Copies of the integer inputs, keyed by keyword or position (None for a single positional input). The
+            model is called with these copies, since it may overwrite them.
 
     Raises:
         InputError: If the inputs cannot be explained.
@@ -104,14 +104,14 @@ class Call:
 
     @property
     def others(self) -> dict[str, Any]:
-        """The entries of a mapping that do not receive relevance, such as masks, keyed by keyword."""
+        """Items of a mapping that do not receive relevance, such as masks, keyed by keyword."""
         return {key: self._kwargs[key] for key in self._others}
 
     def changed(self, change: Change, others: Change = lambda tensor: tensor) -> Call:
-        """Returns the same call with its tensors replaced.
+        """Returns a copy of the call with its tensors replaced.
 
         Args:
-            change: Function that maps an input, including integers, to its replacement.
+            change: Function that maps an input tensor, including integer inputs, to its replacement.
             others: Function that maps a tensor among the other arguments to its replacement.
         """
         call = copy.copy(self)
@@ -131,12 +131,12 @@ class Call:
 
     @contextmanager
     def checked_ids(self, are_looked_up: Callable[[], bool], read: Callable[[], str | None]) -> Iterator[None]:
-        """Context manager for a run of the model that raises :class:`InputError` if integer inputs are not looked up.
+        """Context manager that runs the model and raises :class:`InputError` if its integer inputs are not looked up.
 
         Args:
-            are_looked_up: Function that returns after the run whether any integer input was looked up.
-            read: Function that locates where the model converted integers to Python or NumPy numbers; returns None if
-                it did not.
+            are_looked_up: Function that returns True, after the run, if any integer input was used in a lookup.
+            read: Function that returns the place at which the model converted integers to Python or NumPy numbers, or
+                None if it did not.
         """
         try:
             yield
@@ -149,7 +149,7 @@ class Call:
 
     @property
     def _needs_lookup(self) -> bool:
-        """Whether the model must look up at least one of its integer inputs."""
+        """True if the model must look up at least one of its integer inputs."""
         return bool(self.indices) and not (self._keywords is not None and self.tensors)
 
     def _not_looked_up(self, read: str | None) -> InputError:
@@ -164,7 +164,7 @@ class Call:
         return InputError(f"{'the input' if item is None else f'input {item!r}'} {_not_floating(tensor)}")
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """Runs the model with the given values of :attr:`tensors` and returns its result."""
+        """Runs the model on the given values of :attr:`tensors` and returns its output."""
         if self._keywords is None:
             explained, indices = iter(tensors), iter(self.indices.values())
             values = [next(indices if is_index(tensor) else explained) for tensor in self._positional]
@@ -175,7 +175,7 @@ class Call:
 def explained_output(
     returned: Any, output: Output | None, batch: int, batched: bool = True, what: str = "the model's output"
 ) -> Tensor:
-    """Validates and returns the output to explain, ``(N, …)``.
+    """Validates and returns the output tensor to explain, ``(N, …)``.
 
     Args:
         returned: The model's return value.
@@ -208,7 +208,7 @@ def explained_output(
     if tensor.numel() == 0 or tensor.dtype not in FORMATS:
         raise InputError(
             f"the explained output has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; a measure starts at real "
-            f"numbers in float32 or float64, or shorter ones in bfloat16 or float16. {_remedy_for_output(tensor)}"
+            f"numbers in float32, float64, bfloat16 or float16. {_remedy_for_output(tensor)}"
         )
     if tensor.grad_fn is None:
         raise InputError(NOT_JOINED)
@@ -226,12 +226,12 @@ def _remedy_for_output(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "Make the model return a real part or a magnitude."
     if tensor.is_floating_point():
-        return "Half precision is too coarse for sums over walks: use `model.float()`, and no `.half()` in its forward."
+        return "Its precision is too low for sums over walks: use `model.float()`, and no `.half()` in its forward."
     return "Make the model return its scores, not indices of classes or decisions."
 
 
 def chosen_output(returned: Any, output: Output | None) -> Any:
-    """Returns the output to explain without validating it."""
+    """Returns the output selected by ``output``, without validating it."""
     choices = _choices(returned)
     if output is None:
         tensors = [value for value in choices.values() if isinstance(value, Tensor)]
@@ -293,7 +293,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
 
     Raises:
         GradModeError: If gradients are disabled.
-        InputError: If an input has an unsupported type, dtype, layout or shape, or entries that are not finite.
+        InputError: If an input has an unsupported type, dtype, layout or shape, or elements that are not finite.
     """
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
@@ -335,7 +335,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Returns whether all entries of a tensor are finite."""
+    """Returns True if all elements of a tensor are finite."""
     if not tensor.is_floating_point():
         return True
     # The range is nan or infinite if an entry is, and takes less time; it may also overflow.
@@ -344,12 +344,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def is_index(value: Any) -> bool:
-    """Returns whether a value is an integer tensor, as used for embedding lookups."""
+    """Returns True if a value is an int32 or int64 tensor, as used for embedding lookups."""
     return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns whether a keyword input contains ids; integer masks, as in transformers, are excluded by name."""
+    """Returns True if a keyword input contains ids; integer masks, as in transformers, are excluded by name."""
     return is_index(value) and "mask" not in key
 
 
@@ -370,7 +370,7 @@ def _not_floating(tensor: Tensor) -> str:
 
 
 def _infinite(tensor: Tensor) -> str:
-    """Lists the samples with infinite or NaN entries for error messages."""
+    """Lists the samples that contain NaN or infinity, for error messages."""
     return samples((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).tolist())
 
 

@@ -1,4 +1,4 @@
-"""The linear map of an affine layer and its transpose, applied to batches of vectors.
+"""Linear maps of affine layers and their transposes, applied to batches of vectors.
 
 ``up`` maps ``(K, N, *in)`` to ``(K, N, *out)``, and ``down`` is its transpose. Neither map includes a bias.
 """
@@ -42,7 +42,7 @@ _CONVOLUTIONS: dict[Any, int] = {
 
 
 def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearMap:
-    """Returns the maps of a linear layer; its modified weight is computed block by block and never stored.
+    """Returns the linear map of a fully connected layer, computing its modified weight block by block.
 
     In many networks, most weights belong to the classifier, and copying them for each rule would take longer than
     running the layer.
@@ -50,7 +50,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
     Args:
         weight: The weight, ``(out, in)``.
         modify: The elementwise modification of the weight by a rule.
-        entries: Number of weight entries per block.
+        entries: Number of weights per block.
     """
     rows = max(1, entries // weight.shape[1])
     starts = range(0, weight.shape[0], rows)
@@ -66,12 +66,12 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
 
 
 def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a torch layer in terms of torch functions, or None for padding modes other than zeros.
+    """Returns the linear map of a torch layer in closed form, or None for padding modes other than zeros.
 
     Args:
         module: A linear or convolutional layer that does not override ``forward``.
-        weight: The weight to use.
-        inputs: A tensor of the same shape as the layer's input.
+        weight: The weight to use in place of that of the layer.
+        inputs: A tensor with the shape of the layer's input.
     """
     if type(module).forward is nn.Linear.forward:
         if _is_even(weight):
@@ -89,7 +89,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 
 
 def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
-    """Returns the maps of a layer with all-ones weights, whose output is the same in all channels.
+    """Returns the linear map of a layer with all-ones weights, whose output is the same in all channels.
 
     ``up`` returns a single channel, which broadcasts. The result is None for groups, for transposed layers, and for
     layers that :func:`explicit_maps` does not support.
@@ -119,7 +119,7 @@ def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap 
 
 
 def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
-    """Returns the maps of a layer with all-ones weights and windows of a single position."""
+    """Returns the linear map of a layer with all-ones weights whose windows contain a single position."""
 
     def down(relevance: Tensor) -> Tensor:
         single = relevance.sum(dim, keepdim=True)
@@ -129,7 +129,7 @@ def _sums_over(dim: int, width: int, plain: LinearMap) -> LinearMap:
 
 
 def _is_even(weight: Tensor) -> bool:
-    """Returns whether the weights of an output channel share one stored value, as in an expanded tensor."""
+    """Returns True if the weights of each output channel share one memory location, as in an expanded tensor."""
     inner = [stride for stride, size in zip(weight.stride()[1:], weight.shape[1:], strict=True) if size > 1]
     return weight.stride(0) != 0 and bool(inner) and not any(inner)
 
@@ -145,7 +145,7 @@ def _linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _times(values: Tensor, matrix: Tensor) -> Tensor:
-    """Computes ``values @ matrix`` as a single product, since torch multiplies a transposed batch row by row."""
+    """Computes ``values @ matrix`` as one matrix product; for transposed batches, torch would multiply row by row."""
     product = values.reshape(-1, values.shape[-1]) @ matrix
     return product.reshape(*values.shape[:-1], matrix.shape[1])
 
@@ -164,7 +164,7 @@ def _even_linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _even_convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Size) -> LinearMap:
-    """Returns the maps of a convolution whose weights are constant within each output channel.
+    """Returns the linear map of a convolution whose weights are constant within each output channel.
 
     Channels are summed within each group, and the sums are convolved with ones.
     """
@@ -213,11 +213,11 @@ def _convolution_maps(weight: Tensor, options: tuple[Any, ...], shape: torch.Siz
 
 
 FEW = 16
-"""Number of input channels up to which a convolution's backward pass takes roughly constant time."""
+"""Number of input channels up to which the backward pass of a convolution takes roughly constant time."""
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:
-    """Combines ``B`` transposed convolutions into one, from ``(K, N, *out)`` to ``(K, N, B, *in)``.
+    """Merges ``B`` transposed convolutions into a single one, from ``(K, N, *out)`` to ``(K, N, B, *in)``.
 
     The result is None unless all maps are convolutions with the same options and few input channels in total.
     """
@@ -260,14 +260,14 @@ def _options(module: Any, kind: type[nn.Module]) -> tuple[Any, ...] | None:
 
 
 def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
-    """Derives the maps of an arbitrary linear function by automatic differentiation.
+    """Returns the linear map of an arbitrary linear function, transposed by automatic differentiation.
 
     Args:
         run: The function, which maps ``(N, *in)`` to ``(N, *out)``.
         inputs: The point of differentiation, ``(N, *in)``.
 
     Returns:
-        The maps, and the output at ``inputs``.
+        The linear map, and the output at ``inputs``.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = inputs.detach().requires_grad_()

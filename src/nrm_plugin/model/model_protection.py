@@ -1,4 +1,4 @@
-"""Protection of the user's model: its state is restored after a recording, and later changes are detected."""
+"""Protection of the user's model: its state is restored after a recording, and in-place changes are detected."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .trace_guards import unwatched
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores all model state that a recording might change.
+    """Context manager that restores all state of the model that a recording might change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
-    buffers, training mode and random state. State that has not changed is not written. Quantized layers are not
-    restored, since they might convert their weights once, at their first call, together with state outside the module.
+    buffers, training mode and the random state. Unchanged state is not written. Quantized layers are not restored,
+    since some convert their weights at their first call, together with state outside the module.
     """
     with unwatched():
         every = list(model.modules())
@@ -53,7 +53,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Returns the names and tensors of all parameters and buffers, listing shared tensors once."""
+    """Returns the names and tensors of all parameters and buffers; shared tensors are listed once."""
     names: dict[Tensor, str] = {}  # tensors are hashed by identity
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -63,12 +63,12 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _random_states() -> list[Tensor]:
-    """Returns the states of the random number generators of all GPUs, if any is in use."""
+    """Returns the random states of all GPUs, or an empty list if CUDA is not initialized."""
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call, unused-ignore]
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""The attributes of a module, and the contents of nonempty dictionaries among them."""
+"""Attributes of a module, and the contents of those that are nonempty dictionaries."""
 
 
 def _state(module: nn.Module) -> _State:
@@ -93,7 +93,7 @@ def _restore(module: nn.Module, state: _State) -> None:
 
 
 def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Returns whether two dictionaries map the same keys to the same objects in the same order."""
+    """Returns True if two dictionaries map the same keys to the same objects in the same order."""
     if not one and not other:
         return True
     pairs = zip(one.items(), other.items(), strict=True)
@@ -101,32 +101,32 @@ def _is_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 _RESTORED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Number of in-place writes to each tensor that a recording has undone."""
+"""Number of in-place writes to each tensor that have been undone."""
 
 
 def values_state(tensor: Tensor) -> tuple[int, int]:
-    """Returns a key that changes with a tensor's values: its version, not counting undone writes, and its address."""
+    """Returns a key that changes when a tensor is modified: its version, without undone writes, and its address."""
     undone = int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
     return tensor._version - undone, _address(tensor)
 
 
 def note_restored(tensor: Tensor, version: int) -> None:
-    """Records that a tensor has been restored to its values at an earlier version."""
+    """Records that a tensor again has the values of an earlier version."""
     _RESTORED[tensor] = tensor._version - version + int(_RESTORED.get(tensor, 0))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _address(tensor: Tensor) -> int:
-    """Returns the memory address of a tensor or, if it is sparse or a wrapper, of its values."""
+    """Returns the data address of a tensor, or that of its values if it is sparse or a wrapper."""
     return _stored(next(plain_tensors(tensor))).data_ptr()
 
 
 def memory_address(tensor: Tensor) -> int:
-    """Returns the storage address of a tensor or, if it is sparse, of its values."""
+    """Returns the storage address of a tensor, or that of its values if it is sparse."""
     return _stored(tensor).untyped_storage().data_ptr()
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """Returns the stored entries of a tensor."""
+    """Returns the tensor itself if it is dense, and the tensor of its stored values if it is sparse."""
     if tensor.layout == torch.strided:
         return tensor
     values: Tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
@@ -134,9 +134,9 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def step_between(size: int, entries: int) -> int:
-    """Returns a step for sampling the entries of a tensor, so that at most ``entries`` of them are sampled.
+    """Returns the stride at which a flattened tensor is subsampled to at most ``entries`` elements.
 
-    The step is coprime to the size, so that the samples of a matrix fall into all rows and columns.
+    The stride is coprime to the size, so that the samples of a matrix fall into all rows and columns.
     """
     step = max(1, -(-size // entries))
     while math.gcd(step, size) > 1:
@@ -145,11 +145,11 @@ def step_between(size: int, entries: int) -> int:
 
 
 class Fingerprint:
-    """Record of a model's parameters and buffers, for the detection of in-place changes.
+    """Fingerprint of a model's parameters and buffers, for the detection of in-place changes.
 
-    The record consists of version counters and a sample of the entries. Writes through ``parameter.data`` do not change
-    the version counter, so they are detected only if they change a sampled entry. All entries of small tensors are
-    sampled.
+    It consists of version counters and a subsample of the elements. Writes through ``parameter.data`` do not change
+    the version counter, so they are detected only if they change a sampled element. Small tensors are sampled
+    completely.
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
@@ -164,7 +164,7 @@ class Fingerprint:
         self._entries = entries
 
     def changed(self) -> list[str]:
-        """Returns the names of changed tensors."""
+        """Returns the names of the tensors that have changed."""
         return [
             name
             for name, tensor, state, place, sample in self._seen
@@ -173,7 +173,7 @@ class Fingerprint:
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the current and the stored sample with every NaN replaced, since NaN does not equal itself."""
+        """Returns the current and the stored sample with NaN replaced by 0, since NaN does not equal itself."""
         flat = _stored(tensor.detach()).flatten()
         entries = flat[:: step_between(flat.numel(), self._entries)]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

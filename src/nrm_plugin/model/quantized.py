@@ -1,6 +1,6 @@
-"""Quantized linear layers; rules are applied to the dequantized weight.
+"""Quantized linear layers. Rules are applied to the dequantized weight.
 
-In torchao, the weight is a tensor subclass; in bitsandbytes, a tensor of integers in a special format; in torch.ao, a
+In torchao, the weight is a tensor subclass; in bitsandbytes, an integer tensor in a special format; in torch.ao, a
 packed object that is not a parameter. In all cases, the dequantized weight is obtained by running the layer: its
 columns are the outputs at unit vectors minus the output at zero.
 """
@@ -16,14 +16,14 @@ from torch.nn.parameter import is_lazy
 from ..errors import UnsupportedOperationError
 
 TOLERANCE = 0.1
-"""Largest accepted relative error of the dequantized layer, which arises if the layer rounds its input."""
+"""Largest accepted relative error of the dequantized layer. It arises if the layer rounds its input."""
 ROWS = 256
 """Number of unit vectors passed to a layer at once."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Returns whether a module is a linear layer whose weight is not a plain floating-point tensor."""
+    """Returns True if a module is a linear layer whose weight is not a plain floating-point tensor."""
     sizes = module.__dict__.get("in_features"), module.__dict__.get("out_features")
     if not all(isinstance(size, int) for size in sizes):
         return False
@@ -37,7 +37,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], source: Tensor, name: str) -> nn.Linear:
-    """Returns a linear layer with the dequantized weight of a quantized layer.
+    """Returns a linear layer with the bias and the dequantized weight of a quantized layer.
 
     Args:
         module: The quantized layer.
@@ -69,13 +69,13 @@ def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], s
 
 
 def packed_tensors(module: nn.Module) -> list[Tensor]:
-    """Returns the parameters and buffers of a quantized layer that are not plain floating-point tensors."""
+    """Returns the parameters and buffers of a quantized layer that are in a quantized format."""
     own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     return [tensor for tensor in own if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _FLOATS]
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yields the plain tensors in a tensor: the tensor itself, or the tensors inside a wrapper subclass."""
+    """Yields the tensor itself if it is a plain tensor, or the plain tensors wrapped by a tensor subclass."""
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return

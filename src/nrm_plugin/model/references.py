@@ -1,4 +1,4 @@
-"""Calls of a model with a reference in place of its inputs.
+"""Calls of the model on a reference instead of the inputs.
 
 Source: docs/differences.md.
 """
@@ -17,7 +17,7 @@ from .inputs_and_outputs import Call, is_finite, is_index
 
 
 def repeated(call: Call, count: int) -> Call:
-    """Returns the call with every sample, including its additional arguments, repeated ``count`` times."""
+    """Returns the call with every sample repeated ``count`` times, also in its additional arguments."""
     if not call.batched:
         raise DifferenceError("several references require samples, but batched=False treats all inputs as one sample.")
     size = call.batch
@@ -29,7 +29,7 @@ def repeated(call: Call, count: int) -> Call:
 
 
 def several_calls(call: Call, references: Sequence[Any]) -> Call:
-    """Returns a single call with several references per sample, in the order of :func:`repeated`."""
+    """Returns a single call on several references per sample, in the order of :func:`repeated`."""
     calls = [reference_call(call, reference) for reference in references]
     first = repeated(calls[0], len(calls))
     together = [*first.tensors, *first.indices.values()]
@@ -39,12 +39,12 @@ def several_calls(call: Call, references: Sequence[Any]) -> Call:
 
 
 def reference_call(call: Call, reference: Any) -> Call:
-    """Returns the same call with a reference in place of the inputs.
+    """Returns the call with the inputs replaced by a reference.
 
     Args:
         call: The call with the inputs.
         reference: The reference in the form of the inputs: a tensor, a tuple of tensors, or a mapping. Each tensor has
-            the shape of the input or of a single sample, with or without the sample dimension; a single sample serves
+            the shape of the input or of a single sample, with or without the batch dimension; a single sample serves
             as the reference of all samples. A mapping may omit inputs that receive no relevance, such as masks.
 
     Raises:
@@ -61,7 +61,7 @@ def reference_call(call: Call, reference: Any) -> Call:
 
 
 def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the reference for the inputs that receive relevance; all other entries must be unchanged."""
+    """Returns the reference for the inputs that receive relevance; all other arguments must be unchanged."""
     for key, value in reference.items():
         if key in inputs:
             continue
@@ -72,8 +72,8 @@ def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Te
             )
         if not _is_same(value, call.others[key], call.batched):
             raise DifferenceError(
-                f"the reference has another value for {key!r} than the inputs, but {key!r} receives no relevance, so "
-                "the difference of the outputs would not be explained completely. Choose a reference with the same "
+                f"the reference has a different value for {key!r} than the inputs, but {key!r} receives no relevance, "
+                "so the difference of the outputs would not be explained completely. Choose a reference with the same "
                 "value, such as the same padding mask."
             )
     same = call.indices if call.tensors else {}
@@ -81,7 +81,7 @@ def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Te
 
 
 def _is_same(value: Any, own: Any, batched: bool) -> bool:
-    """Returns whether an argument of the reference, possibly for a single sample, equals that of the inputs."""
+    """Returns True if an argument of the reference, possibly given for one sample, equals that of the inputs."""
     if value is own or not (isinstance(value, Tensor) and isinstance(own, Tensor)):
         return value is own or (type(value) is type(own) and bool(np.array_equal(value, own)))
     kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (value, own)]
@@ -92,7 +92,7 @@ def _is_same(value: Any, own: Any, batched: bool) -> bool:
 
 
 def _by_item(reference: Any, inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the reference for each input, keyed by the keyword or index of the input."""
+    """Returns the reference for each input, keyed by its keyword or position."""
     if isinstance(reference, Mapping):
         given = dict(reference)
     elif isinstance(reference, (tuple, list)):

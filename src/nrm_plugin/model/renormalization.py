@@ -1,4 +1,4 @@
-"""Embeddings with ``max_norm``: torch renormalizes their tables in place, whereas this package renormalizes copies."""
+"""Embeddings with ``max_norm``, whose weights torch renormalizes in place; this package renormalizes copies."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..errors import ModelStateError
 
 _EMBEDDINGS: tuple[Callable[..., Any], ...] = (F.embedding, F.embedding_bag)
 _NAMES = ("input", "weight", None, "max_norm", "norm_type")
-"""Names of the first arguments of the two embedding functions."""
+"""Names of the first positional arguments of the two embedding functions."""
 
 
 class Tables:
-    """Stand-ins for the embedding tables that torch would renormalize in place during one forward pass.
+    """Renormalized copies of embedding tables that torch would otherwise modify in one forward pass.
 
     Args:
         changed: Dictionary of the tables that torch would have changed so far, keyed by ``id()``; updated in place.
@@ -30,7 +30,7 @@ class Tables:
     def passed(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments of a function, with a renormalized copy of any table that torch would overwrite.
+        """Returns the arguments of a function, replacing a table that torch would modify with a renormalized copy.
 
         Args:
             function: Any function; only embeddings with ``max_norm`` receive a different table.
@@ -56,7 +56,7 @@ class Tables:
         return copy
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Checks that a function does not use a table that torch would have changed earlier in this forward pass.
+        """Checks that a function does not use a table that torch would have modified earlier in this forward pass.
 
         Args:
             args: Positional arguments of the function.
@@ -86,7 +86,7 @@ def check_unused(changed: Mapping[int, Tensor], values: Iterable[Any]) -> None:
 
 
 class TablesUnwritten(TorchFunctionMode):
-    """Torch function mode that keeps embeddings with ``max_norm`` from renormalizing their tables in place."""
+    """Torch function mode that prevents embeddings with ``max_norm`` from modifying their weights in place."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ Replacement = Callable[[nn.Module], nn.Module]
 
 
 def with_replaced(model: nn.Module, replacements: Mapping[str, Replacement], what: str) -> nn.Module:
-    """Returns a copy of a model with some layers replaced; it shares all other modules and parameters with the model.
+    """Returns a copy of a model with some layers replaced, which shares all other layers and parameters.
 
     Args:
         model: The network.
@@ -48,7 +48,7 @@ def _replaced(module: nn.Module, replacements: Mapping[str, Replacement], path: 
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """Returns the first tensor in a tensor, tuple, list or mapping, or None if there is none."""
+    """Returns the first tensor in a tuple, list or mapping, the value itself if it is a tensor, or else None."""
     if isinstance(values, Tensor):
         return values
     items = values.values() if isinstance(values, Mapping) else values if isinstance(values, (tuple, list)) else ()
@@ -56,7 +56,7 @@ def first_tensor(values: Any) -> Tensor | None:
 
 
 def with_first_tensor(values: Any, tensor: Tensor) -> Any:
-    """Returns a tuple or list with the first tensor replaced; a plain tensor is replaced as a whole.
+    """Returns a tuple or list with its first tensor replaced, or ``tensor`` if the value is a tensor.
 
     Raises:
         InputError: If the value is neither a tensor nor a tuple or list.

@@ -1,4 +1,4 @@
-"""Access to tensors that autograd saves for 0/1 routes (indices, masks), even if the model recomputes activations."""
+"""Tensors that autograd saves for 0/1 routes (indices, masks), kept even under activation checkpointing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def saved_in_place() -> AbstractContextManager[Any]:
-    """Context manager in which autograd keeps its saved tensors, overriding any saved-tensor hooks.
+    """Context manager in which autograd saves tensors directly, ignoring outer saved-tensor hooks.
 
     The hooks of ``torch.utils.checkpoint`` discard these tensors and recompute them by running the function again.
     Composites and recordings do not observe this second run, which saves different tensors.

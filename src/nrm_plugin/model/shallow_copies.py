@@ -1,4 +1,4 @@
-"""Copies of the user's modules that share their tensors, so that the modules themselves are never modified."""
+"""Copies of modules that share their tensors, so that the modules themselves are never modified."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 def _compute_parametrized(copy: nn.Module, module: nn.Module) -> None:
-    """Stores computed weights as parameters, since a rule modifies the weight that the layer uses."""
+    """Converts computed weights to parameters, since rules modify the weight that the layer uses."""
     if parametrize.is_parametrized(module):
         del copy._modules["parametrizations"]
         for name in module.parametrizations:  # type: ignore[union-attr]

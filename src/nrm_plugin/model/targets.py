@@ -21,12 +21,12 @@ MIN_TOTAL = 1e-6
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """Sums ``(N, …)`` over all dimensions except the first; unlike ``flatten(1)``, this also works for ``(N,)``."""
+    """Sums ``(N, …)`` over all dimensions but the first. Unlike ``flatten(1)``, it accepts ``(N,)``."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
 def sample_norms(tensor: Tensor) -> Tensor:
-    """Sums the absolute values of ``(N, …)`` over all dimensions except the first."""
+    """Computes the L1 norm of each sample: ``(N, …)`` to ``(N,)``."""
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
     flat = tensor.reshape(len(tensor), -1)
@@ -38,7 +38,7 @@ def sample_norms(tensor: Tensor) -> Tensor:
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """Evaluates a target given as a function; other targets are returned unchanged.
+    """Evaluates a target that is given as a function, and returns other targets unchanged.
 
     Args:
         target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.
@@ -64,12 +64,12 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """Computes the unnormalized start vector ``s``, with the shape of the output ``(N, …)`` and in float32 or float64.
+    """Computes the unnormalized start vector ``s``, ``(N, …)``, in the shape of the output and at least float32.
 
     Args:
         output: The model's output, ``(N, …)``.
         target: As in Captum: None if there is one output per sample, an int or a tuple for all samples, or a list or
-            tensor with one entry per sample.
+            tensor with one index per sample.
         start: Signed weights of the outputs, with or without the batch dimension, or a function that computes them from
             the outputs; used in place of a target.
 
@@ -88,7 +88,7 @@ def normalized(start: Tensor) -> Tensor:
     r"""Normalizes a start vector per sample, :math:`\mu(n_L = k) = s_k / \sum s`.
 
     Raises:
-        TargetError: If the entries of a sample cancel or are all zero.
+        TargetError: If the weights of a sample cancel or are all zero.
     """
     total, absolute = sample_sums(start), sample_sums(start.abs())
     bad = total.abs() <= MIN_TOTAL * absolute
@@ -102,10 +102,11 @@ def normalized(start: Tensor) -> Tensor:
 
 
 class Neurons:
-    """Callable that computes the start vector for one of Captum's neuron selectors.
+    """Callable that computes the start vector of the neurons chosen by Captum's ``neuron_selector``.
 
     Args:
-        selector: Neuron selector in Captum's format.
+        selector: As Captum's ``neuron_selector``: an int, a tuple of ints and slices, or a function of the output of
+            the layer.
 
     Attributes:
         activation: Sum of the selected activations, ``(N,)``; set when the start vector is computed.
@@ -116,7 +117,7 @@ class Neurons:
         self.activation = torch.empty(0)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Returns the start vector for the output ``(N, …)`` of a layer."""
+        """Returns the start vector for a layer output ``(N, …)``."""
         slope = self.slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
@@ -126,7 +127,7 @@ class Neurons:
         return torch.where(silent, slope, start)
 
     def slope(self, values: Tensor) -> Tensor:
-        """Returns the weight of each neuron in the sum of selected activations, ``(N, …)``."""
+        """Returns the derivative of the summed selected activations with respect to each neuron, ``(N, …)``."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()
@@ -158,7 +159,7 @@ def _is_index(entry: Any) -> bool:
 
 
 def _is_whole(entry: Any) -> bool:
-    """Returns whether an entry is an int, excluding arrays, which also implement ``__index__``."""
+    """Returns True if a value is an integer, excluding booleans and arrays, which also implement ``__index__``."""
     return isinstance(entry, (int, np.integer)) and not isinstance(entry, bool)
 
 
@@ -264,4 +265,4 @@ def _tuple(entry: Any) -> tuple[int, ...]:
         return tuple(operator.index(number) for number in entry)
     except TypeError:
         shown = entry[0] if len(entry) == 1 else entry
-        raise TargetError(f"target {brief(shown)} is not made of integers. {_FORMS}") from None
+        raise TargetError(f"target {brief(shown)} does not consist of integers. {_FORMS}") from None

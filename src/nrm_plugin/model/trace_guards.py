@@ -1,7 +1,7 @@
-"""Value reads: points at which a computation depends on tensor values, as tracked by a trace.
+"""Value reads: points at which control flow depends on tensor values, as tracked by a trace.
 
-A trace can replay the tensor operations of a computation for other values. A replay evaluates every condition of the
-computation again and compares the outcome, unless the result does not depend on it.
+A trace replays the tensor operations of a computation for other values. A replay evaluates the conditions of the
+computation again and compares their outcomes, except for conditions that cannot affect the result.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class _Active(threading.local):
     Attributes:
         tracer: The tracer of the trace in progress, or None.
         audits: Number of active :func:`audit` contexts.
-        place: Name of the step whose kernel is being built.
-        avoided: Shortcuts that a trace must not take because their conditions failed for other values.
+        place: Name of the step whose kernel is being constructed.
+        avoided: Shortcuts that a trace must not take, since their conditions failed for other values.
     """
 
     tracer: Any = None
@@ -37,19 +37,19 @@ ACTIVE = _Active()
 
 
 def is_traced() -> bool:
-    """Returns whether the operations of this thread are being traced."""
+    """Returns True if the operations of this thread are being traced."""
     return ACTIVE.tracer is not None
 
 
 def note_obstacle(reason: str) -> None:
-    """Records a reason why the trace in progress, if any, cannot be replayed for other values."""
+    """Records a reason why the active trace, if any, cannot be replayed for other values."""
     if ACTIVE.tracer is not None:
         ACTIVE.tracer.trace.obstacles.append(reason)
 
 
 @contextmanager
 def audit() -> Iterator[None]:
-    """Context manager for checks of a model or a rule that need not be repeated for other inputs."""
+    """Context manager for checks of a model or rule whose result holds for all inputs, so that replays omit them."""
     ACTIVE.audits += 1
     try:
         yield
@@ -59,7 +59,7 @@ def audit() -> Iterator[None]:
 
 @contextmanager
 def repeated(place: str = "") -> Iterator[None]:
-    """Context manager for computations in an :func:`audit` that must nevertheless be repeated for other inputs.
+    """Context manager for computations inside an :func:`audit` that every replay must repeat.
 
     Args:
         place: Name of the step or layer, used in the names of shortcuts.
@@ -83,20 +83,20 @@ def untraced() -> Iterator[None]:
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Context manager that bypasses ``__torch_function__`` in a trace, where no values are read outside torch."""
+    """Context manager that bypasses ``__torch_function__`` during a trace, which observes operations below it."""
     return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Context manager for computations that only check the model; they are neither traced nor observed."""
+    """Context manager that suspends tracing and observation, for computations that only check the model."""
     with untraced(), torch._C.DisableTorchFunction():
         yield
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Context manager that disables garbage collection of reference cycles.
+    """Context manager that suspends cyclic garbage collection.
 
     A recording creates so many objects that the garbage collector would otherwise traverse all objects of the process
     several times.
@@ -112,7 +112,7 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
-    """Context manager in which traces do not take the given shortcuts."""
+    """Context manager in which traces take none of the given shortcuts."""
     outer = ACTIVE.avoided
     ACTIVE.avoided = shortcuts
     try:
@@ -122,15 +122,15 @@ def avoiding(shortcuts: frozenset[str]) -> Iterator[None]:
 
 
 def kind_of(shortcut: str) -> str:
-    """Returns the name of a shortcut without its place."""
+    """Returns the name of a shortcut without the step in which it was taken."""
     return shortcut.partition(" in ")[0]
 
 
 def holds(shortcut: str, condition: Callable[[], bool | Tensor]) -> bool:
-    """Returns whether to take a shortcut: a computation that is valid only if a condition on values holds.
+    """Returns True if a shortcut, a computation that is valid only under a condition on values, can be taken.
 
-    If the condition does not hold, the general computation is used, which is always valid. A trace therefore depends on
-    the condition only if it holds.
+    If the condition does not hold, the caller uses the general computation, which is always valid. A trace therefore
+    depends on the condition only if it holds.
 
     Args:
         shortcut: Name of the shortcut.

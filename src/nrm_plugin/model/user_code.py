@@ -1,4 +1,4 @@
-"""User code: which modules belong to installed packages, and which names a function uses."""
+"""Inspection of user code: whether a module belongs to an installed package, and which names a function uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..imports import PACKAGE
 
 @functools.cache
 def is_installed_module(name: str) -> bool:
-    """Returns whether a module is part of Python or of an installed package, so that a version identifies its code."""
+    """Returns True if a module belongs to Python or an installed package, so that a version identifies its code."""
     top = name.partition(".")[0]
     if top == PACKAGE or top in sys.stdlib_module_names - {"__main__"} or top in sys.builtin_module_names:
         return True
@@ -34,18 +34,18 @@ def is_installed_module(name: str) -> bool:
 
 @functools.cache
 def distributions() -> Mapping[str, list[str]]:
-    """Returns the installed distributions that provide each importable name."""
+    """Returns the names of the installed distributions that provide each top-level package."""
     return importlib.metadata.packages_distributions()
 
 
 def referenced(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yields the name and value of each global, and of each member of the user's modules, used by a function."""
+    """Yields the name and value of each global, or member of a user module, that a function uses."""
     for name, namespace, key in names_in(function):
         yield name, namespace[key]
 
 
 def names_in(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yields the names in :func:`referenced`, each with the namespace that holds its value and its key there."""
+    """Yields each name as in :func:`referenced`, with the namespace that contains it and its key there."""
     names = sorted(set(_names(function.__code__)))
     for name in names:
         item = function.__globals__.get(name)
@@ -57,12 +57,12 @@ def names_in(function: types.FunctionType) -> Iterator[tuple[str, dict[str, Any]
 
 
 def cells(function: types.FunctionType) -> list[Any]:
-    """Returns the values in a function's closure, skipping variables that are None or unassigned."""
+    """Returns the values of a function's closure variables, except for None and unassigned ones."""
     return [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
 
 
 def slots_of(kind: type) -> Iterator[str]:
-    """Yields the names of the attributes that a class and its bases store in slots."""
+    """Yields the names of the slots of a class and its base classes."""
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
         names = [slots] if isinstance(slots, str) else slots

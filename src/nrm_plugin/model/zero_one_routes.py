@@ -75,7 +75,7 @@ _NAME = re.compile(r"^(.*?)(?:Backwards?)?\d*$")
 
 
 def is_route(module: nn.Module) -> bool:
-    """Returns whether a module is a 0/1 route.
+    """Returns True if a module is a 0/1 route, such as max pooling or padding.
 
     Dropout is assumed to be inactive, as ensured by :func:`~nrm_plugin.model.checks.check_model`.
     """
@@ -85,7 +85,7 @@ def is_route(module: nn.Module) -> bool:
 def operation(node: Node) -> str:
     """Returns the operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward``.
 
-    A custom ``autograd.Function`` might have the same name as a torch operation; its name is therefore returned as
+    A custom ``autograd.Function`` may have the same name as a torch operation; its name is therefore returned as
     ``autograd.Function NAME``.
     """
     if isinstance(node, BackwardCFunction):
@@ -96,14 +96,14 @@ def operation(node: Node) -> str:
 
 @functools.cache
 def _operation(name: str) -> str:
-    """Extracts the operation from a torch node's name; cached, since there are only a few hundred names."""
+    """Extracts the operation from the name of an autograd node."""
     name = name.rsplit("::", 1)[-1]
     match = _NAME.match(name)
     return match.group(1) if match else name
 
 
 def is_route_node(node: Node) -> bool:
-    """Returns whether an autograd node is a known 0/1 route."""
+    """Returns True if an autograd node is known to be a 0/1 route."""
     return operation(node).lower() in _NODES
 
 
@@ -111,12 +111,12 @@ _WHOLE = frozenset(["Alias", "View", "UnsafeView", "ReshapeAlias", "Clone"])
 
 
 def is_whole(node: Node) -> bool:
-    """Returns whether an autograd node is a view or a copy of all entries of a tensor."""
+    """Returns True if an autograd node returns a view or copy of all elements of a tensor."""
     return operation(node) in _WHOLE
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Follows in-place writes that overwrite a whole output, and returns the node and output number of the last write.
+    """Follows in-place writes that overwrite a whole tensor, and returns the node and output number of the last write.
 
     Nodes that torch inserts for full backward hooks are identities and are skipped.
     """
@@ -132,7 +132,7 @@ def written(node: Any, number: int) -> tuple[Any, int]:
 
 
 def source_of(node: Any) -> Any:
-    """Returns the autograd node that computed the entries of a tensor, skipping whole views and in-place writes."""
+    """Returns the autograd node that computed a tensor, skipping views of all elements and in-place writes."""
     node, _ = written(node, 0)
     while node is not None and is_whole(node):
         node, _ = written(*node.next_functions[0])

@@ -1,4 +1,4 @@
-"""Export of a plan as a program that returns outputs with their relevance and depends only on PyTorch."""
+"""Export of a plan as a program that returns outputs and their relevance, and that depends only on PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 class EveryShortcut(frozenset[str]):
-    """Set of all shortcuts; a trace that avoids it takes no shortcut and is valid for all values."""
+    """Set of all shortcuts. A trace that avoids this set takes no shortcut and is valid for all values."""
 
     def __contains__(self, shortcut: object) -> bool:
         return True
@@ -43,11 +43,11 @@ def explained_model(
     tensors: list[Tensor],
     layers: Sequence[Layer],
 ) -> tuple[ExplainedModel, list[Tensor]]:
-    """Traces a model and the marginals of layers, without shortcuts that depend on values.
+    """Traces a model and the marginals of layers, taking no shortcuts that depend on values.
 
     Args:
         settings: The settings of the plan.
-        call: Function that creates the call to the model.
+        call: Function that creates the call of the model, and the reference, if any.
         tensors: The tensors of the call.
         layers: The layers whose marginals are traced.
 
@@ -75,18 +75,18 @@ def explained_model(
 
 
 def _predicted(outputs: Tensor) -> Tensor:
-    """Returns, for each sample, the one-hot start vector of the class with the largest output."""
+    """Returns the one-hot start vector of the predicted class of each sample."""
     scores = outputs.reshape(len(outputs), -1)
     return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1).reshape(outputs.shape)
 
 
 class ExplainedModel(nn.Module):
-    """Module that computes outputs and relevance by running a program of tensor operations.
+    """Module that computes outputs and relevance by a program of tensor operations.
 
     Args:
         program: The program, traced without shortcuts.
         layers: Names of the layers whose relevance is returned.
-        outputs: Example outputs, which determine shape and dtype.
+        outputs: Example outputs, which determine their shape and dtype.
 
     Raises:
         InputError: If the outputs do not have shape ``(N, K)`` or ``(N,)``.
@@ -111,11 +111,15 @@ class ExplainedModel(nn.Module):
             _check_exportable(one)
 
     def forward(self, *tensors: Tensor) -> dict[str, Any]:
-        """Computes outputs, targets, the relevance of each layer, and the validity of this relevance.
+        """Computes the outputs, the targets, the relevance of each layer, and whether it is valid.
 
         Args:
-            tensors: The tensors of a model call, and the target of each sample, ``(N,)``, int64; -1 is replaced with
-                the class with the largest output.
+            tensors: The tensors of a model call, followed by the target of each sample, ``(N,)``, int64, where -1
+                stands for the class with the largest output.
+
+        Returns:
+            A dictionary with the keys ``"outputs"``; ``"target"``, ``(N,)``; ``"relevance"``, keyed by layer; and
+            ``"is_valid"``, ``(N,)``, which is False for samples whose relevance must not be used.
         """
         *inputs, target = tensors
         program = self._program
@@ -157,7 +161,7 @@ class ExplainedModel(nn.Module):
 
 
 def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor in separate memory, and the permutation that restores its strides.
+    """Returns a constant as a contiguous tensor in memory of its own, and the permutation that restores its strides.
 
     ``torch.export.save`` stores each block of memory once, as one contiguous tensor.
     """
@@ -188,7 +192,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Operations whose results are read as Python values, with functions that compare them with the expected value."""
+"""Functions that compare the result of an operation, which is read as a Python value, with its expected value."""
 
 
 def _check_exportable(one: Operation) -> None:
@@ -204,7 +208,7 @@ def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
 
     Args:
         module: The module to save.
-        tensors: Example arguments of the module: tensors of a call, and targets.
+        tensors: Example arguments of the module: the tensors of a call, and the targets.
         path: Path of the file.
 
     Raises:

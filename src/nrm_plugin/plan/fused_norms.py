@@ -1,4 +1,4 @@
-"""Fusion of the batch normalizations in the forward pass of a program with preceding convolutions."""
+"""Fusion of each batch normalization in the forward pass of a program with the preceding convolution."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .trace import UNKNOWN, Operation, Trace, Value
 
 aten = torch.ops.aten
 BLOCK = 1 << 15
-"""Number of weight entries per block."""
+"""Number of weights per block."""
 CLOSE = 4
-"""Largest difference, in units of the machine epsilon, between equal weights computed in different orders.
+"""Largest relative difference, in units of the machine epsilon, between weights that are equal up to rounding.
 
 It must be small: a newly initialized batch norm changes weights by half its ``eps``, which is 42 units in float32, and
 such changes accumulate over layers.
@@ -30,8 +30,8 @@ def fused(
 
     Args:
         operations: The operations of a program.
-        trace: The trace, which receives indices for new constants.
-        constants: The constants; fused weights are added to them.
+        trace: The trace, to which the indices of new constants are added.
+        constants: The constants, keyed by index, to which fused weights are added.
         results: Indices of the result tensors.
 
     Returns:
@@ -68,7 +68,7 @@ def fused(
 
 
 class _Fusion:
-    """Weight and bias of a fused layer, computed in float64, so that they are rounded only once.
+    """Weight and bias of a fused layer, computed in float64 and rounded once.
 
     Args:
         values: Weight and bias of the layer, and scale, shift, mean and variance of the batch normalization.
@@ -94,7 +94,7 @@ class _Fusion:
         return fused
 
     def is_close(self, other: Tensor) -> bool:
-        """Returns whether a weight equals the weight of the fused layer up to rounding."""
+        """Returns True if a weight equals that of the fused layer up to rounding."""
         if other.shape != self._weight.shape or other.dtype != self._weight.dtype:
             return False
         return all(self._are_close(other[rows], self._rows(rows)) for rows in self._blocks())
@@ -104,7 +104,7 @@ class _Fusion:
         return (self._weight[rows].double() * scale).to(self._weight.dtype)
 
     def _blocks(self) -> Iterator[slice]:
-        """Yields blocks of output channels that fit into the processor cache, starting with a single channel."""
+        """Yields blocks of output channels that fit into the CPU cache, starting with a single channel."""
         count, size = len(self._weight), max(1, self._weight[:1].numel())
         step = max(1, BLOCK // size) if self._weight.device.type == "cpu" else count
         yield slice(0, 1)
@@ -117,7 +117,7 @@ class _Fusion:
 
 
 def _images(operations: list[Operation], constants: dict[int, Tensor]) -> dict[Any, list[Operation]]:
-    """Returns the convolutions without bias that rules use, keyed by input and options."""
+    """Returns the convolutions without bias that rules compute, keyed by input and options."""
     convolutions: dict[Any, list[Operation]] = {}
     for one in operations:
         if one.function is aten.convolution.default and one.args[2] is None and one.args[1].number in constants:
@@ -140,7 +140,7 @@ def _layer(
 ) -> list[Operation]:
     """Returns the operations of the fused layer.
 
-    If a rule computes the output of the fused layer without bias, this output is reused.
+    If a rule computes the output of the fused layer without bias, it is reused.
     """
     output = norm.results[0]
     for image in images.get(_settings(layer), ()):

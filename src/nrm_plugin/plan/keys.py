@@ -1,4 +1,4 @@
-"""Keys of calls and queries, which describe the form but not the tensor values of a call."""
+"""Hashable keys of calls and queries, which describe the form of a call but not its tensor values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_flatten
 from ..events.event import Event
 
 _LARGEST = 1 << 20
-"""Maximum number of entries in a query tensor, such as neuron labels, that is compared by value."""
+"""Maximum number of elements of a query tensor, such as neuron labels, that is compared by value."""
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
-    """Returns ``(key for the form of a model's arguments, the tensors among them)``.
+    """Returns a key for the form of a model's arguments, and the tensors among them, each listed once.
 
     Raises:
         TypeError: If an argument has no hashable equivalent.
@@ -38,14 +38,14 @@ def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
 
 
 def shapes_of(key: Any) -> str:
-    """Formats the shapes of the tensors in a call."""
+    """Formats the tensor shapes of a call, given its key."""
     leaves = key[1] if isinstance(key, tuple) else ()
     shapes = [str(tuple(leaf[1])) for leaf in leaves if isinstance(leaf[1], torch.Size)]
     return ", ".join(shapes) or "that are not tensors"
 
 
 def frozen(value: Any) -> Hashable:
-    """Converts an argument to a hashable equivalent.
+    """Converts an argument to a hashable equivalent, which includes the values of tensors.
 
     Raises:
         TypeError: If the argument has no hashable equivalent.

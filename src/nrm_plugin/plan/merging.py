@@ -1,4 +1,4 @@
-"""Merging of operations, which removes repeated computations and unnecessary copies."""
+"""Merging of operations, to remove repeated computations and unnecessary copies."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations that can return their first argument, keyed by ``id()``, since hashing PyTorch operations is slow."""
+"""Operations that may return their first argument, keyed by ``id()``, since hashing PyTorch operations is slow."""
 
 
 class Merger:
-    """Pass over a trace that merges operations that compute identical tensors.
+    """Pass over a trace that merges operations which compute identical tensors.
 
     Args:
         trace: The trace to simplify.
@@ -57,7 +57,7 @@ class Merger:
         self._given = {*trace.constants, *trace.placeholders}
 
     def merged(self, operations: list[Operation]) -> tuple[list[Operation], list[int]]:
-        """Returns ``(remaining operations, indices of the results)``."""
+        """Returns the remaining operations, and the indices of the results."""
         memory = self.trace.memory
         self._writes = Counter(memory(number) for one in operations for number in one.writes)
         made = {number for one in operations for number in one.results if number is not None}
@@ -85,7 +85,7 @@ class Merger:
         return rest, [self._now(number) for number in self._results]
 
     def _is_same_view(self, number: int) -> bool:
-        """Returns whether a tensor is a view of an entire other tensor with the same shape and strides."""
+        """Returns True if a tensor is a view of another one, with the same shape and strides."""
         root = self.trace.memory(number)
         return root != number and self.trace.forms[root] == self.trace.forms[number]
 
@@ -95,7 +95,7 @@ class Merger:
         return number
 
     def _is_settled(self, one: Operation) -> bool:
-        """Returns whether an operation returns the same value in every run and need not be verified."""
+        """Returns True if a value read by Python is the same in every run and need not be verified."""
         if one.expected is None:
             return False
         if one.function is aten.equal.default and one.args[0] == one.args[1]:
@@ -103,7 +103,7 @@ class Merger:
         return all(number in self.constants for number in one.reads)
 
     def _is_forwarded(self, one: Operation) -> bool:
-        """Replaces the result of an operation with its argument if the two are identical; returns whether it did."""
+        """Replaces the result of an operation by its argument if the two are identical. Returns True if it did."""
         if one.function is aten.copy_.default:
             return self._is_moved(one)
         kind = _FORWARDED.get(id(one.function))
@@ -130,10 +130,10 @@ class Merger:
         return is_free and (kind == "copy" or (one.args[1] == 1 and not isinstance(one.args[1], Value)))
 
     def _is_moved(self, one: Operation) -> bool:
-        """Replaces a tensor that a copy overwrites entirely with the source of the copy; returns whether it did."""
+        """Replaces a tensor that a copy overwrites entirely by the source of the copy. Returns True if it did."""
         target, source = one.args[0], one.args[1]
         if target == source:
-            return True  # the target is a copy of the source and was replaced with it
+            return True  # the target is a copy of the source and was replaced by it
         if not isinstance(source, Value) or self.trace.forms[target.number][:2] != self.trace.forms[source.number][:2]:
             return False
         memory = self.trace.memory
@@ -158,7 +158,7 @@ class Merger:
         return self._writes[memory] > self._versions[memory]
 
     def _key(self, one: Operation) -> Any:
-        """Returns a key that determines the results of an operation, or None if it must not be merged."""
+        """Returns a key that determines the results of an operation, or None if the operation must not be merged."""
         memory = self.trace.memory
         if one.writes or one.shapes is not None:
             return None

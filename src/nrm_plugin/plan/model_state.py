@@ -1,4 +1,4 @@
-"""Model state and composite settings that a plan depends on."""
+"""The state of the model and composite on which a plan depends."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .python_state import PythonState
 from .tensor_sums import TensorSums
 
 _ENTRIES = 64
-"""Number of entries per tensor compared by value, since writes through ``.data`` do not change versions."""
+"""Number of elements per tensor that are compared by value, since writes through ``.data`` do not change versions."""
 
 
 class ModelState:
-    """Record of the ids and versions of all objects in the modules of a model, for the detection of changes.
+    """Ids and versions of all objects in a model's modules, for the detection of changes.
 
     Args:
-        model: The model to watch.
+        model: The model to monitor.
         composite: The composite whose rules are applied to the model.
     """
 
@@ -47,7 +47,7 @@ class ModelState:
         self._values = [torch.cat(views).clone() for views in self._entries]
 
     def is_outdated(self) -> bool:
-        """Returns whether anything has changed, including any entry of the weights and any Python object.
+        """Returns True if anything has changed, including any element of a weight and any Python object.
 
         A plan makes this comparison once per call. :meth:`changed` is faster, and covers only what an existing measure
         needs.
@@ -58,7 +58,7 @@ class ModelState:
             return self._sums.have_changed() or self._python.has_changed() or self._further.changed() is not None
 
     def changed(self) -> str:
-        """Describes what has changed, or returns an empty string."""
+        """Describes the first change found, or returns an empty string."""
         if not self._changed():
             return ""
         with _RECORDING:  # the change may consist of hooks that another thread removes after its recording
@@ -83,14 +83,14 @@ class ModelState:
 
 
 class _Objects:
-    """Record of attribute ids and tensor versions, for the detection of changes."""
+    """Ids of attributes and versions of tensors, for the detection of changes."""
 
     def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
         self._modules = [(module, _attributes(module), _held(module)) for module in modules]
         self._tensors = [(tensor, values_state(tensor)) for tensor in tensors]
 
     def changed(self) -> nn.Module | Tensor | None:
-        """Returns the first changed module or tensor."""
+        """Returns the first module or tensor that has changed, or None."""
         for module, attributes, _ in self._modules:
             if _attributes(module) != attributes:
                 return module
@@ -101,9 +101,9 @@ _DICTS = (dict, OrderedDict)
 
 
 def hooked(model: nn.Module) -> str:
-    """Describes the first user hook in a model, or returns an empty string.
+    """Describes the first hook of the user in a model, or returns an empty string.
 
-    Such hooks must run in every forward pass. PyTorch's own hooks, such as those of weight norm, merely compute tensors
+    Such hooks must run in every forward pass. Hooks of PyTorch, such as those of weight norm, merely compute tensors
     and are ignored.
     """
     if _common_hooks():
@@ -121,7 +121,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the ids of a module's attributes and of the items in container attributes."""
+    """Returns the ids of a module's attributes, and of the items of attributes that are containers."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
@@ -129,13 +129,13 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns references to the attributes of a module, which keep new objects from reusing their ids."""
+    """Returns references to the attributes of a module, which prevent new objects from reusing their ids."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
 
 def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Returns views of a few entries of each floating-point tensor, grouped by device and dtype."""
+    """Returns views of a few elements of each floating-point tensor, grouped by device and dtype."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.layout == torch.strided and tensor.is_contiguous() and tensor.is_floating_point() and tensor.numel():
@@ -145,7 +145,7 @@ def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def settings(value: Any, depth: int = 4) -> Any:
-    """Returns the settings of a composite as a nested tuple of the attributes of its rules."""
+    """Returns the settings of a composite, as nested tuples of its rules' attributes."""
     if value is None or isinstance(value, (bool, int, float, str, type)):
         return value
     if isinstance(value, Tensor):
@@ -168,6 +168,6 @@ def _own(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 _RUNNING = frozenset(["handles", "hook_refs", "stored_tensors", "tensor_handles", "active", "_checked"])
-"""Attributes of composites and hooks that change when the model runs."""
+"""Attributes of composites and hooks that running the model changes."""
 
 __all__ = ["ModelState", "hooked", "settings"]

@@ -1,4 +1,4 @@
-"""Plan of a model: measures for many inputs of the same shape, at the cost of one or two gradients each."""
+"""Plan of a model: measures of many inputs of the same shape, at the cost of one or two gradients each."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .planned_measure import PlannedMeasure, Settings, TracedRecording
 from .programs import Programs, memory_of
 
 MOST = 8
-"""Maximum number of call forms with stored programs."""
+"""Maximum number of call forms for which programs are stored."""
 IDLE = 8
-"""Number of consecutive recordings after which a plan is abandoned for calls of this form."""
+"""Number of consecutive recordings after which a plan is no longer used for calls of the same form."""
 
 
 class Plan:
     """Plan that computes measures of a model by replaying tensor operations, without hooks or autograd.
 
     Everything that does not depend on the values of the inputs is computed only once: names, the graph, rules, modified
-    and fused weights, and checks. When a query is made for the first time, it is recorded and traced. For further
-    inputs of the same shapes, the trace is replayed as a flat list of tensor operations.
+    and fused weights, and checks. The first time a query is made, it is recorded and traced. For further inputs of the
+    same shapes, the trace is replayed as a flat list of tensor operations.
 
     Args:
         model: The network, in evaluation mode.
@@ -106,9 +106,9 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> RelevanceMeasure:
-        """Returns the measure for the given inputs.
+        """Returns the relevance measure of the model for the given inputs.
 
-        Inputs of a new shape are recorded first, as are any inputs after the model has changed.
+        Inputs of a new shape are first recorded, and so are any inputs after the model has changed.
 
         Args:
             inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -134,7 +134,7 @@ class Plan:
     def _measured(
         self, inputs: Inputs, target: Any, start: Any, against: Any, reference: Any, args: Any, kwargs: Any
     ) -> RelevanceMeasure:
-        """Returns the measure of inputs for an unchanged model."""
+        """Returns the measure for the given inputs, assuming that the model has not changed."""
         form = self._form(inputs, args, kwargs, reference)
         recorded, self._first = self._first, None
         if recorded is not None and recorded[:2] != (form.key, _identities(form.tensors)):
@@ -172,7 +172,7 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Exports a program that returns outputs with their relevance and depends only on PyTorch.
+        """Exports a program that returns outputs and their relevance, and that depends only on PyTorch.
 
         The program can be loaded with ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in
         the order and with the shapes of ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the
@@ -216,22 +216,22 @@ class Plan:
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
-        """Returns whether the model or the composite has changed, so that all programs are invalid."""
+        """Returns True if the model or the composite has changed, which invalidates all programs."""
         return self._state.is_outdated() or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:
-        """Returns whether calls of this form can be replayed, and have so far repeated their queries."""
+        """Returns True if calls of this form can be replayed and have repeated their queries so far."""
         known = [programs for (key, _), programs in self._forms.items() if key == form]
         return not any(programs.obstacle or programs.recordings > IDLE for programs in known)
 
     @property
     def _count(self) -> int:
-        """Number of programs."""
+        """Number of compiled programs."""
         return sum(map(len, self._forms.values()))
 
     @property
     def memory(self) -> int:
-        """Memory used by the constants of all programs, in bytes, excluding tensors of the model.
+        """Memory in bytes of the constants of all programs, excluding tensors of the model.
 
         Examples:
             >>> plan = Plan(nn.Linear(3, 2), torch.randn(5, 3))
@@ -292,10 +292,10 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """Model call with a key that identifies its form.
+    """Call of the model, with a key that identifies its form.
 
     Attributes:
-        key: Key that is the same for all calls of this form.
+        key: Key shared by all calls of this form.
         tensors: The tensors among the arguments.
         call: Function that creates the call.
         settings: The settings of the measure.

@@ -1,4 +1,4 @@
-"""Measures whose queries are computed by programs."""
+"""Measures that answer queries by running programs."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class Settings:
 
 
 LONGEST = 5
-"""Maximum length of a trace with queries, as a multiple of its length after the recording."""
+"""Maximum length of a trace with queries, relative to its length after the recording."""
 
 
 class PlannedOutputs:
-    """Starting point of a planned measure: the outputs, used in place of a recording.
+    """Outputs at which a planned measure starts, in place of a recording.
 
     Args:
         values: The outputs in the form ``(N, …)``, the outputs as returned by the model, and, if there is a reference,
             the differences from the outputs at the reference.
-        is_batched: Whether the inputs have a sample dimension.
+        is_batched: Whether the inputs have a batch dimension.
         references: Number of references per sample.
 
     Attributes:
-        start: The initial relevance of the outputs, ``(N, …)``; with ``against``, also the weights of the outputs.
+        start: The initial relevance of the outputs, ``(N, …)``, and, with ``against``, the weights of the outputs.
     """
 
     def __init__(self, values: Sequence[Tensor], is_batched: bool, references: int) -> None:
@@ -86,11 +86,11 @@ class PlannedOutputs:
 
 
 class TracedRecording:
-    """Recording of a model, together with a trace of its operations.
+    """Recording of a model, with a trace of its tensor operations.
 
     Args:
         settings: The settings of the plan.
-        call: Function that creates the call to the model.
+        call: Function that creates the call of the model.
         tensors: The tensors of the call.
         avoided: The shortcuts that must not be taken, or None for a recording without a trace.
 
@@ -132,7 +132,7 @@ class TracedRecording:
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the trace can be compiled to a program; with many queries, this would take too long."""
+        """True if the trace is short enough to be compiled to a program."""
         return self.tracer is not None and len(self.tracer.trace.operations) <= LONGEST * max(self._length, 1000)
 
     def traced(self) -> AbstractContextManager[Any]:
@@ -140,7 +140,7 @@ class TracedRecording:
         return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
 
     def begin(self, start: Sequence[Tensor]) -> None:
-        """Sets the initial relevance of the outputs, ``(N, …)``, and, for a contrast, the weights of the outputs."""
+        """Sets the initial relevance of the outputs, ``(N, …)``, and for a contrast also the weights of the outputs."""
         if self.tracer is not None:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]
@@ -154,7 +154,7 @@ class TracedRecording:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Returns the states of the random number generators of Python and NumPy, since their use is not traced."""
+    """Returns the states of the random number generators of Python and NumPy, whose use is not traced."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 
@@ -173,15 +173,15 @@ class _Traced:
 
 
 class PlannedMeasure(RelevanceMeasure):
-    """Measure that computes queries by running a plan's programs, and records the model for all other queries.
+    """Measure that answers queries by running the programs of a plan, and records the model for all other queries.
 
     Args:
         settings: The settings of the plan.
         programs: The programs for calls of this form.
-        call: Function that creates the call to the model.
+        call: Function that creates the call of the model.
         tensors: The tensors of the call.
         target, start, against: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        recorded: An existing recording of this call, if there is one.
+        recorded: An existing recording of this call, or None.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class PlannedMeasure(RelevanceMeasure):
     # -- the forward pass -----------------------------------------------------------------------------------------
 
     def _forward(self) -> Sequence[Tensor]:
-        """Computes the outputs, in the form of the argument ``values`` of :class:`PlannedOutputs`."""
+        """Computes the outputs, as the argument ``values`` of :class:`PlannedOutputs`."""
         latest = self._programs.latest
         if self._recorded is None and latest is not None:
             try:
@@ -289,7 +289,7 @@ class PlannedMeasure(RelevanceMeasure):
         return query.answer(results)
 
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on a traced recording and compiles a program that repeats it."""
+        """Computes a query on a traced recording, and compiles a program that repeats it."""
         self._check_inputs()
         if self._recorded is None or not self._recorded.is_traceable:
             self._recorded = self._record()
@@ -309,7 +309,7 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on the recording and traces it if possible, since later queries reuse its kernels."""
+        """Computes a query on the recording. It is traced if possible, since later queries reuse its kernels."""
         self._is_answering = True
         try:
             with nullcontext() if self._recorded is None else self._recorded.traced():
@@ -318,7 +318,7 @@ class PlannedMeasure(RelevanceMeasure):
             self._is_answering = False
 
     def _known(self, name: str, *args: Any) -> Any:
-        """Returns a value-independent property, cached from the recording of any call of this form."""
+        """Returns a value-independent property, computed once for all calls of this form."""
         key = (name, frozen(args))
         if key not in self._programs.answers:
             plain = super()
@@ -366,7 +366,7 @@ class PlannedMeasure(RelevanceMeasure):
         if self._recorded.start is None:
             self._recorded.begin(self._planned.start)
         if self._recorded.tracer is not ACTIVE.tracer:
-            self._recorded.tracer = None  # a trace would treat kernels that are built outside of it as constants
+            self._recorded.tracer = None  # a trace would treat kernels that are constructed outside of it as constants
         return self._recorded.recording
 
     @property
@@ -375,7 +375,7 @@ class PlannedMeasure(RelevanceMeasure):
         return self._planned.start[0] if recorded is None or recorded.start is None else recorded.start
 
     def _check_inputs(self) -> None:
-        """Raises :class:`StaleMeasureError` if the inputs, which are still needed, have been overwritten."""
+        """Raises :class:`StaleMeasureError` if the inputs, which a query still needs, have been overwritten."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             raise StaleMeasureError(
                 "the inputs were overwritten since the measure was constructed, and this query needs them. Construct "
@@ -392,7 +392,7 @@ class PlannedMeasure(RelevanceMeasure):
 
 
 def _names_events(key: Any) -> bool:
-    """Returns whether a query contains events, whose neurons usually vary from input to input."""
+    """Returns True if a query contains events, which usually refer to other neurons for other inputs."""
     if isinstance(key, Atom):
         return key.index is not None
     if isinstance(key, tuple):

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 class ChangedValueError(Exception):
-    """Raised if a value that determined the traced computation differs for the current inputs.
+    """Raised if a value on which a traced computation depends is different for the current inputs.
 
     Attributes:
         reads: The lines of code that read these values.
@@ -33,7 +33,7 @@ class ChangedValueError(Exception):
 
 
 class Program:
-    """Computation in two stages: from inputs to outputs, and from the relevance of the outputs to results of queries.
+    """Compiled trace with two stages: from inputs to outputs, and from the relevance of outputs to query results.
 
     All queries share the first stage.
 
@@ -51,7 +51,7 @@ class Program:
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.
         inputs, outputs, start, results: The arguments, as indices of the simplified trace.
-        obstacle: Reason why the operations cannot be replayed, or an empty string. If there is a reason, no other
+        obstacle: Reason why the operations cannot be replayed, or an empty string. If it is not empty, no other
             attribute is set.
     """
 
@@ -89,7 +89,7 @@ class Program:
         self.is_shareable = not any(used[at] in shared for places in self._overwritten for at in places)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
-        """Runs the first stage and returns the outputs and the state: the tensors that the second stage needs."""
+        """Runs the first stage. Returns the outputs, and the state: the tensors that the second stage reads."""
         with _plain(inputs[0].device):
             outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)
@@ -101,8 +101,8 @@ class Program:
         """Runs the second stage for one query.
 
         Args:
-            state: The state. The list is emptied, so that memory is freed as early as possible.
-            start: The tensors that start the stage.
+            state: The state returned by :meth:`forward`. It is emptied, so that memory is freed early.
+            start: The tensors at which the stage starts.
             query: Index of the query.
             is_kept: Whether later queries need the tensors of the state.
 
@@ -118,7 +118,7 @@ class Program:
 
 
 def _bytes(form: Any) -> int:
-    """Returns the size of a tensor in bytes, given its form."""
+    """Returns the size in bytes of a tensor with the given form."""
     return int(math.prod(form[0]) * form[3].itemsize)
 
 
@@ -147,14 +147,14 @@ def _early(operations: list[Operation], outputs: Sequence[int], memory: Callable
 
 
 def _last_check(operations: list[Operation], start: set[int]) -> int:
-    """Returns the index of the last comparison before the start is read (outputs can depend on it), or -1."""
+    """Returns the index of the last check before ``start`` is read, on which the outputs may depend, or -1."""
     begin = next((index for index, one in enumerate(operations) if start & set(one.reads)), len(operations))
     checks = [i for i, one in enumerate(operations[:begin]) if one.expected is not None or one.shapes is not None]
     return max(checks, default=-1)
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:
-    """Runs a stage and converts operation errors, which changed values can cause, to ChangedValueError."""
+    """Runs a stage. Errors of operations, which changed values can cause, are raised as ChangedValueError."""
     try:
         return stage(*args)
     except torch.OutOfMemoryError:
@@ -165,7 +165,7 @@ def _run(stage: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
-    """Context manager in which operations run exactly as traced, regardless of the modes of the caller."""
+    """Context manager in which operations run exactly as traced, whatever the modes of the caller."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -212,11 +212,11 @@ _DIRECT: dict[Any, Any] = {
     aten.addmm.default: torch.addmm,
     aten.copy_.default: Tensor.copy_,
 }
-"""Functions equivalent to these operations, with less overhead per call."""
+"""Functions that are equivalent to these operations and have less overhead per call."""
 
 
 def _check(checks: Sequence[tuple[Any, Any, str]]) -> None:
-    """Raises :class:`ChangedValueError` if a value is not as expected. All tensors are read in one transfer."""
+    """Raises :class:`ChangedValueError` if a value is not the expected one. All tensors are read in one transfer."""
     tensors = [value for value, _, _ in checks if isinstance(value, Tensor)]
     if any(one.dtype is not torch.bool for one in tensors):
         tensors = [one.double() for one in tensors]
@@ -234,7 +234,7 @@ def _is_same(value: Any, expected: Any) -> bool:
 
 
 class _Writer:
-    """Generator of a program's Python source."""
+    """Generator of the Python source of a program."""
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class _Writer:
     def written(
         self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[list[int]]
     ) -> tuple[str, dict[str, Any]]:
-        """Generates the source code of both stages, and the namespace in which it is executed.
+        """Returns the source code of both stages, and the namespace in which it is executed.
 
         Args:
             inputs: As in :class:`Program`.
@@ -286,7 +286,7 @@ class _Writer:
         return "\n".join(lines), self.scope
 
     def _separate(self, numbers: Sequence[int], start: Sequence[int]) -> str:
-        """Generates code that separates results that share memory."""
+        """Returns code that copies each result that shares memory with another tensor."""
         used = {self.memory(number) for number in (*start, *self.passed)}
         parts = []
         for number in numbers:

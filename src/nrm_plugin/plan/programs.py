@@ -1,4 +1,4 @@
-"""Cache of the programs for calls of one form."""
+"""Cache of programs for calls of one form."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Key = tuple[Hashable, ...]
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of calls with a changed value read by the model before every call is recorded, or with a failed shortcut
-condition before the shortcut is avoided in all layers."""
+"""Number of failed replays after which every call is recorded, if the model reads a changed value, or a shortcut is
+avoided in all layers, if its condition is violated."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class QueryProgram:
         program: The program, shared by all queries of one recording.
         number: Index of the query in the program.
         form: The nested structure of the results.
-        cost: The cost of the query.
+        cost: The cost of the query, in kernel evaluations and propagated vectors.
     """
 
     program: Program
@@ -43,7 +43,7 @@ class QueryProgram:
     cost: Cost
 
     def answer(self, results: Sequence[Tensor]) -> Any:
-        """Restores the nested structure of the results."""
+        """Restores the nested structure of the results of the program."""
         return tree_unflatten(results, self.form)
 
 
@@ -66,21 +66,21 @@ class TracedQueries:
     queries: list[QueryProgram] = field(default_factory=list)
 
     def with_query(self, results: list[int]) -> Program:
-        """Compiles a program for all queries so far and a further one."""
+        """Compiles a program for the previous queries and one more, given the indices of its results."""
         self.results.append(results)
         return Program(self.tracer.trace, self.inputs, self.outputs, self.start, self.results)
 
 
 class Programs:
-    """Cache of the programs for calls of the same form (same shapes and non-tensor arguments), keyed by query.
+    """Cache of the programs for calls of one form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: Shortcuts no longer taken because their conditions failed for some inputs. A shortcut whose condition
-            failed in several calls, in the same layer or in different layers, is avoided in all layers.
+        avoided: Shortcuts that are no longer taken, since their conditions failed for some inputs. A shortcut whose
+            condition failed in several calls, in the same layer or in different layers, is avoided in all layers.
         obstacle: Reason why calls of this form cannot be replayed and must be recorded each time, or an empty string.
         answers: Cached properties that do not depend on values, such as names and shapes.
         recordings: Number of recordings since a program was last used.
-        latest: The most recently used program, which the next measure is expected to use again.
+        latest: The most recently used program, which the next measure is expected to use.
         asks_again: Whether a measure has received more than one query. The state of the first stage is then kept for
             further queries.
     """
@@ -109,7 +109,7 @@ class Programs:
             return query
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
-        """Returns whether to trace a query: at once if it is certain to recur, or else when it is repeated."""
+        """Returns True if a query should be traced: at once if it is certain to recur, or else when it is repeated."""
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
@@ -145,7 +145,7 @@ class Programs:
                 self._programs.popitem(last=False)
 
     def reject(self, error: ChangedValueError) -> None:
-        """Discards all programs after a value that they depend on has changed."""
+        """Discards all programs, since a value on which they depend has changed."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
             kinds = {kind_of(name) for name in names}
@@ -165,7 +165,7 @@ class Programs:
             return [value for program in programs.values() for value in program.constants.values()]
 
     def lines(self, own: Container[int]) -> list[str]:
-        """Describes each query in one line.
+        """Describes the program of each query in one line.
 
         Args:
             own: Storage addresses of the tensors of the model.

@@ -1,4 +1,4 @@
-"""Python objects that a plan depends on, because the model reads them in addition to parameters and buffers."""
+"""The Python objects on which a plan depends, since the model reads them besides parameters and buffers."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from ..model.user_code import cells, is_installed_module, names_in, slots_of
 
 MOST = 20_000
-"""Maximum number of compared objects."""
+"""Maximum number of objects that are compared."""
 _LARGEST = 1 << 16
-"""Maximum number of array entries compared by value, even in longer arrays."""
+"""Maximum number of elements of an array that are compared by value."""
 CONTAINERS = (dict, OrderedDict, list, set, tuple)
-"""Containers compared item by item, together with the attributes of the module that holds them."""
+"""Containers that are compared item by item, with the attributes of the module to which they belong."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
 _PASSED_OVER = frozenset("torch numpy logging threading weakref _weakrefset zennit captum nrm_plugin builtins".split())
-"""Packages whose objects are compared elsewhere, or do not change what a model computes."""
+"""Packages whose objects are compared elsewhere, or do not affect what a model computes."""
 _SKIPPED = frozenset(
     "_parameters _buffers _modules _non_persistent_buffers_set _backward_hooks _backward_pre_hooks _forward_hooks "
     "_forward_pre_hooks _state_dict_hooks __module__ __doc__ __dict__ __weakref__ __annotations__ "
     "handles hook_refs stored_tensors tensor_handles active _checked".split()
 )
-"""Attributes of modules, classes and composites that are compared elsewhere, or that change when the model runs."""
+"""Attributes of modules, classes and composites that are compared elsewhere, or that running the model changes."""
 
 Held = Callable[[], Iterable[Any]]
 
 
 class PythonState:
-    """Record of the containers, configurations, functions and classes reachable from some objects, to detect changes.
+    """State of the containers, configurations, functions and classes reachable from given objects, to detect changes.
 
     Containers and the attributes of objects are compared by identity, and arrays by value. Functions are compared by
     the variables of their closures and the globals that they use, and classes by their attributes. Code of installed
@@ -66,7 +66,7 @@ class PythonState:
                     waiting.append(item)
 
     def has_changed(self) -> bool:
-        """Returns whether something has changed."""
+        """Returns True if any of the objects has changed."""
         for held, before in self._watched:
             now = _contents(held)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
@@ -74,7 +74,7 @@ class PythonState:
         return any(_bytes(array) != before for array, before in self._arrays)
 
     def _note(self, value: Any) -> Iterable[Any]:
-        """Stores and returns the contents of an object."""
+        """Stores the contents of an object for later comparison, and returns them."""
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return ()
@@ -96,7 +96,7 @@ class PythonState:
 
 
 def _held(value: Any) -> Held | None:
-    """Returns a function that lists an object's contents, or None if the object is excluded from the comparison."""
+    """Returns a function that lists the contents of an object, or None if the object is not compared."""
     if isinstance(value, dict):
         return lambda: [*value, *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):

@@ -1,4 +1,4 @@
-"""Removal of views that move no data, such as the leading dimension of size one of a single relevance vector."""
+"""Removal of views that move no data, such as the leading dimension that a single relevance vector has."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.
 
 
 class ViewRemover:
-    """Pass that makes operations read tensors in their original shape, before broadcasting.
+    """Pass over a trace after which operations read tensors in their original shape, before views and broadcasting.
 
     Args:
-        trace: The trace, which receives new indices for tensors created in a new shape.
+        trace: The trace, to which tensors of a new shape are added.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -41,7 +41,7 @@ class ViewRemover:
         self._narrow: dict[int, int] = {}
 
     def rewritten(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
-        """Returns equivalent operations and the indices of the results."""
+        """Returns equivalent operations, and the indices of the results."""
         for one in operations:
             source = self._source(one)
             if source is not None and one.results[0] is not None:
@@ -58,7 +58,7 @@ class ViewRemover:
     # -- views ----------------------------------------------------------------------------------------------------
 
     def _source(self, one: Operation) -> int | None:
-        """Returns the source of a view of all entries in memory order, or None for any other operation."""
+        """Returns the source of a view of all elements in memory order, or None for any other operation."""
         if len(one.results) != 1 or one.results[0] is None or one.writes or one.shapes is not None:
             return None
         number = one.results[0]
@@ -88,9 +88,9 @@ class ViewRemover:
     # -- leading dimensions of size one ---------------------------------------------------------------------------
 
     def _stripped(self, one: Operation) -> Operation | None:
-        """Removes the leading dimension of an elementwise operation whose arguments were created without it.
+        """Returns an elementwise operation without its leading dimension, or None for other operations.
 
-        Returns None for other operations.
+        All arguments must exist without this dimension.
         """
         if one.function is aten.expand.default or id(one.function) in _REDUCTIONS:
             return self._stripped_of_one(one)
@@ -126,7 +126,7 @@ class ViewRemover:
         )
 
     def _stripped_of_one(self, one: Operation) -> Operation | None:
-        """Removes the leading dimension of a reduction over other dimensions or of a broadcast, or returns None."""
+        """Returns a broadcast, or a reduction over other dimensions, without its leading dimension, or None."""
         number = one.results[0]
         if number is None or one.kwargs or len(one.args) < 2 or not isinstance(one.args[1], (list, tuple)):
             return None
@@ -152,7 +152,7 @@ class ViewRemover:
             self._narrow[number] = source
 
     def _unexpanded(self, one: Operation) -> Operation:
-        """Makes an elementwise operation read tensors before broadcasting, if the result is the same."""
+        """Returns an elementwise operation that reads tensors before broadcasting, if its result stays the same."""
         if one.function.overloadpacket not in ELEMENTWISE or not any(number in self._narrow for number in one.reads):
             return one
         forms = self.trace.forms
@@ -161,7 +161,7 @@ class ViewRemover:
             return one
         wide = [n for n in one.reads if n not in self._narrow and forms[n][0] == forms[number][0]]
         if not any(_is_contiguous(forms[n]) for n in wide):
-            return one  # the memory layout of the result might differ
+            return one  # the memory layout of the result may differ
 
         def narrow(value: Any) -> Any:
             if not isinstance(value, Value) or value.number not in self._narrow or value.number in one.writes:
@@ -186,7 +186,7 @@ class ViewRemover:
         return root if self.trace.forms[root][0] == form[0][1:] else None
 
     def _new(self, number: int) -> int:
-        """Adds a copy of a tensor without its leading dimension to the trace and returns the index of the copy."""
+        """Adds to the trace a tensor without its leading dimension, and returns the new index."""
         trace = self.trace
         made, trace.count = trace.count, trace.count + 1
         shape, stride, *rest = trace.forms[number]

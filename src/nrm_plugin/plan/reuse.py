@@ -1,4 +1,4 @@
-"""Automatic plans: the first measures are recorded, and a plan is created when inputs of the same form recur."""
+"""Automatic plans: the first measures are recorded, and a plan is created once inputs of the same form recur."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form recorded before a plan is created, which costs several recordings."""
+"""Number of measures of one form that are recorded before a plan is created, at the cost of several recordings."""
 NEVER = 1 << 62
-"""Recording count that rules out further plans after one plan needed too much memory."""
+"""Number of recordings, never reached, that rules out further plans after one has needed too much memory."""
 PAID = 32
 """Number of measures after which a plan counts as amortized."""
 MEMORY = 1 << 30
-"""Maximum memory of the constants of an automatic plan, in bytes."""
+"""Maximum memory in bytes of the constants of an automatic plan."""
 
 
 class Measures:
-    """Factory for measures, which creates a plan if inputs of the same form recur.
+    """Factory of measures, which creates a plan once inputs of the same form recur.
 
     It is called with the arguments of :class:`~nrm_plugin.RelevanceMeasure`. The first measures for inputs of one form
     (shapes and dtypes) are recorded; later inputs of this form use a plan, with the same results up to rounding. A plan
@@ -62,13 +62,13 @@ class Measures:
         output: Output | Atom | None = None,
         batched: bool = True,
     ) -> RelevanceMeasure:
-        """Returns the measure of a model for the given inputs.
+        """Returns the relevance measure of a model for the given inputs.
 
         Args:
             model: As in :class:`~nrm_plugin.RelevanceMeasure`.
             inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
             target: As in :class:`~nrm_plugin.RelevanceMeasure`.
-            composite: The rules and their normalization.
+            composite: The normalized composite.
             start: As in :class:`~nrm_plugin.RelevanceMeasure`.
             against: As in :class:`~nrm_plugin.RelevanceMeasure`.
             reference: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -97,11 +97,11 @@ class Measures:
 
     @property
     def plan(self) -> Plan | None:
-        """The current plan, or None."""
+        """The current plan, or None if measures are recorded."""
         return self._plan
 
     def _plan_for(self, model: nn.Module, values: Any, settings: dict[str, Any], arguments: Any) -> Plan | None:
-        """Returns the plan for a call, or None if the call should be recorded."""
+        """Returns the plan to use for a call, or None if the call should be recorded."""
         given = (model, *settings.values())
         if not _are_same(given, self._settings) or (self._plan is not None and self._plan._has_changed()):
             self._drop()
@@ -117,7 +117,7 @@ class Measures:
         return self._plan
 
     def _is_too_large(self, plan: Plan) -> bool:
-        """Returns whether a plan needs too much memory; if so, it is discarded until a setting changes."""
+        """Returns True if a plan needs too much memory. It is then discarded until a setting changes."""
         if plan._count == self._measured:
             return False
         self._measured = plan._count
@@ -128,7 +128,7 @@ class Measures:
         return is_too_large
 
     def _is_repeated(self, form: Hashable) -> bool:
-        """Counts a call and returns whether its form has recurred often enough to create a plan."""
+        """Counts a call, and returns True if its form has recurred often enough to use a plan."""
         self._seen[form] = self._seen.get(form, 0) + 1
         self._seen.move_to_end(form)
         while len(self._seen) > MOST:
@@ -145,7 +145,7 @@ class Measures:
         self._seen.clear()
 
     def __reduce__(self) -> Any:
-        """Copies and pickles the object without the plan, which is bound to this process."""
+        """Reduces the object to its type, so that copies and pickles have no plan, which is bound to this process."""
         return Measures, ()
 
 
@@ -154,7 +154,7 @@ _LOCK = threading.Lock()
 
 
 def measures_of(owner: Any) -> Measures:
-    """Returns an object's :class:`Measures` instance, which is created on first use.
+    """Returns the :class:`Measures` instance of an object, which is created on first use.
 
     The instance lives as long as the object, and is not copied or pickled with it.
     """
@@ -173,7 +173,7 @@ def _are_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
 
 
 def _form(values: Any) -> Hashable | None:
-    """Returns a key for the form of a call, or None for calls that must always be recorded."""
+    """Returns a key of the form of a call, or None if the call must always be recorded."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None  # a mode of the caller may change the computation of the model
     if torch._C._functorch.peek_interpreter_stack() is not None:

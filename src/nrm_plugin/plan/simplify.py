@@ -1,4 +1,4 @@
-"""Simplification of traces: constants are precomputed, and operations whose results are unused are removed.
+"""Simplification of traces, which precomputes constants and removes operations whose results are unused.
 
 A trace can overwrite tensors. Tensors that share memory form a group. The order of operations is preserved, and two
 operations on a group are merged only if the group is not overwritten between them.
@@ -19,7 +19,7 @@ from .reshapes import ViewRemover
 from .trace import FILLED, Operation, Trace, Value, is_drawn, mapped, needed
 
 STORED = 1 << 14
-"""Maximum number of entries in a filled tensor that is stored rather than created in each run."""
+"""Maximum number of elements of a filled tensor that is stored rather than created in each run."""
 
 
 class Simplifier:
@@ -30,11 +30,11 @@ class Simplifier:
         results: Indices of the result tensors.
 
     Attributes:
-        trace: A copy of the trace; simplification adds tensors to it.
+        trace: A copy of the trace, to which simplification adds tensors.
         operations: The remaining operations, in order.
         constants: The constants that the operations read, keyed by index.
         results: Indices of the result tensors.
-        obstacle: Reason why the operations cannot be replayed, or an empty string. If there is a reason, there are no
+        obstacle: Reason why the operations cannot be replayed, or an empty string. If it is not empty, there are no
             operations.
     """
 
@@ -63,7 +63,7 @@ class Simplifier:
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
     def _overwritten(self, one: Operation) -> str:
-        """Returns an error message if an operation writes to an input or a weight, or else an empty string."""
+        """Returns the obstacle if an operation writes to an input or a weight, or else an empty string."""
         given = (self.trace.memory(number) for number in one.writes)
         if any(number in self.constants or number in self.trace.placeholders for number in given):
             return f"the model overwrites one of its inputs or weights ({one.function})"
@@ -77,7 +77,7 @@ class Simplifier:
     # -- constants ------------------------------------------------------------------------------------------------
 
     def _folded(self, operations: list[Operation]) -> list[Operation]:
-        """Evaluates all operations on constants and returns the remaining operations."""
+        """Evaluates all operations on constants. Returns the remaining operations."""
         memory = self.trace.memory
         varying = {memory(number) for number in self.trace.placeholders}
         marked = [False] * len(operations)
@@ -124,7 +124,7 @@ class Simplifier:
                 self.constants[number] = item
 
     def _stored(self, number: int, one: Operation) -> Tensor:
-        """Returns a constant or, if only the shape of a variable tensor is read, an expanded scalar."""
+        """Returns a constant or, if only the shape of a varying tensor is read, an expanded scalar."""
         if number in self.constants:
             return self.constants[number]
         assert one.function.overloadpacket in FILLED, f"{one.function} reads a tensor that is not constant"

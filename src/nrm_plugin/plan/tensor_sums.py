@@ -1,4 +1,4 @@
-"""Detection of changed tensor values, even if a write through ``.data`` leaves no other trace."""
+"""Detection of changed tensor values, including writes through ``.data``, which leave version counters unchanged."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 _SMALL = 1 << 10
-"""Maximum number of entries in a tensor that is compared entry by entry with a stored copy."""
+"""Maximum number of elements of a tensor that is compared with a stored copy."""
 _MIDDLE = 1 << 16
-"""Maximum number of entries in a tensor that is concatenated with others, for sums over several tensors."""
+"""Maximum number of elements of a tensor that is concatenated with others, for sums over several tensors."""
 _ROW = 1 << 12
-"""Number of entries in a weighted sum."""
+"""Number of elements in each weighted sum."""
 _AT_ONCE = 1 << 22
-"""Number of short-format entries converted at once."""
+"""Number of half-precision elements that are converted to float32 at once."""
 
 _Groups = dict[Any, tuple[list[Tensor], list[Tensor]]]
-"""Tensors of middle size and larger ones, by device and dtype."""
+"""Tensors of medium and of large size, keyed by device and dtype."""
 
 
 class TensorSums:
-    """Weighted sums of all entries of tensors, which detect changes in one pass over the memory.
+    """Weighted sums of all elements of tensors, which detect changes in one pass over the memory.
 
-    The weights are random and of both signs, so that exchanging entries also changes a sum. Small tensors, integer
-    tensors, and tensors with infinite sums are compared entry by entry.
+    The weights are random and of both signs, so that exchanging elements also changes a sum. Small tensors, integer
+    tensors, and tensors whose sums are not finite are compared element by element.
 
     Args:
         tensors: Parameters and buffers.
@@ -41,7 +41,7 @@ class TensorSums:
                 large.append(flat)
         self._summed = _grouped(large)
         self._sums = self._of_rows(self._summed)
-        # An infinite entry makes its sum infinite or nan, so that the entries need no pass of their own.
+        # An infinite element makes its sum infinite or nan, so that finding infinite elements takes no further pass.
         if not all(bool(sums.isfinite().all()) for sums in self._sums.values()):
             is_finite = [self._is_finite(flat) for flat in large]
             for flat in (flat for flat, finite in zip(large, is_finite, strict=True) if not finite):
@@ -51,13 +51,13 @@ class TensorSums:
         self._stored = {key: (views, _bits(torch.cat(views))) for key, views in stored.items()}
 
     def have_changed(self) -> bool:
-        """Returns whether the values of a tensor have changed."""
+        """Returns True if the values of any tensor have changed."""
         if any(not torch.equal(_bits(torch.cat(views)), values) for views, values in self._stored.values()):
             return True
         return any(not torch.equal(sums, self._sums[key]) for key, sums in self._of_rows(self._summed).items())
 
     def _of_rows(self, summed: _Groups) -> dict[Any, Tensor]:
-        """Returns the sums of tensors, by device and dtype."""
+        """Returns the weighted sums of tensors, keyed by device and dtype."""
         sums = {}
         with torch.inference_mode(False), torch.no_grad():
             for key, (middle, large) in summed.items():
@@ -67,7 +67,7 @@ class TensorSums:
         return sums
 
     def _is_finite(self, flat: Tensor) -> bool:
-        """Returns whether all sums of one tensor are finite."""
+        """Returns True if all weighted sums of a tensor are finite."""
         (sums,) = self._of_rows(_grouped([flat])).values()
         return bool(sums.isfinite().all())
 
@@ -98,7 +98,7 @@ def _grouped(tensors: list[Tensor]) -> _Groups:
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
-    """Returns the memory of a dense tensor as a vector, or None for any other tensor."""
+    """Returns the elements of a dense tensor as a vector in memory order, or None for any other tensor."""
     if tensor.layout != torch.strided or tensor.device.type == "meta" or type(tensor.data) is not Tensor:
         return None
     tensor = tensor.detach()
@@ -110,7 +110,7 @@ def _flat(tensor: Tensor) -> Tensor | None:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Returns the bytes of values, so that nan equals itself."""
+    """Returns the bytes of a tensor, for comparisons in which NaN equals itself."""
     return values.view(torch.uint8)
 
 

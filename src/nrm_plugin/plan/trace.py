@@ -1,4 +1,4 @@
-"""Traces: the tensor operations of a computation, as a flat list with an index for every tensor."""
+"""Traces: the tensor operations of a computation, as a flat list, with an index for every tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Value:
-    """Placeholder for a tensor of a trace, with its index."""
+    """Placeholder for the tensor of a trace with index ``number``."""
 
     __slots__ = ("number",)
 
@@ -41,10 +41,10 @@ class Operation:
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
         writes: Indices of the overwritten tensors.
-        expected: The returned number or boolean, which the computation might depend on, or None if tensors were
+        expected: The returned number or boolean, on which the computation may depend, or None if tensors were
             returned.
         shapes: The shapes of the results if they depend on values, or None.
-        origin: For ``expected`` and ``shapes``, the shortcut that was taken or the line of code that read the value.
+        origin: For ``expected`` and ``shapes``, the shortcut that was taken, or the line of code that read the value.
         reads: Indices of the tensors among the arguments.
         query: Index of the query that executed the operation; 0 for the recording.
     """
@@ -66,7 +66,7 @@ class Operation:
             self.reads = tuple(numbers_in((*self.args, *self.kwargs.values())))
 
     def renamed(self, new: Callable[[int], int]) -> Operation:
-        """Returns the operation with new indices for the tensors that it reads; new results keep their indices."""
+        """Returns the operation with new indices for the tensors that it reads. Its results keep their indices."""
         numbers = {number: new(number) for number in self.reads}
         if all(number == other for number, other in numbers.items()):
             return self
@@ -82,12 +82,12 @@ class Operation:
 
 
 def needed(operations: Sequence[Operation], results: Iterable[int], memory: Callable[[int], int]) -> list[Operation]:
-    """Returns the operations needed to compute given results, or values read by the computation.
+    """Returns the operations needed to compute the given results, or the values that Python reads.
 
     Args:
         operations: The operations to filter.
         results: Indices of the result tensors.
-        memory: Function that returns the memory of a tensor; see :meth:`Trace.memory`.
+        memory: Function that identifies the memory of a tensor; see :meth:`Trace.memory`.
     """
     live: set[int | None] = set(results)
     memories = {memory(number) for number in live if number is not None}
@@ -106,7 +106,7 @@ def needed(operations: Sequence[Operation], results: Iterable[int], memory: Call
 
 
 def numbers_in(values: Iterable[Any]) -> Iterator[int]:
-    """Yields the indices of all tensors in nested arguments."""
+    """Yields the indices of the tensors in nested arguments."""
     for value in values:
         if value.__class__ is Value:
             yield value.number
@@ -115,7 +115,7 @@ def numbers_in(values: Iterable[Any]) -> Iterator[int]:
 
 
 def mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """Applies a function to all leaves of nested arguments."""
+    """Applies a function to every leaf of nested arguments."""
     if isinstance(value, (tuple, list)):
         return type(value)([mapped(change, item) for item in value])
     if isinstance(value, dict):
@@ -125,14 +125,14 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 @dataclass
 class Trace:
-    """Recorded operations of a computation.
+    """Recorded tensor operations of a computation.
 
     Attributes:
         operations: The operations, in order.
         constants: Tensors that do not depend on placeholders, keyed by index.
         placeholders: Indices of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor, and whether it is conjugated or negated.
-        aliases: For tensors that might share the memory of an earlier tensor, the index of that tensor.
+        aliases: For tensors that may share the memory of an earlier tensor, the index of that tensor.
         count: Number of tensors.
         obstacles: Reasons why the operations cannot be replayed for other values.
     """
@@ -146,7 +146,7 @@ class Trace:
     obstacles: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
-        """Returns the index of the first tensor that might share memory with a tensor; it identifies the memory."""
+        """Returns the index of the first tensor that may share memory with a tensor, which identifies the memory."""
         while number in self.aliases:
             number = self.aliases[number]
         return number
@@ -159,16 +159,16 @@ FILLED = frozenset(
     new_empty_strided
     """.split()
 )
-"""Operations that create tensors and read at most the shape of an argument."""
+"""Operations that create tensors, and that read at most the shape of an argument."""
 
 
 def is_drawn(one: Operation) -> bool:
-    """Returns whether an operation draws random numbers."""
+    """Returns True if an operation draws random numbers."""
     return draws(one.function)
 
 
 def draws(function: Any) -> bool:
-    """Returns whether a torch function draws random numbers."""
+    """Returns True if a torch operator draws random numbers."""
     return torch.Tag.nondeterministic_seeded in function.tags and not str(function).startswith(_DETERMINISTIC)
 
 

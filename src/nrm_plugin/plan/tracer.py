@@ -1,4 +1,4 @@
-"""Tracing of tensor operations below autograd; hooks, kernels and queries need not be aware of it."""
+"""Tracing of tensor operations below autograd, independent of hooks, kernels and queries."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class _Memory:
 
     Attributes:
         root: Index of the first tensor in the block.
-        is_traced: Whether operations of the trace write to the block; otherwise it is constant.
+        is_traced: Whether operations of the trace write to the block. Otherwise, it is constant.
         views: The known tensors in this memory, keyed by form.
         reference: A weak reference that prevents the id of the memory from being reused.
-        copy: Index of a flat tensor of the whole memory, created when a constant is overwritten.
-        is_overwritten: Whether the block contains an overwritten weight or buffer; constants in it are then copies.
+        copy: Index of a flat tensor of the whole memory, created when a constant is overwritten, or None.
+        is_overwritten: Whether the block contains an overwritten weight or buffer. Constants in it are then copies.
     """
 
     root: int
@@ -42,13 +42,13 @@ class _Memory:
 
 
 class Tracer(TorchDispatchMode):
-    """Context manager that appends the operations of this thread to a trace; it can be entered repeatedly.
+    """Torch dispatch mode that appends the operations of this thread to a trace. It can be entered repeatedly.
 
     Operations on constants are executed but not appended, and their results are constants. Operations that create
     tensors to be filled later are appended, since a tensor is constant only when it has its final values.
 
     Attributes:
-        trace: The trace that operations are appended to.
+        trace: The trace to which operations are appended.
         shortcut: Name of the shortcut whose condition is being evaluated.
         query: Index of the query in progress; 0 during the recording.
     """
@@ -91,18 +91,18 @@ class Tracer(TorchDispatchMode):
     # -- tensors --------------------------------------------------------------------------------------------------
 
     def placeholder(self, tensor: Tensor) -> int:
-        """Declares a tensor whose values vary between runs and returns its index."""
+        """Declares a tensor whose values vary between runs. Returns its index."""
         number = self._new(tensor, is_traced=True).number
         self.trace.placeholders.append(number)
         self._vary(number)
         return number
 
     def number(self, tensor: Tensor) -> int:
-        """Returns the index of a tensor, adding an unknown tensor as a constant."""
+        """Returns the index of a tensor, which is added as a constant if it is unknown."""
         return self._value(tensor).number
 
     def varies(self, tensor: Tensor) -> bool:
-        """Returns whether a tensor depends on a placeholder."""
+        """Returns True if a tensor depends on a placeholder."""
         memory = self._memory_of(tensor)
         return memory is not None and memory.root in self._varying
 
@@ -114,7 +114,7 @@ class Tracer(TorchDispatchMode):
         return self._memories.get(_identity(tensor)) if known is None else known[1]
 
     def _by_object(self, tensor: Tensor) -> tuple[Value, _Memory] | None:
-        """Returns the index and memory of a known tensor object, or None if its memory has since been replaced."""
+        """Returns the index and memory of a known tensor object, or None if it has been assigned other memory."""
         known = self._tensors.get(id(tensor))
         if known is None or known[0]() is not tensor:
             return None
@@ -132,7 +132,7 @@ class Tracer(TorchDispatchMode):
         return value
 
     def _known(self, tensor: Tensor) -> Value | None:
-        """Returns the index of a tensor of the trace, or None if the tensor is unknown."""
+        """Returns the index of a tensor of the trace, or None if it is unknown."""
         known = self._by_object(tensor)
         if known is not None:
             return known[0]
@@ -148,7 +148,7 @@ class Tracer(TorchDispatchMode):
         return view
 
     def _new(self, tensor: Tensor, is_traced: bool) -> Value:
-        """Adds a tensor to the trace and returns its index."""
+        """Adds a tensor to the trace. Returns its index."""
         trace = self.trace
         value = Value(trace.count)
         trace.count += 1
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):
         return len(self.trace.operations)
 
     def forget_reads(self, position: int) -> None:
-        """Discards the values read since the given position, which the computation does not depend on."""
+        """Discards the values read since the given position, on which the computation does not depend."""
         recent = self.trace.operations[position:]
         self.trace.operations[position:] = [one for one in recent if one.expected is None and one.shapes is None]
 
@@ -211,7 +211,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
-        """Returns whether an operation can be omitted from the trace because it reads only constants."""
+        """Returns True if an operation need not be traced, since it reads only constants."""
         if facts.is_recorded:
             return False
         if not facts.writes:
@@ -220,7 +220,7 @@ class Tracer(TorchDispatchMode):
         return all(at in self._fresh and at not in self._memories for at in identities)
 
     def _look_up(self, values: Iterable[Any], numbered: dict[int, Value]) -> bool:
-        """Collects the known tensors among the arguments; returns whether any is in memory that the trace writes to."""
+        """Collects the known tensors among the arguments. Returns True if the trace writes to the memory of any."""
         is_traced = False
         for value in values:
             if isinstance(value, Tensor):
@@ -234,7 +234,7 @@ class Tracer(TorchDispatchMode):
         return is_traced
 
     def _note_fresh(self, result: Any, given: Any) -> None:
-        """Records memory allocated by an operation on constants."""
+        """Records the memory that an operation on constants has allocated."""
         for tensor in _tensors_in(result):
             at = _identity(tensor)
             if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
@@ -276,7 +276,7 @@ class Tracer(TorchDispatchMode):
         )
 
     def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
-        """Returns the index of a result, or None if it is not a tensor or is a known view that was not overwritten."""
+        """Returns the index of a result, or None if it is not a tensor, or a known view that was not overwritten."""
         if not isinstance(item, Tensor):
             return None
         at = _identity(item)
@@ -329,7 +329,7 @@ class _Facts:
         function: The operation.
         writes: Position and name of the overwritten arguments.
         is_recorded: Whether the operation is traced even if it reads only constants.
-        makes_memory: Whether the results can be in newly allocated memory.
+        makes_memory: Whether the results may be in newly allocated memory.
         is_static: Whether the operation returns numbers that do not depend on values.
         is_shaped_by_values: Whether the shapes of the results depend on values.
     """
@@ -348,7 +348,7 @@ class _Facts:
 
 
 _FACTS: dict[int, _Facts] = {}
-"""Properties of operations, keyed by ``id``, since hashing PyTorch operations is slow."""
+"""Properties of operations, keyed by ``id()``, since hashing PyTorch operations is slow."""
 
 
 def _facts(function: Any) -> _Facts:
@@ -373,7 +373,7 @@ def _facts_of(function: Any) -> _Facts:
 
 
 def _line() -> str:
-    """Returns the lines of the call stack, outside of PyTorch, at which a value is read."""
+    """Returns the lines of the call stack, outside of PyTorch, at which a value is being read."""
     frame, lines = sys._getframe(1), list[str]()
     while frame is not None and len(lines) < 4:
         name = frame.f_code.co_filename
@@ -384,16 +384,16 @@ def _line() -> str:
 
 
 def _identity(tensor: Tensor) -> int:
-    """Returns an id of the memory of a tensor, or 0 if it is not strided."""
+    """Returns an id of the memory of a tensor, or 0 if the tensor is not strided."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else 0
 
 
 def _form(tensor: Tensor) -> Any:
-    """Returns a key, equal for tensors with the same entries in the same memory."""
+    """Returns a key that is equal for tensors with the same elements in the same memory."""
     if tensor.layout is not torch.strided:
         return tensor.shape, None, 0, tensor.dtype, tensor.device
     form = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
-    return (*form, tensor.is_conj(), tensor.is_neg())  # entries that are only conjugated or negated when they are read
+    return (*form, tensor.is_conj(), tensor.is_neg())  # elements may be conjugated or negated only when they are read
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -407,7 +407,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class EscapeWatch(TorchFunctionMode):
-    """Torch function mode that detects values that leave torch, since computations with them are not traced."""
+    """Torch function mode that detects values that leave torch, as computations with them are not traced."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -427,7 +427,7 @@ class EscapeWatch(TorchFunctionMode):
 
 
 def _list_entries(args: Any) -> list[Any]:
-    """Returns the list arguments, whose tensors torch reads without dispatch."""
+    """Returns the list arguments of a function, whose tensors torch reads without dispatch."""
     nested = [item for value in args if isinstance(value, tuple) for item in value]
     return [value for value in (*args, *nested) if isinstance(value, list)]
 

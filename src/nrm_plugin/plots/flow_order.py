@@ -105,24 +105,27 @@ def _by_barycentre(
 def _swap(widths: Sequence[Array], orders: list[Order], free: Sequence[int]) -> None:
     """Swaps adjacent nodes in all columns as long as this reduces crossings."""
     for column, order in [*enumerate(orders)] * ROUNDS:
+        above = _pair_crossings(widths, orders, column)
+        saved = above - above.T  # by swapping the node of the row, if it is directly above that of the column
         for _ in range(free[column]):
-            gains = [_gain(widths, orders, column, place) for place in range(min(free[column], len(order)) - 1)]
-            if not gains or max(gains) <= 1e-12:
+            gains = saved[order[: free[column]][:-1], order[: free[column]][1:]]
+            if not gains.size or gains.max() <= 1e-12:
                 break
-            place = int(np.argmax(gains))
+            place = int(gains.argmax())
             order[[place, place + 1]] = order[[place + 1, place]]
 
 
-def _gain(widths: Sequence[Array], orders: Sequence[Order], column: int, place: int) -> float:
-    """Returns the reduction in crossings from swapping the nodes at ``place`` and ``place + 1``."""
-    first, second = orders[column][place : place + 2]
-    gain = 0.0
+def _pair_crossings(widths: Sequence[Array], orders: Sequence[Order], column: int) -> Array:
+    """Returns the weighted crossings of each pair of nodes of a column if the first is above the second."""
+    count = len(orders[column])
+    crossed = np.zeros((count, count))
     for pair, side in ((column - 1, 1), (column, 0)):
         if 0 <= pair < len(widths):
-            width = widths[pair] if side == 0 else widths[pair].T
-            rows = width[[first, second]][:, orders[column + 1 if side == 0 else column - 1]]
-            gain += crossings(rows) - crossings(rows[::-1])
-    return gain
+            width = (widths[pair] if side == 0 else widths[pair].T)[:, orders[column + 1 if side == 0 else column - 1]]
+            ends = np.zeros((count, 2 * width.shape[1]))  # at each node, positive ribbons are above negative ones
+            ends[:, ::2], ends[:, 1::2] = width.clip(min=0), -width.clip(max=0)
+            crossed += ends @ (np.cumsum(ends, 1) - ends).T
+    return crossed
 
 
 __all__ = ["column_orders", "crossings", "total_crossings"]

@@ -1,4 +1,4 @@
-"""Audit of a recording: every operation between the inputs and the output must be a step or a known 0/1 route."""
+"""Audit of a recording: every operation between the inputs and the output must be a step or a 0/1 route."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_joined(graph: Graph, leaves: Sequence[Tensor]) -> None:
 
 
 def check_known(graph: Graph, observed: Iterable[Observed]) -> None:
-    """Raises :class:`UnsupportedOperationError` if a vertex is neither a step nor a known route.
+    """Raises :class:`UnsupportedOperationError` if a vertex is neither a step nor a 0/1 route.
 
     Such a vertex would silently lead to wrong results.
     """
@@ -39,7 +39,7 @@ def _near(node: Any, observed: Iterable[Observed]) -> str:
 
 
 def check_covered(module: nn.Module, name: str, args: tuple[Any, ...], output: Tensor) -> None:
-    """Raises :class:`UncoveredLayerError` if a leaf module has no rule and is not a 0/1 route."""
+    """Raises :class:`UncoveredLayerError` if a module without children has no rule and is not a 0/1 route."""
     visited = {value.grad_fn for value in args if isinstance(value, Tensor)}
     stack = [output.grad_fn]
     while stack:

@@ -1,4 +1,4 @@
-r"""The step for a contrast: a weighted sum of the outputs, fused with the linear layer that computes them.
+r"""Step of a contrast: a weighted sum of the outputs, fused with the linear layer that computes them.
 
 For outputs :math:`f = W a + b` with weights ``s``, the contrast :math:`g = \sum_k s_k f_k` is a linear layer with one
 output per sample, weight :math:`\sum_k s_k w_k` and bias :math:`\sum_k s_k b_k`, to which the rule of the layer is
@@ -46,16 +46,16 @@ _VIEWS = frozenset(
     asstrided clone tocopy contiguous narrow movedim swapaxes diagonal flip unbind split splitwithsizes chunk
     """.split()
 )
-"""Routes that only select and reorder entries; the outputs are then computed by the layer below."""
+"""Routes that only select or reorder elements. Below them, the layer that computes the outputs is looked for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """Node on top of an autograd graph, with the autograd-node attributes that :class:`Graph` reads.
+    """Node on top of an autograd graph, with those attributes of an autograd node that :class:`Graph` reads.
 
     Attributes:
-        step: The step for the contrast.
-        next_functions: The node read by the step, and the index of its output.
+        step: The step of the contrast.
+        next_functions: The node whose output the step reads, and the index of this output.
         shape, dtype, device: Shape, dtype and device of the contrast.
     """
 
@@ -75,10 +75,10 @@ class Top:
 
 
 class ColumnKernel(Kernel):
-    """Kernel for a step with a single output per sample, stored as one column.
+    """Kernel of a step with a single output per sample, stored as one column.
 
     Args:
-        column: The relevance that each input entry receives per unit of output relevance, in the layout of the input.
+        column: Relevance of each input element per unit of output relevance, in the layout of the input.
         layout: The layout of the input.
         is_stochastic: Whether the column of each sample sums to one.
     """
@@ -113,11 +113,11 @@ class ColumnKernel(Kernel):
 
 
 class ContrastStep(Step):
-    """Step for a contrast.
+    """Step of a contrast.
 
     Args:
         name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
-        read: Function that builds the kernel.
+        read: Function that constructs the kernel.
         keeps_rows: Whether samples are the rows of all tensors.
     """
 
@@ -139,13 +139,13 @@ class ContrastStep(Step):
 
 
 def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor) -> Top:
-    """Creates the node for a contrast and places it on top of the graph.
+    """Returns the node of a contrast, to be placed on top of the graph.
 
     Args:
         graph: The graph of a recording.
-        samples: The samples of its tensors.
+        samples: The sample layouts of its tensors.
         output: The output of the model.
-        vector: The weights ``s``, in the form ``(N, …)``.
+        vector: The weights ``s``, ``(N, …)``.
 
     Raises:
         UnsupportedRuleError: If the rule of the layer is not defined by Zennit's modifiers.
@@ -168,7 +168,7 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
 
 
 def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: bool) -> ContrastStep:
-    r"""Creates the step that distributes relevance in proportion to :math:`s_k f_k / g`."""
+    r"""Returns the step that distributes relevance in proportion to :math:`s_k f_k / g`."""
 
     def read() -> Kernel:
         form = layout.shape(parts.shape)
@@ -180,13 +180,13 @@ def _step_of_shares(parts: Tensor, layout: Layout, number: Tensor, keeps_rows: b
 
 @dataclass(frozen=True)
 class _Layer:
-    """Layer with weights that computes the outputs.
+    """Layer with a weight that computes the outputs.
 
     Attributes:
         step: The step of the layer.
         vertex: Index of its vertex.
         source: The input of the layer.
-        weights: The weights ``s``, with the same shape as the layer's output.
+        weights: The weights ``s``, with the shape of the layer's output.
     """
 
     step: LayerStep
@@ -196,7 +196,7 @@ class _Layer:
 
 
 def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
-    """Returns the layer with weights that computes the outputs, or None if another operation does."""
+    """Returns the layer with a weight that computes the outputs, or None if another operation computes them."""
     buffer = graph.output
     while True:
         vertex = graph.vertices[buffer.vertex]
@@ -216,7 +216,7 @@ def _layer_of_outputs(graph: Graph, weights: Tensor) -> _Layer | None:
 
 
 def _below_view(vertex: Vertex, number: int, weights: Tensor) -> Tensor | None:
-    """Returns the weights of the entries selected by a view, or None for other operations."""
+    """Returns the weights of the elements that a view selects, or None for other operations."""
     if vertex.step is not None or operation(vertex.node).lower() not in _VIEWS:
         return None
     parts, _ = vertex.pull([weights.unsqueeze(0) if k == number else None for k in range(len(vertex.shapes))])
@@ -230,7 +230,7 @@ def _is_weighted(step: LayerStep) -> bool:
 
 
 def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep:
-    """Creates the step that applies the rule of a layer to the weighted sum of its weight rows."""
+    """Returns the step that applies the rule of a layer to a single output, the weighted sum of its outputs."""
     step, call = layer.step, layer.step.layer_call
     if not is_by_modifiers(call.rule) and type(call.rule) is not PlainGradient:
         raise UnsupportedRuleError(
@@ -268,13 +268,13 @@ def _fused_step(layer: _Layer, number: Tensor, samples: Samples) -> ContrastStep
 def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layout, output_layout: Layout) -> Weighted:
     r"""Returns a layer with a single output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
 
-    The layer reads only entries that are connected to an explained output. Zero weights would not exclude the other
-    entries, because rules such as Flat replace the weights.
+    The layer reads only the elements that are connected to an explained output. Zero weights would not exclude the
+    other elements, since rules such as Flat replace the weights.
 
     Args:
         call: The recorded call of the layer.
-        weights: The weights ``s``, in the shape of the layer's output.
-        number: The value of the contrast ``g``.
+        weights: The weights ``s``, with the shape of the layer's output.
+        number: The contrast ``g``.
         layout: The layout of the input.
         output_layout: The layout of the output.
     """
@@ -306,13 +306,13 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
 
 def _connected(mask: Tensor) -> Tensor:
-    """Returns the column indices of the true entries in each row, padded with the number of columns."""
+    """Returns the column indices of the True elements in each row, padded with the number of columns."""
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return torch.where(mask.gather(1, order), order, mask.shape[1])
 
 
 def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Gathers the entries of rows ``(N, D)`` at the given indices; the index ``D`` stands for 0."""
+    """Gathers elements of the rows ``(N, D)`` at the given indices, where the index ``D`` stands for 0."""
     return rows if index is None else torch.nn.functional.pad(rows, (0, 1)).gather(1, index)
 
 

@@ -1,4 +1,4 @@
-"""Coverage: the rule or kernel of every step in a model, determined without computing relevance."""
+"""Coverage: the rule or kernel of every step of a model, determined without computing relevance."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .recording import Recording
 
 @dataclass(frozen=True)
 class Row:
-    """Step with its rule or kernel.
+    """Step of a model, with its rule or kernel.
 
     Attributes:
         name: Layer name, or module path and function.
         call: Index of the call.
         operation: Module type or function.
-        rule: The rule that the composite assigns, or the kernel of the function.
+        rule: The rule assigned by the composite, or the kernel of the function.
         shape: Shape of the output.
         note: Remarks, for example that the step is uncovered or fused, or that the layer is reused or tied.
     """
@@ -47,7 +47,7 @@ class Coverage:
 
     Attributes:
         rows: The steps.
-        constants: Operations that combine computed values with constants, which can absorb mass.
+        constants: Operations that combine computed values with constants, which can absorb relevance.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -60,7 +60,7 @@ class Coverage:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every step has a rule or a kernel.
+        """True if every step has a rule or a kernel.
 
         Examples:
             >>> coverage(nn.Linear(3, 2), torch.randn(5, 3)).is_complete
@@ -135,8 +135,8 @@ def coverage(
         additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
         batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        memory: Whether to return an estimate of the memory and time of a measure with the default composite instead. In
-            this case, the model is not run, and none of its memory is allocated.
+        memory: If True, returns an estimate of the memory and time of a measure with the default composite instead. The
+            model is then not run, and none of its memory is allocated.
 
     Raises:
         InputError, ModelStateError, GradModeError: As raised by :class:`~nrm_plugin.RelevanceMeasure` for these
@@ -182,7 +182,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
     if isinstance(step, FunctionStep) and step.unsupported_call is not None:
         notes.append("unsupported: raises when relevance arrives")
     if isinstance(step, LayerStep) and step.is_identity:
-        notes.append("fused into its neighbour")
+        notes.append("fused into its neighbor")
     if calls > 1:
         notes.append(f"called {calls} times")
     if step.name in tied:
@@ -191,7 +191,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Returns, for each layer that shares a parameter with an earlier layer, the name of that layer."""
+    """Returns, for each layer that shares a parameter with an earlier layer, the name of the earlier layer."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Observation of one forward pass: the inputs and outputs of modules, and the tensors at which walks start and end."""
+"""Observation of one forward pass: inputs and outputs of modules, and the tensors at which walks start and end."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .taps import Item, Label, Observed
 
 
 class Observer:
-    """Registers hooks around the composite's hooks and collects tensors during one forward pass.
+    """Registers hooks around those of the composite, and collects tensors during one forward pass.
 
     Args:
-        indices: Integer inputs. Relevance ends at the embedding rows selected by them.
-        wanted: The tap inside the model at which the measure starts, or None for the output of the model.
+        indices: Integer inputs. Relevance ends at the rows that they look up.
+        wanted: The tap (hook point) inside the model at which the measure starts, or None for the output of the model.
         watcher: The object that is notified of steps and modules, or None if memory is not limited.
 
     Attributes:
         modules: Name of each module; set by :meth:`watch`.
         containers: Names of modules with children and a rule of their own.
-        observed: All labelled tensors that depend on the inputs.
-        leaves: The tensors at which relevance ends.
+        observed: All labeled tensors that depend on the inputs.
+        leaves: The leaf tensors at which relevance ends.
         indices: The integer inputs.
-        inputs: The leaves of the floating-point inputs.
+        inputs: The leaf tensors of the floating-point inputs.
         gates: The gates of the forward pass.
-        has_lookups: Whether the model has looked up rows with integer inputs.
-        has_untracked: Whether the dependence of some values on the inputs is not tracked by autograd.
-        draws: The called functions that draw random numbers in evaluation mode, with the paths of the calling modules.
+        has_lookups: Whether the model has looked up rows by integer inputs.
+        has_untracked: Whether autograd does not track how some values depend on the inputs.
+        draws: Functions that drew random numbers in evaluation mode, each with the path of the calling module.
         has_drawn: Whether torch's random state has changed during the forward pass.
         read: Location at which the model first converted integer inputs to Python or NumPy numbers, or None.
     """
@@ -81,29 +81,29 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf from an input and returns the tensor to pass to the model instead."""
+        """Creates a leaf tensor from an input, and returns the tensor to pass to the model in its place."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
         return passed
 
     def _end(self, tensor: Tensor) -> Tensor:
-        """Returns a copy of a tensor that depends on a new leaf, at which walks end."""
+        """Returns a copy of a tensor that depends on a new leaf tensor, at which walks end."""
         leaf = tensor.detach().requires_grad_()
         self.leaves.append(leaf)
         self._leaves.add(id(leaf))
         return leaf.clone()
 
     def on_draw(self, name: str, where: str) -> None:
-        """Called for each call of a function that draws random numbers."""
+        """Records a call of a function that draws random numbers."""
         self.draws.append(f"{name!r} in {where or 'the model'!r}")
 
     def on_drawn(self) -> None:
-        """Called after the forward pass if the model has drawn random numbers."""
+        """Records that the model drew random numbers. Called after the forward pass."""
         self.has_drawn = True
 
     def see(self, label: Label, tensor: Tensor, channel_dim: int | None = None) -> None:
-        """Records a labelled tensor if it depends on the inputs."""
+        """Records a labeled tensor if it depends on the inputs."""
         self._keep_start(label, tensor)
         if label.name and tensor.grad_fn is not None and tensor.is_floating_point():
             node, number = written(tensor.grad_fn, tensor.output_nr)
@@ -127,18 +127,18 @@ class Observer:
         return self._started
 
     def _end_within(self, tensor: Tensor) -> Tensor:
-        """Like :meth:`_end`, but while the model is running."""
+        """Variant of :meth:`_end` for use while the model is running."""
         with torch._C.DisableTorchFunction(), torch.enable_grad(), not_recorded():
             return self._end(tensor)
 
     # -- called while the model runs --------------------------------------------------------------------------
 
     def is_leaf(self, tensor: Tensor | None) -> bool:
-        """Returns whether a tensor is one of the leaves."""
+        """Returns True if a tensor is one of the leaf tensors at which relevance ends."""
         return id(tensor) in self._leaves
 
     def on_step(self, module: nn.Module | None, step: Step, output: Tensor) -> None:
-        """Assigns the name and call index to the step of a module; steps of functions already have both."""
+        """Assigns its name and call index to the step of a module. Steps of functions already have both."""
         if module is not None:
             step.name, step.call = self.modules.get(module, step.name), self._calls[module] - 1
         if self._watcher is not None:
@@ -151,7 +151,7 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that some values are not tracked by autograd, so that they might depend on several samples."""
+        """Records that autograd does not track some values, which may therefore depend on several samples."""
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:
@@ -160,7 +160,7 @@ class Observer:
 
     @without_torch_function
     def on_lookup(self, name: str, call: int, rows: Tensor) -> Tensor:
-        """Replaces rows selected by integer inputs with a leaf, at which relevance ends as at any other input."""
+        """Replaces rows looked up by integer inputs with a leaf tensor, at which relevance ends."""
         self.has_lookups = True
         passed = self._end_within(rows)
         self.see(Label(name, "output", call, None), passed, -1)
@@ -201,7 +201,7 @@ class Observer:
             self.see(Label(name, "output", call, item), value, dim)
 
     def _keep_start(self, label: Label, tensor: Tensor) -> None:
-        """Stores the tensor at which the measure starts, protected from later in-place operations."""
+        """Stores the tensor at which the measure starts, as a copy unaffected by later in-place operations."""
         wanted = self._wanted
         if wanted is None or wanted.side != label.side:
             return
@@ -219,14 +219,14 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _own_view(value: Any) -> Any:
-    """Returns a new view of a tensor, so that the tap of a call contains only walks through this call."""
+    """Returns a new view of a tensor, so that the tap of a call is crossed only by walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
 
 
 def _step_hook(module: nn.Module) -> StepHook | None:
-    """Returns the step hook that a composite has registered on a module, or None."""
+    """Returns the :class:`StepHook` that a composite has registered on a module, or None."""
     for hook in module._forward_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepHook):
@@ -244,7 +244,7 @@ _OVER_FEATURES = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-"""Layers whose output has channels in the last dimension."""
+"""Layers whose output has its channels in the last dimension."""
 
 
 def _channel_dim(module: nn.Module) -> int | None:

@@ -1,4 +1,4 @@
-"""The graph of a recording: vertices are autograd nodes, buffers are their outputs, and edges are their inputs.
+"""The graph of a recording: its vertices are autograd nodes, its buffers their outputs, and its edges their inputs.
 
 A step is a vertex whose node has a :class:`~nrm_plugin.kernels.step.Step`. All other vertices are 0/1 routes, through
 which autograd itself propagates relevance. Vertices are numbered in walk order, from the output to the inputs.
@@ -29,7 +29,7 @@ _IN_ANY_FORMAT = frozenset(
     Unbind Clone Cat Stack Where MaskedFill Maximum Minimum Amax Amin AccumulateGrad
     """.split()
 )
-"""Routes for which autograd can propagate float32 relevance, regardless of the tensors' dtype."""
+"""Routes through which autograd can propagate float32 relevance, whatever the dtype of their tensors."""
 
 _WITH_CONSTANTS = frozenset(
     [
@@ -59,11 +59,11 @@ class Vertex:
     Attributes:
         node: The autograd node.
         step: The step, or None for a route.
-        edges: The buffer that each input reads, or None for a constant.
+        edges: For each input, the buffer from which it is read, or None for a constant.
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input, or None for a constant.
-        is_short: Whether the vertex is a route that reads or returns a tensor in a format shorter than float32.
+        is_short: Whether the vertex is a route with an input or output in lower precision than float32.
         leaf: The leaf tensor if the graph ends at this vertex, or None.
     """
 
@@ -78,10 +78,10 @@ class Vertex:
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Propagates relevance ``(K, *shape)`` from the outputs to the edges.
+        """Propagates relevance ``(K, *shape)`` from each output to each edge.
 
         Returns:
-            The relevance at each edge, in the dtype of relevance there; and the absorbed share, or None.
+            The relevance at each edge, in the dtype given by :attr:`arriving`; and the absorbed share, or None.
         """
         if self.step is not None:
             (single,) = relevance
@@ -96,15 +96,15 @@ class Vertex:
 
     @property
     def is_route_of_vectors(self) -> bool:
-        """Whether :meth:`route` can be used to propagate a single vector."""
+        """True if the vertex is a route through which :meth:`route` can propagate a single vector."""
         return self.step is None and self.index is None
 
     def route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
-        """Propagates a single relevance vector ``(*shape)`` through a route; otherwise like :meth:`pull`."""
+        """Propagates a single relevance vector ``(*shape)`` through a route, as :meth:`pull` does for several."""
         return self._converted(self._route(relevance))
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
-        """Applies the transpose of :meth:`pull`, where ``absorbed`` contains the values at the sink of each output."""
+        """Applies the transpose of :meth:`pull`. ``absorbed`` contains the values at the sink of each output."""
         if self.step is not None:
             return [self.step.push(tuple(values), absorbed[0])]
         known = [value for value in values if value is not None]
@@ -131,7 +131,7 @@ class Vertex:
         return _columns(rows)
 
     def forget(self) -> None:
-        """Frees the cached tensors of a route; they are recomputed on demand."""
+        """Frees the cached tensors of a route, which are recomputed on demand."""
         self._constant_share = None
         self.__dict__.pop("index", None)
 
@@ -142,13 +142,13 @@ class Vertex:
         ]
 
     def _seeds(self) -> list[Tensor]:
-        """Returns zeros that require gradients for each output."""
+        """Returns zeros that require a gradient, in the shape of each output."""
         outputs = zip(self.shapes, self.dtypes, self.node._input_metadata, strict=True)
         return [torch.zeros(shape, dtype=dtype, device=m.device).requires_grad_() for shape, dtype, m in outputs]
 
     @functools.cached_property
     def index(self) -> IndexedRoute | None:
-        """The route in index form, or None if autograd can propagate float32 relevance without rounding."""
+        """Index form of the route, or None if autograd can propagate float32 relevance without rounding."""
         if not self.is_short or operation(self.node) in _IN_ANY_FORMAT:
             return None
         device = self.node._input_metadata[0].device
@@ -173,11 +173,11 @@ class Vertex:
 
     @property
     def may_hold_constants(self) -> bool:
-        """Whether the vertex is a route that might combine computed values with constants."""
+        """True if the vertex is a route that may combine computed values with constants."""
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self) -> tuple[Tensor, ...] | None:
-        """Returns an indicator, 0 or 1, of the constant entries of each output, or None if there are no constants."""
+        """Returns, for each output, a 0/1 indicator of its constant elements, or None if there are no constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -204,11 +204,11 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Marks:
-    """Marks that walks can reach below each vertex and edge, as bit sets.
+    """Bit sets of the marked places that walks can reach below each vertex and edge.
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including the marks of the edge itself and of its buffer.
+        below_edge: The marks below each edge of each vertex, including those of the edge itself and of its buffer.
     """
 
     below_vertex: list[int]
@@ -216,11 +216,11 @@ class Marks:
 
 
 class Graph:
-    """Autograd graph between an output tensor and the leaves that it depends on.
+    """Autograd graph between an output tensor and the leaf tensors on which it depends.
 
     Args:
         output: The output tensor, which must have a ``grad_fn``.
-        leaves: The inputs, at which relevance ends. Tensors that do not depend on any of them are constants.
+        leaves: The leaf tensors at which relevance ends. Tensors that do not depend on any of them are constants.
         top: A node on top of the output, at which the graph starts, or None.
     """
 
@@ -235,7 +235,7 @@ class Graph:
         self.output = Buffer(0, number)
 
     def _count_uses(self) -> None:
-        """Counts the consumers of each step that read its output, directly or through views of the whole tensor."""
+        """Counts the consumers that read the output of each step, directly or through views of the whole tensor."""
         uses = [0] * len(self.vertices)
         for index, vertex in enumerate(self.vertices):
             for edge in vertex.edges:
@@ -247,26 +247,26 @@ class Graph:
                 vertex.step.uses = count
 
     def shape(self, buffer: Buffer) -> torch.Size:
-        """Returns the shape of the tensor at a buffer."""
+        """Returns the shape of the tensor in a buffer."""
         return self.vertices[buffer.vertex].shapes[buffer.number]
 
     def buffer(self, place: Place) -> Buffer:
-        """Returns the buffer at a place; for an edge, this is the tensor that it reads."""
+        """Returns the buffer at a place. For an edge, this is the buffer from which it is read."""
         buffer = self.vertices[place.vertex].edges[place.number] if isinstance(place, Edge) else place
         assert buffer is not None, "constants are no places"
         return buffer
 
     def device(self, place: Place) -> torch.device:
-        """Returns the device of the tensor at a place."""
+        """Returns the device of the tensor at a place, a buffer or an edge."""
         buffer = self.buffer(place)
         device: torch.device = self.vertices[buffer.vertex].node._input_metadata[buffer.number].device
         return device
 
     def marks_below(self, marks: Mapping[Place, int]) -> Marks:
-        """Computes the marked places that walks can cross below each vertex and edge, as bit sets.
+        """Computes the marked places that walks can cross below each vertex and edge.
 
         Args:
-            marks: The bit set of each marked place.
+            marks: Bit set of each marked place, a buffer or an edge.
         """
         vertices: list[int] = [0] * len(self.vertices)
         edges: list[tuple[int, ...]] = [()] * len(self.vertices)
@@ -282,25 +282,25 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Returns whether the result of a route depends on the relevance, which is not the case for overwritten inputs."""
+    """Returns True if the result of a route depends on the relevance, which it does not for overwritten inputs."""
     return part is not None and part.requires_grad
 
 
 def _columns(rows: list[Any]) -> list[Tensor | None]:
-    """Stacks the relevance vectors of each edge, given one list over edges per vector."""
+    """Stacks the relevance vectors of each edge, given one list over the edges for each vector."""
     if len(rows) == 1:
         return [None if part is None else part.unsqueeze(0) for part in rows[0]]
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 _Edges = dict[Any, list[tuple[Any, int]]]
-"""The nodes read by each node, with the indices of their outputs; writes to whole tensors are skipped."""
+"""For each node, the nodes that it reads and the indices of their outputs. Writes to whole tensors are skipped."""
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:
     """Sorts nodes topologically, in the direction of relevance propagation.
 
-    Depth-first search is implemented without recursion, since graphs can be deep.
+    The depth-first search does not use recursion, since graphs can be deep.
     """
     edges: _Edges = {root: _edges(root)}
     order: list[Any] = []
@@ -319,7 +319,7 @@ def _edges_in_walk_order(root: Any) -> _Edges:
 
 
 def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
-    """Returns the nodes that depend on at least one leaf, and always the first node."""
+    """Returns the first node, and all other nodes that depend on at least one of the leaf tensors."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
     for node, read in reversed(edges.items()):
@@ -330,7 +330,7 @@ def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """Returns the nodes read by a node, with the indices of their outputs; writes to whole tensors are skipped."""
+    """Returns the nodes that a node reads, and the indices of their outputs. Writes to whole tensors are skipped."""
     return [written(below, number) for below, number in node.next_functions]
 
 

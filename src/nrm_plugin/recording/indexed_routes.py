@@ -1,7 +1,7 @@
-"""Index representation of 0/1 routes in formats shorter than float32.
+"""Index form of 0/1 routes between tensors of lower precision than float32.
 
-In such formats, autograd would round relevance to the format of the tensors, or reject float32 relevance. A route is
-therefore represented by the source index of every copied entry, which is exact in any format.
+Autograd would round relevance to the dtype of these tensors, or reject float32 relevance. A route is therefore
+represented by the source index of every element that it copies, which is exact in any dtype.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ Parts = list[Tensor | None]
 
 @dataclass(frozen=True)
 class IndexedRoute:
-    """Route represented by indices into its input entries.
+    """Route represented by the indices of the input elements that it copies.
 
     Attributes:
-        origins: For each entry of each output, the index of the copied entry, starting from 1; 0 for constants.
+        origins: For each element of each output, the index of the copied input element, starting from 1, or 0 for a
+            constant.
         shapes: Shape of each input, or None for a constant.
     """
 
@@ -29,11 +30,11 @@ class IndexedRoute:
 
     @property
     def size(self) -> int:
-        """Total number of entries of all inputs."""
+        """Total number of elements of all inputs."""
         return sum(shape.numel() for shape in self.shapes if shape is not None)
 
     def pull(self, relevance: Sequence[Tensor | None]) -> Parts:
-        """Propagates relevance ``(K, *shape)`` from the outputs to the inputs."""
+        """Propagates relevance ``(K, *shape)`` from each output to each input."""
         like = next(item for item in relevance if item is not None)
         total = like.new_zeros(len(like), self.size + 1)
         for origin, item in zip(self.origins, relevance, strict=True):
@@ -47,7 +48,7 @@ class IndexedRoute:
         ]
 
     def push(self, values: Sequence[Tensor | None]) -> list[Tensor]:
-        """Applies the transpose of :meth:`pull`."""
+        """Applies the transpose of :meth:`pull`, from the inputs to the outputs."""
         like = next(value for value in values if value is not None)
         entries = [like.new_zeros(len(like), 1)]
         for shape, value in zip(self.shapes, values, strict=True):
@@ -62,9 +63,9 @@ class IndexedRoute:
 def indexed_route(
     route: Callable[[Parts], Parts], seeds: list[Tensor], is_input: Sequence[bool]
 ) -> IndexedRoute | None:
-    """Converts a route to indices, or returns None if an entry was copied from several entries, as for ties.
+    """Converts a route to index form, or returns None if an element is copied from several elements, as for ties.
 
-    Indices are obtained by applying the transpose to each binary digit of the entry indices.
+    The indices are obtained by applying the transpose to each of their binary digits.
 
     Args:
         route: Function that maps relevance at the outputs to relevance at the inputs.

@@ -1,11 +1,11 @@
-r"""Estimates of the memory and time of a measure from the shapes in a forward pass, without running the model.
+r"""Estimates of the memory and time of a measure from tensor shapes, without running the model.
 
 The forward pass is run on tensors without values. The peak memory of one recording and one pass for all marginals is
 estimated as
 
 .. math:: \sum_k c_k \,\mathrm{bytes}_k
 
-where ``bytes_k`` is the total size of the results of all operations of kind ``k``. The nonnegative coefficients
+where ``bytes_k`` is the total size of the results of all operations of kind ``k``. The nonnegative coefficients ``c_k``
 minimize the mean relative error on a CPU over 37 pairs of a network and an input size, for which the largest error is
 15.5%; docs/features.md lists the errors for other networks. The method is new in this package.
 """
@@ -48,7 +48,7 @@ COEFFICIENTS = {
     "largest": 2.22,
     "input": 4.62,
 }
-"""Peak memory per byte of results, for each kind of operation."""
+"""Coefficients ``c_k``: peak memory per byte of results, for each kind of operation."""
 
 KINDS = {
     "convolution": "convolution",
@@ -61,18 +61,18 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time per operation in seconds, and multipliers for the measured times per FLOP and per byte."""
+"""Time per operation in seconds, and factors of the measured times per FLOP and per byte."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimated cost of a measure, for one recording and one pass that computes all marginals.
+    """Estimated cost of one recording and one pass that computes all marginals.
 
     Attributes:
         peak: Peak memory in bytes, in addition to the model and its inputs.
         weights: Size of the parameters and buffers of the model in bytes.
         inputs: Size of the inputs in bytes.
-        seconds: Time on the device of the model; only the order of magnitude is reliable.
+        seconds: Time on the device of the model in seconds. Only the order of magnitude is reliable.
         flops: Number of multiplications and additions in one forward pass.
         bytes_by_kind: Total size of the results in bytes, for each kind of operation.
 
@@ -122,7 +122,7 @@ def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
                 shadows.run(model, list(shadows.tensors))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InputError(
-                f"the memory of this model cannot be estimated, because it reads values ({error.func}), on which its "
+                f"the memory of this model cannot be estimated, since it reads values ({error.func}), on which its "
                 "control flow or a shape may depend. Measure one sample, and multiply by the number of samples."
             ) from error
     tensors = [*call.tensors, *call.indices.values()]
@@ -135,12 +135,12 @@ def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Returns the size in bytes of relevance at a tensor, in at least float32, or 0 for integer tensors."""
+    """Returns the size in bytes of the relevance of a tensor, in at least float32, or 0 for integer tensors."""
     return tensor.numel() * max(tensor.element_size(), 4) if tensor.is_floating_point() else 0
 
 
 class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Torch dispatch mode that accumulates the size of results for each kind of operation."""
+    """Torch dispatch mode that accumulates the size in bytes of results, for each kind of operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -180,7 +180,7 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
             self.sizes["fused_weights"] += self._convolutions[id(args[0])][0]
 
     def with_weights(self, model: nn.Module, inputs: int) -> Counter[str]:
-        """Returns all sizes, with the weights of attention and functions separate from those of linear layers."""
+        """Returns all sizes, with the weights of attention and functional layers apart from those of linear layers."""
         sizes = self.sizes.copy()
         attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
         own = [(module.in_proj_weight, module.out_proj.weight) for module in attention]
@@ -202,7 +202,7 @@ def _kind(name: str) -> str:
 
 @contextmanager
 def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
-    """Context manager that adds the weights of linear layers to the log when they are called."""
+    """Context manager that adds the weight of each linear layer to the log when the layer is called."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         log.called += _bytes(module.weight)  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Context manager in which torch's attention layers run as separate operations, as in a recording."""
+    """Context manager in which torch's attention layers run as separate operations, as they do in a recording."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -227,7 +227,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _seconds(device: torch.device, flops: int, log: _Log, sizes: Counter[str]) -> float:
-    """Estimates the time of a measure from the measured times of a matrix product and a sum on the device."""
+    """Estimates the time of a measure in seconds from timings of a matrix product and a sum on the device."""
     if device.type == "meta":
         return float("nan")
     a = torch.ones(384, 384, device=device)

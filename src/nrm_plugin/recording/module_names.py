@@ -1,4 +1,4 @@
-"""Names of modules, as used for taps."""
+"""Names of modules, which are also the names of their taps (hook points)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ RESERVED = {INPUT: f".{INPUT}", OUTPUT: f".{OUTPUT}"}
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the tap name of each module: its name in ``named_modules()``, unless that name is reserved."""
+    """Returns the tap name of each module: its name in ``named_modules()``, unless this name is reserved."""
     return {module: RESERVED.get(name, name) for name, module in model.named_modules()}
 
 
 def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
-    """Returns the tap name of a layer, given by name or as a module; the model itself is ``"output"``.
+    """Returns the tap name of a layer given by name or as a module. The model itself is ``"output"``.
 
     Raises:
         UnknownLayerError: If the module is not part of the model.
@@ -35,10 +35,10 @@ def name_of(layer: str | nn.Module, modules: Mapping[nn.Module, str]) -> str:
 
 
 def first_name(name: str, modules: Mapping[nn.Module, str]) -> str:
-    """Replaces the name of a module with its first name if it is registered under several names.
+    """Returns a name in which a module registered under several names is referred to by its first name.
 
     Examples are shared blocks and shared embeddings, such as ``shared`` and ``encoder.embed_tokens`` in T5. The name
-    can continue with a function inside the module or with a call index.
+    may continue with a function inside the module or with a call index.
     """
     if name in RESERVED:
         return name

@@ -1,4 +1,4 @@
-"""Collection of the outputs of modules during any forward pass, such as that of a measure."""
+"""Collection of module outputs during any forward pass, such as that of a measure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .taps import Nested
 
 @contextmanager
 def module_outputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Context manager that collects detached copies of the outputs of modules, with one entry per call.
+    """Context manager that collects detached copies of the outputs of modules, one per call.
 
     Args:
         model: The network; the hooks are removed on exit.
         layers: Names of modules.
 
     Raises:
-        UnknownLayerError: If there is no module with one of the given names.
+        UnknownLayerError: If one of the names does not refer to a module.
     """
     names = module_names(model)
     modules = {name: module for module, name in names.items()}

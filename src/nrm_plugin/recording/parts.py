@@ -1,12 +1,12 @@
-"""Recordings with limited memory, divided into parts; only one part stores its tensors at a time.
+"""Recordings with limited memory, divided into parts of which only one stores its tensors at a time.
 
 The first run of the model determines the structure of the recording. If the tensors of the steps exceed the limit, they
 are freed. When a pass arrives at a step, the model is run again, and only the steps of one part, which are consecutive,
 keep their tensors. The outputs of some modules, such as transformer blocks, are stored: in later runs, these modules
 return the stored outputs without running, unless they contain steps of the part. The structure, and thus the names of
-taps and the order of all sums, is always that of the first run.
+taps (hook points) and the order of all sums, is always that of the first run.
 
-Kernels are discarded after relevance has been propagated through them, and rebuilt for further passes.
+Kernels are discarded after relevance has been propagated through them, and constructed again for further passes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ End = Callable[[Tensor], Tensor]
 class PartRecorded(BaseException):
     """Raised to stop a run of the model once the part has been recorded.
 
-    It is not a subclass of ``Exception``, which the model might catch.
+    It is not a subclass of ``Exception``, which the model may catch.
     """
 
 
 class Watcher(Protocol):
-    """Interface of objects that follow a run of the model."""
+    """Interface of objects that are notified during a run of the model."""
 
     def on_step(self, step: Step, output: Tensor) -> None:
         """Called for each step, with the output of the call."""
@@ -46,7 +46,7 @@ class Watcher(Protocol):
         """Called for each module before the model runs."""
 
     def enter(self, module: nn.Module, name: str, call: int, args: Any, kwargs: Any, end: End) -> None:
-        """Called before a module without a rule runs; ``end`` returns a copy of a tensor at which walks end."""
+        """Called before a module without a rule runs. ``end`` returns a copy of a tensor at which walks end."""
 
     def leave(self, module: nn.Module, output: Any, gates: Any) -> None:
         """Called after a module without a rule has run."""
@@ -54,7 +54,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Open:
-    """Running module, with call index, index of the first step, and arguments."""
+    """Running module, with its call index, the index of its first step, and its arguments."""
 
     module: nn.Module
     name: str
@@ -64,17 +64,17 @@ class _Open:
 
 
 class FirstRun:
-    """Watcher of the first run, which frees all tensors once they exceed the limit.
+    """Watcher of the first run, which frees the tensors of all steps once they exceed the limit.
 
     Args:
         limit: Memory limit in bytes.
-        drop: Function that is called when the limit is exceeded.
-        reference: The first run at the reference, whose tensors and differences count towards the limit, or None.
+        drop: Callback for when the limit is exceeded.
+        reference: The first run on the reference, whose tensors and differences count toward the limit, or None.
 
     Attributes:
         steps: The steps, in execution order.
         sizes: Size of each step in bytes.
-        values: A few entries of the output of each step.
+        values: A sample of the output elements of each step.
         units: The calls whose outputs are stored; none of these calls contains another.
         is_over: Whether the limit was exceeded.
     """
@@ -129,17 +129,17 @@ class FirstRun:
             self.units.append(unit)
 
     def apart(self, part: range) -> dict[tuple[str, int], Unit]:
-        """Returns the calls with stored outputs that contain no step of a part."""
+        """Returns the calls with stored outputs that contain no step of a part, keyed by module name and call index."""
         return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
 
     def keep(self) -> None:
-        """Keeps the tensors of all steps, since the limit was not exceeded."""
+        """Makes all steps keep their tensors, since the limit was not exceeded."""
         for step in self.steps:
             step.holder = None
 
 
 class _Unfinished:
-    """Holder of steps during the first run, which never needs freed tensors and thus recomputes none."""
+    """Holder of all steps during the first run, which never needs freed tensors."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -154,11 +154,11 @@ class Repeat:
     Args:
         first: The first run of the model.
         part: Step indices of the part.
-        units: The calls that are replaced with their stored outputs, keyed by module name and call index.
+        units: The calls replaced by their stored outputs, keyed by module name and call index.
 
     Attributes:
         steps: The steps of the part in this run.
-        values: A few entries of the outputs of these steps.
+        values: A sample of the output elements of each of these steps.
     """
 
     def __init__(self, first: FirstRun, part: range, units: Mapping[tuple[str, int], Unit]) -> None:
@@ -184,11 +184,11 @@ class Repeat:
             raise PartRecorded
 
     def is_wanted(self) -> bool:
-        """Returns whether the next step belongs to the part."""
+        """Returns True if the next step belongs to the part."""
         return self._number in self._part
 
     def is_same(self) -> bool:
-        """Returns whether the outputs of the steps of the part agree with those of the first run."""
+        """Returns True if the steps of the part have the same outputs as in the first run."""
         known = self._first.values[self._part.start : self._part.stop]
         return len(self.values) == len(known) and _are_close(torch.cat(known), torch.cat(self.values))
 
@@ -201,7 +201,7 @@ class Repeat:
             self._open.append((module, self._units.get((name, call)), end))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the innermost module, or returns the stored output of its call."""
+        """Runs the innermost running module, or returns the stored output of its call."""
         _, unit, end = self._open[-1]
         if unit is None:
             return forward(*args, **kwargs)
@@ -215,16 +215,16 @@ class Repeat:
 
 
 class Parts:
-    """Parts of a recording; at most one part stores its tensors.
+    """Parts of a recording, of which at most one stores its tensors.
 
     Args:
         first: The first run of the model.
-        run: Function that runs the model again under a watcher; if there is a reference, after a run at the reference
-            under a second watcher.
+        run: Function that runs the model again under a watcher and, if there is a reference, before that on the
+            reference under a second watcher.
 
     Attributes:
         current: The part that stores its tensors, or None.
-        forget: Function that is called when the tensors of a part are freed.
+        forget: Callback for when the tensors of a part are freed.
     """
 
     def __init__(self, first: FirstRun, run: Callable[[Repeat, Repeat | None], object]) -> None:
@@ -239,7 +239,7 @@ class Parts:
 
     @functools.cached_property
     def ranges(self) -> list[range]:
-        """Indices of the steps of each part, in execution order; not to be read before the graph is built."""
+        """Step indices of each part, in execution order. Not to be read before the graph is constructed."""
         return divided(self._first)
 
     def fill(self, step: Step) -> None:
@@ -270,7 +270,7 @@ class Parts:
         self.forget()
 
     def _recorded(self, part: range) -> Repeat | None:
-        """Runs the model and returns the run that recorded a part, or None if its results differ from the first run."""
+        """Runs the model again to record a part. Returns None if the results differ from those of the first run."""
         firsts = [one for one in (self._first, self._first.reference) if one is not None]
         apart = [one.apart(part) if self._runs_units else {} for one in firsts]
         common = {key for key in apart[0] if all(key in units for units in apart)}
@@ -311,15 +311,15 @@ def divided(first: FirstRun) -> list[range]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Returns whether the results of two runs agree up to rounding, since the order of sums can differ."""
+    """Returns True if the results of two runs agree up to rounding, as the order of sums may differ."""
     scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
     return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
 
 
 _CHANGED = (
     "the recording exceeds max_memory, so the model runs again for a part of it, and it no longer computes what it "
-    "computed when the measure was constructed, at {name!r}. Ask the measure while the contexts and hooks are active "
-    "in which it was constructed, and leave inputs and model unchanged; a model that draws random numbers, or keeps "
+    "computed when the measure was constructed, at {name!r}. Query the measure in the contexts and with the hooks in "
+    "which it was constructed, and leave inputs and model unchanged; a model that draws random numbers, or keeps "
     "state between calls, needs a measure without max_memory."
 )
 

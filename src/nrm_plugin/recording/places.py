@@ -1,4 +1,4 @@
-"""Places in the graph of a recording where relevance can be read or absorbed."""
+"""Places in the graph of a recording at which relevance can be read or absorbed."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Output ``number`` of a vertex: one tensor."""
+    """Output ``number`` of a vertex, a tensor of the recording."""
 
     vertex: int
     number: int
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key that orders places as walks cross them."""
+        """Sort key by which places are ordered as walks cross them."""
         return (self.vertex, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex. Its relevance is the contribution of this vertex to the relevance of the tensor."""
+    """Input ``number`` of a vertex. Its relevance is the contribution of this vertex to that of the tensor it reads."""
 
     vertex: int
     number: int
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key that orders places as walks cross them."""
+        """Sort key by which places are ordered as walks cross them."""
         return (self.vertex, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """Sink of a vertex, which contains the relevance absorbed there."""
+    """Sink of a vertex, which receives the relevance absorbed there."""
 
     vertex: int
 
 
 Place = Buffer | Edge
-"""Place of a tap."""
+"""Place of a tap (hook point): a tensor, or its use by one vertex."""
 
 __all__ = ["Buffer", "Edge", "Place", "Sink"]

@@ -1,7 +1,7 @@
-"""Propagation through the graph of a recording: relevance down to the inputs, or values up to the output.
+"""Passes over the graph of a recording, which propagate relevance down to the inputs or values up to the output.
 
-Both kinds of passes propagate several vectors at once, each identified by a key. In a downward pass, a visitor can
-modify the vectors at each tap. Passes know nothing of events.
+A pass propagates several vectors at once, each identified by a key. In a downward pass, a visitor may modify the
+vectors at each tap. Events are compiled to visitors elsewhere.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cost:
 
     Attributes:
         steps: Number of kernel evaluations.
-        vectors: Number of propagated relevance vectors; a kernel can propagate several vectors at once.
+        vectors: Number of propagated relevance vectors. A kernel can propagate several vectors at once.
     """
 
     steps: int = 0
@@ -38,17 +38,17 @@ class Cost:
 
 
 class Visitor(Protocol[Key]):
-    """Callbacks of a downward pass. By default, they propagate all relevance.
+    """Callbacks of a downward pass, which by default propagate all relevance.
 
     Each vector has the shape of its tensor.
     """
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[Key]) -> Vectors[Key]:
-        """Called when all relevance of a tensor has arrived; returns the relevance to propagate further."""
+        """Called when all relevance of a tensor has arrived. Returns the relevance to propagate further."""
         return vectors
 
     def at_edge(self, edge: Edge, vectors: Vectors[Key]) -> Vectors[Key]:
-        """Called when a vertex propagates relevance along an edge; returns the relevance to propagate further."""
+        """Called when a vertex propagates relevance along an edge. Returns the relevance to propagate further."""
         return vectors
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
@@ -62,13 +62,13 @@ class Visitor(Protocol[Key]):
 def pull(
     graph: Graph, start: Iterable[tuple[Buffer, Vectors[Key]]], visitor: Visitor[Key], absolute: bool = False
 ) -> Cost:
-    """Runs one downward pass, which propagates relevance towards the inputs.
+    """Runs one downward pass, which propagates relevance toward the inputs.
 
     Args:
         graph: The graph of a recording.
-        start: The initial relevance at one or several buffers.
-        visitor: The object that receives all vectors and can modify them.
-        absolute: Whether to use the absolute values of the kernels.
+        start: The initial relevance at one or more buffers.
+        visitor: Receives all vectors and may modify them.
+        absolute: Whether to propagate by the absolute values of the kernels.
 
     Returns:
         The cost of the pass.
@@ -110,7 +110,7 @@ def _route(
     visitor: Visitor[Key],
     waiting: list[dict[int, Vectors[Key]]],
 ) -> None:
-    """Propagates a single vector through a route, without the leading dimension of several vectors."""
+    """Propagates a single vector through a route, without the leading dimension for several vectors."""
     vertex = graph.vertices[index]
     vectors = [arrived[number].get(key) if number in arrived else None for number in range(len(vertex.shapes))]
     if vertex.may_hold_constants:
@@ -122,7 +122,7 @@ def _route(
 
 
 def _of_shape(row: Tensor, shape: torch.Size) -> Tensor:
-    """Sums over the broadcast dimensions of the tensor at an edge."""
+    """Sums relevance over the dimensions along which the tensor at an edge is broadcast."""
     return row if row.shape == shape else row.sum_to_size(shape)
 
 
@@ -149,7 +149,7 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """Stacks tensors of the same shape, without a copy if they are consecutive rows of one tensor in memory.
 
-    In a trace, they are always copied, since the tensors might be elsewhere in memory when the trace is replayed.
+    In a trace, they are always copied, since they may be elsewhere in memory when the trace is replayed.
     """
     first = rows[0]
     if len(rows) == 1:
@@ -162,7 +162,7 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _adjoin(rows: Sequence[Tensor]) -> bool:
-    """Returns whether tensors are the consecutive rows of one tensor."""
+    """Returns True if tensors are consecutive rows of one tensor in memory."""
     first = rows[0]
     memory, step = first.untyped_storage().data_ptr(), first.numel()
     return step > 0 and all(
@@ -185,13 +185,13 @@ def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool =
 
     Args:
         graph: The graph of a recording.
-        lower: The tap of the given values.
-        upper: The tap of the returned values.
+        lower: Place of the tap at which the values are given.
+        upper: Place of the tap at which the sums are returned.
         values: The values at the lower tap, ``(K, N, *shape)``.
         bound: Whether to use upper bounds on the absolute kernels, which requires nonnegative values.
 
     Returns:
-        The values at the upper tap, ``(K, N, *shape)`` or None for zeros, and the cost of the pass.
+        The values at the upper tap, ``(K, N, *shape)``, or None for zeros; and the cost of the pass.
     """
     known: dict[Buffer, Tensor | None] = {}
 

@@ -35,7 +35,7 @@ from .taps import Label, Taps
 
 _RECORDING = threading.RLock()
 LARGEST_BUFFER = 1 << 16
-"""Maximum number of entries in a buffer restored after the run."""
+"""Maximum number of elements of a buffer that is restored after the run."""
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -50,21 +50,21 @@ class Recording:
         call: The arguments of the model call.
         composite: The normalized composite.
         output: The output to explain if the model returns several tensors, or a tap inside the model.
-        reference: The reference (baseline input), if the measure explains a difference.
+        reference: The reference (baseline input) if the measure explains a difference, or None.
         max_memory: Memory limit in bytes, or None for no limit. If the tensors of the recording exceed it, they are
             freed and recomputed in parts.
 
     Attributes:
         parts: The parts of a recording that exceeds ``max_memory``, or None.
-        structure: The value-independent part of the recording: graph, taps and samples.
+        structure: The value-independent part of the recording: graph, taps (hook points) and samples.
         output: The explained output, attached to the autograd graph.
-        fingerprint: State of the weights during the forward pass.
-        draws: The functions that drew random numbers in evaluation mode; None if the model draws none.
-        references: Number of references per sample; each of them is a separate sample in the recording.
+        fingerprint: Fingerprint of the weights during the forward pass.
+        draws: Functions that drew random numbers in evaluation mode, or None if the model draws none.
+        references: Number of references per sample. Each of them is a separate sample of the recording.
 
     Raises:
         InputError: If the output is not a valid starting point for a measure.
-        ModelStateError: If the model is in training mode, or still has hooks from another composite registered.
+        ModelStateError: If the model is in training mode, or has hooks of another composite.
         GradModeError: If gradients are disabled.
         UncoveredLayerError: If a layer has no rule.
         UnsupportedOperationError: If an operation has no kernel.
@@ -111,7 +111,7 @@ class Recording:
             self.structure = self._restructured()
 
     def _divided(self, first: FirstRun) -> Parts | None:
-        """Returns the parts of the recording, or None if the first run did not exceed the limit."""
+        """Returns the parts of the recording, or None if the first run did not exceed the memory limit."""
         if not first.is_over:
             first.keep()
             return None
@@ -141,7 +141,7 @@ class Recording:
         """
         warn_of_draws(self.draws)
         start = self._layout.fold(relevance)
-        with exact(start.device):  # kernels that are built here are used by all queries
+        with exact(start.device):  # kernels that are constructed here are used by all queries
             if self.samples.count > 1 and not self.samples.is_plain:
                 with audit():
                     find_samples(self, start, self._rerun)
@@ -164,54 +164,54 @@ class Recording:
 
     @functools.cached_property
     def _layout(self) -> Layout:
-        """The layout of the output."""
+        """Layout of the output."""
         return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
-        """Returns the detached output in the form ``(N, …)``."""
+        """Returns the detached output, ``(N, …)``."""
         return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """Returns a copy of the output in the form ``(N, …)``, or as returned by the model with ``batched=False``."""
+        """Returns a copy of the output, ``(N, …)``, or as returned by the model with ``batched=False``."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
     def has_reference(self) -> bool:
-        """Whether the measure explains differences from a reference."""
+        """True if the measure explains a difference from a reference."""
         return self._other is not None
 
     @property
     def least(self) -> float:
         """The largest mass treated as zero.
 
-        With a reference, this is positive, since neurons whose value equals that at the reference are assigned a tiny
+        With a reference, it is positive, since neurons with the same value as at the reference are assigned a tiny
         difference.
         """
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the output minus the output at the reference, ``(N, …)``, with zeros replaced with tiny numbers."""
+        """Returns the output minus that at the reference, ``(N, …)``, with tiny numbers in place of zeros."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
     @property
     def is_batched(self) -> bool:
-        """Whether the inputs have a sample dimension."""
+        """True if the inputs have a batch dimension."""
         return self.samples.batched
 
     @property
     def graph(self) -> Graph:
-        """The graph of steps and routes."""
+        """Graph of steps and routes."""
         return self.structure.graph
 
     @property
     def taps(self) -> Taps:
-        """The taps, for lookup by name or place."""
+        """Taps, for lookup by name or place."""
         return self.structure.taps
 
     @property
     def samples(self) -> Samples:
-        """The positions of the samples in each tensor."""
+        """The sample layout of each tensor."""
         return self.structure.samples
 
 
@@ -223,7 +223,7 @@ def _run(
     reference: ReferencePass | None,
     watcher: Watcher | None = None,
 ) -> tuple[Tensor, Observer]:
-    """Runs the model under the hooks of the composite and returns the explained output and the observer of the run."""
+    """Runs the model under the hooks of the composite. Returns the explained output and the observer of the run."""
     inner = output if isinstance(output, Atom) else None
     observer = Observer(list(call.indices.values()), inner, watcher)
     with ExitStack() as around:
@@ -267,7 +267,7 @@ class Reference:
     Attributes:
         call: The call to the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        count: Number of references per sample; the references of one sample are consecutive rows in the call.
+        count: Number of references per sample. Those of one sample are consecutive rows of the call.
     """
 
     call: Call
@@ -280,7 +280,7 @@ class Reference:
 
 
 def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
-    """Returns the forward pass at a reference and its watcher; tensors are freed if they exceed a limit."""
+    """Returns the forward pass on a reference and its watcher, which frees tensors beyond a memory limit."""
     first = FirstRun(limit, lambda: followed.drop())
     followed = ReferencePass(is_tangent, lambda: not first.is_over)
     return followed, first
@@ -307,15 +307,15 @@ class Rerun:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether the user has registered hooks on the model, which might change its output."""
+        """True if the user has registered hooks on the model, which may change its output."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
 
     def with_hooks(self) -> Rerun:
-        """Returns a copy that calls the user's hooks in each run."""
+        """Returns a copy that calls the hooks of the user in each run."""
         return replace(self, calls_hooks=True)
 
     def watched(self, run: Repeat, at_reference: Repeat | None) -> None:
-        """Repeats the pass at the reference, if any, and the recorded forward pass, each under a watcher."""
+        """Repeats the pass on the reference, if any, and the recorded forward pass, each under a watcher."""
         followed = None
         with untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form):
             if self.reference is not None and at_reference is not None:
@@ -330,7 +330,7 @@ class Rerun:
                     followed.close()
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
-        """Runs the model on modified inputs and returns the recording."""
+        """Runs the model on modified inputs, and returns the recording."""
         modes = untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form)
         with ExitStack() as around:
             for block in (*modes, self._hooks()):
@@ -340,7 +340,7 @@ class Rerun:
             return Recording(self.model, call, self.composite, self.output, reference, self.max_memory)
 
     def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
-        """Runs the model on modified inputs without recording and returns the output."""
+        """Runs the model on modified inputs without recording, and returns the output."""
         if isinstance(self.output, Atom):
             return self.recording(change, others).output.detach()
         call = self.call.changed(change, others)
@@ -362,7 +362,7 @@ class Rerun:
             return output
 
     def _changed_reference(self, change: Change, others: Change) -> Reference | None:
-        """Applies the same change to the reference, so that it has the shape of the modified inputs."""
+        """Applies a change of the inputs to the reference as well, so that their shapes agree."""
         if self.reference is None:
             return None
         return replace(self.reference, call=self.reference.call.changed(change, others))
@@ -371,7 +371,7 @@ class Rerun:
         return preserved(self.model) if self.calls_hooks else _without_hooks(self.model)
 
     def shapes_of_two(self) -> dict[Hashable, torch.Size]:
-        """Returns the shapes of labelled tensors for two copies of the sample, or none if the model rejects them."""
+        """Returns the shapes of labeled tensors for two copies of the sample, or none if the model rejects them."""
 
         def twice(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor])
@@ -387,7 +387,7 @@ class Rerun:
 
 @contextmanager
 def _noted(note: str) -> Iterator[None]:
-    """Context manager that adds a note to errors raised by the model, but not to those of this package."""
+    """Context manager that adds a note to errors of the model, but not to those of this package."""
     try:
         yield
     except NRMError:
@@ -399,7 +399,7 @@ def _noted(note: str) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context manager that removes all hooks of the model, since the user's hooks expect the original inputs."""
+    """Context manager that removes all hooks of the model, since hooks of the user expect the original inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()
@@ -430,7 +430,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Returns whether a module is a torch normalization layer in evaluation mode, which does not update statistics."""
+    """Returns True if a module is a torch normalization layer in evaluation mode, whose statistics are constant."""
     return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 

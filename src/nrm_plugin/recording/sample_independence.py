@@ -1,9 +1,9 @@
-"""Tests of whether the samples of a batch depend on each other: in the forward pass, in relevance, or in a rule.
+"""Tests of whether the samples of a batch depend on each other, in the forward pass, in relevance, or in a rule.
 
 Independence is tested if it does not follow from the operations alone. The relevance of each sample is tracked through
-the graph, and the model is run again with some samples modified, which must not affect the outputs of the other samples
-or, if there are unknown rules, their relevance. If values outside the graph might combine samples, the model is also
-run on single samples.
+the graph. The model is run again with some samples modified, which must not affect the outputs of the other samples or,
+if there are unknown rules, their relevance. If values outside the graph may combine samples, the model is also run on
+single samples.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .sample_positions import Samples
 from .sample_rows import rules_are_known
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-"""Largest change in outputs, relative to the largest output, that is not taken for a dependence between samples."""
+"""Largest change of an output, relative to the largest output, that is attributed to rounding."""
 TOLERANCE_OF_SHORT = 3e-2
-"""As :data:`TOLERANCE`, in bfloat16 and float16."""
+""":data:`TOLERANCE` in bfloat16 and float16."""
 TOLERANCE_OF_RULES = 1e-3
-"""Tolerance for the relevance of the inputs."""
+"""Largest change of the relevance of an input, relative to the largest, that is attributed to rounding."""
 
 
 ALONE = 16
-"""Maximum number of individually run samples."""
+"""Maximum number of samples that are run individually."""
 SUSPECTS = 4
-"""Maximum number of samples tested further if their outputs differ when run individually."""
+"""Maximum number of samples that are tested further, as their outputs differ when run individually."""
 
 
 class Exchange(Enum):
-    """Kind of values that replace the inputs of selected samples."""
+    """Kind of the values that replace the inputs of selected samples."""
 
     OTHERS = "values of other samples, in another order"
     FAR = "large values, which thresholds notice"
@@ -49,11 +49,11 @@ class Exchange(Enum):
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
-"""Multipliers for values of other samples; since they differ from 1, identical samples also change."""
+"""Factors of the values of other samples. Since they differ from 1, identical samples change as well."""
 
 
 class Run(Protocol):
-    """Interface required of a recording."""
+    """Interface of a recording."""
 
     output: Tensor
 
@@ -64,7 +64,7 @@ class Run(Protocol):
 
 
 class Rerun(Protocol):
-    """Interface required of objects that run the model again on modified inputs."""
+    """Interface of objects that run the model again on modified inputs."""
 
     def recording(self, change: Change) -> Run: ...
     def outputs(self, change: Change, others: Change = ...) -> Tensor: ...
@@ -107,7 +107,7 @@ def find_samples(recording: Run, start: Tensor, rerun: Rerun) -> None:
 
 
 def _is_followed(samples: Samples, noise: Tensor) -> bool:
-    """Locates the samples above all operations without a kernel and returns whether all operations have kernels."""
+    """Locates the samples above all operations without a kernel. Returns True if there are no such operations."""
     try:
         samples.find(noise)
     except FoldingError:
@@ -118,10 +118,10 @@ def _is_followed(samples: Samples, noise: Tensor) -> bool:
 
 
 def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
-    """Yields the samples to modify (even and odd ones, first and second half) and the kind of their new values.
+    """Yields masks of the samples to modify (even and odd, first and second half), with the kind of their new values.
 
-    Gates and branches can depend on other samples through thresholds that only large changes cross. If the model looks
-    up integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
+    Gates and branches may depend on other samples by thresholds that only large changes cross. If the model looks up
+    integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
     """
     count = recording.samples.count
     first, second = _extremes(recording)
@@ -139,7 +139,7 @@ def _extremes(recording: Run) -> tuple[Exchange, Exchange]:
 
 
 def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
-    """Returns a rerun that calls the user's hooks only if the output depends on them."""
+    """Returns a rerun that calls the hooks of the user only if the output depends on them."""
     if not rerun.has_hooks:
         return rerun
     try:
@@ -170,11 +170,11 @@ def _check_outputs(recording: Run, chosen: Tensor, exchange: Exchange, rerun: Re
 
 
 def _check_alone(recording: Run, rerun: Rerun) -> None:
-    """Raises an error if running samples individually shows that a sample depends on others.
+    """Raises an error if a sample depends on others, as shown by runs on individual samples.
 
-    This detects, for example, thresholds over all samples. If a model treats samples differently by their position in
-    the batch, so that outputs do not follow a permutation of the samples, only an exchange shows whether samples depend
-    on each other.
+    This detects thresholds over all samples, for example. If a model treats samples differently by their position in
+    the batch, so that its outputs do not follow a permutation of the samples, only an exchange shows whether samples
+    depend on each other.
     """
     numbers, suspects = torch.arange(recording.samples.count), 0
     for number in range(0, len(numbers), -(-len(numbers) // ALONE)):
@@ -190,15 +190,15 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
 
 
 def _is_ordered(recording: Run, rerun: Rerun) -> bool:
-    """Returns whether outputs vary between identical runs or do not follow a permutation of the samples."""
+    """Returns True if outputs vary between identical runs, or do not follow a permutation of the samples."""
     count = recording.samples.count
     return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
 
 
 def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
-    """Returns whether the outputs differ if the model is run on the selected rows of its inputs alone.
+    """Returns True if the outputs differ when the model is run only on the selected rows of its inputs.
 
-    Additional arguments for the model are passed unchanged, or restricted to the selected rows.
+    Additional arguments of the model are passed unchanged, or restricted to the selected rows.
     """
     count, layout = recording.samples.count, recording.samples.layout(recording.graph.output)
     expected = layout.unfold(recording.output.detach())[rows]
@@ -223,7 +223,7 @@ def _differs(recording: Run, rows: slice | Tensor, rerun: Rerun) -> bool:
 
 
 def _outputs(chosen: Tensor, exchange: Exchange, rerun: Rerun) -> Tensor | None:
-    """Returns the outputs after an exchange, or None if the model raises an error or large values overflow."""
+    """Returns the outputs after an exchange, or None if the model raises an error or its outputs overflow."""
     try:
         outputs = rerun.outputs(lambda tensor: changed(tensor, chosen, exchange))
     except Exception:
@@ -241,12 +241,12 @@ def _has_changed(recording: Run, output: Tensor, other: Tensor, rows: Tensor) ->
 
 
 def _is_close(one: Tensor, two: Tensor, output: Tensor) -> bool:
-    """Returns whether rows of outputs agree, relative to the largest output."""
+    """Returns True if two sets of output rows agree, relative to the largest output."""
     return bool(((one - two).abs() <= tolerance_of(output)).all())
 
 
 def tolerance_of(output: Tensor) -> Tensor:
-    """Returns the largest difference between two runs of a sample that can be attributed to rounding."""
+    """Returns the largest absolute difference between two runs of a sample that is attributed to rounding."""
     return TOLERANCE.get(output.dtype, TOLERANCE_OF_SHORT) * output.detach().abs().max()
 
 
@@ -271,7 +271,7 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 
 
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
-    """Replaces the inputs of the selected samples with the values of an exchange."""
+    """Replaces the inputs of the selected samples by the values of an exchange."""
     plain, inner = tensor.detach(), list(range(1, tensor.ndim))
     if exchange is Exchange.COPIES:
         other = plain[~chosen.to(tensor.device)][:1]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Maximum fraction of a slice's mass that rounding can assign to other samples."""
+"""Maximum fraction of the mass of a slice that rounding can assign to other samples."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Position of the samples in a tensor: which dimension indexes them, alone or jointly with windows, heads or views.
+    """Layout of the samples in a tensor: the dimension that indexes them, alone or with windows, heads or views.
 
     A dimension of size ``N · W`` is split in two: the samples become the first dimension, and ``W`` remains in place
     unless it is 1. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these
@@ -54,7 +54,7 @@ class Layout:
         slices: int | None = None,
         is_assumed: bool = False,
     ) -> Layout:
-        """Creates the layout of a tensor of the given shape with samples along dimension ``dim``.
+        """Returns the layout of a tensor of the given shape with samples along dimension ``dim``.
 
         The other arguments are the attributes of the same names.
         """
@@ -63,7 +63,7 @@ class Layout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the tensor already has the form ``(N, …)``."""
+        """True if the tensor already has the form ``(N, …)``."""
         return self.dim == 0 and self.parts == 1 and self.order is None
 
     def shape(self, shape: torch.Size) -> torch.Size:
@@ -76,7 +76,7 @@ class Layout:
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
-        """Converts the channel dimension of a tensor with ``ndim`` dimensions to that of the form ``(N, …)``."""
+        """Converts the channel dimension of a tensor with ``ndim`` dimensions to that of its form ``(N, …)``."""
         if self.is_plain:
             return dim
         dim %= max(ndim, 1)
@@ -85,7 +85,7 @@ class Layout:
         return dim + 1 - self.drops_first if self.dim is None or self.parts > 1 or dim < self.dim else dim
 
     def has_views(self, channel_dim: int) -> bool:
-        """Returns whether the parts are views, windows or heads; an index then applies to all of them.
+        """Returns True if the parts are views, windows or heads, to all of which a neuron index applies.
 
         Otherwise, they are an ordinary dimension: channels, if ``channel_dim`` is the dimension of the layout, or
         tokens of concatenated samples.
@@ -93,20 +93,20 @@ class Layout:
         return self.dim is not None and self.parts > 1 and not self.drops_first and channel_dim != self.dim
 
     def inner_of_views(self, inner: torch.Size, channel_dim: int) -> torch.Size:
-        """Removes the dimension of the views, if any, from the shape ``inner`` of a sample."""
+        """Removes the dimension of the views, if any, from ``inner``, the shape of a sample."""
         if self.dim is None or not self.has_views(channel_dim):
             return inner
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
     def in_all_views(self, values: Tensor, channel_dim: int) -> Tensor:
-        """Repeats values for each view, if the parts are views."""
+        """Repeats values for every view, if the parts are views."""
         if self.dim is None or not self.has_views(channel_dim):
             return values.clone()
         repeated = values.unsqueeze(self.dim)
         return repeated.expand(*values.shape[: self.dim], self.parts, *values.shape[self.dim :]).clone()
 
     def unfold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """Converts values to the form ``(N, …)``; the first ``lead`` dimensions are kept."""
+        """Converts values to the form ``(N, …)``, keeping the first ``lead`` dimensions."""
         if self.is_plain:
             return values
         if self.dim is None:
@@ -124,7 +124,7 @@ class Layout:
         return values.squeeze(lead + 1) if self.drops_first else values
 
     def fold(self, values: Tensor, lead: int = 0) -> Tensor:
-        """Inverts :meth:`unfold`; a sample dimension of size 1 is expanded to all samples."""
+        """Inverts :meth:`unfold`. A sample dimension of size 1 is expanded to all samples."""
         if self.is_plain:
             return values
         if self.dim is None:
@@ -143,19 +143,19 @@ class Layout:
 
 
 def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: bool = False) -> list[Layout]:
-    """Returns the layouts consistent with the sample of each tensor entry.
+    """Returns the layouts of a tensor that are consistent with the known samples of its elements.
 
     Args:
-        labels: The sample of each entry, or -1 if it is unknown because no relevance arrives there.
+        labels: The sample of each element, or -1 if it is unknown, since no relevance arrives there.
         count: Number of samples.
-        mass: Weight of each entry, by default equal for all entries; entries with negligible weight are ignored.
-        is_last: Whether no further information is available. Samples without known entries are then assigned the
+        mass: Weight of each element, by default equal. Elements with negligible weight are ignored.
+        is_last: Whether no further information is available. Samples without known elements are then assigned the
             unknown slices of a dimension, or no slices if all slices are known.
 
     Returns:
         The layouts, in decreasing order of the number of known slices. The list is empty if no dimension can be divided
-        among the samples, and has several elements if too few entries are known. Samples can have different numbers of
-        slices only if no dimension can be divided equally and the sample of each slice is known.
+        among the samples, and has several elements if too few elements of the tensor are known. Samples can have
+        different numbers of slices only if no dimension can be divided equally and the sample of each slice is known.
     """
     layouts = _fitting(labels, count, None)
     if not layouts and mass is not None:
@@ -168,7 +168,7 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
 
 
 def _assumed(labels: Tensor, count: int) -> list[Layout]:
-    """Returns a layout that assigns the unknown slices of a dimension to the samples that lack slices."""
+    """Returns a layout in which the unknown slices of a dimension belong to the samples that lack slices."""
     for dim, size in enumerate(labels.shape):
         known = _samples_of_slices(labels, dim, count, None) if size and size % count == 0 else None
         if known is None or bool((known >= 0).all()):
@@ -186,9 +186,9 @@ def _assumed(labels: Tensor, count: int) -> list[Layout]:
 def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]:
     """Returns a layout with different numbers of slices per sample, if the sample of each slice is known.
 
-    If all known entries belong to one sample, every dimension is consistent with them, and the entries of other samples
-    might merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the first
-    consistent dimension is then used.
+    If all known elements belong to one sample, every dimension is consistent with them, and the elements of other
+    samples may merely be unknown. Samples without slices are therefore accepted only if ``some_lack`` is True; the
+    first consistent dimension is then used.
     """
     if not labels.ndim:
         return [replace(layout, is_scalar=True) for layout in _padded(labels.reshape(1), count, some_lack=True)]
@@ -208,7 +208,7 @@ def _padded(labels: Tensor, count: int, some_lack: bool = False) -> list[Layout]
 
 def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
     candidates: list[tuple[float, Layout]] = []
-    # If two dimensions can both be divided among the samples, at most 1/N of the entries are known.
+    # If two dimensions can both be divided among the samples, at most 1/N of the elements are known.
     is_sparse = int((labels >= 0).sum()) * count <= labels.numel()
     for dim in range(labels.ndim):
         size = labels.shape[dim]
@@ -229,7 +229,7 @@ def _fitting(labels: Tensor, count: int, mass: Tensor | None) -> list[Layout]:
 
 
 def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
-    """Derives the layout of a tensor of one sample from its shape for two samples.
+    """Returns the layout of a tensor of one sample, derived from its shape for two samples.
 
     Returns None unless exactly one dimension doubles.
     """
@@ -242,7 +242,7 @@ def doubled(shape: torch.Size, shape_of_two: torch.Size) -> Layout | None:
 
 
 def unreached(shape: torch.Size, count: int) -> Layout | None:
-    """Returns a layout for a tensor without relevance, along a dimension whose size is a multiple of the batch size."""
+    """Returns a layout of a tensor without relevance, along a dimension whose size is a multiple of the batch size."""
     for parts in (1, None):
         for dim, size in enumerate(shape):
             if size == count * (parts or size // count) and size:
@@ -269,7 +269,7 @@ def _samples_of_slices(labels: Tensor, dim: int, count: int, mass: Tensor | None
 
 
 def _completed(labels: Tensor, count: int) -> list[Tensor]:
-    """Completes the labels of slices by regular patterns and returns all completions that match the known labels."""
+    """Completes the labels of slices by regular patterns. Returns all completions that match the known labels."""
     size = len(labels)
     parts = size // count
     if bool((labels >= 0).all()):

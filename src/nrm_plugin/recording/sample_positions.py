@@ -2,7 +2,7 @@
 
 The first dimension of a tensor is not always the batch: attention over windows folds windows into it, and other layers
 have time or heads first. Therefore, no layout is assumed. The relevance of each sample is scaled at the output by a
-different power of two, and the relative change of an entry identifies its sample. No other module assumes that the
+different power of two, and the relative change of an element identifies its sample. No other module assumes that the
 first dimension of a tensor indexes samples.
 """
 
@@ -25,13 +25,13 @@ from .propagation import Cost, Vectors, Visitor, pull, push
 from .sample_layout import Layout, doubled, layouts_of, unreached
 
 BITS = 4
-"""Number of sample-index bits encoded by one relevance vector, with factors from 1 to 2¹⁵."""
+"""Number of bits of the sample index that one relevance vector encodes, by factors from 1 to 2¹⁵."""
 RATIO = 1e-3
-"""Largest deviation of a binary logarithm from an integer if the entry depends on a single sample."""
+"""Largest deviation of a binary logarithm from an integer for an element that depends on a single sample."""
 RANGE = 40
-"""Bound on the binary exponent of max|R| in a pass of encoded relevance."""
+"""Bound on the absolute binary exponent of max|R| in a pass of encoded relevance."""
 MIXED = 1e-3
-"""Smallest fraction of Σ|R| in entries of several samples that cannot be attributed to rounding."""
+"""Largest fraction of Σ|R| in elements of several samples that is attributed to rounding."""
 
 
 class Samples:
@@ -40,9 +40,9 @@ class Samples:
     Args:
         graph: The graph.
         count: Number of samples.
-        batched: Whether the inputs have a batch dimension; otherwise, all entries form one sample.
+        batched: Whether the inputs have a batch dimension. Otherwise, each tensor belongs to one sample.
         is_plain: Whether the samples are known to be independent rows of every tensor.
-        shapes_of_two: Function that returns the shape of each labelled tensor for two samples. It is called at most
+        shapes_of_two: Function that returns the shape of each labeled tensor for two samples. It is called at most
             once, when the position of a single sample is unknown.
 
     Attributes:
@@ -51,7 +51,7 @@ class Samples:
         inputs: The vertices of the model inputs, whose rows are the samples.
         labels: The labels of each tensor.
         rows: For a single sample, the vertices whose rows are proven to be the samples.
-        may_mix: Whether values outside the graph might combine samples.
+        may_mix: Whether values outside the graph may combine samples.
         are_fixed: Whether the positions of the samples are independent of the values of the inputs.
     """
 
@@ -80,7 +80,7 @@ class Samples:
     # -- layouts ----------------------------------------------------------------------------------------------
 
     def layout(self, place: Place | Sink) -> Layout:
-        """Returns the layout that converts a tensor to the form ``(N, …)``.
+        """Returns the layout that converts the tensor at a place to the form ``(N, …)``.
 
         Raises:
             FoldingError: If no dimension can be divided among the samples.
@@ -125,7 +125,7 @@ class Samples:
         return layout or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
-        """Returns a layout for a tensor without relevance, for example that of the nearest tensor of the same shape."""
+        """Returns a layout of a tensor without relevance, such as the one of the nearest tensor of the same shape."""
         shape = self.graph.shape(buffer)
         if self.has_constant_layouts:
             by_inputs = self._of_inputs(buffer)
@@ -143,7 +143,7 @@ class Samples:
         return unreached(shape, self.count) or next(iter(self._of_inputs(buffer) or ()), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Selects a layout for a tensor with so few relevant entries that they determine no layout or several."""
+        """Selects a layout of a tensor with so little relevance that it determines no layout or several."""
         by_inputs = self._of_inputs(buffer, self._labels[buffer]) or []
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
             return self._repeatable(by_inputs[0])
@@ -151,17 +151,17 @@ class Samples:
 
     @property
     def has_constant_layouts(self) -> bool:
-        """Whether layouts are constants of a trace and must therefore be valid for all values."""
+        """True if layouts are constants of a trace and must therefore be valid for all values."""
         return self.are_fixed and is_traced()
 
     def _repeatable(self, layout: Layout | None) -> Layout | None:
-        """Returns a layout; in a trace, notes an obstacle if the layout might not be valid for other values."""
+        """Returns the layout unchanged; in a trace, notes an obstacle if it may be invalid for other values."""
         if self.has_constant_layouts and layout is not None and layout.is_assumed:
             note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
         return layout
 
     def _holds(self, layout: Layout, labels: Tensor) -> bool:
-        """Returns whether a layout agrees with the known samples of all entries."""
+        """Returns True if a layout agrees with the known samples of a tensor's elements."""
         form = layout.shape(labels.shape)
         rows = torch.arange(self.count, device=labels.device).reshape(-1, *(1,) * (len(form) - 1))
         return bool(((labels == layout.fold(rows.expand(form))) | (labels < 0)).all())
@@ -174,11 +174,11 @@ class Samples:
         return fitting[0] if fitting else None
 
     def _of_inputs(self, buffer: Buffer, known: Tensor | None = None) -> list[Layout] | None:
-        """Determines the layouts of a tensor from the input samples that each of its entries depends on.
+        """Determines the layouts of a tensor from the input samples on which each of its elements depends.
 
         Args:
             buffer: The tensor.
-            known: The sample of each entry, or -1 if it is unknown; supplements the result.
+            known: The sample of each element, or -1 if it is unknown, to supplement the result.
 
         Returns:
             The consistent layouts, or None if the tensor does not depend on the inputs.
@@ -203,11 +203,11 @@ class Samples:
         return None
 
     def inspecting(self) -> AbstractContextManager[None]:
-        """Context manager for determining positions from relevance; in a trace, fixed positions are constants."""
+        """Context manager for determining positions from relevance. In a trace, fixed positions are constants."""
         return untraced() if self.are_fixed else nullcontext()
 
     def _raise_if_unsupported(self) -> None:
-        """Raises an error if there is an operation without a kernel between the inputs and the output."""
+        """Raises an error if an operation without a kernel lies between the inputs and the output."""
         vertex, number = self.graph.vertices[self.graph.output.vertex], self.graph.output.number
         metadata = vertex.node._input_metadata[number]
         ones = torch.ones(metadata.shape, dtype=vertex.dtypes[number], device=metadata.device)
@@ -223,7 +223,7 @@ class Samples:
             start: Relevance of the outputs, positive wherever it can be nonzero.
 
         Raises:
-            FoldingError: If entries of a tensor depend on several samples.
+            FoldingError: If elements of a tensor depend on several samples.
         """
         vectors = _encoded(start, self.layout(self.graph.output), start.shape, self.count)
         finder = _Finder(self)
@@ -237,7 +237,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Sums a tensor at a place over the entries of each sample, ``(N,)``, or returns None if these are unknown."""
+        """Sums a tensor at a place over the elements of each sample, ``(N,)``. Returns None if these are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -256,7 +256,7 @@ class Samples:
         return total.index_add_(0, labels.clamp(min=0).flatten().long(), tensor.flatten())
 
     def checked_sums(self, tensor: Tensor, what: str, place: Place | None = None) -> Tensor:
-        """Sums over the entries of each sample, ``(N,)``.
+        """Sums a tensor at a place over the elements of each sample, ``(N,)``.
 
         Raises:
             FoldingError: If the samples are unknown.
@@ -267,10 +267,10 @@ class Samples:
         return sums
 
     def error(self, what: str) -> FoldingError:
-        """Creates the error for entries that cannot be assigned to one sample."""
+        """Returns the error for elements that cannot be assigned to one sample."""
         return FoldingError(
-            f"the entries of {what} cannot be assigned to samples: they belong to several of the {self.count} samples, "
-            "or no dimension divides among the samples. Measure one sample at a time, or pass "
+            f"the elements of {what} cannot be assigned to samples: they belong to several of the {self.count} "
+            "samples, or no dimension can be divided among the samples. Measure one sample at a time, or pass "
             "batched=False, which treats the whole batch as one sample."
         )
 
@@ -292,7 +292,7 @@ def _encoded(values: Tensor, layout: Layout, shape: torch.Size, count: int) -> V
 
 
 def _in_range(vectors: Vectors[int]) -> Vectors[int]:
-    """Scales all vectors by a common power of two if values are very large or (after stabilizers) very small."""
+    """Scales all vectors by a common power of two if their values are very large or, after stabilizers, very small."""
     largest = float(vectors[-1].abs().max()) if vectors[-1].numel() else 0.0
     if not 0 < largest < 2**-RANGE and not 2**RANGE < largest < math.inf:
         return vectors
@@ -302,12 +302,12 @@ def _in_range(vectors: Vectors[int]) -> Vectors[int]:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Samples of the entries of a tensor, decoded from the ratios between vectors.
+    """Sample of each element of a tensor, decoded from the ratios between vectors.
 
     Attributes:
-        samples: The samples, or -1 where no relevance arrives.
-        mass: ``|R|`` of each entry.
-        are_mixed: Whether there are entries that depend on several samples.
+        samples: The sample of each element, or -1 where no relevance arrives.
+        mass: ``|R|`` of each element.
+        are_mixed: Whether some elements depend on several samples.
     """
 
     samples: Tensor
@@ -331,7 +331,7 @@ class _Labels:
 
     @property
     def are_known(self) -> bool:
-        """Whether the sample of at least one entry is known."""
+        """True if the sample of at least one element is known."""
         return bool((self.samples >= 0).any())
 
 

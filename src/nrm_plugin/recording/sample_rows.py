@@ -1,4 +1,4 @@
-"""Operations that keep the samples in the rows of a tensor, regardless of its values.
+"""Operations that keep the samples in the rows of a tensor, whatever its values.
 
 All other operations are tested numerically; see :mod:`~nrm_plugin.recording.sample_positions`.
 """
@@ -45,19 +45,19 @@ _FIXED = _FREE.union(
 )
 """Routes that depend on tensor shapes and numeric arguments, but not on tensor values."""
 ROUNDING = 1e-3
-"""Largest difference, relative to the largest entry, that can be attributed to rounding."""
+"""Largest difference, relative to the largest element, that is attributed to rounding."""
 _SOFTMAX = (nn.Softmax, nn.Softmin, nn.LogSoftmax)
 _FAMILIES = ("activation", "pooling", "dropout", "upsampling", "batchnorm", "instancenorm", "normalization", "conv")
-"""Modules of ``torch.nn.modules`` whose layers process each row independently."""
+"""Modules of ``torch.nn.modules`` whose layers act on each row separately."""
 
 
 def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) -> bool:
-    """Returns whether the first dimension of every tensor is proven to index independent samples.
+    """Returns True if the first dimension of every tensor is proven to index independent samples.
 
     Args:
         graph: The graph.
         count: Number of samples.
-        looked_up: Embeddings of integer inputs, which the model might have transposed before the lookup.
+        looked_up: Embeddings of integer inputs, which the model may have transposed before the lookup.
     """
     if any(count in leaf.shape[1:-1] for leaf in looked_up):
         return False
@@ -65,7 +65,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
 
 
 def vertices_of_rows(graph: Graph, count: int, ends: Set[int]) -> set[int]:
-    """Returns the vertices whose rows are proven to be samples, given inputs and outputs whose rows are samples."""
+    """Returns the vertices whose rows are proven to be samples, given vertices ``ends`` whose rows are samples."""
     keeping = [_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices]
     proven = set(ends)
     for number, vertex in enumerate(graph.vertices):  # down from the output
@@ -84,14 +84,14 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Returns whether all rules are from Zennit or this package, and thus known to treat rows independently."""
+    """Returns True if all rules are part of Zennit or of this package, and thus act on each row separately."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
 
 
 def positions_are_fixed(graph: Graph) -> bool:
-    """Returns whether the positions of samples are independent of values, for example of indices among the inputs."""
+    """Returns True if no sample's position depends on values, for example on indices among the inputs."""
     return all(
         operation(vertex.node).lower() in _FIXED
         if vertex.step is None
@@ -109,7 +109,7 @@ def _keeps_rows(graph: Graph, vertex: Vertex) -> bool:
 
 
 def _is_layer_of_rows(call: LayerCall) -> bool:
-    """Returns whether a torch layer maps each row of its input independently."""
+    """Returns True if a torch layer acts on each row of its input separately."""
     kind, dims = type(call.module), call.input.ndim
     path = kind.__module__.removeprefix("torch.nn.modules.")
     if dims < 2:
@@ -130,7 +130,7 @@ def _is_layer_of_rows(call: LayerCall) -> bool:
 
 
 def _scales_with_rows(layer: Weighted, source: Tensor) -> bool:
-    r"""Returns whether a linear layer that overrides ``forward`` maps each row independently.
+    r"""Returns True if a linear layer that overrides ``forward`` acts on each row separately.
 
     A linear map :math:`A` does so if and only if it commutes with every scaling :math:`D` of rows. One random scaling
     of random rows :math:`x` suffices: if row :math:`i` of :math:`ADx - DAx`, which is
@@ -168,17 +168,17 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
 
 
 def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
-    """Returns whether a route that does not depend on values maps each row to the same row.
+    """Returns True if a route that does not depend on values maps each row to the same row.
 
-    The backward function of the route is evaluated on ones, and on one random number per row. If each entry of an input
-    contributes only to its own row, the two results differ in each row by that number as a factor. Strides would not
-    suffice for this test, since rows need not be contiguous, for example after a convolution in ``channels_last``
+    The backward function of the route is evaluated on ones, and on one random number per row. If each element of an
+    input contributes only to its own row, each row of the two results differs by that number as a factor. Strides would
+    not suffice for this test, since rows need not be contiguous, for example after a convolution in ``channels_last``
     format.
     """
     sources = [None if edge is None else graph.shape(edge) for edge in vertex.edges]
     shape, dtype = vertex.shapes[0], vertex.dtypes[0]
     if vertex.is_short or any(source is not None and source[:1] != shape[:1] for source in sources):
-        return False  # in a short format, autograd would round the random numbers
+        return False  # in half precision, autograd would round the random numbers
     if shape[0] == 1:
         return True  # there is only one row
     with untraced(), torch.inference_mode(False), torch.no_grad():
@@ -201,7 +201,7 @@ def _is_close(one: Tensor, other: Tensor | None) -> bool:
 
 
 def _are_inner(saved: Any, dims: int) -> bool:
-    """Returns whether the dimensions stored by autograd are known and exclude the first dimension."""
+    """Returns True if the dimensions stored by autograd are known and do not include the first dimension."""
     if saved is None:
         return False
     stored = list(saved) if isinstance(saved, (tuple, list)) else [saved]
@@ -209,7 +209,7 @@ def _are_inner(saved: Any, dims: int) -> bool:
 
 
 def _is_index_of_rows(node: Any) -> bool:
-    """Returns whether an indexing operation keeps all rows of the first dimension in order."""
+    """Returns True if an indexing operation keeps all rows of the first dimension, in order."""
     try:
         used = [number for number, index in enumerate(node._saved_indices) if index is not None]
     except RuntimeError:  # an index was overwritten, so relevance that arrives here raises an error

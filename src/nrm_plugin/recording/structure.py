@@ -1,4 +1,4 @@
-"""The value-independent part of a recording, computed only once."""
+"""The value-independent part of a recording, computed once."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .taps import Label, Observed, Taps
 
 
 class Structure:
-    """Structure of a recording: graph, taps, and sample positions in all tensors of one forward pass.
+    """Structure of a recording: the graph, the taps (hook points), and the sample layout of each tensor.
 
-    The graph is audited when it is constructed.
+    The graph is audited on construction.
 
     Args:
         observer: The observer of the forward pass.
         output: The tensor at which the measure starts.
         count: Number of samples.
-        batched: Whether the inputs have a sample dimension.
+        batched: Whether the inputs have a batch dimension.
         shapes_of_two: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
         output_has_rows: As in :class:`~nrm_plugin.recording.sample_positions.Samples`.
-        top: The node for a contrast between outputs, at which the measure starts, or None.
+        top: The node of a contrast between outputs, at which the measure starts, or None.
 
     Raises:
         InputError: If the output does not depend on any input.
@@ -67,7 +67,7 @@ class Structure:
 
 
 def _with_top(observed: Sequence[Observed], top: Top) -> list[Observed]:
-    """Replaces the output of the model among the observed tensors with the contrast."""
+    """Replaces the output of the model by the contrast among the observed tensors."""
     others = [seen for seen in observed if seen.label.name != OUTPUT]
     return [*others, Observed(Label(OUTPUT, "output", 0, None), top, 0, top.shape, None)]
 

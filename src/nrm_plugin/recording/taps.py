@@ -1,4 +1,4 @@
-"""Taps: tensors of a recording where relevance can be read, looked up by layer name."""
+"""Taps (hook points): tensors of a recording at which relevance can be read, looked up by layer name."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .sample_positions import Samples
 from .transformer_sites import SYNONYMS, sites
 
 Item = int | str
-"""Index or key of a tensor in a container."""
+"""Index or key of a tensor in a tuple, list, mapping or dataclass."""
 
 
 class Nested(str):
-    """Key of a tensor in a nested container of a module's output, such as ``"features.0"`` or ``"1.0"``."""
+    """Key of a tensor in a nested container returned by a module, such as ``"features.0"`` or ``"1.0"``."""
 
     __slots__ = ()
 
 
 class Label(NamedTuple):
-    """Label of a tensor: layer name, side of the layer, call index, and item if there are several tensors."""
+    """Label of a tensor: layer name, side of the layer, call index, and item if the layer has several tensors there."""
 
     name: str
     side: str
@@ -40,7 +40,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """Labelled tensor of the forward pass, identified by its autograd node and output number."""
+    """Labeled tensor of the forward pass, identified by its autograd node and output number."""
 
     label: Label
     node: Any
@@ -51,14 +51,14 @@ class Observed:
 
 @dataclass
 class Tap:
-    """Tap: one tensor of the computation.
+    """Tap (hook point): one tensor of the computation, or its use by one step.
 
     Attributes:
         place: The place in the graph.
         tensor_shape: Shape of the tensor in the model.
-        samples: The samples of the recording.
+        samples: The sample layouts of the recording.
         names: All names of the tap.
-        tensor_channel_dim: The channel dimension of the tensor.
+        tensor_channel_dim: Channel dimension of the tensor in the model.
     """
 
     place: Place
@@ -69,22 +69,22 @@ class Tap:
 
     @property
     def layout(self) -> Layout:
-        """The layout that converts the tensor to the form ``(N, …)``."""
+        """Layout that converts the tensor to the form ``(N, …)``."""
         return self.samples.layout(self.place)
 
     @property
     def shape(self) -> torch.Size:
-        """The shape in the form ``(N, …)``, regardless of which dimension of the tensor indexes the samples."""
+        """Shape of the tensor in the form ``(N, …)``, whichever of its dimensions indexes the samples."""
         return self.layout.shape(self.tensor_shape)
 
     @property
     def channel_dim(self) -> int:
-        """The channel dimension in the form ``(N, …)``."""
+        """Channel dimension in the form ``(N, …)``."""
         return self.layout.channel_dim(self.tensor_channel_dim, len(self.tensor_shape))
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key that orders taps as walks cross them."""
+        """Sort key by which taps are ordered as walks cross them."""
         return self.place.order
 
 
@@ -93,14 +93,14 @@ class Taps:
 
     Args:
         graph: The graph.
-        observed: The labelled tensors, in execution order.
+        observed: The labeled tensors, in execution order.
         modules: Name of each module.
         containers: Names of modules with children and a rule of their own, which therefore contain no taps.
-        samples: The samples of the recording.
+        samples: The sample layouts of the recording.
 
     Attributes:
         all: All taps.
-        index: Index in ``all``, keyed by place.
+        index: Index of each tap in ``all``, keyed by its place.
         fused: Names of layers whose output is fused with a contrast.
     """
 
@@ -128,21 +128,21 @@ class Taps:
 
     @functools.cached_property
     def marks(self) -> Marks:
-        """The taps below each vertex and edge, as bit sets, where bit ``k`` represents tap ``k``."""
+        """Bit sets of the taps below each vertex and edge, in which bit ``k`` represents tap ``k``."""
         return self.graph.marks_below({place: 1 << number for place, number in self.index.items()})
 
     @functools.cached_property
     def sites(self) -> dict[str, Tap]:
-        """The tap of each transformer site, keyed by site name, in the order of the forward pass."""
+        """Tap of each transformer site, keyed by site name, in the order of the forward pass."""
         return {name: self.at(place) for name, place in sites(self.graph).items() if place in self.index}
 
     @functools.cached_property
     def _labels(self) -> dict[int, Label]:
-        """One label for each tap, keyed by the id of the tap."""
+        """One label of each tap, keyed by the id of the tap."""
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
-        """Returns a label of the tap of a site, or None if no site has this name, or if a layer has it as well.
+        """Returns a label of the tap of a transformer site, or None if no site has this name or a layer has it, too.
 
         Hook names of TransformerLens, such as ``blocks.1.attn.hook_v``, are also accepted.
         """
@@ -159,7 +159,7 @@ class Taps:
 
     @functools.cached_property
     def _outputs(self) -> dict[tuple[int, str], list[Label]]:
-        """The labels of each tap as an output of a layer, in the order of calls, keyed by tap id and layer name."""
+        """Labels of each tap as an output of a layer, in the order of calls, keyed by tap id and layer name."""
         labelled: dict[tuple[int, str], list[Label]] = {}
         for label in sorted((one for one in self._labelled if one.side == "output"), key=lambda one: one.call):
             labelled.setdefault((id(self._labelled[label]), label.name), []).append(label)
@@ -167,7 +167,7 @@ class Taps:
 
     @functools.cached_property
     def _sinks(self) -> dict[tuple[str, int], int]:
-        """The vertex of each step, keyed by name and call index."""
+        """Vertex of each step, keyed by name and call index."""
         steps = enumerate(vertex.step for vertex in self.graph.vertices)
         return {(step.name, step.call): number for number, step in steps if step is not None}
 
@@ -213,7 +213,7 @@ class Taps:
         return {label.name for label in self._labelled if label.side == "output"}
 
     def tensor_shapes(self) -> dict[Hashable, torch.Size]:
-        """Returns the shape of each labelled tensor in the model."""
+        """Returns the shape that each labeled tensor has in the model."""
         return {label: tap.tensor_shape for label, tap in self._labelled.items()}
 
     # -- names ------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Taps:
 
     @property
     def ends(self) -> list[str]:
-        """One name for each output tap at which walks end, in execution order."""
+        """Names of the output taps at which walks end, one per tap, in execution order."""
         vertices = self.graph.vertices
         ends = [
             tap for tap in reversed(self.all) if any(_is_leaf(vertices, e) for e in vertices[tap.place.vertex].edges)
@@ -243,12 +243,12 @@ class Taps:
                 yield name + (f":{label.call}" if len(self.calls_of(name)) > 1 else "") + bracket
 
     def name_of(self, layer: str | nn.Module) -> str:
-        """Returns the name of a layer, given by name or as a module, which can have several names."""
+        """Returns the name of a layer given by name or as a module, which may be registered under several names."""
         name = name_of(layer, self.modules)
         return name if name in self._names else first_name(name, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """Returns a name for a vertex: the name of its step, of its tap, or of the nearest tap above it."""
+        """Returns a name for a vertex: that of its step, of its tap, or of the nearest tap above it."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -257,7 +257,7 @@ class Taps:
         return next((tap.names[0] for tap in above if tap.names), "constants")
 
     def calls_of(self, name: str, side: str = "output") -> list[int]:
-        """Returns the indices of a layer's calls that have taps."""
+        """Returns the indices of those calls of a layer that have taps."""
         return self._calls.get((name, side), [])
 
     def _items(self, name: str, side: str, call: int) -> list[Item | None]:
@@ -268,7 +268,7 @@ class Taps:
     def find(
         self, layer: str | nn.Module, side: str = "output", call: Any = None, item: Item | None = None
     ) -> list[Tap]:
-        """Returns the taps with the given layer name, side, call and item; there can be several for ``call="any"``.
+        """Returns the taps with the given layer name, side, call and item, of which ``call="any"`` may select several.
 
         Raises:
             UnknownLayerError: If no tap matches; the message lists similar names.
@@ -284,7 +284,7 @@ class Taps:
         return [self._item(name, side, number, item) for number in calls]
 
     def items(self, layer: str | nn.Module, side: str, call: Any = None) -> list[Item | None]:
-        """Returns the items of the inputs or outputs of a layer, without nested items, or ``[None]`` for one tensor."""
+        """Returns the items of the inputs or outputs of a layer, without nested ones, or ``[None]`` for one tensor."""
         layer, side = self._of_model(layer, side)
         if self.site(layer, side) is not None:
             return [None]
@@ -296,12 +296,12 @@ class Taps:
         return _outer(self._items(name, side, calls[0]))
 
     def _of_model(self, layer: str | nn.Module, side: str) -> tuple[str | nn.Module, str]:
-        """Replaces the input side of the model itself with the tap ``"input"``."""
+        """Replaces the input of the model itself by the tap ``"input"``."""
         is_model = isinstance(layer, nn.Module) and side == "input" and self.name_of(layer) == "output"
         return ("input", "output") if is_model else (layer, side)
 
     def _split_item(self, name: str, side: str) -> tuple[str, Item | None]:
-        """Splits a name such as ``"lstm[0]"`` into layer and item; both can contain brackets."""
+        """Splits a name such as ``"lstm[0]"`` into layer and item, both of which may contain brackets."""
         if not name.endswith("]") or self.calls_of(name, side):
             return name, None
         for place in (place for place, sign in enumerate(name) if sign == "["):
@@ -321,7 +321,7 @@ class Taps:
         return (layer, int(number)) if colon and number.isdecimal() and not self.calls_of(name, side) else (name, None)
 
     def called(self, layer: str | nn.Module, side: str, call: Any) -> tuple[str, list[int]]:
-        """Returns the name of a layer and the indices of the calls that ``call`` selects."""
+        """Returns the name of a layer and the indices of the calls selected by ``call``."""
         site = self.site(layer, side)
         if site is not None:
             return site.name, [site.call]
@@ -339,10 +339,10 @@ class Taps:
         return name, _selected(name, calls, call)
 
     def find_sinks(self, layer: str | nn.Module, call: Any = None) -> list[int]:
-        """Returns the vertices to whose sinks ``at(layer, side="sink")`` refers.
+        """Returns the vertices whose sinks are selected by ``at(layer, side="sink")``.
 
         Raises:
-            UnknownLayerError: If the layer is not a step and therefore absorbs nothing.
+            UnknownLayerError: If the layer is not a step and therefore absorbs no relevance.
         """
         name = self.name_of(layer)
         calls = sorted(number for known, number in self._sinks if known == name)
@@ -404,17 +404,17 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items to which a layer name refers: all non-nested items, or all items if all are nested."""
+    """Returns the items to which a layer name refers: all that are not nested, or all items if all are nested."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 
 def _shown(item: Item | None, items: Sequence[Item | None]) -> str:
-    """Formats an item for a tap name, with quotes around keys that could be mistaken for a position."""
+    """Formats an item for a tap name, quoting keys that could be mistaken for a position."""
     return repr(item) if sum(str(other) == str(item) for other in items) > 1 else str(item)
 
 
 def _infer_channels(taps: Sequence[Tap], default: int) -> None:
-    """Infers unknown channel dimensions from the nearest tap of the same shape or, if there is none, the same rank."""
+    """Infers unknown channel dimensions from the nearest tap of the same shape or, if there is none, same rank."""
     known: dict[object, list[int]] = {}
     for number, tap in enumerate(taps):
         if tap.tensor_channel_dim:

@@ -1,8 +1,8 @@
 """Sites: the parts of a transformer under their common names, derived from the graph of a recording.
 
 The names of model families and layers play no role. A residual add is the sum of a tensor and a branch that depends on
-it; only the sum and the branch read the tensor. A branch that contains attention is an attention block; other branches
-are MLPs or token mixers. Site names follow TransformerLens, without ``hook_``.
+it, where only the sum and the branch read the tensor. A branch that contains attention is an attention block; other
+branches are MLPs or token mixers. Site names follow TransformerLens, without ``hook_``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .graph import Graph
 from .places import Buffer, Edge, Place
 
 SYNONYMS = {"mlp.post": "mlp.neuron", "attn.z": "attn", "cross_attn.z": "cross_attn"}
-"""Alternative names for the last part of a site name."""
+"""Alternative spellings of the end of a site name."""
 PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\.(?P<neuron>\d+)")
-"""Pattern of the names of single heads or neurons of a site."""
+"""Pattern that matches the names of single heads and neurons of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""Pattern for names of functions with weights; all layers are recorded as such if a difference is explained."""
+"""Pattern that matches functions with weights, as which all layers are recorded if a difference is explained."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
@@ -36,13 +36,12 @@ class Branch:
 
     Attributes:
         vertex: The vertex of the add.
-        stream: The tensor that the branch is added to.
+        stream: The tensor to which the branch is added.
         number: Index of the edge of the add that reads the branch.
         inner: The vertices on the paths between the add and the stream.
         attention: The vertices of attention calls in the branch.
         crossing: The attention calls whose values come from another stream.
-        skipped: The vertex that adds a parallel branch to the same stream and is included in this add; -1 if there is
-            none.
+        skipped: Vertex that adds a parallel branch to the same stream and is included in this add, or -1.
     """
 
     vertex: int
@@ -80,7 +79,7 @@ def sites(graph: Graph) -> dict[str, Place]:
 
 
 class Structure:
-    """Dependencies between the vertices of a graph, and its residual adds.
+    """Dependencies between the vertices of a graph, and the residual adds among them.
 
     Attributes:
         below: The vertices below each vertex, as bit sets.
@@ -108,18 +107,18 @@ class Structure:
         self.branches = {n: branch for n, branch in known.items() if known.keys().isdisjoint(branch.inner)}
 
     def step(self, vertex: int) -> Step | None:
-        """Returns the step of a vertex, or None for a route."""
+        """Returns the step of a vertex, or None if the vertex is a route."""
         return self.graph.vertices[vertex].step
 
     def source(self, buffer: Buffer) -> Buffer:
-        """Follows views, and other routes with a single input, back to the original tensor."""
+        """Follows views, and other routes with a single input, down to the original tensor."""
         while True:
             if not self._is_view(buffer.vertex):
                 return buffer
             (buffer,) = (edge for edge in self.graph.vertices[buffer.vertex].edges if edge is not None)
 
     def _is_view(self, number: int) -> bool:
-        """Returns whether a vertex is a view of another tensor, excluding copies of model inputs."""
+        """Returns True if a vertex is a view of another tensor that is not a copy of a model input."""
         vertex = self.graph.vertices[number]
         edges = [edge for edge in vertex.edges if edge is not None]
         if (vertex.step is not None and not _is_idle(vertex.step)) or len(edges) != 1 or len(vertex.shapes) > 1:
@@ -127,7 +126,7 @@ class Structure:
         return self.graph.vertices[edges[0].vertex].leaf is None
 
     def undivided(self, buffer: Buffer) -> Buffer:
-        """Returns the tensor that a buffer is a view or a part of."""
+        """Returns the tensor of which a buffer is a view or a part."""
         while True:
             buffer = self.source(buffer)
             vertex = self.graph.vertices[buffer.vertex]
@@ -138,11 +137,11 @@ class Structure:
             (buffer,) = vertex.edges  # type: ignore[assignment]
 
     def depends(self, vertex: int, on: int) -> bool:
-        """Returns whether a vertex is the vertex ``on`` or depends on it."""
+        """Returns True if ``vertex`` is ``on`` or depends on it."""
         return vertex == on or bool(self.below[vertex] >> on & 1)
 
     def _residual(self, number: int, known: Mapping[int, Branch]) -> Branch | None:
-        """Returns the branch that a vertex adds to a stream, or None if the vertex is not a residual add."""
+        """Returns the branch that a vertex adds to a residual stream, or None if it is not a residual add."""
         step, edges = self.step(number), self.graph.vertices[number].edges
         if step is None or step.rule not in SUMS or len(edges) != 2 or None in edges:
             return None
@@ -172,13 +171,13 @@ class Structure:
         return Branch(number, stream, edge, inner, attention, [v for v in attention if self._is_cross(v, stream)])
 
     def values(self, vertex: int) -> Edge:
-        """Returns the edge that reads the values of an attention call."""
+        """Returns the edge through which an attention call reads its values."""
         step = self.step(vertex)
         assert step is not None
         return Edge(vertex, step.attention.keys[0][0])
 
     def scores(self, vertex: int, inner: Sequence[int]) -> tuple[Edge, Edge] | None:
-        """Returns the edges that read queries and keys, in the fused function or the product below the weights.
+        """Returns the edges that read queries and keys, in the fused function or the product that yields the weights.
 
         The result is None if the vertex is not an attention call, or its weights are not computed by a product in the
         branch.
@@ -199,18 +198,18 @@ class Structure:
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:
-        """Returns whether the values of an attention call are independent of some input that the stream depends on."""
+        """Returns True if the values of an attention call are independent of some input on which the stream depends."""
         edge = self.graph.vertices[vertex].edges[self.values(vertex).number]
         return edge is not None and bool(self.inputs_of(stream.vertex) & ~self.inputs_of(edge.vertex))
 
     def inputs_of(self, vertex: int) -> int:
-        """Returns the leaves that a vertex depends on, as a bit set."""
+        """Returns the leaf vertices on which a vertex depends, as a bit set."""
         return (self.below[vertex] | 1 << vertex) & self.leaves
 
     def _is_block(self, branch: Branch) -> bool:
-        """Returns whether a branch contains attention, weights or a mixer, unlike the sums inside activation functions.
+        """Returns True if a branch contains attention, weights or a mixer, unlike the sums inside activation functions.
 
-        In addition, the stream must be read only by the add and inside its branch.
+        In addition, only the add and the vertices of its branch may read the stream.
         """
         within = self.below[branch.vertex] | 1 << branch.vertex
         if self._readers[branch.stream.vertex] & ~within:
@@ -218,7 +217,7 @@ class Structure:
         return self.is_mixer(branch.inner) or bool(self._weighted(branch))
 
     def is_linear(self, vertex: int) -> bool:
-        """Returns whether a step multiplies by weights, such as a linear layer or a convolution."""
+        """Returns True if a vertex multiplies by weights, as a linear layer or a convolution does."""
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is not None or sum(edge is not None for edge in edges) != 1:
             return False
@@ -227,7 +226,7 @@ class Structure:
         return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, vertices: Sequence[int]) -> bool:
-        """Returns whether vertices without attention mix tokens with a convolution, a scan or products of tensors."""
+        """Returns True if vertices without attention mix tokens, by a convolution, a scan or products of tensors."""
         return any(map(self._is_mixing, vertices))
 
     def _is_mixing(self, number: int) -> bool:
@@ -249,13 +248,13 @@ def _bits(number: int) -> Iterator[int]:
 
 
 def _weight_shape(step: LayerStep) -> tuple[int, ...]:
-    """Returns the weight shape of a layer; empty for layers without weights."""
+    """Returns the shape of the weight of a layer, or an empty tuple for layers without weights."""
     weight = getattr(step.layer_call.module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
 def _is_idle(step: Step) -> bool:
-    """Returns whether a step is the identity in evaluation mode."""
+    """Returns True if a step is the identity in evaluation mode."""
     return step.rule in ("dropout", "identity")
 
 
@@ -277,7 +276,7 @@ def _streams(structure: Structure) -> list[list[Block]]:
 
 
 def _previous(branch: Branch, structure: Structure) -> int | None:
-    """Returns the last residual add that a stream depends on, or None if the stream depends on further inputs."""
+    """Returns the last residual add on which a stream depends, or None if the stream depends on other inputs too."""
     start = branch.stream.vertex
     below = structure.below[start] | 1 << start
     previous = next((vertex for vertex in _bits(below) if vertex in structure.branches), None)
@@ -303,12 +302,12 @@ def _blocks(branches: Sequence[Branch], structure: Structure) -> list[Block]:
 
 
 def _is_position(branches: Sequence[Branch], structure: Structure) -> bool:
-    """Returns whether a block only adds a convolution that encodes positions."""
+    """Returns True if a block only adds a convolution that encodes positions."""
     return len(branches) == 1 and not branches[0].attention and sum(map(structure.is_linear, branches[0].inner)) == 1
 
 
 def _prefixes(streams: list[list[Block]], structure: Structure) -> Iterator[tuple[str, list[Block]]]:
-    """Yields the streams with the prefixes of their site names, such as ``"encoder."``; a single stream has none."""
+    """Yields each stream with the prefix of its site names, such as ``"encoder."``, or none for a single stream."""
     if not streams:
         return
     *others, last = sorted(streams, key=lambda blocks: -blocks[-1].branches[-1].vertex)
@@ -357,7 +356,7 @@ def _sites_of_branch(branch: Branch, kind: str, structure: Structure) -> Iterato
 
 
 def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
-    """Returns the edges of attention and MLP if both are added by one branch."""
+    """Returns the edges of attention and MLP if a single branch adds both."""
     for vertex in [branch.vertex, *branch.inner]:
         step, edges = structure.step(vertex), structure.graph.vertices[vertex].edges
         if step is None or step.rule not in SUMS or len(edges) != 2:
@@ -375,7 +374,7 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
 
 
 def _without_stream(place: Edge, branch: Branch, structure: Structure) -> Edge:
-    """Returns the edge that reads the branch itself, if an edge reads its sum with the stream."""
+    """Returns the edge that reads the branch itself, where an edge reads the sum of branch and stream."""
     while True:
         top = structure.source(structure.graph.buffer(place)).vertex
         step, edges = structure.step(top), structure.graph.vertices[top].edges
@@ -394,7 +393,7 @@ def _of_attention(name: str, vertex: int, branch: Branch, structure: Structure) 
 
 
 def _of_neurons(kind: str, inner: Sequence[int], structure: Structure) -> Iterator[tuple[str, Place]]:
-    """Yields the sites of the tensors that the last linear layers of a branch read, each tensor once."""
+    """Yields the sites of the tensors read by the last linear layers of a branch, each tensor once."""
     linear = [vertex for vertex in inner if structure.is_linear(vertex)]
     read: dict[Buffer, list[Edge]] = {}
     for vertex in reversed(linear):

@@ -1,4 +1,4 @@
-"""Module calls with stored outputs, so that these modules need not run again with the model."""
+"""Module calls whose outputs are stored, so that these modules need not run when the model is run again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..kernels.step import step_of
 from ..model.zero_one_routes import source_of
 
 WORTH = 4
-"""Smallest ratio of recorded memory to output memory at which the outputs of a call are stored."""
+"""Minimum ratio of recorded memory to output memory for the outputs of a call to be stored."""
 
 
 def size_of(tensor: Tensor) -> int:
-    """Returns the size of the entries of a tensor in bytes."""
+    """Returns the size of a tensor's elements in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -29,7 +29,7 @@ class Unit:
     Attributes:
         name: Name of the module.
         call: Index of the call.
-        first, stop: Index of the first step in the call, and of the first step after it.
+        first, stop: Index of the first step of the call, and of the first step after it.
         outputs: The output of the call, with tensors as :class:`~nrm_plugin.kernels.forward_state.Saved`.
     """
 
@@ -40,16 +40,16 @@ class Unit:
     outputs: Any
 
     def output(self, passed: Callable[[Tensor], Tensor]) -> Any:
-        """Returns the output of the call, with all tensors replaced.
+        """Returns the output of the call, with each stored tensor replaced.
 
         Args:
-            passed: Function that maps a stored tensor to the tensor that is returned in its place.
+            passed: Function that maps a stored tensor to the tensor to return in its place.
         """
         return mapped(self.outputs, lambda saved: passed(saved.tensor))
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Applies a function to the tensors, plain or saved, in a tensor or in nested tuples, lists and dictionaries."""
+    """Applies a function to each tensor, plain or saved, in nested tuples, lists and dictionaries."""
     if isinstance(value, (Tensor, Saved)):
         return change(value)
     if type(value) in (tuple, list):
@@ -58,13 +58,13 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def are_kept(output: Any, first: int, gates: Any) -> bool:
-    """Returns whether stored outputs can replace a call, because they depend only on its steps.
+    """Returns True if stored outputs can replace a call, since they depend only on the steps of the call.
 
     Gates, views of earlier tensors, and tensors without relevance have properties that their values do not determine.
 
     Args:
         output: The output of the call.
-        first: Index of the first step in the call.
+        first: Index of the first step of the call.
         gates: The gates of the forward pass.
     """
     if isinstance(output, Tensor):
@@ -79,13 +79,13 @@ def are_kept(output: Any, first: int, gates: Any) -> bool:
 
 
 def kept(tensor: Tensor) -> Saved:
-    """Saves a detached tensor, copying it if its storage is much larger than the tensor itself."""
+    """Saves a detached tensor, copied if its storage is much larger than the tensor itself."""
     own = tensor.detach()
     return Saved(own.clone() if own.untyped_storage().nbytes() > 2 * size_of(own) else own)
 
 
 def bytes_of(output: Any) -> int:
-    """Returns the total size of all tensors in an output in bytes."""
+    """Returns the total size in bytes of the tensors in an output."""
     sizes: list[int] = []
     mapped(output, lambda tensor: sizes.append(size_of(tensor)))
     return sum(sizes)
@@ -97,13 +97,13 @@ def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Ten
 
 
 def entries(tensor: Tensor) -> Tensor:
-    """Returns a copy of a few entries, at most two per dimension, for comparisons between runs."""
+    """Returns a copy of a few elements, at most two per dimension, for comparisons between runs."""
     some = tensor.detach()[tuple(slice(None, None, max(1, (size + 1) // 2)) for size in tensor.shape)]
     return some.reshape(-1).to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
 
 
 def is_container(module: nn.Module) -> bool:
-    """Returns whether a module has child modules."""
+    """Returns True if a module has child modules."""
     return any(child is not None for child in module._modules.values())
 
 
