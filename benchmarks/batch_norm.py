@@ -24,7 +24,8 @@ from zennit.rules import Epsilon
 from zennit.types import Linear
 
 from benchmarks.default_composite import Net as Samples
-from benchmarks.default_composite import draw_shapes, flip, markdown, rounded
+from benchmarks.default_composite import draw_shapes, flip, rounded
+from benchmarks.default_composite_page import markdown
 from benchmarks.train_demo import reproducible, shift, split_digits
 from nrm_plugin import FuseBatchNorm, NRMDefault, RelevanceMeasure
 from nrm_plugin.demo.model import enlarge

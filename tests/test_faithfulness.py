@@ -483,9 +483,10 @@ def test_a_net_has_the_same_results_in_another_process(monkeypatch):
         assert values == pytest.approx(there[key], abs=1e-4)
 
 
-def test_the_page_is_generated_from_the_committed_results():
+def test_the_pages_are_generated_from_the_committed_results():
     results = json.loads(RESULTS.read_text())
-    assert page.rendered(page.PAGE.read_text(), results) == page.PAGE.read_text()
+    for path in (page.PAGE, page.DETAILS):
+        assert page.rendered(path, results) == path.read_text()
     assert all(part["samples"] >= 500 for key in ("latent", "input") for part in results[key].values())
     assert results["planted"]["samples"] >= 500
     for name, net in results["input"].items():

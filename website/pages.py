@@ -113,9 +113,10 @@ NAVIGATION = {
         docs/relative docs/own-kernel docs/drop-in docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),
-    "Numbers": """docs/numbers docs/real docs/joint-relevance docs/cost docs/cost-details docs/speed
-        docs/default-composite docs/faithfulness docs/circuits docs/known-circuit docs/architectures docs/other-packages
-        docs/mutants""".split(),
+    "Numbers": """docs/numbers docs/real docs/real-details docs/joint-relevance docs/joint-relevance-details docs/cost
+        docs/cost-details docs/speed docs/speed-details docs/default-composite docs/default-composite-details
+        docs/faithfulness docs/faithfulness-details docs/circuits docs/known-circuit docs/critical-paths-details
+        docs/architectures docs/other-packages docs/mutants docs/mutants-details""".split(),
     "Reference": [f"reference/{page}" for page in REFERENCE],
     "Project": "docs/design docs/claims docs/stability docs/coverage CONTRIBUTING CHANGELOG".split(),
 }

@@ -1,4 +1,4 @@
-"""Compares joint relevance with exact path patching, and renders docs/joint-relevance.md.
+"""Compares joint relevance with exact path patching, and renders the tables and the figure of the docs.
 
 ``python -m benchmarks.path_patching`` takes about half an hour on one thread; ``--quick`` measures a few samples and
 only prints. ``--nets`` measures only these nets and leaves the results of the others unchanged. ``--render`` rewrites

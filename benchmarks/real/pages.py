@@ -1,4 +1,4 @@
-"""Tables of docs/real.md."""
+"""Tables of docs/real.md and docs/real-details.md."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ CHOSEN_ON = {"EfficientNet-Lite0": "all", "VGG16": "one"}
 OTHER_PACKAGES = ("GradCAM", "DeepLift", "IntegratedGradients", "expected gradients")
 """Prefixes of the methods of other packages. The other methods are further settings of the measure."""
 
+SHORT = {"GradCAM, signed, against the rest": "signed GradCAM", "IntegratedGradients, 20 steps": "IntegratedGradients"}
+"""Names of methods in the summary, where they differ from those in the results."""
+
 
 def real(results: Results) -> dict[str, str]:
     """Returns the tables of metrics, networks, settings that were tried, and further methods."""
@@ -31,6 +34,29 @@ def real(results: Results) -> dict[str, str]:
         "grounds": _grounds(results["grounds"]),
         "more methods": _all_metrics(results["more methods"]),
     }
+
+
+def real_summary(results: Results) -> dict[str, str]:
+    """Returns the map that is shown first and the methods of other packages, by network."""
+    lines = []
+    for net, measured in results["nets"].items():
+        first, *_ = measured["methods"]
+        foreign = _of_other_packages(measured["methods"], first)
+        places = [_place(foreign, key) for key in SHOWN]
+        cells = [f"{foreign[first]['SRG, plain']['samples']}", "no" if net in CHOSEN_ON else "yes"]
+        for key in ("SRG, plain", "own"):
+            size = foreign[first][key]["samples"]
+            means = {name: row[key]["mean"][0] for name, row in foreign.items() if row[key]["samples"] == size}
+            best = max(set(means) - {first}, key=means.__getitem__)
+            cells += [f"{means[first]:.2f}", f"{means['GradCAM']:.2f}", f"{means[best]:.2f}, {SHORT.get(best, best)}"]
+        lines.append([net, *cells, " / ".join(str(places.count(place)) for place in (1, 0, -1))])
+    columns = " | ".join(f"{metric}: {name}" for metric in ("SRG", "own") for name in ("ours", "GradCAM", "best other"))
+    return {"summary": grid(f"| network | images | held out | {columns} | better / level / worse |", lines)}
+
+
+def _of_other_packages(methods: Results, first: str) -> Results:
+    """Returns the first method and those of other packages."""
+    return {name: row for name, row in methods.items() if name == first or name.startswith(OTHER_PACKAGES)}
 
 
 def _compared(nets: Results) -> str:
@@ -66,7 +92,7 @@ def _counts(nets: Results) -> str:
     for net, measured in nets.items():
         methods = measured["methods"]
         first, *_ = methods
-        foreign = {name: row for name, row in methods.items() if name == first or name.startswith(OTHER_PACKAGES)}
+        foreign = _of_other_packages(methods, first)
         keys = [key for key in SHOWN if key in methods[first]]
         places = [_place(methods, key) for key in keys]
         behind = [_place(foreign, key) for key in keys].count(-1)

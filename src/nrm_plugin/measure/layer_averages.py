@@ -19,7 +19,7 @@ from .measure import RelevanceMeasure
 BLUR = 1 / 8
 """Standard deviation of the Gaussian blur of reference images, as a fraction of their shorter side."""
 RESOLUTIONS = 2
-"""Number of resolutions that :func:`layer_map` averages, starting from the coarsest; chosen in docs/real.md."""
+"""Number of resolutions that :func:`layer_map` averages, from the coarsest; chosen in docs/real-details.md."""
 LEAST = 4
 """Minimum number of positions along each side of a layer in :func:`layer_map`; coarser layers do not localize."""
 SAME_SHAPE = 1.5
@@ -56,7 +56,7 @@ def layer_map(
         >>> layer_map(net, torch.rand(5, 3, 16, 16), target=1).shape
         torch.Size([5, 16, 16])
 
-    Source: new in this package; compared with Grad-CAM in docs/real.md.
+    Source: new in this package; compared with Grad-CAM in docs/real-details.md.
     """
     reference = blurred(images) if reference is None else reference
     mu = RelevanceMeasure(model, images, target, against=against, reference=reference, **settings)

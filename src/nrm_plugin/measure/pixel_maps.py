@@ -14,7 +14,7 @@ from .layer_averages import late_layers
 from .measure import RelevanceMeasure
 
 LEAST_EVIDENCE = 1 / 4
-"""Minimum relevance of a position in the region, as a fraction of the maximum; chosen on digits in docs/real.md."""
+"""Minimum relevance of a position in the region, as a fraction of the maximum (docs/real-details.md)."""
 CANCELS = 2.0
 """Maximum ratio of the tap variation of the pixels to that of the late layers."""
 
@@ -54,7 +54,7 @@ def pixel_map(
         >>> pixel_map(net, torch.rand(5, 3, 16, 16), target=1, reference=torch.zeros(3, 16, 16)).shape
         torch.Size([5, 16, 16])
 
-    Source: new in this package; compared with other methods in docs/real.md.
+    Source: new in this package; compared with other methods in docs/real-details.md.
     """
     if images.ndim != 4:
         raise InputError(f"expected images (N, C, H, W), got {tuple(images.shape)}.")

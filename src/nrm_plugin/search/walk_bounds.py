@@ -2,7 +2,7 @@ r"""Upper bounds on the mass of all walks that extend a prefix, used in the sear
 
 .. math:: h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
-Source: docs/critical-paths.md.
+Source: docs/critical-paths-details.md.
 """
 
 from __future__ import annotations
