@@ -152,6 +152,7 @@ def test_a_plan_of_a_batch_in_any_layout_is_replayed(case):
     assert "recorded every time" not in plan.explain()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "live"), in_turn(sorted(LAYOUTS), range(3)))
 def test_samples_without_relevance_keep_their_rows(name, live):
     """Only one sample has relevance below the activations, so that no other sample can be told from it."""
@@ -240,6 +241,7 @@ def test_flows_and_the_captum_classes_of_a_batch_have_the_values_of_its_samples(
         torch.testing.assert_close(*(torch.tensor(values) for values in masses), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.medium
 @settings(max_examples=8, deadline=None)
 @given(nets(), st.integers(0, 2))
 def test_walks_cross_the_channels_of_a_twin_in_the_usual_layout(case, layer):
