@@ -146,8 +146,9 @@ def test_a_plan_of_a_batch_in_any_layout_is_replayed(case):
         x = torch.randn_like(x)
         mu = plan(x, TARGET)
         alone = [RelevanceMeasure(net, one[None], TARGET, composite=NRMDefault()) for one in x]
-        for name in mu.layers:
-            assert_same(mu.marginal(name), [one.marginal(name) for one in alone])
+        expected = [one.marginal(one.layers) for one in alone]
+        for name, marginal in mu.marginal(mu.layers).items():
+            assert_same(marginal, [one[name] for one in expected])
         assert_same(mu.sink("input"), [one.sink("input") for one in alone])
     assert "recorded every time" not in plan.explain()
 
@@ -167,9 +168,10 @@ def test_samples_without_relevance_keep_their_rows(name, live):
     plan = Plan(net, signs * x, composite=NRMDefault())
     for batch in (signs * x, signs.roll(1, 0) * x, x):
         alone = [RelevanceMeasure(net, one[None], TARGET, composite=NRMDefault()) for one in batch]
+        expected = [one.marginal(one.layers) for one in alone]
         for mu in (RelevanceMeasure(net, batch, TARGET, composite=NRMDefault()), plan(batch, TARGET)):
-            for tap in mu.layers:
-                assert_same(mu.marginal(tap), [one.marginal(tap) for one in alone])
+            for tap, marginal in mu.marginal(mu.layers).items():
+                assert_same(marginal, [one[tap] for one in expected])
 
 
 class Sorted(nn.Module):
