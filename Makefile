@@ -17,12 +17,12 @@ ZENNIT = $(shell .venv/bin/python -c 'from importlib.metadata import version; pr
 OTHER = $(if $(filter 0.%,$(ZENNIT)),.venv-zennit1,.venv-zennit0)
 OTHER_PYTHON = $(if $(filter .venv-zennit0,$(OTHER)),.venv/bin/python,$(PYTHON_ZENNIT1))
 
-# The test workers share the cores; further threads in each would only compete with them.
+# The test workers share the cores; further threads in each would only compete with them. Tests start many processes, so bytecode is kept.
 WORKERS ?= 2
-pytest = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(1)/bin/python -m pytest -n $(WORKERS)
+pytest = OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE= $(1)/bin/python -m pytest -n $(WORKERS)
 fast = -m "not slow and not medium" --examples 5
 # What is slow and does not depend on Zennit runs with one version of Zennit only.
-second = -m "not slow or zennit" --examples 5
+second = -m "zennit or not (slow or medium)" --examples 5
 
 define versions
 import platform; from importlib.metadata import version; \

@@ -1,4 +1,4 @@
-"""Does conservation hold for every convolutional architecture of torchvision, without code for any model?
+"""Conservation check of every convolutional architecture in torchvision, without model-specific code.
 
 ``python -m benchmarks.architectures`` measures all classification, segmentation and video models without attention,
 writes the results as JSON, and renders the tables of ``docs/architectures.md``. ``--models`` and ``--composite`` select
@@ -59,7 +59,7 @@ def listed() -> dict[str, str]:
 
 
 def has_attention(name: str) -> bool:
-    """Returns whether a model is excluded."""
+    """Returns True if a model is excluded."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in ATTENTION)
 
 
@@ -96,7 +96,7 @@ def settle(model: nn.Module, shape: tuple[int, ...]) -> None:
 
 
 def target_of(model: nn.Module, x: Tensor) -> int | tuple[int, int, int]:
-    """The largest output; for segmentation, at the centre pixel."""
+    """Returns the index of the largest output; for segmentation, at the center pixel."""
     with torch.no_grad():
         output = model(x)
     if not isinstance(output, Tensor):
@@ -207,7 +207,7 @@ def environment() -> dict[str, Any]:
 
 
 def stored(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a file by model and composite; none if it does not exist."""
+    """Returns the rows of a results file, keyed by model and composite; empty if the file does not exist."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     return {(row["model"], row["composite"]): row for row in rows}
 
@@ -224,7 +224,7 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def compact(row: dict[str, Any]) -> dict[str, Any]:
-    """Numbers with four significant digits; infinities and NaN become strings, which JSON lacks."""
+    """Rounds numbers to four significant digits; converts infinities and NaN, which JSON lacks, to strings."""
 
     def short(value: Any) -> Any:
         if not isinstance(value, float):
@@ -359,7 +359,7 @@ def render(results: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and render, or only render."""
+    """Measures the models and renders the page, or only renders it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures", description=main.__doc__)
     parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns (default: all)")
     parser.add_argument("--composite", nargs="+", default=list(COMPOSITES), choices=list(COMPOSITES))

@@ -1,4 +1,4 @@
-"""Does conservation hold for attention models, without code for any model?
+"""Conservation check of attention models, without model-specific code.
 
 ``python -m benchmarks.attention`` measures torchvision's attention models with random weights and biases, writes the
 results as JSON, and renders the first table of ``docs/attention.md``; ``--small`` skips the models at their original

@@ -24,7 +24,8 @@ from zennit.rules import Epsilon
 from zennit.types import Linear
 
 from benchmarks.default_composite import Net as Samples
-from benchmarks.default_composite import draw_shapes, flip, markdown, rounded
+from benchmarks.default_composite import draw_shapes, flip, rounded
+from benchmarks.default_composite_page import markdown
 from benchmarks.train_demo import reproducible, shift, split_digits
 from nrm_plugin import FuseBatchNorm, NRMDefault, RelevanceMeasure
 from nrm_plugin.demo.model import enlarge
@@ -51,7 +52,7 @@ Row = tuple[Tensor, list[Tensor]]
 
 
 def net(channels: int, classes: int, dense_norm: bool) -> nn.Sequential:
-    """Two convolutions with batch norm, and a dense layer with or without, for images ``(N, channels, 16, 16)``."""
+    """Returns two convolutions with batch norm and a dense layer, for images ``(N, channels, 16, 16)``."""
     parts: dict[str, nn.Module] = {
         **{"conv1": nn.Conv2d(channels, 12, 3, padding=1), "norm1": nn.BatchNorm2d(12), "relu1": nn.ReLU()},
         **{"pool1": nn.MaxPool2d(2), "conv2": nn.Conv2d(12, 24, 3, padding=1), "norm2": nn.BatchNorm2d(24)},
@@ -63,7 +64,7 @@ def net(channels: int, classes: int, dense_norm: bool) -> nn.Sequential:
 
 
 def trained(data: str, dense_norm: bool) -> Samples:
-    """Returns a net and held-out samples of a data set."""
+    """Returns a net and held-out samples of a dataset."""
     training, held_out = split_digits(0)
     digits, labels = enlarge(training.images), training.labels.long()
 
@@ -118,7 +119,7 @@ def measure(samples: Samples, composite: Composite) -> tuple[dict[str, Any], Ten
 
 @torch.no_grad()
 def lost_columns(model: nn.Sequential, images: Tensor) -> float:
-    """Share of dense neurons, over all samples, that propagate less than half of their relevance after fusion."""
+    """Returns the share of dense neurons, over all samples, that propagate less than half of their relevance."""
     below = model[: list(model._modules).index(DENSE)](images)
     dense = model.get_submodule(DENSE)
     output = dense(below)

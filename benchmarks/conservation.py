@@ -25,7 +25,7 @@ def random_biases(model: nn.Module) -> nn.Module:
 
 
 def conservation_check(mu: RelevanceMeasure) -> dict[str, Any]:
-    """Largest error of mass + sink + bypass = 1 over all taps, and the mass absorbed above the lowest tap."""
+    """Returns the largest error of mass + sink + bypass = 1 over all taps, and the mass absorbed above the lowest."""
     mu._check_fresh = lambda: None  # type: ignore[method-assign]  # the weights do not change here
     lowest = mu.layers[0]
     error, largest = largest_error(mu, mu.layers)
@@ -40,7 +40,7 @@ def conservation_check(mu: RelevanceMeasure) -> dict[str, Any]:
 
 
 def largest_error(mu: RelevanceMeasure, layers: Sequence[str]) -> tuple[float, float]:
-    """Largest error of mass + sink + bypass = 1 over some taps, relative to their variation, and largest variation."""
+    """Returns the largest error of mass + sink + bypass = 1, relative to the variation, and the largest variation."""
     error, largest = 0.0, 0.0
     for layer, mass in zip(layers, mu([at(layer) for layer in layers]), strict=True):
         variation = mu.variation(layer)

@@ -1,7 +1,7 @@
-"""Which composite should be the default? Compares candidates on four trained nets and checks untrained ones.
+"""Comparison of candidates for the default composite, on four trained nets and on untrained ones.
 
 ``python -m benchmarks.default_composite`` measures, writes the results as JSON, and renders the tables and the figure
-of ``docs/default-composite.md``; ``--render`` only renders. Training needs the digits of scikit-learn.
+of the docs; ``--render`` only renders. Training needs the digits of scikit-learn.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from zennit.layer import Sum
 from zennit.rules import Epsilon, Flat, Gamma, Norm, WSquare, ZBox
 from zennit.types import AvgPool, Convolution, Linear
 
+from benchmarks.default_composite_page import CHOSEN, FAITHFULNESS, POLICY, ZENNIT, render
 from benchmarks.train_demo import reproducible, shift, split_digits, train
 from nrm_plugin import Absolute, ConservingEpsilon, FuseBatchNorm, NRMAbsolute, NRMDefault, RelevanceMeasure
 from nrm_plugin.composites import Depthwise, Normalized
@@ -38,16 +39,12 @@ from nrm_plugin.demo.model import DigitsCNN, enlarge, load_digits, load_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/default_composite.json"
-PAGE = ROOT / "docs/default-composite.md"
-FIGURE = ROOT / "docs/images/default_composite.png"
 
-CHOSEN, POLICY = "NRMDefault", "G = 2"
 POLICIES: dict[str, dict[str, Any]] = {
     "sink": {"residual": "sink"},
     "G = 2": {"residual": "redistribute", "gain_limit": 2.0},
     "G = ∞": {"residual": "redistribute", "gain_limit": math.inf},
 }
-ZENNIT = ("EpsilonPlus", "EpsilonPlusFlat", "EpsilonGammaBox", "LRP-0", "ε 0.25 everywhere")  # under every policy
 UNTRAINED = (
     *("alexnet", "vgg11_bn", "resnet18", "densenet121", "googlenet", "squeezenet1_1", "mobilenet_v2", "mnasnet0_5"),
     *("shufflenet_v2_x0_5", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny"),
@@ -55,7 +52,6 @@ UNTRAINED = (
 CHUNK = 128  # batch size; the walk variation is computed for the first chunk only
 PATCH, AT_ONCE = 2, 4  # side of a patch; patches replaced between two forward passes
 RESAMPLES = 2000
-FAITHFULNESS = ("flip", "span", "pooled")  # reported as mean and 95% interval over samples
 
 
 # -- candidates -----------------------------------------------------------------------------------------------------
@@ -99,7 +95,7 @@ def by_contribution() -> ConservingEpsilon:
 
 
 def flat_gamma(gamma: float) -> Composite:
-    """γ on convolutions, layer-scaled ε on linear layers, Flat first, absolute shares at sums and average pooling."""
+    """Returns γ on convolutions, scaled ε on linear layers, Flat first, absolute shares at sums and pooling."""
     rules = [(Convolution, Gamma(gamma)), (nn.Linear, Epsilon(Stabilizer(epsilon=0.25, norm_scale=True)))]
     return NRMDefault(layer_map=rules, first_map=[(Convolution, Flat())])
 
@@ -169,7 +165,7 @@ def shapes_net(block: Callable[[int], list[nn.Module]], channels: int) -> nn.Seq
 
 
 def draw_shapes(count: int) -> tuple[Tensor, Tensor]:
-    """Coloured discs, squares, triangles, crosses and rings on noisy backgrounds, ``(N, 3, 16, 16)`` in [0, 1]."""
+    """Draws discs, squares, triangles, crosses and rings on noisy backgrounds, ``(N, 3, 16, 16)`` in [0, 1]."""
     axis = torch.arange(16.0)
     centre, radius = 5.5 + 4 * torch.rand(2, count, 1, 1), 4 + 1.5 * torch.rand(count, 1, 1)
     y, x = (axis[:, None] - centre[0]) / radius, (axis[None, :] - centre[1]) / radius
@@ -269,7 +265,7 @@ def measure(net: Net, composite: Composite, policy: dict[str, Any], drops: dict[
 
 
 def flip(net: Net, heat: Tensor, most_first: bool) -> Tensor:
-    """Area under the target logit while patches are replaced by the fill, in units of the mean logit, ``(N,)``.
+    """Computes the area under the target logit during patch flipping, in units of the mean logit, ``(N,)``.
 
     Args:
         net: The net and its samples.
@@ -389,7 +385,7 @@ def compare(net: Net) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Any]:
-    """Median of the sink, median and maximum of the variations, mean and interval of the faithfulness metrics."""
+    """Summarizes the sink, the variations and the faithfulness metrics over samples."""
     return {
         "sink": rounded(metrics["sink"].median()),
         **{key: [rounded(metrics[key].median()), rounded(metrics[key].max())] for key in ("variation", "walk")},
@@ -435,7 +431,7 @@ def random_net(name: str, deviation: float, batch: Tensor) -> nn.Module:
 
 
 def resamples(group: Tensor) -> Tensor:
-    """Weights of the samples in every bootstrap resample, ``(B, N)``; copies of one image share their weight."""
+    """Returns the weight of each sample in every bootstrap resample, ``(B, N)``; copies of one image share it."""
     count = int(group.max()) + 1
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
     counts = torch.zeros(RESAMPLES, count).scatter_add(1, drawn, torch.ones(RESAMPLES, count))[:, group]
@@ -455,171 +451,12 @@ def rounded(value: Tensor) -> float:
     return round(float(f"{float(value):.4g}"), 5)
 
 
-# -- page and figure ------------------------------------------------------------------------------------------------
-
-
-def render(results: dict[str, Any]) -> None:
-    """Writes the tables between the markers of the page, and the figure."""
-    text = PAGE.read_text(encoding="utf-8")
-    tables = {
-        "composites": composite_tables,
-        "policies": policy_table,
-        "paired": paired_table,
-        "untrained": untrained_table,
-    }
-    for name, table in tables.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-        before, rest = text.split(start)
-        text = before + start + "\n" + table(results) + "\n" + end + rest.split(end)[1]
-    PAGE.write_text(text, encoding="utf-8")
-    draw(results)
-
-
-def composite_tables(results: dict[str, Any]) -> str:
-    """Returns one table for each net, under the chosen policy."""
-    header = "composite|sink|tap variation, max|walk variation|flip ↓|span ↑|pooled ↑".split("|")
-    parts = []
-    for name, net in results["nets"].items():
-        rows = {(row["composite"], row["policy"]): row for row in net["rows"]}
-        lines = []
-        for composite in dict.fromkeys(row["composite"] for row in net["rows"]):
-            row = rows[composite, POLICY]
-            lines.append(
-                [
-                    f"**{composite}**" if composite == CHOSEN else composite,
-                    f"{row['sink'] + 0:.3f}",
-                    f"{row['variation'][0]:.1f}, {row['variation'][1]:.0f}",
-                    f"{row['walk'][0]:.2g}" if row["walk"][0] < 100 else f"{row['walk'][0]:.0f}",
-                    *(spread(row[key]) for key in FAITHFULNESS),
-                ]
-            )
-        parts.append(
-            f"**{name}** ({100 * net['accuracy']:.1f}% accuracy, {net['channels']} channels; "
-            f"flip in random order {net['flip_random_order'][0]:.2f})\n\n" + markdown(header, lines)
-        )
-    return "\n".join(parts)
-
-
-def policy_table(results: dict[str, Any]) -> str:
-    """Returns a table of residual policies side by side, for Zennit's composites."""
-    lines = []
-    for name, net in results["nets"].items():
-        rows = {(row["composite"], row["policy"]): row for row in net["rows"]}
-        for composite in ZENNIT:
-            by_policy = [rows[composite, policy] for policy in POLICIES]
-            lines.append(
-                [
-                    name,
-                    composite,
-                    *(
-                        " / ".join(cells)
-                        for cells in (
-                            [f"{row['sink'] + 0:.2f}" for row in by_policy],
-                            [f"{row['variation'][1]:.0f}" for row in by_policy],
-                            [f"{row['flip'][0]:.3f}" for row in by_policy],
-                            [f"{row['pooled'][0]:.3f}" for row in by_policy],
-                        )
-                    ),
-                ]
-            )
-    return markdown(["net", "composite", "sink", "tap variation, max", "flip ↓", "pooled ↑"], lines)
-
-
-def paired_table(results: dict[str, Any]) -> str:
-    """Returns a table of the chosen composite and policy against the best others under any policy."""
-    lines = []
-    for name, net in results["nets"].items():
-        for key in ("flip", "pooled"):
-            sign = 1 if key == "flip" else -1
-            others = [row for row in net["rows"] if row["composite"] != CHOSEN]
-            zennit = [row for row in others if row["composite"] in ZENNIT]
-            for kind, rows in (("Zennit's rules", zennit), ("variants", [r for r in others if r not in zennit])):
-                best = min(rows, key=lambda row: sign * row[key][0])
-                lines.append(
-                    [
-                        name,
-                        f"{key} {'↓' if key == 'flip' else '↑'}",
-                        kind,
-                        f"{best['composite']}, {best['policy']}",
-                        spread(best["chosen_minus_this"][key], "+"),
-                    ]
-                )
-    return markdown(["net", "metric", "best of", "composite", f"{CHOSEN} minus it"], lines)
-
-
-def untrained_table(results: dict[str, Any]) -> str:
-    """Returns a table of residual sink and variation at the input of every untrained net."""
-    nets = results["untrained"]
-    names = list(next(iter(nets.values())))
-    lines = [[net, *(", ".join(brief(value) for value in row[name]) for name in names)] for net, row in nets.items()]
-    return markdown(["net", *names], lines)
-
-
-def brief(value: float) -> str:
-    """Formats a value with two decimals, or in scientific notation if it is large."""
-    return f"{value:.2f}" if value < 1000 else f"{value:.0e}"
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Returns the mean and interval as a cell."""
-    mean, low, high = (f"{value:{sign}.3f}" for value in values)
-    return f"{mean} [{low}, {high}]"
-
-
-def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """Returns a table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def draw(results: dict[str, Any]) -> None:
-    """Draws the figure: rows are nets, columns are metrics, and markers are residual policies."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    columns = {
-        "flip": "flip: remaining logit, most relevant\npatches first (lower is better)",
-        "pooled": "pooled: correlation of channel mass\nwith logit drop (higher is better)",
-        "walk": "walk variation, median\n(lower is better)",
-    }
-    figure, grid = pyplot.subplots(
-        len(results["nets"]), len(columns), figsize=(11, 13), sharey=True, layout="constrained"
-    )
-    first = next(iter(results["nets"]))
-    for axes, (name, net) in zip(grid, results["nets"].items(), strict=True):
-        names = list(dict.fromkeys(row["composite"] for row in net["rows"]))
-        for axis, (key, title) in zip(axes, columns.items(), strict=True):
-            for offset, (policy, mark) in enumerate(zip(POLICIES, "s.^", strict=True)):
-                rows = [row for row in net["rows"] if row["policy"] == policy]
-                middle = [row[key][0] for row in rows]
-                ends = None if key == "walk" else [[abs(row[key][i] - row[key][0]) for row in rows] for i in (1, 2)]
-                height = [names.index(row["composite"]) + 0.25 * (offset - 1) for row in rows]
-                size = 9 if mark == "." else 4
-                axis.errorbar(middle, height, xerr=ends, fmt=mark, markersize=size, linewidth=1, label=policy)
-            axis.axhspan(names.index(CHOSEN) - 0.5, names.index(CHOSEN) + 0.5, color="0.9", zorder=0)
-            axis.set_title(title if name == first else "", fontsize=9)
-            axis.grid(axis="x", color="0.9")
-            axis.set_xscale("log" if key == "walk" else "linear")
-            if key != "walk":
-                axis.locator_params(axis="x", nbins=6)
-        axes[0].set_yticks(range(len(names)), names, fontsize=8)
-        axes[0].set_ylim(len(names) - 0.5, -0.5)
-        axes[0].set_ylabel(name)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title="residual policy")
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=90)
-    pyplot.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and render, or only render."""
+    """Measures the candidates and renders the page, or only renders it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.default_composite", description=main.__doc__)
     parser.add_argument("--samples", type=int, default=512, help="per net (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write, or to read with --render")
-    parser.add_argument("--render", action="store_true", help="only rewrite the page and the figure from the JSON")
+    parser.add_argument("--render", action="store_true", help="only rewrite the pages and the figure from the JSON")
     options = parser.parse_args(arguments)
     if not options.render:
         results = run(options.samples)

@@ -1,4 +1,4 @@
-"""Does the measure against a reference sum to one with an empty sink, at every tap of every architecture?
+"""Check that the measure against a reference sums to one with an empty sink, at every tap of every architecture.
 
 ``python -m benchmarks.differences`` measures all classification models of torchvision, further models of Hugging Face,
 and recurrent and graph networks, all with random weights, and writes the results as JSON and the table of
@@ -53,7 +53,7 @@ def of_image_model(name: str, dtype: torch.dtype) -> RelevanceMeasure:
 
 
 def target_of(run: Callable[[Any], Tensor], inputs: Any, reference: Any) -> Any:
-    """The output of each sample that differs most; a small difference of large outputs has few digits in float32."""
+    """Returns the output of each sample that differs most from that at the reference."""
     with torch.no_grad():
         difference = (run(inputs) - run(reference)).abs()
     places = torch.unravel_index(difference.flatten(1).argmax(1), difference.shape[1:])
@@ -105,7 +105,7 @@ def run(model: nn.Module, inputs: Any, output: str) -> Tensor:
 
 
 def changed(value: Tensor) -> Tensor:
-    """Ids in the opposite order, or noise."""
+    """Returns ids in reverse order, or noise."""
     if not value.is_floating_point():
         return value.flip(1)
     return torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value.dtype) / 4

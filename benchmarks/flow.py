@@ -45,7 +45,7 @@ class Works:
         self.drawn: MappedFlow | None = None
 
     def measure(self) -> RelevanceMeasure:
-        """Returns a new measure, because results are cached."""
+        """Returns a new measure because results are cached."""
         return RelevanceMeasure(self.model, self.image, TARGET, composite=NRMDefault())
 
     def plain_gradient(self) -> Any:

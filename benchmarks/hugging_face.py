@@ -1,4 +1,4 @@
-"""Does conservation hold for further models of Hugging Face, without code for any model?
+"""Conservation check of further Hugging Face models, without model-specific code.
 
 ``python -m benchmarks.hugging_face`` builds tiny random models from configurations, measures them under the default
 composite, and writes the results as JSON and the second table of ``docs/attention.md``. No weights are downloaded. It

@@ -17,7 +17,7 @@ from zennit.rules import NoMod
 
 
 def zennit_relevance(net: nn.Module, x: Tensor, target: int, rules: Composite, layers: Sequence[str]) -> list[Tensor]:
-    """Relevance from Zennit alone, recorded by hooks after those of the composite, as in Zennit's how-to."""
+    """Computes relevance by Zennit alone, recorded by hooks after those of the composite, as in Zennit's how-to."""
     seen: dict[str, Tensor] = {}
     leaf = x.clone().requires_grad_()
     with rules.context(net) as modified, ExitStack() as hooks:
@@ -44,7 +44,7 @@ def masked_relevance(
     prune: bool = False,
     at: str = "input",
 ) -> Tensor:
-    r"""Relevance at the input, or below the mask of a layer, restricted to the masked neurons of some layers.
+    r"""Computes relevance at the input, or below a masked layer, restricted to masked neurons in some layers.
 
     Concept relevance propagation (arXiv 2206.03208) zeroes the relevance of all other neurons in the backward pass.
     Pruned LRP (arXiv 2404.14271) rescales the rest to the previous total, :math:`λ = \sum_j R_j / \sum_j m_j R_j`.
@@ -86,7 +86,7 @@ def merged_by_hand(net: nn.Module) -> nn.Module:
 
 
 def densely(affine: Callable[[Tensor], Tensor], shape: Sequence[int]) -> nn.Linear:
-    """Any affine map of a sample as one dense layer, whose columns are the images of unit vectors minus the bias."""
+    """Converts an affine map to one dense layer, whose columns are the images of unit vectors minus the bias."""
     size = math.prod(shape)
     bias = affine(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
     columns = affine(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).flatten(1) - bias
@@ -193,7 +193,7 @@ def graph_walks(net: GraphNet, adjacency: Tensor, x: Tensor, target: int, gamma:
 
 
 def symbolic_query(walks: Mapping[tuple[int, ...], float], query: Callable[[set[int]], bool]) -> float:
-    """Symbolic XAI (arXiv 2408.17198): relevance of the walks with a set of nodes that satisfies a logical formula."""
+    """Computes the relevance of walks whose nodes satisfy a logical formula: Symbolic XAI (arXiv 2408.17198)."""
     return sum(mass for walk, mass in walks.items() if query(set(walk)))
 
 
@@ -234,7 +234,7 @@ class Block(nn.Module):
 
 
 class GradientBlock(Block):
-    """The same values; gradient × input is LRP, because the factors of the identity rule are constants."""
+    """The same values; gradient × input is LRP because the factors of the identity rule are constants."""
 
     def norm(self, layer: nn.Module, x: Tensor) -> Tensor:
         return x * (layer(x) / x).detach()
@@ -305,7 +305,7 @@ def input_gradient(net: nn.Module, x: Tensor, target: int) -> Tensor:
 
 
 def rollout(net: nn.TransformerEncoder, x: Tensor) -> Tensor:
-    """Attention rollout (arXiv 2005.00928): the product of ``(A + 1) / 2``, with attention averaged over heads."""
+    """Computes attention rollout (arXiv 2005.00928): the product of ``(A + 1) / 2``, with the mean over heads as A."""
     product = torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
     for layer in net.layers:
         weights = layer.self_attn(x, x, x, need_weights=True)[1]  # type: ignore[union-attr]
@@ -315,5 +315,5 @@ def rollout(net: nn.TransformerEncoder, x: Tensor) -> Tensor:
 
 
 def subspaces(activation: Tensor, relevance: Tensor, basis: Tensor) -> Tensor:
-    r"""PRCA and DRSA (arXiv 2212.14855): relevance of directions ``u``, :math:`(u^\top a)(u^\top c)`, ``c = R / a``."""
+    r"""Computes PRCA and DRSA (arXiv 2212.14855), relevance :math:`(u^\top a)(u^\top c)` of ``u``, ``c = R / a``."""
     return (activation @ basis) * ((relevance / activation) @ basis)

@@ -1,4 +1,4 @@
-"""Formatting of Markdown tables, and their places in a page."""
+"""Formatting of Markdown tables, and their insertion into pages."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def answers(mu: RelevanceMeasure) -> dict[str, Tensor]:
 
 
 def measured(limit: int | None, folder: Path) -> dict[str, Any]:
-    """One row: peaks and times in this process, and the largest difference from the whole recording in ``folder``."""
+    """Measures peaks and times in this process, and the difference from the whole recording in ``folder``."""
     torch.set_num_threads(1)
     for name, size in SIZES.items():
         setattr(decoder, name, size)
@@ -74,7 +74,7 @@ def measured(limit: int | None, folder: Path) -> dict[str, Any]:
 
 
 def formats() -> list[dict[str, Any]]:
-    """Models in short formats: errors of totals, and differences from the same weights in float64, relative to V."""
+    """Measures models in half precision: errors of totals, and differences from float64, relative to V."""
     for name, size in SIZES.items():
         setattr(decoder, name, size)
     rows = []

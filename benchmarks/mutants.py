@@ -1,8 +1,8 @@
-"""Do the tests detect errors in the core? Mutation tests of kernels, events and measure.
+"""Mutation tests of kernels, events and the measure.
 
 ``python -m benchmarks.mutants`` lets cosmic-ray run a random sample of the mutants that benchmarks/mutants.toml
-describes, and writes benchmarks/results/mutants.json and the tables of docs/mutants.md. Judgements of known survivors
-are preserved. A session that was interrupted, build/mutants.sqlite, is continued.
+describes, and writes benchmarks/results/mutants.json and the tables of docs/mutants.md and docs/mutants-details.md.
+Judgements of known survivors are preserved. A session that was interrupted, build/mutants.sqlite, is continued.
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import with_part
+from benchmarks.markdown import grid, with_part
 
 ROOT = Path(__file__).parents[1]
 CONFIG, SESSION = "benchmarks/mutants.toml", "build/mutants.sqlite"
-RESULTS, PAGE = ROOT / "benchmarks/results/mutants.json", ROOT / "docs/mutants.md"
+RESULTS = ROOT / "benchmarks/results/mutants.json"
+PAGE, DETAILS = ROOT / "docs/mutants.md", ROOT / "docs/mutants-details.md"
+SOURCE = "src/nrm_plugin/"
+JUDGEMENTS = ("equivalent", "speed", "accepted")
 LIBRARIES = ("torch", "zennit", "captum", "pytest", "hypothesis", "cosmic-ray")
 COUNTS = ("mutants", "tried", "killed", "timed out", "survived")
 Results = dict[str, Any]
 
 
 def sampled(mutants: dict[str, tuple[str, str, int]], size: int, seed: int) -> set[str]:
-    """Keys of a random sample with the same share of every module; values are module, operator and occurrence."""
+    """Returns the keys of a random sample with the same share of every module."""
     draw = random.Random(seed)
     keys = sorted(mutants, key=mutants.__getitem__)
     draw.shuffle(keys)
@@ -93,17 +98,47 @@ def results(known: Results) -> Results:
     return {"environment": environment, "commit": commit, "packages": packages, "survivors": survivors}
 
 
-def rendered(page: str, measured: Results) -> str:
-    """Returns the page with the tables of the results."""
-    lines = [f"| package | {' | '.join(COUNTS)} |", "|---" * (len(COUNTS) + 1) + "|"]
-    lines += [f"| `{name}` | {' | '.join(map(str, row.values()))} |" for name, row in measured["packages"].items()]
-    lines += ["", "| survivor | change | judgement |", "|---|---|---|"]
+def summary(measured: Results) -> str:
+    """Returns the table of the mutants of each package, with the survivors by judgement, and the score."""
+    rows = [[f"`{name}`", *_counted(measured, [name])] for name in measured["packages"]]
+    rows.append(["**all**", *_counted(measured, list(measured["packages"]))])
+    head = " | ".join(f"of these, {judgement}" for judgement in JUDGEMENTS)
+    return grid(f"| package | mutants | tried | detected | survived | {head} | score |", rows)
+
+
+def _counted(measured: Results, packages: list[str]) -> list[object]:
+    counts = Counter[str]()
+    for name in packages:
+        counts.update(measured["packages"][name])
+    judged = Counter(
+        row["judgement"].partition(":")[0] for row in measured["survivors"] if _package(row["place"]) in packages
+    )
+    detected = counts["killed"] + counts["timed out"]
+    score = detected / (counts["tried"] - judged["equivalent"])
+    shown = (judged[judgement] for judgement in JUDGEMENTS)
+    return [counts["mutants"], counts["tried"], detected, counts["survived"], *shown, f"{100 * score:.1f}%"]
+
+
+def _package(place: str) -> str:
+    """The subpackage of a survivor, which was a single module in earlier versions."""
+    return re.split(r"[./]", place.removeprefix(SOURCE))[0]
+
+
+def survivors(measured: Results) -> str:
+    """Returns the table of the survivors."""
+    rows = []
     for row in measured["survivors"]:
         change = " → ".join(f"`{row[name]}`" for name in ("before", "after")).replace("|", "\\|")
-        lines.append(f"| `{row['place'].removeprefix('src/nrm_plugin/')}` | {change} | {row['judgement']} |")
+        rows.append([f"`{row['place'].removeprefix(SOURCE)}`", change, row["judgement"]])
     libraries = ", ".join(f"{name} {value}" for name, value in measured["environment"].items())
-    lines += ["", f"Measured at commit {measured['commit']} with {libraries}."]
-    return with_part(page, "measured", "\n".join(lines))
+    place = f"Measured at commit {measured['commit']} with {libraries}."
+    return f"{grid('| survivor | change | judgement |', rows)}\n\n{place}"
+
+
+def rendered(path: Path, measured: Results) -> str:
+    """Returns one page with the tables of the results."""
+    mark, part = ("summary", summary) if path == PAGE else ("survivors", survivors)
+    return with_part(path.read_text(), mark, part(measured))
 
 
 def main() -> None:
@@ -116,7 +151,8 @@ def main() -> None:
     run("cosmic-ray", "exec", CONFIG, SESSION)
     measured = results(json.loads(RESULTS.read_text()))
     RESULTS.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(rendered(PAGE.read_text(), measured))
+    for path in (PAGE, DETAILS):
+        path.write_text(rendered(path, measured))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""docs/numbers.md: claims, measured figures, and the commands that reproduce them.
+"""docs/numbers.md: the main results, and the commands that reproduce them.
 
-``python -m benchmarks.numbers`` reads the committed results of the other benchmarks and writes the table; it does not
+``python -m benchmarks.numbers`` reads the committed results of the other benchmarks and writes the tables; it does not
 measure anything itself.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.faithfulness.metrics import verdict
 from benchmarks.faithfulness.page import compared
-from benchmarks.markdown import with_part
+from benchmarks.markdown import grid, with_part
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -26,7 +26,7 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of the table.
+    """One row of the tables.
 
     Args:
         text: The claim.
@@ -77,7 +77,7 @@ def differences(reference: str) -> Callable[[Results], str]:
 
     def figure(results: Results) -> str:
         rows = [row for row in results["rows"] if row["reference"].startswith(reference)]
-        return f"{max(row['difference'] for row in rows):.0e}, {len(rows)} row{'s' * (len(rows) > 1)}"
+        return f"{max(row['difference'] for row in rows):.0e} ({len(rows)} method{'s' * (len(rows) > 1)})"
 
     return figure
 
@@ -88,13 +88,13 @@ def violation(composite: str) -> Callable[[Results], str]:
     def figure(results: Results) -> str:
         every = results["rows"] if "rows" in results else results["recurrent"] + results["graphs"]
         rows = [row for row in every if row.get("composite", composite) == composite and "error" in row]
-        return f"{max(row.get('error_taps', row['error']) for row in rows):.0e}, {len(rows)} models"
+        return f"{max(row.get('error_taps', row['error']) for row in rows):.0e} ({len(rows)} models)"
 
     return figure
 
 
 def changed(results: Results) -> str:
-    """How many models were modified."""
+    """Returns the number of models that had to be modified."""
     measured = [row for row in results["rows"] if "is_unchanged" in row]
     models = {(row["package"], row["model"]) for row in measured}
     return f"{sum(not row['is_unchanged'] for row in measured)} of {len(models)}"
@@ -102,7 +102,9 @@ def changed(results: Results) -> str:
 
 def certified(results: Results) -> str:
     """Returns the number of walks certified to be the largest, by rule and image size."""
-    return "; ".join(f"{row['size']} pixels, {row['rule']}: {row['certified']}" for row in results["rows"])
+    return "; ".join(
+        f"{row['size']} pixels, {row['rule']}: {row['certified']} of {row['walks']}" for row in results["rows"]
+    )
 
 
 def flow_cost(results: Results) -> str:
@@ -122,7 +124,7 @@ def throughput(results: Results) -> str:
 
 
 def class_probability(method: str) -> Callable[[Results], str]:
-    """Probability of the class with a tenth to a seventh of the channels, the others set to zero, by net."""
+    """Returns the probability of the class with a tenth to a seventh of the channels retained, by net."""
 
     def figure(results: Results) -> str:
         cells = []
@@ -170,7 +172,7 @@ def verdicts(results: Results) -> str:
 
 
 def recovered(one: str, other: str) -> Callable[[Results], str]:
-    """Returns the average precision of planted edges between neighbouring layers."""
+    """Returns the average precision of planted edges between neighboring layers."""
 
     def figure(results: Results) -> str:
         methods = results["planted"]["questions"]["neighbouring layers"]["methods"]
@@ -186,77 +188,137 @@ def distance(score: str) -> Callable[[Results], str]:
     )
 
 
+def patching(results: Results) -> str:
+    """Returns the settings in which joint relevance by secants is better than the best product of scores."""
+    rows = [
+        measured["scores"]["joint, secants"]["minus best product"]
+        for net in results["nets"].values()
+        for kind in net["kinds"].values()
+        for measured in kind["references"].values()
+    ]
+    better, worse = sum(low > 0 for _, low, _ in rows), sum(high < 0 for *_, high in rows)
+    return f"better in {better}, level in {len(rows) - better - worse}, worse in {worse}"
+
+
+def leads(other: str) -> Callable[[Results], str]:
+    """Returns by how much the first map ranks patches better than another method (SRG), by net; losses are negative."""
+
+    def figure(results: Results) -> str:
+        found = ((name, net["methods"].get(other)) for name, net in results["nets"].items())
+        return "; ".join(f"{name}: {row['SRG, plain']['behind'][0]:+.2f}" for name, row in found if row)
+
+    return figure
+
+
 PLAIN = "plain gradient"
-CLAIMS = [
-    Claim("All marginals of VGG16 with EpsilonPlus: time relative to a plain gradient", "speed",
-          ratio("all marginals, EpsilonPlus", PLAIN), "speed.md"),
-    Claim("… time relative to Zennit's pass, which yields only the input map", "speed",
-          ratio("all marginals, EpsilonPlus", "zennit, EpsilonPlus"), "speed.md"),
-    Claim("All marginals of ResNet-50 with NRMDefault: time relative to a plain gradient", "speed",
-          ratio("all marginals, NRMDefault", PLAIN, "resnet50"), "speed.md"),
-    Claim("Joint relevance of all channel pairs in neighbouring layers of VGG16: time relative to a plain gradient",
-          "speed", ratio("all neighbouring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
-    Claim("64 conditional maps of VGG16: time relative to zennit-crp", "speed",
-          ratio("64 conditional maps of features.28 at the input",
-               "zennit-crp, 64 conditional maps of features.28 at the input"), "speed.md"),
-    Claim("All marginals of VGG16: peak memory relative to a plain gradient", "speed", peak, "speed.md"),
-    Claim("Largest difference from Zennit's relevance at nine layers of VGG11", "special_cases",
-          differences("zennit, VGG11"), "special-cases.md"),
-    Claim("… from Captum's methods", "special_cases", differences("captum, "), "special-cases.md"),
-    Claim("… from zennit-crp", "special_cases", differences("zennit-crp"), "special-cases.md"),
-    Claim("… from LXT", "special_cases", differences("LXT"), "special-cases.md"),
-    Claim("… from published formulas", "special_cases", differences("formula"), "special-cases.md"),
-    Claim("Largest violation of mass + sink + bypass = 1 at any tap: torchvision models without attention",
-          "architectures", violation("NRMDefault"), "architectures.md"),
-    Claim("… vision transformers", "attention", violation("NRMDefault"), "attention.md"),
-    Claim("… models of 16 other packages", "other_packages", violation("NRMDefault"), "other-packages.md"),
-    Claim("… further models of Hugging Face", "hugging_face", violation("NRMDefault"), "attention.md"),
-    Claim("… recurrent networks and layers of torch_geometric", "recurrent_and_graphs", violation("NRMDefault"),
-          "recurrent-and-graphs.md"),
-    Claim("Models of other packages that a measure modified", "other_packages", changed, "other-packages.md"),
-    Claim("Flow over five layers of VGG16 with eight groups each: time relative to the marginals of all layers", "flow",
-          flow_cost, "flow.md"),
-    Claim("Reference examples: time of zennit-crp relative to ours, for the same examples", "references", speedup,
-          "references.md"),
-    Claim("Throughput of a sweep, relative to the measure alone", "sweep", throughput, "data-sets.md"),
-    Claim("Probability of the class when few channels are retained, chosen by `select_neurons`", "selection",
-          class_probability("select_neurons (ε, z⁺)"), "critical-paths.md"),
-    Claim("… by plain LRP", "selection", class_probability("plain LRP"), "critical-paths.md"),
-    Claim("… by LayerConductance", "selection", class_probability("LayerConductance"), "critical-paths.md"),
-    Claim("Walk variation on VGG16 with random weights: relative rule", "relative", variation("relative"),
-          "relative.md"),
-    Claim("… LRP-0", "relative", variation("LRP-0"), "relative.md"),
-    Claim("How many of the hundred largest of 550 billion walks are certified within a minute", "top_walks", certified,
-          "critical-paths.md"),
-    Claim("Pixel flipping, area between the two orders: NRMDefault", "default_composite", flipping("NRMDefault"),
-          "default-composite.md"),
-    Claim("… EpsilonPlus", "default_composite", flipping("EpsilonPlus"), "default-composite.md"),
-    Claim("Mutants of kernels, events and measure that the tests detect", "mutants", mutants, "mutants.md"),
-    Claim("NRMDefault against the best other attribution method in each metric", "faithfulness", verdicts,
-          "faithfulness.md"),
-    Claim("Average precision for planted edges, NRMDefault: joint relevance vs. product of marginals",
-          "faithfulness", recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
-    Claim("… LRP-0: joint relevance vs. product of gradient × activation", "faithfulness",
-          recovered("μ(A & B), LRP-0", "gradient × activation, product"), "faithfulness.md"),
-    Claim("Distance of circuits from the network (CMD): reference measure, one backward pass", "circuits",
-          distance("reference measure"), "circuits.md"),
-    Claim("… EAP-IG, eight backward passes", "circuits", distance("EAP-IG, 8 steps"), "circuits.md"),
-    Claim("… EAP, one backward pass", "circuits", distance("EAP"), "circuits.md"),
-]  # fmt: skip
+VIOLATION = "Largest conservation error"
+TOPICS = {
+    "Agreement with other packages": [
+        Claim("Largest difference from Zennit's relevance at nine layers of VGG11", "special_cases",
+              differences("zennit, VGG11"), "special-cases.md"),
+        Claim("Largest difference from Captum's methods", "special_cases", differences("captum, "), "special-cases.md"),
+        Claim("Largest difference from zennit-crp", "special_cases", differences("zennit-crp"), "special-cases.md"),
+        Claim("Largest difference from LXT", "special_cases", differences("LXT"), "special-cases.md"),
+        Claim("Largest difference from published formulas", "special_cases", differences("formula"),
+              "special-cases.md"),
+    ],
+    "Conservation": [
+        Claim(f"{VIOLATION}: torchvision without attention", "architectures", violation("NRMDefault"),
+              "architectures.md"),
+        Claim(f"{VIOLATION}: vision transformers of torchvision", "attention", violation("NRMDefault"), "attention.md"),
+        Claim(f"{VIOLATION}: models of 16 other packages", "other_packages", violation("NRMDefault"),
+              "other-packages.md"),
+        Claim(f"{VIOLATION}: further models of Hugging Face", "hugging_face", violation("NRMDefault"), "attention.md"),
+        Claim(f"{VIOLATION}: recurrent networks and layers of torch_geometric", "recurrent_and_graphs",
+              violation("NRMDefault"), "recurrent-and-graphs.md"),
+        Claim("Models of other packages that a measure modified", "other_packages", changed, "other-packages.md"),
+    ],
+    "Speed and memory": [
+        Claim("All marginals of VGG16 with EpsilonPlus: time relative to a plain gradient", "speed",
+              ratio("all marginals, EpsilonPlus", PLAIN), "speed.md"),
+        Claim("All marginals of VGG16 with EpsilonPlus: time relative to Zennit's pass for the input map",
+              "speed", ratio("all marginals, EpsilonPlus", "zennit, EpsilonPlus"), "speed.md"),
+        Claim("All marginals of ResNet-50 with NRMDefault: time relative to a plain gradient", "speed",
+              ratio("all marginals, NRMDefault", PLAIN, "resnet50"), "speed.md"),
+        Claim("Joint relevance of all channel pairs in neighboring layers of VGG16: time relative to a plain gradient",
+              "speed", ratio("all neighbouring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
+        Claim("64 conditional maps of VGG16: time relative to zennit-crp", "speed",
+              ratio("64 conditional maps of features.28 at the input",
+                    "zennit-crp, 64 conditional maps of features.28 at the input"), "speed.md"),
+        Claim("All marginals of VGG16: peak memory relative to a plain gradient", "speed", peak, "speed.md"),
+        Claim("Flow over five layers of VGG16 with eight groups each: time relative to the marginals of all layers",
+              "flow", flow_cost, "flow.md"),
+        Claim("Reference examples: time of zennit-crp relative to ours, for the same examples", "references", speedup,
+              "references.md"),
+        Claim("Throughput of a sweep relative to that of the measure alone", "sweep", throughput, "data-sets.md"),
+    ],
+    "Faithfulness": [
+        Claim("NRMDefault compared with the best other attribution method, over 75 metrics", "faithfulness", verdicts,
+              "faithfulness.md"),
+        Claim("Average precision for planted edges, NRMDefault: joint relevance vs. product of marginals",
+              "faithfulness", recovered("μ(A & B), NRMDefault", "μ(A) μ(B), NRMDefault"), "faithfulness.md"),
+        Claim("Average precision for planted edges, LRP-0: joint relevance vs. product of gradient × activation",
+              "faithfulness", recovered("μ(A & B), LRP-0", "gradient × activation, product"), "faithfulness.md"),
+        Claim("Correlation with path patching: joint relevance by secants compared with the best product, 50 settings",
+              "path_patching", patching, "joint-relevance.md"),
+        Claim("Ranking of image patches: SRG of the map shown first minus that of GradCAM", "real", leads("GradCAM"),
+              "real.md"),
+        Claim("Ranking of image patches: SRG of the map shown first minus that of DeepLift", "real", leads("DeepLift"),
+              "real.md"),
+        Claim("Pixel flipping, area between the two orders: NRMDefault", "default_composite", flipping("NRMDefault"),
+              "default-composite.md"),
+        Claim("Pixel flipping, area between the two orders: EpsilonPlus", "default_composite", flipping("EpsilonPlus"),
+              "default-composite.md"),
+        Claim("Distance of circuits from the network (CMD, lower is better): reference measure, one backward pass",
+              "circuits", distance("reference measure"), "circuits.md"),
+        Claim("Distance of circuits from the network: EAP-IG, eight backward passes", "circuits",
+              distance("EAP-IG, 8 steps"), "circuits.md"),
+        Claim("Distance of circuits from the network: EAP, one backward pass", "circuits", distance("EAP"),
+              "circuits.md"),
+    ],
+    "Selection and search": [
+        Claim("Probability of the class when few channels are retained: `select_neurons`", "selection",
+              class_probability("select_neurons (ε, z⁺)"), "critical-paths.md"),
+        Claim("Probability of the class when few channels are retained: plain LRP", "selection",
+              class_probability("plain LRP"), "critical-paths.md"),
+        Claim("Probability of the class when few channels are retained: LayerConductance", "selection",
+              class_probability("LayerConductance"), "critical-paths.md"),
+        Claim("Largest of 550 billion walks that are certified within a minute", "top_walks", certified,
+              "critical-paths.md"),
+    ],
+    "Stability and tests": [
+        Claim("Walk variation on VGG16 with random weights (lower is better): relative rule", "relative",
+              variation("relative"), "relative.md"),
+        Claim("Walk variation on VGG16 with random weights: LRP-0", "relative", variation("LRP-0"), "relative.md"),
+        Claim("Mutants of kernels, events and measure that the tests detect", "mutants", mutants, "mutants.md"),
+    ],
+}  # fmt: skip
+CLAIMS = [claim for claims in TOPICS.values() for claim in claims]
 
 
 def rendered(page: str) -> str:
-    """Returns the page with the table of the committed results."""
+    """Returns the page with the tables of the committed results."""
     results = {claim.source: json.loads((RESULTS / f"{claim.source}.json").read_text()) for claim in CLAIMS}
-    lines = ["| claim | measured | reproduce with | page |", "|---|---|---|---|"]
-    for claim in CLAIMS:
-        figure = claim.figure(results[claim.source])
-        lines.append(f"| {claim.text} | {figure} | `{claim.command}` | [{claim.page[:-3]}]({claim.page}) |")
-    lines += ["", "Software and hardware of each results file:", ""]
+    lines = []
+    for topic, claims in TOPICS.items():
+        rows = [
+            [claim.text, claim.figure(results[claim.source]), title(claim.page), f"`{claim.command}`"]
+            for claim in claims
+        ]
+        lines += [f"## {topic}", "", grid("| result | measured | page | reproduce with |", rows), ""]
+    text = with_part(page, "measured", "\n".join(lines).rstrip())
+    places: dict[str, list[str]] = {}
     for source, stored in results.items():
-        place = ", ".join(f"{name} {value}" for name, value in stored["environment"].items())
-        lines.append(f"- `{source}.json`: {place}")
-    return with_part(page, "measured", "\n".join(lines))
+        if "environment" in stored:
+            place = ", ".join(f"{name} {value}" for name, value in stored["environment"].items())
+            places.setdefault(place, []).append(f"`{source}.json`")
+    return with_part(text, "software", "\n".join(f"- {', '.join(files)}: {place}" for place, files in places.items()))
+
+
+def title(page: str) -> str:
+    """Returns a link to a page, with its title."""
+    first = (ROOT / "docs" / page).read_text().partition("\n")[0]
+    return f"[{first.removeprefix('# ')}]({page})"
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ Case = tuple[Callable[[], nn.Module], list[tuple[int, ...]], Any]
 def cases(
     names: str, build: Callable[[str], nn.Module], *shapes: tuple[int, ...], output: Any = None
 ) -> dict[str, Case]:
-    """One case for each name, with the same builder."""
+    """Returns one case for each name, with the same builder."""
     return {name: (lambda name=name: build(name), list(shapes), output) for name in names.split()}  # type: ignore[misc]
 
 
 def attributes(
     module: str, names: str, *shapes: tuple[int, ...], output: Any = None, **options: Any
 ) -> dict[str, Case]:
-    """One case for each class or function of a module."""
+    """Returns one case for each class or function of a module."""
     return cases(names, lambda name: getattr(importlib.import_module(module), name)(**options), *shapes, output=output)
 
 

@@ -1,4 +1,4 @@
-"""Does conservation hold for convolutional models of other packages, without code for any model?
+"""Conservation check of convolutional models from other packages, without model-specific code.
 
 ``python -m benchmarks.other_packages`` measures every model of ``other_models.py`` with an installed package, writes
 the results as JSON, and renders the tables of ``docs/other-packages.md``. ``--packages`` and ``--models`` select a
@@ -66,7 +66,7 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def draw_zeros(model: nn.Module) -> None:
-    """Redraws layers with zero-initialized weights, because their output does not depend on the input."""
+    """Redraws layers with zero-initialized weights because their output does not depend on the input."""
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.ndim > 1 and not bool(weight.any()):
@@ -101,7 +101,7 @@ def chosen(returned: Any, output: Any) -> Tensor:
 
 
 def target_of(scores: Tensor) -> Any:
-    """Returns the largest channel, at the centre of all other dimensions."""
+    """Returns the largest channel, at the center of all other dimensions."""
     if scores.ndim == 1:
         return None
     middle = [size // 2 for size in scores.shape[2:]]
@@ -200,7 +200,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 def stored(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The rows of a file by package, model and composite; none if it does not exist."""
+    """Returns the rows of a file, keyed by package, model and composite; empty if the file does not exist."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     return {(row["package"], row["model"], row["composite"]): row for row in rows}
 
@@ -306,7 +306,7 @@ def print_row(row: dict[str, Any], old: dict[str, Any] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and render, or only render."""
+    """Measures the models and renders the page, or only renders it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.other_packages", description=main.__doc__)
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES), choices=list(PACKAGES))
     parser.add_argument("--models", nargs="+", default=["*"], help="names or patterns (default: all)")

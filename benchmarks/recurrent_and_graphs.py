@@ -1,4 +1,4 @@
-"""Does conservation hold for recurrent layers and layers of torch_geometric?
+"""Conservation check of recurrent layers and of layers from torch_geometric.
 
 ``python -m benchmarks.recurrent_and_graphs`` measures random networks under the default composite, and writes the
 results as JSON and the tables of ``docs/recurrent-and-graphs.md``. It needs torch_geometric, which

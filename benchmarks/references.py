@@ -44,13 +44,13 @@ TIE = 1e-4
 
 
 def digits() -> tuple[nn.Module, TensorDataset, list[str], int]:
-    """The embedded net and its held-out digits; all convolutions and all linear layers except the last."""
+    """Returns the embedded net with its held-out digits, and all convolutions and linear layers except the last."""
     layers = [*(f"features.{number}" for number in (0, 2, 5, 7, 10, 12)), "classifier.0"]
     return load_model(), TensorDataset(*load_digits()), layers, 32
 
 
 def vgg16(samples: int = 8, size: int = 224) -> tuple[nn.Module, TensorDataset, list[str], int]:
-    """VGG16 with random weights and noise for images of 4 classes; all convolutions."""
+    """Returns VGG16 with random weights, noise for images of 4 classes, and all convolutions."""
     torch.manual_seed(0)
     net = torchvision.models.vgg16(weights=None).eval()
     data = TensorDataset(torch.randn(samples, 3, size, size), torch.arange(samples) % 4)
@@ -78,7 +78,7 @@ def theirs(net: nn.Module, data: TensorDataset, layers: list[str], batch: int, f
 
 
 def compared(references: FoundReferences, other: Any, layers: list[str], classes: int) -> dict[str, float]:
-    """Largest difference of values over all layers, criteria and classes; checks that samples without ties are equal.
+    """Returns the largest difference over all layers, criteria and classes; samples without ties must be equal.
 
     Raises:
         AssertionError: The references differ.
@@ -107,7 +107,7 @@ def compared(references: FoundReferences, other: Any, layers: list[str], classes
 
 
 def _alone(values: Tensor, tie: Tensor) -> Tensor:
-    """Ranks that are not tied with a neighbour; the last rank may be tied with a sample that is not in the list."""
+    """Returns a mask of the ranks that are not tied with a neighbor or, possibly, with a sample below the list."""
     gap = values.diff(dim=1).abs() > tie
     yes = torch.ones_like(gap[:, :1])
     last = yes if values.shape[1] < STORED else torch.zeros_like(yes)

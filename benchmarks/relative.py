@@ -40,7 +40,7 @@ RULES = {
 
 
 def composite(name: str) -> Normalized:
-    """A rule on all layers with weights; absorbed relevance is accounted for, and no column sum is increased."""
+    """Returns a composite that applies one rule to all layers with weights, without redistribution."""
     if RULES[name] is None:
         return NRMRelative()
     rules = [(Activation, Pass()), (BatchNorm, Pass()), (AvgPool, Norm()), (Linear, RULES[name]())]
@@ -79,7 +79,7 @@ def trained(x: Tensor, y: Tensor) -> nn.Module:
 
 
 def large(name: str) -> nn.Module:
-    """A net of torchvision with random weights; hidden dense layers have width 256, statistics are of one batch."""
+    """Returns a torchvision net with random weights, narrow dense layers, and the statistics of one batch."""
     torch.manual_seed(0)
     net = getattr(torchvision.models, name)(weights=None, num_classes=10)
     if name.startswith("vgg"):
@@ -104,7 +104,7 @@ def without_biases(net: nn.Module) -> nn.Module:
 
 
 def heat(net: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
-    """Relevance of the inputs given survival, so that each sample sums to 1; without the condition if it cancels."""
+    """Computes input relevance given survival, which sums to 1; without the condition if it cancels."""
     mu = RelevanceMeasure(net, x, y, composite=composite(name))
     try:
         return mu.marginal("input", given=~ABSORBED, min_ratio=0)
@@ -118,7 +118,7 @@ def walk_variation(net: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
 
 
 def pixel_flipping(net: nn.Module, x: Tensor, y: Tensor, relevance: Tensor) -> float:
-    """Mean probability of the class while pixels are set to zero, the most relevant first; lower is better."""
+    """Returns the mean probability of the class during pixel flipping, most relevant first; lower is better."""
     order = relevance.flatten(1).argsort(1, descending=True)
     flat, total = x.flatten(1).clone(), []
     with torch.no_grad():
@@ -130,7 +130,7 @@ def pixel_flipping(net: nn.Module, x: Tensor, y: Tensor, relevance: Tensor) -> f
 
 
 def tiny(net: nn.Module, x: Tensor, y: Tensor, name: str) -> dict[str, float | bool]:
-    """Whether the map is finite at activations of 1e-30, and its difference from the map at the original scale."""
+    """Checks that the map is finite at activations of 1e-30, and compares it with the original scale."""
     twin = without_biases(net)
     full, small = heat(twin, x, y, name), heat(twin, x * 1e-30, y, name)
     error = float((small - full).norm() / full.norm())

@@ -1,4 +1,4 @@
-"""Repeating a benchmark of many models: which rows are still to be measured, and which figures changed.
+"""Repetition of a benchmark of many models: selects the rows to measure, and reports the figures that change.
 
 Every row has the time of its measurement. ``--before TIME`` measures only rows that are missing or older, smallest
 models first, and rows are stored one by one, so that an interrupted run continues where it stopped.
@@ -18,7 +18,7 @@ ROUNDING = 1e-3
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    """The option ``--before``."""
+    """Adds the option ``--before``."""
     parser.add_argument(
         "--before",
         metavar="TIME",
@@ -29,22 +29,22 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def moment(text: str) -> str:
-    """A day or a time in the format in which rows store theirs, which sorts by time."""
+    """Parses a day or time, in the format of stored rows, which sorts by time."""
     return datetime.datetime.fromisoformat(text).isoformat(timespec="minutes")
 
 
 def dated(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the current time (UTC)."""
+    """Returns the row with the current time (UTC)."""
     return {**row, "date": datetime.datetime.now(datetime.UTC).replace(tzinfo=None).isoformat(timespec="minutes")}
 
 
 def is_due(row: dict[str, Any] | None, before: str | None) -> bool:
-    """Whether a row is to be measured: always without ``before``, else if it is missing or older; no date is older."""
+    """Returns True if a row is to be measured: always without ``before``, else if it is missing or older."""
     return before is None or row is None or row.get("date", "") < before
 
 
 def by_size(names: Iterable[str], rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The models by their stored number of parameters; models without a row come last."""
+    """Sorts models by their stored number of parameters; models without a row come last."""
     sizes = {row["model"]: row["parameters"] for row in rows if "parameters" in row}
     return sorted(names, key=lambda name: (name not in sizes, sizes.get(name, 0)))
 
@@ -58,7 +58,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def changes(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
-    """The figures of a row that are not those of the stored one, as ``key: old → new``.
+    """Returns the figures of a row that differ from the stored ones, as ``key: old → new``.
 
     Numbers may differ by rounding. Names of taps where a figure is attained are compared only if the figure changed.
     """
@@ -73,7 +73,7 @@ def changes(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a stored value is a number; infinities and NaN are stored as text."""
+    """Returns True for a stored number; infinities and NaN are stored as text."""
     return (isinstance(value, int | float) and not isinstance(value, bool)) or value in ("inf", "-inf", "nan")
 
 

@@ -68,7 +68,7 @@ def ranked(scores: Tensor, counts: list[int]) -> Tensor:
 
 
 def rankings(model: nn.Module, images: Tensor, labels: Tensor, layers: list[str]) -> dict[str, tuple[Tensor, float]]:
-    """Ranking and seconds of every method."""
+    """Returns the ranking by every method, and its time in seconds."""
     values = activations(model, images, layers)
     counts = [values[layer].shape[1] for layer in layers]
     by_method: dict[str, tuple[Tensor, float]] = {}

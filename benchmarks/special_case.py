@@ -49,11 +49,11 @@ class Row:
 
     @property
     def is_available(self) -> bool:
-        """Whether the package is installed."""
+        """True if the package is installed."""
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def difference(self) -> float:
-        """Largest difference of an entry from the known method, in units of the largest entry of the tensor."""
+        """Returns the largest absolute difference from the known method, relative to the largest entry."""
         with kernels_restored(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             names, expected = self.make()
@@ -137,5 +137,5 @@ def plain_relu() -> nn.Sequential:
 
 
 def epsilon_everywhere(epsilon: float = TINY) -> LayerMapComposite:
-    """LRP-ε on layers and pooling, the identity on activations."""
+    """Returns LRP-ε on layers and pooling, with the identity on activations."""
     return LayerMapComposite([(Activation, Pass()), (AvgPool, Norm(epsilon)), (Linear, Epsilon(epsilon))])

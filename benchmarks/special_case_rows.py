@@ -37,7 +37,7 @@ LAYERS = ["input", *(f"features.{number}" for number in (0, 3, 6, 8, 11, 13, 16,
 
 
 def zennit(name: str) -> Row:
-    """LRP with one of Zennit's composites, at every convolution."""
+    """Returns the row of LRP with one of Zennit's composites, at every convolution."""
 
     def make() -> Made:
         arguments = {"low": -3.0, "high": 3.0} if "box" in name else {}
@@ -213,7 +213,7 @@ def relative() -> Made:
 
 
 def leaky() -> Made:
-    """LRP-ε with a large ε, with explicit matrices."""
+    """Returns the case of LRP-ε with a large ε; expected values are computed from explicit matrices."""
     net, x = plain_relu(), draw(1, 6)
     weights = [module.weight.detach() for module in net if isinstance(module, nn.Linear)]
     kernels, a = [], x[0]
@@ -238,7 +238,7 @@ def merged() -> Made:
 
 
 def merged_everywhere() -> Made:
-    """Norms before and after layers, one before a ReLU; the reference uses dense layers with explicit borders."""
+    """Returns the case of norms before and after layers; expected values use dense layers with explicit borders."""
     norms = [nn.BatchNorm2d(2), nn.BatchNorm2d(3), nn.BatchNorm1d(7), nn.BatchNorm1d(7)]
     for norm in norms:
         draw_statistics(norm)

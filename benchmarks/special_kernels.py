@@ -27,7 +27,7 @@ class FixedAttention(Kernel):
 
 
 def fixed_attention(call: Any) -> Kernel:
-    """The function to register."""
+    """Kernel function to register."""
     q, k, v = call.values
     return FixedAttention((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1), v)
 
@@ -48,7 +48,7 @@ class MeanAttention(Kernel):
 
 
 def mean_attention(call: Any) -> Kernel:
-    """The function to register."""
+    """Kernel function to register."""
     q, k, _ = call.values
     return MeanAttention((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1))
 

@@ -37,12 +37,23 @@ from zennit.composites import EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat
 from zennit.core import Composite
 
 from benchmarks.decoder import WIDTH, Decoder
-from benchmarks.markdown import with_part
+from benchmarks.speed_page import (
+    BARE,
+    BETWEEN,
+    CONDITIONS,
+    CRP_PAIRS,
+    GIVEN,
+    JOINTS,
+    MAPS,
+    PLAIN,
+    TOKENS,
+    ratios,
+    render,
+)
 from nrm_plugin import Normalized, NRMDefault, RelevanceMeasure, at
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/speed.json"
-PAGE = ROOT / "docs/speed.md"
 COMPOSITES: dict[str, Callable[[], Composite]] = {
     "EpsilonPlus": EpsilonPlus,
     "EpsilonPlusFlat": EpsilonPlusFlat,
@@ -51,41 +62,13 @@ COMPOSITES: dict[str, Callable[[], Composite]] = {
 }
 TARGET = 3
 CONVOLUTIONS = [f"features.{number}" for number in (28, 26, 24, 21, 19, 17, 14, 12, 10, 7, 5, 2, 0)]
-CONDITIONS, SAMPLE = 64, 8
-TOKENS = 512
+SAMPLE = 8
 SHORT = 96
 """Height and width of the image for the comparison of reduced precision on a CPU."""
 RETAINING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 """Freed memory is returned to the system immediately, so that a peak contains no unused memory."""
-
-PLAIN = "plain gradient"
-JOINTS = "all neighbouring channel pairs"
-MAPS = f"{CONDITIONS} conditional maps of features.28 at the input"
-BETWEEN = f"{CONDITIONS} conditions at features.26, map at features.19"
-BARE = f"{CONDITIONS} plain partial gradients from features.28"
-GIVEN = "μ(features.14[3] given j), every neuron j above"
-CRP_PAIRS = "zennit-crp, all neighbouring channel pairs"
-
-Targets = list[tuple[str, str, str, float]]
-"""``(model, computation, reference, upper bound)``."""
-TARGETS: Targets = [
-    *(("vgg16", f"all marginals, {name}", PLAIN, 1.6) for name in ("EpsilonPlus", "EpsilonPlusFlat")),
-    *(("vgg16", f"all marginals, {name}", f"zennit, {name}", 0.5) for name in ("EpsilonPlus", "EpsilonPlusFlat")),
-    *(("vgg16", f"all marginals, {name}", PLAIN, 2.2) for name in ("EpsilonGammaBox", "NRMDefault")),
-    ("vgg16", "all marginals, EpsilonGammaBox", "zennit, EpsilonGammaBox", 0.4),
-    ("vgg16", "all marginals, NRMDefault", "zennit, EpsilonGammaBox", 0.4),
-    *(("vit_b_16", f"all marginals, {name}", PLAIN, 2.0) for name in ("EpsilonPlus", "NRMDefault")),
-    *(("decoder", f"all marginals, {name}", PLAIN, 2.5) for name in ("EpsilonPlus", "NRMDefault")),
-    *(("resnet50", f"all marginals, {name}", PLAIN, 2.0) for name in ("EpsilonPlus", "NRMDefault")),
-    ("vgg16", f"{JOINTS}, EpsilonPlus", PLAIN, 2.3),
-    ("vgg16", f"{JOINTS}, EpsilonPlus", CRP_PAIRS, 1e-3),
-    ("vgg16", MAPS, f"zennit-crp, {MAPS}", 0.25),
-    ("vgg16", MAPS, BARE, 2.0),
-    ("vgg16", BETWEEN, f"zennit-crp, {BETWEEN}", 0.05),
-    ("vgg16", GIVEN, "repeated marginal query, EpsilonPlusFlat", 1.0),
-]
 
 
 def build(name: str) -> nn.Module:
@@ -176,7 +159,7 @@ Work = dict[str, Callable[[], object]]
 
 
 def marginals_work(net: nn.Module, x: Tensor, is_vgg: bool) -> Work:
-    """The plain gradient, all marginals, and the same with Zennit."""
+    """Returns the timed computations: a plain gradient, all marginals, Zennit's relevance, and Captum's LRP."""
     work: Work = {PLAIN: lambda: plain_gradient(net, x)}
     for name, make in COMPOSITES.items():
         if name in ("EpsilonPlus", "NRMDefault") or is_vgg:
@@ -193,7 +176,7 @@ def marginals_work(net: nn.Module, x: Tensor, is_vgg: bool) -> Work:
 
 
 def queries_work(net: nn.Module, x: Tensor) -> tuple[Work, dict[str, float]]:
-    """Joints and conditionals on VGG16; and the factors to extrapolate computations timed on a sample."""
+    """Returns joints and conditionals on VGG16, and factors to extrapolate computations timed on a sample."""
 
     def joints(composite: Composite) -> object:
         mu = RelevanceMeasure(net, x, TARGET, composite=composite)
@@ -329,7 +312,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these models")
     parser.add_argument("--quick", action="store_true", help="marginals only, one thread")
     parser.add_argument("--one-thread", action="store_true", help="skip the runs with all threads")
-    parser.add_argument("--render", action="store_true", help="only write the tables of docs/speed.md")
+    parser.add_argument("--render", action="store_true", help="only write the tables of the docs")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "THREADS", "QUERIES"), help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -371,76 +354,6 @@ def main() -> None:
     args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if args.out == RESULTS:
         render(results)
-
-
-def render(results: dict[str, Any]) -> None:
-    """Writes the tables of the page."""
-    runs, peaks = results["runs"], results["peak memory of vgg16 in MiB"]
-    headers = [f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['allocator']}" for run in runs]
-    columns = list(dict.fromkeys(headers))
-    rows: dict[tuple[str, str, str, float], dict[str, float]] = {}
-    for run, header in zip(runs, headers, strict=True):
-        for work, reference, value, most in ratios(run):
-            rows.setdefault((run["model"], work, reference, most), {})[header] = value
-    lines = [
-        "| net | computation | relative to | target | " + " | ".join(columns) + " |",
-        "|" + "---|" * (4 + len(columns)),
-    ]
-    for (model, work, reference, most), values in rows.items():
-        cells = [_cell(values.get(column), most) for column in columns]
-        lines.append(f"| {model} | {work} | {reference} | {most:.3g} | " + " | ".join(cells) + " |")
-    first = runs[0]
-    lines += ["", "Agreement with other packages on one thread, checked before timing: largest relative difference "]
-    lines[-1] += ", ".join(f"{value:.0e} to {name}" for name, value in first["differences"].items()) + "."
-    lines += [
-        "",
-        "| reduced precision | conservation error / V | heat map, relative difference from float32 |",
-        "|---|---|---|",
-    ]
-    for run in {run["model"]: run for run in reversed(runs)}.values():
-        for name, errors in run["reduced precision"].items():
-            lines.append(f"| {run['model']}, {name} | {errors['error / V']:.1e} | {errors['heat map']:.1e} |")
-    lines += [
-        "",
-        "| time with layers in bfloat16, × float32 | " + " | ".join(columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    factors_of: dict[str, dict[str, str]] = {}
-    for run, header in zip(runs, headers, strict=True):
-        for work in run["seconds"]:
-            if f"{work}, bfloat16" in run["seconds"]:
-                factor = run["seconds"][f"{work}, bfloat16"] / run["seconds"][work]
-                factors_of.setdefault(f"{run['model']}, {work}", {})[header] = f"{factor:.2f}"
-    for name, factors in factors_of.items():
-        lines.append(f"| {name} | " + " | ".join(factors.get(column, "") for column in columns) + " |")
-    above = {name: value - peaks["nothing"] for name, value in peaks.items() if name != "nothing"}
-    lines += ["", "| peak memory in addition to the net, VGG16 | MiB | × plain gradient (target 2) |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.0f} | {value / above['plain']:.2f} |" for name, value in above.items()]
-    place = results["environment"]
-    lines += [
-        "",
-        f"Python {place['python']}, torch {place['torch']}, zennit {place['zennit']}, captum {place['captum']}, "
-        f"{place['cores']} cores of {place['processor']}, images of {results['size']} × {results['size']} pixels, "
-        f"{TOKENS} tokens, float32. ✗: target missed. zennit-crp was timed on a sample of conditions and "
-        "extrapolated linearly.",
-    ]
-    PAGE.write_text(with_part(PAGE.read_text(), "measured", "\n".join(lines)))
-
-
-def _cell(value: float | None, most: float) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if value <= most else f"{value:.3g} ✗"
-
-
-def ratios(run: dict[str, Any]) -> list[tuple[str, str, float, float]]:
-    """Returns the ``(computation, reference, measured, target)`` of one run."""
-    seconds = run["seconds"]
-    return [
-        (work, reference, seconds[work] / seconds[reference], most)
-        for model, work, reference, most in TARGETS
-        if model == run["model"] and work in seconds and reference in seconds
-    ]
 
 
 def report(run: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circuits.pages import circuits, known_circuit
+from benchmarks.critical_paths_page import selection, selection_summary, top_walks, top_walks_summary
 from benchmarks.markdown import grid, small, with_bounds, with_part
-from benchmarks.path_patching.pages import path_patching
-from benchmarks.real.pages import real
+from benchmarks.path_patching.pages import path_patching, path_patching_summary
+from benchmarks.real.pages import real, real_summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -70,58 +71,6 @@ def relative(results: Results) -> dict[str, str]:
             first = "" if number else shown.get(net, net)
             rows.append([first, rules.get(rule, rule), size.replace("e+", "e"), flipping, f"{row['error']:.2g}"])
     return {"measured": grid("| net | rule | largest walk variation | pixel flipping | difference at 1e-30 |", rows)}
-
-
-def top_walks(results: Results) -> dict[str, str]:
-    """Returns the table that compares the search with a greedy graph."""
-    head = (
-        "| pixels, rule | certified | largest | 100th | missed ≤ | mass of the 100 | greedy: mass "
-        "| greedy walks ≥ our 100th | seconds, greedy |"
-    )
-    rows = [
-        (
-            f"{row['size']}, {row['rule']}", f"{row['certified']} of {row['walks']}", f"{row['largest']:.3g}",
-            f"{row['smallest']:.3g}", f"{row['missed']:.2g}", f"{row['mass']:.3g}", f"{row['greedy_mass']:.3g}",
-            row["greedy_among_ours"], f"{row['seconds']:.0f}, {row['greedy_seconds']:.0f}",
-        )
-        for row in results["rows"]
-    ]  # fmt: skip
-    return {"walks": grid(head, rows)}
-
-
-SHOWN = {
-    "digits_vgg": [(21, "zero"), (31, "zero"), (42, "zero"), (62, "zero"), (104, "mean"), (156, "resample")],
-    "digits_cnn": [
-        (8, "zero"), (11, "zero"), (15, "zero"), (23, "zero"), (38, "zero"), (38, "mean"), (57, "resample"),
-    ],
-}  # fmt: skip
-METHODS = {
-    "select_neurons (ε, z⁺)": "`select_neurons` (ε, z⁺)",
-    "marginal (ε, z⁺)": "marginal (ε, z⁺)",
-    "plain LRP": "plain LRP (EpsilonPlus)",
-    "LayerConductance": "Captum's LayerConductance",
-    "select_neurons (absolute)": "`select_neurons` (absolute)",
-    "marginal (absolute)": "marginal (absolute)",
-    "activation": "activation",
-    "chance": "chance",
-}
-
-
-def selection(results: Results) -> dict[str, str]:
-    """Probability of the class by number of channels retained, by net."""
-    tables = {}
-    for net in results["nets"]:
-        rows = {(row["method"], row["kept"], row["fill"]): row for row in net["rows"]}
-        places, cells = SHOWN[net["net"]], []
-        for method, name in METHODS.items():
-            of_method = [rows[method, *place] for place in places]
-            shown = ["{:.2f} ({:.2f}–{:.2f})".format(*row["probability"]) for row in of_method]
-            cells.append([name, *shown, f"{of_method[0]['seconds']:.1f}"])
-        columns = " | ".join(f"{kept}, {fill}" for kept, fill in places)
-        tables[net["net"]] = grid(
-            f"| channels retained (of {sum(net['channels'])}), ablation | {columns} | seconds |", cells
-        )
-    return tables
 
 
 def flow(results: Results) -> dict[str, str]:
@@ -356,7 +305,9 @@ def text_heads(results: Results) -> dict[str, str]:
     return {"heads": grid(f"| % | {' | '.join(results['words'])} | sum |", rows)}
 
 
-PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
+Tables = dict[str, tuple[str, Callable[[Results], dict[str, str]]]]
+
+PAGES: Tables = {
     "attention": ("attention.md", attention),
     "hugging_face": ("attention.md", hugging_face),
     "recurrent_and_graphs": ("recurrent-and-graphs.md", recurrent_and_graphs),
@@ -364,18 +315,27 @@ PAGES: dict[str, tuple[str, Callable[[Results], dict[str, str]]]] = {
     "circuits": ("circuits.md", circuits),
     "known_circuit": ("known-circuit.md", known_circuit),
     "differences": ("differences.md", differences),
-    "path_patching": ("joint-relevance.md", path_patching),
-    "real": ("real.md", real),
+    "path_patching": ("joint-relevance-details.md", path_patching),
+    "real": ("real-details.md", real),
     "flow": ("flow.md", flow),
     "groups": ("groups.md", groups),
-    "top_walks": ("critical-paths.md", top_walks),
-    "selection": ("critical-paths.md", selection),
+    "top_walks": ("critical-paths-details.md", top_walks),
+    "selection": ("critical-paths-details.md", selection),
     "sweep": ("data-sets.md", sweep),
     "memory": ("memory.md", memory),
     "real_text": ("text.md", real_text),
     "text_heads": ("text.md", text_heads),
     "real_decoders": ("text.md", real_decoders),
 }
+
+
+SUMMARIES: Tables = {
+    "path_patching": ("joint-relevance.md", path_patching_summary),
+    "real": ("real.md", real_summary),
+    "top_walks": ("critical-paths.md", top_walks_summary),
+    "selection": ("critical-paths.md", selection_summary),
+}
+"""Pages with a summary of results whose tables are on a page of details."""
 
 
 def stored(source: str) -> Results:
@@ -385,18 +345,20 @@ def stored(source: str) -> Results:
     return results
 
 
-def rendered(source: str, page: str) -> str:
+def rendered(source: str, page: str, pages: Tables = PAGES) -> str:
     """Returns the page with the tables of the committed results."""
     results = json.loads((RESULTS / f"{source}.json").read_text())
-    for mark, table in PAGES[source][1](results).items():
+    for mark, table in pages[source][1](results).items():
         page = with_part(page, mark, table)
     return page
 
 
 def write(source: str) -> None:
     """Writes the tables of one results file."""
-    page = ROOT / "docs" / PAGES[source][0]
-    page.write_text(rendered(source, page.read_text()))
+    for pages in (PAGES, SUMMARIES):
+        if source in pages:
+            page = ROOT / "docs" / pages[source][0]
+            page.write_text(rendered(source, page.read_text(), pages))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Digits(NamedTuple):
 
 
 def split_digits(seed: int) -> tuple[Digits, Digits]:
-    """Training and held-out part of scikit-learn's digits, drawn by ``seed``.
+    """Splits scikit-learn's digits into a training and a held-out part, drawn by ``seed``.
 
     Both parts contain the same writers, so the held-out accuracy does not measure generalization to new writers.
 
@@ -49,7 +49,7 @@ def split_digits(seed: int) -> tuple[Digits, Digits]:
 
 
 def shift(images: Tensor, most: int = 2) -> Tensor:
-    """Each image shifted by its own random offset of at most ``most`` pixels per axis, padded with zeros.
+    """Shifts each image by its own random offset of at most ``most`` pixels per axis, padded with zeros.
 
     Args:
         images: ``(N, C, H, W)``.
@@ -66,7 +66,7 @@ def shift(images: Tensor, most: int = 2) -> Tensor:
 
 
 def train(model: nn.Module, digits: Digits, epochs: int) -> None:
-    """Fit ``model`` in place: Adam, a one-cycle learning rate, shifted copies of the digits."""
+    """Fits ``model`` in place by Adam with a one-cycle learning rate, on shifted copies of the digits."""
     images, labels = enlarge(digits.images), digits.labels.to(torch.int64)
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-4)
     steps = epochs * math.ceil(len(labels) / BATCH)
@@ -108,7 +108,7 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train one network, print its held-out accuracy and write its weights and the held-out digits."""
+    """Trains one network, prints its held-out accuracy, and writes its weights and the held-out digits."""
     options = _parser().parse_args(arguments)
     architecture, file = NETS[options.net]
     training, held_out = split_digits(options.seed)

@@ -23,12 +23,12 @@ Row = dict[str, Any]
 
 
 def measured() -> dict[str, list[Row]]:
-    """Rows of all measures, by trained network."""
+    """Returns the rows of all measures, by trained network."""
     return {net.name: [{"measure": name, **row} for name, row in rows_of(net)] for net in nets(SAMPLES)}
 
 
 def rows_of(net: Net) -> Iterator[tuple[str, Row]]:
-    """The variation of each measure of one network."""
+    """Yields the variation of each measure of one network."""
     for name, settings in measures(net).items():
         mu = RelevanceMeasure(net.model, net.images, net.target, **settings)
         taps = torch.stack([mu.variation(layer) for layer in ["input", *net.layers]]).amax(0)
@@ -38,7 +38,7 @@ def rows_of(net: Net) -> Iterator[tuple[str, Row]]:
 
 
 def measures(net: Net) -> dict[str, dict[str, Any]]:
-    """Arguments of each measure, by name."""
+    """Returns the arguments of each measure, by name."""
     composites = candidates(net.images.shape[1])
     others = other_class(net.target)
     exact = Normalized(composites["LRP-0"], gain_limit=math.inf)
@@ -57,7 +57,7 @@ def measures(net: Net) -> dict[str, dict[str, Any]]:
 
 
 def other_class(target: Tensor) -> Tensor:
-    """Index of the next sample of another class, ``(N,)``."""
+    """Returns the index of the next sample of another class, ``(N,)``."""
     order = torch.arange(len(target))
     later = torch.stack([order.roll(-step) for step in range(len(target))], 1)
     found: Tensor = later.gather(1, (target[later] != target[:, None]).long().argmax(1, keepdim=True))[:, 0]
@@ -65,7 +65,7 @@ def other_class(target: Tensor) -> Tensor:
 
 
 def blurred(images: Tensor) -> Tensor:
-    """The images, blurred as by ``nrm-plugin explain --reference blur``."""
+    """Blurs images as ``nrm-plugin explain --reference blur`` does."""
     deviation = BLUR * images.shape[-1]
     side = 2 * min(round(3 * deviation), images.shape[-1] - 1) + 1
     result: Tensor = gaussian_blur(images, [side, side], [deviation, deviation])
@@ -73,5 +73,5 @@ def blurred(images: Tensor) -> Tensor:
 
 
 def spread(values: Tensor) -> list[float]:
-    """Median, 95th percentile and maximum over samples."""
+    """Returns the median, 95th percentile and maximum over samples."""
     return [rounded(values.quantile(share)) for share in (0.5, 0.95, 1.0)]

@@ -1,4 +1,4 @@
-"""Which channels of VGG16 carry the relevance together? Joint relevance over two and three convolutions.
+"""Joint relevance of the channels of two and three convolutions of VGG16.
 
 ``python -m benchmarks.vgg16_joint IMAGE … --weights FILE|IMAGENET1K_V1|none``, from the checkout
 """
@@ -51,7 +51,7 @@ class InputImage:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the figures; on failure, return 2 and print one line on stderr."""
+    """Writes the figures; on failure, returns 2 and prints one line on stderr."""
     options = _parser().parse_args(argv)
     try:
         _check_layers(options.layers)
@@ -95,7 +95,7 @@ def load_image(path: Path) -> InputImage:
 
 def _colors(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16-bit greyscale: PIL would clip at 255.
+        # 16-bit grayscale: PIL would clip at 255.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGB")
 
@@ -172,7 +172,7 @@ def _first_lines(error: Exception) -> str:
 
 
 def draw(model: nn.Module, image: InputImage, name: str, options: argparse.Namespace) -> list[Path]:
-    """One figure over the upper two layers, and one more for each further layer.
+    """Draws one figure of the upper two layers, and one more for each further layer.
 
     Raises:
         VGGError: The target is not a class of the network.

@@ -43,7 +43,7 @@ class GIN(nn.Module):
 
 
 class GAT(nn.Module):
-    """Attention over neighbours, two heads."""
+    """Attention over neighbors, two heads."""
 
     def __init__(self, inputs: int, outputs: int, heads: int = 2) -> None:
         super().__init__()

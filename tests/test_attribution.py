@@ -42,7 +42,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("against", [4, "rest", [5, 0]])
 def test_relevance_of_a_difference_sums_to_the_difference(against):
-    """Whether the compared outputs are ahead or not."""
+    """The difference may be positive or negative."""
     net = build()
     for target in (2, [1, 3]):
         mu = RelevanceMeasure(net, X, target, against=against)

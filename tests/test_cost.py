@@ -149,7 +149,7 @@ def test_one_of_eight_pairs_of_neighbours_needs_at_most_two_vectors(mu, runs):
 
 
 def test_a_formula_whose_normal_form_is_exponential_has_width_two(mu, runs):
-    """``(a1 | b1) & (a2 | b2) & …`` over neighbouring taps has 2¹² terms."""
+    """``(a1 | b1) & (a2 | b2) & …`` over neighboring taps has 2¹² terms."""
     event = at("38")[:3] | at("36")[:3]
     for layer in range(34, 0, -4):
         event = event & (at(str(layer))[:3] | at(str(layer - 2))[:3])

@@ -209,7 +209,7 @@ def test_the_spec_describes_the_net(name):
     outputs: dict[str, list[Tensor]] = {}
     for tap in {node.tap for node in case.spec if node.module is not None}:
         module = case.net.get_submodule(tap)
-        # Clones, because an in-place ReLU overwrites the tap that is its input.
+        # Clones because an in-place ReLU overwrites the tap that is its input.
         module.register_forward_hook(lambda m, a, out, tap=tap: outputs.setdefault(tap, []).append(out.clone()))
     output = case.net(case.x)
     value = activations(case.spec, case.x[0])

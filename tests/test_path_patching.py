@@ -378,6 +378,22 @@ def test_rows_in_which_joint_relevance_is_first_or_level_are_counted():
     assert "| one | secants | 0 | 1 | 2 | 2 | 1 | 0 |" in shown
 
 
+def test_the_summary_counts_settings_and_gives_the_median_and_range_of_the_differences():
+    def measured(secants, default):
+        rows = {"joint, secants": secants, "joint, tangents": secants, "joint, NRMDefault": default}
+        return {"references": {"zero": {"scores": {score: {"minus best product": row} for score, row in rows.items()}}}}
+
+    kinds = {
+        "one": measured([0.3, 0.1, 0.4], [-0.5, -0.7, -0.1]),
+        "two": measured([0.1, -0.2, 0.3], [-0.1, -0.3, 0.2]),
+        "three": measured([-0.6, -0.8, -0.2], [-0.2, -0.3, -0.1]),
+    }
+    table = pages.path_patching_summary({"nets": {"tiny": {"kinds": kinds}}})["summary"].splitlines()
+    ahead, behind = "1 / 1 / 1 | +0.10 (-0.60 to +0.30)", "0 / 1 / 2 | -0.20 (-0.50 to -0.10)"
+    assert table[2] == f"| tiny | 3 | {ahead} | {ahead} | {behind} |"
+    assert table[3] == "| **all** | 3 | **1 / 1 / 1** |  | **1 / 1 / 1** |  | **0 / 1 / 2** |  |"
+
+
 def test_columns_in_which_a_score_is_within_the_interval_of_the_first_are_counted():
     same = {"correlation": [0.9, 0.8, 0.95], "SRG": [3, 2, 4]}
     fills = {"one": same, "two": {"correlation": [0.8, 0, 1], "SRG": [1.9, 0, 9]}}

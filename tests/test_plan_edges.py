@@ -1,4 +1,4 @@
-"""Plans at the edges of PyTorch: each computation is right, or recorded with a reason.
+"""Plans of unusual PyTorch computations, which give correct results or record the model with a reason.
 
 The plan is made on one input, and asked about others; measures that are recorded are the reference.
 """

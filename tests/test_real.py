@@ -302,6 +302,7 @@ def test_metrics_do_not_depend_on_the_parts_that_are_stored(monkeypatch):
             torch.testing.assert_close(values, whole[key])
 
 
+@pytest.mark.medium
 def test_expensive_methods_explain_few_images(monkeypatch):
     monkeypatch.setattr(run, "FEW", 3)
     asked = task(monkeypatch, 5)
@@ -413,6 +414,23 @@ def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
     assert "| EfficientNet-Lite1 | none, held out | 2 | 1 | 1 | 0 | 0 |" in shown
     assert "| EfficientNet-Lite2 | none, held out | 2 | 1 | 0 | 1 | 1 |" in shown
     assert "| *held out* |  | 4 | 2 | 1 | 1 | 1 |" in shown
+
+
+def test_the_summary_compares_with_methods_of_other_packages_on_the_same_images():
+    def method(srg, own, behind, samples=9):
+        row = {key: {"mean": [own, 0, 1], "behind": behind, "samples": samples} for key in pages.SHOWN}
+        return row | {"SRG, plain": {"mean": [srg, 0, 1], "behind": behind, "samples": samples}}
+
+    foreign = {
+        "GradCAM": method(2, 0.5, [2, 1, 3]),
+        "GradCAM, signed, against the rest": method(1, 0.7, [1, -1, 2]),
+        "expected gradients": method(9, 0.9, [2, 1, 3], samples=2),
+    }
+    found = {"ours": method(3, 0.6, [0, 0, 0]), "another of ours": method(5, 0.8, [-2, -3, -1]), **foreign}
+    table = pages.real_summary({"nets": {"VGG16": {"methods": found}}})["summary"].splitlines()
+    assert (
+        table[2] == "| VGG16 | 9 | no | 3.00 | 2.00 | 2.00, GradCAM | 0.60 | 0.50 | 0.70, signed GradCAM | 0 / 6 / 0 |"
+    )
 
 
 def test_methods_of_the_comparison_exist():

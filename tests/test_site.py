@@ -92,10 +92,12 @@ def test_the_numbers_page_is_generated_from_the_results():
     assert numbers.rendered(page) == page
 
 
-@pytest.mark.parametrize("source", tables.PAGES)
-def test_a_table_is_generated_from_the_results(source):
-    page = (ROOT / "docs" / tables.PAGES[source][0]).read_text()
-    assert tables.rendered(source, page) == page
+@pytest.mark.parametrize(
+    ("pages", "source"), [(pages, source) for pages in (tables.PAGES, tables.SUMMARIES) for source in pages]
+)
+def test_a_table_is_generated_from_the_results(pages, source):
+    page = (ROOT / "docs" / pages[source][0]).read_text()
+    assert tables.rendered(source, page, pages) == page
 
 
 @pytest.mark.parametrize("claim", numbers.CLAIMS, ids=lambda claim: claim.text)

@@ -14,12 +14,12 @@ LOADED = re.compile(
 
 
 def loaded(text: str) -> list[str]:
-    """The resources that a page or a style sheet loads from other hosts. Hyperlinks are not loaded."""
+    """Returns the resources that a page or style sheet loads from other hosts; hyperlinks are not loaded."""
     return LOADED.findall(text)
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the check from the command line."""
     folder = Path(sys.argv[1])
     pages = [path for ending in ("html", "css") for path in sorted(folder.rglob(f"*.{ending}"))]
     faults = [f"{path}: {text}" for path in pages for text in loaded(path.read_text())]

@@ -43,14 +43,14 @@ print("nrm-plugin", nrm_plugin.__version__, "works in an empty environment")
 
 
 def version() -> str:
-    """The version of the checkout."""
+    """Returns the version of the checkout."""
     line = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/nrm_plugin/__init__.py").read_text(), re.M)
     assert line
     return line[1]
 
 
 def wheel_faults(names: set[str]) -> list[str]:
-    """Faults in the list of files of a wheel."""
+    """Returns the faults in the list of files of a wheel."""
     package = ROOT / "src/nrm_plugin"
     sources = {f"nrm_plugin/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     expected = sources | {f"nrm_plugin/{name}" for name in DATA}
@@ -63,7 +63,7 @@ def wheel_faults(names: set[str]) -> list[str]:
 
 
 def archive_faults(names: set[str]) -> list[str]:
-    """Faults in the list of files of a source archive, given without the top-level folder."""
+    """Returns the faults in the list of files of a source archive, given without the top-level folder."""
     return [f"lacks {name}" for name in sorted(NEEDED - names)] + [
         f"should not have {name}" for name in sorted(names) if NEVER.search(name)
     ]
@@ -75,7 +75,7 @@ def run(*command: object, **settings: object) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Builds and checks the packages from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the packages")
     parser.add_argument("--with-dependencies", action="store_true", help="let pip install the dependencies")

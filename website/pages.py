@@ -113,9 +113,10 @@ NAVIGATION = {
         docs/relative docs/own-kernel docs/drop-in docs/troubleshooting""".split(),
     "Coming from": "docs/from-captum-lrp docs/from-zennit docs/from-zennit-crp".split(),
     "Mathematics": "docs/measure docs/differences docs/special-cases".split(),
-    "Numbers": """docs/numbers docs/real docs/joint-relevance docs/cost docs/cost-details docs/speed
-        docs/default-composite docs/faithfulness docs/circuits docs/known-circuit docs/architectures docs/other-packages
-        docs/mutants""".split(),
+    "Numbers": """docs/numbers docs/real docs/real-details docs/joint-relevance docs/joint-relevance-details docs/cost
+        docs/cost-details docs/speed docs/speed-details docs/default-composite docs/default-composite-details
+        docs/faithfulness docs/faithfulness-details docs/circuits docs/known-circuit docs/critical-paths-details
+        docs/architectures docs/other-packages docs/mutants docs/mutants-details""".split(),
     "Reference": [f"reference/{page}" for page in REFERENCE],
     "Project": "docs/design docs/claims docs/stability docs/coverage CONTRIBUTING CHANGELOG".split(),
 }
@@ -123,7 +124,7 @@ NAVIGATION = {
 
 
 def home() -> str:
-    """The README, with the navigation."""
+    """Returns the README, with the navigation."""
     trees = [
         "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", *pages, "```"])
         for caption, pages in NAVIGATION.items()
@@ -133,7 +134,7 @@ def home() -> str:
 
 
 def documented(page: str) -> list[str]:
-    """The full names on a page of the reference, in order."""
+    """Returns the full names on a page of the reference, in order."""
     return [
         ".".join(filter(None, ("nrm_plugin", module, name)))
         for module, names in REFERENCE[page][1].items()
@@ -142,14 +143,14 @@ def documented(page: str) -> list[str]:
 
 
 def reference(page: str) -> str:
-    """A page of the reference."""
+    """Returns a page of the reference."""
     title, _ = REFERENCE[page]
     head = f"{title}\n{'=' * len(title)}"
     return "\n\n".join([head, INTRODUCTIONS.get(page, ""), *map(directive, documented(page))]) + "\n"
 
 
 def directive(path: str) -> str:
-    """The Sphinx directive that documents an object."""
+    """Returns the Sphinx directive that documents an object."""
     module, _, name = path.rpartition(".")
     documented_object = getattr(importlib.import_module(module), name)
     if not isinstance(documented_object, type):

@@ -81,7 +81,7 @@ def measure_net(name: str, seeds: int, pairs: int, repetitions: int) -> dict[str
 
 
 def identities(task: Task) -> float:
-    """Largest difference from ``f = 1`` for the circuit of all edges, and from ``f = 0`` for the empty circuit."""
+    """Returns the largest deviation from ``f = 1`` for the full circuit, and from ``f = 0`` for the empty one."""
     whole, empty = task.faithfulness(task.edges(1.0)), task.faithfulness(task.edges(0.0))
     return float(torch.maximum((whole - 1).abs().max(), empty.abs().max()))
 
@@ -105,7 +105,7 @@ def summary(parts: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
 
 
 def timed(task: Task, repetitions: int) -> dict[str, list[float]]:
-    """Processor time, in plain gradients, of the passes of every score, and of all its edges for every pair."""
+    """Returns the processor time of each score, for its passes and all edges, in units of a plain gradient."""
     clean, corrupted, t, u = (torch.cat([part] * TIMED) for part in task.pairs)
     large = Task.of(task.net, (clean, corrupted, t, u))
 

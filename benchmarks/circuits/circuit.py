@@ -1,4 +1,4 @@
-"""Runs circuits: edges outside of a circuit have their value for the corrupted input, all others are recomputed."""
+"""Evaluation of circuits: edges outside a circuit take their corrupted values, and all others are recomputed."""
 
 from __future__ import annotations
 

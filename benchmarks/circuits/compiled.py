@@ -56,7 +56,7 @@ class Compiled(CircuitNet):
         self.register_buffer("turn", turn)
 
     def _take(self, weights: Weights, n: int) -> None:
-        """Input weights of the readers of a block, including the norm, ``(readers, D, …)``, and output weights."""
+        """Stores output weights, and input weights ``(readers, D, …)`` including the norm, of the parts of a block."""
         heads, neurons = self.kept[n]
         block = {name.removeprefix(f"model.layers.{n}."): value for name, value in weights.items()}
         read = (block["self_attn.qkv_proj.weight"] * block["input_layernorm.weight"]).unflatten(0, (3, -1, self.size))
@@ -112,7 +112,7 @@ def loaded(folder: Path, length: int) -> Compiled:
 
 
 def pairs(bits: int, count: int, draw: torch.Generator) -> Pairs:
-    """Pairs of numbers, with a bit in which their successors differ; answers are indices of tokens at positions."""
+    """Returns pairs of numbers, each with a bit in which their successors differ."""
     drawn: list[tuple[int, int, int]] = []
     while len(drawn) < count:
         one, other, late = (int(torch.randint(high, (), generator=draw)) for high in (2**bits, 2**bits, bits))
@@ -197,19 +197,19 @@ def read(net: Compiled, kind: str, n: int, one: increment.Operation, contents: d
 
 
 def writes(net: Compiled, kind: str, n: int, part: int, column: int) -> bool:
-    """Returns whether a head or neuron writes to a column with a nonzero weight."""
+    """Returns True if a head or neuron writes to a column with a nonzero weight."""
     row = net.kept[n][kind == "neurons"].index(part)
     return bool(net.outs[f"{kind}{n}"][row, :, column].any())
 
 
 def reads(net: Compiled, kind: str, n: int, part: int, edges: Edges) -> bool:
-    """Returns whether a head or neuron reads any value; others are constant."""
+    """Returns True if a head or neuron reads any value; others are constant."""
     kept = net.kept[n][kind == "neurons"]
     return bool(edges[f"{kind}{n}"][kept.index(part) :: len(kept)].any())
 
 
 def meeting(net: Compiled) -> Edges:
-    """1 for edges whose reader has a nonzero weight to a column to which the node writes, at any time; 0 for others."""
+    """Returns 1 for edges whose reader has a nonzero weight to a column that the node writes at any time, else 0."""
     outs = {"embedding": net.tokens.abs().sum(0) > 0}
     for n, both in enumerate(net.kept):
         for kind, parts in zip(("head", "neuron"), both, strict=True):
@@ -225,7 +225,7 @@ def meeting(net: Compiled) -> Edges:
 
 
 def active(task: Task, edges: Edges, least: float = 0.01) -> Tensor:
-    """Edges of the program that change the answer when they alone are patched, in either direction, ``(N, E)``.
+    """Returns the edges of the program that change the answer when patched alone, in either direction, ``(N, E)``.
 
     Either the edge takes its corrupted value while all others are clean, or the edge is clean while all others are
     corrupted. The change must be at least the share ``least`` of the change due to all edges.

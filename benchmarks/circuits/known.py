@@ -39,7 +39,7 @@ BITS, PAIRS, BATCH = 5, 100, 20
 
 
 def auroc(scores: Tensor, known: Tensor) -> Tensor:
-    """Area under the receiver operating characteristic of every row, ties counted half; ``(B, E)`` to ``(B,)``."""
+    """Computes the area under the ROC curve of every row, ``(B, E)`` to ``(B,)``; ties count half."""
     rank = torch.as_tensor(rankdata(scores.numpy(), axis=1))
     known = known.expand_as(rank).double()
     positive = known.sum(1)

@@ -17,7 +17,7 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def strongest(scores: Tensor, share: float) -> Tensor:
-    """1 for the given share of the edges of each sample with the largest scores, 0 for all others, ``(N, E)``."""
+    """Returns 1 for the given share of edges with the largest scores in each sample, and 0 for others, ``(N, E)``."""
     if not bool(scores.isfinite().all()):
         raise ValueError("the score of an edge is not finite and has no rank.")
     kept = scores.argsort(dim=1, descending=True, stable=True)[:, : int(share * scores.shape[1] + 1e-9)]
@@ -49,7 +49,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def edge_effects(task: Task, sample: Tensor) -> Tensor:
-    """Decrease of ``m`` when a single edge takes its value for the corrupted input, for the given edges, ``(N, K)``."""
+    """Returns the decrease of ``m`` when each of the given edges alone takes its corrupted value, ``(N, K)``."""
     whole = task.edges(1.0)
     effects = []
     for edge in sample:
@@ -69,7 +69,7 @@ def nodes(task: Task) -> dict[str, list[tuple[str, int]]]:
 
 
 def node_effects(task: Task) -> Tensor:
-    """Decrease of ``m`` when all edges from one node take their values for the corrupted input, ``(N, nodes)``."""
+    """Returns the decrease of ``m`` when all edges from a node take their corrupted values, ``(N, nodes)``."""
     effects = []
     for places in nodes(task).values():
         circuit = task.edges(1.0)

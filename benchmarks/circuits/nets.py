@@ -245,7 +245,7 @@ KEYS, VALUES, SHOWN = 8, 8, 4
 
 
 def recall(draw: torch.Generator | None, count: int) -> tuple[Tensor, Tensor]:
-    """Sequences ``k1 v1 k2 v2 k3 v3 k4 v4 k``, with the value of the last key as answer."""
+    """Returns sequences ``k1 v1 k2 v2 k3 v3 k4 v4 k``, with the value of the last key as the answer."""
     keys = torch.rand(count, KEYS, generator=draw).argsort(1)[:, :SHOWN]
     values = torch.rand(count, VALUES, generator=draw).argsort(1)[:, :SHOWN] + KEYS
     asked = torch.randint(SHOWN, (count, 1), generator=draw)

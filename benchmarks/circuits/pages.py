@@ -10,7 +10,7 @@ Results = dict[str, Any]
 
 
 def circuits(results: Results) -> dict[str, str]:
-    """Differences from the reference measure, and scores of edges by net."""
+    """Returns the tables of differences from the reference measure, and of edge scores by net."""
     head = "| score | CMD ↓ | CPR ↑ | CMD, one circuit ↓ | edges ↑ | nodes ↑ | passes | passes, time | edges, time |"
     tables = {}
     for name, net in results["nets"].items():
@@ -36,7 +36,7 @@ def circuits(results: Results) -> dict[str, str]:
 
 
 def known_circuit(results: Results) -> dict[str, str]:
-    """AUROC of scores, the program by heads and neurons, and its masses for one number."""
+    """Returns the tables of AUROC, of the program by heads and neurons, and of its masses for one number."""
     rows = []
     for score, row in results["scores"].items():
         cells = ["{:.3f} ({:.3f}–{:.3f})".format(*row[key]) for key in COMPARED]
@@ -74,5 +74,5 @@ COUNTS = (
 
 
 def percentage(mass: float) -> str:
-    """A mass in percent."""
+    """Formats a mass as a percentage."""
     return f"{100 * mass:.4g}%"

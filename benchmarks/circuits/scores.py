@@ -22,7 +22,7 @@ Multipliers = dict[str, Tensor]
 
 
 def products(task: Task, multipliers: Multipliers, change: dict[str, Tensor]) -> Edges:
-    """Score of every edge, from the multipliers of the outputs of the steps and the change of their inputs."""
+    """Computes the score of every edge from the multipliers of step outputs and the change of step inputs."""
     scores = {}
     for name, step in task.steps:
         edges = torch.ones(len(change[name]), *step.weight.shape[:2], dtype=change[name].dtype, requires_grad=True)
@@ -128,7 +128,7 @@ def joints(mu: RelevanceMeasure, explained: Tensor) -> Joints:
 
 
 def contrast(task: Task) -> Tensor:
-    """1 for the clean answer, -1 for the corrupted one, ``(N, outputs)``."""
+    """Returns 1 for the clean answer, -1 for the corrupted one, and 0 for others, ``(N, outputs)``."""
     _, _, t, u = task.pairs
     vector = torch.zeros_like(task.corrupted.outputs)
     return vector.scatter(1, t[:, None], 1.0).scatter(1, u[:, None], -1.0)
@@ -157,7 +157,7 @@ class PlannedMeasure:
 
 
 def lrp_0(task: Task) -> Joints:
-    """LRP-0 at the clean input; for the difference of two logits, relevance starts at the value of each logit."""
+    """Computes LRP-0 at the clean input; relevance starts at the value of each of the two logits."""
     rules = LayerMapComposite([(Activation, Pass()), (AvgPool, Norm()), (Linear, Epsilon(1e-9))])
     signs = contrast(task)
     mu = RelevanceMeasure(

@@ -101,7 +101,7 @@ class Secants(Tangents):
         return self.product(h, self.activation(square, lambda v: (v + eps).rsqrt()))
 
     def softmax(self, s: Tensor) -> Tensor:
-        """``exp(s − log Σ exp s)``: secants of both exponentials and of the logarithm."""
+        """Applies ``exp(s − log Σ exp s)``, with secants of both exponentials and of the logarithm."""
         s = s - twice(torch.maximum(*s.detach().chunk(2)).amax(-1, keepdim=True))
         total = self.activation(s, torch.exp).sum(-1, keepdim=True)
         return self.activation(s - self.activation(total, torch.log), torch.exp)
@@ -145,7 +145,7 @@ def _value_and_derivative(z: Tensor, function: Callable[[Tensor], Tensor]) -> tu
 
 
 def max_slopes(x: Tensor, x0: Tensor) -> Tensor:
-    """Slopes of the maximum over the last dimension: the mean over both orders of switching its two arguments.
+    """Computes slopes of the maximum over the last dimension, averaged over both orders of switching arguments.
 
     With ``m`` the argument at ``x`` and ``m0`` the one at ``x0``, all other entries have slope 0.
     """

@@ -141,12 +141,12 @@ def timed(of: dict[str, Any], work: Work, count: int, rounds: int, light: bool, 
 
 
 def rounded(seconds: dict[str, float]) -> dict[str, float]:
-    """Seconds with few digits."""
+    """Rounds seconds to few digits."""
     return {name: round_to(value, 3) for name, value in seconds.items()}
 
 
 def peaks_of(name: str) -> dict[str, Any]:
-    """Peak memory in addition to the net, in MiB, of a marginal at the input, by batch size and computation.
+    """Measures the peak memory of a marginal at the input, in MiB in addition to the net, by batch size and way.
 
     Each is measured in a process of its own, which is forked before any computation.
     """

@@ -49,7 +49,7 @@ class Net:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the package of the model can be imported."""
+        """True if the package of the model can be imported."""
         return importlib.util.find_spec(self.package) is not None
 
     def made(self) -> nn.Module:
@@ -142,13 +142,13 @@ class Graph(nn.Module):
         return logits
 
     def averaged(self, x: Tensor) -> Tensor:
-        """Returns the normalized sum over neighbours."""
+        """Returns the normalized sum over neighbors."""
         messages = x.index_select(0, self.source) * self.weight
         return torch.zeros_like(x).index_add(0, self.sink, messages)
 
 
 def tiny(layers: int, width: int = 16) -> nn.Module:
-    """Alternating linear layers and ReLUs, and a head, so small that the time of each step is its fixed cost."""
+    """Returns linear layers, ReLUs and a head so small that fixed costs dominate the time of each step."""
     pairs = [(nn.Linear(width, width), nn.ReLU()) for _ in range(layers // 2)]
     for linear, _ in pairs:
         nn.init.orthogonal_(linear.weight, 2**0.5)

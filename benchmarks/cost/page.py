@@ -55,7 +55,7 @@ class Figure:
 
     @property
     def is_missed(self) -> bool:
-        """Whether the target is exceeded, or the number is not finite."""
+        """True if the target is exceeded or the number is not finite."""
         return self.value is not None and self.target is not None and not self.value <= self.target
 
     @property
@@ -135,7 +135,7 @@ def memory(row: Row, composite: str) -> dict[str, Figure]:
 
 
 def table(rows: list[Row], of: Callable[[Row, str], dict[str, Figure]], names: str, first: Callable[[Row], str]) -> str:
-    """Two lines for each row, one for each composite."""
+    """Returns a table with two lines per row, one for each composite."""
     lines, heads = [], list[str]()
     for row in rows:
         for composite in COMPOSITES:
@@ -303,7 +303,7 @@ def agreement(rows: list[Row]) -> str:
 
 
 def misses(results: dict[str, Any]) -> Iterator[str]:
-    """Every exceeded target: by how much, and where the time goes; all numbers of threads of a net in one entry."""
+    """Yields every exceeded target, by how much it is exceeded, and where the time goes; one entry per net."""
     rows = usable(results.get("rows", []))
     for several in [[row for row in rows if row["net"] == net] for net in dict.fromkeys(row["net"] for row in rows)]:
         yield from entries(several, several[0]["net"])
@@ -344,7 +344,7 @@ def listed(figures: dict[str, Figure]) -> str:
 
 
 def reasons(row: Row, composite: str, exceeded: Iterable[str]) -> str:
-    """Where the time of the computations that exceed a target goes."""
+    """Describes where the time of the computations that exceed a target goes."""
     is_slow = any(name.startswith("plan") for name in exceeded)
     text = reason(row.get("profiles", {}).get(composite)) if is_slow else ""
     parts = row.get("stages", {}).get(composite)

@@ -1,4 +1,4 @@
-"""Where a first call spends its time: processor seconds of the stages of planning."""
+"""Processor time of the stages of a first call, in which a plan is made."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def shares(operators: list[tuple[str, float, int]], took: float, repeats: int, t
 
 
 def is_operator(name: str) -> bool:
-    """Returns whether an event of the profiler is a tensor operator, such as ``aten::mul``."""
+    """Returns True if an event of the profiler is a tensor operator, such as ``aten::mul``."""
     return "::" in name and not name.startswith("autograd::")
 
 

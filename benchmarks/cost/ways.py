@@ -29,7 +29,7 @@ TOLERANCE = 1e-6
 ROUNDINGS = 4
 """Largest difference of a plan in float32, in units of the error of the recorded measure, as both are rounded."""
 MOVES = 4
-"""Number of inputs that differ by their last bit, and show how much rounding changes a measure."""
+"""Number of inputs with perturbed last bits, which show the effect of rounding on a measure."""
 OTHER = 2
 """Seed of the inputs for which a plan is made; they differ from the measured inputs, so no result can be reused."""
 
@@ -53,7 +53,7 @@ def explained(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def with_context(model: nn.Module, x: Tensor, composite: Composite) -> Tensor:
-    """Returns the same, including the time to enter and exit the context."""
+    """Returns Zennit's relevance at the input; enters and exits the context of the composite."""
     with composite.context(model):
         return explained(model, x)
 
@@ -165,7 +165,7 @@ def _once(prepare: Callable[[], T], run: Callable[[T], object]) -> Callable[[], 
 
 
 def without_rule(model: nn.Module) -> list[str]:
-    """Types of the modules with parameters of their own that Zennit's composite has no rule for, such as an LSTM.
+    """Returns the types of modules with parameters for which Zennit's composite has no rule, such as an LSTM.
 
     Zennit's pass through them is a gradient, so that its time is shown, but is not a target. Batch normalization is
     left to the canonizer.
@@ -193,7 +193,7 @@ def message(error: Exception) -> str:
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Largest differences over the taps, relative to the tap variation V: of one neuron, and summed over all.
+    """Returns the largest differences over all taps, relative to the tap variation: of one neuron, and summed.
 
     The measures of samples are compared separately.
     """
@@ -211,7 +211,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
 
 
 def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
-    """Returns the differences between the ways to compute the same measure, before they are timed.
+    """Compares the results of different computations of the same measure before they are timed.
 
     Args:
         ways: The computations.
@@ -241,7 +241,7 @@ def differences(ways: Ways, exact: bool = True) -> dict[str, dict[str, float]]:
 
 
 def of_moved_inputs(ways: Ways, make: Callable[..., Composite]) -> dict[str, float]:
-    """Largest differences of a recorded measure in float32 from those of inputs that differ by their last bit."""
+    """Returns the largest change of a recorded measure in float32 if the last bit of each input is perturbed."""
     measured = all_marginals(recorded(ways.net, ways.model, ways.x, make()))
     largest = {"neuron": 0.0, "sum": 0.0}
     for seed in range(MOVES):
@@ -264,7 +264,7 @@ def faults(found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def faults_by_name(found: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Returns the same as numbers."""
+    """Returns the differences above the tolerance, keyed by name."""
     figures = {name: off["sum" if name.endswith("float64") else "neuron"] for name, off in found.items()}
     largest = max((value for name, value in figures.items() if name.startswith("rounding")), default=0.0)
     wrong = {}

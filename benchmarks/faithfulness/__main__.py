@@ -1,8 +1,8 @@
-"""Measures attribution methods on trained nets, and writes JSON, page and figures.
+"""Measures attribution methods on trained nets, and writes JSON, pages and figures.
 
 ``make faithfulness`` installs Quantus and zennit-crp and runs ``python -m benchmarks.faithfulness``, which measures
 everything; ``ARGS="--only latent"``, ``planted`` or ``input`` measures one part and leaves the other results
-unchanged; ``--render`` only writes docs/faithfulness.md and its figures from the results.
+unchanged; ``--render`` only writes the pages and figures from the results.
 
 With ``--weights FILE --model vgg16 --images FOLDER`` the same is run on a net of torchvision and printed as JSON;
 results that need Quantus or zennit-crp are omitted there if these are not installed.
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--nets", choices=NETS, nargs="+", help="measure only these nets")
     parser.add_argument("--processes", type=int, default=2, help="nets measured in parallel (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--render", action="store_true", help="only write the page and its figures")
+    parser.add_argument("--render", action="store_true", help="only write the pages and their figures")
     parser.add_argument("--model", default="vgg16", help="torchvision model for --weights (default: %(default)s)")
     parser.add_argument("--weights", type=Path, help="file with a state dict of --model")
     parser.add_argument("--images", type=Path, help="folder with images, for --weights")
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if absent:
         parser.error(
             f"{' and '.join(absent)} would be missing from the results; `make faithfulness` installs what is needed "
-            "and measures. Stored results are unchanged; --render writes the page from them."
+            "and measures. Stored results are unchanged; --render writes the pages from them."
         )
     results = measure(parts, options.nets or list(NETS), options.samples, options.processes, options.out)
     if options.out == RESULTS:

@@ -48,7 +48,7 @@ def plain_rules() -> Composite:
 
 
 def gradient_rules() -> Composite:
-    """Returns the same, without redistribution of absorbed relevance."""
+    """Returns LRP-0 without redistribution of absorbed relevance."""
     return Normalized(plain_rules(), residual="sink")
 
 
@@ -66,7 +66,7 @@ def chunks(net: Net) -> Iterator[tuple[Tensor, Tensor]]:
 def gradients(
     model: nn.Module, layers: list[str], images: Tensor, target: Tensor, composite: Composite | None = None
 ) -> list[Tensor]:
-    """Gradient of the target logit at each layer; in the context of a composite, Zennit's relevance there."""
+    """Computes the gradient of the target logit at each layer; under a composite, Zennit's relevance."""
     return values_and_gradients(model, layers, images, target, composite)[1]
 
 
@@ -175,7 +175,7 @@ def all_scores(net: Net) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def flipped(net: Net, scores: Tensor, most_first: bool, fill: str, means: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Target logit, and whether the prediction is unchanged, for each share of ablated channels, ``(S, N)`` both.
+    """Returns target logits, and a mask of unchanged predictions, for each share of ablated channels, ``(S, N)`` each.
 
     Args:
         net: The net and its samples.

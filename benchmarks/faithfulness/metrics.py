@@ -36,7 +36,7 @@ def area(curve: Tensor, shares: Sequence[float]) -> Tensor:
 
 
 def average_precision(scores: Tensor, truth: Tensor, draw: torch.Generator) -> Tensor:
-    """Mean precision at the ranks of the true entries, largest scores first, ``(N,)``; ties in random order.
+    """Computes the average precision of scores ``(N, E)``, ``(N,)``; ties are in random order.
 
     Args:
         scores: ``(N, E)``.
@@ -70,7 +70,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _mean_ranks(values: Tensor) -> Tensor:
-    """Returns the centred ranks of each row; ties share their mean rank."""
+    """Returns the centered ranks of each row; ties share their mean rank."""
     values = values.contiguous()
     rows = values.sort(1).values.contiguous()
     below, through = torch.searchsorted(rows, values), torch.searchsorted(rows, values, right=True)
@@ -156,7 +156,7 @@ class Comparison:
 
 
 def verdict(ahead: Sequence[float]) -> str:
-    """Better, tied or worse, by the interval of a difference."""
+    """Returns "better", "tied" or "worse", by the confidence interval of a difference."""
     _, low, high = ahead
     if math.isnan(low) or low <= 0 <= high:
         return "tied"

@@ -29,7 +29,7 @@ def digits_net(samples: int) -> Net:
 
 @cache
 def residual_net(samples: int) -> Net:
-    """Returns a residual net trained on generated coloured shapes, with further shapes as samples."""
+    """Returns a residual net trained on generated colored shapes, with further shapes as samples."""
     with reproducible(0):
         model = fit_shapes(shapes_net(basic, 12))
         images, labels = draw_shapes(samples)

@@ -1,4 +1,4 @@
-"""docs/faithfulness.md: its tables between markers and its figures, from the results."""
+"""docs/faithfulness.md and docs/faithfulness-details.md: their tables between markers and their figures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.default_composite import markdown
+from benchmarks.default_composite_page import markdown
 from benchmarks.faithfulness import latent, pixels, planted
 from benchmarks.faithfulness.metrics import Comparison, verdict
+from benchmarks.markdown import with_part
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/faithfulness.md"
+DETAILS = ROOT / "docs/faithfulness-details.md"
 IMAGES = ROOT / "docs/images"
 DEFAULTS = {"latent": "μ, NRMDefault", "planted": "μ(A & B), NRMDefault", "input": "NRMDefault"}
 DRAWN = {
@@ -48,16 +50,28 @@ Results = dict[str, Any]
 
 
 def render(results: Results) -> None:
-    """Writes the page and its figures."""
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    """Writes both pages and their figures."""
+    for path in (PAGE, DETAILS):
+        path.write_text(rendered(path, results), encoding="utf-8")
     draw(results)
 
 
-def rendered(text: str, results: Results) -> str:
-    """Returns the page with the tables of these results."""
-    tables = {
-        "counts": counts(results),
-        "choices": choices(results),
+def rendered(path: Path, results: Results) -> str:
+    """Returns one page with the tables of these results."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in (summaries(results) if path == PAGE else details(results)).items():
+        text = with_part(text, name, table)
+    return text
+
+
+def summaries(results: Results) -> dict[str, str]:
+    """Returns the generated parts of the short page."""
+    return {"choices": choices(results), "counts": counts(results)}
+
+
+def details(results: Results) -> dict[str, str]:
+    """Returns the generated parts of the page of details."""
+    return {
         "verdicts": verdicts(results),
         "places of channels": standings(results["latent"], latent.COMPARISON),
         "places of pixels": standings(results["input"], pixels.COMPARISON),
@@ -68,11 +82,6 @@ def rendered(text: str, results: Results) -> str:
         "agreement": agreement(results),
         "where": where(results),
     }
-    for name, table in tables.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-        before, rest = text.split(start)
-        text = before + start + "\n" + table + "\n" + end + rest.split(end)[1]
-    return text
 
 
 def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Results]]:
@@ -82,7 +91,7 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Result
             yield part, name, comparison, net
     for question, result in results["planted"]["questions"].items():
         is_edges = question != "channels of all layers"
-        yield ("planted" if is_edges else "latent"), f"planted, {question}", (
+        yield ("planted" if is_edges else "latent"), f"planted, {_american(question)}", (
             planted.EDGES if is_edges else planted.CHANNELS
         ), result  # fmt: skip
 
@@ -95,7 +104,7 @@ def compared(results: Results) -> Iterator[tuple[str, str, Comparison, str, Resu
 
 
 def counts(results: Results) -> str:
-    """Numbers of metrics in which the default composite is better than, tied with or worse than the best other one."""
+    """Returns the number of metrics in which the default composite is better than, tied with or worse than the best."""
     counted: dict[str, Counter[str]] = {}
     for kind, name, _, _, best in compared(results):
         networks = "transformer" if "transformer" in name else "convolutional networks"
@@ -114,7 +123,7 @@ def _all_last(row: tuple[str, Any]) -> tuple[bool, str]:
 
 
 def verdicts(results: Results) -> str:
-    """The default composite against the best other method of each metric."""
+    """Compares the default composite with the best other method of each metric."""
     lines = []
     for kind, name, comparison, key, best in compared(results):
         ahead = best["ahead"][best["default"]]
@@ -149,7 +158,7 @@ def choices(results: Results) -> str:
         cells = ["" if one is None else f"**{one:.1f}**" if one == least else f"{one:.1f}" for one in ours]
         other = min((name for name in means if name not in evaluated[0][1].ours), key=means.__getitem__)
         lines.append([question, *cells, f"{other}: {means[other]:.1f}", str(len(means))])
-    return markdown(["question", *COMPOSITES, "best other", "methods"], lines)
+    return markdown(["evaluation", *COMPOSITES, "best other", "methods"], lines)
 
 
 def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, list[str]]]]:
@@ -170,18 +179,18 @@ def questions(results: Results) -> dict[str, list[tuple[Results, Comparison, lis
     flips = [key for key in pixels.COMPARISON.better if key.startswith(FLIPS)]
     planted_channels, *edges = results["planted"]["questions"].values()
     both = {
-        "Is the heat map stable under noise?": ["sensitivity"],
-        "Does the heat map depend on the explained output?": ["random logit"],
-        "Does the heat map depend on the parameters?": ["cascade, area"],
+        "stability of heat maps under noise": ["sensitivity"],
+        "sensitivity of heat maps to the explained output": ["random logit"],
+        "sensitivity of heat maps to the parameters": ["cascade, area"],
     }
     return {
-        "Which edges were planted?": [(result["methods"], planted.EDGES, list(planted.BETTER)) for result in edges],
-        "Which channels were planted?": [(planted_channels["methods"], planted.CHANNELS, list(planted.BETTER))],
-        "Which channels affect the output when zeroed, convolutional networks?":
+        "planted edges": [(result["methods"], planted.EDGES, list(planted.BETTER)) for result in edges],
+        "planted channels": [(planted_channels["methods"], planted.CHANNELS, list(planted.BETTER))],
+        "channels set to zero, convolutional networks":
             nets("latent", latent.COMPARISON, zero, False),
-        "Which channels affect the output when zeroed, transformer?": nets("latent", latent.COMPARISON, zero, True),
-        "Which pixels affect the output, convolutional networks?": nets("input", pixels.COMPARISON, flips, False),
-        "Which pixels affect the output, transformer?": nets("input", pixels.COMPARISON, flips, True),
+        "channels set to zero, transformer": nets("latent", latent.COMPARISON, zero, True),
+        "pixels, convolutional networks": nets("input", pixels.COMPARISON, flips, False),
+        "pixels, transformer": nets("input", pixels.COMPARISON, flips, True),
     } | {
         question: [net for transformer in (False, True) for net in nets("input", pixels.COMPARISON, keys, transformer)]
         for question, keys in both.items()
@@ -218,7 +227,7 @@ def _mean_rank(name: str, by_method: Results, comparison: Comparison, keys: list
 
 
 def methods(name: str, result: Results, comparison: Comparison) -> str:
-    """Table of one net with a row for each method; ours are bold, and a star marks the best of each column."""
+    """Returns the table of one net, one row per method; ours are bold, and a star marks the best of each column."""
     keys = list(comparison.better)
     best = {}
     for key in keys:
@@ -240,13 +249,13 @@ def planted_tables(result: Results) -> str:
         f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f}%. Without the weights between streams, "
         f"{100 * between:.1f}% of the predictions are unchanged; without those within streams, {100 * within:.1f}%.\n"
     )
-    parts = [methods(name, part, planted.CHANNELS if name.startswith("channels") else planted.EDGES)
+    parts = [methods(_american(name), part, planted.CHANNELS if name.startswith("channels") else planted.EDGES)
              for name, part in result["questions"].items()]  # fmt: skip
     return "\n".join([head, *parts])
 
 
 def pairs(results: Results) -> str:
-    """Ours against the other method with the same rules."""
+    """Compares ours with the other method that uses the same rules."""
     lines = []
     for _, name, comparison, result in comparisons(results):
         for pair, values in result["pairs"].items():
@@ -286,6 +295,11 @@ def agreement(results: Results) -> str:
     return f"Pixel flipping was compared with Quantus on {samples}. The {found}.\n"
 
 
+def _american(question: str) -> str:
+    """Returns the name of a question on the pages; the results have the British spelling."""
+    return question.replace("neighbour", "neighbor")
+
+
 def _label(comparison: Comparison, key: str) -> str:
     return LABELS.get(key, key) + (" ↑" if comparison.better[key] > 0 else " ↓")
 
@@ -310,7 +324,7 @@ def _emphasized(word: str) -> str:
 
 
 def save(figure: Any, name: str, dpi: int) -> None:
-    """Saves a small file; 256 colours suffice for lines and text."""
+    """Saves a small file; 256 colors suffice for lines and text."""
     from matplotlib import pyplot
 
     buffer = io.BytesIO()

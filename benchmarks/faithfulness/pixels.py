@@ -89,7 +89,7 @@ Explainer = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def zennit_map(make: Callable[[], Composite]) -> Explainer:
-    """Zennit's relevance at the input."""
+    """Returns an explainer that computes Zennit's relevance of the input."""
 
     def explain(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         leaf = images.clone().requires_grad_()
@@ -102,7 +102,7 @@ def zennit_map(make: Callable[[], Composite]) -> Explainer:
 
 
 def measure_map(make: Callable[[], Composite]) -> Explainer:
-    """The measure at the input."""
+    """Returns an explainer that computes the marginal of the input."""
     return lambda model, images, target: RelevanceMeasure(model, images, target, composite=make()).marginal("input")
 
 
@@ -165,7 +165,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def heat_map(explain: Explainer, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Returns heat maps ``(N, 1, H, W)``, summed over colours; every batch uses the same random numbers."""
+    """Returns heat maps ``(N, 1, H, W)``, summed over colors; every batch uses the same random numbers."""
     parts = []
     for part in zip(torch.split(images, at_once(images)), torch.split(target, at_once(images)), strict=True):
         with same_noise():  # Captum also draws from NumPy

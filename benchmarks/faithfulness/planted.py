@@ -61,7 +61,7 @@ def streams_net() -> nn.Sequential:
 
 
 def draw_cues(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns images ``(N, 3, 16, 16)``, the shape in each colour ``(N, 3)``, and whether it is shown, ``(N, 3)``."""
+    """Returns images ``(N, 3, 16, 16)``, the shape in each color ``(N, 3)``, and whether it is shown, ``(N, 3)``."""
     wanted, count = count, max(count, 64)  # a small batch may lack a second shape of some class
     shapes, parts = [], []
     for _ in range(STREAMS):
@@ -73,7 +73,7 @@ def draw_cues(count: int) -> tuple[Tensor, Tensor, Tensor]:
         shapes.append(torch.cat([labels for _, labels in drawn])[:count])
     images, labels = torch.cat(parts, 1), torch.stack(shapes, 1)
     ground = images[:, :, :1, :1]
-    images = (images - ground).abs()  # a bright shape on black, independent of its colours
+    images = (images - ground).abs()  # a bright shape on black, independent of its colors
     # Green shows the same class as red: each sample gets a green image of its class.
     same = (labels[:, :1] == labels[None, :, 1]).float()
     match = torch.multinomial(same, 1)[:, 0]
@@ -84,7 +84,7 @@ def draw_cues(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train_streams(steps: int) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """Streams and their heads, weights ``(3, 4, 8)`` and biases ``(3, 4)``; each stream learns its own shapes."""
+    """Trains the streams, each on its own shapes; returns them with the weights and biases of their heads."""
     body = streams_net()
     weight = nn.Parameter(0.3 * torch.randn(STREAMS, CLASSES, WIDTH))
     bias = nn.Parameter(torch.zeros(STREAMS, CLASSES))
@@ -159,7 +159,7 @@ def planted_net(samples: int, steps: int = 500) -> tuple[Net, list[Tensor], Tens
 
 
 def severed(net: Net, streams: list[Tensor], within: bool) -> float:
-    """Share of unchanged predictions without the weights within streams, or without those between streams."""
+    """Returns the share of unchanged predictions without the weights within streams, or between streams."""
     model = net.model
     original = [model[int(name)].weight.clone() for name in ("2", "5", "7")]  # type: ignore[index]
     with torch.no_grad():
@@ -266,7 +266,7 @@ def planted_edges(
 
 
 def planted_channels(net: Net, streams: list[Tensor], carries: Tensor) -> dict[str, dict[str, Tensor]]:
-    """Recovery of the channels of planted paths among those of all layers, by method and metric, ``(N,)``."""
+    """Computes how well channels of planted paths are recovered, by method and metric, ``(N,)``."""
     values = activations(net.model, net.images, LAYERS)
     active = torch.cat([values[layer].flatten(2).amax(2) > 0 for layer in LAYERS], 1)
     truth, scored = carries[:, torch.cat(streams)] & active, active.any(0)

@@ -94,7 +94,7 @@ def settings() -> dict[str, bool]:
 
 
 def road(evaluation: Evaluation, most_first: bool) -> Tensor:
-    """Returns the share of ``PERCENTAGES`` with an unchanged prediction, pixels imputed from neighbours, ``(N,)``.
+    """Returns the share of ``PERCENTAGES`` with an unchanged prediction, pixels imputed from neighbors, ``(N,)``.
 
     ROAD in Quantus 0.6 fails for maps with fewer channels than the image; the missing channels are added here with the
     lowest rank and do not count. Its average over the samples of the first batch is disabled.
@@ -114,7 +114,7 @@ def road(evaluation: Evaluation, most_first: bool) -> Tensor:
 def sensitivity(evaluation: Evaluation) -> Tensor:
     """Returns the largest relative change of a heat map under uniform noise on the input, in the 2-norm, ``(N,)``.
 
-    Changes are capped at ``MOST``, because the change of a zero map is unbounded.
+    Changes are capped at ``MOST`` because the change of a zero map is unbounded.
 
     Source: Yeh et al., arXiv 1901.09392.
     """
@@ -208,7 +208,7 @@ class Staged(nn.Module):
         return result
 
     def named_modules(self, *args: Any, **options: Any) -> Iterator[tuple[str, Any]]:
-        """Groups of layers, the lowest first."""
+        """Yields groups of layers, the lowest first."""
         layers = [module for module in self.net.modules() if hasattr(module, "reset_parameters")]
         count = min(self.stages, len(layers)) - 1
         bounds = [round(step * (len(layers) - 1) / count) for step in range(count + 1)] if count else [0]

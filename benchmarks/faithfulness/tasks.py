@@ -23,13 +23,13 @@ Results = dict[str, Any]
 
 
 def latent_results(net: Net) -> Results:
-    """Neuron flipping on one net."""
+    """Evaluates neuron flipping on one net."""
     areas, curves = latent.neuron_flipping(net)
     return {**about(net), "curves": curves, **latent.COMPARISON.results(areas, resamples(net.group))}
 
 
 def input_results(net: Net) -> Results:
-    """Heat maps on one net."""
+    """Evaluates heat maps on one net."""
     by_method, curves, differences = pixels.measured(net)
     return {
         **about(net),
@@ -40,7 +40,7 @@ def input_results(net: Net) -> Results:
 
 
 def planted_results(samples: int) -> Results:
-    """Recovery of planted paths."""
+    """Evaluates the recovery of planted paths."""
     net, streams, carries = planted.planted_net(samples)
     weights = resamples(net.group)
     edges = planted.recovery(net, streams, carries)
@@ -57,7 +57,7 @@ def planted_results(samples: int) -> Results:
 
 
 def about(net: Net) -> Results:
-    """Description of the samples and layers."""
+    """Describes the samples and layers."""
     return {
         "samples": len(net.images),
         "images": int(net.group.max()) + 1,
@@ -74,7 +74,7 @@ Done = tuple[str, dict[str, Results], dict[str, list[int]]]
 
 
 def task(name: str, parts: Sequence[str], samples: int) -> Done:
-    """All measurements of one net."""
+    """Runs all measurements of one net."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     started = [time.perf_counter(), time.process_time()]
@@ -100,7 +100,7 @@ def task(name: str, parts: Sequence[str], samples: int) -> Done:
 
 
 def run(parts: Sequence[str], nets: Sequence[str], samples: int, processes: int) -> Iterator[Done]:
-    """Results of :func:`task` for each net, in order of completion; the slowest starts first.
+    """Yields the results of :func:`task` for each net, in order of completion; the slowest net starts first.
 
     Args:
         parts: Elements of ``PARTS``.

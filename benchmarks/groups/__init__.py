@@ -1,1 +1,1 @@
-"""How much dependence groups of channels retain, and whether their masses predict ablations."""
+"""Dependence that groups of channels preserve, and agreement of their masses with ablations."""

@@ -87,7 +87,7 @@ def of_case(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
 
 
 def ablation(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
-    """Correlation over sets of the mass with the relative change of the output, and the mean absolute difference.
+    """Correlates the mass of sets with the change of the output when they are ablated; also the mean difference.
 
     Correlations are those of as many sets as there are groups; for several random sets of a group, their mean.
     """
@@ -111,7 +111,7 @@ def ablation(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _predicted(part: Arrays, name: str, place: int) -> tuple[float, float]:
-    """Correlation of mass and change over the sets of one layer, and their mean absolute difference."""
+    """Returns the correlation of mass and change over the sets of one layer, and their mean absolute difference."""
     count = len(part[f"groups {place} mass"])
     masses, changes = (part[f"{name} {place} {kind}"].reshape(-1, count) for kind in ("mass", "change"))
     each = [np.corrcoef(mass, change)[0, 1] for mass, change in zip(masses, changes, strict=True)]

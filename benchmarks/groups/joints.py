@@ -72,7 +72,7 @@ def _measured(case: Case, number: int, composite: str) -> Arrays:
 
 
 def same_mass(mass: torch.Tensor, groups: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> torch.Tensor:
-    """Random sets with the sizes of groups and, as nearly as possible, their masses, ``(draws * groups, channels)``.
+    """Draws random sets with the sizes and, as nearly as possible, masses of groups, ``(draws * groups, channels)``.
 
     A random set is changed by the exchange of two channels that brings its mass closest to that of the group, until no
     exchange brings it closer. Which channels it has depends on their own masses only.
@@ -123,7 +123,7 @@ def _activation(case: Case, layer: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def _by_channel(mu: RelevanceMeasure, values: torch.Tensor, layer: str) -> torch.Tensor:
-    """``(N, channels, positions)``."""
+    """Reshapes a tensor to ``(N, channels, positions)``."""
     return values.movedim(mu.channel_dim(layer), 1).flatten(2) if values.ndim > 2 else values[:, :, None]
 
 

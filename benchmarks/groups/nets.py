@@ -29,7 +29,7 @@ class Case:
     tails: dict[str, Callable[[Tensor], Tensor]]
 
     def ablated(self, layer: str, x: Tensor, masks: Tensor) -> Tensor:
-        """Outputs ``(M, K)`` for one input, with the output of a layer multiplied by each mask ``(M, …)``."""
+        """Returns outputs ``(M, K)`` for one input, with the output of a layer multiplied by each mask ``(M, …)``."""
         kept: list[Tensor] = []
 
         def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compares joint relevance with exact path patching, and renders docs/joint-relevance.md.
+"""Compares joint relevance with exact path patching, and renders the tables and the figure of the docs.
 
 ``python -m benchmarks.path_patching`` takes about half an hour on one thread; ``--quick`` measures a few samples and
 only prints. ``--nets`` measures only these nets and leaves the results of the others unchanged. ``--render`` rewrites
@@ -128,7 +128,7 @@ def ranking(cases: list[Case]) -> dict[str, Any]:
 
 
 def summary(parts: list[Values]) -> dict[str, Any]:
-    """Means with intervals over samples, and paired differences of each joint score from the best product."""
+    """Returns means with intervals over samples, and paired differences of each joint score from the best product."""
     pooled = {
         score: {key: torch.cat([part[score][key] for part in parts]) for key in values}
         for score, values in parts[0].items()

@@ -1,4 +1,4 @@
-"""Sets of neurons of the sites: single channels or heads, several of these, positions, and both combined."""
+"""Sets of neurons to patch at the sites: single channels or heads, several of these, positions, and combinations."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Kind:
     lower: int = 16
 
     def sets(self, shapes: list[Shape]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Masks of the lowest site, and, for each chain above it, masks of the other sites; no set is drawn twice."""
+        """Draws distinct masks of the lowest site and, for each chain above it, of the other sites."""
         draw = torch.Generator().manual_seed(0)
         lowest, *others = (shapes[place] for place in self.places)
         lower = distinct(([self.draw(lowest, draw)] for _ in range(20 * self.lower)), self.lower)

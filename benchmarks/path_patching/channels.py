@@ -50,7 +50,7 @@ def by_channel(maps: Maps) -> Tensor:
 
 
 def gradients(case: Case, composite: Composite | None = None) -> tuple[Maps, Maps]:
-    """Outputs of the layers, and gradients of the explained output there; with a composite, Zennit's relevance."""
+    """Returns layer outputs, and gradients of the explained output there; with a composite, Zennit's relevance."""
     with ExitStack() as stack:
         if composite is not None:
             stack.enter_context(composite.context(case.whole))

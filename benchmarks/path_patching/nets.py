@@ -253,7 +253,7 @@ def transformer(count: int, seeds: int = 3) -> list[Case]:
 
 
 def photographs(name: str, count: int) -> list[Case]:
-    """A net of :mod:`benchmarks.real`, fetched on demand, and photographs of objects in front of two landscapes.
+    """Returns a net of :mod:`benchmarks.real` with photographs of objects in front of two landscapes.
 
     The explained class is the largest output. The reference is the blurred image. Every image is a case of its own.
     """

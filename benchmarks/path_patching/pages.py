@@ -1,8 +1,9 @@
-"""Tables of docs/joint-relevance.md."""
+"""Tables of docs/joint-relevance.md and docs/joint-relevance-details.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from benchmarks.markdown import grid, with_bounds
@@ -22,12 +23,18 @@ ERROR = "error minus best product"
 METRICS = {"correlation": ("minus best product", 1), "error": (ERROR, -1)}
 """By metric: the key of the paired difference from the best product, and +1 if large values are better."""
 FIGURES = [(key, fill) for key in ("correlation", "SRG") for fill in PATCHED]
+SUMMARIZED = {
+    "joint, secants": "secants",
+    "joint, tangents": "tangents",
+    "joint, NRMDefault": "`NRMDefault`, no reference",
+}
+"""Scores of the summary, with their names."""
 SCORES = ("tangents", "secants", "by the rule")
 """Scores that are counted. The rule is tangents for single neurons in two layers, and secants otherwise."""
 
 
 def path_patching(results: Results) -> dict[str, str]:
-    """Joint relevance compared with the best product in all nets, and correlations with path patching by net."""
+    """Returns the tables of joint relevance against the best product, and of correlations with path patching."""
     found = {"standing": _standing(results), "differences": _differences(results)}
     for name, net in results["nets"].items():
         rows, errors = [], []
@@ -46,6 +53,30 @@ def path_patching(results: Results) -> dict[str, str]:
         found[f"{name}, errors"] = grid(f"{columns} tangents minus it | secants minus it |", errors)
     found["places"] = _places(results)
     return found | {f"{name}, channels": table for name, table in _channels(results)}
+
+
+def path_patching_summary(results: Results) -> dict[str, str]:
+    """Joint relevance compared with the best product, by network: wins, ties and losses, and median differences."""
+    lines, sums = [], {score: [0] * 3 for score in SUMMARIZED}
+    for name, net in results["nets"].items():
+        settings = [measured["scores"] for *_, measured in _rows(net)]
+        cells = []
+        for score in SUMMARIZED:
+            behind = [scores[score]["minus best product"] for scores in settings]
+            places = [(low > 0) - (high < 0) for _, low, high in behind]
+            counts = [places.count(place) for place in (1, 0, -1)]
+            sums[score] = [one + other for one, other in zip(sums[score], counts, strict=True)]
+            means = [mean for mean, *_ in behind]
+            cells += [_counts(counts), f"{median(means):+.2f} ({min(means):+.2f} to {max(means):+.2f})"]
+        lines.append([name, len(settings), *cells])
+    whole = [cell for counts in sums.values() for cell in (f"**{_counts(counts)}**", "")]
+    lines.append(["**all**", sum(sums["joint, secants"]), *whole])
+    head = " | ".join(f"{name} | difference" for name in SUMMARIZED.values())
+    return {"summary": grid(f"| network | settings | {head} |", lines)}
+
+
+def _counts(counts: list[int]) -> str:
+    return " / ".join(map(str, counts))
 
 
 def _rows(net: Results) -> Iterator[tuple[str, str, Results]]:
@@ -69,7 +100,7 @@ def _differences(results: Results) -> str:
 
 
 def _standing(results: Results) -> str:
-    """Rows in which joint relevance is better than the best product, level with it, or worse, by net and metric.
+    """Counts the rows in which joint relevance is better than, tied with or worse than the best product.
 
     Nets whose errors have no intervals are not counted by error.
     """
@@ -86,7 +117,9 @@ def _standing(results: Results) -> str:
         f"{cells[3] + cells[4]} of {sum(cells[3:])} by error"
         for score, cells in sums.items()
     ]
-    return f"First or level, {'; '.join(said)}.\n\n" + grid(f"| network | score | {head} |", rows)
+    return f"Joint relevance is better than the best product or level with it: {'; '.join(said)}.\n\n" + grid(
+        f"| network | score | {head} |", rows
+    )
 
 
 def _counted(net: Results, score: str, metric: str) -> list[int]:
@@ -101,7 +134,7 @@ def _counted(net: Results, score: str, metric: str) -> list[int]:
 
 
 def is_edge(kind: str) -> bool:
-    """Returns whether the chains of a kind are edges between single neurons of two layers."""
+    """Returns True if the chains of a kind are edges between single neurons of two layers."""
     return kind.startswith("single") and "2 layers" in kind
 
 
@@ -121,7 +154,7 @@ def _rankings(results: Results) -> Iterator[tuple[str, Results]]:
 
 
 def _places(results: Results) -> str:
-    """The columns of all rankings in which each score is first or within the interval of the first."""
+    """Counts the rankings in which each score is first or within the interval of the first."""
     columns = [{score: row[key] for score, row in fills[fill].items()}
                for _, fills in _rankings(results) for key, fill in FIGURES]  # fmt: skip
     counts = {

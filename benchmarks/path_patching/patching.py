@@ -57,7 +57,7 @@ class Patching:
         return torch.stack([self.decrease([site], [mask], self.reference[site]) for mask in masks], 1)
 
     def decrease(self, sites: Sequence[str], masks: Sequence[Tensor], values: Tensor) -> Tensor:
-        """Decrease when the first set takes the given values, and each later set the values that result from them."""
+        """Returns the decrease if the first set takes the given values and each later set the resulting values."""
         for number, (site, mask) in enumerate(zip(sites, masks, strict=True)):
             above = sites[number + 1] if number + 1 < len(sites) else None
             seen, outputs = self.patched(site, mask, values, above)

@@ -54,7 +54,7 @@ class Measured:
         return by_site(chains, lambda site: self.mu.marginal(site), self.mu.output)
 
     def edges(self, chains: Chains) -> list[Tensor]:
-        """Returns the joint relevance of each pair of neighbouring sets in a chain of three or more sites."""
+        """Returns the joint relevance of each pair of neighboring sets in a chain of three or more sites."""
         lowest = Chains(chains.sites[:2], chains.lower, [masks[:1] for masks in chains.upper])
         found = [self.masses(lowest)]
         for number in range(1, len(chains.sites) - 1):
@@ -105,7 +105,7 @@ def leaky(case: Case, **settings: Any) -> Measured:
 
 
 def signed(case: Case) -> Tensor:
-    """1 for the target, -1 for the other output if there is one, ``(N, outputs)``."""
+    """Returns 1 for the target, -1 for the other output if there is one, and 0 otherwise, ``(N, outputs)``."""
     with torch.no_grad():
         start = torch.zeros_like(case.whole(case.x)).scatter(1, case.target[:, None], 1.0)
     return start if case.against is None else start.scatter(1, case.against[:, None], -1.0)
@@ -147,7 +147,7 @@ def conditional_relevance(case: Case, chains: Chains) -> Tensor:
 
 
 def is_of_channels(chains: Chains) -> bool:
-    """Returns whether all masks consist of whole channels, as the conditions of zennit-crp."""
+    """Returns True if all masks consist of whole channels, as the conditions of zennit-crp."""
     masks = [mask for masks in chains.upper for mask in masks]
     return all(mask.ndim == 1 or bool((mask.flatten(1).all(1) == mask.flatten(1).any(1)).all()) for mask in masks)
 

@@ -1,8 +1,8 @@
 """Explains predictions of trained networks on photographs by many methods, and evaluates the explanations.
 
 ``python -m benchmarks.real`` downloads networks and photographs (about 330 MB, once), measures, and writes
-``benchmarks/results/real.json`` and the tables of docs/real.md. An interrupted run can be resumed. ``--quick`` measures
-a few images of two networks, and writes the results into the cache.
+``benchmarks/results/real.json`` and the tables of docs/real.md and docs/real-details.md. An interrupted run can be
+resumed. ``--quick`` measures a few images of two networks, and writes the results into the cache.
 """
 
 from __future__ import annotations

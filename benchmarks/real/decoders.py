@@ -171,7 +171,7 @@ class Question:
         return self.of_ids(self.ids) - self.of_ids(rows).mean(0)
 
     def srg(self, relevance: Tensor) -> float:
-        """Mean difference if the least relevant characters are replaced first, minus that for most relevant first."""
+        """Returns the mean difference with least relevant characters replaced first, minus most relevant first."""
         order = relevance[1:].argsort(stable=True) + 1
         return self._curve(order) - self._curve(order.flip(0))
 

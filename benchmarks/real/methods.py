@@ -41,7 +41,7 @@ class Question:
         inputs: ``(N, C, H, W)``.
         targets: The class, ``(N,)``.
         against: None for the output of the class, ``"rest"`` for the class against the others.
-        plain: The plain colour of references and baselines, in the units of the inputs, ``(C, 1, 1)``.
+        plain: The plain color of references and baselines, in the units of the inputs, ``(C, 1, 1)``.
         others: Other images, as baselines of expected gradients, ``(M, C, H, W)``.
     """
 
@@ -93,7 +93,7 @@ class Method:
 
 
 def heat_map(method: Method, question: Question) -> Tensor:
-    """Returns heat maps ``(N, H, W)``, summed over colours."""
+    """Returns heat maps ``(N, H, W)``, summed over colors."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Captum warns whenever it sets hooks
         torch.manual_seed(0)

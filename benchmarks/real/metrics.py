@@ -56,7 +56,7 @@ def areas(curves: dict[str, Tensor], fill: str) -> dict[str, Tensor]:
     """Returns the areas under the curves of one fill, ``(N,)``.
 
     SRG is the mean target logit if the least relevant patches are removed first, minus the mean if the most relevant
-    are. Deletion is the area of the softmax if the most relevant are set to a plain colour first. Insertion restores a
+    are. Deletion is the area of the softmax if the most relevant are set to a plain color first. Insertion restores a
     blurred image, the most relevant first, which is the curve of blurring the least relevant first.
     """
     shares = [step / GRID**2 for step in STEPS]
@@ -73,10 +73,10 @@ def areas(curves: dict[str, Tensor], fill: str) -> dict[str, Tensor]:
 
 
 def fills(plain: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Replacements of removed pixels by name: a plain colour, a blurred image, noise, and the surrounding pixels.
+    """Returns fills of removed pixels by name: a plain color, a blurred image, noise, and the surrounding pixels.
 
     Args:
-        plain: The plain colour in the units of the model's inputs, ``(C, 1, 1)``.
+        plain: The plain color in the units of the model's inputs, ``(C, 1, 1)``.
     """
 
     def noise(inputs: Tensor, removed: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def inpainted(inputs: Tensor, removed: Tensor) -> Tensor:
 
 
 def inside(heat: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Positive relevance inside the mask per area, and whether the largest pixel lies inside, ``(N,)`` each."""
+    """Returns positive relevance inside the mask per area, and if the largest pixel lies inside, ``(N,)`` each."""
     positive = heat.clamp(min=0).flatten(1)
     masks = masks.flatten(1)
     share = (positive * masks).sum(1) / positive.sum(1).clamp(min=1e-30)
@@ -135,7 +135,7 @@ def inside(heat: Tensor, masks: Tensor) -> dict[str, Tensor]:
 
 
 def own(heat: Tensor, masks: Tensor, others: Tensor) -> dict[str, Tensor]:
-    """Of two objects: the share of positive relevance on the explained one, and whether its net relevance is larger.
+    """Returns the share of positive relevance on the explained object, and if its net relevance is larger.
 
     Args:
         heat: ``(N, H, W)``.
@@ -150,7 +150,7 @@ def own(heat: Tensor, masks: Tensor, others: Tensor) -> dict[str, Tensor]:
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson correlation of patch means of two heat maps ``(N, H, W)``, ``(N,)``; 0 where one is constant."""
+    """Returns the correlation of the patch means of two heat maps ``(N, H, W)``, ``(N,)``; 0 where one is constant."""
     first, second = (nn.functional.adaptive_avg_pool2d(heat[:, None], GRID).flatten(1) for heat in (one, other))
     first, second = (part - part.mean(1, keepdim=True) for part in (first, second))
     scale = (first.square().sum(1) * second.square().sum(1)).sqrt()

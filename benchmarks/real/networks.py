@@ -135,7 +135,7 @@ VGG_MEAN = _channels(123.68, 116.779, 103.939) / 255
 
 
 def vgg16_folders() -> Network:
-    """VGG16: convolutions trained on ImageNet, and a linear layer trained here on the folders of the photographs."""
+    """Returns VGG16 with convolutions trained on ImageNet, and a linear layer trained here on the photographs."""
     model = torchvision.models.vgg16(weights=None, num_classes=len(FOLDERS))
     model.features = vgg16_trunk()
     model.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -145,7 +145,7 @@ def vgg16_folders() -> Network:
 
 
 def _fit_folders(trunk: nn.Module) -> dict[str, Tensor]:
-    """Logistic regression on the mean features of the photographs, each on grey and on two landscapes."""
+    """Fits logistic regression to mean features of the photographs, each on gray and on two landscapes."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_score
 
@@ -219,7 +219,7 @@ def _residual_style() -> nn.Sequential:
 
 @cache
 def fashion(style: Literal["VGG", "residual"]) -> Network:
-    """A small network trained here on Fashion-MNIST, for images of any size, such as two objects side by side."""
+    """Returns a small network trained here on Fashion-MNIST, for images of any size."""
     with reproducible(0):
         model = _vgg_style() if style == "VGG" else _residual_style()
     model.load_state_dict(_stored(f"fashion-{style.lower()}", lambda: _fit_fashion(model)))
@@ -255,7 +255,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored(name: str, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights from the cache; at the first call, the network is trained and its weights are stored there."""
+    """Returns weights from the cache; at the first call, trains the network and stores its weights."""
     file = packages.cache() / "trained" / f"{name}.safetensors"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)

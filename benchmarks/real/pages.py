@@ -1,4 +1,4 @@
-"""Tables of docs/real.md."""
+"""Tables of docs/real.md and docs/real-details.md."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ CHOSEN_ON = {"EfficientNet-Lite0": "all", "VGG16": "one"}
 OTHER_PACKAGES = ("GradCAM", "DeepLift", "IntegratedGradients", "expected gradients")
 """Prefixes of the methods of other packages. The other methods are further settings of the measure."""
 
+SHORT = {"GradCAM, signed, against the rest": "signed GradCAM", "IntegratedGradients, 20 steps": "IntegratedGradients"}
+"""Names of methods in the summary, where they differ from those in the results."""
+
 
 def real(results: Results) -> dict[str, str]:
-    """Metrics in which other methods are better, comparison by network, settings that were tried, and more methods."""
+    """Returns the tables of metrics, networks, settings that were tried, and further methods."""
     return {
         "counts": _counts(results["nets"]),
         "compared": _compared(results["nets"]),
@@ -33,8 +36,31 @@ def real(results: Results) -> dict[str, str]:
     }
 
 
+def real_summary(results: Results) -> dict[str, str]:
+    """Returns the map that is shown first and the methods of other packages, by network."""
+    lines = []
+    for net, measured in results["nets"].items():
+        first, *_ = measured["methods"]
+        foreign = _of_other_packages(measured["methods"], first)
+        places = [_place(foreign, key) for key in SHOWN]
+        cells = [f"{foreign[first]['SRG, plain']['samples']}", "no" if net in CHOSEN_ON else "yes"]
+        for key in ("SRG, plain", "own"):
+            size = foreign[first][key]["samples"]
+            means = {name: row[key]["mean"][0] for name, row in foreign.items() if row[key]["samples"] == size}
+            best = max(set(means) - {first}, key=means.__getitem__)
+            cells += [f"{means[first]:.2f}", f"{means['GradCAM']:.2f}", f"{means[best]:.2f}, {SHORT.get(best, best)}"]
+        lines.append([net, *cells, " / ".join(str(places.count(place)) for place in (1, 0, -1))])
+    columns = " | ".join(f"{metric}: {name}" for metric in ("SRG", "own") for name in ("ours", "GradCAM", "best other"))
+    return {"summary": grid(f"| network | images | held out | {columns} | better / level / worse |", lines)}
+
+
+def _of_other_packages(methods: Results, first: str) -> Results:
+    """Returns the first method and those of other packages."""
+    return {name: row for name, row in methods.items() if name == first or name.startswith(OTHER_PACKAGES)}
+
+
 def _compared(nets: Results) -> str:
-    """The metrics of every network, and the lead of the first method over the others in SRG."""
+    """Returns the metrics of every network, and the lead of the first method in SRG."""
     rows = []
     for net, measured in nets.items():
         for number, (name, row) in enumerate(measured["methods"].items()):
@@ -48,7 +74,7 @@ def _compared(nets: Results) -> str:
 
 
 def _losses(nets: Results) -> str:
-    """Metrics in which another method is significantly better than the first one."""
+    """Returns the table of metrics in which another method is significantly better than the first one."""
     losses = []
     for net, measured in nets.items():
         ours, *others = measured["methods"].items()
@@ -61,12 +87,12 @@ def _losses(nets: Results) -> str:
 
 
 def _counts(nets: Results) -> str:
-    """By network, the metrics in which the first method is first, level with the best other, or behind."""
+    """Counts, by network, the metrics in which the first method is first, tied with the best other, or behind."""
     rows, sums = [], {"held out": [0, 0, 0, 0], "all": [0, 0, 0, 0]}
     for net, measured in nets.items():
         methods = measured["methods"]
         first, *_ = methods
-        foreign = {name: row for name, row in methods.items() if name == first or name.startswith(OTHER_PACKAGES)}
+        foreign = _of_other_packages(methods, first)
         keys = [key for key in SHOWN if key in methods[first]]
         places = [_place(methods, key) for key in keys]
         behind = [_place(foreign, key) for key in keys].count(-1)
@@ -86,7 +112,7 @@ def _counts(nets: Results) -> str:
 
 
 def _place(methods: Results, key: str) -> int:
-    """1 if the first method is significantly better than every other one, -1 if worse than any, and 0 otherwise."""
+    """Returns 1 if the first method is significantly better than all others, -1 if worse than any, and 0 otherwise."""
     behind = [row[key]["behind"] for row in list(methods.values())[1:] if key in row]
     if any(interval[2] < 0 for interval in behind):
         return -1
@@ -94,7 +120,7 @@ def _place(methods: Results, key: str) -> int:
 
 
 def _tried(tried: Results) -> str:
-    """Settings of averages over layers, on the network on which one was chosen."""
+    """Returns the table of settings for layer averages, on the network on which one of them was chosen."""
     cells = (
         [row["measure"], row["map"], row["photographs"], f"{row['SRG']:.2f}",
          "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]), f"{row['inside']:.2f}", f"{row['own']:.3f}",
@@ -105,7 +131,7 @@ def _tried(tried: Results) -> str:
 
 
 def _grounds(grounds: Results) -> str:
-    """Maps that were tried for objects on a plain ground, on networks for digits."""
+    """Returns the table of heat maps that were tried for objects on a plain background, on networks for digits."""
     cells = []
     for number, row in enumerate(grounds["rows"]):
         is_new = number == 0 or grounds["rows"][number - 1]["network"] != row["network"]

@@ -48,7 +48,7 @@ class Stamp:
         return "/".join(self.folder.split("/")[:2])
 
     def cut_out(self, height: int, width: int) -> Tensor:
-        """Red, green, blue and mask in [0, 1], ``(4, height, width)``; centred, as large as the margin allows."""
+        """Returns red, green, blue and mask in [0, 1], ``(4, height, width)``, centered and scaled to the margin."""
         with Image.open(self.path) as file:
             image = file.convert("RGBA")
         box = image.getchannel("A").getbbox()
@@ -72,7 +72,7 @@ def stamps() -> tuple[Stamp, ...]:
 
 @cache
 def background(name: Background, height: int, width: int) -> Tensor:
-    """Returns a landscape of scikit-learn, cropped to the shape, or grey, ``(3, height, width)`` in [0, 1]."""
+    """Returns a landscape of scikit-learn, cropped to the shape, or gray, ``(3, height, width)`` in [0, 1]."""
     if name == "grey":
         return torch.full((3, height, width), GREY)
     from sklearn.datasets import load_sample_image

@@ -80,7 +80,7 @@ FASHION = (
     "IntegratedGradients, 20 steps", "expected gradients", "reference grey, last two resolutions, against the rest",
     "reference grey, against the rest", "reference grey",
 )  # fmt: skip
-"""Methods of the comparison on networks for Fashion-MNIST, whose images have a plain ground."""
+"""Methods of the comparison on networks for Fashion-MNIST, whose images have a plain background."""
 
 
 class Task:
@@ -124,7 +124,7 @@ class Task:
         return Question(self.net, inputs, scenes.targets[rows], self.plain, self.others(inputs), method.against)
 
     def others(self, inputs: Tensor) -> Tensor:
-        """Baselines of expected gradients: images of one object, each with an object other than the explained one."""
+        """Returns the baselines of expected gradients: images of one object that differ from the explained one."""
         images = self.single.inputs[:BASELINES]
         if images.shape[2:] != inputs.shape[2:]:  # two objects side by side make a wider image
             images = self.pairs.scenes.inputs[: 2 * BASELINES : 2]
@@ -165,7 +165,7 @@ class Task:
 
 
 def measured(net: str, size: Size, names: Iterable[str]) -> Iterator[tuple[str, Values | str]]:
-    """Name and metrics of each method, or the error message of a method that does not run on this network."""
+    """Yields the name and metrics of each method, or the error message if it does not run on this network."""
     task = Task(NETWORKS[net](), size)
     for name in names:
         try:
@@ -175,7 +175,7 @@ def measured(net: str, size: Size, names: Iterable[str]) -> Iterator[tuple[str, 
 
 
 def summary(by_method: dict[str, Values]) -> dict[str, Any]:
-    """Means with bootstrap intervals, and paired differences from the first method, by method and metric."""
+    """Returns means with bootstrap intervals, and paired differences from the first method, by method and metric."""
     rows: dict[str, Any] = {}
     first = next(iter(by_method))
     for name, values in by_method.items():

@@ -17,7 +17,7 @@ from .networks import Network
 from .stored import stored
 
 CERTAIN = 0.5
-"""Smallest softmax of the predicted class of a photograph on grey; photographs below it are excluded."""
+"""Smallest softmax of the predicted class of a photograph on gray; photographs below it are excluded."""
 MARGIN = 2.0
 """Smallest ratio of the dependence of a class on its own object to that on the other object of a pair."""
 GROUNDS: tuple[photos.Background, ...] = ("flower", "china")
@@ -31,7 +31,7 @@ class Scenes:
     Args:
         inputs: Inputs of the model, ``(N, C, H, W)``.
         masks: Pixels of the object, boolean ``(N, H, W)``.
-        targets: The class that the network predicts for the object alone on grey, ``(N,)``.
+        targets: The class that the network predicts for the object alone on gray, ``(N,)``.
         names: The photographs.
     """
 
@@ -80,7 +80,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class _Thing:
-    """An object that a network recognizes, with its class and the data to draw it."""
+    """Object that a network recognizes, with its class and the data to render it."""
 
     name: str
     stamp: photos.Stamp | None
@@ -115,7 +115,7 @@ def single(net: Network, count: int) -> Scenes:
 
 
 def pairs(net: Network, count: int, seed: int = 0) -> Pairs:
-    """Two objects of different classes side by side on a plain background, where each class depends on its own object.
+    """Places two objects of different classes side by side, such that each class depends on its own object.
 
     A class depends on its object if covering the object lowers the logit of the class by at least :data:`MARGIN` times
     the change due to covering the other object. Only then is it clear which of the two objects is explained.
@@ -169,7 +169,7 @@ def _half(net: Network, thing: _Thing) -> tuple[Tensor, Tensor]:
 
 
 def _depends(logits: Tensor, target: int, side: int) -> bool:
-    """Whether a class depends on the object of its side: logits of the image, and with each of the objects covered."""
+    """Returns True if a class depends on the object of its side, from logits with and without each object."""
     drop = logits[0, target] - logits[1:, target]
     return bool(drop[side] > MARGIN * drop[1 - side].abs())
 

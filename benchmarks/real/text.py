@@ -1,4 +1,4 @@
-"""Comparison of explanations of a text classifier: which of them find the words on which the prediction depends?
+"""Comparison of explanations of a text classifier by how well they find the words on which the prediction depends.
 
 ``python -m benchmarks.real.text`` explains held-out film reviews for MiniLM (:mod:`benchmarks.real.film_reviews`),
 masks tokens in the order of their relevance, and writes the results as JSON, the table of ``docs/text.md`` and its
@@ -128,7 +128,7 @@ def random(question: Question) -> Tensor:
 
 
 def product(question: Question) -> Tensor:
-    """Gradient times input; under LXT's patches, AttnLRP."""
+    """Computes gradient times input; under LXT's patches, AttnLRP."""
     return (question.gradient() * question.embeddings).sum(-1)[0]
 
 

@@ -1,4 +1,4 @@
-"""Events as text are those of Python, and errors name the place in the text."""
+"""Event expressions equal events constructed in Python, and errors give the position in the expression."""
 
 from __future__ import annotations
 

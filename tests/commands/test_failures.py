@@ -1,4 +1,4 @@
-"""How commands end: one line, the exit status, nothing truncated.
+"""Errors of the commands: one line on stderr, the exit status, and no truncated files.
 
 Covers: nrm_plugin.commands.options.
 """

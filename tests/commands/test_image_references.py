@@ -1,4 +1,4 @@
-"""Reference images in the shell, and plain grounds, which are references of their own."""
+"""Reference images in the shell, including the plain background of an image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.commands.shell import OWN, PHOTO, SIZE, explain, result
 
 DEEP = ("--model", "own_nets:deep", "--size", str(SIZE), "--target", "2")
 STORED = "nrm-explained/disc-relevance.safetensors"
-WORDS = "  reference: the plain ground of the image, compared with a white image\n"
+WORDS = "  reference: the plain background of the image, compared with a white image\n"
 
 
 def inputs_of(loaded) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_named_references_are_images(here: Path):
     Image.new("RGB", (50, 40), (10, 200, 30)).save("green.png")
     green = loaded.preprocessing(Image.open("green.png"))
     torch.testing.assert_close(reference_image(loaded, inputs, "green.png"), green)
-    with pytest.raises(ReferenceImageError, match="gone is neither blur, mean, black, white, a colour such as #f0"):
+    with pytest.raises(ReferenceImageError, match="gone is neither blur, mean, black, white, a color such as #f0"):
         reference_image(loaded, inputs, "gone")
 
 
@@ -73,7 +73,7 @@ def test_the_command_explains_the_difference_to_the_reference(here: Path, option
     stored = safetensors.torch.load_file("nrm-explained/china-relevance.safetensors")
     torch.testing.assert_close(stored["relevance"], mu.sign * mu.marginal("input")[0], atol=1e-5, rtol=1e-4)
     printed = capsys.readouterr().out
-    assert "compared with its mean colour" in printed
+    assert "compared with its mean color" in printed
     with safetensors.safe_open("nrm-explained/china-relevance.safetensors", "pt") as file:
         assert file.metadata()["reference"] == "mean"
         assert file.metadata()["composite"] == ("secants" if composite is None else "nrm_default")
@@ -113,6 +113,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((found - expected).abs().max()) < 1e-3 * float(expected.abs().max())
 
 
+@pytest.mark.medium
 def test_the_ground_is_the_reference_and_the_pixels_come_first(disc, titles, capsys):
     explain("disc.png", *DEEP)
     model, inputs, white = prepared(disc)
@@ -163,6 +164,7 @@ def test_a_given_reference_or_rules_win(disc, titles, options, reference, capsys
     assert WORDS not in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_without_a_reference_the_maps_are_those_of_a_photograph(disc):
     explain("disc.png", *DEEP, "--reference", "none")
     model, inputs, _ = prepared(disc)
@@ -180,9 +182,10 @@ def test_late_layers_stay_first_if_the_relevance_of_pixels_cancels(disc, titles,
     assert json.loads(about["layer_map"])["reference"] == "blur"
     assert titles[0][0].startswith("where the evidence is, by late layers")
     printed = capsys.readouterr().out
-    assert "  note: the plain ground of the image, white, is not its reference: most relevance of single" in printed
+    assert "  note: the plain background of the image, white, is not its reference: most relevance of single" in printed
 
 
+@pytest.mark.medium
 def test_a_photograph_has_no_ground(fast, titles, capsys):
     explain("china.png", *DEEP)
     assert "ground" not in capsys.readouterr().out

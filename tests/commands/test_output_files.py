@@ -1,4 +1,4 @@
-"""Text in figures fits into them."""
+"""Headings and titles fit into their figures."""
 
 from __future__ import annotations
 

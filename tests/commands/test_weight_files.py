@@ -1,4 +1,4 @@
-"""Files that do not hold the weights of the model."""
+"""Errors for files that do not contain the weights of the model."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def attempt(folder: Path, killed_at: tuple[str, int] | None) -> None:
 
 
 def forked(folder: Path, killed_at: tuple[str, int] | None = None, seconds: float | None = None) -> bool:
-    """Whether the attempt ended without being killed."""
+    """Returns True if the attempt ended without being killed."""
     process = os.fork()
     if process == 0:
         try:

@@ -1,4 +1,4 @@
-"""Whatever byte of a sweep changes, nothing wrong is read as right, and resuming heals it."""
+"""A changed byte anywhere in a sweep is detected when it is read, and repaired when the sweep is resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ASKED: dict[str, Callable[[Sweep], object]] = {
 
 
 def readings(folder: Path) -> dict[str, object]:
-    """What a sweep answers, or the type of its error; anything but a SweepError is raised."""
+    """Returns the results read from a sweep, with SweepError in place of those that raise it."""
     answers: dict[str, object] = {}
     for name, ask in ASKED.items():
         try:
@@ -123,6 +123,7 @@ def test_a_lost_manifest_is_not_replaced_by_that_of_another_sweep(begun, tmp_pat
     assert len(Manifest.read(folder).queries) == 5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["part-0000-000007", "part-0001-000009", "part-0002-000002"])
 def test_a_surplus_shard_is_not_read_as_more_rows(name, begun, right, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "swept")
@@ -133,6 +134,7 @@ def test_a_surplus_shard_is_not_read_as_more_rows(name, begun, right, tmp_path):
     assert readings(folder) == right
 
 
+@pytest.mark.medium
 def test_a_lost_shard_is_reported_and_evaluated_again(begun, right, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "swept")
     (folder / KINDS["rows"]).unlink()

@@ -1,4 +1,4 @@
-"""Samples with results are compared with those of the data set; what has not changed is not read again."""
+"""Samples with stored results are compared with those of the dataset; unchanged samples are not read again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUERIES = [Marginal("4")]
 
 
 class Stamped(Data):
-    """Tells how often each sample changed, and notes what is read."""
+    """Dataset whose stamps count the changes of each sample, and which records the samples that are read."""
 
     def __init__(self, count=12, **options):
         super().__init__(count, **options)
@@ -66,6 +66,7 @@ def test_samples_that_failed_or_cannot_be_read_any_more(tmp_path):
     assert sweep(net(), Data(8, bad=[2, 6]), QUERIES, tmp_path, on_error="skip", **OPTIONS).is_complete
 
 
+@pytest.mark.medium
 def test_random_transforms_are_no_change(tmp_path):
     sweep(net(), Data(8, is_noisy=True), QUERIES, tmp_path, **OPTIONS)
     assert sweep(net(), Data(8, is_noisy=True), QUERIES, tmp_path, **OPTIONS).is_complete

@@ -156,7 +156,7 @@ def test_truncated_images_are_rejected(suffix: str, share: float, tmp_path: Path
 
 @pytest.mark.parametrize("suffix", CUT)
 def test_scrambled_images_are_read_or_rejected(suffix: str, tmp_path: Path):
-    """Whatever bytes a file holds, it is an image or a ImageError."""
+    """Files with arbitrary bytes are either read as an image or raise ImageError."""
     draw = np.random.default_rng(0)
     path = tmp_path / f"scrambled.{suffix}"
     PHOTO.resize((30, 20)).save(path)

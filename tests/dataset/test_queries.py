@@ -1,4 +1,4 @@
-"""Queries and events survive JSON, and what is not a query raises."""
+"""Queries and events can be restored from JSON, and anything that is not a query raises an error."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_references_equal_single_samples_sorted_by_hand(net, data, by, unit, red
             references = results.of(layer, by, target)
             for group in references.groups:
                 rows = [(row[group], n) for n, row in enumerate(scores) if target in (None, row[group][2])]
-                # Rounded, because rounding errors depend on the batch size: the repeated images are then a tie.
+                # Rounded because rounding errors depend on the batch size: the repeated images are then a tie.
                 rows = sorted(rows, key=lambda row: (-round(row[0][0], 10), row[1]))[:4]
                 listed = references.of(group)
                 assert len(listed) == min(4, len(rows))
@@ -119,6 +119,7 @@ def test_events_are_ranked_by_their_mass(net, data):
         references.of("none")
 
 
+@pytest.mark.medium
 def test_the_target_may_be_the_prediction_or_one_class(net, data):
     predicted = find_references(net, data.tensors[0].split(6), ["2"], 3, target="prediction", by=["relevance"])
     scores = one_by_one(net, data, "2", "relevance", chosen=lambda output: int(output.argmax()))

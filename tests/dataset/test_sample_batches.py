@@ -1,4 +1,4 @@
-"""Data sets and loaders: the same batches in every run, and errors of invalid data."""
+"""Datasets and loaders: the same batches in every run, and errors of invalid data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_iterable_data_set_is_read_again_and_resumes(tmp_path, uninterrupted)
     assert stored.manifest.samples == 50
     assert contents(tmp_path) == uninterrupted
     assert sweep(net(), Stream(), QUERIES, tmp_path, **OPTIONS).is_complete
-    with pytest.raises(SweepError, match="the data set now ends after 24 samples"):
+    with pytest.raises(SweepError, match="the dataset now ends after 24 samples"):
         sweep(net(), Stream(24), QUERIES, tmp_path, **OPTIONS)
 
 
@@ -84,5 +84,5 @@ def test_a_stream_is_not_split_among_processes(tmp_path, monkeypatch):
         sweep(net(), loader, Marginal("4"), tmp_path, batch_size=3)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SweepError, match="iterable data set cannot be split"):
+    with pytest.raises(SweepError, match="iterable dataset cannot be split"):
         sweep(net(), loader, Marginal("4"), tmp_path)

@@ -1,4 +1,4 @@
-"""Every setting of a sweep, partial or finished: the same continues bit-equal, a changed one is rejected by name.
+"""Resumed sweeps: with equal settings, results are bitwise equal; a changed setting is rejected by name.
 
 Covers: nrm_plugin.dataset.model_identity.
 """
@@ -133,7 +133,7 @@ CHANGES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "queries": (lambda: given() | {"queries": QUERIES[1:]}, r"queries\.marginal\(first\) \(removed\)"),
     "layer": (lambda: given() | {"queries": [*QUERIES, Sink("last")]}, r"queries\.sink\(last\) \(added\)"),
     "pixel of a stored sample": (lambda: with_one((3, 0, 2, 2)), r"the data changed: sample 3 differs"),
-    "code of the data set": (lambda: given(("- 0.5", "- 0.4")), r"the data changed: sample 0 and \d+ more differs"),
+    "code of the dataset": (lambda: given(("- 0.5", "- 0.4")), r"the data changed: sample 0 and \d+ more differs"),
     "labels": (lambda: given(("index % 3", "(index + 1) % 3")), r"the data changed: sample 0"),
     "length": (lambda: given(("rand(12", "rand(13")), r"samples \(was 12, now 13\)"),
     "precision": (lambda: changed(lambda arguments: arguments["model"].double()), r"dtype"),
@@ -198,6 +198,7 @@ def test_a_pixel_of_a_sample_without_results_is_no_change(stored: Path) -> None:
         assert sweep(out=stored, **OPTIONS, **with_one((5, 0, 0, 0))).is_complete
 
 
+@pytest.mark.medium
 def test_pixels_of_tensors_in_memory_are_compared(tmp_path: Path) -> None:
     x, model = torch.rand(6, 1, 5, 5), given()["model"]
     sweep(model, TensorDataset(x), QUERIES, tmp_path, **OPTIONS)

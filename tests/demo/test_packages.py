@@ -1,4 +1,4 @@
-"""Packages without a network: downloads, digests, unpacking."""
+"""Downloads, checksums and unpacking of packages, without a network connection."""
 
 from __future__ import annotations
 

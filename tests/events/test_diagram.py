@@ -29,7 +29,7 @@ EVENTS = st.recursive(
 
 
 def truth(event: Event, answers: int) -> bool:
-    """Whether an event holds, where bit ``v`` is the answer to variable ``v``."""
+    """Returns True if an event holds, where bit ``v`` is the value of variable ``v``."""
     if event in VARIABLES:
         return bool(answers >> VARIABLES[event] & 1)
     if isinstance(event, Not):

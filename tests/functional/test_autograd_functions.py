@@ -99,7 +99,7 @@ class InPlace(Function):
 
 
 class NoBackward(Function):
-    """Made to predict only."""
+    """A function without a backward pass, for inference only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -374,7 +374,7 @@ class Roll(Function):
 
 
 class Layer(nn.Module):
-    """The remedy that the message gives."""
+    """The function as a module, which is the remedy that the error message gives."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ def between(length: int, count: int, corners: bool) -> Tensor:
 
 
 def cubic(length: int, count: int) -> Tensor:
-    """``w[j, i]`` of cubic interpolation along one dimension, which is negative at the second neighbours."""
+    """``w[j, i]`` of cubic interpolation along one dimension, which is negative at the second neighbors."""
 
     def value(x: float, a: float = -0.75) -> float:
         x = abs(x)

@@ -187,7 +187,7 @@ class Weighted(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 2}])
 def test_weights_of_a_bag_may_be_an_input_beside_the_ids(options: dict[str, Any]) -> None:
-    """The message said that the ids select no rows."""
+    """Regression test: an error stated that the ids select no rows."""
     weights = drawn(3, 4, seed=3).abs() + 0.1
     bag, rows = (RelevanceMeasure(Weighted(is_bag, **options).eval(), (IDS, weights), 1) for is_bag in (True, False))
     assert torch.equal(bag.outputs, bag.outputs)

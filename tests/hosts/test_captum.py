@@ -547,7 +547,7 @@ def test_visualization_draws_the_maps():
     assert len(figure.axes) >= 2
 
 
-# -- whole data sets ----------------------------------------------------------------------------------------------
+# -- whole datasets ----------------------------------------------------------------------------------------------
 
 
 def test_captums_data_loader_accepts_feature_ablation_only():

@@ -117,7 +117,7 @@ def test_the_composite_changes_the_explanation(net, data):
 
 @pytest.fixture(scope="module")
 def coloured():
-    """A net for images of two channels, and the heat maps of one explainer, in batches smaller than the data set."""
+    """A net for images of two channels, and the heat maps of one explainer, in batches smaller than the dataset."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 3)).eval().requires_grad_(False)
@@ -144,7 +144,7 @@ def test_our_pixel_flipping_equals_its(coloured, fill, most_first, softmax):
 
 
 def imputed(image, removed):
-    """Replaces removed pixels by the weighted mean of their neighbours, removed or not: one dense linear system."""
+    """Replaces removed pixels by the weighted mean of their neighbors, removed or not: one dense linear system."""
     height, width = removed.shape
     unknown = [tuple(position) for position in np.argwhere(removed)]
     left, right = np.eye(len(unknown)), np.zeros((len(unknown), len(image)))

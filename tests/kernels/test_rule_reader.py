@@ -1,4 +1,4 @@
-"""Whether a rule is linear in the relevance."""
+"""Detection of rules that are not linear in the relevance."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ GRID = patches((12, 12), 4)
 
 
 def is_connected(region: torch.Tensor) -> bool:
-    """Whether all pixels of a region are reached from one of them by steps to neighbours, by flooding."""
+    """Returns True if a flood fill from one pixel of a region reaches all of its pixels."""
     reached = torch.zeros_like(region)
     reached.view(-1)[int(region.flatten().nonzero()[0])] = True
     for _ in range(region.numel()):

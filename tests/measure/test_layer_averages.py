@@ -69,7 +69,7 @@ def test_interpolation_is_bilinear_between_the_centres_of_cells():
     relevance = mu.marginal("7").sum(1) * mu.sign.reshape(-1, 1, 1)
     share = relevance / relevance.abs().sum((1, 2), keepdim=True) / 16
     assert torch.allclose(heat[:, 0, 0], share[:, 0, 0])
-    between = share[:, 0, 0] * 0.625 + share[:, 0, 1] * 0.375  # pixel 3 is 1.5 of 4 pixels from the first centre
+    between = share[:, 0, 0] * 0.625 + share[:, 0, 1] * 0.375  # pixel 3 is 1.5 of 4 pixels from the first center
     assert torch.allclose(heat[:, 0, 3], between)
 
 
@@ -224,6 +224,7 @@ def test_an_average_does_not_sum_masses_and_stops_at_the_lowest_layer():
     torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.medium
 def test_channels_may_be_the_last_dimension():
     # the attention of Swin has the shape (N, heads, tokens, tokens), which is no grid
     model = SwinTransformer([4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=3).double().eval()

@@ -1,4 +1,4 @@
-"""Pixels through late positions with evidence for a class, position by position."""
+"""Pixel maps restricted to positions of a late layer, compared with a sum over these positions."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def test_the_map_is_the_sum_over_positions_with_evidence():
         torch.testing.assert_close(found[place], expected)
 
 
+@pytest.mark.medium
 def test_one_class_for_all_images_and_a_tensor_of_classes():
     model, (inputs, ground) = net(), images()
     expected = pixel_map(model, inputs, [1, 1, 1], reference=ground)

@@ -1,4 +1,4 @@
-"""Images with and without a plain ground."""
+"""Images with and without a plain background."""
 
 from __future__ import annotations
 

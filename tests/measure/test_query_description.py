@@ -1,4 +1,4 @@
-"""Events in words, as in the text of `explain`."""
+"""Descriptions of events in words, as returned by `explain`."""
 
 from __future__ import annotations
 

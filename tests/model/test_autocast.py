@@ -53,7 +53,7 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Formats(TorchDispatchMode):
-    """Which formats convolutions and products were taken in."""
+    """Records the dtypes in which convolutions and matrix products are computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Inner(nn.Module):
 @pytest.mark.parametrize("kind", ["layers", "functions", "skip", "convolution"])
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_a_model_may_use_autocast_inside(name: str, kind: str, short: torch.dtype) -> None:
-    """It raised an error whose remedy did not apply. Relevance is that of float32 for the rounded activations."""
+    """Regression test: an error with a wrong remedy. Relevance is that of float32 for the rounded activations."""
     x = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
     model, exact = Inner(kind, short).eval(), Inner(kind, None).eval()
     mu, plain = (RelevanceMeasure(one, x, 1, composite=COMPOSITES[name]) for one in (model, exact))
@@ -241,7 +241,7 @@ def test_layers_and_functions_agree_under_autocast_inside() -> None:
 
 @pytest.mark.parametrize("short", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_tensors_of_eight_bits_inside_have_relevance_in_float32(short: torch.dtype) -> None:
-    """Their sums are not implemented: every query raised NotImplementedError."""
+    """Regression test: every query raised NotImplementedError, since torch does not sum tensors of this dtype."""
 
     class Rounded(nn.Module):
         def __init__(self, function: Any) -> None:

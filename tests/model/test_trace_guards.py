@@ -1,4 +1,4 @@
-"""What a trace must know of values that a computation read."""
+"""Checks that a trace records for the values on which a computation depends."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which nodes of a flow are drawn."""
+"""Selection of the nodes of a flow that are drawn."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def test_a_rest_that_is_not_drawn_is_not_explained():
     empty = layer("input", ("legs",), (1.0,))
     hidden = replace(empty, others=3)
     joint = (np.array([[1.0, 0, 0], [0, 0, 0], [0, 0, 0]]),)
-    assert "grey" not in key_text(False, False, graph=FlowGraph((TOP, hidden), joint))
-    assert "grey" in key_text(False, False, graph=FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
+    assert "gray" not in key_text(False, False, graph=FlowGraph((TOP, hidden), joint))
+    assert "gray" in key_text(False, False, graph=FlowGraph((TOP, MIDDLE, LOWEST), JOINTS))
 
 
 def test_groups_of_outputs_are_explained():
@@ -61,5 +61,5 @@ def test_only_groups_of_channels_are_explained_as_such():
     patched = FlowGraph((TOP, MIDDLE, layer("input", ("A1", "B1", "A2"), (0.5, 0.3, -0.05), rest=0.15)), JOINTS)
     assert "groups of channels" in key_text(False, False, graph=grouped)
     assert "groups of channels" not in key_text(False, False, graph=patched)
-    assert "Strongly coloured ribbons" in key_text(False, False, graph=grouped)
-    assert "Strongly coloured ribbons" not in key_text(False, False, graph=FlowGraph((TOP,), ()))
+    assert "Strongly colored ribbons" in key_text(False, False, graph=grouped)
+    assert "Strongly colored ribbons" not in key_text(False, False, graph=FlowGraph((TOP,), ()))

@@ -1,4 +1,4 @@
-"""Words for where a region of an image lies."""
+"""Descriptions of the location of a region in an image."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ GREY, COLORS = torch.rand(1, 2, 3), torch.rand(3, 2, 3)
 
 
 def maps_of(figure: Figure) -> list[np.ndarray]:
-    """Arrays of all coloured heat maps of a figure, in the order of drawing."""
+    """Arrays of all colored heat maps of a figure, in the order of drawing."""
     images = [image for axes in figure.axes for image in axes.images]
     return [np.asarray(image.get_array()) for image in images if image.get_cmap().name == heatmaps.DIVERGING]
 
@@ -76,6 +76,7 @@ def test_the_limit_of_a_heat_map_can_be_given():
     assert limits_of(heatmaps.heat_map(VALUES, limit=2.0)) == {(-2.0, 2.0)}
 
 
+@pytest.mark.medium
 def test_the_colour_bar_is_extended_if_values_exceed_the_limit():
     for limit, extend in ((0.3, "both"), (0.41, "neither"), (2.0, "neither"), (None, "neither")):
         figures = [

@@ -1,4 +1,4 @@
-"""Queries for layers, calls, tensors and sides of layers that a measure does not have.
+"""Names of taps, and errors for layers, calls, tensors and sides that a measure does not have.
 
 Covers: nrm_plugin.measure.layer_taps.
 """

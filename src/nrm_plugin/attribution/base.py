@@ -36,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Returns ``(inputs as a tuple, whether they were passed as a tuple)``."""
+    """Returns the inputs as a tuple, and a boolean that is True if they were passed as a tuple."""
     given = tuple(inputs) if isinstance(inputs, list) else inputs
     if not isinstance(given, (Tensor, tuple)):
         raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
@@ -50,7 +50,7 @@ def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of ``attribute`` that determine its return value; see its docstring."""
+    """Arguments of ``attribute`` that determine the format of its return value."""
 
     given: Event | None
     joint: Event | None

@@ -142,5 +142,5 @@ def _leaves(form: Any) -> Iterator[Tensor]:
 
 
 def _like(form: Any, parts: Iterator[Tensor]) -> Any:
-    """Packs tensors into the nested tuples and lists of ``form``."""
+    """Packs tensors into a structure of tuples and lists like that of ``form``."""
     return next(parts) if isinstance(form, Tensor) else type(form)(_like(part, parts) for part in form)

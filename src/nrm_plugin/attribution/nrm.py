@@ -50,7 +50,7 @@ class NRM(GradientAttribution):
             shape of the inputs, and deltas and sinks have one entry.
 
     Raises:
-        InputError: If ``model`` is a function rather than a module, because the layers of a function cannot be
+        InputError: If ``model`` is a function rather than a module because the layers of a function cannot be
             recorded.
 
     Examples:
@@ -219,7 +219,7 @@ class NRM(GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True, since relevance is a contribution rather than a sensitivity.
+        """True, since relevance is a contribution to the output rather than a sensitivity.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs

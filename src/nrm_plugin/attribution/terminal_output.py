@@ -1,4 +1,4 @@
-"""Output of text explanations in a terminal, with or without colours."""
+"""Output of text explanations in a terminal, with or without colors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 LISTED = 12
 """Maximum number of words in a table."""
 SHADES = {1: (217, 173, 167, 131, 124), -1: (189, 152, 110, 67, 25)}
-"""Codes of 256-colour backgrounds for positive (1) and negative (-1) relevance, from weak to strong."""
+"""Codes of 256-color backgrounds for positive (1) and negative (-1) relevance, from weak to strong."""
 REST = "the rest"
 """Name of the contrast if a target is compared with all other outputs."""
 KINDS = {"class": "class", "mask": "token behind the mask", "next": "next token", "token": "class of the token"}
 
 
 def lines(explanation: Any, width: int = 80, color: bool = False) -> list[str]:
-    """Formats an explanation as lines of at most ``width`` columns (at least 40), not counting colour codes."""
+    """Formats an explanation as lines of at most ``width`` columns (at least 40), not counting color codes."""
     return [line.rstrip() if not color else line for line in _lines(explanation, max(width, 40), color)]
 
 
@@ -72,7 +72,7 @@ def number(explanation: Any) -> str:
 
 
 def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
-    """Yields the text in lines of at most ``width`` columns, with words coloured by relevance if ``color`` is true."""
+    """Yields the text in lines of at most ``width`` columns, with words colored by relevance if ``color`` is true."""
     largest = text.largest(values)
     line, at = "", 0
     for word, value in zip(text.words, values.tolist(), strict=True):
@@ -89,7 +89,7 @@ def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[s
 
 
 def _used(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
-    """Yields the text coloured by relevance or, without colours, a table of the most relevant words."""
+    """Yields the text colored by relevance or, without colors, a table of the most relevant words."""
     if color:
         yield from colored(text, values, width, True)
         return

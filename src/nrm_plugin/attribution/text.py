@@ -42,7 +42,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Row:
-    """Relevance of words, conditional on an event or joint with a unit of a layer.
+    """Relevance of words, conditional on an event or joint with a unit (head or channel) of a layer.
 
     Attributes:
         title: Name of the condition or unit.
@@ -107,7 +107,7 @@ class TextExplanation:
     measure: RelevanceMeasure | None = field(default=None, repr=False, compare=False)
 
     def lines(self, width: int = 80, color: bool = False) -> list[str]:
-        """Formats the explanation as lines for a terminal, with colours if ``color`` is set.
+        """Formats the explanation as lines for a terminal, with colors if ``color`` is set.
 
         Examples:
             >>> max(map(len, explanation.lines(width=60))) <= 60

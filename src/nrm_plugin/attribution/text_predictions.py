@@ -20,7 +20,7 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """Text with a model's prediction for it.
+    """Prediction task: a text, and the prediction of a model for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
@@ -265,7 +265,7 @@ def _labels(config: Any, count: int) -> tuple[str, ...]:
 
 
 def _looks_ahead(model: nn.Module, inputs: dict[str, Tensor], others: dict[str, Any], logits: Tensor) -> bool:
-    """Returns whether the logits of the first token depend on the last token, as in masked language models."""
+    """Returns True if the logits of the first token depend on the last token, as in masked language models."""
     ids = inputs["input_ids"]
     if ids.shape[1] < 2:
         return False

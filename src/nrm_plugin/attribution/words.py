@@ -46,7 +46,7 @@ class Tokens:
     words: tuple[Word, ...]
 
     def largest(self, values: Tensor) -> float:
-        """Returns the limit of the colour scale: the largest absolute value of any word, or 1 if all values are zero.
+        """Returns the limit of the color scale: the largest absolute value of any word, or 1 if all values are zero.
 
         Special tokens are ignored unless the values of all words are zero, since a class token often receives most of
         the relevance.

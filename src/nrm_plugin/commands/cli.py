@@ -28,7 +28,7 @@ COMMANDS = {
     "explain-text": "explain texts with a Hugging Face Transformers model",
     "flow": "plot how relevance flows through several layers",
     "layers": "list the layers of a model, for --layer and --given",
-    "sweep": "query every image of a folder or a data set and store the results",
+    "sweep": "query every image of a folder or a dataset and store the results",
     "references": "list the images of a sweep in which a channel has the most relevance",
 }
 """Summary of each command for ``--help``.
@@ -42,7 +42,7 @@ UNKNOWN = re.compile(r"argument COMMAND: invalid choice: '(.*)' \(")
 
 
 class Help(argparse.HelpFormatter):
-    """Formatter that wraps prose to the terminal width and keeps command lines whole."""
+    """Help formatter that wraps prose to the width of the terminal and leaves command lines unbroken."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines: list[str] = []

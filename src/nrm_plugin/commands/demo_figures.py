@@ -65,7 +65,7 @@ def _explained(sample: Sample, against: str) -> str:
 
 
 def _two_lines(title: str) -> str:
-    """Breaks a title into two lines, since a single line would overlap the colour bar."""
+    """Breaks a title into two lines, since a single line would overlap the color bar."""
     return title.replace(" rather than ", "\nrather than ")
 
 

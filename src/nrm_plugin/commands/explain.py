@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from .request import Request
 
 DESCRIPTION = """\
-Which parts of an image are evidence for a class? Explains images with a torchvision classifier or your own model by the
-normalized relevance measure: the total relevance is 1, red is positive evidence, blue is negative. A coarse heat map
-shows where the evidence is, by the relevance of late layers; a second one shows the relevance of the pixels. Both
-explain the difference between the class and the other classes, unless --against says otherwise."""
+Shows which parts of an image are evidence for a class, with a torchvision classifier or your own model. The total
+relevance is 1; red is positive evidence, blue is negative. A coarse heat map localizes the evidence by the relevance of
+late layers; a second one shows the relevance of the pixels. Both explain the difference between the class and the other
+classes, unless --against says otherwise."""
 
 EXAMPLES = """\
 examples:
@@ -51,7 +51,7 @@ examples:
   nrm-plugin explain cat.jpg --model vgg16 --given "features.28[3,7]" --given "features.28[3] & ~features.21[40:50]"
       only the walks through channel 3 or 7 of a layer; & and, | or, ~ not
   nrm-plugin explain scan.png --model my_nets.py:make --weights mine.safetensors --size 128 --mean 0.5 --std 0.25
-      your own model: a function without arguments that returns a module, here a greyscale model
+      your own model: a function without arguments that returns a module, here a grayscale model
 
 files for each image NAME
   NAME-relevance.png           the preprocessed image and its heat maps
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query = parser.add_argument_group("query")
     add_target(query)
     add_against(query, "rest, if there are several classes")
-    add_reference(query, "the plain ground of the image, if it has one and little relevance of pixels cancels")
+    add_reference(query, "the plain background of the image, if it has one and little relevance of pixels cancels")
     add_map(query)
     query.add_argument("--layer", action="append", default=[], metavar="LAYER", dest="layers",
                        help="list the most relevant channels of this layer; may be repeated")  # fmt: skip

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from ..attribution.text import TextExplanation
 
 DESCRIPTION = """\
-Which words are evidence for what a text model predicts? Explains classifiers, masked and causal language models, and
-encoder-decoder models of the transformers library by the normalized relevance measure: the total relevance is 1; words
-in red, or marked +, are positive evidence, and words in blue, or marked -, negative evidence. By default, the
-explanation is of the difference between the prediction and all others (see --against). If the tokenizer has a mask
-token, it is of the change in this difference relative to a text in which all words are masked (see --reference)."""
+Shows which words are evidence for the prediction of a text model: a classifier, a masked or causal language model, or
+an encoder-decoder model of the transformers library. The total relevance is 1; words in red, or marked +, are positive
+evidence, and words in blue, or marked -, negative evidence. By default, the command explains the difference between the
+predicted output and all others (see --against). If the tokenizer has a mask token, it explains how this difference
+changes relative to a text in which all words are masked (see --reference)."""
 
 EXAMPLES = """\
 examples:
@@ -40,7 +40,7 @@ examples:
   nrm-plugin explain-text - --model ./film-reviews < texts.txt
       one text on each line of the input
 
-files: texts.html, a page with all texts in colour, and texts.json with all numbers, in the folder of --out. They are
+files: texts.html, a page with all texts in color, and texts.json with all numbers, in the folder of --out. They are
 overwritten by the next call.
 
 exit status: 0; 1 if some texts could not be explained; 2 if none can be explained because of the options"""
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--sites", action="store_true",
                        help="list the names of attention, neurons and residual stream, and stop")  # fmt: skip
     query.add_argument("--color", choices=("auto", "always", "never"), default="auto",
-                       help="colours in the terminal (default: in a terminal, unless NO_COLOR is set)")  # fmt: skip
+                       help="colors in the terminal (default: in a terminal, unless NO_COLOR is set)")  # fmt: skip
     add_computation(parser, None)
     add_out(parser, "nrm-explained")
 
@@ -141,7 +141,7 @@ def _columns() -> int:
 
 
 def is_colored(choice: str) -> bool:
-    """Returns whether to print colours: as requested or, for ``"auto"``, if the terminal supports them."""
+    """Returns True if output is to be colored: as requested or, for ``"auto"``, if the terminal supports colors."""
     if choice != "auto":
         return choice == "always"
     is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where the caller closed it

@@ -120,8 +120,8 @@ class Explanation:
         reference: Name or file of the reference image, or None if there is none.
         layer_map: Relevance map averaged over late layers, or None if it was not requested or the model has no such
             layers.
-        pixel_map: Relevance of the pixels ``(H, W)`` for the class alone, through late positions with evidence for it,
-            compared with the plain ground of the image; None without a plain ground.
+        pixel_map: Heat map ``(H, W)`` of :func:`~nrm_plugin.measure.pixel_maps.pixel_map`, with the plain background of
+            the image as the reference; None without a plain background.
         shows_pixels: Whether to plot the relevance of the pixels.
         notes: Deviations from the request, with their reasons.
     """
@@ -169,17 +169,17 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
 def _on_ground(
     loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request, ground: str
 ) -> Explanation | str:
-    """Explains the difference from the plain ground, or returns a note stating why this is not possible.
+    """Explains the difference from the plain background, or returns a note stating why this is not possible.
 
     Args:
         loaded: The model.
         source: The image to explain.
         inputs: The preprocessed image.
         request: The request.
-        ground: The plain ground, as the name of a reference.
+        ground: The color of the background, as the name of a reference.
     """
     request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_ground=False)
-    note = f"the plain ground of the image, {ground}, is not its reference: "
+    note = f"the plain background of the image, {ground}, is not its reference: "
     try:
         alone = measure_of(loaded, inputs, replace(request, against=NONE))
         if not is_fine_grained(alone):
@@ -241,7 +241,7 @@ def _layer_map(mu: RelevanceMeasure, reference: str | None) -> LayerMap | None:
 
 
 def _has_late_layers(loaded: LoadedModel, mu: RelevanceMeasure, inputs: Tensor) -> bool:
-    """Returns whether a model has late layers.
+    """Returns True if a model has late layers.
 
     The result is cached, since a planned measure would have to record the model to determine it.
     """

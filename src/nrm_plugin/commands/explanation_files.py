@@ -38,13 +38,13 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""Number of pixels of which at most one may exceed the colour scale."""
+"""Number of pixels of which at most one may exceed the color scale."""
 LEAST_LOST = 0.005
 """Fraction of relevance lost above the pixels beyond which the title mentions the loss."""
 LONGEST_HEADER = 10**8
 """Maximum header size of a safetensors file, in bytes."""
 OF_THE_MACHINE = ("device", "versions")
-"""Metadata that can differ between runs with the same settings."""
+"""Metadata keys whose values can differ between runs with the same settings."""
 HEAT_MAP, NUMBERS, GIVEN = "relevance.png", "relevance.safetensors", "given.png"
 
 
@@ -162,7 +162,7 @@ def _save_table(layer: LayerExplanation, path: Path) -> None:
 
 
 def color_limit(maps: Sequence[Values]) -> float | None:
-    """Computes a colour limit for heat maps ``(H, W)``, robust to extreme pixels.
+    """Computes a color limit for heat maps ``(H, W)``, robust to extreme pixels.
 
     At most one in :data:`CLIPPED` pixels exceeds this limit. The result is None if the limit is zero.
     """

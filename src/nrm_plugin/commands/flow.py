@@ -23,9 +23,9 @@ MOST_CHANNELS = 40
 """Maximum number of channels per layer in a figure, equal to :data:`nrm_plugin.plots.flow_columns.MAX_GROUPS`."""
 
 DESCRIPTION = """\
-How does relevance flow between channels? Plots the joint relevance of the channels of several layers as a flow from
-the pixels to the class, compared with the other classes unless --against says otherwise. Channels that are not shown
-are merged, so each layer accounts for all of the relevance, 100%."""
+Plots the joint relevance of the channels of several layers as a flow from the pixels to the class, compared with the
+other classes unless --against says otherwise. Channels that are not shown are merged, so each layer accounts for all of
+the relevance, 100%."""
 
 EXAMPLES = """\
 examples:
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--patches", type=whole_number(64), default=4, metavar="N",
                        help="patches of the image along each side (default: %(default)s)")  # fmt: skip
     add_computation(parser, None)
-    sweep = parser.add_argument_group("mean flow over a data set, instead of images")
+    sweep = parser.add_argument_group("mean flow over a dataset, instead of images")
     sweep.add_argument("--from", type=Path, metavar="SWEEP", dest="sweep",
                        help="folder of nrm-plugin sweep --joint with these --layers; needs no model")  # fmt: skip
     parser.add_argument("--minus", metavar="CLASS|IMAGE",

@@ -245,7 +245,7 @@ def _group_names(groups: Groups) -> dict[str, Names]:
 
 
 def _counted(graph: FlowGraph, mu: RelevanceMeasure, over: Mapping[str, Any]) -> FlowGraph:
-    """Counts the channels outside of all groups as other groups of their layer."""
+    """Adds the channels outside all groups to the number of groups of each layer that are not shown."""
     layers = []
     for layer in graph.layers:
         kind = over.get(layer.name)

@@ -26,7 +26,7 @@ TIMEOUT = 1.5
 
 
 def is_offline(name: str) -> bool:
-    """Returns whether a model is loaded without the network: from a folder, or from the local cache of the hub.
+    """Returns True if a model is loaded without the network: from a folder, or from the local cache of the hub.
 
     Neither torch nor transformers is imported, so that a wrong name fails at once.
 
@@ -56,14 +56,14 @@ def is_offline(name: str) -> bool:
 
 
 def is_cached(name: str) -> bool:
-    """Returns whether the configuration of a model is in the local cache of the hub."""
+    """Returns True if the configuration of a model is in the local cache of the hub."""
     with contextlib.suppress(ValueError):  # not a valid name
         return isinstance(extra("huggingface_hub", "text").try_to_load_from_cache(name, "config.json"), str)
     return False
 
 
 def is_reachable(timeout: float = TIMEOUT) -> bool:
-    """Returns whether the hub or its proxy accepts connections.
+    """Returns True if the hub or its proxy accepts connections.
 
     Args:
         timeout: Limit in seconds for both the lookup of the address and the connection.

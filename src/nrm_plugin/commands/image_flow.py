@@ -272,6 +272,6 @@ def _next_class(loaded: LoadedModel, outputs: Tensor, target: int) -> str:
 
 
 def _is_whole(row: ProfileRow) -> bool:
-    """Returns whether all relevance crosses a layer, in the measure and in plain LRP."""
+    """Returns True if all relevance crosses a layer, in the measure and in plain LRP."""
     parts = (row.sink, row.bypass, abs(row.mass) - 1, abs(row.plain or row.mass) - 1)
     return max(map(abs, parts)) < LEAST_PROFILE

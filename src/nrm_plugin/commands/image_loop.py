@@ -1,4 +1,4 @@
-"""Processing of several images; if one fails, the others are still processed."""
+"""Loop over several images that continues if one of them fails."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ from .model_loading import LoadedModel
 BLUR = "blur"
 COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue for greyscale models, as in Pillow."""
+"""Weights of red, green and blue for grayscale models, as in Pillow."""
 NAMES = {
     BLUR: "the blurred image",
-    "mean": "its mean colour",
+    "mean": "its mean color",
     "black": "a black image",
     "white": "a white image",
 }
-"""Descriptions of named references, which are neither colours nor files."""
+"""Descriptions of named references, which are neither colors nor files."""
 
 
 class ReferenceImageError(NRMError, ValueError):
@@ -36,7 +36,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
     Args:
         loaded: The model.
         inputs: The preprocessed image, ``(1, C, S, S)``.
-        name: One of :data:`NAMES`, a colour such as ``#f0f0f0``, or an image file.
+        name: One of :data:`NAMES`, a color such as ``#f0f0f0``, or an image file.
 
     Raises:
         ReferenceImageError: If ``name`` is neither a known name nor an image file.
@@ -53,7 +53,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
         return loaded.preprocessing(load_image(Path(name)).image).to(inputs)
     except ImageError as error:
         raise ReferenceImageError(
-            f"--reference {printable(name)} is neither {', '.join(NAMES)}, a colour such as #f0f0f0, nor an image that "
+            f"--reference {printable(name)} is neither {', '.join(NAMES)}, a color such as #f0f0f0, nor an image that "
             f"can be read: {error}"
         ) from error
 
@@ -67,7 +67,7 @@ def reference_words(name: str | None) -> str:
 
 
 def ground_name(loaded: LoadedModel, inputs: Tensor) -> str | None:
-    """Returns the plain ground of a preprocessed image as the name of a reference, or None if it has none.
+    """Returns the plain background of a preprocessed image as the name of a reference, or None if there is none.
 
     Args:
         loaded: The model.
@@ -81,7 +81,7 @@ def ground_name(loaded: LoadedModel, inputs: Tensor) -> str | None:
 
 
 def _of_colour(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
-    """Returns a plain image of a colour, with the shape of the inputs."""
+    """Returns a plain image of a color, with the shape of the inputs."""
     values = inputs.new_tensor([int(name[start : start + 2], 16) / 255 for start in (1, 3, 5)])
     if inputs.shape[1] == 1:
         values = (values * values.new_tensor(LUMINANCE)).sum(0, keepdim=True)

@@ -34,7 +34,7 @@ def heading(loaded: LoadedModel, request: Request) -> str:
 
 
 def image(loaded: LoadedModel, source: LoadedImage, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
-    """Yields the lines about an image and its classes."""
+    """Yields the output lines for an image: its path, notes and classes."""
     yield printable(source.path)
     yield from (f"  note: it {note}" for note in source.notes)
     yield from classes(loaded, outputs, target, against)
@@ -48,13 +48,13 @@ def crop_note(shown_image: Photo) -> Iterator[str]:
 
 
 def explained(loaded: LoadedModel, result: Explanation, paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the lines about an explanation."""
+    """Yields the output lines for an explanation: heat maps, totals, layers, conditions and files."""
     yield from image(loaded, result.source, result.outputs, result.target, result.against)
     yield from crop_note(result.photo)
     yield from difference(loaded, result.target, result.against, result.difference)
     if result.pixel_map is not None:
-        yield f"  reference: the plain ground of the image{reference_words(result.reference)}"
-        yield "    --reference blur compares with the blurred image, --reference none as without a plain ground"
+        yield f"  reference: the plain background of the image{reference_words(result.reference)}"
+        yield "    --reference blur compares with the blurred image, --reference none as without a plain background"
         yield "  fine heat map: the pixels whose relevance passes through late positions with evidence for the class"
     if result.layer_map is not None:
         about = f"{' and '.join(result.layer_map.layers)}{reference_words(result.layer_map.reference)}"

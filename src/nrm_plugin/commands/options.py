@@ -38,10 +38,10 @@ def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, requir
     group.add_argument("--classes", type=Path, metavar="FILE",
                        help="class names, one on each line (default: those of the weights)")  # fmt: skip
     group.add_argument("--size", type=whole_number(8192, "number of pixels"), metavar="PIXELS",
-                       help="resize the shorter side to this and take the centre square (default: as the weights "
-                       "require; for your own model, resize to 256 and take the centre 224)")  # fmt: skip
+                       help="resize the shorter side to this and take the center square (default: as the weights "
+                       "require; for your own model, resize to 256 and take the center 224)")  # fmt: skip
     group.add_argument("--mean", type=channel_values, metavar="R,G,B",
-                       help="subtracted from pixel values in [0, 1]; a single number for a greyscale model (default: "
+                       help="subtracted from pixel values in [0, 1]; a single number for a grayscale model (default: "
                        "as the weights require; for your own model, that of ImageNet)")  # fmt: skip
     group.add_argument("--std", type=channel_values, metavar="R,G,B",
                        help="divides the pixel values after the mean is subtracted")  # fmt: skip
@@ -50,8 +50,8 @@ def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, requir
 def add_fit(parser: argparse.ArgumentParser) -> None:
     """Adds the ``--fit`` option, which controls how non-square images are preprocessed."""
     parser.add_argument("--fit", choices=("crop", "pad", "squeeze"), default="crop",
-                        help="what the model sees of an image that is not square: its centre (crop), the whole image "
-                        "with a margin in the mean colour (pad), or the whole image stretched to a square (squeeze) "
+                        help="what the model sees of an image that is not square: its center (crop), the whole image "
+                        "with a margin in the mean color (pad), or the whole image stretched to a square (squeeze) "
                         "(default: %(default)s)")  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def add_cells(parser: Any) -> None:
 def add_reference(group: Any, default: str = NO_REFERENCE) -> None:
     """Adds the ``--reference`` option; ``default`` describes its default."""
     group.add_argument("--reference", metavar="blur|mean|black|white|#RRGGBB|FILE|none",
-                       help="explain the difference from the blurred image, an image of its mean colour, a black or a "
-                       "white one, one of another colour, or another image; none: no reference "
+                       help="explain the difference from the blurred image, an image of its mean color, a black or a "
+                       "white one, one of another color, or another image; none: no reference "
                        f"(default: {default})")  # fmt: skip
 
 

@@ -62,14 +62,14 @@ def check_folder(folder: Path) -> None:
 
 
 def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_same: Callable[[Path], bool]) -> str:
-    """Returns a file-name prefix with which results are overwritten only if they belong to the same query.
+    """Returns a file-name prefix that overwrites only results of the same query.
 
     Args:
         out: Output folder.
         stem: Preferred prefix, such as the name of the image.
         ends: Suffixes of the file names, starting with that of the file that contains the settings.
         taken: Prefixes that are in use; the new one is added.
-        is_same: Function that returns whether an existing settings file belongs to the same query, so that it can be
+        is_same: Function that returns True if an existing settings file belongs to the same query, so that it can be
             overwritten.
     """
     for number in itertools.count(1):

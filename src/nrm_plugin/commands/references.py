@@ -11,8 +11,8 @@ MOST_IMAGES = 16
 """Maximum number of rows and columns in a figure, equal to :data:`nrm_plugin.dataset.reference_plots.MOST`."""
 
 DESCRIPTION = """\
-What does a channel represent? Lists the images of a sweep in which each channel has the most relevance, and with
---model and --data plots the parts of them inside the channel's receptive field."""
+Lists the images of a sweep in which each channel has the most relevance, to show what the channel represents. With
+--model and --data, also plots these images, cropped to the receptive field of the channel."""
 
 EXAMPLES = """\
 examples:

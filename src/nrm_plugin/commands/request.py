@@ -54,9 +54,9 @@ class Request:
         device: Device of the computation.
         channels: Number of channels per layer with a heat map.
         reference: Name or file of the reference image, or None if there is none.
-        map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None if the command has no choice.
+        map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`; None for commands without ``--map``.
         layers_reference: Reference image used only for the map of late layers, or None.
-        finds_ground: Whether the reference of an image is its plain ground, if it has one.
+        finds_ground: Whether to use the plain background of an image, if it has one, as its reference.
     """
 
     target: str | None = None
@@ -275,7 +275,7 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
-    """Returns whether there are several classes; the model is run only if the class names are unknown."""
+    """Returns True if there are several classes; the model is run only if the class names are unknown."""
     count = len(loaded.categories) or output_count(loaded, inputs) or 1
     return count > 1
 

@@ -17,7 +17,7 @@ examples:
   nrm-plugin sweep photos --model vgg16 --layers features.28 features.21 --joint --activations --heat-maps --out swept
       the same, and the relevance of all pairs of channels, the largest activations, and heat maps
   nrm-plugin sweep my_data.py:validation --model my_nets.py:make --layers conv5 --target label --batch-size 64
-      your own data set, or a function that returns it, of preprocessed inputs or (inputs, label)
+      your own dataset, or a function that returns it, of preprocessed inputs or (inputs, label)
   torchrun --nproc-per-node 4 --no-python nrm-plugin sweep photos --model vgg16 --layers features.28 --out swept
       four processes share the images
 
@@ -37,7 +37,7 @@ MANY = 1 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``sweep``."""
     parser.add_argument("data", metavar="FOLDER|DATASET",
-                        help="a folder of images, with one subfolder for each class if there are labels; or a data set "
+                        help="a folder of images, with one subfolder for each class if there are labels; or a dataset "
                         "or a function that returns one, as package.module:name or file.py:name")  # fmt: skip
     add_model(parser)
     query = parser.add_argument_group("query")

@@ -24,7 +24,7 @@ def data_of(name: str, loaded: LoadedModel) -> Any:
         SweepError: If the folder does not exist, or if the user's function fails.
     """
     if not name:
-        raise SweepError("the name of the folder or data set is empty.")
+        raise SweepError("the name of the folder or dataset is empty.")
     if ":" not in name or Path(name).exists():
         folder = PreprocessedImageFolder(Path(name), loaded.preprocessing, loaded.categories)
         if folder.left_out:

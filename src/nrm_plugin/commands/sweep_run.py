@@ -118,7 +118,7 @@ def _first_inputs(data: Any) -> Any:
     """Returns the first inputs of the user's dataset, or None for image folders and datasets without indexing."""
     if isinstance(data, PreprocessedImageFolder) or not hasattr(data, "__getitem__"):
         return None
-    with contextlib.suppress(Exception):  # any error that the user's data set raises is reported by the sweep itself
+    with contextlib.suppress(Exception):  # any error that the user's dataset raises is reported by the sweep itself
         sample = data[0]
         first = sample[0] if isinstance(sample, (list, tuple)) else sample
         return torch.as_tensor(first)[None]

@@ -156,7 +156,7 @@ def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any
 
 
 def _without_storage(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Builds a model on the meta device, because random initialization of VGG16 takes longer than reading a file."""
+    """Builds a model on the meta device because random initialization of VGG16 takes longer than reading a file."""
     try:
         with torch.device("meta"), _without_warnings():
             return _built(name, **arguments)

@@ -1,4 +1,4 @@
-"""Reading of weight files without executing code, and matching of their entries with a model."""
+"""Loading of weight files without executing code, and matching of their parameters with those of a model."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def classes_of(state: State, model: nn.Module) -> int | None:
 
 
 def _stored(tensor: Tensor) -> int:
-    """Returns the number of entries in the storage of a tensor, or 0 for non-strided layouts."""
+    """Returns the number of elements in the storage of a tensor, or 0 for non-strided layouts."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() if tensor.layout == torch.strided else 0
 
 

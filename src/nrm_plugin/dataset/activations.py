@@ -11,7 +11,7 @@ from ..errors import InputError
 
 
 def single_activations(outputs: Mapping[str, list[Any]]) -> dict[str, Tensor]:
-    """Returns the output tensor of each module in the last forward pass and clears the recorded lists.
+    """Returns the output tensor of each module in the last forward pass, and clears the recorded outputs.
 
     Raises:
         InputError: If a module was not called exactly once, or does not return a single tensor.

@@ -30,7 +30,7 @@ from .queries import (
 
 
 class Requirements:
-    """Distinct quantities of a measure that a set of queries requires.
+    """Quantities of a measure that a set of queries requires, without duplicates.
 
     Args:
         queries: The queries to evaluate.

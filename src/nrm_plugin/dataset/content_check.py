@@ -1,4 +1,4 @@
-"""Comparison of the samples of a dataset with those of a stored sweep, without running the model."""
+"""Comparison of dataset samples with those of a stored sweep, without running the model."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Crop:
         box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, where ``bottom``
             and ``right`` are exclusive.
         image: The cropped image, ``(C, h, w)``.
-        heat: Joint relevance of each pixel with the group, summed over the colour channels, ``(h, w)``.
+        heat: Joint relevance of each pixel with the group, summed over the color channels, ``(h, w)``.
         mask: Mask of the relevant pixels, ``(h, w)``.
     """
 

@@ -1,4 +1,4 @@
-"""Evaluation of a batch: measure, targets, predictions, and the results of all queries."""
+"""Evaluation of sweep queries on a batch, with targets and predictions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Target = Literal["prediction", "label"] | int | Callable[[Any], Any] | None
 Unpack = Callable[[Any], tuple[Any, Any]]
 LABELS = ("label", "labels")
 NO_CLASS = -1
-"""Placeholder for a non-class target or prediction."""
+"""Value that stands for a target or prediction that is not a class index."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BatchResults:
 
 
 class Evaluation:
-    """Evaluation of the queries of a sweep on batches.
+    """Callable that evaluates the queries of a sweep on a batch.
 
     Args:
         model: The network, in evaluation mode.
@@ -241,7 +241,7 @@ SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryErr
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns whether individual samples might have caused an error, so that others can still be evaluated."""
+    """Returns True if individual samples might have caused an error, so that others can still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

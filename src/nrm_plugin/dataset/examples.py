@@ -298,7 +298,7 @@ def query_named(name: str, candidates: Sequence[QueryInfo], kind: str, what: str
 
 
 def is_of_channels(query: QueryInfo) -> bool:
-    """Returns whether a query has no event and its groups are the channels of a layer."""
+    """Returns True if a query has no event and its groups are the channels of a layer."""
     by_channel = query.spec.get("over", "channel") == "channel"
     return query.kind in ("Marginal", "Activation") and by_channel and not query.has_event
 

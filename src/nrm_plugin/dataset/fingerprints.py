@@ -1,4 +1,4 @@
-"""Fingerprints of objects, including user code: objects with the same behaviour have equal JSON values.
+"""Fingerprints of objects, including user code, as JSON values that are equal for objects with the same behavior.
 
 Code of installed packages is identified by the package versions, and all other code by its bytecode and the objects
 that it uses.
@@ -33,13 +33,13 @@ PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, 
 """Types described by their string representation."""
 NOT_BEHAVIOUR = {"__doc__", "__module__", "__dict__", "__weakref__", "__annotations__", "__qualname__", "__slots__",
                  "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}  # fmt: skip
-"""Class attributes that do not affect behaviour."""
+"""Class attributes that do not affect behavior."""
 
 Function = types.FunctionType
 
 
 def described(value: Any, depth: int = 0, seen: tuple[int, ...] = ()) -> Any:
-    """Describes an object by a JSON value, equal for objects with the same behaviour, even across processes.
+    """Describes an object by a JSON value, equal for objects with the same behavior, even across processes.
 
     A function is described by its name, code, defaults and closure, a tensor by its hash. Classes and functions of this
     package are named by their path in stored sweeps (:func:`~nrm_plugin.imports.stored_path`).
@@ -147,7 +147,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_installed(value: type | Function) -> bool:
-    """Returns whether a class or function is part of Python or of an installed package (with a version)."""
+    """Returns True if a class or function is part of Python or of an installed package (with a version)."""
     return is_installed_module(value.__module__ or "builtins")
 
 

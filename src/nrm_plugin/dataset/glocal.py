@@ -119,7 +119,7 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """Replaces the indices and names of the groups of a layer with those of the full partition."""
+    """Replaces the group indices and names of a layer with those of the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 

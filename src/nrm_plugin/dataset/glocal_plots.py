@@ -52,7 +52,7 @@ def prototypes_figure(
     dark: bool = False,
     names: Callable[[int], str] = str,
 ) -> Figure:
-    """Plots one row per prototype: its coverage, the members nearest to its centre, and its most relevant groups.
+    """Plots one row per prototype: its coverage, the members nearest to its center, and its most relevant groups.
 
     Args:
         prototypes: The prototypes.
@@ -61,7 +61,7 @@ def prototypes_figure(
         k: Number of members per prototype.
         top: Number of groups per prototype.
         heading: Title of the figure.
-        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        dark: Whether to use colors for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         names: Function that returns the name of a group.
 
     Raises:

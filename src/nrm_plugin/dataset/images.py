@@ -88,7 +88,7 @@ def load_image(path: Path) -> LoadedImage:
 
 
 def is_image(path: Path) -> bool:
-    """Returns whether the header of a file identifies it as an image, regardless of the file name."""
+    """Returns True if the header of a file identifies it as an image, regardless of the file name."""
     try:
         with _no_limit(), Image.open(path):
             return True
@@ -173,7 +173,7 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """Scales 16-bit or floating-point greyscale to 8 bits, since Pillow would clip values at 255."""
+    """Scales 16-bit or floating-point grayscale to 8 bits, since Pillow would clip values at 255."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):

@@ -58,7 +58,7 @@ def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def merged(states: Tensor) -> Tensor:
-    """Merges states ``(several, …, 3)`` into the state of all their samples."""
+    """Merges ``S`` states, ``(S, …, 3)``, into the state of all their samples."""
     total = states[0]
     for state in states[1:]:
         count = total[..., COUNT] + state[..., COUNT]

@@ -14,7 +14,7 @@ from torchvision.models import ResNet18_Weights
 from ..errors import NRMError
 
 STANDARD: Callable[..., Any] = ResNet18_Weights.IMAGENET1K_V1.transforms
-"""Default preprocessing: resize to 256, centre crop of 224, mean and standard deviation of ImageNet."""
+"""Default preprocessing: resize to 256, center crop of 224, mean and standard deviation of ImageNet."""
 
 
 class PreprocessingError(NRMError, ValueError):
@@ -26,10 +26,10 @@ class Preprocessing:
     """Conversion of images to model inputs.
 
     Attributes:
-        transform: torchvision's preset: resize, centre crop, scale to [0, 1], and normalize with mean and standard
+        transform: torchvision's preset: resize, center crop, scale to [0, 1], and normalize with mean and standard
             deviation.
-        fit: ``"crop"`` for the centre square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
-            colour; or ``"squeeze"`` for the whole image, stretched to a square.
+        fit: ``"crop"`` for the center square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
+            color; or ``"squeeze"`` for the whole image, stretched to a square.
     """
 
     transform: Any
@@ -81,7 +81,7 @@ class Preprocessing:
         return tensor
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """Pads or stretches an image to a square whose centre crop contains the whole image."""
+        """Pads or stretches an image to a square whose center crop contains the whole image."""
         inner = self.size if self.fit == "squeeze" else max(image.size)
         whole = image.resize((inner, inner), Image.Resampling.BICUBIC) if self.fit == "squeeze" else image
         side = math.ceil(inner * int(self.transform.resize_size[0]) / self.size)
@@ -113,9 +113,9 @@ def preprocessing(
 
     Args:
         make: Factory of the preset: ``transforms`` of torchvision weights.
-        size: Length of the shorter side after resizing, and side length of the centre crop. Defaults to the values that
+        size: Length of the shorter side after resizing, and side length of the center crop. Defaults to the values that
             the weights specify.
-        mean: Mean of each channel: three values for RGB, one for greyscale. Defaults to the values that the weights
+        mean: Mean of each channel: three values for RGB, one for grayscale. Defaults to the values that the weights
             specify.
         std: Standard deviation of each channel, with as many values as ``mean``.
         fit: As in :class:`Preprocessing`.
@@ -128,7 +128,7 @@ def preprocessing(
     counts = {len(values) for values in (mean, std) if values is not None}
     if len(counts) > 1 or not counts <= {1, 3} or (counts == {1} and None in (mean, std)):
         raise PreprocessingError(
-            "--mean and --std take three numbers each for an RGB model, or one each for a greyscale model; "
+            "--mean and --std take three numbers each for an RGB model, or one each for a grayscale model; "
             f"got mean {mean} and std {std}. For instance: --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25, "
             "or --mean 0.5 --std 0.25."
         )

@@ -95,7 +95,7 @@ class FolderLocks:
             ) from error
 
     def are_others_running(self) -> bool:
-        """Returns whether any other rank holds its lock."""
+        """Returns True if any other rank holds its lock."""
         for path in (self.folder / LOCKS).glob("rank-*"):
             if path.name != self._name(self.process.rank):
                 try:

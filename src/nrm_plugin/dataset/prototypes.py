@@ -1,7 +1,7 @@
 """Prototypes: clusters of similar explanations, such as the typical explanations of a class.
 
 Each explanation is a vector: the relevance of the channels in a layer. Explanations are clustered by a Gaussian mixture
-or k-means. A prototype is the centre of a cluster, its members are the samples in the cluster, and its coverage is the
+or k-means. A prototype is the center of a cluster, its members are the samples in the cluster, and its coverage is the
 fraction of all samples that are members. A new sample is described by its nearest prototype and its differences from
 this prototype.
 """
@@ -32,8 +32,8 @@ class Nearest:
 
     Attributes:
         prototype: Index of the prototype.
-        distance: Euclidean distance to the centre.
-        difference: Relevance of the sample minus relevance of the centre, ``(K,)``.
+        distance: Euclidean distance to the center.
+        difference: Relevance of the sample minus relevance of the center, ``(K,)``.
         outlying: Fraction of the fitted samples that fit worse, by likelihood for a mixture and by distance for
             k-means. It is 0 if the sample fits worse than all of them.
     """
@@ -57,7 +57,7 @@ class Prototypes:
         centres: Relevance of each prototype, ``(P, K)``.
         members: Prototype index of each sample, ``(N,)``.
         samples: Sample indices in the dataset, ``(N,)``.
-        distances: Euclidean distance from each sample to the centre of its prototype, ``(N,)``.
+        distances: Euclidean distance from each sample to the center of its prototype, ``(N,)``.
     """
 
     centres: Array
@@ -80,7 +80,7 @@ class Prototypes:
         return coverage
 
     def of(self, prototype: int) -> list[int]:
-        """Returns the members of a prototype, in order of increasing distance to its centre.
+        """Returns the members of a prototype, in order of increasing distance to its center.
 
         Raises:
             InputError: If there is no prototype with this index.
@@ -186,7 +186,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """Computes the goodness of fit of each sample: log-likelihood, or minus the distance to the nearest centre."""
+    """Computes the goodness of fit of each sample: log-likelihood, or minus the distance to the nearest center."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 

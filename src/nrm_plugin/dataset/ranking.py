@@ -39,7 +39,7 @@ class TopSamples:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors of all four attributes."""
+        """The tensors ``values``, ``samples``, ``targets`` and ``positions``."""
         return self.values, self.samples, self.targets, self.positions
 
     def __getitem__(self, index: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> TopSamples:

@@ -38,7 +38,7 @@ def reference_figure(
         style: ``"mask"`` to fade pixels that are not relevant to the channel, ``"plain"`` for the crops alone,
             ``"heat"`` to overlay the joint heat maps, or ``"both"`` for crops with heat maps below them.
         heading: Title of the figure.
-        dark: Whether to use colours for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
+        dark: Whether to use colors for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         labels: Row labels keyed by channel. Defaults to the channel indices.
         unit: ``"%"`` if values are fractions of the relevance, or else the suffix of printed values.
 
@@ -78,7 +78,7 @@ def _draw(axes: Axes, crop: Crop, style: str) -> None:
     else:
         draw_image(axes, crop.image)
     if style == "mask":
-        # Greyscale fades to white, colours to a grey that is distinct from black and white.
+        # Grayscale fades to white, colors to a gray that is distinct from black and white.
         veil = np.full((*crop.mask.shape, 4), 1.0 if len(crop.image) == 1 else 0.5)
         veil[..., 3] = np.where(crop.mask.numpy(), 0.0, FADED)
         axes.imshow(veil)

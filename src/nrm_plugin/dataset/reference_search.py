@@ -184,7 +184,7 @@ class _Search:
         scale = mu.sign if self.unit == "measure" else mu.output
         relevance = mu.marginal(self.layers) if self.layers else {}
         for layer, values in relevance.items():
-            # Values are scaled before the maximum over positions, because a negative output reverses the order.
+            # Values are scaled before the maximum over positions because a negative output reverses the order.
             scaled = values * scale.view(-1, *(1,) * (values.ndim - 1))
             self._rank(layer, "relevance", *self._scores(scaled, mu.channel_dim(layer)), samples, targets)
         for layer, values in activations.items():
@@ -228,7 +228,7 @@ def _batches(data: TorchDataset[Any] | Iterable[Any], batch_size: int) -> Iterat
         if not isinstance(sampler, SequentialSampler) and not is_iterable:
             raise ReferencesError(
                 f"samples are numbered in iteration order, but this loader uses a {type(sampler).__name__}. Pass a "
-                "loader with shuffle=False, or the data set itself."
+                "loader with shuffle=False, or the dataset itself."
             )
     elif isinstance(data, TorchDataset):
         # With its own generator, the loader does not use the global random state.

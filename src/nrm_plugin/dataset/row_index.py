@@ -82,7 +82,7 @@ def remove_index(folder: Path) -> None:
 
 
 def is_intact(sweep: Sweep) -> bool:
-    """Returns whether the index of a sweep exists and is undamaged."""
+    """Returns True if the index of a sweep exists and is undamaged."""
     try:
         sums = read_sums(path_inside(sweep.path, f"{BY_QUERY}/{SUMS}")) or {}
         if sums.pop("settings", None) != sweep.manifest.fingerprint:

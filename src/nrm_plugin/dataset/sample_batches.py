@@ -1,4 +1,4 @@
-"""Batches of a dataset without failed samples; identical in every run and every process."""
+"""Reproducible batches of a dataset, without the samples that cannot be read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """Batch as read from a dataset.
+    """Batch read from a dataset.
 
     Attributes:
         samples: Sample indices.
@@ -60,7 +60,7 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Dataset with reading options.
+    """Dataset, with options for loading its samples.
 
     Attributes:
         data: The dataset.
@@ -97,7 +97,7 @@ class DataSource:
 
     @property
     def is_hashed(self) -> bool:
-        """Whether samples are identified by hashes, because the dataset has stamps or no fingerprint."""
+        """True if samples are identified by hashes, as for a dataset with stamps or without a fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )
@@ -144,16 +144,16 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
     if isinstance(data, IterableDataset):
         if num_workers > 1:
             raise SweepError(
-                "an iterable data set with several workers yields every sample several times, unless it splits them "
+                "an iterable dataset with several workers yields every sample several times, unless it splits them "
                 "among its workers. Set num_workers=1, or pass a DataLoader that is known not to repeat samples."
             )
         return DataSource(data, batch_size, num_workers, options, DataLoader(data, batch_size, num_workers=num_workers))
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise SweepError(
-            f"a sweep takes a data set with a length, an IterableDataset or a DataLoader, got {type(data).__name__}."
+            f"a sweep takes a dataset with a length, an IterableDataset or a DataLoader, got {type(data).__name__}."
         )
     if len(data) == 0:
-        raise SweepError("the data set has no samples.")
+        raise SweepError("the dataset has no samples.")
     return DataSource(data, batch_size, num_workers, options)
 
 
@@ -221,7 +221,7 @@ class IndexedDataset(Dataset[tuple[int, Any, str]]):
             try:
                 sample = self.data[index]
                 return index, sample, content_hash(sample) if self.is_hashed else ""
-            except Exception as error:  # any error that the user's data set raises
+            except Exception as error:  # any error that the user's dataset raises
                 return index, FailedSample(index, one_line(error)), ""
 
 
@@ -273,7 +273,7 @@ class FaultTolerantCollate:
 
 
 def structure(sample: Any) -> Any:
-    """Returns the nested types and shapes of the parts of a sample."""
+    """Returns the nested structure of a sample: the shape of each tensor or array, and the type of any other value."""
     if isinstance(sample, Mapping):
         return {key: structure(value) for key, value in sample.items()}
     if isinstance(sample, (list, tuple)):

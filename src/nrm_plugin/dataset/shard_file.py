@@ -32,7 +32,7 @@ class Shard:
         replaces: Damaged files that the shard replaces, with their errors.
         groups: Groups of each query, as in :class:`~nrm_plugin.dataset.QueryInfo`.
         chunks: ``(query, first group, last group)`` of each row group.
-        value: ``"float"`` or ``"double"``.
+        value: Arrow type of stored values, ``"float"`` or ``"double"``.
         content, stamps: Hash and stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
             for sweeps of earlier versions.
         sums: Checksums of the row file, or None for sweeps of earlier versions.

@@ -45,7 +45,7 @@ class ShardInfo:
         first, last: Indices of the first and last sample, inclusive.
         failed: Samples without rows.
         replaces: Damaged files that the shard replaces.
-        value: ``"float"`` or ``"double"``.
+        value: Arrow type of stored values, ``"float"`` or ``"double"``.
         content: Hash of each sample in the range, or of each batch of an iterable dataset; empty for failed samples.
         stamps: A cheap identifier of each sample (for example, the size and modification time of its file), available
             without loading the sample.
@@ -138,7 +138,7 @@ def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
 
 
 def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> BatchResults:
-    """Concatenates the results of the batches of a shard.
+    """Concatenates batch results within a shard.
 
     Raises:
         SweepError: If the groups of a query differ between batches.
@@ -153,7 +153,7 @@ def concatenated(batches: Sequence[BatchResults], queries: Sequence[Query]) -> B
         if len(shapes) > 1:
             raise SweepError(
                 f"{query.name} has groups of shape {' and '.join(map(str, sorted(shapes)))}: the samples differ in "
-                "size. Resize them in the data set, or query channels."
+                "size. Resize them in the dataset, or query channels."
             )
         values[query.name] = np.concatenate(columns)
     sample, target, prediction = (

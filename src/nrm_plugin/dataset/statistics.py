@@ -34,7 +34,7 @@ class _Relevance(torchmetrics.Metric):  # type: ignore[name-defined, misc, unuse
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InputError(f"{number!r} is not a number of groups or classes: pass an integer of at least 1.")
         self.groups, self.classes, self.correction = groups, classes, correction
-        # One state instead of three, because states are reduced separately but means need their counts.
+        # One state instead of three because states are reduced separately but means need their counts.
         self.add_state("moments", default=empty(classes or 1, groups), dist_reduce_fx=merged)
 
     def _add(self, values: Tensor, target: Any) -> None:

@@ -75,7 +75,7 @@ class Sweep:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards have been evaluated, even if some samples failed."""
+        """True if all shards have been evaluated, even if some samples failed."""
         return self.manifest.state == "complete"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Evaluation of the shards of a sweep, in any order and by any process."""
+"""Evaluation of sweep shards, in any order and by any process."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class SweepJob:
             elif (done[number].first, done[number].last) != (first, sample - 1):
                 raise SweepError(
                     f"shard {number} in {self.folder} contains samples {done[number].first} to {done[number].last}, "
-                    f"but the data set now yields {first} to {sample - 1}. To resume, it must yield the same samples "
+                    f"but the dataset now yields {first} to {sample - 1}. To resume, it must yield the same samples "
                     "in the same order."
                 )
             else:
@@ -159,7 +159,7 @@ class SweepJob:
             number += 1
         if missing := [shard for shard in done if shard >= number]:
             raise SettingsError(
-                f"the data set now ends after {sample} samples, but {self.folder} contains shard {missing[0]}. To "
+                f"the dataset now ends after {sample} samples, but {self.folder} contains shard {missing[0]}. To "
                 "resume, it must yield the same samples in the same order."
             )
         return sample
@@ -244,7 +244,7 @@ def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
         f"the data changed: sample {samples[0]}{more} differs from the one whose results are in {folder}. Choose "
-        "another folder, delete this one, or restore the data. A data set whose values change with every read needs "
+        "another folder, delete this one, or restore the data. A dataset whose values change with every read needs "
         "a string attribute fingerprint, which is compared instead."
     )
 

@@ -117,12 +117,12 @@ class QueryInfo:
 
     @property
     def is_map(self) -> bool:
-        """Whether the results are tensors in ``maps/`` rather than rows."""
+        """True if the results are tensors in ``maps/`` rather than rows."""
         return self.kind == "Maps"
 
     @property
     def has_event(self) -> bool:
-        """Whether the relevance is joint with, or conditional on, an event."""
+        """True if the relevance is joint with, or conditional on, an event."""
         return any(self.spec.get(key) is not None for key in ("joint", "given"))
 
 
@@ -136,7 +136,7 @@ class Manifest:
         queries: The queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
         samples: Number of samples, or None for an iterable dataset that is not finished.
-        value: ``"float"`` or ``"double"``.
+        value: Arrow type of stored values, ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, each as ``{"sample": 3, "why": "…"}``.
         bad_shards: Damaged files that were evaluated again, each as ``{"file": "…", "why": "…"}``.

@@ -131,7 +131,7 @@ def sweep(
     process = ProcessRank.current() if engine == "local" else ProcessRank(0, 1)
     if plan is None and (process.world_size > 1 or engine == "ray"):
         raise SweepError(
-            "an iterable data set cannot be split among processes, since each of them would read all of it. Run a "
+            "an iterable dataset cannot be split among processes, since each of them would read all of it. Run a "
             "single process."
         )
     device = "cuda" if options.get("num_gpus") else None

@@ -1,4 +1,4 @@
-"""Settings of a sweep that affect its results, in the form of comparable JSON."""
+"""Settings of a sweep that affect its results, as JSON values that can be compared with those of a stored sweep."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Returns whether stored settings identify the same model; those of earlier versions do not identify its code."""
+    """Returns True if stored settings identify the same model; those of earlier versions do not identify its code."""
     now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
     before: dict[str, Any] = stored["model"]
     return {key: value for key, value in now.items() if key in before} == before

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class StoredQueries(Protocol):
-    """Interface required of a sweep: the part of :class:`~nrm_plugin.dataset.Sweep` used to compute sums."""
+    """Protocol for the methods of :class:`~nrm_plugin.dataset.Sweep` that are used to compute sums."""
 
     on_error: OnError
 

@@ -54,7 +54,7 @@ def enlarge(images: Tensor) -> Tensor:
     """Resizes and scales digits for use as inputs of the demo networks.
 
     Args:
-        images: Digits ``(N, 8, 8)`` of any dtype, with grey levels from 0 to 16.
+        images: Digits ``(N, 8, 8)`` of any dtype, with gray levels from 0 to 16.
 
     Returns:
         Images ``(N, 1, 16, 16)``, float32 in [0, 1], interpolated bilinearly.

@@ -57,7 +57,7 @@ class Package:
 
     @property
     def is_debian(self) -> bool:
-        """Whether the package is a Debian package rather than a Python wheel."""
+        """True for a Debian package, False for a Python wheel."""
         return self.file.endswith(".deb")
 
 
@@ -179,7 +179,7 @@ def _unpack_debian(file: Path, folder: Path) -> None:
 
 
 def _is_inside(member: tarfile.TarInfo, folder: Path) -> bool:
-    """Returns whether an archive member is a regular file or folder inside ``folder``, not a link or device."""
+    """Returns True if an archive member is a regular file or folder inside ``folder``, not a link or device."""
     is_plain = member.isfile() or member.isdir()
     return is_plain and (folder / member.name).resolve().is_relative_to(folder.resolve())
 

@@ -151,5 +151,5 @@ def check_below(diagram: DecisionDiagram, tap: Tap, event: Event, layer: object)
 
 
 def are_below(diagram: DecisionDiagram, tap: Tap) -> bool:
-    """Returns whether all taps that the events refer to are below the given tap."""
+    """Returns True if all taps that the events refer to are below the given tap."""
     return all(is_below(diagram.recording, key, tap) for key in diagram.levels)

@@ -33,7 +33,7 @@ def check_event(event: object, remedy: str = "") -> None:
 
 
 def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
-    """Returns ``(events as a list, whether the argument is a single event)``.
+    """Converts one or several events to a list, and returns True as the second value if a single event was given.
 
     Raises:
         EventError: If the argument is neither an event nor a sequence of events.

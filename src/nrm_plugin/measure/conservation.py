@@ -135,7 +135,7 @@ def _last_vertices(recording: Recording) -> set[int]:
 
 
 def checked(recording: Recording, mass: Tensor | None, what: str) -> Tensor:
-    """Returns a mass, ``(N,)``, and raises an error if it is unknown.
+    """Returns a mass, ``(N,)``, or raises an error if it is unknown.
 
     Raises:
         FoldingError: If the mass is None because the samples cannot be distinguished within the tensor.

@@ -36,7 +36,7 @@ def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
         shared = torch.stack([borders[:, new == group].sum(1) for group in range(count)], 1)
         shared[new >= 0] = 0
         member, group = divmod(int(shared.argmax()), count)
-        if not bool(shared.any()):  # the remaining members have no border, because some pixels belong to no member
+        if not bool(shared.any()):  # the remaining members have no border because some pixels belong to no member
             return torch.where(new < 0, labels, new)
         new[member] = group
     return new

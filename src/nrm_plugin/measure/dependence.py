@@ -1,4 +1,4 @@
-r"""Partitions of the members of layers that preserve most of the dependence between the layers.
+r"""Partitions of channels (or other members of layers) that preserve most of the dependence between the layers.
 
 Let ``J`` be the joint relevance of the members (channels, positions, neurons) of two layers, with row sums ``r``,
 column sums ``c`` and total ``Z`` (1 if every walk crosses both layers). The dependence ``D``, and the fraction ``κ`` of
@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 30
-"""Maximum number of sweeps; each sweep considers moving every member once."""
+"""Maximum number of sweeps; a sweep visits every member once."""
 SHAKEN = 0.3
 """Fraction of a layer's members assigned to random groups in a restart."""
 LLOYD = 12
@@ -148,12 +148,12 @@ class _Search:
                 return
 
     def _sweep(self, layer: int) -> int:
-        """Considers each member of a layer for a move, in random order, and returns the number of moves."""
+        """Visits the members of a layer in random order, moves each to its best group, and counts the moves."""
         order = self.random.permutation(len(self.labels[layer]))
         return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
 
     def _grouped(self, layer: int) -> Array:
-        """Returns the dependence of the members of a layer on adjacent groups, ``(members, adjacent groups)``."""
+        """Returns the dependence of each member on the groups of adjacent layers, ``(members, adjacent groups)``."""
         sides = []
         if layer > 0:
             sides.append(group_sums(self.pairs[layer - 1], self.labels[layer - 1], self.counts[layer - 1]).T)

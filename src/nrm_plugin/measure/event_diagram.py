@@ -68,7 +68,7 @@ class DecisionDiagram:
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """Returns the terminal node if nothing below a vertex can change the outcome, and otherwise the node itself."""
+        """Returns the terminal node if the outcome is decided whatever happens below a vertex, else the node itself."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:

@@ -1,4 +1,4 @@
-"""Masses and maps of events, from one pass that decides membership in the events tap by tap."""
+"""Masses and maps of events, computed in one pass that follows the decision diagram of the events from tap to tap."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Pairs = frozenset[Pair]
 
 @dataclass(frozen=True)
 class EventResult:
-    """Mass, variation and maps of one event.
+    """Mass and variation of one event, and its joint relevance with the neurons of stored taps.
 
     Attributes:
         mass: ``μ(event)``, ``(N,)``.
@@ -40,7 +40,7 @@ class EventResult:
 
 
 class EventPass:
-    """Pass from the output to the inputs that drops walks once their membership in all events is decided.
+    """Pass from the output to the inputs; walks are dropped once it is decided which events contain them.
 
     Args:
         diagram: The decision diagram for the events.
@@ -180,7 +180,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """Returns the places named in events and queries, or None if any place might matter, as for sinks."""
+    """Returns the places that events and queries refer to, or None if this can be any place, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

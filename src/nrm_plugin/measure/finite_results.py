@@ -1,6 +1,6 @@
-"""Check that results are finite, and search for the step in which relevance stops being finite.
+"""Check for non-finite results, and search for the step that produces them.
 
-Only results are checked. If a check fails, one more pass searches for the source.
+Only results are checked. If a check fails, an additional pass searches for the first step with non-finite relevance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..recording.recording import Recording
 
 
 class Measure(Protocol):
-    """Interface required of a measure to search for the source of non-finite relevance."""
+    """Protocol for measures in which the source of non-finite relevance can be searched."""
 
     @property
     def _recording(self) -> Recording: ...
@@ -29,7 +29,7 @@ class Measure(Protocol):
 
 
 def check_finite(measure: Any, results: Any) -> None:
-    """Raises :class:`NonFiniteError`, which names the source step, unless all results are finite.
+    """Raises :class:`NonFiniteError` if a result is not finite; the message names the step that produces it.
 
     Args:
         measure: The measure.
@@ -92,7 +92,7 @@ class _FoundError(Exception):
 
 
 class _Search:
-    """Visitor that ends the pass at the first non-finite relevance."""
+    """Visitor that stops the pass at the first non-finite relevance."""
 
     def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
         return self._checked(buffer.vertex, vectors)

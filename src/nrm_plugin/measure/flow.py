@@ -38,7 +38,7 @@ GROUPS = "groups"
 
 
 class Measure(Protocol):
-    """Interface required of a measure: the part of :class:`~nrm_plugin.RelevanceMeasure` that flows use."""
+    """Protocol for the methods of :class:`~nrm_plugin.RelevanceMeasure` that flows use."""
 
     @property
     def batch(self) -> int: ...
@@ -53,7 +53,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Shown:
-    """Layer of a flow and the groups shown in it.
+    """Layer of a flow, with the groups that are shown.
 
     Attributes:
         atom: The tap.
@@ -93,7 +93,7 @@ def flow_graph(
     sample: int | None = None,
     joints: Callable[[Sequence[Shown]], Sequence[Tensor]] | None = None,
 ) -> FlowGraph:
-    """Computes the flow of relevance through several layers.
+    """Computes a flow graph from the marginals and the joint relevance of a measure.
 
     Args:
         mu: The measure whose flow is computed.
@@ -152,9 +152,9 @@ def with_groups(
     groups: Groups | None,
     top: int | None = None,
 ) -> tuple[Any, Mapping[str, Names] | None, int | None]:
-    """Returns the grouping of the neurons of each layer, the names of the groups, and the number of groups to show.
+    """Resolves ``over`` and ``groups`` to the grouping of each layer, its group names, and the number of shown groups.
 
-    If groups are requested or given, all of them are shown.
+    Groups found by a search or passed as ``groups`` are all shown.
 
     Args:
         mu: The measure to query.
@@ -195,7 +195,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """Returns the value for one layer: its entry, or ``default``, if the value is a mapping, or else the value."""
+    """Returns ``value[layer]``, or ``default`` for a missing key; a value that is no mapping is returned as is."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -251,7 +251,7 @@ def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
 def _joint(mu: Measure, upper: Shown, lower: Shown, matrix: Tensor, number: int) -> Array:
     """Returns the joint relevance of two layers, including rest and off, ``(K_upper + 2, K_lower + 2)``.
 
-    Each quadrant is computed by a separate query.
+    The entries of off are computed by separate queries rather than as differences from the marginals.
     """
     joint = np.zeros((upper.count + 2, lower.count + 2))
     joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Conditional heat maps for the groups of a flow graph, and flows together with their heat maps."""
+"""Conditional heat maps of the nodes in a flow graph."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOWEST = "input"
 
 @dataclass(frozen=True)
 class MappedFlow:
-    """Flow graph with the heat maps of its nodes.
+    """Flow graph with a conditional heat map for each node.
 
     Attributes:
         graph: The flow graph.
@@ -61,7 +61,7 @@ def mapped_flow(
     groups: Groups | None = None,
     lowest: str | None = None,
 ) -> MappedFlow:
-    r"""Computes a flow and the heat maps of its nodes in the same passes.
+    r"""Computes a flow graph and the conditional heat maps of its nodes in the same passes.
 
     A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
     flow except the input, and has at least 48 positions along each side. Its resolution suffices for a figure, at a
@@ -99,7 +99,7 @@ def mapped_flow(
     done: list[FlowPasses] = []
 
     def joints(nodes: Sequence[Any]) -> list[Tensor]:
-        mu._pairs([one.atom for one in nodes], "of two layers of a flow, one is below the other")
+        mu._pairs([one.atom for one in nodes], "for any two layers of a flow, one must be below the other")
         done.append(flow_passes(mu, only, [one.labels for one in nodes], tap))
         return [done[0].joints[number, number + 1] for number in range(len(nodes) - 1)]
 
@@ -118,7 +118,7 @@ def flow_maps(
 ) -> dict[str, NDArray[np.float64]]:
     r"""Computes the conditional heat maps of all nodes in a flow graph, :math:`\mu(\text{pixel} \mid \text{node})`.
 
-    Heat maps are summed over the colour channels and over the slices of a volume; a one-dimensional signal is treated
+    Heat maps are summed over the color channels and over the slices of a volume; a one-dimensional signal is treated
     as an image with one row. The heat map of a group of input pixels is their relevance. Walks that do not cross a
     layer have no heat map. If the inputs have no positions, there are no heat maps at all.
 
@@ -186,7 +186,7 @@ def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
 def _read(
     mu: RelevanceMeasure, graph: FlowGraph, labels: Sequence[Tensor], passes: FlowPasses, lowest: str, sample: int
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
-    """Collects the heat maps of the nodes and the joint relevance of nodes in non-adjacent layers from the passes."""
+    """Reads the heat maps of the nodes, and the joint relevance of nodes in non-adjacent layers, from the passes."""
     sign, image = float(mu.sign[sample]), mu._tap(lowest)
     nodes = [_nodes(layer, own) for layer, own in zip(graph.layers, labels, strict=True)]
     maps: dict[str, NDArray[np.float64]] = {}
@@ -220,7 +220,7 @@ def _pairs(
 ) -> Pairs:
     """Returns the joint relevance of the nodes of two layers.
 
-    Walks that cross only one of the two layers belong to the node off the other layer.
+    Walks that cross only one of the two layers belong to the ``off`` node of the other layer.
     """
     values = joint[np.ix_([row for row, _ in above], [row for row, _ in below])]
     leaving = np.array([node.mass for _, node in above]) - values.sum(1)

@@ -1,4 +1,4 @@
-r"""The passes that compute a flow: the joint relevance between the nodes of all layers, and the heat maps of the nodes.
+r"""Passes that compute the joint relevance between the nodes of a flow, and the heat maps of the nodes.
 
 One downward pass per layer yields the joint relevance of its nodes with the nodes of all lower layers. Downward passes
 stop at a **middle** tap, which every walk to the lowest layer crosses. A transposed pass propagates the few groups of
@@ -173,7 +173,7 @@ def flow_passes(mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Ta
 
 
 def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
-    """Chooses the tap whose positions form the heat maps of a flow.
+    """Chooses the tap at whose positions the heat maps of a flow are computed.
 
     Candidates are the last layer and the taps below all layers. They must have the aspect ratio of the image and at
     least :data:`POSITIONS` positions along each side, and all walks from the layers to the image must cross them. Among
@@ -204,7 +204,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
 
 
 def _has_positions(tap: Tap, image: Tap) -> bool:
-    """Returns whether a tap has enough positions and the aspect ratio of the image."""
+    """Returns True if a tap has enough positions and the aspect ratio of the image."""
     if len(tap.shape) != 4 or tap.channel_dim != 1 or min(tap.shape[2:]) < POSITIONS:
         return False
     ratios = [whole / part for whole, part in zip(image.shape[2:], tap.shape[2:], strict=True)]

@@ -1,4 +1,4 @@
-"""Search for groups of the members of layers that preserve most of the dependence between the layers."""
+"""Search for groups of channels, positions or neurons that preserve most of the dependence between layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .partitions import Names
 K = 8
 """Default number of groups in a layer."""
 ROUNDS = 1
-"""Number of refinements of each layer by exact joint relevance, after a search on an estimate."""
+"""Number of times that each layer is refined by exact joint relevance, after a search on an estimate."""
 FEW_RESTARTS = 2
 """Maximum number of search restarts on an estimate, which is too inaccurate to justify more."""
 RESTARTS = 30
@@ -34,7 +34,7 @@ RESTARTS = 30
 
 @runtime_checkable
 class JointSource(Protocol):
-    """Interface required of objects that store joint relevance, such as a sweep."""
+    """Protocol for objects that store joint relevance, such as a sweep."""
 
     def mean_joints(self, layers: Sequence[str]) -> MeanJoints: ...
 
@@ -49,10 +49,10 @@ def find_groups(
     restarts: int = RESTARTS,
     seed: int = 0,
 ) -> Groups:
-    r"""Finds groups in all layers at once, so that they preserve most of the dependence between the layers.
+    r"""Groups the channels (or other members) of several layers so as to preserve the dependence between the layers.
 
-    Let ``J`` be the mean joint relevance of two layers, with row sums ``r``, column sums ``c`` and total ``Z``. The
-    groups should preserve a large fraction κ of the dependence :math:`D = J - r c^\top / Z`,
+    Let ``J`` be the mean joint relevance of the members of two layers, with row sums ``r``, column sums ``c`` and total
+    ``Z``. The groups preserve the fraction κ of the dependence :math:`D = J - r c^\top / Z`,
 
     .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
 
@@ -118,12 +118,12 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """Source of the exact dependence of the members of a layer on the groups of the adjacent layers.
+    """Computes the exact dependence of each member of a layer on the groups of the adjacent layers.
 
     Attributes:
         joints: Joint relevance of all members, exact or estimated.
-        source: Source of the exact joint relevance of groups.
-        parts: For each pair of layers, the dependence of all members.
+        source: Computes the exact joint relevance of groups.
+        parts: For each pair of layers, the dependence of all members, ``(members, members below)``.
     """
 
     joints: MeanJoints

@@ -19,7 +19,7 @@ KINDS = ("channel", "position", "neuron")
 
 
 def labels_of(tap: Tap, over: Over) -> Tensor:
-    """Returns the group of every neuron of a tap, as an integer tensor of shape ``tap.shape[1:]`` on the CPU.
+    """Returns the group index of every neuron of a tap, an integer tensor of shape ``tap.shape[1:]`` on the CPU.
 
     Raises:
         EventError: If ``over`` contains labels that do not match the tap.

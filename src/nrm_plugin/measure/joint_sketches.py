@@ -1,4 +1,4 @@
-r"""Joint relevance between layers with many members, exact or in low-rank form, for the group search.
+r"""Joint relevance between the members (channels, positions or neurons) of wide layers, exact or as a low-rank sketch.
 
 The joint relevance ``J`` of two distant layers takes one partial pass per member. For the search, a low-rank
 approximation suffices: :math:`Y = J \Omega` takes one transposed pass per random vector and, with an orthonormal basis
@@ -29,21 +29,21 @@ from .memory_budget import in_chunks, width_of
 FEW = 64
 """Maximum number of members for which joint relevance is computed exactly, with one pass per member."""
 FEWER = 8
-"""As :data:`FEW`, for parts of an image whose joint relevance is computed at another layer."""
+"""Like :data:`FEW`, for image parts whose joint relevance is computed at another layer."""
 RANK = 8
 """Rank of the approximation for layers with more members."""
 
 
 class PairJoints:
-    """Source of the joint relevance between the members of consecutive layers.
+    """Computes the joint relevance between the members of consecutive layers.
 
-    For parts of an image, it is computed at the positions of a layer that all walks to the image cross, which takes
-    fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
+    If the last layer is the image, the computation uses the positions of a layer that all walks to the image cross,
+    which takes fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
 
     Args:
         mu: The measure that provides joint relevance.
         layers: Layers, from the output to the input.
-        kinds: The members of each layer.
+        kinds: For each layer, the grouping that defines its members, such as ``"channel"``.
 
     Attributes:
         counts: Number of members in each layer.
@@ -65,7 +65,7 @@ class PairJoints:
             self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
 
     def _move_image(self) -> bool:
-        """Replaces the image with a layer of the same spatial layout; returns whether there is one."""
+        """Replaces the image with a layer of the same spatial layout; returns True if such a layer exists."""
         image = self.taps[-1]
         if image.place != self.mu._tap("input").place:
             return False

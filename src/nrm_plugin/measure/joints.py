@@ -1,4 +1,4 @@
-"""Joint relevance of all groups of a tap with all groups of a lower tap.
+"""Joint relevance of the groups of neurons at two taps (hook points), ``(N, K_upper, K_lower)``.
 
 Source: docs/measure.md.
 """
@@ -27,7 +27,7 @@ from .totals import Totals
 def joint_matrices(
     totals: Totals, pairs: Sequence[tuple[Tap, Tap]], overs: Sequence[tuple[Over, Over]], max_memory: int | None
 ) -> tuple[list[Tensor], Cost]:
-    """Computes the joint relevance of each pair of taps.
+    """Computes the joint relevance matrix of each pair of taps.
 
     Args:
         totals: Totals of a pass that stored the relevance of the upper taps.
@@ -54,7 +54,9 @@ def joint_matrices(
 def joint_matrix(
     recording: Recording, upper: Tap, lower: Tap, relevance: Tensor, over: tuple[Over, Over], width: int
 ) -> tuple[Tensor, Cost]:
-    """Computes the joint relevance of two taps by partial passes, one for each group of the tap with fewer groups.
+    """Computes the joint relevance matrix of two taps, with one vector per group of the tap with fewer groups.
+
+    Vectors are propagated only between the two taps, in passes of ``width`` vectors.
 
     Args:
         recording: The recording of the forward pass.
@@ -62,7 +64,7 @@ def joint_matrix(
         lower: The lower tap.
         relevance: Marginal of the upper tap, ``(N, *shape)``.
         over: The groups of the upper and of the lower tap.
-        width: Number of groups per pass.
+        width: Number of relevance vectors per pass.
 
     Returns:
         The joint relevance, ``(N, K_upper, K_lower)``, and the cost.
@@ -136,14 +138,14 @@ _KEEPING_CHANNELS = frozenset(
     maxpool1d maxpool2dwithindices maxpool3dwithindices mkldnnmaxpool2d adaptivemaxpool2d adaptivemaxpool3d clone alias
     """.split()
 )
-"""Operations that keep all relevance within its channel."""
+"""Operations that propagate the relevance of a channel to the same channel."""
 
 
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
     """Computes the joint relevance of the channels of two taps separated by one linear step, from one weight gradient.
 
-    All other operations between the taps must keep all relevance within its channel, so that a walk through a channel
-    of the step crosses the same channel of the tap. Otherwise, the result is None.
+    All other operations between the taps must be channelwise, so that a walk through a channel of the step crosses the
+    same channel of the tap. Otherwise, the result is None.
 
     Args:
         recording: The recording of the forward pass.
@@ -174,7 +176,7 @@ def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Te
 
 
 def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
-    """Returns the vertices between two taps if they form a chain of one linear step and operations within channels."""
+    """Returns the vertices between two taps if they form a chain of one linear step and channelwise operations."""
     if not isinstance(upper.place, Buffer) or not isinstance(lower.place, Buffer) or not _are_plain(upper, lower):
         return None
     place, chain, linear = upper.place, [], 0
@@ -194,7 +196,7 @@ def _chain(recording: Recording, upper: Tap, lower: Tap) -> list[int] | None:
 
 
 def _are_plain(*taps: Tap) -> bool:
-    """Returns whether the first dimension of every tap's tensor indexes samples."""
+    """Returns True if the first dimension of every tap's tensor indexes samples."""
     return all(tap.layout.is_plain for tap in taps)
 
 
@@ -203,7 +205,7 @@ def _channels_of(dims: int) -> int:
 
 
 def _is_linear(vertex: Vertex, dims: int) -> bool:
-    """Returns whether a vertex is a convolution, or a linear layer applied to the last dimension."""
+    """Returns True if a vertex is a convolution, or a linear layer applied to the last dimension."""
     kernel = None if vertex.step is None else vertex.step.kernel
     if not isinstance(kernel, BranchKernel) or kernel.layer is None:
         return False

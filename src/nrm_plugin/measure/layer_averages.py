@@ -17,9 +17,9 @@ from .layer_taps import is_only_pooled, separates
 from .measure import RelevanceMeasure
 
 BLUR = 1 / 8
-"""Standard deviation of the blur of a reference, as a fraction of the shorter side of the image."""
+"""Standard deviation of the Gaussian blur of reference images, as a fraction of their shorter side."""
 RESOLUTIONS = 2
-"""Number of resolutions that :func:`layer_map` averages, starting from the coarsest; chosen in docs/real.md."""
+"""Number of resolutions that :func:`layer_map` averages, from the coarsest; chosen in docs/real-details.md."""
 LEAST = 4
 """Minimum number of positions along each side of a layer in :func:`layer_map`; coarser layers do not localize."""
 SAME_SHAPE = 1.5
@@ -56,7 +56,7 @@ def layer_map(
         >>> layer_map(net, torch.rand(5, 3, 16, 16), target=1).shape
         torch.Size([5, 16, 16])
 
-    Source: new in this package; compared with Grad-CAM in docs/real.md.
+    Source: new in this package; compared with Grad-CAM in docs/real-details.md.
     """
     reference = blurred(images) if reference is None else reference
     mu = RelevanceMeasure(model, images, target, against=against, reference=reference, **settings)
@@ -86,7 +86,7 @@ def blurred(images: Tensor) -> Tensor:
 
 
 def late_layers(mu: RelevanceMeasure) -> list[str]:
-    """Returns one layer for each of the two coarsest resolutions of at least 4 × 4, the last layer first.
+    """Returns the last layer at each of the two coarsest resolutions of at least 4 × 4, starting from the output.
 
     Layers are chosen as in :func:`layers_by_resolution`. The list is empty if the model does not have two such
     resolutions that are coarser than the image: vision transformers, for example, have only one such layer, the patch
@@ -148,7 +148,7 @@ def _last_layers(mu: RelevanceMeasure, least: int = 2) -> Iterator[str]:
 
 
 def _is_crossed_by_all(mu: RelevanceMeasure, name: str) -> bool:
-    """Returns whether all walks from the output to the input cross a layer, regardless of their relevance."""
+    """Returns True if all walks from the output to the input cross a layer, regardless of their relevance."""
     return separates(mu._recording, mu._tap("output"), mu._tap(name), mu._tap("input"))
 
 

@@ -23,7 +23,7 @@ FORMAT = "nrm-plugin groups 1"
 
 
 class HasTaps(Protocol):
-    """Interface required of a measure by :class:`Groups`."""
+    """Protocol for the methods of a measure that :class:`Groups` uses."""
 
     def _tap(self, layer: Any) -> Tap: ...
 

@@ -37,7 +37,7 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """Returns ``(layers as a list, whether the argument is a single layer)``."""
+    """Converts one or several layers to a list, and returns True as the second value if a single layer was given."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 
@@ -85,14 +85,14 @@ def taps_of(recording: Recording, layer: Layer, side: Side = "output") -> list[A
 
 
 def is_reached(recording: Recording, tap: Tap) -> bool:
-    """Returns whether a walk that starts at the output can cross the tap."""
+    """Returns True if a walk that starts at the output can cross the tap."""
     output = recording.graph.output
     bit = 1 << recording.taps.index[tap.place]
     return tap.place == output or bool(recording.taps.marks.below_vertex[output.vertex] & bit)
 
 
 def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> bool:
-    """Returns whether a walk that has crossed a tap can still reach a place, by crossing it or being absorbed in it."""
+    """Returns True if a walk that has crossed a tap can still cross a place or, for a sink, be absorbed there."""
     vertex, taps = tap.place.vertex, recording.taps
     if isinstance(place, Sink):
         return place.vertex >= vertex if isinstance(tap.place, Buffer) else place.vertex > vertex
@@ -104,7 +104,7 @@ def is_below(recording: Recording, place: Buffer | Edge | Sink, tap: Tap) -> boo
 
 
 def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool:
-    """Returns whether every walk that crosses an upper and a lower tap also crosses a middle tap.
+    """Returns True if every walk that crosses an upper and a lower tap also crosses a middle tap.
 
     Walks that are absorbed between the taps do not count. The middle tap can be the upper or the lower tap itself.
     """
@@ -127,7 +127,7 @@ def separates(recording: Recording, upper: Tap, middle: Tap, lower: Tap) -> bool
 
 
 def is_only_pooled(recording: Recording, tap: Tap) -> bool:
-    """Returns whether a tap is computed from larger tensors by pooling and rearranging entries alone."""
+    """Returns True if a tap is computed from larger tensors by pooling and by rearranging elements alone."""
     graph, seen = recording.graph, set()
     waiting = [graph.buffer(tap.place)]
     while waiting:
@@ -146,7 +146,7 @@ def is_only_pooled(recording: Recording, tap: Tap) -> bool:
 
 
 def _is_pooling(vertex: Vertex) -> bool:
-    """Returns whether a vertex is a pooling operation or dropout, as a module or a function."""
+    """Returns True if a vertex is a pooling operation or dropout, as a module or a function."""
     step = vertex.step
     if step is None:
         name = operation(vertex.node)

@@ -1,4 +1,4 @@
-"""Events over the places of a recording, with masks in place of layer names and indices."""
+"""Events whose atoms refer to places of a recording and neuron masks, rather than to layer names and indices."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .attention_events import plain
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Located(Event):
-    """Event that a walk crosses a place at a neuron in a mask or, for a sink, is absorbed there.
+    """Atomic event: a walk crosses a tap at a neuron in a mask or, for a sink, is absorbed at such a neuron.
 
     Attributes:
-        place: The place.
+        place: Location in the recording: a tensor, an input of a step, or the sink of a step.
         mask: Boolean mask of neurons, ``(N, *shape)``, or ``(1, *shape)`` if it is the same for all samples.
     """
 
@@ -32,7 +32,7 @@ class Located(Event):
 
 
 class Locator:
-    """Converts events to located events; identical atoms and masks are shared.
+    """Replaces the atoms of events with :class:`Located` atoms, sharing identical atoms and masks.
 
     Args:
         recording: The recording of the forward pass.
@@ -76,7 +76,7 @@ class Locator:
         return parts[0] if len(parts) == 1 else Any_(tuple(parts))
 
     def _places(self, atom: Atom) -> list[tuple[Buffer | Edge | Sink, torch.Size, int]]:
-        """Returns the places of an atom, each with the shape and the channel dimension of its tensor."""
+        """Looks up the places that an atom refers to, each with the shape and channel dimension of its tensor."""
         taps = self._recording.taps
         if atom.side == "sink":
             return [self._sink(vertex) for vertex in taps.find_sinks(atom.layer, atom.call)]
@@ -99,7 +99,7 @@ class Locator:
 
 
 def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> Tensor:
-    """Computes the mask of the neurons of an atom, with samples first.
+    """Computes the neuron mask of an atom, with samples first.
 
     An index applies to all dimensions of the tensor except that of the samples. If windows, heads or views share this
     dimension with the samples, the index applies to all of them; a mask may have an additional dimension for them.

@@ -11,10 +11,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def masked(vector: Tensor, mask: Tensor | None) -> Tensor:
-    """Sets a vector to zero outside a mask; None stands for all neurons."""
+    """Returns a relevance vector with zeros outside a mask, or the vector itself without a mask."""
     return vector if mask is None else vector * mask.to(vector.device)
 
 
 def add_to(vectors: dict[Key, Tensor], key: Key, vector: Tensor) -> None:
-    """Adds a vector to the entry of a dictionary."""
+    """Adds a vector to the sum ``vectors[key]``, which starts at zero."""
     vectors[key] = vectors[key] + vector if key in vectors else vector

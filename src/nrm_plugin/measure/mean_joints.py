@@ -28,7 +28,7 @@ CELLS = 16
 
 
 class Measure(Protocol):
-    """Interface required of a measure: the part of :class:`~nrm_plugin.RelevanceMeasure` used here."""
+    """Protocol for the methods of :class:`~nrm_plugin.RelevanceMeasure` that this module uses."""
 
     @property
     def sign(self) -> Tensor: ...
@@ -69,7 +69,7 @@ def mean_joints(
         members: The members of each layer; by default its channels or, for the input, grid cells of the image.
 
     Returns:
-        The mean joint relevance, and the source of joint relevance if there is only one measure (otherwise None).
+        The mean joint relevance; and an object that computes further joint relevance, or None for several measures.
 
     Raises:
         InputError: If no measure is given.

@@ -318,7 +318,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Returns the joint relevance of the channels of a tap and those of a lower tap, ``(N, upper, lower)``.
+        """Returns the joint relevance of all channel pairs of a tap and a lower tap, ``(N, upper, lower)``.
 
         Args:
             upper: The upper tap, which walks cross first.

@@ -85,7 +85,7 @@ class Recorded(QueryPasses):
 
     @property
     def explains_difference(self) -> bool:
-        """Whether the measure explains a difference between outputs (``against``) or from a reference (``reference``).
+        """True if the measure explains a difference between outputs (``against``) or from a reference (``reference``).
 
         Examples:
             >>> mu.explains_difference
@@ -95,7 +95,7 @@ class Recorded(QueryPasses):
 
     @property
     def sign(self) -> Tensor:
-        """The sign of the explained difference, ``(N,)``, or 1 if the measure does not explain a difference.
+        """Sign of the explained difference, ``(N,)``, or 1 if the measure does not explain a difference.
 
         Multiplied by the sign, positive relevance is evidence for the target, even if the explained difference is
         negative. Multiply maps by the sign before plotting or summing them, as flows, sweeps and the commands do.
@@ -154,7 +154,7 @@ class Recorded(QueryPasses):
         return tap.channel_dim % len(tap.shape)
 
     def taps_of(self, layer: Layer, side: Side = "output") -> list[Atom]:
-        """Returns the taps of a layer: one for each tensor that it returns.
+        """Returns the taps of a layer, one for each tensor that the layer returns.
 
         Raises:
             UnknownLayerError: If no tap has this name.

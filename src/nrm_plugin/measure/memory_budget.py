@@ -1,4 +1,4 @@
-"""Number of relevance vectors that one pass can propagate within a memory budget."""
+"""Number of relevance vectors per pass that fit into a memory budget."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
     Args:
         recording: The recording of the forward pass.
         max_memory: Memory budget in bytes, or None for the default of the device.
-        places: The places at which vectors start or end, since they take memory only in between; None if unknown.
+        places: Places at which vectors start or end; memory is needed only between them. None for the whole graph.
     """
     vertices = [place.vertex for place in places or ()]
     first, last = (min(vertices), max(vertices)) if vertices else (0, len(recording.graph.vertices))
@@ -55,7 +55,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Applies ``run`` to all items in chunks of ``width`` items, which is halved whenever memory runs out.
+    """Applies ``run`` to chunks of ``width`` items; the width is halved whenever memory runs out.
 
     Args:
         items: The items to process.

@@ -1,4 +1,4 @@
-"""Named groups of the neurons of a layer: channels, patches, superpixels, named regions."""
+"""Named groups of neurons in a layer: channels, patches, superpixels, named regions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Regions = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Partition:
-    """Named groups of the neurons of one tap.
+    """Partition of the neurons at one tap into named groups.
 
     Attributes:
         labels: Group of each neuron, ``tap.shape[1:]``, or ``count`` for neurons outside all groups.
@@ -135,7 +135,7 @@ def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tenso
     Args:
         image: Image, ``(C, H, W)``, with values in [0, 1].
         count: Approximate number of superpixels.
-        compactness: Weight of spatial proximity relative to colour similarity. Larger values give more compact
+        compactness: Weight of spatial proximity relative to color similarity. Larger values give more compact
             superpixels.
 
     Returns:

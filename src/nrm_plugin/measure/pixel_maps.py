@@ -1,4 +1,4 @@
-"""Fine-grained heat maps of an object on a plain ground."""
+"""Pixel-level heat maps for images of an object on a plain background."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from .layer_averages import late_layers
 from .measure import RelevanceMeasure
 
 LEAST_EVIDENCE = 1 / 4
-"""Minimum evidence at a late position, as a fraction of the largest evidence; chosen on digits in docs/real.md."""
+"""Minimum relevance of a position in the region, as a fraction of the maximum (docs/real-details.md)."""
 CANCELS = 2.0
-"""Largest accepted ratio of pixel variation to late-layer variation; above it, too much pixel relevance cancels."""
+"""Maximum ratio of the tap variation of the pixels to that of the late layers."""
 
 
 def pixel_map(
     model: nn.Module, images: Tensor, target: Any = None, *, reference: Any, against: Any = REST, **settings: Any
 ) -> Tensor:
-    r"""Computes fine-grained heat maps of objects on a plain ground, as ``nrm-plugin explain`` does.
+    r"""Computes pixel-level heat maps for images of an object on a plain background, as in ``nrm-plugin explain``.
 
     .. math:: \mu_c(n_0 = p \text{ and the walk crosses } E), \qquad E = \{q : \nu(q) > \tfrac14 \max \nu\}
 
-    The map is the relevance :math:`\mu_c` of the pixels for the class alone, of the walks that cross the last of the
-    :func:`~nrm_plugin.measure.layer_averages.late_layers` at positions :math:`q` with evidence for the class rather
-    than other classes: at least a quarter of the largest, by the contrast :math:`\nu`. Both measures explain the
-    difference from the reference.
+    Here, :math:`\mu_c` is the measure of the class alone, and :math:`\nu` the measure that contrasts the class with
+    ``against``; both explain the difference from the reference. The region :math:`E` consists of the positions
+    :math:`q` in the last of the :func:`~nrm_plugin.measure.layer_averages.late_layers` at which the relevance of the
+    contrast exceeds a quarter of its maximum. The map shows the relevance of the walks that cross this region.
 
     Args:
         model: An image classifier, in evaluation mode.
         images: Input images, ``(N, C, H, W)``; they are explained one by one.
         target: The class of each image, as in :class:`~nrm_plugin.RelevanceMeasure`.
-        reference: The plain ground as an image, ``(C, H, W)`` or ``(N, C, H, W)``, normalized like the images; its
-            colour is found by :func:`~nrm_plugin.measure.plain_ground.plain_ground`.
+        reference: Image of the background alone, ``(C, H, W)`` or ``(N, C, H, W)``, normalized like ``images``;
+            :func:`~nrm_plugin.measure.plain_ground.plain_ground` returns its color.
         against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
         settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
 
@@ -54,7 +54,7 @@ def pixel_map(
         >>> pixel_map(net, torch.rand(5, 3, 16, 16), target=1, reference=torch.zeros(3, 16, 16)).shape
         torch.Size([5, 16, 16])
 
-    Source: new in this package; compared with other methods in docs/real.md.
+    Source: new in this package; compared with other methods in docs/real-details.md.
     """
     if images.ndim != 4:
         raise InputError(f"expected images (N, C, H, W), got {tuple(images.shape)}.")
@@ -71,13 +71,13 @@ def pixel_map(
 
 
 def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Tensor:
-    """Returns the pixel relevance for a class that passes through late positions with evidence for this class.
+    """Computes pixel relevance, restricted to walks through the positions of a late layer that favor the class.
 
-    Without late layers, or without such positions, all relevance of the pixels is returned.
+    If there is no late layer or no such position, pixel relevance is not restricted.
 
     Args:
-        alone: The measure of the class alone, with one image.
-        contrast: The measure that selects the positions, of the same image.
+        alone: The measure of the class alone, for a single image.
+        contrast: The measure of the class in contrast to other classes, for the same image. It selects the positions.
 
     Returns:
         A heat map ``(1, H, W)``; positive values are evidence for the class.
@@ -93,14 +93,13 @@ def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Ten
 
 
 def is_fine_grained(mu: RelevanceMeasure) -> bool:
-    """Returns whether the relevance of single pixels is about as stable as that of late layers.
+    """Returns True if the tap variation of the pixels is at most twice that of the late layers.
 
     In deep networks, most of the relevance of single pixels cancels, and only sums over larger areas are meaningful.
-    The relevance is stable if the variation of the pixels is at most twice that of the late layers. Without late
-    layers, the pixels are all there is.
+    If there are no late layers, the result is True.
 
     Args:
-        mu: A measure with one image.
+        mu: The measure of a single image.
     """
     layers = late_layers(mu)
     return not layers or float(mu.variation("input")) <= CANCELS * max(float(mu.variation(name)) for name in layers)

@@ -1,4 +1,4 @@
-"""Detection of images that show an object on a plain ground, such as black or white."""
+"""Detection of a plain image background, such as black or white."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch import Tensor
 from ..errors import InputError
 
 TOLERANCE = 8 / 255
-"""Maximum difference of a channel from the colour of the ground; noise and compression stay below it."""
+"""Maximum difference of a channel from the background color; noise and compression artifacts stay below it."""
 LEAST_OF_IMAGE, LEAST_OF_BORDER, LEAST_OF_SIDE = 1 / 4, 1 / 3, 1 / 10
-"""Minimum fraction covered by the ground: of the image, of its border, and of each of its four sides."""
+"""Minimum fraction of the image, of its border, and of each of its four sides that the background covers."""
 STRAIGHT = 0.9
-"""Minimum ground-free fraction of each edge of a rectangle, such as a photograph between bars or in a frame."""
+"""Minimum fraction of each edge of a rectangle, such as a photograph in a frame, that is not background."""
 
 
 def plain_ground(image: Tensor) -> Tensor | None:
-    """Returns the colour of the plain ground of an image, or None if it has none.
+    """Returns the color of a plain image background, or None if the image has no plain background.
 
-    The candidate is the most frequent colour along the border. It is the ground if it covers at least a third of the
-    border, a tenth of each side and a quarter of the image. A sky does not count, since it does not reach the bottom.
-    Neither do frames, or bars above and below a photograph, since they enclose a rectangle.
+    The candidate is the most frequent color along the border. It is the background if it covers at least a third of the
+    border, a tenth of each side and a quarter of the image. A sky is not a background, since it does not reach the
+    bottom. Neither are frames, or bars above and below a photograph, since they enclose a rectangle.
 
     Args:
         image: An image ``(C, H, W)`` with values in [0, 1], not normalized.
 
     Returns:
-        The colour ``(C,)``.
+        The color ``(C,)``.
 
     Raises:
         InputError: If the image is not a tensor ``(C, H, W)`` with values in [0, 1].
@@ -59,7 +59,7 @@ def plain_ground(image: Tensor) -> Tensor | None:
 
 
 def _border_colour(image: Tensor) -> Tensor:
-    """Returns the colour with the most similar pixels on the border, ``(C,)``."""
+    """Returns the most frequent color along the border, up to the tolerance, ``(C,)``."""
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
     colours, counts = torch.unique((border * 255).round(), dim=1, return_counts=True)
     similar = _is_near(colours[:, :, None] / 255, colours[:, None] / 255).to(counts.dtype)  # (different, different)
@@ -68,13 +68,13 @@ def _border_colour(image: Tensor) -> Tensor:
 
 
 def _is_near(image: Tensor, colour: Tensor) -> Tensor:
-    """Returns whether every channel, the first dimension, differs by at most the tolerance."""
+    """Compares colors, with channels in dimension 0: True where every channel differs by at most the tolerance."""
     colour = colour.reshape(*colour.shape, *[1] * (image.ndim - colour.ndim))
     return ((image - colour).abs() <= TOLERANCE + 1e-6).all(0)
 
 
 def _is_frame(is_ground: Tensor) -> bool:
-    """Returns whether everything else is a rectangle with four straight edges, such as a photograph between bars."""
+    """Returns True if the background frames a rectangle with straight edges, such as a photograph between bars."""
     rows, columns = ((~is_ground).any(dim).nonzero().flatten() for dim in (1, 0))
     inside = ~is_ground[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
     edges = (inside[0], inside[-1], inside[:, 0], inside[:, -1])

@@ -1,4 +1,4 @@
-"""Execution of the queries of a measure as passes over its recording."""
+"""Execution of queries as passes over the recording of a measure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorator that lets queries run in any gradient mode and checks that the model and the results are valid."""
+    """Decorator for queries: makes them independent of the gradient mode, and checks the model and the results."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,7 +52,7 @@ def query(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class QueryPasses:
-    """Base class of the measure that stores the recording and runs passes over it.
+    """Base class of :class:`RelevanceMeasure` that stores the recording and runs passes over it.
 
     Attributes:
         cost: Number of kernels evaluated by the last query, and number of relevance vectors propagated by them.
@@ -76,12 +76,12 @@ class QueryPasses:
         raise StorageError(
             "a measure cannot be copied or stored: it refers to one run of the model in the memory of this process. "
             "Store its results, as in torch.save(measure.marginal(measure.layers), path), or construct it again from "
-            "the inputs. For a data set, nrm_plugin.dataset.sweep stores the results."
+            "the inputs. For a dataset, nrm_plugin.dataset.sweep stores the results."
         )
 
     @property
     def _is_batched(self) -> bool:
-        """Whether the first dimension of the inputs indexes samples."""
+        """True if the first dimension of the inputs indexes samples."""
         return self._recording.samples.batched
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -116,7 +116,7 @@ class QueryPasses:
 
     @contextmanager
     def _sharing(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Context manager in which queries share one pass that stores the relevance of the given layers."""
+        """Context manager within which queries share one pass, which stores the relevance of the given layers."""
         self._shared = (None, frozenset(self._tap(layer).place for layer in layers))
         try:
             yield
@@ -139,7 +139,7 @@ class QueryPasses:
     def _maps(
         self, taps: list[Tap], over: Over | None, given: Any, joint: Any, min_ratio: float | None
     ) -> list[Tensor]:
-        """Returns the relevance of each tap, jointly with events or conditioned on events if any are given."""
+        """Returns the relevance of each tap: marginal, joint with events, or conditional on events."""
         if given is not None and joint is not None:
             raise TypeError("give given= or joint=, not both: μ(i & B | A) is marginal(layer, joint=A & B) / μ(A).")
         if given is None and joint is None:

@@ -190,7 +190,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Returns whether the neurons become NaN if the image is set to NaN between one of its sides and an edge.
+    """Returns True where the neurons become NaN if the image is set to NaN between one of its sides and an edge.
 
     The result has shape ``(N, 4)``, with the sides in the order top, left, bottom, right.
     """

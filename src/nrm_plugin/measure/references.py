@@ -21,7 +21,7 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns ``(call to record, its reference or None)``.
+    """Returns the call to record, and its reference or None.
 
     For a list of references, which defines a mixture, the call contains one copy of each sample per reference.
 

@@ -13,17 +13,17 @@ from .difference_start import difference_start
 
 
 class Outputs(Protocol):
-    """Interface required of a recording to determine the initial relevance."""
+    """Protocol for recordings from which the initial relevance can be computed."""
 
     references: int
 
     @property
     def is_batched(self) -> bool:
-        """Whether the inputs have a sample dimension."""
+        """True if the inputs have a sample dimension."""
 
     @property
     def has_reference(self) -> bool:
-        """Whether the measure explains differences from a reference."""
+        """True if the measure explains differences from a reference."""
 
     def unfolded(self) -> Tensor:
         """Returns the outputs with samples first, ``(N, …)``."""
@@ -39,7 +39,7 @@ class Outputs(Protocol):
 
 
 def every_one(outputs: Tensor, references: int) -> Tensor:
-    """Returns one row of outputs per sample, without the repetitions for further references."""
+    """Returns one row of outputs per sample, dropping the copies made for additional references."""
     return outputs if references == 1 else outputs[::references]
 
 

@@ -1,4 +1,4 @@
-"""One pass that propagates all relevance and accumulates the masses of taps, sinks and branches."""
+"""Masses of taps, sinks and branches, accumulated in one pass over a recording."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Totals:
-    """Totals of one pass over a recording.
+    """Masses of taps, sinks and branches, accumulated in one pass over a recording.
 
     Sums have shape ``(N,)``, and are None if the samples cannot be distinguished within a tensor.
 
@@ -33,7 +33,7 @@ class Totals:
         absolute: ``Σ_j |μ(j)|``, keyed by tap.
         sinks: Absorbed mass, keyed by ``(vertex, kind)``.
         absolute_sinks: Sum of the absolute values of absorbed relevance, keyed by ``(vertex, kind)``.
-        branches: Mass propagated along each edge of a vertex with several edges.
+        branches: Mass propagated along each edge of a vertex with several edges, such as the summands of a sum.
         maps: Relevance of the taps in ``stored``.
         cost: Numbers of evaluated kernels and propagated vectors.
         has_sums: Whether masses are accumulated; otherwise, relevance is only stored.

@@ -1,4 +1,4 @@
-"""Plots of heat maps, flows, layer profiles and coloured text.
+"""Plots of heat maps, flows, layer profiles and colored text.
 
 Relevance is not computed here.
 

@@ -13,7 +13,7 @@ Values = Tensor | Array
 
 
 def as_array(values: Tensor | ArrayLike) -> Array:
-    """Returns an array, or a tensor in any floating-point format, as an array in double precision."""
+    """Converts an array, or a tensor of any floating-point dtype, to a NumPy array in double precision."""
     return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
 
 
@@ -21,7 +21,7 @@ def map_array(values: Values) -> Array:
     """Returns a heat map as an array ``(H, W)``.
 
     Raises:
-        InputError: If it has another shape, or entries that are nan or infinite.
+        InputError: If it has another shape, or contains NaN or infinite values.
     """
     array = as_array(values)
     if array.ndim != 2 or not array.size:

@@ -59,8 +59,8 @@ def flow_figure(
 ) -> Figure:
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
-    Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; at each node, negative
-    ribbons are below positive ones. Grey marks the rest of a layer, hatched orange the relevance absorbed above it, and
+    Positive relevance is red and negative relevance is blue, in colorblind-friendly shades; at each node, negative
+    ribbons are below positive ones. Gray marks the rest of a layer, hatched orange the relevance absorbed above it, and
     dotted orange the relevance that bypasses it. Very thin ribbons and small nodes of these three kinds are not drawn;
     the legend states their total.
 
@@ -70,7 +70,7 @@ def flow_figure(
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails.
         image: The explained image, ``(C, H, W)`` with values in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is
-            drawn next to the caption, and in grey behind the thumbnails.
+            drawn next to the caption, and in gray behind the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for one column of a paper; by default, at least 7.2.
         maps_at: The layer whose positions form the heat maps, for the legend; by default, single pixels.
@@ -158,7 +158,7 @@ def scene_of(
 
 
 def color_of(tone: str, palette: Palette) -> str:
-    """Returns the colour of a tone in a palette."""
+    """Returns the color of a tone in a palette."""
     off = {"sink": palette.off, "bypass": palette.off, "rest": palette.other}
     named = {"positive": palette.positive, "negative": palette.negative, "ink": palette.ink, "pale": palette.pale}
     return (off | named)[tone]

@@ -120,7 +120,7 @@ def _few_channels(graph: FlowGraph) -> str:
 
 
 def _shows_few(layer: FlowLayer) -> bool:
-    """Returns whether the shown channels of a layer account for so little relevance that the caption states it."""
+    """Returns True if the shown channels of a layer account for so little relevance that the caption states it."""
     return (
         bool(layer.others)
         and members_of(layer) == "channels"

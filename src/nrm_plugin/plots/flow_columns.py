@@ -1,4 +1,4 @@
-"""Selection of the drawn nodes of a flow, and their order, names and colours."""
+"""Selection of the drawn nodes of a flow, and their order, names and colors."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def drawn_columns(graph: FlowGraph) -> list[list[tuple[int, FlowNode]]]:
 
 
 def has_off(graph: FlowGraph) -> bool:
-    """Returns whether any node for walks off a layer is drawn."""
+    """Returns True if any node for walks off a layer is drawn."""
     return any(node.kind == "off" for column in drawn_columns(graph) for _, node in column)
 
 
 def has_rests(graph: FlowGraph) -> bool:
-    """Returns whether any rest node is drawn."""
+    """Returns True if any rest node is drawn."""
     return any(node.kind == "rest" for column in drawn_columns(graph) for _, node in column)
 
 
 def is_difference(graph: FlowGraph) -> bool:
-    """Returns whether a graph is the difference between two flows, so that the masses of each layer sum to 0."""
+    """Returns True if a graph is the difference between two flows, so that the masses of each layer sum to 0."""
     return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
 
 
@@ -83,7 +83,7 @@ def without_output(graph: FlowGraph) -> FlowGraph:
 
 
 def tone_of(node: FlowNode, layer: FlowLayer, value: float) -> str:
-    """Returns the tone of a node, which determines its colour, from its kind or the sign of its value."""
+    """Returns the tone of a node, which determines its color, from its kind or the sign of its value."""
     if node.kind == "off":
         return "bypass" if abs(layer.bypass) > abs(layer.sink) else "sink"
     return "negative" if value < 0 else "rest" if node.kind == "rest" else "positive"

@@ -1,4 +1,4 @@
-"""The main finding of a flow as a sentence: the title of its figure."""
+"""Main finding of a flow in one sentence, for use as the title of its figure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ALIKE = 0.01
 THROUGH = "passes through"
 WORD_AND_NUMBER = re.compile(r"(?P<word>[^\W\d]+)\s(?P<number>\d+)")
 SEVERAL = re.compile(r" \+ \d+$")
-"""Pattern of the end of the name of a group with several members, such as "teapot + 474"."""
+"""Suffix pattern for names of groups with several members, such as "teapot + 474"."""
 Places = Mapping[str, str]
 """Location of each input node in the image, such as "upper left", keyed by node."""
 
 
 def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = None) -> str:
-    """Returns a sentence on the relevance of the output: its main sources, and the main nodes of a layer above them.
+    """Returns a sentence about the main sources of relevance, and the main nodes of a layer that it passes through.
 
     Each number is the sum of the masses of the named nodes, which the figure shows. Among the layers between the lowest
     layer and the output, the sentence describes the one in which the fewest nodes hold half of the relevance. If most
@@ -120,7 +120,7 @@ def leading(layer: FlowLayer) -> list[FlowNode]:
 
 
 def _concentration(layer: FlowLayer) -> tuple[bool, int, float]:
-    """Returns a sort key that is larger if fewer nodes of a layer hold half of the relevance, or if they hold more."""
+    """Sort key that ranks layers by how few nodes hold half of the relevance, and then by how much these hold."""
     nodes = leading(layer)
     total = sum(node.mass for node in nodes)
     return total >= HALF, -len(nodes), total

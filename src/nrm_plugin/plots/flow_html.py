@@ -158,7 +158,7 @@ def _resource(name: str) -> str:
 
 
 def _style() -> str:
-    """Returns the style sheet with the colours of both palettes."""
+    """Returns the style sheet with the colors of both palettes."""
 
     def colors(palette: Palette) -> str:
         named = {"positive": palette.positive, "negative": palette.negative, "ink": palette.ink, "pale": palette.pale,

@@ -12,7 +12,7 @@ from .flow_notes import is_group
 
 KEY = "The input is on the left. Heights are relevance, on one scale for all layers; {}."
 GROUPS = "A1, A2, … are groups of channels that carry relevance together."
-DARKER = "Strongly coloured ribbons are the fewest that hold half of the relevance between two layers."
+DARKER = "Strongly colored ribbons are the fewest that hold half of the relevance between two layers."
 NOTES = "Below a group: the part of the image with the largest share of it, and this share, if it is unusually large."
 OUTPUTS = "“{}” is a group of outputs: the one with most relevance, and the number of the others."
 WALKS = "The bands with edges are the named walks."
@@ -27,8 +27,8 @@ OFF = (
     "dotted if it bypasses the layer."
 )
 THUMBNAILS = (
-    "Thumbnails show the relevance of a node per area{}, on one colour scale per layer: a large pale part may carry "
-    "more than a small strongly coloured one."
+    "Thumbnails show the relevance of a node per area{}, on one color scale per layer: a large pale part may carry "
+    "more than a small strongly colored one."
 )
 CROP = "A white frame in the photograph marks the part that thumbnails show."
 VISIBLE = 1e-4
@@ -86,26 +86,26 @@ def _output_group(graph: FlowGraph | None) -> str:
 
 
 def _colors(graph: FlowGraph | None, signs: tuple[str, str], has_blue: bool) -> str:
-    """Describes the colours that occur in a graph."""
-    rest = ["grey the rest of a layer"] if graph is None or has_rests(graph) else []
+    """Describes the colors that occur in a graph."""
+    rest = ["gray the rest of a layer"] if graph is None or has_rests(graph) else []
     blue = [f"blue {signs[1]}"] if graph is None or has_blue or _is_negative(graph) else []
     return ", ".join([f"red is {signs[0]}", *rest, *blue])
 
 
 def _is_negative(graph: FlowGraph) -> bool:
-    """Returns whether a ribbon, or part of a bar, is visibly negative."""
+    """Returns True if a ribbon, or part of a bar, is visibly negative."""
     sums = [joint.clip(max=0).sum(axis) for joint in graph.joints for axis in (0, 1)]
     masses = [[node.mass for node in graph.nodes]]
     return min((float(np.min(values)) for values in [*sums, *masses] if len(values)), default=0.0) < -VISIBLE
 
 
 def _cancels(graph: FlowGraph) -> bool:
-    """Returns whether ribbons of both signs occur."""
+    """Returns True if ribbons of both signs occur."""
     return any(float(joint.min()) < -LEAST_WALK for joint in graph.joints)
 
 
 def _exceeds(graph: FlowGraph) -> bool:
-    """Returns whether the positive relevance of a layer sums to more than the total relevance."""
+    """Returns True if the positive relevance of a layer sums to more than the total relevance."""
     return any(sum(max(node.mass, 0.0) for node in layer.nodes) > 1 + WORTH_SAYING for layer in graph.layers)
 
 

@@ -145,7 +145,7 @@ def _sizes(columns: Sequence[Column], width: float | None, ratio: float, notes: 
 def _header(
     sizes: Sizes, texts: tuple[str, str, str], photo_ratio: float | None
 ) -> tuple[Box | None, list[Label], float]:
-    """Returns the position of the photograph, the lines of heading, finding and caption, and the position below."""
+    """Returns the position of the photograph, the lines of text next to it, and the y-coordinate below both."""
     labels: list[Label] = []
     photo = None
     left, y = MARGIN, MARGIN
@@ -203,7 +203,7 @@ def layer_note(layer: FlowLayer, is_difference: bool = False) -> str:
     return f"{shown} of {shown + layer.others}: {share}"
 
 
-# -- places ---------------------------------------------------------------------------------------------------------
+# -- positions ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -425,7 +425,7 @@ def _tone(kinds: Collection[str], value: float) -> str:
 
 
 def _tops(values: Array, unit: float) -> Array:
-    """Returns the upper ends of the ribbons at the nodes of one column, relative to the centre of the node.
+    """Returns the upper ends of the ribbons at the nodes of one column, relative to the center of the node.
 
     The ribbons of a node are in the order of their other ends, with positive ribbons above negative ones.
     """
@@ -438,7 +438,7 @@ def _tops(values: Array, unit: float) -> Array:
 
 
 def _middle(node: DrawnNode, side: int) -> float:
-    """Returns the vertical centre of the bar on one side of a node."""
+    """Returns the vertical center of the bar on one side of a node."""
     x = node.box.right - BAR if side else node.box.x
     parts = [box for box, _ in node.bars if abs(box.x - x) < 1e-6]
     if not parts:

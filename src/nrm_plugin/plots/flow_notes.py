@@ -26,7 +26,7 @@ ratio of this share to the share of all relevance, and the smallest absolute mas
 
 
 def is_group(label: str, layer: str) -> bool:
-    """Returns whether a node is a group of channels named by the command."""
+    """Returns True if a node is a group of channels named by the command."""
     return layer not in ("input", "output") and GROUP.fullmatch(label) is not None
 
 
@@ -39,7 +39,7 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 
 
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
-    r"""Returns notes on the groups of channels whose relevance is not distributed over the image like all relevance.
+    r"""Names, for each group of channels, the image parts with an unusually large share of its relevance.
 
     A part ``B`` of the image stands out in a group ``A`` if its share :math:`\mu(B \mid A)` of the relevance of the
     group clearly exceeds its share :math:`\mu(B)` of all relevance. A note names the part with the largest share and,

@@ -19,7 +19,7 @@ SWEEPS = 12
 
 
 def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[int]]:
-    """Orders the nodes of each column to reduce crossings, by the barycentre heuristic and swaps of adjacent nodes.
+    """Orders the nodes of each column to reduce crossings, by the barycenter heuristic and swaps of adjacent nodes.
 
     At each node, positive ribbons are above negative ones. A sweep sorts each column by the mean position of the other
     ends of its ribbons. Adjacent nodes are then swapped as long as this reduces crossings. The result never has more

@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """Line of text, with the position of its vertically centred anchor, its font size and its tone."""
+    """Line of text, with the position of its vertically centered anchor, its font size and its tone."""
 
     x: float
     y: float
@@ -47,7 +47,7 @@ class Label:
 
 @dataclass(frozen=True)
 class DrawnNode:
-    """Node of a flow as it is drawn.
+    """Position and appearance of a node.
 
     Attributes:
         node: The node of the flow graph.
@@ -69,12 +69,12 @@ class DrawnNode:
 
 @dataclass(frozen=True)
 class Band:
-    """Ribbon between a node on the left and a node on the right as it is drawn.
+    """Position and appearance of a ribbon between a node on the left and a node on the right.
 
     Attributes:
         lower, upper: Keys of the two nodes; the lower one is on the left.
         value: Joint relevance.
-        start, end: End points of the centre line.
+        start, end: End points of the center line.
         width: Width of the ribbon.
         tone: As in :class:`DrawnNode`.
         strength: Opacity.
@@ -115,7 +115,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a drawing of a flow; lengths are in points.
+    """Dimensions of a flow drawing; lengths are in points.
 
     Attributes:
         width: Width of the drawing.

@@ -1,4 +1,4 @@
-"""Descriptions of the location of a region in an image."""
+"""Descriptions of where a region is located in an image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
 
     The location is the ninth of the image that contains more than half of the region's relevance. If there is none, it
     is "along the edges" if the region covers at least half of three or more sides of the image, and otherwise the ninth
-    that contains its centre of mass.
+    that contains its center of mass.
 
     Args:
         region: Boolean mask of the region, ``(H, W)``.

@@ -1,4 +1,4 @@
-"""Thumbnails of the nodes of a flow: smoothed heat maps over the photograph, with one colour scale per layer."""
+"""Thumbnails of the nodes of a flow: smoothed heat maps over the photograph, with one color scale per layer."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ INSIDE = 0.97
 OUTSIDE = 0.4
 """Opacity of the photograph outside the region of an input node."""
 PALE = 0.03
-"""Absolute colour value below which a colour is hardly visible."""
+"""Absolute value below which the color of a heat map is hardly visible."""
 LEAST = 0.35
-"""Smallest size of the crop, as a fraction of the size of the image."""
+"""Smallest size of the crop, as a fraction of the image size."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Photo:
 
 @dataclass(frozen=True)
 class NodeThumbnails:
-    """Thumbnails of the nodes of a flow, ready to be drawn.
+    """Thumbnails of flow nodes, ready to be drawn.
 
     Attributes:
         box: The crop of the input that all thumbnails show.
-        values: Colour values between -1 and 1, ``(H, W)``, keyed by node.
-        grey: The same crop of the photograph in grey, ``(H, W)`` with values in [0, 1], or None without a photograph.
+        values: Color values between -1 and 1, ``(H, W)``, keyed by node.
+        grey: The same crop of the photograph in gray, ``(H, W)`` with values in [0, 1], or None without a photograph.
         size: Height and width of the input in pixels.
         edges: Boolean outline mask of each input node, ``(H, W)``, keyed by node.
         inside: Boolean region mask of each input node, ``(H, W)``, keyed by node. All other pixels are faded.
@@ -95,7 +95,7 @@ class NodeThumbnails:
 def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
     """Computes the thumbnails of the nodes with heat maps, or returns None if no node has one.
 
-    Each heat map is divided by its total absolute relevance. All heat maps of a layer share one colour scale, whose
+    Each heat map is divided by its total absolute relevance. All heat maps of a layer share one color scale, whose
     limit is the median of their maxima.
     """
     nodes = [node for node in graph.nodes if node.key in maps]
@@ -120,7 +120,7 @@ def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None
 
 
 def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> Pixels:
-    """Renders the thumbnail of a node over the photograph or the background colour, ``(H, W, 3)``."""
+    """Renders the thumbnail of a node over the photograph or the background color, ``(H, W, 3)``."""
     values = thumbnails.values[key]
     paper = np.array(to_rgb(palette.paper))
     ground = np.broadcast_to(paper, (*values.shape, 3)) if thumbnails.grey is None else faded(thumbnails.grey, palette)
@@ -167,12 +167,12 @@ def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixe
 
 
 def is_cropped(thumbnails: NodeThumbnails | None) -> bool:
-    """Returns whether the thumbnails show only a part of the input."""
+    """Returns True if the thumbnails show only a part of the input."""
     return thumbnails is not None and thumbnails.box != (0, 0, *thumbnails.size)
 
 
 def has_blue(thumbnails: NodeThumbnails | None) -> bool:
-    """Returns whether the thumbnails visibly show negative relevance."""
+    """Returns True if the thumbnails visibly show negative relevance."""
     return thumbnails is not None and any(float(values.min()) < -PALE for values in thumbnails.values.values())
 
 
@@ -194,13 +194,13 @@ def region_places(photo: Photo) -> dict[str, tuple[float, float]]:
 
 
 def opacity(values: Array) -> Array:
-    """Returns the opacity of the colours of a heat map, for values between -1 and 1."""
+    """Returns the opacity of heat-map colors for values between -1 and 1."""
     result: Array = 0.9 * np.abs(values) ** 0.8
     return result
 
 
 def faded(grey: Array, palette: Palette = LIGHT) -> Array:
-    """Renders a grey photograph with low contrast, close to the background colour of a palette, ``(H, W, 3)``."""
+    """Renders a gray photograph with low contrast, close to the background color of a palette, ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
     share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.4 * grey)[..., None]
@@ -283,7 +283,7 @@ def _edge(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _nearest(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Resizes a mask by nearest-neighbour interpolation."""
+    """Resizes a mask by nearest-neighbor interpolation."""
     drawn = Image.fromarray(mask.astype(np.uint8) * 255).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     result: NDArray[np.bool_] = np.asarray(drawn) > 127
     return result

@@ -41,7 +41,7 @@ def font_with(letter: str) -> str:
 
 @functools.cache
 def letters_of(path: str) -> frozenset[int]:
-    """Returns the code points of a font, or none if matplotlib cannot render it, as for coloured bitmap fonts."""
+    """Returns the code points of a font, or none if matplotlib cannot render it, as for colored bitmap fonts."""
     try:
         font = FT2Font(path)
         font.set_size(10, 72)

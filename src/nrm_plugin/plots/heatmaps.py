@@ -1,7 +1,7 @@
 """Figures of heat maps, joint relevance, and the mass, sink and bypass of layers.
 
 The functions return a new matplotlib ``Figure`` or draw on given axes, without using the global state of pyplot.
-Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades. Colour bars show relevance as
+Positive relevance is red and negative relevance is blue, in colorblind-friendly shades. Color bars show relevance as
 a percentage of the total of the sample.
 """
 
@@ -53,12 +53,12 @@ class Budget:
 
 
 def save(figure: Figure, path: Path, paper: str = "white", kind: str | None = None, dpi: int = DPI) -> Path:
-    """Saves a figure with the given background colour and returns its path.
+    """Saves a figure with the given background color and returns its path.
 
     Args:
         figure: The figure to save.
         path: Path of the file.
-        paper: The background colour.
+        paper: The background color.
         kind: File format, such as ``"png"``; by default, it is inferred from the suffix of the path.
         dpi: Dots per inch.
 
@@ -79,13 +79,13 @@ def heat_map(
     limit: float | None = None,
     cells: int | Sequence[int] | None = None,
 ) -> Figure:
-    """Draws a signed heat map with a colour bar.
+    """Draws a signed heat map with a color bar.
 
     Args:
         values: Relevance ``(H, W)``, dimensionless.
         title: Title of the figure.
         image: Image ``(C, H, W)``, shown in low contrast behind the heat map.
-        limit: Absolute value shown in the darkest colours; by default, the largest absolute value.
+        limit: Absolute value shown in the darkest colors; by default, the largest absolute value.
         cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
             sum over each cell, which preserves the total. By default, pixels are shown.
 
@@ -114,10 +114,10 @@ def image_and_heat_map(
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1], and one or three channels.
-        values: Heat map ``(H, W)``, dimensionless; or a list of several, each with its own colour scale.
+        values: Heat map ``(H, W)``, dimensionless; or a list of several, each with its own color scale.
         titles: Titles of the image and of each heat map.
         heading: Title of the figure.
-        limit: Absolute value shown in the darkest colours, for all heat maps or for each; by default, the largest
+        limit: Absolute value shown in the darkest colors, for all heat maps or for each; by default, the largest
             absolute value of each heat map.
         cells: As in :func:`heat_map`.
         shown: Image that is shown on the left; by default ``image``, which is also shown behind the heat maps.
@@ -146,7 +146,7 @@ def heat_maps(
     limit: float | None = None,
     cells: int | Sequence[int] | None = None,
 ) -> Figure:
-    """Draws a grid of signed heat maps on a common colour scale.
+    """Draws a grid of signed heat maps on a common color scale.
 
     Args:
         maps: Heat maps ``(H, W)``, dimensionless.
@@ -154,7 +154,7 @@ def heat_maps(
         heading: Title of the figure.
         image: Image ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
         columns: Number of columns.
-        limit: Absolute value shown in the darkest colours; by default, the largest absolute value of all maps.
+        limit: Absolute value shown in the darkest colors; by default, the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
 
     Raises:
@@ -200,10 +200,10 @@ def joint(
 
     Args:
         image: Image ``(C, H, W)`` with values in [0, 1].
-        marginal: Heat map of the image, ``(H, W)``, with a separate colour bar.
+        marginal: Heat map of the image, ``(H, W)``, with a separate color bar.
         columns: As in :func:`flow`.
         ribbons: As in :func:`flow`.
-        maps: Joint heat maps, ``(H, W)`` each, with a common colour scale and colour bar.
+        maps: Joint heat maps, ``(H, W)`` each, with a common color scale and color bar.
         titles: One title per joint heat map.
         heading: Title of the figure.
     """
@@ -266,7 +266,7 @@ def draw_image(axes: Axes, image: Values) -> AxesImage:
 def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit: float | None = None) -> AxesImage:
     """Draws a signed heat map ``(H, W)``, white at zero, with symmetric limits.
 
-    An image with one channel is shown as an outline, and an image with three channels in grey behind the colours.
+    An image with one channel is shown as an outline, and an image with three channels in gray behind the colors.
     """
     pixels = map_array(values)
     image = None if image is None else image_array(image)
@@ -295,7 +295,7 @@ def draw_grid(
     show_image: bool = False,
     limit: float | None = None,
 ) -> None:
-    """Draws heat maps ``(H, W)`` with a common colour scale, row by row, with a colour bar on the right."""
+    """Draws heat maps ``(H, W)`` with a common color scale, row by row, with a color bar on the right."""
     count = len(maps) + show_image
     grid = figure.subplots(math.ceil(count / columns), min(columns, count), squeeze=False)
     places = list(grid.flat)
@@ -386,7 +386,7 @@ def _bound(maps: Sequence[Array]) -> float:
 
 
 def _exceeds(maps: Sequence[Values], limit: float | None) -> bool:
-    """Returns whether a value exceeds the limit at which colours saturate."""
+    """Returns True if a value exceeds the limit at which colors saturate."""
     return limit is not None and _bound([as_array(values) for values in maps]) > limit
 
 
@@ -402,7 +402,7 @@ def _outline(axes: Axes, ink: Array) -> None:
     """Draws the contour of the dark pixels, closed at the border of the image."""
     if ink.min() < ink.max():
         height, width = ink.shape
-        # The border of the image is half a pixel outside the outer pixel centres. Pixels are repeated up to the
+        # The border of the image is half a pixel outside the outer pixel centers. Pixels are repeated up to the
         # border; beyond it, all pixels are light.
         padded = np.pad(np.pad(ink, 1, mode="edge"), 1, constant_values=ink.min())
         rows = np.array([-0.5, -0.499, *range(height), height - 0.501, height - 0.5])

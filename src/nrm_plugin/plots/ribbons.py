@@ -20,14 +20,14 @@ INK, PALE = "#222222", "#6b6b6b"
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of a plot.
+    """Color palette of a flow plot.
 
     Attributes:
-        positive, negative: Colours of relevance: red and blue, in colour-blind-friendly shades.
-        ink, pale: Colours of text.
-        paper: Background colour.
-        other: Colour of the rest of a layer, outside the shown groups.
-        off: Colour of walks off a layer.
+        positive, negative: Colors of relevance: red and blue, in colorblind-friendly shades.
+        ink, pale: Colors of text.
+        paper: Background color.
+        other: Color of the rest of a layer, outside the shown groups.
+        off: Color of walks off a layer.
     """
 
     positive: str = POSITIVE
@@ -39,7 +39,7 @@ class Palette:
     off: str = "#e69f00"
 
     def of(self, value: float) -> str:
-        """Returns the colour for a relevance value, which depends on its sign."""
+        """Returns the color for a relevance value, which depends on its sign."""
         return self.positive if value >= 0 else self.negative
 
 
@@ -47,7 +47,7 @@ LIGHT = Palette()
 DARK = Palette("#f4806a", "#6fb3e8", "#ececec", "#a8a8a8", "#16181c", "#8c8c8c", "#f0b73f")
 
 ROW, GAP = 0.085, 0.025
-"""Height of a node label and distance between two nodes, as fractions of the height of the plot."""
+"""Height of a node label and distance between two nodes, as fractions of the plot height."""
 VISIBLE = 0.012
 """Smallest width of the widest ribbon at which widths are distinguishable, as a fraction of the plot height."""
 BAR = 0.022
@@ -67,7 +67,7 @@ class Column:
         note: Second, smaller line of the heading.
         labels: Label of each node, from top to bottom.
         marginals: Relevance of each node, drawn as the height of its bar.
-        kinds: Kind of each node, which determines its colour: ``""`` (default), ``"other"`` or ``"off"``.
+        kinds: Kind of each node, which determines its color: ``""`` (default), ``"other"`` or ``"off"``.
     """
 
     name: str
@@ -137,7 +137,7 @@ def draw_flow(
         axes: The matplotlib axes.
         columns: The layers, from left to right.
         ribbons: Joint relevance of nodes in all columns or in some consecutive columns.
-        palette: Colours of the plot.
+        palette: Colors of the plot.
         scale: Factor for the height of text, for axes that are higher than 5 inches.
     """
     axes.set_xlim(-0.33, len(columns) - 0.67)
@@ -189,7 +189,7 @@ def _unit(extents: Sequence[float], scale: float) -> float:
 
 
 def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]:
-    """Returns the vertical positions of the evenly spaced node centres, from top to bottom."""
+    """Returns the vertical positions of the evenly spaced node centers, from top to bottom."""
     rows = [max(ROW * scale, extent * unit) for extent in extents]
     space = (1 - sum(rows)) / max(len(rows), 1)
     ends = np.cumsum([row + space for row in rows])
@@ -230,7 +230,7 @@ def _lanes(centers: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: 
 
 
 def _height(lane: Sequence[float], x: float) -> float:
-    """Returns the height of the centre of a ribbon at ``x``, by solving the cubic curve of :func:`_draw_ribbon`."""
+    """Returns the center height of a ribbon at ``x``, by solving the cubic curve of :func:`_draw_ribbon`."""
     left = min(int(x), len(lane) - 2)
     steps = np.linspace(0, 1, 64)
     across = 1.5 * steps * (1 - steps) + steps**3
@@ -313,7 +313,7 @@ def _draw_marks(axes: Axes, marked: Sequence[tuple[Ribbon, list[float]]]) -> Non
 def _draw_key(
     axes: Axes, columns: Sequence[Column], ribbons: Sequence[Ribbon], factor: int, palette: Palette, scale: float
 ) -> None:
-    """Draws a legend for heights and, if both signs are visible, for colours."""
+    """Draws a legend for heights and, if both signs are visible, for colors."""
     values = [*(value for column in columns for value in column.marginals), *(one.value for one in ribbons)]
     both = min(max(values, default=0), -min(values, default=0)) > 0.02 * max(map(abs, values), default=0)
     text = f"height: relevance{f', ribbons widened {factor} times' if factor > 1 else ''}"

@@ -1,7 +1,7 @@
-"""Text whose tokens are coloured by relevance, as a figure or as an HTML fragment without scripts.
+"""Text whose tokens are colored by relevance, as a figure or as an HTML fragment without scripts.
 
-Positive relevance is red and negative relevance is blue, in colour-blind-friendly shades; zero has the background
-colour. Relevance is shown as a percentage of the total of the sample.
+Positive relevance is red and negative relevance is blue, in colorblind-friendly shades; zero has the background
+color. Relevance is shown as a percentage of the total of the sample.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LINE, LETTER, FONT = 1.9, 0.602, 10.5
 
 @dataclass(frozen=True)
 class Word:
-    """Token as it is displayed.
+    """Displayed token.
 
     Attributes:
         text: The text of the token.
@@ -63,7 +63,7 @@ def text_figure(
     heading: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Draws text whose tokens are coloured by relevance. Several maps are stacked and share a colour scale.
+    """Draws text whose tokens are colored by relevance. Several maps are stacked and share a color scale.
 
     Args:
         tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
@@ -72,7 +72,7 @@ def text_figure(
         titles: One title per map.
         special: Tokens that are not text, such as ``tokenizer.all_special_tokens``; they are drawn in italics with a
             frame.
-        limit: Absolute relevance shown in the strongest colours; by default, the largest absolute value.
+        limit: Absolute relevance shown in the strongest colors; by default, the largest absolute value.
         width: Width in inches; longer lines are broken.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
@@ -87,7 +87,7 @@ def text_figure(
     """
     maps, bound, is_cut = _checked(tokens, values, titles, special, limit)
     palette = DARK if dark else LIGHT
-    columns = max(12, int((0.94 * width - 1.2) * 72 / (FONT * LETTER)))  # next to the colour bar
+    columns = max(12, int((0.94 * width - 1.2) * 72 / (FONT * LETTER)))  # next to the color bar
     laid = [_lines(words, columns) for words in maps]
     heights = [
         len(lines) * LINE * FONT / 72 + (0.28 if title else 0.06) for lines, title in zip(laid, titles, strict=True)
@@ -114,7 +114,7 @@ def text_html(
     limit: float | None = None,
     heading: str = "",
 ) -> str:
-    """Renders text whose tokens are coloured by relevance as an HTML fragment, for light and dark mode.
+    """Renders text whose tokens are colored by relevance as an HTML fragment, for light and dark mode.
 
     Args:
         tokens: As in :func:`text_figure`.
@@ -144,12 +144,12 @@ def words_html(
     heading: str = "",
     whole: str = "of all relevance",
 ) -> str:
-    """Renders coloured words as an HTML fragment; see :func:`text_html`.
+    """Renders colored words as an HTML fragment; see :func:`text_html`.
 
     Args:
         maps: The words of each map, with their values.
         titles: One title per map.
-        bound: Absolute relevance shown in the strongest colours.
+        bound: Absolute relevance shown in the strongest colors.
         is_cut: Whether any value exceeds ``bound``.
         heading: Heading of the fragment.
         whole: Description of the total to which percentages refer.
@@ -174,7 +174,7 @@ def _checked(
     """Validates the arguments of a plot.
 
     Returns:
-        The words of each map, the absolute relevance shown in the strongest colours, and whether any value exceeds it.
+        The words of each map, the absolute relevance shown in the strongest colors, and whether any value exceeds it.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as returned by tokenizer.convert_ids_to_tokens(ids).")
@@ -186,11 +186,11 @@ def _checked(
             "tokens) of one sample. mu.marginal(layer, over='position')[0] sums the relevance of embeddings."
         )
     if not np.isfinite(rows).all():
-        raise InputError("values have nan or inf entries, which have no colour; give finite values.")
+        raise InputError("values have nan or inf entries, which have no color; give finite values.")
     if isinstance(titles, str) or len(titles) != len(rows):
         raise InputError(f"titles={brief(titles)}: give a list of one title for each of the {len(rows)} maps.")
     if limit is not None and not limit > 0:
-        raise InputError(f"limit={brief(limit)}: give a positive number, the relevance of the strongest colours.")
+        raise InputError(f"limit={brief(limit)}: give a positive number, the relevance of the strongest colors.")
     strongest = float(np.abs(rows).max())
     bound = float(limit) if limit is not None else strongest or 1.0
     return [_words(tokens, row, special) for row in rows], bound, strongest > bound
@@ -243,11 +243,11 @@ def _broken(word: Word, columns: int) -> list[Word]:
     return [Word(piece, word.value, word.is_spaced, word.is_special) for piece in pieces]
 
 
-# -- colours --------------------------------------------------------------------------------------------------------
+# -- colors --------------------------------------------------------------------------------------------------------
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """Returns the background colour of a token for a value between -1 and 1; 0 yields the colour of the page."""
+    """Returns the background color of a token for a value between -1 and 1; 0 yields the color of the page."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)
@@ -255,13 +255,13 @@ def shade(value: float, palette: Palette) -> tuple[float, float, float]:
 
 
 def ink_on(color: tuple[float, float, float]) -> str:
-    """Returns black or white, whichever contrasts more with the given colour."""
+    """Returns black or white, whichever contrasts more with the given color."""
     bright = luminance(color)
     return "#000000" if (bright + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def luminance(color: tuple[float, float, float]) -> float:
-    """Computes the relative luminance of a colour, as defined by the Web Content Accessibility Guidelines."""
+    """Computes the relative luminance of a color, as defined by the Web Content Accessibility Guidelines."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -62,7 +62,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
 
 
 class _Weights(dict[str, Tensor]):
-    """Tensors of a file, in at least single precision. Errors name the file."""
+    """Tensors of a safetensors file, cast to at least single precision; errors name the file."""
 
     def __init__(self, path: Path) -> None:
         try:

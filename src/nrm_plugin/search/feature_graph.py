@@ -26,7 +26,7 @@ from .features import ordered_sites
 
 @dataclass(frozen=True)
 class _Tap:
-    """Nodes of one tap.
+    """Nodes of an attribution graph at one tap.
 
     Attributes:
         name: Name of the tap.

@@ -101,7 +101,7 @@ class _Board:
 
 
 class WithFeatures(nn.Module):
-    """Wraps a layer; its output is decomposed into features and error, whose decoded sum is returned."""
+    """Module that wraps a layer and decomposes its output into learned features and the reconstruction error."""
 
     def __init__(
         self, layer: nn.Module, site: str, crosscoder: Crosscoder, board: _Board, errors: Errors, like: Tensor
@@ -171,7 +171,7 @@ def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 
 def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
-    """Applies :meth:`Dictionary.activate`. The relevance of a feature propagates to its pre-activation."""
+    """Applies :meth:`Dictionary.activate`; relevance propagates from each feature to its pre-activation."""
     if has_torch_function((pre,)):
         active: Tensor = handle_torch_function(feature_activation, (pre,), pre, dictionary)
         return active
@@ -181,7 +181,7 @@ def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
 def reconstruction_error(
     values: Tensor, features: Sequence[Tensor], skip: Sequence[Tensor], decoder: nn.Linear, errors: Errors
 ) -> Tensor:
-    """Computes ``values`` minus their reconstruction. The relevance of the error goes to ``values`` or is absorbed."""
+    """Computes ``values`` minus their reconstruction; relevance propagates to ``values`` or is absorbed."""
     relevant = (values, *features, *skip)
     if has_torch_function(relevant):
         error: Tensor = handle_torch_function(
@@ -195,7 +195,7 @@ def reconstruction_error(
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
     """Returns ``values``, but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    If ``total`` were returned, a sum that should be zero could be a rounding error, and a rule would divide by it.
+    Where ``total`` should be zero, it can be a rounding error, by which a rule would divide.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -214,7 +214,7 @@ def _error_kernel(call: FunctionCall) -> Kernel:
 
 
 class _AbsorbingKernel(Kernel):
-    """Kernel that propagates no relevance and thus absorbs all of it."""
+    """Kernel that absorbs all relevance."""
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = list(shapes)

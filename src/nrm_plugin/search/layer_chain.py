@@ -21,7 +21,7 @@ from ..recording.propagation import push
 
 
 class LayerChain:
-    """Chain of layers from the output to the input, with groups of their neurons. All tensors are flattened.
+    """Chain of layers from the output to the input, with their neurons divided into groups. Tensors are flattened.
 
     Args:
         mu: A single-sample measure.
@@ -61,7 +61,7 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Returns the relevance of the neurons of the first layer, ``(n_0,)``."""
+        """Returns the marginal of the first layer, ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:

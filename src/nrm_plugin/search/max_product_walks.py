@@ -141,7 +141,7 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields columns of the kernel of the step that computes a tensor, ``(K, in)`` for each input of the step."""
+        """Yields kernel columns of the step that computes a tensor, ``(K, in)`` for each input of the step."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))
@@ -158,6 +158,6 @@ class MaxProduct:
 
 def _has_negative_entries(what: str) -> NRMError:
     return NRMError(
-        f"{what} has negative entries, so the best walk need not consist of best parts. Use rules without negative "
+        f"{what} has negative entries, so max-product cannot find the best walk. Use rules without negative "
         "contributions, such as NRMAbsolute, or give the layers: top_walks(mu, layers, over='neuron')."
     )

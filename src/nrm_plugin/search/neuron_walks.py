@@ -14,7 +14,7 @@ from .walks import top_walks
 
 @dataclass(frozen=True)
 class NeuronWalk:
-    """Walk of single neurons with the largest mass; deprecated, like :func:`best_walk`.
+    """Walk of single neurons with the largest mass, as returned by the deprecated :func:`best_walk`.
 
     Attributes:
         mass: Mass of the walk.

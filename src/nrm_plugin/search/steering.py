@@ -1,4 +1,4 @@
-r"""Steering: a vector is added to the activations of a layer, or its direction is removed, during the forward pass.
+r"""Activation steering: adds a vector to the output of a layer during the forward pass, or projects it out.
 
 .. math:: a \to a + s v \qquad \text{or} \qquad a \to a - \frac{v v^\top}{v^\top v} a
 
@@ -27,7 +27,7 @@ Mode = Literal["add", "remove"]
 def steered(
     model: nn.Module, layer: str, vector: Tensor, scale: float = 1.0, mode: Mode = "add", dim: int = -1
 ) -> Iterator[nn.Module]:
-    """Context manager that adds a vector to the output of a layer, or removes its direction from it.
+    """Context manager that adds a vector to the output of a layer, or projects the vector out of it.
 
     A forward hook is registered after all other hooks of the layer, and is removed on exit, even if an error is raised.
     Nothing else in the model changes. If the layer returns a tuple, its first tensor is steered.

@@ -39,7 +39,7 @@ Silent neurons have no context, since it would be arbitrarily large for rules th
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of the channel space of a layer, and their complement (the rest).
+    r"""Orthogonal subspaces of a layer's channel space, and their complement (the rest).
 
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
@@ -193,8 +193,8 @@ def drsa(
     .. math:: \max_{U^\top U = I} \; M^{1/2}_k\, M^2_n \big[ \max(0, (U_k^\top a_n)^\top (U_k^\top c_n)) \big]
 
     where :math:`a_n` are activations, :math:`c_n` are contexts (relevance divided by activation), and :math:`M^p[x] =
-    (\mathrm{mean}\; x^p)^{1/p}` are power means. The mean over samples favours a few large values, and the mean over
-    subspaces favours the use of all subspaces. The objective is maximized by gradient ascent; after each step, the
+    (\mathrm{mean}\; x^p)^{1/p}` are power means. The mean over samples favors a few large values, and the mean over
+    subspaces favors the use of all subspaces. The objective is maximized by gradient ascent; after each step, the
     basis is projected onto the matrices with orthonormal columns. The decreasing step size, and the selection of the
     best of several restarts, are new in this package.
 
@@ -252,7 +252,7 @@ def disentanglement(a: Tensor, c: Tensor, basis: Tensor, sizes: Sequence[int]) -
 
 
 def _nearest(matrix: Tensor) -> Tensor:
-    """Returns the nearest matrix with orthonormal columns."""
+    """Returns the nearest matrix with orthonormal columns (the orthogonal polar factor)."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     nearest: Tensor = left @ right
     return nearest
@@ -318,7 +318,7 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
 
 
 class _WithSubspaces(nn.Module):
-    """Wraps a layer; its output is split into one part per subspace, and the sum of the parts is returned."""
+    """Module that wraps a layer, splits its output into one part per subspace, and returns the sum of the parts."""
 
     def __init__(self, layer: nn.Module, subspaces: Subspaces) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ class _PartsKernel(Kernel):
 
 
 class _SumKernel(Kernel):
-    """Kernel given by :meth:`Subspaces.split`; no relevance bypasses the parts."""
+    """Kernel that distributes the relevance of the sum over the parts by :meth:`Subspaces.split`."""
 
     is_stochastic = True
 

@@ -1,8 +1,8 @@
-r"""Upper bounds on the mass of the completions of a prefix, used in the search for relevant group walks.
+r"""Upper bounds on the mass of all walks that extend a prefix, used in the search for relevant group walks.
 
 .. math:: h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
-Source: docs/critical-paths.md.
+Source: docs/critical-paths-details.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Lumps:
-    """Groups of a layer, merged into lumps. A bound for a lump is valid for each of its groups.
+    """Partition of the groups of a layer into lumps; a bound for a lump is valid for each of its groups.
 
     Attributes:
         labels: Lump of each neuron, ``(n,)``.

@@ -38,7 +38,7 @@ class GroupWalk:
         groups: Index of the group (channel, position, neuron or label) in each layer, from the output to the input, or
             None for layers that a walk of single neurons does not cross.
         mass: Signed joint relevance of the groups.
-        certified: Whether every walk that is not returned is proven to have at most the same absolute mass.
+        certified: Whether no walk that is not returned can have a larger absolute mass.
 
     Examples:
         >>> GroupWalk((3, 0), 0.5, True).groups
@@ -52,7 +52,7 @@ class GroupWalk:
 
 @dataclass(frozen=True)
 class TopWalks:
-    """Result of a search for relevant walks.
+    """Walks with the largest absolute mass, as returned by :func:`top_walks`.
 
     Attributes:
         layers: The layers, from the output to the input.
