@@ -50,7 +50,7 @@ def data_address(tensor: Tensor) -> int:
     """Returns the memory address of the first entry of a tensor, based on :func:`storage_address`."""
     if not isinstance(tensor, FakeTensor):
         return tensor.data_ptr()
-    return storage_address(tensor) + tensor.storage_offset() * tensor.element_size()
+    return storage_address(tensor) + int(tensor.storage_offset()) * tensor.element_size()
 
 
 __all__ = ["PLAIN", "data_address", "is_valueless", "storage_address", "valueless"]

@@ -130,7 +130,7 @@ def _forward(
 
 def _grouped_flops(rows: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
     """Returns the number of operations of a product of each row with one of several weights."""
-    return 2 * math.prod(rows) * int(weights[-1])
+    return int(2 * math.prod(rows) * weights[-1])
 
 
 def _measured(

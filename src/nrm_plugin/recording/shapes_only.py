@@ -215,7 +215,7 @@ def _with_known_indices(name: str, args: Any) -> Any:
     """Replaces masks with values among indices by numbers, whose count is known."""
     if name.lstrip("_") not in ("index", "index_put", "index_put_", "index_put_impl_"):
         return args
-    known = []
+    known: list[Tensor | None] = []
     for index in args[1]:
         is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
         known += index.nonzero().unbind(1) if is_mask else [index]
