@@ -31,6 +31,7 @@ from ..kernels.reference_pass import ReferencePass
 from ..kernels.step import FunctionStep, Step, link, step_of
 from ..model.affine_layers import LAYERS, layer_like
 from ..model.checks import check_function
+from ..model.shapes_without_values import data_address
 from ..model.trace_guards import without_modes
 from ..model.zero_one_routes import source_of
 from .attention import layout
@@ -107,7 +108,7 @@ class InterceptedPass:
 
     def _linked_step(self, call: FunctionCall, output: Tensor, observed: ObservedCall, factory: KernelFactory) -> Any:
         """Records a call as a step and returns the linked output."""
-        if any(output.data_ptr() == value.data_ptr() for value in call.values):
+        if any(data_address(output) == data_address(value) for value in call.values):
             output = output.clone()  # an operation may return its input, a step may not
         layer = layer_call(call, output) if factory is KERNELS.get(call.name) else None
         rule = "sum" if call.name in ("add", "sub", "rsub") and len(call.inputs) > 1 else call.name
@@ -310,7 +311,7 @@ class InterceptedPass:
         if len(observed.inputs) != 1:
             return None
         source = observed.inputs[0]
-        if output.shape != source.shape or output.data_ptr() == source.data_ptr():
+        if output.shape != source.shape or data_address(output) == data_address(source):
             return None
         if consists_of_routes(output, observed.inputs):
             return None

@@ -17,6 +17,7 @@ from zennit.rules import Epsilon, ZPlus
 
 from ..model.affine_layers import broadcast, twin_of
 from ..model.linear_maps import LinearMap, explicit_maps, window_maps
+from ..model.shapes_without_values import data_address
 from ..model.trace_guards import holds, without_modes
 from ..rules import ConservingEpsilon, mean_sizes
 from .cache_blocks import Block, blocks_for
@@ -154,7 +155,7 @@ class _Reader:
         if maps is None:
             return None
         seen = self.call.image
-        if seen is not None and source is self.call.input and weight.data_ptr() == seen.weight.data_ptr():
+        if seen is not None and source is self.call.input and data_address(weight) == data_address(seen.weight):
             # Without a bias, this is the output of the layer, which other operations read.
             is_own = self.call.module._parameters.get("bias") is not None
             return _Image(seen.saved.tensor, source, weight, maps, is_own)

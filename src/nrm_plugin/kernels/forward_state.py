@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from zennit.core import Hook
 
 from ..model.model_protection import memory_address
+from ..model.shapes_without_values import PLAIN
 
 
 class Saved:
@@ -41,7 +42,7 @@ def protected(value: Any) -> Any:
 
     Parameters are returned unchanged, since they keep their values while a model runs.
     """
-    if type(value) is Tensor and value.layout == torch.strided:
+    if type(value) in PLAIN and value.layout == torch.strided:
         own = value.detach()
         _protect(own, own)
         return own
@@ -210,7 +211,7 @@ def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
 
 def _is_subclass(value: Any) -> bool:
     kind = type(value)
-    if kind is Tensor or kind is nn.Parameter:
+    if kind in PLAIN or kind is nn.Parameter:
         return False
     if kind is dict or kind is tuple or kind is list:
         return any(map(_is_subclass, value.values() if kind is dict else value))

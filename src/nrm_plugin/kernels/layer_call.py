@@ -12,6 +12,7 @@ from zennit.core import Hook
 from zennit.rules import Epsilon, Gamma
 
 from ..model.autocast import current, working_dtype
+from ..model.shapes_without_values import PLAIN
 from ..model.trace_guards import untraced
 from ..rules import Absolute, ConservingEpsilon, Relative
 from .forward_state import Saved
@@ -115,7 +116,7 @@ def without_values(call: LayerCall) -> LayerCall:
 
 def shape_like(tensor: Tensor) -> Tensor:
     """Returns an expanded scalar with the shape and device of ``tensor`` and the dtype of its relevance."""
-    if type(tensor) is Tensor:
+    if type(tensor) in PLAIN:
         return _entry(working_dtype(tensor.dtype), tensor.device).expand(tensor.shape)
     return tensor.new_empty((), dtype=working_dtype(tensor.dtype)).expand(tensor.shape)
 

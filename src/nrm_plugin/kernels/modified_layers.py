@@ -15,6 +15,7 @@ from ..model.affine_layers import broadcast, twin_of
 from ..model.autocast import lowered
 from ..model.linear_maps import LinearMap, blocked_maps, explicit_maps, recorded_maps
 from ..model.shallow_copies import shared_copy
+from ..model.shapes_without_values import data_address
 from ..rules import EvenMod
 from .cache_blocks import Block
 from .known_rules import is_known_linear
@@ -94,7 +95,7 @@ def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float)
         maps, image = recorded_maps(lambda values: rerun(values, matrix), source)
         return ModifiedLayer(image, added, maps, lambda: matrix, is_own=True)
     seen = call.image
-    if seen is not None and source is call.input and matrix.data_ptr() == seen.weight.data_ptr():
+    if seen is not None and source is call.input and data_address(matrix) == data_address(seen.weight):
         # Without a bias, this is the output of the layer, which other steps read.
         return ModifiedLayer(seen.saved.tensor, added, explicit, lambda: matrix, is_own=bias is not None)
     image = explicit.up(source.unsqueeze(0)).squeeze(0)
@@ -153,7 +154,7 @@ def _by_blocks(call: LayerCall, modify: ParamMod, source: Tensor) -> ModifiedLay
 
 def _share_memory(some: dict[str, Any], others: dict[str, Any]) -> bool:
     return all(
-        one is None if other is None else one is not None and one.data_ptr() == other.data_ptr()
+        one is None if other is None else one is not None and data_address(one) == data_address(other)
         for one, other in zip(some.values(), others.values(), strict=True)
     )
 

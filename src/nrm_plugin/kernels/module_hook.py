@@ -23,6 +23,7 @@ from ..model.custom_layers import WeightRecorder, is_own_layer
 from ..model.quantized import is_quantized
 from ..model.renormalization import check_unused
 from ..model.shallow_copies import shared_copy
+from ..model.shapes_without_values import data_address
 from .forward_state import (
     RUNNING,
     RunningModule,
@@ -262,7 +263,7 @@ class StepHook(Hook):
     @without_torch_function
     def _linked(self, call: OpenCall, step: LayerStep, output: Tensor) -> Tensor:
         output, source = output.detach(), call.source
-        if call.in_place and output.data_ptr() == source.data_ptr() and output.shape == source.shape:
+        if call.in_place and data_address(output) == data_address(source) and output.shape == source.shape:
             return link_in_place(step, source)
         linked = link(step, output, (source,))
         return _written_back(call, linked) if call.wrote else linked
@@ -309,7 +310,7 @@ def _is_free(tensor: Tensor) -> bool:
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
     """Repeats an in-place write of the module on its original input, which a skip connection may still read."""
     source, passed = call.source, call.passed
-    is_result = isinstance(call.mode, OutOfPlace) or passed.data_ptr() == linked.data_ptr()
+    is_result = isinstance(call.mode, OutOfPlace) or data_address(passed) == data_address(linked)
     with not_recorded():
         if is_result and passed.shape == linked.shape:
             return write(source, linked)

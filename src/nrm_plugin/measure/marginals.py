@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..model.shapes_without_values import storage_address
 from ..recording.recording import Recording
 from ..recording.taps import Tap
 from .conditions import divided
@@ -19,11 +20,11 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
 
     In a pass, the taps before and after a step share memory if the step does not change the relevance.
     """
-    used = {totals.start.untyped_storage().data_ptr()}
+    used = {storage_address(totals.start)}
     maps = []
     for tap in taps:
         values = totals.relevance(tap)
-        memory = values.untyped_storage().data_ptr()
+        memory = storage_address(values)
         maps.append(copied(values) if memory in used else values)
         used.add(memory)
     return maps

@@ -16,6 +16,7 @@ from zennit.core import BasicHook, Hook
 from ..errors import GradModeError, InputError, ModelStateError, RandomnessWarning, UnsupportedRuleError, warn
 from .model_protection import named_tensors, values_state
 from .quantized import plain_tensors
+from .shapes_without_values import is_valueless
 from .trace_guards import unwatched
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
@@ -66,6 +67,8 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
         if isinstance(parameter, nn.Parameter):
             _check_parameter(name, parameter, is_offloaded)
     floating = [tensor for _, tensor in own if tensor.is_floating_point()]
+    if is_valueless():  # weights may be on device meta, and run on the device of the inputs
+        floating = [tensor for tensor in floating if tensor.device.type != "meta"]
     for tensor in tensors:
         if floating and tensor.device not in {parameter.device for parameter in floating}:
             raise InputError(
@@ -223,6 +226,8 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
         raise ModelStateError(
             f"parameter {name!r} of a lazy layer has no shape yet. Run the model once: `model(inputs)`."
         )
+    if is_valueless():
+        return
     if parameter.device.type == "meta" and is_offloaded:
         raise ModelStateError(
             f"parameter {name!r} is offloaded by accelerate: it has values only while its layer runs, but a measure "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import GradModeError, InputError, NRMError, brief, samples
 from .autocast import SHORT
 from .checks import check_untransformed
+from .shapes_without_values import is_valueless
 from .trace_guards import holds
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Any]
@@ -336,7 +337,7 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
 
 def is_finite(tensor: Tensor) -> bool:
     """Returns True if all elements of a tensor are finite."""
-    if not tensor.is_floating_point():
+    if is_valueless() or not tensor.is_floating_point():
         return True
     # The range is nan or infinite if an entry is, and takes less time; it may also overflow.
     in_range = tensor.numel() == 0 or holds("a finite range", lambda: tensor.amax() - tensor.amin() < torch.inf)

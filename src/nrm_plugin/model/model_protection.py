@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .quantized import is_quantized, packed_tensors, plain_tensors
+from .shapes_without_values import data_address, storage_address
 from .trace_guards import unwatched
 
 
@@ -117,12 +118,12 @@ def note_restored(tensor: Tensor, version: int) -> None:
 
 def _address(tensor: Tensor) -> int:
     """Returns the data address of a tensor, or that of its values if it is sparse or a wrapper."""
-    return _stored(next(plain_tensors(tensor))).data_ptr()
+    return data_address(_stored(next(plain_tensors(tensor))))
 
 
 def memory_address(tensor: Tensor) -> int:
     """Returns the storage address of a tensor, or that of its values if it is sparse."""
-    return _stored(tensor).untyped_storage().data_ptr()
+    return storage_address(_stored(tensor))
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class Fingerprint:
             flat = _stored(tensor.detach()).flatten()
             place = flat[:: step_between(flat.numel(), entries)]
             # Flattening a non-contiguous tensor returns a copy, which does not reflect later changes.
-            is_view = flat.data_ptr() == _address(tensor) and flat.numel() > 0
+            is_view = data_address(flat) == _address(tensor) and flat.numel() > 0
             self._seen.append((name, tensor, values_state(tensor), place if is_view else None, place.clone()))
         self._entries = entries
 

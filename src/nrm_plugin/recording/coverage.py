@@ -150,7 +150,7 @@ def coverage(
         every step is covered
     """
     if memory:
-        return memory_estimate(model, Call(inputs, additional_forward_args, additional_forward_kwargs, batched))
+        return memory_estimate(model, Call(inputs, additional_forward_args, additional_forward_kwargs, batched), output)
     plain = composite.composite if isinstance(composite, Normalized) else composite
     canonized = Normalized(NRMDefault() if plain is None else plain, uncovered="gradient")
     canonized.uncovered = (

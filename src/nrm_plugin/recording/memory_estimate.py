@@ -1,19 +1,17 @@
-r"""Estimates of the memory and time of a measure from tensor shapes, without running the model.
+r"""Estimates of the memory and time of a measure, without values of weights and inputs.
 
-The forward pass is run on tensors without values. The peak memory of one recording and one pass for all marginals is
-estimated as
+The recording and one pass for all marginals run on tensors that only have shapes, so the peak is the largest sum
 
-.. math:: \sum_k c_k \,\mathrm{bytes}_k
+.. math:: \max_t \sum_{\text{tensors alive at } t} \mathrm{bytes}
 
-where ``bytes_k`` is the total size of the results of all operations of kind ``k``. The nonnegative coefficients ``c_k``
-minimize the mean relative error on a CPU over 37 pairs of a network and an input size, for which the largest error is
-15.5%; docs/features.md lists the errors for other networks. The method is new in this package.
+over the operations :math:`t` of the computation itself, rather than a model of it. Nothing is fitted. The method is new
+in this package.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,60 +19,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..composites import normalize
 from ..errors import InputError
-from ..model.inputs_and_outputs import Call
+from ..model.inputs_and_outputs import Call, Output
 from ..model.model_protection import named_tensors
+from ..model.quantized import plain_tensors
+from ..model.shapes_without_values import valueless
+from ..model.trace_guards import uncollected
+from .places import Buffer
+from .propagation import Vectors, Visitor, pull
+from .recording import Recording
+from .shapes_only import ShapesOnly
 from .units import size_of
 
-COEFFICIENTS = {
-    "convolution": 0.78,
-    "product": 0.94,
-    "attention": 9.31,
-    "scores": 1.38,
-    "batch_norm": 0.45,
-    "norm": 8.55,
-    "pool": 1.35,
-    "mean": 3.69,
-    "activation": 2.57,
-    "arithmetic": 1.38,
-    "other": 1.08,
-    "fused_weights": 1.05,
-    "attention_weights": 0.13,
-    "functional_weights": 0.87,
-    "largest": 2.22,
-    "input": 4.62,
-}
-"""Coefficients ``c_k``: peak memory per byte of results, for each kind of operation."""
-
-KINDS = {
-    "convolution": "convolution",
-    "linear": "mm addmm",
-    "product": "bmm baddbmm",
-    "scores": "_softmax _safe_softmax _log_softmax",
-    "mean": "mean sum _adaptive_avg_pool2d avg_pool2d",
-    "activation": "relu gelu silu tanh hardswish hardtanh sigmoid hardsigmoid elu leaky_relu",
-    "arithmetic": "add mul",
-}
-_KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time per operation in seconds, and factors of the measured times per FLOP and per byte."""
+"""Time per operation in seconds, and multipliers for the measured times per FLOP and per byte."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimated cost of one recording and one pass that computes all marginals.
+    """Estimated cost of a measure, for one recording and one pass that computes all marginals.
 
     Attributes:
         peak: Peak memory in bytes, in addition to the model and its inputs.
         weights: Size of the parameters and buffers of the model in bytes.
         inputs: Size of the inputs in bytes.
-        seconds: Time on the device of the model in seconds. Only the order of magnitude is reliable.
+        seconds: Time on the device of the model; only the order of magnitude is reliable.
         flops: Number of multiplications and additions in one forward pass.
-        bytes_by_kind: Total size of the results in bytes, for each kind of operation.
+        bytes_by_kind: Sizes in bytes of the tensors at the peak, keyed by the operation that allocated them, with the
+            largest first; their sum is ``peak``.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -107,117 +87,87 @@ class MemoryEstimate:
         return "\n".join([*lines, f"time      {self.seconds:10.2g} s, order of magnitude"])
 
 
-def memory_estimate(model: nn.Module, call: Call) -> MemoryEstimate:
-    """Estimates the memory and time of a measure by running the model on tensors without values.
+def memory_estimate(model: nn.Module, call: Call, output: Output | None = None) -> MemoryEstimate:
+    """Estimates the memory and time of a measure by computing it on tensors without values.
 
     Raises:
         InputError: If the control flow or a shape in the model depends on values.
     """
-    log, counter = _Log(), FlopCounterMode(display=False)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    shadows = call.changed(fake.from_tensor, fake.from_tensor)
-    with torch.no_grad(), _plain_attention(), _called_weights(model, log):
-        try:
-            with fake, counter, log:
-                shadows.run(model, list(shadows.tensors))
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise InputError(
-                f"the memory of this model cannot be estimated, since it reads values ({error.func}), on which its "
-                "control flow or a shape may depend. Measure one sample, and multiply by the number of samples."
-            ) from error
-    tensors = [*call.tensors, *call.indices.values()]
     own = [tensor for _, tensor in named_tensors(model)]
-    sizes = log.with_weights(model, sum(_bytes(tensor) for tensor in call.tensors))
-    seconds = _seconds(own[0].device if own else tensors[0].device, counter.get_total_flops(), log, sizes)
-    peak = sum(COEFFICIENTS.get(kind, 0.0) * size for kind, size in sizes.items())
-    weights, inputs = sum(map(size_of, own)), sum(map(size_of, tensors))
-    return MemoryEstimate(int(peak), weights, inputs, seconds, counter.get_total_flops(), dict(sizes))
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Returns the size in bytes of the relevance of a tensor, in at least float32, or 0 for integer tensors."""
-    return tensor.numel() * max(tensor.element_size(), 4) if tensor.is_floating_point() else 0
-
-
-class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Torch dispatch mode that accumulates the size in bytes of results, for each kind of operation."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
-        self.sizes: Counter[str] = Counter()
-        self.operations = 0
-        self.called = 0
-        self._convolutions: dict[int, tuple[int, Tensor]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._grouped_mm.default and args[1].ndim == 3:
-            # Without values, the operation only accepts bfloat16. The product with one weight has the same size.
-            result = args[0] @ args[1][0]
-            self._add("mm", args[:2], result)
-            return result
-        result = function(*args, **(kwargs or {}))
-        first = result[0] if isinstance(result, (tuple, list)) and result else result
-        returns = function._schema.returns
-        is_view = any(item.alias_info is not None and not item.alias_info.is_write for item in returns)
-        if isinstance(first, Tensor) and not is_view:
-            self._add(function._schema.name.partition("::")[2].rstrip("_"), args, first)
-        return result
-
-    def _add(self, name: str, args: Any, result: Tensor) -> None:
-        self.operations += 1
-        kind = _kind(name)
-        size = _bytes(args[0]) if kind == "mean" else _bytes(result)
-        self.sizes[kind] += size
-        self.sizes["largest"] = max(self.sizes["largest"], _bytes(result))
-        if kind == "attention":
-            query, key = args[0], args[1]
-            self.sizes["scores"] += query.shape[:-1].numel() * key.shape[-2] * max(query.element_size(), 4)
-        elif kind == "linear":
-            self.sizes["functional_weights"] += _bytes(args[-1])
-        elif kind == "convolution":
-            self._convolutions[id(result)] = _bytes(args[1]), result
-        elif kind == "batch_norm" and id(args[0]) in self._convolutions:
-            self.sizes["fused_weights"] += self._convolutions[id(args[0])][0]
-
-    def with_weights(self, model: nn.Module, inputs: int) -> Counter[str]:
-        """Returns all sizes, with the weights of attention and functional layers apart from those of linear layers."""
-        sizes = self.sizes.copy()
-        attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-        own = [(module.in_proj_weight, module.out_proj.weight) for module in attention]
-        sizes["attention_weights"] = sum(_bytes(weight) for pair in own for weight in pair if weight is not None)
-        apart = sizes["functional_weights"] - self.called - sizes["attention_weights"]
-        sizes["functional_weights"], sizes["input"] = max(apart, 0), inputs
-        return sizes
-
-
-def _kind(name: str) -> str:
-    if "scaled_dot_product" in name:
-        return "attention"
-    if "batch_norm" in name:
-        return "batch_norm"
-    if "norm" in name:
-        return "norm"
-    return _KIND_OF.get(name, "pool" if "pool" in name else "other")
-
-
-@contextmanager
-def _called_weights(model: nn.Module, log: _Log) -> Iterator[None]:
-    """Context manager that adds the weight of each linear layer to the log when the layer is called."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        log.called += _bytes(module.weight)  # type: ignore[arg-type]
-
-    handles = [module.register_forward_hook(hook) for module in model.modules() if type(module) is nn.Linear]
+    tensors = [*call.tensors, *call.indices.values()]
+    device = tensors[0].device
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        forward, counter = _forward(model, call, own, device)
+        mode = _measured(model, call, output, own, device)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise InputError(
+            f"the memory of this model cannot be estimated, because it reads values ({error.func}), on which its "
+            "control flow or a shape may depend. Measure one sample, and multiply by the number of samples."
+        ) from error
+    is_meta = any(tensor.device.type == "meta" for tensor in own)
+    flops = counter.get_total_flops()
+    seconds = float("nan") if is_meta else _seconds(device, flops, forward)
+    weights, inputs = sum(map(size_of, own)), sum(map(size_of, tensors))
+    sizes = {name: size for name, size in mode.bytes_at_peak.most_common() if size}
+    return MemoryEstimate(mode.peak, weights, inputs, seconds, flops, sizes)
+
+
+def _mode(own: list[Tensor], device: torch.device) -> ShapesOnly:
+    return ShapesOnly([part for tensor in own for part in plain_tensors(tensor)], device)
+
+
+def _forward(
+    model: nn.Module, call: Call, own: list[Tensor], device: torch.device
+) -> tuple[ShapesOnly, FlopCounterMode]:
+    """Runs the model alone, which raises an error if it reads values."""
+    mode = _mode(own, device)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+    shapes = call.changed(mode.shapes, mode.shapes)
+    with torch.no_grad(), _plain_attention(), mode, counter:
+        shapes.run(model, list(shapes.tensors))
+    return mode, counter
+
+
+def _grouped_flops(rows: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    """Returns the number of operations of a product of each row with one of several weights."""
+    return int(2 * math.prod(rows) * weights[-1])
+
+
+def _measured(
+    model: nn.Module, call: Call, output: Output | None, own: list[Tensor], device: torch.device
+) -> ShapesOnly:
+    """Records the model and computes the marginals of its inputs."""
+    mode = _mode(own, device)
+    mode.answers = True
+    shapes = call.changed(mode.shapes, mode.shapes)
+    with mode, valueless():
+        with uncollected():
+            recording = Recording(model, shapes, normalize(None, None, None, None), output)
+        outputs = recording.outputs()
+        start = recording.started(torch.zeros_like(outputs))
+        with torch.inference_mode(False), torch.no_grad():
+            pull(recording.graph, [(recording.graph.output, {"": start})], _Lowest(recording))
+    return mode
+
+
+class _Lowest(Visitor[str]):
+    """Visitor that stores the relevance of the first input."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._ends = {tap.place for tap in recording.taps.end_taps[:1]}
+        self._maps: list[Tensor] = []
+
+    def at_buffer(self, buffer: Buffer, vectors: Vectors[str]) -> Vectors[str]:
+        if buffer in self._ends:
+            layout = self._recording.samples.layout(buffer)  # may run the model on two copies of the sample
+            self._maps += [layout.unfold(vector) for vector in vectors.values()]
+        return vectors
 
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Context manager in which torch's attention layers run as separate operations, as they do in a recording."""
+    """Context manager in which torch's attention layers run as separate operations, as in a recording."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -226,16 +176,13 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _seconds(device: torch.device, flops: int, log: _Log, sizes: Counter[str]) -> float:
-    """Estimates the time of a measure in seconds from timings of a matrix product and a sum on the device."""
-    if device.type == "meta":
-        return float("nan")
+def _seconds(device: torch.device, flops: int, forward: ShapesOnly) -> float:
+    """Estimates the time of a measure from the measured times of a matrix product and a sum on the device."""
     a = torch.ones(384, 384, device=device)
     per_flop = _timed(lambda: a @ a, device) / (2 * 384**3)
     b = torch.ones(1 << 20, device=device)
     per_byte = _timed(lambda: b + b, device) / (4 << 20)
-    moved = sum(size for kind, size in sizes.items() if kind != "largest")
-    return PER_OPERATION * log.operations + PER_FLOP * flops * per_flop + PER_BYTE * moved * per_byte
+    return PER_OPERATION * forward.operations + PER_FLOP * flops * per_flop + PER_BYTE * forward.moved * per_byte
 
 
 def _timed(run: Any, device: torch.device, times: int = 4) -> float:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..model.shapes_without_values import storage_address
 from ..model.trace_guards import is_traced
 from .graph import Graph, Vertex
 from .places import Buffer, Edge, Place, Sink
@@ -164,12 +165,12 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
 def _adjoin(rows: Sequence[Tensor]) -> bool:
     """Returns True if tensors are consecutive rows of one tensor in memory."""
     first = rows[0]
-    memory, step = first.untyped_storage().data_ptr(), first.numel()
+    memory, step = storage_address(first), first.numel()
     return step > 0 and all(
         row.is_contiguous()
         and row.shape == first.shape
         and row.dtype == first.dtype
-        and row.untyped_storage().data_ptr() == memory
+        and storage_address(row) == memory
         and row.storage_offset() == first.storage_offset() + number * step
         for number, row in enumerate(rows)
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FoldingError
+from ..model.shapes_without_values import is_valueless
 from ..model.targets import sample_sums
 from ..model.trace_guards import audit, is_traced, note_obstacle, untraced
 from .graph import Graph
@@ -356,6 +357,8 @@ class _Finder(Visitor[int]):
         self._last = buffer, vectors[-1]
         with self.samples.inspecting():
             labels = _Labels.of(vectors, self.samples.count)
+            if is_valueless():  # layouts are then derived from shapes
+                return vectors
             fitting = layouts_of(labels.samples, self.samples.count, labels.mass) if labels.are_known else []
         if labels.are_mixed:
             raise self.samples.error(f"a tensor of shape {tuple(labels.mass.shape)}")

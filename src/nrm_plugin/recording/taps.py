@@ -226,12 +226,17 @@ class Taps:
     @property
     def ends(self) -> list[str]:
         """Names of the output taps at which walks end, one per tap, in execution order."""
+        names = [next(self._names_of(tap), "") for tap in self.end_taps]
+        return list(filter(None, names))
+
+    @property
+    def end_taps(self) -> list[Tap]:
+        """The output taps at which walks end, in execution order."""
         vertices = self.graph.vertices
         ends = [
             tap for tap in reversed(self.all) if any(_is_leaf(vertices, e) for e in vertices[tap.place.vertex].edges)
         ]
-        names = [next(self._names_of(tap), "") for tap in ends if isinstance(tap.place, Buffer)]
-        return list(filter(None, names))
+        return [tap for tap in ends if isinstance(tap.place, Buffer)]
 
     def _names_of(self, tap: Tap) -> Iterator[str]:
         for name in dict.fromkeys(tap.names):

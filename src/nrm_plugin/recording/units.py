@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.forward_state import Saved
 from ..kernels.step import step_of
+from ..model.shapes_without_values import PLAIN
 from ..model.zero_one_routes import source_of
 
 WORTH = 4
@@ -70,7 +71,7 @@ def are_kept(output: Any, first: int, gates: Any) -> bool:
     if isinstance(output, Tensor):
         step = None if output.grad_fn is None else step_of(source_of(output.grad_fn))
         is_own = step is not None and step.holder is not None and step.number >= first
-        return is_own and type(output) is Tensor and not gates.holds(output)
+        return is_own and type(output) in PLAIN and not gates.holds(output)
     if type(output) in (tuple, list):
         return all(are_kept(item, first, gates) for item in output)
     if type(output) is dict:
