@@ -252,6 +252,10 @@ def real_decoders(results: Results) -> dict[str, str]:
     }
 
 
+def _rounded(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
+
+
 def memory(results: Results) -> dict[str, str]:
     """Returns tables of peaks within limits, and of errors in half precision."""
     gradient = results["gradient"]
@@ -259,13 +263,13 @@ def memory(results: Results) -> dict[str, str]:
     for row in results["rows"]:
         limit = "no limit" if row["limit"] is None else f"`max_memory={row['limit']} << 20`"
         times = f"{row['recorded']:.0f}", f"{row['peak']:.0f}", f"{row['record'] + row['pass']:.0f}"
-        rows.append([limit, row["parts"], *times, f"{row['difference']:.0e}", f"{row['total']:.0e}"])
-    head = "| | parts | MiB, recording | MiB, peak | seconds | largest difference | error of the total |"
+        rows.append([limit, row["parts"], *times, _rounded(row["difference"]), _rounded(row["total"])])
+    head = "| | parts | recording (MiB) | peak (MiB) | seconds | largest difference | error in total mass |"
     formats = [
         [row["dtype"], row["composite"], *(f"{row[key]:.0e}" for key in ("total", "neuron", "sum"))]
         for row in results["formats"]
     ]
-    short = "| model in | composite | error of totals / V | one neuron / V | sum over neurons / V |"
+    short = "| dtype | composite | totals: error / V | neurons: largest deviation / V | neurons: summed deviation / V |"
     return {"limits": grid(head, rows), "formats": grid(short, formats)}
 
 
