@@ -199,7 +199,7 @@ def groups(results: Results) -> dict[str, str]:
             ablated,
         ),
         "halves": grid(
-            "| network, composite | inputs of a half | κ of own groups | κ of the other half's groups | ratio |", split
+            "| network, composite | inputs per half | κ of own groups | κ of the other half's groups | ratio |", split
         ),
     }
 
