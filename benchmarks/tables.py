@@ -243,7 +243,7 @@ def real_decoders(results: Results) -> dict[str, str]:
     keys = ("SRG", "SRG, difference", "correlation", "last eight")
     rows = [(net["net"], _method(row["method"]), *(with_bounds(row[key]) for key in keys)) for net in results["nets"]
             for row in net["rows"]]  # fmt: skip
-    head = "| decoder | method | SRG | SRG, minus NRMDefault | correlation with ablation | share of the last eight |"
+    head = "| decoder | method | SRG | SRG, minus NRMDefault | correlation with ablation | last eight |"
     return {
         "totals of characters": grid(
             "| decoder | method | taps | sites | error | error at sites | residual | constants | V |", totals
