@@ -215,10 +215,10 @@ def _transfer(results: Results) -> dict[str, str]:
             others.append([f"{net}, {name}", row["inputs"], *(f"{row[other]:.2f}" for other in names)])
     columns = "κ of own groups | κ of the other half's groups | ratio |"
     return {
-        "halves": grid(f"| network, composite | inputs of a half | {columns}", halves),
-        "folders": grid(f"| network, composite | folder | photographs of a half | {columns}", folders),
+        "halves": grid(f"| network, composite | inputs per half | {columns}", halves),
+        "folders": grid(f"| network, composite | folder | photographs per half | {columns}", folders),
         "others": grid(
-            "| network, composite | photographs of a half | groups | strongest, rest | k-means of activations "
+            "| network, composite | photographs per half | groups | strongest, rest | k-means of activations "
             "| random |",
             others,
         ),
@@ -264,13 +264,17 @@ def real_decoders(results: Results) -> dict[str, str]:
     keys = ("SRG", "SRG, difference", "correlation", "last eight")
     rows = [(net["net"], _method(row["method"]), *(with_bounds(row[key]) for key in keys)) for net in results["nets"]
             for row in net["rows"]]  # fmt: skip
-    head = "| decoder | method | SRG | SRG, minus NRMDefault | correlation with ablation | share of the last eight |"
+    head = "| decoder | method | SRG | SRG, minus NRMDefault | correlation with ablation | last eight |"
     return {
         "totals of characters": grid(
             "| decoder | method | taps | sites | error | error at sites | residual | constants | V |", totals
         ),
         "characters": grid(head, rows),
     }
+
+
+def _rounded(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
 
 
 def memory(results: Results) -> dict[str, str]:
@@ -280,13 +284,13 @@ def memory(results: Results) -> dict[str, str]:
     for row in results["rows"]:
         limit = "no limit" if row["limit"] is None else f"`max_memory={row['limit']} << 20`"
         times = f"{row['recorded']:.0f}", f"{row['peak']:.0f}", f"{row['record'] + row['pass']:.0f}"
-        rows.append([limit, row["parts"], *times, f"{row['difference']:.0e}", f"{row['total']:.0e}"])
-    head = "| | parts | MiB, recording | MiB, peak | seconds | largest difference | error of the total |"
+        rows.append([limit, row["parts"], *times, _rounded(row["difference"]), _rounded(row["total"])])
+    head = "| | parts | recording (MiB) | peak (MiB) | seconds | largest difference | error in total mass |"
     formats = [
         [row["dtype"], row["composite"], *(f"{row[key]:.0e}" for key in ("total", "neuron", "sum"))]
         for row in results["formats"]
     ]
-    short = "| model in | composite | error of totals / V | one neuron / V | sum over neurons / V |"
+    short = "| dtype | composite | totals: error / V | neurons: largest deviation / V | neurons: summed deviation / V |"
     return {"limits": grid(head, rows), "formats": grid(short, formats)}
 
 

@@ -43,7 +43,7 @@ def measures(net: Net) -> dict[str, dict[str, Any]]:
     others = other_class(net.target)
     exact = Normalized(composites["LRP-0"], gain_limit=math.inf)
     return {
-        "reference: black or mean colour": {"reference": net.fill[0].expand_as(net.images[0])},
+        "reference: black or mean color": {"reference": net.fill[0].expand_as(net.images[0])},
         "reference: blurred": {"reference": blurred(net.images)},
         "reference: another class, against it": {"reference": net.images[others], "against": net.target[others]},
         "the same with `NRMDefault` on differences": {

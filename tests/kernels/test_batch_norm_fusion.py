@@ -327,7 +327,7 @@ def warned(net: nn.Module, canonizers: list[object]) -> list[str]:
 @pytest.mark.parametrize("first", [False, True], ids=["dense, norm", "norm, dense"])
 def test_a_warning_where_the_bias_of_dense_and_norm_takes_most_of_the_mass(first):
     (message,) = warned(dense_pair(first, 10.0), [FuseBatchNorm()])
-    assert f"dense layer '{int(first)}'" in message
+    assert f"linear layer '{int(first)}'" in message
     assert "2002.11018" in message
     assert not warned(dense_pair(first, 0.01), [FuseBatchNorm()])
     assert not warned(dense_pair(first, 10.0), [])

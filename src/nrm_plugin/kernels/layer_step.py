@@ -71,7 +71,7 @@ class LayerStep(Step):
     def _build(self) -> Kernel:
         self.fold()
         call, self.layer_call = self.layer_call, replace(self.layer_call, image=None)  # the image is used only once
-        # The column sums of a dense layer fused with batch normalization are checked, so the kernel must provide them.
+        # The column sums of a linear layer fused with batch normalization are checked, so the kernel must provide them.
         kernel = read_rule(call, None if self.has_dense_norm else self.normalization)
         if isinstance(kernel, IdentityKernel) and (self.is_identity or not self.feeds_fold):
             self.layer_call = without_values(self.layer_call)
@@ -115,7 +115,7 @@ class LayerStep(Step):
     def _scaling_of(self, column_sum: Tensor) -> Scaling:
         if self.has_dense_norm and bool((column_sum < 0.5).double().mean() > 0.5):
             warn(
-                f"batch normalization was fused with the dense layer {self.name!r}, and its bias absorbs most of the "
+                f"batch normalization was fused with the linear layer {self.name!r}, and its bias absorbs most of the "
                 "relevance of most of its neurons. Heat maps through such a pair say little about the inputs (arXiv "
                 "2002.11018). Check sink(layer), or remove FuseBatchNorm from the canonizers.",
                 BatchNormWarning,

@@ -60,7 +60,7 @@ def _message(measure: Measure) -> str:
                 f"relevance is nan or inf. Finite relevance arrives at {name!r}{rule}, but not all that leaves it is "
                 f"finite: values of the model are nan or inf there, or too large or too small for {start.dtype}. "
                 "Keep them finite, as by a large negative number in place of -inf, or a small number added to a "
-                "divisor or to the argument of log; if they overflow, use float64: `model.double()` and "
+                "denominator or to the argument of log; if they overflow, use float64: `model.double()` and "
                 "`inputs.double()`."
             )
     return (

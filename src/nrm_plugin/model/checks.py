@@ -108,7 +108,7 @@ def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]
         listed = ", ".join(map(repr, training[:3])) + (", …" if len(training) > 3 else "")
         raise ModelStateError(
             f"the model draws random numbers, and some of its modules are in training mode ({listed}), so the measure "
-            "would be that of a random network. Call `model.eval()`."
+            "would not describe a fixed network. Call `model.eval()`."
         )
 
 
@@ -119,8 +119,8 @@ def warn_of_draws(calls: Sequence[str] | None) -> None:
     names = list(dict.fromkeys(calls))
     listed = f": {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else ""
     warn(
-        f"the model draws random numbers although it is in evaluation mode{listed}. The measure is that of one draw, "
-        "which depends on torch's random state and which all passes of the measure repeat. Set the state by "
+        f"the model draws random numbers although it is in evaluation mode{listed}. The measure describes a single "
+        "draw, which depends on torch's random state and is reused in all of its passes. Set the state by "
         "torch.manual_seed(), average over several states, or make the model deterministic.",
         RandomnessWarning,
     )
@@ -262,9 +262,10 @@ def _check_mode(name: str, module: nn.Module) -> None:
             f"their own. {remedy}"
         )
     if module.training and (amount := _randomness(module)) > 0:
+        effect = "draw random slopes" if isinstance(module, nn.RReLU) else f"drop activations at random (p={amount})"
         raise ModelStateError(
-            f"{_layer(name, module)} is in training mode and random (p={amount}), so the measure "
-            "would be that of a random network. Call `model.eval()`."
+            f"{_layer(name, module)} is in training mode and would {effect}, so the measure would not describe a fixed "
+            "network. Call `model.eval()`."
         )
 
 

@@ -297,10 +297,10 @@ def check_inputs(tensors: Sequence[Any], items: Sequence[str | int | None], batc
         InputError: If an input has an unsupported type, dtype, layout or shape, or elements that are not finite.
     """
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        mode = "torch.inference_mode" if torch.is_inference_mode_enabled() else "torch.no_grad"
+        mode = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
         raise GradModeError(
-            f"a measure is constructed with gradients enabled, but this was called under {mode}. Construct the "
-            "measure outside of this context; queries are allowed anywhere."
+            f"constructing a measure requires gradients to be enabled, but {mode} is active. Construct the measure "
+            "outside of this context; queries are allowed anywhere."
         )
     if not tensors:
         raise InputError("no input was given: inputs is empty. Pass a tensor, or a tuple of tensors.")
