@@ -61,7 +61,7 @@ KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PER_OPERATION, PER_FLOP, PER_BYTE = 2.5e-4, 3.0, 10.0
-"""Time per operation in seconds, and factors of the measured times per FLOP and per byte."""
+"""Time per operation in seconds and factors of the measured times per FLOP and per byte."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Log(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
             self.sizes["fused_weights"] += self._convolutions[id(args[0])][0]
 
     def with_weights(self, model: nn.Module, inputs: int) -> Counter[str]:
-        """Returns all sizes, with the weights of attention and functional layers apart from those of linear layers."""
+        """Returns all sizes. The weights of attention and functional layers are kept apart from linear layers."""
         sizes = self.sizes.copy()
         attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
         own = [(module.in_proj_weight, module.out_proj.weight) for module in attention]
