@@ -177,17 +177,6 @@ def groups(results: Results) -> dict[str, str]:
         for label, figures in rows for sets_of in [figures["ablation"]]
     )  # fmt: skip
     columns = (f"{kind}: {SET_NAMES.get(name, name)}" for kind in "rΔ" for name in sets)
-    split = (
-        (
-            label,
-            figures["kappa"]["groups"]["inputs"] // 2,
-            f"{half['own']:.2f}",
-            f"{half['other']:.2f}",
-            f"{half['kept']:.2f}",
-        )
-        for label, figures in rows
-        for half in [figures["halves"]]
-    )
     return {
         "kept": grid(
             "| network, composite | groups | strongest, rest | k-means of activations | random "
@@ -198,8 +187,40 @@ def groups(results: Results) -> dict[str, str]:
             f"| network, composite | {' | '.join(columns)} |",
             ablated,
         ),
-        "halves": grid(
-            "| network, composite | inputs of a half | κ of own groups | κ of the other half's groups | ratio |", split
+        **_transfer(results),
+    }
+
+
+def _transfer(results: Results) -> dict[str, str]:
+    """Transfer of groups to other inputs; networks with several sizes of halves have a row for each."""
+    transfer = results.get("transfer", {})
+
+    def cells(row: Results) -> list[str]:
+        ratio = f"{row['kept']:.2f} ({row['least']:.2f}–{row['most']:.2f})" if "least" in row else f"{row['kept']:.2f}"
+        return [f"{row['own']:.2f}", f"{row['other']:.2f}", ratio]
+
+    halves, folders, others = [], [], []
+    for net, both in results["nets"].items():
+        for name, figures in both.items():
+            sizes = transfer.get(net, {}).get(name, {}).get("sizes")
+            rows = sizes or [{**figures["halves"], "inputs": figures["kappa"]["groups"]["inputs"] // 2}]
+            halves += [[f"{net}, {name}", row["inputs"], *cells(row)] for row in rows]
+    names = ("other", "strongest and rest", "k-means of activations", "random")
+    for net, both in transfer.items():
+        for name, found in both.items():
+            folders += [
+                [f"{net}, {name}", label, row["inputs"], *cells(row)] for label, row in found["folders"].items()
+            ]
+            row = found["sizes"][-1]
+            others.append([f"{net}, {name}", row["inputs"], *(f"{row[other]:.2f}" for other in names)])
+    columns = "κ of own groups | κ of the other half's groups | ratio |"
+    return {
+        "halves": grid(f"| network, composite | inputs of a half | {columns}", halves),
+        "folders": grid(f"| network, composite | folder | photographs of a half | {columns}", folders),
+        "others": grid(
+            "| network, composite | photographs of a half | groups | strongest, rest | k-means of activations "
+            "| random |",
+            others,
         ),
     }
 

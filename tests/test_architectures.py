@@ -100,6 +100,7 @@ def test_absolute_shares_in_pooling_layers_reduce_the_variation_of_densenet():
     assert absolute["variation_input"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.medium
 def test_shufflenet_absorbs_relevance_in_its_depthwise_convolutions():
     model, x = settled("shufflenet_v2_x0_5")
     mu = RelevanceMeasure(model, x, target_of(model, x), composite=EpsilonPlusFlat())
@@ -110,6 +111,7 @@ def test_shufflenet_absorbs_relevance_in_its_depthwise_convolutions():
     assert in_depthwise == pytest.approx(sum(absorbed.values()), abs=1e-4)
 
 
+@pytest.mark.medium
 def test_relevance_duplicated_at_a_sum_is_detected(monkeypatch):
     """Autograd alone passes it to both branches, which a module hook on the block does not reveal."""
     monkeypatch.setattr(

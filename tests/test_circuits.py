@@ -338,6 +338,7 @@ def test_passes_are_counted(name, monkeypatch):
 # -- command --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_the_quick_mode_prints_and_writes_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command, "trained", lambda name, seed, pairs: (*untrained_parts(name, pairs), 1.0))
     monkeypatch.setattr(command, "RESULTS", tmp_path / "circuits.json")

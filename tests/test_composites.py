@@ -133,6 +133,7 @@ def test_the_relevance_of_a_layer_can_be_stored_as_in_zennits_how_to(net, x, sta
     same(outputs[0].grad, expected)
 
 
+@pytest.mark.medium
 def test_zennits_attributors_take_it(net, x, start):
     rules = Normalized(EpsilonPlusFlat())
     with untouched(net, x):
@@ -536,6 +537,7 @@ def test_sums_share_by_magnitude_or_by_sign():
         assert [float(mu(at("up"))), float(mu(at("down")))] == pytest.approx(list(shares), abs=1e-9)
 
 
+@pytest.mark.medium
 def test_uncovered_layers_have_their_plain_gradient_on_demand(net, x, start):
     plain = LayerMapComposite([(nn.Conv2d, Epsilon()), (nn.ReLU, Pass()), (nn.AvgPool2d, Norm())])
     rules = Normalized(plain, residual="sink", uncovered="gradient")

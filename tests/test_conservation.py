@@ -50,6 +50,7 @@ def largest_error(mu, of="the tap"):
     return float(torch.stack(errors).max())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", slow_but(LINEAR, *FAST))
 @pytest.mark.parametrize("net", slow_but(SIZES, "alexnet"))
 def test_mass_sink_and_bypass_sum_to_one_at_every_tap(net, name, worst):

@@ -96,6 +96,7 @@ def test_a_profile_counts_the_operators_of_one_run():
     assert 0 <= found["outside operators"] <= 1
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_forked_computation_returns_its_result_or_raises_its_error():
     assert timing.forked(lambda x: 2 * x, 4) == 8
@@ -105,6 +106,7 @@ def test_a_forked_computation_returns_its_result_or_raises_its_error():
         timing.forked(lambda: time.sleep(60), seconds=0.01)
 
 
+@pytest.mark.medium
 def test_a_forked_computation_does_not_wait_for_threads_of_its_parent():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -201,6 +203,7 @@ def test_rounding_with_any_composite_excuses_a_difference_in_float32_alone():
     assert ways.faults({"plan, X, float32": off, "rounding, X": rounding["rounding, X"]})
 
 
+@pytest.mark.medium
 def test_a_measure_is_compared_with_zennit(monkeypatch):
     made = ways.Ways(SMALL, SMALL.made(), SMALL.inputs())
     found = ways.differences(made)
@@ -311,6 +314,7 @@ def test_a_plan_has_answered_for_other_inputs_before_it_is_timed(plan):
     assert not (asked == x).any()
 
 
+@pytest.mark.medium
 def test_a_plan_that_differs_by_more_than_a_millionth_is_not_timed(plan):
     plan.setattr(StubPlan, "factor", 1 + 3e-6)
     (row,) = command.one("small", [1], 1, seconds=0)["rows"]

@@ -74,6 +74,7 @@ def test_the_area_is_the_mean_height():
     torch.testing.assert_close(area(torch.full((2, 1), 3.0), [1, 5]), torch.tensor([3.0]))
 
 
+@pytest.mark.medium
 def test_average_precision_equals_that_of_scikit_learn():
     scores, truth = torch.randn(20, 30), torch.rand(20, 30) < 0.3
     truth[:, 0] = True
@@ -83,6 +84,7 @@ def test_average_precision_equals_that_of_scikit_learn():
     torch.testing.assert_close(average_precision(scores, truth, draw()), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.medium
 def test_ties_do_not_favour_the_first_entries():
     truth, generator = torch.tensor([[True, True, False, False, False]]), draw()
     precisions = torch.cat([average_precision(torch.zeros(1, 5), truth, generator) for _ in range(4000)])
@@ -190,6 +192,7 @@ def test_channels_of_all_layers_are_removed_by_one_ranking(fill):
             assert bool(same[step, n]) == (int(x.argmax()) == int(net.target[n]))
 
 
+@pytest.mark.medium
 def test_every_method_scores_every_channel_and_gradients_match_finite_differences():
     net = small_net()
     net.model.double()
@@ -312,6 +315,7 @@ def test_edges_carry_relevance_between_active_channels_of_a_visible_stream():
     assert torch.equal(dense[2].weight, before)
 
 
+@pytest.mark.medium
 def test_products_and_joints_have_the_same_layout():
     *_, dense, streams = dense_net(0.0)
     images = torch.rand(2, 3, 16, 16)

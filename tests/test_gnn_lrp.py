@@ -88,6 +88,7 @@ def _edges_into(net: Published, nodes: set[int]) -> list[int]:
     return mask[net.edges[1]].nonzero().flatten().tolist()
 
 
+@pytest.mark.medium
 def test_gnn_lrp_is_the_joint_over_one_group_for_each_layer():
     x, edges = random_graph(6, 26, seed=3)
     x = 100 * x.abs()

@@ -87,6 +87,7 @@ def sage(net: Any, x: Tensor, edges: Tensor) -> Tensor:
 MATRICES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {"GCN": gcn, "GIN": gin, "GAT": gat, "SAGE": sage}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_the_matrix_written_out_here(name):
     torch.manual_seed(0)
@@ -99,6 +100,7 @@ def test_a_layer_is_the_matrix_written_out_here(name):
     assert not constants.any()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("is_pooled", [False, True], ids=["node", "graph"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_graph_network_conserves_relevance(name, is_pooled):

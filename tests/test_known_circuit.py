@@ -94,6 +94,7 @@ def test_all_edges_are_the_net_and_none_is_the_corrupted_run():
     torch.testing.assert_close(one.run(one.edges(0.0)), metric(one.net(one.pairs[1]), one.pairs))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["secant", "tangent"])
 def test_joint_relevance_of_edges_equals_plain_code(name):
     one = task()

@@ -146,12 +146,14 @@ def test_a_plan_of_a_batch_in_any_layout_is_replayed(case):
         x = torch.randn_like(x)
         mu = plan(x, TARGET)
         alone = [RelevanceMeasure(net, one[None], TARGET, composite=NRMDefault()) for one in x]
-        for name in mu.layers:
-            assert_same(mu.marginal(name), [one.marginal(name) for one in alone])
+        expected = [one.marginal(one.layers) for one in alone]
+        for name, marginal in mu.marginal(mu.layers).items():
+            assert_same(marginal, [one[name] for one in expected])
         assert_same(mu.sink("input"), [one.sink("input") for one in alone])
     assert "recorded every time" not in plan.explain()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "live"), in_turn(sorted(LAYOUTS), range(3)))
 def test_samples_without_relevance_keep_their_rows(name, live):
     """Only one sample has relevance below the activations, so that no other sample can be told from it."""
@@ -166,9 +168,10 @@ def test_samples_without_relevance_keep_their_rows(name, live):
     plan = Plan(net, signs * x, composite=NRMDefault())
     for batch in (signs * x, signs.roll(1, 0) * x, x):
         alone = [RelevanceMeasure(net, one[None], TARGET, composite=NRMDefault()) for one in batch]
+        expected = [one.marginal(one.layers) for one in alone]
         for mu in (RelevanceMeasure(net, batch, TARGET, composite=NRMDefault()), plan(batch, TARGET)):
-            for tap in mu.layers:
-                assert_same(mu.marginal(tap), [one.marginal(tap) for one in alone])
+            for tap, marginal in mu.marginal(mu.layers).items():
+                assert_same(marginal, [one[tap] for one in expected])
 
 
 class Sorted(nn.Module):
@@ -240,6 +243,7 @@ def test_flows_and_the_captum_classes_of_a_batch_have_the_values_of_its_samples(
         torch.testing.assert_close(*(torch.tensor(values) for values in masses), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.medium
 @settings(max_examples=8, deadline=None)
 @given(nets(), st.integers(0, 2))
 def test_walks_cross_the_channels_of_a_twin_in_the_usual_layout(case, layer):

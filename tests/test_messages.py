@@ -158,6 +158,7 @@ def test_the_advice_on_outputs_fits_them(function, count, words):
 COLLECTIONS = {"tuple": tuple, "list": list, "iterator": iter, "keys": lambda names: dict.fromkeys(names).keys()}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("collect", COLLECTIONS.values(), ids=COLLECTIONS)
 def test_several_layers_come_in_any_collection(collect):
     names = ["9", "3.0"]

@@ -86,6 +86,7 @@ def test_modules_import_only_from_above():
             assert is_above, f"{name} imports {target}, which is not above it"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_docstring_of_a_package_lists_its_imports(package: str):
     imports = {top(target) for name, targets in graph().items() if top(name) == package for target in targets}
@@ -124,6 +125,7 @@ def test_no_module_is_long():
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
+@pytest.mark.medium
 def test_no_function_has_a_long_body():
     bodies = {}
     for name, path in modules().items():

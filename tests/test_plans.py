@@ -283,6 +283,7 @@ def test_an_interrupted_query_leaves_the_plan_usable():
     )
 
 
+@pytest.mark.medium
 def test_threads_share_a_plan():
     net, failures = Net(), []
     plan = Plan(net, INPUTS[0])
@@ -313,6 +314,7 @@ def test_other_forms_are_planned_anew(other):
     torch.testing.assert_close(plan(other, 0).marginal("input"), RelevanceMeasure(net, other, 0).marginal("input"))
 
 
+@pytest.mark.medium
 def test_a_long_trace_is_begun_anew_without_constants(monkeypatch):
     monkeypatch.setattr("nrm_plugin.plan.planned_measure.LONGEST", 0)
     net = Net()

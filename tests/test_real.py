@@ -302,6 +302,7 @@ def test_metrics_do_not_depend_on_the_parts_that_are_stored(monkeypatch):
             torch.testing.assert_close(values, whole[key])
 
 
+@pytest.mark.medium
 def test_expensive_methods_explain_few_images(monkeypatch):
     monkeypatch.setattr(run, "FEW", 3)
     asked = task(monkeypatch, 5)

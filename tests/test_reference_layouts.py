@@ -80,6 +80,7 @@ def recurrent_pairs(net: Recurrent, length: int) -> Pairs:
     return function
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("read", ["last time", "last states", "packed"])
 def test_recurrent_layers_with_time_first(read):
     net, x, x0 = Recurrent(read).eval(), draw(3, 5, 3, seed=1), draw(3, 5, 3, seed=2)
@@ -139,6 +140,7 @@ def encoder_pairs(net: Encoder, keep: Tensor, norm_first: bool) -> Pairs:
     return function
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("norm_first", slow_but([False, True], False))
 def test_a_transformer_with_the_samples_in_the_second_dimension_and_padding(norm_first):
     net, x, x0 = Encoder(norm_first).eval(), draw(3, 5, 4, seed=1), draw(3, 5, 4, seed=2)

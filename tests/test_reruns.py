@@ -82,6 +82,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, taps: int) -> list[tuple[str, str]
     return seen
 
 
+@pytest.mark.medium
 def test_an_interrupted_run_continues_with_the_rows_that_are_missing(tmp_path: Path, monkeypatch, capsys):
     command = ["--models", "alexnet", "resnet18", "--composite", "NRMDefault", "NRMAbsolute", "--out"]
     command.append(str(tmp_path / "rows.json"))

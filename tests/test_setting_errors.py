@@ -137,6 +137,7 @@ def test_a_rule_that_cannot_be_read_as_a_kernel_raises(measured):
         RelevanceMeasure(measured.net, measured.x, 1, composite=NRMAbsolute(layer_map=[(nn.Conv2d, Pass())])).sinks()
 
 
+@pytest.mark.medium
 def test_a_layer_without_a_rule_raises_unless_its_gradient_is_requested(measured):
     model = through(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))).eval()
     rules = NameMapComposite([(["lin", "inner.2"], Epsilon()), (["inner.1"], Pass())])

@@ -179,6 +179,7 @@ SPELLINGS: dict[str, dict[str, Callable[..., Tensor]]] = {
 PAIRS = [pytest.param(part, name, id=f"{part}: {name}") for part, names in SPELLINGS.items() for name in names]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("composite", slow_but(["default", "absolute", "plus flat, fused", "alpha beta"], "default"))
 @pytest.mark.parametrize(("part", "name"), PAIRS)
 def test_a_part_may_be_spelled_in_another_way(part, name, composite):
@@ -199,6 +200,7 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", BY_HAND)
 @pytest.mark.parametrize("composite", slow_but(COMPOSITES, "default"))
 def test_a_linear_layer_may_be_written_out(name, composite):
@@ -216,6 +218,7 @@ def test_batch_norm_may_be_written_out(composite):
     check_same_measure(build(), build(norm=by_hand), COMPOSITES[composite](), least=6)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("composite", ["default", "absolute"])
 @pytest.mark.parametrize(
     "join",

@@ -31,6 +31,7 @@ class MeanOfHeads(Kernel):
     pull_absolute = pull
 
 
+@pytest.mark.medium
 def test_attention_rollout_is_the_marginal_under_mean_kernels(own_kernels):
     r"""Abnar and Zuidema (arXiv 2005.00928): :math:`T = (A + I) / 2` with the mean of the heads, block by block."""
 
@@ -95,6 +96,7 @@ def check_same_measure(
         torch.testing.assert_close(first.sink(layer), second.sink(layer), atol=tolerance, rtol=0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("attention", ["value", "halves"])
 def test_a_transformer_encoder_equals_its_matrix_products(norm_first, attention):
@@ -132,6 +134,7 @@ def test_a_transformer_encoder_equals_its_matrix_products(norm_first, attention)
         torch.testing.assert_close(measures[0].output, Sequence(fused).eval()(x)[[0, 1], [0, 2]])
 
 
+@pytest.mark.medium
 def test_time_first_encoders_and_returned_weights_change_nothing():
     batch_first, time_first = encoder(), encoder(batch_first=False)
     time_first.load_state_dict(batch_first.state_dict())
@@ -217,6 +220,7 @@ def test_cross_attention_passes_relevance_to_the_memory(options):
     assert bool((kept > 1e-3).all()) if "add_bias_kv" in options else bool((kept < 1e-5).all())
 
 
+@pytest.mark.medium
 def test_an_encoder_and_decoder_conserve_relevance():
     torch.manual_seed(5)
     net = nn.Transformer(8, 2, 1, 1, 12, batch_first=True).double().eval()

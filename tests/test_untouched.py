@@ -144,6 +144,7 @@ def test_queries_work_in_every_gradient_mode(net, x, query, mode):
     assert_same({query: expected}, {query: answer})
 
 
+@pytest.mark.medium
 def test_writing_to_an_answer_does_not_change_the_measure(net, x):
     mu = RelevanceMeasure(net, x, 1)
     expected = copy.deepcopy(answers(mu))
@@ -177,6 +178,7 @@ def test_the_training_mode_of_each_module_is_preserved(net, x, training):
         answers(RelevanceMeasure(net, x, 1))
 
 
+@pytest.mark.medium
 def test_inputs_may_require_gradients_and_receive_none(net, x):
     expected = answers(RelevanceMeasure(net, x, 1))
     x = x.requires_grad_()
@@ -495,6 +497,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("change", "name"), CHANGES)
 @pytest.mark.recorded
 def test_changing_a_parameter_in_place_makes_the_measure_stale(net, x, change, name):

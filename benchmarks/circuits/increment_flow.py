@@ -93,7 +93,7 @@ def results() -> dict[str, Any]:
     """Draws the figure; returns the masses of all values of the program by name, of all erasures, and of tokens."""
     mu = measured()
     flow = graph(mu)
-    heading = "00111 + 1 = 01000: why does the second bit say 1, and not 0 as after 00000?"
+    heading = "00111 + 1 = 01000: why does the second digit say 1, and not 0 as after 00000?"
     flow_figure(flow, heading, caption="", finding="", width=16).savefig(FIGURE, dpi=85)
     masses: dict[str, dict[str, float]] = {}
     for name, (site, kind, layer) in SHOWN.items():

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.speed import environment
 from nrm_plugin import find_groups
 from nrm_plugin.measure.dependence import dependence, kept
 
+from . import transfer
 from .joints import COMPOSITES, Arrays, K, mean_of, of_input
 from .nets import CASES
 
@@ -137,22 +139,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, help="inputs of each network (default: 24 photographs, 96 small images)")
     parser.add_argument("--store", type=Path, default=packages.cache() / "groups")
     parser.add_argument("--composites", nargs="+", default=list(COMPOSITES), choices=list(COMPOSITES))
+    parser.add_argument("--transfer", action="store_true", help="measure only the transfer to other photographs")
     options = parser.parse_args(arguments)
-    for name in options.nets:
-        count = options.count or COUNTS[name]
+    if not options.transfer:
+        _measure(options.nets, options.composites, options.count, options.store)
+    nets = [name for name in options.nets if name in transfer.COUNTS]
+    transfer.measure(nets, options.composites, options.store, partial(_write, "transfer"))
+    tables.write("groups")
+
+
+def _measure(nets: Sequence[str], composites: Sequence[str], wanted: int | None, store: Path) -> None:
+    for name in nets:
+        count = wanted or COUNTS[name]
         case = CASES[name](count)
-        for composite in options.composites:
+        for composite in composites:
             parts = [
-                of_input(case, number, composite, options.store / name / composite / f"{number}.npz")
+                of_input(case, number, composite, store / name / composite / f"{number}.npz")
                 for number in tqdm(range(count), desc=f"{name}, {composite}")
             ]
             figures = of_case(parts, case.layers) | {"layers": list(case.layers)}
             print(name, composite, json.dumps(figures["kappa"]))
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another process may have written
-            results["environment"] = environment()
-            results.setdefault("nets", {}).setdefault(name, {})[composite] = figures
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    tables.write("groups")
+            _write("nets", name, composite, figures)
+
+
+def _write(part: str, net: str, composite: str, figures: dict[str, Any]) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another process may have written
+    results["environment"] = environment()
+    results.setdefault(part, {}).setdefault(net, {})[composite] = figures
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,13 +51,18 @@ class Case:
         return result
 
 
-def _photos(net: networks.Network, count: int) -> Tensor:
-    """Returns photographs on gray, spread evenly over the folders of animals, plants, food and things."""
+def chosen_photos(count: int) -> list[photos.Stamp]:
+    """Returns photographs of single objects, spread evenly over the folders of animals, plants, food and things."""
     chosen = [stamp for stamp in photos.stamps() if stamp.label in networks.FOLDERS]
     step = len(chosen) / count
+    return [chosen[int(number * step)] for number in range(count)]
+
+
+def _photos(net: networks.Network, count: int) -> Tensor:
+    """Returns the photographs on gray."""
     height, width = net.size
     ground = photos.background("grey", height, width)
-    images = [photos.placed(chosen[int(number * step)].cut_out(height, width), ground)[0] for number in range(count)]
+    images = [photos.placed(stamp.cut_out(height, width), ground)[0] for stamp in chosen_photos(count)]
     return net.normalized(torch.stack(images))
 
 

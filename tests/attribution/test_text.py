@@ -161,6 +161,7 @@ def test_a_linear_model_has_the_share_of_each_word_in_the_change_from_masks():
     torch.testing.assert_close(explain_text(model, tokenizer, TEXT).tokens, terms / terms.sum().abs())
 
 
+@pytest.mark.medium
 def test_rules_or_no_reference_explain_the_prediction_itself():
     model, tokenizer = text_net("class"), StubTokenizer()
     plain = explain_text(model, tokenizer, TEXT, reference=None)

@@ -61,6 +61,7 @@ def zennit_sum(model: nn.Module, images: Tensor, target: list[int], layer: str) 
     return seen.get("relevance", relevance).flatten(1).sum(1)
 
 
+@pytest.mark.medium
 def test_plain_column_is_that_of_zennits_attributor(model: nn.Module, digits: tuple[Tensor, list[int]]):
     rows = layer_rows(model, *digits)
     assert [row.layer for row in rows] == list(LAYERS)
@@ -75,6 +76,7 @@ def test_plain_column_is_the_mass_with_a_sink(model: nn.Module, digits: tuple[Te
         torch.testing.assert_close(row.plain, mu.marginal(row.layer).flatten(1).sum(1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_other_columns_are_those_of_each_digit_alone(model: nn.Module, digits: tuple[Tensor, list[int]]):
     images, target = digits
     rows = layer_rows(model, images, target)

@@ -85,6 +85,7 @@ def test_numbers_are_those_of_the_measure(name: str, residual: str, fast: Path):
     assert (metadata["composite"], metadata["residual"], metadata["target"]) == (name, residual, "2")
 
 
+@pytest.mark.medium
 def test_numbers_are_exact_without_resizing(fast: Path):
     """An image of the input size is the input without resizing, so all digits agree."""
     small = photograph(1, SIZE).crop((0, 0, SIZE, SIZE))
@@ -132,6 +133,7 @@ def test_layer_table_and_figures(here: Path, capsys: pytest.CaptureFixture[str])
             assert str(Path(f"nrm-explained/china-{name}.png")) in printed
 
 
+@pytest.mark.medium
 def test_metadata_have_every_setting(fast: Path):
     argv = ["--mean", "0.5,0.4,0.3", "--std", "0.2,0.3,0.4", "--given", "3[2]", "--layer", "3", "--gain-limit", "inf"]
     explain("china.png", *OWN, *argv)
@@ -383,6 +385,7 @@ def test_bad_options_take_one_line(argv: list[str], words: str, here: Path, caps
     assert words in fails(capsys, "explain", "china.png", *argv)
 
 
+@pytest.mark.medium
 def test_the_calls_of_a_layer_are_listed(fast: Path, capsys: pytest.CaptureFixture[str]):
     Path("own_nets.py").write_text(NETS + (
         "\nclass Twice(nn.Module):\n    def __init__(self):\n        super().__init__()\n"

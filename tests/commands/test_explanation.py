@@ -86,6 +86,7 @@ def test_both_maps_are_drawn_and_stored(here: Path, drawn, capsys):
     assert "  fine heat map: relevance 100.00% at the pixels" in printed
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("options", "reference", "composite"),
     [
@@ -108,6 +109,7 @@ def test_a_reference_or_rules_apply_to_both_maps(here: Path, drawn, options, ref
     assert ("compared with its mean color" in drawn[0].get_suptitle()) == (reference is not None)
 
 
+@pytest.mark.medium
 def test_only_the_coarse_map_is_of_one_measure(here: Path, drawn, capsys):
     explain("china.png", *DEEP, "--map", "layers")
     model, inputs = model_and_inputs()
@@ -133,6 +135,7 @@ def test_only_the_pixels(here: Path, drawn, capsys):
     assert Path("nrm-explained/china-2-relevance.png").exists()
 
 
+@pytest.mark.medium
 def test_a_model_without_late_layers_has_only_the_fine_map(here: Path, drawn, capsys):
     Path("flat.py").write_text(
         "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))\n"
@@ -146,6 +149,7 @@ def test_a_model_without_late_layers_has_only_the_fine_map(here: Path, drawn, ca
     assert message.endswith("Use --map pixels.")
 
 
+@pytest.mark.medium
 def test_an_image_that_equals_the_blurred_image_has_a_map_without_reference(here: Path, drawn, capsys):
     Image.new("RGB", (40, 40), (200, 30, 90)).save("plain.png")
     explain("plain.png", *DEEP)

@@ -113,6 +113,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((found - expected).abs().max()) < 1e-3 * float(expected.abs().max())
 
 
+@pytest.mark.medium
 def test_the_ground_is_the_reference_and_the_pixels_come_first(disc, titles, capsys):
     explain("disc.png", *DEEP)
     model, inputs, white = prepared(disc)
@@ -163,6 +164,7 @@ def test_a_given_reference_or_rules_win(disc, titles, options, reference, capsys
     assert WORDS not in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_without_a_reference_the_maps_are_those_of_a_photograph(disc):
     explain("disc.png", *DEEP, "--reference", "none")
     model, inputs, _ = prepared(disc)
@@ -183,6 +185,7 @@ def test_late_layers_stay_first_if_the_relevance_of_pixels_cancels(disc, titles,
     assert "  note: the plain background of the image, white, is not its reference: most relevance of single" in printed
 
 
+@pytest.mark.medium
 def test_a_photograph_has_no_ground(fast, titles, capsys):
     explain("china.png", *DEEP)
     assert "ground" not in capsys.readouterr().out

@@ -204,6 +204,7 @@ def test_options_that_do_not_fit_exit_with_2(given, says, photos, capsys):
     assert run() == 0  # the mistake left nothing in the folder
 
 
+@pytest.mark.medium
 def test_a_model_without_parameters_is_swept(photos):
     edited("nets.py", "def make", "class Plain(nn.Module):\n    def forward(self, x):\n"
            "        return x.flatten(1)[:, :4] * 2\n\n\ndef make")  # fmt: skip
@@ -230,6 +231,7 @@ def test_without_pyarrow_nothing_is_loaded(photos, capsys, monkeypatch):
     assert printed.out == ""
 
 
+@pytest.mark.medium
 def test_a_data_set_of_the_user(photos):
     assert run(data="nets.py:data") == 0
     assert len(Sweep.open("swept").samples()) == 7

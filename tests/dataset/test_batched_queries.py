@@ -94,6 +94,7 @@ SIGNED = {"channels", "joint", "joint event", "mass", "sink", "bypass", "maps"}
 UNSIGNED = {"given", "mass given", "conditional", "variation", "largest activation", "maps given"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(SIGNED | UNSIGNED))
 def test_masses_of_a_negative_difference_change_their_sign(name, tmp_path):
     """So that positive values are evidence for the target in every sample; quotients and activations remain."""

@@ -123,6 +123,7 @@ def test_a_lost_manifest_is_not_replaced_by_that_of_another_sweep(begun, tmp_pat
     assert len(Manifest.read(folder).queries) == 5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["part-0000-000007", "part-0001-000009", "part-0002-000002"])
 def test_a_surplus_shard_is_not_read_as_more_rows(name, begun, right, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "swept")
@@ -133,6 +134,7 @@ def test_a_surplus_shard_is_not_read_as_more_rows(name, begun, right, tmp_path):
     assert readings(folder) == right
 
 
+@pytest.mark.medium
 def test_a_lost_shard_is_reported_and_evaluated_again(begun, right, tmp_path):
     folder = shutil.copytree(begun, tmp_path / "swept")
     (folder / KINDS["rows"]).unlink()

@@ -66,6 +66,7 @@ def test_samples_that_failed_or_cannot_be_read_any_more(tmp_path):
     assert sweep(net(), Data(8, bad=[2, 6]), QUERIES, tmp_path, on_error="skip", **OPTIONS).is_complete
 
 
+@pytest.mark.medium
 def test_random_transforms_are_no_change(tmp_path):
     sweep(net(), Data(8, is_noisy=True), QUERIES, tmp_path, **OPTIONS)
     assert sweep(net(), Data(8, is_noisy=True), QUERIES, tmp_path, **OPTIONS).is_complete

@@ -119,6 +119,7 @@ def test_a_mean_flow_does_not_depend_on_the_batches(net, data):
     same(few, whole.smaller(top=2), carried=False)
 
 
+@pytest.mark.medium
 def test_chosen_groups_keep_their_numbers(net, data):
     chosen = {"head.1": [4, 1], "body.0": [3]}
     graph = mean_flow(batches(net, data, 5), LAYERS, groups=chosen, top=None, names={"body.0": list("abcd")})
@@ -186,6 +187,7 @@ def test_the_flow_of_a_sweep_is_that_of_the_measures(net, data, stored, target):
     same(flow_of_sweep(stored, LAYERS, target, top=2), expected.smaller(top=2), carried=False)
 
 
+@pytest.mark.medium
 def test_some_samples_of_a_sweep_and_names(net, data, stored):
     wanted = [1, 5, 6, 13]
     graphs = [measure(net, *(part[n : n + 1] for part in data.tensors)).flow(
@@ -196,6 +198,7 @@ def test_some_samples_of_a_sweep_and_names(net, data, stored):
     flow_figure(named).canvas.draw()
 
 
+@pytest.mark.medium
 def test_missing_queries_and_samples_raise(net, data, stored, tmp_path):
     with pytest.raises(FlowError, match=r"no Marginal\('head.3'\) and no Sink\('head.3'\)"):
         flow_of_sweep(stored, ["head.3", "body.0"])

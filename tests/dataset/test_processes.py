@@ -53,6 +53,7 @@ def test_of_two_sweeps_at_once_one_is_rejected(options, tmp_path):
     assert contents(tmp_path / "swept") == contents(tmp_path / "alone")
 
 
+@pytest.mark.medium
 def test_a_lock_is_released_after_an_error(tmp_path):
     for _ in range(2):
         with pytest.raises(SweepError, match="sample 1 cannot be read"):

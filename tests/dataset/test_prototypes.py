@@ -55,6 +55,7 @@ def test_planted_clusters_are_recovered(blobs, method):
         assert [near.prototype for near in other.nearest(values)] == of.tolist()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", ["mixture", "kmeans"])
 def test_a_new_sample_is_assigned_to_its_nearest_prototype(blobs, method):
     values, of = blobs

@@ -119,6 +119,7 @@ def test_events_are_ranked_by_their_mass(net, data):
         references.of("none")
 
 
+@pytest.mark.medium
 def test_the_target_may_be_the_prediction_or_one_class(net, data):
     predicted = find_references(net, data.tensors[0].split(6), ["2"], 3, target="prediction", by=["relevance"])
     scores = one_by_one(net, data, "2", "relevance", chosen=lambda output: int(output.argmax()))

@@ -22,6 +22,7 @@ from tests.conftest import slow_but
 from tests.dataset.sweep_nets import OPTIONS, QUERIES, Data, contents, net
 
 
+@pytest.mark.medium
 def test_incomplete_files_of_dead_processes_are_removed(tmp_path):
     sweep(net(), Data(10), QUERIES, tmp_path, index=False, **OPTIONS)
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
@@ -119,6 +120,7 @@ def test_the_rows_of_a_shard_are_sorted_so_that_readers_skip_row_groups(begun):
             assert statistics.min == statistics.max
 
 
+@pytest.mark.medium
 def test_samples_of_different_sizes_have_channels_but_not_positions(tmp_path):
     data = [torch.randn(3, 12, 12) if k < 4 else torch.randn(3, 14, 14) for k in range(8)]
     assert sweep(net(), data, [Marginal("4")], tmp_path / "channels", **OPTIONS).is_complete

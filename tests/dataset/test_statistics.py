@@ -86,6 +86,7 @@ def net():
     return nn.Sequential(*layers).double().eval()
 
 
+@pytest.mark.medium
 def test_measures_are_counted_by_marginals_and_joint_relevance(net):
     x = torch.randn((11, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     target = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 5])

@@ -40,6 +40,7 @@ def test_an_unreadable_sample_stops_a_sweep_or_is_skipped(tmp_path, uninterrupte
     assert len(again.top("marginal(4)", 0, k=60)) == 50
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("why", ["not finite", "of another size"])
 def test_a_sample_without_a_measure_is_skipped(why, tmp_path):
     data = [list(sample) for sample in Data(12)]
@@ -55,6 +56,7 @@ def test_a_sample_without_a_measure_is_skipped(why, tmp_path):
     assert [rows[k, 3] for k in (4, 6, 7)] == mass[:, 3].tolist()
 
 
+@pytest.mark.medium
 def test_a_shard_of_failing_samples_has_no_rows(tmp_path):
     stored = sweep(net(), Data(20, bad=range(8)), QUERIES, tmp_path, on_error="skip", **OPTIONS)
     assert stored.is_complete

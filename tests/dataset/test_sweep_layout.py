@@ -10,6 +10,7 @@ from nrm_plugin.dataset import Manifest, Sink, Sweep, SweepError, sweep
 from tests.dataset.sweep_nets import OPTIONS, Data, net
 
 
+@pytest.mark.medium
 def test_a_damaged_manifest_raises(tmp_path):
     sweep(net(), Data(10), [Sink("4")], tmp_path, **OPTIONS)
     (tmp_path / "manifest.json").write_text('{"format": "nrm-plugin sweep 1"}')

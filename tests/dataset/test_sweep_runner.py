@@ -74,6 +74,7 @@ def test_ctrl_c_keeps_completed_shards_and_the_same_call_resumes(tmp_path, unint
     assert contents(tmp_path) == uninterrupted
 
 
+@pytest.mark.medium
 def test_a_complete_sweep_is_not_run_again(tmp_path):
     class Known(Data):
         fingerprint = "noise 1"
@@ -90,6 +91,7 @@ def test_an_existing_sweep_raises_if_it_must_not_be_resumed(begun):
         sweep(net(), Data(), QUERIES, begun, resume=False, **OPTIONS)
 
 
+@pytest.mark.medium
 def test_a_failed_query_does_not_block_the_folder(tmp_path):
     with pytest.raises(UnknownLayerError):
         sweep(net(), Data(10), [Marginal("nothing")], tmp_path, **OPTIONS)

@@ -198,6 +198,7 @@ def test_a_pixel_of_a_sample_without_results_is_no_change(stored: Path) -> None:
         assert sweep(out=stored, **OPTIONS, **with_one((5, 0, 0, 0))).is_complete
 
 
+@pytest.mark.medium
 def test_pixels_of_tensors_in_memory_are_compared(tmp_path: Path) -> None:
     x, model = torch.rand(6, 1, 5, 5), given()["model"]
     sweep(model, TensorDataset(x), QUERIES, tmp_path, **OPTIONS)

@@ -29,6 +29,7 @@ def test_groups_of_a_sweep_are_those_of_its_measures(net, data, stored, target):
         assert find_groups(Sweep.open(stored), LAYERS, 2) == groups
 
 
+@pytest.mark.medium
 def test_a_flow_of_a_sweep_over_groups_is_that_of_the_measures(net, data, stored):  # noqa: F811
     groups = find_groups(Sweep.open(stored), LAYERS, 2)
     graph = flow_of_sweep(stored, LAYERS, groups=groups, top=None)

@@ -79,6 +79,7 @@ def test_an_invalid_index_raises(measured, case, error, words):
         measured.mu(case())
 
 
+@pytest.mark.medium
 def test_every_query_rejects_an_invalid_index(measured):
     invalid = at("conv")[3]
     for query in (

@@ -140,6 +140,7 @@ def test_learned_queries_and_fixed_keys_are_constants():
         torch.testing.assert_close(actual.sum(1), torch.ones(len(actual), dtype=DOUBLE))
 
 
+@pytest.mark.medium
 def test_fixed_values_are_the_same_fused_and_eager():
     fused = columns(lambda q: sdpa(q, K[None], V[None]), [Q])[0]
     plain = columns(lambda q: unfused(q, K[None], V[None]), [Q])[0]
@@ -257,6 +258,7 @@ def test_an_unknown_attention_setting_raises(attention):
         Normalized(NRMAbsolute(), attention=attention)
 
 
+@pytest.mark.medium
 def test_rotary_embeddings_of_queries_and_keys_receive_no_relevance():
     angle = torch.arange(LENGTH, dtype=DOUBLE)[:, None] * torch.tensor([0.3, 0.7], dtype=DOUBLE)
 

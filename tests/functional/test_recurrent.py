@@ -345,6 +345,7 @@ def test_walks_cross_a_state_exactly_if_they_end_at_earlier_inputs(kind, state, 
     assert bool((mu(event) > 0).all())
 
 
+@pytest.mark.medium
 def test_a_given_state_may_be_an_input():
     class Started(Classifier):
         def forward(self, x: Tensor, state: Tensor) -> Tensor:
@@ -375,6 +376,7 @@ def test_an_initial_state_of_zeros_equals_none():
 # -- rules ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_a_rule_for_the_layer_is_the_rule_of_its_linear_maps():
     base = [(Activation, Pass()), (AvgPool, Norm())]
     net = Classifier("LSTM", bidirectional=True)

@@ -272,6 +272,7 @@ ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ADDED)
 def test_accumulating_writes_are_sums_into_nodes(name):
     x, y = torch.randn(4, 3).double(), torch.randn(5, 3).double()

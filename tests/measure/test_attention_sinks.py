@@ -11,6 +11,7 @@ from nrm_plugin.errors import EventError
 from tests.feature_nets import Decoder
 
 
+@pytest.mark.medium
 def test_sinks_are_sums_over_pairs():
     net = Decoder().double().eval()
     ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))

@@ -154,6 +154,7 @@ def test_a_difference_with_a_negative_sign_has_the_groups_of_its_masses():
     assert np.array(one.masses) == pytest.approx(-np.array(two.masses))
 
 
+@pytest.mark.medium
 def test_bad_arguments_are_named(mu, groups):
     with pytest.raises(InputError, match="k=0 must be a whole number of at least 1"):
         find_groups(mu, ["5", "3"], 0)

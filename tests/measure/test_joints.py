@@ -35,6 +35,7 @@ def masked(mu, upper, lower):
     return torch.stack(maps, 1)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("residual", slow_but(["sink", "redistribute"], "redistribute"))
 @pytest.mark.parametrize("name", slow_but(LINEAR, "lrp_0", "epsilon_plus_flat", "epsilon_gamma_box"))
 def test_joint_matrices_are_those_of_masked_passes(name, residual):

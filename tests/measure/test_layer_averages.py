@@ -224,6 +224,7 @@ def test_an_average_does_not_sum_masses_and_stops_at_the_lowest_layer():
     torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.medium
 def test_channels_may_be_the_last_dimension():
     # the attention of Swin has the shape (N, heads, tokens, tokens), which is no grid
     model = SwinTransformer([4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=3).double().eval()

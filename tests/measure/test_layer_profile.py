@@ -13,6 +13,7 @@ from nrm_plugin.measure.layer_profile import ProfileRow, profile
 from nrm_plugin.plots.flow import profile_figure
 
 
+@pytest.mark.medium
 def test_the_profile_has_the_totals_of_each_layer_and_of_plain_lrp():
     model, digits = load_model(), load_digits()[0][:1]
     rules = EpsilonPlus()

@@ -108,6 +108,7 @@ def formulas(draw: st.DrawFn, both: Both, depth: int = 3) -> tuple[Event, Callab
     return left - right, lambda walks: by_left(walks) & ~by_right(walks)
 
 
+@pytest.mark.medium
 @slowly
 @given(measured())
 def test_every_tap_has_the_enumerated_marginal_sink_and_bypass(both: Both) -> None:
@@ -120,6 +121,7 @@ def test_every_tap_has_the_enumerated_marginal_sink_and_bypass(both: Both) -> No
         both.agree(both.mu.variation(name), lambda walks, n=node: walks.tap_variation(*n.key))
 
 
+@pytest.mark.medium
 @slowly
 @given(measured())
 def test_mass_sink_and_bypass_of_every_tap_sum_to_one(both: Both) -> None:
@@ -129,6 +131,7 @@ def test_mass_sink_and_bypass_of_every_tap_sum_to_one(both: Both) -> None:
         assert float((total - 1).abs().max()) <= 1e-10 * max(1, both.spread)
 
 
+@pytest.mark.medium
 @slowly
 @given(measured(), st.data())
 def test_any_formula_has_the_enumerated_mass(both: Both, data: st.DataObject) -> None:
@@ -139,6 +142,7 @@ def test_any_formula_has_the_enumerated_mass(both: Both, data: st.DataObject) ->
         both.agree(both.mu(event), lambda walks, m=mask: walks.mass(m(walks)))
 
 
+@pytest.mark.medium
 @slowly
 @given(measured(), st.data())
 def test_conditionals_are_ratios_of_enumerated_masses(both: Both, data: st.DataObject) -> None:
@@ -150,6 +154,7 @@ def test_conditionals_are_ratios_of_enumerated_masses(both: Both, data: st.DataO
     assert float((ours - expected).abs().max()) <= 1e-7 * max(1, both.spread)
 
 
+@pytest.mark.medium
 @slowly
 @given(measured(), st.data())
 def test_joint_maps_are_enumerated_whether_the_event_is_above_or_below(both: Both, data: st.DataObject) -> None:
@@ -194,12 +199,14 @@ def test_the_transposed_pass_is_the_enumeration_from_each_neuron(both: Both, dat
             assert abs(float(ours[sample, neuron]) - expected) <= 1e-10 * max(1, walks.variation())
 
 
+@pytest.mark.medium
 @slowly
 @given(measured())
 def test_walk_variation_is_the_enumerated_one(both: Both) -> None:
     both.agree(both.mu.walk_variation() / both.spread, lambda walks: walks.variation() / both.spread)
 
 
+@pytest.mark.medium
 @slowly
 @given(measured(["chain_mlp", "conv_chain", "conv1d_chain", "fork"]), st.data())
 def test_the_joint_matrix_of_two_taps_is_enumerated(both: Both, data: st.DataObject) -> None:
@@ -211,6 +218,7 @@ def test_the_joint_matrix_of_two_taps_is_enumerated(both: Both, data: st.DataObj
     both.agree(ours, lambda walks: walks.joint(upper.key, lower.key))
 
 
+@pytest.mark.medium
 @slowly
 @given(measured(), st.data())
 def test_mass_is_additive_even_where_it_is_negative(both: Both, data: st.DataObject) -> None:

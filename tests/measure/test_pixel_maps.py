@@ -42,6 +42,7 @@ def test_the_map_is_the_sum_over_positions_with_evidence():
         torch.testing.assert_close(found[place], expected)
 
 
+@pytest.mark.medium
 def test_one_class_for_all_images_and_a_tensor_of_classes():
     model, (inputs, ground) = net(), images()
     expected = pixel_map(model, inputs, [1, 1, 1], reference=ground)

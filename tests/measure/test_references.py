@@ -523,6 +523,7 @@ def test_layers_of_captum_take_baselines():
     torch.testing.assert_close(sink, torch.zeros(3).double(), **TIGHT)
 
 
+@pytest.mark.medium
 def test_other_classes_of_captum_take_baselines():
     net = convolutional()
     x, x0 = draw(3, 2, 8, 8, seed=3), draw(3, 2, 8, 8, seed=4)

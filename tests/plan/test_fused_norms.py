@@ -25,6 +25,7 @@ def drawn(seed: int) -> Tensor:
     return torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("composite", [EpsilonPlusFlat, NRMDefault])
 def test_outputs_of_a_deep_plan_are_as_exact_as_those_of_the_model(composite):
     net = deep_net()

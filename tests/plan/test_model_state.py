@@ -13,7 +13,6 @@ from zennit.types import BatchNorm
 
 from nrm_plugin import NRM, NRMDefault, Plan, RelevanceMeasure
 from nrm_plugin.plan.planned_measure import PlannedMeasure
-from tests.conftest import slow_but
 
 
 def randomized(net: nn.Module) -> nn.Module:
@@ -75,18 +74,34 @@ class Shift(canonizers.Canonizer):
         return Shift(self.way)
 
 
+def narrow_vgg() -> nn.Module:
+    """VGG11 with one linear layer instead of three with 120 million weights."""
+    net = vgg11_bn(num_classes=5, init_weights=False)
+    net.classifier = nn.Linear(512 * 7 * 7, 5)
+    return randomized(net)
+
+
 NETS = {
     "sequential": (small_net, lambda: [canonizers.SequentialMergeBatchNorm()]),
     "named": (small_net, lambda: [canonizers.NamedMergeBatchNorm([(["0"], "1"), (["3"], "4")])]),
-    "vgg": (lambda: randomized(vgg11_bn(num_classes=5)), lambda: [torchvision.VGGCanonizer()]),
+    "vgg": (narrow_vgg, lambda: [torchvision.VGGCanonizer()]),
     "resnet": (lambda: randomized(resnet18(num_classes=5)), lambda: [torchvision.ResNetCanonizer()]),
     "mobilenet": (lambda: randomized(mobilenet_v2(num_classes=5)), lambda: [canonizers.SequentialMergeBatchNorm()]),
     **{way: (small_net, lambda way=way: [Shift(way)]) for way in ("swap", "copy to data", "copy", "attribute")},
 }
 
 
-@pytest.mark.parametrize("composite", [EpsilonPlusFlat, NRMDefault])
-@pytest.mark.parametrize("name", slow_but(NETS, "sequential", "named", "swap", "copy to data", "copy", "attribute"))
+LARGE = {"vgg": NRMDefault, "resnet": EpsilonPlusFlat, "mobilenet": NRMDefault}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("name", "composite"),
+    [
+        *((name, composite) for name in NETS if name not in LARGE for composite in (EpsilonPlusFlat, NRMDefault)),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in LARGE.items()),
+    ],
+)
 def test_plans_of_models_with_canonizers_equal_measures(name, composite):
     torch.manual_seed(0)
     build, stack = NETS[name]
@@ -112,6 +127,7 @@ def test_plans_of_models_with_canonizers_equal_measures(name, composite):
         torch.testing.assert_close(value, before[key], rtol=0, atol=1e-12)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_plans_of_models_with_parametrizations_equal_measures(norm):
     net = small_net()
@@ -141,6 +157,7 @@ class Counting(nn.Module):
         return out
 
 
+@pytest.mark.medium
 def test_models_that_write_buffers_are_measured_any_number_of_times():
     net = Counting().eval()
     attributor, plan = NRM(net), Plan(net, drawn(0))
@@ -203,6 +220,7 @@ class Graph(nn.Module):
         return self.b((self.adjacency @ self.a(x)).relu()).mean(0, keepdim=True)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 def test_models_with_sparse_buffers_are_measured_any_number_of_times(layout):
@@ -216,6 +234,7 @@ def test_models_with_sparse_buffers_are_measured_any_number_of_times(layout):
         torch.testing.assert_close(attributor.attribute(x, target=1), once)
 
 
+@pytest.mark.medium
 def test_threads_share_a_planned_measure():
     net = small_net()
     layers = ["input", *(str(number) for number in range(7))]

@@ -54,6 +54,7 @@ def test_a_plan_answers_as_a_measure_with_the_same_arguments(net, of_call, setti
     assert "recorded" not in plan.explain()
 
 
+@pytest.mark.medium
 def test_measures_with_and_without_compared_outputs_take_turns(net):
     plan = Plan(net, inputs())
     for _ in range(3):
@@ -64,6 +65,7 @@ def test_measures_with_and_without_compared_outputs_take_turns(net):
             torch.testing.assert_close(mu.marginal("input"), expected.marginal("input"), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.medium
 def test_few_forms_are_stored(net):
     plan = Plan(net, inputs(1))
     for count in range(1, MOST + 4):

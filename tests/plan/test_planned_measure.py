@@ -112,6 +112,7 @@ def test_states_above_the_budget_are_not_kept():
         assert mu._state is None
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("reference", [None, images(9)], ids=["output", "difference"])
 @pytest.mark.parametrize(("limit", "is_limited"), [(1000, True), (10**8, False)])
 def test_a_plan_with_little_memory_records_in_parts_and_says_so(reference, limit, is_limited):
@@ -128,6 +129,7 @@ def test_a_plan_with_little_memory_records_in_parts_and_says_so(reference, limit
     assert (plan.memory == 0) or not is_limited
 
 
+@pytest.mark.medium
 def test_a_plan_with_little_memory_is_exported(tmp_path):
     plan = Plan(net(), images(0), max_memory=1000)
     plan.export(tmp_path / "relevance.pt2", images(0))
@@ -145,6 +147,7 @@ def test_a_single_query_keeps_no_state():
     assert mu._state is None
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("first", [0, 1])
 def test_queries_of_neurons_share_the_forward_pass(first):
     plan = planned(net())

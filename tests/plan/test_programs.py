@@ -52,6 +52,7 @@ def test_a_shortcut_that_fails_in_one_layer_after_the_other_is_avoided_in_all(mo
     assert 1 + FAILURES <= len(traces) < 1 + BRANCHES
 
 
+@pytest.mark.medium
 def test_a_shortcut_that_fails_in_one_layer_is_taken_in_the_others() -> None:
     net = Branches().double().eval()
     plan = Plan(net, inputs(None), composite=RULES)

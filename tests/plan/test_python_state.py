@@ -167,6 +167,7 @@ class Rule(BasicHook):
         return Rule(self.shift)
 
 
+@pytest.mark.medium
 def test_a_plan_follows_the_settings_of_a_rule_of_ones_own():
     rule = Rule()
     composite = Normalized(NameMapComposite([(["a", "b", "c"], rule)]), residual="sink")

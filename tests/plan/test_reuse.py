@@ -127,6 +127,7 @@ INTERFACES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", slow_but(INTERFACES, "NRM", "LayerNRM", "NRMAttributor"))
 def test_an_interface_answers_by_programs_from_the_third_call_on(name, answered):
     make, oracle = INTERFACES[name]
@@ -225,6 +226,7 @@ def test_atoms_and_strings_are_compared_by_value():
     assert isinstance(mu, PlannedMeasure)
 
 
+@pytest.mark.medium
 def test_a_model_that_changes_after_each_plan_is_planned_ever_more_rarely():
     measures, net = Measures(), small_net()
     planned = 0
@@ -237,6 +239,7 @@ def test_a_model_that_changes_after_each_plan_is_planned_ever_more_rarely():
     assert 1 <= planned <= 4
 
 
+@pytest.mark.medium
 def test_queries_that_are_new_each_time_are_recorded_without_a_plan():
     measures, net = Measures(), small_net()
     kinds = []

@@ -72,6 +72,7 @@ def made_graph(counts: list[int], seed: int = 0, label: str = "a part of it") ->
     return FlowGraph(tuple(layers), tuple(joints))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dark", [False, True])
 def test_widths_of_ribbons_and_heights_of_bars_are_relevance_on_one_scale(full, dark, tmp_path):
     graph = full.smaller(top=3)
@@ -194,6 +195,7 @@ def test_the_fewest_ribbons_with_half_of_the_relevance_are_strongly_coloured():
     assert bands["t", "t"] == FAINT
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_node_but_off_has_its_conditional_heat_map(mu, full, dark):
     graph = full.smaller(top=2)
@@ -256,6 +258,7 @@ def test_flows_to_inputs_of_every_shape_are_plotted(shape, kind, tmp_path):
     profile_figure(profile(mu)).savefig(tmp_path / "layers.png")
 
 
+@pytest.mark.medium
 def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     black = RelevanceMeasure(net(), 0 * X[:1], 1, residual="sink", composite=EpsilonPlus())
     figure = flow_figure(black.flow(["output", "0", "input"]))
@@ -268,6 +271,7 @@ def test_layers_without_relevance_are_plotted_and_too_wide_ones_raise():
     assert len([node for node in flow_scene(graph.smaller(top=5)).nodes if node.node.kind == "group"]) == 5 + 5
 
 
+@pytest.mark.medium
 def test_named_walks_are_drawn_in_their_own_width_within_the_ribbons(monkeypatch):
     monkeypatch.setattr(sys.modules["nrm_plugin.plots.flow_caption"], "NAMED_WALK", 0.02)
     graph = made_graph([1, 2, 2])

@@ -70,6 +70,7 @@ def test_the_largest_source_is_named_before_a_part_that_stands_out(uneven):
     )  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("width", "said"), [(20, True), (3.3, False)])
 def test_notes_use_the_longest_version_that_fits(uneven, width, said):
     drawn = flow_figure(uneven, width=width, pairs=PAIRS, maps=maps_of(uneven)).axes[0].texts
@@ -79,6 +80,7 @@ def test_notes_use_the_longest_version_that_fits(uneven, width, said):
     assert ("part 1 55%" in found) != said
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("width", "name"), [(12, "A1 · 41\u00a0channels"), (6, "A1 · 41\u00a0ch."), (2.2, "A1")])
 def test_numbers_of_channels_are_written_where_they_fit(graph, width, name):
     counts = {"lower/0": 41, "lower/1": 1}
@@ -100,6 +102,7 @@ def test_small_groups_channels_and_flows_that_end_elsewhere_have_no_notes(graph)
     assert [is_group("A1", "lower"), is_group("A1", "input"), is_group("channel 1", "lower")] == [True, False, False]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("width", [None, 3.3])
 def test_notes_are_drawn_below_their_groups_and_explained(graph, width):
     drawn = flow_figure(graph, width=width, maps=maps_of(graph), pairs=PAIRS).axes[0].texts

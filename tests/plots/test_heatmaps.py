@@ -76,6 +76,7 @@ def test_the_limit_of_a_heat_map_can_be_given():
     assert limits_of(heatmaps.heat_map(VALUES, limit=2.0)) == {(-2.0, 2.0)}
 
 
+@pytest.mark.medium
 def test_the_colour_bar_is_extended_if_values_exceed_the_limit():
     for limit, extend in ((0.3, "both"), (0.41, "neither"), (2.0, "neither"), (None, "neither")):
         figures = [

@@ -150,6 +150,7 @@ def test_tokens_are_joined_to_the_words_of_the_tokenizer(tokens, text):
     assert Reader(text_html(tokens, [0.1] * len(tokens))).text == text
 
 
+@pytest.mark.medium
 def test_long_texts_and_long_tokens_are_broken_into_lines():
     tokens = ["word"] * 300 + ["x" * 500] + ["漢字" * 40]
     figure = text_figure(tokens, [0.1] * len(tokens), width=5)

@@ -132,6 +132,7 @@ def test_every_rule_reads_the_fused_weights(composite, against):
     check(net, twin, x, target, against, composite=COMPOSITES[composite]())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("spelling", "residual"), in_turn(["function", "conv", "views", "two"], ["sink", "redistribute"])
 )

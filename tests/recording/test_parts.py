@@ -353,6 +353,7 @@ def test_blocks_with_other_effects_than_their_outputs_run_again():
     assert not mu._recording.parts._runs_units  # without the earlier blocks, values differ
 
 
+@pytest.mark.medium
 def test_inputs_may_change_after_the_recording_but_weights_may_not():
     net, x = seeded(Gated), FLAT.clone()
     whole, mu = RelevanceMeasure(net, FLAT, 1), RelevanceMeasure(net, x, 1, max_memory=1)

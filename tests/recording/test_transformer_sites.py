@@ -93,6 +93,7 @@ def test_sites_do_not_depend_on_the_spelling_or_the_reference(spelling, is_diffe
     assert mu.sites == [f"blocks.{block}.{name}" for block, name in product(range(2), expected)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("spelling", ALONGSIDE)
 def test_parallel_branches_are_the_outputs_of_attention_and_mlp(spelling):
     torch.manual_seed(0)
@@ -106,6 +107,7 @@ def test_parallel_branches_are_the_outputs_of_attention_and_mlp(spelling):
         })  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_sites_are_the_tensors_that_the_modules_compute(is_causal):
     torch.manual_seed(0)
@@ -127,6 +129,7 @@ def test_sites_are_the_tensors_that_the_modules_compute(is_causal):
     assert mu.shape("blocks.1.attn.v") == (1, 2, 5, 4)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_sites_of_a_difference_are_the_same_tensors_and_absorb_nothing(is_causal):
     torch.manual_seed(0)
@@ -170,6 +173,7 @@ def attention_matrix(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return size / size.sum(2, keepdim=True), v
 
 
+@pytest.mark.medium
 def test_heads_neurons_and_pairs_are_sums_over_enumerated_walks():
     torch.manual_seed(0)
     net, x = drawn(Block(True)), torch.randn(1, 5, 8).double()

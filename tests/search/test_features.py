@@ -170,6 +170,7 @@ def test_features_and_errors_close_the_totals(traced, mu):
         torch.testing.assert_close(groups.sum(1), layer_mass - mu(at(f"{layer}.decoder", "sink")), rtol=0, atol=1e-12)
 
 
+@pytest.mark.medium
 def test_joints_of_features_equal_masked_passes(traced, mu):
     _, net, _ = traced
     upper, lower = "blocks.1.mlp.features", "blocks.0.mlp.features"
@@ -216,6 +217,7 @@ class Plain(nn.Module):
         return self.decoder(torch.cat([f, y - kept], -1))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("composite", [None, EpsilonPlus(), NRMAbsolute()], ids=["default", "plus", "absolute"])
 def test_errors_that_are_absorbed_end_their_walks(traced, composite):
     net, _, ids = traced
@@ -230,6 +232,7 @@ def test_errors_that_are_absorbed_end_their_walks(traced, composite):
     torch.testing.assert_close(first, passing.marginal("blocks.1.mlp.features"), rtol=0, atol=1e-12)
 
 
+@pytest.mark.medium
 def test_a_reference_absorbs_nothing_and_its_totals_are_one(traced):
     net, model, ids = traced
     changed = ids.clone()

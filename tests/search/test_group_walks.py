@@ -33,6 +33,7 @@ def test_every_walk_is_its_event(mu, layers):
         assert walks.masses[walk] == pytest.approx(float(mu(event) * mu.sign), abs=1e-12)
 
 
+@pytest.mark.medium
 def test_walks_are_named_and_pass_through_nodes_of_the_flow(mu):
     groups = find_groups(mu, LAYERS[1:], 3)
     walks = group_walks(mu, LAYERS[1:], groups)
@@ -42,6 +43,7 @@ def test_walks_are_named_and_pass_through_nodes_of_the_flow(mu):
         assert " → ".join(labels[key] for key in keys) == name
 
 
+@pytest.mark.medium
 def test_walks_add_up_to_the_flow(mu):
     groups = find_groups(mu, LAYERS[1:], 3)
     walks = group_walks(mu, LAYERS[1:], groups)
@@ -68,6 +70,7 @@ def test_the_least_number_of_passes():
     assert least_passes([1, 2, 3]) == min(1 + 1 * 2, 1 + 3, 3 + 2 * 3)
 
 
+@pytest.mark.medium
 def test_top_walks_over_groups_are_the_strongest_of_all(mu):
     groups = find_groups(mu, LAYERS[1:], 2)
     walks = group_walks(mu, LAYERS[1:], groups)

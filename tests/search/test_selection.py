@@ -185,6 +185,7 @@ def measured(count=3, composite=None):
     return RelevanceMeasure(load_model(), images[:count], labels[:count], composite=composite)
 
 
+@pytest.mark.medium
 def test_the_budget_is_met_and_every_layer_keeps_a_group():
     selection = select_neurons(measured(), LAYERS, budget=7)
     total = sum(mask.sum(1) for mask in selection.kept.values())
@@ -192,6 +193,7 @@ def test_the_budget_is_met_and_every_layer_keeps_a_group():
     assert all(bool(mask.any(1).all()) for mask in selection.kept.values())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("error", [{"mse": 1e-6}, {"smape": 30.0}])
 def test_the_smallest_nested_set_within_an_error(error):
     mu = measured(composite=NRMAbsolute())
@@ -203,6 +205,7 @@ def test_the_smallest_nested_set_within_an_error(error):
     assert bool((getattr(worse, metric) > limit).all())
 
 
+@pytest.mark.medium
 def test_the_curve_has_the_errors_of_the_elimination_order():
     mu = measured(composite=NRMAbsolute())
     selection = select_neurons(mu, LAYERS, budget=5, rounds=4)
@@ -217,6 +220,7 @@ def test_the_curve_has_the_errors_of_the_elimination_order():
     assert bool((errors.diff(dim=0) >= -1e-12).all()), "with non-negative kernels the error only grows"
 
 
+@pytest.mark.medium
 def test_joint_relevance_selects_better_than_marginals():
     """The purpose of elimination: groups are scored together with the kept groups of other layers."""
     mu = measured(20, NRMAbsolute())

@@ -152,6 +152,7 @@ def digits():
     return model, images, labels, layer, activations(model, images[:40], [layer])[layer], mu.marginal(layer)
 
 
+@pytest.mark.medium
 def test_subspaces_add_up_to_the_layer_and_the_heat_map(digits):
     model, images, labels, layer, values, relevance = digits
     for subspaces in (prca(values, relevance, [1, 1, 2]), drsa(values, relevance, [3, 3, 3], steps=20, restarts=1)):

@@ -81,6 +81,7 @@ def test_a_search_without_budget_certifies_nothing_and_still_has_a_bound():
     assert top.expanded <= 3  # the prefixes of one walk
 
 
+@pytest.mark.medium
 def test_a_search_that_is_stopped_early_returns_k_walks():
     mu = RelevanceMeasure(conv_net(), torch.rand(1, 1, 6, 6), 1, max_memory=1)
     top = top_walks(mu, ["6", "4", "2", "0"], 3, budget=math.inf, expansions=3)
