@@ -16,7 +16,7 @@ class FuseBatchNorm(Canonizer):
 
     Use it in a :class:`~nrm_plugin.Normalized` composite, or in a composite that is passed to
     :class:`~nrm_plugin.RelevanceMeasure`, which normalizes the composite. Adjacent layers are detected during the
-    forward pass, so that neither the registration order of layers nor the implementation of ``forward`` matters.
+    forward pass. Neither the registration order of layers nor the implementation of ``forward`` matters.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -29,7 +29,7 @@ class FuseBatchNorm(Canonizer):
     """
 
     def apply(self, root_module: nn.Module) -> list[Any]:
-        """Raises an error, since a plain Zennit composite cannot use fused kernels.
+        """Raises an error. A plain Zennit composite cannot use fused kernels.
 
         Raises:
             NRMError: Always.

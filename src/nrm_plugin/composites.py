@@ -45,7 +45,7 @@ Sums = Literal["absolute", "ratio", "signed"]
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-"""Recurrent modules, whose rules apply to the linear maps of every time step."""
+"""Recurrent modules. Their rules apply to the linear maps of every time step."""
 
 
 class Normalized(Composite):
@@ -75,7 +75,7 @@ class Normalized(Composite):
             AttnLRP.
 
     Raises:
-        TypeError: If ``composite`` is not a composite, or is already normalized.
+        TypeError: If ``composite`` is not a composite or is already normalized.
 
     Examples:
         >>> from zennit.composites import EpsilonPlus
@@ -136,15 +136,14 @@ class Normalized(Composite):
         return StepHook(rule, self.normalization, name, self._checked, self._fuse)
 
     def _made_of_functions(self) -> tuple[type[nn.Module], ...]:
-        """Returns the module types that are decomposed into functions, although Zennit treats them as activations."""
+        """Returns the module types that are decomposed into functions although Zennit treats them as activations."""
         return (nn.MultiheadAttention, nn.Softmax) if self.attention == "halves" else (nn.MultiheadAttention,)
 
     def register(self, module: nn.Module) -> None:
         """Registers the hooks of the composite on a module and its submodules.
 
         Raises:
-            ModelStateError: If the module has hooks of another composite, as one of the two would silently have no
-                effect.
+            ModelStateError: If the module has hooks of another composite. One of the two would silently have no effect.
             UnsupportedRuleError: If another package has patched Zennit.
         """
         self.remove()
@@ -160,7 +159,7 @@ class Normalized(Composite):
             raise
 
     def remove(self) -> None:
-        """Removes hooks and canonizers in reverse order of registration, so that each restores the previous state."""
+        """Removes hooks and canonizers in reverse order of registration. Each of them restores the previous state."""
         self.handles.reverse()
         set_once: set[tuple[nn.Module, str]] = set()
         for handle in self.handles:
@@ -174,8 +173,8 @@ class Normalized(Composite):
     def inactive(self) -> Iterator[Normalized]:
         """Context manager that restores the original forward and backward passes of the model.
 
-        Unlike in Zennit, outputs computed before entering the context still propagate relevance, since a step never
-        runs the backward pass of its module.
+        Unlike in Zennit, outputs computed before entering the context still propagate relevance: a step never runs the
+        backward pass of its module.
 
         Examples:
             >>> rules, net, x = Normalized(NRMDefault()), nn.Linear(3, 1), torch.randn(5, 3, requires_grad=True)
@@ -223,7 +222,7 @@ def _is_compound_norm(module: nn.Module) -> bool:
 
 
 def register(name: str) -> Any:
-    """Decorator that registers a composite class with Zennit, and that raises an error if the name is taken."""
+    """Decorator that registers a composite class with Zennit and raises an error if the name is taken."""
 
     def decorate(composite: type[Composite]) -> type[Composite]:
         known = COMPOSITES.get(name)
@@ -256,7 +255,8 @@ class NRMDefault(SpecialFirstLayerMapComposite):
 
     Args:
         epsilon: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`.
-        layer_map, first_map: Rules that take precedence over those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the composite's own, as in Zennit.
+        first_map: Rules for the first layer that take precedence over the composite's own, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit, or None for batch-norm fusion.
 
@@ -293,7 +293,7 @@ class NRMAbsolute(LayerMapComposite):
     """Composite with the rule Absolute in all layers. No walk has negative mass, so the variation is 1 in every layer.
 
     Args:
-        layer_map: Rules that take precedence over those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the composite's own, as in Zennit.
         zero_params: Parameters to set to zero, as in Zennit.
         canonizers: As in Zennit, or None for batch-norm fusion.
 
@@ -318,8 +318,8 @@ class Named(Normalized):
     """Base class of the normalized variants of Zennit's composites.
 
     Args:
-        residual, gain_limit, uncovered, sums: As in :class:`~nrm_plugin.Normalized`.
-        rules: Keyword arguments of Zennit's composite.
+        rules: Keyword arguments of Zennit's composite. All other arguments are documented in
+            :class:`~nrm_plugin.Normalized`.
 
     Attributes:
         rules: Class of Zennit's composite.
@@ -389,10 +389,10 @@ class NRMExcitationBackprop(Named):
 class NRMRelative(Normalized):
     """Composite with the rule Relative in layers with weights and average pooling, and Absolute in sums.
 
-    Relevance is conserved only up to a factor, so condition queries on survival: ``given=~ABSORBED``.
+    Relevance is conserved only up to a factor. Condition queries on survival: ``given=~ABSORBED``.
 
     Args:
-        layer_map: Rules that take precedence over those of the composite, as in Zennit.
+        layer_map: Rules that take precedence over the composite's own, as in Zennit.
         canonizers: As in Zennit, or None for batch-norm fusion.
         uncovered: As in :class:`~nrm_plugin.Normalized`.
 

@@ -25,7 +25,7 @@ class InputError(NRMError, ValueError):
 
 
 class DifferenceError(InputError):
-    """Raised if a reference does not match the inputs, or if the model executes different operations on the two."""
+    """Raised if a reference does not match the inputs or if the model executes different operations on the two."""
 
 
 class TargetError(NRMError, ValueError):
@@ -57,7 +57,7 @@ class EventError(NRMError, ValueError):
 
 
 class NullEventError(NRMError, ZeroDivisionError):
-    """Raised if no walk with nonzero mass belongs to the conditioning event, so that the conditional is undefined."""
+    """Raised if no walk with nonzero mass belongs to the conditioning event. The conditional is then undefined."""
 
 
 class CancellationError(NRMError, ZeroDivisionError):
@@ -109,7 +109,7 @@ class PrecisionWarning(UserWarning):
 
 
 class RandomnessWarning(UserWarning):
-    """Issued if the model draws random numbers in evaluation mode; the measure then describes a single draw."""
+    """Issued if the model draws random numbers in evaluation mode. The measure then describes a single draw."""
 
 
 class MemoryBudgetWarning(UserWarning):
@@ -135,7 +135,7 @@ LIBRARIES = ("nrm_plugin", "torch", "zennit", "captum")
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Issues a warning attributed to the innermost caller outside of :data:`LIBRARIES`."""
+    """Issues a warning attributed to the innermost caller outside :data:`LIBRARIES`."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -168,7 +168,7 @@ SHOWN = 8
 def brief(value: object, length: int = 120) -> str:
     """Formats a value for an error message, abbreviating long values.
 
-    Tensors and modules are represented by their class, and tensors also by their shape and dtype.
+    Tensors and modules are represented by their class. Tensors are also represented by their shape and dtype.
 
     Args:
         value: Any value given by the user.

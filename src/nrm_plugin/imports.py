@@ -1,6 +1,6 @@
 """Import hooks that resolve deprecated module paths and register composites with Zennit.
 
-This module does not import torch, so that ``nrm-plugin --version`` is fast.
+To keep ``nrm-plugin --version`` fast, this module does not import torch.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ _DEPTH = _Depth()
 
 
 def _registering_composites(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """Wraps the loader of a module so that importing it also registers the composites with Zennit.
+    """Wraps the loader of a module. Importing the module then also registers the composites with Zennit.
 
-    Registration is deferred to the end of the outermost import; until then, modules of this package that import Zennit
+    Registration is deferred to the end of the outermost import. Until then, modules of this package that import Zennit
     are only partially initialized.
     """
     if spec is not None and spec.loader is not None:

@@ -18,9 +18,10 @@ class Absolute(BasicHook):
 
     .. math:: T_{ij} = \frac{|a_i w_{ij}|}{\sum_{i'} |a_{i'} w_{i'j}|}
 
-    The shares are nonnegative, so walks do not cancel, and the bias receives no relevance. In modules without weights
-    (average pooling, sums), relevance is distributed in proportion to the absolute values of the inputs. If all inputs
-    of a neuron are zero, the shares are proportional to the absolute values of the weights, so that no column vanishes.
+    All fractions are nonnegative, so walks do not cancel, and the bias receives no relevance. In modules without
+    weights (average pooling, sums), relevance is distributed in proportion to the absolute values of the inputs. If all
+    inputs of a neuron are zero, relevance is distributed in proportion to the absolute weights, and no column
+    vanishes.
 
     Args:
         stabilizer: Value added to the denominator, or a callable, as in Zennit's rules.
@@ -55,15 +56,15 @@ class Absolute(BasicHook):
 
 
 class ConservingEpsilon(BasicHook):
-    r"""Variant of LRP-ε that redistributes the relevance absorbed by ε, in proportion to the absolute inputs.
+    r"""Variant of LRP-ε that redistributes the relevance absorbed by ε in proportion to the absolute inputs.
 
     .. math:: T_{ij} = \frac{\sigma_j a_i w_{ij} + \varepsilon_j |a_i| / \sum_{i'} |a_{i'}|}{|z_j| + \varepsilon_j},
               \qquad \varepsilon_j = \max(0,\; \varepsilon\, m_j - |z_j|)
 
     with :math:`z_j = \sum_i a_i w_{ij}`, its sign :math:`\sigma_j`, and :math:`m_j = \bar w_j \sum_i |a_i|`, where
     :math:`\bar w_j` is the mean of :math:`|w|` over the weights of the output channel. Where :math:`|z_j| \ge
-    \varepsilon\, m_j`, the rule is LRP-0 without bias; elsewhere, the denominator is :math:`\varepsilon\, m_j`, so it
-    is never smaller. Every column sums to one. If all inputs of a neuron are zero, they receive equal shares. In
+    \varepsilon\, m_j`, the rule is LRP-0 without bias. Elsewhere, the denominator is :math:`\varepsilon\, m_j`, so it
+    is never smaller. Every column sums to one. If all inputs of a neuron are zero, they receive equal relevance. In
     modules without weights, such as average pooling, :math:`m_j` is the output of the module at the inputs
     :math:`|a_i|`.
 
@@ -114,7 +115,7 @@ class ConservingEpsilon(BasicHook):
 
 
 class Relative(BasicHook):
-    r"""Rule that scales contributions by one factor per layer, where other rules divide by one denominator per neuron.
+    r"""Rule that scales contributions by one factor per layer. Other rules divide by one denominator per neuron.
 
     .. math:: T_{ij} = \lambda\, a_i w_{ij}, \qquad
               \lambda = \frac{\sum_j |z_j|}{\sum_j z_j^2}, \qquad z_j = \sum_i a_i w_{ij}
@@ -122,8 +123,8 @@ class Relative(BasicHook):
     The sums over ``j`` run over the neurons of the layer, separately for each sample. Relevance :math:`R_j = c z_j`
     propagates to a total of :math:`c \sum_j |z_j|`, so it is conserved if no :math:`z_j` is negative, and otherwise
     only up to a factor. Use the rule with ``residual="sink"``, as in :class:`~nrm_plugin.NRMRelative`, and condition
-    queries on survival, ``given=~ABSORBED``. Then :math:`\lambda` cancels along a chain of layers, and makes branches
-    comparable where they join. The rule has no hyperparameters, and never divides by small numbers, since inputs and
+    queries on survival, ``given=~ABSORBED``. Then :math:`\lambda` cancels along a chain of layers and makes branches
+    comparable where they join. The rule has no hyperparameters. It never divides by small numbers because inputs and
     sums are scaled by the largest value in their layer. A layer whose outputs are all zero propagates no relevance.
 
     Examples:
@@ -149,12 +150,12 @@ class Relative(BasicHook):
         )
 
     def copy(self) -> Relative:
-        """Returns a new instance of the rule; it has no parameters."""
+        """Returns a new instance of the rule. It has no parameters."""
         return type(self)()
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Returns the maximum absolute value of each sample, ``(N, 1, …)``, clamped to a positive minimum."""
+    """Returns the maximum absolute value of each sample, of shape ``(N, 1, …)``, clamped to a positive minimum."""
     dims = tuple(range(1, values.ndim)) or (0,)
     return values.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -164,7 +165,7 @@ def _in_units(source: Tensor) -> Tensor:
 
 
 def _factor(z: Tensor) -> Tensor:
-    r"""Computes :math:`\sum |z_j| / \sum z_j^2` for each sample; 0 if all :math:`z_j` are zero."""
+    r"""Computes :math:`\sum |z_j| / \sum z_j^2` for each sample, or 0 if all :math:`z_j` are zero."""
     unit, dims = _largest(z), tuple(range(1, z.ndim)) or (0,)
     sums = z.abs() / unit
     squares = sums.square().sum(dims, keepdim=True)
@@ -215,13 +216,13 @@ def _evened(outputs: int) -> Callable[[Tensor, str], Tensor]:
 
 
 def mean_sizes(weight: Tensor) -> Tensor:
-    """Returns the mean absolute weight of each output channel, ``(out,)``, for non-transposed layers."""
+    """Returns the mean absolute weight of each output channel, of shape ``(out,)``, for non-transposed layers."""
     even: Tensor = _evened(0)(weight, "weight")
     return even.as_strided((len(even),), (even.stride(0),))
 
 
 def _least(source: Tensor, floor: float) -> Tensor:
-    """Returns a positive lower bound on the absolute inputs of each sample, ``(N, 1, …)``."""
+    """Returns a positive lower bound on the absolute inputs of each sample, of shape ``(N, 1, …)``."""
     size = source.abs()
     mean = size.mean(dim=tuple(range(1, size.ndim)), keepdim=True) if size.ndim > 1 else size
     return (floor * mean).clamp(min=1e-15)  # far above the stabilizers, so that zero inputs also have shares

@@ -26,7 +26,11 @@ class NRMAttributor(Attributor):
         composite: A Zennit composite, or None for the default of this package.
         attr_output: Start vector of the measure, as in Zennit: a tensor in the shape of the output, or a function of
             the output. Defaults to the output itself.
-        residual, gain_limit, uncovered, output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
         baseline_fn: Function that maps the input to a baseline, as in Zennit's ``IntegratedGradients``. If given, the
             measure explains the difference between the outputs at input and baseline; see ``reference`` of
             :class:`~nrm_plugin.RelevanceMeasure`. Unless a composite is given, relevance then propagates along secant
@@ -62,21 +66,21 @@ class NRMAttributor(Attributor):
         super().__init__(model, normalize(composite, residual, gain_limit, uncovered), attr_output)
 
     def __enter__(self) -> NRMAttributor:
-        """Returns the attributor; the measure registers its own hooks while it runs the model."""
+        """Returns the attributor. The measure registers its own hooks while it runs the model."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Does nothing, since no hooks are registered."""
+        """Does nothing. No hooks are registered."""
 
     def forward(self, input: Any, attr_output_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, RelevanceMeasure]:
-        """Returns the model output ``(N, …)`` and a measure whose start vector is a function of that output.
+        """Returns the model output of shape ``(N, …)`` and a measure whose start vector is a function of that output.
 
         Args:
-            input: Inputs ``(N, …)``, or any other inputs accepted by :class:`~nrm_plugin.RelevanceMeasure`.
+            input: Inputs of shape ``(N, …)``, or any other inputs accepted by :class:`~nrm_plugin.RelevanceMeasure`.
             attr_output_fn: Function that computes the start vector from the output.
 
         Raises:
-            TargetError: If the start vector sums to zero, or does not match the output.
+            TargetError: If the start vector sums to zero or does not match the output.
 
         Examples:
             >>> import torch

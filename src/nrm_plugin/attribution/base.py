@@ -1,6 +1,6 @@
 """Shared helpers for the Captum classes: input formats, units and convergence deltas.
 
-Captum's private helpers are imported only here, since their location depends on the version of Captum.
+Captum's private helpers are imported only here because their location depends on the version of Captum.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..model.targets import sample_sums
 Unit = Literal["output", "measure"]
 Layer = nn.Module | str | Atom
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""Wrappers removed from a model so that it runs on a single device."""
+"""Wrappers removed from a model to run it on a single device."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside a wrapper; other models are returned unchanged."""
+    """Returns the model inside a wrapper. Other models are returned unchanged."""
     inner: nn.Module = model.module if isinstance(model, WRAPPERS) else model
     return inner
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], bool]:
-    """Returns the inputs as a tuple, and a boolean that is True if they were passed as a tuple."""
+    """Returns the inputs as a tuple, and True if they were passed as a tuple."""
     given = tuple(inputs) if isinstance(inputs, list) else inputs
     if not isinstance(given, (Tensor, tuple)):
         raise InputError(f"inputs is {brief(given)}, expected a tensor of shape (N, …), or a tuple of such tensors.")
@@ -44,7 +44,7 @@ def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], b
 
 
 def as_given(values: tuple[Tensor, ...], was_tuple: bool) -> Any:
-    """Returns ``values`` as a tuple if the inputs were passed as a tuple, and otherwise its only element."""
+    """Returns ``values`` as a tuple if the inputs were passed as one, and otherwise its only element."""
     return _format_output(was_tuple, values)
 
 
@@ -78,7 +78,7 @@ def check_floating(inputs: tuple[Tensor, ...]) -> None:
 
 
 def reference_of(baselines: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """Converts Captum's baselines (tensors or numbers) to the ``reference`` of a measure, and None to None."""
+    """Converts Captum's baselines (tensors or numbers) to the ``reference`` of a measure. Returns None for None."""
     if baselines is None:
         return None
     given = tuple(baselines) if isinstance(baselines, (tuple, list)) else (baselines,)
@@ -104,7 +104,7 @@ def rules_for(baselines: Any, composite: Normalized, has_rules: bool) -> Normali
 
 
 def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
-    """Scales relevance ``(N, …)`` by the explained output ``(N,)`` if ``unit`` is ``"output"``.
+    """Scales relevance of shape ``(N, …)`` by the explained output of shape ``(N,)`` if ``unit`` is ``"output"``.
 
     Raises:
         ValueError: If the unit is unknown.
@@ -115,7 +115,7 @@ def in_unit(value: Tensor, output: Tensor, unit: Unit) -> Tensor:
 
 
 def as_tensor(measure: RelevanceMeasure, values: Tensor) -> Tensor:
-    """Removes the batch dimension of relevance ``(N, …)`` if the inputs have no batch dimension."""
+    """Removes the batch dimension of relevance of shape ``(N, …)`` if the inputs have no batch dimension."""
     return values if measure._is_batched else values.squeeze(0)
 
 
@@ -130,7 +130,9 @@ def input_taps(measure: RelevanceMeasure) -> list[Atom]:
 def input_relevance(
     measure: RelevanceMeasure, inputs: tuple[Tensor, ...], given: Event | None, joint: Event | None
 ) -> list[Tensor]:
-    """Computes the marginal of each input, with the shape of the input; zero if the input does not affect the output.
+    """Computes the marginal of each input, with the shape of the input.
+
+    The marginal is zero if the input does not affect the output.
 
     Raises:
         InputError: If the inputs affect the output only as lookup indices.
@@ -149,7 +151,7 @@ def input_relevance(
 
 
 def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
-    """Computes the convergence delta of a layer, ``(N,)``: one minus the sum of its mass, sink and bypass."""
+    """Computes the convergence delta of a layer, of shape ``(N,)``: one minus the sum of its mass, sink and bypass."""
     if len(taps) == 1:
         (tap,) = taps
         return 1 - sample_sums(measure.marginal(tap)) - measure.sink(tap) - measure.bypass(tap)
@@ -159,7 +161,7 @@ def convergence_delta(measure: RelevanceMeasure, taps: list[Atom]) -> Tensor:
 
 
 def with_optional(attributions: Any, delta: Any | None, sink: Any | None) -> Any:
-    """Returns the attributions, together with ``delta`` and ``sink`` unless they are None."""
+    """Returns the attributions together with ``delta`` and ``sink`` unless they are None."""
     parts = [attributions, *(part for part in (delta, sink) if part is not None)]
     return parts[0] if len(parts) == 1 else tuple(parts)
 

@@ -25,7 +25,7 @@ OUTPUT = "y"
 
 
 def condition_event(condition: Condition) -> Event | None:
-    """Converts a condition to an event: the walks that cross one of the given channels in each of its layers.
+    """Converts a condition to the event that a walk crosses one of the given channels in each of its layers.
 
     Args:
         condition: Mapping from layer names to channels, such as ``{"features.28": [3], "y": [281]}``; ``"y"`` is
@@ -35,7 +35,7 @@ def condition_event(condition: Condition) -> Event | None:
         The event, or None if the condition names no layer and is therefore satisfied by every walk.
 
     Raises:
-        EventError: If the condition is not a mapping, or if its channels are not a list of numbers.
+        EventError: If the condition is not a mapping or if its channels are not a list of numbers.
 
     Examples:
         >>> condition_event({"features.28": [3], "features.14": [5, 8], "y": [281]})
@@ -57,7 +57,11 @@ class ConceptNRM:
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
-        composite, residual, gain_limit, uncovered, output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 10))
@@ -96,7 +100,7 @@ class ConceptNRM:
         """Computes the relevance of each neuron in a layer under each condition.
 
         Args:
-            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
+            inputs: Inputs of shape ``(N, …)``, or a tuple of such tensors.
             conditions: Mappings from layer names to channels, and from ``"y"`` to the explained outputs. Every
                 condition is applied to every sample. If a condition selects several outputs, they are weighted by their
                 values, as in zennit-crp.
@@ -109,11 +113,11 @@ class ConceptNRM:
             against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the relevance
                 explains the difference between the two; each condition must then contain exactly one output. See
                 :class:`~nrm_plugin.RelevanceMeasure`.
-            baselines: Baselines in Captum's format. If given, the relevance explains how the outputs differ from those
-                at the baselines; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
+            baselines: Baselines in Captum's format. If given, the relevance explains the change of the outputs relative
+                to the baselines; see ``reference`` of :class:`~nrm_plugin.RelevanceMeasure`.
 
         Returns:
-            Relevance ``(conditions, N, *shape)``.
+            Relevance of shape ``(conditions, N, *shape)``.
 
         Raises:
             EventError: If no condition is given, a condition is invalid, or ``against`` is given and a condition does
@@ -172,7 +176,7 @@ def _explanation(chosen: tuple[int, ...] | None, against: Any) -> dict[str, Any]
 
 
 def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """Returns a mask of the chosen outputs, ``(N, K)``; None selects all outputs."""
+    """Returns a mask of the chosen outputs, of shape ``(N, K)``. None selects all outputs."""
     if chosen is None:
         return torch.ones_like(outputs)
     out_of_range = [number for number in chosen if not -outputs.shape[1] <= number < outputs.shape[1]]
@@ -184,7 +188,7 @@ def _mask(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
 
 
 def _start(chosen: tuple[int, ...] | None, outputs: Tensor) -> Tensor:
-    """Returns the start vector: the mask of a single output, or the values of several outputs."""
+    """Returns the start vector: the mask of a single output or the values of several outputs."""
     mask = _mask(chosen, outputs)
     return mask if bool(mask.flatten(1).sum(1).eq(1).all()) else mask * outputs
 

@@ -17,9 +17,9 @@ Reduce = Literal["mean", "sum"]
 
 
 class DataLoaderNRM:
-    """Applies an attribution method of this package to the batches of a data loader.
+    """Attribution with a method of this package over the batches of a data loader.
 
-    Captum's ``DataLoaderAttribution`` ablates features across the whole dataset, and therefore supports only
+    Captum's ``DataLoaderAttribution`` ablates features across the whole dataset and therefore supports only
     ``FeatureAblation``. Relevance takes one pass per batch instead. As in Captum, an ``InputRole`` specifies how each
     part of a batch is used.
 
@@ -77,10 +77,10 @@ class DataLoaderNRM:
             kwargs: Additional arguments of ``attr_method.attribute``.
 
         Returns:
-            The result of ``attr_method.attribute`` for all samples; if it is reduced, without the batch dimension.
+            The result of ``attr_method.attribute`` for all samples. A reduced result has no batch dimension.
 
         Raises:
-            ValueError: If ``reduce`` or a role is unknown, or the data loader is empty.
+            ValueError: If ``reduce`` or a role is unknown or the data loader is empty.
 
         Examples:
             >>> net = torch.nn.Linear(3, 2)
@@ -142,5 +142,5 @@ def _leaves(form: Any) -> Iterator[Tensor]:
 
 
 def _like(form: Any, parts: Iterator[Tensor]) -> Any:
-    """Packs tensors into a structure of tuples and lists like that of ``form``."""
+    """Packs tensors into tuples and lists with the structure of ``form``."""
     return next(parts) if isinstance(form, Tensor) else type(form)(_like(part, parts) for part in form)

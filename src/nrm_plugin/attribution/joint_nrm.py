@@ -1,4 +1,4 @@
-"""Joint relevance of two layers, with the interface of a Captum attribution method."""
+"""Joint relevance of two layers with the interface of a Captum attribution method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ class JointNRM:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
         upper: The layer nearer to the output: a module, its name or ``at(…)``.
         lower: A layer below ``upper``.
-        composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
+        composite: As in :class:`NRM`.
+        residual: As in :class:`NRM`.
+        gain_limit: As in :class:`NRM`.
+        uncovered: As in :class:`NRM`.
+        output: As in :class:`NRM`.
+        batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 10))
@@ -60,7 +65,7 @@ class JointNRM:
         """Computes the joint relevance of each pair of channels or neurons.
 
         Args:
-            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
+            inputs: Inputs of shape ``(N, …)``, or a tuple of such tensors.
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
             additional_forward_args: Additional arguments for the model.
             over: ``"channel"`` or ``"neuron"``.
@@ -71,7 +76,7 @@ class JointNRM:
                 :meth:`NRM.attribute`.
 
         Returns:
-            Joint relevance ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.
+            Joint relevance of shape ``(N, upper, lower)``, with ``N = 1`` for ``batched=False``.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Relevance of layers; the counterpart of Captum's ``LayerLRP``."""
+"""Relevance of layers, the counterpart of Captum's ``LayerLRP``."""
 
 from __future__ import annotations
 
@@ -34,8 +34,13 @@ class LayerNRM(NRM, LayerAttribution):
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
         layer: A module, its name or ``at(…)``; a list of layers, computed in a single pass; or None for all layers of
             the measure.
-        device_ids: Accepted for compatibility with Captum, but ignored; the model runs on one device.
-        composite, residual, gain_limit, uncovered, output, batched: As in :class:`NRM`.
+        device_ids: Accepted for compatibility with Captum but ignored. The model runs on one device.
+        composite: As in :class:`NRM`.
+        residual: As in :class:`NRM`.
+        gain_limit: As in :class:`NRM`.
+        uncovered: As in :class:`NRM`.
+        output: As in :class:`NRM`.
+        batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -86,18 +91,18 @@ class LayerNRM(NRM, LayerAttribution):
         first or windows; see :meth:`~nrm_plugin.RelevanceMeasure.shape`.
 
         Args:
-            inputs: Inputs ``(N, …)``, or a tuple of such tensors. Integer inputs receive no relevance, but the
+            inputs: Inputs of shape ``(N, …)``, or a tuple of such tensors. Integer inputs receive no relevance, but the
                 embeddings that they index do.
             target: The output to explain, in Captum's format; see :meth:`NRM.attribute`.
             additional_forward_args: Additional arguments for the model.
-            return_convergence_delta: Whether to also return the convergence delta of each layer, ``(N,)``.
+            return_convergence_delta: Whether to also return the convergence delta of each layer, of shape ``(N,)``.
             attribute_to_layer_input: Whether to return the relevance of layer inputs instead of layer outputs.
             verbose: Whether to print the rule applied at each step.
             against: Output or outputs to contrast with; see :meth:`NRM.attribute`.
             given: Event to condition on.
             joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` or ``"measure"``; see :meth:`NRM.attribute`.
-            return_sink: Whether to also return the relevance absorbed above each layer, ``(N,)``.
+            return_sink: Whether to also return the relevance absorbed above each layer, of shape ``(N,)``.
             baselines: If given, the relevance explains the change in the output relative to the baselines; see
                 :meth:`NRM.attribute`.
 

@@ -1,4 +1,4 @@
-"""Relevance of inputs to neurons inside the network; the counterpart of Captum's ``NeuronGradient``."""
+"""Relevance of inputs to neurons inside the network, the counterpart of Captum's ``NeuronGradient``."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ from .nrm import NRM
 class NeuronNRM(NRM, NeuronAttribution):
     """Captum attribution method for the normalized relevance of the inputs to neurons inside the network.
 
-    The measure starts at the selected neurons, so no target is needed.
+    The measure starts at the selected neurons and needs no target.
 
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped.
         layer: A module, its name or ``at(…)``.
-        device_ids: Accepted for compatibility with Captum, but ignored; the model runs on one device.
-        composite, residual, gain_limit, uncovered, batched: As in :class:`NRM`.
+        device_ids: Accepted for compatibility with Captum but ignored. The model runs on one device.
+        composite: As in :class:`NRM`.
+        residual: As in :class:`NRM`.
+        gain_limit: As in :class:`NRM`.
+        uncovered: As in :class:`NRM`.
+        batched: As in :class:`NRM`.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -82,13 +86,13 @@ class NeuronNRM(NRM, NeuronAttribution):
         return_sink: bool = False,
         baselines: Any = None,
     ) -> Any:
-        """Computes the relevance of each input entry to the selected neurons.
+        """Computes the relevance of each input element to the selected neurons.
 
         Args:
-            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
-            neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output
-                ``(N, …)`` that returns one number per sample. If several neurons are selected, they are weighted by
-                their activations.
+            inputs: Inputs of shape ``(N, …)``, or a tuple of such tensors.
+            neuron_selector: As in Captum: an index, a tuple of indices and slices, or a function of the layer's output,
+                of shape ``(N, …)``, that returns one number per sample. If several neurons are selected, they are
+                weighted by their activations.
             additional_forward_args: Additional arguments for the model.
             attribute_to_neuron_input: Whether to select neurons of the layer's input instead of its output.
             verbose: Whether to print the rule applied at each step.
@@ -98,8 +102,8 @@ class NeuronNRM(NRM, NeuronAttribution):
             joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the activation of the neurons;
                 ``"measure"`` for relevance that sums to 1.
-            return_convergence_delta: Whether to also return the convergence delta, ``(N,)``.
-            return_sink: Whether to also return the absorbed relevance, ``(N,)``.
+            return_convergence_delta: Whether to also return the convergence delta, of shape ``(N,)``.
+            return_sink: Whether to also return the absorbed relevance, of shape ``(N,)``.
             baselines: If given, the relevance explains the change in the activation relative to the baselines.
 
         Returns:
@@ -107,7 +111,7 @@ class NeuronNRM(NRM, NeuronAttribution):
             them.
 
         Raises:
-            TargetError: If the selector does not match the layer, or if the selected activations cancel.
+            TargetError: If the selector does not match the layer or if the selected activations cancel.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Relevance of inputs; the counterpart of Captum's ``LRP``."""
+"""Relevance of inputs, the counterpart of Captum's ``LRP``."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ class NRM(GradientAttribution):
     Args:
         model: The network; ``torch.nn.DataParallel`` is unwrapped and runs on one device.
         composite: A Zennit composite, or None for the default of this package.
-        residual, gain_limit, uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        output, batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False``, attributions have the
-            shape of the inputs, and deltas and sinks have one entry.
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        batched: As in :class:`~nrm_plugin.RelevanceMeasure`. With ``batched=False``, attributions have the shape of the
+            inputs, and deltas and sinks have one element.
 
     Raises:
-        InputError: If ``model`` is a function rather than a module because the layers of a function cannot be
-            recorded.
+        InputError: If ``model`` is a function rather than a module. The layers of a function cannot be recorded.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
@@ -126,17 +128,17 @@ class NRM(GradientAttribution):
         return_sink: bool = False,
         baselines: Any = None,
     ) -> Any:
-        """Computes the relevance of each input entry.
+        """Computes the relevance of each input element.
 
         Args:
-            inputs: Inputs ``(N, …)``, or a tuple of such tensors.
+            inputs: Inputs of shape ``(N, …)``, or a tuple of such tensors.
             target: The output to explain, in Captum's format: an int, or a tensor with a single int, for all samples;
                 or a list or tensor with one int per sample. Use a tuple or a list of tuples for outputs with more
                 dimensions, and None if each sample has a single output.
             additional_forward_args: Additional arguments for the model: a single one, or a tuple. They receive no
                 relevance.
-            return_convergence_delta: Whether to also return the convergence delta, ``(N,)``: the explained output minus
-                the sum of attributions, sink and bypass, which is zero up to rounding errors.
+            return_convergence_delta: Whether to also return the convergence delta, of shape ``(N,)``: the explained
+                output minus the sum of attributions, sink and bypass, which is zero up to rounding errors.
             verbose: Whether to print the rule applied at each step.
             against: Another output to contrast with, or ``"rest"`` for all other classes. If given, the attributions
                 explain the difference between the target and this contrast; see :class:`~nrm_plugin.RelevanceMeasure`.
@@ -145,9 +147,9 @@ class NRM(GradientAttribution):
             joint: Event to intersect with, for joint relevance.
             unit: ``"output"`` for relevance whose sum, including sink and bypass, is the explained output of each
                 sample; ``"measure"`` for relevance that sums to 1.
-            return_sink: Whether to also return the absorbed relevance, ``(N,)``, in the same unit.
+            return_sink: Whether to also return the absorbed relevance, of shape ``(N,)``, in the same unit.
             baselines: Baselines in Captum's format, a tensor or number for each input. If given, the attributions
-                explain how the output differs from that at the baselines; see ``reference`` of
+                explain the change of the output relative to the baselines; see ``reference`` of
                 :class:`~nrm_plugin.RelevanceMeasure`. In this case, nothing is absorbed unless a composite is given.
 
         Returns:
@@ -205,7 +207,7 @@ class NRM(GradientAttribution):
             )
 
     def attribute_future(self) -> None:
-        """Raises an error, since futures are not supported, as in Captum's ``LRP``.
+        """Raises an error. As in Captum's ``LRP``, futures are not supported.
 
         Raises:
             NotImplementedError: Always.
@@ -219,7 +221,7 @@ class NRM(GradientAttribution):
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """True, since relevance is a contribution to the output rather than a sensitivity.
+        """Always True: relevance is a contribution to the output rather than a sensitivity.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).multiplies_by_inputs
@@ -228,7 +230,7 @@ class NRM(GradientAttribution):
         return True
 
     def has_convergence_delta(self) -> bool:
-        """Returns True, since sink and bypass account for all relevance that does not reach the inputs.
+        """Returns True: sink and bypass account for all relevance that does not reach the inputs.
 
         Examples:
             >>> NRM(nn.Linear(2, 2)).has_convergence_delta()
@@ -237,11 +239,11 @@ class NRM(GradientAttribution):
         return True
 
     def compute_convergence_delta(self, attributions: Any, output: Tensor, accounted: Tensor | float = 0.0) -> Tensor:
-        """Computes ``output - accounted - Σ attributions``, ``(N,)``, as in Captum's LRP.
+        """Computes ``output - accounted - Σ attributions``, of shape ``(N,)``, as in Captum's LRP.
 
         Args:
-            attributions: A tensor or tuple of tensors, ``(N, …)``.
-            output: The explained output, ``(N,)``.
+            attributions: A tensor of shape ``(N, …)``, or a tuple of such tensors.
+            output: The explained output, of shape ``(N,)``.
             accounted: The relevance of sink and bypass, in the same unit.
 
         Examples:
@@ -275,7 +277,7 @@ class NRM(GradientAttribution):
     def _in_form(
         self, measure: RelevanceMeasure, output: Tensor, inputs: tuple[Tensor, ...], was_tuple: bool, request: Request
     ) -> Any:
-        """Computes input relevance in Captum's format, with the delta and the sink if requested."""
+        """Computes the input relevance in Captum's format, with the delta and the sink if requested."""
         relevance = input_relevance(measure, inputs, request.given, request.joint)
         attributions = as_given(tuple(in_unit(part, output, request.unit) for part in relevance), was_tuple)
         taps = input_taps(measure)

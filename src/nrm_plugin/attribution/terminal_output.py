@@ -24,7 +24,7 @@ KINDS = {"class": "class", "mask": "token behind the mask", "next": "next token"
 
 
 def lines(explanation: Any, width: int = 80, color: bool = False) -> list[str]:
-    """Formats an explanation as lines of at most ``width`` columns (at least 40), not counting color codes."""
+    """Formats an explanation as lines of at most ``width`` columns (at least 40), excluding color codes."""
     return [line.rstrip() if not color else line for line in _lines(explanation, max(width, 40), color)]
 
 
@@ -72,7 +72,7 @@ def number(explanation: Any) -> str:
 
 
 def colored(text: Tokens, values: Tensor, width: int, color: bool) -> Iterator[str]:
-    """Yields the text in lines of at most ``width`` columns, with words colored by relevance if ``color`` is true."""
+    """Yields the text in lines of at most ``width`` columns. Words are colored by relevance if ``color`` is True."""
     largest = text.largest(values)
     line, at = "", 0
     for word, value in zip(text.words, values.tolist(), strict=True):
@@ -156,7 +156,7 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _cells(text: str) -> int:
-    """Returns the display width of a text in columns; wide East Asian characters take two."""
+    """Returns the display width of a text in columns. Wide East Asian characters take two."""
     return sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text

@@ -33,7 +33,7 @@ from .text_predictions import Task, task_of, tokenized
 from .words import Tokens, Word
 
 BEST = 5
-"""Number of predictions, and of units per layer, that an explanation lists."""
+"""Number of predictions and of units per layer that an explanation lists."""
 NEURONS = re.compile(r"\.(neuron\d*|post)$")
 """Pattern for sites whose channels are called neurons."""
 AUTO = "auto"
@@ -47,9 +47,9 @@ class Row:
     Attributes:
         title: Name of the condition or unit.
         mass: Mass of the condition or unit.
-        relevance: Relevance of each word, ``(words,)``, on the CPU; joint relevance for a unit, and conditional
-            relevance for a condition. Conditional relevance and absorbed relevance sum to 1, or to -1 if the condition
-            is evidence against the target. None if the mass of the condition is zero or nearly cancels.
+        relevance: Relevance of each word, of shape ``(words,)``, on the CPU. This is joint relevance for a unit and
+            conditional relevance for a condition. Conditional relevance and absorbed relevance sum to 1, or to -1 if
+            the condition is evidence against the target. None if the mass of the condition is zero or nearly cancels.
         problem: Reason why ``relevance`` is None.
     """
 
@@ -67,18 +67,18 @@ class TextExplanation:
         text: The text, with its tokens and words.
         kind: ``"class"``, ``"mask"``, ``"next"`` or ``"token"``.
         target: Name of the explained class or token.
-        against: Contrast: the class or token with which the target is compared; empty if there is none.
-        reference: Reference text, or the token that replaces every word; empty without a reference.
+        against: The class or token with which the target is compared. Empty without a contrast.
+        reference: Reference text or the token that replaces every word. Empty without a reference.
         output: The explained scalar: an output, a difference between outputs, or the change of either relative to the
             reference.
         predictions: The most likely classes or tokens with their softmax values.
-        tokens: Relevance of each token, ``(T,)``, on the CPU.
-        words: Relevance of each word, ``(words,)``. Positive relevance is evidence for the target. Together with the
-            absorbed relevance, it sums to 1, or to -1 if ``output`` is negative, that is, if the target scores lower
-            than the contrast, or leads by less than it does for the reference.
+        tokens: Relevance of each token, of shape ``(T,)``, on the CPU.
+        words: Relevance of each word, of shape ``(words,)``. Positive relevance is evidence for the target. Together
+            with the absorbed relevance, it sums to 1, or to -1 if ``output`` is negative. It is negative if the
+            target scores lower than the contrast or leads by less than it does for the reference.
         decoder: Relevance of the decoder's start token.
         absorbed: Relevance absorbed by constants and rules.
-        variation: Sum of the absolute relevance of all tokens. The larger it is, the more relevance cancels, and the
+        variation: Sum of the absolute relevance of all tokens. The larger it is, the more relevance cancels and the
             larger the rounding errors are.
         layers: The most relevant units of each requested layer.
         given: One row for each condition.
@@ -245,7 +245,7 @@ def _explanation(
 
 
 def _name(task: Task, chosen: int, compared: int | str | None) -> str:
-    """Returns the name of the contrast, or an empty string; with two classes, the rest is the other class."""
+    """Returns the name of the contrast, or an empty string. With two classes, the rest is the other class."""
     if compared is None:
         return ""
     if isinstance(compared, str) and len(task.logits) != 2:
@@ -267,10 +267,10 @@ def _predictions(task: Task, chosen: int) -> tuple[tuple[str, float], ...]:
 def _of_masks(
     measure: Callable[..., RelevanceMeasure], task: Task, tokenizer: Any, mask: str | None
 ) -> tuple[str | None, RelevanceMeasure]:
-    """Returns the mask token, and a measure that explains how the prediction changes relative to mask tokens.
+    """Returns the mask token and a measure that explains the change of the prediction relative to mask tokens.
 
-    If there is no mask token, if the prediction is the same for both texts, or if the model runs different operations
-    on them, such as different experts, the measure explains the prediction itself, and the token is None.
+    The token is None, and the measure explains the prediction itself, if there is no mask token, if the prediction is
+    the same for both texts, or if the model runs different operations on them, such as different experts.
     """
     if mask:
         with contextlib.suppress(DifferenceError, TargetError, UnsupportedOperationError):
@@ -307,7 +307,7 @@ class Words:
     Attributes:
         mu: The measure to query.
         ends: Names of the token taps, at which walks end.
-        task: The prediction task.
+        task: Prediction that is explained.
     """
 
     mu: RelevanceMeasure
@@ -315,7 +315,7 @@ class Words:
     task: Task
 
     def relevance(self, **of: Any) -> Tensor:
-        """Returns the relevance of tokens, ``(…, T)`` on the CPU; positive values are evidence for the target."""
+        """Returns the relevance of tokens on the CPU, of shape ``(…, T)``. Positive values support the target."""
         maps = self.mu.marginal(self.ends, over="position", **of)
         summed = torch.stack(list(maps.values())).sum(0)
         return float(self.mu.sign) * summed[..., 0, :].cpu()

@@ -20,18 +20,18 @@ MOST_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Task:
-    """Prediction task: a text, and the prediction of a model for it.
+    """Prediction task: a text and the prediction of a model for it.
 
     Attributes:
         kind: ``"class"`` for the class of the text, ``"mask"`` for the token at a mask, ``"next"`` for the next token,
             or ``"token"`` for the class of one token.
         text: The text with its tokens and words.
-        inputs: Token ids keyed by model argument; walks end at their embeddings.
+        inputs: Token ids keyed by model argument. Walks end at their embeddings.
         others: Additional keyword arguments for the model.
         position: Index of the token whose prediction is explained, or None if the class of the text is explained.
-        logits: Logits of the prediction, ``(K,)``.
-        labels: Names of the classes; empty if each class is a token of the tokenizer.
-        tokenizer: The tokenizer.
+        logits: Logits of the prediction, of shape ``(K,)``.
+        labels: Names of the classes, or empty if each class is a token of the tokenizer.
+        tokenizer: Tokenizer that produced the token ids.
     """
 
     kind: Kind
@@ -44,7 +44,7 @@ class Task:
     tokenizer: Any
 
     def output(self, returned: Any) -> Tensor:
-        """Extracts the prediction logits, ``(1, K)``, from the model's return value."""
+        """Extracts the prediction logits, of shape ``(1, K)``, from the model's return value."""
         logits: Tensor = returned["logits"] if isinstance(returned, dict) else returned
         return logits if self.position is None else logits[:, self.position]
 
@@ -132,7 +132,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
     """Tokenizes a text and infers the prediction task by running the model.
 
     Raises:
-        InputError: If the model does not return logits for classes or tokens, or ``position`` is missing or invalid.
+        InputError: If the model does not return logits for classes or tokens or ``position`` is missing or invalid.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     tokens, others = tokenized(tokenizer, text, device)
@@ -173,7 +173,7 @@ def task_of(model: nn.Module, tokenizer: Any, text: str, position: int | None) -
 
 
 def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, dict[str, Tensor]]:
-    """Tokenizes a text; returns the tokens and all other outputs of the tokenizer, such as the attention mask.
+    """Tokenizes a text. Returns the tokens and all other outputs of the tokenizer, such as the attention mask.
 
     Raises:
         InputError: If the text is not a string, has no tokens, or has more tokens than the model accepts.
@@ -200,7 +200,7 @@ def tokenized(tokenizer: Any, text: str, device: torch.device) -> tuple[Tokens, 
 
 
 def _accepted(model: nn.Module, others: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tokenizer outputs that the model accepts; DistilBERT and T5, for example, take no segment ids."""
+    """Returns the tokenizer outputs that the model accepts. DistilBERT and T5, for example, take no segment ids."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return others

@@ -34,10 +34,10 @@ class Tokens:
     """Text with its tokens and words.
 
     Attributes:
-        text: The original text.
-        ids: Token ids, ``(1, T)``.
+        text: Text as given by the user.
+        ids: Token ids of shape ``(1, T)``.
         tokens: Token strings, ``T`` of them.
-        words: Words in order; each token is part of exactly one word.
+        words: Words in order. Each token is part of exactly one word.
     """
 
     text: str
@@ -48,15 +48,15 @@ class Tokens:
     def largest(self, values: Tensor) -> float:
         """Returns the limit of the color scale: the largest absolute value of any word, or 1 if all values are zero.
 
-        Special tokens are ignored unless the values of all words are zero, since a class token often receives most of
-        the relevance.
+        A class token often receives most of the relevance. Special tokens are therefore ignored unless the values of
+        all words are zero.
         """
         texts = [number for number, word in enumerate(self.words) if not word.is_special]
         own = float(values[..., texts].abs().max()) if texts else 0.0
         return own or float(values.abs().max()) or 1.0
 
     def of_words(self, values: Tensor) -> Tensor:
-        """Sums token values, ``(…, T)``, over each word; returns ``(…, words)``."""
+        """Sums token values of shape ``(…, T)`` over each word. Returns shape ``(…, words)``."""
         result = values.new_zeros(*values.shape[:-1], len(self.words))
         for number, word in enumerate(self.words):
             result[..., number] = values[..., list(word.tokens)].sum(-1)
@@ -67,7 +67,7 @@ def merged(text: str, ids: Sequence[int], tokens: Sequence[str], special: set[in
     """Merges the tokens of a text into words.
 
     Args:
-        text: The original text.
+        text: Text as given by the user.
         ids: Token ids, one per token.
         tokens: Token strings, as returned by the tokenizer.
         special: Ids of the special tokens.

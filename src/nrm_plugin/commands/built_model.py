@@ -16,7 +16,7 @@ SEED = 0
 
 
 class ModelError(NRMError, ValueError):
-    """Raised if no model has the given name, or the model cannot be built."""
+    """Raised if no model has the given name or the model cannot be built."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BuiltModel:
         model: The model, with its weights loaded.
         weights: Origin of the weights.
         transforms: torchvision's preprocessing preset.
-        categories: Class names; empty if unknown.
+        categories: Class names, or empty if unknown.
         notes: Messages for the user.
     """
 
@@ -40,7 +40,7 @@ class BuiltModel:
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Context manager that seeds the initialization of weights, and restores the random state of the caller."""
+    """Context manager that seeds the initialization of weights and restores the random state of the caller."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         yield

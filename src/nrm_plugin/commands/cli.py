@@ -1,6 +1,6 @@
-"""The command ``nrm-plugin`` and its subcommands; the module of a subcommand is imported only to run it.
+"""The command ``nrm-plugin`` and its subcommands. The module of a subcommand is imported only to run it.
 
-Neither this module nor the argument parsers import torch, so that ``--help`` and ``--version`` are fast.
+To keep ``--help`` and ``--version`` fast, neither this module nor the argument parsers import torch.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command-line arguments. Defaults to ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0 on success; 1 if an image could not be explained, or if an error stopped the command; 2 if
-        the options are invalid, with a one-line reason on stderr; 130 after an interrupt.
+        The exit status: 0 on success; 1 if an image could not be explained or if an error stopped the command; 2 if the
+        options are invalid, with a one-line reason on stderr; 130 after an interrupt.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -36,10 +36,10 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
     Args:
         name: Name of the composite in Zennit's registry.
-        bounds: Lowest and highest input values, ``(1, C, 1, 1)`` each, for composites with a box rule.
+        bounds: Lowest and highest input values, of shape ``(1, C, 1, 1)`` each, for composites with a box rule.
 
     Raises:
-        CompositeError: If the name is unknown, or if the composite has other required arguments.
+        CompositeError: If the name is unknown or if the composite has other required arguments.
     """
     check_composite_name(name)
     kind = _plain(COMPOSITES[name])
@@ -58,5 +58,5 @@ def composite_of(name: str, bounds: tuple[Tensor, Tensor]) -> Composite:
 
 
 def _plain(kind: type[Composite]) -> type[Composite]:
-    """Returns the composite class inside a normalized one, since the commands normalize every composite themselves."""
+    """Returns the composite class inside a normalized one. The commands normalize every composite themselves."""
     return getattr(kind, "rules", kind) if issubclass(kind, Normalized) else kind

@@ -12,7 +12,7 @@ from .resolved_options import one_line_warnings
 
 
 def read_stored(options: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
-    """Runs a command that reads a sweep; returns :data:`FAILED` if a file is damaged."""
+    """Runs a command that reads a sweep. Returns :data:`FAILED` if a file is damaged."""
     with one_line_warnings():
         check_folder(options.out)
         try:

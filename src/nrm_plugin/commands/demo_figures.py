@@ -34,8 +34,8 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
     Args:
         model: The digit classifier.
         sample: The digit to explain.
-        image: Image of the digit, ``(1, 16, 16)``.
-        out: Output folder.
+        image: Image of the digit, of shape ``(1, 16, 16)``.
+        out: Folder to which the figures are written.
         against: ``"rest"`` to contrast the digit with the other digits, or ``"none"``.
     """
     mu = _measure(model, image[None], sample, against)
@@ -56,7 +56,7 @@ def save_sample(model: nn.Module, sample: Sample, image: Tensor, out: Path, agai
 
 
 def _measure(model: nn.Module, images: Tensor, sample: Sample, against: str) -> RelevanceMeasure:
-    """Returns the measure of the predicted digit, whose output exceeds those of the other digits."""
+    """Returns the measure of the predicted digit. Its output exceeds the outputs of the other digits."""
     return RelevanceMeasure(model, images, sample.predicted, against=REST if against == REST else None)
 
 
@@ -65,7 +65,7 @@ def _explained(sample: Sample, against: str) -> str:
 
 
 def _two_lines(title: str) -> str:
-    """Breaks a title into two lines, since a single line would overlap the color bar."""
+    """Breaks a title into two lines. A single line would overlap the color bar."""
     return title.replace(" rather than ", "\nrather than ")
 
 
@@ -86,9 +86,9 @@ def save_budgets(rows: Sequence[Row], samples: Sequence[Sample], images: Tensor,
     Args:
         rows: One row per layer, with tensors of shape ``(N,)``.
         samples: The ``N`` digits.
-        images: Images of the digits, ``(N, 1, 16, 16)``.
+        images: Images of the digits, of shape ``(N, 1, 16, 16)``.
         composite: Name of the composite, for the title.
-        out: Output folder.
+        out: Folder to which the figure is written.
     """
 
     def values(column: str, number: int) -> list[float]:
@@ -122,8 +122,8 @@ def save_flow(model: nn.Module, sample: Sample, image: Tensor, out: Path, agains
     Args:
         model: The digit classifier.
         sample: The digit to explain.
-        image: Image of the digit, ``(1, 1, 16, 16)``.
-        out: Output folder.
+        image: Image of the digit, of shape ``(1, 1, 16, 16)``.
+        out: Folder to which the files are written.
         against: As in :func:`save_sample`.
     """
     mu = _measure(model, image, sample, against)

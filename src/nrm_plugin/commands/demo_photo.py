@@ -1,4 +1,4 @@
-"""Photograph demo: runs ``explain`` and ``flow`` on a photograph with a downloaded network."""
+"""Demo that runs ``explain`` and ``flow`` on a photograph with a downloaded network."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CLASSES = "classes.txt"
 
 
 def explain_photo(photo: Path | None, out: Path) -> int:
-    """Explains a photograph by heat maps and a flow, prints the commands that it runs, and returns the exit status.
+    """Explains a photograph by heat maps and a flow. Prints the commands that it runs and returns the exit status.
 
     Args:
         photo: Image file. Defaults to the photograph bundled with the package.
-        out: Output folder.
+        out: Folder to which the results are written.
 
     Raises:
         PackageError: If a package cannot be downloaded.

@@ -1,4 +1,4 @@
-"""The demo: explains how the bundled network classifies held-out digits, by numbers per layer and figures."""
+"""The demo, which explains how the bundled network classifies held-out digits by a table of layers and figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Report:
         samples: The digits.
         accuracy: Accuracy of the network on all held-out digits.
         rows: One row per layer of :data:`~nrm_plugin.commands.demo_values.LAYERS`.
-        figures: Figure files: three per digit, and the layer budgets of all digits.
+        figures: Figure files: three per digit and the layer budgets of all digits.
         flow: Figure and HTML page of the flow for the first digit.
         against: ``"rest"`` if the figures contrast each digit with the other digits, or ``"none"``.
         composite: Name of the composite used for the rows.
@@ -42,8 +42,8 @@ def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Repor
     """Explains held-out digits and saves the figures.
 
     Args:
-        kinds: ``"0"`` to ``"9"`` for a digit, or ``"misread"`` for a misclassified one. If an entry is repeated, it
-            selects the next digit of its kind.
+        kinds: ``"0"`` to ``"9"`` for a digit, or ``"misread"`` for a misclassified one. A repeated kind
+            selects its next digit.
         out: Output folder, which must exist.
         against: ``"rest"`` or ``"none"``.
 
@@ -67,7 +67,7 @@ def demo_report(kinds: Sequence[str], out: Path, against: str = "rest") -> Repor
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Context manager that limits torch to one thread, since the tensors are too small to benefit from several."""
+    """Context manager that limits torch to one thread. The tensors are too small to benefit from several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Digits of the demo, and the relevance of each layer in the measure and in plain Zennit."""
+"""Digits of the demo and the relevance of each layer in the measure and in plain Zennit."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LAYERS = (
 TABLE_COMPOSITE = EpsilonPlus
 """Composite of the table and the layer budgets.
 
-It is one of Zennit's composites, since the default composite absorbs no relevance. All other figures use the default.
+It is one of Zennit's composites because the default composite absorbs no relevance. All other figures use the default.
 """
 
 
 class DemoError(NRMError, ValueError):
-    """Raised if the requested digits are invalid, or if more of them are requested than are held out."""
+    """Raised if the requested digits are invalid or if more of them are requested than are held out."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Row:
 
     Attributes:
         layer: Name of the tap.
-        plain: Total relevance in plain Zennit, for an initial relevance of 1 at the output.
+        plain: Total relevance in plain Zennit for an initial relevance of 1 at the output.
         mass: Mass of the walks that cross the layer; ``mass + sink + bypass == 1``.
         sink: Mass absorbed above the layer.
         bypass: Mass of the walks that bypass the layer.
@@ -104,7 +104,7 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 
     Args:
         model: The digit classifier.
-        images: Images of the digits, ``(N, 1, 16, 16)``.
+        images: Images of the digits, of shape ``(N, 1, 16, 16)``.
         target: Explained class of each image.
     """
     mu = RelevanceMeasure(model, images, list(target), composite=TABLE_COMPOSITE())
@@ -119,11 +119,13 @@ def layer_rows(model: nn.Module, images: Tensor, target: Sequence[int]) -> list[
 def plain_sums(
     model: nn.Module, images: Tensor, target: Sequence[int], composite: Composite, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Computes plain Zennit's total relevance at each layer, ``(N,)``, for an initial relevance of 1 at the target.
+    """Computes the total relevance of plain Zennit at each layer, of shape ``(N,)``.
+
+    The initial relevance at the target is 1.
 
     Args:
         model: The network.
-        images: Inputs, ``(N, …)``.
+        images: Inputs of shape ``(N, …)``.
         target: Explained class of each image.
         composite: The composite, without normalization.
         layers: Module names or ``"input"``.

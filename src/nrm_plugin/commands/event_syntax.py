@@ -50,7 +50,7 @@ def parse(text: str) -> Condition:
             Brackets select channels, as in ``at(layer).channel([…])``.
 
     Raises:
-        ConditionError: If the text does not follow the grammar; the message shows the position.
+        ConditionError: If the text does not follow the grammar. The message shows the position.
     """
     reader = _Reader(text)
     event = reader.union()

@@ -36,7 +36,10 @@ class Totals:
     """Relevance totals at one tap. Mass, sink and bypass sum to 1, or to -1 if a negative difference is explained.
 
     Attributes:
-        mass, sink, bypass, variation: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        mass: Mass of the walks that cross the tap.
+        sink: Mass absorbed above the tap.
+        bypass: Mass of the walks that bypass the tap.
+        variation: Tap variation, at least 1.
     """
 
     mass: float
@@ -52,10 +55,10 @@ class LayerExplanation:
     Attributes:
         name: Name of the tap.
         relevance: Relevance of each neuron, without batch dimension.
-        mass: Mass of each channel, ``(C,)``.
+        mass: Mass of each channel, of shape ``(C,)``.
         totals: Relevance totals at the layer.
         top: Channels with the largest absolute mass.
-        heat_maps: Joint relevance of each of these channels with the pixels, ``(len(top), H, W)``.
+        heat_maps: Joint relevance of each of these channels with the pixels, of shape ``(len(top), H, W)``.
     """
 
     name: str
@@ -73,8 +76,8 @@ class ConditionalExplanation:
     Attributes:
         condition: The condition (text and event).
         mass: Mass of the event.
-        relevance: Relevance of the inputs given the event, ``(C, H, W)``. If the class is contrasted with others, it
-            has the sign of the mass. None if the mass is zero or nearly cancels.
+        relevance: Relevance of the inputs given the event, of shape ``(C, H, W)``. If the class is contrasted with
+            others, it has the sign of the mass. None if the mass is zero or nearly cancels.
         problem: Reason for undefined relevance.
     """
 
@@ -90,7 +93,7 @@ class LayerMap:
 
     Attributes:
         layers: The layers, from the last to the first.
-        relevance: Map ``(H, W)``, interpolated to pixels. Positive values are evidence for the class.
+        relevance: Map of shape ``(H, W)``, interpolated to pixels. Positive values are evidence for the class.
         reference: Name or file of the reference image, or None if there is none.
     """
 
@@ -106,13 +109,13 @@ class Explanation:
     Attributes:
         request: The request, with the reference that was chosen for this image.
         source: The image file.
-        image: The preprocessed image, ``(3, S, S)`` with values in [0, 1].
-        outputs: Outputs of the model, ``(K,)``.
+        image: The preprocessed image, of shape ``(3, S, S)`` with values in [0, 1].
+        outputs: Outputs of the model, of shape ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
         difference: The explained difference between outputs, or None without a contrast.
-        relevance: Relevance of the inputs, ``(C, S, S)``. Like the relevance of layers and the totals, it is multiplied
-            by the sign of the difference, so that positive relevance is evidence for the class.
+        relevance: Relevance of the inputs, of shape ``(C, S, S)``. Like the relevance of layers and the totals, it is
+            multiplied by the sign of the difference. Positive relevance is then evidence for the class.
         totals: Relevance totals at the inputs.
         layers: Explanations of the requested layers.
         given: Explanations conditional on the requested events.
@@ -120,8 +123,8 @@ class Explanation:
         reference: Name or file of the reference image, or None if there is none.
         layer_map: Relevance map averaged over late layers, or None if it was not requested or the model has no such
             layers.
-        pixel_map: Heat map ``(H, W)`` of :func:`~nrm_plugin.measure.pixel_maps.pixel_map`, with the plain background of
-            the image as the reference; None without a plain background.
+        pixel_map: Heat map of :func:`~nrm_plugin.measure.pixel_maps.pixel_map`, of shape ``(H, W)``, with the plain
+            background of the image as the reference. None without a plain background.
         shows_pixels: Whether to plot the relevance of the pixels.
         notes: Deviations from the request, with their reasons.
     """
@@ -154,7 +157,7 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
         request: Target, layers, conditions, rules and device.
 
     Raises:
-        RequestError: If the target, the layers or the conditions do not match the model, or if the model fails.
+        RequestError: If the target, the layers or the conditions do not match the model or if the model fails.
         NRMError: If no measure of the model can be constructed with these rules.
     """
     inputs = loaded.preprocessing(source.image).to(request.device)
@@ -169,13 +172,13 @@ def explanation(loaded: LoadedModel, source: LoadedImage, request: Request) -> E
 def _on_ground(
     loaded: LoadedModel, source: LoadedImage, inputs: Tensor, request: Request, ground: str
 ) -> Explanation | str:
-    """Explains the difference from the plain background, or returns a note stating why this is not possible.
+    """Explains the difference from the plain background. Returns a note with the reason if this is not possible.
 
     Args:
         loaded: The model.
         source: The image to explain.
         inputs: The preprocessed image.
-        request: The request.
+        request: Settings of the computation.
         ground: The color of the background, as the name of a reference.
     """
     request = replace(request, composite=SECANTS, reference=ground, layers_reference=None, finds_ground=False)
@@ -235,7 +238,7 @@ def _of_one_measure(
 
 
 def _layer_map(mu: RelevanceMeasure, reference: str | None) -> LayerMap | None:
-    """Computes the relevance map of late layers, or returns None if the model has no late layers with positions."""
+    """Computes the relevance map of late layers. Returns None if the model has no late layers with positions."""
     layers = late_layers(mu)
     return LayerMap(layers, layer_average(mu, layers)[0].cpu(), reference) if layers else None
 
@@ -243,7 +246,7 @@ def _layer_map(mu: RelevanceMeasure, reference: str | None) -> LayerMap | None:
 def _has_late_layers(loaded: LoadedModel, mu: RelevanceMeasure, inputs: Tensor) -> bool:
     """Returns True if a model has late layers.
 
-    The result is cached, since a planned measure would have to record the model to determine it.
+    The result is cached. A planned measure would have to record the model to determine it.
     """
     shape = tuple(inputs.shape)
     if shape not in loaded.has_late_layers:

@@ -1,4 +1,4 @@
-"""Output files of one explanation: heat maps as PNG, numbers and settings as safetensors, channels as CSV."""
+"""Output files of one explanation: heat maps as PNG, tensors and settings as safetensors, channels as CSV."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .output_files import (
 from .request import Request
 
 CLIPPED = 400
-"""Number of pixels of which at most one may exceed the color scale."""
+"""Number of pixels among which at most one may exceed the color scale."""
 LEAST_LOST = 0.005
 """Fraction of relevance lost above the pixels beyond which the title mentions the loss."""
 LONGEST_HEADER = 10**8
@@ -57,7 +57,7 @@ def write(
         loaded: The explained model.
         request: The request that was explained.
         result: The explanation to write.
-        out: Output folder.
+        out: Folder to which the files are written.
         taken: File names that are in use, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
         cells: Resolution of the heat maps; see :func:`cells_of`.
 
@@ -87,7 +87,7 @@ def write(
 
 
 def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
-    """Returns the suffixes of the files written for a layer; there is no figure if no channel has relevance."""
+    """Returns the suffixes of the files written for a layer. There is no figure if no channel has relevance."""
     return ("png", "csv") if layer.top else ("csv",)
 
 
@@ -95,7 +95,7 @@ def _kinds(layer: LayerExplanation) -> tuple[str, ...]:
 
 
 def settings(loaded: LoadedModel, request: Request, result: Explanation) -> dict[str, str]:
-    """Returns all settings that affect the results as metadata strings, with lists and dictionaries encoded as JSON."""
+    """Returns all settings that affect the results as metadata strings. Lists and dictionaries are encoded as JSON."""
     about = image_settings(loaded, request, result.source.path, result.source.digest, result.target, result.against)
     about["given"] = [condition.text for condition in request.given]
     if result.layer_map is not None:
@@ -162,9 +162,9 @@ def _save_table(layer: LayerExplanation, path: Path) -> None:
 
 
 def color_limit(maps: Sequence[Values]) -> float | None:
-    """Computes a color limit for heat maps ``(H, W)``, robust to extreme pixels.
+    """Computes a color limit for heat maps of shape ``(H, W)`` that is robust to outliers.
 
-    At most one in :data:`CLIPPED` pixels exceeds this limit. The result is None if the limit is zero.
+    At most one in :data:`CLIPPED` pixels exceeds the limit. Returns None if the limit is zero.
     """
     values = torch.stack([torch.as_tensor(one) for one in maps]).abs().flatten() if maps else torch.zeros(1)
     inside = values.sort().values[: max(1, len(values) - len(values) // CLIPPED)]
@@ -185,7 +185,7 @@ def _overview(loaded: LoadedModel, result: Explanation, cells: int | str) -> Fig
 
 
 def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
-    """Returns the heat maps ``(H, W)`` with their titles."""
+    """Returns the heat maps of shape ``(H, W)`` with their titles."""
     drawn = []
     if result.pixel_map is not None:
         drawn.append(("the evidence, pixel by pixel\nfor the class alone", result.pixel_map))
@@ -201,7 +201,7 @@ def _drawn(result: Explanation) -> list[tuple[str, Tensor]]:
 
 
 def totals_text(totals: Totals) -> str:
-    """Describes how much relevance reaches the pixels, and how much is absorbed or bypasses them."""
+    """Describes how much relevance reaches the pixels and how much is absorbed or bypasses them."""
     lost = ((totals.sink, "is absorbed on the way"), (totals.bypass, "bypasses them"))
     parts = [f"{percent(value)} {words}" for value, words in lost if abs(value) >= LEAST_LOST]
     reached = percent(totals.mass) if parts else "all of it" if totals.mass > 0 else "all of it, against the class,"

@@ -1,4 +1,4 @@
-"""Error messages of the commands, as one line on stderr that ``--quiet`` does not suppress. Does not import torch."""
+"""Error messages of the commands: one line on stderr that ``--quiet`` does not suppress. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TextIO
 from ..errors import NRMError, is_out_of_memory, printable
 
 FAILED, INTERRUPTED = 1, 130
-"""Exit statuses after an error other than invalid options, and after an interrupt."""
+"""Exit statuses after an error other than invalid options and after an interrupt."""
 ARGUMENTS = ("target", "against", "reference", "position", "composite", "residual", "gain_limit", "device")
 """Python arguments that correspond to an option of the same name."""
 LOWER = {"batch_size": "--batch-size", "workers": "--workers", "size": "--size", "channels": "--channels",
@@ -27,7 +27,7 @@ _quieted: list[TextIO] = []
 
 @contextlib.contextmanager
 def quiet(is_quiet: bool) -> Iterator[None]:
-    """Context manager that suppresses all output to stdout and stderr, except through :func:`errors`."""
+    """Context manager that suppresses all output to stdout and stderr except through :func:`errors`."""
     if not is_quiet:
         yield
         return
@@ -40,7 +40,7 @@ def quiet(is_quiet: bool) -> Iterator[None]:
 
 
 def errors() -> TextIO:
-    """Returns the error stream, which ``--quiet`` does not suppress."""
+    """Returns the error stream. ``--quiet`` does not suppress it."""
     return _quieted[-1] if _quieted else sys.stderr
 
 
@@ -66,7 +66,7 @@ def _with_options(text: str, options: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[list[int]]:
-    """Context manager that records interrupts, since interrupting an import can raise an unrelated error."""
+    """Context manager that records interrupts. Interrupting an import can raise an unrelated error."""
     seen: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

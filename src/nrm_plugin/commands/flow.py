@@ -1,4 +1,4 @@
-"""Arguments and entry point of ``nrm-plugin flow``, for images or, with ``--from``, the mean over a stored sweep."""
+"""Arguments and entry point of ``nrm-plugin flow`` for images or, with ``--from``, the mean over a stored sweep."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Side:
     """One of the two compared flows.
 
     Attributes:
-        image: The explained image.
+        image: Image that this flow explains.
         request: The request, including the class.
         mu: The measure for the class and the image.
         target: The explained class.
@@ -81,7 +81,7 @@ def explain_difference(
 ) -> Printed:
     """Writes the difference between two flows; see :func:`~nrm_plugin.commands.image_flow.explain_flow`.
 
-    By default, each flow explains a single output without a contrast, since the difference from other classes would be
+    By default, each flow explains a single output without a contrast. The difference from other classes would be
     negative for a class that is not predicted, and the two flows would not be comparable.
     """
     if request.against is None:
@@ -126,7 +126,7 @@ def explain_difference(
 
 
 def _photo(loaded: LoadedModel, first: Side, second: Side, regions: Regions) -> Photo:
-    """Returns the explained image, or both images side by side."""
+    """Returns the explained image or both images side by side."""
     one, other = (photo(loaded, side.image, loaded.preprocessing(side.image.image)) for side in (first, second))
     return replace(one, regions=regions) if first.image is second.image else side_by_side(one, other, regions)
 
@@ -143,7 +143,7 @@ def _heading(loaded: LoadedModel, first: Side, second: Side) -> str:
 
 
 def _softmax(*both: Side) -> str:
-    """Describes the softmax values of both explained outputs, or returns an empty string for a single output."""
+    """Describes the softmax values of both explained outputs. Returns an empty string for a single output."""
     if both[0].mu.outputs.numel() < 2:
         return ""
     shares = [float(side.mu.outputs.flatten().double().softmax(0)[side.target]) for side in both]
@@ -152,10 +152,10 @@ def _softmax(*both: Side) -> str:
 
 
 def sides(loaded: LoadedModel, image: LoadedImage, request: Request, minus: str) -> tuple[Side, Side]:
-    """Returns the two flows to compare, where ``minus`` is an image file or another class of the same image.
+    """Returns the two flows to compare. ``minus`` is an image file or another class of the same image.
 
     Raises:
-        RequestError: If ``minus`` is the explained class, or is neither an image nor a class.
+        RequestError: If ``minus`` is the explained class or is neither an image nor a class.
     """
     other = load_image(Path(minus)) if Path(minus).is_file() else None
     mu, target = _measured(loaded, image, request)
@@ -198,11 +198,11 @@ def _measured(loaded: LoadedModel, image: LoadedImage, request: Request) -> tupl
 def flow_difference(
     loaded: LoadedModel, first: Side, second: Side, options: FlowOptions
 ) -> tuple[FlowGraph, NodeMaps, str, Regions, Counts]:
-    """Computes the difference between two flows over the same groups, and between their joint heat maps.
+    """Computes the difference between two flows over the same groups and between their joint heat maps.
 
     Returns:
         The graph; heat maps keyed by node; the layer whose positions the maps show, or an empty string for pixels;
-        regions of the input nodes, ``(H, W)``; and the number of channels of each group of channels.
+        regions of the input nodes, of shape ``(H, W)``; and the number of channels of each group of channels.
 
     Raises:
         RequestError: If the layers or the patches do not match the model.

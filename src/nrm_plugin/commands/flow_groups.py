@@ -1,4 +1,4 @@
-"""Options of a flow, and the grouping of the neurons in its layers."""
+"""Options of a flow and the grouping of the neurons in its layers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .request import Request, RequestError, compared_with, explained_class
 
 INPUT = "input"
 Regions = Mapping[str, NDArray[np.bool_]]
-"""Regions of the image, ``(H, W)``, keyed by node."""
+"""Regions of the image, of shape ``(H, W)``, keyed by node."""
 NARROW = 5.0
 """Figure width in inches below which the resolution is doubled."""
 MOST_PATCHES = 16
-"""Maximum number of image patches along each side, for grouping without scikit-image."""
+"""Maximum number of image patches along each side for grouping without scikit-image."""
 COMPACT = 40.0
 """Compactness of SLIC for few superpixels. Lower values would merge them to even fewer."""
 LISTED = re.compile(r"channel \d+( \+ \d+)?")
@@ -104,11 +104,11 @@ def division(
         mu: The measure for the image.
         request: The request, with the layers.
         options: Options of the flow figure.
-        image: Image ``(C, H, W)`` with values in [0, 1].
+        image: Image of shape ``(C, H, W)`` with values in [0, 1].
 
     Raises:
-        RequestError: If there are more patches than pixels, or if the file of groups cannot be read.
-        InputError: If the file does not contain groups, or if the groups do not match the model.
+        RequestError: If there are more patches than pixels or if the file of groups cannot be read.
+        InputError: If the file does not contain groups or if the groups do not match the model.
     """
     height, width = mu.shape(INPUT)[-2:]
     if options.patches > min(height, width):
@@ -130,12 +130,12 @@ def groups_of(
         mu: The measure to query.
         layers: The layers, in any order.
         wanted: Number of groups per layer, or a file of groups.
-        image: Image ``(C, H, W)`` with values in [0, 1].
+        image: Image of shape ``(C, H, W)`` with values in [0, 1].
         names: Names of the group members, keyed by layer.
 
     Raises:
         RequestError: If the file cannot be read.
-        InputError: If the file does not contain groups, or if the groups do not match the model.
+        InputError: If the file does not contain groups or if the groups do not match the model.
     """
     if isinstance(wanted, Path):
         return _with_short_names(_stored(wanted))
@@ -151,7 +151,7 @@ def groups_of(
 
 
 def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups) -> dict[str, Tensor]:
-    """Returns the group of each neuron in the grouped layers or, for the input, of each pixel, ``(H, W)``."""
+    """Returns the group of each neuron in the grouped layers. For the input, groups of pixels have shape ``(H, W)``."""
     labels = {layer: groups.over(mu, layer) for layer in layers if layer in groups.layers}
     if INPUT in labels and labels[INPUT].ndim > 2:
         labels[INPUT] = labels[INPUT].select(mu.channel_dim(INPUT) - 1, 0)
@@ -159,11 +159,11 @@ def labels_of_groups(mu: RelevanceMeasure, layers: Sequence[str], groups: Groups
 
 
 def regions_of(graph: FlowGraph, over: Mapping[str, Any]) -> Regions:
-    """Returns the region ``(H, W)`` of each group of the input that a flow shows, keyed by node.
+    """Returns the region of each input group that a flow shows, of shape ``(H, W)``, keyed by node.
 
     Args:
         graph: The flow.
-        over: Group labels keyed by layer; those of the input have shape ``(H, W)``.
+        over: Group labels keyed by layer. The labels of the input have shape ``(H, W)``.
     """
     patched = [node for node in graph.nodes if node.layer == INPUT and node.kind == "group"]
     return {node.key: (over[INPUT] == node.group).numpy() for node in patched}
@@ -224,7 +224,7 @@ def _count(groups: Groups) -> int:
 
 
 def _with_short_names(groups: Groups) -> Groups:
-    """Replaces the names of groups that list channels with short ones, which fit below a thumbnail.
+    """Replaces the names of groups that list channels with short ones that fit below a thumbnail.
 
     Names are unique: each layer has its own letter, starting at the input, as in A1, A2, …, B1, …
     """

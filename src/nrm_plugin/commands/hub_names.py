@@ -1,4 +1,4 @@
-"""Names of models on the Hugging Face Hub: whether they are in the local cache, and whether the hub is reachable.
+"""Names of models on the Hugging Face Hub: whether they are in the local cache and whether the hub is reachable.
 
 Without a network, the client of the hub repeats each request for many seconds and then prints a long traceback.
 """
@@ -26,13 +26,13 @@ TIMEOUT = 1.5
 
 
 def is_offline(name: str) -> bool:
-    """Returns True if a model is loaded without the network: from a folder, or from the local cache of the hub.
+    """Returns True if a model is loaded without the network, from a folder or from the local cache of the hub.
 
-    Neither torch nor transformers is imported, so that a wrong name fails at once.
+    Neither torch nor transformers is imported. A wrong name thus fails at once.
 
     Raises:
-        TextModelError: If there is no such folder, or it has no configuration; or if the name is not in the local
-            cache and the hub cannot be reached.
+        TextModelError: If there is no such folder or it has no configuration, or if the name is not in the local cache
+            and the hub cannot be reached.
     """
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -88,7 +88,7 @@ def _connect(host: str, port: int, timeout: float, done: list[Any]) -> None:
 
 
 def _address(endpoint: str) -> tuple[str, int]:
-    """Returns the host and port of an address, or of its proxy if the environment sets one."""
+    """Returns the host and port of an address or, if the environment sets one, of its proxy."""
     url = urllib.parse.urlsplit(endpoint)
     proxies = {} if urllib.request.proxy_bypass(url.hostname or "") else urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")

@@ -1,4 +1,4 @@
-"""Flow of relevance for one image: its figure, HTML page, numbers and layer profile."""
+"""Flow of relevance for one image: its figure, raw values, HTML page and layer profile."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .photos import crop_note, photo
 from .request import Against, Request, RequestError, check_layers, compared_with, explained_class, measure_of
 
 MOST_PASSES, LISTED_WALKS = 150, 12
-"""Maximum number of partial passes for walks over groups, and number of walks listed on the page."""
+"""Maximum number of partial passes for walks over groups and number of walks listed on the page."""
 LEAST_NEXT = 0.01
 """Softmax value above which a caption mentions the second class."""
 LEAST_PROFILE = 0.01
@@ -60,7 +60,7 @@ class ImageFlow:
     """Flow of relevance for one image.
 
     Attributes:
-        outputs: Outputs of the model, ``(K,)``.
+        outputs: Outputs of the model, of shape ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
         difference: The explained difference between outputs, or None without a contrast.
@@ -69,8 +69,8 @@ class ImageFlow:
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
         groups: The groups, or None if they were not requested.
-        maps_at: Layer whose positions the heat maps show; empty for single pixels.
-        walks: The strongest walks over groups; empty if computing all walks would take too many passes.
+        maps_at: Layer whose positions the heat maps show, or empty for single pixels.
+        walks: The strongest walks over groups, or empty if computing all walks would take too many passes.
         profile: Layer profile, compared with plain LRP.
         next_class: Name of the class with the largest output other than the explained class.
         rival: Name of the contrast, if it is a single class.
@@ -108,7 +108,7 @@ def explain_flow(
         taken: File names that are in use, as in :func:`~nrm_plugin.commands.output_files.free_stem`.
 
     Raises:
-        RequestError: If the target, the layers or the patches do not match the model, or if the model fails.
+        RequestError: If the target, the layers or the patches do not match the model or if the model fails.
         NRMError: If no measure of the model can be constructed with these rules.
         OSError: If a file cannot be written.
     """
@@ -152,7 +152,7 @@ def image_flow(loaded: LoadedModel, image: LoadedImage, request: Request, option
 def _flow(
     mu: RelevanceMeasure, loaded: LoadedModel, request: Request, options: FlowOptions, image: Photo
 ) -> tuple[MappedFlow, Division]:
-    """Returns the flow with its heat maps, and the grouping of the neurons in each layer."""
+    """Returns the flow with its heat maps and the grouping of the neurons in each layer."""
     try:
         divided = division(loaded, mu, request, options, torch.as_tensor(image.image))
         flow = mapped_flow(
@@ -185,7 +185,10 @@ def _write(
     out: Path,
     taken: set[str],
 ) -> list[Path]:
-    """Writes the figure, the numbers, the HTML page and, if applicable, the layer profile and the groups."""
+    """Writes the figure, raw values and HTML page. Returns the paths written.
+
+    The layer profile is also written if relevance is lost at a layer, and the groups if they were computed.
+    """
     settings: dict[str, Any] = image_settings(loaded, request, image.path, image.digest, flow.target, flow.against)
     settings |= {"top": options.top, "coverage": options.coverage, "patches": options.patches}
     settings |= {} if options.groups is None else {"groups": printable(options.groups)}
@@ -234,7 +237,7 @@ def _places(flow: ImageFlow) -> dict[str, str]:
 
 
 def _rank(flow: ImageFlow) -> str:
-    """Describes the softmax value and rank of the explained class, or returns an empty string for a single output."""
+    """Describes the softmax value and rank of the explained class. Returns an empty string for a single output."""
     if len(flow.outputs) < 2:
         return ""
     softmax = flow.outputs.double().softmax(0)
@@ -249,7 +252,7 @@ def _rank(flow: ImageFlow) -> str:
 
 
 def _whole(flow: ImageFlow) -> str:
-    """Describes the difference between outputs that equals 100%, or returns an empty string if it is not positive."""
+    """Describes the difference between outputs that equals 100%. Returns an empty string if it is not positive."""
     if flow.difference is None or flow.difference <= 0:
         return ""
     others = f"that of {flow.rival}"

@@ -22,7 +22,7 @@ COMMON = (
     OutputError, RequestError, ReferenceImageError, CompositeError, ModelStateError, UnsupportedOperationError,
     UnsupportedRuleError,
 )  # fmt: skip
-"""Errors that affect all images and therefore stop the command, unless an image was already explained."""
+"""Errors that affect all images and therefore stop the command unless an image was already explained."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Printed:
 
     Attributes:
         lines: Lines for stdout.
-        problems: Failures, listed on stderr at the end.
+        problems: Failures, which are listed on stderr at the end.
     """
 
     lines: list[str]
@@ -86,7 +86,7 @@ def _explained(path: Path, common: tuple[type[Exception], ...], explain: Callabl
 
 
 def readable(images: list[Path]) -> tuple[list[Path], list[str]]:
-    """Returns the readable image files without duplicates, and an error message for each of the others."""
+    """Returns the readable image files without duplicates and an error message for each of the others."""
     present, problems = [], []
     for path in dict.fromkeys(images):
         try:

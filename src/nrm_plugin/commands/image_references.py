@@ -1,4 +1,4 @@
-"""Reference images, given by a name or a file."""
+"""Reference images, given by name or file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
 
     Args:
         loaded: The model.
-        inputs: The preprocessed image, ``(1, C, S, S)``.
+        inputs: The preprocessed image, of shape ``(1, C, S, S)``.
         name: One of :data:`NAMES`, a color such as ``#f0f0f0``, or an image file.
 
     Raises:
@@ -59,7 +59,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
 
 
 def reference_words(name: str | None) -> str:
-    """Describes a reference for a title, or returns an empty string without a reference."""
+    """Describes a reference for a title. Returns an empty string without a reference."""
     if name is None:
         return ""
     words = f"a plain image of {name}" if COLOUR.fullmatch(name) else printable(Path(name).name)
@@ -71,7 +71,7 @@ def ground_name(loaded: LoadedModel, inputs: Tensor) -> str | None:
 
     Args:
         loaded: The model.
-        inputs: The preprocessed image, ``(1, C, S, S)``.
+        inputs: The preprocessed image, of shape ``(1, C, S, S)``.
     """
     colour = plain_ground(loaded.preprocessing.inverse(inputs))
     if colour is None:

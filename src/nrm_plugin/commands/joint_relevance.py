@@ -1,4 +1,4 @@
-"""Joint relevance of the most relevant channels of several layers, and its figure."""
+"""Joint relevance of the most relevant channels of several layers and its figure."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ChannelJoint:
     Attributes:
         layers: Names of the layers, from the output to the input.
         channels: The most relevant channels of each layer, in descending order of relevance.
-        marginals: Marginals of these channels, ``(K,)`` for each layer.
+        marginals: Marginals of these channels for each layer, of shape ``(K,)``.
         sizes: Number of channels in each layer.
-        values: Joint relevance of one channel per layer, ``(K, …, K)``, dimensionless.
+        values: Joint relevance of one channel per layer, of shape ``(K, …, K)``, dimensionless.
     """
 
     layers: tuple[str, ...]
@@ -41,7 +41,7 @@ class ChannelJoint:
     values: Tensor
 
     def strongest(self, count: int) -> list[tuple[int, ...]]:
-        """Returns the indices of the ``count`` largest absolute entries of ``values``, in descending order."""
+        """Returns the indices of the ``count`` largest absolute values, in descending order."""
         order = self.values.abs().flatten().argsort(descending=True, stable=True)[:count]
         return [tuple(map(int, torch.unravel_index(place, self.values.shape))) for place in order]
 
@@ -63,7 +63,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
     Args:
         mu: A single-sample measure.
         layers: At least two taps in any order, each above or below every other.
-        count: Number of channels per layer; all channels if a layer has fewer.
+        count: Number of channels per layer. All channels are used if a layer has fewer.
 
     Raises:
         ValueError: If fewer than two layers are given, a layer is repeated, or the measure contains several samples.
@@ -93,7 +93,7 @@ def joint_relevance(mu: RelevanceMeasure, layers: Sequence[str], count: int) -> 
 
 
 def joint_heat_maps(mu: RelevanceMeasure, events: Sequence[Event]) -> Tensor:
-    """Computes ``μ(pixel ∩ event)`` for a single-sample measure, summed over the color channels, ``(E, H, W)``."""
+    """Computes ``μ(pixel ∩ event)`` for a single-sample measure, of shape ``(E, H, W)``. Sums over color channels."""
     return torch.cat([mu.marginal("input", joint=part)[:, 0].sum(1) for part in _chunks(events)])
 
 
@@ -104,8 +104,8 @@ def joint_figure(
 
     Args:
         mu: The measure used to compute ``joint``.
-        image: Image ``(C, H, W)`` with values in [0, 1].
-        pixels: Pixel relevance, ``(H, W)``.
+        image: Image of shape ``(C, H, W)`` with values in [0, 1].
+        pixels: Relevance of the pixels, of shape ``(H, W)``.
         joint: Joint relevance of the channels.
         marks: Number of combinations to label and show as heat maps.
         heading: Title of the figure.

@@ -45,7 +45,7 @@ def layer_rows(loaded: LoadedModel, composite: str) -> list[tuple[str, ...]]:
     """Returns the name, shape without batch dimension, operation, rule and note of each tap.
 
     Raises:
-        RequestError: If the model fails, or if the number of outputs differs from the number of class names.
+        RequestError: If the model fails or if the number of outputs differs from the number of class names.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Terminal output of the commands, in ASCII except for names, so that every terminal can display it."""
+"""Terminal output of the commands. Except for names, it is ASCII, which every terminal can display."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _name(loaded: LoadedModel, index: int) -> str:
 
 
 def classes(loaded: LoadedModel, outputs: Tensor, target: int, against: Against) -> Iterator[str]:
-    """Yields lines about the classes with the largest outputs, the explained class, and the contrast."""
+    """Yields lines about the classes with the largest outputs, the explained class and the contrast."""
     softmax = torch.softmax(outputs.double(), 0)
     best = outputs.argsort(descending=True, stable=True)[:BEST].tolist()
     listed = list(dict.fromkeys([*best, target, *([against] if isinstance(against, int) else [])]))

@@ -20,11 +20,11 @@ class LoadedModel:
     """Model ready to be explained, with preprocessing and metadata.
 
     Attributes:
-        name: Name given by the user.
+        name: Model name, as given by the user.
         weights: Origin of the weights.
-        model: The model in evaluation mode, float32.
+        model: The float32 model in evaluation mode.
         preprocessing: Conversion of images to inputs.
-        categories: Class names; empty if unknown.
+        categories: Class names, or empty if unknown.
         notes: Messages for the user.
         rules: Cache of composites, keyed by the settings of a request.
         has_late_layers: Cache of whether the model has layers for a coarse heat map, keyed by input shape.
@@ -41,7 +41,7 @@ class LoadedModel:
 
     @property
     def parameter(self) -> Tensor:
-        """Any model parameter, to determine device and dtype, or an empty tensor if there is none."""
+        """Any model parameter, which determines device and dtype, or an empty tensor if there is none."""
         return next(self.model.parameters(), torch.empty(0))
 
     @property

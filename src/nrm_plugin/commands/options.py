@@ -1,4 +1,4 @@
-"""Options shared by several commands, and parsers for their values. This module does not import torch."""
+"""Options shared by several commands and parsers for their values. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOWNLOADED = "torchvision's default, downloaded once"
 
 
 def add_model(parser: argparse.ArgumentParser, weights: str = DOWNLOADED, required: bool = True) -> None:
-    """Adds options for the model and its preprocessing; ``weights`` describes the default weights."""
+    """Adds options for the model and its preprocessing. ``weights`` describes the default weights."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=required, metavar="NAME",
                        help="a torchvision classifier such as vgg16; or your own as package.module:factory or "
@@ -63,7 +63,7 @@ def add_cells(parser: Any) -> None:
 
 
 def add_reference(group: Any, default: str = NO_REFERENCE) -> None:
-    """Adds the ``--reference`` option; ``default`` describes its default."""
+    """Adds the ``--reference`` option. ``default`` describes its default."""
     group.add_argument("--reference", metavar="blur|mean|black|white|#RRGGBB|FILE|none",
                        help="explain the difference from the blurred image, an image of its mean color, a black or a "
                        "white one, one of another color, or another image; none: no reference "
@@ -85,7 +85,7 @@ def add_target(group: Any) -> None:
 
 
 def add_against(group: Any, default: str) -> None:
-    """Adds the ``--against`` option, which sets the contrast; ``default`` describes its default."""
+    """Adds the ``--against`` option, which sets the contrast. ``default`` describes its default."""
     group.add_argument("--against", metavar="rest|none|CLASS",
                        help="explain the difference between the class and the other classes, weighted by their softmax "
                        "(rest), or one other class; none: the output of the class alone (default: "
@@ -113,7 +113,7 @@ def add_computation(parser: argparse.ArgumentParser, rules: str | None = DEFAULT
 
 
 def add_out(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Adds the ``--out`` option, which sets the output folder, with the given default."""
+    """Adds the ``--out`` option, which sets the output folder. ``folder`` is the default."""
     parser.add_argument("--out", type=Path, default=Path(folder), metavar="DIR",
                         help="folder for the results; created if missing (default: %(default)s)")  # fmt: skip
 
@@ -141,7 +141,7 @@ def fraction(text: str) -> float:
 
 
 def groups(text: str) -> int | Path:
-    """Parses a number of groups, or the path of a group file."""
+    """Parses a number of groups or the path of a group file."""
     return whole_number(40, least=2)(text) if text.isdecimal() else Path(text)
 
 
@@ -183,13 +183,13 @@ def joined(words: Sequence[str]) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """Splits a text into numbers; returns an empty list if any part is not a number."""
+    """Splits a text into numbers. Returns an empty list if any part is not a number."""
     parts = text.replace(",", " ").split()
     return parts if not any(math.isnan(_real(part)) for part in parts) else []
 
 
 def channel_values(text: str) -> tuple[float, ...]:
-    """Parses one value, or three values for red, green and blue."""
+    """Parses one value or three values for red, green and blue."""
     values = tuple(_real(part) for part in text.replace(",", " ").split())
     if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three, such as 0.5 or 0.485,0.456,0.406")
@@ -197,7 +197,7 @@ def channel_values(text: str) -> tuple[float, ...]:
 
 
 def _real(text: str) -> float:
-    """Parses a number; returns NaN, which fails every comparison, for any other text."""
+    """Parses a number. Returns NaN, which fails every comparison, for any other text."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Output files of the commands: settings, headings, figures, and file names that never overwrite other results."""
+"""Output files of the commands: settings, headings, figures and file names that never overwrite other results."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _noted: set[str] = set()
 
 
 class OutputError(NRMError, OSError):
-    """Raised if a result cannot be written; no partial file is left behind."""
+    """Raised if a result cannot be written. No partial file is left behind."""
 
 
 def check_folder(folder: Path) -> None:
-    """Creates a folder and checks that it is writable, so that errors are raised before the computation.
+    """Creates a folder and checks that it is writable. Errors are thus raised before the computation.
 
     Raises:
         OSError: If the folder cannot be created or written to.
@@ -65,11 +65,11 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
     """Returns a file-name prefix that overwrites only results of the same query.
 
     Args:
-        out: Output folder.
+        out: Folder of the output files.
         stem: Preferred prefix, such as the name of the image.
-        ends: Suffixes of the file names, starting with that of the file that contains the settings.
-        taken: Prefixes that are in use; the new one is added.
-        is_same: Function that returns True if an existing settings file belongs to the same query, so that it can be
+        ends: Suffixes of the file names. The first one belongs to the file that contains the settings.
+        taken: Prefixes that are in use. The new one is added.
+        is_same: Function that returns True if an existing settings file belongs to the same query and can be
             overwritten.
     """
     for number in itertools.count(1):
@@ -82,7 +82,7 @@ def free_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], is_sam
 
 
 def json_stem(out: Path, stem: str, ends: Sequence[str], taken: set[str], settings: Mapping[str, Any]) -> str:
-    """Like :func:`free_stem`, but for JSON results.
+    """Returns a file-name prefix like :func:`free_stem`, for JSON results.
 
     An existing file counts as the same query if its ``"settings"`` are equal.
     """
@@ -155,7 +155,7 @@ def explained_title(loaded: LoadedModel, index: int, against: Against, reference
 
 
 def weights_title(loaded: LoadedModel) -> str:
-    """Returns a note for figure headings if the weights are random, or else an empty string."""
+    """Returns a note for figure headings if the weights are random, and otherwise an empty string."""
     return "  (random weights)" if loaded.weights == NONE else ""
 
 

@@ -25,7 +25,7 @@ def photo(loaded: LoadedModel, source: LoadedImage, inputs: Tensor) -> Photo:
     Args:
         loaded: The model.
         source: The image file.
-        inputs: The preprocessed image, ``(1, C, S, S)``.
+        inputs: The preprocessed image, of shape ``(1, C, S, S)``.
     """
     seen = loaded.preprocessing.seen(source.image.size)
     image = loaded.preprocessing.inverse(inputs).cpu()
@@ -44,7 +44,8 @@ def side_by_side(first: Photo, second: Photo, regions: Mapping[str, NDArray[np.b
     Args:
         first: The image on the left.
         second: The image on the right.
-        regions: Regions of input nodes in one image, ``(H, W)``, keyed by node; they are outlined in both images.
+        regions: Regions of input nodes in one image, of shape ``(H, W)``, keyed by node. They are outlined in both
+            images.
     """
     images = [np.asarray(each.image, dtype=float) for each in (first, second)]
     channels, height, width = images[0].shape
@@ -58,7 +59,7 @@ def side_by_side(first: Photo, second: Photo, regions: Mapping[str, NDArray[np.b
 
 
 def crop_note(shown: Photo) -> str:
-    """Describes how much of an image the model saw, or returns an empty string if it saw all of it."""
+    """Describes how much of an image the model saw. Returns an empty string if it saw all of it."""
     left, top, right, bottom = shown.seen
     share = 1 - (right - left) * (bottom - top)
     if share < LEAST:

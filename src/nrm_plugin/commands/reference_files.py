@@ -1,4 +1,4 @@
-"""Reference examples of channels in a stored sweep, listed in the terminal, as JSON, and as a figure."""
+"""Reference examples of channels in a stored sweep, as a list in the terminal, as JSON and as a figure."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Listing:
     """References of the listed channels.
 
     Attributes:
-        sweep: The stored sweep.
+        sweep: Sweep from which the references are read.
         references: References of all channels of the query.
         groups: The listed channels.
-        files: File names of the samples; empty if the sweep does not store them.
+        files: File names of the samples, or empty if the sweep does not store them.
     """
 
     sweep: Sweep
@@ -83,7 +83,7 @@ def print_references(options: argparse.Namespace) -> int:
     """Prints references, writes their output files, and returns the exit status.
 
     Raises:
-        RequestError: If the model, the rules or the data do not match the sweep, or the class is unknown.
+        RequestError: If the model, the rules or the data do not match the sweep or the class is unknown.
         NRMError: If the sweep does not contain the query or the channels.
     """
     if (options.model is None) != (options.data is None):

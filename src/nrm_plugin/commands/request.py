@@ -1,4 +1,4 @@
-"""Requests (target, layers, conditions, rules and device), and their validation against a model."""
+"""Requests (target, layers, conditions, rules and device) and their validation against a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .model_loading import LoadedModel
 from .options import CHANNELS
 
 MOST_CLASSES = 2**31
-"""Upper bound on class indices, which are stored in 32 bits."""
+"""Upper bound on class indices. They are stored in 32 bits."""
 SECANTS = "secants"
 """Name that selects secant slopes between an image and its reference instead of a composite."""
 NONE = "none"
@@ -50,11 +50,13 @@ class Request:
         layers: Layers whose channels are listed.
         given: Conditions, each with its own heat map.
         composite: Name of the composite in Zennit's registry, or :data:`SECANTS`.
-        residual, gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         device: Device of the computation.
         channels: Number of channels per layer with a heat map.
         reference: Name or file of the reference image, or None if there is none.
-        map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`; None for commands without ``--map``.
+        map: Heat maps to plot, such as :data:`~nrm_plugin.commands.options.BOTH`, or None for commands without
+            ``--map``.
         layers_reference: Reference image used only for the map of late layers, or None.
         finds_ground: Whether to use the plain background of an image, if it has one, as its reference.
     """
@@ -75,7 +77,7 @@ class Request:
 
 
 def check_device(name: str) -> torch.device:
-    """Returns the device with the given name and checks that it is usable.
+    """Returns the device with the given name. Checks that it is usable.
 
     Raises:
         RequestError: If the device is not available.
@@ -100,10 +102,10 @@ def explained_class(loaded: LoadedModel, requested: str | None, outputs: Tensor)
     Args:
         loaded: The model.
         requested: Index or name of the class, or None for the predicted class.
-        outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
+        outputs: Outputs of the model, of shape ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the model is not a classifier, or if the class is unknown.
+        RequestError: If the model is not a classifier or if the class is unknown.
     """
     if outputs.ndim > 2 or outputs.numel() == 0:
         raise RequestError(
@@ -120,10 +122,10 @@ def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Aga
     Args:
         loaded: The model.
         request: The request, including the requested contrast.
-        outputs: Outputs of the model, ``(1, K)``, or ``(1,)`` for a single class.
+        outputs: Outputs of the model, of shape ``(1, K)``, or ``(1,)`` for a single class.
 
     Raises:
-        RequestError: If the contrast is unknown, or is the explained class itself.
+        RequestError: If the contrast is unknown or is the explained class itself.
     """
     count = outputs.numel()
     if request.against == NONE or (request.against is None and count == 1):
@@ -141,7 +143,7 @@ def compared_with(loaded: LoadedModel, request: Request, outputs: Tensor) -> Aga
 
 
 def check_class_names(loaded: LoadedModel, count: int) -> None:
-    """Raises :class:`RequestError` if class names are known but their number differs from that of the outputs."""
+    """Raises :class:`RequestError` if class names are known but there are not as many as outputs."""
     if len(loaded.categories) not in (0, count):
         raise RequestError(
             f"there are {len(loaded.categories)} class names, but {loaded.name} has {count} outputs. --classes takes a "
@@ -171,13 +173,13 @@ def target_of(requested: str, categories: Sequence[str], count: int | None, opti
     """Converts the index or name of a class to its index.
 
     Args:
-        requested: Index, or case-insensitive name.
-        categories: Class names; empty if unknown.
+        requested: Index or case-insensitive name.
+        categories: Class names, or empty if unknown.
         count: Number of classes, or None if unknown.
         option: Name of the command-line option, for error messages.
 
     Raises:
-        RequestError: If the class is unknown, or its name ambiguous; the message lists similar names.
+        RequestError: If the class is unknown or its name ambiguous. The message lists similar names.
     """
     indices = "" if count is None else f", 0 to {count - 1}"
     if INDEX.fullmatch(requested):
@@ -275,7 +277,7 @@ def measure_of(loaded: LoadedModel, inputs: Tensor, request: Request) -> Relevan
 
 
 def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
-    """Returns True if there are several classes; the model is run only if the class names are unknown."""
+    """Returns True if there are several classes. The model is run only if the class names are unknown."""
     count = len(loaded.categories) or output_count(loaded, inputs) or 1
     return count > 1
 
@@ -283,7 +285,7 @@ def _has_classes(loaded: LoadedModel, inputs: Tensor) -> bool:
 def _rules(loaded: LoadedModel, inputs: Tensor, request: Request) -> Normalized | None:
     """Returns the composite of a request, or None for secant slopes to a reference.
 
-    Composites are cached, since measures of different images share a plan only if they use the same object.
+    Composites are cached. Measures of different images share a plan only if they use the same composite object.
     """
     if request.composite == SECANTS:
         return None

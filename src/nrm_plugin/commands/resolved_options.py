@@ -68,7 +68,7 @@ def _check_no_rules(options: argparse.Namespace) -> None:
 
 
 def model_of(options: argparse.Namespace, weights: str | None, notes: bool = True) -> LoadedModel:
-    """Loads the model given by the options and prints notes about it if ``notes`` is true."""
+    """Loads the model given by the options. Prints notes about it if ``notes`` is True."""
     categories = class_names(options.classes) if options.classes else ()
     loaded = load(
         options.model, weights, options.size, options.mean, options.std, categories, getattr(options, "fit", "crop")
@@ -99,7 +99,7 @@ def class_names(path: Path) -> list[str]:
 def one_line_warnings() -> Iterator[None]:
     """Context manager that prints warnings on a single line, without the source code.
 
-    Letters missing from all fonts are not reported by matplotlib, but by a note when a figure is written.
+    Characters missing from all fonts are reported by a note when a figure is written, not by matplotlib.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

@@ -17,11 +17,11 @@ SAMPLES = "samples.csv"
 
 
 def data_of(name: str, loaded: LoadedModel) -> Any:
-    """Opens an image folder, or imports the user's own dataset.
+    """Opens an image folder or imports the user's own dataset.
 
     Raises:
         ModelError: If the module, file or name does not exist.
-        SweepError: If the folder does not exist, or if the user's function fails.
+        SweepError: If the folder does not exist or if the user's function fails.
     """
     if not name:
         raise SweepError("the name of the folder or dataset is empty.")

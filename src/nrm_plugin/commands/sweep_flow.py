@@ -28,7 +28,7 @@ class Classes:
     Attributes:
         target: Explained class of the samples, or None for all samples.
         minus: Class whose mean flow is subtracted, or None.
-        categories: Class names; empty if unknown.
+        categories: Class names, or empty if unknown.
     """
 
     target: int | None
@@ -58,7 +58,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
     """Prints the mean flow of a sweep, writes its files, and returns the exit status.
 
     Raises:
-        RequestError: If options conflict, or if the class is unknown.
+        RequestError: If options conflict or if the class is unknown.
         FlowError: If the sweep does not contain the queries required for this flow.
     """
     given = [name for name, value in (("IMAGE", options.images), ("--model", options.model)) if value]
@@ -81,7 +81,7 @@ def print_mean_flow(options: argparse.Namespace) -> int:
 
 
 def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
-    """Raises :class:`RequestError` if the number of class names is known to differ from that of the outputs."""
+    """Raises :class:`RequestError` if there are known to be more or fewer class names than outputs."""
     for query in sweep.queries.values():
         groups = query.groups or ()
         for layer, count in zip(query.layers, groups, strict=False):
@@ -95,7 +95,7 @@ def _check_names(sweep: Sweep, categories: Sequence[str]) -> None:
 def mean_flow(
     sweep: Sweep, layers: Sequence[str], classes: Classes, top: int | None, coverage: float | None
 ) -> FlowGraph:
-    """Computes the mean flow over the samples of a class, or the difference between two classes."""
+    """Computes the mean flow over the samples of a class or the difference between two classes."""
     if classes.minus is None:
         return _mean(sweep, layers, classes.target, classes, top=top, coverage=coverage)
     first, second = (_mean(sweep, layers, one, classes, top=None) for one in (classes.target, classes.minus))

@@ -28,16 +28,16 @@ from .resolved_options import model_of, one_line_warnings, request_of
 from .sweep_data import SAMPLES, data_of
 
 SKIPPED = 3
-"""Exit status of a sweep completed except for skipped samples."""
+"""Exit status of a sweep that is complete except for skipped samples."""
 LISTED = 20
-"""Maximum number of printed skipped samples."""
+"""Maximum number of skipped samples that are printed."""
 
 
 def sweep_data(options: argparse.Namespace) -> int:
     """Runs a sweep and returns the exit status.
 
     Raises:
-        NRMError: If options conflict with each other, with the model, or with the stored results.
+        NRMError: If options conflict with each other, with the model or with the stored results.
     """
     arrow()  # raises before a model is loaded
     with one_line_warnings():
@@ -81,10 +81,10 @@ def queries_of(options: argparse.Namespace) -> list[Query]:
 
 
 def _target(text: str, loaded: LoadedModel, data: Any) -> Target:
-    """Returns the explained target, and checks the class names and, for ``"label"``, the labels of an image folder.
+    """Returns the explained target. Checks the class names and, for ``"label"``, the labels of an image folder.
 
     Raises:
-        RequestError: If the number of class names differs from that of the outputs, or if the class does not exist.
+        RequestError: If there are not as many class names as outputs or if the class does not exist.
         SweepError: If images have no label.
     """
     is_class = text not in ("prediction", "label")
@@ -101,7 +101,7 @@ def _against(options: argparse.Namespace, loaded: LoadedModel, data: Any) -> Aga
     """Returns the contrast of the explained class.
 
     Raises:
-        RequestError: If the contrast does not exist, or is the explained class itself.
+        RequestError: If the contrast does not exist or is the explained class itself.
     """
     if options.against in (None, NONE):
         return None
@@ -174,7 +174,7 @@ def summary(stored: Sweep) -> str:
 
 
 def print_skipped(stored: Sweep) -> int:
-    """Prints damaged files and skipped samples, and returns the exit status."""
+    """Prints damaged files and skipped samples. Returns the exit status."""
     failed = stored.manifest.failed
     for entry in stored.manifest.bad_shards:
         print(f"nrm-plugin sweep: warning: recomputed a damaged file: {entry['why']}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Loading of Hugging Face Transformers models and their tokenizers, from a local folder or by name."""
+"""Loading of Hugging Face Transformers models and their tokenizers from a local folder or by name."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..errors import extra, printable
 from .hub_names import TextModelError, is_offline
 
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForCausalLM", "ForSeq2SeqLM", "ForTokenClassification")
-"""Suffixes of ``AutoModel`` classes, in the order of trial if the configuration names no class."""
+"""Suffixes of ``AutoModel`` classes, tried in this order if the configuration names no class."""
 REASON = 240
 """Maximum number of characters shown from a transformers message."""
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """Text model with its tokenizer.
+    """A text model and its tokenizer.
 
     Attributes:
-        name: Folder or name given by the user.
+        name: Model name or path, as given by the user.
         model: The model with its prediction head, in evaluation mode.
-        tokenizer: The tokenizer.
+        tokenizer: The tokenizer that belongs to the model.
         notes: Messages for the user.
     """
 
@@ -45,8 +45,8 @@ def text_model(name: str, device: Any = "cpu", is_local: bool | None = None) -> 
     Args:
         name: A folder with ``config.json``, weights and tokenizer, or a model name on the Hugging Face Hub.
         device: Device on which to run the model.
-        is_local: Whether to load the model without the network; None to find out, see
-            :func:`~nrm_plugin.commands.hub_names.is_offline`.
+        is_local: Whether to load the model without the network. None calls
+            :func:`~nrm_plugin.commands.hub_names.is_offline` to find out.
 
     Raises:
         MissingExtraError: If transformers is not installed.
@@ -110,7 +110,7 @@ def _loaded(name: str, what: str, load: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Context manager that silences the transformers library; missing weights are reported as notes instead."""
+    """Context manager that silences the transformers library. Missing weights are reported as notes instead."""
     logger = logging.getLogger("transformers")
     level = logger.level
     library.logging.set_verbosity_error()

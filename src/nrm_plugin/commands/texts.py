@@ -1,4 +1,4 @@
-"""Explanations of several texts, and their output files."""
+"""Explanations of several texts and their output files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Texts:
     options: argparse.Namespace
 
     def explained(self, text: str, **changed: Any) -> TextExplanation:
-        """Explains one text; ``changed`` overrides arguments of :func:`~nrm_plugin.attribution.text.explain_text`."""
+        """Explains one text. ``changed`` overrides arguments of :func:`~nrm_plugin.attribution.text.explain_text`."""
         request = self.request
         rules: dict[str, Any] = {"composite": None, "residual": None, "gain_limit": None}
         if request.composite != SECANTS:
@@ -82,7 +82,7 @@ class Texts:
 
 
 def reference_of(options: argparse.Namespace) -> str | None:
-    """Returns the requested reference or, by default, :data:`AUTO`, or None if rules are given."""
+    """Returns the requested reference. The default is :data:`AUTO`, or None if rules are given."""
     if options.reference is None:
         has_rules = options.composite or options.residual == "sink" or options.gain_limit is not None
         return None if has_rules else AUTO
@@ -90,7 +90,7 @@ def reference_of(options: argparse.Namespace) -> str | None:
 
 
 def texts_of(given: Sequence[str]) -> list[str]:
-    """Returns the texts, with the lines of stdin in place of ``-``.
+    """Returns the texts with the lines of stdin in place of ``-``.
 
     Raises:
         RequestError: If all texts are empty.
@@ -103,14 +103,14 @@ def texts_of(given: Sequence[str]) -> list[str]:
 
 
 def _title(name: str) -> str:
-    """Returns the name of a model, without the path to its folder."""
+    """Returns the name of a model without the path to its folder."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def write(
     results: Sequence[TextExplanation], loaded: TextModel, request: Request, options: argparse.Namespace
 ) -> list[Path]:
-    """Writes the HTML page and the numbers of all texts, and returns the paths."""
+    """Writes the HTML page and the raw values of all texts. Returns the paths."""
     page, numbers = options.out / "texts.html", options.out / "texts.json"
     with writing(page) as temporary:
         temporary.write_text(

@@ -1,4 +1,4 @@
-"""Loading of torchvision classifiers by name, with downloaded weights, random weights, or weights from a file."""
+"""Loading of torchvision classifiers by name, with downloaded weights, random weights or weights from a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 """Environment variables of torch that enforce or disable ``weights_only`` loading."""
 TASKS = {"detection": "object detection", "video": "video", "optical_flow": "optical flow"}
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-"""Pattern of parameter names in torchvision's old DenseNet files, which have dots inside submodule names."""
+"""Pattern of parameter names in torchvision's old DenseNet files. These have dots inside submodule names."""
 
 
 def torchvision_model(name: str, weights: str) -> BuiltModel:
@@ -42,7 +42,7 @@ def torchvision_model(name: str, weights: str) -> BuiltModel:
 
     Raises:
         ModelError: If torchvision has no classifier with this name.
-        WeightsError: If the weights do not exist, cannot be downloaded, or do not match the model.
+        WeightsError: If the weights do not exist, cannot be downloaded or do not match the model.
     """
     check_torchvision_name(name)
     available = get_model_weights(name)
@@ -126,7 +126,7 @@ def _downloaded(name: str, weights: WeightsEnum) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, available: Any) -> BuiltModel:
-    """Builds a model with weights from a file; torchvision's own files also determine class names and preprocessing."""
+    """Builds a model with weights from a file. Torchvision's own files also determine class names and preprocessing."""
     state = read_state(path)
     official = next((item for item in available if Path(urlsplit(item.url).path).name == path.name), None)
     if name.startswith("densenet"):
@@ -156,7 +156,7 @@ def _arguments(name: str, state: dict[str, Any], official: Any) -> dict[str, Any
 
 
 def _without_storage(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Builds a model on the meta device because random initialization of VGG16 takes longer than reading a file."""
+    """Builds a model on the meta device. Random initialization of VGG16 would take longer than reading a file."""
     try:
         with torch.device("meta"), _without_warnings():
             return _built(name, **arguments)

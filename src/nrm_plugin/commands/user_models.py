@@ -37,7 +37,7 @@ def imported(name: str, option: str = "--model") -> Any:
 
 
 def own_model(name: str, weights: str | None) -> BuiltModel:
-    """Builds the user's own model: the imported module, or the return value of an imported function.
+    """Builds the user's own model, which is the imported module or the return value of an imported function.
 
     Args:
         name: As in :func:`imported`.

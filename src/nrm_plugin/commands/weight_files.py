@@ -1,4 +1,4 @@
-"""Loading of weight files without executing code, and matching of their parameters with those of a model."""
+"""Loading of weight files without executing code and matching of their parameters with a model."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ KINDS = (
     (b"\x1f\x8b", "compressed by gzip; unpack it"),
     (b"\x93numpy", "an array of NumPy; save a state dict: torch.save(model.state_dict(), FILE)"),
 )
-"""Leading bytes of other types of files in lower case, and descriptions of these types."""
+"""Leading bytes of other types of files, in lower case, with descriptions of these types."""
 
 State = dict[str, Tensor]
 
 
 class WeightsError(NRMError, ValueError):
-    """Raised if weights cannot be read or downloaded, or do not match the model."""
+    """Raised if weights cannot be read, cannot be downloaded or do not match the model."""
 
 
 def read_state(path: Path) -> State:
@@ -78,7 +78,7 @@ def read_state(path: Path) -> State:
 
 
 def _check_file(path: Path, name: str) -> bytes:
-    """Returns the leading bytes of a file and checks that it can contain weights."""
+    """Returns the leading bytes of a file. Checks that it can contain weights."""
     if not path.is_file():
         what = f"{name} is a folder" if path.is_dir() else f"the file {name} does not exist"
         raise WeightsError(f"{what}. --weights takes a file with a state dict.")
@@ -110,7 +110,7 @@ def _entries(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _other_kind(head: bytes, entries: Sequence[str], suffix: str) -> str:
-    """Describes a file without a state dict, with a remedy; returns an empty string if the file can contain one."""
+    """Describes a file without a state dict, with a remedy. Returns an empty string if the file can contain one."""
     if any(entry.endswith("/archive_format") for entry in entries):
         return "a program of torch.export; save its weights: torch.save(torch.export.load(FILE).state_dict, OTHER)"
     if head.startswith(b"PK\x03\x04") and not entries:
@@ -142,7 +142,7 @@ def _state(content: Any, name: str) -> State:
 
 
 def without_prefixes(state: State, model: nn.Module) -> State:
-    """Removes key prefixes added by wrappers to a state dict, unless the model's keys have them as well."""
+    """Removes key prefixes added by wrappers to a state dict unless the model's keys have them as well."""
     known = model.state_dict().keys()
     stripped = True
     while stripped:
@@ -190,7 +190,7 @@ def fill(model: nn.Module, state: State, name: str, where: str) -> None:
         where: Name of the weight file, for error messages.
 
     Raises:
-        WeightsError: If the weights do not match the model; the message summarizes the differences.
+        WeightsError: If the weights do not match the model. The message summarizes the differences.
     """
     own = model.state_dict()
     # Checkpoints of old torch versions lack the batch counters, which only training reads.

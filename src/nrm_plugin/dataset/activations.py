@@ -11,10 +11,10 @@ from ..errors import InputError
 
 
 def single_activations(outputs: Mapping[str, list[Any]]) -> dict[str, Tensor]:
-    """Returns the output tensor of each module in the last forward pass, and clears the recorded outputs.
+    """Returns the output tensor of each module in the last forward pass. Clears the recorded outputs.
 
     Raises:
-        InputError: If a module was not called exactly once, or does not return a single tensor.
+        InputError: If a module was not called exactly once or does not return a single tensor.
     """
     activations = {}
     for layer, calls in outputs.items():

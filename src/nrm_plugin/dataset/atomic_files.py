@@ -8,14 +8,14 @@ import platform
 from pathlib import Path
 
 LONGEST = 100
-"""Maximum length in bytes of file names included in temporary names; longer names are hashed."""
+"""Maximum length in bytes of file names included in temporary names. Longer names are hashed."""
 
 
 class AtomicFile:
     """Context manager that yields a temporary file and renames it once its content is synced to disk.
 
     Args:
-        path: The final path, which is left unchanged if an error is raised in the context.
+        path: The final path. It is left unchanged if an error is raised in the context.
     """
 
     def __init__(self, path: Path) -> None:

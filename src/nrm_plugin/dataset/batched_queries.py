@@ -80,12 +80,12 @@ class Requirements:
 
 
 class QueryResults:
-    """Results of queries on a measure, multiplied by the measure's sign, so that they can be summed over samples.
+    """Results of queries on a measure, multiplied by the sign of the measure. They can be summed over samples.
 
     Args:
         mu: The measure of the batch.
         needed: The quantities that the queries require.
-        activations: Activations of the required layers, ``(N, *shape)`` each.
+        activations: Activations of the required layers, of shape ``(N, *shape)`` each.
     """
 
     def __init__(self, mu: RelevanceMeasure, needed: Requirements, activations: Mapping[Atom, Tensor]) -> None:
@@ -108,7 +108,7 @@ class QueryResults:
                 self.joint_matrices[chain[k], chain[k + 1], over] = self._signed(joint)
 
     def of(self, query: Query) -> Tensor:
-        """Returns the result of a query, ``(N, *groups)``; NaN where a quotient is undefined."""
+        """Returns the result of a query, of shape ``(N, *groups)``, with NaN where a quotient is undefined."""
         return METHODS[type(query)](self, query)
 
     # -- one method for each kind of query ----------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class QueryResults:
         return peaks.to(values.dtype if values.dtype == torch.float64 else torch.float32)
 
     def _signed(self, values: Tensor) -> Tensor:
-        """Multiplies values ``(N, …)`` by the sign of the explained output of each sample."""
+        """Multiplies values of shape ``(N, …)`` by the sign of the explained output of each sample."""
         if not bool((self._signs < 0).any()):
             return values
         return values * self._signs.reshape(-1, *(1,) * (values.ndim - 1))
@@ -177,7 +177,7 @@ class QueryResults:
     # -- groups -------------------------------------------------------------------------------------------------------
 
     def _by_channel(self, values: Tensor, layer: LayerSpec) -> Tensor:
-        """Reshapes values of a layer to ``(N, C, positions)``."""
+        """Reshapes values of a layer to shape ``(N, C, positions)``."""
         if values.ndim == 1:
             return values[:, None, None]
         moved = values.movedim(self.mu.channel_dim(layer), 1)
@@ -192,7 +192,7 @@ class QueryResults:
         return values.sum(rest) if rest else values
 
     def _summed(self, values: Tensor, layer: LayerSpec, over: Over) -> Tensor:
-        """Sums values over the neurons of each group and returns ``(N, groups)``."""
+        """Sums values over the neurons of each group. Returns shape ``(N, groups)``."""
         if isinstance(over, Labels):
             labels = over.tensor.expand(values.shape[1:])
             return by_label(values.flatten(1), labels)
@@ -220,7 +220,7 @@ def tap(layer: LayerSpec) -> Atom:
 
 
 def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tuple[Atom, ...], list[Event]]:
-    """Groups events with marginals at the same taps, so that these events share passes."""
+    """Groups events with marginals at the same taps. Such events share passes."""
     events: dict[tuple[Atom, ...], list[Event]] = {}
     for event, layers in marginals.items():
         events.setdefault(tuple(layers), []).append(event)
@@ -228,7 +228,7 @@ def _events_by_taps(marginals: Mapping[Event, Mapping[Atom, None]]) -> dict[tupl
 
 
 def _quotient(numerator: Tensor, denominator: Tensor, is_undefined: Tensor) -> Tensor:
-    """Divides two tensors; the quotient is NaN where it is undefined."""
+    """Divides two tensors. The quotient is NaN where it is undefined."""
     return (numerator / denominator).masked_fill(is_undefined, torch.nan)
 
 
@@ -239,7 +239,7 @@ def _with_tensors(over: Any) -> Any:
 
 
 def _chains(matrices: Iterable[tuple[Atom, Atom, Any]]) -> Iterable[tuple[Sequence[Atom], Any]]:
-    """Merges pairs of layers into chains, with each layer below the previous one."""
+    """Merges pairs of layers into chains in which each layer is below the previous one."""
     remaining = dict.fromkeys(matrices)
     while remaining:
         upper, lower, over = next(iter(remaining))

@@ -1,4 +1,4 @@
-"""Checksums of stored files. Every byte belongs to a segment, which is verified before its content is used."""
+"""Checksums of stored files. Every byte belongs to a segment. A segment is verified before its content is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Segments:
     """Consecutive segments of a file and their hashes.
 
     Attributes:
-        ends: End offset of each segment; the last one is the file size.
+        ends: End offset of each segment. The last one is the file size.
         hashes: Hash of each segment.
     """
 
@@ -86,7 +86,7 @@ def _hashes(path: Path, parts: Iterable[tuple[int, int]]) -> Iterable[str]:
 
 
 def row_group_ends(metadata: Any) -> list[int]:
-    """Returns the end offset of each row group in a Parquet file; the footer follows the last row group."""
+    """Returns the end offset of each row group in a Parquet file. The footer follows the last row group."""
     ends = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -105,7 +105,7 @@ def to_bytes(entries: Mapping[str, Any]) -> bytes:
 
 
 def read_sums(path: Path) -> dict[str, Any] | None:
-    """Reads a checksum file, or returns None if it does not exist.
+    """Reads a checksum file. Returns None if it does not exist.
 
     Raises:
         ShardError: If the file is damaged.

@@ -1,4 +1,4 @@
-"""Comparison of dataset samples with those of a stored sweep, without running the model."""
+"""Comparison of dataset samples with the samples of a stored sweep, without running the model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_samples(
 
     Raises:
         SettingsError: If samples have changed.
-        SampleError: If a sample can no longer be read, and ``on_error`` is ``"raise"``.
+        SampleError: If a sample can no longer be read and ``on_error`` is ``"raise"``.
     """
     if not contents:
         return
@@ -72,7 +72,7 @@ def check_samples(
 
 
 def _nothing(samples: Sequence[Any]) -> None:
-    """Discards samples, since only their hashes are compared."""
+    """Discards samples. Only their hashes are compared."""
 
 
 __all__ = ["check_samples", "contents_to_compare"]

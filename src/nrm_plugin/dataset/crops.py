@@ -45,11 +45,11 @@ class Crop:
         sample: Index of the sample in the dataset.
         value: Relevance or activation of the group.
         target: The explained class.
-        box: Receptive field of the position with the largest value, ``(top, left, bottom, right)``, where ``bottom``
+        box: Receptive field of the position with the largest value, as ``(top, left, bottom, right)``, where ``bottom``
             and ``right`` are exclusive.
-        image: The cropped image, ``(C, h, w)``.
-        heat: Joint relevance of each pixel with the group, summed over the color channels, ``(h, w)``.
-        mask: Mask of the relevant pixels, ``(h, w)``.
+        image: The cropped image, of shape ``(C, h, w)``.
+        heat: Joint relevance of each pixel with the group, summed over the color channels, of shape ``(h, w)``.
+        mask: Mask of the relevant pixels, of shape ``(h, w)``.
     """
 
     sample: int
@@ -88,7 +88,7 @@ def crops(
 
     Args:
         model: The network.
-        data: Indexable dataset of images ``(C, H, W)``, or of pairs ``(image, label)``.
+        data: Indexable dataset of images of shape ``(C, H, W)``, or of pairs ``(image, label)``.
         references: The references to crop, either of one layer or of events.
         groups: Groups to show. Defaults to all groups.
         k: Number of crops per group. Defaults to all references.
@@ -109,7 +109,7 @@ def crops(
         Crops keyed by group, in decreasing order of value.
 
     Raises:
-        ReferencesError: If a group has no references, or if an event is missing.
+        ReferencesError: If a group has no references or if an event is missing.
         InputError: If the samples are not images.
 
     Examples:
@@ -166,7 +166,7 @@ def _image(data: IndexableDataset, index: int) -> Tensor:
 
 
 def _peaks(mu: RelevanceMeasure, layer: str, group: int) -> Tensor:
-    """Returns the position of a channel's largest relevance in each sample, ``(N,)``."""
+    """Returns the position of a channel's largest relevance in each sample, of shape ``(N,)``."""
     values = mu.marginal(layer).movedim(mu.channel_dim(layer), 1)[:, group].reshape(mu.batch, -1)
     return (mu.sign.unsqueeze(1) * values).argmax(1).cpu()
 
@@ -179,7 +179,7 @@ def _crop(sample: int, value: float, target: int, box: Box, image: Tensor, heat:
 
 
 def relevance_mask(heat: Tensor, share: float) -> Tensor:
-    """Returns a mask of the pixels at which the smoothed heat map ``(H, W)`` is at least ``share`` of its maximum."""
+    """Returns a mask of the pixels at which the smoothed heat map reaches the fraction ``share`` of its maximum."""
     sigma = max(heat.shape) * SMOOTHING
     size = 2 * math.ceil(2 * sigma) + 1
     size = min(size, 2 * min(heat.shape) - 1)

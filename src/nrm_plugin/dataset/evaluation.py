@@ -34,10 +34,10 @@ class BatchResults:
     """Results of the queries for a batch.
 
     Attributes:
-        sample: Sample indices in the dataset, ``(n,)``.
-        target: Explained classes, ``(n,)``; -1 if the target is not a class.
-        prediction: Predicted classes, ``(n,)``; -1 if the model is not a classifier.
-        values: Results keyed by query name, ``(n, *groups)``.
+        sample: Sample indices in the dataset, of shape ``(n,)``.
+        target: Explained classes, of shape ``(n,)``, or -1 if the target is not a class.
+        prediction: Predicted classes, of shape ``(n,)``, or -1 if the model is not a classifier.
+        values: Results keyed by query name, of shape ``(n, *groups)``.
     """
 
     sample: NDArray[np.int64]
@@ -52,7 +52,7 @@ class Evaluation:
     Args:
         model: The network, in evaluation mode.
         queries: The queries of the sweep.
-        composite: The normalized composite.
+        composite: Composite that assigns normalized rules.
         target: ``"prediction"``, ``"label"``, a class, a function that returns the targets of a given batch, or None
             for a model with a single output.
         unpack: Function that splits a batch into inputs and labels. Defaults to :func:`unpacked`.
@@ -84,7 +84,7 @@ class Evaluation:
             batch: The batch, as collated by the data loader.
 
         Raises:
-            NRMError: If the measure cannot be computed for these inputs, or if a query does not match the model.
+            NRMError: If the measure cannot be computed for these inputs or if a query does not match the model.
         """
         inputs, labels = self.unpack(batch)
         inputs = moved(inputs, device_of(self.model))
@@ -173,7 +173,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
     Args:
         target: As in :class:`Evaluation`.
         labels: Labels of the batch, or None.
-        batch: The batch, which is passed to a target function.
+        batch: The batch. It is passed to a target function.
 
     Raises:
         SweepError: If the target is ``"label"`` but there are no labels.
@@ -191,7 +191,7 @@ def batch_target(target: Target, labels: Any, batch: Any) -> Any:
 
 
 def predicted_classes(outputs: Tensor) -> Tensor:
-    """Returns the predicted classes, ``(N,)``.
+    """Returns the predicted classes, of shape ``(N,)``.
 
     Raises:
         SweepError: If the model is not a classifier.
@@ -241,7 +241,7 @@ SYSTEMATIC: tuple[type[BaseException], ...] = (MemoryError, torch.OutOfMemoryErr
 
 
 def is_due_to_samples(error: BaseException) -> bool:
-    """Returns True if individual samples might have caused an error, so that others can still be evaluated."""
+    """Returns True if individual samples might have caused an error. The other samples can then still be evaluated."""
     return isinstance(error, (InputError, TargetError)) or not isinstance(error, SYSTEMATIC)
 
 

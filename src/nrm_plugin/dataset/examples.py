@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 By = Literal["relevance", "activation"]
 EVENTS = "events"
-"""Name under which the references of events are stored, since they do not belong to a layer."""
+"""Name under which the references of events are stored. Events do not belong to a layer."""
 FORMAT = "nrm-plugin references 1"
 FIELDS = ("values", "samples", "targets", "positions")
 
@@ -49,11 +49,11 @@ class References:
         name: Name of the layer, or of the query in a sweep.
         by: ``"relevance"`` or ``"activation"``.
         groups: Group of each row: a channel index or an event name.
-        samples: Indices in the dataset, ``(K, k)``, or -1 in empty entries.
-        values: Relevance or activation, ``(K, k)``, or NaN in empty entries.
-        targets: Explained classes, ``(K, k)``, or -1 if unknown.
-        positions: Position of the largest value within the group, as a flat (row-major) index, ``(K, k)``, or -1 if
-            unknown.
+        samples: Indices in the dataset, of shape ``(K, k)``, or -1 in empty slots.
+        values: Relevance or activation, of shape ``(K, k)``, or NaN in empty slots.
+        targets: Explained classes, of shape ``(K, k)``, or -1 if unknown.
+        positions: Position of the largest value within the group, as a flat (row-major) index, of shape ``(K, k)``, or
+            -1 if unknown.
         target: Explained class of all references, or None if they are not restricted to a class.
         layer: Layer of the channels, if ``name`` is the name of a query.
     """
@@ -123,7 +123,7 @@ class FoundReferences:
 
     Args:
         groups: The ranked channels of each layer, or the names of the events, keyed by layer name or :data:`EVENTS`.
-        rankings: Rankings, keyed by ``(name, by, target)``; if the target is None, all samples are ranked.
+        rankings: Rankings, keyed by ``(name, by, target)``. If the target is None, all samples are ranked.
         count: Number of ranked samples.
     """
 
@@ -216,7 +216,7 @@ KINDS: dict[By, tuple[str, ...]] = {
     "relevance": ("Marginal", "Joint", "EventMass", "Conditional", "Sink", "Bypass", "Variation"),
     "activation": ("Activation",),
 }
-"""Query types that can rank samples; a layer name selects a query of the first type."""
+"""Query types that can rank samples. A layer name selects a query of the first type."""
 
 COLUMNS = ("sample", "target", "group", "lower", "value")
 """Columns of a sweep that rankings require."""
@@ -238,16 +238,16 @@ def references(
         group: A group, or a pair of an upper and a lower group for joint relevance. Defaults to all groups.
         k: Number of samples per group.
         by: ``"relevance"``, or ``"activation"`` for activation queries.
-        target: Only use samples for which this class was explained; None for all samples.
+        target: Only use samples for which this class was explained, or None for all samples.
 
     Returns:
         The references, with ties broken by sample index. Their positions are known if the sweep has a ``Peak`` query
         for the layer.
 
     Raises:
-        ReferencesError: If the query, group or target is unknown, or if the query is of type ``Maps``, which has no
+        ReferencesError: If the query, group or target is unknown or if the query is of type ``Maps``, which has no
             rows.
-        SweepError: If the folder does not contain a sweep, or if a file is damaged.
+        SweepError: If the folder does not contain a sweep or if a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -319,7 +319,7 @@ def _rows(sweep: Sweep, info: QueryInfo, group: int | tuple[int, int] | None, k:
 
 
 def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
-    """Reshapes each column to ``(groups, samples)``, and adds ``key``, the flat index of a pair of groups."""
+    """Reshapes each column to shape ``(groups, samples)`` and adds ``key``, the flat index of a pair of groups."""
     columns = {name: rows[name].to_numpy() for name in COLUMNS}
     key = columns["group"].astype(np.int64).clip(0) * width + columns["lower"].clip(0)
     order, count = np.argsort(key, kind="stable"), len(np.unique(key))
@@ -330,7 +330,7 @@ def _matrices(rows: pa.Table, width: int = 1) -> dict[str, Tensor]:
 def _with_positions(
     sweep: Sweep, info: QueryInfo, ranked: References, group: int | tuple[int, int] | None
 ) -> References:
-    """Adds the layer to references, and the position of each largest value if the sweep has a ``Peak`` query."""
+    """Adds the layer to references. Also adds the position of each largest value if the sweep has a ``Peak`` query."""
     ranked = replace(ranked, layer=info.layers[0])
     peaks = [query for query in sweep.queries.values() if query.kind == "Peak" and query.layers == info.layers
              and query.spec.get("of") == ranked.by]  # fmt: skip

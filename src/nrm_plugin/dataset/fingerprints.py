@@ -162,7 +162,7 @@ def package_version(module: str) -> str:
 
 
 def user_code(value: type | Function) -> dict[str, str]:
-    """Hashes the code of a class or function and of the user's objects that it uses; returns hashes keyed by name."""
+    """Hashes the code of a class or function and of the user's objects that it uses. Returns hashes keyed by name."""
     hashes: dict[str, str] = {}
     _visit(value, hashes, set())
     return dict(sorted(hashes.items()))
@@ -173,7 +173,7 @@ def _code_entry(kind: type) -> dict[str, Any]:
 
 
 def _visit(value: Any, hashes: dict[str, str], seen: set[int]) -> None:
-    """Adds the hashes of a user's class or function, and of the objects that it uses, to ``hashes``."""
+    """Adds the hashes of a user's class or function and of the objects that it uses to ``hashes``."""
     value = _unwrapped(value)
     if not isinstance(value, (type, Function)) or id(value) in seen or is_installed(value):
         return

@@ -1,4 +1,4 @@
-r"""Glocal flows: mean flows over classes or groups of samples, and differences between them.
+r"""Glocal flows: mean flows over classes or groups of samples and differences between them.
 
 The mean flow over samples is the flow of their mean measure, which is itself a normalized measure:
 
@@ -51,10 +51,10 @@ def mean_flow(
         layers: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         groups: Groups from :func:`~nrm_plugin.find_groups`, which apply to all of their layers; or the indices of the
-            groups to show, keyed by layer name, so that all others are merged into the rest. The joint matrix of two
-            wide layers that are not adjacent takes one pass per group.
-        top: Maximum number of groups per layer, selected by absolute mean mass, or None for all. All groups are
-            computed in any case, since the selection depends on the mean.
+            groups to show, keyed by layer name. All other groups are merged into the rest. The joint matrix of two wide
+            layers that are not adjacent takes one pass per group.
+        top: Maximum number of groups per layer, selected by absolute mean mass, or None for all. The selection depends
+            on the mean, so all groups are computed in any case.
         min_mass: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
         coverage: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`, applied to the mean.
         names: As in :meth:`~nrm_plugin.RelevanceMeasure.flow`.
@@ -119,7 +119,7 @@ def _check_groups(layer: str, chosen: Sequence[int], count: int) -> None:
 
 
 def _renumbered(layer: FlowLayer, chosen: Sequence[int], full: Partition) -> FlowLayer:
-    """Replaces the group indices and names of a layer with those of the full partition."""
+    """Replaces the group indices and names of a layer with the indices and names of the full partition."""
     names = tuple(full.names(group) for group in chosen)
     return replace(layer, groups=tuple(chosen), labels=names, others=full.count - len(chosen))
 
@@ -166,7 +166,7 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
 
     Args:
         graphs: Flow graphs with the same groups in each layer.
-        weights: One weight per graph, such as its number of samples; weights are divided by their sum.
+        weights: One weight per graph, such as its number of samples. Weights are divided by their sum.
 
     Raises:
         FlowError: If no graphs are given, their groups differ, or the weights are negative or all zero.
@@ -185,7 +185,7 @@ def mixed(graphs: Sequence[FlowGraph], weights: Sequence[float]) -> FlowGraph:
 
 
 def difference(first: FlowGraph, second: FlowGraph) -> FlowGraph:
-    """Subtracts the second graph from the first; the result is signed, and each of its cuts sums to 0.
+    """Subtracts the second graph from the first. The result is signed, and each of its cuts sums to 0.
 
     For the mean flows of two sets of samples, the result shows which channels and edges differ between the sets.
     Compute both flows with all groups, ``top=None``, and then select the groups that differ most: ``difference(a,

@@ -1,4 +1,4 @@
-"""Figures that summarize many explanations: differences of mean flows, and prototypes."""
+"""Figures that summarize many explanations: differences of mean flows and prototypes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ..plots.ribbons import DARK, LIGHT, Palette, percent
 from .prototypes import Prototypes
 
 MOST = 16
-"""Maximum number of rows in a figure, and of images per row."""
+"""Maximum number of rows in a figure and of images per row."""
 
 
 def difference_figure(graph: FlowGraph, first: str, second: str, heading: str = "", dark: bool = False) -> Figure:
     """Plots the difference between two mean flows as ribbons between bars, with the input on the left.
 
-    The output is omitted if two other layers remain, since both flows contain all of its relevance.
+    Both flows contain all relevance of the output. It is therefore omitted if two other layers remain.
 
     Args:
         graph: A :func:`~nrm_plugin.dataset.glocal.difference` with few groups, as returned by ``graph.smaller(top=8)``.
-        first: Name of the first flow; red shows where it is larger.
-        second: Name of the second flow; blue shows where it is larger.
+        first: Name of the first flow. Red shows where it is larger.
+        second: Name of the second flow. Blue shows where it is larger.
         heading: Title of the figure.
         dark: As in :func:`~nrm_plugin.plots.flow.flow_figure`.
 
@@ -55,8 +55,8 @@ def prototypes_figure(
     """Plots one row per prototype: its coverage, the members nearest to its center, and its most relevant groups.
 
     Args:
-        prototypes: The prototypes.
-        images: Images ``(C, H, W)`` with values in [0, 1], keyed by sample index, including the members
+        prototypes: Clusters of explanations, as returned by :func:`~nrm_plugin.dataset.prototypes.find_prototypes`.
+        images: Images of shape ``(C, H, W)`` with values in [0, 1], keyed by sample index, including the members
             ``prototypes.of(number)[:k]`` of each prototype.
         k: Number of members per prototype.
         top: Number of groups per prototype.
@@ -65,7 +65,7 @@ def prototypes_figure(
         names: Function that returns the name of a group.
 
     Raises:
-        InputError: If an image is missing, or if there are too many prototypes or members.
+        InputError: If an image is missing or if there are too many prototypes or members.
     """
     count = len(prototypes.centres)
     if count > MOST or not 1 <= k <= MOST:

@@ -21,7 +21,7 @@ from .preprocessing import Preprocessing
 from .sweep_layout import SweepError
 
 EXTENSIONS = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
-"""File extensions treated as images even if the file is damaged; other files are identified by content."""
+"""File extensions treated as images even if the file is damaged. Other files are identified by content."""
 MAX_LISTED = 8
 """Maximum number of subfolders or files listed in a message."""
 
@@ -31,7 +31,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Each top-level subfolder corresponds to the class of the same name. If no subfolder has the name of a class, and the
     class names are unknown or as many as the subfolders, the subfolders are numbered as classes in sorted order. Images
-    in other subfolders, or outside of subfolders, have the label -1. torchvision's ``ImageFolder``, by contrast,
+    in other subfolders or outside subfolders have the label -1. torchvision's ``ImageFolder``, by contrast,
     requires a subfolder for each class and ignores the class names of the model.
 
     Args:
@@ -41,8 +41,8 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         paths: The image files in order.
-        left_out: Files that are not images, and links to an enclosing folder.
-        labels: Class index of each file; -1 if unknown.
+        left_out: Files that are not images and links to an enclosing folder.
+        labels: Class index of each file, or -1 if unknown.
         unknown: Subfolders that are not classes of the model.
         fingerprint: Hash of the file names and labels.
 
@@ -74,7 +74,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess(load_image(self.paths[index]).image)[0], self.labels[index]
 
     def note(self) -> str:
-        """Describes the omitted files in one sentence, or returns an empty string if there are none."""
+        """Describes the omitted files in one sentence. Returns an empty string if there are none."""
         names = [printable(path.relative_to(self.folder).as_posix()) for path in self.left_out[:MAX_LISTED]]
         more = len(self.left_out) - len(names)
         listed = ", ".join([*names, *([f"and {more} more"] if more else [])])
@@ -87,7 +87,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:
-        """Returns the size and modification time of a file; if both are the same, the file counts as unchanged."""
+        """Returns the size and modification time of a file. If both are the same, the file counts as unchanged."""
         try:
             status = self.paths[index].stat()
         except OSError:

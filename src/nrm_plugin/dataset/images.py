@@ -22,9 +22,9 @@ LARGE = LIMIT // 2
 REDUCED = 2048
 """Minimum side length after this reduction, far larger than the input size of models."""
 MAX_ASPECT = 200
-"""Maximum aspect ratio; beyond it, resizing could exhaust memory."""
+"""Maximum aspect ratio. Beyond it, resizing could exhaust memory."""
 DARK = 4096
-"""Pixel value below which a 16-bit image is reported as dark, since it probably has only 12 bits."""
+"""Pixel value below which a 16-bit image is reported as dark. Such images probably have only 12 bits."""
 
 URL = re.compile(r"[a-zA-Z]{2,}:/")
 
@@ -120,7 +120,7 @@ def check_image_file(path: Path) -> None:
 
 @contextmanager
 def _no_limit() -> Iterator[None]:
-    """Context manager that lifts Pillow's size limit, since large JPEG files are decoded at reduced size."""
+    """Context manager that lifts Pillow's size limit. Large JPEG files are decoded at reduced size."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -173,7 +173,7 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
 
 
 def _deep_grey(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """Scales 16-bit or floating-point grayscale to 8 bits, since Pillow would clip values at 255."""
+    """Scales 16-bit or floating-point grayscale to 8 bits. Pillow would clip values at 255."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):

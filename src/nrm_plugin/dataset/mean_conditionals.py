@@ -1,4 +1,4 @@
-"""Relevance matrices over a dataset, as a torchmetrics metric synchronized across processes."""
+"""Relevance matrices over a dataset as a torchmetrics metric synchronized across processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ torchmetrics = extra("torchmetrics", "statistics")
 
 
 class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
-    r"""Metric for the mean conditional relevance of a layer's groups, given the groups of a layer above.
+    r"""Metric for the mean conditional relevance of the groups in a layer given the groups in a layer above.
 
     .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}
 
@@ -25,7 +25,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
     depend on how samples are divided into batches and among processes.
 
     Args:
-        groups: Number of groups of each layer, ``(K_upper, K_lower)``.
+        groups: Number of groups in each layer, as ``(K_upper, K_lower)``.
         upper: Layer nearer to the output, a name or ``at(layer)``.
         lower: Layer nearer to the input, a name or ``at(layer)``.
         over: As in :meth:`~nrm_plugin.RelevanceMeasure.joint`.
@@ -71,7 +71,7 @@ class MeanConditionals(torchmetrics.Metric):  # type: ignore[name-defined, misc,
         """Adds the samples of a measure to the metric.
 
         Raises:
-            InputError: If the number of groups does not match, or if relevance is not finite. The batch is then not
+            InputError: If the number of groups does not match or if relevance is not finite. The batch is then not
                 counted.
         """
         lower = at(self.lower) if isinstance(self.lower, str) else self.lower

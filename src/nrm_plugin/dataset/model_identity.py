@@ -20,11 +20,11 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Hashes everything in a model that affects its outputs.
 
-    Waits until no other thread is recording a model, since the hooks of a recording are not part of the model.
+    Waits until no other thread is recording a model. The hooks of a recording are not part of the model.
 
     Returns:
         A mapping with the keys ``class``; ``structure``, a hash of the model's repr; ``tensors``, a hash of the
-        parameters and buffers; ``code``, a hash of each user-defined class and function, and the versions of all other
+        parameters and buffers; ``code``, a hash of each user-defined class and function and the versions of all other
         packages; and ``attributes``, keyed by name for user-defined modules, with a single hash for all other modules.
     """
     with _RECORDING:
@@ -83,7 +83,7 @@ def _values(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> Any:
-    """Returns numbers and short strings unchanged, and hashes any other value."""
+    """Returns numbers and short strings unchanged. Hashes any other value."""
     is_short = value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= 40)
     return value if is_short else digest(value)
 

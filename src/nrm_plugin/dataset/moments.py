@@ -25,9 +25,9 @@ class Moments(NamedTuple):
     """Class-wise mean and variance of relevance over samples.
 
     Attributes:
-        samples: Number of samples per class, ``(classes,)``, or a scalar without classes.
-        mean: Mean relevance, ``(classes, *groups)``, dimensionless; NaN for a class without samples.
-        variance: Variance, in the same shape; NaN for a class with too few samples.
+        samples: Number of samples per class, of shape ``(classes,)``, or a scalar without classes.
+        mean: Mean relevance, of shape ``(classes, *groups)``, dimensionless. NaN for a class without samples.
+        variance: Variance, of the same shape. NaN for a class with too few samples.
     """
 
     samples: Tensor
@@ -36,7 +36,7 @@ class Moments(NamedTuple):
 
 
 def empty(classes: int, groups: tuple[int, ...]) -> Tensor:
-    """Returns the state for no samples, ``(classes, *groups, 3)``."""
+    """Returns the state for no samples, of shape ``(classes, *groups, 3)``."""
     return torch.zeros((classes, *groups, 3), dtype=torch.float64)
 
 
@@ -44,8 +44,8 @@ def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
     """Computes the state of a batch.
 
     Args:
-        values: Values to accumulate, ``(N, *groups)``.
-        target: Class of each sample, ``(N,)``.
+        values: Values to accumulate, of shape ``(N, *groups)``.
+        target: Class of each sample, of shape ``(N,)``.
         classes: Number of classes.
     """
     values = values.detach().double()
@@ -58,7 +58,7 @@ def of_batch(values: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def merged(states: Tensor) -> Tensor:
-    """Merges ``S`` states, ``(S, …, 3)``, into the state of all their samples."""
+    """Merges ``S`` states, stacked in shape ``(S, …, 3)``, into the state of all their samples."""
     total = states[0]
     for state in states[1:]:
         count = total[..., COUNT] + state[..., COUNT]
@@ -74,7 +74,7 @@ def moments(state: Tensor, correction: int = 1) -> Moments:
     """Computes the count, mean and variance of a state.
 
     Args:
-        state: A state, ``(classes, *groups, 3)``.
+        state: A state of shape ``(classes, *groups, 3)``.
         correction: Number subtracted from the count in the denominator of the variance, as in :func:`torch.var`.
     """
     count = state[..., COUNT]

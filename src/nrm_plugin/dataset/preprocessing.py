@@ -1,4 +1,4 @@
-"""Conversion of images to model inputs, and back."""
+"""Conversion of images to model inputs and back."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Preprocessing:
     """Conversion of images to model inputs.
 
     Attributes:
-        transform: torchvision's preset: resize, center crop, scale to [0, 1], and normalize with mean and standard
-            deviation.
+        transform: torchvision's preset: resizing, center crop, scaling to [0, 1], and normalization with mean and
+            standard deviation.
         fit: ``"crop"`` for the center square, as in the preset; ``"pad"`` for the whole image with a margin in the mean
             color; or ``"squeeze"`` for the whole image, stretched to a square.
     """
@@ -63,7 +63,7 @@ class Preprocessing:
         }
 
     def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Returns the part of an image seen by the model: (left, top, right, bottom), as fractions of the image size.
+        """Returns the part of an image that the model sees, as fractions (left, top, right, bottom) of the image size.
 
         Args:
             size: Width and height of the image.
@@ -75,7 +75,7 @@ class Preprocessing:
         return (0.5 - halves[0], 0.5 - halves[1], 0.5 + halves[0], 0.5 + halves[1])
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Converts an RGB image to an input ``(1, C, S, S)``."""
+        """Converts an RGB image to an input of shape ``(1, C, S, S)``."""
         image = image if self.fit == "crop" else self._fitted(image)
         tensor: Tensor = self.transform(image if len(self.mean) == 3 else image.convert("L"))[None]
         return tensor
@@ -92,12 +92,12 @@ class Preprocessing:
         return square
 
     def inverse(self, inputs: Tensor) -> Tensor:
-        """Converts an input ``(1, C, S, S)`` to an image ``(3, S, S)`` with values in [0, 1]."""
+        """Converts an input of shape ``(1, C, S, S)`` to an image of shape ``(3, S, S)`` with values in [0, 1]."""
         mean, std = (inputs.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (inputs[0] * std + mean).clamp(0, 1).expand(3, -1, -1).contiguous()
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inputs for black and for white pixels, ``(1, C, 1, 1)`` each, on the device of ``like``."""
+        """Returns the inputs for black and white pixels, of shape ``(1, C, 1, 1)`` each, on the device of ``like``."""
         mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
@@ -113,7 +113,7 @@ def preprocessing(
 
     Args:
         make: Factory of the preset: ``transforms`` of torchvision weights.
-        size: Length of the shorter side after resizing, and side length of the center crop. Defaults to the values that
+        size: Length of the shorter side after resizing and side length of the center crop. Defaults to the values that
             the weights specify.
         mean: Mean of each channel: three values for RGB, one for grayscale. Defaults to the values that the weights
             specify.

@@ -1,4 +1,4 @@
-"""Processes of a sweep: their ranks, and locks on the sweep folder."""
+"""Processes of a sweep: their ranks and locks on the sweep folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ProcessRank:
 
     @classmethod
     def current(cls) -> ProcessRank:
-        """Reads the rank from ``torch.distributed`` or from the environment of ``torchrun``, by default rank 0 of 1."""
+        """Reads the rank from ``torch.distributed`` or the environment of ``torchrun``. Defaults to rank 0 of 1."""
         if _is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -52,11 +52,11 @@ def _is_initialized() -> bool:
 class FolderLocks:
     """Locks on a sweep folder: one per rank, held until the process ends, and one for the manifest.
 
-    The operating system releases the locks of a process when it ends. Lock files are never removed, since a process
-    could otherwise lock a file that another process has just replaced.
+    The operating system releases the locks of a process when it ends. Lock files are never removed. Otherwise, a
+    process could lock a file that another process has just replaced.
 
     Attributes:
-        folder: The sweep folder.
+        folder: Folder that contains the sweep and its locks.
         process: Rank of this process.
         held: Stack of the locks held by this process.
     """
@@ -76,7 +76,7 @@ class FolderLocks:
         """Context manager that holds the manifest lock and acquires this rank's lock until the process ends.
 
         Raises:
-            SweepError: If another process writes to the folder with the same rank, or if the file system of the folder
+            SweepError: If another process writes to the folder with the same rank or if the file system of the folder
                 does not support locks.
         """
         try:

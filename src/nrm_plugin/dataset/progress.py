@@ -35,7 +35,7 @@ class Progress(tqdm):  # type: ignore[type-arg, unused-ignore]
 def resident() -> int | None:
     """Returns the resident memory of this process in bytes, or its peak if the current value is unavailable.
 
-    The result is None on systems without the module ``resource``, such as Windows.
+    Returns None on systems without the module ``resource``, such as Windows.
     """
     try:
         import resource
@@ -48,7 +48,7 @@ def resident() -> int | None:
 
 
 def memory() -> str:
-    """Formats the memory usage of this process, and of the GPU if it is in use."""
+    """Formats the memory usage of this process and, if in use, of the GPU."""
     held = resident()
     text = "unknown" if held is None else f"{held / 2**30:.1f} GiB"
     if torch.cuda.is_available() and torch.cuda.memory_allocated():

@@ -33,7 +33,7 @@ class Nearest:
     Attributes:
         prototype: Index of the prototype.
         distance: Euclidean distance to the center.
-        difference: Relevance of the sample minus relevance of the center, ``(K,)``.
+        difference: Relevance of the sample minus relevance of the center, of shape ``(K,)``.
         outlying: Fraction of the fitted samples that fit worse, by likelihood for a mixture and by distance for
             k-means. It is 0 if the sample fits worse than all of them.
     """
@@ -44,7 +44,7 @@ class Nearest:
     outlying: float
 
     def strongest(self, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the ``top`` groups with the largest absolute differences, and these differences."""
+        """Returns the ``top`` groups with the largest absolute differences, each with its difference."""
         order = np.argsort(-np.abs(self.difference), kind="stable")[:top]
         return [(int(group), float(self.difference[group])) for group in order]
 
@@ -54,10 +54,10 @@ class Prototypes:
     """Clusters of explanations, ordered by coverage, as returned by :func:`find_prototypes`.
 
     Attributes:
-        centres: Relevance of each prototype, ``(P, K)``.
-        members: Prototype index of each sample, ``(N,)``.
-        samples: Sample indices in the dataset, ``(N,)``.
-        distances: Euclidean distance from each sample to the center of its prototype, ``(N,)``.
+        centres: Relevance of each prototype, of shape ``(P, K)``.
+        members: Prototype index of each sample, of shape ``(N,)``.
+        samples: Sample indices in the dataset, of shape ``(N,)``.
+        distances: Euclidean distance from each sample to the center of its prototype, of shape ``(N,)``.
     """
 
     centres: Array
@@ -75,7 +75,7 @@ class Prototypes:
 
     @property
     def coverage(self) -> Array:
-        """Fraction of the samples in each prototype, ``(P,)``."""
+        """Fraction of the samples in each prototype, of shape ``(P,)``."""
         coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
         return coverage
 
@@ -92,7 +92,7 @@ class Prototypes:
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
-        """Returns the ``top`` groups with the largest absolute relevance in a prototype, and this relevance."""
+        """Returns the ``top`` groups with the largest absolute relevance in a prototype, each with its relevance."""
         centre = self.centres[prototype]
         order = np.argsort(-np.abs(centre), kind="stable")[:top]
         return [(int(group), float(centre[group])) for group in order]
@@ -101,10 +101,10 @@ class Prototypes:
         """Assigns new samples to prototypes.
 
         Args:
-            vectors: Relevance of the same groups, ``(N, K)``.
+            vectors: Relevance of the same groups, of shape ``(N, K)``.
 
         Raises:
-            InputError: If the number of groups does not match, or if values are not finite.
+            InputError: If the number of groups does not match or if values are not finite.
         """
         values = _vectors(vectors)
         if values.shape[1] != self.centres.shape[1]:
@@ -129,18 +129,18 @@ def find_prototypes(
     covariance: Covariance = "diag",
     seed: int = 0,
 ) -> Prototypes:
-    """Clusters explanations, for example those of one class.
+    """Clusters explanations, for example all explanations of one class.
 
-    Vectors are divided by the square root of their mean variance, so that scikit-learn's regularization of the
-    covariance is negligible.
+    Vectors are divided by the square root of their mean variance. This makes scikit-learn's regularization of the
+    covariance negligible.
 
     Args:
-        vectors: Relevance of the groups in each sample, ``(N, K)``, from ``mu.marginal(layer, over="channel")`` or
-            :func:`vectors_of_sweep`.
+        vectors: Relevance of the groups in each sample, of shape ``(N, K)``, from
+            ``mu.marginal(layer, over="channel")`` or :func:`vectors_of_sweep`.
         count: Number of prototypes.
         method: ``"mixture"`` of Gaussians, or ``"kmeans"``.
         samples: Sample indices in the dataset. Defaults to 0 to N - 1.
-        covariance: ``covariance_type`` of scikit-learn's ``GaussianMixture``; a full covariance requires many samples.
+        covariance: ``covariance_type`` of scikit-learn's ``GaussianMixture``. A full covariance requires many samples.
         seed: Seed for the initialization.
 
     Raises:
@@ -186,7 +186,7 @@ def _model(method: str, count: int, covariance: str, seed: int) -> Any:
 
 
 def _fits(fitted: Any, scaled: Array) -> Array:
-    """Computes the goodness of fit of each sample: log-likelihood, or minus the distance to the nearest center."""
+    """Computes the goodness of fit of each sample: the log-likelihood or minus the distance to the nearest center."""
     fits: Array = fitted.score_samples(scaled) if hasattr(fitted, "means_") else -fitted.transform(scaled).min(1)
     return fits
 
@@ -206,15 +206,15 @@ def vectors_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         query: Name of a query with one value per group, or of a layer with a ``Marginal`` query.
-        target: Only use samples for which this class was explained; None for all samples.
+        target: Only use samples for which this class was explained, or None for all samples.
 
     Returns:
-        The vectors, ``(N, K)``, and the sample indices, ``(N,)``.
+        The vectors, of shape ``(N, K)``, and the sample indices, of shape ``(N,)``.
 
     Raises:
         ReferencesError: If the query is unknown, there are no samples with this target, or conditional values are
             undefined.
-        SweepError: If the folder does not contain a sweep, or if a file is damaged.
+        SweepError: If the folder does not contain a sweep or if a file is damaged.
     """
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
     queries = sweep.queries.values()

@@ -21,7 +21,7 @@ LayerSpec = str | Atom
 Reduce = Literal["max", "mean", "sum"]
 MIN_RATIO = 1e-3
 MAX_LABEL_BYTES = 1 << 28
-"""Maximum size in bytes of labels read from a file; the widest layers of VGG16 require 13 million bytes."""
+"""Maximum size in bytes of labels read from a file. The widest layers of VGG16 require 13 million bytes."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Query:
         return tuple(_text(getattr(self, name)) for name in names)
 
     def to_json(self) -> dict[str, Any]:
-        """Converts the query to JSON; :func:`from_json` restores it."""
+        """Converts the query to JSON. :func:`from_json` restores it."""
         return {"kind": type(self).__name__} | {item.name: _to_json(getattr(self, item.name)) for item in fields(self)}
 
     def info(self, groups: Sequence[int] | None = None) -> QueryInfo:
@@ -157,7 +157,7 @@ class Conditional(Query):
     """``μ(event | group)`` for each group of a layer: the fraction of the group's relevance that belongs to the event.
 
     Args:
-        event: Event whose share in the relevance of each group is computed.
+        event: Event whose fraction of the relevance of each group is computed.
         layer: Name of a tap, or ``at(…)``.
         over: As in :class:`Marginal`.
         min_ratio: Values are null if ``|μ(group)|`` is at most this fraction of the absolute mass of its neurons.

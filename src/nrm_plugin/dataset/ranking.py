@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 NO_SAMPLE = torch.iinfo(torch.int64).max
-"""Sample index of empty entries, chosen to sort them after all samples."""
+"""Sample index of empty slots. It sorts them after all samples."""
 
 
 @dataclass
 class TopSamples:
-    """The ``k`` samples with the largest values in each row, in decreasing order; ties are broken by sample index.
+    """The ``k`` samples with the largest values in each row, in decreasing order. Ties are broken by sample index.
 
     Attributes:
-        values: Values, ``(…, k)``; minus infinity in empty entries.
-        samples: Sample indices, ``(…, k)``.
-        targets: Explained classes, ``(…, k)``; -1 if unknown.
-        positions: Position of the largest value within the group, ``(…, k)``; -1 if unknown.
+        values: Ranked values of shape ``(…, k)``, or minus infinity in empty slots.
+        samples: Sample indices of shape ``(…, k)``.
+        targets: Explained classes, of shape ``(…, k)``, or -1 if unknown.
+        positions: Position of the largest value within the group, of shape ``(…, k)``, or -1 if unknown.
     """
 
     values: Tensor
@@ -29,7 +29,7 @@ class TopSamples:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype) -> TopSamples:
-        """Creates a ranking with only empty entries."""
+        """Creates a ranking with only empty slots."""
         return cls(
             torch.full(shape, -torch.inf, dtype=dtype),
             torch.full(shape, NO_SAMPLE),
@@ -46,7 +46,7 @@ class TopSamples:
         return TopSamples(*(part[index] for part in self.parts))
 
     def where(self, is_ranked: Tensor) -> TopSamples:
-        """Returns a copy with empty entries in place of those that do not satisfy ``is_ranked``."""
+        """Returns a copy in which slots that do not satisfy ``is_ranked`` are empty."""
         empty = TopSamples.empty((), self.values.dtype)
         pairs = zip(self.parts, empty.parts, strict=True)
         return TopSamples(*(torch.where(is_ranked, part, other) for part, other in pairs))
@@ -56,7 +56,7 @@ class TopSamples:
         return TopSamples(*(torch.cat(pair, dim) for pair in zip(self.parts, others.parts, strict=True)))
 
     def merged(self, others: TopSamples) -> TopSamples:
-        """Merges two rankings and keeps the top ``k``; all dimensions but the last must match."""
+        """Merges two rankings and keeps the top ``k``. All dimensions but the last must match."""
         both = self.joined(others, -1)
         # Entries are sorted by sample, and then stably by value.
         order = both.samples.argsort(dim=-1, stable=True)
@@ -99,10 +99,10 @@ class Ranking:
         """Adds a batch to the ranking.
 
         Args:
-            values: Finite values, ``(N, K)``.
-            samples: Unique index of each sample, ``(N,)``.
-            targets: Explained class of each sample, ``(N,)``; required to rank by target.
-            positions: Position of the largest value within each group, ``(N, K)``.
+            values: Finite values of shape ``(N, K)``.
+            samples: Unique index of each sample, of shape ``(N,)``.
+            targets: Explained class of each sample, of shape ``(N,)``; required to rank by target.
+            positions: Position of the largest value within each group, of shape ``(N, K)``.
         """
         if not len(values):
             return
@@ -134,7 +134,7 @@ class Ranking:
             part[:, rows] = new
 
     def _with_rows_for(self, present: Tensor, groups: int, dtype: torch.dtype) -> TopSamples:
-        """Returns the rankings by target, after adding empty rows for new targets."""
+        """Returns the rankings by target after adding empty rows for new targets."""
         new = [int(target) for target in present if int(target) not in self._rows]
         for target in new:
             self._rows[target] = len(self._rows)
@@ -144,7 +144,7 @@ class Ranking:
         return self._by_target
 
     def of(self, target: int | None) -> TopSamples:
-        """Returns the ranking ``(K, k)`` for a target, or over all samples if ``target`` is None.
+        """Returns the ranking of shape ``(K, k)`` for a target, or over all samples if ``target`` is None.
 
         Raises:
             KeyError: If no sample with this target was added.

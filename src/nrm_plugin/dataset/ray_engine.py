@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster, and evaluation of batches for Ray Data and Hugging Face datasets."""
+"""Sweeps on a Ray cluster and evaluation of batches for Ray Data and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class SweepBatches:
 
         Args:
             batch: Columns, including ``sample`` unless ``indices`` are given.
-            indices: Sample indices.
+            indices: Index of each sample in the dataset.
 
         Returns:
             The columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`, with NaN for undefined values.
@@ -121,7 +121,7 @@ class _Worker:
     """Ray worker that evaluates shards with its own copy of the model.
 
     Args:
-        job: The sweep job.
+        job: Settings and data of the sweep.
         is_on_gpu: Whether to run the model on the GPU.
     """
 
@@ -149,7 +149,7 @@ def run(
     num_gpus: float | None = None,
     num_cpus: float = 1,
 ) -> None:
-    """Evaluates shards on Ray workers, each with its own model; shards of failed workers are evaluated again.
+    """Evaluates shards on Ray workers, each with its own model. Shards of failed workers are evaluated again.
 
     Args:
         job: The sweep job. All machines must be able to access its folder.
@@ -158,7 +158,7 @@ def run(
         concurrency: Number of workers, or their minimum and maximum number. Defaults to the number that fits on the
             cluster.
         num_gpus: Number of GPUs per worker, possibly a fraction.
-        num_cpus: Number of CPUs per worker, which is also the number of threads of its model.
+        num_cpus: Number of CPUs per worker and of threads of its model.
 
     Raises:
         MissingExtraError: If Ray is not installed.

@@ -20,7 +20,7 @@ FADED = 0.78
 CELL = 1.15
 """Side length of an image in inches."""
 MOST = 16
-"""Maximum number of rows in a figure, and of images per row."""
+"""Maximum number of rows in a figure and of images per row."""
 
 
 def reference_figure(
@@ -40,10 +40,10 @@ def reference_figure(
         heading: Title of the figure.
         dark: Whether to use colors for a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         labels: Row labels keyed by channel. Defaults to the channel indices.
-        unit: ``"%"`` if values are fractions of the relevance, or else the suffix of printed values.
+        unit: ``"%"`` if values are fractions of the relevance, and otherwise the suffix of printed values.
 
     Raises:
-        InputError: If there are no crops, or too many of them, or the style is unknown.
+        InputError: If there are no crops or too many, or if the style is unknown.
     """
     if style not in ("mask", "plain", "heat", "both"):
         raise InputError(f"style={style!r} is unknown; choose 'mask', 'plain', 'heat' or 'both'.")

@@ -65,18 +65,18 @@ def find_references(
         events: Events keyed by name. Samples are also ranked by the mass of each event.
         target: Explained class: the label, the prediction, or one class for all samples.
         against: As in :class:`~nrm_plugin.RelevanceMeasure`, such as ``"rest"``. Relevance is then multiplied by the
-            sign of the difference, so that large values are evidence for the target.
+            sign of the difference. Large values are thus evidence for the target.
         unit: ``"measure"`` for ``μ``, a fraction of the total relevance; ``"output"`` for the usual LRP score, ``μ``
             times the explained output; or ``"layer"``, the default of zennit-crp, for the LRP score divided by the sum
-            of the absolute scores of all channels of the layer, and for activations normalized in the same way.
+            of the absolute scores of all channels of the layer and for activations normalized in the same way.
         reduce: ``"sum"`` or ``"max"`` over the positions of a channel.
         per_target: Whether to rank the samples of each target as well.
         composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        batch_size: Number of samples per batch, if ``data`` is a dataset.
-        device: Device of the inputs. Defaults to that of the model.
+        batch_size: Number of samples per batch if ``data`` is a dataset.
+        device: Device of the inputs. Defaults to the device of the model.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -110,11 +110,11 @@ def find_references(
 
 
 def _explained_classes(target: str | int, labels: Tensor | None, outputs: Tensor) -> Tensor:
-    """Returns the explained class of each sample, ``(N,)``.
+    """Returns the explained class of each sample, of shape ``(N,)``.
 
     Raises:
         InputError: If the model is not a classifier.
-        ReferencesError: If labels are missing, or their number does not match that of the outputs.
+        ReferencesError: If labels are missing or if there are not as many labels as outputs.
         TargetError: If a class is negative.
     """
     if outputs.ndim != 2:
@@ -201,7 +201,7 @@ class _Search:
         self.count += mu.batch
 
     def _scores(self, values: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """Returns the score of each channel and the position of its largest value, ``(N, C)`` each."""
+        """Returns the score of each channel and the position of its largest value, of shape ``(N, C)`` each."""
         flat = values.movedim(channel_dim, 1).flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
         largest, positions = flat.max(-1)
         score = flat.sum(-1) if self.reduce == "sum" else largest

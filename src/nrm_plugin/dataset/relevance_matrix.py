@@ -3,7 +3,7 @@ r"""Relevance matrices: mean conditional relevance between the groups of two lay
 .. math:: T_{ij} = \frac{\sum_n |\mu_n(j)|\, \mu_n(i \mid j)}{\sum_n |\mu_n(j)|}, \qquad
           \sum_i T_{ij} + \mathrm{off}_j = 1
 
-Samples are weighted by the absolute mass of ``j``, so that samples with a small mass, whose conditional is unstable,
+Samples are weighted by the absolute mass of ``j``. Samples with a small mass, whose conditional is unstable, thus
 contribute little. Walks through ``j`` that do not cross the lower layer count towards ``off``. The weighting is new in
 this package.
 """
@@ -24,15 +24,16 @@ FORMAT = "nrm-plugin relevance matrix 1"
 
 
 class RelevanceMatrix:
-    r"""Mean conditional relevance of a layer's groups, given the groups of a layer above.
+    r"""Mean conditional relevance of the groups in a layer given the groups in a layer above.
 
     Args:
-        matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, ``(K_lower, K_upper)``; NaN in the columns of groups without
-            relevance.
-        off: Mean fraction of each upper group's mass in walks that do not cross the lower layer, ``(K_upper,)``.
-        weight: Mean absolute mass of each upper group, ``(K_upper,)``.
+        matrix: :math:`T_{ij} = \mathrm E[\mu(i \mid j)]`, of shape ``(K_lower, K_upper)``, with NaN in the columns of
+            groups without relevance.
+        off: Mean fraction of each upper group's mass in walks that do not cross the lower layer, of shape
+            ``(K_upper,)``.
+        weight: Mean absolute mass of each upper group, of shape ``(K_upper,)``.
         samples: Number of samples.
-        upper: Name of the upper layer; empty if unknown.
+        upper: Name of the upper layer, or empty if unknown.
         lower: Name of the lower layer.
 
     Raises:
@@ -61,12 +62,12 @@ class RelevanceMatrix:
         return f"RelevanceMatrix({up} groups of {self.upper!r} to {down} of {self.lower!r}, {self.samples} samples)"
 
     def apply(self, relevance: Tensor) -> Tensor:
-        """Predicts the relevance of the lower groups from that of the upper groups, ``(N, K_lower)``.
+        """Predicts the relevance of the lower groups, of shape ``(N, K_lower)``, from the upper groups.
 
         Groups without relevance in the data do not contribute.
 
         Args:
-            relevance: Relevance of the upper groups, ``(N, K_upper)``.
+            relevance: Relevance of the upper groups, of shape ``(N, K_upper)``.
 
         Raises:
             InputError: If the number of groups does not match.
@@ -78,7 +79,7 @@ class RelevanceMatrix:
         return relevance @ self.matrix.nan_to_num(0.0).to(relevance).T
 
     def then(self, below: RelevanceMatrix) -> RelevanceMatrix:
-        """Multiplies by the matrix of lower layers, assuming that walks form a Markov chain over the groups.
+        """Multiplies by the matrix of lower layers. Assumes that walks form a Markov chain over the groups.
 
         Args:
             below: Matrix whose upper groups are the lower groups of this matrix.

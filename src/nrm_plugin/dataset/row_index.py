@@ -1,4 +1,4 @@
-"""Index of a sweep: the rows of each query, sorted by group and value for fast access to the top samples."""
+"""Index of a sweep: the rows of each query sorted by group and value, for fast access to the top samples."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_SORTED = 1 << 22
-"""Maximum number of rows sorted at once, unless a single group has more."""
+"""Maximum number of rows sorted at once unless a single group has more."""
 CHUNK = 1 << 15
-"""Maximum number of rows in a row group, unless a single neuron group has more."""
+"""Maximum number of rows in a row group unless a single neuron group has more."""
 CODED = ["query", "group", "lower", "target", "prediction"]
-"""Dictionary-encoded columns, which have few distinct values."""
+"""Dictionary-encoded columns. They have few distinct values."""
 
 
 def write_index(sweep: Sweep) -> Path:
     """Writes the index, with one file per query and the columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
     Rows are sorted by group and decreasing value, with null values last. Joint matrices are omitted. They have so many
-    rows that sorting could take longer than computing the measure, and the rows of a group are contiguous in each shard
+    rows that sorting could take longer than computing the measure. The rows of a group are contiguous in each shard
     anyway.
 
     Args:
-        sweep: A complete sweep.
+        sweep: Sweep whose rows are sorted. It must be complete.
 
     Raises:
         ShardError: If a shard is damaged or incomplete.
@@ -95,7 +95,7 @@ def is_intact(sweep: Sweep) -> bool:
 
 
 def _sorted(shards: Sequence[Shard], info: QueryInfo, layout: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
-    """Yields sorted tables of consecutive groups, and the row-group size of each."""
+    """Yields sorted tables of consecutive groups with the row-group size of each."""
     count = max(1, sum(_samples(shard) for shard in shards))
     groups = (*(info.groups or ()), 1)[0]
     step = max(1, MAX_SORTED // count)
@@ -110,7 +110,10 @@ def _samples(shard: Shard) -> int:
 
 
 def _columns(shards: Sequence[Shard], info: QueryInfo, first: int, last: int) -> dict[str, Any] | None:
-    """Reads ``value`` as ``(groups, samples)`` and the other columns as ``(samples,)``; None if there are no rows."""
+    """Reads ``value`` with shape ``(groups, samples)`` and all other columns with shape ``(samples,)``.
+
+    Returns None if there are no rows.
+    """
     groups = last - first + 1
     parts: dict[str, list[Any]] = {"sample": [], "target": [], "prediction": [], "value": []}
     for shard in shards:

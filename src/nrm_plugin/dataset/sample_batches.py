@@ -46,7 +46,7 @@ class LoadedBatch:
     """Batch read from a dataset.
 
     Attributes:
-        samples: Sample indices.
+        samples: Index of each sample in the dataset.
         batch: The collated samples, or None if no sample could be read.
         failed: Samples that could not be read.
         content: Hash of each sample, keyed by sample index.
@@ -60,10 +60,10 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Dataset, with options for loading its samples.
+    """Dataset with options for loading its samples.
 
     Attributes:
-        data: The dataset.
+        data: Dataset that is read by index, or an iterable dataset.
         batch_size: Number of samples per batch.
         num_workers: Number of worker processes.
         options: Other arguments of ``DataLoader``.
@@ -91,7 +91,7 @@ class DataSource:
             return described(preparation)
 
     def stamps(self, first: int, last: int) -> list[str]:
-        """Returns the stamps, which identify samples without reading them, or an empty list if there are none."""
+        """Returns the stamps that identify samples without reading them, or an empty list if there are none."""
         stamp = getattr(self.data, "stamp", None)
         return [str(stamp(index)) for index in range(first, last + 1)] if callable(stamp) else []
 
@@ -113,8 +113,8 @@ def data_source(data: Any, batch_size: int | None, num_workers: int | None) -> D
 
     Args:
         data: A dataset, or a data loader whose dataset is read in index order.
-        batch_size: Number of samples per batch. Defaults to that of the loader, or to 16.
-        num_workers: Number of worker processes. Defaults to that of the loader, or to 0.
+        batch_size: Number of samples per batch. Defaults to the batch size of the loader, or to 16.
+        num_workers: Number of worker processes. Defaults to the number of the loader, or to 0.
 
     Raises:
         SweepError: If ``data`` is neither a dataset nor a loader, an argument is invalid, or the loader yields only a
@@ -164,11 +164,11 @@ def _dataset_source(data: Any, batch_size: int, num_workers: int, options: Mappi
 class ShardPlan:
     """Assignment of samples to batches and shards.
 
-    Shards do not depend on the batch size, so that a sweep can be resumed with a different batch size.
+    Shards do not depend on the batch size. A sweep can therefore be resumed with a different batch size.
 
     Attributes:
         count: Number of samples.
-        batch_size: Number of samples per batch; the last batch of a shard can be smaller.
+        batch_size: Number of samples per batch. The last batch of a shard can be smaller.
         shard_size: Number of samples per shard.
     """
 
@@ -205,12 +205,12 @@ class ShardPlan:
 class IndexedDataset(Dataset[tuple[int, Any, str]]):
     """Dataset wrapper whose items are samples with index and hash, or a :class:`FailedSample`.
 
-    Random generators are seeded for each sample, so that random transforms are reproducible.
+    Random generators are seeded for each sample. Random transforms are therefore reproducible.
 
     Args:
-        data: The dataset.
+        data: Dataset to wrap.
         seed: Seed for the random states.
-        is_hashed: Whether to hash samples; otherwise the hash is an empty string.
+        is_hashed: Whether to hash samples. Otherwise, the hash is an empty string.
     """
 
     def __init__(self, data: Any, seed: int, is_hashed: bool = False) -> None:
@@ -243,7 +243,7 @@ def seeded(seed: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FaultTolerantCollate:
-    """Collate function that omits failed samples, and samples whose structure differs from the majority's.
+    """Collate function that omits failed samples and samples with a different structure than the majority.
 
     Attributes:
         collate: Collate function for the remaining samples.
@@ -273,7 +273,7 @@ class FaultTolerantCollate:
 
 
 def structure(sample: Any) -> Any:
-    """Returns the nested structure of a sample: the shape of each tensor or array, and the type of any other value."""
+    """Returns the nested structure of a sample: the shape of each tensor or array and the type of any other value."""
     if isinstance(sample, Mapping):
         return {key: structure(value) for key, value in sample.items()}
     if isinstance(sample, (list, tuple)):
@@ -289,7 +289,7 @@ def one_line(error: BaseException) -> str:
 
 
 def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) -> Iterator[LoadedBatch]:
-    """Loads batches of a dataset in the given order; workers prefetch batches."""
+    """Loads batches of a dataset in the given order. Workers prefetch batches."""
     options = {key: value for key, value in source.options.items() if key != "collate_fn"}
     loader: Iterable[LoadedBatch] = DataLoader(
         IndexedDataset(source.data, seed, source.is_hashed),
@@ -303,7 +303,7 @@ def load_batches(source: DataSource, batches: Sequence[list[int]], seed: int) ->
 
 
 def reload(source: DataSource, samples: Sequence[int], seed: int) -> LoadedBatch:
-    """Reads samples again, as a single batch."""
+    """Reads samples again as a single batch."""
     indexed = IndexedDataset(source.data, seed, source.is_hashed)
     return FaultTolerantCollate(source.collate)([indexed[index] for index in samples])
 

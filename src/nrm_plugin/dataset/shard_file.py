@@ -25,16 +25,20 @@ class Shard:
 
     Attributes:
         path: The row file.
-        rank, number: Rank of the process that wrote the shard, and index of the shard.
+        rank: Rank of the process that wrote the shard.
+        number: Index of the shard.
         settings: Fingerprint of the sweep settings.
-        first, last: Indices of the first and last sample, inclusive.
+        first: Index of the first sample.
+        last: Index of the last sample, inclusive.
         failed: Samples in this range that have no rows, with their errors.
         replaces: Damaged files that the shard replaces, with their errors.
         groups: Groups of each query, as in :class:`~nrm_plugin.dataset.QueryInfo`.
         chunks: ``(query, first group, last group)`` of each row group.
         value: Arrow type of stored values, ``"float"`` or ``"double"``.
-        content, stamps: Hash and stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`; empty
-            for sweeps of earlier versions.
+        content: Hash of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`. Empty for sweeps of
+            earlier versions.
+        stamps: Stamp of each sample, as in :class:`~nrm_plugin.dataset.shard_writer.ShardInfo`. Empty for sweeps of
+            earlier versions.
         sums: Checksums of the row file, or None for sweeps of earlier versions.
         map_sums: Checksums of the map file, or None without maps.
     """
@@ -129,7 +133,7 @@ class Shard:
             raise ShardError(f"{self.path} belongs to another sweep, with different settings.")
 
     def check_maps(self) -> None:
-        """Raises :class:`ShardError` if the map file is missing or damaged, or has the wrong number of samples."""
+        """Raises :class:`ShardError` if the map file is missing, damaged, or has the wrong number of samples."""
         try:
             with safe_open(self.maps, "np") as file:
                 size = file.get_slice("sample").get_shape()[0]
@@ -153,7 +157,7 @@ class Shard:
         groups: tuple[int, int] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """Reads all rows, or only those of a query or of an inclusive range of groups.
+        """Reads all rows, or only the rows of a query or of an inclusive range of groups.
 
         Raises:
             ShardError: If the file is damaged.
@@ -189,7 +193,7 @@ def _segments(sums: Mapping[str, Any] | None, name: str) -> Segments | None:
 
 
 def shards_in(folder: Path) -> dict[int, Path]:
-    """Returns the row file of each shard, keyed by index; if there are several, the lowest rank's file."""
+    """Returns the row file of each shard, keyed by index. If there are several, the file of the lowest rank counts."""
     paths: dict[int, Path] = {}
     for path in sorted((folder / ROWS).glob("part-*.parquet"), reverse=True):
         match = PART.fullmatch(path.name)

@@ -1,4 +1,4 @@
-"""Writing of shards; files receive their final names when they are complete and synced to disk."""
+"""Writing of shards. Files receive their final names when they are complete and synced to disk."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK = 1 << 16
-"""Maximum number of rows in a row group, unless a single neuron group has more."""
+"""Maximum number of rows in a row group unless a single neuron group has more."""
 OS_ERROR = re.compile(r"(?:code:|os error) (\d+)")
 """Pattern for operating-system errors in safetensors messages."""
 CODED = ["query", "group", "lower", "target", "prediction", "sample"]
-"""Dictionary-encoded columns, which have few distinct values."""
+"""Dictionary-encoded columns. They have few distinct values."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ class ShardInfo:
 
     Attributes:
         settings: Fingerprint of the sweep settings.
-        first, last: Indices of the first and last sample, inclusive.
+        first: Index of the first sample.
+        last: Index of the last sample, inclusive.
         failed: Samples without rows.
         replaces: Damaged files that the shard replaces.
         value: Arrow type of stored values, ``"float"`` or ``"double"``.
-        content: Hash of each sample in the range, or of each batch of an iterable dataset; empty for failed samples.
+        content: Hash of each sample in the range, or of each batch of an iterable dataset. Empty for failed samples.
         stamps: A cheap identifier of each sample (for example, the size and modification time of its file), available
             without loading the sample.
     """
@@ -79,10 +80,10 @@ def write_shard(
     batches: Sequence[BatchResults],
     info: ShardInfo,
 ) -> None:
-    """Writes a shard: maps before rows, so that a row file never exists without its map file.
+    """Writes a shard. Maps are written before rows, and a row file never exists without its map file.
 
     Args:
-        folder: The sweep folder.
+        folder: Folder of the sweep.
         rank: Rank of the process that writes the shard.
         number: Index of the shard.
         queries: The queries of the sweep.
@@ -122,7 +123,7 @@ def write_shard(
 
 
 def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Writes a safetensors file and converts I/O errors of safetensors to :class:`OSError`.
+    """Writes a safetensors file. Converts I/O errors of safetensors to :class:`OSError`.
 
     Raises:
         OSError: If the file cannot be written.
@@ -184,7 +185,7 @@ def _table(
     names: Sequence[str],
     value: str,
 ) -> pa.Table:
-    """Creates the rows for values ``(groups, lower, samples)``."""
+    """Creates the rows for values of shape ``(groups, lower, samples)``."""
     pa = arrow()
     repeats, count = len(groups) * len(lowers), len(results.sample)
     queries = np.full(values.size, names.index(name), np.int32)

@@ -1,4 +1,4 @@
-"""Class-wise mean and variance of relevance over a dataset, as torchmetrics metrics.
+"""Class-wise mean and variance of relevance over a dataset as torchmetrics metrics.
 
 The metrics can be used in any loop, ``MetricCollection`` or Lightning module: ``update`` takes a measure or relevance,
 and ``compute`` merges the states of all processes.
@@ -122,8 +122,8 @@ class ClasswiseRelevance(_Relevance):
         """Adds a batch to the metric.
 
         Args:
-            relevance: A measure, or relevance of the groups ``(N, K)``.
-            target: Class of each sample, ``(N,)``.
+            relevance: A measure, or relevance of the groups of shape ``(N, K)``.
+            target: Class of each sample, of shape ``(N,)``.
 
         Raises:
             InputError: If the batch does not match the metric; in this case, it is not counted.
@@ -140,11 +140,11 @@ class JointRelevance(_Relevance):
 
     .. math:: m_{ab} = \frac{1}{n} \sum_n \mu_n(a \cap b)
 
-    The mean of joint matrices is the joint matrix of the mean measure; without bypass and absorption between the
+    The mean of joint matrices is the joint matrix of the mean measure. Without bypass and absorption between the
     layers, its sums over ``b`` are the mean marginals of the upper groups.
 
     Args:
-        groups: Number of groups of each layer, ``(K_upper, K_lower)``.
+        groups: Number of groups in each layer, as ``(K_upper, K_lower)``.
         classes: Number of classes, each with its own matrix, or None to pool all samples.
         upper: Name of the layer nearer to the output, or ``at(layer)``; required only for updates with measures.
         lower: The layer nearer to the input, given in the same way.
@@ -183,8 +183,8 @@ class JointRelevance(_Relevance):
         """Adds a batch to the metric.
 
         Args:
-            relevance: A measure, or joint relevance ``(N, K_upper, K_lower)``.
-            target: Class of each sample, ``(N,)``.
+            relevance: A measure, or joint relevance of shape ``(N, K_upper, K_lower)``.
+            target: Class of each sample, of shape ``(N,)``.
 
         Raises:
             InputError: If the batch does not match the metric; in this case, it is not counted.

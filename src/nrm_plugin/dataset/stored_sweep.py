@@ -146,10 +146,10 @@ class Sweep:
         Args:
             layers: Names of the layers, from the output to the input. The sweep must contain the queries of
                 :func:`~nrm_plugin.dataset.glocal.flow_queries`.
-            target: Only use samples for which this class was explained; None for all samples.
+            target: Only use samples for which this class was explained, or None for all samples.
 
         Raises:
-            FlowError: If a query is missing, or if there are no samples.
+            FlowError: If a query is missing or if there are no samples.
         """
         return joints_of_sweep(self, layers, target)
 
@@ -164,7 +164,7 @@ class Sweep:
             columns: Column names, or None for all columns of :func:`~nrm_plugin.dataset.sweep_layout.schema`.
 
         Raises:
-            SweepError: If the query or column is unknown, or if a shard is damaged.
+            SweepError: If the query or column is unknown or if a shard is damaged.
         """
         pa = arrow()
         if query is not None:
@@ -215,8 +215,9 @@ class Sweep:
             group: The group, or None for a query with one value per sample.
             k: Number of samples.
             lower: For a joint matrix, only return rows of this group in the lower layer.
-            target: Only return samples for which this class was explained; None for all samples.
-            largest: Whether to return the largest values rather than the smallest ones, which are in increasing order.
+            target: Only return samples for which this class was explained, or None for all samples.
+            largest: Whether to return the largest values. Otherwise, the smallest values are returned in increasing
+                order.
 
         Returns:
             At most ``k`` rows. Ties are broken by sample index, and null values are excluded.
@@ -261,14 +262,14 @@ class Sweep:
         return table.filter(compute.equal(table["group"], group))
 
     def maps(self, query: str, samples: Collection[int]) -> Tensor:
-        """Reads the stored maps of samples, ``(len(samples), *shape)``.
+        """Reads the stored maps of samples, of shape ``(len(samples), *shape)``.
 
         Args:
             query: Name of a ``Maps`` query.
             samples: Sample indices, in the order of the result.
 
         Raises:
-            SweepError: If no ``Maps`` query has this name, or a sample failed or has not been evaluated yet.
+            SweepError: If no ``Maps`` query has this name or if a sample failed or has not been evaluated yet.
         """
         info = self.query(query)
         if not info.is_map:

@@ -67,7 +67,7 @@ def flow_of_sweep(
     Args:
         sweep: The sweep, or its folder.
         layers: Names of the layers, from the output to the input.
-        target: Only use samples for which this class was explained; None for all samples.
+        target: Only use samples for which this class was explained, or None for all samples.
         samples: Indices of the samples to use, or None for all samples.
         top: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
         min_mass: As in :func:`~nrm_plugin.dataset.glocal.mean_flow`.
@@ -77,9 +77,9 @@ def flow_of_sweep(
             contain.
 
     Raises:
-        InputError: If the members of the groups differ from those of the sweep.
-        FlowError: If a query or sample is missing, or if a cut does not sum to 1.
-        SweepError: If the folder does not contain a sweep, or if a file is damaged.
+        InputError: If the members of the groups differ from the members in the sweep.
+        FlowError: If a query or sample is missing or if a cut does not sum to 1.
+        SweepError: If the folder does not contain a sweep or if a file is damaged.
     """
     check_thresholds(top, min_mass, coverage)
     sweep = sweep if isinstance(sweep, Sweep) else Sweep.open(sweep)
@@ -128,7 +128,7 @@ def grouped(graph: FlowGraph, groups: Groups) -> FlowGraph:
 
 
 def reduced(graph: FlowGraph, top: int | None, min_mass: float | None, coverage: float | None) -> FlowGraph:
-    """Applies :meth:`FlowGraph.smaller`, or returns the graph unchanged if there are no thresholds."""
+    """Applies :meth:`FlowGraph.smaller`. Returns the graph unchanged if there are no thresholds."""
     return graph if top is min_mass is coverage is None else graph.smaller(top, min_mass, coverage)
 
 
@@ -147,7 +147,7 @@ def _layer(name: str, sums: Sums, queries: Sequence[QueryInfo], names: Names | N
 
 
 def _joint(upper: FlowLayer, lower: FlowLayer, joint: Array) -> Array:
-    """Extends a joint matrix to ``(K_upper + 2, K_lower + 2)`` with an empty rest and all other walks."""
+    """Extends a joint matrix to shape ``(K_upper + 2, K_lower + 2)`` with an empty rest and all other walks."""
     matrix = np.zeros((len(upper.groups) + 2, len(lower.groups) + 2))
     matrix[:-2, :-2] = joint
     matrix[:-2, -1] = np.array(upper.masses) - joint.sum(1)

@@ -38,12 +38,12 @@ class SweepJob:
 
     Attributes:
         evaluation: Evaluation of a batch.
-        source: The data source.
+        source: Dataset with its loading options.
         plan: Assignment of samples to shards, or None for an iterable dataset.
         shard_batches: Number of batches per shard.
-        folder: The sweep folder.
+        folder: Folder to which shards are written.
         fingerprint: Hash of the settings.
-        on_error: ``"raise"`` or ``"skip"``, for failing samples and damaged files.
+        on_error: ``"raise"`` or ``"skip"`` for failing samples and damaged files.
         seed: Seed for the random state set before each sample is read.
         damaged: Damaged files to replace, keyed by shard index.
     """
@@ -66,14 +66,14 @@ class SweepJob:
     # -- existing shards ----------------------------------------------------------------------------------------------
 
     def done(self, retry_failed: bool = False, of: Container[int] = ()) -> dict[int, Shard]:
-        """Returns the finished shards keyed by index and moves damaged files aside.
+        """Returns the finished shards keyed by index. Moves damaged files aside.
 
         Args:
-            retry_failed: Whether to remove shards with failed samples, so that they are evaluated again.
+            retry_failed: Whether to remove shards with failed samples in order to evaluate them again.
             of: Indices of the shards to verify completely, by checksum rather than only by footer.
 
         Raises:
-            ShardError: If a file is damaged, and ``on_error`` is ``"raise"``.
+            ShardError: If a file is damaged and ``on_error`` is ``"raise"``.
         """
         shards = {}
         for number, path in shards_in(self.folder).items():
@@ -117,7 +117,7 @@ class SweepJob:
             on_progress: Callback that receives the number of new samples after each batch.
 
         Raises:
-            SampleError: If samples fail, and ``on_error`` is ``"raise"``.
+            SampleError: If samples fail and ``on_error`` is ``"raise"``.
             SweepError: If a file cannot be written.
         """
         assert self.plan is not None
@@ -134,7 +134,7 @@ class SweepJob:
             The number of samples.
 
         Raises:
-            SweepError: If the samples of finished shards differ from those of the dataset.
+            SweepError: If the samples of finished shards differ from the dataset.
         """
         assert self.source.loader is not None
         batches, sample, number = iter(self.source.loader), 0, 0
@@ -215,7 +215,7 @@ class SweepJob:
             return self._without_failing(loaded, error)
 
     def _without_failing(self, loaded: LoadedBatch, error: Exception) -> tuple[BatchResults | None, list[FailedSample]]:
-        """Evaluates samples separately to find the failing ones, and then all others together."""
+        """Evaluates samples separately to find the failing ones and then all others together."""
         failed = [failure for sample in loaded.samples for failure in self._failure_of(sample)]
         indices = {failure.sample for failure in failed}
         remaining = [sample for sample in loaded.samples if sample not in indices]
@@ -240,7 +240,7 @@ class SweepJob:
 
 
 def changed_samples(folder: Path, samples: Sequence[int]) -> SettingsError:
-    """Creates the error for samples that differ from a stored sweep's."""
+    """Creates the error for samples that differ from the samples of a stored sweep."""
     more = "" if len(samples) == 1 else f" and {len(samples) - 1} more"
     return SettingsError(
         f"the data changed: sample {samples[0]}{more} differs from the one whose results are in {folder}. Choose "

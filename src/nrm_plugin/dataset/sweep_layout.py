@@ -38,7 +38,7 @@ PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
 KEY = b"nrm-plugin"
 """Parquet metadata key of the shard description (JSON)."""
 SCALAR = -1
-"""Value of ``group`` for queries with one value per sample, and of ``lower`` for queries without a lower layer."""
+"""Value of ``group`` for queries with one value per sample and of ``lower`` for queries without a lower layer."""
 
 REBUILT = "The same sweep with on_error='skip' writes it again; the stored rows are kept."
 
@@ -103,10 +103,10 @@ class QueryInfo:
     Attributes:
         name: Name, unique in the sweep.
         kind: Name of the query's class, such as ``"Marginal"``.
-        layers: Names of the layers, from the upper to the lower; empty for events.
-        groups: Number of groups ``(C,)``, ``(upper, lower)`` for joint relevance, ``()`` for a single value, or the
-            shape of a map; None until a shard is written.
-        spec: The query as JSON; ``dataset.queries.from_json`` restores it.
+        layers: Names of the layers, from the upper to the lower, or empty for events.
+        groups: Number of groups, as ``(C,)`` or, for joint relevance, ``(upper, lower)``. It is ``()`` for a single
+            value and the shape of a map for maps. None until a shard is written.
+        spec: The query as JSON. ``dataset.queries.from_json`` restores it.
     """
 
     name: str
@@ -122,7 +122,7 @@ class QueryInfo:
 
     @property
     def has_event(self) -> bool:
-        """True if the relevance is joint with, or conditional on, an event."""
+        """True if the relevance is joint with an event or conditional on it."""
         return any(self.spec.get(key) is not None for key in ("joint", "given"))
 
 
@@ -133,14 +133,14 @@ class Manifest:
     Attributes:
         settings: All settings that affect results: versions, model fingerprint, composite, data and queries.
         fingerprint: Hash of the settings, also stored in each shard.
-        queries: The queries.
+        queries: Manifest entries of the queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
         samples: Number of samples, or None for an iterable dataset that is not finished.
         value: Arrow type of stored values, ``"float"`` or ``"double"``.
         ranks: Ranks of the processes that wrote shards.
         failed: Samples without rows, each as ``{"sample": 3, "why": "…"}``.
         bad_shards: Damaged files that were evaluated again, each as ``{"file": "…", "why": "…"}``.
-        environment: Number of threads and device, which do not count as settings.
+        environment: Number of threads and device. They do not count as settings.
     """
 
     settings: Mapping[str, Any]

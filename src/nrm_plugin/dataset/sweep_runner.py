@@ -69,7 +69,7 @@ def sweep(
 ) -> Sweep:
     """Evaluates queries on every sample of a dataset and stores the results.
 
-    If a sweep fails, is killed or is interrupted by Ctrl-C, completed shards are kept: the same call resumes the sweep,
+    If a sweep fails, is killed or is interrupted by Ctrl-C, completed shards are kept. The same call resumes the sweep
     and yields the same rows as an uninterrupted one. Under ``torchrun``, the shards are divided among the processes.
 
     Args:
@@ -88,22 +88,22 @@ def sweep(
         residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
         gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
         output: As in :class:`~nrm_plugin.RelevanceMeasure`.
-        against: As in :class:`~nrm_plugin.RelevanceMeasure`. All masses are multiplied by the sign of the difference,
-            so that positive values are evidence for the target in every sample.
+        against: As in :class:`~nrm_plugin.RelevanceMeasure`. All masses are multiplied by the sign of the difference.
+            Positive values are then evidence for the target in every sample.
         unpack: Function that splits a batch into inputs and labels. By default, a batch is a tensor of inputs, a pair
             ``(inputs, labels)``, or a mapping with ``"label"`` or ``"labels"``.
-        batch_size: Number of samples per batch. Defaults to that of the loader, or to 16. A sweep can be resumed with a
-            different batch size, which changes results only by rounding errors.
-        num_workers: Number of worker processes that read samples. Defaults to that of the loader, or to 0.
+        batch_size: Number of samples per batch. Defaults to the batch size of the loader, or to 16. A sweep can be
+            resumed with a different batch size, which changes results only by rounding errors.
+        num_workers: Number of worker processes that read samples. Defaults to the number of the loader, or to 0.
         shard: Number of samples per shard, rounded up to whole batches. If a process is killed, at most one shard is
             lost. A resumed sweep keeps its shard size.
         seed: Seed for the random state set before each sample is read.
-        resume: Whether to resume a sweep in this folder, rather than raise an error.
+        resume: Whether to resume a sweep in this folder rather than raise an error.
         retry_failed: Whether to evaluate shards with failed samples again.
         on_error: ``"raise"`` to stop at the first sample that cannot be read or evaluated, or at a damaged file;
-            ``"skip"`` to skip and list such samples, and to evaluate damaged files again.
-        index: Whether to store the rows a second time, sorted by group and value for :meth:`Sweep.top`, when the sweep
-            is complete.
+            ``"skip"`` to skip and list such samples and to evaluate damaged files again.
+        index: Whether to store the rows a second time when the sweep is complete, sorted by group and value for
+            :meth:`Sweep.top`.
         engine: ``"local"``, or ``"ray"`` for a Ray cluster.
         engine_options: Options of Ray: ``concurrency``, and ``num_gpus`` and ``num_cpus`` per worker.
         progress: Whether to show a progress bar.
@@ -114,7 +114,7 @@ def sweep(
     Raises:
         SweepError: If the folder contains a sweep with different settings or samples (listed in the message), if
             another process writes to the folder, or if a sample or shard fails.
-        NRMError: If no measure of the model can be constructed with this composite, or if a query does not match the
+        NRMError: If no measure of the model can be constructed with this composite or if a query does not match the
             model.
         MissingExtraError: If pyarrow or Ray is not installed.
     """
@@ -233,7 +233,7 @@ def _recording_interruption(folder: Path) -> Iterator[None]:
 
 
 def summarized(folder: Path) -> Manifest:
-    """Returns the manifest, updated with the groups, ranks, failed samples and damaged files recorded in the shards."""
+    """Returns the manifest updated with the groups, ranks, failed samples and damaged files recorded in the shards."""
     stored = Sweep.open(folder, on_error="skip")
     shards = stored.shards
     return replace(
@@ -249,7 +249,7 @@ def complete(folder: Path, count: int, index: bool) -> None:
     """Marks a sweep as complete and writes its index.
 
     Args:
-        folder: The sweep folder.
+        folder: Folder of the sweep.
         count: Number of samples.
         index: Whether to write the index of sorted rows.
     """

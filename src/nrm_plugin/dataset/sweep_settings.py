@@ -1,4 +1,4 @@
-"""Settings of a sweep that affect its results, as JSON values that can be compared with those of a stored sweep."""
+"""Settings of a sweep that affect its results, as JSON values that can be compared with a stored sweep."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PACKAGES = ("nrm-plugin", "torch", "zennit", "torchvision", "pillow")
 RECORDED = 2
 """First settings version that identifies the model and the data."""
 NOT_COMPARED = ("batch_size", "shard_batches")
-"""Batch settings, which affect results only by rounding errors."""
+"""Batch settings. They affect results only by rounding errors."""
 MAX_LISTED = 8
 """Maximum number of differences listed in a message."""
 
 
 class SettingsWarning(UserWarning):
-    """Issued when a sweep of an earlier version is resumed, since its settings do not identify code and data."""
+    """Issued when a sweep of an earlier version is resumed. Its settings do not identify code and data."""
 
 
 def settings_of(
@@ -46,11 +46,11 @@ def settings_of(
 
     Args:
         evaluation: Evaluation of a batch.
-        source: The data source.
+        source: Dataset with its loading options.
         shard_batches: Number of batches per shard.
         seed: Seed for the random state set before each sample is read.
         unpack: The user's function for splitting batches, or None.
-        device: Device type. Defaults to that of the model.
+        device: Device type. Defaults to the device type of the model.
     """
     model, composite, target = evaluation.model, evaluation.composite, evaluation.target
     against = evaluation.against
@@ -87,16 +87,16 @@ def settings_of(
 
 
 def check_same(folder: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Checks that the settings of a stored sweep match those of a call.
+    """Checks that the settings of a stored sweep match the settings of a call.
 
     Args:
-        folder: The sweep folder.
+        folder: Folder of the sweep, for error messages.
         stored: The stored settings. Settings that an earlier version did not record are not compared, and a warning is
             issued.
         settings: The settings of the call.
 
     Raises:
-        SettingsError: If the settings differ; the message lists the differences.
+        SettingsError: If the settings differ. The message lists the differences.
     """
     now = json.loads(json.dumps(settings))  # tuples become lists in a file
     if "recorded" not in stored:
@@ -127,14 +127,14 @@ def _as_recorded_before(stored: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def is_same_model(stored: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Returns True if stored settings identify the same model; those of earlier versions do not identify its code."""
+    """Returns True if stored settings identify the same model. Earlier versions did not identify its code."""
     now: dict[str, Any] = json.loads(json.dumps(model_fingerprint(model)))
     before: dict[str, Any] = stored["model"]
     return {key: value for key, value in now.items() if key in before} == before
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Lists the settings that differ, as ``name (was old, now new)``; long values are omitted."""
+    """Lists the settings that differ as ``name (was old, now new)``. Long values are omitted."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = dict.fromkeys([*old, *new])
         parts = [differences(old.get(key), new.get(key), f"{name}.{key}" if name else key) for key in keys]

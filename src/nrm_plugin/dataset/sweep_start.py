@@ -30,16 +30,16 @@ from .sweep_settings import check_same
 
 
 def begin(job: SweepJob, settings: dict[str, Any], resume: bool, locks: FolderLocks) -> SweepJob:
-    """Creates the sweep folder with its manifest, or checks that the folder contains the same sweep.
+    """Creates the sweep folder with its manifest or checks that the folder contains the same sweep.
 
     Args:
-        job: The sweep job.
+        job: Settings and data of the sweep.
         settings: The settings of the sweep.
         resume: Whether the folder may already contain a sweep.
         locks: Locks of the folder. The lock of this rank remains acquired.
 
     Returns:
-        The job, with the shard size and fingerprint of the stored shards.
+        The job with the shard size and fingerprint of the stored shards.
 
     Raises:
         SweepError: If the folder contains a different sweep, is in use or cannot be written to.
@@ -108,7 +108,7 @@ def _first_manifest(job: SweepJob, settings: dict[str, Any]) -> Manifest:
 
 
 def _check_shards(job: SweepJob, settings: dict[str, Any]) -> None:
-    """Raises :class:`SettingsError` unless all readable shards are from this sweep; used if the manifest is damaged."""
+    """Raises :class:`SettingsError` unless all readable shards are from this sweep. Used if the manifest is damaged."""
     for path in shards_in(job.folder).values():
         try:
             is_of_another = Shard.read(path).settings != job.fingerprint

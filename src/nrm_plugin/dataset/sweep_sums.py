@@ -1,4 +1,4 @@
-"""Sums of query results over the samples of a stored sweep, for flows and the search for groups."""
+"""Sums of query results over the samples of a stored sweep for flows and the search for groups."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def sums_of(
     """Sums query results over samples.
 
     Args:
-        sweep: The stored sweep.
+        sweep: Sweep whose results are summed.
         infos: Manifest entries of the queries.
-        target: Only use samples for which this class was explained; None for all samples.
+        target: Only use samples for which this class was explained, or None for all samples.
         selected: Indices of the samples to use, or None for all samples.
     """
     sums = Sums({info.name: info.groups or () for info in infos})
@@ -56,10 +56,10 @@ def joints_of_sweep(sweep: StoredQueries, layers: Sequence[str], target: int | N
     Args:
         sweep: The sweep, with the queries of :func:`~nrm_plugin.dataset.glocal.flow_queries`.
         layers: Names of the layers, from the output to the input.
-        target: Only use samples for which this class was explained; None for all samples.
+        target: Only use samples for which this class was explained, or None for all samples.
 
     Raises:
-        FlowError: If a query is missing, or if there are no samples.
+        FlowError: If a query is missing or if there are no samples.
     """
     queries = flow_queries_of(sweep, layers)
     sums = sums_of(sweep, [info for infos in queries.values() for info in infos], target, None)

@@ -26,7 +26,7 @@ class DigitsVGG(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes the logits ``(N, 10)`` for images ``(N, 1, 16, 16)``."""
+        """Computes the logits of shape ``(N, 10)`` for images of shape ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 
@@ -45,7 +45,7 @@ class DigitsCNN(nn.Module):
         self.classifier = nn.Linear(40 * 2 * 2, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes the logits ``(N, 10)`` for images ``(N, 1, 16, 16)``."""
+        """Computes the logits of shape ``(N, 10)`` for images of shape ``(N, 1, 16, 16)``."""
         logits: Tensor = self.classifier(self.flatten(self.features(images)))
         return logits
 
@@ -54,10 +54,10 @@ def enlarge(images: Tensor) -> Tensor:
     """Resizes and scales digits for use as inputs of the demo networks.
 
     Args:
-        images: Digits ``(N, 8, 8)`` of any dtype, with gray levels from 0 to 16.
+        images: Digits of shape ``(N, 8, 8)`` of any dtype, with gray levels from 0 to 16.
 
     Returns:
-        Images ``(N, 1, 16, 16)``, float32 in [0, 1], interpolated bilinearly.
+        Bilinearly interpolated float32 images of shape ``(N, 1, 16, 16)`` with values in [0, 1].
     """
     grey = images.to(torch.float32).unsqueeze(1) / 16
     return nn.functional.interpolate(grey, scale_factor=2, mode="bilinear", align_corners=False)
@@ -76,7 +76,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
     """Loads the digits held out from training.
 
     Returns:
-        Images ``(450, 1, 16, 16)``, float32 in [0, 1], and labels ``(450,)``, int64.
+        Float32 images of shape ``(450, 1, 16, 16)`` with values in [0, 1], and int64 labels of shape ``(450,)``.
     """
     data = _embedded(DATA)
     return enlarge(data["images"]), data["labels"].to(torch.int64)
@@ -88,7 +88,7 @@ def _embedded(name: str) -> dict[str, Tensor]:
 
 
 def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """Returns two 3x3 convolutions with ReLU and max pooling, from ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """Returns two 3x3 convolutions with ReLU and max pooling. The output has shape ``(N, out, H / 2, W / 2)``."""
     return [
         nn.Conv2d(channels_in, channels_out, 3, padding=1),
         nn.ReLU(inplace=True),
@@ -99,5 +99,5 @@ def _vgg_block(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 def _cnn_block(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """Returns a 5x5 convolution with ReLU and average pooling, from ``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``."""
+    """Returns a 5x5 convolution with ReLU and average pooling. The output has shape ``(N, out, H / 2, W / 2)``."""
     return [nn.Conv2d(channels_in, channels_out, 5, padding=2), nn.ReLU(inplace=True), nn.AvgPool2d(2)]

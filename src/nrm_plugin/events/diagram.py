@@ -21,7 +21,7 @@ class Diagram:
     """Reduced ordered decision diagram with shared nodes and one root per event.
 
     Variables are numbered in walk order, and ``levels[v]`` is the index of the tap that decides variable ``v``. Node 0
-    is false, and node 1 is true.
+    is false and node 1 is true.
     """
 
     levels: Sequence[int]
@@ -51,7 +51,7 @@ class Diagram:
         return self._make(variables[event], FALSE, TRUE)
 
     def level(self, node: int) -> int:
-        """Returns the index of the tap that decides a node; terminal nodes have the index after the last tap."""
+        """Returns the index of the tap that decides a node. Terminal nodes have the index after the last tap."""
         variable = self._nodes[node][0]
         return self.levels[variable] if variable < len(self.levels) else max(self.levels, default=-1) + 1
 
@@ -73,7 +73,7 @@ class Diagram:
         return node > TRUE and self.level(node) <= level
 
     def variables(self, node: int) -> set[int]:
-        """Returns the variables that a node depends on."""
+        """Returns the variables on which a node depends."""
         variables: set[int] = set()
         stack = [node]
         seen = set()

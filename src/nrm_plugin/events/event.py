@@ -1,6 +1,6 @@
 """Events: sets of walks, defined by Boolean formulas over the neurons that a walk crosses.
 
-Events do not depend on a model. Their atoms refer to taps by name; the names are resolved when a measure evaluates the
+Events do not depend on a model. Their atoms refer to taps by name. The names are resolved when a measure evaluates the
 event.
 """
 
@@ -189,7 +189,7 @@ class Atom(Event):
     """Walks that cross a tap (hook point) at one of the indexed neurons, or at any neuron if no index is given.
 
     Atoms are created by :func:`at`. With ``side="output"``, the tap is the tensor returned by the module. With
-    ``side="input"``, it is the input of the module, and only walks through this call are selected, not those through
+    ``side="input"``, it is the input of the module, and only walks through this call are selected, not walks through
     other consumers of the same tensor. ``side="sink"`` selects the walks that are absorbed in the module at the indexed
     output neurons.
     """
@@ -208,7 +208,7 @@ class Atom(Event):
         return Atom(self.layer, self.side, self.call, self.item, Index(key_of(value), value))
 
     def channel(self, index: Any) -> Atom:
-        """Selects channels: dimension 1 of ``(N, C, …)``, or the last dimension for token sequences."""
+        """Selects channels, along dimension 1 for shape ``(N, C, …)`` or the last dimension for token sequences."""
         atom = self[index]
         return Atom(atom.layer, atom.side, atom.call, atom.item, atom.index, along_channel=True)
 

@@ -18,13 +18,13 @@ from .event import ABSORBED, SIDES, Absorbed, All, Any_, Atom, Attended, Event, 
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
-    """Converts an event to JSON; :func:`event_from_json` reconstructs an equal event.
+    """Converts an event to JSON. :func:`event_from_json` reconstructs an equal event.
 
     Args:
         event: The event. Its layers must be given by name.
 
     Raises:
-        EventError: If a layer is given as a module, since its name cannot be determined without the model.
+        EventError: If a layer is given as a module. Its name cannot be determined without the model.
 
     Examples:
         >>> event_to_json(at("conv").channel([3, 7]) & ~at("fc"))

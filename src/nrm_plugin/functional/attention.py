@@ -2,7 +2,7 @@ r"""Kernels of fused attention and softmax, and the head and token dimensions of
 
 .. math:: O_{ik} = \sum_j A_{ij} V_{jk}, \qquad A = \mathrm{softmax}(Q K^\top)
 
-By default, the weights ``A`` are treated as constants, so that all relevance is propagated to the values. With
+By default, the weights ``A`` are treated as constants. All relevance is propagated to the values. With
 ``attention="halves"``, half of it is propagated to the weights, and from there to queries and keys, as in AttnLRP
 (arXiv 2402.05602).
 
@@ -129,7 +129,7 @@ class SoftmaxKernel(Kernel):
 
 
 def is_decomposed(attention: str, value: Any) -> bool:
-    """Returns True if fused attention must be decomposed, so that its weights can receive relevance."""
+    """Returns True if fused attention must be decomposed. Its weights can then receive relevance."""
     return attention == "halves" or not (isinstance(value, Tensor) and value.requires_grad)
 
 
@@ -144,7 +144,7 @@ class Layout:
         shared: Output dimensions shared by weights and values, from left to right, as negative indices: samples first,
             heads last. A single dimension may be either of the two.
         queries: Dimension of the query tokens in the output.
-        keys: For each input that receives relevance, the index of the input and its key-token dimension.
+        keys: Index of each input that receives relevance, with its key-token dimension.
     """
 
     shared: tuple[int, ...]
@@ -193,7 +193,7 @@ def _layout_of_einsum(call: FunctionCall) -> Layout | None:
 def subscripts_of(call: FunctionCall) -> tuple[str, str, str] | None:
     """Returns the subscripts of the two operands and the output of an ``einsum``, with Greek letters for ellipses.
 
-    The result is None if the output subscripts are implicit, or if there are not exactly two operands.
+    Returns None if the output subscripts are implicit or if there are not exactly two operands.
     """
     equation = call.args[0]
     if not isinstance(equation, str) or "->" not in equation:

@@ -32,7 +32,7 @@ PROBES = 8
 """Number of probe vectors passed to the ``backward`` of a function."""
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOSTS = ("torch.", "zennit.", "nrm_plugin.")
-"""Packages whose functions already are steps, or whose ``backward`` must not be probed, as for checkpoints."""
+"""Packages whose functions already are steps or whose ``backward`` must not be probed, such as checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class CustomCall:
     """Call of ``Function.apply``.
 
     Attributes:
-        function: The function class.
+        function: Subclass of ``autograd.Function``.
         args: Arguments of the call.
     """
 
@@ -54,7 +54,7 @@ class CustomCall:
 
 
 def _own(value: Any) -> Any:
-    """Returns a copy of a tensor, since the function may write to it, and any other argument unchanged."""
+    """Copies a tensor, because the function may write to it. Returns any other argument unchanged."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -69,10 +69,10 @@ class CustomCalls:
     calls: list[CustomCall] = field(default_factory=list)
 
     def observe(self, function: Any, args: tuple[Any, ...]) -> None:
-        """Records the call of ``Function.apply``, if any, inside which a torch function is called.
+        """Records the call of ``Function.apply`` that calls a torch function, if any.
 
         Args:
-            function: The torch function.
+            function: Torch function that is called.
             args: Its positional arguments.
 
         Raises:
@@ -118,7 +118,7 @@ def _tensors(args: Iterable[Any]) -> list[Tensor]:
 
 
 def attach_steps(output: Any, calls: CustomCalls) -> None:
-    """Attaches a step to every ``autograd.Function`` of the user between the inputs and the output of a model.
+    """Attaches a step to every user-defined ``autograd.Function`` between the inputs and the output of a model.
 
     Args:
         output: Return value of the model.
@@ -133,7 +133,7 @@ def attach_steps(output: Any, calls: CustomCalls) -> None:
 
 
 def _custom_nodes(output: Any) -> dict[Any, set[int]]:
-    """Returns the nodes of user functions below an output, and for each the indices of the outputs in use."""
+    """Returns the nodes of user-defined functions below an output, each with the indices of its used outputs."""
     nodes: dict[Any, set[int]] = {}
     edges = [(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(output)]
     visited: set[Any] = set()
@@ -165,7 +165,7 @@ def _is_of_host(node: Any) -> bool:
 
 
 def _attach(node: Any, kernel: Kernel) -> None:
-    """Attaches a step to a node, whose backward pass then returns propagated relevance in place of the gradient."""
+    """Attaches a step to a node. Its backward pass then returns propagated relevance instead of the gradient."""
     output = _like(node, 0)
     step = FunctionStep(type(node)._forward_cls.__name__, output, lambda: kernel, Normalization("sink"), "elementwise")
     step.unsupported_call = node.name() if isinstance(kernel, UnknownKernel) else None
@@ -254,9 +254,9 @@ def _mixing_fault(node: Any, live: int, calls: list[CustomCall]) -> str:
 
 
 def _slope(node: Any, live: int) -> Tensor | None:
-    """Computes the diagonal of a function's Jacobian from its ``backward``, or returns None if it is not diagonal.
+    """Computes the diagonal of a function's Jacobian from its ``backward``. Returns None if it is not diagonal.
 
-    The probes are signed powers of two, so that products with a diagonal matrix have no rounding errors.
+    The probes are signed powers of two. Products with a diagonal matrix therefore have no rounding errors.
     """
     like = _like(node, 0)
     generator = torch.Generator().manual_seed(0)

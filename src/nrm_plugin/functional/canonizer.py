@@ -37,10 +37,9 @@ class Interception(Canonizer):
         normalization: Treatment of the residual of a kernel. By default, the sink absorbs it.
         sums: How sums distribute relevance: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"error"``, or ``"gradient"`` to propagate relevance by the gradient in layers without a rule.
-        fuse: Callback that receives each new layer step and its input, and may fuse the step with adjacent ones.
+        fuse: Callback that receives each new layer step and its input and may fuse the step with adjacent ones.
         attention: ``"value"``, or ``"halves"`` as in AttnLRP.
-        audited: Whether all layers are steps as well, so that relevance that reaches any other operation raises an
-            error.
+        audited: Whether all layers are steps as well. Relevance that reaches any other operation then raises an error.
 
     Examples:
         >>> Interception(sums="signed").sums

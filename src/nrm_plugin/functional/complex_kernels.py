@@ -24,7 +24,7 @@ from .function_call import FunctionCall
 from .unsupported import UnknownKernel, uncovered_layer_error
 
 ENTRIES = 1 << 26
-"""Maximum number of entries of the matrix."""
+"""Maximum number of elements of the matrix."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Layout:
         return math.prod(self.shape[dim] for dim in self.order[self.folded :])
 
     def fold(self, tensor: Tensor) -> Tensor:
-        """Converts ``(K, *shape)`` to ``(K, samples, positions, features)``."""
+        """Reshapes a tensor from ``(K, *shape)`` to ``(K, samples, positions, features)``."""
         sizes = [self.shape[dim] for dim in self.order]
         samples = sizes[0] if self.has_samples else 1
         positions = math.prod(sizes[self.has_samples : self.folded])
@@ -170,7 +170,7 @@ class _Probe:
     def shared_dimensions(self) -> list[tuple[int, int]]:
         """Returns pairs of input and output dimensions along which the function acts identically at each position.
 
-        Along such a pair of dimensions, the function commutes with every matrix, which is tested with two random
+        Along such a pair of dimensions, the function commutes with every matrix. This is tested with two random
         matrices.
         """
         ranks = {value.ndim for value in self.values}
@@ -195,7 +195,7 @@ class _Probe:
         return True
 
     def matrix(self, inputs: list[Layout], output: Layout) -> Tensor:
-        """Computes the matrix ``(out, in)`` of the features from unit vectors, one per position and evaluation."""
+        """Computes the matrix of the features, of shape ``(out, in)``, by evaluating the function on unit vectors."""
         columns = []
         for number, layout in enumerate(inputs):
             like = layout.fold(self.values[number].unsqueeze(0))

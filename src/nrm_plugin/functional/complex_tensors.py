@@ -33,7 +33,7 @@ class RealSource:
 
     @property
     def is_overwritten(self) -> bool:
-        """True if the tensor was modified in place, so that its autograd graph belongs to later values."""
+        """True if the tensor was modified in place. Its autograd graph then belongs to later values."""
         return self.tensor._version != self.version
 
 
@@ -43,12 +43,12 @@ class Expression:
 
     Attributes:
         name: Name of the first function that returned a complex tensor.
-        function: The called function.
+        function: Torch function that was called.
         args: Positional arguments, with sources and expressions in place of tensors that depend on the model inputs.
         kwargs: Keyword arguments, in the same form.
         sources: Distinct real sources of all arguments.
         item: Index of the result among several outputs, or None for a single output.
-        writes: Whether the function writes to its first argument, which is then the result.
+        writes: Whether the function writes to its first argument and returns it.
     """
 
     name: str
@@ -101,7 +101,7 @@ class ComplexTensors:
         return Expression(name, call.function, args, kwargs, tuple(sources.values()), writes=writes)
 
     def remember(self, tensor: Tensor, expression: Expression) -> Tensor:
-        """Stores the expression of a tensor if the tensor is complex, and returns the tensor."""
+        """Stores the expression of a tensor if the tensor is complex. Returns the tensor."""
         if tensor.is_complex() and tensor.grad_fn is not None:
             self._expressions[tensor.grad_fn] = expression
         return tensor

@@ -157,7 +157,7 @@ def _std_mean(input: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor
 def _mean_of_variance(
     input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any
 ) -> Tensor:
-    """Computes the mean, with the arguments of a variance."""
+    """Computes the mean. Takes the arguments of a variance."""
     return input.mean(None if isinstance(dim, bool) else dim, keepdim=keepdim)
 
 
@@ -191,7 +191,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    """Looks up and sums rows of a table, if the table or the weights of the rows are computed by the model."""
+    """Looks up and sums rows of a table. Applies if the model computes the table or the weights of the rows."""
     if input.is_floating_point() or offsets is not None or mode == "max":  # torch.embedding_bag has the table first
         return NotImplemented
     rows = functional.embedding(input, weight)
@@ -210,7 +210,7 @@ def is_computed_layer(input: Tensor, weight: Tensor, bias: Tensor | None = None,
 def product_and_bias(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor, *args: Any, **options: Any
 ) -> Tensor:
-    """Computes a layer as a product plus a bias, so that each has its own kernel."""
+    """Computes a layer as a product plus a bias. Each of the two has its own kernel."""
     return function(input, weight, None, *args, **options) + bias.reshape(-1, *(1,) * (weight.ndim - 2))
 
 
@@ -218,7 +218,7 @@ def product_and_bias(
 
 
 def python_body(function: Any) -> Callable[..., Any] | None:
-    """Returns a copy of a torch function written in Python, without ``__torch_function__`` dispatch, or None."""
+    """Copies a torch function without ``__torch_function__`` dispatch. Returns None if it is not written in Python."""
     code = getattr(function, "__code__", None)
     checks = [word for word in code.co_names if word.startswith("has_torch_function")] if code is not None else []
     if code is None or not checks:

@@ -1,4 +1,4 @@
-r"""Function calls on an input and on a reference, and the registry of kernels for differences.
+r"""Function calls on an input and a reference, and the registry of kernels for differences.
 
 .. math:: R_i = \delta_i \sum_j \frac{\mathrm{slope}_{ij}}{\delta_j} R_j, \qquad \delta = a(x) - a(x^0)
 
@@ -35,7 +35,8 @@ class DifferenceCall:
         output: Output of the call.
         references: Inputs and output of the call on the reference.
         passes: The forward pass on the reference.
-        has_rules: Whether layer rules are applied to differences, and can thus assign relevance to zero differences.
+        has_rules: Whether layer rules are applied to differences. They can assign relevance where the difference is
+            zero.
     """
 
     call: FunctionCall
@@ -51,7 +52,7 @@ class DifferenceCall:
 
     @property
     def is_exact(self) -> bool:
-        """True if all secant columns sum to one, so that column sums need not be computed."""
+        """True if all secant columns sum to one and their sums need not be computed."""
         return not self.is_tangent and not self.has_rules
 
     @property

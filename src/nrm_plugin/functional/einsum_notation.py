@@ -15,7 +15,7 @@ class Einsum:
     Attributes:
         subscripts: Subscript of each operand, without ellipsis.
         output: Subscript of the output.
-        operands: The operands.
+        operands: Tensors that are contracted, in order.
     """
 
     subscripts: tuple[str, ...]

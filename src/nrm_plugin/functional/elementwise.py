@@ -19,7 +19,7 @@ from .function_kernels import HalvesKernel, SplitKernel, total_of
 from .registry import kernel_of
 
 STABILIZER = 1e-12
-"""Stabilizer of the denominator of signed shares."""
+"""Stabilizer in the denominator of signed fractions."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -78,7 +78,7 @@ def addition(call: FunctionCall) -> Kernel:
 
     .. math:: T_a = \frac{|a|}{|a| + |b|}
 
-    A constant summand is treated as a bias. With ``sums="signed"``, the shares are ``a / (a + b)``.
+    A constant summand is treated as a bias. With ``sums="signed"``, the fractions are ``a / (a + b)``.
     """
     if len(call.inputs) == 1:
         return call.identity()
@@ -102,9 +102,10 @@ def _absolute_sum(call: FunctionCall, summands: list[Tensor]) -> HalvesKernel:
 
 
 def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
-    """Returns the absolute value of a summand or, if it is a sum with no other consumer, those of its summands, added.
+    """Returns the absolute value of a summand.
 
-    The shares of ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` are therefore the same.
+    If the summand is a sum with no other consumer, the absolute values of its summands are added. As a result,
+    ``(a + b) + c``, ``a + (b + c)`` and ``sum([a, b, c])`` split relevance in the same way.
     """
     step = step_of(item.producer)
     if step is not None and step.uses <= 1 and step.rule == "sum":
@@ -116,9 +117,9 @@ def _magnitude(summand: Tensor, item: CallInput) -> Tensor:
 
 @kernel_of("mul")
 def product(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product, which passes all relevance to the signal and none to the gate.
+    """Returns the kernel of a product. All relevance passes to the signal and none to the gate.
 
-    If neither or both of the factors are gates, all relevance passes to the larger tensor, or half to each if they have
+    If neither or both factors are gates, all relevance passes to the larger tensor, or half to each if they have
     the same size.
     """
     if len(call.inputs) == 1:

@@ -1,4 +1,4 @@
-"""Function calls whose inputs receive relevance, and the construction of kernels for them."""
+"""Function calls whose inputs receive relevance and the construction of their kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Settings:
         rules: Lookup of the composite's rules by module or weight.
         normalization: Treatment of the residual of a kernel.
         sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
-        fuse: Callback that receives each new layer step and its input, and may fuse the step with adjacent ones.
+        fuse: Callback that receives each new layer step and its input and may fuse the step with adjacent ones.
         attention: ``"value"`` if attention weights receive no relevance, or ``"halves"`` if they receive half of it.
     """
 
@@ -48,7 +48,7 @@ class Slot:
 
 
 def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replaces the slots in an argument, which may be nested, by tensors."""
+    """Replaces the slots in an argument, which may be nested, with tensors."""
     if isinstance(value, Slot):
         return tensors[value.number]
     if type(value) in (list, tuple):
@@ -77,7 +77,7 @@ class FunctionCall:
 
     Attributes:
         name: Name shared by all variants of the function, such as ``"add"``.
-        function: The called function.
+        function: Torch function that was called.
         path: Path of the module that called the function.
         args: Positional arguments, with a :class:`Slot` in place of each input.
         kwargs: Keyword arguments, with a :class:`Slot` in place of each input.
@@ -95,7 +95,7 @@ class FunctionCall:
 
     @property
     def values(self) -> list[Tensor]:
-        """Detached values of the inputs at the time of the call, ``(N, …)`` each."""
+        """Detached values of the inputs at the time of the call, of shape ``(N, …)`` each."""
         return [item.saved.tensor for item in self.inputs]
 
     @property
@@ -105,7 +105,7 @@ class FunctionCall:
 
     @property
     def gates(self) -> tuple[bool, ...]:
-        """For each input, True if it is a gate."""
+        """Whether each input is a gate."""
         return tuple(item.is_gate for item in self.inputs)
 
     def run(self, *values: Tensor) -> Any:
@@ -149,9 +149,9 @@ class FunctionCall:
         return SplitKernel(tensors, self.shapes, None, is_stochastic)
 
     def route(self) -> Kernel:
-        """Returns the kernel that passes relevance to the elements that the function copies, such as a gather.
+        """Returns the kernel of a function that only copies elements, such as a gather.
 
-        Output elements that are not copied from an input leave a residual.
+        Relevance passes to the copied elements. Output elements that are not copied from an input leave a residual.
         """
         with torch.enable_grad():
             leaves = [value.detach().requires_grad_() for value in self.values]

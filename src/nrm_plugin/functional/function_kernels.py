@@ -12,7 +12,7 @@ from ..kernels.base import Kernel
 from ..kernels.vjp_kernel import VjpKernel
 
 _SMALLEST = 1e-30
-"""Offset added to absolute values, so that all shares are equal if all summands are zero."""
+"""Offset added to absolute values. If all summands are zero, relevance is split equally."""
 
 
 class BroadcastKernel(Kernel):
@@ -38,10 +38,10 @@ class SplitKernel(Kernel):
     r"""Kernel that splits relevance elementwise among the inputs, :math:`R_k = q_k R`.
 
     Args:
-        shares: Share ``q_k`` of each input, which broadcasts to the shape of the output.
+        shares: Fraction ``q_k`` passed to each input, broadcastable to the shape of the output.
         shapes: Shape of each input.
-        magnitude: Sum of the absolute values of the summands, for sums that contain this sum, or None.
-        is_stochastic: Whether the shares sum to one.
+        magnitude: For a sum, the sum of the absolute values of its summands, read by sums that contain it; or None.
+        is_stochastic: Whether the fractions sum to one.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SplitKernel(Kernel):
 
 
 class HalvesKernel(Kernel):
-    r"""Kernel of a sum of two tensors, with the shares :math:`|a| / (|a| + |b|)` and :math:`|b| / (|a| + |b|)`.
+    r"""Kernel of a sum of two tensors, with the fractions :math:`|a| / (|a| + |b|)` and :math:`|b| / (|a| + |b|)`.
 
     Args:
         sizes: Function that returns the absolute value of each summand.
@@ -80,7 +80,7 @@ class HalvesKernel(Kernel):
 
     @functools.cached_property
     def magnitude(self) -> Tensor:
-        """Sum of the absolute values of the summands, for sums that contain this sum."""
+        """Sum of the absolute values of the summands. It is read by sums that contain this sum."""
         first, second = self._sizes()
         return first + second
 
@@ -146,7 +146,8 @@ class RouteKernel(VjpKernel):
     """Kernel that passes relevance to the copied elements and, like autograd, splits it among ties.
 
     Args:
-        function: Gradient of the operation, which maps ``(N, *out)`` to ``(N, *in)`` for each input.
+        function: Gradient of the operation. Maps a tensor of shape ``(N, *out)`` to one of shape ``(N, *in)`` per
+            input.
         is_stochastic: Whether every output is copied from an input, without constants.
     """
 
@@ -159,7 +160,7 @@ class RouteKernel(VjpKernel):
 
 
 def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Returns the relevance of each input, ``(K, *in)``, with zeros for inputs that are not in ``parts``."""
+    """Returns the relevance of each input, of shape ``(K, *in)``, with zeros for inputs that are not in ``parts``."""
     return tuple(
         parts[number] if number in parts else relevance.new_zeros((len(relevance), *shape))
         for number, shape in enumerate(shapes)
@@ -167,7 +168,7 @@ def with_zeros(parts: dict[int, Tensor], relevance: Tensor, shapes: Sequence[tor
 
 
 def sum_to_shape(relevance: Tensor, shape: torch.Size) -> Tensor:
-    """Sums ``(K, *out)`` over the dimensions along which an input of shape ``shape`` is broadcast."""
+    """Sums relevance of shape ``(K, *out)`` over the dimensions along which an input of this shape is broadcast."""
     lead = relevance.ndim - 1 - len(shape)
     return relevance.sum_to_size((len(relevance), *(1,) * lead, *shape)).reshape(len(relevance), *shape)
 

@@ -23,7 +23,7 @@ PRESERVING = frozenset(
 class Gates:
     """Gates of a forward pass.
 
-    Gates are the outputs of softmax, sigmoid, hardsigmoid and exp, and also reshaped gates, gates after dropout,
+    Gates are the outputs of softmax, sigmoid, hardsigmoid and exp, as well as reshaped gates, gates after dropout,
     products of gates, ``1 - gate`` and ``gate / anything``.
     """
 

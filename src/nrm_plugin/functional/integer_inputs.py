@@ -20,7 +20,7 @@ from .observed_call import ObservedCall, source_line
 
 
 class Kind(enum.IntEnum):
-    """Kind of a tensor without relevance. A function returns the largest kind among its arguments."""
+    """Kind of a tensor without relevance. The result of a function has the largest kind among its arguments."""
 
     STRUCTURE = 1
     """Constants such as masks and degrees: comparisons, positions or counts of ids."""
@@ -52,7 +52,7 @@ _ELEMENTWISE = frozenset("round floor ceil trunc clamp add sub rsub mul div neg 
 
 
 class Ids:
-    """Tensors of a forward pass that depend on ids, and their kinds.
+    """Tensors of a forward pass that depend on ids and their kinds.
 
     Args:
         given: The integer inputs, as the objects that are passed to the model.
@@ -79,10 +79,10 @@ class Ids:
         return None if known is None else known[1]
 
     def follow(self, call: ObservedCall, result: Any, looked_up: Callable[[Tensor], Tensor] | None) -> Any:
-        """Tracks ids through a call, and returns its result with looked-up rows replaced by tensors at which walks end.
+        """Tracks ids through a call. Returns its result, in which tensors at which walks end replace looked-up rows.
 
         Args:
-            call: The function call.
+            call: Observed function call.
             result: Result of the call.
             looked_up: Function that converts rows to such a tensor, or None where walks cannot end, for example inside
                 a step.
@@ -156,7 +156,7 @@ class Ids:
         return name in _ELEMENTS or tables[0].ndim - _selected_dims(call) <= 1
 
     def _is_one_hot(self, call: ObservedCall) -> bool:
-        """Returns True if a function writes at positions given by ids, unless along the samples or graph nodes."""
+        """Returns True if a function writes at positions given by ids, except along the samples or graph nodes."""
         index = call.argument(2, "index") if call.name.base == "scatter" else call.argument(0, "input")
         if call.name.base not in ("one_hot", "scatter") or not isinstance(index, Tensor):
             return False

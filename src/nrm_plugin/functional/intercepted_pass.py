@@ -69,7 +69,7 @@ class InterceptedPass:
         custom_calls: Calls of ``autograd.Function`` classes.
         module_paths: Paths of the running modules, outermost first.
         packs: Batch sizes and sample order of each packed sequence passed to a module.
-        decomposing: Functions whose Python bodies are currently running in their place.
+        decomposing: Functions that are currently replaced by their Python bodies.
     """
 
     def __init__(self, settings: Settings, intercepting: AbstractContextManager[Any]) -> None:
@@ -94,7 +94,7 @@ class InterceptedPass:
     # -- functions with a kernel ------------------------------------------------------------------------------------
 
     def step(self, observed: ObservedCall, factory: KernelFactory) -> Any:
-        """Runs a function that has a kernel, as a step, and returns its output."""
+        """Runs a function with a kernel as a step and returns its output."""
         self._check_covered(observed)
         if listener() is not None:  # a context may run in training mode, a measure may not
             check_function(observed.name.base, observed.args, observed.kwargs, self.path)
@@ -190,7 +190,7 @@ class InterceptedPass:
         return self.linked(call, output, lambda: factory(both), call.name, inputs, None, rows)
 
     def _numbered(self, name: str) -> tuple[str, int]:
-        """Returns the path of a function called in the running module, and the index of the call."""
+        """Returns the path of a function called in the running module and the index of the call."""
         path = f"{self.path}.{name}" if self.path else name
         self._call_counts[path] = self._call_counts.get(path, -1) + 1
         return path, self._call_counts[path]
@@ -231,7 +231,7 @@ class InterceptedPass:
         return type(output)([self._of_complex(item, one) for item, one in zip(output, items, strict=True)])
 
     def _of_complex(self, output: Any, expression: Expression) -> Any:
-        """Records an output of a function with complex arguments, as an expression if complex or a step if real."""
+        """Records an output of a function with complex arguments as an expression if complex or a step if real."""
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output
         if output.is_complex():
@@ -278,7 +278,7 @@ class InterceptedPass:
 
     @property
     def follows_ids(self) -> bool:
-        """True if functions of constants are also observed, since their results may depend on ids."""
+        """True if functions of constants are also observed. Their results may depend on ids."""
         return self._ids is not None and self._ids.are_known
 
     def with_ids(self, call: ObservedCall, result: Any) -> Any:
@@ -328,7 +328,7 @@ class InterceptedPass:
 
 
 def written(observed: ObservedCall, result: Any) -> Any:
-    """Writes a result to the target of the call, if the call is in place or has ``out=``, and returns it."""
+    """Returns a result. If the call is in place or has ``out=``, the result is first written to its target."""
     return result if observed.target is None else write(observed.target, result)
 
 

@@ -119,7 +119,7 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout requires_grad is_leaf".s
 
 
 _DERIVATIVES = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""Functions that would compute relevance instead of gradients, since steps propagate relevance."""
+"""Functions that differentiate. During interception, they would return relevance instead of gradients."""
 
 
 def _reads_no_values(func: Callable[..., Any]) -> bool:

@@ -24,7 +24,7 @@ class ObservedCall:
     """Function call observed by interception.
 
     Attributes:
-        function: The called function.
+        function: Torch function that was called.
         name: Normalized name of the function.
         args: Positional arguments.
         kwargs: Keyword arguments.
@@ -90,7 +90,7 @@ class ObservedCall:
         return len(self.inputs) < count or any(isinstance(value, (int, float)) for value in self.args)
 
     def out_of_place(self) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """Returns the out-of-place variant of the function, and the keyword arguments for it."""
+        """Returns the out-of-place variant of the function and its keyword arguments."""
         if self.keyword_slots.get("inplace"):
             return self.function, {**self.keyword_slots, "inplace": False}
         # This is not a method, since a step that stores a method would form a reference cycle with the tensors of this
@@ -103,7 +103,7 @@ def _on_copy(function: Callable[..., Any], first: Any, *rest: Any, **options: An
 
 
 def _with_slots(value: Any, inputs: list[Tensor]) -> Any:
-    """Replaces the tensors that receive relevance by slots, and appends them to ``inputs``."""
+    """Replaces the tensors that receive relevance with slots and appends them to ``inputs``."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point():
             inputs.append(value)

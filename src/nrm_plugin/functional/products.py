@@ -43,8 +43,8 @@ def kernel_of_layer(
     """Returns the kernel of a function that is affine in its first input, by the composite's rule for this weight.
 
     Args:
-        call: The function call.
-        run: The function of input, weight and bias.
+        call: Call for which the kernel is constructed.
+        run: Function ``(input, weight, bias) -> output``.
         weight: The weight, with one row per output.
         bias: The bias, or None.
         like: A layer of the equivalent type.
@@ -62,7 +62,11 @@ def kernel_of_layer(
 
 @kernel_of("matmul", "einsum", "tensordot")
 def contraction(call: FunctionCall) -> Kernel:
-    """Returns the kernel of a product: that of a linear layer if a factor is constant, or a split among non-gates."""
+    """Returns the kernel of a product of tensors.
+
+    A product with a constant factor is a linear layer. Otherwise, relevance is split among the factors that are not
+    gates.
+    """
     if len(call.inputs) == 1:
         return _contraction_with_constant(call)
     factors = range(len(call.inputs))
@@ -80,7 +84,7 @@ def contraction(call: FunctionCall) -> Kernel:
 
 
 def _one_factor(call: FunctionCall, number: int, rule: Absolute | Norm) -> Kernel:
-    """Returns the kernel of one factor of a product, whose other factors are treated as constants."""
+    """Returns the kernel of one factor of a product. The other factors are treated as constants."""
     values = call.values
     if isinstance(rule, Absolute):  # shares follow the magnitude of each product, including its constant factors
         values, call = [value.abs() for value in values], changed_constants(call, constants_of(call), Tensor.abs)
@@ -132,7 +136,7 @@ def _contraction_with_constant(call: FunctionCall) -> Kernel:
 
 
 def _with_one_constant(call: FunctionCall) -> FunctionCall:
-    """Replaces the constant operands of an ``einsum`` by their product."""
+    """Replaces the constant operands of an ``einsum`` with their product."""
     read = read_einsum(call.args, lambda one: call.values[0].ndim if isinstance(one, Slot) else one.ndim)
     pairs = list(zip(read.subscripts, read.operands, strict=True))
     signal = next(pair for pair in pairs if isinstance(pair[1], Slot))

@@ -2,8 +2,8 @@
 
 torch runs an entire LSTM, GRU or RNN as one fused function. While a measure is recorded, this function is replaced by a
 loop over time. The linear maps in the loop use the rule that the composite assigns to the layer or, if there is none,
-the rule for linear layers; sigmoids are gates. Inputs and states are ``(N, features)`` at each time step; hidden and
-cell states are taps (hook points).
+the rule for linear layers; sigmoids are gates. Inputs and states have shape ``(N, features)`` at each time step.
+Hidden and cell states are taps (hook points).
 
 Source: docs/recurrent-and-graphs.md.
 """
@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         path: Path of the module that called the function.
-        packs: Batch sizes of each packed sequence passed to a module, and each sample's rank by length.
+        packs: Batch sizes and the rank of each sample by length, for each packed sequence passed to a module.
     """
 
     path: str
@@ -75,9 +75,9 @@ def recurrence_of(name: str) -> Callable[[Recurrence], Recurrence]:
 
 
 def _from_hidden(h: Tensor | None, is_given: bool, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the contribution of the hidden state, and the bias if it must be a separate summand.
+    """Returns the contribution of the hidden state and the bias if it must be a separate summand.
 
-    The bias is separate if the user passes an initial state, so that it absorbs no relevance in samples whose state is
+    The bias is separate if the user passes an initial state. It then absorbs no relevance in samples whose state is
     zero.
     """
     w_hh, b_hh = weights[1], weights[3] if len(weights) > 3 else None
@@ -156,7 +156,7 @@ CELLS: dict[str, Cell] = {
 
 
 def _started(x: Tensor, state: Sequence[Tensor]) -> tuple[State, bool]:
-    """Returns the initial states, with None for zeros, and True if the user passed any nonzero constant state."""
+    """Returns the initial states, with None for zeros, and whether the user passed a nonzero constant state."""
     states: list[Tensor | None] = []
     for value in state:
         if value.requires_grad:
@@ -215,19 +215,19 @@ class _Layers:
         return 2 if self.bidirectional else 1
 
     def weights(self, number: int) -> Weights:
-        """Returns the weights of one layer and direction, with index ``number``."""
+        """Returns the weights of the layer and direction with index ``number``."""
         size = len(self.params) // (self.num_layers * self.directions)
         return self.params[number * size : (number + 1) * size]
 
     def run(
         self, context: Context, xs: list[Tensor], initial: Sequence[Tensor], lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs all layers. Returns the output at each time step, and the final states in the shape of ``initial``.
+        """Runs all layers. Returns the output at each time step and the final states in the shape of ``initial``.
 
         Args:
             context: The context of the call.
-            xs: Input at each time step, ``(N, features)``.
-            initial: Initial states, ``(layers · directions, N, features)`` each.
+            xs: Input at each time step, of shape ``(N, features)``.
+            initial: Initial states, of shape ``(layers · directions, N, features)`` each.
             lengths: Length of each sample, or None if all samples have the full length.
         """
         finals: list[list[Tensor]] = []
@@ -273,7 +273,7 @@ class _Layers:
 
 
 def _of_running(is_running: Tensor, state: State, before: State) -> State:
-    """Returns the new state of samples that are still running, and the previous state of those that have ended."""
+    """Returns the new state of sequences that are still active and the previous state of finished ones."""
     mask = is_running.unsqueeze(1)
     pairs = zip(state, before, strict=True)
     return tuple(new if new is None or old is None else torch.where(mask, new, old) for new, old in pairs)
@@ -318,10 +318,10 @@ class _Packing:
     """Positions of the samples in a packed sequence.
 
     Rows are ordered by time and, within a time step, by sample, longest first. The loop runs on all samples at each
-    time step, in the order of the batch, so that relevance can be absorbed separately for each sample.
+    time step, in the order of the batch. Relevance can then be absorbed separately for each sample.
 
     Args:
-        batch_sizes: Number of samples that have not ended, at each time step.
+        batch_sizes: Number of sequences still active at each time step.
         order: Rank of each sample by length.
     """
 
@@ -332,7 +332,7 @@ class _Packing:
         self.lengths = (sizes.unsqueeze(0) > order.unsqueeze(1)).sum(1)
 
     def rows(self, data: Tensor) -> list[Tensor]:
-        """Unpacks packed rows to ``(N, …)`` per time step. Sequences that have ended repeat their last row."""
+        """Unpacks packed rows to shape ``(N, …)`` for each time step. Finished sequences repeat their last row."""
         times = [torch.minimum(self.lengths - 1, torch.full_like(self.lengths, t)) for t in range(len(self.offsets))]
         return [data.index_select(0, self.offsets[time] + self.order) for time in times]
 
@@ -342,13 +342,13 @@ class _Packing:
         return torch.cat(parts)
 
     def _running(self, time: int) -> Tensor:
-        """Returns the indices of the samples that have not ended at a time step, longest first."""
+        """Returns the indices of the sequences still active at a time step, longest first."""
         return self.inverse[: int((self.lengths > time).sum())]
 
 
 @recurrence_of("_pack_padded_sequence")
 def _pack(context: Context, padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    """Packs a padded batch ``(T, N, …)``, whose samples are sorted by length."""
+    """Packs a padded batch of shape ``(T, N, …)`` with samples sorted by length."""
     by_time = padded.transpose(0, 1) if batch_first else padded
     ends = lengths.tolist()
     sizes = [sum(end > time for end in ends) for time in range(max(ends))]

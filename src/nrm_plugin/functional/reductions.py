@@ -20,7 +20,7 @@ class ReductionKernel(Kernel):
     """Kernel that splits the relevance of each output among the elements that were reduced.
 
     Args:
-        share: Share of each input element. For every output, the shares sum to one.
+        share: Fraction of an output's relevance passed to each input element. The fractions of each output sum to one.
         reduced_shape: Shape of the output with the reduced dimensions kept, at size one.
     """
 
@@ -36,7 +36,7 @@ class ReductionKernel(Kernel):
 
 
 def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
-    """Returns the kernel whose shares are proportional to ``sizes``, or equal if these are all zero."""
+    """Returns the kernel that splits relevance in proportion to ``sizes``, or equally if they are all zero."""
     dims = tuple(range(sizes.ndim)) if dims is None or dims == () else dims
     total = sizes.sum(dims, keepdim=True)
     equal = torch.full_like(total, total.numel() / sizes.numel())
@@ -45,14 +45,14 @@ def _proportional(sizes: Tensor, dims: Any) -> ReductionKernel:
 
 @kernel_of("logsumexp")
 def log_sum_exp(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of log-sum-exp, whose shares are softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
+    r"""Returns the kernel of log-sum-exp, which splits relevance by softmax, :math:`T_i = e^{x_i} / \sum_j e^{x_j}`."""
     value, dims = call.values[0], call.argument(1, "dim")
     return _proportional((value - value.amax(dims, keepdim=True)).exp(), dims)
 
 
 @kernel_of("logaddexp", "logaddexp2")
 def log_add_exp(call: FunctionCall) -> Kernel:
-    """Returns the kernel of log-add-exp, whose shares are softmax. A constant is treated as a bias."""
+    """Returns the kernel of log-add-exp, which splits relevance by softmax. A constant is treated as a bias."""
     if len(call.inputs) == 1:
         return call.identity()
     factor = math.log(2) if call.name == "logaddexp2" else 1.0
@@ -62,10 +62,10 @@ def log_add_exp(call: FunctionCall) -> Kernel:
 
 @kernel_of("vector_norm")
 def vector_norm(call: FunctionCall) -> Kernel:
-    r"""Returns the kernel of a vector norm, whose shares are :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
+    r"""Returns the kernel of a vector norm, :math:`T_i = |x_i|^p / \sum_j |x_j|^p`.
 
-    The shares follow from Euler's theorem on homogeneous functions. The norm of order ∞ (-∞) is the largest (smallest)
-    absolute value, and passes relevance to the elements that attain it.
+    It follows from Euler's theorem on homogeneous functions. The norm of order ∞ (-∞) is the largest (smallest)
+    absolute value and passes relevance to the elements that attain it.
     """
     value, order, dims = call.values[0], call.argument(1, "ord", 2), call.argument(2, "dim")
     size = value.abs()

@@ -62,7 +62,7 @@ _NAMESPACES = ("special_", "linalg_")
 _OPERATORS = ("aten", "prim", "prims", "torchvision")
 """Namespaces whose operators are looked up by name."""
 _DIFFERENT = frozenset(["linalg_norm", "linalg_cross", "linalg_vander", "linalg_lu_solve"])
-"""Functions whose signature differs from that of the function without the prefix."""
+"""Functions whose signature differs from the function without the prefix."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
     """Decorator that registers the kernel of one or more functions, replacing any existing one.
 
     The decorated function is called when relevance first reaches a call of one of the functions. It receives the
-    :class:`~nrm_plugin.functional.FunctionCall`, and returns a kernel with one input for each of ``call.values``, the
+    :class:`~nrm_plugin.functional.FunctionCall` and returns a kernel with one input for each of ``call.values``, the
     tensors that receive relevance. Four methods of the call return the kernels that most functions need:
 
     - ``call.identity()``: relevance passes to the first input, elementwise,
-    - ``call.split(shares)``: each input receives its share, elementwise,
+    - ``call.split(shares)``: each input receives a given fraction, elementwise,
     - ``call.route()``: relevance passes to the elements that the function copied,
     - ``call.by_rule(rule)``: a Zennit rule is applied, for functions that are linear in their input.
 
@@ -164,7 +164,7 @@ def register_kernel(*functions: Callable[..., Any]) -> Callable[[KernelFactory],
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Returns True if a function is part of torch. It is then looked up by name, which covers its variants."""
+    """Returns True if a function is part of torch. Such functions are looked up by the name that all variants share."""
     module = getattr(function, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "torchvision") or type(function).__name__ in (
         "builtin_function_or_method",

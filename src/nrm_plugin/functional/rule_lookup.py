@@ -1,4 +1,4 @@
-"""Lookup of a function's rule: that of the equivalent module, or of the module that owns the weight."""
+"""Lookup of the rule of a function, assigned to an equivalent module or to the module that owns the weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RuleLookup(Protocol):
         """Returns the rule of the module that owns a weight or, if there is none, of modules with the type of ``like``.
 
         Args:
-            weight: The weight.
+            weight: Weight whose owner is looked up.
             like: A layer equivalent to the function.
             path: Path of the module that calls the function.
         """
@@ -81,10 +81,11 @@ class CompositeRules:
         return self._by_kind[kind]
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Returns the rule of the module that owns a weight or its memory (for slices), or else that of ``like``.
+        """Returns the rule of the module that owns a weight or its memory (for slices), or else the rule of ``like``.
 
-        The layer that calls the function has precedence if it owns the weight, which other layers may share, or if no
-        module owns it because it is computed, by a parametrization, a norm, a mask, or ``functional_call``.
+        The layer that calls the function has precedence if it owns the weight, even if other layers share it. It also
+        has precedence if no module owns the weight because a parametrization, a norm, a mask or ``functional_call``
+        computes it.
         """
         memory = _memory(weight)
         owner, rule = self._by_weight.get(id(weight)) or self._by_memory.get(memory) or (None, None)

@@ -33,7 +33,7 @@ from .registry import KERNELS_BY_FUNCTION, decomposition_of
 
 
 def _intercepted_as(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Returns a decorator that makes a function interceptable, under the name of a torch function."""
+    """Returns a decorator that makes a function interceptable under the name of a torch function."""
 
     def decorate(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(body)
@@ -59,7 +59,7 @@ def index_add_to_zeros(source: Tensor, dim: int, index: Tensor, size: int) -> Te
 
 @_intercepted_as("scatter_add")
 def scatter_add_to_zeros(source: Tensor, dim: int, index: Tensor, shape: torch.Size) -> Tensor:
-    """Computes ``scatter_add`` into a tensor of zeros, with an index of the shape of ``source``."""
+    """Computes ``scatter_add`` into a tensor of zeros, with an index of the same shape as ``source``."""
     return source.new_zeros(shape).scatter_add(dim, index, source)
 
 
@@ -71,9 +71,9 @@ def scatter_extremum(
 
     Args:
         source: The elements of all groups.
-        own: One additional element per group, or None.
+        own: The entry of ``self`` in each group, or None if excluded.
         dim: Dimension along which ``index`` selects a group.
-        index: Group of each element, as in ``scatter_reduce``.
+        index: Assigns each element to a group, as in ``scatter_reduce``.
         shape: Shape of the result.
         how: ``"amax"`` or ``"amin"``.
     """
@@ -87,9 +87,10 @@ class ExtremumKernel(Kernel):
     Unlike autograd, it does not count values excluded by ``include_self=False``.
 
     Args:
-        dim, index: Group of each element, as in ``scatter_reduce``.
-        share: Share of each element within its group.
-        own: Share of the additional element of each group, or None.
+        dim: Dimension along which ``index`` selects a group.
+        index: Assigns each element to a group, as in ``scatter_reduce``.
+        share: Fraction of the group's relevance passed to each element.
+        own: Fraction passed to the entry of ``self`` in each group, or None if excluded.
     """
 
     is_stochastic = True  # groups without members are replaced by constants afterward
@@ -124,7 +125,7 @@ KERNELS_BY_FUNCTION[scatter_extremum] = _extremum_kernel
 
 
 def _sum_with_constant(first: Tensor, added: Tensor, counts: Tensor) -> Tensor:
-    """Adds scattered sums to a constant, which keeps its value at positions without summands."""
+    """Adds scattered sums to a constant. Positions without summands keep the value of the constant."""
     if first.requires_grad:
         return first + added
     total = first + added if bool(first.any()) else added
@@ -191,9 +192,10 @@ def _scatter_reduce(
 
 
 def _attach_constant(constant: Tensor, signal: Tensor) -> Tensor:
-    """Attaches a constant to the autograd graph of ``signal``, so that it can absorb relevance.
+    """Attaches a constant to the autograd graph of ``signal``.
 
-    In a maximum, the constant absorbs the relevance of the groups in which it is the largest element.
+    The constant can then absorb relevance. In a maximum, it absorbs the relevance of the groups in which it is the
+    largest element.
     """
     if not signal.numel():
         return constant
@@ -251,9 +253,9 @@ _EMPTY = {"max": -math.inf, "min": math.inf, "mean": math.nan}
 
 
 def _lookup(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Runs a function that copies elements, and returns its result as an indexed lookup.
+    """Runs a function that only copies elements and returns its result as a gather.
 
-    The origin of each output element is found by running the function on the indices of the elements.
+    The function also runs on element indices, to find where each output element comes from.
     """
     computed = [value for value in (*args, *kwargs.values()) if _carries(value)]
     numbers = _numbers_of(computed)
@@ -284,7 +286,7 @@ def _numbers_of(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def _number(value: Any, numbers: dict[int, Tensor]) -> Any:
-    """Replaces a computed tensor by the numbers of its elements, and a constant by zeros."""
+    """Replaces a computed tensor with the numbers of its elements and a constant with zeros."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return numbers.get(id(value), torch.zeros_like(value, dtype=torch.float64))
     return 0.0 if isinstance(value, float) else value

@@ -38,10 +38,10 @@ class MultiplierKernel(Kernel):
 
     @abstractmethod
     def multipliers(self, above: Tensor) -> Multipliers:
-        """Propagates multipliers from the output, ``(K, N, *out)``, to each input, ``(K, N, *in)``."""
+        """Propagates multipliers of shape ``(K, N, *out)`` at the output to shape ``(K, N, *in)`` at each input."""
 
     def absolute_multipliers(self, above: Tensor) -> Multipliers | None:
-        """Propagates multipliers by the absolute slopes, or returns None if this would take a dense matrix."""
+        """Propagates multipliers by the absolute slopes. Returns None if this would take a dense matrix."""
         return None
 
     def pull(self, relevance: Tensor) -> Multipliers:
@@ -65,8 +65,8 @@ class PathKernel(MultiplierKernel):
 
     Args:
         call: The call on the input and on the reference.
-        absolute: Function that replaces the coefficients of a call by their absolute values, so that its slopes become
-            the absolute slopes; None if that is not possible.
+        absolute: Function that replaces the coefficients of a call with their absolute values, which turns its slopes
+            into absolute slopes. None if that is not possible.
     """
 
     def __init__(self, call: DifferenceCall, absolute: Callable[[FunctionCall], FunctionCall] | None = None) -> None:
@@ -201,7 +201,7 @@ class SoftmaxKernel(MultiplierKernel):
 
 
 def exponential_shares(one: Tensor, two: Tensor, dim: int | list[int]) -> Tensor:
-    """Computes the slopes of log-sum-exp along dimensions, which are positive and sum to at most one."""
+    """Computes the slopes of log-sum-exp along dimensions. They are positive and sum to at most one."""
     totals = _totals(one, two, dim)
     first, second = ((value - total).exp().nan_to_num(0.0) for value, total in zip((one, two), totals, strict=True))
     return _shares((first, second), totals)
@@ -263,7 +263,7 @@ class NormKernel(MultiplierKernel):
 
     Args:
         call: The call on the input and on the reference.
-        group: Shape to which the input is reshaped, and whose last dimension is normalized.
+        group: Shape to which the input is reshaped. The last dimension is normalized.
         weight: ``γ``, which broadcasts to the input, or None for ones.
         eps: Value added to the variance.
         is_centred: Whether the mean is subtracted.

@@ -31,8 +31,9 @@ class MaximumKernel(MultiplierKernel):
 
     Args:
         call: The call on the input and on the reference.
-        pair: The elements at input and reference, ``(*in)``.
-        places: Argmax of each group at input and reference, ``(*out)``, as indices into the flattened elements.
+        pair: The elements at input and reference, of shape ``(*in)`` each.
+        places: Argmax of each group at input and reference, of shape ``(*out)``, as indices into the flattened
+            elements.
         sign: -1 for minima.
     """
 
@@ -53,7 +54,7 @@ class MaximumKernel(MultiplierKernel):
     absolute_multipliers = multipliers  # slopes are in [0, 1]
 
     def spread(self, below: Tensor) -> Multipliers:
-        """Splits the multipliers of all elements, ``(K, *in)``, into those of each input."""
+        """Splits the multipliers of all elements, of shape ``(K, *in)``, into the multipliers of each input."""
         return (below,)
 
 

@@ -26,7 +26,7 @@ class LinearKernel(MultiplierKernel):
 
     Args:
         call: The call on the input and on the reference.
-        maps: The linear map of the layer, and its transpose.
+        maps: The linear map of the layer and its transpose.
         absolute: Function that returns the linear map with absolute weights.
     """
 

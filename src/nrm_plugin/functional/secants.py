@@ -37,7 +37,7 @@ def change(
     """Computes the change of an elementwise function between two points, by linearization where they are close.
 
     Args:
-        function: The elementwise function.
+        function: Function that acts on each element separately.
         pair: The two points, which broadcast to the shape of the output.
         difference: The difference between the two points. Zeros may be replaced by tiny numbers.
     """

@@ -1,4 +1,4 @@
-"""Errors for relevance that reaches an operation without a kernel, and inspection of autograd nodes."""
+"""Errors for relevance that reaches an operation without a kernel and inspection of autograd nodes."""
 
 from __future__ import annotations
 

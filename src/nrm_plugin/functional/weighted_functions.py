@@ -60,7 +60,7 @@ def _weighted_call(call: FunctionCall, output: Tensor) -> LayerCall:
 
 
 def twin_of_call(call: FunctionCall, like: nn.Module) -> nn.Module:
-    """Configures a layer with the options of a functional call, and returns it."""
+    """Returns a layer configured with the options of a functional call."""
     if isinstance(like, nn.modules.conv._ConvNd):
         dims = len(like.kernel_size)
         options = {
@@ -83,7 +83,7 @@ def _repeated(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 _NORM = nn.BatchNorm2d(1, device="meta").eval()
-"""Template for functional batch normalization, since copying is faster than constructing a module."""
+"""Template for functional batch normalization. Copying it is faster than constructing a module."""
 
 
 def _batch_norm_call(call: FunctionCall, output: Tensor) -> LayerCall | None:

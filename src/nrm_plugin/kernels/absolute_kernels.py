@@ -23,11 +23,11 @@ def dense_absolute(kernel: Kernel, relevance: Tensor, chunk: int = 64) -> tuple[
 
     Args:
         kernel: Any kernel that does not mix samples.
-        relevance: Relevance at the output, ``(K, N, *out)``.
+        relevance: Relevance at the output, of shape ``(K, N, *out)``.
         chunk: Number of columns per chunk.
 
     Returns:
-        Relevance at each input, ``(K, N, *in)``.
+        Relevance at each input, of shape ``(K, N, *in)``.
 
     Raises:
         NRMError: If the output has more than ``DENSE_LIMIT`` elements per sample.
@@ -62,11 +62,11 @@ def closed_absolute(
     Args:
         branches: All branches of a rule.
         layer: The layer whose weights the branches modify, or None for a module without weights.
-        like: A tensor with the shape of the input, ``(N, *in)``.
-        relevance: Relevance at the output, ``(K, N, *out)``.
+        like: A tensor of the same shape as the input, ``(N, *in)``.
+        relevance: Relevance at the output, of shape ``(K, N, *out)``.
 
     Returns:
-        Relevance at the input, ``(K, N, *in)``, or None if there is no closed form.
+        Relevance at the input, of shape ``(K, N, *in)``, or None if there is no closed form.
     """
     if layer is not None and not layer.is_injective:
         return None
@@ -84,8 +84,8 @@ class _Term:
     r"""Term :math:`a_i |w_{ij}| m_j` of a kernel.
 
     Attributes:
-        input: ``a``, ``(N, *in)``.
-        factor: ``m``, ``(N, *out)``.
+        input: ``a``, of shape ``(N, *in)``.
+        factor: ``m``, of shape ``(N, *out)``.
         down: Function that multiplies relevance by the transpose of ``|w|``.
     """
 
@@ -95,7 +95,7 @@ class _Term:
 
 
 def _disjoint_terms(branches: list[Branch], layer: WeightedLayer | None, like: Tensor) -> list[_Term] | None:
-    r"""Splits a kernel into terms with disjoint support, or returns None if its terms overlap.
+    r"""Splits a kernel into terms with disjoint support. Returns None if its terms overlap.
 
     On the positive weights, and likewise on the negative ones, each modified weight of a rule is a multiple of the
     original weight. Branches with equal factors are summed first, as ZBox requires; the resulting terms must not

@@ -20,11 +20,11 @@ class Kernel(ABC):
     """Base class of kernels: the linear map by which a call propagates relevance, before normalization."""
 
     is_stochastic = False
-    """True if every column sums to exactly one, so that no gain is applied and no relevance is absorbed."""
+    """True if every column sums to exactly one. No gain is applied then, and no relevance is absorbed."""
 
     @abstractmethod
     def pull(self, relevance: Tensor) -> tuple[Tensor, ...]:
-        """Propagates relevance from the output, ``(K, N, *out)``, to each input, ``(K, N, *in)``."""
+        """Propagates relevance from the output, of shape ``(K, N, *out)``, to each input, of shape ``(K, N, *in)``."""
 
     @abstractmethod
     def pull_absolute(self, relevance: Tensor) -> tuple[Tensor, ...]:
@@ -34,11 +34,11 @@ class Kernel(ABC):
         r"""Applies the transposed kernel, :math:`\sum_i T_{ij} v_i`, from the inputs to the output.
 
         Args:
-            values: ``v`` at each input, ``(K, N, *in)``, or None for zeros.
+            values: ``v`` at each input, of shape ``(K, N, *in)``, or None for zeros.
             shape: Shape of the output, ``(N, *out)``.
 
         Returns:
-            Values at the output, ``(K, N, *out)``.
+            Values at the output, of shape ``(K, N, *out)``.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():
@@ -53,7 +53,7 @@ class Kernel(ABC):
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i` for ``v >= 0``; by default, the exact sum.
 
-        The arguments and the return value are those of :meth:`push`.
+        Arguments and return value are as in :meth:`push`.
         """
         first = next(value for value in values if value is not None)
         with torch.inference_mode(False), torch.enable_grad():
@@ -73,7 +73,7 @@ class Kernel(ABC):
         """Computes the branches of the rule that are still missing and that the given relevance requires.
 
         Args:
-            relevance: Relevance at the output, ``(K, N, *out)``, or None to compute all branches.
+            relevance: Relevance at the output, of shape ``(K, N, *out)``, or None to compute all branches.
 
         Returns:
             True if the column sums have changed.
@@ -110,7 +110,7 @@ class IdentityKernel(Kernel):
 
 
 def vjp(images: list[Tensor], inputs: Tensor | list[Tensor], relevance: list[Tensor]) -> tuple[Tensor, ...]:
-    """Computes vector-Jacobian products of ``K`` vectors, stacked along the first dimension, and retains the graph."""
+    """Computes the vector-Jacobian products of ``K`` vectors stacked along the first dimension. Retains the graph."""
     create = torch.is_grad_enabled()
     if len(relevance[0]) == 1:
         parts = torch.autograd.grad(images, inputs, [item[0] for item in relevance], True, create)

@@ -67,7 +67,7 @@ def fuse(step: LayerStep, source: Tensor) -> None:
 def _later(fold: Callable[[LayerStep, LayerStep], None], first: LayerStep, second: LayerStep) -> Callable[[], None]:
     """Returns a function that performs a fusion when the kernel is constructed.
 
-    It holds weak references to the steps, since the steps store it and strong references would form cycles.
+    It holds weak references to the steps. The steps store it, so strong references would form cycles.
     """
     references = weakref.ref(first), weakref.ref(second)
 
@@ -97,7 +97,7 @@ def _norm(step: LayerStep) -> nn.modules.batchnorm._BatchNorm | None:
 
 
 def _affine(step: LayerStep) -> tuple[Tensor, Tensor] | None:
-    """Returns the scale ``g`` and the shift ``h`` of the batch normalization of a step, or None as in :func:`_norm`."""
+    """Returns the scale ``g`` and shift ``h`` of a step's batch normalization, or None as in :func:`_norm`."""
     norm = _norm(step)
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return None
@@ -120,7 +120,7 @@ def _is_relu(step: Step) -> bool:
 
 
 def _geometry(module: nn.Module) -> tuple[int, bool, bool]:
-    """Returns the number of groups of a layer, and whether it is transposed and whether it is fully connected."""
+    """Returns the number of groups of a layer, whether it is transposed, and whether it is fully connected."""
     if isinstance(module, Weighted):
         return module.groups, module.is_transposed, module.bias_dim == -1
     return int(getattr(module, "groups", 1)), isinstance(module, _CONVOLUTIONS[3:]), isinstance(module, nn.Linear)
@@ -216,8 +216,8 @@ def _without_bias(call: LayerCall, source: Tensor) -> Tensor:
 def _scaled(weight: Tensor, scale: Tensor, groups: int, along_input: bool, transposed: bool) -> Tensor:
     """Multiplies a weight by one factor per input or output channel.
 
-    The weight of a convolution has shape ``(out, in / groups, …)``, that of a transposed convolution
-    ``(in, out / groups, …)``.
+    The weight has shape ``(out, in / groups, …)`` in a convolution and ``(in, out / groups, …)`` in a transposed
+    convolution.
     """
     rest = (1,) * (weight.ndim - 2)
     if along_input == transposed:

@@ -12,7 +12,7 @@ Block = tuple[slice, ...]
 
 
 def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
-    """Splits a tensor ``(N, C, …)`` along its first two dimensions into blocks of about ``size`` elements."""
+    """Splits a tensor of shape ``(N, C, …)`` along its first two dimensions into blocks of about ``size`` elements."""
     if like.numel() <= size or like.ndim < 2 or is_traced():
         yield whole(like)
         return
@@ -24,7 +24,7 @@ def blocks(like: Tensor, size: int = 1 << 16) -> Iterator[Block]:
 
 
 def blocks_for(like: Tensor) -> Iterator[Block]:
-    """Splits a tensor for elementwise operations: into :func:`blocks` on a CPU, and not at all on other devices."""
+    """Splits a tensor for elementwise operations: into :func:`blocks` on a CPU, or not at all on other devices."""
     return blocks(like) if like.device.type == "cpu" else iter([whole(like)])
 
 

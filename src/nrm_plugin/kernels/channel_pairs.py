@@ -18,10 +18,10 @@ def channel_edges(kernel: BranchKernel, relevance: Tensor) -> Tensor:
 
     Args:
         kernel: The kernel of the step.
-        relevance: Relevance at the output, ``(N, *out)``, already multiplied by the gain.
+        relevance: Relevance at the output, of shape ``(N, *out)``, already multiplied by the gain.
 
     Returns:
-        The joint relevance, ``(N, K_out, K_in)``; zero for channels of different groups.
+        The joint relevance, of shape ``(N, K_out, K_in)``; zero for channels of different groups.
 
     Raises:
         NRMError: If the layer has no weights.
@@ -52,7 +52,7 @@ def _weight_gradient(layer: WeightedLayer, branch: Branch, source: Tensor, relev
 
 
 def _over_all_channels(layer: WeightedLayer, edges: Tensor) -> Tensor:
-    """Expands ``(N, weight rows, channels per group)`` to ``(N, K_out, K_in)``, with zeros between groups."""
+    """Expands edges of shape ``(N, weight rows, channels per group)`` to ``(N, K_out, K_in)``, with zeros elsewhere."""
     samples, rows, inner = edges.shape
     per_group = rows // layer.groups
     full = edges.new_zeros(samples, layer.groups, per_group, layer.groups, inner)

@@ -1,7 +1,7 @@
 """Branches of common rules on torch layers, computed in closed form.
 
-The factors of these rules are known functions of one or two layer outputs, so neither the parameters of the layer need
-to be replaced nor the gradient mapper of the rule applied.
+The factors of these rules are known functions of one or two layer outputs. They are computed without replacing the
+parameters of the layer or applying the gradient mapper of the rule.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class _Image:
     """Bias-free output of one branch: the modified layer, evaluated at the modified input.
 
     Attributes:
-        values: The output without bias, ``(N, *out)``.
-        source, weight, maps: The modified input, the modified weight, and the linear map with this weight.
-        is_own: Whether ``values`` may be overwritten, as no other computation reads them.
+        values: The output without bias, of shape ``(N, *out)``.
+        source: The modified input.
+        weight: The weight as modified by the rule.
+        maps: The linear map with the modified weight.
+        is_own: Whether ``values`` may be overwritten because no other computation reads them.
     """
 
     values: Tensor
@@ -76,16 +78,18 @@ class _Image:
     is_own: bool = True
 
     def memory(self) -> Tensor:
-        """Returns a tensor to write a factor to: ``values`` if it may be overwritten, and otherwise a new tensor."""
+        """Returns memory for a factor: ``values`` if it may be overwritten, and otherwise a new tensor."""
         return self.values if self.is_own else torch.empty_like(self.values)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Computation of the branches of one rule for one call.
+    """Reader of the branches of one rule for one call.
 
     Attributes:
-        call, rule, normalization: As in :func:`closed_branches`.
+        call: The recorded call of the layer.
+        rule: The rule of the layer.
+        normalization: The normalization, if the factors should include the gain, or None.
         form: The parameters of the rule.
         weight: The weight of the layer.
         writer: Accumulates the columns of the kernel.
@@ -118,7 +122,7 @@ class _Reader:
     def _branch(
         self, source: Tensor, factor: Tensor, maps: LinearMap, weight: Tensor, modify: Callable[[Tensor], Tensor]
     ) -> Branch:
-        """Returns a branch that stores its modified input if it is small, and recomputes it on demand otherwise."""
+        """Returns a branch that stores its modified input if it is small and recomputes it on demand otherwise."""
         is_kept = source is self.call.input or source.numel() <= KEPT
         return Branch(
             source if is_kept else self.call.input,
@@ -184,7 +188,7 @@ class _Reader:
     def conserving(self) -> tuple[list[Branch], Columns] | None:
         r"""Computes the branches of :class:`~nrm_plugin.rules.ConservingEpsilon`.
 
-        The mean weight of a channel cancels in the second branch, so this branch needs only sums over input windows.
+        The mean weight of a channel cancels in the second branch. This branch needs only sums over input windows.
         """
         same, size = (self._source(modify) for modify in self.rule.input_modifiers)
         windows = window_maps(twin_of(self.call.module), self.weight, size)

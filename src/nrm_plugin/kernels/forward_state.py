@@ -40,7 +40,7 @@ def _protect(tensor: Tensor, holder: Saved | Tensor) -> None:
 def protected(value: Any) -> Any:
     """Detaches the tensors in a constant argument of a step and protects them from later in-place operations.
 
-    Parameters are returned unchanged, since they keep their values while a model runs.
+    Parameters keep their values while a model runs and are returned unchanged.
     """
     if type(value) in PLAIN and value.layout == torch.strided:
         own = value.detach()
@@ -71,7 +71,7 @@ def before_writing(tensor: Tensor) -> None:
 
 
 def write(target: Tensor, result: Tensor) -> Tensor:
-    """Copies a result into ``target`` in place, and returns a tensor with the autograd history of the result."""
+    """Copies a result into ``target`` in place and returns a tensor with the autograd history of the result."""
     before_writing(target)
     try:
         return target.copy_(result)
@@ -106,11 +106,11 @@ class _Running(threading.local):
         pauses: Number of active :class:`not_recorded` contexts.
         saved: Weak references to the tensors saved by steps, keyed by storage address.
         listener: The object that is notified of every step and tap.
-        weights: The parameters of the model that require a gradient outside of this pass.
+        weights: The parameters of the model that require a gradient outside this pass.
         first_node: Sequence number of the first autograd node of this pass, or None without a listener.
         given: Ids of the parameters among the inputs of the model, used without a listener.
         made: The leaf tensors created by the model, keyed by ``id()``, or None if they can receive relevance.
-        depending: For each autograd node visited in this pass, True if it depends on an input of the model.
+        depending: Whether each autograd node visited in this pass depends on an input of the model.
         renormalized: The embedding tables that torch would have renormalized in this pass, keyed by ``id()``.
         reference: The forward pass on the reference, or None if no difference is explained.
     """
@@ -194,9 +194,10 @@ P = ParamSpec("P")
 
 
 def without_torch_function(hook: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for hooks that disables ``__torch_function__``, whose overhead would exceed the cost of the hook.
+    """Decorator that disables ``__torch_function__`` inside a hook.
 
-    It has no effect if an argument is an instance of a tensor subclass, which needs ``__torch_function__``.
+    The overhead of ``__torch_function__`` would exceed the cost of the hook. Tensor subclasses need it, so the
+    decorator has no effect if an argument is an instance of one.
     """
 
     @functools.wraps(hook)
@@ -248,9 +249,9 @@ def is_foreign(tensor: Tensor, is_exact: bool = False) -> bool:
     although its inputs require a gradient.
 
     Args:
-        tensor: Any tensor.
+        tensor: Tensor to test.
         is_exact: Whether to detect tensors computed in another thread, where autograd nodes are numbered separately.
-            This is slower, and needed only for functions of several tensors.
+            This is slower and needed only for functions of several tensors.
     """
     if not tensor.requires_grad:
         return False
@@ -287,7 +288,7 @@ def known_leaves(values: tuple[Any, ...]) -> set[int]:
 
 
 def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
-    """Records the leaf tensors that a function created: those among its results that are not in ``known``."""
+    """Records the leaf tensors that a function created, given the ids of those ``known`` before the call."""
     made = RUNNING.made
     if made is None:
         return
@@ -297,7 +298,7 @@ def note_leaves(values: tuple[Any, ...], known: set[int]) -> None:
 
 
 def constants_detached(value: Any, is_exact: bool = False) -> Any:
-    """Detaches the foreign tensors in an argument of a function, and returns any other argument unchanged."""
+    """Detaches the foreign tensors in an argument of a function. Returns any other argument unchanged."""
     if isinstance(value, Tensor):
         return value.detach() if is_foreign(value, is_exact) else value
     if type(value) in (list, tuple):
@@ -315,7 +316,7 @@ def next_node() -> int:
 
 @contextmanager
 def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[None]:
-    """Context manager that provides a fresh state for one forward pass, and restores the previous state on exit.
+    """Context manager that provides a fresh state for one forward pass and restores the previous state on exit.
 
     Args:
         listener: The object notified of every step, or None for a pass without recording. With a listener, the model
@@ -335,6 +336,6 @@ def forward_pass(listener: Listener | None, reference: Any = None) -> Iterator[N
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
-    """Exits a torch function mode of this thread, and any inner modes left active by an interrupt."""
+    """Exits a torch function mode of this thread and any inner modes left active by an interrupt."""
     while mode in (stack := _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         stack[-1].__exit__(None, None, None)

@@ -34,7 +34,7 @@ _LEADERS: dict[type, tuple[int, ...]] = {
 }
 
 _KNOWN: MutableMapping[Callable[..., Any], Mapper | None] = WeakKeyDictionary()
-"""Closed forms, keyed by gradient mapper (shared by all copies of a rule); None if there is no closed form."""
+"""Closed forms, keyed by gradient mapper (shared by all copies of a rule), or None if there is no closed form."""
 
 
 def closed_mapper(rule: BasicHook) -> Mapper | None:

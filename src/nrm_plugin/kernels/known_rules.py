@@ -1,4 +1,4 @@
-"""Classification of rules: those defined by Zennit's modifiers, and those known to be linear."""
+"""Classification of rules: rules defined by Zennit's modifiers and rules known to be linear."""
 
 from __future__ import annotations
 

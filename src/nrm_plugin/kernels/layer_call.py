@@ -27,7 +27,7 @@ class Image:
     """Output of a layer without its bias.
 
     Attributes:
-        saved: The output without bias, ``(N, *out)``.
+        saved: The output without bias, of shape ``(N, *out)``.
         weight: The weight of the layer.
     """
 
@@ -43,12 +43,12 @@ class LayerCall:
         rule: The rule applied to the layer.
         module: A copy of the layer, which may be modified.
         run: Function that runs a module on a given first input.
-        saved_input: The first input, ``(N, *in)``.
-        like: An expanded scalar with the shape of the output, ``(N, *out)``.
+        saved_input: The first input, of shape ``(N, *in)``.
+        like: An expanded scalar of the same shape as the output, ``(N, *out)``.
         name: Layer name, for error messages.
         saved_output: The output, or None if the rule does not read it or fusion has changed the layer.
         image: The output without bias, if the hook recorded it.
-        precision: The dtype of the product with the weight if it is less precise than that of the input, or None.
+        precision: The dtype in which the layer multiplies by its weight if less precise than the input, or None.
     """
 
     rule: Hook
@@ -79,12 +79,12 @@ class LayerCall:
 
     @property
     def input(self) -> Tensor:
-        """The first input, ``(N, *in)``."""
+        """The first input, of shape ``(N, *in)``."""
         return self.saved_input.tensor
 
     @property
     def output(self) -> Tensor:
-        """The output, ``(N, *out)``; only its shape, dtype and device are valid if :attr:`is_output_known` is False."""
+        """The output, of shape ``(N, *out)``. Its values are valid only if :attr:`is_output_known`."""
         return self.like if self.saved_output is None else self.saved_output.tensor
 
     @property
@@ -94,7 +94,7 @@ class LayerCall:
 
 
 def reads_image(rule: Hook) -> bool:
-    """Returns True if a rule uses the output of the unmodified layer without bias, which the hook must then record."""
+    """Returns True if a rule uses the bias-free output of the unmodified layer. The hook must then record it."""
     return type(rule) in (Epsilon, ConservingEpsilon)
 
 

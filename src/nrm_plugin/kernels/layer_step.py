@@ -25,7 +25,7 @@ class LayerStep(Step):
 
     Args:
         layer_call: The record of the call.
-        output: The output of the call, ``(N, *out)``.
+        output: The output of the call, of shape ``(N, *out)``.
         normalization: The normalization of the columns.
         name: Name of the step; by default, the name of the layer.
         rule: Name of the operation; by default, the name of the rule.
@@ -35,7 +35,7 @@ class LayerStep(Step):
         folds: Deferred fusions, applied before the kernel is constructed.
         norms: The batch-norm layers that read the output of the layer.
         layer_below: For a batch normalization, the layer step whose output it reads.
-        feeds_fold: Whether the layer above may be fused with this step, and would then read the input of this step.
+        feeds_fold: Whether the layer above may be fused with this step and would then read the input of this step.
         has_dense_norm: Whether a linear layer and a batch normalization were fused in this step.
     """
 
@@ -62,7 +62,7 @@ class LayerStep(Step):
         self.layer_call = replace(without_values(self.layer_call), image=None)
 
     def fold(self) -> None:
-        """Applies all deferred batch-norm fusions, after which the recorded call is final."""
+        """Applies all deferred batch-norm fusions. The recorded call is final afterwards."""
         self.fill()
         self._dequantize()
         while self.folds:
@@ -91,11 +91,11 @@ class LayerStep(Step):
         return self.layer_below is not None and self.layer_below.uses <= 1 and len(self.layer_below.norms) == 1
 
     def set_parameters(self, weight: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
-        """Sets the weight and bias of the copied layer, so that its output differs from that of the layer in the model.
+        """Sets the weight and bias of the copied layer. The layer in the model remains unchanged.
 
         Args:
-            weight: The new weight.
-            bias: The new bias.
+            weight: Weight to set.
+            bias: Bias to set.
             factor: The multiplier of the output without bias, if known.
         """
         call = self.layer_call

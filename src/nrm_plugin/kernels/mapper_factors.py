@@ -21,7 +21,7 @@ class Mapper:
     """Gradient mapper that multiplies the relevance of each branch elementwise by a factor.
 
     Attributes:
-        leaders: For each branch, the index of the first branch with the same factor.
+        leaders: Index of the first branch with the same factor, for each branch.
         factors: Function that returns the factors of the requested leaders, given the outputs of all branches.
         is_local: Whether each element of a factor depends only on the same element of the outputs.
     """
@@ -35,9 +35,9 @@ def applied_mapper(rule: BasicHook, outputs: Callable[[Block], list[Tensor]], li
     """Returns the factors of a rule, computed by applying its gradient mapper to ones.
 
     Args:
-        rule: Any rule.
+        rule: Rule whose gradient mapper is applied.
         outputs: Function that returns the outputs of all branches at one block.
-        like: A tensor with the shape of the output, ``(N, *out)``.
+        like: A tensor of the same shape as the output, ``(N, *out)``.
 
     Returns:
         The mapper, or None if the rule's gradient mapper is not an elementwise product.
@@ -80,7 +80,7 @@ def _is_elementwise(rule: BasicHook, outputs: list[Tensor]) -> bool:
 
 
 def _is_local(rule: BasicHook, outputs: list[Tensor], factors: list[Tensor]) -> bool:
-    """Returns True if each element of a factor depends only on the same element of the outputs, not on their mean, say.
+    """Returns True if each element of a factor depends only on the same element of the outputs.
 
     Args:
         rule: The rule to test.

@@ -35,7 +35,7 @@ class ModifiedLayer:
         bias: The bias, in a shape that broadcasts against the output.
         maps: The linear map, or None if the input is zero or only the output is needed.
         weight: Function that computes the modified weight.
-        is_own: Whether ``image`` may be overwritten, as no other computation reads it.
+        is_own: Whether ``image`` may be overwritten because no other computation reads it.
     """
 
     image: Tensor
@@ -53,7 +53,7 @@ class ModifiedLayer:
         return image + bias if self.image.ndim or bool(self.image) else bias
 
     def memory(self, like: Tensor) -> Tensor:
-        """Returns a tensor of the shape of ``like`` to write a factor to, reusing the image if possible."""
+        """Returns memory for a factor with the shape of ``like``. Reuses the image if possible."""
         if not all(self.image.stride()) or self.image.shape != like.shape:
             return torch.empty_like(like)
         return self.image if self.is_own else torch.empty_like(self.image)
@@ -65,7 +65,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
     Args:
         call: The call of the unmodified layer.
         modify: The parameter modifier of the rule.
-        source: The modified input, ``(N, *in)``.
+        source: The modified input, of shape ``(N, *in)``.
         sign: Sign of the branch; if it is 0, only the output is needed.
     """
     if is_by_blocks(call, modify):
@@ -75,7 +75,7 @@ def modified_layer(call: LayerCall, modify: ParamMod, source: Tensor, sign: floa
 
 
 def _modified(call: LayerCall, modified: nn.Module, source: Tensor, sign: float) -> ModifiedLayer:
-    """Evaluates a modified layer without bias, since subtracting the bias from its output would lose precision."""
+    """Evaluates a modified layer without bias. Subtracting the bias from its output would lose precision."""
     bias, weight = modified._parameters.get("bias"), modified._parameters.get("weight")
     is_unmodified = source is call.input and _share_memory(modified._parameters, call.module._parameters)
     if sign == 0 and call.is_output_known and is_unmodified:

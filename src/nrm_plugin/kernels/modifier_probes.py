@@ -19,7 +19,7 @@ _KNOWN_SIGNS: dict[type, list[float]] = {}
 def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
     """Returns the modified inputs of a rule, one per branch.
 
-    Equal inputs share memory, which includes the positive part of nonnegative activations.
+    Equal inputs share memory. For example, the positive part of nonnegative activations is the input itself.
     """
     known, sources = [inputs], []
     # The bounds of ZBox may have the shape of an image, which does not match the probe, and are not parts of the input.
@@ -37,7 +37,7 @@ def modified_inputs(rule: BasicHook, inputs: Tensor) -> list[Tensor]:
 
 
 def _part(modifier: Callable[[Tensor], Tensor], inputs: Tensor) -> str:
-    """Returns ``"positive"`` or ``"negative"`` if a modifier selects that part of its input, or else ``""``."""
+    """Returns ``"positive"`` or ``"negative"`` if a modifier selects that part of its input, and otherwise ``""``."""
     probe = inputs.new_tensor([-2.0, -1.0, 0.0, 1.0, 3.0])
     modified = modifier(probe)
     if modified.shape != probe.shape:
@@ -62,7 +62,7 @@ def is_zero(source: Tensor) -> bool:
 
 
 def _is_zero(source: Tensor) -> bool:
-    """Returns True if all elements are zero. A few of them are tested first, which usually suffices."""
+    """Returns True if all elements are zero. Checks a few elements first, which usually settles the answer."""
     few = source[(slice(0, 1),) * source.ndim] if not any(source.stride()) else source.flatten()[:4096]
     if bool(few.any()):
         return False
@@ -72,7 +72,7 @@ def _is_zero(source: Tensor) -> bool:
 def signs_of(rule: BasicHook, sources: Sequence[Tensor]) -> list[float] | None:
     """Returns the signs ``ρ_k`` of a reducer ``Σ ρ_k in_k g_k``, or None if the reducer has another form.
 
-    If all modified inputs are all-ones tensors, the reducer can also be ``Σ ρ_k g_k``.
+    If all elements of the modified inputs are one, the reducer can also be ``Σ ρ_k g_k``.
     """
     signs = _KNOWN_SIGNS.get(type(rule))
     if signs is None:

@@ -89,7 +89,7 @@ class StepHook(Hook):
         normalization: The normalization of the columns.
         name: Layer name, for error messages.
         checked: Rules that were found to be linear, shared by all copies of the hook.
-        fuse: Callback that receives each new step and its input, and schedules fusion with adjacent steps.
+        fuse: Callback that receives each new step and its input and schedules fusion with adjacent steps.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class StepHook(Hook):
     def remove(self) -> None:
         """Removes the hook and discards unfinished calls.
 
-        Calls remain unfinished after a keyboard interrupt, since torch then does not run forward hooks.
+        After a keyboard interrupt, torch does not run forward hooks, and calls remain unfinished.
         """
         super().remove()
         for running in RUNNING.modules:
@@ -270,7 +270,7 @@ class StepHook(Hook):
 
 
 def _has_ids() -> bool:
-    """Returns True if the model has integer inputs, which any module may use for a lookup."""
+    """Returns True if the model has integer inputs. Any module may use them for a lookup."""
     listening = listener()
     return listening is not None and bool(listening.indices)
 
@@ -308,7 +308,7 @@ def _is_free(tensor: Tensor) -> bool:
 
 
 def _written_back(call: OpenCall, linked: Tensor) -> Tensor:
-    """Repeats an in-place write of the module on its original input, which a skip connection may still read."""
+    """Repeats an in-place write of the module on its original input. A skip connection may still read this input."""
     source, passed = call.source, call.passed
     is_result = isinstance(call.mode, OutOfPlace) or data_address(passed) == data_address(linked)
     with not_recorded():

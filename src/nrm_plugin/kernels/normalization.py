@@ -25,15 +25,15 @@ RESIDUALS: tuple[Residual, ...] = ("redistribute", "sink")
 
 
 def gain(column_sum: Tensor, limit: float) -> Tensor:
-    r"""Returns the gain ``g(c)``, the factor that rescales a column to reduce the share absorbed by the sink.
+    r"""Returns the gain ``g(c)``, the factor that rescales a column to reduce the fraction absorbed by the sink.
 
     .. math::
         g(c) = \begin{cases} 1/c & c \ge 1/G \\ 1 + (G-1)\,G\,c & 0 < c < 1/G \\ 1 & c \le 0 \end{cases}
 
-    The gain is continuous and positive, and lies between 1 and ``G`` where ``c <= 1``.
+    The gain is continuous and positive and lies between 1 and ``G`` where ``c <= 1``.
 
     Args:
-        column_sum: ``c``, any shape.
+        column_sum: ``c``, of any shape.
         limit: ``G``, at least 1; with ``math.inf``, the gain is ``1/c`` for every positive ``c``.
 
     Returns:
@@ -59,7 +59,7 @@ def least_restored(dtype: torch.dtype, limit: float) -> float:
 
 
 def deficit(column_sum: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """Returns the share ``1 - g c`` absorbed by the sink, exactly 0 for columns that are rescaled to a sum of one."""
+    """Returns the fraction ``1 - g c`` absorbed by the sink. It is exactly 0 for columns rescaled to a sum of one."""
     if not math.isfinite(limit):
         return (1 - factor * column_sum).mul_(column_sum < least_restored(column_sum.dtype, limit))
     # With the linear gain, the share reaches zero exactly at the smallest column sum that is rescaled to one. Clamping
@@ -77,7 +77,7 @@ def may_read(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Gain of each column of a kernel, and the deficit absorbed by the sink.
+    """Gain of each column of a kernel and the deficit absorbed by the sink.
 
     Attributes:
         gain: ``g(c)``, or None if all gains are one.
@@ -149,7 +149,7 @@ class Normalization:
 
 
 class Columns(ABC):
-    """Base class of the columns of a branch kernel, represented by their sums or by their deficits."""
+    """Base class of the columns of a branch kernel, represented by their sums or their deficits."""
 
     @abstractmethod
     def joined(self, other: Self) -> Self:
@@ -165,7 +165,7 @@ class ColumnSums(Columns):
     """Column sums of a kernel that is not normalized.
 
     Attributes:
-        values: ``c``, ``(N, *out)``.
+        values: ``c``, of shape ``(N, *out)``.
     """
 
     values: Tensor
@@ -179,10 +179,10 @@ class ColumnSums(Columns):
 
 @dataclass(frozen=True)
 class Deficit(Columns):
-    """Deficits of the columns of a normalized kernel.
+    """Per-column deficit of a normalized kernel.
 
     Attributes:
-        share: Share of each column absorbed by the sink, ``(N, *out)``, or None if all shares are zero.
+        share: Fraction of each column absorbed by the sink, of shape ``(N, *out)``, or None if all are zero.
     """
 
     share: Tensor | None
@@ -197,7 +197,7 @@ class Deficit(Columns):
 
 
 class ColumnWriter:
-    """Accumulates the columns of a kernel block by block, and computes the gain of each block.
+    """Writer that accumulates the columns of a kernel block by block and computes the gain of each block.
 
     Args:
         like: A tensor with the shape of the output.

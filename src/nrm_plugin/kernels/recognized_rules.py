@@ -26,11 +26,11 @@ NEGLIGIBLE = 1e-20
 
 @dataclass(frozen=True)
 class RuleForm:
-    """Parameters of a common rule whose mapper and modifiers are those of its class.
+    """Parameters of a common rule whose mapper and modifiers are unchanged from its class.
 
     Attributes:
         epsilon: The positive constant that stabilizes the denominators.
-        share: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`; 0 for other rules.
+        share: The parameter ε of :class:`~nrm_plugin.rules.ConservingEpsilon`, or 0 for other rules.
     """
 
     epsilon: float
@@ -40,7 +40,7 @@ class RuleForm:
 _KNOWN: MutableMapping[Callable[..., Any], tuple[tuple[Any, ...], RuleForm | None]] = WeakKeyDictionary()
 """Modifiers and parameters of rules, keyed by the gradient mapper that all copies of a rule share.
 
-The modifiers are compared at each use, since users can replace them.
+Users can replace the modifiers, so they are compared at each use.
 """
 
 
@@ -65,7 +65,7 @@ def _same_objects(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 
 def _read(rule: BasicHook) -> RuleForm | None:
-    """Returns the parameters of a rule if its mapper and modifiers agree with those of its class on test values."""
+    """Returns the parameters of a rule if its mapper and modifiers agree with its class on test values."""
     epsilon = stabilizer_of(rule)
     if not epsilon or closed_mapper(rule) is None:
         return None

@@ -1,4 +1,4 @@
-"""Forward pass on the reference, whose function calls are matched with those of the forward pass on the inputs.
+"""Forward pass on the reference, whose function calls are matched with the forward pass on the inputs.
 
 Source: docs/differences.md.
 """
@@ -19,7 +19,7 @@ from ..model.trace_guards import holds
 from .forward_state import Saved
 
 LEAST = {torch.float32: 1e-20, torch.float64: 1e-100}
-"""Offset added to the magnitude of differences, keyed by dtype. It does not change far larger differences.
+"""Offset added to the magnitude of differences, keyed by dtype. Much larger differences remain unchanged.
 
 The relevance of a neuron whose difference is zero is this offset times the multiplier, and masses conditioned on the
 neuron are divided by it. It lies midway between the rounding error and the smallest float, for values of up to about
@@ -50,8 +50,8 @@ class Difference:
 def difference(value: Tensor, reference: Tensor) -> Difference:
     """Computes the difference between a tensor and its reference.
 
-    The offset :data:`LEAST` is added to the magnitude of each element, so that none is zero. This takes less time than
-    a search for zeros. The difference between equal infinities is zero.
+    To avoid zeros, the offset :data:`LEAST` is added to the magnitude of each element. This is faster than a search for
+    zeros. The difference between equal infinities is zero.
     """
     dtype = working_dtype(value.dtype)
     delta = value.to(dtype) - reference.to(dtype)
@@ -113,7 +113,7 @@ class ReferencePass:
         return self._is_replayed
 
     def replay(self) -> None:
-        """Starts the forward pass on the inputs, which is compared with the stored calls."""
+        """Starts the forward pass on the inputs, whose calls are compared with the stored ones."""
         self._is_replayed = True
 
     def drop(self) -> None:
@@ -176,7 +176,7 @@ def _without_values(saved: Saved) -> Saved:
 
 
 def _kept(value: Any) -> Any:
-    """Replaces the tensors in nested arguments by :class:`Saved` objects."""
+    """Replaces the tensors in nested arguments with :class:`Saved` objects."""
     if isinstance(value, Tensor):
         return Saved(value)
     if isinstance(value, (list, tuple)):
@@ -189,7 +189,7 @@ def _kept(value: Any) -> Any:
 
 
 def _difference(one: Any, two: Any) -> str:
-    """Describes the first difference between the constants of two calls, or returns an empty string."""
+    """Describes the first difference between the constants of two calls. Returns an empty string if there is none."""
     if isinstance(one, Saved) and isinstance(two, Saved):
         return _difference_of_tensors(one.tensor, two.tensor)
     if isinstance(one, list) and isinstance(two, list):

@@ -17,8 +17,8 @@ class Branch:
     r"""Branch ``k`` of a rule for one call.
 
     Attributes:
-        source: ``in_k``, ``(N, *in)``, or the input from which it is computed.
-        factor: ``m_k(1)``, ``(N, *out)``, multiplied by the gain if the kernel is normalized.
+        source: ``in_k``, of shape ``(N, *in)``, or the input from which it is computed.
+        factor: ``m_k(1)``, of shape ``(N, *out)``, multiplied by the gain if the kernel is normalized.
         sign: ``ρ_k`` in :math:`\mathrm{reducer} = \sum_k \rho_k\, in_k \odot g_k`.
         maps: :math:`J_k` and its transpose.
         modified: Function that computes the modified weight, or None for a module without weights.
@@ -34,7 +34,7 @@ class Branch:
 
     @property
     def input(self) -> Tensor:
-        """``in_k``, ``(N, *in)``."""
+        """``in_k``, of shape ``(N, *in)``."""
         return self.source if self.modify_input is None else self.modify_input(self.source)
 
     @property
@@ -44,11 +44,11 @@ class Branch:
         return self.modified()
 
     def pull(self, relevance: Tensor) -> Tensor:
-        """Propagates relevance from ``(K, N, *out)`` to ``(K, N, *in)``."""
+        """Propagates relevance from the output, of shape ``(K, N, *out)``, to the input, of shape ``(K, N, *in)``."""
         return _signed(self.sign, _times(self.maps.down(self.factor * relevance), self.input))
 
     def push(self, values: Tensor) -> Tensor:
-        """Applies the transpose of :meth:`pull`, from ``(K, N, *in)`` to ``(K, N, *out)``."""
+        """Applies the transpose of :meth:`pull`, from shape ``(K, N, *in)`` to ``(K, N, *out)``."""
         return _signed(self.sign, self.factor * self.maps.up(self.input * values))
 
 
@@ -59,8 +59,8 @@ class WeightedLayer:
     Attributes:
         weight: The weight of the layer.
         rerun: Function ``(input, weight) -> output`` that runs the layer without its bias.
-        is_injective: Whether each pair of an input and an output neuron is connected by at most one weight, so that
-            absolute values can be taken factor by factor. This does not hold if padding repeats inputs.
+        is_injective: Whether each pair of an input and an output neuron is connected by at most one weight.
+            Absolute values can then be taken factor by factor. This does not hold if padding repeats inputs.
         groups: Number of convolution groups.
         is_transposed: Whether the first dimension of the weight indexes input channels.
     """

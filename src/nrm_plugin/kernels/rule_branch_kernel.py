@@ -15,11 +15,11 @@ from .normalization import Columns
 from .rule_branch import Branch, WeightedLayer, pull_together
 
 ReadBranches = tuple[list[Branch], Columns]
-"""Branches with nonzero sign and input, and the columns of the kernel that is their sum."""
+"""Branches with nonzero sign and input and the columns of their sum."""
 
 
 class BranchKernel(Kernel):
-    r"""Kernel of a rule on an affine module, as a sum over branches, the form in which Zennit defines rules.
+    r"""Kernel of a rule on an affine module as a sum over branches, the form in which Zennit defines rules.
 
     .. math:: R = \sum_k \rho_k\, in_k \odot J_k^\top (m_k(1) \odot R'), \qquad
               c = \sum_k \rho_k\, m_k(1) \odot J_k in_k
@@ -27,7 +27,7 @@ class BranchKernel(Kernel):
     Args:
         branches: The branches computed so far and their columns. The columns are :class:`ColumnSums`, or a
             :class:`Deficit` if the factors include the gain and the kernel is thus already normalized.
-        like: A tensor with the shape of the input, ``(N, *in)``.
+        like: A tensor of the same shape as the input, ``(N, *in)``.
         layer: The layer that the branches modify, or None for a module without weights.
         read_others: Function that computes the remaining branches. It is called when relevance arrives at outputs for
             which the factors of the first branches are zero, such as negative outputs in the γ-rule.

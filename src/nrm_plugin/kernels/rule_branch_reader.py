@@ -72,10 +72,12 @@ def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class _BranchReader:
-    """Computation of the branches of a rule for one call.
+    """Reader of the branches of a rule for one call.
 
     Attributes:
-        call, rule, normalization: As in :func:`branch_kernel`.
+        call: The recorded call of the layer.
+        rule: The rule, defined by modifiers.
+        normalization: The normalization, if the factors should include the gain, or None.
         sources: The modified input of each branch.
         signs: The sign of each branch in the reducer.
     """
@@ -122,7 +124,7 @@ class _BranchReader:
         return modifier(probe) is probe
 
     def _modified_layers(self, chosen: tuple[int, ...]) -> list[ModifiedLayer]:
-        """Returns the modified layers of the chosen branches and those that the mapper reads, or placeholders."""
+        """Returns the modified layers of the branches. Those neither chosen nor read by the mapper are placeholders."""
         return [
             modified_layer(self.call, ParamMod.ensure(modifier), source, sign)
             if k in chosen or sign == 0
@@ -142,7 +144,7 @@ class _BranchReader:
         """Yields the factors and the column sums block by block.
 
         A rule takes about a dozen elementwise operations, which are faster if a block fits into the cache. Where the
-        denominator is zero, the factor is set to zero, so that the column propagates no relevance.
+        denominator is zero, the factor is set to zero, and the column propagates no relevance.
         """
         output = self.call.output
         distinct = tuple(dict.fromkeys(leaders.values()))
@@ -154,9 +156,9 @@ class _BranchReader:
             yield _ColumnBlock(at, factors, _signed_sum(terms, output[at]))
 
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
-        """Stores the factors, multiplied by the gain if there is a normalization, and returns the columns.
+        """Stores the factors, multiplied by the gain if there is a normalization. Returns the columns.
 
-        Factors reuse the memory of the outputs, as each block is read before it is overwritten.
+        Factors reuse the memory of the outputs. Each block is read before it is overwritten.
         """
         writer = ColumnWriter(self.call.like, self.normalization)
         for block in read:
@@ -171,7 +173,7 @@ class _ColumnBlock:
     """Factors and column sums of one block of the outputs.
 
     Attributes:
-        at: The block of ``(N, *out)``.
+        at: The block, as indices into the output of shape ``(N, *out)``.
         factors: ``m_k(1)`` in the block, keyed by the index of the first branch with this factor.
         column_sum: ``c`` in the block.
     """
@@ -182,7 +184,7 @@ class _ColumnBlock:
 
 
 def _leaders(mapper: Mapper, numbers: list[int]) -> dict[int, int]:
-    """Returns, for each of the given branches, the first of them that has the same factor."""
+    """Returns the first of the given branches with the same factor, keyed by branch."""
     return {k: next(other for other in numbers if mapper.leaders[other] == mapper.leaders[k]) for k in numbers}
 
 

@@ -34,7 +34,7 @@ def read_rule(call: LayerCall, normalization: Normalization | None = None) -> Ke
     """Returns the kernel of a rule for one call.
 
     Args:
-        call: The recorded call.
+        call: Recorded call of the layer.
         normalization: The normalization of the columns. The kernel includes the gain if this saves computation.
 
     Raises:
@@ -61,7 +61,7 @@ def read_rule_at(rule: Hook, module: nn.Module, inputs: Tensor, name: str) -> Ke
     Args:
         rule: The rule; it is copied.
         module: The module, such as :class:`~nrm_plugin.model.affine_layers.Weightless`; it may be modified.
-        inputs: The input of the module, ``(N, *in)``.
+        inputs: The input of the module, of shape ``(N, *in)``.
         name: Layer name, for error messages.
     """
     with torch.no_grad():

@@ -27,7 +27,7 @@ class Holder(Protocol):
     """Interface of objects that recompute the freed tensors of a step."""
 
     def fill(self, step: Step) -> None:
-        """Recomputes the tensors of a step, which remain available until those of another step are requested."""
+        """Recomputes the tensors of a step. They remain available until the tensors of another step are requested."""
 
 
 class Step(ABC):
@@ -37,13 +37,13 @@ class Step(ABC):
 
     Args:
         name: Name of the layer or function.
-        output: The output of the call, ``(N, *out)``.
+        output: The output of the call, of shape ``(N, *out)``.
         normalization: The normalization of the columns.
         rule: Name of the rule or operation.
 
     Attributes:
         normalization: The normalization of the columns.
-        call: Index of the call among those of the same module or function.
+        call: Index of the call among the calls of the same module or function.
         dtype: The dtype of relevance at the output.
         device: The device of the output.
         is_short: Whether the model computed the output in a lower precision than float32. The kernel is in float32.
@@ -87,7 +87,7 @@ class Step(ABC):
             return self._built()
 
     def _built(self) -> Kernel:
-        """Returns the kernel, constructing it if necessary. Requires the contexts entered by :attr:`kernel`."""
+        """Returns or constructs the kernel. Must be called inside the contexts that :attr:`kernel` enters."""
         if self._kernel is None:
             with repeated(f"{self.name}:{self.call}"):
                 self._kernel = self._build()
@@ -128,15 +128,15 @@ class Step(ABC):
             return self._scaling
 
     def gain_for(self, relevance: Tensor) -> Tensor | None:
-        """Returns ``g(c)``, valid where relevance ``(K, N, *out)`` is nonzero, or None if all gains are one."""
+        """Returns ``g(c)``, valid where the relevance is nonzero, or None if all gains are one."""
         return self._scaling_for(relevance).gain
 
     def pull(self, relevance: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Propagates relevance from the output, ``(K, N, *out)``, to the inputs and the sink.
+        """Propagates relevance from the output, of shape ``(K, N, *out)``, to the inputs and the sink.
 
         Returns:
-            The relevance at each input, ``(K, N, *in)``, in any dtype; and the share absorbed by the sink, ``(N,
-            *out)``, or None for zero. The share is undefined where no relevance arrives.
+            The relevance at each input, of shape ``(K, N, *in)``, in any dtype; and the fraction absorbed by the sink,
+            of shape ``(N, *out)``, or None for zero. The fraction is undefined where no relevance arrives.
         """
         with self._short_lived():
             scaling = self._scaling_for(relevance)
@@ -157,11 +157,11 @@ class Step(ABC):
         """Applies the transpose of :meth:`pull`, from the inputs and the sink to the output.
 
         Args:
-            values: Values at each input, ``(K, N, *in)``, or None for zeros.
-            absorbed: Values at the sink, ``(K, N, *out)``, or None for zeros.
+            values: Values at each input, of shape ``(K, N, *in)``, or None for zeros.
+            absorbed: Values at the sink, of shape ``(K, N, *out)``, or None for zeros.
 
         Returns:
-            Values at the output, ``(K, N, *out)``, or None for zeros.
+            Values at the output, of shape ``(K, N, *out)``, or None for zeros.
         """
         with self._short_lived():
             scaling = self._scaling_for(None)
@@ -176,7 +176,7 @@ class Step(ABC):
         return result if result is None else result.to(self.dtype)
 
     def push_bound(self, values: tuple[Tensor | None, ...]) -> Tensor:
-        """Returns an upper bound on the transpose of :meth:`pull_absolute`, ``(K, N, *out)``, with 0 at the sink."""
+        """Returns an upper bound on the transpose of :meth:`pull_absolute`. Values at the sink are zero."""
         with self._short_lived():
             scaling = self._scaling_for(None)  # also completes the kernel
             kernel = self.kernel
@@ -197,7 +197,7 @@ class Step(ABC):
         return InFloat32() if self.is_short else nullcontext()
 
     def _converted(self, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Converts values at the inputs to a common dtype, which is at least as wide as that of the output.
+        """Converts values at the inputs to a common dtype that is at least as wide as the output dtype.
 
         In a step from float64 to float32, values are not rounded before the step. Conditional on a neuron with tiny
         relevance, they can exceed the range of float32 until they are multiplied by the relevance of this neuron.
@@ -216,7 +216,10 @@ class FunctionStep(Step):
     """Step of a function call.
 
     Args:
-        name, output, normalization, rule: As in :class:`Step`.
+        name: Name of the function.
+        output: The output of the call, of shape ``(N, *out)``.
+        normalization: The normalization of the columns.
+        rule: Name of the operation.
         build: Function that constructs the kernel.
 
     Attributes:
@@ -244,7 +247,7 @@ class FunctionStep(Step):
 
 
 class Link(torch.autograd.Function):
-    """Autograd function that links the output of a step to its inputs, and whose gradient is the relevance."""
+    """Autograd function that links the output of a step to its inputs and whose gradient is the relevance."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], *inputs: Tensor) -> Tensor:
@@ -263,7 +266,7 @@ class Link(torch.autograd.Function):
 
 
 class LinkInPlace(torch.autograd.Function):
-    """Variant of :class:`Link` for a tensor modified in place, which it links to its previous version."""
+    """Variant of :class:`Link` that links a tensor modified in place to its previous version."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, holder: list[Any], tensor: Tensor) -> Tensor:
@@ -281,14 +284,14 @@ class LinkInPlace(torch.autograd.Function):
 
 
 def link(step: Step, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Attaches a step to the autograd graph, and returns ``output`` with the step as its ``grad_fn``."""
+    """Attaches a step to the autograd graph and returns ``output`` with the step as its ``grad_fn``."""
     step.is_short = step.is_short or any(is_short(tensor) for tensor in inputs)
     result: Tensor = Link.apply(step, [output, _origin_of(*inputs)], *inputs)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
 def link_in_place(step: Step, tensor: Tensor) -> Tensor:
-    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place, which it returns."""
+    """Attaches a step to the autograd graph as the ``grad_fn`` of a tensor modified in place. Returns the tensor."""
     result: Tensor = LinkInPlace.apply(step, [_origin_of(tensor)], tensor)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
@@ -296,7 +299,7 @@ def link_in_place(step: Step, tensor: Tensor) -> Tensor:
 def step_of(node: Any) -> Step | None:
     """Returns the step of an autograd node, or None for other nodes.
 
-    The type is checked, since an ``autograd.Function`` of the user may have an attribute of the same name.
+    The type is checked because a user-defined ``autograd.Function`` may have an attribute of the same name.
     """
     step = getattr(node, "step", None)
     return step if isinstance(step, Step) else None
@@ -321,8 +324,8 @@ def _origin_of(*inputs: Tensor) -> Tensor | None:
 class Origin(torch.autograd.Function):
     """Zero tensor that depends on the tensors behind a kernel and raises an error when it is differentiated.
 
-    Autograd treats kernels as constants. This zero is added to the relevance, so that differentiating relevance raises
-    an error where the gradient would otherwise be zero or incomplete.
+    Autograd treats kernels as constants. This zero is added to the relevance. Differentiating relevance then raises an
+    error where the gradient would otherwise be zero or incomplete.
     """
 
     generate_vmap_rule = True

@@ -20,7 +20,7 @@ from .layer_call import Image, reads_image
 
 
 class SeparateBias(TorchFunctionMode):
-    """Torch function mode that computes the output of a layer without bias, for the kernel, before adding the bias.
+    """Torch function mode that stores the output of a layer for the kernel before the bias is added.
 
     Args:
         layer: One of torch's linear or convolutional layers.
@@ -61,7 +61,7 @@ class SeparateBias(TorchFunctionMode):
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Torch function mode that runs an in-place activation out of place, so that its input need not be copied."""
+    """Torch function mode that runs an in-place activation out of place. Its input then need not be copied."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,7 +111,10 @@ def is_torch_activation(module: nn.Module) -> bool:
 
 
 def writes_in_place(module: nn.Module) -> bool:
-    """Returns True if a module may modify its input, which affine layers and ``inplace=False`` exclude."""
+    """Returns True if a module may modify its input in place.
+
+    Affine layers and modules with ``inplace=False`` never do.
+    """
     # getattr on the module would format an error message for every module without the attribute.
     inplace = module.__dict__.get("inplace", getattr(type(module), "inplace", True))
     return inplace is not False and not is_affine(module)

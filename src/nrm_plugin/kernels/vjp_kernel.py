@@ -15,8 +15,8 @@ class VjpKernel(Kernel):
     """Kernel given by a linear function of the relevance, such as a vector-Jacobian product.
 
     Args:
-        function: Function that maps relevance ``(N, *out)`` to ``(N, *in)`` for each input. It must be linear and
-            differentiable.
+        function: Function that maps relevance of shape ``(N, *out)`` to ``(N, *in)`` for each input. It must be linear
+            and differentiable.
     """
 
     def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:

@@ -34,7 +34,7 @@ def plain(atom: Atom | Absorbed | Attended, recording: Recording) -> Event:
 
 
 def head_count(recording: Recording, layer: str) -> int | None:
-    """Returns the head count of an attention layer, given by site or tap name; None for other layers."""
+    """Returns the number of heads of an attention layer, given by site or tap name. Returns None for other layers."""
     name, calls = recording.taps.called(layer, "output", None)
     steps = [vertex.step for vertex in recording.graph.vertices if vertex.step is not None]
     step = next((s for s in steps if s.name == name and s.call in calls and s.attention is not None), None)
@@ -83,7 +83,7 @@ def _event(atom: Attended, step: Step, recording: Recording) -> Event:
 
 
 def _of_heads(atom: Attended, index: Index, step: Step, shape: torch.Size, recording: Recording) -> Tensor:
-    """Returns a mask of the selected heads, which have their own dimension or share one with the samples."""
+    """Returns a mask of the selected heads. Heads have their own dimension or share one with the samples."""
     shared = step.attention.shared
     rows = shape[shared[0]] if shared else 1
     if len(shared) > 1 or (shared and not recording.samples.batched):
@@ -106,7 +106,7 @@ def _count_of_heads(step: Step, rows: int, recording: Recording) -> int | None:
 
 
 def _chosen(atom: Attended, what: str, index: Index, count: int) -> Tensor:
-    """Returns a boolean mask of the selected heads or tokens, ``(count,)``."""
+    """Returns a boolean mask of the selected heads or tokens, of shape ``(count,)``."""
     chosen = torch.zeros(count, dtype=torch.bool)
     try:
         chosen[index.value] = True

@@ -17,9 +17,9 @@ from .measure import RelevanceMeasure
 
 
 def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None) -> Tensor:
-    """Computes the share of the relevance through an attention layer that each token receives from other tokens.
+    """Computes the fraction of relevance in an attention layer that each token receives from other tokens.
 
-    The diagonal of the attention matrix is excluded, so the shares sum to the mass that moves between tokens.
+    The diagonal of the attention matrix is excluded. The fractions sum to the mass that moves between tokens.
 
     Args:
         mu: A measure of a model with attention.
@@ -27,7 +27,7 @@ def attention_sinks(mu: RelevanceMeasure, layer: str, tokens: int | None = None)
         tokens: Number of tokens; by default, the size of the first non-sample dimension of ``layer``.
 
     Returns:
-        The shares, ``(N, tokens)``, dimensionless.
+        The fractions, of shape ``(N, tokens)``, dimensionless.
 
     Raises:
         EventError: If the layer does not compute attention.

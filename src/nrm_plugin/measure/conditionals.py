@@ -42,7 +42,7 @@ class Conditionals:
             self._push(vertex, sorted(needed[vertex]))
 
     def value(self, place: Place, node: int) -> Tensor:
-        """Returns the conditional mass of a diagram node given each neuron of one tap, ``(N, *shape)``."""
+        """Returns the conditional mass of a diagram node given each neuron of one tap, of shape ``(N, *shape)``."""
         if isinstance(place, Buffer):
             value, shape = self._after(place, node), self.graph.shape(place)
         else:

@@ -1,4 +1,4 @@
-"""Validation of the events in a query, and division by the mass of a condition."""
+"""Validation of the events in a query and division by the mass of a condition."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Condition(TypedDict, total=False):
 
 
 def check_event(event: object, remedy: str = "") -> None:
-    """Raises :class:`EventError`, whose message ends with ``remedy``, if the argument is not an event."""
+    """Raises :class:`EventError` if the argument is not an event. The message ends with ``remedy``."""
     if not isinstance(event, Event):
         raise EventError(
             f"expected an event such as at('layer')[3], got {type(event).__name__}: {brief(event)}. {remedy}".rstrip()
@@ -33,7 +33,7 @@ def check_event(event: object, remedy: str = "") -> None:
 
 
 def event_list(event: Event | Sequence[Event]) -> tuple[list[Event], bool]:
-    """Converts one or several events to a list, and returns True as the second value if a single event was given.
+    """Converts one or several events to a list. The second value is True if a single event was given.
 
     Raises:
         EventError: If the argument is neither an event nor a sequence of events.
@@ -53,8 +53,8 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
     Args:
         event: The condition.
-        mass: Mass of the event, ``(N,)``.
-        variation: Variation of the event, ``(N,)``.
+        mass: Mass of the event, of shape ``(N,)``.
+        variation: Variation of the event, of shape ``(N,)``.
         min_ratio: Smallest accepted ratio of ``|mass|`` to the variation, or None for the default of the dtype.
         least: Largest variation that is treated as zero.
 
@@ -86,5 +86,5 @@ def check_condition(event: Event, mass: Tensor, variation: Tensor, min_ratio: fl
 
 
 def divided(values: Tensor, mass: Tensor) -> Tensor:
-    """Divides relevance at a tap, ``(N, *shape)``, by one mass per sample, ``(N,)``."""
+    """Divides relevance at a tap, of shape ``(N, *shape)``, by one mass per sample, of shape ``(N,)``."""
     return values / mass.to(values.device).reshape(-1, *(1,) * (values.ndim - 1))

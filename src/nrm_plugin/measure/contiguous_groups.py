@@ -9,16 +9,16 @@ from torch import Tensor
 def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
     """Reassigns the parts of an image so that each group of parts is a connected region.
 
-    Of each group, the connected component with the largest total weight is kept. The remaining members are reassigned,
-    one at a time, to the group with which they share the longest border.
+    Each group keeps its connected component with the largest total weight. The remaining members are reassigned, one at
+    a time, to the group with which they share the longest border.
 
     Args:
-        labels: The group of each member, ``(members,)``.
-        members: The member (part, such as a superpixel) that contains each pixel, ``(H, W)``.
-        weights: The weight of each member, ``(members,)``, such as its absolute relevance.
+        labels: The group of each member, of shape ``(members,)``.
+        members: The member (part, such as a superpixel) that contains each pixel, of shape ``(H, W)``.
+        weights: The weight of each member, of shape ``(members,)``, such as its absolute relevance.
 
     Returns:
-        The new group of each member, ``(members,)``.
+        The new group of each member, of shape ``(members,)``.
 
     Examples:
         >>> members = torch.arange(4).expand(2, 4)
@@ -43,7 +43,7 @@ def connected_parts(labels: Tensor, members: Tensor, weights: Tensor) -> Tensor:
 
 
 def _borders(members: Tensor, count: int) -> Tensor:
-    """Returns the border length between each pair of members, in pixels, ``(count, count)``."""
+    """Returns the border length between each pair of members, in pixels, of shape ``(count, count)``."""
     pairs = [(members[1:], members[:-1]), (members[:, 1:], members[:, :-1])]
     one, other = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
     borders = torch.bincount(one * count + other, minlength=count**2).reshape(count, count)

@@ -37,13 +37,14 @@ STILL = 1e-12
 
 
 def dependence(joint: Array) -> Array:
-    """Computes the dependence ``D`` between two layers, ``(members, members below)``; its rows and columns sum to 0.
+    """Computes the dependence ``D`` between two layers, of shape ``(members, members below)``.
 
-    If the layers are independent up to rounding, the result is zero. For example, the output is independent of all
-    other layers if the measure explains a single class.
+    Its rows and columns sum to 0. If the layers are independent up to rounding, the result is zero. For example, the
+    output is independent of all other layers if the measure explains a single class.
 
     Args:
-        joint: Joint relevance, ``(members, members below)``; returned unchanged if its entries cancel in the sum.
+        joint: Joint relevance of shape ``(members, members below)``; returned unchanged if its elements cancel in the
+            sum.
     """
     total, size = joint.sum(), np.abs(joint).sum()
     if abs(total) <= CANCELLED * size:
@@ -53,13 +54,13 @@ def dependence(joint: Array) -> Array:
 
 
 def kept(dependence: Array, rows: Labels, columns: Labels) -> float:
-    """Computes κ, the fraction of the dependence preserved by two partitions, between 0 and 1; NaN if undefined."""
+    """Computes κ, the fraction of the dependence preserved by two partitions, between 0 and 1, or NaN if undefined."""
     size = np.abs(dependence).sum()
     return float(np.abs(group_sums(group_sums(dependence, rows).T, columns)).sum() / size) if size else math.nan
 
 
 def group_sums(values: Array, labels: Labels, count: int | None = None) -> Array:
-    """Sums the rows of ``(members, n)`` within each group; returns ``(groups, n)``."""
+    """Sums the rows of an array of shape ``(members, n)`` within each group. Returns shape ``(groups, n)``."""
     members = np.zeros((int(labels.max()) + 1 if count is None else count, len(labels)))
     members[labels, np.arange(len(labels))] = 1
     return members @ values
@@ -75,14 +76,14 @@ def find_partitions(
     some members of one layer assigned to random groups.
 
     Args:
-        dependences: The dependence of each pair of consecutive layers, ``(members, members below)``.
+        dependences: The dependence of each pair of consecutive layers, of shape ``(members, members below)``.
         counts: Maximum number of groups in each layer.
         restarts: Number of restarts.
         seed: Random seed for the initial partitions and the order of moves.
-        fixed: For each layer, a fixed partition, or None if its partition is to be found.
+        fixed: A fixed partition for each layer, or None if the partition is to be found.
 
     Returns:
-        For each layer, the group of each member, ``(members,)``.
+        The group of each member in each layer, of shape ``(members,)``.
     """
     random = np.random.default_rng(seed)
     pairs = [part / (np.abs(part).sum() or 1.0) for part in dependences]
@@ -103,7 +104,7 @@ class _Search:
     Attributes:
         pairs: The dependence of each pair of consecutive layers, scaled to an absolute sum of 1.
         counts: Maximum number of groups in each layer.
-        labels: For each layer, the group of each member.
+        labels: The group of each member in each layer.
         free: Indices of the layers whose partitions are searched.
         random: Random number generator.
     """
@@ -148,12 +149,12 @@ class _Search:
                 return
 
     def _sweep(self, layer: int) -> int:
-        """Visits the members of a layer in random order, moves each to its best group, and counts the moves."""
+        """Moves each member of a layer to its best group, in random order. Returns the number of moves."""
         order = self.random.permutation(len(self.labels[layer]))
         return move_members(self._grouped(layer), self.labels[layer], self.counts[layer], order)
 
     def _grouped(self, layer: int) -> Array:
-        """Returns the dependence of each member on the groups of adjacent layers, ``(members, adjacent groups)``."""
+        """Returns the dependence of shape ``(members, adjacent groups)`` on the groups of adjacent layers."""
         sides = []
         if layer > 0:
             sides.append(group_sums(self.pairs[layer - 1], self.labels[layer - 1], self.counts[layer - 1]).T)
@@ -168,14 +169,14 @@ def refined(
     """Improves partitions by moving single members, layer by layer, until no move increases the sum of κ.
 
     Args:
-        labels: For each layer, the group of each member.
+        labels: The group of each member in each layer.
         counts: Number of groups in each layer.
         free: Indices of the layers whose members are moved.
         grouped: Function ``(layer index, partitions)`` that returns the dependence of each member on the groups of
-            adjacent layers, ``(members, adjacent groups)``.
+            adjacent layers, of shape ``(members, adjacent groups)``.
 
     Returns:
-        For each layer, the improved group of each member.
+        The improved group of each member in each layer.
     """
     better = [own.copy() for own in labels]
     random = np.random.default_rng(0)
@@ -191,8 +192,8 @@ def move_members(values: Array, labels: Labels, count: int, order: Labels) -> in
     r"""Moves single members to the group that most increases :math:`\sum_g \|\sum_{i \in g} v_i\|_1`.
 
     Args:
-        values: A vector ``v`` for each member, ``(members, n)``.
-        labels: Group of each member, ``(members,)``, modified in place.
+        values: A vector ``v`` for each member, of shape ``(members, n)``.
+        labels: Group of each member, of shape ``(members,)``, modified in place.
         count: Number of groups.
         order: The order in which members are considered.
 
@@ -222,13 +223,13 @@ def move_members(values: Array, labels: Labels, count: int, order: Labels) -> in
 
 
 def _profiles(pairs: Sequence[Array], layer: int) -> Array:
-    """Returns the dependence of each member on the members of the adjacent layers, ``(members, adjacent members)``."""
+    """Returns the dependence of shape ``(members, adjacent members)`` on the members of the adjacent layers."""
     sides = [*(pair.T for pair in pairs[max(0, layer - 1) : layer]), *pairs[layer : layer + 1]]
     return np.concatenate(sides, 1)
 
 
 def _k_means(points: Array, count: int, random: np.random.Generator) -> Labels:
-    """Clusters points by Lloyd's algorithm with k-means++ initialization; returns their labels, ``(points,)``."""
+    """Clusters points by Lloyd's algorithm with k-means++ initialization. Returns labels of shape ``(points,)``."""
     squares = (points**2).sum(1)
     centres = np.empty((min(count, len(points)), points.shape[1]))
     distances = np.ones(len(points))

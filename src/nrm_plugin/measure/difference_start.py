@@ -25,15 +25,15 @@ PRECISE = 1e-3
 
 
 def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Computes the start vector of a measure that explains a difference, and the difference itself.
+    r"""Computes the start vector of a measure that explains a difference and the difference itself.
 
     Args:
         recording: A recording with one or several references per sample.
-        vector: The weights ``s`` of the outputs, ``(N, …)``; they may sum to zero.
+        vector: The weights ``s`` of the outputs, of shape ``(N, …)``; they may sum to zero.
 
     Returns:
-        The start vector in the layout of the output; and :math:`\sum_k s_k \Delta f_k`, ``(N,)``, averaged over
-        references.
+        The start vector in the layout of the output; and :math:`\sum_k s_k \Delta f_k`, of shape ``(N,)``, averaged
+        over references.
 
     Warns:
         PrecisionWarning: If the difference of a sample has fewer than three significant digits in float32 or float64.
@@ -54,7 +54,11 @@ def difference_start(recording: Any, vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_copies(outputs: Tensor) -> None:
-    """Raises :class:`FoldingError` if copies of a sample, one per reference, have different outputs ``(N, B, …)``."""
+    """Raises :class:`FoldingError` if copies of a sample have different outputs.
+
+    Args:
+        outputs: The outputs of shape ``(N, B, …)``, with one copy per reference.
+    """
     count = outputs.shape[1]
     if count == 1:
         return

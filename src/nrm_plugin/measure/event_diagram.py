@@ -1,4 +1,4 @@
-"""The decision diagram for events over a recording, and its transitions when a walk crosses a tap or is absorbed."""
+"""The decision diagram for events over a recording and its transitions when a walk crosses a tap or is absorbed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DecisionDiagram:
     Attributes:
         roots: The root node of each event.
         levels: The level of each place and sink. Places are ordered as walks cross them, followed by sinks.
-        open: For each vertex, a bit set of the levels that a walk can still reach below it.
+        open: The levels that a walk can still reach below each vertex, as a bit set.
     """
 
     def __init__(self, recording: Recording, events: Sequence[Event]) -> None:
@@ -68,7 +68,7 @@ class DecisionDiagram:
         return self._depends[node]
 
     def settle(self, node: int, vertex: int) -> int:
-        """Returns the terminal node if the outcome is decided whatever happens below a vertex, else the node itself."""
+        """Returns the terminal node if nothing below a vertex can change the outcome, and otherwise the node itself."""
         return node if node <= TRUE or self.depends(node) & self.open[vertex] else self.end(node)
 
     def end(self, node: int) -> int:
@@ -105,7 +105,7 @@ def _cells(variables: list[int], masks: list[Tensor]) -> list[tuple[int, Tensor]
     """Partitions the neurons of a tap into cells on which every mask is constant.
 
     Returns:
-        For each cell, a bit set of the variables whose masks contain it, and its mask.
+        The mask of each cell, with a bit set of the variables whose masks contain the cell.
     """
     cells = [(0, torch.ones_like(masks[0]))]
     for variable, mask in zip(variables, masks, strict=True):

@@ -26,12 +26,12 @@ Pairs = frozenset[Pair]
 
 @dataclass(frozen=True)
 class EventResult:
-    """Mass and variation of one event, and its joint relevance with the neurons of stored taps.
+    """Mass and variation of one event and its joint relevance with the neurons of stored taps.
 
     Attributes:
-        mass: ``μ(event)``, ``(N,)``.
-        variation: Σ|μ| over the neurons that decide membership in the event, ``(N,)``.
-        maps: ``μ(j & event)`` at each stored tap, ``(N, *shape)``.
+        mass: ``μ(event)``, of shape ``(N,)``.
+        variation: Σ|μ| over the neurons that decide membership in the event, of shape ``(N,)``.
+        maps: ``μ(j & event)`` at each stored tap, of shape ``(N, *shape)``.
     """
 
     mass: Tensor
@@ -40,7 +40,7 @@ class EventResult:
 
 
 class EventPass:
-    """Pass from the output to the inputs; walks are dropped once it is decided which events contain them.
+    """Pass from the output to the inputs. Walks are dropped once it is decided which events contain them.
 
     Args:
         diagram: The decision diagram for the events.
@@ -48,8 +48,8 @@ class EventPass:
         stored: The taps for which a map of each event is computed.
 
     Attributes:
-        mass: μ of each event, ``(E, N)``.
-        variation: Σ|μ| over the neurons that decide membership in each event, ``(E, N)``.
+        mass: μ of each event, of shape ``(E, N)``.
+        variation: Σ|μ| over the neurons that decide membership in each event, of shape ``(E, N)``.
     """
 
     def __init__(self, diagram: DecisionDiagram, start: Tensor, stored: Iterable[Place] = ()) -> None:
@@ -136,7 +136,7 @@ class EventPass:
         return EventResult(self.mass[event], self.variation[event], [self.map(place, event) for place in places])
 
     def map(self, place: Place, event: int) -> Tensor:
-        """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, ``(N, *shape)``."""
+        """Returns ``μ(j & event)`` for every neuron ``j`` of a stored tap, of shape ``(N, *shape)``."""
         tap = self.recording.taps.at(place)
         total = self.mass.new_zeros(tap.tensor_shape, device=self.recording.graph.device(place))
         arrived = {pair[1]: v for (at, pair), v in self.maps.items() if at == place and pair[0] == event}
@@ -164,7 +164,7 @@ def event_results(
         max_memory: Memory budget in bytes, or None for the default of the device.
 
     Returns:
-        One result per event, and the cost of all passes.
+        One result per event and the cost of all passes.
     """
     costs: list[Cost] = []
 
@@ -180,7 +180,7 @@ def event_results(
 
 
 def _named_places(recording: Recording, events: Sequence[Event], places: Sequence[Place]) -> list[Place] | None:
-    """Returns the places that events and queries refer to, or None if this can be any place, as for sinks."""
+    """Returns the places to which events and queries refer, or None if any place is possible, as for sinks."""
     parts = [part for event in events for atom in event.atoms() for part in plain(atom, recording).atoms()]
     if not all(isinstance(part, Atom) and part.side != "sink" for part in parts):
         return None

@@ -1,4 +1,4 @@
-"""Check for non-finite results, and search for the step that produces them.
+"""Check for non-finite results and search for the step that produces them.
 
 Only results are checked. If a check fails, an additional pass searches for the first step with non-finite relevance.
 """
@@ -29,10 +29,10 @@ class Measure(Protocol):
 
 
 def check_finite(measure: Any, results: Any) -> None:
-    """Raises :class:`NonFiniteError` if a result is not finite; the message names the step that produces it.
+    """Raises :class:`NonFiniteError` if a result is not finite. The message names the step that produces it.
 
     Args:
-        measure: The measure.
+        measure: Measure that computed the results.
         results: A tensor, or a list, tuple or dictionary of these; other objects are not checked.
     """
     if not all(is_finite(tensor) for tensor in _tensors(results)):

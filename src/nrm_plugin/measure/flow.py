@@ -1,6 +1,6 @@
 r"""The flow of relevance between groups of neurons in consecutive layers, as a graph of joint relevance.
 
-A layer partitions all walks into those through each of its groups, those through the **rest** of its neurons, and those
+A layer partitions all walks into walks through each of its groups, walks through the **rest** of its neurons, and walks
 **off** the layer, which bypass it or are absorbed above it. Each part is an event, so the masses at each layer sum to
 one, and every edge is a joint relevance:
 
@@ -58,9 +58,9 @@ class Shown:
     Attributes:
         atom: The tap.
         layer: The layer of the graph.
-        labels: For each neuron, the index of its shown group, or the number of shown groups if it belongs to the rest.
-        has_all_channels: Whether all channels are shown, so that their joint relevance might take less than one pass
-            per channel.
+        labels: Index of the shown group of each neuron, or the number of shown groups for neurons of the rest.
+        has_all_channels: Whether all channels are shown. Their joint relevance might then take less than one pass per
+            channel.
     """
 
     atom: Atom
@@ -73,7 +73,10 @@ class Shown:
         return len(self.layer.groups)
 
     def with_rest(self, values: Tensor) -> Tensor:
-        """Appends a zero for the rest to values ``(…, groups)``, and returns values ``(…, groups + 1)`` unchanged."""
+        """Appends a zero for the rest to values of shape ``(…, groups)``.
+
+        Values of shape ``(…, groups + 1)`` are returned unchanged.
+        """
         return torch.nn.functional.pad(values, (0, self.count + 1 - values.shape[-1]))
 
     @property
@@ -104,8 +107,8 @@ def flow_graph(
         coverage: Fraction of the absolute mass to show in each layer.
         names: Names of the groups in each layer.
         sample: Index of the sample.
-        joints: Function that returns the joint relevance between the nodes of consecutive layers, ``(N, K_upper,
-            K_lower)``. By default, the measure is queried.
+        joints: Function that returns the joint relevance between the nodes of consecutive layers, of shape
+            ``(N, K_upper, K_lower)``. By default, the measure is queried.
     """
     thresholds = Thresholds(top, min_mass, coverage)
     number = _sample_number(mu, sample)
@@ -195,7 +198,7 @@ def _sample_number(mu: Measure, sample: int | None) -> int:
 
 
 def _for_layer(value: Any, layer: Any, default: Any) -> Any:
-    """Returns ``value[layer]``, or ``default`` for a missing key; a value that is no mapping is returned as is."""
+    """Returns ``value[layer]``, or ``default`` for a missing key. Returns a value that is not a mapping as is."""
     if value is None:
         return default
     return value.get(layer, default) if isinstance(value, Mapping) else value
@@ -208,11 +211,11 @@ def _shown(
 
     Args:
         mu: The measure to query.
-        layer: The layer.
+        layer: Layer whose groups are selected.
         tap: The tap of the layer.
         groups: All groups of its neurons.
-        masses: Mass of each group, followed by that of the neurons outside all groups, if any.
-        thresholds: The thresholds.
+        masses: Mass of each group, followed by the mass of the neurons outside all groups, if any.
+        thresholds: Criteria that select the groups.
         number: Index of the sample.
     """
     outside, masses = float(masses[groups.count :].sum()), masses[: groups.count]
@@ -237,7 +240,7 @@ def _shown(
 def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
     """Returns the ``over`` argument of the joint query for each layer.
 
-    If the layer and an adjacent one both show all channels, this is ``"channel"``, which takes fewer passes; otherwise
+    If the layer and an adjacent one both show all channels, this is ``"channel"``, which takes fewer passes. Otherwise,
     it is the labels of the layer.
     """
     overs: list[str | Tensor] = []
@@ -249,9 +252,9 @@ def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
 
 
 def _joint(mu: Measure, upper: Shown, lower: Shown, matrix: Tensor, number: int) -> Array:
-    """Returns the joint relevance of two layers, including rest and off, ``(K_upper + 2, K_lower + 2)``.
+    """Returns the joint relevance of two layers, including rest and off, of shape ``(K_upper + 2, K_lower + 2)``.
 
-    The entries of off are computed by separate queries rather than as differences from the marginals.
+    The elements of off are computed by separate queries rather than as differences from the marginals.
     """
     joint = np.zeros((upper.count + 2, lower.count + 2))
     joint[:-1, :-1] = upper.with_rest(lower.with_rest(matrix).T).T.double().cpu().numpy()

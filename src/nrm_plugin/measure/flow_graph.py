@@ -26,9 +26,9 @@ class FlowGraph:
 
     Attributes:
         layers: The layers, from the output down.
-        joints: For each pair of consecutive layers, the joint relevance of their nodes, ``(K_upper + 2, K_lower + 2)``:
-            the groups, followed by rest and off. Each row sums to the mass of the upper node, and each column to the
-            mass of the lower node.
+        joints: Joint relevance of the nodes of each pair of consecutive layers, of shape
+            ``(K_upper + 2, K_lower + 2)``: the groups, followed by rest and off. Each row sums to the mass of the upper
+            node, and each column to the mass of the lower node.
         carried: Mass of the walks that cross a shown group in every layer, or None if unknown.
         origin: Origin of the groups if they were read from a file; otherwise empty.
 
@@ -103,7 +103,7 @@ class FlowGraph:
     def smaller(
         self, top: int | None = None, min_mass: float | None = None, coverage: float | None = None
     ) -> FlowGraph:
-        """Returns a graph with fewer groups; the mass of the removed groups is added to the rest of their layer.
+        """Returns a graph with fewer groups. The mass of the removed groups is added to the rest of their layer.
 
         Args:
             top: Maximum number of groups in each layer.
@@ -162,7 +162,7 @@ class FlowGraph:
         return plain | ({"origin": self.origin} if self.origin else {})
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Returns the graph as JSON, and also writes it to a file if a path is given.
+        """Returns the graph as JSON. Also writes it to a file if a path is given.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -177,7 +177,7 @@ class FlowGraph:
 
     @classmethod
     def from_json(cls, source: str | Path) -> FlowGraph:
-        """Reads a graph from a JSON string written by :meth:`to_json`, or from a file with such a string.
+        """Reads a graph from a JSON string written by :meth:`to_json` or from a file with such a string.
 
         Raises:
             FlowError: If the source is not the JSON of a flow graph.
@@ -203,7 +203,7 @@ class FlowGraph:
         return cls(layers, joints, entries.get("carried"), str(entries.get("origin", "")))
 
     def to_networkx(self) -> Any:
-        """Converts the graph to a ``networkx.DiGraph`` with edges from the output down and masses as attributes.
+        """Converts the graph to a ``networkx.DiGraph`` with edges towards the input and masses as attributes.
 
         Raises:
             MissingExtraError: If networkx is not installed.

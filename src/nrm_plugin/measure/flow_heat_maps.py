@@ -22,7 +22,7 @@ from .measure import RelevanceMeasure
 from .partitions import Names, partition
 
 NodeMaps = Mapping[str, NDArray[np.float64]]
-"""Heat maps, ``(H, W)``, keyed by :attr:`FlowNode.key`."""
+"""Heat maps, of shape ``(H, W)``, keyed by :attr:`FlowNode.key`."""
 Pairs = dict[tuple[str, str], float]
 """Joint relevance of nodes in non-adjacent layers, keyed by the upper and the lower node."""
 LOWEST = "input"
@@ -33,11 +33,11 @@ class MappedFlow:
     """Flow graph with a conditional heat map for each node.
 
     Attributes:
-        graph: The flow graph.
-        maps: The heat maps of the nodes, ``(H, W)``, at the resolution of the image.
+        graph: Flow graph of the nodes.
+        maps: The heat maps of the nodes, of shape ``(H, W)``, at the resolution of the image.
         pairs: Joint relevance of nodes in non-adjacent layers.
         layer: The layer whose positions form the heat maps.
-        positions: Size of this layer along height and width; empty for the input itself.
+        positions: Size of this layer along height and width, or empty for the input itself.
     """
 
     graph: FlowGraph
@@ -64,13 +64,13 @@ def mapped_flow(
     r"""Computes a flow graph and the conditional heat maps of its nodes in the same passes.
 
     A heat map shows :math:`\mu(p \mid \text{node})` for each position ``p`` of a layer that is below all layers of the
-    flow except the input, and has at least 48 positions along each side. Its resolution suffices for a figure, at a
+    flow except the input and has at least 48 positions along each side. Its resolution suffices for a figure, at a
     much lower cost than single pixels. All values are exact. The heat map of a group of input pixels is their
     relevance.
 
     Args:
         mu: The measure whose flow is computed.
-        layers: The layers of the flow. This argument, and all others except ``lowest``, are those of
+        layers: The layers of the flow. All arguments except ``lowest`` are documented in
             :meth:`~nrm_plugin.RelevanceMeasure.flow`.
         over: How the neurons of each layer are grouped.
         top: Maximum number of groups shown per layer.
@@ -130,9 +130,9 @@ def flow_maps(
         lowest: The tap at whose positions the heat maps are computed.
 
     Returns:
-        The heat maps, ``(H, W)``, keyed by node. Each heat map sums to the fraction of the node's mass that reaches the
-        input. If the measure explains a difference between outputs, each map has the sign of its node, so that positive
-        values are evidence for the target.
+        The heat maps, of shape ``(H, W)``, keyed by node. Each heat map sums to the fraction of the node's mass that
+        reaches the input. If the measure explains a difference between outputs, each map has the sign of its node.
+        Positive values are then evidence for the target.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
@@ -175,7 +175,7 @@ def flow_maps_and_pairs(
 
 
 def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
-    """Returns the node of each neuron: the index of the shown group, or the number of shown groups for the rest."""
+    """Returns the node index of each neuron, with the number of shown groups for the rest."""
     kind = over.get(layer.name, "channel") if isinstance(over, Mapping) else over
     groups = partition(mu._tap(layer.name), kind, None)
     places = torch.full((max(groups.count, int(groups.labels.max())) + 1,), len(layer.groups), dtype=torch.long)
@@ -186,7 +186,7 @@ def _labels(mu: RelevanceMeasure, layer: FlowLayer, over: Any) -> Tensor:
 def _read(
     mu: RelevanceMeasure, graph: FlowGraph, labels: Sequence[Tensor], passes: FlowPasses, lowest: str, sample: int
 ) -> tuple[dict[str, NDArray[np.float64]], Pairs]:
-    """Reads the heat maps of the nodes, and the joint relevance of nodes in non-adjacent layers, from the passes."""
+    """Reads the heat maps of the nodes and the joint relevance of nodes in non-adjacent layers from the passes."""
     sign, image = float(mu.sign[sample]), mu._tap(lowest)
     nodes = [_nodes(layer, own) for layer, own in zip(graph.layers, labels, strict=True)]
     maps: dict[str, NDArray[np.float64]] = {}
@@ -232,7 +232,7 @@ def _pairs(
 
 
 def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray[np.float64]:
-    """Returns the conditional heat map of a node: joint relevance with each position, divided by the node's mass.
+    """Returns the conditional heat map of a node, its joint relevance with each position divided by its mass.
 
     The heat map is zero if the mass is zero.
     """
@@ -241,7 +241,7 @@ def _conditional(mu: RelevanceMeasure, node: FlowNode, joint: Tensor) -> NDArray
 
 
 def _heat_map(flat: Tensor) -> NDArray[np.float64]:
-    """Converts values at positions to a heat map ``(H, W)``, summing over the slices of a volume."""
+    """Converts values at positions to a heat map of shape ``(H, W)``, summing over the slices of a volume."""
     while flat.ndim > 2:
         flat = flat.sum(0)
     flat = flat if flat.ndim == 2 else flat.unsqueeze(0)

@@ -1,4 +1,4 @@
-r"""Passes that compute the joint relevance between the nodes of a flow, and the heat maps of the nodes.
+r"""Passes that compute the joint relevance between the nodes of a flow and the heat maps of the nodes.
 
 One downward pass per layer yields the joint relevance of its nodes with the nodes of all lower layers. Downward passes
 stop at a **middle** tap, which every walk to the lowest layer crosses. A transposed pass propagates the few groups of
@@ -36,13 +36,14 @@ class FlowPasses:
     Args:
         mu: The measure whose flow is computed.
         taps: The layers, from the output to the input.
-        labels: For each layer, the node of each neuron.
+        labels: Node index of each neuron in each layer.
         maps: The tap whose positions form the heat maps, or None for no heat maps.
 
     Attributes:
-        joints: Joint relevance ``(N, K_upper, K_lower)``, keyed by the indices of the upper and the lower layer.
-        maps: For each layer at or above the tap of the heat maps, the joint relevance of each node and each position,
-            ``(N, K, *positions)``.
+        joints: Joint relevance of shape ``(N, K_upper, K_lower)``, keyed by the indices of the upper and the lower
+            layer.
+        maps: Joint relevance of each node and each position, of shape ``(N, K, *positions)``, for each layer at or
+            above the tap of the heat maps.
     """
 
     def __init__(self, mu: Any, taps: Sequence[Tap], labels: Sequence[Tensor], maps: Tap | None) -> None:
@@ -79,7 +80,7 @@ class FlowPasses:
             self.maps[number] = self._positions(rows, self._map_tap)
 
     def _layers(self) -> list[Tap]:
-        """Returns the taps at which vectors are collected, including the last one, where passes stop."""
+        """Returns the taps at which vectors are collected. Passes stop at the last one."""
         layers = self.taps[: -1 if self._is_split else None]
         return layers if any(tap.place == self._stop.place for tap in layers) else [*layers, self._stop]
 
@@ -88,13 +89,13 @@ class FlowPasses:
         return next((values for one, values in known if one.place == tap.place), self._at_stop)
 
     def _nodes(self, number: int) -> Tensor:
-        """Returns the relevance of a layer, restricted to each of its nodes, ``(K, N, *shape)``."""
+        """Returns the relevance of a layer, restricted to each of its nodes, of shape ``(K, N, *shape)``."""
         labels, relevance = self._labels[number], self._relevance[number]
         count = int(labels.max()) + 1
         return torch.stack([relevance * (labels == node) for node in range(count)])
 
     def _propagated(self, upper: Tap, below: Sequence[Tap], nodes: Tensor) -> dict[Any, Tensor]:
-        """Propagates the relevance of each node to the lower taps, as one tensor ``(K, N, *shape)`` per tap."""
+        """Propagates the relevance of each node to the lower taps. Returns shape ``(K, N, *shape)`` per tap."""
 
         def run(some: Sequence[int]) -> list[list[Tensor]]:
             vectors = {node: upper.layout.fold(nodes[node]) for node in some}
@@ -109,7 +110,7 @@ class FlowPasses:
         r"""Computes :math:`\mu(B \mid i)` at the middle tap for each group ``B`` of the lowest layer.
 
         Returns:
-            The conditional masses, ``(K, N, *shape)``.
+            The conditional masses, of shape ``(K, N, *shape)``.
         """
         lowest, stop, labels = self.taps[-1], self._stop, self._labels[-1]
         start = self.mu._start
@@ -138,10 +139,10 @@ class FlowPasses:
         self.joints[upper, lower] = self.mu._mixed(rows)
 
     def heat_maps(self, number: int, image: Tap) -> Tensor | None:
-        """Returns the joint relevance of each node in a layer and each pixel, ``(N, K, *image positions)``.
+        """Returns the joint relevance of each node in a layer and each pixel, of shape ``(N, K, *image positions)``.
 
         If heat maps are computed at another tap than the image, the relevance of each position is distributed evenly
-        over the corresponding pixels. The result is None for layers below that tap, except for the image itself.
+        over the corresponding pixels. Returns None for layers below that tap, except for the image itself.
         """
         if self.taps[number].place == image.place:
             return self._positions(self._nodes(number), image)
@@ -156,7 +157,7 @@ class FlowPasses:
         return values
 
     def _positions(self, values: Tensor, tap: Tap) -> Tensor:
-        """Sums values ``(K, N, *shape)`` over channels; returns ``(N, K, *positions)``."""
+        """Sums values of shape ``(K, N, *shape)`` over channels. Returns shape ``(N, K, *positions)``."""
         channel = 1 + tap.channel_dim % len(tap.shape)
         mixed: Tensor = self.mu._mixed(values.sum(channel).transpose(0, 1))
         return mixed
@@ -186,7 +187,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
         image: Name of the tap of the image.
 
     Returns:
-        The name of the tap, and the tap itself.
+        The name of the tap and the tap itself.
     """
     lowest = mu._tap(image)
     if len(lowest.shape) != 4 or lowest.channel_dim != 1 or not layers or min(lowest.shape[2:]) <= POSITIONS:

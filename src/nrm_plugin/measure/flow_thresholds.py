@@ -1,4 +1,4 @@
-"""Selection of the groups that a flow graph shows in each layer, and merging of all others."""
+"""Selection of the groups that a flow graph shows in each layer and merging of all others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .flow_nodes import Array, FlowLayer
 TOP = 8
 """Default maximum number of groups shown per layer."""
 NEGLIGIBLE = 1e-12
-"""Absolute mass up to which a group counts as zero and is not shown; stabilizers produce such tiny values."""
+"""Absolute mass up to which a group counts as zero and is not shown. Stabilizers produce such tiny values."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Thresholds:
     Attributes:
         top: Maximum number of groups.
         min_mass: Smallest absolute mass of a group.
-        coverage: Share ``s`` of the absolute mass: the fewest groups with
+        coverage: Fraction ``s`` of the absolute mass. The fewest groups are shown for which
             :math:`\sum_{\mathrm{shown}} |\mu| \ge s \sum |\mu|`.
 
     Raises:
@@ -67,7 +67,7 @@ def check_thresholds(top: int | None, min_mass: float | None, coverage: float | 
 
 
 def merging(count: int, shown: Sequence[int]) -> Array:
-    """Returns a matrix ``(shown + 2, count + 2)`` that sums the nodes of a layer to those of a smaller graph."""
+    """Returns a matrix of shape ``(shown + 2, count + 2)`` that merges the nodes of a layer for a smaller graph."""
     sums = np.zeros((len(shown) + 2, count + 2))
     sums[-2, :-1] = 1
     sums[-1, -1] = 1
@@ -77,7 +77,7 @@ def merging(count: int, shown: Sequence[int]) -> Array:
 
 
 def merged(layer: FlowLayer, shown: Sequence[int]) -> FlowLayer:
-    """Returns the layer with only the shown groups; the mass of the other groups is added to the rest."""
+    """Returns the layer with only the shown groups. The mass of the other groups is added to the rest."""
     dropped = [position for position in range(len(layer.groups)) if position not in set(shown)]
     return replace(
         layer,

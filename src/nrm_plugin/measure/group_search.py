@@ -25,9 +25,9 @@ from .partitions import Names
 K = 8
 """Default number of groups in a layer."""
 ROUNDS = 1
-"""Number of times that each layer is refined by exact joint relevance, after a search on an estimate."""
+"""Number of refinements of each layer by exact joint relevance after a search on an estimate."""
 FEW_RESTARTS = 2
-"""Maximum number of search restarts on an estimate, which is too inaccurate to justify more."""
+"""Maximum number of search restarts on an estimate. The estimate is too inaccurate to justify more."""
 RESTARTS = 30
 """Default number of restarts of the search."""
 
@@ -49,14 +49,14 @@ def find_groups(
     restarts: int = RESTARTS,
     seed: int = 0,
 ) -> Groups:
-    r"""Groups the channels (or other members) of several layers so as to preserve the dependence between the layers.
+    r"""Groups the channels (or other members) of several layers to preserve the dependence between the layers.
 
     Let ``J`` be the mean joint relevance of the members of two layers, with row sums ``r``, column sums ``c`` and total
     ``Z``. The groups preserve the fraction κ of the dependence :math:`D = J - r c^\top / Z`,
 
     .. math:: \kappa = \sum_{gh} \Bigl|\sum_{i \in g, j \in h} D_{ij}\Bigr| \Big/ \sum_{ij} |D_{ij}|
 
-    The search maximizes the sum of κ over pairs of consecutive layers. It starts from k-means clusters, and moves
+    The search maximizes the sum of κ over pairs of consecutive layers. It starts from k-means clusters and moves
     single members to the group that most increases this sum until no move increases it. If at most ``k`` members of a
     layer have nonzero mass, as in the output, each of them forms its own group. Groups are sorted by decreasing
     absolute mass. The result is deterministic for a given seed.
@@ -118,12 +118,12 @@ def find_groups(
 
 @dataclass(frozen=True)
 class _Sides:
-    """Computes the exact dependence of each member of a layer on the groups of the adjacent layers.
+    """Exact dependence of each member of a layer on the groups of the adjacent layers.
 
     Attributes:
         joints: Joint relevance of all members, exact or estimated.
-        source: Computes the exact joint relevance of groups.
-        parts: For each pair of layers, the dependence of all members, ``(members, members below)``.
+        source: Object that computes the exact joint relevance of groups.
+        parts: Dependence of all members of each pair of layers, of shape ``(members, members below)``.
     """
 
     joints: MeanJoints
@@ -184,7 +184,7 @@ def _count(k: int | Mapping[str, int | None], layer: str) -> int | None:
 
 
 def _apart(masses: Array, count: int | None) -> Labels | None:
-    """Assigns each member with nonzero mass to its own group, and all others to one group.
+    """Assigns each member with nonzero mass to its own group and all others to one group.
 
     Returns None if more than ``count`` members have nonzero mass. If ``count`` is None, every member is its own group.
     """

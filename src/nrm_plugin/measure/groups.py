@@ -19,7 +19,7 @@ KINDS = ("channel", "position", "neuron")
 
 
 def labels_of(tap: Tap, over: Over) -> Tensor:
-    """Returns the group index of every neuron of a tap, an integer tensor of shape ``tap.shape[1:]`` on the CPU.
+    """Returns the group index of every neuron of a tap as an integer tensor of shape ``tap.shape[1:]`` on the CPU.
 
     Raises:
         EventError: If ``over`` contains labels that do not match the tap.
@@ -81,11 +81,11 @@ def pair_of(over: Any) -> tuple[Over, Over]:
 
 
 def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
-    """Sums values ``(…, N, *shape)`` of a tap within each group.
+    """Sums values of shape ``(…, N, *shape)`` of a tap within each group.
 
     Returns:
-        ``(…, N, C)`` for channels, ``(…, N, *positions)`` for positions, ``(…, N, groups)`` for labels, and the values
-        themselves for neurons.
+        A tensor of shape ``(…, N, C)`` for channels, ``(…, N, *positions)`` for positions, or ``(…, N, groups)`` for
+        labels. For neurons, the values themselves.
     """
     check_over(over)
     lead = values.ndim - len(tap.shape)
@@ -100,7 +100,7 @@ def summed(values: Tensor, tap: Tap, over: Over) -> Tensor:
 
 
 def by_label(values: Tensor, labels: Tensor) -> Tensor:
-    """Sums values ``(…, neurons)`` within each group; returns ``(…, groups)``."""
+    """Sums values of shape ``(…, neurons)`` within each group. Returns shape ``(…, groups)``."""
     flat = labels.reshape(-1).to(values.device)
     total = values.new_zeros((*values.shape[:-1], int(labels.max()) + 1))
     return total.index_add_(-1, flat, values)

@@ -35,19 +35,19 @@ RANK = 8
 
 
 class PairJoints:
-    """Computes the joint relevance between the members of consecutive layers.
+    """Joint relevance between the members of consecutive layers.
 
-    If the last layer is the image, the computation uses the positions of a layer that all walks to the image cross,
-    which takes fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
+    If the last layer is the image, the computation uses the positions of a layer that all walks to the image cross.
+    This takes fewer and shorter passes; see :func:`~nrm_plugin.measure.flow_passes.map_tap`.
 
     Args:
         mu: The measure that provides joint relevance.
         layers: Layers, from the output to the input.
-        kinds: For each layer, the grouping that defines its members, such as ``"channel"``.
+        kinds: The grouping that defines the members of each layer, such as ``"channel"``.
 
     Attributes:
         counts: Number of members in each layer.
-        relevance: Marginal of each layer, ``(N · references, *shape)``.
+        relevance: Marginal of each layer, of shape ``(N · references, *shape)``.
     """
 
     def __init__(self, mu: Any, layers: Sequence[Any], kinds: Sequence[Over]) -> None:
@@ -65,7 +65,7 @@ class PairJoints:
             self._masses = [by_label(mu._mixed(each).flatten(1), labels_of(tap, kind)) for tap, kind, each in marginals]
 
     def _move_image(self) -> bool:
-        """Replaces the image with a layer of the same spatial layout; returns True if such a layer exists."""
+        """Replaces the image with a layer of the same spatial layout. Returns True if such a layer exists."""
         image = self.taps[-1]
         if image.place != self.mu._tap("input").place:
             return False
@@ -80,14 +80,14 @@ class PairJoints:
         return groups[labels_of(self.taps[place], self.kinds[place])]
 
     def masses(self, place: int) -> Tensor:
-        """Returns the mass of each member of the layer at index ``place``, ``(N, members)``."""
+        """Returns the mass of each member of the layer at index ``place``, of shape ``(N, members)``."""
         return self._masses[place]
 
     def of_members(self, pair: int) -> tuple[Tensor, bool]:
         """Computes the joint relevance of the members of two layers, exactly or approximately.
 
         Returns:
-            The joint relevance, ``(N, upper, lower)``, and whether it is exact.
+            The joint relevance, of shape ``(N, upper, lower)``, and True if it is exact.
         """
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
@@ -101,7 +101,7 @@ class PairJoints:
         return self._estimate(pair, is_image), False
 
     def _estimate(self, pair: int, is_image: bool) -> Tensor:
-        """Estimates the joint relevance of the members of two layers, ``(N, upper, lower)``."""
+        """Estimates the joint relevance of the members of two layers, of shape ``(N, upper, lower)``."""
         upper, lower = self.taps[pair : pair + 2]
         kind = self.kinds[pair + 1]
         if upper.place == lower.place:
@@ -115,7 +115,7 @@ class PairJoints:
         return self._sketch(pair)
 
     def of_groups(self, pair: int, above: Over, below: Over) -> Tensor:
-        """Returns the exact joint relevance of the groups in two layers, ``(N, groups above, groups below)``."""
+        """Returns the exact joint relevance of the groups in two layers, of shape ``(N, groups, groups below)``."""
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
             if upper.place == lower.place:
@@ -143,7 +143,7 @@ class PairJoints:
             return mixed
 
     def _above(self, pair: int, weights: Tensor) -> Tensor:
-        """Computes ``J w``, ``(N, members above, K)``, for weights ``w`` of shape ``(K, members below)``."""
+        """Computes ``J w``, of shape ``(N, members above, K)``, for weights ``w`` of shape ``(K, members below)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         columns = columns.to(weights.device)
@@ -162,7 +162,7 @@ class PairJoints:
         return torch.stack(in_chunks(list(weights), self._width(pair), run, "joint relevance"), 2)
 
     def _below(self, pair: int, basis: Tensor) -> Tensor:
-        """Computes ``Qᵀ J``, ``(N, K, members below)``, for a basis ``Q`` of shape ``(N, members above, K)``."""
+        """Computes ``Qᵀ J``, of shape ``(N, K, members below)``, for ``Q`` of shape ``(N, members above, K)``."""
         upper, lower = self.taps[pair : pair + 2]
         rows, columns = (labels_of(tap, kind) for tap, kind in zip((upper, lower), self.kinds[pair:], strict=False))
         rows = rows.to(basis.device)
@@ -180,7 +180,10 @@ class PairJoints:
 
 
 def _of_one_layer(relevance: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Returns the relevance of the intersections of two groupings of the same layer, ``(N, groups, other groups)``."""
+    """Returns the relevance of all intersections of groups in two groupings of the same layer.
+
+    The result has shape ``(N, groups, other groups)``.
+    """
     rows, columns = int(above.max()) + 1, int(below.max()) + 1
     sums = by_label(relevance.flatten(1), above * columns + below)
     return torch.nn.functional.pad(sums, (0, rows * columns - sums.shape[1])).view(-1, rows, columns)

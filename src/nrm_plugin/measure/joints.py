@@ -1,4 +1,4 @@
-"""Joint relevance of the groups of neurons at two taps (hook points), ``(N, K_upper, K_lower)``.
+"""Joint relevance of the groups of neurons at two taps (hook points), of shape ``(N, K_upper, K_lower)``.
 
 Source: docs/measure.md.
 """
@@ -36,7 +36,7 @@ def joint_matrices(
         max_memory: Memory budget in bytes, or None for the default of the device.
 
     Returns:
-        One tensor ``(N, K_upper, K_lower)`` per pair, and the total cost.
+        One tensor of shape ``(N, K_upper, K_lower)`` per pair, and the total cost.
     """
     recording, cost = totals.recording, totals.cost
     matrices = []
@@ -61,13 +61,13 @@ def joint_matrix(
     Args:
         recording: The recording of the forward pass.
         upper: The upper tap, which walks cross first.
-        lower: The lower tap.
-        relevance: Marginal of the upper tap, ``(N, *shape)``.
+        lower: Tap below ``upper``.
+        relevance: Marginal of the upper tap, of shape ``(N, *shape)``.
         over: The groups of the upper and of the lower tap.
         width: Number of relevance vectors per pass.
 
     Returns:
-        The joint relevance, ``(N, K_upper, K_lower)``, and the cost.
+        The joint relevance, of shape ``(N, K_upper, K_lower)``, and the cost.
     """
     rows, columns = labels_of(upper, over[0]), labels_of(lower, over[1])
     relevance = upper.layout.fold(relevance)
@@ -106,7 +106,7 @@ def propagated(recording: Recording, upper: Tap, lower: Tap, vectors: Vectors[in
 def propagated_to(
     recording: Recording, upper: Tap, lowers: Sequence[Tap], vectors: Vectors[int]
 ) -> tuple[list[Tensor], Cost]:
-    """Propagates vectors from a tap to several lower taps in one pass, which stops at the last of them."""
+    """Propagates vectors from a tap to several lower taps in one pass. The pass stops at the last of them."""
     collect = _Collect(recording, lowers)
     cost = pull(recording.graph, [(recording.graph.buffer(upper.place), vectors)], collect)
     like = next(iter(vectors.values()))
@@ -119,12 +119,12 @@ def propagated_to(
 
 
 def edge_matrix(recording: Recording, vertex: int, relevance: Tensor) -> Tensor:
-    """Computes the joint relevance of all channel pairs across a linear step, ``(N, K_upper, K_lower)``.
+    """Computes the joint relevance of all channel pairs across a linear step, of shape ``(N, K_upper, K_lower)``.
 
     Args:
         recording: The recording of the forward pass.
         vertex: Index of a step whose kernel consists of branches with weights.
-        relevance: Marginal at the output of the step, ``(N, *out)``.
+        relevance: Marginal at the output of the step, of shape ``(N, *out)``.
     """
     step = recording.graph.vertices[vertex].step
     assert step is not None
@@ -144,17 +144,17 @@ _KEEPING_CHANNELS = frozenset(
 def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
     """Computes the joint relevance of the channels of two taps separated by one linear step, from one weight gradient.
 
-    All other operations between the taps must be channelwise, so that a walk through a channel of the step crosses the
-    same channel of the tap. Otherwise, the result is None.
+    All other operations between the taps must be channelwise: a walk through a channel of the step then crosses the
+    same channel of the tap. Otherwise, returns None.
 
     Args:
         recording: The recording of the forward pass.
         upper: The upper tap, which walks cross first.
-        lower: The lower tap.
-        relevance: Marginal of the upper tap, ``(N, *shape)``.
+        lower: Tap below ``upper``.
+        relevance: Marginal of the upper tap, of shape ``(N, *shape)``.
 
     Returns:
-        The joint relevance, ``(N, K_upper, K_lower)``, and the cost; or None.
+        The joint relevance, of shape ``(N, K_upper, K_lower)``, and the cost; or None.
     """
     chain = _chain(recording, upper, lower)
     if chain is None:
@@ -205,7 +205,7 @@ def _channels_of(dims: int) -> int:
 
 
 def _is_linear(vertex: Vertex, dims: int) -> bool:
-    """Returns True if a vertex is a convolution, or a linear layer applied to the last dimension."""
+    """Returns True if a vertex is a convolution or a linear layer applied to the last dimension."""
     kernel = None if vertex.step is None else vertex.step.kernel
     if not isinstance(kernel, BranchKernel) or kernel.layer is None:
         return False

@@ -19,9 +19,9 @@ from .measure import RelevanceMeasure
 BLUR = 1 / 8
 """Standard deviation of the Gaussian blur of reference images, as a fraction of their shorter side."""
 RESOLUTIONS = 2
-"""Number of resolutions that :func:`layer_map` averages, from the coarsest; chosen in docs/real-details.md."""
+"""Number of resolutions that :func:`layer_map` averages, from the coarsest. Chosen in docs/real-details.md."""
 LEAST = 4
-"""Minimum number of positions along each side of a layer in :func:`layer_map`; coarser layers do not localize."""
+"""Minimum number of positions along each side of a layer in :func:`layer_map`. Coarser layers do not localize."""
 SAME_SHAPE = 1.5
 """Maximum ratio between the aspect ratios of a layer and of the image."""
 
@@ -36,14 +36,14 @@ def layer_map(
 
     Args:
         model: An image classifier, in evaluation mode.
-        images: Input images, ``(N, C, H, W)``.
+        images: Input images of shape ``(N, C, H, W)``.
         target: The class, as in :class:`~nrm_plugin.RelevanceMeasure`.
         against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
         reference: The reference images; by default, :func:`blurred` versions of ``images``.
         settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
-        Heat maps ``(N, H, W)``. Positive values are evidence for the class.
+        Heat maps of shape ``(N, H, W)``. Positive values are evidence for the class.
 
     Raises:
         InputError: If the model has no late layers, or if an image is identical to its reference.
@@ -71,7 +71,7 @@ def layer_map(
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Blurs images ``(N, C, H, W)`` by a Gaussian whose standard deviation is an eighth of the shorter side.
+    """Blurs images of shape ``(N, C, H, W)`` by a Gaussian whose standard deviation is an eighth of the shorter side.
 
     Examples:
         >>> blurred(torch.rand(5, 3, 8, 8)).shape
@@ -89,7 +89,7 @@ def late_layers(mu: RelevanceMeasure) -> list[str]:
     """Returns the last layer at each of the two coarsest resolutions of at least 4 × 4, starting from the output.
 
     Layers are chosen as in :func:`layers_by_resolution`. The list is empty if the model does not have two such
-    resolutions that are coarser than the image: vision transformers, for example, have only one such layer, the patch
+    resolutions that are coarser than the image. Vision transformers, for example, have only one such layer, the patch
     embedding.
 
     Raises:
@@ -107,13 +107,13 @@ def late_layers(mu: RelevanceMeasure) -> list[str]:
 def layers_by_resolution(mu: RelevanceMeasure) -> list[str]:
     """Returns one layer per spatial resolution, from the last layer to the input.
 
-    Candidates are layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses and that, unlike
-    attention weights, have the aspect ratio of the image. They are grouped by their downsampling factor, rounded to a
-    power of two, and the last layer with the lowest resolution is chosen from each group. Layers that merely pool the
-    output of a larger layer, such as the last pooling layer of VGG16, are excluded.
+    Candidates are layers with positions, of shape ``(N, C, H, W)`` or ``(N, H, W, C)``, that no walk bypasses and that,
+    unlike attention weights, have the aspect ratio of the image. They are grouped by their downsampling factor, rounded
+    to a power of two, and the last layer with the lowest resolution is chosen from each group. Layers that merely pool
+    the output of a larger layer, such as the last pooling layer of VGG16, are excluded.
 
     Args:
-        mu: A measure with images ``(N, C, H, W)`` as inputs.
+        mu: A measure with images of shape ``(N, C, H, W)`` as inputs.
 
     Raises:
         InputError: If the inputs are not images.
@@ -162,13 +162,13 @@ def layer_average(mu: RelevanceMeasure, layers: Sequence[str] | None = None) -> 
     interpolation and rescaled to preserve their sum.
 
     Args:
-        mu: A measure with images ``(N, C, H, W)`` as inputs.
-        layers: Layers with positions, ``(N, C, H, W)`` or ``(N, H, W, C)``; by default those of
+        mu: A measure with images of shape ``(N, C, H, W)`` as inputs.
+        layers: Layers with positions, of shape ``(N, C, H, W)`` or ``(N, H, W, C)``; by default the result of
             :func:`layers_by_resolution`.
 
     Returns:
-        Heat maps ``(N, H, W)``. Positive values are evidence for the target, even if the measure explains a negative
-        difference.
+        Heat maps of shape ``(N, H, W)``. Positive values are evidence for the target, even if the measure explains a
+        negative difference.
 
     Raises:
         InputError: If the inputs or a layer have no positions.

@@ -32,22 +32,22 @@ class HasTaps(Protocol):
 class Groups:
     """Partitions of the members (channels, positions, neurons) of several layers.
 
-    Groups are returned by :func:`~nrm_plugin.find_groups`. They are found on some inputs, and can be applied to any
+    Groups are returned by :func:`~nrm_plugin.find_groups`. They are found on some inputs and can be applied to any
     other inputs of the model.
 
     Attributes:
         layers: Names of the layers, from the output to the input.
-        labels: For each layer, the group of each member, ``(members,)``.
-        members: For each layer, the kind of its members (``"channel"``, ``"position"`` or ``"neuron"``), or a tensor
-            with the member index of each neuron.
-        names: For each layer, the name of each group.
-        masses: For each layer, the mean mass of each group over the samples used to find the groups.
-        kappas: For each pair of consecutive layers, the fraction of the dependence that the groups preserve; NaN if the
-            layers are independent or the joint relevance of all members was not computed.
-        examples: For each layer and group, the sample index with the largest absolute mass of the group. Empty if only
-            means are known, as for a sweep.
+        labels: The group of each member in each layer, of shape ``(members,)``.
+        members: The kind of members in each layer (``"channel"``, ``"position"`` or ``"neuron"``), or a tensor with the
+            member index of each neuron.
+        names: The name of each group in each layer.
+        masses: The mass of each group in each layer, averaged over the samples used to find the groups.
+        kappas: The fraction of the dependence that the groups preserve, for each pair of consecutive layers, or NaN if
+            the layers are independent or the joint relevance of all members was not computed.
+        examples: Index of the sample with the largest absolute mass of each group, for each layer. Empty if only means
+            are known, as for a sweep.
         samples: Number of samples used to find the groups.
-        source: Name of the file from which the groups were read; empty for groups not read from a file. It is not
+        source: Name of the file from which the groups were read, or empty if they were not read from a file. It is not
             stored.
 
     Examples:
@@ -69,7 +69,7 @@ class Groups:
 
     @property
     def origin(self) -> str:
-        """Describes the file from which the groups were read and its samples; empty without a file.
+        """Description of the file from which the groups were read and of its samples. Empty without a file.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
@@ -158,7 +158,7 @@ class Groups:
         return at(layer)[labels == group]
 
     def named(self, names: Mapping[str, Sequence[str] | Mapping[int, str]]) -> Groups:
-        """Returns a copy with renamed groups, given for each layer as a list or as a dictionary keyed by group index.
+        """Returns a copy with renamed groups. The names of a layer are a list or a dictionary keyed by group index.
 
         Raises:
             InputError: If one of the layers or groups does not exist.
@@ -231,7 +231,7 @@ class Groups:
         }  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Returns the labels of all layers, and the members of those layers for which they are tensors."""
+        """Returns the labels of all layers and those members that are tensors."""
         own = {f"labels/{layer}": labels for layer, labels in zip(self.layers, self.labels, strict=True)}
         kinds = zip(self.layers, self.members, strict=True)
         return own | {f"members/{layer}": kind for layer, kind in kinds if isinstance(kind, Tensor)}

@@ -18,7 +18,7 @@ class ProfileRow:
         mass: Mass of the walks that cross the tap.
         sink: Mass of the walks that are absorbed above the tap.
         bypass: Mass of the walks that bypass the tap.
-        variation: Tap variation, at least 1; a value above 1 means that relevance at the tap has mixed signs.
+        variation: Tap variation, at least 1. A value above 1 means that relevance at the tap has mixed signs.
         plain: Total relevance of plain LRP with the same rules and an initial relevance of 1 at the output, or None if
             it was not computed.
     """
@@ -44,7 +44,7 @@ def profile(
         sample: Index of the sample.
 
     Raises:
-        InputError: If ``plain`` redistributes relevance, or is a measure of a different model.
+        InputError: If ``plain`` redistributes relevance or is a measure of a different model.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Lookup of the taps for the layers in a query, and their order along walks."""
+"""Lookup of the taps for the layers in a query and their order along walks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def atom_of(layer: Any, side: Side = "output") -> Atom:
 
 
 def layer_list(layers: Any) -> tuple[list[Any], bool]:
-    """Converts one or several layers to a list, and returns True as the second value if a single layer was given."""
+    """Converts one or several layers to a list. The second value is True if a single layer was given."""
     is_one = isinstance(layers, (str, nn.Module, Event, Tensor)) or not isinstance(layers, Iterable)
     return ([layers] if is_one else list(layers)), is_one
 
@@ -58,7 +58,7 @@ def tap_of(recording: Recording, layer: Layer) -> Tap:
     """Returns the tap of a layer.
 
     Raises:
-        EventError: If ``layer`` is an event, or refers to several taps.
+        EventError: If ``layer`` is an event or refers to several taps.
         UnknownLayerError: If no tap has this name.
     """
     atom = atom_of(layer)

@@ -31,15 +31,15 @@ def local_joint(
     """Estimates the joint relevance of the channels of two layers from their marginals.
 
     Args:
-        upper: The upper layer.
-        lower: The lower layer.
-        above: Marginal of the upper layer, ``(N, *shape)``.
-        below: Marginal of the lower layer, ``(N, *shape)``.
+        upper: Tap of the upper layer.
+        lower: Tap of the lower layer.
+        above: Marginal of the upper layer, of shape ``(N, *shape)``.
+        below: Marginal of the lower layer, of shape ``(N, *shape)``.
         parts: The image part of each neuron of the lower layer, used in place of its channels.
         count: Number of image parts.
 
     Returns:
-        The estimate, ``(N, upper, lower)``, or None if the layers have no positions in common.
+        The estimate, of shape ``(N, upper, lower)``, or None if the layers have no positions in common.
     """
     one, other = _channels_first(upper, above), _channels_first(lower, below)
     if isinstance(parts, Tensor):
@@ -63,10 +63,10 @@ def _channels_first(tap: Tap, values: Tensor) -> Tensor:
 
 
 def at_positions(image: Tap, kind: Over, tap: Tap) -> Tensor | None:
-    """Returns, for each neuron of a tap, the image part that contains its position.
+    """Returns the image part that contains the position of each neuron of a tap.
 
     The tap and the image must have two spatial dimensions. A position belongs to the part that contains its central
-    pixel. The result is None if the channels of a pixel are in different parts.
+    pixel. Returns None if the channels of a pixel are in different parts.
     """
     labels = labels_of(image, kind)
     if labels.ndim != 3 or not bool((labels == labels[:1]).all()):

@@ -21,7 +21,7 @@ class Located(Event):
 
     Attributes:
         place: Location in the recording: a tensor, an input of a step, or the sink of a step.
-        mask: Boolean mask of neurons, ``(N, *shape)``, or ``(1, *shape)`` if it is the same for all samples.
+        mask: Boolean mask of neurons, of shape ``(N, *shape)``, or ``(1, *shape)`` if it is the same for all samples.
     """
 
     place: Buffer | Edge | Sink
@@ -32,7 +32,7 @@ class Located(Event):
 
 
 class Locator:
-    """Replaces the atoms of events with :class:`Located` atoms, sharing identical atoms and masks.
+    """Locator that replaces the atoms of events with :class:`Located` atoms. Identical atoms and masks are shared.
 
     Args:
         recording: The recording of the forward pass.
@@ -101,7 +101,7 @@ class Locator:
 def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> Tensor:
     """Computes the neuron mask of an atom, with samples first.
 
-    An index applies to all dimensions of the tensor except that of the samples. If windows, heads or views share this
+    An index applies to all dimensions of the tensor except the sample dimension. If windows, heads or views share this
     dimension with the samples, the index applies to all of them; a mask may have an additional dimension for them.
 
     Args:
@@ -111,7 +111,7 @@ def mask_of(atom: Atom, shape: torch.Size, channel_dim: int, layout: Layout) -> 
         layout: Layout of the tensor.
 
     Returns:
-        A boolean tensor ``(N, …)``, or ``(1, …)`` if it is the same for all samples.
+        A boolean tensor of shape ``(N, …)``, or ``(1, …)`` if it is the same for all samples.
 
     Raises:
         EventError: If the index does not match the tap.

@@ -16,7 +16,7 @@ from .totals import Totals
 
 
 def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
-    """Returns ``μ(j)`` for every neuron of each tap, ``(N, *shape)``, as tensors that do not share memory.
+    """Returns ``μ(j)`` for every neuron of each tap, of shape ``(N, *shape)``, as tensors that do not share memory.
 
     In a pass, the taps before and after a step share memory if the step does not change the relevance.
     """
@@ -31,7 +31,7 @@ def separate_maps(totals: Totals, taps: Sequence[Tap]) -> list[Tensor]:
 
 
 def copied(values: Tensor) -> Tensor:
-    """Copies a tensor; lazily, on the first write, if torch supports this on the device."""
+    """Copies a tensor. The copy is made lazily, on the first write, if torch supports this on the device."""
     lazily = getattr(torch, "_lazy_clone", None)
     copy: Tensor = values.clone() if lazily is None or values.device.type != "cpu" else lazily(values)
     return copy
@@ -40,12 +40,12 @@ def copied(values: Tensor) -> Tensor:
 def event_maps(
     recording: Recording, results: Sequence[EventResult], taps: Sequence[Tap], is_given: bool
 ) -> list[Tensor]:
-    """Returns ``μ(j & event)`` or ``μ(j given event)`` for every neuron ``j`` of each tap, ``(E, N, *shape)``.
+    """Returns ``μ(j & event)`` or ``μ(j given event)`` for every neuron ``j`` of each tap, of shape ``(E, N, *shape)``.
 
     Args:
         recording: The recording of the forward pass.
         results: The result of each event, with one map per tap.
-        taps: The taps.
+        taps: Taps at which relevance is read.
         is_given: Whether to divide by the mass of the event.
     """
     stacks = []

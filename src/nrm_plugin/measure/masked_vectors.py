@@ -1,4 +1,4 @@
-"""Accumulation of relevance vectors, and their restriction to the neurons in a mask."""
+"""Accumulation of relevance vectors and their restriction to the neurons in a mask."""
 
 from __future__ import annotations
 

@@ -43,11 +43,11 @@ class MeanJoints:
     Attributes:
         layers: Names of the layers, from the output to the input.
         members: The members of each layer: a kind of group, or an integer label for every neuron.
-        joints: For each pair of consecutive layers, the mean joint relevance, ``(members, members below)``.
-        masses: For each layer, the mass of each member, ``(samples, members)``, or ``(1, members)`` if only the mean is
-            known.
+        joints: Mean joint relevance of each pair of consecutive layers, of shape ``(members, members below)``.
+        masses: Mass of each member in each layer, of shape ``(samples, members)``, or ``(1, members)`` if only the mean
+            is known.
         samples: Number of samples.
-        are_exact: For each pair, whether the joint relevance is exact rather than an estimate.
+        are_exact: Whether the joint relevance of each pair is exact rather than an estimate.
     """
 
     layers: tuple[str, ...]
@@ -69,7 +69,7 @@ def mean_joints(
         members: The members of each layer; by default its channels or, for the input, grid cells of the image.
 
     Returns:
-        The mean joint relevance; and an object that computes further joint relevance, or None for several measures.
+        The mean joint relevance, and an object that computes further joint relevance, or None for several measures.
 
     Raises:
         InputError: If no measure is given.
@@ -101,7 +101,7 @@ def mean_joints(
 
 
 def signed_sum(mu: Measure, matrix: Tensor) -> Array:
-    """Sums joint relevance ``(N, upper, lower)`` over samples, multiplied by the sign of each sample."""
+    """Sums joint relevance of shape ``(N, upper, lower)`` over samples, multiplied by the sign of each sample."""
     return _array(torch.einsum("n,nij->ij", mu.sign.double().cpu(), matrix.double().cpu()))
 
 

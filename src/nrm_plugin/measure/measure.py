@@ -49,12 +49,12 @@ class RelevanceMeasure(Recorded):
 
     Args:
         model: The network, in evaluation mode.
-        inputs: A tensor ``(N, …)``, a tuple of such tensors, or a mapping whose entries are passed as keyword
+        inputs: A tensor of shape ``(N, …)``, a tuple of such tensors, or a mapping whose items are passed as keyword
             arguments. In a mapping, only floating-point tensors receive relevance. If the inputs are integers, such as
             token ids, the embedding rows that they select receive the relevance.
         target: The output to explain, in Captum's format (int, tuple, list or tensor), or a function that computes it
-            from the outputs ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``. None if each sample has a single
-            output.
+            from the outputs of shape ``(N, …)``, such as ``lambda outputs: outputs.argmax(1)``. None if each sample has
+            a single output.
         composite: A Zennit composite, or None for :class:`~nrm_plugin.composites.NRMDefault`. A ``Normalized``
             composite keeps its own settings.
         residual: Treatment of the relevance that a rule does not propagate: ``"redistribute"`` (the default) or
@@ -66,7 +66,7 @@ class RelevanceMeasure(Recorded):
             another target; or a function of the outputs that returns a target or the weights of all outputs. The
             measure then explains the difference between the target and these outputs. The explained scalar is the
             weighted sum :math:`\sum_k s_k f_k`, which can be negative. The sum is fused with the last layer and becomes
-            the tap ``"output"``, ``(N, 1)``.
+            the tap ``"output"``, of shape ``(N, 1)``.
         reference: A reference (baseline input) :math:`x^0`, in the form of the inputs, or a single sample that serves
             as the reference of all inputs. The measure then explains the difference :math:`\sum_k s_k (f_k(x) -
             f_k(x^0))`. Without a composite, every operation propagates relevance along its slope between reference and
@@ -84,7 +84,7 @@ class RelevanceMeasure(Recorded):
             index tensors as the model does, ``at("conv1")[node, feature]``, and results have an additional first
             dimension of size one.
         uncovered: Treatment of layers without a rule: ``"error"`` (the default) or ``"gradient"``.
-        max_memory: Memory budget in bytes for the tensors stored in the recording, and for the relevance vectors of one
+        max_memory: Memory budget in bytes for the tensors stored in the recording and for the relevance vectors of one
             pass. If the recording exceeds the budget, each pass reruns the model and processes the recording part by
             part, with the same results. By default, the recording is not limited; vectors are limited to 128 MiB on a
             CPU, where more memory would be slower, and to 1 GiB on other devices.
@@ -159,14 +159,15 @@ class RelevanceMeasure(Recorded):
             layer: Tap name, module or ``at(…)``, or a list of these, which are evaluated in one pass.
             over: ``"channel"`` to sum over all dimensions except samples and channels; ``"position"`` to sum over
                 channels; or an integer tensor with a label for every neuron, to sum over neurons with the same label,
-                ``(N, groups)``.
+                of shape ``(N, groups)``.
             given: The event to condition on, for ``μ(n_l = i | event)``, or a list of events, for one map per event.
             joint: An event to intersect with, for ``μ(n_l = i and event)``, without division by the mass of the event.
             min_ratio: Smallest ``|μ(event)|``, relative to its variation, that is accepted as a divisor for ``given``.
 
         Returns:
-            A dimensionless tensor ``(N, *shape)``, or ``(E, N, *shape)`` for a list of ``E`` events; a dictionary of
-            tensors for a list of layers. For each sample, the marginal, the sink above the tap and the bypass sum to 1.
+            A dimensionless tensor of shape ``(N, *shape)``, or ``(E, N, *shape)`` for a list of ``E`` events; a
+            dictionary of tensors for a list of layers. For each sample, the marginal, the sink above the tap and the
+            bypass sum to 1.
 
         Raises:
             UnknownLayerError: If no tap has one of the given names; the message lists similar names.
@@ -188,7 +189,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink(self, layer: Layer, kind: Kind | None = None) -> Tensor:
-        """Returns the mass absorbed above a tap, ``(N,)``.
+        """Returns the mass absorbed above a tap, of shape ``(N,)``.
 
         Args:
             layer: Tap name, module or ``at(…)``.
@@ -204,7 +205,9 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sink_above(self, taps: Sequence[Atom]) -> Tensor:
-        """Returns the mass absorbed above at least one of several taps, such as the tensors of a tuple, ``(N,)``.
+        """Returns the mass absorbed above at least one of several taps, of shape ``(N,)``.
+
+        The taps can be the tensors of a tuple, for example.
 
         Examples:
             >>> torch.equal(mu.sink_above(mu.taps_of("0")), mu.sink("0"))
@@ -214,7 +217,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def bypass(self, layer: Layer) -> Tensor:
-        """Returns the mass of the walks that neither cross a tap nor are absorbed above it, ``(N,)``.
+        """Returns the mass of the walks that neither cross a tap nor are absorbed above it, of shape ``(N,)``.
 
         Examples:
             >>> mu.bypass("1")
@@ -224,7 +227,9 @@ class RelevanceMeasure(Recorded):
 
     @query
     def sinks(self, kind: Kind | None = None) -> dict[str, Tensor]:
-        """Returns the mass absorbed in each step, ``(N,)``, keyed by step name; steps that absorb nothing are omitted.
+        """Returns the mass absorbed in each step, of shape ``(N,)``, keyed by step name.
+
+        Steps that absorb nothing are omitted.
 
         Examples:
             >>> from zennit.composites import EpsilonPlus
@@ -236,9 +241,9 @@ class RelevanceMeasure(Recorded):
 
     @query
     def variation(self, layer: Layer) -> Tensor:
-        r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, ``(N,)``, at least 1.
+        r"""Returns the tap variation ``Σ_j |μ(j)| + Σ|absorbed above| + |bypass|``, of shape ``(N,)``, at least 1.
 
-        A value above 1 means that some of this relevance is negative: that of a neuron, in the sink, or in the bypass.
+        A value above 1 means that some of this relevance is negative, either at a neuron, in the sink or in the bypass.
 
         Examples:
             >>> bool((mu.variation("1") >= 0.999).all())
@@ -248,14 +253,15 @@ class RelevanceMeasure(Recorded):
 
     @query
     def walk_variation(self, surviving: bool = False) -> Tensor:
-        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, ``(N,)``, which is 1 if and only if no walk is negative.
+        r"""Returns the walk variation ``|μ|(Ω) = Σ_w |μ(w)|``, of shape ``(N,)``.
 
-        The walk variation is an upper bound on every ``|μ(A)|`` and, multiplied by the order of the machine precision,
-        on the rounding errors of all sums. For signed rules, it grows with depth.
+        It is 1 if and only if no walk is negative. The walk variation is an upper bound on every ``|μ(A)|`` and,
+        multiplied by the order of the machine precision, on the rounding errors of all sums. For signed rules, it grows
+        with depth.
 
         Args:
             surviving: Whether to condition the measure on survival. The sum then runs over the walks that reach an
-                input, and is divided by the absolute value of their mass.
+                input and is divided by the absolute value of their mass.
 
         Raises:
             NullEventError: If ``surviving`` is set and no relevance of a sample survives.
@@ -281,7 +287,7 @@ class RelevanceMeasure(Recorded):
                 float32 and 1e-8 in float64. With 0, every nonzero divisor is accepted.
 
         Returns:
-            The mass for each sample, ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
+            The mass for each sample, of shape ``(N,)``, or ``(E, N)`` for a list of ``E`` events.
 
         Raises:
             NullEventError: If no walk with nonzero mass satisfies the condition.
@@ -297,7 +303,7 @@ class RelevanceMeasure(Recorded):
     def conditional(self, event: Event, layer: None = ...) -> dict[str, Tensor]: ...
     @query
     def conditional(self, event: Event, layer: Layer | None = None) -> Tensor | dict[str, Tensor]:
-        """Returns ``μ(event given j)``, ``(N, *shape)``, for every neuron ``j`` of a tap above all taps of the event.
+        """Returns ``μ(event given j)`` for every neuron ``j`` of a tap above the event, of shape ``(N, *shape)``.
 
         The query takes one transposed pass. It is defined even for neurons with ``μ(j) = 0``.
 
@@ -318,7 +324,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joint(self, upper: Layer, lower: Layer, over: Over | tuple[Over, Over] = "channel") -> Tensor:
-        """Returns the joint relevance of all channel pairs of a tap and a lower tap, ``(N, upper, lower)``.
+        """Returns the joint relevance of all channel pairs of a tap and a lower tap, of shape ``(N, upper, lower)``.
 
         Args:
             upper: The upper tap, which walks cross first.
@@ -338,7 +344,7 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
-        """Returns the joint relevance between the channels of consecutive layers, ``(N, upper, lower)`` for each pair.
+        """Returns the joint relevance between channels of consecutive layers, of shape ``(N, upper, lower)`` per pair.
 
         The marginals of all layers are computed in one pass. If two layers are separated only by a single linear layer
         and by operations that keep channels (ReLU, max pooling), the joint relevance of all their channels costs one
@@ -346,7 +352,7 @@ class RelevanceMeasure(Recorded):
 
         Args:
             layers: Two or more layers, each below the previous layer.
-            over: ``"channel"``, ``"position"``, ``"neuron"`` or labels for all layers, or a list with one entry per
+            over: ``"channel"``, ``"position"``, ``"neuron"`` or labels for all layers, or a list with one item per
                 layer.
 
         Raises:
@@ -409,7 +415,7 @@ class RelevanceMeasure(Recorded):
         return graph if groups is None else replace(graph, origin=groups.origin)
 
     def explain(self, event: Event, given: Event | None = None) -> str:
-        """Describes a query by its formula, its meaning in words, and its cost.
+        """Describes a query by its formula, its meaning in words and its cost.
 
         Examples:
             >>> print(mu.explain(at("0")[1] & at("input")[2]))

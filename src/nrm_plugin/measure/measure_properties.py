@@ -16,7 +16,7 @@ class Recorded(QueryPasses):
     """Base class of the measure that provides the properties of its recording.
 
     Attributes:
-        composite: The normalized composite.
+        composite: Composite that assigned the normalized rules.
     """
 
     composite: Normalized
@@ -59,7 +59,7 @@ class Recorded(QueryPasses):
 
     @property
     def outputs(self) -> Tensor:
-        """The explained outputs as the model returned them, detached, ``(N, …)``.
+        """The explained outputs as the model returned them, detached, of shape ``(N, …)``.
 
         Examples:
             >>> torch.equal(mu.outputs[:, 1], mu.output)
@@ -69,13 +69,12 @@ class Recorded(QueryPasses):
 
     @property
     def output(self) -> Tensor:
-        r"""The explained output :math:`\sum_k s_k f_k / \sum s`, ``(N,)``.
+        r"""The explained output :math:`\sum_k s_k f_k / \sum s`, of shape ``(N,)``.
 
         With ``residual="sink"``, a mass times this output is the relevance of plain LRP.
 
         With ``against``, this is :math:`g = \sum_k s_k f_k`, which is negative if the contrasted outputs exceed the
-        target. Since the measure is nevertheless normalized to 1, positive relevance is then evidence against the
-        target.
+        target. The measure is nevertheless normalized to 1. Positive relevance is then evidence against the target.
 
         Examples:
             >>> mu.output.shape
@@ -95,7 +94,7 @@ class Recorded(QueryPasses):
 
     @property
     def sign(self) -> Tensor:
-        """Sign of the explained difference, ``(N,)``, or 1 if the measure does not explain a difference.
+        """Sign of the explained difference, of shape ``(N,)``, or 1 if the measure does not explain a difference.
 
         Multiplied by the sign, positive relevance is evidence for the target, even if the explained difference is
         negative. Multiply maps by the sign before plotting or summing them, as flows, sweeps and the commands do.
@@ -131,7 +130,7 @@ class Recorded(QueryPasses):
         return self._recording.samples.count // self._recording.references
 
     def shape(self, layer: Layer) -> torch.Size:
-        """Returns the shape of a tap with samples first, such as ``(N, T, C)`` for a tensor ``(T, N, C)``.
+        """Returns the shape of a tap with samples first, such as ``(N, T, C)`` for a tensor of shape ``(T, N, C)``.
 
         Examples:
             >>> mu.shape("1")
@@ -141,7 +140,7 @@ class Recorded(QueryPasses):
         return torch.Size((count // self._recording.references, *inner))
 
     def channel_dim(self, layer: Layer) -> int:
-        """Returns the channel dimension of a tap, such as 1 for ``(N, C, H, W)`` and 2 for ``(N, tokens, C)``.
+        """Returns the channel dimension of a tap, such as 1 for shape ``(N, C, H, W)`` and 2 for ``(N, tokens, C)``.
 
         Raises:
             UnknownLayerError: If no tap has this name; the message lists similar names.

@@ -14,7 +14,7 @@ from ..recording.places import Place
 from ..recording.recording import Recording
 
 DEFAULT, DEFAULT_CPU = 1 << 30, 1 << 27
-"""Default memory budget of one pass in bytes; on a CPU, larger allocations cost more time than they save."""
+"""Default memory budget of one pass in bytes. On a CPU, larger allocations cost more time than they save."""
 COPIES = 4
 """Memory required by a pass per vector, in multiples of the largest tap."""
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 def check_memory(max_memory: object) -> int | None:
-    """Validates a memory budget in bytes; None stands for the default of the device.
+    """Validates a memory budget in bytes. None stands for the default of the device.
 
     Raises:
         InputError: If ``max_memory`` is not a positive number.
@@ -55,7 +55,7 @@ def width_of(recording: Recording, max_memory: int | None, places: Iterable[Plac
 def in_chunks(
     items: Sequence[Item], width: int, run: Callable[[Sequence[Item]], Sequence[Result]], what: str = ""
 ) -> list[Result]:
-    """Applies ``run`` to chunks of ``width`` items; the width is halved whenever memory runs out.
+    """Applies ``run`` to chunks of ``width`` items. The width is halved whenever memory runs out.
 
     Args:
         items: The items to process.

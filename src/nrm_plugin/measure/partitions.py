@@ -15,7 +15,7 @@ from .groups import Over, check_over, labels_of
 
 Names = Sequence[str] | Mapping[int, str]
 Regions = Mapping[str, Tensor]
-"""Boolean masks keyed by region name; neurons outside all masks form the rest."""
+"""Boolean masks keyed by region name. Neurons outside all masks form the rest."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Partition:
     """Partition of the neurons at one tap into named groups.
 
     Attributes:
-        labels: Group of each neuron, ``tap.shape[1:]``, or ``count`` for neurons outside all groups.
+        labels: Group of each neuron, of shape ``tap.shape[1:]``, or ``count`` for neurons outside all groups.
         names: Function that returns the name of a group, given its index.
         count: Number of groups.
         are_channels: Whether the groups are the channels.
@@ -39,7 +39,7 @@ def partition(tap: Tap, over: Over | Regions, names: Names | None) -> Partition:
     """Partitions the neurons of a tap into named groups.
 
     Args:
-        tap: The tap.
+        tap: Tap whose neurons are grouped.
         over: A kind of group, integer labels, or masks keyed by name.
         names: Names of the groups, keyed by index; by default, their indices or, for positions and neurons,
             coordinates.
@@ -133,13 +133,13 @@ def segments(image: Tensor, count: int = 64, compactness: float = 10.0) -> Tenso
     """Returns labels that divide an image into superpixels, for use as ``over=`` or ``members=``.
 
     Args:
-        image: Image, ``(C, H, W)``, with values in [0, 1].
+        image: Image of shape ``(C, H, W)`` with values in [0, 1].
         count: Approximate number of superpixels.
         compactness: Weight of spatial proximity relative to color similarity. Larger values give more compact
             superpixels.
 
     Returns:
-        Integer labels ``(H, W)``, starting from 0.
+        Integer labels of shape ``(H, W)``, starting from 0.
 
     Raises:
         InputError: If the image is not three-dimensional.

@@ -16,7 +16,7 @@ from .measure import RelevanceMeasure
 LEAST_EVIDENCE = 1 / 4
 """Minimum relevance of a position in the region, as a fraction of the maximum (docs/real-details.md)."""
 CANCELS = 2.0
-"""Maximum ratio of the tap variation of the pixels to that of the late layers."""
+"""Maximum ratio between the tap variations of the pixels and of the late layers."""
 
 
 def pixel_map(
@@ -33,15 +33,15 @@ def pixel_map(
 
     Args:
         model: An image classifier, in evaluation mode.
-        images: Input images, ``(N, C, H, W)``; they are explained one by one.
+        images: Input images of shape ``(N, C, H, W)``; they are explained one by one.
         target: The class of each image, as in :class:`~nrm_plugin.RelevanceMeasure`.
-        reference: Image of the background alone, ``(C, H, W)`` or ``(N, C, H, W)``, normalized like ``images``;
-            :func:`~nrm_plugin.measure.plain_ground.plain_ground` returns its color.
+        reference: Image of the background alone, of shape ``(C, H, W)`` or ``(N, C, H, W)``, normalized like
+            ``images``; :func:`~nrm_plugin.measure.plain_ground.plain_ground` returns its color.
         against: The outputs to compare the class with; by default the other classes, weighted by their softmax.
         settings: Further keyword arguments for :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
-        Heat maps ``(N, H, W)``. Positive values are evidence for the class.
+        Heat maps of shape ``(N, H, W)``. Positive values are evidence for the class.
 
     Raises:
         InputError: If the inputs are not images, or if an image is identical to its reference.
@@ -80,7 +80,7 @@ def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Ten
         contrast: The measure of the class in contrast to other classes, for the same image. It selects the positions.
 
     Returns:
-        A heat map ``(1, H, W)``; positive values are evidence for the class.
+        A heat map of shape ``(1, H, W)``; positive values are evidence for the class.
     """
     event = None
     for last in late_layers(contrast)[:1]:
@@ -93,10 +93,10 @@ def through_evidence(alone: RelevanceMeasure, contrast: RelevanceMeasure) -> Ten
 
 
 def is_fine_grained(mu: RelevanceMeasure) -> bool:
-    """Returns True if the tap variation of the pixels is at most twice that of the late layers.
+    """Returns True if the pixels have at most twice the tap variation of the late layers.
 
     In deep networks, most of the relevance of single pixels cancels, and only sums over larger areas are meaningful.
-    If there are no late layers, the result is True.
+    Returns True if there are no late layers.
 
     Args:
         mu: The measure of a single image.

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import InputError
 
 TOLERANCE = 8 / 255
-"""Maximum difference of a channel from the background color; noise and compression artifacts stay below it."""
+"""Maximum difference of a channel from the background color. Noise and compression artifacts stay below it."""
 LEAST_OF_IMAGE, LEAST_OF_BORDER, LEAST_OF_SIDE = 1 / 4, 1 / 3, 1 / 10
 """Minimum fraction of the image, of its border, and of each of its four sides that the background covers."""
 STRAIGHT = 0.9
@@ -19,17 +19,17 @@ def plain_ground(image: Tensor) -> Tensor | None:
     """Returns the color of a plain image background, or None if the image has no plain background.
 
     The candidate is the most frequent color along the border. It is the background if it covers at least a third of the
-    border, a tenth of each side and a quarter of the image. A sky is not a background, since it does not reach the
-    bottom. Neither are frames, or bars above and below a photograph, since they enclose a rectangle.
+    border, a tenth of each side and a quarter of the image. A sky is not a background because it does not reach the
+    bottom. Neither are frames, or bars above and below a photograph, because they enclose a rectangle.
 
     Args:
-        image: An image ``(C, H, W)`` with values in [0, 1], not normalized.
+        image: An image of shape ``(C, H, W)`` with values in [0, 1], not normalized.
 
     Returns:
-        The color ``(C,)``.
+        The color, of shape ``(C,)``.
 
     Raises:
-        InputError: If the image is not a tensor ``(C, H, W)`` with values in [0, 1].
+        InputError: If the image is not a tensor of shape ``(C, H, W)`` with values in [0, 1].
 
     Examples:
         >>> image = torch.ones(3, 8, 8)
@@ -59,7 +59,7 @@ def plain_ground(image: Tensor) -> Tensor | None:
 
 
 def _border_colour(image: Tensor) -> Tensor:
-    """Returns the most frequent color along the border, up to the tolerance, ``(C,)``."""
+    """Returns the most frequent color along the border, up to the tolerance, of shape ``(C,)``."""
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
     colours, counts = torch.unique((border * 255).round(), dim=1, return_counts=True)
     similar = _is_near(colours[:, :, None] / 255, colours[:, None] / 255).to(counts.dtype)  # (different, different)
@@ -68,7 +68,7 @@ def _border_colour(image: Tensor) -> Tensor:
 
 
 def _is_near(image: Tensor, colour: Tensor) -> Tensor:
-    """Compares colors, with channels in dimension 0: True where every channel differs by at most the tolerance."""
+    """Returns True where every channel differs from a color by at most the tolerance. Channels are in dimension 0."""
     colour = colour.reshape(*colour.shape, *[1] * (image.ndim - colour.ndim))
     return ((image - colour).abs() <= TOLERANCE + 1e-6).all(0)
 

@@ -1,4 +1,4 @@
-"""Description of a query: formula, meaning in words, and cost."""
+"""Description of a query: formula, meaning in words and cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .event_diagram import DecisionDiagram
 
 
 def explanation(recording: Recording, event: Event, given: Event | None) -> str:
-    """Describes a query in three lines: formula, meaning in words, and cost."""
+    """Describes a query in three lines: formula, meaning in words and cost."""
     check_event(event)
     if given is not None:
         check_event(given, "given= takes one event. ")
@@ -83,7 +83,7 @@ def _attended(event: Attended) -> str:
 
 
 def _steps(diagram: DecisionDiagram) -> tuple[int, int]:
-    """Returns the number of steps that a query visits, and the total number of steps."""
+    """Returns the number of steps that a query visits and the total number of steps."""
     vertices = diagram.recording.graph.vertices
     steps = [number for number, vertex in enumerate(vertices) if vertex.step is not None]
     levels = [diagram.depends(root) for root in diagram.roots]

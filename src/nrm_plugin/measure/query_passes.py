@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def query(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorator for queries: makes them independent of the gradient mode, and checks the model and the results."""
+    """Decorator that makes a query independent of the gradient mode and checks the model and the results."""
 
     @functools.wraps(method)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -55,7 +55,7 @@ class QueryPasses:
     """Base class of :class:`RelevanceMeasure` that stores the recording and runs passes over it.
 
     Attributes:
-        cost: Number of kernels evaluated by the last query, and number of relevance vectors propagated by them.
+        cost: Number of kernels that the last query evaluated and of relevance vectors that they propagated.
     """
 
     cost: Cost
@@ -85,21 +85,21 @@ class QueryPasses:
         return self._recording.samples.batched
 
     def _answer(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls the method of a query; may be overridden by subclasses."""
+        """Calls the method of a query. Subclasses may override this."""
         return method(self, *args, **kwargs)
 
     def _tap(self, layer: Layer) -> Tap:
         return tap_of(self._recording, layer)
 
     def _in_form(self, layer: Layer, values: Tensor) -> Tensor:
-        """Converts values from the tensor layout of the model to ``(N, …)``."""
+        """Converts values from the tensor layout of the model to shape ``(N, …)``."""
         return values if self._recording.samples.is_plain else self._tap(layer).layout.unfold(values)
 
     def _is_below(self, place: Buffer | Edge | Sink, tap: Tap) -> bool:
         return is_below(self._recording, place, tap)
 
     def _pass(self, stored: Sequence[Tap] = (), sums: bool = True) -> Totals:
-        """Runs a pass that stores the relevance of the given taps, and caches its totals for later queries."""
+        """Runs a pass that stores the relevance of the given taps. Caches its totals for later queries."""
         places = frozenset(tap.place for tap in stored)
         if self._shared is not None:
             known, wanted = self._shared
@@ -116,7 +116,7 @@ class QueryPasses:
 
     @contextmanager
     def _sharing(self, layers: Sequence[Layer]) -> Iterator[None]:
-        """Context manager within which queries share one pass, which stores the relevance of the given layers."""
+        """Context manager in which queries share one pass that stores the relevance of the given layers."""
         self._shared = (None, frozenset(self._tap(layer).place for layer in layers))
         try:
             yield
@@ -168,12 +168,12 @@ class QueryPasses:
         return [EventResult(mixed(one.mass), mixed(one.variation), [mixed(m) for m in one.maps]) for one in results]
 
     def _mixed(self, values: Tensor) -> Tensor:
-        """Sums ``(N · references, …)`` over the references of each sample; returns ``(N, …)``."""
+        """Sums values of shape ``(N · references, …)`` over the references of each sample. Returns shape ``(N, …)``."""
         count = self._recording.references
         return values if count == 1 else values.reshape(-1, count, *values.shape[1:]).sum(1)
 
     def _masses(self, events: Sequence[Event], given: Event | None, min_ratio: float | None) -> Tensor:
-        """Returns the masses of the events, ``(E, N)``."""
+        """Returns the masses of the events, of shape ``(E, N)``."""
         if not events:
             return self._start.new_zeros((0, self._recording.samples.count // self._recording.references))
         if given is not None:
@@ -206,7 +206,7 @@ class QueryPasses:
         return {name: taps[name].layout.unfold(value) for name, value in values.items()}
 
     def _joints(self, layers: Sequence[Layer], overs: Sequence[Any], remedy: str) -> list[Tensor]:
-        """Computes the joint relevance of all pairs of consecutive layers, ``(N, K_upper, K_lower)`` each."""
+        """Computes the joint relevance of all pairs of consecutive layers, of shape ``(N, K_upper, K_lower)`` each."""
         groups = [pair_of(over) for over in overs]
         pairs = self._pairs(layers, remedy)
         totals = self._pass([above for above, _ in pairs])
@@ -214,7 +214,7 @@ class QueryPasses:
         return [self._mixed(matrix) for matrix in matrices]
 
     def _pairs(self, layers: Sequence[Layer], remedy: str) -> list[tuple[Tap, Tap]]:
-        """Returns the taps of each pair of consecutive layers and checks that the second is below the first."""
+        """Returns the taps of each pair of consecutive layers. Checks that the second is below the first."""
         pairs = list(pairwise([self._tap(layer) for layer in layers]))
         for (above, below), (upper, lower) in zip(pairs, pairwise(layers), strict=True):
             if not self._is_below(below.place, above):

@@ -1,8 +1,8 @@
 """Reconstruction of the input patterns that activate selected neurons, or walks through several layers.
 
 Deconvolution (Zeiler and Fergus, 2014) and guided backpropagation (Springenberg et al., 2015) are run by Zennit's
-rules. They do not define measures, since they do not conserve relevance; they show the pattern that activates a neuron
-rather than its contribution.
+rules. They do not conserve relevance and therefore do not define measures. They show the pattern that activates a
+neuron rather than its contribution.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reconstruction:
     """Reconstructions for all samples.
 
     Attributes:
-        images: The reconstructions, ``(N, C, H, W)``.
+        images: The reconstructions, of shape ``(N, C, H, W)``.
         boxes: Receptive field of the selected neurons in each sample, ``(top, left, bottom, right)``, where ``bottom``
             and ``right`` are exclusive; all zeros if no selected neuron depends on the input.
 
@@ -61,7 +61,7 @@ class Reconstruction:
 
     @property
     def crops(self) -> list[Tensor]:
-        """The reconstructions, cropped to their receptive fields, ``(C, height, width)`` each.
+        """The reconstructions, cropped to their receptive fields, of shape ``(C, height, width)`` each.
 
         Examples:
             >>> Reconstruction(torch.zeros(1, 1, 4, 4), [(0, 0, 4, 2)]).crops[0].shape
@@ -84,9 +84,9 @@ def reconstruct(
 
     Args:
         model: The network. Its ReLUs must be modules.
-        images: Inputs, ``(N, C, H, W)``.
+        images: Inputs of shape ``(N, C, H, W)``.
         neurons: ``at(layer)[…]`` or ``at(layer).channel(…)``, or several of these joined by ``&``. The signal then
-            starts at the last of these layers, and is restricted to the selected neurons in the others.
+            starts at the last of these layers and is restricted to the selected neurons in the others.
         method: ``"deconvnet"`` or ``"guided_backprop"``.
         strongest: Whether to start only from the selected neuron with the largest activation in the last layer, as
             Zeiler and Fergus do, instead of all selected neurons. Negative activations are set to zero.
@@ -154,18 +154,18 @@ def _restricted(model: nn.Module, atoms: dict[str, Atom], recorded: list[tuple[s
 
 
 def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor) -> list[Box]:
-    """Computes, for each sample, the bounding box of the pixels on which the selected neurons might depend.
+    """Computes the bounding box of the pixels on which the selected neurons might depend, for each sample.
 
-    The rows and columns that influence the neurons are found by bisection, by setting parts of the image to NaN. The
-    result is valid for any layers, weights and activations, since no operation removes a NaN. A copy of the model is
-    run in double precision on the CPU, where convolutions compute each output separately; faster convolution algorithms
-    mix the pixels of a tile.
+    The rows and columns that influence the neurons are found by bisection, by setting parts of the image to NaN. No
+    operation removes a NaN, so the result is valid for any layers, weights and activations. A copy of the model is run
+    in double precision on the CPU, where convolutions compute each output separately. Faster convolution algorithms mix
+    the pixels of a tile.
 
     Args:
         model: The network.
-        images: Inputs, ``(N, C, H, W)``.
+        images: Inputs of shape ``(N, C, H, W)``.
         layer: Name of a module.
-        mask: The neurons, ``(N, *shape)``.
+        mask: The neurons, of shape ``(N, *shape)``.
 
     Returns:
         The box ``(top, left, bottom, right)`` of each sample, where ``bottom`` and ``right`` are exclusive; all zeros
@@ -190,7 +190,7 @@ def receptive_fields(model: nn.Module, images: Tensor, layer: str, mask: Tensor)
 
 
 def _reached(model: nn.Module, images: Tensor, layer: str, mask: Tensor, edges: Tensor) -> Tensor:
-    """Returns True where the neurons become NaN if the image is set to NaN between one of its sides and an edge.
+    """Returns True where setting the image to NaN between one of its sides and an edge turns the neurons into NaN.
 
     The result has shape ``(N, 4)``, with the sides in the order top, left, bottom, right.
     """

@@ -21,13 +21,13 @@ Slopes = Literal["secant", "tangent"]
 
 
 def reference_of(call: Call, reference: Any, slopes: Slopes) -> tuple[Call, Reference | None]:
-    """Returns the call to record, and its reference or None.
+    """Returns the call to record and its reference, or None without a reference.
 
-    For a list of references, which defines a mixture, the call contains one copy of each sample per reference.
+    A list of references defines a mixture. The call then contains one copy of each sample per reference.
 
     Raises:
         DifferenceError: If the reference does not match the inputs.
-        ValueError: If ``slopes`` is unknown, or given without a reference.
+        ValueError: If ``slopes`` is unknown or given without a reference.
     """
     if slopes not in ("secant", "tangent"):
         raise ValueError(f"slopes={brief(slopes)} is unknown; choose 'secant' or 'tangent'.")
@@ -51,7 +51,7 @@ def composite_of(
     uncovered: Uncovered | None,
     reference: Any,
 ) -> Normalized:
-    """Returns the composite of a measure; with a reference but no composite, relevance follows secant slopes."""
+    """Returns the composite of a measure. With a reference but no composite, relevance follows secant slopes."""
     if reference is None:
         return normalize(composite, residual, gain_limit, uncovered)
     if composite is not None:

@@ -19,7 +19,7 @@ from ..kernels.module_hook import StepHook
 class OnDifferences(Normalized):
     """Composite that applies rules to differences from a reference.
 
-    The functions inside modules become steps, and use the rules of their modules.
+    The functions inside modules become steps and use the rules of their modules.
 
     Args:
         composite: The composite that provides the rules, or None to propagate along the secant slopes of all
@@ -38,7 +38,7 @@ class OnDifferences(Normalized):
         self._fuse = None
 
     def mapping(self, ctx: dict[Any, Any], name: str, module: nn.Module) -> StepHook | None:
-        """Returns None, since the functions inside a module become steps rather than the module itself."""
+        """Returns None: steps are created for the functions a module calls, not for the module itself."""
         return None
 
 

@@ -26,20 +26,20 @@ class Outputs(Protocol):
         """True if the measure explains differences from a reference."""
 
     def unfolded(self) -> Tensor:
-        """Returns the outputs with samples first, ``(N, …)``."""
+        """Returns the outputs with samples first, of shape ``(N, …)``."""
 
     def outputs(self) -> Tensor:
         """Returns the outputs in the shape returned by the model."""
 
     def differences(self) -> Tensor:
-        """Returns the outputs minus the outputs at the reference, ``(N, …)``."""
+        """Returns the outputs minus the outputs at the reference, of shape ``(N, …)``."""
 
     def started(self, relevance: Tensor, contrast: Tensor | None = None) -> Tensor:
-        """See :meth:`~nrm_plugin.recording.recording.Recording.started`."""
+        """Implements :meth:`~nrm_plugin.recording.recording.Recording.started`."""
 
 
 def every_one(outputs: Tensor, references: int) -> Tensor:
-    """Returns one row of outputs per sample, dropping the copies made for additional references."""
+    """Returns one row of outputs per sample, without the copies for additional references."""
     return outputs if references == 1 else outputs[::references]
 
 
@@ -53,7 +53,8 @@ def start_of(recording: Outputs, target: Any, start: Any, against: Any) -> tuple
         against: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Returns:
-        The start vector, in the layout of the tensor at which the measure starts, and the explained scalar, ``(N,)``.
+        The start vector, in the layout of the tensor at which the measure starts, and the explained scalar, of shape
+        ``(N,)``.
 
     Raises:
         TargetError: If an argument does not match the outputs.

@@ -23,7 +23,7 @@ Key = TypeVar("Key", bound=Hashable)
 class Totals:
     """Masses of taps, sinks and branches, accumulated in one pass over a recording.
 
-    Sums have shape ``(N,)``, and are None if the samples cannot be distinguished within a tensor.
+    Sums have shape ``(N,)`` and are None if the samples cannot be distinguished within a tensor.
 
     Attributes:
         recording: The recording of the forward pass.
@@ -35,8 +35,8 @@ class Totals:
         absolute_sinks: Sum of the absolute values of absorbed relevance, keyed by ``(vertex, kind)``.
         branches: Mass propagated along each edge of a vertex with several edges, such as the summands of a sum.
         maps: Relevance of the taps in ``stored``.
-        cost: Numbers of evaluated kernels and propagated vectors.
-        has_sums: Whether masses are accumulated; otherwise, relevance is only stored.
+        cost: Number of evaluated kernels and of propagated vectors.
+        has_sums: Whether masses are accumulated. Otherwise, relevance is only stored.
     """
 
     recording: Recording
@@ -53,7 +53,7 @@ class Totals:
     _last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def relevance(self, tap: Tap) -> Tensor:
-        """Returns the relevance of a tap in ``stored``, ``(N, *shape)``; zeros if no relevance arrived there."""
+        """Returns the relevance of a tap in ``stored``, of shape ``(N, *shape)``, or zeros if none arrived."""
         if tap.place in self.maps:
             return self.maps[tap.place]
         return self.start.new_zeros(tap.shape, device=self.recording.graph.device(tap.place))
@@ -71,7 +71,7 @@ class Totals:
         return self._further(vectors)
 
     def _further(self, vectors: Vectors[str]) -> Vectors[str]:
-        """Returns the vectors to propagate further; none if all stored taps are reached and no masses are summed."""
+        """Returns the vectors to propagate further, or none if all stored taps are reached and no masses are summed."""
         return vectors if self.has_sums or not self.stored or len(self.maps) < len(self.stored) else {}
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[str], share: Tensor) -> None:
@@ -87,7 +87,7 @@ class Totals:
             self.maps[place] = self.recording.samples.layout(place).unfold(vector)
 
     def _sums(self, vector: Tensor, place: Place) -> tuple[Tensor | None, Tensor | None]:
-        """Returns Σ and Σ|·| of a vector, cached for steps that do not change the vector."""
+        """Returns the sum and the absolute sum of a vector. Cached for steps that do not change the vector."""
         if self._last is not None and vector.is_set_to(self._last[0]):
             return self._last[1:]
         self._last = (vector, *self._sum_pair(vector, place))
@@ -102,7 +102,7 @@ class Totals:
     def _sum_pair(
         self, vector: Tensor, place: Place, share: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Sums relevance, or a share of it, and its absolute values for each sample, on the device of the outputs."""
+        """Sums relevance, or a fraction of it, and its absolute values for each sample on the device of the outputs."""
         total, absolute = self._sums_there(vector, place, share)
         return self._at_home(total), self._at_home(absolute)
 

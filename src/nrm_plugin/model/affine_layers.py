@@ -1,4 +1,4 @@
-"""Affine layers of torch, and modules that wrap affine functions."""
+"""Affine layers of torch and modules that wrap affine functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = frozenset(_KINDS)
 
 @functools.cache
 def _template(function: str) -> nn.Module:
-    """Creates a layer with unallocated parameters, once per function, since copying is faster than initialization."""
+    """Creates a layer with unallocated parameters, once per function. Copying it is faster than initialization."""
     kind, arguments = _KINDS[function]
     return kind(*(1,) * arguments, device="meta")
 
@@ -39,7 +39,7 @@ class Weightless(nn.Module):
     """Module that applies a linear function without weights to a tensor.
 
     Args:
-        function: Linear function that maps ``(N, *in)`` to ``(N, *out)``.
+        function: Linear function that maps tensors of shape ``(N, *in)`` to ``(N, *out)``.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -55,7 +55,7 @@ class Weighted(nn.Module):
     """Module that applies an affine function, given as a function of the input, weight and bias.
 
     Args:
-        function: Function that maps ``(source, weight, bias or None)`` to the output. It must be linear in both
+        function: Function ``(source, weight, bias or None) -> output``. It must be linear in both
             ``source`` and ``weight``, and add the bias.
         weight: The weight passed to ``function``.
         bias: The bias passed to ``function``, or None.
@@ -120,7 +120,7 @@ _AFFINE = (*WEIGHTED, *WEIGHTLESS)
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """Returns the torch layer equivalent to a module that wraps a function, and any other module unchanged."""
+    """Returns the torch layer equivalent to a module that wraps a function. Returns any other module unchanged."""
     return module.__dict__.get("twin") or module
 
 
@@ -141,7 +141,7 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def broadcast(bias: Tensor, module: nn.Module, image: Tensor) -> Tensor:
-    """Reshapes the bias of a layer so that it broadcasts against the output."""
+    """Reshapes the bias of a layer to broadcast against the output."""
     last = isinstance(module, nn.Linear) or getattr(module, "bias_dim", 1) == -1
     if last or bias.ndim > 1:  # a position-dependent bias has the shape of the output
         return bias

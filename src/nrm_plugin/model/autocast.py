@@ -1,7 +1,7 @@
 """Mixed precision, as under ``torch.autocast``: layers run in reduced precision, and all sums stay in float32.
 
-Only products with a weight are computed in reduced precision: those of the layer itself, and those of the linear map
-and its transpose in each branch of the rule. Relevance, column sums, gains and all other sums have the dtype of the
+Only products with a weight are computed in reduced precision, both in the layer itself and in the linear map and its
+transpose in each branch of the rule. Relevance, column sums, gains and all other sums have the dtype of the
 inputs. If the model itself has a dtype of lower precision than float32, these quantities and all products in kernels
 are computed in float32.
 
@@ -56,7 +56,7 @@ class InFloat32(TorchFunctionMode):
 
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _METADATA = frozenset("__get__ size stride numel dim data_ptr untyped_storage is_floating_point is_set_to".split())
-"""Functions that read only metadata, so that their arguments need no conversion."""
+"""Functions that read only metadata. Their arguments need no conversion."""
 _SHORTENING: dict[Any, Callable[..., Any]] = {Tensor.half: Tensor.float, Tensor.bfloat16: Tensor.float}
 
 
@@ -112,7 +112,7 @@ def exact(device: torch.device) -> Iterator[None]:
 def shortened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Casts a tensor to reduced precision, rescaled for float16.
 
-    Relevance can be far smaller than the smallest positive float16. The scale is a power of two, so that rescaling is
+    Relevance can be far smaller than the smallest positive float16. The scale is a power of two, which makes rescaling
     exact.
 
     Returns:
@@ -133,7 +133,7 @@ def lowered(maps: LinearMap, dtype: torch.dtype) -> LinearMap:
         dtype: The dtype of the weight.
 
     Returns:
-        A linear map whose arguments may have any dtype, which its results share.
+        A linear map that accepts any dtype and returns results of the same dtype.
     """
 
     def down(relevance: Tensor) -> Tensor:

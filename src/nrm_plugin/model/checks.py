@@ -20,7 +20,7 @@ from .shapes_without_values import is_valueless
 from .trace_guards import unwatched
 
 RANDOM = {"torchvision": ("StochasticDepth", "p"), "timm": ("DropPath", "drop_prob")}
-"""Class name of each package's stochastic-depth layer, and the attribute that stores its drop rate."""
+"""Class name and drop-rate attribute of the stochastic-depth layer in each package, keyed by package."""
 
 MODES = {
     "batch_norm": 5,
@@ -32,7 +32,7 @@ MODES = {
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside a non-module wrapper, such as nnsight's, and any other model unchanged."""
+    """Returns the module inside a non-module wrapper, such as nnsight's. Returns any other model unchanged."""
     inner = None if isinstance(model, (nn.Module, type)) else getattr(model, "_module", None)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -51,7 +51,7 @@ def check_model(model: nn.Module, tensors: Sequence[Tensor]) -> None:
     """Raises an error if the model cannot be recorded on these inputs.
 
     Raises:
-        InputError: If the device or dtype of the model differs from that of the inputs.
+        InputError: If the device or dtype differs between the model and the inputs.
         ModelStateError: If the model is in training mode, still has hooks from a composite, is compiled, or has invalid
             weights.
     """
@@ -87,12 +87,12 @@ def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]
     """Context manager that checks whether the model draws random numbers inside it.
 
     Args:
-        model: The model.
+        model: Model whose random draws are checked.
         device: Device of the inputs.
         note: Callback for random numbers that are drawn in evaluation mode.
 
     Raises:
-        ModelStateError: If the model draws random numbers, and a module is in training mode.
+        ModelStateError: If the model draws random numbers while a module is in training mode.
     """
     with unwatched():
         before = _random_state(device)
@@ -113,7 +113,7 @@ def check_drawn(model: nn.Module, device: torch.device, note: Callable[[], None]
 
 
 def warn_of_draws(calls: Sequence[str] | None) -> None:
-    """Warns that the model draws random numbers in evaluation mode, and names the functions that may do so."""
+    """Warns that the model draws random numbers in evaluation mode. Names the functions that may draw them."""
     if calls is None:  # none were drawn
         return
     names = list(dict.fromkeys(calls))
@@ -131,7 +131,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def check_unhooked(modules: Mapping[str, nn.Module], remedy: str) -> None:
-    """Raises :class:`ModelStateError` if a layer has hooks of another composite, which would interfere with ours."""
+    """Raises :class:`ModelStateError` if a layer has hooks of another composite. They would interfere with ours."""
     for name, module in modules.items():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if isinstance(getattr(hook, "__self__", None), Hook):
@@ -188,7 +188,7 @@ def check_untransformed(values: Iterable[Any]) -> None:
 
 
 class Uncompiled:
-    """Handle that disables ``module.compile()`` until it is removed, so that the hooks of layers run."""
+    """Handle that disables ``module.compile()`` until it is removed. Compiled layers would not run hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         attributes = [module.__dict__ for module in model.modules()]
@@ -250,7 +250,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, is_offloaded: bool = Fa
 
 
 _FINITE: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
-"""Version and address at which each parameter was last found to be finite, so that it is not checked again."""
+"""Version and address at which each parameter was last found to be finite. These are not checked again."""
 
 
 def _check_mode(name: str, module: nn.Module) -> None:

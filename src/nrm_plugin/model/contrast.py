@@ -20,10 +20,10 @@ r"""Smallest :math:`|g|` that can be explained, relative to :math:`\sum |s f|`."
 
 
 def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = True) -> Tensor:
-    r"""Computes the weights ``s`` of the outputs, with the same shape ``(N, …)``.
+    r"""Computes the weights ``s`` of the outputs, of the same shape ``(N, …)``.
 
     Args:
-        outputs: The outputs, ``(N, …)``; a single sample without a batch dimension is passed as ``(1, …)``.
+        outputs: The outputs of shape ``(N, …)``; a single sample without a batch dimension is passed as ``(1, …)``.
         target: A target as accepted by :func:`~nrm_plugin.model.targets.start_vector`, or a function that returns one.
         against: ``"rest"`` for :math:`s = e_c - \sum_{k \neq c} p_k e_k`, where ``p`` is the softmax over the other
             classes, treated as a constant; a target, for the difference between two outputs; or a function of the
@@ -57,14 +57,14 @@ def contrast_vector(outputs: Tensor, target: Any, against: Any, batched: bool = 
 
 
 def explained_number(outputs: Tensor, vector: Tensor) -> Tensor:
-    r"""Computes the contrast :math:`g = \sum_k s_k f_k`, ``(N,)``.
+    r"""Computes the contrast :math:`g = \sum_k s_k f_k`, of shape ``(N,)``.
 
     Args:
-        outputs: The outputs, ``(N, …)``.
-        vector: The weights ``s``, ``(N, …)``.
+        outputs: The outputs of shape ``(N, …)``.
+        vector: The weights ``s``, of shape ``(N, …)``.
 
     Raises:
-        TargetError: If the weighted outputs of a sample cancel, so that relevance cannot be normalized.
+        TargetError: If the weighted outputs of a sample cancel. Relevance then cannot be normalized.
     """
     parts = vector * outputs
     total, size = sample_sums(parts), sample_norms(parts)
@@ -95,7 +95,7 @@ def _whole(outputs: Tensor, target: Any, vector: Any) -> Tensor:
 
 
 def _rest(outputs: Tensor, positive: Tensor, batched: bool) -> Tensor:
-    """Returns the softmax over the other classes in the rows that contain the target, and zeros in all other rows."""
+    """Returns the softmax over the other classes in the rows that contain the target and zeros in all other rows."""
     has_classes = sum(size > 1 for size in outputs.shape[1:]) == 1
     if not has_classes and (batched or outputs.ndim != 3 or outputs.shape[-1] < 2):
         raise TargetError(

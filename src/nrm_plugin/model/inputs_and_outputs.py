@@ -1,4 +1,4 @@
-"""A call of the model with its inputs, and the output to explain."""
+"""A call of the model with its inputs and the output to explain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Output = str | int | Callable[[Any], Tensor]
 """Selector of an output: a key or attribute, an index, or a function of the model's return value."""
 
 Change = Callable[[Tensor], Tensor]
-"""A function that maps a tensor to its replacement."""
+"""Function that maps a tensor to its replacement."""
 FORMATS = (torch.float32, torch.float64, *SHORT)
 """Supported dtypes of inputs and outputs. Relevance is computed in float32 or float64."""
 
@@ -37,7 +37,7 @@ NOT_JOINED = (
 
 
 class Call:
-    """Arguments of a call of the model: the tensors that receive relevance, and all other arguments.
+    """Arguments of a call of the model: the tensors that receive relevance and all other arguments.
 
     Args:
         inputs: A tensor, a tuple of tensors, or a mapping whose items are passed as keyword arguments. In a mapping,
@@ -49,10 +49,10 @@ class Call:
         batched: Whether the first dimension of the inputs is the batch; otherwise, all inputs together form one sample.
 
     Attributes:
-        tensors: The tensors that receive relevance, ``(N, …)`` each, or ``(…)`` if not ``batched``.
+        tensors: The tensors that receive relevance, of shape ``(N, …)`` each, or ``(…)`` if not ``batched``.
         items: Keyword or position of each tensor, or None for a single positional tensor.
         indices: Copies of the integer inputs, keyed by keyword or position (None for a single positional input). The
-            model is called with these copies, since it may overwrite them.
+            model is called with these copies because it may overwrite them.
 
     Raises:
         InputError: If the inputs cannot be explained.
@@ -176,7 +176,7 @@ class Call:
 def explained_output(
     returned: Any, output: Output | None, batch: int, batched: bool = True, what: str = "the model's output"
 ) -> Tensor:
-    """Validates and returns the output tensor to explain, ``(N, …)``.
+    """Validates and returns the output tensor to explain, of shape ``(N, …)``.
 
     Args:
         returned: The model's return value.
@@ -350,7 +350,7 @@ def is_index(value: Any) -> bool:
 
 
 def _is_id(key: str, value: Any) -> bool:
-    """Returns True if a keyword input contains ids; integer masks, as in transformers, are excluded by name."""
+    """Returns True if a keyword input contains ids. Integer masks, as in transformers, are excluded by name."""
     return is_index(value) and "mask" not in key
 
 

@@ -1,6 +1,7 @@
 """Linear maps of affine layers and their transposes, applied to batches of vectors.
 
-``up`` maps ``(K, N, *in)`` to ``(K, N, *out)``, and ``down`` is its transpose. Neither map includes a bias.
+``up`` maps tensors of shape ``(K, N, *in)`` to ``(K, N, *out)``, and ``down`` is its transpose. Neither map includes a
+bias.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ class LinearMap(NamedTuple):
     """Linear map, its transpose, and its gradient with respect to the weight.
 
     Attributes:
-        down: The transposed map, from ``(K, N, *out)`` to ``(K, N, *in)``.
-        up: The map, from ``(K, N, *in)`` to ``(K, N, *out)``.
-        weight_gradient: Function of an input ``(1, *in)`` and relevance ``(1, *out)`` that returns the weight gradient
-            of the inner product of output and relevance; None if there is no closed form.
+        down: The transposed map, from shape ``(K, N, *out)`` to ``(K, N, *in)``.
+        up: The map, from shape ``(K, N, *in)`` to ``(K, N, *out)``.
+        weight_gradient: Function of an input of shape ``(1, *in)`` and relevance of shape ``(1, *out)`` that returns
+            the weight gradient of the inner product of output and relevance, or None if there is no closed form.
         convolution: Weight, options and input shape, if the layer is a convolution.
     """
 
@@ -48,7 +49,7 @@ def blocked_maps(weight: Tensor, modify: Map, entries: int = 1 << 19) -> LinearM
     running the layer.
 
     Args:
-        weight: The weight, ``(out, in)``.
+        weight: The weight, of shape ``(out, in)``.
         modify: The elementwise modification of the weight by a rule.
         entries: Number of weights per block.
     """
@@ -70,7 +71,7 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 
     Args:
         module: A linear or convolutional layer that does not override ``forward``.
-        weight: The weight to use in place of that of the layer.
+        weight: The weight to use in place of the layer's own.
         inputs: A tensor with the shape of the layer's input.
     """
     if type(module).forward is nn.Linear.forward:
@@ -91,8 +92,8 @@ def explicit_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMa
 def window_maps(module: nn.Module, weight: Tensor, inputs: Tensor) -> LinearMap | None:
     """Returns the linear map of a layer with all-ones weights, whose output is the same in all channels.
 
-    ``up`` returns a single channel, which broadcasts. The result is None for groups, for transposed layers, and for
-    layers that :func:`explicit_maps` does not support.
+    ``up`` returns a single channel, which broadcasts. Returns None for groups, transposed layers, and layers
+    that :func:`explicit_maps` does not support.
 
     Args:
         module: As in :func:`explicit_maps`.
@@ -145,7 +146,7 @@ def _linear_maps(weight: Tensor) -> LinearMap:
 
 
 def _times(values: Tensor, matrix: Tensor) -> Tensor:
-    """Computes ``values @ matrix`` as one matrix product; for transposed batches, torch would multiply row by row."""
+    """Computes ``values @ matrix`` as one matrix product. For transposed batches, torch would multiply row by row."""
     product = values.reshape(-1, values.shape[-1]) @ matrix
     return product.reshape(*values.shape[:-1], matrix.shape[1])
 
@@ -217,9 +218,9 @@ FEW = 16
 
 
 def side_by_side(maps: list[LinearMap]) -> Map | None:
-    """Merges ``B`` transposed convolutions into a single one, from ``(K, N, *out)`` to ``(K, N, B, *in)``.
+    """Merges ``B`` transposed convolutions into a single one, from shape ``(K, N, *out)`` to ``(K, N, B, *in)``.
 
-    The result is None unless all maps are convolutions with the same options and few input channels in total.
+    Returns None unless all maps are convolutions with the same options and few input channels in total.
     """
     known = [one.convolution for one in maps if one.convolution is not None]
     if len(known) < len(maps):
@@ -263,11 +264,11 @@ def recorded_maps(run: Map, inputs: Tensor) -> tuple[LinearMap, Tensor]:
     """Returns the linear map of an arbitrary linear function, transposed by automatic differentiation.
 
     Args:
-        run: The function, which maps ``(N, *in)`` to ``(N, *out)``.
-        inputs: The point of differentiation, ``(N, *in)``.
+        run: The function, which maps tensors of shape ``(N, *in)`` to ``(N, *out)``.
+        inputs: The point of differentiation, of shape ``(N, *in)``.
 
     Returns:
-        The linear map, and the output at ``inputs``.
+        The linear map and the output at ``inputs``.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = inputs.detach().requires_grad_()

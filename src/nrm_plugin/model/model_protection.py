@@ -22,8 +22,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Context manager that restores all state of the model that a recording might change.
 
     The state consists of attributes, hooks, parameters (the objects, their data, ``requires_grad`` and ``grad``),
-    buffers, training mode and the random state. Unchanged state is not written. Quantized layers are not restored,
-    since some convert their weights at their first call, together with state outside the module.
+    buffers, training mode and the random state. Unchanged state is not written. Quantized layers are not restored:
+    at their first call, some convert their weights together with state outside the module.
     """
     with unwatched():
         every = list(model.modules())
@@ -69,7 +69,7 @@ def _random_states() -> list[Tensor]:
 
 
 _State = tuple[dict[str, Any], dict[str, dict[Any, Any]]]
-"""Attributes of a module, and the contents of those that are nonempty dictionaries."""
+"""Attributes of a module and the contents of nonempty dictionaries among them."""
 
 
 def _state(module: nn.Module) -> _State:
@@ -117,17 +117,17 @@ def note_restored(tensor: Tensor, version: int) -> None:
 
 
 def _address(tensor: Tensor) -> int:
-    """Returns the data address of a tensor, or that of its values if it is sparse or a wrapper."""
+    """Returns the data address of a tensor, or of its values if it is sparse or a wrapper."""
     return data_address(_stored(next(plain_tensors(tensor))))
 
 
 def memory_address(tensor: Tensor) -> int:
-    """Returns the storage address of a tensor, or that of its values if it is sparse."""
+    """Returns the storage address of a tensor, or of its values if it is sparse."""
     return storage_address(_stored(tensor))
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """Returns the tensor itself if it is dense, and the tensor of its stored values if it is sparse."""
+    """Returns the tensor of the stored values of a sparse tensor. Returns a dense tensor unchanged."""
     if tensor.layout == torch.strided:
         return tensor
     values: Tensor = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
@@ -137,7 +137,7 @@ def _stored(tensor: Tensor) -> Tensor:
 def step_between(size: int, entries: int) -> int:
     """Returns the stride at which a flattened tensor is subsampled to at most ``entries`` elements.
 
-    The stride is coprime to the size, so that the samples of a matrix fall into all rows and columns.
+    The stride is coprime to the size. The samples of a matrix thus fall into all rows and columns.
     """
     step = max(1, -(-size // entries))
     while math.gcd(step, size) > 1:
@@ -149,8 +149,7 @@ class Fingerprint:
     """Fingerprint of a model's parameters and buffers, for the detection of in-place changes.
 
     It consists of version counters and a subsample of the elements. Writes through ``parameter.data`` do not change
-    the version counter, so they are detected only if they change a sampled element. Small tensors are sampled
-    completely.
+    the version counter and are detected only if they change a sampled element. Small tensors are sampled completely.
     """
 
     def __init__(self, model: nn.Module, entries: int = 4096) -> None:
@@ -174,7 +173,7 @@ class Fingerprint:
         ]
 
     def _finite(self, tensor: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the current and the stored sample with NaN replaced by 0, since NaN does not equal itself."""
+        """Returns the current and the stored sample with NaN replaced by 0. NaN does not equal itself."""
         flat = _stored(tensor.detach()).flatten()
         entries = flat[:: step_between(flat.numel(), self._entries)]
         return (torch.nan_to_num(entries), torch.nan_to_num(sample)) if flat.is_floating_point() else (entries, sample)

@@ -42,7 +42,7 @@ def dequantized(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], s
     Args:
         module: The quantized layer.
         run: Function that runs the layer on an input.
-        source: The input of the layer, ``(…, in)``.
+        source: The input of the layer, of shape ``(…, in)``.
         name: Name of the layer, for error messages.
 
     Raises:

@@ -61,7 +61,7 @@ def reference_call(call: Call, reference: Any) -> Call:
 
 
 def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Tensor]) -> dict[Any, Any]:
-    """Returns the reference for the inputs that receive relevance; all other arguments must be unchanged."""
+    """Returns the reference for the inputs that receive relevance. All other arguments must be unchanged."""
     for key, value in reference.items():
         if key in inputs:
             continue
@@ -81,7 +81,7 @@ def _of_inputs(call: Call, reference: Mapping[Any, Any], inputs: Mapping[Any, Te
 
 
 def _is_same(value: Any, own: Any, batched: bool) -> bool:
-    """Returns True if an argument of the reference, possibly given for one sample, equals that of the inputs."""
+    """Returns True if an argument of the reference, possibly given for one sample, equals the one of the inputs."""
     if value is own or not (isinstance(value, Tensor) and isinstance(own, Tensor)):
         return value is own or (type(value) is type(own) and bool(np.array_equal(value, own)))
     kinds = [(tensor.dtype, tensor.device, tensor.layout) for tensor in (value, own)]

@@ -1,4 +1,7 @@
-"""Embeddings with ``max_norm``, whose weights torch renormalizes in place; this package renormalizes copies."""
+"""Embeddings with ``max_norm``, whose weights torch renormalizes in place.
+
+This package renormalizes copies of the weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Tables:
     """Renormalized copies of embedding tables that torch would otherwise modify in one forward pass.
 
     Args:
-        changed: Dictionary of the tables that torch would have changed so far, keyed by ``id()``; updated in place.
+        changed: The tables that torch would have changed so far, keyed by ``id()``. It is updated in place.
     """
 
     def __init__(self, changed: dict[int, Tensor]) -> None:

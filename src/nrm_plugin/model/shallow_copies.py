@@ -1,4 +1,4 @@
-"""Copies of modules that share their tensors, so that the modules themselves are never modified."""
+"""Copies of modules that share their tensors. Modifying a copy leaves the module unchanged."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HOOK_DICTS = (
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module that shares its tensors, but has its own dictionaries and no hooks.
+    """Returns a copy of a module that shares its tensors but has its own dictionaries and no hooks.
 
-    Zennit's ``ParamMod`` temporarily writes modified parameters into a module, which is safe for such a copy. A shallow
-    copy does not suffice, since it shares the dictionary of parameters.
+    Zennit's ``ParamMod`` temporarily writes modified parameters into a module. This is safe for such a copy, but not
+    for a shallow copy, which shares the dictionary of parameters.
     """
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     copy: nn.Module = kind.__new__(kind)
@@ -45,7 +45,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 def _compute_parametrized(copy: nn.Module, module: nn.Module) -> None:
-    """Converts computed weights to parameters, since rules modify the weight that the layer uses."""
+    """Converts computed weights to parameters. Rules modify the weight that the layer uses."""
     if parametrize.is_parametrized(module):
         del copy._modules["parametrizations"]
         for name in module.parametrizations:  # type: ignore[union-attr]

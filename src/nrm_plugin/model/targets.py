@@ -1,4 +1,4 @@
-"""Targets and start vectors, and their normalization to a signed measure on the output neurons.
+"""Targets, start vectors, and their normalization to a signed measure on the output neurons.
 
 Source: docs/measure.md.
 """
@@ -21,12 +21,12 @@ MIN_TOTAL = 1e-6
 
 
 def sample_sums(tensor: Tensor) -> Tensor:
-    """Sums ``(N, …)`` over all dimensions but the first. Unlike ``flatten(1)``, it accepts ``(N,)``."""
+    """Sums a tensor over all dimensions but the first. Unlike ``flatten(1)``, accepts the shape ``(N,)``."""
     return tensor.reshape(len(tensor), -1).sum(1)
 
 
 def sample_norms(tensor: Tensor) -> Tensor:
-    """Computes the L1 norm of each sample: ``(N, …)`` to ``(N,)``."""
+    """Computes the L1 norm of each sample of a tensor of shape ``(N, …)``. Returns shape ``(N,)``."""
     if tensor.device.type != "cpu":
         return sample_sums(tensor.abs())
     flat = tensor.reshape(len(tensor), -1)
@@ -38,13 +38,13 @@ def sample_norms(tensor: Tensor) -> Tensor:
 
 
 def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
-    """Evaluates a target that is given as a function, and returns other targets unchanged.
+    """Evaluates a target that is given as a function. Returns other targets unchanged.
 
     Args:
         target: A target as accepted by :func:`start_vector`, or a function that computes it from the outputs.
         outputs: The model's outputs.
         batched: Whether the first dimension of the outputs is the batch. If it is not, and the output is a single row
-            of scores ``(1, C)`` for a whole graph, the target may be a class index alone.
+            of scores of shape ``(1, C)`` for a whole graph, the target may be a class index alone.
 
     Raises:
         TargetError: If the function does not return a target.
@@ -64,10 +64,10 @@ def chosen_target(target: Any, outputs: Tensor, batched: bool = True) -> Any:
 
 
 def start_vector(output: Tensor, target: Any = None, start: Any = None) -> Tensor:
-    """Computes the unnormalized start vector ``s``, ``(N, …)``, in the shape of the output and at least float32.
+    """Computes the unnormalized start vector ``s``, with the shape of the output and a dtype of at least float32.
 
     Args:
-        output: The model's output, ``(N, …)``.
+        output: The model's output, of shape ``(N, …)``.
         target: As in Captum: None if there is one output per sample, an int or a tuple for all samples, or a list or
             tensor with one index per sample.
         start: Signed weights of the outputs, with or without the batch dimension, or a function that computes them from
@@ -109,7 +109,7 @@ class Neurons:
             the layer.
 
     Attributes:
-        activation: Sum of the selected activations, ``(N,)``; set when the start vector is computed.
+        activation: Sum of the selected activations, of shape ``(N,)``; set when the start vector is computed.
     """
 
     def __init__(self, selector: Any) -> None:
@@ -117,7 +117,7 @@ class Neurons:
         self.activation = torch.empty(0)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Returns the start vector for a layer output ``(N, …)``."""
+        """Returns the start vector for a layer output of shape ``(N, …)``."""
         slope = self.slope(values)
         self.activation = (slope * values).flatten(1).sum(1)
         if bool((slope != 0).flatten(1).sum(1).le(1).all()):
@@ -127,7 +127,7 @@ class Neurons:
         return torch.where(silent, slope, start)
 
     def slope(self, values: Tensor) -> Tensor:
-        """Returns the derivative of the summed selected activations with respect to each neuron, ``(N, …)``."""
+        """Returns the gradient of the summed selected activations, of shape ``(N, …)``."""
         if callable(self.selector):
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()

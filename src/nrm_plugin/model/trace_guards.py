@@ -24,7 +24,7 @@ class _Active(threading.local):
         tracer: The tracer of the trace in progress, or None.
         audits: Number of active :func:`audit` contexts.
         place: Name of the step whose kernel is being constructed.
-        avoided: Shortcuts that a trace must not take, since their conditions failed for other values.
+        avoided: Shortcuts that a trace must not take because their conditions failed for other values.
     """
 
     tracer: Any = None
@@ -49,7 +49,7 @@ def note_obstacle(reason: str) -> None:
 
 @contextmanager
 def audit() -> Iterator[None]:
-    """Context manager for checks of a model or rule whose result holds for all inputs, so that replays omit them."""
+    """Context manager for checks of a model or rule whose result holds for all inputs. Replays omit them."""
     ACTIVE.audits += 1
     try:
         yield
@@ -83,7 +83,7 @@ def untraced() -> Iterator[None]:
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Context manager that bypasses ``__torch_function__`` during a trace, which observes operations below it."""
+    """Context manager that bypasses ``__torch_function__`` during a trace. The trace observes operations below it."""
     return torch._C.DisableTorchFunction() if is_traced() else nullcontext()
 
 
@@ -98,8 +98,8 @@ def unwatched() -> Iterator[None]:
 def uncollected() -> Iterator[None]:
     """Context manager that suspends cyclic garbage collection.
 
-    A recording creates so many objects that the garbage collector would otherwise traverse all objects of the process
-    several times.
+    A recording creates many objects. The garbage collector would otherwise traverse all objects of the process several
+    times.
     """
     is_enabled = gc.isenabled()
     gc.disable()

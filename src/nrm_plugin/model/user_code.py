@@ -16,7 +16,7 @@ from ..imports import PACKAGE
 
 @functools.cache
 def is_installed_module(name: str) -> bool:
-    """Returns True if a module belongs to Python or an installed package, so that a version identifies its code."""
+    """Returns True if a module belongs to Python or an installed package. A version then identifies its code."""
     top = name.partition(".")[0]
     if top == PACKAGE or top in sys.stdlib_module_names - {"__main__"} or top in sys.builtin_module_names:
         return True

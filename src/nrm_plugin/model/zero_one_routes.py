@@ -85,7 +85,7 @@ def is_route(module: nn.Module) -> bool:
 def operation(node: Node) -> str:
     """Returns the operation of an autograd node, such as ``MaxPool2DWithIndices`` for ``MaxPool2DWithIndicesBackward``.
 
-    A custom ``autograd.Function`` may have the same name as a torch operation; its name is therefore returned as
+    A custom ``autograd.Function`` may have the same name as a torch operation. Its name is returned as
     ``autograd.Function NAME``.
     """
     if isinstance(node, BackwardCFunction):
@@ -116,7 +116,7 @@ def is_whole(node: Node) -> bool:
 
 
 def written(node: Any, number: int) -> tuple[Any, int]:
-    """Follows in-place writes that overwrite a whole tensor, and returns the node and output number of the last write.
+    """Returns the node and output number of the last in-place write that overwrites a whole tensor.
 
     Nodes that torch inserts for full backward hooks are identities and are skipped.
     """

@@ -1,4 +1,4 @@
-"""Export of a plan as a program that returns outputs and their relevance, and that depends only on PyTorch."""
+"""Export of a plan as a program that returns outputs and their relevance and depends only on PyTorch."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def explained_model(
 
     Args:
         settings: The settings of the plan.
-        call: Function that creates the call of the model, and the reference, if any.
+        call: Function that creates the call of the model and, if any, the reference.
         tensors: The tensors of the call.
         layers: The layers whose marginals are traced.
 
     Returns:
-        The module, and example arguments.
+        The module and example arguments.
 
     Raises:
         UnsupportedOperationError: If the computation cannot be replayed for other inputs.
@@ -114,12 +114,12 @@ class ExplainedModel(nn.Module):
         """Computes the outputs, the targets, the relevance of each layer, and whether it is valid.
 
         Args:
-            tensors: The tensors of a model call, followed by the target of each sample, ``(N,)``, int64, where -1
-                stands for the class with the largest output.
+            tensors: The tensors of a model call, followed by the int64 targets of shape ``(N,)``, where -1 stands for
+                the class with the largest output.
 
         Returns:
-            A dictionary with the keys ``"outputs"``; ``"target"``, ``(N,)``; ``"relevance"``, keyed by layer; and
-            ``"is_valid"``, ``(N,)``, which is False for samples whose relevance must not be used.
+            A dictionary with the keys ``"outputs"``; ``"target"``, of shape ``(N,)``; ``"relevance"``, keyed by layer;
+            and ``"is_valid"``, of shape ``(N,)``, which is False for samples whose relevance must not be used.
         """
         *inputs, target = tensors
         program = self._program
@@ -161,7 +161,7 @@ class ExplainedModel(nn.Module):
 
 
 def _stored(constant: Tensor, used: set[int]) -> tuple[Tensor, list[int]]:
-    """Returns a constant as a contiguous tensor in memory of its own, and the permutation that restores its strides.
+    """Returns a constant as a contiguous tensor in memory of its own, with the permutation that restores its strides.
 
     ``torch.export.save`` stores each block of memory once, as one contiguous tensor.
     """
@@ -192,7 +192,7 @@ _CHECKS: dict[Any, Any] = {
     aten.is_nonzero.default: lambda expected, tensor: (tensor.reshape(()) != 0) == expected,
     aten.equal.default: _are_equal,
 }
-"""Functions that compare the result of an operation, which is read as a Python value, with its expected value."""
+"""Functions that compare a result read as a Python value with its expected value, keyed by operation."""
 
 
 def _check_exportable(one: Operation) -> None:
@@ -208,7 +208,7 @@ def save(module: ExplainedModel, tensors: Sequence[Tensor], path: Path) -> None:
 
     Args:
         module: The module to save.
-        tensors: Example arguments of the module: the tensors of a call, and the targets.
+        tensors: Example arguments of the module: the tensors of a call and the targets.
         path: Path of the file.
 
     Raises:

@@ -26,7 +26,7 @@ such changes accumulate over layers.
 def fused(
     operations: list[Operation], trace: Trace, constants: dict[int, Tensor], results: list[int]
 ) -> list[Operation]:
-    """Fuses each batch normalization into the preceding convolution, if the convolution has no other consumer.
+    """Fuses each batch normalization into the preceding convolution if the convolution has no other consumer.
 
     Args:
         operations: The operations of a program.
@@ -94,7 +94,7 @@ class _Fusion:
         return fused
 
     def is_close(self, other: Tensor) -> bool:
-        """Returns True if a weight equals that of the fused layer up to rounding."""
+        """Returns True if a weight equals the weight of the fused layer up to rounding."""
         if other.shape != self._weight.shape or other.dtype != self._weight.dtype:
             return False
         return all(self._are_close(other[rows], self._rows(rows)) for rows in self._blocks())

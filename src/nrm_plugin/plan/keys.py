@@ -16,7 +16,7 @@ _LARGEST = 1 << 20
 
 
 def call_key(values: Any) -> tuple[Hashable, list[Tensor]]:
-    """Returns a key for the form of a model's arguments, and the tensors among them, each listed once.
+    """Returns a key for the form of a model's arguments and the tensors among them, each listed once.
 
     Raises:
         TypeError: If an argument has no hashable equivalent.

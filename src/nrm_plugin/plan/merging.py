@@ -1,4 +1,4 @@
-"""Merging of operations, to remove repeated computations and unnecessary copies."""
+"""Merging of operations to remove repeated computations and unnecessary copies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FORWARDED = {
     ),
     id(aten.mul.Tensor): "product",
 }
-"""Operations that may return their first argument, keyed by ``id()``, since hashing PyTorch operations is slow."""
+"""Operations that may return their first argument, keyed by ``id()``. Hashing PyTorch operations is slow."""
 
 
 class Merger:
@@ -57,7 +57,7 @@ class Merger:
         self._given = {*trace.constants, *trace.placeholders}
 
     def merged(self, operations: list[Operation]) -> tuple[list[Operation], list[int]]:
-        """Returns the remaining operations, and the indices of the results."""
+        """Returns the remaining operations and the indices of the results."""
         memory = self.trace.memory
         self._writes = Counter(memory(number) for one in operations for number in one.writes)
         made = {number for one in operations for number in one.results if number is not None}
@@ -103,7 +103,7 @@ class Merger:
         return all(number in self.constants for number in one.reads)
 
     def _is_forwarded(self, one: Operation) -> bool:
-        """Replaces the result of an operation by its argument if the two are identical. Returns True if it did."""
+        """Replaces the result of an operation with its argument if the two are identical. Returns True if it did."""
         if one.function is aten.copy_.default:
             return self._is_moved(one)
         kind = _FORWARDED.get(id(one.function))
@@ -130,7 +130,7 @@ class Merger:
         return is_free and (kind == "copy" or (one.args[1] == 1 and not isinstance(one.args[1], Value)))
 
     def _is_moved(self, one: Operation) -> bool:
-        """Replaces a tensor that a copy overwrites entirely by the source of the copy. Returns True if it did."""
+        """Replaces a tensor that a copy overwrites entirely with the source of the copy. Returns True if it did."""
         target, source = one.args[0], one.args[1]
         if target == source:
             return True  # the target is a copy of the source and was replaced by it

@@ -16,7 +16,7 @@ from .python_state import PythonState
 from .tensor_sums import TensorSums
 
 _ENTRIES = 64
-"""Number of elements per tensor that are compared by value, since writes through ``.data`` do not change versions."""
+"""Number of elements per tensor that are compared by value. Writes through ``.data`` do not change versions."""
 
 
 class ModelState:
@@ -49,7 +49,7 @@ class ModelState:
     def is_outdated(self) -> bool:
         """Returns True if anything has changed, including any element of a weight and any Python object.
 
-        A plan makes this comparison once per call. :meth:`changed` is faster, and covers only what an existing measure
+        A plan makes this comparison once per call. :meth:`changed` is faster and covers only what an existing measure
         needs.
         """
         if self.changed():
@@ -58,7 +58,7 @@ class ModelState:
             return self._sums.have_changed() or self._python.has_changed() or self._further.changed() is not None
 
     def changed(self) -> str:
-        """Describes the first change found, or returns an empty string."""
+        """Describes the first change found. Returns an empty string if there is none."""
         if not self._changed():
             return ""
         with _RECORDING:  # the change may consist of hooks that another thread removes after its recording
@@ -101,7 +101,7 @@ _DICTS = (dict, OrderedDict)
 
 
 def hooked(model: nn.Module) -> str:
-    """Describes the first hook of the user in a model, or returns an empty string.
+    """Describes the first hook of the user in a model. Returns an empty string if there is none.
 
     Such hooks must run in every forward pass. Hooks of PyTorch, such as those of weight norm, merely compute tensors
     and are ignored.
@@ -121,7 +121,7 @@ def _common_hooks() -> tuple[int, ...]:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Returns the ids of a module's attributes, and of the items of attributes that are containers."""
+    """Returns the ids of a module's attributes and of the items in containers among them."""
     held = module.__dict__
     contents = [tuple(map(id, value.values())) for value in held.values() if value.__class__ in _DICTS and value]
     lists = [tuple(map(id, value)) for value in held.values() if value.__class__ in (list, set, tuple) and value]
@@ -129,7 +129,7 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _held(module: nn.Module) -> list[Any]:
-    """Returns references to the attributes of a module, which prevent new objects from reusing their ids."""
+    """Returns references to the attributes of a module. They prevent new objects from reusing the ids."""
     values = list(module.__dict__.values())
     return [values, *(list(value.values()) for value in values if value.__class__ in _DICTS)]
 
@@ -145,7 +145,7 @@ def _entries(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def settings(value: Any, depth: int = 4) -> Any:
-    """Returns the settings of a composite, as nested tuples of its rules' attributes."""
+    """Returns the settings of a composite as nested tuples of the attributes of its rules."""
     if value is None or isinstance(value, (bool, int, float, str, type)):
         return value
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Plan of a model: measures of many inputs of the same shape, at the cost of one or two gradients each."""
+"""Plans of a model: measures of many inputs of the same shape, at the cost of one or two gradients each."""
 
 from __future__ import annotations
 
@@ -43,11 +43,19 @@ class Plan:
 
     Args:
         model: The network, in evaluation mode.
-        inputs: Example inputs with the shapes of later inputs, ``(N, …)``.
-        composite, residual, gain_limit, output, batched, uncovered, reference, slopes, max_memory: As in
-            :class:`~nrm_plugin.RelevanceMeasure`. If a recording exceeds ``max_memory``, every call is recorded in
+        inputs: Example inputs with the shapes of later inputs, of shape ``(N, …)``.
+        composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        residual: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        gain_limit: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        additional_forward_args: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        uncovered: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        reference: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        slopes: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`. If a recording exceeds it, every call is recorded in
             parts, and nothing is replayed.
-        additional_forward_args, additional_forward_kwargs: As in :class:`~nrm_plugin.RelevanceMeasure`.
 
     Raises:
         InputError, ModelStateError, UnsupportedOperationError: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -145,10 +153,10 @@ class Plan:
         return PlannedMeasure(form.settings, programs, form.call, form.tensors, target, start, against, first)
 
     def explain(self) -> str:
-        """Describes which queries are replayed, and why others are recorded every time.
+        """Describes which queries are replayed and why others are recorded every time.
 
         Returns:
-            A text that lists, for each form of calls, the shapes of the tensors and, for each query, the number of
+            A text that lists the tensor shapes for each form of calls. For each query, it lists the number of
             operations, the memory of constants that are not tensors of the model, and the values that are verified in
             each run.
 
@@ -172,20 +180,21 @@ class Plan:
         additional_forward_args: Any = None,
         additional_forward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Exports a program that returns outputs and their relevance, and that depends only on PyTorch.
+        """Exports a program that returns outputs and their relevance and depends only on PyTorch.
 
         The program can be loaded with ``torch.export.load(path).module()``. Its arguments are the tensors of a call, in
-        the order and with the shapes of ``inputs``, and a tensor of targets ``(N,)``, int64, in which -1 selects the
-        class with the largest output. It returns a dictionary:
+        the order and with the shapes of ``inputs``, and an int64 tensor of targets of shape ``(N,)``, in which -1
+        selects the class with the largest output. It returns a dictionary:
 
         - ``"outputs"``: the outputs of the model;
-        - ``"target"``: the explained class of each sample, ``(N,)``;
-        - ``"relevance"``: the marginal of each layer, ``(N, *shape)``, keyed by layer name;
-        - ``"is_valid"``: ``(N,)``, False if the target is not a class, the relevance is not finite, or a value on which
-          the model branches differs from that at ``inputs``. The relevance of such a sample must not be used.
+        - ``"target"``: the explained class of each sample, of shape ``(N,)``;
+        - ``"relevance"``: the marginal of each layer, of shape ``(N, *shape)``, keyed by layer name;
+        - ``"is_valid"``: a boolean tensor of shape ``(N,)``, False if the target is not a class, the relevance is not
+          finite, or a value on which the model branches differs from its value at ``inputs``. The relevance of such a
+          sample must not be used.
 
         Args:
-            path: Path of the file, which by convention ends in ``.pt2``. If it ends in ``.onnx``, PyTorch's ONNX
+            path: Path of the file, by convention with the extension ``.pt2``. If it ends in ``.onnx``, PyTorch's ONNX
                 exporter is used, which requires the packages onnx and onnxscript.
             inputs: Example inputs with the shapes of later inputs.
             layers: Names of the layers whose relevance is returned, or ``at(…)``.
@@ -216,7 +225,7 @@ class Plan:
         save(*explained_model(form.settings, form.call, form.tensors, layers), Path(path))
 
     def _has_changed(self) -> bool:
-        """Returns True if the model or the composite has changed, which invalidates all programs."""
+        """Returns True if the model or the composite has changed. All programs are then invalid."""
         return self._state.is_outdated() or settings(self._rules[0]) != self._rules_state
 
     def _is_useful(self, form: Hashable) -> bool:

@@ -35,7 +35,11 @@ class Settings:
     """Settings shared by all measures of a plan.
 
     Attributes:
-        model, composite, output, batched, max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        model: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        composite: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        output: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        batched: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        max_memory: As in :class:`~nrm_plugin.RelevanceMeasure`.
         references: Number of references per sample, or None if the measure explains outputs without a reference.
         state: The state of the model.
     """
@@ -63,7 +67,8 @@ class PlannedOutputs:
         references: Number of references per sample.
 
     Attributes:
-        start: The initial relevance of the outputs, ``(N, …)``, and, with ``against``, the weights of the outputs.
+        start: The initial relevance of the outputs, of shape ``(N, …)``, and, with ``against``, the weights of the
+            outputs.
     """
 
     def __init__(self, values: Sequence[Tensor], is_batched: bool, references: int) -> None:
@@ -140,7 +145,7 @@ class TracedRecording:
         return nullcontext() if self.tracer is None else _Traced(self.tracer, self._avoided)
 
     def begin(self, start: Sequence[Tensor]) -> None:
-        """Sets the initial relevance of the outputs, ``(N, …)``, and for a contrast also the weights of the outputs."""
+        """Sets the initial relevance of the outputs and, for a contrast, their weights, of shape ``(N, …)`` each."""
         if self.tracer is not None:
             outputs = [self.tracer.number(tensor) for tensor in self.outputs]
             numbers = [self.tracer.placeholder(tensor) for tensor in start]
@@ -154,7 +159,7 @@ class TracedRecording:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Returns the states of the random number generators of Python and NumPy, whose use is not traced."""
+    """Returns the states of the random number generators of Python and NumPy. Their use is not traced."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, bytes(keys), *rest  # type: ignore[arg-type]
 
@@ -173,14 +178,16 @@ class _Traced:
 
 
 class PlannedMeasure(RelevanceMeasure):
-    """Measure that answers queries by running the programs of a plan, and records the model for all other queries.
+    """Measure that answers queries by running the programs of a plan and records the model for all other queries.
 
     Args:
         settings: The settings of the plan.
         programs: The programs for calls of this form.
         call: Function that creates the call of the model.
         tensors: The tensors of the call.
-        target, start, against: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        target: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        start: As in :class:`~nrm_plugin.RelevanceMeasure`.
+        against: As in :class:`~nrm_plugin.RelevanceMeasure`.
         recorded: An existing recording of this call, or None.
     """
 
@@ -211,7 +218,7 @@ class PlannedMeasure(RelevanceMeasure):
     # -- the forward pass -----------------------------------------------------------------------------------------
 
     def _forward(self) -> Sequence[Tensor]:
-        """Computes the outputs, as the argument ``values`` of :class:`PlannedOutputs`."""
+        """Computes the outputs in the form of the argument ``values`` of :class:`PlannedOutputs`."""
         latest = self._programs.latest
         if self._recorded is None and latest is not None:
             try:
@@ -267,7 +274,7 @@ class PlannedMeasure(RelevanceMeasure):
 
     @contextmanager
     def _sharing(self, layers: Any) -> Iterator[None]:
-        """Does nothing, since programs do not share passes."""
+        """Does nothing. Programs do not share passes."""
         yield
 
     def _run(self, query: QueryProgram) -> Any:
@@ -289,7 +296,7 @@ class PlannedMeasure(RelevanceMeasure):
         return query.answer(results)
 
     def _traced(self, key: Key, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on a traced recording, and compiles a program that repeats it."""
+        """Computes a query on a traced recording and compiles a program that repeats it."""
         self._check_inputs()
         if self._recorded is None or not self._recorded.is_traceable:
             self._recorded = self._record()
@@ -309,7 +316,7 @@ class PlannedMeasure(RelevanceMeasure):
         return answer
 
     def _computed(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes a query on the recording. It is traced if possible, since later queries reuse its kernels."""
+        """Computes a query on the recording. It is traced if possible, because later queries reuse its kernels."""
         self._is_answering = True
         try:
             with nullcontext() if self._recorded is None else self._recorded.traced():
@@ -375,7 +382,7 @@ class PlannedMeasure(RelevanceMeasure):
         return self._planned.start[0] if recorded is None or recorded.start is None else recorded.start
 
     def _check_inputs(self) -> None:
-        """Raises :class:`StaleMeasureError` if the inputs, which a query still needs, have been overwritten."""
+        """Raises :class:`StaleMeasureError` if inputs that a query still needs have been overwritten."""
         if [tensor._version for tensor in self._tensors] != self._versions:
             raise StaleMeasureError(
                 "the inputs were overwritten since the measure was constructed, and this query needs them. Construct "

@@ -42,15 +42,18 @@ class Program:
         inputs: Indices of the inputs.
         outputs: Indices of the tensors returned by the first stage.
         start: Indices of the tensors that start the second stage, such as the relevance of the outputs.
-        results: For each query, indices of the tensors returned by the second stage.
+        results: Indices of the tensors that the second stage returns for each query.
 
     Attributes:
-        operations: The simplified operations.
+        operations: Operations that remain after simplification.
         constants: The constant tensors that the operations read, keyed by index.
         until: Number of operations in the first stage.
         is_shareable: Whether several queries may use the same state.
         size: Size of the state in bytes.
-        inputs, outputs, start, results: The arguments, as indices of the simplified trace.
+        inputs: Indices of the inputs in the simplified trace.
+        outputs: Indices of the outputs in the simplified trace.
+        start: Indices of the start tensors in the simplified trace.
+        results: Indices of the results in the simplified trace.
         obstacle: Reason why the operations cannot be replayed, or an empty string. If it is not empty, no other
             attribute is set.
     """
@@ -89,7 +92,7 @@ class Program:
         self.is_shareable = not any(used[at] in shared for places in self._overwritten for at in places)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Any]]:
-        """Runs the first stage. Returns the outputs, and the state: the tensors that the second stage reads."""
+        """Runs the first stage. Returns the outputs and the state, the tensors that the second stage reads."""
         with _plain(inputs[0].device):
             outputs, state, checks = _run(self._forward, *inputs)
         _check(checks)
@@ -101,7 +104,7 @@ class Program:
         """Runs the second stage for one query.
 
         Args:
-            state: The state returned by :meth:`forward`. It is emptied, so that memory is freed early.
+            state: The state returned by :meth:`forward`. It is emptied to free memory early.
             start: The tensors at which the stage starts.
             query: Index of the query.
             is_kept: Whether later queries need the tensors of the state.
@@ -147,14 +150,14 @@ def _early(operations: list[Operation], outputs: Sequence[int], memory: Callable
 
 
 def _last_check(operations: list[Operation], start: set[int]) -> int:
-    """Returns the index of the last check before ``start`` is read, on which the outputs may depend, or -1."""
+    """Returns the index of the last check before ``start`` is read, or -1. The outputs may depend on this check."""
     begin = next((index for index, one in enumerate(operations) if start & set(one.reads)), len(operations))
     checks = [i for i, one in enumerate(operations[:begin]) if one.expected is not None or one.shapes is not None]
     return max(checks, default=-1)
 
 
 def _run(stage: Callable[..., Any], *args: Any) -> Any:
-    """Runs a stage. Errors of operations, which changed values can cause, are raised as ChangedValueError."""
+    """Runs a stage. Operations can fail for changed values; such errors are raised as ChangedValueError."""
     try:
         return stage(*args)
     except torch.OutOfMemoryError:
@@ -254,7 +257,7 @@ class _Writer:
     def written(
         self, inputs: list[int], outputs: list[int], start: Sequence[int], results: list[list[int]]
     ) -> tuple[str, dict[str, Any]]:
-        """Returns the source code of both stages, and the namespace in which it is executed.
+        """Returns the source code of both stages and the namespace in which it is executed.
 
         Args:
             inputs: As in :class:`Program`.

@@ -22,8 +22,9 @@ Key = tuple[Hashable, ...]
 MOST = 32
 """Maximum number of programs for calls of one form."""
 FAILURES = 3
-"""Number of failed replays after which every call is recorded, if the model reads a changed value, or a shortcut is
-avoided in all layers, if its condition is violated."""
+"""Number of failed replays after which a failing shortcut is avoided in all layers.
+
+If the model or a rule reads a changed value, every call is recorded after this number of failures."""
 
 
 @dataclass
@@ -53,8 +54,10 @@ class TracedQueries:
 
     Attributes:
         tracer: The tracer of the recording and the queries.
-        inputs, outputs, start: Indices of tensors in the trace, as in :class:`~nrm_plugin.plan.program.Program`.
-        results: For each query, the indices of its results.
+        inputs: As in :class:`~nrm_plugin.plan.program.Program`.
+        outputs: As in :class:`~nrm_plugin.plan.program.Program`.
+        start: As in :class:`~nrm_plugin.plan.program.Program`.
+        results: Indices of the results of each query.
         queries: The queries that have a program.
     """
 
@@ -75,7 +78,7 @@ class Programs:
     """Cache of the programs for calls of one form (same shapes and non-tensor arguments), keyed by query.
 
     Attributes:
-        avoided: Shortcuts that are no longer taken, since their conditions failed for some inputs. A shortcut whose
+        avoided: Shortcuts that are no longer taken because their conditions failed for some inputs. A shortcut whose
             condition failed in several calls, in the same layer or in different layers, is avoided in all layers.
         obstacle: Reason why calls of this form cannot be replayed and must be recorded each time, or an empty string.
         answers: Cached properties that do not depend on values, such as names and shapes.
@@ -109,7 +112,7 @@ class Programs:
             return query
 
     def is_worth(self, key: Key, is_certain: bool) -> bool:
-        """Returns True if a query should be traced: at once if it is certain to recur, or else when it is repeated."""
+        """Returns True if a query should be traced, either because it is certain to recur or because it is repeated."""
         with self.lock:
             worth = (is_certain or key in self._seen) and key not in self._recorded
             self._seen.add(key)
@@ -145,7 +148,7 @@ class Programs:
                 self._programs.popitem(last=False)
 
     def reject(self, error: ChangedValueError) -> None:
-        """Discards all programs, since a value on which they depend has changed."""
+        """Discards all programs. Called if a value on which they depend has changed."""
         with self.lock:
             names = frozenset(read for read in error.reads if " in " in read)
             kinds = {kind_of(name) for name in names}
@@ -188,7 +191,7 @@ def _described(program: Program, own: Container[int]) -> str:
 
 
 def memory_of(tensors: Iterable[Tensor], own: Container[int]) -> int:
-    """Returns the total size of tensors in bytes, excluding those with the given storage addresses."""
+    """Returns the total size of tensors in bytes, excluding tensors with the given storage addresses."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
     sizes = {one.data_ptr(): one.nbytes() for one in storages}
     return sum(size for address, size in sizes.items() if address not in own)

@@ -1,4 +1,4 @@
-"""The Python objects on which a plan depends, since the model reads them besides parameters and buffers."""
+"""The Python objects on which a plan depends. The model reads them besides parameters and buffers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTAINERS = (dict, OrderedDict, list, set, tuple)
 """Containers that are compared item by item, with the attributes of the module to which they belong."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, np.generic)
 _PASSED_OVER = frozenset("torch numpy logging threading weakref _weakrefset zennit captum nrm_plugin builtins".split())
-"""Packages whose objects are compared elsewhere, or do not affect what a model computes."""
+"""Packages whose objects are compared elsewhere or do not affect what a model computes."""
 _SKIPPED = frozenset(
     "_parameters _buffers _modules _non_persistent_buffers_set _backward_hooks _backward_pre_hooks _forward_hooks "
     "_forward_pre_hooks _state_dict_hooks __module__ __doc__ __dict__ __weakref__ __annotations__ "
@@ -41,7 +41,7 @@ class PythonState:
     packages is assumed not to change.
 
     Args:
-        roots: The modules of the model, and further objects such as its composite.
+        roots: The modules of the model and further objects such as its composite.
 
     Attributes:
         modules: Modules that were reached but are not among the roots, such as modules in a list. Attributes of these
@@ -74,7 +74,7 @@ class PythonState:
         return any(_bytes(array) != before for array, before in self._arrays)
 
     def _note(self, value: Any) -> Iterable[Any]:
-        """Stores the contents of an object for later comparison, and returns them."""
+        """Stores the contents of an object for later comparison and returns them."""
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return ()

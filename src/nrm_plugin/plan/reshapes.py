@@ -1,4 +1,4 @@
-"""Removal of views that move no data, such as the leading dimension that a single relevance vector has."""
+"""Removal of views that move no data, such as the leading dimension of a single relevance vector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ELEMENTWISE = frozenset(
 
 
 _REDUCTIONS = frozenset(map(id, [aten.sum.dim_IntList, aten.mean.dim, aten.amin.default, aten.amax.default]))
-"""Reductions over dimensions, given by ``id``, since hashing PyTorch operations is slow."""
+"""Reductions over dimensions, given by ``id``. Hashing PyTorch operations is slow."""
 
 
 class ViewRemover:
@@ -41,7 +41,7 @@ class ViewRemover:
         self._narrow: dict[int, int] = {}
 
     def rewritten(self, operations: list[Operation], results: list[int]) -> tuple[list[Operation], list[int]]:
-        """Returns equivalent operations, and the indices of the results."""
+        """Returns equivalent operations and the indices of the results."""
         for one in operations:
             source = self._source(one)
             if source is not None and one.results[0] is not None:
@@ -174,8 +174,8 @@ class ViewRemover:
     def _without(self, number: int, ndim: int) -> int | None:
         """Returns the index of the tensor that equals tensor ``number`` without its leading dimension, or None.
 
-        The result is None if the trace contains no such tensor, and ``number`` itself if that tensor has fewer than
-        ``ndim`` dimensions.
+        Returns None if the trace contains no such tensor, and ``number`` itself if the tensor has fewer than ``ndim``
+        dimensions.
         """
         form = self.trace.forms[number]
         if len(form[0]) < ndim:
@@ -186,7 +186,7 @@ class ViewRemover:
         return root if self.trace.forms[root][0] == form[0][1:] else None
 
     def _new(self, number: int) -> int:
-        """Adds to the trace a tensor without its leading dimension, and returns the new index."""
+        """Adds a tensor without its leading dimension to the trace and returns the new index."""
         trace = self.trace
         made, trace.count = trace.count, trace.count + 1
         shape, stride, *rest = trace.forms[number]

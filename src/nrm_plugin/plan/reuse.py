@@ -19,7 +19,7 @@ from .keys import call_key
 from .plan import MOST, Plan
 
 PLAIN = 2
-"""Number of measures of one form that are recorded before a plan is created, at the cost of several recordings."""
+"""Number of measures of one form that are recorded before a plan is created. A plan costs several recordings."""
 NEVER = 1 << 62
 """Number of recordings, never reached, that rules out further plans after one has needed too much memory."""
 PAID = 32
@@ -68,7 +68,7 @@ class Measures:
             model: As in :class:`~nrm_plugin.RelevanceMeasure`.
             inputs: As in :class:`~nrm_plugin.RelevanceMeasure`.
             target: As in :class:`~nrm_plugin.RelevanceMeasure`.
-            composite: The normalized composite.
+            composite: Composite that assigns normalized rules.
             start: As in :class:`~nrm_plugin.RelevanceMeasure`.
             against: As in :class:`~nrm_plugin.RelevanceMeasure`.
             reference: As in :class:`~nrm_plugin.RelevanceMeasure`.
@@ -128,7 +128,7 @@ class Measures:
         return is_too_large
 
     def _is_repeated(self, form: Hashable) -> bool:
-        """Counts a call, and returns True if its form has recurred often enough to use a plan."""
+        """Counts a call. Returns True if its form has recurred often enough to use a plan."""
         self._seen[form] = self._seen.get(form, 0) + 1
         self._seen.move_to_end(form)
         while len(self._seen) > MOST:
@@ -145,7 +145,7 @@ class Measures:
         self._seen.clear()
 
     def __reduce__(self) -> Any:
-        """Reduces the object to its type, so that copies and pickles have no plan, which is bound to this process."""
+        """Reduces the object to its type. Plans are bound to this process, so copies and pickles have none."""
         return Measures, ()
 
 
@@ -156,7 +156,7 @@ _LOCK = threading.Lock()
 def measures_of(owner: Any) -> Measures:
     """Returns the :class:`Measures` instance of an object, which is created on first use.
 
-    The instance lives as long as the object, and is not copied or pickled with it.
+    The instance lives as long as the object and is not copied or pickled with it.
     """
     with _LOCK:
         measures: Measures | None = _BY_OWNER.get(owner)

@@ -63,7 +63,7 @@ class Simplifier:
         self.constants = {number: value for number, value in self.constants.items() if number in read}
 
     def _overwritten(self, one: Operation) -> str:
-        """Returns the obstacle if an operation writes to an input or a weight, or else an empty string."""
+        """Returns the obstacle if an operation writes to an input or a weight, and otherwise an empty string."""
         given = (self.trace.memory(number) for number in one.writes)
         if any(number in self.constants or number in self.trace.placeholders for number in given):
             return f"the model overwrites one of its inputs or weights ({one.function})"

@@ -23,7 +23,7 @@ _Groups = dict[Any, tuple[list[Tensor], list[Tensor]]]
 class TensorSums:
     """Weighted sums of all elements of tensors, which detect changes in one pass over the memory.
 
-    The weights are random and of both signs, so that exchanging elements also changes a sum. Small tensors, integer
+    The weights are random and of both signs. Exchanging elements thus also changes a sum. Small tensors, integer
     tensors, and tensors whose sums are not finite are compared element by element.
 
     Args:

@@ -37,7 +37,8 @@ class Operation:
 
     Attributes:
         function: The called operator.
-        args, kwargs: The arguments, with a :class:`Value` in place of each tensor.
+        args: Positional arguments, with a :class:`Value` in place of each tensor.
+        kwargs: Keyword arguments, with a :class:`Value` in place of each tensor.
         results: Indices of the returned tensors, with None in place of other return values.
         is_sequence: Whether the operation returned several tensors.
         writes: Indices of the overwritten tensors.
@@ -46,7 +47,7 @@ class Operation:
         shapes: The shapes of the results if they depend on values, or None.
         origin: For ``expected`` and ``shapes``, the shortcut that was taken, or the line of code that read the value.
         reads: Indices of the tensors among the arguments.
-        query: Index of the query that executed the operation; 0 for the recording.
+        query: Index of the query that executed the operation, or 0 for the recording.
     """
 
     function: Any
@@ -132,7 +133,7 @@ class Trace:
         constants: Tensors that do not depend on placeholders, keyed by index.
         placeholders: Indices of the tensors that differ between runs.
         forms: Shape, strides, offset, dtype and device of each tensor, and whether it is conjugated or negated.
-        aliases: For tensors that may share the memory of an earlier tensor, the index of that tensor.
+        aliases: Index of the earlier tensor with which each tensor may share memory.
         count: Number of tensors.
         obstacles: Reasons why the operations cannot be replayed for other values.
     """
@@ -146,7 +147,7 @@ class Trace:
     obstacles: list[str] = field(default_factory=list)
 
     def memory(self, number: int) -> int:
-        """Returns the index of the first tensor that may share memory with a tensor, which identifies the memory."""
+        """Returns the index of the first tensor that may share memory with a tensor. It identifies the memory."""
         while number in self.aliases:
             number = self.aliases[number]
         return number
@@ -159,7 +160,7 @@ FILLED = frozenset(
     new_empty_strided
     """.split()
 )
-"""Operations that create tensors, and that read at most the shape of an argument."""
+"""Operations that create tensors and read at most the shape of an argument."""
 
 
 def is_drawn(one: Operation) -> bool:
@@ -173,4 +174,4 @@ def draws(function: Any) -> bool:
 
 
 _DETERMINISTIC = ("aten._scaled_dot_product", "aten.native_dropout")
-"""Operations that draw random numbers only in training mode, for which measures are not computed."""
+"""Operations that draw random numbers only in training mode. Measures are computed in evaluation mode."""

@@ -45,7 +45,7 @@ class Tracer(TorchDispatchMode):
     """Torch dispatch mode that appends the operations of this thread to a trace. It can be entered repeatedly.
 
     Operations on constants are executed but not appended, and their results are constants. Operations that create
-    tensors to be filled later are appended, since a tensor is constant only when it has its final values.
+    tensors to be filled later are appended: a tensor is constant only when it has its final values.
 
     Attributes:
         trace: The trace to which operations are appended.
@@ -98,7 +98,7 @@ class Tracer(TorchDispatchMode):
         return number
 
     def number(self, tensor: Tensor) -> int:
-        """Returns the index of a tensor, which is added as a constant if it is unknown."""
+        """Returns the index of a tensor. An unknown tensor is added as a constant."""
         return self._value(tensor).number
 
     def varies(self, tensor: Tensor) -> bool:
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):
         return len(self.trace.operations)
 
     def forget_reads(self, position: int) -> None:
-        """Discards the values read since the given position, on which the computation does not depend."""
+        """Discards the values read since the given position. The computation does not depend on them."""
         recent = self.trace.operations[position:]
         self.trace.operations[position:] = [one for one in recent if one.expected is None and one.shapes is None]
 
@@ -211,7 +211,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _is_constant(self, facts: _Facts, args: Any, kwargs: Any) -> bool:
-        """Returns True if an operation need not be traced, since it reads only constants."""
+        """Returns True if an operation reads only constants and need not be traced."""
         if facts.is_recorded:
             return False
         if not facts.writes:
@@ -276,7 +276,7 @@ class Tracer(TorchDispatchMode):
         )
 
     def _result(self, item: Any, writes: tuple[int, ...]) -> int | None:
-        """Returns the index of a result, or None if it is not a tensor, or a known view that was not overwritten."""
+        """Returns the index of a result, or None if it is not a tensor or is a known view that was not overwritten."""
         if not isinstance(item, Tensor):
             return None
         at = _identity(item)
@@ -348,7 +348,7 @@ class _Facts:
 
 
 _FACTS: dict[int, _Facts] = {}
-"""Properties of operations, keyed by ``id()``, since hashing PyTorch operations is slow."""
+"""Properties of operations, keyed by ``id()``. Hashing PyTorch operations is slow."""
 
 
 def _facts(function: Any) -> _Facts:
@@ -373,7 +373,7 @@ def _facts_of(function: Any) -> _Facts:
 
 
 def _line() -> str:
-    """Returns the lines of the call stack, outside of PyTorch, at which a value is being read."""
+    """Returns the lines of the call stack outside PyTorch at which a value is being read."""
     frame, lines = sys._getframe(1), list[str]()
     while frame is not None and len(lines) < 4:
         name = frame.f_code.co_filename
@@ -407,7 +407,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class EscapeWatch(TorchFunctionMode):
-    """Torch function mode that detects values that leave torch, as computations with them are not traced."""
+    """Torch function mode that detects values that leave torch. Computations with them are not traced."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -427,7 +427,7 @@ class EscapeWatch(TorchFunctionMode):
 
 
 def _list_entries(args: Any) -> list[Any]:
-    """Returns the list arguments of a function, whose tensors torch reads without dispatch."""
+    """Returns the list arguments of a function. Torch reads the tensors in them without dispatch."""
     nested = [item for value in args if isinstance(value, tuple) for item in value]
     return [value for value in (*args, *nested) if isinstance(value, list)]
 

@@ -18,10 +18,10 @@ def as_array(values: Tensor | ArrayLike) -> Array:
 
 
 def map_array(values: Values) -> Array:
-    """Returns a heat map as an array ``(H, W)``.
+    """Returns a heat map as an array of shape ``(H, W)``.
 
     Raises:
-        InputError: If it has another shape, or contains NaN or infinite values.
+        InputError: If it has another shape or contains NaN or infinity.
     """
     array = as_array(values)
     if array.ndim != 2 or not array.size:
@@ -32,7 +32,7 @@ def map_array(values: Values) -> Array:
 
 
 def image_array(image: Values) -> Array:
-    """Returns an image as an array ``(C, H, W)``, with one or three channels.
+    """Returns an image as an array of shape ``(C, H, W)``, with one or three channels.
 
     Raises:
         InputError: If it has another shape.

@@ -59,18 +59,18 @@ def flow_figure(
 ) -> Figure:
     """Draws a flow graph as ribbons between nodes, with the input on the left and heights proportional to relevance.
 
-    Positive relevance is red and negative relevance is blue, in colorblind-friendly shades; at each node, negative
+    Positive relevance is red and negative relevance is blue, in colorblind-friendly shades. At each node, negative
     ribbons are below positive ones. Gray marks the rest of a layer, hatched orange the relevance absorbed above it, and
-    dotted orange the relevance that bypasses it. Very thin ribbons and small nodes of these three kinds are not drawn;
-    the legend states their total.
+    dotted orange the relevance that bypasses it. Very thin ribbons and small nodes of these three kinds are not drawn.
+    The legend states their total.
 
     Args:
-        graph: The flow graph.
+        graph: Flow graph to draw.
         heading: Description of what the flow explains, above the title.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails.
-        image: The explained image, ``(C, H, W)`` with values in [0, 1], or a :class:`~nrm_plugin.plots.Photo`. It is
-            drawn next to the caption, and in gray behind the thumbnails.
+        image: The explained image, of shape ``(C, H, W)`` with values in [0, 1], or a :class:`~nrm_plugin.plots.Photo`.
+            It is drawn next to the caption and in gray behind the thumbnails.
         caption: Text below the title; by default :func:`~nrm_plugin.plots.flow_caption.flow_caption`.
         width: Width in inches, such as 3.3 for one column of a paper; by default, at least 7.2.
         maps_at: The layer whose positions form the heat maps, for the legend; by default, single pixels.
@@ -78,7 +78,7 @@ def flow_figure(
         signs: Descriptions of positive and negative relevance for the legend.
         pairs: Joint relevance of nodes in non-adjacent layers, as in :func:`~nrm_plugin.plots.sankey`. The figure then
             names, below each group of channels, the image part that contributes most to it.
-        counts: Number of channels in each group, keyed by node, which is shown where there is enough space.
+        counts: Number of channels in each group, keyed by node. It is shown where there is enough space.
         finding: Title of the figure; by default :func:`~nrm_plugin.plots.flow_finding.flow_finding`. If it is empty,
             the heading is the title.
 
@@ -165,7 +165,7 @@ def color_of(tone: str, palette: Palette) -> str:
 
 
 def curve(band: Band) -> list[tuple[float, float]]:
-    """Returns a ribbon's corners and Bézier control points, along the upper edge and back along the lower edge."""
+    """Returns the corners and Bézier control points of a ribbon, along the upper edge and back along the lower edge."""
     (x, start), (right, end) = band.start, band.end
     middle, half = (x + right) / 2, band.width / 2
     over = [(x, start - half), (middle, start - half), (middle, end - half), (right, end - half)]

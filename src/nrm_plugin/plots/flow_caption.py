@@ -25,10 +25,10 @@ WIDE = 0.1
 DENSE = 1.25
 """Smallest ratio of relevance to area for which an image part is mentioned as the densest."""
 FEW = 0.25
-"""Share of relevance below which the caption states how little the shown channels of a layer account for."""
+"""Fraction of relevance below which the caption states how little the shown channels of a layer account for."""
 PATH, PATHS = "path through one node of each layer", "paths through one node of each layer"
 Walks = Sequence[tuple[Sequence[str], float]]
-"""Walks over groups, sorted by decreasing mass: keys of their nodes, from the input to the output, and their masses."""
+"""Walks over groups, sorted by decreasing mass, as pairs of node keys (from the input to the output) and mass."""
 
 
 def flow_caption(
@@ -38,12 +38,12 @@ def flow_caption(
     areas: Mapping[str, float] | None = None,
     places: Mapping[str, str] | None = None,
 ) -> str:
-    """Describes the main results of a flow: where relevance comes from, its strongest walks, and negative evidence.
+    """Describes the main results of a flow: where relevance comes from, the strongest walks, and negative evidence.
 
     If the groups were read from a file, the last sentence names it.
 
     Args:
-        graph: The flow graph.
+        graph: Flow graph to describe.
         target: Name of the explained output; by default, the name of the output node with the largest mass.
         walks: The strongest walks over the groups of all layers, as returned by
             :meth:`~nrm_plugin.search.group_walks.GroupWalks.through_nodes`.
@@ -65,7 +65,7 @@ def flow_caption(
 
 
 def named_walks(walks: Walks) -> Walks:
-    """Returns the walks that a caption names, whose absolute mass is at least :data:`NAMED_WALK`."""
+    """Returns the walks that a caption names. Their absolute mass is at least :data:`NAMED_WALK`."""
     return [(keys, mass) for keys, mass in walks[:NAMED_WALKS] if abs(mass) >= NAMED_WALK]
 
 

@@ -1,4 +1,4 @@
-"""Selection of the drawn nodes of a flow, and their order, names and colors."""
+"""Selection, order, names and colors of the drawn nodes of a flow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .flow_order import column_orders
 MAX_GROUPS = 40
 """Maximum number of groups per layer in a figure."""
 LEAST_OFF, LEAST_REST = 5e-3, 2e-3
-"""Smallest relevance at which the nodes for the rest of a layer, and for walks off a layer, are drawn."""
+"""Smallest relevance at which the nodes for the rest of a layer and for walks off a layer are drawn."""
 NUMBERED = {"input": "group", "output": "output"}
 """Terms for the groups of a layer, keyed by layer name. In all other layers, the groups are channels."""
 
@@ -22,8 +22,8 @@ def drawn_nodes(layer: FlowLayer, joint_mass: Array | None = None) -> list[tuple
     """Returns the drawn nodes of a layer, each with its row index in the joint relevance.
 
     Args:
-        layer: The layer.
-        joint_mass: Size of each node, which decides whether it is drawn; by default, the absolute mass.
+        layer: Layer of the flow graph.
+        joint_mass: Size of each node, which determines whether it is drawn. By default, the absolute mass.
 
     Raises:
         FlowError: If the layer has too many groups for a figure.
@@ -67,15 +67,15 @@ def has_rests(graph: FlowGraph) -> bool:
 
 
 def is_difference(graph: FlowGraph) -> bool:
-    """Returns True if a graph is the difference between two flows, so that the masses of each layer sum to 0."""
+    """Returns True if a graph is the difference between two flows. The masses of each layer then sum to 0."""
     return all(abs(sum(node.mass for node in layer.nodes)) < 0.5 for layer in graph.layers)
 
 
 def without_output(graph: FlowGraph) -> FlowGraph:
     """Returns a difference without the output if two other layers remain.
 
-    Each flow contains all relevance of its output, so the output shows 100% and -100% for two classes, and nothing
-    for one class in two images. Its bars would determine the scale, instead of the differences.
+    Each flow contains all relevance of its output. The output thus shows 100% and -100% for two classes, and nothing
+    for one class in two images. Its bars would determine the scale instead of the differences.
     """
     if len(graph.layers) < 3 or graph.layers[0].name != "output":
         return graph

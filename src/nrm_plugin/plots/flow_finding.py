@@ -10,7 +10,7 @@ from .flow_columns import NUMBERED, is_difference, node_name
 from .ribbons import percent
 
 HALF = 0.5
-"""Share of a layer's relevance held by the named nodes: as few nodes as possible, but at most :data:`NAMED`."""
+"""Fraction of a layer's relevance that the named nodes hold. At most :data:`NAMED` nodes are named."""
 NAMED = 3
 AGAINST = -0.25
 """Minimum mass at which the finding mentions evidence against the output."""
@@ -25,14 +25,14 @@ Places = Mapping[str, str]
 
 
 def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = None) -> str:
-    """Returns a sentence about the main sources of relevance, and the main nodes of a layer that it passes through.
+    """Returns a sentence about the main sources of relevance and the main nodes of a layer through which it passes.
 
     Each number is the sum of the masses of the named nodes, which the figure shows. Among the layers between the lowest
     layer and the output, the sentence describes the one in which the fewest nodes hold half of the relevance. If most
     of the relevance passes through nodes that are not shown, it says so.
 
     Args:
-        graph: The graph.
+        graph: Flow graph to describe.
         target: Name of the explained output; by default, the name of the only output node.
         places: Location of each input node in the image, such as "upper left", keyed by node.
 
@@ -59,12 +59,12 @@ def flow_finding(graph: FlowGraph, target: str = "", places: Places | None = Non
 
 
 def difference_finding(graph: FlowGraph, first: str, second: str, places: Places | None = None) -> str:
-    """Returns a sentence on where two flows differ most, or on how little they differ.
+    """Returns a sentence about where two flows differ most, or how little they differ.
 
     Args:
         graph: The first flow minus the second.
-        first: Name of the first flow; red shows where it is larger.
-        second: Name of the second flow; blue shows where it is larger.
+        first: Name of the first flow. Red shows where it is larger.
+        second: Name of the second flow. Blue shows where it is larger.
         places: As in :func:`flow_finding`.
     """
     nodes = [node for layer in graph.layers if layer.name != "output" for node in groups_of(layer)]
@@ -101,7 +101,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def together(names: Sequence[str]) -> str:
-    """Lists names and states a common word only once: "part 1" and "part 2" become "parts 1 and 2"."""
+    """Joins names and states a common word only once: "part 1" and "part 2" become "parts 1 and 2"."""
     matches = [WORD_AND_NUMBER.fullmatch(name) for name in names]
     words = {match["word"] if match else None for match in matches}
     if len(names) < 2 or len(words) > 1 or None in words:
@@ -120,7 +120,7 @@ def leading(layer: FlowLayer) -> list[FlowNode]:
 
 
 def _concentration(layer: FlowLayer) -> tuple[bool, int, float]:
-    """Sort key that ranks layers by how few nodes hold half of the relevance, and then by how much these hold."""
+    """Sort key that ranks layers by how few nodes hold half of the relevance and then by how much they hold."""
     nodes = leading(layer)
     total = sum(node.mass for node in nodes)
     return total >= HALF, -len(nodes), total

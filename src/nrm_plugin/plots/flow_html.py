@@ -55,7 +55,7 @@ def sankey(
     readers contains all values.
 
     Args:
-        graph: The flow graph.
+        graph: Flow graph to draw.
         heading: Title of the page.
         maps: Heat maps of the nodes, from :func:`~nrm_plugin.measure.flow_maps`, drawn as thumbnails.
         image: As in :func:`~nrm_plugin.plots.flow_figure`.
@@ -63,7 +63,7 @@ def sankey(
         pairs: Joint relevance of nodes in non-adjacent layers, from
             :func:`~nrm_plugin.measure.flow_heat_maps.flow_maps_and_pairs`.
         walks: Walks over the groups of all layers, as in :func:`~nrm_plugin.plots.flow_caption.flow_caption`. They are
-            listed, and each is highlighted while its entry is hovered or focused.
+            listed, and each is highlighted while its item is hovered or focused.
         maps_at: As in :func:`~nrm_plugin.plots.flow_figure`.
         signs: As in :func:`~nrm_plugin.plots.flow_figure`.
         counts: As in :func:`~nrm_plugin.plots.flow_figure`.
@@ -257,7 +257,7 @@ def _encoded(pixels: Pixels) -> str:
 
 
 def _data(graph: FlowGraph, scene: Scene, pairs: Pairs, walks: Walks = ()) -> dict[str, Any]:
-    """Returns the data of the page: nodes with their columns, ribbons, and the joint relevance of pairs of nodes."""
+    """Returns the data of the page: nodes with their columns, ribbons, and joint relevance of pairs of nodes."""
     keys = [node.node.key for node in scene.nodes]
     place = {key: number for number, key in enumerate(keys)}
     joint = {(edge.upper.key, edge.lower.key): edge.mass for edge in graph.edges} | dict(pairs)

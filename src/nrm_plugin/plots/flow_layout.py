@@ -21,16 +21,15 @@ from .ribbons import percent
 HAIRLINE = 0.3
 """Smallest width of a drawn ribbon, in points."""
 NARROW = 5.0
-"""Width in inches below which a figure becomes taller if columns are long, so that thumbnails remain legible."""
+"""Width in inches below which a figure with long columns becomes taller to keep thumbnails legible."""
 CHANNELS, NUMBERS = "“Ch.” are channels.", "Numbers below thumbnails are those of channels."
 """Sentences of the legend about names below thumbnails."""
 GAP = 9.0
 """Vertical space between two nodes, in points."""
 WIDER, BESIDE = 1.5, 140.0
-"""Largest width of the photograph, as a multiple of a square one's, and the minimum room for the finding next to it, in
-points."""
+"""Largest width of the photograph, relative to a square one, and minimum space for the finding next to it in points."""
 DARKER, PALER = 0.66, 0.26
-"""Opacity of the largest ribbons between groups, which together hold half of the relevance, and of all others."""
+"""Opacity of the largest ribbons between groups, which hold half of the relevance together, and of all others."""
 FAINT = 0.14
 """Opacity of ribbons between two rests, or between two nodes for walks off a layer."""
 SHORT = 2
@@ -62,7 +61,7 @@ def flow_scene(
     """Computes the layout of a flow.
 
     Args:
-        graph: The flow graph.
+        graph: Flow graph to lay out.
         heading: The title.
         caption: The text below the title.
         key: The legend below the flow; a note about omitted ribbons is appended to it.
@@ -71,7 +70,7 @@ def flow_scene(
         ratio: Height-to-width ratio of the thumbnails.
         photo_ratio: Height-to-width ratio of the photograph next to the caption, or None without a photograph.
         notes: Alternative notes below the name of each node, from longest to shortest, keyed by node.
-        counts: Number of channels of each group, keyed by node, which is shown where there is enough space.
+        counts: Number of channels of each group, keyed by node. It is shown where there is enough space.
         finding: The main finding, which is the title. The heading is then a smaller line above it.
 
     Raises:
@@ -113,7 +112,7 @@ def flow_scene(
 def _counted(
     column: list[tuple[int, FlowNode]], counts: Counts, sizes: Sizes, number: int
 ) -> list[tuple[int, FlowNode]]:
-    """Returns a column whose labels include the numbers of channels if all of these fit below the thumbnails."""
+    """Returns a column whose labels include the numbers of channels if all of them fit below the thumbnails."""
     for unit in ("channels", "ch."):
         longer = [(row, counted(node, counts, unit)) for row, node in column]
         widest = max((text_width(node_name(node), sizes.letters) for _, node in longer), default=0.0)
@@ -145,7 +144,7 @@ def _sizes(columns: Sequence[Column], width: float | None, ratio: float, notes: 
 def _header(
     sizes: Sizes, texts: tuple[str, str, str], photo_ratio: float | None
 ) -> tuple[Box | None, list[Label], float]:
-    """Returns the position of the photograph, the lines of text next to it, and the y-coordinate below both."""
+    """Returns the position of the photograph, the lines of text next to it, and the y-coordinate below them."""
     labels: list[Label] = []
     photo = None
     left, y = MARGIN, MARGIN
@@ -247,7 +246,7 @@ def _rows(sizes: Sizes, column: int, node: FlowNode, thumbnails: Mapping[str, ob
 def _unit(
     stacks: Sequence[Sequence[tuple[Stack, Stack]]], heights: Sequence[Sequence[float]], sizes: Sizes
 ) -> tuple[float, float]:
-    """Returns the number of points per unit of relevance, and the height of the flow."""
+    """Returns the number of points per unit of relevance and the height of the flow."""
 
     def filled(column: int, unit: float) -> float:
         both = zip(stacks[column], heights[column], strict=True)
@@ -326,7 +325,7 @@ def _bars(
 def _labels(
     graph: FlowGraph, number: int, node: FlowNode, box: Box, y: float, sizes: Sizes, is_between: bool
 ) -> tuple[Label, ...]:
-    """Returns labels with the name and mass of a node, which must fit between its bars if ``is_between``."""
+    """Returns labels with the name and mass of a node. They must fit between its bars if ``is_between``."""
     last = len(graph.layers) - 1
     room = sizes.node(number) + 0.5 * sizes.gap if last else sizes.width
     x, anchor, size = box.x + box.width / 2, "middle", sizes.letters

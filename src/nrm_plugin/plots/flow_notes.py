@@ -1,4 +1,4 @@
-"""Notes on groups of channels: the image parts that contribute most to a group, and its number of channels."""
+"""Notes on groups of channels: the image parts that contribute most to a group and its number of channels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Counts = Mapping[str, int]
 Pairs = Mapping[tuple[str, str], float]
 """Joint relevance of nodes in any two layers, keyed by the upper and the lower node."""
 GROUP = re.compile(r"[A-Z]\d+")
-"""Pattern for the names given by the command to groups of channels, and also to input patches."""
+"""Pattern for the names that the command gives to groups of channels and to input patches."""
 HIGH = ", high: "
 HIGHS = "“High” is a part with a clearly larger share of the group than of all relevance."
-"""Prefix of the second image part in a note, and the legend's sentence about it."""
+"""Prefix of the second image part in a note and the sentence about it in the legend."""
 LEAST_SHARE, LEAST_RATIO, LEAST_MASS = 0.15, 1.25, 0.01
-"""Criteria for an image part to stand out in a group: the smallest share of the relevance of the group, the smallest
-ratio of this share to the share of all relevance, and the smallest absolute mass of the group.
+"""Criteria for an image part to stand out in a group: smallest fraction of the group's relevance, smallest ratio to the
+part's fraction of all relevance, and smallest absolute mass of the group.
 """
 
 
@@ -39,10 +39,10 @@ def counted(node: FlowNode, counts: Counts, unit: str = "channels") -> FlowNode:
 
 
 def standing_out(graph: FlowGraph, pairs: Pairs) -> dict[str, tuple[str, ...]]:
-    r"""Names, for each group of channels, the image parts with an unusually large share of its relevance.
+    r"""Names the image parts with an unusually large fraction of the relevance of each group of channels.
 
-    A part ``B`` of the image stands out in a group ``A`` if its share :math:`\mu(B \mid A)` of the relevance of the
-    group clearly exceeds its share :math:`\mu(B)` of all relevance. A note names the part with the largest share and,
+    A part ``B`` of the image stands out in a group ``A`` if its fraction :math:`\mu(B \mid A)` of the group's relevance
+    clearly exceeds its fraction :math:`\mu(B)` of all relevance. A note names the part with the largest fraction and,
     if this is a different part, the one that stands out most: "most: part 1 31%, high: part 3 25%".
 
     Args:

@@ -13,7 +13,7 @@ Order = NDArray[np.int64]
 ROUNDS = 2
 """Number of rounds of swapping adjacent nodes in all columns."""
 STARTS, SMALL = 6, 16
-"""Number of additional random initializations, and the maximum column length for which they are used."""
+"""Number of additional random initializations and the maximum column length for which they are used."""
 SWEEPS = 12
 """Number of sweeps over the columns, alternating between left to right and right to left."""
 
@@ -26,11 +26,11 @@ def column_orders(weights: Sequence[Array], free: Sequence[int]) -> list[list[in
     crossings than the given order.
 
     Args:
-        weights: For each pair of adjacent columns, the values of the ribbons, ``(left nodes, right nodes)``.
-        free: For each column, the number of nodes that may be moved; all other nodes remain last.
+        weights: Values of the ribbons between each pair of adjacent columns, of shape ``(left nodes, right nodes)``.
+        free: Number of nodes in each column that may be moved. All other nodes remain last.
 
     Returns:
-        For each column, the indices of its nodes from top to bottom.
+        The indices of the nodes in each column, from top to bottom.
     """
     widths = [np.asarray(weight, dtype=float) for weight in weights]
     counts = [width.shape[0] for width in widths] + [widths[-1].shape[1]] if widths else [free[0]]
@@ -86,7 +86,7 @@ def crossings(widths: Array) -> float:
 def _by_barycentre(
     widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
 ) -> Order:
-    """Sorts the nodes of a column by the mean position of their ribbons' other ends in the previous column."""
+    """Sorts the nodes of a column by the mean position at which their ribbons end in the previous column."""
     places, total = np.zeros(len(orders[column])), np.zeros(len(orders[column]))
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
     for pair, side in sides[:1] if 0 <= sides[0][0] < len(widths) else sides[1:]:

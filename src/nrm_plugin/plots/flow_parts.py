@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..measure.flow_graph import FlowNode
 
 BAR, MARGIN = 4.5, 8.0
-"""Width of a bar, and margin around the drawing, in points."""
+"""Width of a bar and margin around the drawing, in points."""
 LINE = 1.22
 """Line spacing, as a multiple of the font size."""
 
@@ -72,9 +72,11 @@ class Band:
     """Position and appearance of a ribbon between a node on the left and a node on the right.
 
     Attributes:
-        lower, upper: Keys of the two nodes; the lower one is on the left.
+        lower: Key of the lower node, on the left.
+        upper: Key of the upper node, on the right.
         value: Joint relevance.
-        start, end: End points of the center line.
+        start: Left end point of the center line.
+        end: Right end point of the center line.
         width: Width of the ribbon.
         tone: As in :class:`DrawnNode`.
         strength: Opacity.
@@ -95,10 +97,12 @@ class Scene:
     """Layout of a complete drawing.
 
     Attributes:
-        width, height: Size of the drawing.
+        width: Width of the drawing.
+        height: Height of the drawing.
         photo: Position of the photograph, or None without a photograph.
         labels: Title, caption, column headings and legend.
-        nodes, bands: The nodes and ribbons of the flow.
+        nodes: The nodes of the flow.
+        bands: The ribbons of the flow.
         unit: Points per unit of relevance.
         omitted: Total absolute relevance of the ribbons that are too thin to be drawn.
     """
@@ -115,12 +119,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dimensions of a flow drawing; lengths are in points.
+    """Dimensions of a flow drawing. Lengths are in points.
 
     Attributes:
         width: Width of the drawing.
         letters: Font size of node names.
-        ratio: Height-to-width ratio of the thumbnails; 0 if there are none.
+        ratio: Height-to-width ratio of the thumbnails, or 0 if there are none.
         sides: Thumbnail width in each column.
         lines: Number of text lines per node in each column.
         notes: Number of additional lines for notes per node in each column.

@@ -25,8 +25,8 @@ def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None 
     that contains its center of mass.
 
     Args:
-        region: Boolean mask of the region, ``(H, W)``.
-        relevance: Relevance of the pixels, ``(H, W)``; by default, all pixels have equal weight.
+        region: Boolean mask of the region, of shape ``(H, W)``.
+        relevance: Relevance of the pixels, of shape ``(H, W)``; by default, all pixels have equal weight.
 
     Examples:
         >>> region = np.zeros((9, 9), bool)

@@ -1,4 +1,4 @@
-"""Width of text in the standard font of figures, and line breaking."""
+"""Width and line breaking of text in the standard font of figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text_width(text: str, size: float, is_bold: bool = False) -> float:
 
 
 def cut(text: str, room: float, size: float, is_bold: bool = False) -> str:
-    """Shortens a text in the middle so that it fits the given width."""
+    """Shortens a text in the middle to fit the given width."""
     if text_width(text, size, is_bold) <= room:
         return text
     for kept in range(len(text) - 1, 1, -1):
@@ -33,7 +33,7 @@ def cut(text: str, room: float, size: float, is_bold: bool = False) -> str:
 
 
 def wrapped_lines(text: str, room: float, size: float, is_bold: bool = False) -> list[str]:
-    """Breaks a text at spaces into lines of the given width, and shortens overlong words."""
+    """Breaks a text at spaces into lines of the given width. Shortens overlong words."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

@@ -26,7 +26,7 @@ CELLS = 32
 PIXELS = 120
 """Side length of a thumbnail in pixels."""
 SHARP = 40
-"""Maximum side length, in pixels, of unsmoothed images, so that single pixels remain visible."""
+"""Maximum side length of unsmoothed images in pixels. Single pixels remain visible in them."""
 INSIDE = 0.97
 """Fraction of the absolute relevance that the cropped thumbnails contain along each axis."""
 OUTSIDE = 0.4
@@ -39,14 +39,15 @@ LEAST = 0.35
 
 @dataclass(frozen=True)
 class Photo:
-    """Explained image, and the original image from which it was cropped.
+    """Explained image and the original image from which it was cropped.
 
     Attributes:
-        image: The model input as an image, ``(C, H, W)`` with values in [0, 1] and one or three channels.
-        whole: The original image, ``(3, H, W)`` with values in [0, 1], or None if it is the model input itself.
-        seen: The part of the original image that the model receives: left, top, right and bottom, as fractions of its
-            size.
-        regions: Boolean masks of the input groups, ``(H, W)``, keyed by node; drawn as outlines.
+        image: The model input as an image, of shape ``(C, H, W)`` with values in [0, 1] and one or three channels.
+        whole: The original image, of shape ``(3, H, W)`` with values in [0, 1], or None if it is the model input
+            itself.
+        seen: The part of the original image that the model receives, given by its left, top, right and bottom edges as
+            fractions of the image size.
+        regions: Boolean masks of the input groups, of shape ``(H, W)``, keyed by node; drawn as outlines.
     """
 
     image: Tensor | Array
@@ -56,12 +57,12 @@ class Photo:
 
     @property
     def colors(self) -> Array:
-        """The model input as an image, ``(H, W, 3)``."""
+        """The model input as an image, of shape ``(H, W, 3)``."""
         return _colors(self.image)
 
     @property
     def file(self) -> Array:
-        """The original image, ``(H, W, 3)``."""
+        """The original image, of shape ``(H, W, 3)``."""
         return _colors(self.image if self.whole is None else self.whole)
 
 
@@ -71,11 +72,12 @@ class NodeThumbnails:
 
     Attributes:
         box: The crop of the input that all thumbnails show.
-        values: Color values between -1 and 1, ``(H, W)``, keyed by node.
-        grey: The same crop of the photograph in gray, ``(H, W)`` with values in [0, 1], or None without a photograph.
+        values: Color values between -1 and 1, of shape ``(H, W)``, keyed by node.
+        grey: The same crop of the photograph in gray, of shape ``(H, W)`` with values in [0, 1], or None without a
+            photograph.
         size: Height and width of the input in pixels.
-        edges: Boolean outline mask of each input node, ``(H, W)``, keyed by node.
-        inside: Boolean region mask of each input node, ``(H, W)``, keyed by node. All other pixels are faded.
+        edges: Boolean outline mask of each input node, of shape ``(H, W)``, keyed by node.
+        inside: Boolean region mask of each input node, of shape ``(H, W)``, keyed by node. All other pixels are faded.
     """
 
     box: Box
@@ -93,10 +95,10 @@ class NodeThumbnails:
 
 
 def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None) -> NodeThumbnails | None:
-    """Computes the thumbnails of the nodes with heat maps, or returns None if no node has one.
+    """Computes the thumbnails of the nodes with heat maps. Returns None if no node has one.
 
-    Each heat map is divided by its total absolute relevance. All heat maps of a layer share one color scale, whose
-    limit is the median of their maxima.
+    Each heat map is divided by its total absolute relevance. All heat maps of a layer share one color scale. Its limit
+    is the median of their maxima.
     """
     nodes = [node for node in graph.nodes if node.key in maps]
     maps = {node.key: np.asarray(maps[node.key], dtype=float) for node in nodes}
@@ -120,7 +122,7 @@ def node_thumbnails(graph: FlowGraph, maps: NodeMaps, photo: Photo | None = None
 
 
 def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> Pixels:
-    """Renders the thumbnail of a node over the photograph or the background color, ``(H, W, 3)``."""
+    """Renders the thumbnail of a node over the photograph or the background color, of shape ``(H, W, 3)``."""
     values = thumbnails.values[key]
     paper = np.array(to_rgb(palette.paper))
     ground = np.broadcast_to(paper, (*values.shape, 3)) if thumbnails.grey is None else faded(thumbnails.grey, palette)
@@ -136,7 +138,7 @@ def painted(thumbnails: NodeThumbnails, key: str, palette: Palette = LIGHT) -> P
 
 
 def photo_pixels(photo: Photo, thumbnails: NodeThumbnails | None = None) -> Pixels:
-    """Renders a photograph, ``(H, W, 3)``, and dims the part that the model does not receive.
+    """Renders a photograph as an array of shape ``(H, W, 3)``. Dims the part that the model does not receive.
 
     If the thumbnails show a smaller crop, its border is drawn as a thin line.
     """
@@ -200,7 +202,7 @@ def opacity(values: Array) -> Array:
 
 
 def faded(grey: Array, palette: Palette = LIGHT) -> Array:
-    """Renders a gray photograph with low contrast, close to the background color of a palette, ``(H, W, 3)``."""
+    """Renders a gray photograph with low contrast, close to the background color, of shape ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
     share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.4 * grey)[..., None]
@@ -212,7 +214,7 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
 
 
 def smoothed(values: Array) -> Array:
-    """Resizes a heat map to the size of a thumbnail, smoothing it unless it is small."""
+    """Resizes a heat map to the size of a thumbnail. Smooths it unless it is small."""
     height, width = values.shape
     scale = PIXELS / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -223,7 +225,7 @@ def smoothed(values: Array) -> Array:
 
 
 def crop(weights: Array) -> Box:
-    """Returns the crop of an image, in its aspect ratio, that contains most of the nonnegative weights."""
+    """Returns the crop that contains most of the nonnegative weights of an image, in the aspect ratio of the image."""
     height, width = weights.shape
     if max(height, width) <= SHARP or not weights.any():
         return (0, 0, height, width)

@@ -15,7 +15,7 @@ PLACEHOLDERS = "Last Resort"
 
 
 def use_installed_fonts(figure: Figure) -> str:
-    """Adds installed fonts as fallbacks to the texts of a figure, for characters that the standard font lacks.
+    """Adds installed fonts to the texts of a figure as fallbacks for characters that the standard font lacks.
 
     Returns:
         The characters that no installed font contains, which are shown as boxes.

@@ -39,9 +39,9 @@ class Budget:
         title: Name of the sample.
         mass: Mass of the walks that cross each layer.
         sink: Mass of the walks that are absorbed above each layer.
-        bypass: Mass of the walks that bypass each layer; mass, sink and bypass sum to 1.
-        reference: Sums at each layer for comparison, such as plain Zennit's, marked by diamonds.
-        image: Image ``(C, H, W)`` that is drawn next to the title.
+        bypass: Mass of the walks that bypass each layer. Mass, sink and bypass sum to 1.
+        reference: Sums at each layer for comparison, for example with plain Zennit, marked by diamonds.
+        image: Image of shape ``(C, H, W)`` that is drawn next to the title.
     """
 
     title: str
@@ -82,15 +82,15 @@ def heat_map(
     """Draws a signed heat map with a color bar.
 
     Args:
-        values: Relevance ``(H, W)``, dimensionless.
+        values: Relevance of shape ``(H, W)``, dimensionless.
         title: Title of the figure.
-        image: Image ``(C, H, W)``, shown in low contrast behind the heat map.
+        image: Image of shape ``(C, H, W)``, shown in low contrast behind the heat map.
         limit: Absolute value shown in the darkest colors; by default, the largest absolute value.
         cells: Maximum number of cells along each side, such as the resolution of a layer. The heat map then shows the
             sum over each cell, which preserves the total. By default, pixels are shown.
 
     Raises:
-        InputError: If the map is not ``(H, W)``, or not finite.
+        InputError: If the map is not finite or does not have shape ``(H, W)``.
     """
     values = _summed(values, cells)
     figure = _figure(4.3, 3.6)
@@ -113,8 +113,8 @@ def image_and_heat_map(
     """Draws an image and one or several signed heat maps side by side.
 
     Args:
-        image: Image ``(C, H, W)`` with values in [0, 1], and one or three channels.
-        values: Heat map ``(H, W)``, dimensionless; or a list of several, each with its own color scale.
+        image: Image of shape ``(C, H, W)`` with values in [0, 1] and one or three channels.
+        values: Heat map of shape ``(H, W)``, dimensionless, or a list of several, each with its own color scale.
         titles: Titles of the image and of each heat map.
         heading: Title of the figure.
         limit: Absolute value shown in the darkest colors, for all heat maps or for each; by default, the largest
@@ -149,16 +149,16 @@ def heat_maps(
     """Draws a grid of signed heat maps on a common color scale.
 
     Args:
-        maps: Heat maps ``(H, W)``, dimensionless.
+        maps: Heat maps of shape ``(H, W)``, dimensionless.
         titles: One title per map.
         heading: Title of the figure.
-        image: Image ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
+        image: Image of shape ``(C, H, W)``, shown before the heat maps and, in low contrast, behind each of them.
         columns: Number of columns.
         limit: Absolute value shown in the darkest colors; by default, the largest absolute value of all maps.
         cells: As in :func:`heat_map`.
 
     Raises:
-        InputError: If the number of titles differs from that of the maps, or a map is not ``(H, W)``.
+        InputError: If there are not as many titles as maps or if a map does not have shape ``(H, W)``.
     """
     if len(titles) != len(maps) or not maps or columns < 1:
         raise InputError(
@@ -199,11 +199,11 @@ def joint(
     """Draws an image with its heat map, a flow between channels, and joint heat maps in one figure.
 
     Args:
-        image: Image ``(C, H, W)`` with values in [0, 1].
-        marginal: Heat map of the image, ``(H, W)``, with a separate color bar.
+        image: Image of shape ``(C, H, W)`` with values in [0, 1].
+        marginal: Heat map of the image, of shape ``(H, W)``, with a separate color bar.
         columns: As in :func:`flow`.
         ribbons: As in :func:`flow`.
-        maps: Joint heat maps, ``(H, W)`` each, with a common color scale and color bar.
+        maps: Joint heat maps, of shape ``(H, W)`` each, with a common color scale and color bar.
         titles: One title per joint heat map.
         heading: Title of the figure.
     """
@@ -255,7 +255,7 @@ def budgets(layers: Sequence[str], samples: Sequence[Budget], heading: str = "",
 
 
 def draw_image(axes: Axes, image: Values) -> AxesImage:
-    """Draws an image ``(C, H, W)`` with values in [0, 1]. Images with one channel are drawn dark on light."""
+    """Draws an image of shape ``(C, H, W)`` with values in [0, 1]. Images with one channel are drawn dark on light."""
     pixels = image_array(image)
     _no_ticks(axes)
     if len(pixels) == 1:
@@ -264,7 +264,7 @@ def draw_image(axes: Axes, image: Values) -> AxesImage:
 
 
 def draw_heat_map(axes: Axes, values: Values, image: Values | None = None, limit: float | None = None) -> AxesImage:
-    """Draws a signed heat map ``(H, W)``, white at zero, with symmetric limits.
+    """Draws a signed heat map of shape ``(H, W)``, white at zero, with symmetric limits.
 
     An image with one channel is shown as an outline, and an image with three channels in gray behind the colors.
     """
@@ -295,7 +295,7 @@ def draw_grid(
     show_image: bool = False,
     limit: float | None = None,
 ) -> None:
-    """Draws heat maps ``(H, W)`` with a common color scale, row by row, with a color bar on the right."""
+    """Draws heat maps of shape ``(H, W)`` with a common color scale, row by row, with a color bar on the right."""
     count = len(maps) + show_image
     grid = figure.subplots(math.ceil(count / columns), min(columns, count), squeeze=False)
     places = list(grid.flat)
@@ -359,7 +359,9 @@ def _title(axes: Axes, text: str, size: float = 10) -> None:
 
 
 def cell_sums(values: Values, cells: int | Sequence[int]) -> Array:
-    """Sums a heat map ``(H, W)`` over a grid of at most ``cells`` cells along each side, which preserves the total.
+    """Sums a heat map of shape ``(H, W)`` over a grid of at most ``cells`` cells along each side.
+
+    The total is preserved.
 
     Args:
         values: The heat map to sum.

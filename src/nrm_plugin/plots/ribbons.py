@@ -23,8 +23,10 @@ class Palette:
     """Color palette of a flow plot.
 
     Attributes:
-        positive, negative: Colors of relevance: red and blue, in colorblind-friendly shades.
-        ink, pale: Colors of text.
+        positive: Color of positive relevance, a colorblind-friendly red.
+        negative: Color of negative relevance, a colorblind-friendly blue.
+        ink: Color of text.
+        pale: Color of less important text.
         paper: Background color.
         other: Color of the rest of a layer, outside the shown groups.
         off: Color of walks off a layer.
@@ -39,7 +41,7 @@ class Palette:
     off: str = "#e69f00"
 
     def of(self, value: float) -> str:
-        """Returns the color for a relevance value, which depends on its sign."""
+        """Returns the color for a relevance value, depending on its sign."""
         return self.positive if value >= 0 else self.negative
 
 
@@ -84,7 +86,7 @@ class Ribbon:
     Attributes:
         nodes: Index of the node in each column.
         value: Joint relevance, drawn as the width of the ribbon.
-        mark: Short label that is drawn on an opaque ribbon; empty for a transparent ribbon.
+        mark: Short label that is drawn on an opaque ribbon, or empty for a transparent ribbon.
         start: Index of the first column of the ribbon.
         kind: Kind of the ribbon, as for the nodes of :class:`Column`.
         strength: Opacity of a ribbon without a mark.
@@ -103,7 +105,7 @@ class Ribbon:
 
 
 def percent(value: float) -> str:
-    """Formats a share of the total relevance as a percentage with two significant digits, such as ``4.7%`` for 0.0468.
+    """Formats a fraction of the total relevance as a percentage with two significant digits, such as ``4.7%``.
 
     Rounding errors are formatted as ``0%``.
     """
@@ -116,9 +118,9 @@ def percent(value: float) -> str:
 
 
 def rows_scale(columns: Sequence[Column]) -> float:
-    """Returns a reduction factor for label heights that fits the longest column.
+    """Returns the factor by which labels must shrink for the longest column to fit.
 
-    Figures are enlarged by the inverse of this factor.
+    Figures are scaled up by its inverse to compensate.
     """
     longest = max((len(column.labels) for column in columns), default=0)
     return min(1.0, 0.9 / max(longest * (ROW + GAP), 1e-12))
@@ -134,7 +136,7 @@ def draw_flow(
     """Draws nodes as bars and joint relevance as ribbons, with heights and widths proportional to relevance.
 
     Args:
-        axes: The matplotlib axes.
+        axes: Axes on which to draw.
         columns: The layers, from left to right.
         ribbons: Joint relevance of nodes in all columns or in some consecutive columns.
         palette: Colors of the plot.
@@ -161,7 +163,7 @@ def draw_flow(
 
 
 def _extents(number: int, column: Column, ribbons: Sequence[Ribbon]) -> list[float]:
-    """Returns the height of each node in a column: that of its bar or, if larger, that of its stacked ribbons.
+    """Returns the height of each node in a column: the height of its bar or, if larger, of its stacked ribbons.
 
     The stacked ribbons are higher than the bar if relevance of opposite signs cancels.
     """
@@ -197,7 +199,7 @@ def _centers(extents: Sequence[float], unit: float, scale: float) -> list[float]
 
 
 def _factor(extents: Sequence[Sequence[float]], ribbons: Sequence[Ribbon], unit: float, scale: float) -> int:
-    """Returns a round factor that widens very thin ribbons as far as the nodes have space; 1 for wider ribbons."""
+    """Returns a round factor that widens very thin ribbons as far as space permits. It is 1 for wider ribbons."""
     widest = max((abs(one.value) for one in ribbons), default=0) * unit
     if widest == 0 or widest >= VISIBLE:
         return 1

@@ -1,6 +1,6 @@
 """Text whose tokens are colored by relevance, as a figure or as an HTML fragment without scripts.
 
-Positive relevance is red and negative relevance is blue, in colorblind-friendly shades; zero has the background
+Positive relevance is red and negative relevance is blue, in colorblind-friendly shades. Zero has the background
 color. Relevance is shown as a percentage of the total of the sample.
 """
 
@@ -66,14 +66,14 @@ def text_figure(
     """Draws text whose tokens are colored by relevance. Several maps are stacked and share a color scale.
 
     Args:
-        tokens: Tokens of a tokenizer; ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
+        tokens: Tokens of a tokenizer. ``Ġ`` and ``▁`` mark the beginning of a word, and ``##`` its continuation. If no
             token has one of these prefixes, each token is a word.
-        values: Relevance, ``(tokens,)``, or ``(maps, tokens)``, such as one map per head.
+        values: Relevance of shape ``(tokens,)``, or ``(maps, tokens)`` for several maps, such as one per head.
         titles: One title per map.
-        special: Tokens that are not text, such as ``tokenizer.all_special_tokens``; they are drawn in italics with a
+        special: Tokens that are not text, such as ``tokenizer.all_special_tokens``. They are drawn in italics with a
             frame.
         limit: Absolute relevance shown in the strongest colors; by default, the largest absolute value.
-        width: Width in inches; longer lines are broken.
+        width: Width in inches. Longer lines are broken.
         heading: Title of the figure.
         dark: Whether to use a dark background; save the figure with ``facecolor=figure.get_facecolor()``.
 
@@ -174,7 +174,7 @@ def _checked(
     """Validates the arguments of a plot.
 
     Returns:
-        The words of each map, the absolute relevance shown in the strongest colors, and whether any value exceeds it.
+        The words of each map, the absolute relevance shown in the strongest colors, and True if any value exceeds it.
     """
     if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise InputError("tokens must be a list of strings, as returned by tokenizer.convert_ids_to_tokens(ids).")
@@ -215,12 +215,12 @@ def _words(tokens: Sequence[str], values: np.ndarray, special: Collection[str]) 
 
 
 def _cells(text: str) -> int:
-    """Returns the width of a text in characters; wide East Asian characters count twice."""
+    """Returns the width of a text in characters. Wide East Asian characters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _lines(words: Sequence[Word], columns: int) -> list[list[tuple[float, Word]]]:
-    """Breaks words into lines and returns each with its first column; words longer than a line are split."""
+    """Breaks words into lines. Returns each word with its first column. Words longer than a line are split."""
     lines: list[list[tuple[float, Word]]] = [[]]
     at = 0.0
     for word in words:
@@ -247,7 +247,7 @@ def _broken(word: Word, columns: int) -> list[Word]:
 
 
 def shade(value: float, palette: Palette) -> tuple[float, float, float]:
-    """Returns the background color of a token for a value between -1 and 1; 0 yields the color of the page."""
+    """Returns the background color of a token for a value between -1 and 1. 0 yields the color of the page."""
     strength = min(abs(value), 1.0)
     pairs = zip(to_rgb(palette.paper), to_rgb(palette.of(value)), strict=True)
     red, green, blue = (paper + strength * (color - paper) for paper, color in pairs)

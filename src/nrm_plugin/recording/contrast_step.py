@@ -46,7 +46,7 @@ _VIEWS = frozenset(
     asstrided clone tocopy contiguous narrow movedim swapaxes diagonal flip unbind split splitwithsizes chunk
     """.split()
 )
-"""Routes that only select or reorder elements. Below them, the layer that computes the outputs is looked for."""
+"""Routes that only select or reorder elements. The search for the layer that computes the outputs follows them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,10 @@ class Top:
 
     Attributes:
         step: The step of the contrast.
-        next_functions: The node whose output the step reads, and the index of this output.
-        shape, dtype, device: Shape, dtype and device of the contrast.
+        next_functions: The node whose output the step reads and the index of this output.
+        shape: Shape of the contrast.
+        dtype: The dtype of the contrast.
+        device: Device of the contrast.
     """
 
     step: Step
@@ -116,7 +118,10 @@ class ContrastStep(Step):
     """Step of a contrast.
 
     Args:
-        name, output, normalization, rule: As in :class:`~nrm_plugin.kernels.step.Step`.
+        name: Name of the step.
+        output: The contrast.
+        normalization: The normalization of the columns.
+        rule: Name of the rule or operation.
         read: Function that constructs the kernel.
         keeps_rows: Whether samples are the rows of all tensors.
     """
@@ -143,9 +148,9 @@ def contrast_top(graph: Graph, samples: Samples, output: Tensor, vector: Tensor)
 
     Args:
         graph: The graph of a recording.
-        samples: The sample layouts of its tensors.
+        samples: The sample layouts of the recording.
         output: The output of the model.
-        vector: The weights ``s``, ``(N, …)``.
+        vector: The weights ``s``, of shape ``(N, …)``.
 
     Raises:
         UnsupportedRuleError: If the rule of the layer is not defined by Zennit's modifiers.
@@ -269,7 +274,7 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
     r"""Returns a layer with a single output per sample, :math:`\sum_k s_k w_k \cdot a + \sum_k s_k b_k`.
 
     The layer reads only the elements that are connected to an explained output. Zero weights would not exclude the
-    other elements, since rules such as Flat replace the weights.
+    other elements because rules such as Flat replace the weights.
 
     Args:
         call: The recorded call of the layer.
@@ -306,13 +311,13 @@ def _fused_layer(call: LayerCall, weights: Tensor, number: Tensor, layout: Layou
 
 
 def _connected(mask: Tensor) -> Tensor:
-    """Returns the column indices of the True elements in each row, padded with the number of columns."""
+    """Returns the column indices of the True elements in each row, padded with the column count."""
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return torch.where(mask.gather(1, order), order, mask.shape[1])
 
 
 def _chosen(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Gathers elements of the rows ``(N, D)`` at the given indices, where the index ``D`` stands for 0."""
+    """Gathers elements of ``rows``, of shape ``(N, D)``, at the given indices. The index ``D`` selects 0."""
     return rows if index is None else torch.nn.functional.pad(rows, (0, 1)).gather(1, index)
 
 

@@ -191,7 +191,7 @@ def _row(step: Step, calls: int, tied: dict[str, str]) -> Row:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Returns, for each layer that shares a parameter with an earlier layer, the name of the earlier layer."""
+    """Returns the name of the earlier layer with which each layer shares a parameter, keyed by the later layer."""
     owners: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -24,7 +24,7 @@ from .taps import Item, Label, Observed
 
 
 class Observer:
-    """Registers hooks around those of the composite, and collects tensors during one forward pass.
+    """Observer that registers hooks around the composite's hooks and collects tensors during one forward pass.
 
     Args:
         indices: Integer inputs. Relevance ends at the rows that they look up.
@@ -63,7 +63,7 @@ class Observer:
         self._started: Tensor | None = None
 
     def watch(self, model: nn.Module, stack: ExitStack) -> None:
-        """Registers hooks that observe inputs before steps detach them, and outputs after steps have linked them.
+        """Registers hooks that observe inputs before steps detach them and outputs after steps have linked them.
 
         Args:
             model: The model, including modules added by canonizers.
@@ -81,7 +81,7 @@ class Observer:
                 self._watcher.watch(module, name)
 
     def input(self, tensor: Tensor, item: Item | None) -> Tensor:
-        """Creates a leaf tensor from an input, and returns the tensor to pass to the model in its place."""
+        """Creates a leaf tensor from an input and returns the tensor to pass to the model in its place."""
         passed = self._end(tensor)
         self.inputs.append(self.leaves[-1])
         self.see(Label(INPUT, "output", 0, item), passed)
@@ -151,7 +151,7 @@ class Observer:
         self.see(Label(name, "output", call, None), output, channel_dim)
 
     def on_untracked(self) -> None:
-        """Records that autograd does not track some values, which may therefore depend on several samples."""
+        """Records that autograd does not track some values. They may depend on several samples."""
         self.has_untracked = True
 
     def on_read(self, where: str) -> None:
@@ -219,7 +219,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _own_view(value: Any) -> Any:
-    """Returns a new view of a tensor, so that the tap of a call is crossed only by walks through this call."""
+    """Returns a new view of a tensor. The tap of a call is then crossed only by walks through this call."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     return value.detach() if is_foreign(value) else value.view_as(value)
@@ -250,7 +250,7 @@ _OVER_FEATURES = (
 def _channel_dim(module: nn.Module) -> int | None:
     """Returns the channel dimension of a layer's output, or None if it is unknown.
 
-    It is -1 for channels-last layers, and 1 for convolutions, normalization layers and max pooling.
+    It is -1 for channels-last layers and 1 for convolutions, normalization layers and max pooling.
     """
     own: int | None = getattr(type(module), "nrm_channel_dim", None)
     if own is not None:

@@ -57,9 +57,9 @@ class Vertex:
     """Autograd node in the graph of a recording.
 
     Attributes:
-        node: The autograd node.
+        node: Node of the autograd graph.
         step: The step, or None for a route.
-        edges: For each input, the buffer from which it is read, or None for a constant.
+        edges: The buffer from which each input is read, or None for a constant.
         shapes: Shape of each output.
         dtypes: The dtype of relevance at each output.
         arriving: The dtype of relevance at each input, or None for a constant.
@@ -78,10 +78,10 @@ class Vertex:
     _constant_share: tuple[Tensor, ...] | None = field(default=None, repr=False)
 
     def pull(self, relevance: list[Tensor | None], absolute: bool = False) -> tuple[list[Tensor | None], Any]:
-        """Propagates relevance ``(K, *shape)`` from each output to each edge.
+        """Propagates relevance of shape ``(K, *shape)`` from each output to each edge.
 
         Returns:
-            The relevance at each edge, in the dtype given by :attr:`arriving`; and the absorbed share, or None.
+            The relevance at each edge, in the dtype given by :attr:`arriving`; and the absorbed fraction, or None.
         """
         if self.step is not None:
             (single,) = relevance
@@ -100,7 +100,7 @@ class Vertex:
         return self.step is None and self.index is None
 
     def route(self, relevance: list[Tensor | None]) -> list[Tensor | None]:
-        """Propagates a single relevance vector ``(*shape)`` through a route, as :meth:`pull` does for several."""
+        """Propagates a single relevance vector of shape ``(*shape)`` through a route. Otherwise like :meth:`pull`."""
         return self._converted(self._route(relevance))
 
     def push(self, values: list[Tensor | None], absorbed: list[Tensor | None]) -> list[Tensor | None]:
@@ -177,7 +177,7 @@ class Vertex:
         return self.step is None and operation(self.node).lower() in _WITH_CONSTANTS
 
     def constant_share(self) -> tuple[Tensor, ...] | None:
-        """Returns, for each output, a 0/1 indicator of its constant elements, or None if there are no constants."""
+        """Returns a 0/1 indicator of the constant elements of each output, or None if there are no constants."""
         if not self.may_hold_constants:
             return None
         if self.index is not None:
@@ -208,7 +208,7 @@ class Marks:
 
     Attributes:
         below_vertex: The marks below each vertex.
-        below_edge: The marks below each edge of each vertex, including those of the edge itself and of its buffer.
+        below_edge: The marks below each edge of each vertex, including the marks of the edge itself and of its buffer.
     """
 
     below_vertex: list[int]
@@ -282,7 +282,7 @@ class Graph:
 
 
 def _carries(part: Tensor | None) -> TypeGuard[Tensor]:
-    """Returns True if the result of a route depends on the relevance, which it does not for overwritten inputs."""
+    """Returns True if the result of a route depends on the relevance. It does not for overwritten inputs."""
     return part is not None and part.requires_grad
 
 
@@ -294,13 +294,13 @@ def _columns(rows: list[Any]) -> list[Tensor | None]:
 
 
 _Edges = dict[Any, list[tuple[Any, int]]]
-"""For each node, the nodes that it reads and the indices of their outputs. Writes to whole tensors are skipped."""
+"""The nodes that each node reads, with the indices of their outputs. Writes to whole tensors are skipped."""
 
 
 def _edges_in_walk_order(root: Any) -> _Edges:
     """Sorts nodes topologically, in the direction of relevance propagation.
 
-    The depth-first search does not use recursion, since graphs can be deep.
+    Graphs can be deep, so the depth-first search does not use recursion.
     """
     edges: _Edges = {root: _edges(root)}
     order: list[Any] = []
@@ -319,7 +319,7 @@ def _edges_in_walk_order(root: Any) -> _Edges:
 
 
 def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
-    """Returns the first node, and all other nodes that depend on at least one of the leaf tensors."""
+    """Returns the first node and all other nodes that depend on at least one of the leaf tensors."""
     inputs = {id(leaf) for leaf in leaves}
     depending: set[Any] = set()
     for node, read in reversed(edges.items()):
@@ -330,7 +330,7 @@ def _depending(edges: _Edges, leaves: Sequence[Tensor]) -> list[Any]:
 
 
 def _edges(node: Any) -> list[tuple[Any, int]]:
-    """Returns the nodes that a node reads, and the indices of their outputs. Writes to whole tensors are skipped."""
+    """Returns the nodes that a node reads, with the indices of their outputs. Skips writes to whole tensors."""
     return [written(below, number) for below, number in node.next_functions]
 
 

@@ -1,7 +1,7 @@
 """Index form of 0/1 routes between tensors of lower precision than float32.
 
-Autograd would round relevance to the dtype of these tensors, or reject float32 relevance. A route is therefore
-represented by the source index of every element that it copies, which is exact in any dtype.
+Autograd would round relevance to the dtype of these tensors or reject float32 relevance. A route is therefore
+represented by the source index of every element that it copies. This is exact in any dtype.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class IndexedRoute:
     """Route represented by the indices of the input elements that it copies.
 
     Attributes:
-        origins: For each element of each output, the index of the copied input element, starting from 1, or 0 for a
-            constant.
+        origins: Index of the input element that each output element copies, starting from 1, or 0 for a constant.
         shapes: Shape of each input, or None for a constant.
     """
 
@@ -34,7 +33,7 @@ class IndexedRoute:
         return sum(shape.numel() for shape in self.shapes if shape is not None)
 
     def pull(self, relevance: Sequence[Tensor | None]) -> Parts:
-        """Propagates relevance ``(K, *shape)`` from each output to each input."""
+        """Propagates relevance of shape ``(K, *shape)`` from each output to each input."""
         like = next(item for item in relevance if item is not None)
         total = like.new_zeros(len(like), self.size + 1)
         for origin, item in zip(self.origins, relevance, strict=True):
@@ -63,7 +62,7 @@ class IndexedRoute:
 def indexed_route(
     route: Callable[[Parts], Parts], seeds: list[Tensor], is_input: Sequence[bool]
 ) -> IndexedRoute | None:
-    """Converts a route to index form, or returns None if an element is copied from several elements, as for ties.
+    """Converts a route to index form. Returns None if an element is copied from several elements, as for ties.
 
     The indices are obtained by applying the transpose to each of their binary digits.
 

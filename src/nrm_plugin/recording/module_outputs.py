@@ -1,4 +1,4 @@
-"""Collection of module outputs during any forward pass, such as that of a measure."""
+"""Collection of module outputs during any forward pass, such as the forward pass of a measure."""
 
 from __future__ import annotations
 

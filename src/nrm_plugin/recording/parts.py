@@ -4,9 +4,9 @@ The first run of the model determines the structure of the recording. If the ten
 are freed. When a pass arrives at a step, the model is run again, and only the steps of one part, which are consecutive,
 keep their tensors. The outputs of some modules, such as transformer blocks, are stored: in later runs, these modules
 return the stored outputs without running, unless they contain steps of the part. The structure, and thus the names of
-taps (hook points) and the order of all sums, is always that of the first run.
+taps (hook points) and the order of all sums, is always taken from the first run.
 
-Kernels are discarded after relevance has been propagated through them, and constructed again for further passes.
+Kernels are discarded after relevance has been propagated through them and constructed again for further passes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FirstRun:
     Attributes:
         steps: The steps, in execution order.
         sizes: Size of each step in bytes.
-        values: A sample of the output elements of each step.
+        values: A few output elements of each step.
         units: The calls whose outputs are stored; none of these calls contains another.
         is_over: Whether the limit was exceeded.
     """
@@ -133,13 +133,13 @@ class FirstRun:
         return {(u.name, u.call): u for u in self.units if u.stop <= part.start or u.first >= part.stop}
 
     def keep(self) -> None:
-        """Makes all steps keep their tensors, since the limit was not exceeded."""
+        """Makes all steps keep their tensors. Called if the limit was not exceeded."""
         for step in self.steps:
             step.holder = None
 
 
 class _Unfinished:
-    """Holder of all steps during the first run, which never needs freed tensors."""
+    """Holder of all steps during the first run. This run never needs freed tensors."""
 
     def fill(self, step: Step) -> None:
         return None
@@ -158,7 +158,7 @@ class Repeat:
 
     Attributes:
         steps: The steps of the part in this run.
-        values: A sample of the output elements of each of these steps.
+        values: A few output elements of each of these steps.
     """
 
     def __init__(self, first: FirstRun, part: range, units: Mapping[tuple[str, int], Unit]) -> None:
@@ -201,7 +201,7 @@ class Repeat:
             self._open.append((module, self._units.get((name, call)), end))
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs the innermost running module, or returns the stored output of its call."""
+        """Runs the innermost running module or returns the stored output of its call."""
         _, unit, end = self._open[-1]
         if unit is None:
             return forward(*args, **kwargs)
@@ -219,7 +219,7 @@ class Parts:
 
     Args:
         first: The first run of the model.
-        run: Function that runs the model again under a watcher and, if there is a reference, before that on the
+        run: Function that runs the model again under a watcher. If there is a reference, the model first runs on the
             reference under a second watcher.
 
     Attributes:
@@ -239,11 +239,11 @@ class Parts:
 
     @functools.cached_property
     def ranges(self) -> list[range]:
-        """Step indices of each part, in execution order. Not to be read before the graph is constructed."""
+        """Step indices of each part, in execution order. Must not be read before the graph is constructed."""
         return divided(self._first)
 
     def fill(self, step: Step) -> None:
-        """Recomputes the tensors of the part that contains a step, and frees those of the previous part."""
+        """Recomputes the tensors of the part that contains a step. Frees the tensors of the previous part."""
         place = bisect.bisect_right([part.start for part in self.ranges], step.number) - 1
         part = self.ranges[place]
         if part == self.current:
@@ -270,7 +270,7 @@ class Parts:
         self.forget()
 
     def _recorded(self, part: range) -> Repeat | None:
-        """Runs the model again to record a part. Returns None if the results differ from those of the first run."""
+        """Runs the model again to record a part. Returns None if the results differ from the first run."""
         firsts = [one for one in (self._first, self._first.reference) if one is not None]
         apart = [one.apart(part) if self._runs_units else {} for one in firsts]
         common = {key for key in apart[0] if all(key in units for units in apart)}
@@ -311,7 +311,7 @@ def divided(first: FirstRun) -> list[range]:
 
 
 def _are_close(one: Tensor, two: Tensor) -> bool:
-    """Returns True if the results of two runs agree up to rounding, as the order of sums may differ."""
+    """Returns True if the results of two runs agree up to rounding. The order of sums may differ."""
     scale = torch.nan_to_num(one, posinf=0, neginf=0).abs().amax()
     return torch.allclose(one, two.to(one.dtype), rtol=1e-3, atol=1e-6 * float(scale), equal_nan=True)
 

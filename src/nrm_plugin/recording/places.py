@@ -20,7 +20,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Input ``number`` of a vertex. Its relevance is the contribution of this vertex to that of the tensor it reads."""
+    """Input ``number`` of a vertex. Its relevance is what this vertex adds to the relevance of the tensor it reads."""
 
     vertex: int
     number: int

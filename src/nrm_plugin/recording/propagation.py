@@ -53,7 +53,7 @@ class Visitor(Protocol[Key]):
         return vectors
 
     def at_sink(self, sink: Sink, number: int, kind: str, vectors: Vectors[Key], share: Tensor) -> None:
-        """Called when a vertex absorbs a share of the relevance that has arrived at its output ``number``.
+        """Called when a vertex absorbs a fraction of the relevance that has arrived at its output ``number``.
 
         ``kind`` is ``"residual"`` or ``"constants"``.
         """
@@ -150,7 +150,7 @@ def _stack(vectors: Vectors[Key], keys: list[Key]) -> Tensor | None:
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """Stacks tensors of the same shape, without a copy if they are consecutive rows of one tensor in memory.
 
-    In a trace, they are always copied, since they may be elsewhere in memory when the trace is replayed.
+    In a trace, they are always copied. They may be elsewhere in memory when the trace is replayed.
     """
     first = rows[0]
     if len(rows) == 1:
@@ -188,11 +188,11 @@ def push(graph: Graph, lower: Place, upper: Place, values: Tensor, bound: bool =
         graph: The graph of a recording.
         lower: Place of the tap at which the values are given.
         upper: Place of the tap at which the sums are returned.
-        values: The values at the lower tap, ``(K, N, *shape)``.
+        values: The values at the lower tap, of shape ``(K, N, *shape)``.
         bound: Whether to use upper bounds on the absolute kernels, which requires nonnegative values.
 
     Returns:
-        The values at the upper tap, ``(K, N, *shape)``, or None for zeros; and the cost of the pass.
+        The values at the upper tap, of shape ``(K, N, *shape)``, or None for zeros; and the cost of the pass.
     """
     known: dict[Buffer, Tensor | None] = {}
 

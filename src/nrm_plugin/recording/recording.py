@@ -48,7 +48,7 @@ class Recording:
     Args:
         model: The model to record.
         call: The arguments of the model call.
-        composite: The normalized composite.
+        composite: Composite that assigns normalized rules.
         output: The output to explain if the model returns several tensors, or a tap inside the model.
         reference: The reference (baseline input) if the measure explains a difference, or None.
         max_memory: Memory limit in bytes, or None for no limit. If the tensors of the recording exceed it, they are
@@ -64,7 +64,7 @@ class Recording:
 
     Raises:
         InputError: If the output is not a valid starting point for a measure.
-        ModelStateError: If the model is in training mode, or has hooks of another composite.
+        ModelStateError: If the model is in training mode or has hooks of another composite.
         GradModeError: If gradients are disabled.
         UncoveredLayerError: If a layer has no rule.
         UnsupportedOperationError: If an operation has no kernel.
@@ -129,8 +129,8 @@ class Recording:
         Samples are located in each tensor, unless there is only one or the rows of all tensors are known to be samples.
 
         Args:
-            relevance: The initial relevance of the outputs, ``(N, …)``.
-            contrast: The weights ``s`` of the outputs, ``(N, …)``, if the measure starts at the weighted sum
+            relevance: The initial relevance of the outputs, of shape ``(N, …)``.
+            contrast: The weights ``s`` of the outputs, of shape ``(N, …)``, if the measure starts at the weighted sum
                 :math:`\sum_k s_k f_k`. In this case, ``relevance`` serves only to locate samples.
 
         Returns:
@@ -168,11 +168,11 @@ class Recording:
         return self.samples.layout(self.graph.output)
 
     def unfolded(self) -> Tensor:
-        """Returns the detached output, ``(N, …)``."""
+        """Returns the detached output, of shape ``(N, …)``."""
         return self._layout.unfold(self.output.detach())
 
     def outputs(self) -> Tensor:
-        """Returns a copy of the output, ``(N, …)``, or as returned by the model with ``batched=False``."""
+        """Returns a copy of the output, of shape ``(N, …)``, or as returned by the model with ``batched=False``."""
         return (self.unfolded() if self.samples.batched else self.output.detach()).clone()
 
     @property
@@ -184,13 +184,13 @@ class Recording:
     def least(self) -> float:
         """The largest mass treated as zero.
 
-        With a reference, it is positive, since neurons with the same value as at the reference are assigned a tiny
+        With a reference, it is positive: neurons with the same value as at the reference are assigned a tiny
         difference.
         """
         return 0.0 if self._other is None else 1e6 * LEAST[working_dtype(self.output.dtype)]
 
     def differences(self) -> Tensor:
-        """Returns the output minus that at the reference, ``(N, …)``, with tiny numbers in place of zeros."""
+        """Returns the change of the output from the reference, of shape ``(N, …)``, with tiny numbers for zeros."""
         assert self._other is not None
         return self.samples.layout(self.graph.output).unfold(difference(self.output.detach(), self._other).delta)
 
@@ -267,7 +267,7 @@ class Reference:
     Attributes:
         call: The call to the model with the reference as inputs.
         is_tangent: Whether slopes are derivatives at the input instead of secants.
-        count: Number of references per sample. Those of one sample are consecutive rows of the call.
+        count: Number of references per sample. All references of a sample are consecutive rows of the call.
     """
 
     call: Call
@@ -288,10 +288,9 @@ def _limited(is_tangent: bool, limit: int) -> tuple[ReferencePass, FirstRun]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Repeats the model run of a recording, to test whether samples are independent or to recompute parts.
+    """Arguments of a :class:`Recording`, with methods that run the model again.
 
     Attributes:
-        model, call, composite, output, reference, max_memory: As in :class:`Recording`.
         form: The autocast dtype of layers at the time of the recording, or None.
         calls_hooks: Whether the user's hooks are called.
     """
@@ -330,7 +329,7 @@ class Rerun:
                     followed.close()
 
     def recording(self, change: Change, others: Change = _unchanged) -> Recording:
-        """Runs the model on modified inputs, and returns the recording."""
+        """Runs the model on modified inputs and returns the recording."""
         modes = untraced(), torch.inference_mode(False), torch.enable_grad(), layers_in(self.form)
         with ExitStack() as around:
             for block in (*modes, self._hooks()):
@@ -340,7 +339,7 @@ class Rerun:
             return Recording(self.model, call, self.composite, self.output, reference, self.max_memory)
 
     def outputs(self, change: Change, others: Change = _unchanged) -> Tensor:
-        """Runs the model on modified inputs without recording, and returns the output."""
+        """Runs the model on modified inputs without recording and returns the output."""
         if isinstance(self.output, Atom):
             return self.recording(change, others).output.detach()
         call = self.call.changed(change, others)
@@ -362,7 +361,7 @@ class Rerun:
             return output
 
     def _changed_reference(self, change: Change, others: Change) -> Reference | None:
-        """Applies a change of the inputs to the reference as well, so that their shapes agree."""
+        """Applies a change of the inputs to the reference as well. Their shapes then agree."""
         if self.reference is None:
             return None
         return replace(self.reference, call=self.reference.call.changed(change, others))
@@ -387,7 +386,7 @@ class Rerun:
 
 @contextmanager
 def _noted(note: str) -> Iterator[None]:
-    """Context manager that adds a note to errors of the model, but not to those of this package."""
+    """Context manager that adds a note to errors of the model, except for errors of this package."""
     try:
         yield
     except NRMError:
@@ -399,7 +398,7 @@ def _noted(note: str) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Context manager that removes all hooks of the model, since hooks of the user expect the original inputs."""
+    """Context manager that removes all hooks of the model. Hooks of the user expect the original inputs."""
     with preserved(model):
         for module in model.modules():
             module._forward_hooks.clear()

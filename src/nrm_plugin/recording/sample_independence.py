@@ -34,7 +34,7 @@ TOLERANCE_OF_RULES = 1e-3
 ALONE = 16
 """Maximum number of samples that are run individually."""
 SUSPECTS = 4
-"""Maximum number of samples that are tested further, as their outputs differ when run individually."""
+"""Maximum number of samples that are tested further because their outputs differ when run individually."""
 
 
 class Exchange(Enum):
@@ -49,7 +49,7 @@ class Exchange(Enum):
 
 
 SCALES = {Exchange.OTHERS: 0.75, Exchange.FAR: 16.0, Exchange.OPPOSITE: -16.0}
-"""Factors of the values of other samples. Since they differ from 1, identical samples change as well."""
+"""Factors of the values of other samples. They differ from 1, so identical samples change as well."""
 
 
 class Run(Protocol):
@@ -121,7 +121,7 @@ def _exchanges(recording: Run) -> Iterator[tuple[Tensor, Exchange]]:
     """Yields masks of the samples to modify (even and odd, first and second half), with the kind of their new values.
 
     Gates and branches may depend on other samples by thresholds that only large changes cross. If the model looks up
-    integer inputs, values remain in range, since an out-of-range index crashes the process on some devices.
+    integer inputs, values remain in range. An out-of-range index crashes the process on some devices.
     """
     count = recording.samples.count
     first, second = _extremes(recording)
@@ -151,7 +151,7 @@ def _with_needed_hooks(recording: Run, rerun: Rerun) -> Rerun:
 
 
 def _check_rows_of_inputs(samples: Samples) -> None:
-    """Raises an error if the order of the samples in the inputs differs from that in the outputs."""
+    """Raises an error if the order of the samples differs between inputs and outputs."""
     for vertex in samples.inputs & samples.leaves.keys():
         if not samples.layout(Buffer(vertex, 0)).is_plain:
             raise samples.error("the input, whose order is not that of the outputs,")
@@ -173,7 +173,7 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
     """Raises an error if a sample depends on others, as shown by runs on individual samples.
 
     This detects thresholds over all samples, for example. If a model treats samples differently by their position in
-    the batch, so that its outputs do not follow a permutation of the samples, only an exchange shows whether samples
+    the batch, its outputs do not follow a permutation of the samples. Only an exchange then shows whether samples
     depend on each other.
     """
     numbers, suspects = torch.arange(recording.samples.count), 0
@@ -190,7 +190,7 @@ def _check_alone(recording: Run, rerun: Rerun) -> None:
 
 
 def _is_ordered(recording: Run, rerun: Rerun) -> bool:
-    """Returns True if outputs vary between identical runs, or do not follow a permutation of the samples."""
+    """Returns True if outputs vary between identical runs or do not follow a permutation of the samples."""
     count = recording.samples.count
     return any(_differs(recording, rows, rerun) for rows in (torch.arange(count), torch.arange(count).roll(1)))
 
@@ -271,7 +271,7 @@ def _check_relevance(recording: Run, start: Tensor, chosen: Tensor, rerun: Rerun
 
 
 def changed(tensor: Tensor, chosen: Tensor, exchange: Exchange = Exchange.OTHERS) -> Tensor:
-    """Replaces the inputs of the selected samples by the values of an exchange."""
+    """Replaces the inputs of the selected samples with the values of an exchange."""
     plain, inner = tensor.detach(), list(range(1, tensor.ndim))
     if exchange is Exchange.COPIES:
         other = plain[~chosen.to(tensor.device)][:1]

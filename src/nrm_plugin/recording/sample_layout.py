@@ -19,15 +19,16 @@ class Layout:
     unless it is 1. If samples have different numbers of slices, as in a packed sequence, ``W`` is the largest of these
     numbers, and the form ``(N, …)`` is padded with zeros.
 
-    A first dimension of size 1 is dropped if the samples share another dimension with ``W > 1`` slices: a tensor ``(1,
-    N · W, …)`` has the form ``(N, W, …)``. Such tensors concatenate all samples, for example for attention over one
-    long sequence, or for a grouped convolution with one group per sample. With ``N = 1``, their rows are the samples.
+    A first dimension of size 1 is dropped if the samples share another dimension with ``W > 1`` slices: a tensor of
+    shape ``(1, N · W, …)`` has the form ``(N, W, …)``. Such tensors concatenate all samples, for example for attention
+    over one long sequence, or for a grouped convolution with one group per sample. With ``N = 1``, their rows are the
+    samples.
 
     Attributes:
         dim: The dimension, or None if the tensor is a single sample, to which a first dimension of size 1 is added.
         count: Number of samples ``N``.
         parts: ``W``, the number of slices per sample along the dimension.
-        order: Indices that sort the slices by sample, ``(N · W,)``; None if they are already sorted.
+        order: Indices that sort the slices by sample, of shape ``(N · W,)``, or None if they are already sorted.
         slices: Size of the dimension if the form is padded; ``order`` equals ``slices`` at the padding.
         drops_first: Whether the first dimension, of size 1, is dropped.
         is_scalar: Whether the tensor is a single number without dimensions.
@@ -76,7 +77,7 @@ class Layout:
         return torch.Size((self.count, *inner))
 
     def channel_dim(self, dim: int, ndim: int) -> int:
-        """Converts the channel dimension of a tensor with ``ndim`` dimensions to that of its form ``(N, …)``."""
+        """Converts the channel dimension of a tensor with ``ndim`` dimensions to the one of its form ``(N, …)``."""
         if self.is_plain:
             return dim
         dim %= max(ndim, 1)
@@ -99,7 +100,7 @@ class Layout:
         return torch.Size([*inner[: self.dim], *inner[self.dim + 1 :]])
 
     def in_all_views(self, values: Tensor, channel_dim: int) -> Tensor:
-        """Repeats values for every view, if the parts are views."""
+        """Repeats values for every view if the parts are views."""
         if self.dim is None or not self.has_views(channel_dim):
             return values.clone()
         repeated = values.unsqueeze(self.dim)
@@ -146,15 +147,15 @@ def layouts_of(labels: Tensor, count: int, mass: Tensor | None = None, is_last: 
     """Returns the layouts of a tensor that are consistent with the known samples of its elements.
 
     Args:
-        labels: The sample of each element, or -1 if it is unknown, since no relevance arrives there.
+        labels: The sample of each element, or -1 if it is unknown because no relevance arrives there.
         count: Number of samples.
-        mass: Weight of each element, by default equal. Elements with negligible weight are ignored.
+        mass: Weight of each element. By default, all weights are equal. Elements with negligible weight are ignored.
         is_last: Whether no further information is available. Samples without known elements are then assigned the
             unknown slices of a dimension, or no slices if all slices are known.
 
     Returns:
         The layouts, in decreasing order of the number of known slices. The list is empty if no dimension can be divided
-        among the samples, and has several elements if too few elements of the tensor are known. Samples can have
+        among the samples and has several elements if too few elements of the tensor are known. Samples can have
         different numbers of slices only if no dimension can be divided equally and the sample of each slice is known.
     """
     layouts = _fitting(labels, count, None)

@@ -36,10 +36,10 @@ MIXED = 1e-3
 
 
 class Samples:
-    """Samples of a recording, and the layout of each tensor.
+    """Samples of a recording and the layout of each tensor.
 
     Args:
-        graph: The graph.
+        graph: The graph of the recording.
         count: Number of samples.
         batched: Whether the inputs have a batch dimension. Otherwise, each tensor belongs to one sample.
         is_plain: Whether the samples are known to be independent rows of every tensor.
@@ -126,7 +126,7 @@ class Samples:
         return layout or (self._plain if shape[:1] == (1,) else self._whole)
 
     def _of_unreached(self, buffer: Buffer) -> Layout | None:
-        """Returns a layout of a tensor without relevance, such as the one of the nearest tensor of the same shape."""
+        """Returns a layout of a tensor without relevance, such as the one of the nearest tensor with the same shape."""
         shape = self.graph.shape(buffer)
         if self.has_constant_layouts:
             by_inputs = self._of_inputs(buffer)
@@ -144,7 +144,7 @@ class Samples:
         return unreached(shape, self.count) or next(iter(self._of_inputs(buffer) or ()), None)
 
     def _chosen(self, buffer: Buffer, fitting: list[Layout]) -> Layout | None:
-        """Selects a layout of a tensor with so little relevance that it determines no layout or several."""
+        """Selects a layout of a tensor whose relevance is too small to determine exactly one."""
         by_inputs = self._of_inputs(buffer, self._labels[buffer]) or []
         if len(by_inputs) == 1 and self._holds(by_inputs[0], self._labels[buffer]):
             return self._repeatable(by_inputs[0])
@@ -156,7 +156,7 @@ class Samples:
         return self.are_fixed and is_traced()
 
     def _repeatable(self, layout: Layout | None) -> Layout | None:
-        """Returns the layout unchanged; in a trace, notes an obstacle if it may be invalid for other values."""
+        """Returns the layout unchanged. In a trace, notes an obstacle if it may be invalid for other values."""
         if self.has_constant_layouts and layout is not None and layout.is_assumed:
             note_obstacle("some samples have no relevance in a tensor, so that their positions in it are unknown")
         return layout
@@ -238,7 +238,7 @@ class Samples:
     # -- sums over samples ------------------------------------------------------------------------------------
 
     def sums(self, tensor: Tensor, place: Place | None) -> Tensor | None:
-        """Sums a tensor at a place over the elements of each sample, ``(N,)``. Returns None if these are unknown."""
+        """Sums a tensor at a place over the elements of each sample. Returns None if the samples are unknown."""
         if self.count == 1:
             return tensor.sum().reshape(1)
         if self.is_plain:
@@ -257,7 +257,7 @@ class Samples:
         return total.index_add_(0, labels.clamp(min=0).flatten().long(), tensor.flatten())
 
     def checked_sums(self, tensor: Tensor, what: str, place: Place | None = None) -> Tensor:
-        """Sums a tensor at a place over the elements of each sample, ``(N,)``.
+        """Sums a tensor at a place over the elements of each sample, of shape ``(N,)``.
 
         Raises:
             FoldingError: If the samples are unknown.

@@ -55,7 +55,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
     """Returns True if the first dimension of every tensor is proven to index independent samples.
 
     Args:
-        graph: The graph.
+        graph: Graph of the recording.
         count: Number of samples.
         looked_up: Embeddings of integer inputs, which the model may have transposed before the lookup.
     """
@@ -65,7 +65,7 @@ def all_keep_rows(graph: Graph, count: int, looked_up: Sequence[Tensor] = ()) ->
 
 
 def vertices_of_rows(graph: Graph, count: int, ends: Set[int]) -> set[int]:
-    """Returns the vertices whose rows are proven to be samples, given vertices ``ends`` whose rows are samples."""
+    """Returns the vertices whose rows are proven to be samples, given that the rows of the vertices ``ends`` are."""
     keeping = [_has_rows(vertex, count) and _keeps_rows(graph, vertex) for vertex in graph.vertices]
     proven = set(ends)
     for number, vertex in enumerate(graph.vertices):  # down from the output
@@ -84,7 +84,7 @@ def _has_rows(vertex: Vertex, count: int) -> bool:
 
 
 def rules_are_known(graph: Graph) -> bool:
-    """Returns True if all rules are part of Zennit or of this package, and thus act on each row separately."""
+    """Returns True if all rules are part of Zennit or this package and thus act on each row separately."""
     return all(
         is_known_linear(vertex.step.layer_call.rule) for vertex in graph.vertices if isinstance(vertex.step, LayerStep)
     )
@@ -170,10 +170,9 @@ def _is_route_of_rows(graph: Graph, vertex: Vertex) -> bool:
 def _moves_rows_to_rows(graph: Graph, vertex: Vertex) -> bool:
     """Returns True if a route that does not depend on values maps each row to the same row.
 
-    The backward function of the route is evaluated on ones, and on one random number per row. If each element of an
+    The backward function of the route is evaluated on ones and on one random number per row. If each element of an
     input contributes only to its own row, each row of the two results differs by that number as a factor. Strides would
-    not suffice for this test, since rows need not be contiguous, for example after a convolution in ``channels_last``
-    format.
+    not suffice for this test: rows need not be contiguous, for example after a convolution in ``channels_last`` format.
     """
     sources = [None if edge is None else graph.shape(edge) for edge in vertex.edges]
     shape, dtype = vertex.shapes[0], vertex.dtypes[0]

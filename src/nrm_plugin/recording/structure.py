@@ -67,7 +67,7 @@ class Structure:
 
 
 def _with_top(observed: Sequence[Observed], top: Top) -> list[Observed]:
-    """Replaces the output of the model by the contrast among the observed tensors."""
+    """Replaces the output of the model with the contrast among the observed tensors."""
     others = [seen for seen in observed if seen.label.name != OUTPUT]
     return [*others, Observed(Label(OUTPUT, "output", 0, None), top, 0, top.shape, None)]
 

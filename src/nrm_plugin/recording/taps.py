@@ -92,14 +92,14 @@ class Taps:
     """Taps of a recording, in walk order.
 
     Args:
-        graph: The graph.
+        graph: Graph of the recording.
         observed: The labeled tensors, in execution order.
         modules: Name of each module.
-        containers: Names of modules with children and a rule of their own, which therefore contain no taps.
+        containers: Names of modules with children and a rule of their own. They contain no taps.
         samples: The sample layouts of the recording.
 
     Attributes:
-        all: All taps.
+        all: All taps, in walk order.
         index: Index of each tap in ``all``, keyed by its place.
         fused: Names of layers whose output is fused with a contrast.
     """
@@ -142,7 +142,7 @@ class Taps:
         return {id(tap): label for label, tap in reversed(self._labelled.items())}
 
     def site(self, layer: Any, side: str = "output") -> Label | None:
-        """Returns a label of the tap of a transformer site, or None if no site has this name or a layer has it, too.
+        """Returns a label of the tap of a transformer site, or None if no site has this name or a layer has it too.
 
         Hook names of TransformerLens, such as ``blocks.1.attn.hook_v``, are also accepted.
         """
@@ -253,7 +253,7 @@ class Taps:
         return name if name in self._names else first_name(name, self.modules)
 
     def name_at(self, vertex: int) -> str:
-        """Returns a name for a vertex: that of its step, of its tap, or of the nearest tap above it."""
+        """Returns a name for a vertex, which is the name of its step, of its tap, or of the nearest tap above it."""
         step = self.graph.vertices[vertex].step
         if step is not None:
             several = sum(name == step.name for name, _ in self._sinks) > 1
@@ -301,7 +301,7 @@ class Taps:
         return _outer(self._items(name, side, calls[0]))
 
     def _of_model(self, layer: str | nn.Module, side: str) -> tuple[str | nn.Module, str]:
-        """Replaces the input of the model itself by the tap ``"input"``."""
+        """Replaces the input of the model itself with the tap ``"input"``."""
         is_model = isinstance(layer, nn.Module) and side == "input" and self.name_of(layer) == "output"
         return ("input", "output") if is_model else (layer, side)
 
@@ -409,7 +409,7 @@ def _selected(name: str, calls: list[int], call: Any) -> list[int]:
 
 
 def _outer(items: Sequence[Item | None]) -> list[Item | None]:
-    """Returns the items to which a layer name refers: all that are not nested, or all items if all are nested."""
+    """Returns the items to which a layer name refers: those that are not nested or, if all are nested, all items."""
     return [item for item in items if not isinstance(item, Nested)] or list(items)
 
 

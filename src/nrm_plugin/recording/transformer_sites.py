@@ -25,7 +25,7 @@ PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\
 """Pattern that matches the names of single heads and neurons of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
 WEIGHTED = re.compile(f"{PRODUCTS.pattern}|linear|conv")
-"""Pattern that matches functions with weights, as which all layers are recorded if a difference is explained."""
+"""Pattern that matches functions with weights. Layers are recorded as such if a difference is explained."""
 SUMS = ("sum", "add", "sub", "rsub")
 MIXING = re.compile(r"conv|pool|cumsum|cumprod|fft|lstm|gru|rnn|scan|stack|^cat|pad|roll|matmul|mm$|bmm|einsum")
 
@@ -79,7 +79,7 @@ def sites(graph: Graph) -> dict[str, Place]:
 
 
 class Structure:
-    """Dependencies between the vertices of a graph, and the residual adds among them.
+    """Dependencies between the vertices of a graph and the residual adds among them.
 
     Attributes:
         below: The vertices below each vertex, as bit sets.
@@ -179,8 +179,7 @@ class Structure:
     def scores(self, vertex: int, inner: Sequence[int]) -> tuple[Edge, Edge] | None:
         """Returns the edges that read queries and keys, in the fused function or the product that yields the weights.
 
-        The result is None if the vertex is not an attention call, or its weights are not computed by a product in the
-        branch.
+        Returns None if the vertex is not an attention call or its weights are not computed by a product in the branch.
         """
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is None:
@@ -217,7 +216,7 @@ class Structure:
         return self.is_mixer(branch.inner) or bool(self._weighted(branch))
 
     def is_linear(self, vertex: int) -> bool:
-        """Returns True if a vertex multiplies by weights, as a linear layer or a convolution does."""
+        """Returns True if a vertex multiplies by weights, like a linear layer or a convolution."""
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is not None or sum(edge is not None for edge in edges) != 1:
             return False
@@ -226,7 +225,7 @@ class Structure:
         return WEIGHTED.search(step.rule) is not None
 
     def is_mixer(self, vertices: Sequence[int]) -> bool:
-        """Returns True if vertices without attention mix tokens, by a convolution, a scan or products of tensors."""
+        """Returns True if vertices without attention mix tokens by a convolution, a scan or products of tensors."""
         return any(map(self._is_mixing, vertices))
 
     def _is_mixing(self, number: int) -> bool:
@@ -374,7 +373,7 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
 
 
 def _without_stream(place: Edge, branch: Branch, structure: Structure) -> Edge:
-    """Returns the edge that reads the branch itself, where an edge reads the sum of branch and stream."""
+    """Returns the edge that reads the branch itself, given an edge that reads the sum of branch and stream."""
     while True:
         top = structure.source(structure.graph.buffer(place)).vertex
         step, edges = structure.step(top), structure.graph.vertices[top].edges

@@ -1,4 +1,4 @@
-"""Module calls whose outputs are stored, so that these modules need not run when the model is run again."""
+"""Module calls whose outputs are stored. These modules need not run when the model is run again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Unit:
     Attributes:
         name: Name of the module.
         call: Index of the call.
-        first, stop: Index of the first step of the call, and of the first step after it.
+        first: Index of the first step of the call.
+        stop: Index of the first step after the call.
         outputs: The output of the call, with tensors as :class:`~nrm_plugin.kernels.forward_state.Saved`.
     """
 
@@ -59,7 +60,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def are_kept(output: Any, first: int, gates: Any) -> bool:
-    """Returns True if stored outputs can replace a call, since they depend only on the steps of the call.
+    """Returns True if stored outputs can replace a call because they depend only on its steps.
 
     Gates, views of earlier tensors, and tensors without relevance have properties that their values do not determine.
 

@@ -24,7 +24,7 @@ def ablation(
 
     Args:
         model: The network; the hooks are removed on exit.
-        kept: Boolean masks of the kept outputs, keyed by module name, ``(C,)``, ``(N, C)``, ``(*shape)`` or
+        kept: Boolean masks of the kept outputs, keyed by module name, of shape ``(C,)``, ``(N, C)``, ``(*shape)`` or
             ``(N, *shape)``, with channels in dimension 1.
         fill: Replacement values: ``"zero"``; ``"mean"`` for the mean of the reference activations; or ``"resample"`` to
             assign to sample ``n`` the activations of reference sample ``n``, modulo the number of reference samples.
@@ -32,7 +32,7 @@ def ablation(
             ``fill`` is ``"zero"``.
 
     Raises:
-        ValueError: If ``fill`` is unknown, or requires a reference and none is given.
+        ValueError: If ``fill`` is unknown or requires a reference that is not given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -70,13 +70,13 @@ def _replacing(mask: Tensor, fill: Fill, reference: Tensor | None) -> Callable[.
 
 
 def activations(model: nn.Module, inputs: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the output of each module, ``(N, *shape)``, from one forward pass.
+    """Returns the output of each module, of shape ``(N, *shape)``, from one forward pass.
 
     If a module is called several times, its last output is returned.
 
     Raises:
         UnknownLayerError: If there is no module with one of the given names.
-        InputError: If a module is not called, or does not return a tensor.
+        InputError: If a module is not called or does not return a tensor.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

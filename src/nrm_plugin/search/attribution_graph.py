@@ -38,10 +38,10 @@ class GraphNode:
 
     Attributes:
         kind: ``"feature"``, ``"error"``, ``"input"`` or ``"output"``.
-        layer: Index among the layers with features, starting from the input; -1 for inputs, and the number of layers
-            for outputs.
-        position: Index of the token; 0 if there are no tokens.
-        unit: Index of the feature or output; None for errors and inputs.
+        layer: Index among the layers with features, starting from the input. It is -1 for inputs and the number of
+            layers for outputs.
+        position: Index of the token, or 0 if there are no tokens.
+        unit: Index of the feature or output, or None for errors and inputs.
         label: Name of the node.
 
     Examples:
@@ -71,11 +71,11 @@ def influence(edges: Tensor, weights: Tensor) -> Tensor:
     r"""Computes the influence of every node in an attribution graph, :math:`w \sum_{k \ge 1} \hat A^k`.
 
     Args:
-        edges: Signed effect of each source (column) on each target (row), ``(n, n)``.
-        weights: Weights of the outputs, ``(n,)``, zero for all other nodes.
+        edges: Signed effect of each source (column) on each target (row), of shape ``(n, n)``.
+        weights: Weights of the outputs, of shape ``(n,)``, zero for all other nodes.
 
     Returns:
-        The influence, ``(n,)``, in double precision. Outputs without outgoing edges have influence 0.
+        The influence, of shape ``(n,)``, in double precision. Outputs without outgoing edges have influence 0.
 
     Raises:
         InputError: If the shapes do not match, a value is not finite, or the graph has a cycle.
@@ -120,12 +120,12 @@ class AttributionGraph:
 
     Attributes:
         nodes: The ``n`` nodes.
-        edges: Effect of each source (column) on each target (row), ``(n, n)``. For a measure, this is the mass of the
-            walks that cross both nodes and no node in between.
-        weights: Weight of each output, ``(n,)``, zero for all other nodes.
+        edges: Effect of each source (column) on each target (row), of shape ``(n, n)``. For a measure, this is the mass
+            of the walks that cross both nodes and no node in between.
+        weights: Weight of each output, of shape ``(n,)``, zero for all other nodes.
 
     Raises:
-        InputError: If the shapes do not match the number of nodes, or if two nodes have the same key.
+        InputError: If the shapes do not match the number of nodes or if two nodes have the same key.
 
     Examples:
         >>> nodes = (GraphNode("input", -1, 0, None, "a"), GraphNode("feature", 0, 0, 7, "7"),
@@ -151,7 +151,7 @@ class AttributionGraph:
             raise InputError("two nodes of this graph have the same kind, layer, position and unit.")
 
     def influence(self) -> Tensor:
-        """Returns the influence of every node, ``(n,)``; see :func:`influence`.
+        """Returns the influence of every node, of shape ``(n,)``; see :func:`influence`.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -162,7 +162,7 @@ class AttributionGraph:
         return influence(self.edges, self.weights)
 
     def replacement(self) -> float:
-        """Returns the replacement score: the influence of the inputs, divided by the influence of inputs and errors.
+        """Returns the replacement score: the influence of the inputs divided by the influence of inputs and errors.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -177,7 +177,7 @@ class AttributionGraph:
     def completeness(self) -> float:
         """Returns the completeness score: the mean fraction of a node's inputs that do not come from errors.
 
-        Nodes are weighted by their influence, and outputs by the sum of their influence and weight.
+        Nodes are weighted by their influence and outputs by the sum of their influence and weight.
 
         Examples:
             >>> nodes = GraphNode("input", -1, 0, None, "a"), GraphNode("output", 0, 0, 2, "b")
@@ -236,7 +236,7 @@ class AttributionGraph:
 
         Args:
             folder: Folder of the graphs, which is created if it does not exist.
-            slug: Name of the graph, and of its file without suffix.
+            slug: Name of the graph and of its file, without suffix.
             tokens: Text of the token at each input position.
             scan: Name of the dictionaries (transcoders), stored as ``scan`` in the file.
 
@@ -290,13 +290,13 @@ class AttributionGraph:
 
 
 def _cumulative(total: Tensor) -> Tensor:
-    """Returns, for each node, the share of the total influence held by all nodes with at least its influence."""
+    """Computes the cumulative fraction of the total influence at each node, in order of decreasing influence."""
     values, order = total.sort(descending=True)
     return torch.zeros_like(total).scatter(0, order, values.cumsum(0) / values.sum())
 
 
 def _node_ids(nodes: Sequence[GraphNode]) -> list[str]:
-    """Returns the node ids of circuit-tracer; the id of an error is changed if a feature has the same id."""
+    """Returns the node ids of circuit-tracer. The id of an error is changed if a feature has the same id."""
     ids = [_node_id(node) for node in nodes]
     features = {name for node, name in zip(nodes, ids, strict=True) if node.kind != "error"}
     return [

@@ -26,10 +26,10 @@ class Prefix:
     Attributes:
         groups: Index of the group in each layer of the prefix.
         bound: Upper bound on the absolute mass of any completion.
-        number: Creation index, which breaks ties.
+        number: Creation index. It breaks ties.
         mass: Absolute joint relevance of the groups.
         relevance: Relevance of each neuron in the last layer of the prefix, restricted to the walks through the groups
-            above, ``(n,)``.
+            above, of shape ``(n,)``.
     """
 
     groups: tuple[int, ...]
@@ -39,19 +39,19 @@ class Prefix:
     relevance: Tensor
 
     def __lt__(self, other: Prefix) -> bool:
-        """Compares by decreasing bound, so that a heap returns the prefix with the largest bound first."""
+        """Compares by decreasing bound. A heap then returns the prefix with the largest bound first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
 @dataclass(frozen=True)
 class CompleteWalk:
-    """Walk with one group in every layer, and the signed joint relevance of these groups."""
+    """Walk with one group in every layer and the signed joint relevance of these groups."""
 
     groups: tuple[int, ...]
     mass: float
 
     def __lt__(self, other: CompleteWalk) -> bool:
-        """Compares by absolute mass, so that a heap returns the walk with the smallest mass first."""
+        """Compares by absolute mass. A heap then returns the walk with the smallest mass first."""
         return (abs(self.mass), self.groups) < (abs(other.mass), other.groups)
 
 
@@ -109,9 +109,9 @@ class BestFirstSearch:
         return min(BATCH, self.chain.widths[depth - 1])
 
     def _expand_largest(self, depth: int, width: int, is_required: bool = False) -> None:
-        """Expands the prefixes of a given length with the largest mass, unless the budget is exhausted.
+        """Expands the prefixes of a given length with the largest mass unless the budget is exhausted.
 
-        If required, the largest one is expanded in any case.
+        With ``is_required``, the largest one is expanded in any case.
         """
         threshold = self._threshold()
         candidates = [prefix for prefix in self.prefixes if len(prefix.groups) == depth and prefix.bound > threshold]
@@ -127,7 +127,7 @@ class BestFirstSearch:
             self._expand(part)
 
     def _most_promising(self) -> list[Prefix]:
-        """Pops the prefix with the largest bound, and the next prefixes as long as they have the same length."""
+        """Pops the prefix with the largest bound and the next prefixes as long as they have the same length."""
         chosen = [heapq.heappop(self.prefixes)]
         depth, threshold = len(chosen[0].groups), self._threshold()
         while self.prefixes and len(chosen) < self._batch(depth):

@@ -31,15 +31,15 @@ class Dictionary:
     """Dictionary of learned features for one layer.
 
     Attributes:
-        encoder: Weights ``(d_in, F)``.
-        decoder: Weights ``(F, d_out)``; each row is the direction of a feature.
-        encoder_bias: Bias of the encoder, ``(F,)``, or None for zeros. If a bias is subtracted from the input, it must
-            be folded into this bias.
-        decoder_bias: Bias of the decoder, ``(d_out,)``, or None for zeros.
-        threshold: Pre-activations up to this threshold are set to zero; a number or ``(F,)``. 0 gives ReLU, positive
-            values give JumpReLU, and ``-math.inf`` disables the threshold.
+        encoder: Weights of shape ``(d_in, F)``.
+        decoder: Weights of shape ``(F, d_out)``; each row is the direction of a feature.
+        encoder_bias: Bias of the encoder, of shape ``(F,)``, or None for zeros. If a bias is subtracted from the input,
+            it must be folded into this bias.
+        decoder_bias: Bias of the decoder, of shape ``(d_out,)``, or None for zeros.
+        threshold: Pre-activations up to this threshold are set to zero. A number or a tensor of shape ``(F,)``. 0 gives
+            ReLU, positive values give JumpReLU, and ``-math.inf`` disables the threshold.
         k: Maximum number of active features at each position, or None for no limit.
-        skip: Weights ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None.
+        skip: Weights of shape ``(d_out, d_in)`` of a linear skip path from the input to the reconstruction, or None.
         reads: ``"output"`` for an autoencoder, which reconstructs the output of a layer from itself; or ``"input"`` for
             a transcoder, which reconstructs it from the input of the layer.
 
@@ -107,7 +107,7 @@ class Dictionary:
         return int(self.decoder.shape[1])
 
     def activate(self, pre: Tensor) -> Tensor:
-        """Computes feature activations from the pre-activations ``(…, F)`` of the encoder.
+        """Computes feature activations from the pre-activations of the encoder, of shape ``(…, F)``.
 
         Examples:
             >>> Dictionary(torch.eye(3), torch.eye(3), threshold=1.5, k=1).activate(torch.tensor([1.0, 2.0, 3.0]))
@@ -121,7 +121,7 @@ class Dictionary:
         return torch.where(largest, active, 0.0)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Computes feature activations, ``(…, F)``, from ``x``, ``(…, d_in)``.
+        """Computes feature activations of shape ``(…, F)`` from ``x`` of shape ``(…, d_in)``.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).encode(torch.tensor([3.0, -1.0]))
@@ -131,7 +131,9 @@ class Dictionary:
         return self.activate(linear(x, self.encoder.T.to(x), bias))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Computes the reconstruction, ``(…, d_out)``, from ``x``, ``(…, d_in)``, including biases and the skip path.
+        """Computes the reconstruction of shape ``(…, d_out)`` from ``x`` of shape ``(…, d_in)``.
+
+        The reconstruction includes biases and the skip path.
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).reconstruct(torch.tensor([3.0, -1.0]))
@@ -153,12 +155,12 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class Crosscoder:
-    """Dictionaries for several layers; features also contribute to the reconstruction of later layers.
+    """Dictionaries for several layers. Features also contribute to the reconstruction of later layers.
 
     Attributes:
         dictionaries: Dictionaries keyed by layer name, each with the encoder and the decoder of its layer.
-        decoders: Weights ``(F_lower, d_upper)`` from the features of a layer to the output of a later layer, keyed by
-            pairs of layer names ``(lower, upper)``.
+        decoders: Weights of shape ``(F_lower, d_upper)`` from the features of a layer to the output of a later layer,
+            keyed by pairs of layer names ``(lower, upper)``.
 
     Raises:
         InputError: If a decoder does not match its layers.

@@ -26,7 +26,7 @@ ARCHITECTURES = (
     "standard", "gated", "jumprelu", "topk", "transcoder", "skip_transcoder", "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
 )  # fmt: skip
-"""SAELens architectures with a linear encoder and decoder, and an activation supported by :class:`Dictionary`."""
+"""SAELens architectures with a linear encoder and decoder and an activation supported by :class:`Dictionary`."""
 _SHORT = (torch.float16, torch.bfloat16)
 
 
@@ -62,7 +62,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
 
 
 class _Weights(dict[str, Tensor]):
-    """Tensors of a safetensors file, cast to at least single precision; errors name the file."""
+    """Tensors of a safetensors file, cast to at least single precision. Errors name the file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -137,10 +137,10 @@ def load_transcoders(folder: str | Path, site: str) -> dict[str, Dictionary] | C
         site: Name of an MLP, with ``{}`` in place of the layer index, such as ``"model.layers.{}.mlp"``.
 
     Returns:
-        Dictionaries, keyed by layer name, or a crosscoder; both can be passed to :func:`~nrm_plugin.with_features`.
+        Dictionaries keyed by layer name, or a crosscoder. Both can be passed to :func:`~nrm_plugin.with_features`.
 
     Raises:
-        InputError: If there are no such files, or ``config.yaml`` refers to hooks other than the input of the MLPs.
+        InputError: If there are no such files or ``config.yaml`` refers to hooks other than the input of the MLPs.
         MissingExtraError: If there is a ``config.yaml`` but PyYAML is not installed.
 
     Examples:
@@ -200,7 +200,7 @@ def _named_files(config: Mapping[str, Any], folder: Path) -> dict[int, Path]:
 
 
 def _transcoder(weights: Mapping[str, Tensor]) -> Dictionary:
-    """Returns the transcoder of one layer; its encoder and decoder can be stored in either orientation."""
+    """Returns the transcoder of one layer. Its encoder and decoder can be stored in either orientation."""
     if "log_thresholds" in weights:
         raise InputError(
             "the transcoders have log_thresholds, which circuit-tracer does not apply. Remove or apply them."

@@ -30,8 +30,9 @@ class _Tap:
 
     Attributes:
         name: Name of the tap.
-        nodes: The nodes.
-        labels: Node index of each neuron, ``tap.shape[1:]``, or the number of nodes for neurons that are not nodes.
+        nodes: Nodes at this tap.
+        labels: Node index of each neuron, of shape ``tap.shape[1:]``; neurons that are not nodes have the number of
+            nodes.
         targets: Number of nodes with incoming edges: all except errors and inputs, which come last.
     """
 
@@ -76,7 +77,7 @@ def attribution_graph(
             layer name.
 
     Raises:
-        InputError: If the sample does not exist, or ``top`` is not positive.
+        InputError: If the sample does not exist or ``top`` is not positive.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -119,7 +120,7 @@ def _sample(mu: RelevanceMeasure, sample: int | None, top: int) -> int:
 
 
 def _edges(mu: RelevanceMeasure, target: _Tap, source: _Tap, between: list[Event], number: int) -> Tensor:
-    """Returns the mass of the walks from each target to each source that cross no node in between, ``(targets, K)``."""
+    """Returns the mass of the walks from targets to sources without nodes in between, of shape ``(targets, K)``."""
     events = [reduce(lambda event, tap: event & ~tap, between, target.event(k)) for k in range(target.targets)]
     if not events:
         return torch.zeros(0, len(source.nodes), dtype=torch.float64)

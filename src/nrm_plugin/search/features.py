@@ -4,7 +4,7 @@ r"""Features of dictionaries as taps, with the reconstruction error as further n
 
 The layer is replaced with this sum, which is itself a linear layer, so any rule can be applied to it. Features and
 error are neurons of one tap, so their masses sum to the mass of the layer, except for the relevance that the rule
-assigns to the bias. Relevance of the features propagates through the encoder, and that of the error through the
+assigns to the bias. Relevance of the features propagates through the encoder, and relevance of the error through the
 original layer. The construction is new in this package.
 
 Source: Marks et al., arXiv 2403.19647, for errors of autoencoders as nodes of a circuit; docs/features.md.
@@ -39,9 +39,9 @@ def with_features(
 
     The copy shares the weights of the model and computes the same outputs; the given model is not modified. A layer
     ``"mlp"`` is replaced with ``"mlp.layer"`` (the layer itself), ``"mlp.encoder"``, ``"mlp.features"`` and
-    ``"mlp.decoder"``. The tap ``"mlp.features"``, ``(N, …, F + d)``, contains the ``F`` features, followed by the ``d``
-    neurons of the error and, if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` remains the output of the
-    layer. Composites that map names to rules must use ``"mlp.layer"``.
+    ``"mlp.decoder"``. The tap ``"mlp.features"``, of shape ``(N, …, F + d)``, contains the ``F`` features, followed by
+    the ``d`` neurons of the error and, if there is a skip path, its ``d`` neurons. The tap ``"mlp"`` remains the output
+    of the layer. Composites that map names to rules must use ``"mlp.layer"``.
 
     Args:
         model: The network.
@@ -171,7 +171,7 @@ def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 
 def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
-    """Applies :meth:`Dictionary.activate`; relevance propagates from each feature to its pre-activation."""
+    """Applies :meth:`Dictionary.activate`. Relevance propagates from each feature to its pre-activation."""
     if has_torch_function((pre,)):
         active: Tensor = handle_torch_function(feature_activation, (pre,), pre, dictionary)
         return active
@@ -181,7 +181,7 @@ def feature_activation(pre: Tensor, dictionary: Dictionary) -> Tensor:
 def reconstruction_error(
     values: Tensor, features: Sequence[Tensor], skip: Sequence[Tensor], decoder: nn.Linear, errors: Errors
 ) -> Tensor:
-    """Computes ``values`` minus their reconstruction; relevance propagates to ``values`` or is absorbed."""
+    """Computes ``values`` minus their reconstruction. Relevance propagates to ``values`` or is absorbed."""
     relevant = (values, *features, *skip)
     if has_torch_function(relevant):
         error: Tensor = handle_torch_function(
@@ -193,9 +193,9 @@ def reconstruction_error(
 
 
 def without_rounding(total: Tensor, values: Tensor) -> Tensor:
-    """Returns ``values``, but propagates relevance to ``total``, which equals ``values`` up to rounding.
+    """Returns ``values`` but propagates relevance to ``total``, which equals ``values`` up to rounding.
 
-    Where ``total`` should be zero, it can be a rounding error, by which a rule would divide.
+    Where ``total`` should be zero, it can be a rounding error. A rule would divide by this error.
     """
     if has_torch_function((total, values)):
         exact: Tensor = handle_torch_function(without_rounding, (total, values), total, values)
@@ -229,7 +229,7 @@ class _AbsorbingKernel(Kernel):
 
 
 def feature_groups(model: nn.Module, site: str) -> Tensor:
-    """Returns the group of each neuron of the tap ``f"{site}.features"``, ``(F + d,)``, for use as ``over=``.
+    """Returns the group of each neuron of the tap ``f"{site}.features"``, of shape ``(F + d,)``, for use as ``over=``.
 
     Each feature is a group. The error is group ``F``, and the skip path, if there is one, is group ``F + 1``.
 
@@ -252,7 +252,7 @@ def feature_groups(model: nn.Module, site: str) -> Tensor:
 
 
 def reconstruction_errors(model: nn.Module, site: str | None = None) -> Event:
-    """Returns the event that a walk crosses the reconstruction error of one layer, or of any layer.
+    """Returns the event that a walk crosses the reconstruction error of one layer or of any layer.
 
     Args:
         model: The model returned by :func:`with_features`.
@@ -295,8 +295,8 @@ def replacement(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        The fraction, ``(N,)``. If no mass is negative and all features are nodes, this equals the replacement score of
-        an attribution graph.
+        The fraction, of shape ``(N,)``. If no mass is negative and all features are nodes, this equals the replacement
+        score of an attribution graph.
 
     Raises:
         CancellationError: If the mass of the walks in the condition nearly cancels.
@@ -328,8 +328,8 @@ def completeness(mu: RelevanceMeasure, model: nn.Module) -> Tensor:
         model: The model returned by :func:`with_features`.
 
     Returns:
-        The fraction, ``(N,)``. If no mass is negative, all features are nodes and nothing is absorbed, this equals the
-        completeness score of an attribution graph.
+        The fraction, of shape ``(N,)``. If no mass is negative, all features are nodes and nothing is absorbed, this
+        equals the completeness score of an attribution graph.
 
     Examples:
         >>> dictionary = Dictionary(torch.rand(2, 4), torch.rand(4, 2))

@@ -2,8 +2,8 @@ r"""Masses of all walks over the groups of several layers, if there are few enou
 
 .. math:: \mu(g_1, \dots, g_L) = \mu(n_{l_1} \in g_1 \wedge \dots \wedge n_{l_L} \in g_L)
 
-Relevance is propagated down from the output to an intermediate layer, and the groups of the lowest layer are propagated
-up to the same layer by transposed passes. The mass of a walk is the inner product of the two. The method is new in this
+Relevance is propagated down from the output to an intermediate layer, and transposed passes propagate the groups of the
+lowest layer up to the same layer. The mass of a walk is the inner product of the two. The method is new in this
 package.
 """
 
@@ -146,7 +146,7 @@ def _passes(counts: Sequence[int], middle: int) -> int:
 
 
 def _split(rows: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Restricts relevance ``(R, n)`` to each group; returns ``(R · count, n)``."""
+    """Restricts relevance of shape ``(R, n)`` to each group. Returns shape ``(R · count, n)``."""
     return (rows[:, None] * _one_hot(labels, count, rows)).flatten(0, 1)
 
 
@@ -155,7 +155,7 @@ def _one_hot(labels: Tensor, count: int, like: Tensor) -> Tensor:
 
 
 def _chunked(chain: LayerChain, level: int, rows: Tensor, step: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Applies a function to all nonzero rows, in chunks that fit into memory."""
+    """Applies a function to all nonzero rows in chunks that fit into memory."""
     used = rows.any(1).nonzero()[:, 0]
 
     def run(some: Sequence[int]) -> list[Tensor]:

@@ -29,9 +29,9 @@ class LayerChain:
         over: The kind of groups: one for all layers, or one per layer.
 
     Attributes:
-        labels: For each layer, the group of each neuron, ``(n_m,)``.
+        labels: The group of each neuron in each layer, of shape ``(n_m,)``.
         counts: Number of groups in each layer.
-        widths: For each layer, the number of vectors that fit into memory when propagated to the next layer.
+        widths: Number of vectors that fit into memory when propagated from each layer to the next.
 
     Raises:
         ValueError: If no layer is given, or if the number of kinds differs from the number of layers.
@@ -61,11 +61,11 @@ class LayerChain:
         ]
 
     def first(self) -> Tensor:
-        """Returns the marginal of the first layer, ``(n_0,)``."""
+        """Returns the marginal of the first layer, of shape ``(n_0,)``."""
         return self.mu.marginal(self.atoms[0]).flatten()
 
     def propagate(self, level: int, vectors: Tensor) -> Tensor:
-        """Propagates relevance ``(K, n_m)`` from one layer to the next, ``(K, n_{m+1})``."""
+        """Propagates relevance of shape ``(K, n_m)`` from one layer to the next. Returns shape ``(K, n_{m+1})``."""
         upper, lower = self.taps[level : level + 2]
         rows = {number: row.view(upper.tensor_shape) for number, row in enumerate(vectors)}
         arrived = propagated(self.recording, upper, lower, rows)[0].flatten(1)
@@ -73,7 +73,7 @@ class LayerChain:
         return arrived
 
     def collect(self, level: int, values: Tensor, bound: bool = False) -> Tensor:
-        r"""Applies the transpose of :meth:`propagate` to values ``(K, n_{m+1})``; returns ``(K, n_m)``.
+        r"""Applies the transpose of :meth:`propagate` to values of shape ``(K, n_{m+1})``. Returns shape ``(K, n_m)``.
 
         .. math:: \sum_{i'} \tilde T_{i'i} v(i')
 
@@ -88,7 +88,7 @@ class LayerChain:
         return collected.flatten(1)
 
     def sums(self, level: int, values: Tensor) -> Tensor:
-        """Sums ``(…, n_m)`` within each group; returns ``(…, groups)``."""
+        """Sums values of shape ``(…, n_m)`` within each group. Returns shape ``(…, groups)``."""
         total = values.new_zeros((*values.shape[:-1], self.counts[level]))
         return total.index_add_(-1, self.labels[level], values)
 

@@ -27,9 +27,9 @@ class NeuronPath:
     Attributes:
         place: The tensor at which the path ends.
         neuron: Flat index of the last neuron in this tensor.
-        mass: Product of the start-vector entry and the kernel entries along the path.
-        bound: Mass of the best completion, which is exact up to rounding.
-        number: Creation index, which breaks ties.
+        mass: Product of the elements of the start vector and the kernels along the path.
+        bound: Mass of the best completion, exact up to rounding.
+        number: Creation index. It breaks ties.
         neurons: Flat index of the neuron at each named tap of the path, from the output to the input.
     """
 
@@ -41,12 +41,12 @@ class NeuronPath:
     neurons: Mapping[Place, int]
 
     def __lt__(self, other: NeuronPath) -> bool:
-        """Compares by decreasing bound, so that a heap returns the path with the largest bound first."""
+        """Compares by decreasing bound. A heap then returns the path with the largest bound first."""
         return (-self.bound, self.number) < (-other.bound, other.number)
 
 
 class MaxProduct:
-    r"""Upward pass from the inputs; for each neuron, computes the largest mass of a continuation to an input.
+    r"""Upward pass from the inputs that computes the largest mass of a continuation from each neuron to an input.
 
     .. math:: V(i) = 1 \text{ at inputs}, \qquad V(j) = \max_i \tilde T_{ij} V(i)
 
@@ -58,7 +58,7 @@ class MaxProduct:
         names: The first name of each named tap.
 
     Raises:
-        NRMError: If the start vector or a kernel has negative entries.
+        NRMError: If the start vector or a kernel has negative elements.
     """
 
     def __init__(self, mu: RelevanceMeasure) -> None:
@@ -79,7 +79,7 @@ class MaxProduct:
                 self.completions[place] = self._completion(place)
 
     def walks(self, k: int, deadline: float = math.inf, expansions: int | None = None) -> list[NeuronPath]:
-        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or if time runs out.
+        """Returns the ``k`` walks with the largest mass, or fewer if no other walk has mass or time runs out.
 
         The first walk is always completed.
         """
@@ -109,7 +109,7 @@ class MaxProduct:
         return [tap for tap in self.recording.taps.all if any(tap.place in path.neurons for path in paths)]
 
     def _continuations(self, path: NeuronPath | None, place: Buffer, masses: Tensor, k: int) -> list[NeuronPath]:
-        """Returns the ``k`` best continuations of a path in a tensor, and one more that bounds all others."""
+        """Returns the ``k`` best continuations of a path in a tensor and one more that bounds all others."""
         bounds, chosen = (masses * self.completions[place]).topk(min(len(masses), k + 1))
         crossed = {} if path is None else path.neurons
         paths = []
@@ -141,7 +141,7 @@ class MaxProduct:
         return best
 
     def _columns(self, place: Buffer, neurons: list[int]) -> Iterator[tuple[Buffer, Tensor]]:
-        """Yields kernel columns of the step that computes a tensor, ``(K, in)`` for each input of the step."""
+        """Yields kernel columns of the step that computes a tensor, of shape ``(K, in)`` for each input of the step."""
         vertex = self.graph.vertices[place.vertex]
         shape = vertex.shapes[place.number]
         unit_vectors = self.start.new_zeros((len(neurons), math.prod(shape)))

@@ -40,7 +40,7 @@ def best_walk(mu: RelevanceMeasure, chunk: int = 256) -> NeuronWalk:
 
     Raises:
         ValueError: If the measure contains several samples.
-        NRMError: If a kernel has negative entries, or if all relevance is absorbed.
+        NRMError: If a kernel has negative elements or if all relevance is absorbed.
 
     Examples:
         >>> import warnings

@@ -1,8 +1,8 @@
-r"""Selection of neurons, and the error of an explanation restricted to them.
+r"""Selection of neurons and the error of an explanation restricted to them.
 
 The measure is restricted to the walks through kept neurons in every selected layer. It is compared with the full
 measure by the MSE and SMAPE of heat maps and layer masses. Neurons are selected by backward elimination, starting with
-those of smallest joint relevance. The method is new in this package; it is based on the neuron selection of arXiv
+the smallest joint relevance. The method is new in this package; it is based on the neuron selection of arXiv
 2412.05686.
 
 Source: docs/critical-paths.md.
@@ -28,15 +28,15 @@ METRICS: tuple[Metric, ...] = ("mse", "smape")
 
 
 def mse(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the mean squared error for each sample, ``(N,)``.
+    r"""Computes the mean squared error for each sample, of shape ``(N,)``.
 
     .. math:: \frac 1 n \sum_i (r_i - \hat r_i)^2
 
-    The error is zero if and only if all values are identical. Its unit is that of squared relevance, so errors are
-    comparable only between maps of the same size.
+    The error is zero if and only if all values are identical. It is in units of squared relevance and comparable only
+    between maps of the same size.
 
     Args:
-        full: Values of the full measure, ``(N, …)``.
+        full: Values of the full measure, of shape ``(N, …)``.
         restricted: Values of the restricted measure, with the same shape.
 
     Examples:
@@ -47,7 +47,7 @@ def mse(full: Tensor, restricted: Tensor) -> Tensor:
 
 
 def smape(full: Tensor, restricted: Tensor) -> Tensor:
-    r"""Computes the symmetric mean absolute percentage error for each sample, ``(N,)``, between 0 and 200.
+    r"""Computes the symmetric mean absolute percentage error for each sample, of shape ``(N,)``, between 0 and 200.
 
     .. math:: \frac{100}{n} \sum_i \frac{|r_i - \hat r_i|}{(|r_i| + |\hat r_i|) / 2}
 
@@ -55,7 +55,7 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
     the tensors, or that have opposite signs, contribute 200 regardless of their magnitude.
 
     Args:
-        full: Values of the full measure, ``(N, …)``.
+        full: Values of the full measure, of shape ``(N, …)``.
         restricted: Values of the restricted measure, with the same shape.
 
     Examples:
@@ -69,14 +69,14 @@ def smape(full: Tensor, restricted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Restriction:
-    """Measure restricted to the walks through kept neurons, and its deviation from the full measure.
+    """Measure restricted to the walks through kept neurons and its deviation from the full measure.
 
     Attributes:
-        heat_map: ``μ(pixel and kept)``, ``(N, …)``.
-        mass: ``μ(kept)``, ``(N,)``, the mass of the walks through kept neurons in every selected layer.
-        mse: Mean squared error of the heat map, ``(N,)``.
-        smape: Symmetric mean absolute percentage error of the heat map, ``(N,)``.
-        layers: MSE and SMAPE of the channel masses of each selected layer, ``(N,)`` each.
+        heat_map: ``μ(pixel and kept)``, of shape ``(N, …)``.
+        mass: ``μ(kept)``, of shape ``(N,)``, the mass of the walks through kept neurons in every selected layer.
+        mse: Mean squared error of the heat map, of shape ``(N,)``.
+        smape: Symmetric mean absolute percentage error of the heat map, of shape ``(N,)``.
+        layers: MSE and SMAPE of the channel masses of each selected layer, of shape ``(N,)`` each.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -102,13 +102,13 @@ def restriction(
 
     Args:
         mu: The measure to restrict.
-        kept: Boolean masks over the channels of each layer, ``(C,)`` or ``(N, C)``, or over its neurons, ``(*shape)``
-            or ``(N, *shape)``, keyed by layer name.
+        kept: Boolean masks over the channels of each layer, of shape ``(C,)`` or ``(N, C)``, or over its neurons,
+            ``(*shape)`` or ``(N, *shape)``, keyed by layer name.
         at_layer: The layer of the heat map.
         over: Groups over which the heat map is summed before the comparison.
 
     Raises:
-        InputError: If a mask does not match its layer, or if no layer is given.
+        InputError: If a mask does not match its layer or if no layer is given.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -135,10 +135,10 @@ def restriction(
 
 
 def neuron_mask(mu: RelevanceMeasure, layer: str, mask: Tensor) -> Tensor:
-    """Expands a mask over channels or neurons to a mask over neurons, ``(N, *shape)``.
+    """Expands a mask over channels or neurons to a mask over neurons, of shape ``(N, *shape)``.
 
     Raises:
-        InputError: If the mask is not boolean, or matches neither channels nor neurons.
+        InputError: If the mask is not boolean or matches neither channels nor neurons.
     """
     tap = mu._tap(layer)
     shape, inner = torch.Size(tap.shape), torch.Size(tap.shape[1:])
@@ -171,13 +171,13 @@ def kept_event(masks: Mapping[str, Tensor]) -> Event:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Point of the error curve, for one number of kept groups.
+    """Point of the error curve for one number of kept groups.
 
     Attributes:
         count: Total number of kept groups in all layers.
-        mse: Mean squared error of the heat map of the input, ``(N,)``.
-        smape: Symmetric mean absolute percentage error of the heat map, ``(N,)``.
-        mass: Joint relevance of the kept groups, ``(N,)``.
+        mse: Mean squared error of the heat map of the input, of shape ``(N,)``.
+        smape: Symmetric mean absolute percentage error of the heat map, of shape ``(N,)``.
+        mass: Joint relevance of the kept groups, of shape ``(N,)``.
 
     Examples:
         >>> CurvePoint(3, torch.zeros(1), torch.zeros(1), torch.ones(1)).count
@@ -195,9 +195,9 @@ class Selection:
     """Selected groups of each sample, as returned by :func:`select_neurons`.
 
     Attributes:
-        kept: Mask of the kept groups in each layer, ``(N, groups)``.
-        count: Total number of kept groups in all layers, ``(N,)``.
-        order: Rank of each group, ``(N, all groups)``, concatenated over layers; rank 0 is eliminated last.
+        kept: Mask of the kept groups in each layer, of shape ``(N, groups)``.
+        count: Total number of kept groups in all layers, of shape ``(N,)``.
+        order: Rank of each group, of shape ``(N, all groups)``, concatenated over layers; rank 0 is eliminated last.
         curve: Errors for several numbers of kept groups, in descending order.
         event: The event that a walk crosses a kept neuron in every layer.
 
@@ -228,9 +228,9 @@ def select_neurons(
     r"""Selects the groups of neurons that best preserve the explanation.
 
     Groups are selected by backward elimination. Each round computes the joint relevance of every group :math:`g` of
-    every layer with the kept groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`,
-    which is the mass that the heat map would lose without the group, and eliminates the groups with the smallest
-    absolute values. Each layer keeps at least one group. Groups are selected separately for each sample, but all
+    every layer with the kept groups of the other layers, :math:`\mu(n_l \in g \wedge n_{l_1} \in S_1 \wedge \dots)`.
+    This is the mass that the heat map would lose without the group. The groups with the smallest absolute values are
+    eliminated. Each layer keeps at least one group. Groups are selected separately for each sample, but all
     samples share the same passes.
 
     With ``error``, the smallest of these nested sets that satisfies the limit is found by bisection over the order of
@@ -297,18 +297,18 @@ class _GroupPool:
         self.full = mu.marginal("input")
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Splits ``(N, all groups)`` into one tensor ``(N, groups)`` per layer."""
+        """Splits a tensor of shape ``(N, all groups)`` into one tensor of shape ``(N, groups)`` per layer."""
         return dict(zip(self.layers, torch.split(flat, self.counts, 1), strict=True))
 
     def masks(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Expands masks over groups to masks over neurons, ``(N, *shape)``."""
+        """Expands masks over groups to masks over neurons, of shape ``(N, *shape)``."""
         return {layer: kept[layer][:, labels] for layer, labels in zip(self.layers, self.labels, strict=True)}
 
     def joint(self, kept: Tensor) -> tuple[Tensor, CurvePoint]:
-        """Computes the joint relevance of each group with the kept groups, and the errors of restricting to these.
+        """Computes the joint relevance of each group with the kept groups and the errors after restriction to them.
 
         Returns:
-            The joint relevance, ``(N, all groups)``, and a point of the error curve.
+            The joint relevance, of shape ``(N, all groups)``, and a point of the error curve.
         """
         event = kept_event(self.masks(self.split(kept)))
         marginals = self.mu.marginal([*self.layers, "input"], joint=event)
@@ -321,10 +321,10 @@ class _GroupPool:
 
 
 def _elimination(pool: _GroupPool, rounds: int, last: int) -> tuple[Tensor, list[CurvePoint]]:
-    """Ranks all groups by elimination order; the best ``last`` groups are ranked in a single round.
+    """Ranks all groups by elimination order. The best ``last`` groups are ranked in a single round.
 
     Returns:
-        The rank of each group, ``(N, all groups)``, and the error curve.
+        The rank of each group, of shape ``(N, all groups)``, and the error curve.
     """
     schedule = [round(pool.size * (last / pool.size) ** (step / rounds)) for step in range(1, rounds + 1)]
     kept = torch.ones((pool.mu.batch, pool.size), dtype=torch.bool, device=pool.full.device)
@@ -350,7 +350,7 @@ def _ranked(pool: _GroupPool, joint: Tensor, kept: Tensor) -> Tensor:
 
 
 def _smallest_counts(pool: _GroupPool, order: Tensor, metric: Metric, limit: float) -> Tensor:
-    """Returns, for each sample, the smallest group count with an error within the limit, ``(N,)``."""
+    """Returns the smallest number of groups with an error within the limit for each sample, of shape ``(N,)``."""
     low = torch.full((len(order),), len(pool.layers), device=order.device)
     high = torch.full_like(low, pool.size)
     while bool((low < high).any()):

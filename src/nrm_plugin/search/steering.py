@@ -2,8 +2,8 @@ r"""Activation steering: adds a vector to the output of a layer during the forwa
 
 .. math:: a \to a + s v \qquad \text{or} \qquad a \to a - \frac{v v^\top}{v^\top v} a
 
-Such vectors can be conditionals, :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Their entries are masses per
-unit of relevance rather than activations, so their scale has to be chosen.
+Such vectors can be conditionals, :math:`\mu(A \mid j)` for every neuron ``j`` of a layer. Their elements are masses per
+unit of relevance rather than activations, and their scale has to be chosen.
 
 Source: Turner et al., arXiv 2308.10248 (addition); Arditi et al., arXiv 2406.11717 (removal); docs/features.md.
 """
@@ -29,18 +29,18 @@ def steered(
 ) -> Iterator[nn.Module]:
     """Context manager that adds a vector to the output of a layer, or projects the vector out of it.
 
-    A forward hook is registered after all other hooks of the layer, and is removed on exit, even if an error is raised.
+    A forward hook is registered after all other hooks of the layer and removed on exit, even if an error is raised.
     Nothing else in the model changes. If the layer returns a tuple, its first tensor is steered.
 
     Args:
         model: The network.
         layer: Name of the layer, as in ``model.named_modules()``.
-        vector: A direction in channel space, ``(C,)``, which is applied at every position; or values that broadcast to
-            the output of the layer, ``(…)`` or ``(N, …)``.
+        vector: A direction in channel space, of shape ``(C,)``, which is applied at every position; or values that
+            broadcast to the output of the layer, ``(…)`` or ``(N, …)``.
         scale: Factor that multiplies the added vector, or the fraction of the direction to remove.
-        mode: ``"add"``, or ``"remove"`` to project onto the orthogonal complement of the vector. A vector ``(C,)`` is
-            projected out at each position, and other vectors over all neurons of a sample.
-        dim: Channel dimension of the output, for a vector ``(C,)``: -1 for tokens and vectors, 1 for images.
+        mode: ``"add"``, or ``"remove"`` to project onto the orthogonal complement of the vector. A vector of shape
+            ``(C,)`` is projected out at each position, and other vectors over all neurons of a sample.
+        dim: Channel dimension of the output, for a vector of shape ``(C,)``: -1 for tokens and vectors, 1 for images.
 
     Yields:
         The model.

@@ -7,8 +7,8 @@ The relevance of a layer is the product of activation and context, :math:`R_i = 
           \sum_i R^{(k)}_i = (U_k^\top a)^\top (U_k^\top c)
 
 These parts are the result of LRP-0 in a layer :math:`a \to U^\top a \to U U^\top a`. :func:`with_subspaces` inserts
-this layer with one neuron for each pair of a subspace and a neuron, so that relevance is never divided by the
-activation of a direction. The rest, and the use of the parts as a tap of the measure, are new in this package.
+this layer with one neuron for each pair of a subspace and a neuron. Relevance is then never divided by the activation
+of a direction. The rest, and the use of the parts as a tap of the measure, are new in this package.
 
 Source: Chormai et al., arXiv 2212.14855 (PRCA and DRSA), for the directions and the virtual layer;
 docs/subspaces.md.
@@ -33,21 +33,21 @@ from ..model.replaced_layers import Replacement, with_replaced
 FLOOR = 1e-4
 """Largest absolute activation of a silent neuron, as a fraction of the largest in the sample.
 
-Silent neurons have no context, since it would be arbitrarily large for rules that assign relevance to them.
+Silent neurons have no context. It would be arbitrarily large for rules that assign relevance to them.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    r"""Orthogonal subspaces of a layer's channel space, and their complement (the rest).
+    r"""Orthogonal subspaces of a layer's channel space and their complement (the rest).
 
     Attributes:
-        basis: :math:`U = (U_1 | \dots | U_K)`, ``(C, d)``, with orthonormal columns.
+        basis: :math:`U = (U_1 | \dots | U_K)`, of shape ``(C, d)``, with orthonormal columns.
         sizes: Number of columns in each subspace; their sum is ``d``.
         dim: Channel dimension of the output of the layer: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
-        InputError: If the columns are not orthonormal, or if the sizes do not add up to their number.
+        InputError: If the columns are not orthonormal or the sizes do not add up to their number.
 
     Examples:
         >>> Subspaces(torch.eye(4)[:, :3], (1, 2)).parts(torch.ones(5, 4)).shape
@@ -76,7 +76,7 @@ class Subspaces:
         return len(self.sizes)
 
     def parts(self, values: Tensor) -> Tensor:
-        r"""Computes the projections :math:`U_k U_k^\top a` and the remainder of ``(N, …)``, as ``(N, K + 1, …)``.
+        r"""Computes the projections :math:`U_k U_k^\top a` and the remainder, of shape ``(N, K + 1, …)``.
 
         Examples:
             >>> Subspaces(torch.eye(2)[:, :1], (1,)).parts(torch.tensor([[3.0, 4.0]]))
@@ -87,15 +87,15 @@ class Subspaces:
         return torch.stack([*projected, values - sum(projected[1:], projected[0])], 1)
 
     def split(self, values: Tensor, relevance: Tensor) -> Tensor:
-        r"""Splits the relevance of a layer, ``(…, N, *shape)``, into parts that sum to it, ``(…, N, K + 1, *shape)``.
+        r"""Splits the relevance of a layer into parts of shape ``(…, N, K + 1, *shape)`` that sum to it.
 
-        The last part is the rest: the relevance of directions outside all subspaces, and all relevance of silent
-        neurons. A neuron is silent, and has no context :math:`c = R / a`, if its absolute activation is at most 1e-4
+        The last part is the rest: the relevance of directions outside all subspaces and all relevance of silent
+        neurons. A neuron is silent and has no context :math:`c = R / a` if its absolute activation is at most 1e-4
         times the largest in the sample.
 
         Args:
-            values: Activations, ``(N, *shape)``.
-            relevance: Relevance of the same neurons, ``(…, N, *shape)``.
+            values: Activations of shape ``(N, *shape)``.
+            relevance: Relevance of the same neurons, of shape ``(…, N, *shape)``.
 
         Examples:
             >>> parts = Subspaces(torch.eye(4)[:, :3], (1, 2)).split(torch.ones(5, 4), torch.rand(5, 4))
@@ -128,7 +128,7 @@ class Subspaces:
         return [self._along(values, columns @ columns.T, dims) for columns in self._columns(values)]
 
     def _along(self, values: Tensor, matrix: Tensor, dims: int) -> Tensor:
-        """Multiplies by a matrix along the channel dimension, which is one of the last ``dims`` dimensions."""
+        """Multiplies by a matrix along the channel dimension, one of the last ``dims`` dimensions."""
         at = self.dim % dims - dims
         if values.shape[at] != len(matrix):
             raise InputError(
@@ -157,14 +157,14 @@ def prca(values: Tensor, relevance: Tensor, sizes: int | Sequence[int], dim: int
     samples and positions.
 
     Args:
-        values: Activations of a layer, ``(N, …)``.
+        values: Activations of a layer, of shape ``(N, …)``.
         relevance: Relevance of these neurons, such as ``mu.marginal(layer)``.
         sizes: Number of directions in each subspace, in decreasing order of relevance, or a single number for one
             subspace.
-        dim: Channel dimension.
+        dim: Channel dimension of ``values``.
 
     Raises:
-        InputError: If the tensors differ in shape, or have fewer channels than directions.
+        InputError: If the tensors differ in shape or have fewer channels than directions.
 
     Examples:
         >>> prca(torch.rand(10, 4, 3, 3), torch.rand(10, 4, 3, 3), [1, 1]).basis.shape
@@ -199,16 +199,16 @@ def drsa(
     best of several restarts, are new in this package.
 
     Args:
-        values: Activations of a layer, ``(N, …)``.
+        values: Activations of a layer, of shape ``(N, …)``.
         relevance: Relevance of these neurons.
         sizes: Number of directions in each subspace.
-        dim: Channel dimension.
+        dim: Channel dimension of ``values``.
         steps: Number of ascent steps.
         restarts: Number of random initializations; the best result is returned.
         seed: Random seed for the initializations.
 
     Raises:
-        InputError: If the tensors differ in shape, or have fewer channels than directions.
+        InputError: If the tensors differ in shape or have fewer channels than directions.
 
     Examples:
         >>> drsa(torch.rand(10, 4), torch.rand(10, 4), [2, 2], steps=5).sizes
@@ -243,7 +243,7 @@ def _ascent(a: Tensor, c: Tensor, sizes: tuple[int, ...], basis: Tensor, steps: 
 
 
 def disentanglement(a: Tensor, c: Tensor, basis: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Computes the objective of :func:`drsa` for activations and contexts ``(n, C)``."""
+    """Computes the objective of :func:`drsa` for activations and contexts of shape ``(n, C)``."""
     products = (a @ basis) * (c @ basis)
     relevance = torch.stack([part.sum(1) for part in torch.split(products, list(sizes), 1)], 1)
     over_samples = (relevance.clamp(min=0).square().mean(0) + 1e-24).sqrt()  # the root has no finite gradient at zero
@@ -263,7 +263,7 @@ def _rms(vectors: Tensor) -> float:
 
 
 def _vectors(values: Tensor, relevance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Returns the activations and contexts of all samples and positions, ``(n, C)`` each."""
+    """Returns the activations and contexts of all samples and positions, of shape ``(n, C)`` each."""
     if values.shape != relevance.shape or values.ndim < 2:
         raise InputError(
             f"activations {tuple(values.shape)} and relevance {tuple(relevance.shape)} must have the same shape (N, …)."
@@ -288,9 +288,9 @@ def with_subspaces(model: nn.Module, subspaces: Mapping[str, Subspaces]) -> nn.M
     """Returns a copy of a model that exposes the subspaces of some layers as taps.
 
     The copy shares the weights of the model and computes the same outputs; the given model is not modified. A layer
-    ``"conv"`` is replaced with ``"conv.layer"`` (the layer itself) and ``"conv.subspaces"``, ``(N, K + 1, *shape)``,
-    with one channel per subspace and a last channel for the rest. The tap ``"conv"`` remains the output of the layer.
-    Composites that map names to rules must use ``"conv.layer"``.
+    ``"conv"`` is replaced with ``"conv.layer"`` (the layer itself) and ``"conv.subspaces"``, of shape
+    ``(N, K + 1, *shape)``, with one channel per subspace and a last channel for the rest. The tap ``"conv"`` remains
+    the output of the layer. Composites that map names to rules must use ``"conv.layer"``.
 
     Args:
         model: The network.

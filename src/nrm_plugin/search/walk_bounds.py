@@ -17,7 +17,7 @@ from ..measure.memory_budget import DEFAULT
 from .layer_chain import LayerChain
 
 MIN_ROWS = 16
-"""Maximum row count of bound tables that are computed even after the deadline."""
+"""Maximum number of rows of bound tables that are computed even after the deadline."""
 OVERTIME = 0.5
 """Maximum expected overrun of the time limit for a bound table, as a fraction of the limit."""
 NEGLIGIBLE = 1e-4
@@ -31,10 +31,10 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Lumps:
-    """Partition of the groups of a layer into lumps; a bound for a lump is valid for each of its groups.
+    """Partition of the groups of a layer into lumps. A bound for a lump is valid for each of its groups.
 
     Attributes:
-        labels: Lump of each neuron, ``(n,)``.
+        labels: Lump of each neuron, of shape ``(n,)``.
         count: Number of lumps.
     """
 
@@ -52,10 +52,10 @@ class CompletionBounds:
         deadline: Time of :func:`now` after which the coarsest bounds are used.
 
     Attributes:
-        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above, ``(groups, n)``, or None if
-            time or memory did not suffice.
-        completions: :math:`h_m` for each layer, ``(n_m,)``.
-        tables: The sums before the maximum, ``(groups, n_m)``, or None if time or memory did not suffice.
+        exact: ``μ(g at the last layer given i)`` for each neuron ``i`` of the layer above, of shape ``(groups, n)``, or
+            None if time or memory did not suffice.
+        completions: :math:`h_m` for each layer, of shape ``(n_m,)``.
+        tables: The sums before the maximum, of shape ``(groups, n_m)``, or None if time or memory did not suffice.
     """
 
     def __init__(self, chain: LayerChain, deadline: float) -> None:
@@ -69,7 +69,7 @@ class CompletionBounds:
             self._add(level)
 
     def of_groups(self, level: int, relevance: Tensor) -> Tensor:
-        """Returns bounds on ``|μ|`` of the walks that extend a prefix by each group, ``(groups,)``."""
+        """Returns bounds on ``|μ|`` of the walks that extend a prefix by each group, of shape ``(groups,)``."""
         size = relevance.abs()
         bounds = self.chain.sums(level, size * self.completions[level])
         table = self.tables[level]
@@ -103,7 +103,7 @@ class CompletionBounds:
         self.tables.insert(0, table)
 
     def _lumps(self, level: int, affordable: float) -> Lumps:
-        """Merges the groups of the next layer into about ``affordable`` lumps; half of these are single groups."""
+        """Merges the groups of the next layer into about ``affordable`` lumps. Half of these are single groups."""
         labels, count = self.chain.labels[level + 1], self.chain.counts[level + 1]
         if max(affordable, MIN_ROWS) >= count:
             return Lumps(labels, count)
@@ -115,7 +115,7 @@ class CompletionBounds:
         return Lumps(lumps[labels], min(count, 2 * single))
 
     def _table(self, level: int, lumps: Lumps, bound: bool, until: float) -> Tensor | None:
-        """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` for each lump of the next layer, ``(count, n_m)``, None if too slow."""
+        """Computes ``Σ_{i' ∈ g} T_{i'i} h(i')`` for each lump of the next layer. Returns None if too slow."""
         chain, values = self.chain, self.completions[0]
         size = lumps.count * len(chain.labels[level]) * values.element_size()
         has_deadline = lumps.count > MIN_ROWS

@@ -60,7 +60,7 @@ class TopWalks:
         missed: Upper bound on the absolute mass of all walks that are not in ``walks``.
         expanded: Number of prefixes that were propagated to the next layer.
         seconds: Duration of the search in seconds.
-        names: For ``over="groups"``, the names of the groups in each layer.
+        names: Names of the groups in each layer for ``over="groups"``.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -143,9 +143,9 @@ def top_walks(
               h_m(i) = \max_{g} \sum_{i' \in g} |\tilde T_{i'i}|\, h_{m+1}(i'), \qquad h_L = 1
 
     where :math:`r_m` is the relevance of the prefix and :math:`\tilde T` the kernel of all steps between two layers. If
-    memory allows, the maximum is taken outside of the sum, which tightens the bound. To find good walks early, the
-    search starts greedily with the prefixes of largest mass, and later alternates between these and the prefixes of
-    largest bound. It can be stopped at any time: up to rounding, masses are exact and the bound is valid.
+    memory allows, the maximum is taken outside the sum, which tightens the bound. To find good walks early, the search
+    starts greedily with the prefixes of largest mass and later alternates between these and the prefixes of largest
+    bound. It can be stopped at any time: up to rounding, masses are exact and the bound is valid.
 
     Without ``layers``, walks consist of single neurons from the output to an input. If all kernels are nonnegative, as
     with :class:`~nrm_plugin.composites.NRMAbsolute`, max-product finds the largest walks exactly:
@@ -164,7 +164,7 @@ def top_walks(
         budget: Time limit in seconds, or ``math.inf`` for a certified result. The passes that compute bounds can exceed
             it; without ``layers``, they are always completed. The first walk is completed in any case; ``missed``
             bounds the mass of walks that were not found.
-        expansions: Number of expanded prefixes after which the search stops, apart from those of the first walk. With
+        expansions: Number of expanded prefixes after which the search stops, not counting the first walk. With
             ``budget=math.inf``, results do not depend on the speed of the machine.
         groups: The groups for ``over="groups"``; by default, they are found by a search on this measure.
 
@@ -172,7 +172,7 @@ def top_walks(
         ValueError: If the measure contains several samples, no layer is given, ``k`` is below 1, or ``layers`` is None
             without ``over="neuron"``.
         EventError: If a layer is not below the previous one.
-        NRMError: If ``layers`` is None and a kernel has negative entries, which max-product does not support.
+        NRMError: If ``layers`` is None and a kernel has negative elements, which max-product does not support.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
