@@ -207,5 +207,5 @@ def test_a_model_that_reads_values_raises():
         def forward(self, x):
             return x if bool(x.sum() > 0) else -x
 
-    with pytest.raises(InputError, match="since it reads values"):
+    with pytest.raises(InputError, match="because it reads values"):
         coverage(Reads(), torch.randn(2, 3), memory=True)
