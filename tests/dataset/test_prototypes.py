@@ -41,14 +41,14 @@ def test_planted_clusters_are_recovered(blobs, method):
     assert prototypes.coverage == pytest.approx([0.5, 0.3, 0.2])
     for number in range(3):
         mean = values[of == number].mean(0)
-        np.testing.assert_allclose(prototypes.centres[number], mean, rtol=1e-4, atol=1e-10)
-        distance = np.sqrt(((values - prototypes.centres[number]) ** 2).sum(1))
+        np.testing.assert_allclose(prototypes.centers[number], mean, rtol=1e-4, atol=1e-10)
+        distance = np.sqrt(((values - prototypes.centers[number]) ** 2).sum(1))
         by_hand = sorted(np.flatnonzero(of == number), key=lambda n, distance=distance: distance[n])
         assert prototypes.of(number) == [3 * n for n in by_hand]
     assert [group for group, _ in prototypes.strongest(2, 2)] == [2, 3]
     assert prototypes.strongest(2, 1)[0][1] == pytest.approx(-1e-4, rel=0.1)
     again = find_prototypes(values, 3, method)
-    assert np.array_equal(again.centres, prototypes.centres)
+    assert np.array_equal(again.centers, prototypes.centers)
     for seed in range(1, 6):  # scikit-learn returns them in other orders
         other = find_prototypes(values, 3, method, seed=seed)
         assert np.array_equal(other.members, of)
@@ -115,7 +115,7 @@ def test_unknown_prototypes_and_other_groups_raise(blobs):
 
 def test_equal_explanations_are_one_prototype():
     prototypes = find_prototypes(np.ones((5, 3)), 1)
-    np.testing.assert_allclose(prototypes.centres, 1)
+    np.testing.assert_allclose(prototypes.centers, 1)
     assert prototypes.nearest(np.ones((1, 3)))[0].distance < 1e-12
 
 

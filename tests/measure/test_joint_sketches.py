@@ -35,7 +35,7 @@ def mu() -> RelevanceMeasure:
 def sketched(monkeypatch):
     """All joint relevance of members is sketched."""
     monkeypatch.setattr(joint_sketches, "FEW", 0)
-    monkeypatch.setattr(joint_sketches, "neighbour_matrix", lambda *args: None)
+    monkeypatch.setattr(joint_sketches, "neighbor_matrix", lambda *args: None)
     monkeypatch.setattr(joint_sketches, "local_joint", lambda *args: None)
 
 
@@ -84,7 +84,7 @@ def test_groups_from_a_sketch_keep_nearly_as_much_as_groups_from_all_joint_relev
 def test_groups_from_marginals_keep_nearly_as_much_as_groups_from_all_joint_relevance(mu, monkeypatch):
     best = find_groups(mu, LAYERS, 4)
     monkeypatch.setattr(joint_sketches, "FEW", 0)
-    monkeypatch.setattr(joint_sketches, "neighbour_matrix", lambda *args: None)
+    monkeypatch.setattr(joint_sketches, "neighbor_matrix", lambda *args: None)
     found = find_groups(mu, LAYERS, 4)
     assert all(math.isnan(share) for share in found.kappas)
     assert shares_of(mu, found) > 0.85 * best.kappa

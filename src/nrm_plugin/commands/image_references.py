@@ -48,7 +48,7 @@ def reference_image(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
     if name in ("black", "white"):
         return loaded.preprocessing.bounds(inputs)[name == "white"].expand_as(inputs).contiguous()
     if COLOUR.fullmatch(name):
-        return _of_colour(loaded, inputs, name)
+        return _of_color(loaded, inputs, name)
     try:
         return loaded.preprocessing(load_image(Path(name)).image).to(inputs)
     except ImageError as error:
@@ -73,14 +73,14 @@ def ground_name(loaded: LoadedModel, inputs: Tensor) -> str | None:
         loaded: The model.
         inputs: The preprocessed image, of shape ``(1, C, S, S)``.
     """
-    colour = plain_ground(loaded.preprocessing.inverse(inputs))
-    if colour is None:
+    color = plain_ground(loaded.preprocessing.inverse(inputs))
+    if color is None:
         return None
-    name = "#" + "".join(f"{round(255 * float(value)):02x}" for value in colour)
+    name = "#" + "".join(f"{round(255 * float(value)):02x}" for value in color)
     return {"#000000": "black", "#ffffff": "white"}.get(name, name)
 
 
-def _of_colour(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
+def _of_color(loaded: LoadedModel, inputs: Tensor, name: str) -> Tensor:
     """Returns a plain image of a color, with the shape of the inputs."""
     values = inputs.new_tensor([int(name[start : start + 2], 16) / 255 for start in (1, 3, 5)])
     if inputs.shape[1] == 1:

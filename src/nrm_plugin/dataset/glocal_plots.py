@@ -67,7 +67,7 @@ def prototypes_figure(
     Raises:
         InputError: If an image is missing or if there are too many prototypes or members.
     """
-    count = len(prototypes.centres)
+    count = len(prototypes.centers)
     if count > MOST or not 1 <= k <= MOST:
         raise InputError(f"a figure can show at most {MOST} prototypes with 1 to {MOST} members, got {count} and {k}.")
     palette = DARK if dark else LIGHT

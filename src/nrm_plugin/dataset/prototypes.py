@@ -54,13 +54,13 @@ class Prototypes:
     """Clusters of explanations, ordered by coverage, as returned by :func:`find_prototypes`.
 
     Attributes:
-        centres: Relevance of each prototype, of shape ``(P, K)``.
+        centers: Relevance of each prototype, of shape ``(P, K)``.
         members: Prototype index of each sample, of shape ``(N,)``.
         samples: Sample indices in the dataset, of shape ``(N,)``.
         distances: Euclidean distance from each sample to the center of its prototype, of shape ``(N,)``.
     """
 
-    centres: Array
+    centers: Array
     members: NDArray[np.int64]
     samples: NDArray[np.int64]
     distances: Array
@@ -71,12 +71,12 @@ class Prototypes:
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{share:.0%}" for share in self.coverage)
-        return f"Prototypes({len(self.centres)} of {self.centres.shape[1]} groups; {shares} of {len(self.samples)})"
+        return f"Prototypes({len(self.centers)} of {self.centers.shape[1]} groups; {shares} of {len(self.samples)})"
 
     @property
     def coverage(self) -> Array:
         """Fraction of the samples in each prototype, of shape ``(P,)``."""
-        coverage: Array = np.bincount(self.members, minlength=len(self.centres)) / len(self.members)
+        coverage: Array = np.bincount(self.members, minlength=len(self.centers)) / len(self.members)
         return coverage
 
     def of(self, prototype: int) -> list[int]:
@@ -85,17 +85,17 @@ class Prototypes:
         Raises:
             InputError: If there is no prototype with this index.
         """
-        if not 0 <= prototype < len(self.centres):
-            raise InputError(f"no prototype {prototype}; {len(self.centres)} were found, counted from 0.")
+        if not 0 <= prototype < len(self.centers):
+            raise InputError(f"no prototype {prototype}; {len(self.centers)} were found, counted from 0.")
         own = np.flatnonzero(self.members == prototype)
         order = own[np.lexsort((self.samples[own], self.distances[own]))]
         return [int(sample) for sample in self.samples[order]]
 
     def strongest(self, prototype: int, top: int = 8) -> list[tuple[int, float]]:
         """Returns the ``top`` groups with the largest absolute relevance in a prototype, each with its relevance."""
-        centre = self.centres[prototype]
-        order = np.argsort(-np.abs(centre), kind="stable")[:top]
-        return [(int(group), float(centre[group])) for group in order]
+        center = self.centers[prototype]
+        order = np.argsort(-np.abs(center), kind="stable")[:top]
+        return [(int(group), float(center[group])) for group in order]
 
     def nearest(self, vectors: Tensor | Array) -> list[Nearest]:
         """Assigns new samples to prototypes.
@@ -107,11 +107,11 @@ class Prototypes:
             InputError: If the number of groups does not match or if values are not finite.
         """
         values = _vectors(vectors)
-        if values.shape[1] != self.centres.shape[1]:
-            raise InputError(f"prototypes have {self.centres.shape[1]} groups, got {values.shape[1]}.")
+        if values.shape[1] != self.centers.shape[1]:
+            raise InputError(f"prototypes have {self.centers.shape[1]} groups, got {values.shape[1]}.")
         scaled = values / self._scale
         members = self._order[self._fitted.predict(scaled)]
-        differences = values - self.centres[members]
+        differences = values - self.centers[members]
         distances = np.linalg.norm(differences, axis=1)
         outlying = np.searchsorted(np.sort(self._fits), _fits(self._fitted, scaled), side="left") / len(self._fits)
         return [
@@ -170,10 +170,10 @@ def find_prototypes(
     labels = fitted.predict(values / scale)
     by_coverage = np.argsort(-np.bincount(labels, minlength=count), kind="stable")
     order = np.argsort(by_coverage)
-    centres = (fitted.means_ if method == "mixture" else fitted.cluster_centers_)[by_coverage] * scale
+    centers = (fitted.means_ if method == "mixture" else fitted.cluster_centers_)[by_coverage] * scale
     members = order[labels]
-    distances = np.linalg.norm(values - centres[members], axis=1)
-    return Prototypes(centres, members, numbers, distances, fitted, order, scale, _fits(fitted, values / scale))
+    distances = np.linalg.norm(values - centers[members], axis=1)
+    return Prototypes(centers, members, numbers, distances, fitted, order, scale, _fits(fitted, values / scale))
 
 
 def _model(method: str, count: int, covariance: str, seed: int) -> Any:

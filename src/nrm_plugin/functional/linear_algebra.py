@@ -154,8 +154,8 @@ def _lstsq(A: Tensor, B: Tensor, rcond: float | None = None, *, driver: str | No
 def _cov(input: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None) -> Any:
     if fweights is not None or aweights is not None:
         return NotImplemented
-    centred = _matrix(input) - _matrix(input).mean(1, keepdim=True)
-    return ((centred @ centred.T) / (centred.shape[1] - correction)).squeeze()
+    centered = _matrix(input) - _matrix(input).mean(1, keepdim=True)
+    return ((centered @ centered.T) / (centered.shape[1] - correction)).squeeze()
 
 
 @decomposition_of("corrcoef")

@@ -266,28 +266,28 @@ class NormKernel(MultiplierKernel):
         group: Shape to which the input is reshaped. The last dimension is normalized.
         weight: ``γ``, which broadcasts to the input, or None for ones.
         eps: Value added to the variance.
-        is_centred: Whether the mean is subtracted.
+        is_centered: Whether the mean is subtracted.
     """
 
     def __init__(
-        self, call: DifferenceCall, group: Sequence[int], weight: Tensor | None, eps: float, is_centred: bool = True
+        self, call: DifferenceCall, group: Sequence[int], weight: Tensor | None, eps: float, is_centered: bool = True
     ) -> None:
         super().__init__(call)
-        self.group, self.weight, self.is_centred = list(group), weight, is_centred
-        centred = [self._centred(value.reshape(self.group)) for value in (call.values[0], call.reference_values[0])]
-        first, second = ((c.square().mean(-1, keepdim=True) + eps).rsqrt() for c in centred)
-        self.middle, self.scale = (centred[0] + centred[1]) / 2, (first + second) / 2
+        self.group, self.weight, self.is_centered = list(group), weight, is_centered
+        centered = [self._centered(value.reshape(self.group)) for value in (call.values[0], call.reference_values[0])]
+        first, second = ((c.square().mean(-1, keepdim=True) + eps).rsqrt() for c in centered)
+        self.middle, self.scale = (centered[0] + centered[1]) / 2, (first + second) / 2
         self.curve = -(first * second).square() / (first + second)
 
-    def _centred(self, values: Tensor) -> Tensor:
-        return values - values.mean(-1, keepdim=True) if self.is_centred else values
+    def _centered(self, values: Tensor) -> Tensor:
+        return values - values.mean(-1, keepdim=True) if self.is_centered else values
 
     def multipliers(self, above: Tensor) -> Multipliers:
         weighted = above if self.weight is None else above * self.weight
         grouped = weighted.reshape(len(above), *self.group)
         through = (grouped * self.middle).sum(-1, keepdim=True) * self.curve
         below = grouped * self.scale + through * 2 * self.middle / self.group[-1]
-        return (self._centred(below).reshape(above.shape),)
+        return (self._centered(below).reshape(above.shape),)
 
 
 @secant_of("layer_norm", "native_layer_norm", "rms_norm")
@@ -295,18 +295,18 @@ def layer_norm(call: DifferenceCall) -> Kernel:
     """Returns the kernel of layer normalization or RMS normalization."""
     shape = list(call.call.argument(1, "normalized_shape"))
     weight = call.call.argument(2, "weight")
-    is_centred = call.name != "rms_norm"
-    eps = call.call.argument(4 if is_centred else 3, "eps")
+    is_centered = call.name != "rms_norm"
+    eps = call.call.argument(4 if is_centered else 3, "eps")
     if eps is None:
         eps = torch.finfo(call.call.values[0].dtype).eps
-    return _norm(call, [-1, math.prod(shape)], weight, float(eps), is_centred)
+    return _norm(call, [-1, math.prod(shape)], weight, float(eps), is_centered)
 
 
-def _norm(call: DifferenceCall, group: Sequence[int], weight: object, eps: float, is_centred: bool = True) -> Kernel:
+def _norm(call: DifferenceCall, group: Sequence[int], weight: object, eps: float, is_centered: bool = True) -> Kernel:
     if len(call.values) > 1 or isinstance(weight, Slot):
         return UnknownKernel(UnsupportedOperationError(_COMPUTED.format(name=call.name)), call.shapes)
     assert weight is None or isinstance(weight, Tensor)
-    return NormKernel(call, group, weight, eps, is_centred)
+    return NormKernel(call, group, weight, eps, is_centered)
 
 
 _COMPUTED = (

@@ -231,22 +231,22 @@ def _profiles(pairs: Sequence[Array], layer: int) -> Array:
 def _k_means(points: Array, count: int, random: np.random.Generator) -> Labels:
     """Clusters points by Lloyd's algorithm with k-means++ initialization. Returns labels of shape ``(points,)``."""
     squares = (points**2).sum(1)
-    centres = np.empty((min(count, len(points)), points.shape[1]))
+    centers = np.empty((min(count, len(points)), points.shape[1]))
     distances = np.ones(len(points))
-    for number in range(len(centres)):
+    for number in range(len(centers)):
         total = distances.sum()
         chosen = random.choice(len(points), p=distances / total) if total > 0 else random.integers(len(points))
-        centres[number] = points[chosen]
+        centers[number] = points[chosen]
         distances = np.minimum(
-            distances if number else np.inf, (squares - 2 * points @ centres[number] + squares[chosen]).clip(0)
+            distances if number else np.inf, (squares - 2 * points @ centers[number] + squares[chosen]).clip(0)
         )
     labels: Labels = np.zeros(len(points), dtype=np.int64)
     for _ in range(LLOYD):
-        nearest = (squares[:, None] - 2 * points @ centres.T + (centres**2).sum(1)).argmin(1).astype(np.int64)
+        nearest = (squares[:, None] - 2 * points @ centers.T + (centers**2).sum(1)).argmin(1).astype(np.int64)
         if (nearest == labels).all():
             break
         labels = nearest
-        sizes = np.bincount(labels, minlength=len(centres))
-        sums = group_sums(points, labels, len(centres))
-        centres[sizes > 0] = sums[sizes > 0] / sizes[sizes > 0, None]
+        sizes = np.bincount(labels, minlength=len(centers))
+        sums = group_sums(points, labels, len(centers))
+        centers[sizes > 0] = sums[sizes > 0] / sizes[sizes > 0, None]
     return labels

@@ -245,8 +245,8 @@ def _overs(shown: Sequence[Shown]) -> list[str | Tensor]:
     """
     overs: list[str | Tensor] = []
     for number, one in enumerate(shown):
-        neighbours = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]
-        saves = one.has_all_channels and any(other.has_all_channels for other in neighbours)
+        neighbors = [*shown[max(0, number - 1) : number], *shown[number + 1 : number + 2]]
+        saves = one.has_all_channels and any(other.has_all_channels for other in neighbors)
         overs.append("channel" if saves else one.labels)
     return overs
 

@@ -22,7 +22,7 @@ from ..recording.propagation import push
 from ..recording.taps import Tap
 from .flow_passes import map_tap
 from .groups import Over, by_label, labels_of
-from .joints import joint_matrix, neighbour_matrix, propagated
+from .joints import joint_matrix, neighbor_matrix, propagated
 from .local_joints import at_positions, local_joint
 from .memory_budget import in_chunks, width_of
 
@@ -92,7 +92,7 @@ class PairJoints:
         upper, lower, relevance = self.taps[pair], self.taps[pair + 1], self.relevance[pair]
         with torch.inference_mode(False), torch.no_grad(), exact(relevance.device):
             if self.kinds[pair] == self.kinds[pair + 1] == "channel":
-                direct = neighbour_matrix(self.mu._recording, upper, lower, relevance)
+                direct = neighbor_matrix(self.mu._recording, upper, lower, relevance)
                 if direct is not None:
                     return self.mu._mixed(direct[0]), True
         is_image = self._moves_image and pair == len(self.taps) - 2

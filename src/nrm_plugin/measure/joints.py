@@ -43,7 +43,7 @@ def joint_matrices(
     for (upper, lower), over in zip(pairs, overs, strict=True):
         relevance = totals.relevance(upper)
         by_channel = all(isinstance(one, str) and one == "channel" for one in over)
-        direct = neighbour_matrix(recording, upper, lower, relevance) if by_channel else None
+        direct = neighbor_matrix(recording, upper, lower, relevance) if by_channel else None
         width = width_of(recording, max_memory, [upper.place, lower.place])
         matrix, spent = direct or joint_matrix(recording, upper, lower, relevance, over, width)
         matrices.append(matrix)
@@ -141,7 +141,7 @@ _KEEPING_CHANNELS = frozenset(
 """Operations that propagate the relevance of a channel to the same channel."""
 
 
-def neighbour_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
+def neighbor_matrix(recording: Recording, upper: Tap, lower: Tap, relevance: Tensor) -> tuple[Tensor, Cost] | None:
     """Computes the joint relevance of the channels of two taps separated by one linear step, from one weight gradient.
 
     All other operations between the taps must be channelwise: a walk through a channel of the step then crosses the

@@ -47,30 +47,30 @@ def plain_ground(image: Tensor) -> Tensor | None:
         )
     if min(image.shape) == 0:
         return None
-    colour = _border_colour(image)
-    is_ground = _is_near(image, colour)
+    color = _border_color(image)
+    is_ground = _is_near(image, color)
     sides = [is_ground[0], is_ground[-1], is_ground[:, 0], is_ground[:, -1]]
     covers = (
         float(is_ground.float().mean()) >= LEAST_OF_IMAGE
         and float(torch.cat(sides).float().mean()) >= LEAST_OF_BORDER
         and all(float(side.float().mean()) >= LEAST_OF_SIDE for side in sides)
     )
-    return colour if covers and not bool(is_ground.all()) and not _is_frame(is_ground) else None
+    return color if covers and not bool(is_ground.all()) and not _is_frame(is_ground) else None
 
 
-def _border_colour(image: Tensor) -> Tensor:
+def _border_color(image: Tensor) -> Tensor:
     """Returns the most frequent color along the border, up to the tolerance, of shape ``(C,)``."""
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
-    colours, counts = torch.unique((border * 255).round(), dim=1, return_counts=True)
-    similar = _is_near(colours[:, :, None] / 255, colours[:, None] / 255).to(counts.dtype)  # (different, different)
-    most = colours[:, (similar @ counts).argmax()] / 255
+    colors, counts = torch.unique((border * 255).round(), dim=1, return_counts=True)
+    similar = _is_near(colors[:, :, None] / 255, colors[:, None] / 255).to(counts.dtype)  # (different, different)
+    most = colors[:, (similar @ counts).argmax()] / 255
     return border[:, _is_near(border, most)].median(1).values
 
 
-def _is_near(image: Tensor, colour: Tensor) -> Tensor:
+def _is_near(image: Tensor, color: Tensor) -> Tensor:
     """Returns True where every channel differs from a color by at most the tolerance. Channels are in dimension 0."""
-    colour = colour.reshape(*colour.shape, *[1] * (image.ndim - colour.ndim))
-    return ((image - colour).abs() <= TOLERANCE + 1e-6).all(0)
+    color = color.reshape(*color.shape, *[1] * (image.ndim - color.ndim))
+    return ((image - color).abs() <= TOLERANCE + 1e-6).all(0)
 
 
 def _is_frame(is_ground: Tensor) -> bool:

@@ -53,7 +53,7 @@ def _improved(widths: Sequence[Array], start: Sequence[Order], free: Sequence[in
     for sweep in range(SWEEPS):
         columns = range(len(orders)) if sweep % 2 == 0 else reversed(range(len(orders)))
         for column in columns:
-            orders[column] = _by_barycentre(widths, orders, column, free[column], sweep % 2 == 0)
+            orders[column] = _by_barycenter(widths, orders, column, free[column], sweep % 2 == 0)
         crossings = total_crossings(widths, orders)
         if crossings < least * (1 - 1e-9):
             best, least = [order.copy() for order in orders], crossings
@@ -83,7 +83,7 @@ def crossings(widths: Array) -> float:
     return float((places * below).sum())
 
 
-def _by_barycentre(
+def _by_barycenter(
     widths: Sequence[Array], orders: Sequence[Order], column: int, free: int, is_rightward: bool
 ) -> Order:
     """Sorts the nodes of a column by the mean position at which their ribbons end in the previous column."""
@@ -91,9 +91,9 @@ def _by_barycentre(
     sides = [(column - 1, 1), (column, 0)] if is_rightward else [(column, 0), (column - 1, 1)]
     for pair, side in sides[:1] if 0 <= sides[0][0] < len(widths) else sides[1:]:
         width = widths[pair] if side == 0 else widths[pair].T
-        neighbour = orders[column + 1 if side == 0 else column - 1]
-        rank = np.empty(len(neighbour))
-        rank[neighbour] = np.arange(len(neighbour))
+        neighbor = orders[column + 1 if side == 0 else column - 1]
+        rank = np.empty(len(neighbor))
+        rank[neighbor] = np.arange(len(neighbor))
         places = width.clip(min=0) @ rank - width.clip(max=0) @ (rank + 0.5)
         total = np.abs(width).sum(1)
     order = orders[column]

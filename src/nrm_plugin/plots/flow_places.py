@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 THIRDS = (
     ("upper left", "top", "upper right"),
-    ("left", "centre", "right"),
+    ("left", "center", "right"),
     ("lower left", "bottom", "lower right"),
 )
 EDGES = "along the edges"
@@ -18,7 +18,7 @@ MOST = 0.5
 
 
 def place_name(region: NDArray[np.bool_], relevance: NDArray[np.float64] | None = None) -> str:
-    """Describes the location of a region in an image: "upper left", "centre", …, or "along the edges".
+    """Describes the location of a region in an image: "upper left", "center", …, or "along the edges".
 
     The location is the ninth of the image that contains more than half of the region's relevance. If there is none, it
     is "along the edges" if the region covers at least half of three or more sides of the image, and otherwise the ninth

@@ -34,7 +34,7 @@ def profile_figure(rows: Sequence[ProfileRow], heading: str = "", dark: bool = F
     draw_budget(left, [_short(row.layer, 30) for row in rows], budget, "sum of plain LRP")
     _draw_variation(right, [row.variation for row in rows])
     for axes in (left, right):
-        _recolour(axes, palette)
+        _recolor(axes, palette)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8.5,
@@ -60,7 +60,7 @@ def _draw_variation(axes: Axes, values: Sequence[float]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _recolour(axes: Axes, palette: Palette) -> None:
+def _recolor(axes: Axes, palette: Palette) -> None:
     axes.set_facecolor(palette.paper)
     axes.tick_params(colors=palette.ink)
     axes.title.set_color(palette.ink)
