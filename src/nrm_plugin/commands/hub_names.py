@@ -26,9 +26,9 @@ TIMEOUT = 1.5
 
 
 def is_offline(name: str) -> bool:
-    """Returns True if a model is loaded without the network, from a folder or from the local cache of the hub.
+    """Returns True if a model can be loaded without network access, from a folder or from the local Hub cache.
 
-    Neither torch nor transformers is imported. A wrong name thus fails at once.
+    Neither torch nor transformers is imported, so a wrong name fails immediately.
 
     Raises:
         TextModelError: If there is no such folder or it has no configuration, or if the name is not in the local cache

@@ -83,7 +83,7 @@ class PreprocessedImageFolder(Dataset[tuple[Tensor, int]]):
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """Settings of the preprocessing."""
+        """The preprocessing settings."""
         return self.preprocess.settings
 
     def stamp(self, index: int) -> str:

@@ -34,8 +34,9 @@ class Nearest:
         prototype: Index of the prototype.
         distance: Euclidean distance to the center.
         difference: Relevance of the sample minus relevance of the center, of shape ``(K,)``.
-        outlying: Fraction of the fitted samples that fit worse, by likelihood for a mixture and by distance for
-            k-means. It is 0 if the sample fits worse than all of them.
+        outlying: Fraction of the clustered samples that fit worse than this sample, by likelihood for a mixture and
+            by distance for k-means. It works like a p-value: small values mean that the sample is atypical, and it is 0
+            if the sample fits worse than all of them.
     """
 
     prototype: int

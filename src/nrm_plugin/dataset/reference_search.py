@@ -201,7 +201,7 @@ class _Search:
         self.count += mu.batch
 
     def _scores(self, values: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-        """Returns the score of each channel and the position of its largest value, of shape ``(N, C)`` each."""
+        """Returns the score of each channel and the position of its largest value, each of shape ``(N, C)``."""
         flat = values.movedim(channel_dim, 1).flatten(2) if values.ndim > 2 else values.unsqueeze(-1)
         largest, positions = flat.max(-1)
         score = flat.sum(-1) if self.reduce == "sum" else largest

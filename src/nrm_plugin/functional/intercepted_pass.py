@@ -198,7 +198,10 @@ class InterceptedPass:
     # -- functions without a kernel ---------------------------------------------------------------------------------
 
     def route_or_unknown(self, observed: ObservedCall) -> Any:
-        """Runs a function without a kernel. Relevance that reaches its output raises an error, unless it is a route."""
+        """Runs a function that has no kernel.
+
+        Raises an error if relevance later reaches the function's output, unless the function is a route.
+        """
         output = observed.run()
         tensors = [
             item for item in (output if isinstance(output, (list, tuple)) else [output]) if isinstance(item, Tensor)

@@ -140,7 +140,10 @@ def addition(call: DifferenceCall) -> Kernel:
 
 @secant_of("mul")
 def product(call: DifferenceCall) -> Kernel:
-    """Returns the kernel of a product. The slope of each factor is the mean of the other factor."""
+    """Returns the kernel for a product.
+
+    The slope with respect to each factor is the mean of the other factor over the two inputs.
+    """
     if len(call.values) == 1:
         return elementwise(call)
     first, second = ((one + two) / 2 for one, two in zip(call.values, call.reference_values, strict=True))

@@ -344,11 +344,12 @@ class RelevanceMeasure(Recorded):
 
     @query
     def joints(self, layers: Sequence[Layer], over: Over | Sequence[Over] = "channel") -> list[Tensor]:
-        """Returns the joint relevance between channels of consecutive layers, of shape ``(N, upper, lower)`` per pair.
+        """Returns the joint relevance of each pair of consecutive layers in ``layers``, by default between channels.
 
+        Each pair yields one tensor of shape ``(N, upper, lower)``.
         The marginals of all layers are computed in one pass. If two layers are separated only by a single linear layer
-        and by operations that keep channels (ReLU, max pooling), the joint relevance of all their channels costs one
-        weight gradient.
+        and by operations that act on each channel separately (ReLU, max pooling), the joint relevance of all their
+        channels costs one weight gradient.
 
         Args:
             layers: Two or more layers, each below the previous layer.

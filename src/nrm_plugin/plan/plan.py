@@ -301,12 +301,12 @@ _Rules = tuple[Composite | None, Residual | None, float | None, Uncovered | None
 
 @dataclass(frozen=True)
 class _Form:
-    """Call of the model, with a key that identifies its form.
+    """A call to the model, and a key shared by all calls that the same programs can serve.
 
     Attributes:
-        key: Key shared by all calls of this form.
+        key: The key: structure of the arguments, shapes and types of the tensors, and all other values.
         tensors: The tensors among the arguments.
-        call: Function that creates the call.
+        call: Function that builds the call from its tensors and other arguments.
         settings: The settings of the measure.
     """
 
