@@ -174,7 +174,7 @@ def render(results: dict[str, Any]) -> None:
         net = f"{one['net']}, {one['channels']} channels of {one['layers']} layers"
         data = f"{one['samples']} samples of {one['classes']} classes, batches of {one['batch']}"
         seconds = " / ".join(f"{min(times):.2f}" for times in one["seconds"].values())
-        same = f"all {one['references compared']} untied"
+        same = "{0:,} of {0:,} (ties excluded)".format(one["references compared"])  # ``compared`` raises otherwise
         lines.append(f"| {net} | {data} | {same} | {seconds} | {one['factor']:.1f} |")
     place = results["environment"]
     lines += ["", f"torch {place['torch']}, zennit {place['zennit']}, float32, one core of {place['processor']}."]

@@ -168,6 +168,8 @@ def write(folder: Path) -> None:
     (folder / "notebooks").mkdir()
     (folder / "reference").mkdir()
     (folder / "index.md").write_text(home())
+    stability = folder / "docs/stability.md"
+    stability.write_text(stability.read_text().replace("](../website/pages.py)", "](../reference/measure.rst)"))
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy2(ROOT / name, folder)
     for path in notebooks():
