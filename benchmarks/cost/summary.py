@@ -9,7 +9,7 @@ from benchmarks.cost.page import Row, figures, memory, usable
 from benchmarks.cost.ways import COMPOSITES
 from benchmarks.tables import grid
 
-HEAD = "| network | gradient | plan | first call | recorded | Zennit | a plan pays from | peak memory of a plan |"
+HEAD = "| network | gradient | plan | first call | recorded | Zennit | a plan pays off from | peak memory of a plan |"
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -38,7 +38,7 @@ def cells(row: Row, peak: Row | None) -> list[str]:
 
 
 def pays_from(first: float | None, plan: float | None, recorded: float | None) -> float | None:
-    """Returns the number of inputs from which a plan takes less time than recordings, or None if it never does."""
+    """Returns the number of inputs from which making and using a plan takes less time than recordings, if any."""
     if first is None or plan is None or recorded is None or recorded <= plan:
         return None
     return max(1, math.ceil((first - plan) / (recorded - plan)))
