@@ -372,8 +372,10 @@ def test_rows_in_which_joint_relevance_is_first_or_level_are_counted():
         "positions, 2 layers": measured(behind, level),
     }
     shown = pages._standing({"nets": {"one": {"kinds": kinds}}})
-    assert "tangents: 2 of 3 by correlation, 2 of 3 by error" in shown
-    assert "by the rule: 2 of 3 by correlation, 2 of 3 by error" in shown  # ahead, behind, level
+    assert "2 of 3 settings by correlation and 2 of 3 by error with tangents, and in 1 of 3 and 3 of 3 with" in shown
+    assert shown.splitlines()[0].endswith(
+        "the counts are 2 of 3 and 2 of 3."
+    )  # single in 2 layers ahead, behind, level
     assert "| one | tangents | 1 | 1 | 1 | 1 | 1 | 1 |" in shown
     assert "| one | secants | 0 | 1 | 2 | 2 | 1 | 0 |" in shown
 
@@ -398,7 +400,10 @@ def test_columns_in_which_a_score_is_within_the_interval_of_the_first_are_counte
     same = {"correlation": [0.9, 0.8, 0.95], "SRG": [3, 2, 4]}
     fills = {"one": same, "two": {"correlation": [0.8, 0, 1], "SRG": [1.9, 0, 9]}}
     shown = pages._places({"nets": {"first": {"channels": {"zero": fills, "input": fills}}, "second": {}}})
-    assert shown == "First or within the interval of the first, of 4 columns: one 4, two 2."
+    assert shown.splitlines() == ["| score | columns of 4 |", "|---|---|", "| one | 4 |", "| two | 2 |"]
+    fills["three"] = {"correlation": [0.1, 0, 1], "SRG": [1, 0, 9]}
+    shown = pages._places({"nets": {"first": {"channels": {"zero": fills, "input": fills}}, "second": {}}})
+    assert shown.endswith("| two | 2 |\n| all others | 0 |")
 
 
 def small_nets(count):

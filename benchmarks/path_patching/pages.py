@@ -29,8 +29,10 @@ SUMMARIZED = {
     "joint, NRMDefault": "`NRMDefault`, no reference",
 }
 """Scores of the summary, with their names."""
-SCORES = ("tangents", "secants", "by the rule")
-"""Scores that are counted. The rule is tangents for single neurons in two layers, and secants otherwise."""
+SCORES = ("tangents", "secants")
+"""Scores that are counted, each in rows of its own."""
+MIXED = "tangents or secants"
+"""Tangents for single channels or heads in two layers, and secants otherwise; counted in a sentence only."""
 
 
 def path_patching(results: Results) -> dict[str, str]:
@@ -50,7 +52,7 @@ def path_patching(results: Results) -> dict[str, str]:
             errors.append([*about, *wrong, f"{scores[closest]['error']:.2f}, {_short(closest)}", *behind])
         columns = f"| sets | patched with | {' | '.join(JOINTS.values())} | best product |"
         found[name] = grid(columns, rows)
-        found[f"{name}, errors"] = grid(f"{columns} tangents minus it | secants minus it |", errors)
+        found[f"{name}, errors"] = grid(f"{columns} tangents - best product | secants - best product |", errors)
     found["places"] = _places(results)
     return found | {f"{name}, channels": table for name, table in _channels(results)}
 
@@ -96,7 +98,7 @@ def _differences(results: Results) -> str:
             shown = [measured["scores"].get(score) for score in list(JOINTS)[:3]]
             ahead = [with_bounds(row["minus best product"], 3, "+") if row else "" for row in shown]
             rows.append([name, kind, PATCHED[start], *ahead, with_bounds(measured["secants minus tangents"], 3, "+")])
-    return grid("| network | sets | patched with | tangents | secants | default | secants minus tangents |", rows)
+    return grid("| network | sets | patched with | tangents | secants | default | secants - tangents |", rows)
 
 
 def _standing(results: Results) -> str:
@@ -104,29 +106,35 @@ def _standing(results: Results) -> str:
 
     Nets whose errors have no intervals are not counted by error.
     """
-    rows, sums = [], {score: [0] * 6 for score in SCORES}
+    rows, sums = [], {score: [0] * 6 for score in (*SCORES, MIXED)}
     for name, net in results["nets"].items():
-        for score in SCORES:
+        for score, total in sums.items():
             counts = [count for metric in METRICS for count in _counted(net, score, metric)]
-            rows.append([name, score, *counts[:3], *(counts[3:] if any(counts[3:]) else [""] * 3)])
-            sums[score] = [one + other for one, other in zip(sums[score], counts, strict=True)]
-    rows += [["*all*", score, *cells] for score, cells in sums.items()]
+            if score in SCORES:
+                rows.append([name, score, *counts[:3], *(counts[3:] if any(counts[3:]) else [""] * 3)])
+            sums[score] = [one + other for one, other in zip(total, counts, strict=True)]
+    rows += [["*all*", score, *sums[score]] for score in SCORES]
     head = " | ".join(f"{metric}: {place}" for metric in METRICS for place in ("better", "level", "worse"))
-    said = [
-        f"{score}: {cells[0] + cells[1]} of {sum(cells[:3])} by correlation, "
-        f"{cells[3] + cells[4]} of {sum(cells[3:])} by error"
-        for score, cells in sums.items()
-    ]
-    return f"Joint relevance is better than the best product or level with it: {'; '.join(said)}.\n\n" + grid(
-        f"| network | score | {head} |", rows
+    (right, settings, close, measured), secants, mixed = (_at_least_level(sums[score]) for score in (*SCORES, MIXED))
+    said = (
+        f"Joint relevance is at least level with the best product in {right} of {settings} settings by correlation "
+        f"and {close} of {measured} by error with tangents, and in {secants[0]} of {secants[1]} and {secants[2]} of "
+        f"{secants[3]} with secants. With tangents for single channels or heads in two layers, and secants for all "
+        f"other sets, the counts are {mixed[0]} of {mixed[1]} and {mixed[2]} of {mixed[3]}."
     )
+    return f"{said}\n\n{grid(f'| network | score | {head} |', rows)}"
+
+
+def _at_least_level(counts: list[int]) -> tuple[int, int, int, int]:
+    """Returns in how many settings a score is better or level, and of how many: by correlation, and by error."""
+    return counts[0] + counts[1], sum(counts[:3]), counts[3] + counts[4], sum(counts[3:])
 
 
 def _counted(net: Results, score: str, metric: str) -> list[int]:
     key, better = METRICS[metric]
     places = []
     for kind, _, measured in _rows(net):
-        slopes = score if score != SCORES[2] else "tangents" if is_edge(kind) else "secants"
+        slopes = score if score in SCORES else "tangents" if is_edge(kind) else "secants"
         row = measured["scores"][f"joint, {slopes}"]
         if key in row:
             places.append(better * ((row[key][1] > 0) - (row[key][2] < 0)))
@@ -154,12 +162,13 @@ def _rankings(results: Results) -> Iterator[tuple[str, Results]]:
 
 
 def _places(results: Results) -> str:
-    """Counts the rankings in which each score is first or within the interval of the first."""
+    """Counts the columns in which each score is first or within the interval of the first."""
     columns = [{score: row[key] for score, row in fills[fill].items()}
                for _, fills in _rankings(results) for key, fill in FIGURES]  # fmt: skip
     counts = {
         score: sum(column[score][0] >= max(column.values())[1] for column in columns)
         for score in (columns[0] if columns else ())
     }
-    said = [f"{score} {count}" for score, count in sorted(counts.items(), key=lambda one: -one[1])]
-    return f"First or within the interval of the first, of {len(columns)} columns: {', '.join(said)}."
+    first = sorted(((score, count) for score, count in counts.items() if count), key=lambda one: -one[1])
+    others = [("all others", 0)] if len(first) < len(counts) else []
+    return grid(f"| score | columns of {len(columns)} |", [*first, *others])
