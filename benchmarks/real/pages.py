@@ -83,7 +83,7 @@ def _losses(nets: Results) -> str:
             best = sorted(ahead, key=lambda name, of=ahead: of[name][0])
             if best:
                 losses.append([net, REAL[key], best[0], with_bounds(ahead[best[0]], sign="+"), len(best)])
-    return grid("| network | metric | best method | difference of the first row | methods ahead |", losses)
+    return grid("| network | metric | best method | map shown first - best method | methods ahead |", losses)
 
 
 def _counts(nets: Results) -> str:
