@@ -128,7 +128,7 @@ def paired_table(results: dict[str, Any]) -> str:
                         spread(best["chosen_minus_this"][key], "+"),
                     ]
                 )
-    return markdown(["net", "metric", "best of", "composite", f"{CHOSEN} minus it"], lines)
+    return markdown(["net", "metric", "best of", "composite", f"{CHOSEN} - composite"], lines)
 
 
 def untrained_table(results: dict[str, Any]) -> str:
