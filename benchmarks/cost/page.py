@@ -152,6 +152,21 @@ def usable(rows: list[Row]) -> list[Row]:
     return sorted(timed, key=lambda row: (order.index(row["net"]), row.get("batch", 1)))
 
 
+INTRODUCTIONS = {
+    "times": "Times are relative to one input gradient. A column *a : b* is the time of *a* divided by that of *b*. "
+    "In most rows, a plan takes one to two gradients, and a first call takes much longer.",
+    "batches": "The columns are the same, for several samples at once. A plan takes less time than Zennit.",
+    "peaks": "Peaks are relative to the peak of the gradient, which is given in MiB. On most convolutional networks, "
+    "they are smaller for larger batches, because the constants of a plan do not grow with the batch.",
+    "timm": "The table shows the median and the worst of the models. The worst is far from the median.",
+    "failed": "These computations raised an error or failed the comparison before timing, so they are in no table.",
+    "agreement": "Each row shows the largest difference between two ways of computing the same relevance, and where it "
+    "occurs.",
+    "missed": "Each entry lists the missed targets of a network and composite, and where the time or the memory goes.",
+}
+"""What the reader should see in each kind of table."""
+
+
 def tables(results: dict[str, Any]) -> str:
     """Returns all tables and the environment, as Markdown."""
     place = results["environment"]
@@ -159,26 +174,28 @@ def tables(results: dict[str, Any]) -> str:
     parts.append(", ".join(f"{key} {value}" for key, value in place.items()) + ". ✗: target missed.")
     for count in sorted({row["threads"] for row in rows}):
         of_count = [row for row in usable(rows) if row["threads"] == count]
-        parts.append(f"### Time, {threads_of(count)}")
+        parts += [f"### Time, {threads_of(count)}", INTRODUCTIONS["times"]]
         parts.append(table(of_count, figures, "net", lambda row: row["net"]))
         parts.append(loads(of_count))
     if of_batch := usable(results.get("batches", [])):
-        parts += ["### Time of batches, 1 thread", table(of_batch, figures, "net|batch", batch_of), loads(of_batch)]
+        parts += ["### Time of batches, 1 thread", INTRODUCTIONS["batches"]]
+        parts += [table(of_batch, figures, "net|batch", batch_of), loads(of_batch)]
     if "peaks" in results:
         order = list(TARGETS)
         sorted_rows = sorted(results["peaks"], key=lambda row: (order.index(row["net"]), row["batch"]))
-        parts += [
-            "### Peak memory",
-            table(sorted_rows, memory, "net|batch", batch_of),
-        ]
+        parts += ["### Peak memory", INTRODUCTIONS["peaks"], table(sorted_rows, memory, "net|batch", batch_of)]
     if "timm" in results:
-        parts += ["### timm", timm_table(results["timm"]), loads(results["timm"])]
+        parts += ["### timm", INTRODUCTIONS["timm"], timm_table(results["timm"]), loads(results["timm"])]
     measured = [*rows, *results.get("batches", []), *results.get("timm", [])]
     notes = [*failures(measured), *peak_failures(results.get("peaks", []))]
-    parts += ["### Failed", "\n".join(f"- {text}" for text in notes) or "Nothing."]
+    parts += [
+        "### Failed",
+        *([INTRODUCTIONS["failed"], "\n".join(f"- {text}" for text in notes)] if notes else ["Nothing."]),
+    ]
     if measured:
-        parts += ["### Agreement before timing", agreement(measured)]
-    parts += ["### Targets missed", "\n".join(f"- {text}" for text in misses(results)) or "None."]
+        parts += ["### Agreement before timing", INTRODUCTIONS["agreement"], agreement(measured)]
+    missed = [f"- {text}" for text in misses(results)]
+    parts += ["### Targets missed", *([INTRODUCTIONS["missed"], "\n".join(missed)] if missed else ["None."])]
     return "\n\n".join(parts)
 
 
