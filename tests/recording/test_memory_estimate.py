@@ -202,6 +202,27 @@ def test_the_weights_of_experts_are_counted_once_and_their_products_by_rows():
     assert estimate.peak >= 4 * 32 * 24
 
 
+class Caching(nn.Module):
+    """Stores a table at its first call, as LeViT does in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.tables, self.table = nn.Linear(300, 3), {}, None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = self.tables["first"] = self.layer.weight.sum(0) + x.new_ones(300)
+        return self.layer(x * self.table)
+
+
+def test_a_model_that_stores_tensors_for_later_calls_stores_none_without_values():
+    net, x = Caching().eval(), torch.randn(2, 300)
+    with untouched(net, x):
+        coverage(net, x, memory=True)
+    assert (net.table, net.tables) == (None, {})
+    assert RelevanceMeasure(net, x, 1).marginal("input").isfinite().all()
+
+
 def test_a_model_that_reads_values_raises():
     class Reads(nn.Module):
         def forward(self, x):

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..composites import normalize
 from ..errors import InputError
 from ..model.inputs_and_outputs import Call, Output
-from ..model.model_protection import named_tensors
+from ..model.model_protection import named_tensors, preserved
 from ..model.quantized import plain_tensors
 from ..model.shapes_without_values import valueless
 from ..model.trace_guards import uncollected
@@ -97,8 +97,9 @@ def memory_estimate(model: nn.Module, call: Call, output: Output | None = None) 
     tensors = [*call.tensors, *call.indices.values()]
     device = tensors[0].device
     try:
-        forward, counter = _forward(model, call, own, device)
-        mode = _measured(model, call, output, own, device)
+        with preserved(model):  # a module may store a tensor, such as a position table, for its later calls
+            forward, counter = _forward(model, call, own, device)
+            mode = _measured(model, call, output, own, device)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise InputError(
             f"the memory of this model cannot be estimated, because it reads values ({error.func}), on which its "
