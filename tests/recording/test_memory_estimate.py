@@ -202,6 +202,31 @@ def test_the_weights_of_experts_are_counted_once_and_their_products_by_rows():
     assert estimate.peak >= 4 * 32 * 24
 
 
+class Routed(nn.Module):
+    """Sends each row to the expert with the largest score, so that the bounds of groups depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.experts = nn.Linear(16, 4), nn.Parameter(torch.randn(4, 16, 24))
+
+    def forward(self, x):
+        chosen, order = self.scores(x).argmax(1).sort()
+        bounds = torch.histc(chosen.float(), bins=4, min=0, max=3).cumsum(0).int()
+        return nn.functional.grouped_mm(x[order], self.experts, offs=bounds)
+
+
+@pytest.mark.medium
+def test_routing_by_values_is_estimated_for_rows_divided_evenly():
+    torch.manual_seed(0)
+    net, x = Routed().eval(), torch.randn(512, 16)
+
+    def measured():
+        RelevanceMeasure(net, x, (0, 1), batched=False).marginal("input")
+
+    measured()
+    assert coverage(net, x, memory=True, batched=False).peak == pytest.approx(allocated(measured), rel=0.25)
+
+
 class Caching(nn.Module):
     """Stores a table at its first call, as LeViT does in evaluation mode."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from ..errors import UnsupportedOperationError
@@ -90,7 +91,9 @@ def _grouped(
     if offs is None:
         result = torch.matmul(mat_a, mat_b)
     elif mat_a.ndim == 2 and mat_b.ndim == 3:
-        rows = mat_a.tensor_split(offs[:-1].cpu().long())
+        # Without values, the rows are divided evenly among the groups.
+        bounds = len(mat_b) if isinstance(offs, FakeTensor) else offs[:-1].cpu().long()
+        rows = mat_a.tensor_split(bounds)
         result = torch.cat([torch.matmul(part, mat_b[group]) for group, part in enumerate(rows)])
     else:
         raise UnsupportedOperationError(
