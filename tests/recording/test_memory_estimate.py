@@ -240,6 +240,24 @@ class Caching(nn.Module):
         return self.layer(x * self.table)
 
 
+class Token(nn.Module):
+    """Passes a view of a parameter to a layer, as CaiT does with its class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.layer = nn.Parameter(torch.randn(1, 3)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x) + self.layer(self.token.expand(len(x), -1))
+
+
+def test_a_parameter_may_be_an_input_of_a_layer_and_requires_gradients_afterwards():
+    net, x = Token().eval(), torch.randn(1, 3)
+    with untouched(net, x):
+        assert coverage(net, x, memory=True).flops == 2 * 2 * 9
+    assert net.token.requires_grad
+
+
 def test_a_model_that_stores_tensors_for_later_calls_stores_none_without_values():
     net, x = Caching().eval(), torch.randn(2, 300)
     with untouched(net, x):

@@ -124,7 +124,7 @@ def _forward(
     mode = _mode(own, device)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
     shapes = call.changed(mode.shapes, mode.shapes)
-    with torch.no_grad(), _plain_attention(), mode, counter:
+    with torch.no_grad(), _frozen(own), _plain_attention(), mode, counter:
         shapes.run(model, list(shapes.tensors))
     return mode, counter
 
@@ -164,6 +164,19 @@ class _Lowest(Visitor[str]):
             layout = self._recording.samples.layout(buffer)  # may run the model on two copies of the sample
             self._maps += [layout.unfold(vector) for vector in vectors.values()]
         return vectors
+
+
+@contextmanager
+def _frozen(tensors: list[Tensor]) -> Iterator[None]:
+    """Context manager in which no parameter requires gradients, whose history torch's counter of FLOPs would read."""
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    try:
+        for tensor in trained:
+            tensor.requires_grad_(False)
+        yield
+    finally:
+        for tensor in trained:
+            tensor.requires_grad_(True)
 
 
 @contextmanager
