@@ -99,7 +99,7 @@ def class_names(path: Path) -> list[str]:
 def one_line_warnings() -> Iterator[None]:
     """Context manager that prints warnings on a single line, without the source code.
 
-    Characters missing from all fonts are reported by a note when a figure is written, not by matplotlib.
+    Matplotlib's missing-glyph warnings are suppressed; a note lists the missing characters when a figure is saved.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)

@@ -144,10 +144,12 @@ class Ranking:
         return self._by_target
 
     def of(self, target: int | None) -> TopSamples:
-        """Returns the ranking of shape ``(K, k)`` for a target, or over all samples if ``target`` is None.
+        """Returns the ranking for a target, or over all samples if ``target`` is None.
+
+        It has shape ``(K, k)``, where ``K`` is the number of groups and ``k`` is the number of samples per group.
 
         Raises:
-            KeyError: If no sample with this target was added.
+            KeyError: If no samples with this target have been added.
         """
         if target is not None and self._by_target is not None:
             return self._by_target[:, self._rows[target]]

@@ -20,10 +20,10 @@ class RuleLookup(Protocol):
     """Interface of a rule lookup."""
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of modules with the type of ``module``, or None."""
+        """Returns the rule registered for the type of ``module``, or None if there is none."""
 
     def of_weight(self, weight: Tensor, like: nn.Module, path: str) -> Hook | None:
-        """Returns the rule of the module that owns a weight or, if there is none, of modules with the type of ``like``.
+        """Returns the rule of the module that owns a weight or, if there is none, the rule for the type of ``like``.
 
         Args:
             weight: Weight whose owner is looked up.
@@ -74,7 +74,7 @@ class CompositeRules:
                         self._by_memory.setdefault(memory_address(part), (module, rule))
 
     def of_module(self, module: nn.Module) -> Hook | None:
-        """Returns the rule of modules with the type of ``module``, as if it were the last module of the model."""
+        """Returns the rule for the type of ``module``, as if it were the last module of the model, or None."""
         kind = type(module)
         if kind not in self._by_kind:
             self._by_kind[kind] = self._composite.module_map(self._ctx, "", module)

@@ -103,7 +103,7 @@ def _of_one(call: DifferenceCall) -> Kernel:
 
 
 def _flat_places(index: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """Converts indices along a dimension, with ``keepdim``, to indices into the flattened tensor."""
+    """Converts indices along ``dim``, as returned with ``keepdim=True``, to flat indices."""
     numbers = torch.arange(shape.numel(), device=index.device).reshape(shape)
     return numbers.gather(dim, index)
 

@@ -359,7 +359,7 @@ def subspace_sum(parts: Tensor, values: Tensor, subspaces: Subspaces) -> Tensor:
 
 
 class _PartsKernel(Kernel):
-    """Kernel that propagates all relevance from the parts of a neuron to the neuron."""
+    """Kernel that sends all relevance of a neuron's parts to the neuron itself."""
 
     is_stochastic = True
 

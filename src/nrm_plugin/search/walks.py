@@ -112,7 +112,7 @@ class TopWalks:
         return intersection([~atom if group is None else atom[labels == group] for atom, labels, group in parts])
 
     def neurons(self, number: int) -> dict[str, tuple[int, ...]]:
-        """Returns the index of the neuron that a walk crosses in each layer, such as (channel, row, column).
+        """Returns, for each layer, the index of the neuron that the walk crosses, e.g. ``(channel, row, column)``.
 
         Examples:
             >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
