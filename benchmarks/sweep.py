@@ -1,6 +1,6 @@
 """Cost of a sweep relative to the measure alone in a loop, growth of its memory, and time to read its rows.
 
-``python -m benchmarks.sweep`` prints measured figures and targets, and writes them as JSON with the environment.
+``python -m benchmarks.sweep`` prints measured figures and goals, and writes them as JSON with the environment.
 ``--read``, ``--throughput`` and ``--memory`` run one part. Throughput: every round runs the loop over batches, the
 sweep and the data loader alone, so that load from other processes affects all of them. The time of the loader is
 subtracted from the time of the sweep, and the ratio is taken between the fastest rounds, in wall time and in processor
@@ -235,8 +235,8 @@ def main() -> None:
 
 
 def report(results: dict[str, Any]) -> None:
-    """Prints measured figures and their targets."""
-    print(f"{'measured':>10} {'target':>8}")
+    """Prints measured figures and the goals."""
+    print(f"{'measured':>10} {'goal':>8}")
     for name, result in results.get("throughput", {}).items():
         share, of_processor = result["share of the bare measure"].values()
         rate = result["samples per second"]

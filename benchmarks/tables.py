@@ -103,7 +103,7 @@ def sweep(results: Results) -> dict[str, str]:
     rows = [
         (f"{bare}: VGG16, images of 128 × 128 pixels, {samples['vgg16']} samples", f"{share['vgg16']:.2f}", "0.85"),
         (
-            f"the same: the small net of the demo, {samples['demo digits']} samples",
+            f"same, small demo network, {samples['demo digits']} samples",
             f"{share['demo digits']:.2f}",
             "0.85",
         ),
@@ -117,9 +117,9 @@ def sweep(results: Results) -> dict[str, str]:
             f"{read['seconds for the top nine, at most']:.2f} s",
             "1 s",
         ),
-        ("the same before the rows are sorted", f"{read['of unsorted shards, at most']:.2f} s", ""),
+        ("same, before the rows are sorted", f"{read['of unsorted shards, at most']:.2f} s", ""),
     ]
-    return {"measured": grid("| | measured | target |", rows)}
+    return {"measured": grid("| | measured | goal |", rows)}
 
 
 def differences(results: Results) -> dict[str, str]:
