@@ -231,7 +231,8 @@ TEXT_METHODS = {
     "secants to <unk>": "secants, `<unk>` reference",
     "secants to spaces": "secants, space reference",
     "secants to spaces, float64": "secants, space reference, float64",
-    "IntegratedGradients, <unk>": "IntegratedGradients, `<unk>`",
+    "IntegratedGradients, <unk>": "IntegratedGradients, `<unk>` baseline",
+    "IntegratedGradients, spaces": "IntegratedGradients, space baseline",
     "one character drawn anew": "single-character ablation",
 }
 """The names of methods in the tables of texts, where they differ from those in the results."""
