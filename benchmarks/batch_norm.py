@@ -1,4 +1,4 @@
-"""Effect of batch-norm fusion on heat map, sink and variation, after convolutions and after dense layers.
+"""Effect of batch-norm fusion on heat map, sink and variation, after convolutions and after linear layers.
 
 ``python -m benchmarks.batch_norm`` trains four small nets, measures them, and writes the results as JSON, the tables of
 ``docs/batch-norm.md`` and its figure; a minute on one core. Training needs the digits of scikit-learn.
@@ -52,7 +52,7 @@ Row = tuple[Tensor, list[Tensor]]
 
 
 def net(channels: int, classes: int, dense_norm: bool) -> nn.Sequential:
-    """Returns two convolutions with batch norm and a dense layer, for images ``(N, channels, 16, 16)``."""
+    """Returns two convolutions with batch norm and two linear layers, for images ``(N, channels, 16, 16)``."""
     parts: dict[str, nn.Module] = {
         **{"conv1": nn.Conv2d(channels, 12, 3, padding=1), "norm1": nn.BatchNorm2d(12), "relu1": nn.ReLU()},
         **{"pool1": nn.MaxPool2d(2), "conv2": nn.Conv2d(12, 24, 3, padding=1), "norm2": nn.BatchNorm2d(24)},
@@ -119,7 +119,7 @@ def measure(samples: Samples, composite: Composite) -> tuple[dict[str, Any], Ten
 
 @torch.no_grad()
 def lost_columns(model: nn.Sequential, images: Tensor) -> float:
-    """Returns the share of dense neurons, over all samples, that propagate less than half of their relevance."""
+    """Returns the share of neurons of the first linear layer that propagate less than half, over all samples."""
     below = model[: list(model._modules).index(DENSE)](images)
     dense = model.get_submodule(DENSE)
     output = dense(below)
@@ -165,7 +165,7 @@ def run() -> tuple[dict[str, Any], list[Row]]:
 
 def titles(results: dict[str, Any]) -> list[str]:
     """Returns one title for each net."""
-    return [f"{net['data']}, BN after conv{' and dense' if net['dense_norm'] else ''}" for net in results["nets"]]
+    return [f"{net['data']}, BN after conv{' and linear' if net['dense_norm'] else ''}" for net in results["nets"]]
 
 
 def write_page(results: dict[str, Any]) -> None:
