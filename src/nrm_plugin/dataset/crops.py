@@ -24,7 +24,7 @@ from .evaluation import device_of
 from .examples import References, ReferencesError
 
 MASK_THRESHOLD = 0.2
-"""Mask threshold, as a fraction of the maximum of the smoothed heat map."""
+"""Mask threshold, as a fraction of the smoothed heat map's maximum."""
 SMOOTHING = 1 / 60
 """Standard deviation of the smoothing kernel, as a fraction of the longer image side."""
 PROBE_BATCH = 8

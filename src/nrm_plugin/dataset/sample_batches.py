@@ -97,7 +97,7 @@ class DataSource:
 
     @property
     def is_hashed(self) -> bool:
-        """True if samples are identified by hashes, as for a dataset with stamps or without a fingerprint."""
+        """True if samples are identified by hashes, which applies to datasets with stamps or without a fingerprint."""
         return callable(getattr(self.data, "stamp", None)) or not isinstance(
             getattr(self.data, "fingerprint", None), str
         )

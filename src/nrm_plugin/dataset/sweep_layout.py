@@ -132,7 +132,7 @@ class Manifest:
 
     Attributes:
         settings: All settings that affect results: versions, model fingerprint, composite, data and queries.
-        fingerprint: Hash of the settings, also stored in each shard.
+        fingerprint: Hash of the settings, which is stored in each shard as well.
         queries: Manifest entries of the queries.
         state: ``"running"`` (also if the process was killed), ``"interrupted"`` or ``"complete"``.
         samples: Number of samples, or None for an iterable dataset that is not finished.

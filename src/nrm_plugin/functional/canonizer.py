@@ -34,7 +34,7 @@ class Interception(Canonizer):
     Args:
         composite: Composite that provides the rules of functions with an equivalent module, or None for the default
             kernels.
-        normalization: Treatment of the residual of a kernel. By default, the sink absorbs it.
+        normalization: Treatment of a kernel's residual. By default, the sink absorbs it.
         sums: How sums distribute relevance: ``"absolute"`` (alias ``"ratio"``, as in arXiv 2407.09115) or ``"signed"``.
         uncovered: ``"error"``, or ``"gradient"`` to propagate relevance by the gradient in layers without a rule.
         fuse: Callback that receives each new layer step and its input and may fuse the step with adjacent ones.

@@ -133,7 +133,7 @@ def _smallest(bias: Tensor) -> Tensor | None:
 
 
 class _Probe:
-    """Evaluations of the function of a call at other inputs.
+    """Evaluations of a call's function at other inputs.
 
     Args:
         call: The call whose function is evaluated.

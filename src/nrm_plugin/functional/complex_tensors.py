@@ -86,7 +86,7 @@ class ComplexTensors:
         return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
 
     def expression(self, call: ObservedCall) -> Expression:
-        """Returns the expression of the result of a call, before the call runs."""
+        """Returns the expression of a call's result, before the call runs."""
         written = call.overwritten
         args = tuple(self._template(value) for value in call.args)
         if written is not None and args[0] is written:  # a constant before this call

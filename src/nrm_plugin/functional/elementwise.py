@@ -61,7 +61,7 @@ ELEMENTWISE = (
 
 @kernel_of(*ACTIVATIONS)
 def activation(call: FunctionCall) -> Kernel:
-    """Returns the kernel of the rule of the equivalent module, or the identity if there is no rule."""
+    """Returns the kernel of the equivalent module's rule, or the identity if there is no rule."""
     rule = call.settings.rules.of_module(ACTIVATIONS[call.name]())
     return call.identity() if rule is None or type(rule) is Pass else call.by_rule(rule)
 

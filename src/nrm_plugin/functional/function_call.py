@@ -27,7 +27,7 @@ class Settings:
 
     Attributes:
         rules: Lookup of the composite's rules by module or weight.
-        normalization: Treatment of the residual of a kernel.
+        normalization: Treatment of a kernel's residual.
         sums: How sums distribute relevance: ``"absolute"`` or ``"signed"``.
         fuse: Callback that receives each new layer step and its input and may fuse the step with adjacent ones.
         attention: ``"value"`` if attention weights receive no relevance, or ``"halves"`` if they receive half of it.

@@ -1,4 +1,4 @@
-"""Lookup of the rule of a function, assigned to an equivalent module or to the module that owns the weight."""
+"""Lookup of the rule for a function, assigned to an equivalent module or to the module that owns the weight."""
 
 from __future__ import annotations
 

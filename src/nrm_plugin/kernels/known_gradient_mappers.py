@@ -53,7 +53,7 @@ def closed_mapper(rule: BasicHook) -> Mapper | None:
 
 
 def _agrees(mapper: Mapper, rule: BasicHook) -> bool:
-    """Returns True if the closed form gives the same factors as the mapper of the rule, also for zero outputs."""
+    """Returns True if the closed form gives the same factors as the rule's mapper, including for zero outputs."""
     count = len(rule.input_modifiers)
     numbers = torch.sin(torch.arange(1.0, 1 + 24 * count, dtype=torch.float64) ** 2).reshape(count, 2, 3, 4)
     numbers[:, 0, 0] = 0

@@ -90,7 +90,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Normalization of the columns of a kernel.
+    """Normalization of a kernel's columns.
 
     Attributes:
         residual: With ``"redistribute"``, each column is multiplied by its gain, and the sink absorbs only the
@@ -149,7 +149,7 @@ class Normalization:
 
 
 class Columns(ABC):
-    """Base class of the columns of a branch kernel, represented by their sums or their deficits."""
+    """Base class for the columns of a branch kernel, represented by their sums or their deficits."""
 
     @abstractmethod
     def joined(self, other: Self) -> Self:

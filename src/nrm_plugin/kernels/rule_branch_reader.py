@@ -72,7 +72,7 @@ def _weighted_layer(call: LayerCall) -> WeightedLayer | None:
 
 @dataclass(frozen=True)
 class _BranchReader:
-    """Reader of the branches of a rule for one call.
+    """Reader of a rule's branches for one call.
 
     Attributes:
         call: The recorded call of the layer.
@@ -156,7 +156,7 @@ class _BranchReader:
             yield _ColumnBlock(at, factors, _signed_sum(terms, output[at]))
 
     def _write(self, factors: dict[int, Tensor], read: Iterator[_ColumnBlock]) -> Columns:
-        """Stores the factors, multiplied by the gain if there is a normalization. Returns the columns.
+        """Stores the factors, multiplied by the gain if the kernel is normalized. Returns the columns.
 
         Factors reuse the memory of the outputs. Each block is read before it is overwritten.
         """

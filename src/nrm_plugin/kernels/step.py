@@ -107,7 +107,7 @@ class Step(ABC):
         self.forget_kernel()
 
     def _scaling_by(self, kernel: Kernel) -> Scaling:
-        """Computes the gain and the deficit of the columns of a kernel."""
+        """Computes the gain and the deficit of a kernel's columns."""
         if kernel.is_stochastic:
             return Scaling()
         if isinstance(kernel, BranchKernel) and isinstance(kernel.columns, Deficit):

@@ -184,7 +184,7 @@ def map_tap(mu: Any, layers: Sequence[Tap], image: str) -> tuple[str, Tap]:
     Args:
         mu: The measure whose flow is computed.
         layers: The layers of the flow above the image.
-        image: Name of the tap of the image.
+        image: Name of the image tap.
 
     Returns:
         The name of the tap and the tap itself.

@@ -45,7 +45,7 @@ class Groups:
         kappas: The fraction of the dependence that the groups preserve, for each pair of consecutive layers, or NaN if
             the layers are independent or the joint relevance of all members was not computed.
         examples: Index of the sample with the largest absolute mass of each group, for each layer. Empty if only means
-            are known, as for a sweep.
+            are known, as is the case for a sweep.
         samples: Number of samples used to find the groups.
         source: Name of the file from which the groups were read, or empty if they were not read from a file. It is not
             stored.

@@ -26,7 +26,7 @@ SHORT = (torch.bfloat16, torch.float16)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the relevance of a tensor: its own dtype, but at least float32."""
+    """Returns the dtype of a tensor's relevance: its own dtype, but at least float32."""
     return torch.float32 if is_short_format(dtype) else dtype
 
 

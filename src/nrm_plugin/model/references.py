@@ -17,7 +17,7 @@ from .inputs_and_outputs import Call, is_finite, is_index
 
 
 def repeated(call: Call, count: int) -> Call:
-    """Returns the call with every sample repeated ``count`` times, also in its additional arguments."""
+    """Returns the call with every sample repeated ``count`` times, including in its additional arguments."""
     if not call.batched:
         raise DifferenceError("several references require samples, but batched=False treats all inputs as one sample.")
     size = call.batch

@@ -41,7 +41,7 @@ def valueless() -> Iterator[None]:
 
 
 def storage_address(tensor: Tensor) -> int:
-    """Returns the memory address of the storage of a tensor; without values, a number that identifies the storage."""
+    """Returns the memory address of a tensor's storage; without values, a number that identifies the storage."""
     storage = tensor.untyped_storage()
     return int(storage._cdata) << 40 if isinstance(tensor, FakeTensor) else storage.data_ptr()
 

@@ -62,7 +62,7 @@ def cells(function: types.FunctionType) -> list[Any]:
 
 
 def slots_of(kind: type) -> Iterator[str]:
-    """Yields the names of the slots of a class and its base classes."""
+    """Yields the slot names of a class and its base classes."""
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
         names = [slots] if isinstance(slots, str) else slots

@@ -44,7 +44,7 @@ class QueryProgram:
     cost: Cost
 
     def answer(self, results: Sequence[Tensor]) -> Any:
-        """Restores the nested structure of the results of the program."""
+        """Restores the nested structure of the program's results."""
         return tree_unflatten(results, self.form)
 
 
@@ -57,7 +57,7 @@ class TracedQueries:
         inputs: As in :class:`~nrm_plugin.plan.program.Program`.
         outputs: As in :class:`~nrm_plugin.plan.program.Program`.
         start: As in :class:`~nrm_plugin.plan.program.Program`.
-        results: Indices of the results of each query.
+        results: Indices of each query's results.
         queries: The queries that have a program.
     """
 
@@ -171,7 +171,7 @@ class Programs:
         """Describes the program of each query in one line.
 
         Args:
-            own: Storage addresses of the tensors of the model.
+            own: Storage addresses of the model's tensors.
         """
         with self.lock:
             if self.obstacle:

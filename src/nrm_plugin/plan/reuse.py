@@ -173,7 +173,7 @@ def _are_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
 
 
 def _form(values: Any) -> Hashable | None:
-    """Returns a key of the form of a call, or None if the call must always be recorded."""
+    """Returns a key that identifies the form of a call, or None if the call must always be recorded."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return None  # a mode of the caller may change the computation of the model
     if torch._C._functorch.peek_interpreter_stack() is not None:

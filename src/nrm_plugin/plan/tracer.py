@@ -384,7 +384,7 @@ def _line() -> str:
 
 
 def _identity(tensor: Tensor) -> int:
-    """Returns an id of the memory of a tensor, or 0 if the tensor is not strided."""
+    """Returns an id of a tensor's memory, or 0 if the tensor is not strided."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else 0
 
 

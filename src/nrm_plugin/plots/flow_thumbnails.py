@@ -1,4 +1,4 @@
-"""Thumbnails of the nodes of a flow: smoothed heat maps over the photograph, with one color scale per layer."""
+"""Thumbnails for flow nodes: smoothed heat maps over the photograph, with one color scale per layer."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The functions return a new matplotlib ``Figure`` or draw on given axes, without using the global state of pyplot.
 Positive relevance is red and negative relevance is blue, in colorblind-friendly shades. Color bars show relevance as
-a percentage of the total of the sample.
+a percentage of the sample's total.
 """
 
 from __future__ import annotations

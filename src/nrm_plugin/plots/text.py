@@ -1,7 +1,7 @@
 """Text whose tokens are colored by relevance, as a figure or as an HTML fragment without scripts.
 
 Positive relevance is red and negative relevance is blue, in colorblind-friendly shades. Zero has the background
-color. Relevance is shown as a percentage of the total of the sample.
+color. Relevance is shown as a percentage of the sample's total.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PURE = 1e-3
-"""Maximum fraction of the mass of a slice that rounding can assign to other samples."""
+"""Maximum fraction of a slice's mass that rounding can assign to other samples."""
 
 
 @dataclass(frozen=True, eq=False)

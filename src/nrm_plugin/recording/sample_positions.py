@@ -53,7 +53,7 @@ class Samples:
         labels: The labels of each tensor.
         rows: For a single sample, the vertices whose rows are proven to be the samples.
         may_mix: Whether values outside the graph may combine samples.
-        are_fixed: Whether the positions of the samples are independent of the values of the inputs.
+        are_fixed: Whether the sample positions are independent of the input values.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from .graph import Graph
 from .places import Buffer, Edge, Place
 
 SYNONYMS = {"mlp.post": "mlp.neuron", "attn.z": "attn", "cross_attn.z": "cross_attn"}
-"""Alternative spellings of the end of a site name."""
+"""Alternative spellings for the end of a site name."""
 PART = re.compile(r"(?P<site>.*attn)\.head\.(?P<head>\d+)|(?P<layer>.*\.neuron)\.(?P<neuron>\d+)")
 """Pattern that matches the names of single heads and neurons of a site."""
 PRODUCTS = re.compile("matmul|mm$|bmm|einsum")
@@ -247,7 +247,7 @@ def _bits(number: int) -> Iterator[int]:
 
 
 def _weight_shape(step: LayerStep) -> tuple[int, ...]:
-    """Returns the shape of the weight of a layer, or an empty tuple for layers without weights."""
+    """Returns the shape of a layer's weight, or an empty tuple for layers without weights."""
     weight = getattr(step.layer_call.module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 

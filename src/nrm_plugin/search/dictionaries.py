@@ -144,7 +144,7 @@ class Dictionary:
         return reconstruction if self.skip is None else reconstruction + linear(x, self.skip.to(x))
 
     def error(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Computes the reconstruction error of ``y`` (by default, of ``x``, as for an autoencoder).
+        """Computes the reconstruction error of ``y`` (by default, of ``x``, as is usual for an autoencoder).
 
         Examples:
             >>> Dictionary(torch.eye(2), torch.eye(2)).error(torch.tensor([3.0, -1.0]))

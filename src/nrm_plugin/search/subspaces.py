@@ -44,7 +44,7 @@ class Subspaces:
     Attributes:
         basis: :math:`U = (U_1 | \dots | U_K)`, of shape ``(C, d)``, with orthonormal columns.
         sizes: Number of columns in each subspace; their sum is ``d``.
-        dim: Channel dimension of the output of the layer: 1 for feature maps and vectors, -1 for tokens.
+        dim: Channel dimension of the layer's output: 1 for feature maps and vectors, -1 for tokens.
 
     Raises:
         InputError: If the columns are not orthonormal or the sizes do not add up to their number.

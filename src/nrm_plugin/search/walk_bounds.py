@@ -31,7 +31,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Lumps:
-    """Partition of the groups of a layer into lumps. A bound for a lump is valid for each of its groups.
+    """Partition of a layer's groups into lumps. A bound for a lump is valid for each of its groups.
 
     Attributes:
         labels: Lump of each neuron, of shape ``(n,)``.
