@@ -89,8 +89,8 @@ class BranchKernel(Kernel):
     def push_bound(self, values: tuple[Tensor | None, ...], shape: torch.Size) -> Tensor:
         r"""Returns an upper bound on :math:`\sum_i |T_{ij}| v_i`: the sum of the absolute values of all branches.
 
-        The bound is exact if the branches have disjoint support, as is the case for all Zennit rules except ZBox, and padding does
-        not repeat inputs.
+        The bound is exact if padding does not repeat inputs and the branches have disjoint support, as is the case for
+        all Zennit rules except ZBox.
         """
         if self.layer is None:
             return super().push_bound(values, shape)
