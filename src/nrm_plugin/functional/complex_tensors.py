@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedOperationError
 from ..kernels.forward_state import Saved
+from ..model.nested_tensors import tensors_in
 from .observed_call import ObservedCall
 
 
@@ -83,7 +84,7 @@ class ComplexTensors:
 
     def are_among(self, arguments: Iterable[Any]) -> bool:
         """Returns True if any of the arguments is a complex tensor of this pass."""
-        return any(self._expression_of(tensor) is not None for tensor in _tensors_in(arguments))
+        return any(self._expression_of(tensor) is not None for tensor in tensors_in(tuple(arguments)))
 
     def expression(self, call: ObservedCall) -> Expression:
         """Returns the expression of a call's result, before the call runs."""
@@ -143,14 +144,6 @@ def _parts_in(values: Iterable[Any]) -> Iterator[Expression | RealSource]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _parts_in(value)
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
 
 
 def map_items(output: Any, change: Callable[[Any], Any]) -> Any:

@@ -7,7 +7,7 @@ looked up by other integers, such as positions, are constants, even if these hav
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels.forward_state import listener, note_untracked
 from ..kernels.step import FunctionStep
+from ..model.nested_tensors import tensors_in
 from ..model.zero_one_routes import is_route_node
 from .observed_call import ObservedCall, source_line
 
@@ -180,15 +181,6 @@ class Ids:
                 self._mark(item, max(kind, self.kind(item) or kind))
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested lists and tuples, depth first."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-
-
 def _kind_of_result(call: ObservedCall, kind: Kind, result: Tensor) -> Kind:
     return Kind.STRUCTURE if result.dtype is torch.bool or call.name.base in _STRUCTURAL else kind
 
@@ -220,4 +212,4 @@ def _is_elementwise_of(tensor: Tensor, leaves: set[int]) -> bool:
     return bool(visited)
 
 
-__all__ = ["Ids", "Kind", "tensors_in"]
+__all__ = ["Ids", "Kind"]

@@ -18,6 +18,7 @@ from zennit.rules import Norm
 from ..kernels.base import Kernel
 from ..kernels.rule_reader import read_rule_at
 from ..model.affine_layers import Weighted, Weightless, layer_like
+from ..model.nested_tensors import tensors_in
 from ..rules import Absolute
 from .averaging import pooling
 from .einsum_notation import Einsum, read_einsum
@@ -201,17 +202,7 @@ def _matrix_of_einsum(call: FunctionCall, constant: Tensor) -> ConstantMatrix | 
 
 def constants_of(call: FunctionCall) -> list[Tensor]:
     """Returns the floating-point tensor arguments that receive no relevance."""
-    return [value for value in _tensors_in((*call.args, *call.kwargs.values())) if value.is_floating_point()]
-
-
-def _tensors_in(values: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-        elif isinstance(value, (list, tuple)):
-            tensors += _tensors_in(value)
-    return tensors
+    return [value for value in tensors_in((*call.args, *call.kwargs.values())) if value.is_floating_point()]
 
 
 def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:

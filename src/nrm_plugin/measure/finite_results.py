@@ -5,7 +5,6 @@ Only results are checked. If a check fails, an additional pass searches for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..model.inputs_and_outputs import is_finite
+from ..model.nested_tensors import tensors_in
 from ..recording.places import Buffer, Edge, Sink
 from ..recording.propagation import Vectors, pull
 from ..recording.recording import Recording
@@ -35,18 +35,8 @@ def check_finite(measure: Any, results: Any) -> None:
         measure: Measure that computed the results.
         results: A tensor, or a list, tuple or dictionary of these; other objects are not checked.
     """
-    if not all(is_finite(tensor) for tensor in _tensors(results)):
+    if not all(is_finite(tensor) for tensor in tensors_in(results)):
         raise NonFiniteError(_message(measure))
-
-
-def _tensors(results: Any) -> Iterator[Tensor]:
-    if isinstance(results, Tensor):
-        yield results
-    elif isinstance(results, (list, tuple)):
-        for item in results:
-            yield from _tensors(item)
-    elif isinstance(results, dict):
-        yield from _tensors(list(results.values()))
 
 
 def _message(measure: Measure) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..model.nested_tensors import tensors_in
 from ..model.trace_guards import ACTIVE
 from .trace import FILLED, Operation, Trace, Value, draws
 
@@ -235,9 +236,9 @@ class Tracer(TorchDispatchMode):
 
     def _note_fresh(self, result: Any, given: Any) -> None:
         """Records the memory that an operation on constants has allocated."""
-        for tensor in _tensors_in(result):
+        for tensor in tensors_in(result):
             at = _identity(tensor)
-            if at and at not in self._fresh and all(at != _identity(one) for one in _tensors_in(given)):
+            if at and at not in self._fresh and all(at != _identity(one) for one in tensors_in(given)):
                 self._fresh[at] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call, unused-ignore]
 
     def _named(self, value: Any, reads: list[int], numbered: dict[int, Value]) -> Any:
@@ -344,7 +345,7 @@ class _Facts:
     def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """Returns the tensors that a call overwrites."""
         values = [args[at] if at < len(args) else kwargs.get(name) for at, name in self.writes]
-        return list(_tensors_in(values))
+        return list(tensors_in(values))
 
 
 _FACTS: dict[int, _Facts] = {}
@@ -396,16 +397,6 @@ def _form(tensor: Tensor) -> Any:
     return (*form, tensor.is_conj(), tensor.is_neg())  # elements may be conjugated or negated only when they are read
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
-
-
 class EscapeWatch(TorchFunctionMode):
     """Torch function mode that detects values that leave torch. Computations with them are not traced."""
 
@@ -422,7 +413,7 @@ class EscapeWatch(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _note(self, obstacle: str, values: Any) -> None:
-        if not ACTIVE.audits and any(self._tracer.varies(tensor) for tensor in _tensors_in(values)):
+        if not ACTIVE.audits and any(self._tracer.varies(tensor) for tensor in tensors_in(values)):
             self._tracer.trace.obstacles.append(obstacle)
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..model.nested_tensors import tensors_in
 
 SMALL = 1 << 12
 """Largest number of entries of a tensor without inputs that is computed."""
@@ -80,7 +82,7 @@ class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         name = function._schema.name.partition("::")[2]
         aliases = [item.alias_info for item in function._schema.returns if item.alias_info is not None]
         is_view = any(not alias.is_write for alias in aliases)
@@ -89,12 +91,12 @@ class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
         elif name in _READS:
             return self._read(name, function, args)
         else:
-            result = self._run(name, function, types, args, kwargs)
+            result = self._run(name, function, args, kwargs)
             if aliases and not is_view and isinstance(result, Tensor):
                 result = kwargs.get("out", args[0] if args else result)  # a tensor with values stays itself
         if not is_view:
             self.operations += 1
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 self._count(tensor, name)
         self._note_sign(name.rstrip("_"), args, result, is_view)
         return result
@@ -118,7 +120,7 @@ class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
                 return shape
         return function(*args, **kwargs)
 
-    def _run(self, name: str, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
         args = tuple(_mapped(value, self._shadow) for value in _with_known_indices(name, args))
         kwargs = {key: _mapped(value, self._shadow) for key, value in kwargs.items()}
         if name == "_grouped_mm" and args[1].ndim == 3:
@@ -152,9 +154,9 @@ class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
 
     def _note_sign(self, name: str, args: Any, result: Any, is_view: bool) -> None:
         """Records whether the entries of results are nonnegative, or whether a condition holds."""
-        signs = [self._is_nonnegative(source) for source in _tensors(args)] if name in KEEPS_SIGN else [False]
+        signs = [self._is_nonnegative(source) for source in tensors_in(args)] if name in KEEPS_SIGN else [False]
         keeps = any(signs) if name == "maximum" else all(signs)
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if tensor.dtype == torch.bool and isinstance(tensor, FakeTensor):
                 tensor.__dict__["is_true"] = self._truth(name, args)
             elif name in NONNEGATIVE or keeps:
@@ -192,17 +194,6 @@ class ShapesOnly(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ign
 
 _READS = ("_local_scalar_dense", "equal", "allclose")
 """Operations that return values instead of tensors."""
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in an argument or a result."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _mapped(value: Any, change: Any) -> Any:
