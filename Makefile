@@ -21,7 +21,7 @@ OTHER_PYTHON = $(if $(filter .venv-zennit0,$(OTHER)),.venv/bin/python,$(PYTHON_Z
 WORKERS ?= 2
 pytest = OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONDONTWRITEBYTECODE= $(1)/bin/python -m pytest -n $(WORKERS)
 fast = -m "not slow and not medium" --examples 3
-# What is slow and does not depend on Zennit runs with one version of Zennit only.
+# What is neither fast nor depends on Zennit runs with one version of Zennit only.
 second = -m "zennit or not (slow or medium)" --examples 5
 
 define versions

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from ..errors import UnsupportedOperationError
+from ..model.shapes_without_values import has_values
 from .registry import DECOMPOSITIONS, decomposition_of
 
 
@@ -92,7 +92,7 @@ def _grouped(
         result = torch.matmul(mat_a, mat_b)
     elif mat_a.ndim == 2 and mat_b.ndim == 3:
         # Without values, the rows are divided evenly among the groups.
-        bounds = len(mat_b) if isinstance(offs, FakeTensor) else offs[:-1].cpu().long()
+        bounds = offs[:-1].cpu().long() if has_values(offs) else len(mat_b)
         rows = mat_a.tensor_split(bounds)
         result = torch.cat([torch.matmul(part, mat_b[group]) for group, part in enumerate(rows)])
     else:

@@ -40,17 +40,22 @@ def valueless() -> Iterator[None]:
         _ACTIVE.is_valueless = outer
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Returns False if a tensor only has a shape."""
+    return not isinstance(tensor, FakeTensor)
+
+
 def storage_address(tensor: Tensor) -> int:
     """Returns the memory address of a tensor's storage; without values, a number that identifies the storage."""
     storage = tensor.untyped_storage()
-    return int(storage._cdata) << 40 if isinstance(tensor, FakeTensor) else storage.data_ptr()
+    return storage.data_ptr() if has_values(tensor) else int(storage._cdata) << 40
 
 
 def data_address(tensor: Tensor) -> int:
     """Returns the memory address of the first entry of a tensor, based on :func:`storage_address`."""
-    if not isinstance(tensor, FakeTensor):
+    if has_values(tensor):
         return tensor.data_ptr()
     return storage_address(tensor) + int(tensor.storage_offset()) * tensor.element_size()
 
 
-__all__ = ["PLAIN", "data_address", "is_valueless", "storage_address", "valueless"]
+__all__ = ["PLAIN", "data_address", "has_values", "is_valueless", "storage_address", "valueless"]
