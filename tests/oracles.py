@@ -9,6 +9,7 @@ not depend on how the package records it.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -484,3 +485,15 @@ def enumerate_walks(
             pending.setdefault(parent, []).append((moved[walk, i], longer))
     ends = (np.concatenate(parts) for parts in zip(*done, strict=True))
     return Walks(tuple(spec), tuple(step.shape for step in kernels), *ends)
+
+
+def brute_kappa(joint: Array, rows: Sequence[int], columns: Sequence[int]) -> float:
+    """κ from its definition, by loops."""
+    r, c, total = joint.sum(1), joint.sum(0), joint.sum()
+    groups: dict[tuple[int, int], float] = {}
+    size = 0.0
+    for i, j in itertools.product(range(len(r)), range(len(c))):
+        value = joint[i, j] - r[i] * c[j] / total
+        groups[rows[i], columns[j]] = groups.get((rows[i], columns[j]), 0.0) + value
+        size += abs(value)
+    return sum(map(abs, groups.values())) / size

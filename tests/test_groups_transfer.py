@@ -8,9 +8,10 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.groups import transfer
+from benchmarks.groups import partitions, transfer
 from benchmarks.tables import groups
 from nrm_plugin import find_groups
+from tests.oracles import brute_kappa
 
 LAYERS = ("upper", "middle", "lower")
 
@@ -20,17 +21,6 @@ def short(monkeypatch):
     """Restarts the search less often, and draws one split."""
     monkeypatch.setattr(transfer, "find_groups", functools.partial(find_groups, restarts=2))
     monkeypatch.setattr(transfer, "SPLITS", 1)
-
-
-def brute_kappa(joint, rows, columns):
-    """κ from its definition, by loops."""
-    r, c, total = joint.sum(1), joint.sum(0), joint.sum()
-    sums, size = {}, 0.0
-    for i, j in itertools.product(range(len(r)), range(len(c))):
-        value = joint[i, j] - r[i] * c[j] / total
-        sums[rows[i], columns[j]] = sums.get((rows[i], columns[j]), 0.0) + value
-        size += abs(value)
-    return sum(map(abs, sums.values())) / size
 
 
 def inputs(count, seed, planted):
@@ -82,7 +72,7 @@ def test_partitions_without_the_dependence_are_those_of_the_other_half(short):
         for part in sides[1]:
             part[f"activation {place}"] = np.eye(8)[own].astype(np.float16)
     found = transfer.both_directions(sides, LAYERS, seed=0)
-    assert set(found) == {"own", "other", *transfer.OTHERS}
+    assert set(found) == {"own", "other", *partitions.OTHERS}
     assert found["k-means of activations"][0] > 0.95 * found["own"][0]  # evaluated on the first half
     assert found["k-means of activations"][1] < 0.5 * found["own"][1]
     assert max(found["random"]) < 0.5 * min(found["own"])
@@ -112,7 +102,7 @@ def test_a_network_measured_with_several_sizes_has_a_row_for_each():
     old = {"own": 0.3, "other": 0.1, "kept": 0.33}
     plain = {"default": {"kappa": kappa, "times the best other": figure, "ablation": sets, "halves": old}}
     row = {"own": 0.4, "other": 0.36, "kept": 0.9, "least": 0.8, "most": 0.95}
-    sizes = [{**row, "inputs": 12}, {**row, **dict.fromkeys(transfer.OTHERS, 0.07), "inputs": 48}]
+    sizes = [{**row, "inputs": 12}, {**row, **dict.fromkeys(partitions.OTHERS, 0.07), "inputs": 48}]
     found = {"sizes": sizes, "folders": {"animals/birds": {**row, "inputs": 17}}}
     tables = groups({"nets": {"A": plain, "B": plain}, "transfer": {"A": {"default": found}}})
     ending = "0.40 | 0.36 | 0.90 (0.80–0.95) |"

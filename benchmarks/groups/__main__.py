@@ -21,37 +21,17 @@ from benchmarks import tables
 from benchmarks.real import packages
 from benchmarks.speed import environment
 from nrm_plugin import find_groups
-from nrm_plugin.measure.dependence import dependence, kept
+from nrm_plugin.measure.dependence import dependence
 
 from . import transfer
-from .joints import COMPOSITES, Arrays, K, mean_of, of_input
+from .joints import COMPOSITES, Arrays, mean_of, of_input
 from .nets import CASES
+from .partitions import K, kappas, other_partitions
 
 RESULTS = Path(__file__).parents[1] / "results" / "groups.json"
 COUNTS = {"VGG16": 24, "EfficientNet-Lite0": 24, "residual": 96, "transformer": 96}
 """Inputs of each network."""
 SPLITS = 5
-
-
-def kappas(parts: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[float]:
-    """Returns κ of each pair of layers."""
-    return [kept(part, *labels[above : above + 2]) for above, part in enumerate(parts)]
-
-
-def baselines(arrays: Arrays, layers: Sequence[str], seed: int) -> dict[str, list[np.ndarray]]:
-    """Returns partitions of the channels of each layer that do not use the dependence between layers."""
-    from sklearn.cluster import KMeans
-
-    found: dict[str, list[np.ndarray]] = {"strongest and rest": [], "k-means of activations": [], "random": []}
-    random = np.random.default_rng(seed)
-    for place, _ in enumerate(layers):
-        mass, activation = arrays[f"mass {place}"], arrays[f"activation {place}"]
-        strongest = np.full(len(mass), K - 1)
-        strongest[np.argsort(-np.abs(mass))[: K - 1]] = np.arange(K - 1)
-        found["strongest and rest"].append(strongest)
-        found["k-means of activations"].append(KMeans(K, n_init=3, random_state=seed).fit_predict(activation))
-        found["random"].append(random.integers(K, size=len(mass)))
-    return found
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -71,9 +51,10 @@ def of_case(parts: list[Arrays], layers: tuple[str, ...]) -> dict[str, Any]:
         dependences = [dependence(joint) for joint in means.joints]
         own = float(np.mean(find_groups(means, layers, K).kappas))
         rows.setdefault("groups", []).append(own)
+        masses, activations = ([arrays[f"{kind} {n}"] for n, _ in enumerate(layers)] for kind in ("mass", "activation"))
         others = {
             name: float(np.mean(kappas(dependences, labels)))
-            for name, labels in baselines(arrays, layers, number).items()
+            for name, labels in other_partitions(masses, activations, number).items()
         }
         for name, value in others.items():
             rows.setdefault(name, []).append(value)

@@ -14,9 +14,9 @@ from nrm_plugin import NRMAbsolute, NRMDefault, RelevanceMeasure, find_groups
 from nrm_plugin.measure.mean_joints import MeanJoints
 
 from .nets import Case
+from .partitions import K
 
 COMPOSITES: dict[str, Callable[[], Composite]] = {"default": NRMDefault, "NRMAbsolute": NRMAbsolute}
-K = 8
 DRAWS = 5
 """Random sets for each group."""
 Arrays = dict[str, np.ndarray]
@@ -24,21 +24,27 @@ Arrays = dict[str, np.ndarray]
 
 def of_input(case: Case, number: int, composite: str, file: Path) -> Arrays:
     """Returns the joints, masses, activations and ablations of one input; read from a file that has all of them."""
-    if not _is_complete(file):
+    return stored(file, _is_complete, lambda: _measured(case, number, composite), np.savez_compressed)
+
+
+def stored(
+    file: Path, is_complete: Callable[[Path], bool], measured: Callable[[], Arrays], save: Callable[..., None]
+) -> Arrays:
+    """Reads arrays from a file, which is written first, in one step, if it is not complete."""
+    if not is_complete(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        arrays = _measured(case, number, composite)
         partial = file.with_suffix(".part.npz")
-        np.savez_compressed(partial, **arrays)
+        save(partial, **measured())
         partial.replace(file)
-    with np.load(file) as stored:
-        return dict(stored)
+    with np.load(file) as arrays:
+        return dict(arrays)
 
 
 def _is_complete(file: Path) -> bool:
     if not file.exists():
         return False
-    with np.load(file) as stored:
-        return "same mass 0 mass" in stored
+    with np.load(file) as arrays:
+        return "same mass 0 mass" in arrays
 
 
 def _measured(case: Case, number: int, composite: str) -> Arrays:

@@ -15,11 +15,12 @@ import torch
 from tqdm import tqdm
 
 from nrm_plugin import RelevanceMeasure, find_groups
-from nrm_plugin.measure.dependence import dependence, kept
+from nrm_plugin.measure.dependence import dependence
 from nrm_plugin.measure.mean_joints import MeanJoints
 
-from .joints import COMPOSITES, Arrays, K, _activation
+from .joints import COMPOSITES, Arrays, _activation, stored
 from .nets import CASES, Case, chosen_photos
+from .partitions import K, Labels, kappas, other_partitions
 
 COUNTS = {"VGG16": 193, "EfficientNet-Lite0": 96}
 """Photographs of each network; 193 are all of them."""
@@ -28,19 +29,11 @@ SIZES = (12, 24, 48, 96)
 SPLITS = 5
 LEAST = 12
 """Least number of photographs of a half of one folder."""
-OTHERS = ("strongest and rest", "k-means of activations", "random")
-Labels = Sequence[np.ndarray]
 
 
 def of_photo(case: Case, number: int, composite: str, file: Path) -> Arrays:
     """Returns the joints and activations of one photograph, and its target; read from a file if it exists."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".part.npz")
-        np.savez(partial, **_measured(case, number, composite))  # type: ignore[arg-type]
-        partial.replace(file)
-    with np.load(file) as stored:
-        return dict(stored)
+    return stored(file, Path.exists, lambda: _measured(case, number, composite), np.savez)
 
 
 def _measured(case: Case, number: int, composite: str) -> Arrays:
@@ -66,26 +59,19 @@ def mean_of(parts: Sequence[Arrays], layers: Sequence[str]) -> MeanJoints:
 
 def mean_kappa(means: MeanJoints, labels: Labels) -> float:
     """Returns κ of the mean joint relevance, averaged over the pairs of layers."""
-    pairs = (kept(dependence(joint), *labels[n : n + 2]) for n, joint in enumerate(means.joints))
-    return float(np.mean(list(pairs)))
+    return float(np.mean(kappas([dependence(joint) for joint in means.joints], labels)))
 
 
-def other_partitions(parts: Sequence[Arrays], means: MeanJoints, seed: int) -> dict[str, list[np.ndarray]]:
-    """Returns partitions of the channels of each layer that do not use the dependence between layers."""
-    from sklearn.cluster import KMeans
+def coordinates(parts: Sequence[Arrays], place: int) -> np.ndarray:
+    """Returns the channels of a layer, ``(channels, channels)``, with the distances of their activations."""
+    activations = np.concatenate([part[f"activation {place}"] for part in parts], 1, dtype=np.float32)
+    return np.linalg.qr(activations.T, mode="r").T
 
-    random = np.random.default_rng(seed)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in OTHERS}
-    for place, masses in enumerate(means.masses):
-        mass = masses[0]
-        strongest = np.full(len(mass), K - 1)
-        strongest[np.argsort(-np.abs(mass))[: K - 1]] = np.arange(K - 1)
-        activations = np.concatenate([part[f"activation {place}"] for part in parts], 1, dtype=np.float32)
-        coordinates = np.linalg.qr(activations.T, mode="r").T  # (channels, channels), with the same distances
-        found["strongest and rest"].append(strongest)
-        found["k-means of activations"].append(KMeans(K, n_init=3, random_state=seed).fit_predict(coordinates))
-        found["random"].append(random.integers(K, size=len(mass)))
-    return found
+
+def halves_of(parts: Sequence[Arrays], size: int, seed: int) -> list[list[Arrays]]:
+    """Draws two disjoint halves of a size."""
+    order = np.random.default_rng(seed).permutation(len(parts))[: 2 * size]
+    return [[parts[number] for number in side] for side in np.array_split(order, 2)]
 
 
 def both_directions(
@@ -99,7 +85,9 @@ def both_directions(
         found["own"].append(mean_kappa(means[here], groups[here]))
         found["other"].append(mean_kappa(means[here], groups[there]))
         if seed is not None:
-            for name, labels in other_partitions(sides[there], means[there], seed).items():
+            masses = [mass[0] for mass in means[there].masses]
+            activations = [coordinates(sides[there], place) for place, _ in enumerate(layers)]
+            for name, labels in other_partitions(masses, activations, seed).items():
                 found.setdefault(name, []).append(mean_kappa(means[here], labels))
     return found
 
@@ -120,9 +108,8 @@ def of_sizes(parts: Sequence[Arrays], layers: Sequence[str], sizes: Sequence[int
     for size in tqdm(sizes, desc="sizes"):
         splits = []
         for seed in range(SPLITS):
-            order = np.random.default_rng(seed).permutation(len(parts))[: 2 * size]
-            sides = [[parts[number] for number in side] for side in np.array_split(order, 2)]
-            splits.append(both_directions(sides, layers, seed if size == max(sizes) and not seed else None))
+            with_others = size == max(sizes) and not seed
+            splits.append(both_directions(halves_of(parts, size, seed), layers, seed if with_others else None))
         rows.append(summary(splits, size))
     return rows
 
@@ -135,10 +122,7 @@ def of_folders(parts: Sequence[Arrays], layers: Sequence[str], folders: Sequence
         size = len(own) // 2
         if size < LEAST:
             continue
-        splits = []
-        for seed in range(SPLITS):
-            order = np.random.default_rng(seed).permutation(len(own))[: 2 * size]
-            splits.append(both_directions([[own[n] for n in side] for side in np.array_split(order, 2)], layers))
+        splits = [both_directions(halves_of(own, size, seed), layers) for seed in range(SPLITS)]
         found[folder] = summary(splits, size)
     return found
 

@@ -9,17 +9,7 @@ import numpy as np
 import pytest
 
 from nrm_plugin.measure.dependence import dependence, find_partitions, group_sums, kept, move_members
-
-
-def brute_kappa(joint, rows, columns):
-    """κ from its definition, by loops."""
-    r, c, total = joint.sum(1), joint.sum(0), joint.sum()
-    groups, size = {}, 0.0
-    for i, j in itertools.product(range(len(r)), range(len(c))):
-        value = joint[i, j] - r[i] * c[j] / total
-        groups[rows[i], columns[j]] = groups.get((rows[i], columns[j]), 0.0) + value
-        size += abs(value)
-    return sum(map(abs, groups.values())) / size
+from tests.oracles import brute_kappa
 
 
 @pytest.mark.parametrize("seed", range(3))
