@@ -175,7 +175,7 @@ def recovered(one: str, other: str) -> Callable[[Results], str]:
     """Returns the average precision of planted edges between neighboring layers."""
 
     def figure(results: Results) -> str:
-        methods = results["planted"]["questions"]["neighbouring layers"]["methods"]
+        methods = results["planted"]["questions"]["neighboring layers"]["methods"]
         return " vs. ".join(f"{methods[name]['average precision'][0]:.2f}" for name in (one, other))
 
     return figure
@@ -241,7 +241,7 @@ TOPICS = {
         Claim("All marginals of ResNet-50 with NRMDefault: time relative to a plain gradient", "speed",
               ratio("all marginals, NRMDefault", PLAIN, "resnet50"), "speed.md"),
         Claim("Joint relevance of all channel pairs in neighboring layers of VGG16: time relative to a plain gradient",
-              "speed", ratio("all neighbouring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
+              "speed", ratio("all neighboring channel pairs, EpsilonPlus", PLAIN), "speed.md"),
         Claim("64 conditional maps of VGG16: time relative to zennit-crp", "speed",
               ratio("64 conditional maps of features.28 at the input",
                     "zennit-crp, 64 conditional maps of features.28 at the input"), "speed.md"),

@@ -16,12 +16,12 @@ TOKENS = 512
 Results = dict[str, Any]
 
 PLAIN = "plain gradient"
-JOINTS = "all neighbouring channel pairs"
+JOINTS = "all neighboring channel pairs"
 MAPS = f"{CONDITIONS} conditional maps of features.28 at the input"
 BETWEEN = f"{CONDITIONS} conditions at features.26, map at features.19"
 BARE = f"{CONDITIONS} plain partial gradients from features.28"
 GIVEN = "μ(features.14[3] given j), every neuron j above"
-CRP_PAIRS = "zennit-crp, all neighbouring channel pairs"
+CRP_PAIRS = "zennit-crp, all neighboring channel pairs"
 
 Targets = list[tuple[str, str, str, float]]
 """``(model, computation, reference, upper bound)``."""
@@ -98,7 +98,7 @@ def _queries(measured: dict[Any, str], threads: list[int]) -> str:
     """Returns the times of joint and conditional relevance."""
     lines = [
         [
-            _american(work),
+            work,
             "zennit-crp" if reference.startswith("zennit-crp") else reference.removesuffix(", EpsilonPlusFlat"),
             *(measured.get((model, work, reference, count), "") for count in threads),
             f"{most:.3g}",
@@ -111,11 +111,6 @@ def _queries(measured: dict[Any, str], threads: list[int]) -> str:
 
 def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
-
-
-def _american(work: str) -> str:
-    """Returns the name of a computation on the pages; the results have the British spelling."""
-    return work.replace("neighbour", "neighbor")
 
 
 def details(results: Results) -> dict[str, str]:
@@ -140,8 +135,7 @@ def _times(runs: list[Results]) -> str:
         for work, reference, value, most in ratios(run):
             rows.setdefault((run["model"], work, reference, most), {})[header] = value
     lines = [
-        [model, _american(work), _american(reference), f"{most:.3g}"]
-        + [_cell(values.get(column), most) for column in columns]
+        [model, work, reference, f"{most:.3g}"] + [_cell(values.get(column), most) for column in columns]
         for (model, work, reference, most), values in rows.items()
     ]
     return grid(f"| net | computation | relative to | target | {' | '.join(columns)} |", lines)

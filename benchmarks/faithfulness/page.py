@@ -91,7 +91,7 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, Comparison, Result
             yield part, name, comparison, net
     for question, result in results["planted"]["questions"].items():
         is_edges = question != "channels of all layers"
-        yield ("planted" if is_edges else "latent"), f"planted, {_american(question)}", (
+        yield ("planted" if is_edges else "latent"), f"planted, {question}", (
             planted.EDGES if is_edges else planted.CHANNELS
         ), result  # fmt: skip
 
@@ -249,7 +249,7 @@ def planted_tables(result: Results) -> str:
         f"{result['samples']} samples, accuracy {100 * result['accuracy']:.1f}%. Without the weights between streams, "
         f"{100 * between:.1f}% of the predictions are unchanged; without those within streams, {100 * within:.1f}%.\n"
     )
-    parts = [methods(_american(name), part, planted.CHANNELS if name.startswith("channels") else planted.EDGES)
+    parts = [methods(name, part, planted.CHANNELS if name.startswith("channels") else planted.EDGES)
              for name, part in result["questions"].items()]  # fmt: skip
     return "\n".join([head, *parts])
 
@@ -293,11 +293,6 @@ def agreement(results: Results) -> str:
     )
     samples = f"the first {pixels.COMPARED} samples of each network"
     return f"Pixel flipping was compared with Quantus on {samples}. The {found}.\n"
-
-
-def _american(question: str) -> str:
-    """Returns the name of a question on the pages; the results have the British spelling."""
-    return question.replace("neighbour", "neighbor")
 
 
 def _label(comparison: Comparison, key: str) -> str:

@@ -285,7 +285,7 @@ def recovery_metrics(scores: Tensor, truth: Tensor) -> dict[str, Tensor]:
     }
 
 
-QUESTIONS = {"neighbouring layers": [(3, 2), (2, 1), (1, 0)], "first and last layer": [(3, 0)]}
+QUESTIONS = {"neighboring layers": [(3, 2), (2, 1), (1, 0)], "first and last layer": [(3, 0)]}
 
 
 def recovery(net: Net, streams: list[Tensor], carries: Tensor) -> dict[str, dict[str, dict[str, Tensor]]]:
