@@ -63,8 +63,8 @@ class ImageFlow:
         outputs: Outputs of the model, of shape ``(K,)``.
         target: The explained class.
         against: The contrast of the explained class.
-        difference: The explained difference between outputs, or None without a contrast.
-        graph: The flow.
+        difference: The explained difference between outputs, or None if there is no contrast.
+        graph: Flow of relevance through the layers.
         heat_maps: Heat maps of the nodes.
         pairs: Joint relevance of nodes in non-adjacent layers.
         photo: The image, with the patches of the nodes.
