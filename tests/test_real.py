@@ -354,7 +354,7 @@ def test_relevance_of_a_negative_contrast_supports_the_class():
     asked = question("rest")
     contrast = (asked.net.model(asked.inputs) * asked.weights).sum(1)
     assert bool((contrast < 0).any())
-    heat = methods.heat_map(methods.METHODS["reference grey, against the rest"], asked)
+    heat = methods.heat_map(methods.METHODS["reference gray, against the rest"], asked)
     reference = (asked.net.model(asked.gray) * asked.weights).sum(1)
     torch.testing.assert_close(heat.sum((1, 2)).sign(), (contrast - reference).sign())
 

@@ -77,8 +77,8 @@ COMPARED = (
 """Methods of the comparison on networks for photographs."""
 FASHION = (
     FIRST, *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "reference blur, against the rest", "DeepLift",
-    "IntegratedGradients, 20 steps", "expected gradients", "reference grey, last two resolutions, against the rest",
-    "reference grey, against the rest", "reference grey",
+    "IntegratedGradients, 20 steps", "expected gradients", "reference gray, last two resolutions, against the rest",
+    "reference gray, against the rest", "reference gray",
 )  # fmt: skip
 """Methods of the comparison on networks for Fashion-MNIST, whose images have a plain background."""
 
