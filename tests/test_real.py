@@ -396,7 +396,7 @@ def test_expensive_methods_explain_all_images_of_networks_for_small_images(monke
     assert len(asked.maps(name, "single", asked.single)[0]) == 5
 
 
-def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
+def test_comparisons_in_which_the_first_method_is_first_or_level_are_counted():
     def net(*behind, **foreign):
         others = {f"{n}": {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for n, one in enumerate(behind)}
         others |= {name: {"own": {"behind": one}, "inside": {"behind": [2, 1, 3]}} for name, one in foreign.items()}
@@ -408,7 +408,7 @@ def test_rows_in_which_the_first_method_is_first_or_level_are_counted():
         "EfficientNet-Lite2": net([3, 2, 4], DeepLift=[-2, -3, -1]),
     }
     shown = pages._counts(nets)
-    assert "First or level in 3 of 4 rows of the held-out networks**, and in 4 of 6 rows of all networks" in shown
+    assert "First or level in 3 of 4 comparisons on the held-out networks**, and in 4 of 6 on all networks" in shown
     assert "methods of other packages alone, first or level in 3 and 5 rows." in shown
     assert "| VGG16 | one | 2 | 1 | 0 | 1 | 0 |" in shown
     assert "| EfficientNet-Lite1 | none, held out | 2 | 1 | 1 | 0 | 0 |" in shown

@@ -348,7 +348,7 @@ class Keeping(nn.Module):
 def test_blocks_with_other_effects_than_their_outputs_run_again():
     whole = RelevanceMeasure(seeded(Cached), FLAT, 1)
     mu = RelevanceMeasure(seeded(Cached), FLAT, 1, max_memory=2000)
-    assert mu._recording.parts._first.units
+    assert mu._recording.parts._first.stored
     assert_equal(mu.marginal(mu.layers), whole.marginal(whole.layers))
     assert not mu._recording.parts._uses_stored  # without the earlier blocks, values differ
 
