@@ -409,7 +409,7 @@ def test_comparisons_in_which_the_first_method_is_first_or_level_are_counted():
     }
     shown = pages._counts(nets)
     assert "First or level in 3 of 4 comparisons on the held-out networks**, and in 4 of 6 on all networks" in shown
-    assert "methods of other packages alone, first or level in 3 and 5 rows." in shown
+    assert "methods of other packages, it is first or level in 3 and 5 comparisons." in shown
     assert "| VGG16 | one | 2 | 1 | 0 | 1 | 0 |" in shown
     assert "| EfficientNet-Lite1 | none, held out | 2 | 1 | 1 | 0 | 0 |" in shown
     assert "| EfficientNet-Lite2 | none, held out | 2 | 1 | 0 | 1 | 1 |" in shown
