@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from . import metrics, photos
 from .methods import FIRST, METHODS, Method, Question, heat_map
 from .networks import NETWORKS, Network
 from .scenes import Pairs, Scenes, pairs, single
-from .stored import stored
+from .stored import stored, update
 
 Values = dict[str, Tensor]
 """Values by metric, ``(N,)``."""
@@ -55,26 +54,33 @@ class Size:
     few: bool = True
 
 
-QUICK = Size(12, 15)
+QUICK = Size(8, 8)
 SIZES = {
-    "EfficientNet-Lite0": Size(1000, 50),
-    "EfficientNet-Lite1": Size(1000, 50),
-    "EfficientNet-Lite2": Size(1000, 50),
-    "VGG16": Size(32, 16),
-    "Fashion-MNIST, VGG": Size(200, 50, few=False),
-    "Fashion-MNIST, residual": Size(200, 50, few=False),
+    "EfficientNet-Lite0": Size(1000, 100),
+    "EfficientNet-Lite1": Size(1000, 100),
+    "EfficientNet-Lite2": Size(1000, 100),
+    "VGG16": Size(200, 100),
+    "Fashion-MNIST, VGG": Size(200, 100, few=False),
+    "Fashion-MNIST, residual": Size(200, 100, few=False),
 }
+"""Photographs are limited by their number: networks recognize fewer than 1,000."""
 
 
 DRAWN = "reference blur, last two resolutions, against the rest", "default, against the rest"
 """The two heat maps that ``nrm-plugin explain`` draws of photographs; others are compared with the first one."""
-COMPARED = (
-    *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "EpsilonPlusFlat, against the rest",
-    "reference blur, against the rest", "EpsilonPlusFlat, last two resolutions, against the rest",
-    "HiResCAM", "LayerCAM", "DeepLift", "InputXGradient", "IntegratedGradients, 20 steps",
-    "IntegratedGradients, 200 steps", "expected gradients",
-)  # fmt: skip
-"""Methods of the comparison on networks for photographs."""
+COMPARED = (*DRAWN, "GradCAM", "GradCAM, signed, against the rest")
+"""Methods that are compared on all networks for photographs."""
+FURTHER = {
+    "EfficientNet-Lite0": (
+        "default, last two resolutions, against the rest", "EpsilonPlusFlat, last two resolutions, against the rest",
+        "reference grey, last two resolutions, against the rest",
+    ),
+    "EfficientNet-Lite1": (
+        "reference blur, against the rest", "DeepLift", "IntegratedGradients, 20 steps",
+        "IntegratedGradients, 200 steps", "expected gradients",
+    ),
+}  # fmt: skip
+"""Further methods: other averages over late layers on one network, and relevance of pixels on another one."""
 FASHION = (
     FIRST, *DRAWN, "GradCAM", "GradCAM, signed, against the rest", "reference blur, against the rest", "DeepLift",
     "IntegratedGradients, 20 steps", "expected gradients", "reference grey, last two resolutions, against the rest",
@@ -199,7 +205,7 @@ def groups(key: str, count: int) -> Tensor:
 
 def methods_of(net: str) -> tuple[str, ...]:
     """Returns the methods that are measured on a network."""
-    return FASHION if net.startswith("Fashion-MNIST") else COMPARED
+    return FASHION if net.startswith("Fashion-MNIST") else COMPARED + FURTHER.get(net, ())
 
 
 def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None = None) -> dict[str, Any]:
@@ -211,8 +217,7 @@ def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None 
         quick: Whether to measure few images.
         only: The methods; all others are compared with the first.
     """
-    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    by_net = results.setdefault("nets", {})
+    results: dict[str, Any] = {}
     for net in nets:
         size = QUICK if quick else SIZES[net]
         by_method: dict[str, Values] = {}
@@ -226,10 +231,10 @@ def run(nets: Iterable[str], out: Path, quick: bool, only: Iterable[str] | None 
                 shown = ", ".join(f"{k} {float(v.mean()):.3f}" for k, v in values.items())
                 print(f"{net}: {name}: {shown}", file=sys.stderr, flush=True)
             if by_method:
-                by_net[net] = {
+                found = {
                     "methods": summary(by_method), "failed": failed,
                     "photos": max(len(values["inside"]) for values in by_method.values()),
                     "explanations of pairs": max(len(values["own"]) for values in by_method.values()),
                 }  # fmt: skip
-                out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+                results = update(out, net, found, SIZES)
     return results
