@@ -26,14 +26,11 @@ SHORT = {"GradCAM, signed, against the rest": "signed GradCAM", "IntegratedGradi
 
 
 def real(results: Results) -> dict[str, str]:
-    """Returns the tables of metrics, networks, settings that were tried, and further methods."""
+    """Returns the tables of counts, of all metrics, and of those in which another method is better."""
     return {
         "counts": _counts(results["nets"]),
         "compared": _compared(results["nets"]),
         "losses": _losses(results["nets"]),
-        "tried": _tried(results["tried"]),
-        "grounds": _grounds(results["grounds"]),
-        "more methods": _all_metrics(results["more methods"]),
     }
 
 
@@ -122,34 +119,3 @@ def _place(methods: Results, key: str) -> int:
     if any(interval[2] < 0 for interval in behind):
         return -1
     return int(all(interval[1] > 0 for interval in behind))
-
-
-def _tried(tried: Results) -> str:
-    """Returns the table of settings for layer averages, on the network on which one of them was chosen."""
-    cells = (
-        [row["measure"], row["map"], row["photographs"], f"{row['SRG']:.2f}",
-         "{:+.2f} ± {:.2f}".format(*row["SRG minus GradCAM"]), f"{row['inside']:.2f}", f"{row['own']:.3f}",
-         f"{row['wins']:.3f}"]
-        for row in tried["rows"]
-    )  # fmt: skip
-    head = "SRG ↑ | SRG minus GradCAM | inside mask ↑ | own share ↑ | wins ↑"
-    return grid(f"| measure | map | photographs | {head} |", cells)
-
-
-def _grounds(grounds: Results) -> str:
-    """Returns the table of heat maps that were tried for objects on a plain background, on networks for digits."""
-    cells = []
-    for number, row in enumerate(grounds["rows"]):
-        is_new = number == 0 or grounds["rows"][number - 1]["network"] != row["network"]
-        counts = f"{row['network']} ({row['images']}, {2 * row['pairs']})" if is_new else ""
-        values = [f"{row[key]:.2f}" for key in ("SRG", "deletion", "inside", "pointing")]
-        cells.append([counts, row["map"], *values, f"{row['own']:.3f}", f"{row['wins']:.2f}"])
-    head = "SRG ↑ | deletion ↓ | inside mask ↑ | pointing ↑ | own share ↑ | wins ↑"
-    return grid(f"| network (images, explanations of pairs) | map | {head} |", cells)
-
-
-def _all_metrics(measured: Results) -> str:
-    methods = measured["methods"]
-    keys = [key for key in REAL if key in next(iter(methods.values()))]
-    rows = ([name, *(with_bounds(row[key]["mean"]) for key in keys), row["seconds"]] for name, row in methods.items())
-    return grid(f"| method | {' | '.join(REAL[key] for key in keys)} | seconds |", rows)

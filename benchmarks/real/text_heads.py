@@ -5,27 +5,36 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import tables
+from benchmarks import outputs
 from benchmarks.conservation import store
 from nrm_plugin import explain_text
 from nrm_plugin.plots import flow_figure
 
+from .film_reviews import QUICK, TRAINED, film_reviews
 from .text import loaded
 
 SENTENCE = "never boring , never long"
 HEADS, TOKENS = "blocks.5.attn", "blocks.0.resid_pre"
-FIGURE = tables.ROOT / "docs/images/text-heads.png"
+FIGURE = "text-heads.png"
 
 
-def results() -> dict[str, Any]:
-    """Draws the figure; returns masses of heads and tokens, and the joint relevance of all pairs."""
-    model, tokenizer = loaded("eager")
+def results(folder: Path, images: Path) -> dict[str, Any]:
+    """Draws the figure; returns masses of heads and tokens, and the joint relevance of all pairs.
+
+    Args:
+        folder: The folder of the classifier.
+        images: The folder of the figure.
+    """
+    model, tokenizer = loaded("eager", folder)
     mu = explain_text(model.double(), tokenizer, SENTENCE).measure
     ids = tokenizer(SENTENCE, return_tensors="pt")
     words = tokenizer.convert_ids_to_tokens(ids["input_ids"][0])
@@ -40,7 +49,9 @@ def results() -> dict[str, Any]:
     (joint,) = graph.joints
     upper, lower = graph.layers
     named = replace(graph, layers=(replace(upper, name="heads of block 5"), replace(lower, name="tokens")))
-    flow_figure(named, f"“{SENTENCE}”: {first} rather than {second}", caption="", width=6).savefig(FIGURE, dpi=85)
+    flow_figure(named, f"“{SENTENCE}”: {first} rather than {second}", caption="", width=6).savefig(
+        images / FIGURE, dpi=85
+    )
     order = [lower.labels.index(f"{word} ({number})") for number, word in enumerate(words)]
     heads = [upper.labels.index(f"head {n}") for n in range(count)]
     return {
@@ -57,11 +68,16 @@ def results() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="use the network that is trained on few reviews")
+    outputs.add_option(parser)
+    options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    store("text_heads", results())
-    tables.write("text_heads")
+    files, folder = outputs.chosen(options), film_reviews(QUICK if options.quick else TRAINED)
+    store("text_heads", results(folder, files.images), folder=files.results)
+    files.render("text_heads")
 
 
 if __name__ == "__main__":
