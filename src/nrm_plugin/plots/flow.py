@@ -110,7 +110,7 @@ def flow_figure(
     if scene.photo is not None and photo is not None:
         _draw_pixels(axes, scene.photo, photo_pixels(photo, thumbnails))
         _draw_regions(axes, scene.photo, photo, graph)
-    for label in scene.labels:
+    for label in (*scene.labels, *scene.legend):
         _draw_label(axes, label, palette)
     return figure
 
@@ -144,7 +144,6 @@ def scene_of(
             graph,
             walks,
             is_cropped(thumbnails),
-            bool(notes),
             has_blue(thumbnails),
         ),
         width,

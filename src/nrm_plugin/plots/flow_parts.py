@@ -10,6 +10,8 @@ BAR, MARGIN = 4.5, 8.0
 """Width of a bar and margin around the drawing, in points."""
 LINE = 1.22
 """Line spacing, as a multiple of the font size."""
+LEAST_LETTERS = 5.0
+"""Smallest font size of the legend, in points."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Scene:
         width: Width of the drawing.
         height: Height of the drawing.
         photo: Position of the photograph, or None if there is none.
-        labels: Title, caption, column headings and legend.
+        labels: Title, caption and column headings.
+        legend: Lines of the legend below the flow.
         nodes: The nodes of the flow.
         bands: The ribbons of the flow.
         unit: Points per unit of relevance.
@@ -111,10 +114,16 @@ class Scene:
     height: float
     photo: Box | None
     labels: tuple[Label, ...]
+    legend: tuple[Label, ...]
     nodes: tuple[DrawnNode, ...]
     bands: tuple[Band, ...]
     unit: float
     omitted: float
+
+    @property
+    def bottom(self) -> float:
+        """The lower end of the flow, above the legend."""
+        return self.height - MARGIN - sum(LINE * label.size for label in self.legend)
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,11 @@ class Sizes:
     lines: tuple[int, ...]
     notes: tuple[int, ...]
     bare: tuple[bool, ...]
+
+    @property
+    def small(self) -> float:
+        """Font size of the legend and of the second line of column headings."""
+        return max(0.9 * self.letters, LEAST_LETTERS)
 
     @property
     def gap(self) -> float:

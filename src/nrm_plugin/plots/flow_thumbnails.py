@@ -205,7 +205,7 @@ def faded(grey: Array, palette: Palette = LIGHT) -> Array:
     """Renders a gray photograph with low contrast, close to the background color, in shape ``(H, W, 3)``."""
     paper = np.array(to_rgb(palette.paper))
     ink = np.array(to_rgb(palette.ink))
-    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.4 * grey)[..., None]
+    share = (0.06 + 0.5 * (1 - grey) if palette is LIGHT else 0.05 + 0.28 * grey)[..., None]
     result: Array = paper * (1 - share) + ink * share
     return result
 
