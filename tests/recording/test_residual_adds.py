@@ -248,6 +248,18 @@ class Pooling(Block):
         return x + self.down(torch.relu(self.up(self.two(x))))
 
 
+class Learned(Block):
+    """Learned keys precede those of the tokens, as global tokens do in the first block of PEGASUS-X."""
+
+    def attended(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        learned = torch.ones(3, 4, dtype=x.dtype).tril()
+        weights = torch.cat([q @ learned.T, q @ k.transpose(-2, -1)], -1).softmax(-1)
+        z = weights[..., 3:] @ v + weights[..., :3] @ learned
+        result: Tensor = self.out(z.transpose(1, 2).flatten(2))
+        return result
+
+
 class Around(Block):
     """The add of the MLP reads the input of the block, not the output of attention, as in EdgeNeXt."""
 
@@ -276,6 +288,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "long": (Long, {}),
     "convolving": (Convolving, {"resid_post": ""}),
     "pooling": (lambda: Pooling(True), OUT | DOWN),
+    "learned": (lambda: Learned(True), OUT | DOWN),
     "around": (Around, OUT | DOWN),
 }
 

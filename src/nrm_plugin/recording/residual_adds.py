@@ -304,13 +304,17 @@ class Structure:
         others = [n for n, edge in enumerate(edges) if n != self.values(vertex).number and edge is not None]
         if len(others) >= 2:
             return Edge(vertex, others[0]), Edge(vertex, others[1])
-        place = edges[others[0]] if others else None
-        while place is not None and place.vertex in inner:
+        stack = [edges[number] for number in others]
+        while stack:
+            place = stack.pop()
+            if place is None or place.vertex not in inner:
+                continue
             step, edges = self.step(place.vertex), self.graph.vertices[place.vertex].edges
             joined = [number for number, edge in enumerate(edges) if edge is not None]
             if step is not None and len(joined) == 2 and PRODUCTS.search(step.rule):
                 return Edge(place.vertex, joined[0]), Edge(place.vertex, joined[1])
-            place = edges[joined[0]] if joined and (len(joined) == 1 or step is None or step.rule in SUMS) else None
+            if len(joined) == 1 or step is None or step.rule in SUMS:
+                stack += [edges[number] for number in reversed(joined)]  # the first is searched first
         return None
 
     def _is_cross(self, vertex: int, stream: Buffer) -> bool:

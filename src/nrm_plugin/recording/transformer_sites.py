@@ -197,13 +197,18 @@ def _parallel(branch: Branch, structure: Structure) -> dict[str, Edge]:
             members = [] if edge is None else [v for v in branch.inner if structure.depends(edge.vertex, v)]
             if any(vertex in branch.attention for vertex in members):
                 joined["attention"] = _without_stream(Edge(vertex, number), branch, structure)
-            elif any(
-                structure.is_linear(v) for v in members if not any(structure.depends(a, v) for a in branch.attention)
-            ):
+            elif any(structure.is_linear(v) and not _is_attending(v, branch, structure) for v in members):
                 joined["mlp"] = Edge(vertex, number)
         if len(joined) == 2:
             return joined
     return {}
+
+
+def _is_attending(vertex: int, branch: Branch, structure: Structure) -> bool:
+    """Returns True if attention reads the result of a vertex, or the vertex depends on attention weights."""
+    scores = [found[0].vertex for call in branch.attention if (found := structure.scores(call, branch.inner))]
+    is_read = any(structure.depends(call, vertex) for call in branch.attention)
+    return is_read or any(structure.depends(vertex, product) for product in scores)
 
 
 def _without_stream(place: Edge, branch: Branch, structure: Structure) -> Edge:
