@@ -342,9 +342,7 @@ class Structure:
         step, edges = self.step(vertex), self.graph.vertices[vertex].edges
         if step is None or step.attention is not None or sum(edge is not None for edge in edges) != 1:
             return False
-        if isinstance(step, LayerStep):
-            return len(_weight_shape(step)) > 1
-        return WEIGHTED.search(step.rule) is not None
+        return is_weighted(step)
 
     def is_mixer(self, vertices: Sequence[int]) -> bool:
         """Returns True if vertices without attention mix tokens by a convolution, a scan or products of tensors."""
@@ -368,6 +366,13 @@ def _bits(number: int) -> Iterator[int]:
         number ^= low
 
 
+def is_weighted(step: Step) -> bool:
+    """Returns True if a step multiplies by weights, or by another tensor."""
+    if isinstance(step, LayerStep):
+        return len(_weight_shape(step)) > 1
+    return WEIGHTED.search(step.rule) is not None
+
+
 def _weight_shape(step: LayerStep) -> tuple[int, ...]:
     """Returns the shape of a layer's weight, or an empty tuple for layers without weights."""
     weight = getattr(step.layer_call.module, "weight", None)
@@ -379,4 +384,4 @@ def _is_idle(step: Step) -> bool:
     return step.rule in ("dropout", "identity")
 
 
-__all__ = ["Branch", "Structure"]
+__all__ = ["SUMS", "Branch", "Structure", "is_weighted"]
