@@ -263,6 +263,9 @@ def test_models_that_scale_or_project_the_stream_have_the_sites_of_their_blocks(
     assert mu.sites == [f"blocks.{number}.{site}" for number in range(4) for site in STANDARD]
     out = mu.marginal("hiera.encoder.stages.1.layers.0.attn.proj")
     torch.testing.assert_close(mu.marginal("blocks.1.attn_out").reshape(out.shape), out, atol=1e-6, rtol=0)
+    columns = mu.marginal(at("hiera.encoder.stages.1.layers.0.attn.proj", side="input")).sum((0, 1)).split(8)
+    for head, known in enumerate(columns):
+        torch.testing.assert_close(mu(at(f"blocks.1.attn.head.{head}"))[0], known.sum(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["BERT", "Llama"])
