@@ -9,12 +9,15 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import tables
 from benchmarks.conservation import store
-from nrm_plugin import explain_text
+from nrm_plugin import FlowGraph, explain_text
+from nrm_plugin.measure.flow_nodes import FlowLayer
 from nrm_plugin.plots import flow_figure
+from nrm_plugin.plots.flow_finding import flow_finding
 
 from .text import loaded
 
@@ -24,7 +27,7 @@ FIGURE = tables.ROOT / "docs/images/text-heads.png"
 
 
 def results() -> dict[str, Any]:
-    """Draws the figure; returns masses of heads and tokens, and the joint relevance of all pairs."""
+    """Returns masses of heads and tokens, and the joint relevance of all pairs."""
     model, tokenizer = loaded("eager")
     mu = explain_text(model.double(), tokenizer, SENTENCE).measure
     ids = tokenizer(SENTENCE, return_tensors="pt")
@@ -39,8 +42,6 @@ def results() -> dict[str, Any]:
     graph = mu.flow([HEADS, TOKENS], over=over, top=None, names={HEADS: [f"head {n}" for n in range(count)]})
     (joint,) = graph.joints
     upper, lower = graph.layers
-    named = replace(graph, layers=(replace(upper, name="heads of block 5"), replace(lower, name="tokens")))
-    flow_figure(named, f"“{SENTENCE}”: {first} rather than {second}", caption="", width=6).savefig(FIGURE, dpi=85)
     order = [lower.labels.index(f"{word} ({number})") for number, word in enumerate(words)]
     heads = [upper.labels.index(f"head {n}") for n in range(count)]
     return {
@@ -57,11 +58,35 @@ def results() -> dict[str, Any]:
     }
 
 
+def flow(found: dict[str, Any]) -> FlowGraph:
+    """Returns the flow of the stored numbers, with tokens as the lower layer."""
+    heads, tokens = (tuple(found[name]) for name in ("heads", "tokens"))
+    words = tuple(f"“{word}” ({number})" for number, word in enumerate(found["words"]))
+    upper = FlowLayer("block 5", tuple(range(len(heads))), tuple(f"head {n}" for n in range(len(heads))), heads, 0.0, 0,
+                      found["sinks"][0], found["bypass"])  # fmt: skip
+    lower = FlowLayer("tokens", tuple(range(len(tokens))), words, tokens, 0.0, 0, found["sinks"][1], 0.0)
+    joint = np.zeros((len(heads) + 2, len(tokens) + 2))
+    joint[:-2, :-2], joint[-1, :-2] = found["joint"], found["bypassing"]
+    return FlowGraph((upper, lower), (joint,))
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Draws the figure."""
+    graph = flow(found)
+    upper, lower = graph.layers
+    finding = flow_finding(replace(graph, layers=(upper, replace(lower, name="input"))), "the difference")
+    first, second = found["explained"]
+    heading = f"“{found['sentence']}”: {first} rather than {second}, compared with the masked text"
+    flow_figure(graph, heading, caption="", finding=finding, width=6).savefig(FIGURE, dpi=85)
+
+
 def main() -> None:
-    """Measures and writes the table."""
+    """Measures, and writes the table and the figure."""
     warnings.simplefilter("ignore")
-    store("text_heads", results())
+    found = results()
+    store("text_heads", found)
     tables.write("text_heads")
+    draw(found)
 
 
 if __name__ == "__main__":
