@@ -273,7 +273,7 @@ def test_the_page_in_a_browser_without_a_network(page, mu, tmp_path, dark):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_given_a_node_blue_still_marks_evidence_against_the_output(page, mu, tmp_path):
-    graph, path = page
+    _, path = page
     nodes = stored(path)["nodes"]
     groups = [node for node in nodes if node["kind"] == "group"]
     events = {node["key"]: at(node["layer"]).channel(int(node["key"].rpartition("/")[2])) for node in groups}
